@@ -1,0 +1,106 @@
+"""Command-line arguments, looked at before Hydra composes: `resume=`, and "did you mean" for what is misspelt."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+def prepare(arguments: list[str], conf: Path) -> list[str]:
+    """The arguments Hydra is to see: a resumed run's own ones first, then the new ones.
+
+    Raises:
+        ValueError: a group, option or key that does not exist, with the nearest that does; a `resume=` that is no run.
+    """
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    resumed = [argument.partition("=")[2] for argument in overrides if argument.startswith("resume=")]
+    if resumed:
+        saved = saved_overrides(Path(resumed[-1]))
+        arguments = [*saved, *arguments]
+        overrides = [*saved, *overrides]
+    check(overrides, conf)
+    return arguments
+
+
+def saved_overrides(folder: Path) -> list[str]:
+    """The overrides a run was started with. Raises ValueError when `folder` is no run folder."""
+    record = folder / "run.json"
+    if not record.is_file():
+        raise ValueError(f"resume={folder}: no run.json there; give the folder of a run, as in runs/pretrain-…")
+    try:
+        overrides = json.loads(record.read_text())["overrides"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{record} is damaged ({error!r}): restore it, or start the run anew") from error
+    return [str(override) for override in overrides if not str(override).startswith(("resume=", "force="))]
+
+
+def check(overrides: list[str], conf: Path) -> None:
+    """Raises ValueError, naming the nearest right name, when some override names nothing that is there."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ValueError(f"cannot read the arguments: {str(error).splitlines()[0]}") from error
+    groups = sorted(path.name for path in conf.iterdir() if path.is_dir())
+    chosen = [override for override in parsed if _is_group(override, groups)]
+    for override in chosen:
+        _check_options(override, conf)
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        try:
+            cfg = compose("config", overrides=[str(o.input_line) for o in chosen if not o.is_sweep_override()])
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(f"the chosen groups do not fit together: {error}") from error
+    keys = [key for key in _flat_keys(cfg)]
+    for override in parsed:
+        key = override.key_or_group
+        if override in chosen or override.is_add() or override.is_force_add() or key.startswith("hydra"):
+            continue
+        if key not in keys:
+            near = suggestion(key, [*groups, *keys])
+            raise ValueError(f"there is no setting or group {key!r}{near}; a new key needs a + in front")
+
+
+def _is_group(override: Override, groups: list[str]) -> bool:
+    return override.key_or_group in groups and not override.is_delete()
+
+
+def _check_options(override: Override, conf: Path) -> None:
+    group = override.key_or_group
+    options = sorted(path.stem for path in (conf / group).glob("*.yaml") if not path.name.startswith("_"))
+    value = override.value()
+    asked: list[Any] = []
+    if override.is_sweep_override():
+        asked = [v for v in override.sweep_string_iterator()] if override.is_choice_sweep() else []
+    elif value is not None:
+        asked = value if isinstance(value, list) else [value]
+    for option in asked:
+        name = str(option).strip("'\"")
+        if name not in ("null", "[]") and not name.startswith("[") and name not in options:
+            near = suggestion(name, options)
+            raise ValueError(f"{group}={name}: there is no such option{near}; there are {', '.join(options)}")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`, did you mean …?` with the nearest known name, or nothing when none is near."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if not near:  # `task.stepz` when `stepz` was typed, and the other way round
+        tails = {key.rpartition(".")[2]: key for key in known}
+        near = [tails[t] for t in difflib.get_close_matches(name.rpartition(".")[2], list(tails), n=1, cutoff=0.6)]
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _flat_keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
+    for key in cfg:
+        path = f"{prefix}{key}"
+        yield path
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not OmegaConf.is_missing(cfg, key) and not node._is_none():
+            yield from _flat_keys(node, f"{path}.")

@@ -1,0 +1,55 @@
+"""Keyed randomness: what is drawn depends on what it is for, never on who draws it or when.
+
+Every random choice of a run (crop, mask, order of the images, sampled pixel) is a pure function of
+(seed, name of the stream, epoch or step, image index). Neither rank, worker, batch size nor a restart can
+change it, and there is no generator state to save.
+"""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Finaliser constants of splitmix64 (Steele, Lea & Flood 2014), as the signed integers torch multiplies with.
+_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def key(seed: int, stream: str, *counters: int) -> int:
+    """A 63-bit key for one stream of random numbers: the hash of all that names it."""
+    text = "/".join([str(seed), stream, *map(str, counters)])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
+    """A fresh counter-based numpy generator for one stream, for choices made on the host."""
+    return np.random.Generator(np.random.Philox(key=key(seed, stream, *counters)))
+
+
+def fold(keys: Tensor, salt: int) -> Tensor:
+    """New keys from old ones and a number: (B,) int64 → (B,) int64, the same on every device."""
+    return _mix(keys + _GAMMA * (salt & 0x7FFFFFFF) + salt)
+
+
+def item_keys(stream_key: int, index: Tensor) -> Tensor:
+    """One key per image: the stream's key folded with the image's index, (B,) int64 → (B,) int64."""
+    return _mix(_mix(index * _GAMMA) ^ stream_key)
+
+
+def uniform(keys: Tensor, n: int) -> Tensor:
+    """Uniform numbers in [0, 1), row i a function of keys[i] alone: (B,) int64 → (B, n) float64.
+
+    Column j is a function of (keys[i], j) alone, so a longer row begins with the shorter one.
+    """
+    counter = torch.arange(1, n + 1, device=keys.device, dtype=torch.int64)
+    bits = _mix(keys[:, None] + counter * _GAMMA)  # (B, n)
+    return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
+
+
+def _mix(z: Tensor) -> Tensor:
+    """The splitmix64 finaliser on int64 with wrap-around; shifts are logical, as on unsigned numbers."""
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX_1
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _MIX_2
+    return z ^ ((z >> 31) & ((1 << 33) - 1))

@@ -1,0 +1,39 @@
+"""Generative loss in nats and bits, and the two baselines a network has to beat."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt.metric.result import Number
+
+
+def likelihood_numbers(split: str, sums: Tensor) -> dict[str, Number]:
+    """`split/loss_gen` and `split/bits_per_token` from (Σ nats, Σ nats², images) over images, float64."""
+    total, squares, n = sums.tolist()
+    mean = total / n
+    stderr = math.sqrt(max(squares / n - mean**2, 0) / (n - 1)) if n > 1 else None
+    bits = Number(mean / math.log(2), "bits/token", int(n), None if stderr is None else stderr / math.log(2))
+    return {f"{split}/loss_gen": Number(mean, "nats/token", int(n), stderr), f"{split}/bits_per_token": bits}
+
+
+def token_sums(image_nats: Tensor) -> Tensor:
+    """(Σ nats, Σ nats², images) of a batch, (B,) → (3,) float64: sums add up over batches and processes, means do not."""
+    nats = image_nats.double()
+    return torch.stack([nats.sum(), nats.square().sum(), torch.tensor(float(len(nats)), dtype=nats.dtype, device=nats.device)])
+
+
+def unigram_nats(train: np.ndarray, held_out: np.ndarray, n_vocab: int) -> float:
+    """Nats per held-out token under the training tokens' histogram, one count added to each: what colour alone tells."""
+    counts = np.bincount(train.reshape(-1), minlength=n_vocab) + 1.0
+    return float(-np.log(counts / counts.sum())[held_out].mean())
+
+
+def position_nats(train: np.ndarray, held_out: np.ndarray, n_vocab: int) -> float:
+    """The same with one histogram for every position: what colour and place tell. (N, T) int64 arrays."""
+    n_ctx = train.shape[1]
+    counts = np.ones((n_ctx, n_vocab))
+    np.add.at(counts, (np.broadcast_to(np.arange(n_ctx), train.shape), train), 1.0)
+    nats = -np.log(counts / counts.sum(axis=1, keepdims=True))  # (T, V)
+    return float(nats[np.arange(n_ctx), held_out].mean())

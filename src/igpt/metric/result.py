@@ -1,0 +1,50 @@
+"""What a run found out: numbers with units, curves, pictures, files."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VERSION = 1  # of result.json
+
+
+@dataclass(frozen=True)
+class Number:
+    """A measured value with its unit, how many it was measured on, and, where known, its standard error."""
+
+    value: float
+    unit: str
+    n: int
+    stderr: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot: y over x."""
+
+    x: list[float]
+    y: list[float]
+    x_unit: str
+    y_unit: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Images to look at side by side: rows × columns of (R, R, 3) uint8, with a word over each column."""
+
+    images: np.ndarray  # (rows, columns, R, R, 3)
+    titles: tuple[str, ...] = ()
+
+
+@dataclass
+class Result:
+    """What a task returns; `report` writes it. Keys are `split/name`, as in `val/loss_gen`."""
+
+    numbers: dict[str, Number] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
+    palettes: dict[str, np.ndarray] = field(default_factory=dict)  # name → (k, 3) uint8
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)  # name → what is kept as name.npy
+    files: dict[str, Path] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,28 @@
+"""Pooled features of every layer in one forward pass."""
+
+import torch
+from torch import Tensor
+
+from igpt.model.gpt import GPT
+
+NORMS = ("ln_1", "raw")
+
+
+def layer_features(net: GPT, tokens: Tensor, keep: Tensor | None = None, *, norm: str = "ln_1") -> Tensor:
+    """The mean over positions of all L + 1 layers' hidden states: tokens (B, T) → (L + 1, B, C).
+
+    Layer 0 is the embedding, layer l the stream after l blocks. With `ln_1`, layer l < L is normed by the norm its
+    next block's attention reads through, and layer L by `ln_f` (Chen et al. 2020, §3.2). With `raw`, nothing is
+    normed (the first author's answer in openai/image-gpt#12). Memory for one layer's stream at a time is held.
+
+    Raises:
+        ValueError: another `norm`.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    norms = [*(block.ln_1 for block in net.h), net.ln_f] if norm == "ln_1" else [None] * (net.n_layer + 1)
+    pooled = [
+        (h if layer_norm is None else layer_norm(h)).mean(dim=1)  # (B, T, C) → (B, C)
+        for h, layer_norm in zip(net.residuals(tokens, keep), norms, strict=True)
+    ]
+    return torch.stack(pooled)

@@ -1,0 +1,94 @@
+"""Sampling images token by token, with a key/value cache that is allocated once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from igpt.model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from its distribution. The paper's samples: temperature 1, neither k nor p.
+
+    Raises:
+        ValueError: a temperature that is not above 0, top_k below 1, top_p outside (0, 1].
+    """
+
+    temperature: float
+    top_k: int | None  # only the k most likely colours; 1 is greedy
+    top_p: float | None  # only the likeliest colours that together hold p
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}; for the likeliest colour take top_k=1")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or null for no limit; got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], or be null for no limit; got {self.top_p}")
+
+    def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """One token a row by inverting the cumulative distribution: logits (B, V), uniforms (B,) → (B,) int64.
+
+        In float64, so that the same uniform gives the same token whatever batch the row is in, but for ties within
+        the rounding of the logits themselves.
+        """
+        scores = logits.double() / self.temperature
+        if self.top_k is not None and self.top_k < scores.shape[-1]:
+            kept = scores.topk(self.top_k).indices
+            scores = torch.full_like(scores, -torch.inf).scatter(-1, kept, scores.gather(-1, kept))
+        p = scores.softmax(-1)  # (B, V)
+        if self.top_p is not None and self.top_p < 1:
+            ranked, order = p.sort(descending=True, stable=True)
+            before = ranked.cumsum(-1) - ranked  # what the likelier colours hold
+            p = p.scatter(-1, order, ranked.where(before < self.top_p, 0.0))
+        cumulative = p.cumsum(-1)
+        target = uniforms.to(p)[:, None] * cumulative[:, -1:]
+        return (cumulative <= target).sum(-1).clamp(max=p.shape[-1] - 1)
+
+
+@torch.inference_mode()
+def generate(
+    net: GPT,
+    uniforms: Tensor,
+    sampling: Sampling,
+    *,
+    given: Tensor | None = None,
+    known: Tensor | None = None,
+    cached: bool = True,
+    on_token: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Images drawn from the network: uniforms (B, T) in [0, 1) → tokens (B, T) int64.
+
+    Where `known` (T,) is True the token of `given` (B, T) is taken instead of a drawn one. In raster order that is
+    a prompt and what follows is conditioned on it; in another order a known token conditions only what comes later
+    in that order. Row i depends on row i of its arguments alone. `on_token` hears how many positions are done.
+    `cached=False` runs a whole forward pass for every token, as OpenAI's sampler does: slow, for tests.
+
+    Raises:
+        ValueError: a network that is not causal, or arguments whose shapes do not fit.
+    """
+    if not net.causal:
+        raise ValueError("this network was trained with a bidirectional objective: only causal (ar) ones generate")
+    batch, n_ctx = uniforms.shape
+    if n_ctx != net.n_ctx or (given is not None and given.shape != uniforms.shape):
+        raise ValueError(f"uniforms and given must be (B, {net.n_ctx}), got {tuple(uniforms.shape)}")
+    if (given is None) != (known is None):
+        raise ValueError("given and known come together: the tokens, and which of them are to be kept")
+    tokens = torch.zeros(batch, n_ctx, dtype=torch.int64, device=uniforms.device)
+    shown = [False] * n_ctx if known is None else known.tolist()
+    if given is not None and known is not None:
+        tokens = torch.where(known.to(given.device), given, 0).to(uniforms.device)
+    start = shown.index(False) if False in shown else n_ctx  # the leading known run is read in one pass
+    cache = net.new_cache(batch) if cached else None
+    new = tokens[:, :start]
+    for i in range(start, n_ctx):
+        logits = net.step(new, cache) if cache is not None else net(tokens)[:, i]  # (B, V)
+        if not shown[i]:
+            tokens[:, i] = sampling.draw(logits, uniforms[:, i])
+        new = tokens[:, i : i + 1]
+        if on_token is not None:
+            on_token(i + 1)
+    return tokens

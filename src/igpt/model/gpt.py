@@ -1,0 +1,258 @@
+"""The Image GPT network: palette tokens → logits over the palette, exactly as OpenAI's `model.py` computes them.
+
+Sizes: B images, T tokens (n_ctx), C width (n_embd), H heads, D = C / H, V palette (n_vocab), L blocks (n_layer).
+Where the paper's text and the released code differ (norm, initialisation), the code is followed: its weights are
+what has to load here. Names of parameters are those of the released checkpoints.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from igpt import keyed
+
+NORM_EPS = 1e-5  # added to the mean square, inside the root (`model.py:norm`)
+GELU_SLOPE = 1.702  # quick-GELU: x * sigmoid(1.702 x) (`model.py:gelu2`)
+ATTENTION_PATHS = ("auto", "sdpa", "bmm")
+
+
+class Linear(nn.Module):
+    """x @ (scale · weight).T: (…, in) → (…, out), no bias. Unset (NaN) until `GPT.init_weights` or a load."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((n_out, n_in), math.nan))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return F.linear(x, self.weight if scale == 1.0 else self.weight * scale)
+
+
+def attention_path(q: Tensor) -> str:
+    """The faster way for these shapes, (B, H, T, D), on this device; measured in `docs/performance.md`."""
+    if q.device.type == "cpu" and q.shape[2] <= 128:
+        return "bmm"
+    return "sdpa"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, path: str = "auto") -> Tensor:
+    """Softmax attention of q over k and v: (B, H, T, D), 2 × (B, H, S, D) → (B, H, T, D), scaled by 1/√D.
+
+    With `causal`, position i sees positions 0 … i. This is the one place that chooses how it is computed: `sdpa`
+    (PyTorch's fused kernels) or `bmm` (plain batched products). Source: `model.py:attn`; its -1e10 for masked
+    scores and -inf give the same float32 softmax.
+    """
+    if path == "auto":
+        path = attention_path(q)
+    if path == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    b, h, t, d = q.shape
+    q, k, v = q.reshape(b * h, t, d), k.reshape(b * h, -1, d), v.reshape(b * h, -1, d)
+    scale = 1 / math.sqrt(d)
+    if causal:
+        mask = torch.full((t, t), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+        scores = torch.baddbmm(mask, q, k.mT, alpha=scale)  # (B·H, T, S)
+    else:
+        scores = torch.bmm(q, k.mT) * scale
+    return torch.bmm(scores.softmax(-1), v).view(b, h, t, d)
+
+
+@dataclass
+class Cache:
+    """Keys and values of every block for the positions seen so far, allocated once: L × 2 × (B, H, n_ctx, D)."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    length: int = field(default=0)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, T, C) → (B, T, C)."""
+
+    def __init__(self, n_embd: int, n_head: int, causal: bool) -> None:
+        super().__init__()
+        self.n_head, self.causal, self.path = n_head, causal, "auto"
+        self.c_attn = Linear(n_embd, 3 * n_embd)  # q, k, v; in each, heads are contiguous blocks of D rows
+        self.c_proj = Linear(n_embd, n_embd)
+
+    def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        b, t, c = x.shape
+        qkv = self.c_attn(x).view(b, t, 3, self.n_head, c // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 × (B, H, T, D)
+        causal = self.causal
+        if cache is not None:
+            start, end = cache.length, cache.length + t
+            assert t == 1 or start == 0, "a cache is filled by one prompt, then by single positions"
+            cache.keys[layer][:, :, start:end] = k
+            cache.values[layer][:, :, start:end] = v
+            if t == 1:  # the newest position sees all before it: nothing to mask
+                k, v, causal = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end], False
+        out = attend(q, k, v, causal=causal, path=self.path)
+        return self.c_proj(out.transpose(1, 2).reshape(b, t, c))
+
+
+class MLP(nn.Module):
+    """C → 4C → C with quick-GELU between.
+
+    quick_gelu(x) = x·sigmoid(1.702 x) = silu(1.702 x) / 1.702, so both factors go into the weights, which are
+    small, and the activations, which are large, see one fused kernel that keeps only its input.
+    """
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.c_fc = Linear(n_embd, 4 * n_embd)
+        self.c_proj = Linear(4 * n_embd, n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.silu(self.c_fc(x, GELU_SLOPE)), 1 / GELU_SLOPE)
+
+
+class Norm(nn.Module):
+    """x / √(mean(x²) + 1e-5) · g: no mean is subtracted and nothing is added (RMS norm, whatever its name says)."""
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.g = nn.Parameter(torch.full((n_embd,), math.nan))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.g.shape, self.g, NORM_EPS)
+
+
+class Block(nn.Module):
+    """A pre-norm GPT-2 block, (B, T, C) → (B, T, C)."""
+
+    def __init__(self, n_embd: int, n_head: int, causal: bool) -> None:
+        super().__init__()
+        self.ln_1 = Norm(n_embd)
+        self.attn = Attention(n_embd, n_head, causal)
+        self.ln_2 = Norm(n_embd)
+        self.mlp = MLP(n_embd)
+
+    def forward(self, h: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        h = h + self.attn(self.ln_1(h), cache, layer)
+        return h + self.mlp(self.ln_2(h))
+
+
+class GPT(nn.Module):
+    """Tokens (B, T) int64 → logits (B, T, V); `logits[:, i]` predicts `tokens[:, i]`.
+
+    `causal` (AR): a learned start vector `sos` shifts the input, so position i sees tokens 0 … i-1.
+    Not causal (BERT): every position sees every position whose `keep` is True; the embedding of the others is
+    zeroed before the position is added. No biases, no dropout. Source: Chen et al. 2020, §2, `model.py:model`.
+
+    Raises:
+        ValueError: a size that is not positive, or a width that the heads do not divide.
+    """
+
+    def __init__(
+        self, *, n_layer: int, n_embd: int, n_head: int, n_ctx: int, n_vocab: int, causal: bool
+    ) -> None:
+        super().__init__()
+        sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_ctx": n_ctx, "n_vocab": n_vocab}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
+        if n_embd % n_head:
+            raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}: choose a multiple of it")
+        self.n_layer, self.n_embd, self.n_head = n_layer, n_embd, n_head
+        self.n_ctx, self.n_vocab, self.causal = n_ctx, n_vocab, causal
+        self.checkpointing = False
+        self.wte = nn.Parameter(torch.full((n_vocab, n_embd), math.nan))  # input tokens
+        self.wpe = nn.Parameter(torch.full((n_ctx, n_embd), math.nan))  # positions
+        if causal:
+            self.sos = nn.Parameter(torch.full((n_embd,), math.nan))  # start of sequence
+        self.h = nn.ModuleList(Block(n_embd, n_head, causal) for _ in range(n_layer))
+        self.ln_f = Norm(n_embd)
+        self.wtet = nn.Parameter(torch.full((n_vocab, n_embd), math.nan))  # output head, not tied to wte
+
+    @property
+    def config(self) -> dict[str, int | bool]:
+        """The arguments that build this network again."""
+        sizes = {name: getattr(self, name) for name in ("n_layer", "n_embd", "n_head", "n_ctx", "n_vocab")}
+        return {**sizes, "causal": self.causal}
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draws every weight in place, each keyed by its name, so neither order nor sharding changes it.
+
+        The head starts at zero, so the first loss is exactly ln V. Only the attention's output projection depends
+        on depth: the paper says "as in Sparse Transformer", the code does this (`model.py`, initialisers).
+        """
+        for name, weight in self.named_parameters():
+            if name.endswith(".g"):
+                weight.fill_(1.0)
+                continue
+            std = self._init_std(name)
+            if std == 0:
+                weight.zero_()
+                continue
+            draw = torch.Generator().manual_seed(keyed.key(seed, "init", 0) ^ keyed.key(0, name))
+            weight.copy_(torch.empty(weight.shape).normal_(0, std, generator=draw))
+
+    def _init_std(self, name: str) -> float:
+        if name.endswith("attn.c_attn.weight"):
+            return 1 / math.sqrt(self.n_embd)
+        if name.endswith("attn.c_proj.weight"):
+            return 1 / math.sqrt(self.n_embd * self.n_layer)
+        return {"wpe": 0.01, "wtet": 0.0}.get(name, 0.02)  # 0.02: wte, sos and both MLP matrices
+
+    def embed(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The embedding h^0 of content and position: (B, T) int64, keep (B, T) bool → (B, T, C)."""
+        b, t = tokens.shape
+        if t != self.n_ctx:
+            raise ValueError(f"got {t} tokens an image, this network has {self.n_ctx} positions")
+        content = F.embedding(tokens[:, :-1] if self.causal else tokens, self.wte)
+        if keep is not None:
+            content = content * (keep[:, :-1] if self.causal else keep)[..., None]
+        if self.causal:
+            content = torch.cat([self.sos.expand(b, 1, -1), content], dim=1)
+        return content + self.wpe
+
+    def residuals(self, tokens: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
+        """The residual stream h^0, …, h^L, one (B, T, C) at a time: the embedding, then after each block."""
+        h = self.embed(tokens, keep)
+        yield h
+        for block in self.h:
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h = block(h)
+            yield h
+
+    def trunk(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The last hidden states, normed by `ln_f`: (B, T) → (B, T, C). What the token and class heads read."""
+        for h in self.residuals(tokens, keep):
+            pass
+        return self.ln_f(h)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every palette colour: (…, C) → (…, V)."""
+        return F.linear(hidden, self.wtet)
+
+    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+        return self.logits(self.trunk(tokens, keep))
+
+    def new_cache(self, batch: int) -> Cache:
+        """An empty key/value cache for `batch` images, of the network's dtype and device."""
+        shape = (batch, self.n_head, self.n_ctx, self.n_embd // self.n_head)
+        return Cache(*([self.wte.new_empty(shape) for _ in self.h] for _ in ("keys", "values")))
+
+    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Logits (B, V) of the next position, given the tokens (B, t) that are new since the last call.
+
+        The first call takes the prompt, (B, 0) when there is none, and puts `sos` in front; later ones take (B, 1).
+        """
+        assert self.causal, "only a causal network predicts a next token"
+        content = F.embedding(tokens, self.wte)
+        if cache.length == 0:
+            content = torch.cat([self.sos.expand(len(tokens), 1, -1), content], dim=1)
+        start, end = cache.length, cache.length + content.shape[1]
+        h = content + self.wpe[start:end]
+        for layer, block in enumerate(self.h):
+            h = block(h, cache, layer)
+        cache.length = end
+        return self.logits(self.ln_f(h[:, -1]))  # (B, V)

@@ -1,0 +1,24 @@
+"""Next-pixel prediction: the mean cross-entropy of every token given those before it."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class AR:
+    """-log p(x) = -Σ_i log p(x_i | x_<i), in nats per token. Source: Chen et al. 2020, §2.1; `model.py:model`.
+
+    Labels are the unshifted tokens, the first one too: the network itself shifts its input by `sos`.
+    """
+
+    name = "ar"
+    causal = True
+
+    def keep(self, tokens: Tensor, keys: Tensor) -> None:
+        return None
+
+    def image_nats(self, logits: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")  # (B·T,)
+        return nats.view(tokens.shape).mean(dim=1)
+
+    def loss(self, logits: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())

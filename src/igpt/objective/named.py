@@ -1,0 +1,16 @@
+"""Objectives by name, for configs and checkpoints: a name and numbers build one, never code from a file."""
+
+from collections.abc import Callable
+from typing import Any
+
+from igpt.objective.ar import AR
+from igpt.objective.base import Objective
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"ar": AR}
+
+
+def build(*, name: str, **settings: Any) -> Objective:
+    """The objective called `name`. Raises ValueError when there is none of that name."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"no objective called {name!r}; there are {', '.join(sorted(OBJECTIVES))}")
+    return OBJECTIVES[name](**settings)

@@ -1,0 +1,60 @@
+"""What people watch while a network trains: a bar, and pictures it makes."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from tqdm.auto import tqdm
+
+from igpt import keyed
+from igpt.metric.result import Grid
+from igpt.model.generate import Sampling, generate
+from igpt.report.figures import grid_picture
+
+
+class ProgressBar(L.Callback):
+    """One bar over the optimiser steps of the whole run, on a terminal; a log file gets lines instead."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        hidden = not (sys.stderr.isatty() and trainer.is_global_zero)
+        self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step", disable=hidden, leave=False)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.bar.update(trainer.global_step - self.bar.n)
+        seen = trainer.callback_metrics
+        shown = {name: f"{float(seen[name]):.4g}" for name in ("train/loss_gen", "val/loss_gen", "images_per_s") if name in seen}
+        self.bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+class SampleGrid(L.Callback):
+    """A grid of samples every so many validations, always of the same draws, so that one sees them form."""
+
+    def __init__(self, *, count: int, every: int, temperature: float) -> None:
+        if count < 1 or every < 1:
+            raise ValueError(f"callbacks.samples.count and .every start at 1, got {count} and {every}")
+        self.count, self.every = count, every
+        self.sampling = Sampling(temperature, None, None)
+        self._validations = 0
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validations += 1
+        net, data = pl_module.net, trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.state.fn != "fit" or self._validations % self.every or not net.causal or not trainer.is_global_zero:
+            return
+        keys = keyed.item_keys(torch.tensor(keyed.key(0, "sample grid")), torch.arange(self.count))
+        tokens = generate(net, keyed.uniform(keys, net.n_ctx).to(pl_module.device), self.sampling)
+        images = data.decode(tokens)  # (N, R, R, 3)
+        path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
+        columns = int(self.count**0.5)
+        rows = self.count // columns
+        grid = Grid(images[: rows * columns].reshape(rows, columns, *images.shape[1:]))
+        grid_picture(path, grid)

@@ -1,0 +1,72 @@
+"""Arrays → pictures: grids of images, palettes, curves."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from igpt import files
+from igpt.metric.result import Curve, Grid
+
+CELL = 96  # pixels a side that an image is shown at, at least
+GAP = 6
+BACKGROUND = (255, 255, 255)
+INK = (60, 60, 60)
+
+
+def draw_grid(grid: Grid) -> Image.Image:
+    """The images of a grid with white between them and titles above, each pixel enlarged to a whole square."""
+    rows, columns, side = grid.images.shape[:3]
+    scale = max(1, CELL // side)
+    cell = side * scale
+    head = 22 if grid.titles else 0
+    size = (columns * (cell + GAP) + GAP, rows * (cell + GAP) + GAP + head)
+    picture = Image.new("RGB", size, BACKGROUND)
+    for row in range(rows):
+        for column in range(columns):
+            tile = Image.fromarray(grid.images[row, column]).resize((cell, cell), Image.Resampling.NEAREST)
+            picture.paste(tile, (GAP + column * (cell + GAP), GAP + head + row * (cell + GAP)))
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for column, title in enumerate(grid.titles):
+        middle = GAP + column * (cell + GAP) + cell // 2
+        pen.text((middle, 5), title, fill=INK, font=font, anchor="ma")
+    return picture
+
+
+def grid_picture(path: Path, grid: Grid) -> None:
+    """Writes `draw_grid` as PNG."""
+    _save(path, draw_grid(grid))
+
+
+def palette_picture(path: Path, colours: np.ndarray) -> None:
+    """Writes every colour of a palette, (k, 3) uint8, as a square, in token order from the top left."""
+    columns = int(np.ceil(np.sqrt(len(colours))))
+    rows = -(-len(colours) // columns)
+    squares = np.full((rows * columns, 3), 255, dtype=np.uint8)
+    squares[: len(colours)] = colours
+    scale = max(4, 384 // columns)
+    image = Image.fromarray(squares.reshape(rows, columns, 3))
+    _save(path, image.resize((columns * scale, rows * scale), Image.Resampling.NEAREST))
+
+
+def curves_figure(path: Path, curves: dict[str, Curve]) -> None:
+    """Writes all curves in one plot; those with one point are left to the numbers."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        if len(curve.x) > 1:
+            axes.plot(curve.x, curve.y, label=name, linewidth=1.4)
+            axes.set_xlabel(curve.x_unit)
+            axes.set_ylabel(curve.y_unit)
+    if axes.lines:
+        axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def _save(path: Path, image: Image.Image) -> None:
+    with files.atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")

@@ -1,0 +1,115 @@
+"""The run folder: its name, what is kept in it, and whether it is finished."""
+
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from igpt import files
+from igpt.metric.result import VERSION, Curve, Number, Result
+from igpt.report.figures import curves_figure, grid_picture, palette_picture
+
+# Settings that say where and whether to run, not what: they do not change a run's identity.
+OUTSIDE_IDENTITY = ("paths", "resume", "force", "init", "logger")
+PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safetensors")
+
+
+def identity(config: dict[str, Any], weights_sha256: str | None) -> str:
+    """8 hexadecimal digits of everything that decides a run's outcome: its resolved config and starting weights."""
+    chosen = {key: value for key, value in config.items() if key not in OUTSIDE_IDENTITY}
+    text = json.dumps([chosen, weights_sha256], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder. `run.json` is written when it starts, `result.json` when it has ended well."""
+
+    path: Path
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "result.json").is_file()
+
+    @property
+    def started(self) -> bool:
+        return (self.path / "run.json").is_file()
+
+    def start(self, config: dict[str, Any], overrides: list[str]) -> None:
+        """Writes what is about to run, unless that was written before."""
+        if not self.started:
+            record = {"version": VERSION, "overrides": overrides, "config": config, **environment()}
+            files.write_json(self.path / "run.json", record)
+
+    def read_run(self) -> dict[str, Any]:
+        """What `start` wrote. Raises ValueError when this is no run folder, or one of another version."""
+        if not self.started:
+            raise ValueError(f"{self.path} is no run folder: it has no run.json")
+        return self._versioned("run.json")
+
+    def read_result(self) -> dict[str, Any]:
+        """The finished run's result.json. Raises ValueError on another version."""
+        return self._versioned("result.json")
+
+    def _versioned(self, name: str) -> dict[str, Any]:
+        record = files.read_json(self.path / name)
+        if not isinstance(record, dict) or record.get("version") != VERSION:
+            raise ValueError(f"{self.path / name} is of another version than {VERSION}: use the release that wrote it")
+        return record
+
+    def finish(self, task: str, result: Result, *, seconds: float) -> None:
+        """Writes pictures and arrays, then `result.json`."""
+        for name, grid in result.grids.items():
+            grid_picture(self._place(result, name, ".png"), grid)
+        for name, colours in result.palettes.items():
+            palette_picture(self._place(result, f"{name}_colours", ".png"), colours)
+        for name, array in result.arrays.items():
+            with files.atomic_write(self._place(result, f"{name}_tokens", ".npy")) as file:
+                np.save(file, array, allow_pickle=False)
+        if result.curves:
+            curves_figure(self._place(result, "curves", ".png"), result.curves)
+        record = {
+            "version": VERSION,
+            "task": task,
+            "numbers": {key: asdict(number) for key, number in result.numbers.items()},
+            "curves": {key: asdict(curve) for key, curve in result.curves.items()},
+            "files": {key: str(path) for key, path in result.files.items()},
+            "provenance": result.provenance,
+            "config": self.read_run()["config"],
+            "seconds": seconds,
+            **environment(),
+        }
+        files.write_json(self.path / "result.json", record)
+
+    def _place(self, result: Result, name: str, suffix: str) -> Path:
+        result.files[name] = Path(f"{name}{suffix}")
+        return self.path / f"{name}{suffix}"
+
+
+def result_of(record: dict[str, Any]) -> Result:
+    """The numbers, curves and files of a `result.json`, as they were returned by the task."""
+    return Result(
+        numbers={key: Number(**number) for key, number in record["numbers"].items()},
+        curves={key: Curve(**curve) for key, curve in record["curves"].items()},
+        files={key: Path(path) for key, path in record["files"].items()},
+        provenance=record["provenance"],
+    )
+
+
+def environment() -> dict[str, Any]:
+    """The commit, versions and command of this process."""
+    root = Path(__file__).parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown"  # not a git checkout, or no git: an installed package has none
+    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return {"commit": commit, "versions": versions, "command": " ".join(["python", *sys.argv])}

@@ -1,0 +1,22 @@
+"""The closing table: what a run found out, in a screenful."""
+
+from pathlib import Path
+
+from igpt.metric.result import Number, Result
+
+
+def closing_table(result: Result, folder: Path, seconds: float) -> str:
+    """Numbers with unit, standard error and count, then the pictures to open."""
+    rows = [(key, _value(number), number.unit, f"n = {number.n:,}") for key, number in result.numbers.items()]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    lines = ["  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]), row[3]]) for row in rows]
+    shown = [f"{folder / path}" for path in result.files.values() if path.suffix in {".png", ".html"}]
+    rule = "─" * max((len(line) for line in lines), default=20)
+    return "\n".join([rule, *lines, rule, *shown, f"{folder}  ({seconds:.0f} s)"])
+
+
+def _value(number: Number) -> str:
+    if float(number.value).is_integer() and abs(number.value) < 1e15:
+        return f"{int(number.value):,}"
+    text = f"{number.value:,.4f}" if abs(number.value) < 1e4 else f"{number.value:,.0f}"
+    return text if number.stderr is None else f"{text} ± {number.stderr:.4f}"

@@ -1,0 +1,95 @@
+"""Completions: the top of real images is given, the model continues it, several times."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from igpt import keyed
+from igpt.checkpoint.native import Weights
+from igpt.metric.result import Grid, Number, Result
+from igpt.model.generate import Sampling
+from igpt.task.fit import Runner
+from igpt.task.sample import draw
+from igpt.tokens.datamodule import TokenDataModule
+
+HIDDEN = 127  # grey of the part that was not given
+
+
+def prompt_rows(fraction: float, rows: int | None, side: int) -> int:
+    """How many rows are given: `rows` when stated, else `fraction` of the image in whole rows.
+
+    Raises:
+        ValueError: a fraction outside [0, 1], or more rows than the image has.
+    """
+    if rows is None:
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"task.fraction must lie in [0, 1], got {fraction}")
+        rows = round(fraction * side)
+    if not 0 <= rows <= side:
+        raise ValueError(f"task.rows must lie in 0 … {side}, the image's height; got {rows}")
+    return rows
+
+
+def run(
+    *,
+    runner: Runner,
+    weights: Weights,
+    tokens: Callable[..., TokenDataModule],
+    seed: int,
+    split: str,
+    count: int,
+    completions: int,
+    fraction: float,
+    rows: int | None,
+    batch_size: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> Result:
+    """Each of `count` images of `split` beside what was given and `completions` continuations, as one picture."""
+    if count < 1 or completions < 1:
+        raise ValueError(f"task.count and task.completions start at 1, got {count} and {completions}")
+    sampling = Sampling(temperature, top_k, top_p)
+    data = tokens(plan=runner.machine.plan(batch_size))
+    side = data.raster.side
+    n_row = prompt_rows(fraction, rows, side)
+    source = data.source.split(split)
+    if count > len(source):
+        raise ValueError(f"task.count={count} images asked for, the {split} split has {len(source)}")
+    chosen = np.sort(keyed.generator(seed, "complete").permutation(len(source))[:count])
+    pixels = source.read(chosen.tolist(), [0] * count).pixels  # (N, R, R, 3)
+    originals = data.encode(torch.from_numpy(pixels))  # (N, T)
+
+    net = weights.net().to(runner.machine.device).eval()
+    image = torch.from_numpy(chosen).repeat_interleave(completions)  # (N·M,)
+    which = torch.arange(completions).repeat(count)
+    keys = keyed.item_keys(keyed.item_keys(torch.tensor(keyed.key(seed, "complete")), image), which)
+    known = data.raster.known(n_row)  # (T,)
+    drawn = draw(
+        net, sampling, keys=keys, batch_size=batch_size, given=originals.repeat_interleave(completions, 0), known=known
+    )
+    quantised = data.decode(originals)
+    shown = quantised.copy()
+    shown[:, n_row:] = HIDDEN
+    continued = data.decode(drawn).reshape(count, completions, side, side, 3)
+    grid = np.concatenate([quantised[:, None], shown[:, None], continued], axis=1)
+    titles = ("original", "given", *(f"completion {i + 1}" for i in range(completions)))
+    agree = (drawn == originals.repeat_interleave(completions, 0))[:, ~known].double()
+    numbers = {}
+    if agree.numel():
+        numbers["complete/pixels_as_original"] = Number(float(agree.mean()), "share", count * completions)
+    return Result(
+        numbers=numbers,
+        grids={"completions": Grid(grid, titles)},
+        arrays={"completions": drawn.numpy().astype(np.int16)},
+        provenance={
+            "weights": weights.sha256,
+            "palette": data.palette.hash,
+            "sampling": vars(sampling),
+            "seed": seed,
+            "split": split,
+            "images": chosen.tolist(),
+            "rows": n_row,
+        },
+    )

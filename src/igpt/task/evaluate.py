@@ -1,0 +1,55 @@
+"""The generative loss of a trained network on a split, beside what its colours alone would tell."""
+
+from collections.abc import Callable
+
+import lightning as L
+
+from igpt.checkpoint.native import Weights
+from igpt.metric.likelihood import position_nats, unigram_nats
+from igpt.metric.result import Number, Result
+from igpt.model.gpt import GPT
+from igpt.objective.base import Objective
+from igpt.task.fit import Machine, Runner
+from igpt.task.score import GenerativeScore
+from igpt.tokens.datamodule import Batch, TokenDataModule
+
+
+class EvaluateModule(L.LightningModule):
+    """Scores a frozen network; it trains nothing."""
+
+    def __init__(self, *, net: GPT, objective: Objective, machine: Machine, split: str) -> None:
+        super().__init__()
+        machine.prepare(net)
+        self.net, self.split = net, split
+        self.score = GenerativeScore(objective)
+        self.numbers: dict[str, Number] = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.score.add(self.net, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.numbers = self.score.numbers(self.split, self.trainer)
+
+
+def run(
+    *,
+    runner: Runner,
+    tokens: Callable[..., TokenDataModule],
+    weights: Weights,
+    objective: Objective,
+    split: str,
+    batch_size: int,
+    baselines: bool,
+) -> Result:
+    """Nats and bits per token on `split`; with `baselines`, those of two histograms of the training tokens."""
+    plan = runner.machine.plan(batch_size)
+    data = tokens(plan=plan, eval_split=split)
+    module = EvaluateModule(net=weights.net(), objective=objective, machine=runner.machine, split=split)
+    runner.validate(module, data)
+    numbers = dict(module.numbers)
+    if baselines:
+        train, held_out = data.all_tokens("train").numpy(), data.all_tokens(split).numpy()
+        k, n = data.palette.k, len(held_out)
+        numbers[f"{split}/unigram"] = Number(unigram_nats(train, held_out, k), "nats/token", n)
+        numbers[f"{split}/position_histogram"] = Number(position_nats(train, held_out, k), "nats/token", n)
+    return Result(numbers=numbers, provenance={"weights": weights.sha256, "palette": data.palette.hash, "split": split})

@@ -1,0 +1,181 @@
+"""The machine a run uses, and the Trainer calls that all tasks share."""
+
+import ctypes
+import logging
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+
+from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
+from igpt.data.order import BatchPlan
+from igpt.model.gpt import ATTENTION_PATHS, GPT
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+MATMUL_PRECISIONS = ("auto", "highest", "high", "medium")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a run is carried out: all of it may change without changing what is learned, but for rounding.
+
+    Raises:
+        ValueError: a value that is none of those allowed, or an accelerator that is not there.
+    """
+
+    accelerator: str  # auto, cpu or gpu
+    devices: int
+    precision: str
+    micro_batch: int | None  # images per forward pass on one device; null: batch_size / devices
+    compile: bool  # torch.compile of every block
+    activation_checkpointing: bool
+    attention: str
+    matmul_precision: str
+    num_workers: int  # processes that read images
+    peak_tflops: float | None  # of one device, to state utilisation against
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "accelerator": ("auto", "cpu", "gpu"),
+            "precision": PRECISIONS,
+            "attention": ATTENTION_PATHS,
+            "matmul_precision": MATMUL_PRECISIONS,
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"trainer.{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            raise ValueError("trainer=gpu, but PyTorch sees no GPU here: choose trainer=cpu, or install a CUDA build")
+        if self.devices < 1:
+            raise ValueError(f"trainer.devices must be at least 1, got {self.devices}")
+
+    @property
+    def device(self) -> torch.device:
+        """The device of a task that needs no Trainer, such as sampling."""
+        on_gpu = self.accelerator != "cpu" and torch.cuda.is_available()
+        return torch.device("cuda" if on_gpu else "cpu")
+
+    def plan(self, batch_size: int) -> BatchPlan:
+        """How `batch_size` images a step are shared out. Raises ValueError when they cannot be."""
+        micro_batch = self.micro_batch
+        if micro_batch is None:
+            micro_batch, rest = divmod(batch_size, self.devices)
+            if rest:
+                raise ValueError(f"task.batch_size {batch_size} is no multiple of trainer.devices {self.devices}")
+        return BatchPlan(batch_size=batch_size, micro_batch=micro_batch, n_device=self.devices)
+
+    def prepare(self, net: GPT) -> None:
+        """Applies what concerns the network: attention path, activation checkpointing, compilation."""
+        net.checkpointing = self.activation_checkpointing
+        for block in net.h:
+            block.attn.path = self.attention
+            if self.compile:
+                block.compile()
+
+
+@contextmanager
+def matmul_precision(setting: str, device: torch.device) -> Iterator[None]:
+    """float32 matrix products as `setting` says, while the block lasts.
+
+    `auto` is `medium` on a CPU without AMX: there it only picks oneDNN's kernels, which still compute in float32 and
+    are about twice as fast as the default. Everywhere else, where it would round to bfloat16, `auto` is `highest`.
+    """
+    if setting == "auto":
+        setting = "medium" if device.type == "cpu" and not _has_amx() else "highest"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _has_amx() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return not cpuinfo.is_file() or "amx_" in cpuinfo.read_text()
+
+
+def hold_memory() -> None:
+    """Keeps freed memory in this process instead of returning it to the system after every step (glibc only).
+
+    The activations of each step are as large as those of the last; asking for them anew costs 3 to 10 % of a step on
+    a CPU (`docs/performance.md`).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs LightningModules in one run folder: the shared Trainer calls."""
+
+    machine: Machine
+    folder: Path
+    loggers: list[Logger] = field(default_factory=list)
+    callbacks: list[L.Callback] = field(default_factory=list)
+
+    def fit(
+        self,
+        module: L.LightningModule,
+        data: L.LightningDataModule,
+        *,
+        plan: BatchPlan,
+        steps: int,
+        val_every: int,
+        callbacks: list[L.Callback],
+    ) -> None:
+        """Trains for `steps` optimiser steps, from the folder's newest checkpoint when it has one.
+
+        The whole run is one Lightning epoch over an endless loader. `val_every` 0: no validation on the way.
+        """
+        if steps < 1:
+            raise ValueError(f"task.steps must be at least 1, got {steps}")
+        resume_from = latest_checkpoint(self.folder)
+        if resume_from is not None:
+            log.info("resuming from %s", resume_from)
+        trainer = self._trainer(
+            max_steps=steps,
+            max_epochs=-1,
+            accumulate_grad_batches=plan.accumulate,
+            val_check_interval=val_every * plan.accumulate if val_every else None,
+            check_val_every_n_epoch=None if val_every else 1,
+            limit_val_batches=1.0 if val_every else 0,
+            num_sanity_val_steps=0,
+            logger=self.loggers,
+            callbacks=[*self.callbacks, *callbacks],
+        )
+        if self.machine.device.type == "cpu":
+            hold_memory()
+        with matmul_precision(self.machine.matmul_precision, self.machine.device):
+            trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+
+    def validate(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
+        """One pass of the module's validation over the data's evaluation split."""
+        with matmul_precision(self.machine.matmul_precision, self.machine.device):
+            self._trainer(logger=False).validate(module, datamodule=data, verbose=False)
+
+    def _trainer(self, **options: Any) -> L.Trainer:
+        machine = self.machine
+        return L.Trainer(
+            accelerator=machine.accelerator,
+            devices=machine.devices,
+            precision=machine.precision,
+            default_root_dir=self.folder,
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **options,
+        )

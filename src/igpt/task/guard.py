@@ -1,0 +1,36 @@
+"""A non-finite loss stops the run before it can overwrite anything good."""
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the message names the step."""
+
+
+class FiniteGuard:
+    """Remembers the first step whose loss was not finite, without making a GPU wait at every step.
+
+    On the CPU, where looking costs nothing, `see` raises at once; elsewhere `check` does, which is called at every
+    logged step and before every checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._first_bad: Tensor | None = None
+
+    def see(self, loss: Tensor, step: int) -> None:
+        """Notes the loss, a scalar, of optimiser step `step` (counted from 1)."""
+        if self._first_bad is None:
+            self._first_bad = torch.zeros((), dtype=torch.int64, device=loss.device)
+        newly_bad = ~loss.isfinite() & (self._first_bad == 0)
+        self._first_bad = torch.where(newly_bad, step, self._first_bad)
+        if loss.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Raises NonFiniteLossError when some loss seen so far was not finite."""
+        if self._first_bad is not None and (step := int(self._first_bad.item())):
+            raise NonFiniteLossError(
+                f"the loss of step {step} is not finite: the run is stopped and its last checkpoint kept; "
+                f"lower task.learning_rate, or lengthen task.warmup_steps"
+            )

@@ -1,0 +1,209 @@
+"""Generative pretraining: the paper's recipe, from tokens to weights."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from igpt.checkpoint.native import Origin, Weights, save_model
+from igpt.metric.result import Curve, Number, Result
+from igpt.metric.throughput import Meter, train_flops_per_image
+from igpt.model.gpt import GPT
+from igpt.objective.base import Objective
+from igpt.task.checkpoints import Checkpoints
+from igpt.task.fit import Machine, Runner
+from igpt.task.guard import FiniteGuard
+from igpt.task.optim import adam, scheduled
+from igpt.task.score import GenerativeScore
+from igpt.tokens.datamodule import Batch, TokenDataModule
+
+log = logging.getLogger(__name__)
+
+
+class PretrainModule(L.LightningModule):
+    """Minimises a generative objective. Source of the defaults in `conf/task/pretrain.yaml`: Chen et al. 2020, §3.1."""
+
+    def __init__(
+        self,
+        *,
+        net: Callable[[], GPT],
+        objective: Objective,
+        machine: Machine,
+        optimizer: dict[str, float],
+        warmup_steps: int,
+        steps: int,
+        log_every: int,
+        batch_size: int,
+        seed: int,
+        weights: Weights | None,
+    ) -> None:
+        super().__init__()
+        self.build_net, self.objective, self.machine = net, objective, machine
+        self.optimizer, self.warmup_steps, self.steps = optimizer, warmup_steps, steps
+        self.log_every, self.batch_size, self.seed, self.weights = log_every, batch_size, seed, weights
+        self.score = GenerativeScore(objective)
+        self.guard = FiniteGuard()
+        self.step_loss: Tensor | None = None  # mean over the passes of this optimiser step, nats per token
+        self.history: dict[str, list[tuple[int, float]]] = {}  # name → (step, value), kept in checkpoints
+        self.numbers: dict[str, Number] = {}  # of the last validation
+        self.net: GPT | None = None
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        self.net = self.build_net()
+        if self.weights is None:
+            self.net.init_weights(self.seed)
+        else:
+            self.weights.load_into(self.net)
+        self.machine.prepare(self.net)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = adam(self.parameters(), **self.optimizer)
+        schedule = scheduled(optimizer, warmup_steps=self.warmup_steps, steps=self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert self.net is not None
+        tokens, keys = batch.tokens, batch.keys  # (B, T), (B,)
+        keep = self.objective.keep(tokens, keys)  # (B, T) pixels the net may see; None: all
+        loss = self.objective.loss(self.net(tokens, keep), tokens, keep)  # nats per token
+        share = loss.detach() / self.trainer.accumulate_grad_batches
+        self.step_loss = share if self.step_loss is None else self.step_loss + share
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Looks at the loss before it can change a weight, and notes it every `log_every` steps."""
+        assert self.step_loss is not None
+        step = self.global_step + 1
+        self.guard.see(self.step_loss, step)
+        if step % self.log_every == 0:
+            self.guard.check()
+            loss = self.trainer.strategy.reduce(self.step_loss, reduce_op="mean")
+            self.note("train/loss_gen", step, float(loss))
+        self.step_loss = None
+
+    def note(self, name: str, step: int, value: float) -> None:
+        """Adds a point to the curve `name`."""
+        self.history.setdefault(name, []).append((step, value))
+
+    def on_train_start(self) -> None:
+        assert self.net is not None
+        peak = self.machine.peak_tflops
+        self.meter = Meter(
+            flops_per_image=train_flops_per_image(**{k: v for k, v in self.net.config.items() if k != "n_head"}),
+            n_ctx=self.net.n_ctx,
+            peak_flops=peak * 1e12 * self.machine.devices if peak else None,
+        )
+        self.logged_step = self.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        step = self.global_step
+        if step % self.log_every or step == self.logged_step:
+            return
+        self.meter.add((step - self.logged_step) * self.batch_size)
+        self.logged_step = step
+        loss = self.history["train/loss_gen"][-1][1]
+        figures = self.meter.read()
+        seen = {"images_seen": float(step * self.batch_size), "tokens_seen": float(step * self.batch_size * batch.tokens[0].numel())}
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        rank_0 = {"rank_zero_only": True} if self.trainer.world_size > 1 else {}
+        self.log_dict({"train/loss_gen": loss, "lr": rate, **figures, **seen}, **rank_0)
+        speed = ", ".join(f"{value:.3g} {name.replace('_per_s', '/s').replace('_', ' ')}" for name, value in figures.items())
+        log.info("step %d/%d: %.4f nats/token, %s", step, self.steps, loss, speed, extra={"progress": True})
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "fit":
+            self.meter.pause()
+
+    def on_validation_end(self) -> None:
+        if self.trainer.state.fn == "fit":
+            self.meter.resume()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert self.net is not None
+        self.score.add(self.net, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.numbers = self.score.numbers("val", self.trainer)
+        loss = self.numbers["val/loss_gen"].value
+        self.log("val/loss_gen", loss, rank_zero_only=self.trainer.world_size > 1)
+        if self.trainer.state.fn == "fit":
+            self.note("val/loss_gen", self.global_step, loss)
+            log.info("step %d/%d: val %.4f nats/token", self.global_step, self.steps, loss)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["history"] = {name: [list(point) for point in points] for name, points in self.history.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.history = {name: [(int(x), float(y)) for x, y in points] for name, points in checkpoint["history"].items()}
+
+
+def run(
+    *,
+    runner: Runner,
+    tokens: Callable[..., TokenDataModule],
+    net: Callable[[], GPT],
+    objective: Objective,
+    origin: Callable[..., Origin],
+    weights: Weights | None,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    warmup_steps: int,
+    val_every: int,
+    log_every: int,
+    checkpoint_every: int,
+    checkpoint_keep: int,
+) -> Result:
+    """Trains a network and leaves `model/` and `checkpoints/` in the run folder. Lengths are in optimiser steps."""
+    plan = runner.machine.plan(batch_size)
+    data = tokens(plan=plan)
+    if log_every < 1 or val_every < 0:
+        raise ValueError(f"task.log_every starts at 1 and task.val_every at 0 (never), got {log_every} and {val_every}")
+    module = PretrainModule(
+        net=net,
+        objective=objective,
+        machine=runner.machine,
+        optimizer={
+            "learning_rate": learning_rate,
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": weight_decay,
+        },
+        warmup_steps=warmup_steps,
+        steps=steps,
+        log_every=log_every,
+        batch_size=batch_size,
+        seed=seed,
+        weights=weights,
+    )
+    saving = Checkpoints(runner.folder, every=checkpoint_every, keep=checkpoint_keep, val_every=val_every)
+    runner.fit(module, data, plan=plan, steps=steps, val_every=val_every, callbacks=[saving])
+    runner.validate(module, data)
+    assert module.net is not None
+    save_model(runner.folder / "model", module.net.state_dict(), origin(step=steps))
+    n_weight = sum(p.numel() for p in module.net.parameters())
+    images = steps * batch_size
+    return Result(
+        numbers={
+            **module.numbers,
+            "parameters": Number(n_weight, "weights", 1),
+            "train/images_seen": Number(images, "images", images),
+        },
+        curves={
+            name: Curve([float(x) for x, _ in points], [y for _, y in points], "optimiser step", "nats/token")
+            for name, points in module.history.items()
+        },
+        files={"model": Path("model"), "checkpoints": Path("checkpoints")},
+        provenance={"step": steps, "seed": seed},
+    )

@@ -1,0 +1,111 @@
+"""Images drawn from the model, unconditionally."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from igpt import keyed
+from igpt.checkpoint.native import Weights
+from igpt.metric.result import Grid, Number, Result
+from igpt.model.generate import Sampling, generate
+from igpt.model.gpt import GPT
+from igpt.task.fit import Runner
+from igpt.tokens.datamodule import decode
+from igpt.tokens.palette import Palette
+from igpt.tokens.raster import Raster
+
+log = logging.getLogger(__name__)
+
+
+def draw(
+    net: GPT,
+    sampling: Sampling,
+    *,
+    keys: Tensor,
+    batch_size: int,
+    given: Tensor | None = None,
+    known: Tensor | None = None,
+) -> Tensor:
+    """One image a key, `batch_size` at a time, with a bar of pixels: keys (N,) → tokens (N, T) on the CPU.
+
+    Image i depends on its key and its row of `given` (N, T) alone, not on the batch it was drawn in.
+    """
+    if batch_size < 1:
+        raise ValueError(f"task.batch_size must be at least 1, got {batch_size}")
+    device = net.wte.device
+    drawn = []
+    start = time.perf_counter()
+    n_new = net.n_ctx if known is None else int((~known).sum())
+    with _bar(len(keys) * n_new) as bar:
+        for first in range(0, len(keys), batch_size):
+            rows = slice(first, first + batch_size)
+            uniforms = keyed.uniform(keys[rows], net.n_ctx).to(device)  # (b, T)
+            tokens = generate(
+                net,
+                uniforms,
+                sampling,
+                given=None if given is None else given[rows].to(device),
+                known=known,
+                on_token=lambda _, b=len(uniforms): bar.update(b),  # type: ignore[misc]
+            )
+            drawn.append(tokens.cpu())
+    seconds = time.perf_counter() - start
+    log.info("drew %d images in %.1f s: %.0f pixels/s", len(keys), seconds, len(keys) * n_new / seconds)
+    return torch.cat(drawn)
+
+
+@contextmanager
+def _bar(total: int) -> Iterator["tqdm[None]"]:
+    with tqdm(total=total, unit="pixel", unit_scale=True, desc="sampling", disable=None, leave=False) as bar:
+        yield bar
+
+
+def vocabulary_of(weights: Weights) -> tuple[Palette, Raster]:
+    """What the tokens of a checkpoint mean: its colours, and the order of its pixels."""
+    side = round(weights.origin.network["n_ctx"] ** 0.5)
+    return Palette(weights.origin.centres), Raster(side, tuple(weights.origin.permutation))
+
+
+def run(
+    *,
+    runner: Runner,
+    weights: Weights,
+    seed: int,
+    count: int,
+    batch_size: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> Result:
+    """`count` samples as one picture, and as tokens in `samples.npy`."""
+    if count < 1:
+        raise ValueError(f"task.count must be at least 1, got {count}")
+    sampling = Sampling(temperature, top_k, top_p)
+    palette, raster = vocabulary_of(weights)
+    net = weights.net().to(runner.machine.device).eval()
+    keys = keyed.item_keys(torch.tensor(keyed.key(seed, "sample")), torch.arange(count))
+    start = time.perf_counter()
+    tokens = draw(net, sampling, keys=keys, batch_size=batch_size)
+    seconds = time.perf_counter() - start
+    return Result(
+        numbers={"sample/pixels_per_s": Number(tokens.numel() / seconds, "pixels/s", count)},
+        grids={"samples": Grid(as_grid(decode(tokens, palette, raster)))},
+        arrays={"samples": tokens.numpy().astype(np.int16)},
+        provenance={"weights": weights.sha256, "palette": palette.hash, "sampling": vars(sampling), "seed": seed},
+    )
+
+
+def as_grid(images: np.ndarray) -> np.ndarray:
+    """Images (N, R, R, 3) in a grid as square as may be, (rows, columns, R, R, 3); the last row is filled with white."""
+    n = len(images)
+    columns = int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    filled = np.full((rows * columns, *images.shape[1:]), 255, dtype=np.uint8)
+    filled[:n] = images
+    return filled.reshape(rows, columns, *images.shape[1:])

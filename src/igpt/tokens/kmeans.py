@@ -1,0 +1,78 @@
+"""Fitting a palette to pixels: k-means on distinct colours, weighted by how often each occurs."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+from sklearn.cluster import KMeans
+
+from igpt import keyed
+from igpt.data.source import Source, Split
+from igpt.tokens.palette import K_MAX, K_MIN, Palette
+
+log = logging.getLogger(__name__)
+
+
+def fit(pixels: np.ndarray, *, k: int, iterations: int, seed: int) -> Palette:
+    """The k-means palette of (N, 3) uint8 pixels, colours ordered from dark to light.
+
+    k-means++ and Lloyd on the distinct colours with their counts as weights: the same objective as on all pixels, at
+    a fraction of the cost. When there are exactly k distinct colours they are the palette, without error. Grey
+    pixels give a grey palette.
+
+    Raises:
+        ValueError: k outside 2 … 4096, or above the number of distinct colours.
+    """
+    if not K_MIN <= k <= K_MAX:
+        raise ValueError(f"k must lie in {K_MIN} … {K_MAX}, got {k}")
+    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)  # (U, 3), (U,)
+    if k > len(colours):
+        raise ValueError(f"k = {k} colours asked for, but the pixels hold only {len(colours)} distinct ones: lower k")
+    points = colours / 127.5 - 1  # (U, 3) float64 in [-1, 1]
+    if k < len(colours):
+        random_state = keyed.key(seed, "kmeans") % 2**32
+        solver = KMeans(k, init="k-means++", n_init=1, max_iter=iterations, random_state=random_state)
+        points = solver.fit(points, sample_weight=counts).cluster_centers_
+    centres = np.clip(points, -1, 1).astype(np.float32)
+    grey = (colours == colours[:, :1]).all()
+    if grey:  # rounding inside k-means must not tint what was grey
+        centres = np.repeat(centres[:, :1], 3, axis=1)
+    order = np.lexsort((*centres.T, centres.sum(axis=1)))
+    return Palette(centres[order])
+
+
+def sample_pixels(split: Split, *, n_pixels: int, seed: int) -> np.ndarray:
+    """At most `n_pixels` pixels of a split, as whole images in a seeded order: (N, 3) uint8."""
+    order = keyed.generator(seed, "palette").permutation(len(split))
+    side = split.read([0], [0]).pixels.shape[1]
+    n_image = max(1, min(len(split), n_pixels // side**2))
+    rows = order[:n_image].tolist()
+    return split.read(rows, [keyed.key(seed, "palette", row) for row in rows]).pixels.reshape(-1, 3)
+
+
+def fitted(source: Source, *, k: int, n_pixels: int, iterations: int, seed: int, cache: str) -> Palette:
+    """The palette of a source's training split, for `tokens=fitted`; fitted once, then read from `cache`.
+
+    The cached file is named by a hash of everything that made it, the pixels included.
+    """
+    pixels = sample_pixels(source.split("train"), n_pixels=n_pixels, seed=seed)
+    made_by = {"k": k, "iterations": iterations, "seed": seed, "pixels": hashlib.sha256(pixels.tobytes()).hexdigest()}
+    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+    path = Path(cache) / "palettes" / f"{source.name}{source.resolution}-k{k}-{digest}.npy"
+    if path.is_file():
+        log.info("palette: read %s", path)
+        return Palette.load(path)
+    palette = fit(pixels, k=k, iterations=iterations, seed=seed)
+    palette.save(path)
+    log.info("palette: fitted %d colours to %d pixels, saved as %s", k, len(pixels), path)
+    return palette
+
+
+def reconstruction_error(palette: Palette, pixels: np.ndarray) -> float:
+    """Mean squared error of decode(encode(pixels)) over all channels, in [0, 255]² grey levels: (…, 3) uint8 → float."""
+    import torch
+
+    decoded = palette.decode(palette.encode(torch.from_numpy(np.ascontiguousarray(pixels))))
+    return float(np.mean((decoded.astype(np.float64) - pixels) ** 2))

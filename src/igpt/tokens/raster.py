@@ -1,0 +1,72 @@
+"""The order of the pixels: grid ↔ sequence. Raster order, or any one fixed permutation of it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt import keyed
+
+ORDERS = ("raster", "random")
+
+
+@dataclass(frozen=True, eq=False)
+class Raster:
+    """Position i of the sequence is pixel `permutation[i]`, pixels counted row by row from the top left.
+
+    Source: Chen et al. 2020, §2.1 (any fixed permutation π, the same for every image; theirs is the identity).
+
+    Raises:
+        ValueError: a permutation that does not hold each of 0 … side² - 1 once.
+    """
+
+    side: int  # R, pixels a side
+    permutation: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sorted(self.permutation) != list(range(self.side**2)):
+            raise ValueError(f"the permutation of {self.side}×{self.side} pixels must hold 0 … {self.side**2 - 1} once")
+
+    @staticmethod
+    def of(side: int, order: str) -> "Raster":
+        """`raster`: row by row. `random` or `random:SEED`: a seeded permutation, the same everywhere."""
+        name, _, seed = order.partition(":")
+        if name not in ORDERS or (seed and (name == "raster" or not seed.isdigit())):
+            raise ValueError(f"tokens.order must be raster, random or random:SEED, got {order!r}")
+        if name == "raster":
+            return Raster(side, tuple(range(side**2)))
+        return Raster(side, tuple(keyed.generator(int(seed or 0), "raster").permutation(side**2).tolist()))
+
+    @property
+    def is_raster(self) -> bool:
+        return self.permutation == tuple(range(self.side**2))
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens an image: R²."""
+        return self.side**2
+
+    def flatten(self, grid: Tensor) -> Tensor:
+        """Grid to sequence: (B, R, R) → (B, T)."""
+        sequence = grid.flatten(1)
+        return sequence if self.is_raster else sequence[:, self._index(grid.device)]
+
+    def unflatten(self, sequence: Tensor) -> Tensor:
+        """Sequence to grid, the inverse of `flatten`: (B, T) → (B, R, R)."""
+        if not self.is_raster:
+            sequence = sequence[:, self._index(sequence.device).argsort()]
+        return sequence.unflatten(1, (self.side, self.side))
+
+    def known(self, rows: int) -> Tensor:
+        """Which positions of the sequence show the top `rows` rows of the image: (T,) bool.
+
+        Raises:
+            ValueError: more rows than the image has, or fewer than none.
+        """
+        if not 0 <= rows <= self.side:
+            raise ValueError(f"a prompt has 0 to {self.side} rows, the image's height; got {rows}")
+        return torch.as_tensor(np.asarray(self.permutation) < rows * self.side)
+
+    def _index(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.permutation, device=device)
