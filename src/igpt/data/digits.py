@@ -1,9 +1,13 @@
 """scikit-learn's 1,797 handwritten digits, 8×8 in 17 grey levels: the dataset that needs no download."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from sklearn.datasets import load_digits
 
-from igpt.data.source import ArraySplit, check_split_name
+from igpt.data.crop import shifted
+from igpt.data.source import ArraySplit, Pixels, Split, check_split_name
 from igpt.data.split import split_indices
 
 LEVELS = 16  # scikit-learn's digits count 0 … 16
@@ -13,7 +17,8 @@ class Digits:
     """The digits as a `Source`: grey level g becomes the pixel rint(255 g / 16), in three equal channels.
 
     They come without a test split, so one is drawn first, then `val_fraction` of the rest, by `split_seed`, which is
-    not the seed of the run: what one run trained on, another must not call held out.
+    not the seed of the run: what one run trained on, another must not call held out. For training, `shift_share` of
+    the images are moved by up to `shift` pixels: 1,347 images are soon learnt by heart.
 
     Raises:
         ValueError: a resolution other than 8.
@@ -22,7 +27,15 @@ class Digits:
     n_class = 10
 
     def __init__(
-        self, *, name: str, resolution: int, val_fraction: float, test_fraction: float, split_seed: int
+        self,
+        *,
+        name: str,
+        resolution: int,
+        val_fraction: float,
+        test_fraction: float,
+        split_seed: int,
+        shift: int,
+        shift_share: float,
     ) -> None:
         if resolution != 8:
             raise ValueError(f"data.resolution={resolution}: the digits are 8×8 and come in no other size")
@@ -35,7 +48,32 @@ class Digits:
             len(pixels), val_fraction=val_fraction, test_fraction=test_fraction, seed=split_seed
         )
         self._splits = {name: ArraySplit(pixels[rows], labels[rows]) for name, rows in indices.items()}
+        self._augmented = ShiftedSplit(self._splits["train"], by=shift, share=shift_share)
 
-    def split(self, name: str) -> ArraySplit:
+    def split(self, name: str, *, augment: bool = False) -> Split:
         check_split_name(name)
-        return self._splits[name]
+        return self._augmented if augment and name == "train" else self._splits[name]
+
+
+@dataclass(frozen=True)
+class ShiftedSplit:
+    """A split whose images are moved a little, each by its key; what they leave is background (0).
+
+    Raises:
+        ValueError: a negative shift, or a share outside [0, 1].
+    """
+
+    plain: ArraySplit
+    by: int  # pixels at most, up, down, left and right
+    share: float  # of the images that are moved
+
+    def __post_init__(self) -> None:
+        if self.by < 0 or not 0 <= self.share <= 1:
+            raise ValueError(f"data.shift is at least 0 and data.shift_share in [0, 1], got {self.by} and {self.share}")
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+        pixels, labels = self.plain.read(index, keys)
+        return Pixels(shifted(pixels, keys, by=self.by, share=self.share), labels)

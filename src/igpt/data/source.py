@@ -33,8 +33,12 @@ class Source(Protocol):
     resolution: int  # R, pixels a side
     n_class: int
 
-    def split(self, name: str) -> Split:
-        """The split called `name`. Raises ValueError when there is none of that name."""
+    def split(self, name: str, *, augment: bool = False) -> Split:
+        """The split called `name`; with `augment`, as its config says images are varied for training.
+
+        Raises:
+            ValueError: no split of that name.
+        """
         ...
 
 

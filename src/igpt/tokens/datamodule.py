@@ -70,7 +70,7 @@ class TokenDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """An endless loader, its position set by the run's step: nothing about it is saved or restored."""
         first_step = self.trainer.global_step if self.trainer else 0
-        split = self.source.split("train")
+        split = self.source.split("train", augment=True)
         batches = EndlessBatches(len(split), plan=self.plan, seed=self.seed, first_step=first_step)
         return self._loader(split, batches, "train")
 

@@ -15,11 +15,11 @@ from igpt.tokens.palette import K_MAX, K_MIN, Palette
 log = logging.getLogger(__name__)
 
 
-def fit(pixels: np.ndarray, *, k: int, iterations: int, seed: int) -> Palette:
+def fit(pixels: np.ndarray, *, k: int, iterations: int, restarts: int, seed: int) -> Palette:
     """The k-means palette of (N, 3) uint8 pixels, colours ordered from dark to light.
 
     k-means++ and Lloyd on the distinct colours with their counts as weights: the same objective as on all pixels, at
-    a fraction of the cost. When there are exactly k distinct colours they are the palette, without error. Grey
+    a fraction of the cost; the best of `restarts` fits. When there are exactly k distinct colours they are the palette, without error. Grey
     pixels give a grey palette.
 
     Raises:
@@ -33,7 +33,7 @@ def fit(pixels: np.ndarray, *, k: int, iterations: int, seed: int) -> Palette:
     points = colours / 127.5 - 1  # (U, 3) float64 in [-1, 1]
     if k < len(colours):
         random_state = keyed.key(seed, "kmeans") % 2**32
-        solver = KMeans(k, init="k-means++", n_init=1, max_iter=iterations, random_state=random_state)
+        solver = KMeans(k, init="k-means++", n_init=restarts, max_iter=iterations, random_state=random_state)
         points = solver.fit(points, sample_weight=counts).cluster_centers_
     centres = np.clip(points, -1, 1).astype(np.float32)
     grey = (colours == colours[:, :1]).all()
@@ -52,19 +52,27 @@ def sample_pixels(split: Split, *, n_pixels: int, seed: int) -> np.ndarray:
     return split.read(rows, [keyed.key(seed, "palette", row) for row in rows]).pixels.reshape(-1, 3)
 
 
-def fitted(source: Source, *, k: int, n_pixels: int, iterations: int, seed: int, cache: str) -> Palette:
+def fitted(
+    source: Source, *, k: int, n_pixels: int, iterations: int, restarts: int, seed: int, cache: str
+) -> Palette:
     """The palette of a source's training split, for `tokens=fitted`; fitted once, then read from `cache`.
 
     The cached file is named by a hash of everything that made it, the pixels included.
     """
     pixels = sample_pixels(source.split("train"), n_pixels=n_pixels, seed=seed)
-    made_by = {"k": k, "iterations": iterations, "seed": seed, "pixels": hashlib.sha256(pixels.tobytes()).hexdigest()}
+    made_by = {
+        "k": k,
+        "iterations": iterations,
+        "restarts": restarts,
+        "seed": seed,
+        "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
+    }
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     path = Path(cache) / "palettes" / f"{source.name}{source.resolution}-k{k}-{digest}.npy"
     if path.is_file():
         log.info("palette: read %s", path)
         return Palette.load(path)
-    palette = fit(pixels, k=k, iterations=iterations, seed=seed)
+    palette = fit(pixels, k=k, iterations=iterations, restarts=restarts, seed=seed)
     palette.save(path)
     log.info("palette: fitted %d colours to %d pixels, saved as %s", k, len(pixels), path)
     return palette

@@ -1,0 +1,76 @@
+"""Shared fixtures: where the oracles lie, small networks whose weights are nowhere neutral, one real run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from igpt.model.gpt import GPT
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the shared folder beside the project ({SHARED.name}/), which is not there")
+    return SHARED
+
+
+def perturbed(net: GPT, seed: int = 0) -> GPT:
+    """The network with every weight drawn: heads away from zero, gains away from one."""
+    net.init_weights(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, weight in net.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.add_(noise * (0.3 if name == "wtet" else 0.1))
+    return net
+
+
+def small_net(*, causal: bool = True, n_layer: int = 3, n_ctx: int = 16, n_vocab: int = 11) -> GPT:
+    return perturbed(GPT(n_layer=n_layer, n_embd=24, n_head=3, n_ctx=n_ctx, n_vocab=n_vocab, causal=causal))
+
+
+@pytest.fixture
+def net() -> GPT:
+    return small_net()
+
+
+@pytest.fixture
+def tokens(net: GPT) -> torch.Tensor:
+    return torch.randint(net.n_vocab, (4, net.n_ctx), generator=torch.Generator().manual_seed(2))
+
+
+def train_py(*arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python train.py …` in a process of its own, as a user would, with runs and cache below `cwd`."""
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=170, env=os.environ)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+TINY = (
+    "model.n_layer=2",
+    "model.n_embd=16",
+    "task.stages.pretrain.steps=6",
+    "task.stages.pretrain.warmup_steps=2",
+    "task.stages.pretrain.val_every=3",
+    "task.stages.pretrain.log_every=2",
+    "task.stages.pretrain.checkpoint_every=3",
+    "task.stages.sample.count=5",
+    "task.stages.complete.count=2",
+)
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one finished quickstart, with a tiny network; `../..` of it is where it was run."""
+    place = tmp_path_factory.mktemp("quickstart")
+    train_py("experiment=quickstart", *TINY, cwd=place)
+    (run,) = (place / "runs").iterdir()
+    return run

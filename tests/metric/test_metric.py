@@ -1,0 +1,61 @@
+"""Numbers that are reported."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from igpt.metric.likelihood import likelihood_numbers, position_nats, token_sums, unigram_nats
+from igpt.metric.throughput import Meter, train_flops_per_image
+
+
+def test_mean_and_standard_error() -> None:
+    """Independent source: numpy's mean and s / √n on the same values; sums add up over unequal batches."""
+    nats = torch.tensor([1.0, 2.0, 4.0, 5.5, 0.5], dtype=torch.float64)
+    numbers = likelihood_numbers("val", token_sums(nats[:2]) + token_sums(nats[2:]))
+    loss, bits = numbers["val/loss_gen"], numbers["val/bits_per_token"]
+    assert loss.value == pytest.approx(np.mean(nats.numpy()))
+    assert loss.stderr == pytest.approx(np.std(nats.numpy(), ddof=1) / 5**0.5)
+    assert (loss.n, loss.unit) == (5, "nats/token")
+    assert bits.value == pytest.approx(loss.value / math.log(2))
+
+
+def test_the_papers_bits() -> None:
+    """Independent source: iGPT-L's 2.0466 nats are 2.9526 bits."""
+    sums = torch.tensor([2.0466, 2.0466**2, 1.0], dtype=torch.float64)
+    assert likelihood_numbers("test", sums)["test/bits_per_token"].value == pytest.approx(2.9526, abs=1e-4)
+
+
+def test_histograms_by_hand() -> None:
+    """By hand: three training images of two tokens, one count added to each of two colours."""
+    train = np.array([[0, 1], [0, 1], [0, 0]])
+    held_out = np.array([[0, 1]])
+    # all tokens: four 0, two 1 → 5/8, 3/8; position 0: three 0 → 4/5; position 1: one 0, two 1 → 3/5
+    assert unigram_nats(train, held_out, 2) == pytest.approx(-(math.log(5 / 8) + math.log(3 / 8)) / 2)
+    assert position_nats(train, held_out, 2) == pytest.approx(-(math.log(4 / 5) + math.log(3 / 5)) / 2)
+
+
+def test_flops_by_hand() -> None:
+    """Independent source: 312.5 GFLOP for a step of 4 images at 12 × 256, 1024 tokens, 512 colours (6NT + 6LT²d)."""
+    flops = train_flops_per_image(n_layer=12, n_embd=256, n_ctx=1024, n_vocab=512, causal=True)
+    assert 4 * flops == pytest.approx(312.5e9, rel=1e-3)
+    full = train_flops_per_image(n_layer=12, n_embd=256, n_ctx=1024, n_vocab=512, causal=False)
+    assert full - flops == 6 * 12 * 1024**2 * 256
+
+
+def test_the_meter_counts_only_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: 30 images in 3 s of work and 10 s of pause, against a stated peak."""
+    now = [100.0]
+    monkeypatch.setattr("igpt.metric.throughput.time.perf_counter", lambda: now[0])
+    meter = Meter(flops_per_image=50.0, n_ctx=64, peak_flops=1000.0)
+    meter.add(30)
+    now[0] += 2
+    meter.pause()
+    now[0] += 10
+    meter.resume()
+    now[0] += 1
+    assert meter.read() == pytest.approx({"images_per_s": 10.0, "tokens_per_s": 640.0, "flop_utilisation": 0.5})
+    meter.add(8)
+    now[0] += 4
+    assert meter.read()["images_per_s"] == pytest.approx(2.0)

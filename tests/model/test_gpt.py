@@ -1,0 +1,232 @@
+"""The network, held against OpenAI's and Hugging Face's own code and a rewrite in numpy."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igpt.model.gpt import GPT, attend
+from igpt.model.head import ClassHead
+from igpt.objective.ar import AR
+from tests.conftest import small_net
+from tests.oracle import gpt as plain
+from tests.oracle.names import from_openai, to_huggingface
+
+
+def openai_case(shared: Path, kind: str) -> tuple[GPT, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    folder = shared / "oracles" / f"openai-{kind}"
+    reference = dict(np.load(folder / "reference.npz"))
+    variables = dict(np.load(folder / "weights.npz"))
+    state = from_openai(variables)
+    n_vocab, n_embd = state["wte"].shape
+    net = GPT(
+        n_layer=len(reference["block_outputs"]),
+        n_embd=n_embd,
+        n_head=int(reference["n_head"]),
+        n_ctx=len(state["wpe"]),
+        n_vocab=n_vocab,
+        causal=kind == "ar",
+    )
+    net.load_state_dict(state)
+    return net, variables, reference
+
+
+@pytest.mark.parametrize("path", ["sdpa", "bmm"])
+@pytest.mark.parametrize("kind", ["ar", "bert"])
+def test_equals_openais_code(shared: Path, kind: str, path: str) -> None:
+    """Independent source: logits, every block's output and the class loss of OpenAI's model.py, to 1e-5."""
+    net, variables, reference = openai_case(shared, kind)
+    for block in net.h:
+        block.attn.path = path
+    tokens = torch.from_numpy(reference["tokens"]).long()
+    keep = torch.from_numpy(reference["visible"]) if kind == "bert" else None
+    with torch.no_grad():
+        streams = torch.stack(list(net.residuals(tokens, keep)))[1:]
+        logits = net(tokens, keep)
+        head = ClassHead(n_embd=net.n_embd, n_class=len(variables["model/clf/wclf"]))
+        head.wclf.copy_(torch.from_numpy(variables["model/clf/wclf"]))
+        scores = head(net.trunk(tokens, keep))
+    labels = torch.from_numpy(reference["labels"])
+    assert (streams - torch.from_numpy(reference["block_outputs"])).abs().max() < 1e-5
+    assert (logits - torch.from_numpy(reference["gen_logits"])).abs().max() < 1e-5
+    assert abs(F.cross_entropy(scores, labels).item() - reference["clf_loss"]) < 1e-5
+    assert (scores.argmax(-1) == labels).double().mean().item() * 100 == pytest.approx(float(reference["accuracy"]))
+
+
+def test_generative_loss_equals_openais(shared: Path) -> None:
+    """Independent source: gen_loss of OpenAI's model.py, to 1e-5."""
+    net, _, reference = openai_case(shared, "ar")
+    tokens = torch.from_numpy(reference["tokens"]).long()
+    with torch.no_grad():
+        loss = AR().loss(net(tokens), tokens, None)
+    assert abs(loss.item() - reference["gen_loss"]) < 1e-5
+
+
+def test_equals_hugging_face() -> None:
+    """Independent source: ImageGPTForCausalImageModeling with our random weights, float32 to 1e-5."""
+    from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+
+    net = small_net(n_ctx=64, n_vocab=17)
+    config = ImageGPTConfig(
+        vocab_size=18, n_positions=64, n_embd=24, n_layer=3, n_head=3, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    theirs = ImageGPTForCausalImageModeling(config).eval()
+    to_huggingface(net.state_dict(), theirs)
+    tokens = torch.randint(17, (3, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(input_ids=F.pad(tokens[:, :-1], (1, 0), value=17)).logits
+        ours = net(tokens)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = net(tokens).float()
+    assert (ours - expected).abs().max() < 1e-5
+    assert expected.abs().max() > 1  # else the next line would say nothing
+    # bfloat16 keeps 8 bits: 2^-8 relative in each product, a few of them in a row
+    assert (rounded - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_equals_the_plain_rewrite(causal: bool) -> None:
+    """Independent source: the numpy rewrite, both in float64, to 1e-12."""
+    net = small_net(causal=causal).double()
+    tokens = torch.randint(11, (2, 16), generator=torch.Generator().manual_seed(0))
+    keep = None if causal else torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) > 0.3
+    weights = {name: w.numpy() for name, w in net.state_dict().items()}
+    with torch.no_grad():
+        ours = net(tokens, keep).numpy()
+    for i in range(2):
+        shown = None if keep is None else keep[i].numpy()
+        expected = plain.logits(weights, tokens[i].numpy(), shown, net.n_head, causal)
+        assert np.abs(ours[i] - expected).max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count"),
+    [
+        ((24, 512, 8), 76_571_648),
+        ((36, 1024, 8), 455_157_760),
+        ((48, 1536, 16), 1_362_250_752),
+        ((60, 3072, 24), 6_801_438_720),
+    ],
+)
+def test_the_papers_parameter_counts(sizes: tuple[int, int, int], count: int) -> None:
+    """Independent source: Chen et al. 2020, Table 1 (76M, 455M, 1362M, 6801M), at 1024 positions and 512 colours."""
+    n_layer, n_embd, n_head = sizes
+    with torch.device("meta"):
+        net = GPT(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=1024, n_vocab=512, causal=True)
+    assert sum(p.numel() for p in net.parameters()) == count
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_first_loss_is_ln_k(causal: bool) -> None:
+    """Independent source: a zero head makes every logit exactly 0, so the loss is ln 512 = 6.2383…, in float32."""
+    net = GPT(n_layer=2, n_embd=32, n_head=2, n_ctx=16, n_vocab=512, causal=causal)
+    net.init_weights(0)
+    tokens = torch.randint(512, (3, 16))
+    logits = net(tokens)
+    assert (logits == 0).all()
+    assert AR().loss(logits, tokens, None).item() == pytest.approx(math.log(512), rel=2**-22)
+
+
+def test_initial_spreads_are_the_released_codes() -> None:
+    """Independent source: the initialisers of OpenAI's model.py; a spread over n weights is known to 4/√(2n)."""
+    net = GPT(n_layer=9, n_embd=96, n_head=4, n_ctx=64, n_vocab=200, causal=True)
+    net.init_weights(3)
+    block = net.h[4]
+    expected = {
+        net.wpe: 0.01,
+        net.wte: 0.02,
+        block.attn.c_attn.weight: 96**-0.5,
+        block.attn.c_proj.weight: (96 * 9) ** -0.5,
+        block.mlp.c_fc.weight: 0.02,
+        block.mlp.c_proj.weight: 0.02,
+    }
+    for weight, std in expected.items():
+        assert weight.std().item() == pytest.approx(std, rel=4 / (2 * weight.numel()) ** 0.5)
+    assert net.wtet.abs().max() == 0
+    assert (block.ln_1.g == 1).all()
+    assert 0.012 < net.sos.std() < 0.028
+    assert not torch.equal(net.h[0].mlp.c_fc.weight, net.h[1].mlp.c_fc.weight)
+
+
+def test_weights_are_no_numbers_until_they_are_set() -> None:
+    """Invariant: a forgotten initialisation or load cannot pass for a network."""
+    net = GPT(n_layer=1, n_embd=8, n_head=2, n_ctx=4, n_vocab=3, causal=True)
+    assert net(torch.zeros(1, 4, dtype=torch.int64)).isnan().all()
+
+
+def test_logits_do_not_see_their_own_token(net: GPT, tokens: Tensor) -> None:
+    """Invariant: p(x_t | x_<t). Changing token t moves no logit at 0 … t and some logit later."""
+    t, changed = 5, tokens.clone()
+    changed[:, t] = (tokens[:, t] + 1) % net.n_vocab
+    before, after = net(tokens), net(changed)
+    assert torch.equal(before[:, : t + 1], after[:, : t + 1])
+    assert not torch.equal(before[:, t + 1 :], after[:, t + 1 :])
+
+
+def test_a_hidden_pixel_is_not_seen_but_its_place_is() -> None:
+    """Invariant of BERT: the content of a masked position moves nothing; that it is masked moves its own logits."""
+    net = small_net(causal=False)
+    tokens = torch.randint(11, (2, 16), generator=torch.Generator().manual_seed(0))
+    keep = torch.ones(2, 16, dtype=torch.bool)
+    keep[:, 3] = False
+    changed = tokens.clone()
+    changed[:, 3] = (tokens[:, 3] + 1) % 11
+    assert torch.equal(net(tokens, keep), net(changed, keep))
+    assert not torch.equal(net(tokens, keep)[:, 3], net(tokens)[:, 3])
+    assert not torch.equal(net(tokens, keep)[:, 3], net(tokens, keep)[:, 4])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n_ctx", [16, 160])
+def test_attention_paths_agree(causal: bool, n_ctx: int) -> None:
+    """Invariant: outputs and gradients of both ways, to float32 rounding; also with fewer queries than keys."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n_ctx, 8, generator=generator, requires_grad=True) for _ in range(3))
+    results = []
+    for path in ("sdpa", "bmm"):
+        out = attend(q, k, v, causal=causal, path=path)
+        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    last = [attend(q[:, :, -1:], k, v, causal=False, path=path) for path in ("sdpa", "bmm")]
+    assert torch.allclose(*last, atol=1e-6)
+
+
+def gradients(net: GPT, tokens: Tensor) -> list[Tensor]:
+    loss = AR().loss(net(tokens), tokens, None)
+    return [loss, *torch.autograd.grad(loss, list(net.parameters()))]
+
+
+def test_every_way_to_run_gives_the_same_gradients(net: GPT, tokens: Tensor) -> None:
+    """Invariant: checkpointed, compiled, and both with either attention path equal the plain pass to 1e-5."""
+    expected = gradients(net, tokens)
+    ways = {"checkpointed": ("auto", True, False), "compiled": ("auto", False, True), "compiled sdpa": ("sdpa", True, True)}
+    for way, (path, checkpointing, compiled) in ways.items():
+        other = small_net()
+        other.checkpointing = checkpointing
+        for block in other.h:
+            block.attn.path = path
+            if compiled:
+                block.compile()
+        assert set(other.state_dict()) == set(net.state_dict()), "compiling renames nothing"
+        for one, same in zip(gradients(other, tokens), expected, strict=True):
+            assert torch.allclose(one, same, rtol=1e-4, atol=1e-5), way
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [({"n_embd": 10, "n_head": 4}, "not divisible"), ({"n_layer": 0}, "n_layer"), ({"n_ctx": 2.5}, "whole number")],
+)
+def test_bad_sizes(sizes: dict[str, int], message: str) -> None:
+    good = {"n_layer": 1, "n_embd": 8, "n_head": 2, "n_ctx": 4, "n_vocab": 3}
+    with pytest.raises(ValueError, match=message):
+        GPT(**{**good, **sizes}, causal=True)
+
+
+def test_another_number_of_tokens(net: GPT) -> None:
+    with pytest.raises(ValueError, match="15 tokens an image, this network has 16"):
+        net(torch.zeros(1, 15, dtype=torch.int64))

@@ -1,0 +1,1 @@
+"""Slow, obvious rewrites, and tables of other programs' names: what the fast code is held against."""

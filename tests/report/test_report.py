@@ -1,0 +1,75 @@
+"""Pictures, tables and run folders."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt import files
+from igpt.metric.result import Curve, Grid, Number, Result
+from igpt.report.figures import BACKGROUND, GAP, draw_grid, palette_picture
+from igpt.report.folder import RunFolder, identity, result_of
+from igpt.report.table import closing_table
+
+
+def test_every_image_of_a_grid_is_where_it_belongs() -> None:
+    """Round trip: the pixels read back from the picture are the images', each enlarged to a square."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8, 3), dtype=np.uint8)
+    picture = np.asarray(draw_grid(Grid(images, ("a", "b", "c"))))
+    scale, head = 12, 22
+    for row in range(2):
+        for column in range(3):
+            top, left = GAP + head + row * (96 + GAP), GAP + column * (96 + GAP)
+            tile = picture[top : top + 96, left : left + 96]
+            assert np.array_equal(tile[::scale, ::scale], images[row, column])
+            assert np.array_equal(tile[scale - 1 :: scale, scale - 1 :: scale], images[row, column])
+            assert picture[top - 1, left - 1].tolist() == list(BACKGROUND)
+
+
+def test_a_palette_picture_shows_every_colour(tmp_path: Path) -> None:
+    """Round trip: five colours in a 3 × 2 block, row by row."""
+    colours = np.array([[0, 0, 0], [9, 9, 9], [80, 0, 0], [0, 90, 0], [0, 0, 255]], dtype=np.uint8)
+    palette_picture(tmp_path / "p.png", colours)
+    picture = np.asarray(Image.open(tmp_path / "p.png"))
+    assert picture[::128, ::128].reshape(-1, 3)[:5].tolist() == colours.tolist()
+
+
+def test_what_decides_a_run_decides_its_name() -> None:
+    """Invariant: where a run is put does not change its identity, a setting or its starting weights do."""
+    config = {"seed": 0, "task": {"steps": 5}, "paths": {"runs": "a"}, "force": False}
+    same = {**config, "paths": {"runs": "b"}, "force": True, "resume": "x"}
+    assert identity(config, None) == identity(same, None)
+    changed = [{**config, "seed": 1}, {**config, "task": {"steps": 6}}]
+    assert len({identity(c, None) for c in [config, *changed]} | {identity(config, "abc")}) == 4
+
+
+def test_a_result_is_read_back(tmp_path: Path) -> None:
+    """Round trip through result.json; the files it names are there."""
+    folder = RunFolder(tmp_path / "run")
+    folder.start({"seed": 0}, ["seed=0"])
+    result = Result(
+        numbers={"val/loss_gen": Number(1.25, "nats/token", 7, 0.1)},
+        curves={"train/loss_gen": Curve([1.0, 2.0], [3.0, 2.5], "optimiser step", "nats/token")},
+        grids={"samples": Grid(np.zeros((1, 1, 4, 4, 3), np.uint8))},
+        arrays={"samples": np.arange(4)},
+        provenance={"seed": 0},
+    )
+    assert not folder.finished
+    folder.finish("sample", result, seconds=1.5)
+    record = folder.read_result()
+    again = result_of(record)
+    assert (again.numbers, again.curves, again.provenance) == (result.numbers, result.curves, result.provenance)
+    assert {"task", "config", "seconds", "versions", "commit", "command"} <= record.keys()
+    assert set(again.files) == {"samples", "samples_tokens", "curves"}
+    assert all((folder.path / path).is_file() for path in again.files.values())
+    table = closing_table(result, folder.path, 1.5)
+    assert "1.2500 ± 0.1000" in table
+    assert "n = 7" in table
+
+
+@pytest.mark.parametrize("content", [{"version": 99}, [1], {}])
+def test_another_version_is_refused(tmp_path: Path, content: object) -> None:
+    files.write_json(tmp_path / "result.json", content)
+    with pytest.raises(ValueError, match="another version"):
+        RunFolder(tmp_path).read_result()

@@ -1,0 +1,59 @@
+"""Fitting a palette."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.cluster import KMeans
+
+from igpt.data.digits import Digits
+from igpt.tokens.kmeans import fit, fitted, reconstruction_error
+
+RNG = np.random.default_rng(0)
+
+
+def test_distinct_colours_are_their_own_palette() -> None:
+    """Invariant: k distinct colours are kept exactly, so nothing is lost; and grey stays grey."""
+    grey = np.repeat(RNG.integers(0, 17, (500, 1)) * 15, 3, axis=1).astype(np.uint8)
+    palette = fit(grey, k=17, iterations=10, restarts=1, seed=0)
+    assert reconstruction_error(palette, grey) == 0
+    assert palette.colours[:, 0].tolist() == sorted(set(grey[:, 0].tolist()))
+
+
+def test_grey_data_gives_a_grey_palette() -> None:
+    """Invariant: three equal channels, to the bit."""
+    grey = np.repeat(RNG.integers(0, 256, (5000, 1)), 3, axis=1).astype(np.uint8)
+    centres = fit(grey, k=16, iterations=50, restarts=1, seed=0).centres
+    assert (centres == centres[:, :1]).all()
+    assert (np.diff(centres[:, 0]) > 0).all()
+
+
+def test_distinct_colours_with_weights_equal_all_pixels() -> None:
+    """Independent source: scikit-learn on every pixel reaches the same inertia, within 2 %."""
+    means = RNG.integers(20, 235, (12, 3))
+    pixels = np.clip(means[RNG.integers(0, 12, 6000)] + RNG.normal(0, 6, (6000, 3)), 0, 255).astype(np.uint8)
+    palette = fit(pixels, k=12, iterations=100, restarts=8, seed=0)
+    points = pixels / 127.5 - 1
+    inertia = ((points[:, None] - palette.centres) ** 2).sum(-1).min(-1).sum()
+    theirs = min(KMeans(12, n_init=4, random_state=s).fit(points).inertia_ for s in range(2))
+    assert inertia < 1.02 * theirs
+
+
+@pytest.mark.parametrize(("k", "message"), [(1, "2 … 4096"), (5000, "2 … 4096"), (9, "only 8 distinct")])
+def test_bad_k(k: int, message: str) -> None:
+    corners = np.array([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)], dtype=np.uint8)
+    with pytest.raises(ValueError, match=message):
+        fit(corners, k=k, iterations=10, restarts=1, seed=0)
+
+
+def test_a_fitted_palette_is_read_again(tmp_path: Path) -> None:
+    """Invariant: the second call reads the first one's file; another k has a file of its own."""
+    source = Digits(name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5)
+    settings = {"n_pixels": 10**6, "iterations": 20, "restarts": 1, "seed": 0, "cache": str(tmp_path)}
+    first = fitted(source, k=8, **settings)
+    (path,) = (tmp_path / "palettes").iterdir()
+    written = path.stat().st_mtime_ns
+    assert fitted(source, k=8, **settings).hash == first.hash
+    assert path.stat().st_mtime_ns == written
+    assert fitted(source, k=17, **settings).k == 17
+    assert len(list((tmp_path / "palettes").iterdir())) == 2
