@@ -1,0 +1,145 @@
+"""Our own format: exact, complete, and nothing in it is run."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from igpt import files
+from igpt.checkpoint.native import Origin, find, save_model
+from igpt.checkpoint.resume import AtomicCheckpointIO, checkpoint_path, latest_checkpoint, mark_latest
+from igpt.model.gpt import GPT
+from tests.conftest import small_net
+
+
+def origin_of(net: GPT) -> Origin:
+    centres = np.random.default_rng(0).uniform(-1, 1, (net.n_vocab, 3)).astype(np.float32)
+    return Origin(
+        network=net.config,
+        palette=centres.tolist(),
+        permutation=list(range(net.n_ctx)),
+        objective={"name": "ar"},
+        model="small",
+        data="toy4",
+        step=12,
+        seed=3,
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path, net: GPT) -> Path:
+    save_model(tmp_path / "model", net.state_dict(), origin_of(net))
+    return tmp_path
+
+
+def test_round_trip_is_bit_exact(saved: Path, net: GPT) -> None:
+    """Round trip: weights, colours and all else; from the run folder, its model/ and either file."""
+    for place in (saved, saved / "model", saved / "model" / "config.json", saved / "model" / "model.safetensors"):
+        weights = find(str(place))
+        again = weights.net()
+        assert all(torch.equal(w, net.state_dict()[name]) for name, w in again.state_dict().items())
+        assert weights.origin == origin_of(net)
+        assert np.array_equal(weights.origin.centres, origin_of(net).centres)
+        assert weights.sha256 == files.sha256(saved / "model" / "model.safetensors")
+
+
+def test_a_network_of_another_size(saved: Path) -> None:
+    with pytest.raises(ValueError, match="n_layer 3 ≠ 2"):
+        find(str(saved)).load_into(small_net(n_layer=2))
+
+
+def edit(saved: Path, **changed: object) -> None:
+    path = saved / "model" / "config.json"
+    config = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"format": 2}, "format 2, this version reads 1"),
+        ({"palette": None}, "not complete"),
+        ({"weights_sha256": "0" * 64}, "damaged or half replaced"),
+    ],
+)
+def test_a_bad_config(saved: Path, changed: dict[str, object], message: str) -> None:
+    edit(saved, **changed)
+    with pytest.raises(ValueError, match=message):
+        find(str(saved))
+
+
+def test_a_truncated_file(saved: Path) -> None:
+    path = saved / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        find(str(saved))
+    edit(saved, weights_sha256=files.sha256(path))  # even when the hash is right
+    with pytest.raises(ValueError, match="is damaged"):
+        find(str(saved)).net()
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "nan"])
+def test_weights_that_do_not_fit(saved: Path, fault: str) -> None:
+    path = saved / "model" / "model.safetensors"
+    state = load_file(path)
+    if fault == "missing":
+        del state["h.1.ln_2.g"]
+    elif fault == "unexpected":
+        state["h.9.ln_2.g"] = torch.ones(24)
+    elif fault == "shape":
+        state["wpe"] = state["wpe"][:-1].clone()
+    else:
+        state["wpe"][0, 0] = torch.nan
+    save_file(state, path)
+    edit(saved, weights_sha256=files.sha256(path))
+    named = {"missing": "h.1.ln_2.g", "unexpected": "h.9.ln_2.g", "shape": r"wpe: \(15, 24\)", "nan": "NaN .* in wpe"}
+    with pytest.raises(ValueError, match=named[fault]):
+        find(str(saved)).net()
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give a finished run folder"):
+        find(str(tmp_path / "no"))
+
+
+class Planted:
+    """Pickles as a call that leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.mark,)
+
+
+def test_code_in_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
+    """A pickle in the place of the weights, and in a checkpoint to resume from."""
+    mark = tmp_path / "ran"
+    (saved / "model" / "model.safetensors").write_bytes(pickle.dumps(Planted(mark)))
+    edit(saved, weights_sha256=files.sha256(saved / "model" / "model.safetensors"))
+    with pytest.raises(ValueError, match="damaged"):
+        find(str(saved)).net()
+    torch.save({"state_dict": Planted(mark)}, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match="damaged or no checkpoint"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt")
+    assert not mark.exists()
+
+
+def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    """By hand: three saved, two kept, the last one named; a name without a file is an error."""
+    for step in (5, 10, 15):
+        path = checkpoint_path(tmp_path, step)
+        AtomicCheckpointIO().save_checkpoint({"step": step}, path)
+        mark_latest(path, keep=2)
+    names = sorted(p.name for p in path.parent.iterdir())
+    assert names == ["latest", "step_0000010.ckpt", "step_0000015.ckpt"]
+    assert latest_checkpoint(tmp_path) == path
+    assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 15}
+    path.unlink()
+    with pytest.raises(ValueError, match=r"step_0000015\.ckpt, which is not there"):
+        latest_checkpoint(tmp_path)
+    assert latest_checkpoint(tmp_path / "elsewhere") is None

@@ -1,0 +1,192 @@
+"""Pretraining: resumed, accumulated and sped-up runs are the plain run; broken ones stop."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from igpt.checkpoint.resume import latest_checkpoint
+from igpt.metric.result import Result
+from igpt.task.fit import matmul_precision
+from igpt.task.guard import NonFiniteLossError
+from tests.task.conftest import Lab, machine
+
+
+class StopAfter(L.Callback):
+    """Raises after a step, as a crash would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyError("crash")
+
+
+class PoisonWeights(L.Callback):
+    """Makes the network's output NaN before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                pl_module.net.wpe[3] = torch.nan
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, digits: Any, palette: Any) -> tuple[Path, Result]:
+    """An uninterrupted run, the reference of the tests below. 270 training images: 8 steps of 100 cross epochs."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, Lab(digits, palette).pretrain(folder)
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path, lab: Lab, whole: tuple[Path, Result]) -> None:
+    """Invariant: 6 steps lost at a crash, resumed from step 4: weights and every curve equal to the bit."""
+    with pytest.raises(KeyError):
+        lab.pretrain(tmp_path, callbacks=(StopAfter(6),))
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_0000004.ckpt"
+    result = lab.pretrain(tmp_path)
+    expected = weights(whole[0])
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(tmp_path).items())
+    assert result.curves == whole[1].curves
+    assert result.numbers == whole[1].numbers
+    assert len(result.curves["train/loss_gen"].x) == 8
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        "step_0000004.ckpt",
+        "step_0000008.ckpt",
+    ]
+
+
+def test_accumulated_equals_one_batch(tmp_path: Path, lab: Lab, whole: tuple[Path, Result]) -> None:
+    """Invariant: four passes of 25 images give the losses of one of 100, to 1e-5 relative."""
+    result = lab.pretrain(tmp_path, on=machine(micro_batch=25))
+    for name, curve in whole[1].curves.items():
+        assert result.curves[name].x == curve.x
+        assert result.curves[name].y == pytest.approx(curve.y, rel=1e-5)
+
+
+def test_accumulated_resumes_exactly(tmp_path: Path, lab: Lab) -> None:
+    """Invariant: with accumulation too, a resumed run is the uninterrupted one, to the bit."""
+    on = machine(micro_batch=50)
+    uninterrupted = lab.pretrain(tmp_path / "a", on=on)
+    with pytest.raises(KeyError):
+        lab.pretrain(tmp_path / "b", on=on, callbacks=(StopAfter(7),))
+    assert lab.pretrain(tmp_path / "b", on=on).curves == uninterrupted.curves
+
+
+def test_first_loss_is_ln_17(whole: tuple[Path, Result]) -> None:
+    """Independent source: ln 17 = 2.8332, the loss of a head of zeros; and what follows is below it."""
+    losses = whole[1].curves["train/loss_gen"].y
+    assert losses[0] == pytest.approx(2.833213, abs=1e-6)
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_validation_does_not_depend_on_the_batch(tmp_path: Path, lab: Lab, whole: tuple[Path, Result]) -> None:
+    """Invariant: 18 images in passes of 7 give what one pass gives, to 1e-6."""
+    from igpt.checkpoint.native import find
+    from igpt.objective.ar import AR
+    from igpt.task.evaluate import run as evaluate
+    from igpt.task.fit import Runner
+
+    weights = find(str(whole[0]))
+    for batch_size in (7, 18, 100):
+        result = evaluate(
+            runner=Runner(machine=machine(), folder=tmp_path),
+            tokens=lab.tokens,
+            weights=weights,
+            objective=AR(),
+            split="val",
+            batch_size=batch_size,
+            baselines=False,
+        )
+        number, expected = result.numbers["val/loss_gen"], whole[1].numbers["val/loss_gen"]
+        assert number.n == expected.n == 18
+        assert number.value == pytest.approx(expected.value, rel=1e-6)
+
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path: Path, lab: Lab) -> None:
+    """The step is named; the checkpoint of step 4 is whole and finite, and nothing newer was written."""
+    with pytest.raises(NonFiniteLossError, match="loss of step 6 is not finite"):
+        lab.pretrain(tmp_path, callbacks=(PoisonWeights(5),))
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert latest.name == "step_0000004.ckpt"
+    state = torch.load(latest, weights_only=True)["state_dict"]
+    assert all(weight.isfinite().all() for weight in state.values())
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_rate_too_high_is_stopped(tmp_path: Path, lab: Lab) -> None:
+    """A real blow-up, not a planted one: float32 overflows at a rate of 1e18."""
+    with pytest.raises(NonFiniteLossError, match="lower task.learning_rate"):
+        lab.pretrain(tmp_path, learning_rate=1e18, warmup_steps=0, val_every=0)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"activation_checkpointing": True}, {"attention": "sdpa"}, {"matmul_precision": "highest"}]
+)
+def test_the_machine_changes_no_loss(tmp_path: Path, lab: Lab, whole: tuple[Path, Result], changed: dict[str, Any]) -> None:
+    """Invariant: how it is computed moves no loss by more than rounding."""
+    result = lab.pretrain(tmp_path, on=machine(**changed), steps=3, val_every=0, checkpoint_every=10)
+    # the schedule's length differs from `whole`'s, so compare what the warm-up alone decides
+    assert result.curves["train/loss_gen"].y[:2] == pytest.approx(whole[1].curves["train/loss_gen"].y[:2], rel=1e-5)
+
+
+def test_bf16_follows_float32(tmp_path: Path, lab: Lab, whole: tuple[Path, Result]) -> None:
+    """Invariant: mixed precision stays within 1 % of the losses, and its weights are still float32."""
+    result = lab.pretrain(tmp_path, on=machine(precision="bf16-mixed"))
+    assert result.curves["train/loss_gen"].y == pytest.approx(whole[1].curves["train/loss_gen"].y, rel=0.01)
+    assert {weight.dtype for weight in weights(tmp_path).values()} == {torch.float32}
+
+
+def test_matmul_precision_is_put_back() -> None:
+    """Invariant: also when the block fails."""
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError), matmul_precision("medium", torch.device("cpu")):
+        assert torch.get_float32_matmul_precision() == "medium"
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch_size": 100, "on": machine(micro_batch=30)}, "100 is no multiple of 1 device"),
+        ({"steps": 0}, "task.steps must be at least 1"),
+        ({"warmup_steps": 8}, "must be below task.steps"),
+        ({"log_every": 0}, "log_every"),
+        ({"checkpoint_keep": 0}, "checkpoint_keep"),
+    ],
+)
+def test_bad_settings(tmp_path: Path, lab: Lab, changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lab.pretrain(tmp_path, **changed)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("changed", [{"precision": "fp8"}, {"attention": "flash"}, {"devices": 0}, {"accelerator": "tpu"}])
+def test_bad_machine(changed: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="trainer."):
+        machine(**changed)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, so asking for one is right")
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="sees no GPU here"):
+        machine(accelerator="gpu")
+
+
+def test_two_devices_share_a_batch() -> None:
+    with pytest.raises(ValueError, match="101 is no multiple of trainer.devices 2"):
+        machine(devices=2).plan(101)

@@ -1,0 +1,102 @@
+"""The configuration: every option composes and builds, and a misspelt one is answered with the right one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from igpt.arguments import check, prepare
+from igpt.launch import CHECKPOINT, Build
+from igpt.report.folder import RunFolder
+
+CONF = Path(__file__).parents[1] / "conf"
+OPTIONS = [
+    (group.name, option.stem)
+    for group in sorted(CONF.iterdir())
+    if group.is_dir()
+    for option in sorted(group.glob("*.yaml"))
+    if not option.name.startswith("_")
+]
+
+
+def built(*overrides: str) -> Build:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
+        choices = dict(cfg.hydra.runtime.choices)
+        cfg = compose("config", overrides=list(overrides))
+    return Build(cfg, choices)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_resolves(group: str, option: str) -> None:
+    """Invariant: no option leaves an interpolation or a mandatory value open."""
+    value = f"[{option}]" if group == "logger" and option != "none" else option
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[f"{group}={value}"])
+    assert OmegaConf.missing_keys(cfg) == set()
+    OmegaConf.resolve(cfg)
+    assert cfg.task.name
+
+
+@pytest.mark.parametrize("model", [option for group, option in OPTIONS if group == "model" and option != CHECKPOINT])
+def test_every_size_builds_on_the_meta_device(model: str, tmp_path: Path) -> None:
+    """Invariant: sizes come from the config, positions, colours and causality from the stages before."""
+    build = built(f"model={model}", f"paths.cache={tmp_path}")
+    with torch.device("meta"):
+        net = build.need_net(RunFolder(tmp_path))()
+    sizes = {key: build.cfg.model[key] for key in ("n_layer", "n_embd", "n_head")}
+    assert net.config == {**sizes, "n_ctx": 64, "n_vocab": 17, "causal": True}
+    assert all(weight.is_meta for weight in net.parameters())
+
+
+def test_the_papers_sizes_are_the_configs(tmp_path: Path) -> None:
+    """Independent source: Chen et al. 2020, Table 1, layers and widths; heads from OpenAI's README."""
+    table = {"igpt_s": (24, 512, 8), "igpt_m": (36, 1024, 8), "igpt_l": (48, 1536, 16)}
+    for model, sizes in table.items():
+        cfg = built(f"model={model}").cfg.model
+        assert (cfg.n_layer, cfg.n_embd, cfg.n_head) == sizes
+    xl = built("model=igpt_xl").cfg.model
+    assert (xl.n_layer, xl.n_embd) == (60, 3072)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modle=igpt_s", "did you mean model"),
+        ("model=igpt_sm", "did you mean igpt_s.*there are checkpoint, igpt_l"),
+        ("task.stepz=3", "did you mean task.steps"),
+        ("stepz=3", "did you mean task.steps"),
+        ("task.learning_rat=1", "did you mean task.learning_rate"),
+        ("data.source.val_frction=0.2", "did you mean data.source.val_fraction"),
+        ("logger=[csv,wandbb]", "logger=wandbb: there is no such option, did you mean wandb"),
+        ("experiment=quikstart", "did you mean quickstart"),
+        ("seed=[", "cannot read the arguments"),
+        ("model=igpt_s,igpt_xll", "did you mean igpt_xl"),
+    ],
+)
+def test_did_you_mean(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check([override], CONF)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model=igpt_s", "task.steps=3", "+new=1", "seed=0,1", "logger=[csv,wandb]", "logger=none", "~logger", "hydra.verbose=true"],
+)
+def test_good_arguments_pass(override: str) -> None:
+    """Invariant: what Hydra takes is not refused."""
+    assert prepare([override], CONF) == [override]
+
+
+def test_a_misspelt_stage_setting() -> None:
+    build = built("experiment=quickstart", "+task.stages.pretrain.stepz=3")
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(ValueError, match="did you mean steps"):
+        build.need_stage(RunFolder(Path()))
+
+
+@pytest.mark.parametrize("task", ["sample", "complete", "evaluate"])
+def test_a_task_that_needs_weights_says_so(task: str) -> None:
+    with pytest.raises(ValueError, match=f"task={task} needs trained weights: init=RUN_FOLDER"):
+        built(f"task={task}")
