@@ -113,9 +113,7 @@ def main() -> None:
                 name = f"igpt{' compiled' if compiled else ''} {label}"
                 rows[name] = step_of(net, tokens, precision == "bf16", matmul)
             if not args.no_peer:
-                rows[f"hf {label}"] = step_of(
-                    HuggingFace(args.size).to(device), tokens, precision == "bf16", matmul
-                )
+                rows[f"hf {label}"] = step_of(HuggingFace(args.size).to(device), tokens, precision == "bf16", matmul)
 
     times: dict[str, list[float]] = {name: [] for name in rows}
     for i in range(args.rounds + 1):
@@ -131,7 +129,10 @@ def main() -> None:
         "bf16": peak_gflops(torch.bfloat16, "highest", device),
     }
     report = {"size": args.size, "torch": torch.__version__, "threads": torch.get_num_threads(), "peaks": peaks}
-    lines = ["| row | median ms | min – max | images/s | of this machine's matrix-product peak |", "|---|---|---|---|---|"]
+    lines = [
+        "| row | median ms | min – max | images/s | of this machine's matrix-product peak |",
+        "|---|---|---|---|---|",
+    ]
     report["rows"] = {}
     for name, ms in times.items():
         median, label = statistics.median(ms), name.split()[-1]

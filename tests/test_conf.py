@@ -83,7 +83,16 @@ def test_did_you_mean(override: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["model=igpt_s", "task.steps=3", "+new=1", "seed=0,1", "logger=[csv,wandb]", "logger=none", "~logger", "hydra.verbose=true"],
+    [
+        "model=igpt_s",
+        "task.steps=3",
+        "+new=1",
+        "seed=0,1",
+        "logger=[csv,wandb]",
+        "logger=none",
+        "~logger",
+        "hydra.verbose=true",
+    ],
 )
 def test_good_arguments_pass(override: str) -> None:
     """Invariant: what Hydra takes is not refused."""

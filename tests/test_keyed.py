@@ -35,6 +35,12 @@ def test_uniform_is_uniform() -> None:
 
 def test_streams_and_counters_differ() -> None:
     """Invariant: every part of a name counts."""
-    keys = {keyed.key(0, "a", 1), keyed.key(0, "a", 2), keyed.key(0, "b", 1), keyed.key(1, "a", 1), keyed.key(0, "a", 1, 0)}
+    keys = {
+        keyed.key(0, "a", 1),
+        keyed.key(0, "a", 2),
+        keyed.key(0, "b", 1),
+        keyed.key(1, "a", 1),
+        keyed.key(0, "a", 1, 0),
+    }
     assert len(keys) == 5
     assert keyed.generator(0, "a", 1).random() == keyed.generator(0, "a", 1).random()

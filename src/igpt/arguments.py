@@ -57,7 +57,7 @@ def check(overrides: list[str], conf: Path) -> None:
             cfg = compose("config", overrides=[str(o.input_line) for o in chosen if not o.is_sweep_override()])
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"the chosen groups do not fit together: {error}") from error
-    keys = [key for key in _flat_keys(cfg)]
+    keys = list(_flat_keys(cfg))
     for override in parsed:
         key = override.key_or_group
         if override in chosen or override.is_add() or override.is_force_add() or key.startswith("hydra"):
@@ -77,7 +77,7 @@ def _check_options(override: Override, conf: Path) -> None:
     value = override.value()
     asked: list[Any] = []
     if override.is_sweep_override():
-        asked = [v for v in override.sweep_string_iterator()] if override.is_choice_sweep() else []
+        asked = list(override.sweep_string_iterator()) if override.is_choice_sweep() else []
     elif value is not None:
         asked = value if isinstance(value, list) else [value]
     for option in asked:
@@ -98,7 +98,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def _flat_keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
-    for key in cfg:
+    for key in map(str, cfg):
         path = f"{prefix}{key}"
         yield path
         node = cfg._get_node(key)

@@ -33,8 +33,8 @@ def fold(keys: Tensor, salt: int) -> Tensor:
     return _mix(keys + _GAMMA * (salt & 0x7FFFFFFF) + salt)
 
 
-def item_keys(stream_key: int, index: Tensor) -> Tensor:
-    """One key per image: the stream's key folded with the image's index, (B,) int64 → (B,) int64."""
+def item_keys(stream_key: int | Tensor, index: Tensor) -> Tensor:
+    """One key per image: its stream's key, or one each (B,), folded with its index: (B,) int64 → (B,) int64."""
     return _mix(_mix(index * _GAMMA) ^ stream_key)
 
 

@@ -57,7 +57,11 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
     if folder.finished:
         record = folder.read_result()
         result = result_of(record)
-        log.info("%s is finished; force=true repeats it\n%s", folder.path, closing_table(result, folder.path, record["seconds"]))
+        log.info(
+            "%s is finished; force=true repeats it\n%s",
+            folder.path,
+            closing_table(result, folder.path, record["seconds"]),
+        )
         return result
     folder.start(build.config, overrides)
     with log_file(folder.path / "log.txt"):
@@ -78,7 +82,9 @@ def open_folder(build: "Build") -> RunFolder:
         saved = folder.read_run()["config"]
         if not folder.path.resolve().name.startswith(name):
             differs = [key for key in build.config if saved.get(key) != build.config[key]]
-            raise ValueError(f"resume={cfg.resume}: this run differs from the saved one in {', '.join(differs) or 'its weights'}")
+            raise ValueError(
+                f"resume={cfg.resume}: this run differs from the saved one in {', '.join(differs) or 'its weights'}"
+            )
         return folder
     folder = RunFolder(Path(cfg.paths.runs) / name)
     if cfg.force:
@@ -137,7 +143,11 @@ class Build:
         """The run folder's name: what is done with what, and 8 digits of the config's hash."""
         cfg, origin = self.cfg, self.weights.origin if self.weights else None
         model = cfg.model.name if self.choices["model"] != CHECKPOINT else (origin.model if origin else "none")
-        objective = cfg.objective.name if self.choices["objective"] != CHECKPOINT else (origin.objective["name"] if origin else "none")
+        objective = (
+            cfg.objective.name
+            if self.choices["objective"] != CHECKPOINT
+            else (origin.objective["name"] if origin else "none")
+        )
         digest = identity(self.config, self.weights.sha256 if self.weights else None)
         return f"{self.task}-{model}-{cfg.data.name}{cfg.data.resolution}-{objective}-s{cfg.seed}-{digest}"
 
@@ -152,8 +162,9 @@ class Build:
             return self.vocabulary[0]
         palette: Palette = instantiate(self.cfg.tokens.palette)(self.source)
         if self.weights is not None and palette.hash != self.vocabulary[0].hash:
+            theirs = self.vocabulary[0]
             raise ValueError(
-                f"{self.weights.folder} was trained with palette {self.vocabulary[0].hash} ({self.vocabulary[0].k} colours), "
+                f"{self.weights.folder} was trained with palette {theirs.hash} ({theirs.k} colours), "
                 f"this run's is {palette.hash} ({palette.k}): tokens=checkpoint takes the checkpoint's"
             )
         return palette
@@ -172,7 +183,9 @@ class Build:
                     f"data={self.cfg.data.name} gives {self.cfg.data.resolution}×{self.cfg.data.resolution}"
                 )
             if theirs.permutation != raster.permutation:
-                raise ValueError(f"{self.weights.folder} was trained in another order of the pixels: tokens=checkpoint takes it")
+                raise ValueError(
+                    f"{self.weights.folder} was trained in another order of the pixels: tokens=checkpoint takes it"
+                )
         return raster
 
     @cached_property
@@ -182,14 +195,15 @@ class Build:
 
     @cached_property
     def objective(self) -> Objective:
-        settings = self.weights.origin.objective if self._from_weights("objective") else self.config["objective"]
-        assert settings is not None
-        if self.weights is not None:
+        settings = self.config["objective"]
+        if self.weights is not None and self._from_weights("objective"):
+            settings = self.weights.origin.objective
+        elif self.weights is not None:
             native.check_same("objective", self.weights.origin.objective, settings, self.weights.folder)
         return named.build(**settings)
 
     def _from_weights(self, group: str) -> bool:
-        return self.choices[group] == CHECKPOINT
+        return bool(self.choices[group] == CHECKPOINT)
 
     # What a task lists under `needs`, each given the run folder.
 
@@ -291,7 +305,9 @@ class Build:
             if key == "task":
                 continue
             if key not in cfg.task:
-                raise ValueError(f"task.stages.{name} has no setting {key!r}{suggestion(str(key), [str(k) for k in cfg.task])}")
+                raise ValueError(
+                    f"task.stages.{name} has no setting {key!r}{suggestion(str(key), [str(k) for k in cfg.task])}"
+                )
             cfg.task[key] = value
         OmegaConf.set_struct(cfg, True)
         return cfg, choices

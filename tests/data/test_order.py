@@ -17,8 +17,8 @@ def test_every_epoch_holds_every_image_once() -> None:
     """Invariant: also where an epoch ends inside a batch; and epochs differ."""
     items = [item for step in steps(BatchPlan(4, 4), 10) for item in step]
     for epoch in range(4):
-        assert sorted(item.index for item in items if item.epoch == epoch) == list(range(10))
-    assert [i.index for i in items[:10]] != [i.index for i in items[10:20]]
+        assert sorted(item.image for item in items if item.epoch == epoch) == list(range(10))
+    assert [i.image for i in items[:10]] != [i.image for i in items[10:20]]
 
 
 @pytest.mark.parametrize(("n_device", "micro_batch"), [(1, 6), (1, 3), (2, 3), (3, 1), (2, 1)])
@@ -37,7 +37,7 @@ def test_it_starts_at_any_step() -> None:
 
 def test_evaluation_sees_every_image_once() -> None:
     """Invariant: over ranks of unequal share, nothing is repeated to fill a batch."""
-    seen = [i.index for r in range(3) for batch in OncePerImage(101, plan=BatchPlan(12, 4, 3, r)) for i in batch]
+    seen = [i.image for r in range(3) for batch in OncePerImage(101, plan=BatchPlan(12, 4, 3, r)) for i in batch]
     assert sorted(seen) == list(range(101))
     assert len(OncePerImage(101, plan=BatchPlan(4, 4))) == 26
 

@@ -83,7 +83,12 @@ def test_a_colour_without_probability_is_never_drawn() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [((0.0, None, None), "temperature"), ((-1.0, None, None), "temperature"), ((1.0, 0, None), "top_k"), ((1.0, None, 1.5), "top_p")],
+    [
+        ((0.0, None, None), "temperature"),
+        ((-1.0, None, None), "temperature"),
+        ((1.0, 0, None), "top_k"),
+        ((1.0, None, 1.5), "top_p"),
+    ],
 )
 def test_bad_settings(settings: tuple[float, int | None, float | None], message: str) -> None:
     with pytest.raises(ValueError, match=message):

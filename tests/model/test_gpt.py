@@ -204,7 +204,11 @@ def gradients(net: GPT, tokens: Tensor) -> list[Tensor]:
 def test_every_way_to_run_gives_the_same_gradients(net: GPT, tokens: Tensor) -> None:
     """Invariant: checkpointed, compiled, and both with either attention path equal the plain pass to 1e-5."""
     expected = gradients(net, tokens)
-    ways = {"checkpointed": ("auto", True, False), "compiled": ("auto", False, True), "compiled sdpa": ("sdpa", True, True)}
+    ways = {
+        "checkpointed": ("auto", True, False),
+        "compiled": ("auto", False, True),
+        "compiled sdpa": ("sdpa", True, True),
+    }
     for way, (path, checkpointing, compiled) in ways.items():
         other = small_net()
         other.checkpointing = checkpointing

@@ -40,7 +40,9 @@ def residuals(w: Weights, tokens: np.ndarray, keep: np.ndarray | None, n_head: i
     n_layer = sum(name.endswith("ln_1.g") for name in w)
     for i in range(n_layer):
         h, p = stream[-1], f"h.{i}."
-        a = attention(norm(h, w[p + "ln_1.g"]), w[p + "attn.c_attn.weight"], w[p + "attn.c_proj.weight"], n_head, causal)
+        a = attention(
+            norm(h, w[p + "ln_1.g"]), w[p + "attn.c_attn.weight"], w[p + "attn.c_proj.weight"], n_head, causal
+        )
         h = h + a
         m = norm(h, w[p + "ln_2.g"]) @ w[p + "mlp.c_fc.weight"].T
         m = m / (1 + np.exp(-1.702 * m))

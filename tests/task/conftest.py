@@ -59,7 +59,9 @@ class Lab:
             source=self.digits, palette=self.palette, raster=self.raster, seed=0, num_workers=0, **settings
         )
 
-    def pretrain(self, folder: Path, *, on: Machine | None = None, callbacks: tuple[Any, ...] = (), **changed: Any) -> Any:
+    def pretrain(
+        self, folder: Path, *, on: Machine | None = None, callbacks: tuple[Any, ...] = (), **changed: Any
+    ) -> Any:
         settings: dict[str, Any] = {
             "steps": 8,
             "batch_size": 100,
@@ -97,5 +99,3 @@ class Lab:
 @pytest.fixture
 def lab(digits: Digits, palette: Palette) -> Lab:
     return Lab(digits, palette)
-
-

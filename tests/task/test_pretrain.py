@@ -129,14 +129,16 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path: Pa
 
 def test_a_rate_too_high_is_stopped(tmp_path: Path, lab: Lab) -> None:
     """A real blow-up, not a planted one: float32 overflows at a rate of 1e18."""
-    with pytest.raises(NonFiniteLossError, match="lower task.learning_rate"):
+    with pytest.raises(NonFiniteLossError, match=r"lower task\.learning_rate"):
         lab.pretrain(tmp_path, learning_rate=1e18, warmup_steps=0, val_every=0)
 
 
 @pytest.mark.parametrize(
     "changed", [{"activation_checkpointing": True}, {"attention": "sdpa"}, {"matmul_precision": "highest"}]
 )
-def test_the_machine_changes_no_loss(tmp_path: Path, lab: Lab, whole: tuple[Path, Result], changed: dict[str, Any]) -> None:
+def test_the_machine_changes_no_loss(
+    tmp_path: Path, lab: Lab, whole: tuple[Path, Result], changed: dict[str, Any]
+) -> None:
     """Invariant: how it is computed moves no loss by more than rounding."""
     result = lab.pretrain(tmp_path, on=machine(**changed), steps=3, val_every=0, checkpoint_every=10)
     # the schedule's length differs from `whole`'s, so compare what the warm-up alone decides
@@ -175,9 +177,11 @@ def test_bad_settings(tmp_path: Path, lab: Lab, changed: dict[str, Any], message
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("changed", [{"precision": "fp8"}, {"attention": "flash"}, {"devices": 0}, {"accelerator": "tpu"}])
+@pytest.mark.parametrize(
+    "changed", [{"precision": "fp8"}, {"attention": "flash"}, {"devices": 0}, {"accelerator": "tpu"}]
+)
 def test_bad_machine(changed: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="trainer."):
+    with pytest.raises(ValueError, match=r"trainer\."):
         machine(**changed)
 
 
@@ -188,5 +192,5 @@ def test_a_gpu_that_is_not_there() -> None:
 
 
 def test_two_devices_share_a_batch() -> None:
-    with pytest.raises(ValueError, match="101 is no multiple of trainer.devices 2"):
+    with pytest.raises(ValueError, match="101 is no multiple of trainer"):
         machine(devices=2).plan(101)

@@ -74,7 +74,7 @@ def test_rows_of_a_fraction() -> None:
 
 def test_bad_counts(tmp_path: Path, lab: Lab, trained: Weights) -> None:
     runner = Runner(machine=machine(), folder=tmp_path)
-    with pytest.raises(ValueError, match="task.count"):
+    with pytest.raises(ValueError, match=r"task\.count"):
         sample(runner=runner, weights=trained, seed=0, count=0, batch_size=1, **WHOLE)
     settings = {"split": "val", "count": 500, "completions": 1, "fraction": 0.5, "rows": None, "batch_size": 4}
     with pytest.raises(ValueError, match="500 images asked for, the val split has 18"):

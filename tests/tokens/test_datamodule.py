@@ -10,16 +10,16 @@ from igpt.tokens.datamodule import Batch, TokenDataModule
 from igpt.tokens.kmeans import fit
 from igpt.tokens.raster import Raster
 
-SOURCE = Digits(name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5)
+SOURCE = Digits(
+    name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5
+)
 PALETTE = fit(SOURCE.split("train").pixels, k=17, iterations=10, restarts=1, seed=0)
 
 
 def module(micro_batch: int = 8, num_workers: int = 0, order: str = "raster") -> TokenDataModule:
     plan = BatchPlan(16, micro_batch)
     raster = Raster.of(8, order)
-    return TokenDataModule(
-        source=SOURCE, palette=PALETTE, raster=raster, plan=plan, seed=3, num_workers=num_workers
-    )
+    return TokenDataModule(source=SOURCE, palette=PALETTE, raster=raster, plan=plan, seed=3, num_workers=num_workers)
 
 
 def first_images(data: TokenDataModule, n: int) -> Batch:
@@ -49,7 +49,9 @@ def test_decode_undoes_encode(order: str) -> None:
 
 
 def test_an_empty_split() -> None:
-    source = Digits(name="digits", resolution=8, val_fraction=0.0, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5)
+    source = Digits(
+        name="digits", resolution=8, val_fraction=0.0, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5
+    )
     data = TokenDataModule(
         source=source, palette=PALETTE, raster=Raster.of(8, "raster"), plan=BatchPlan(1, 1), seed=0, num_workers=0
     )

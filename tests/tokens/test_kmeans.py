@@ -48,7 +48,9 @@ def test_bad_k(k: int, message: str) -> None:
 
 def test_a_fitted_palette_is_read_again(tmp_path: Path) -> None:
     """Invariant: the second call reads the first one's file; another k has a file of its own."""
-    source = Digits(name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5)
+    source = Digits(
+        name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5
+    )
     settings = {"n_pixels": 10**6, "iterations": 20, "restarts": 1, "seed": 0, "cache": str(tmp_path)}
     first = fitted(source, k=8, **settings)
     (path,) = (tmp_path / "palettes").iterdir()

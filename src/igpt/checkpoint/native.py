@@ -93,7 +93,9 @@ class Weights:
         if missing or unexpected or wrong:
             raise ValueError(f"{path} does not fit: missing {missing}, unexpected {unexpected}, misshapen {wrong}")
         if bad := [name for name, weight in state.items() if not torch.isfinite(weight).all()]:
-            raise ValueError(f"{path} holds NaN or infinity in {', '.join(bad[:3])}: training had broken down, take an earlier one")
+            raise ValueError(
+                f"{path} holds NaN or infinity in {', '.join(bad[:3])}: training had broken down, take an earlier one"
+            )
         net.load_state_dict(state)
 
 
@@ -109,11 +111,15 @@ def find(path: str) -> Weights:
     if folder is None:
         stages = sorted(p.parent.parent.name for p in place.glob(f"*/model/{CONFIG}"))
         hint = f"; did you mean {place / stages[-1]}" if stages else ""
-        raise ValueError(f"init={path}: no {CONFIG} with {WEIGHTS} there or in its model/; give a finished run folder{hint}")
+        raise ValueError(
+            f"init={path}: no {CONFIG} with {WEIGHTS} there or in its model/; give a finished run folder{hint}"
+        )
     config = files.read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else None
-        raise ValueError(f"{folder / CONFIG}: format {found!r}, this version reads {FORMAT}: use the release that wrote it")
+        raise ValueError(
+            f"{folder / CONFIG}: format {found!r}, this version reads {FORMAT}: use the release that wrote it"
+        )
     config.pop("format")
     sha256 = config.pop("weights_sha256", None)
     try:
@@ -135,4 +141,6 @@ def check_same(what: str, saved: Any, asked: Any, where: Path) -> None:
         detail = "; ".join(differs)
     else:
         detail = f"{saved} ≠ {asked}"
-    raise ValueError(f"{where}: its {what} is not this run's ({detail}): choose what the checkpoint has, or other weights")
+    raise ValueError(
+        f"{where}: its {what} is not this run's ({detail}): choose what the checkpoint has, or other weights"
+    )

@@ -23,9 +23,10 @@ class AtomicCheckpointIO(CheckpointIO):
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         try:
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+            checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} cannot be read ({error}): it is damaged or no checkpoint") from error
+        return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
@@ -56,5 +57,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
         return None
     path = pointer.parent / pointer.read_text().strip()
     if not path.is_file():
-        raise ValueError(f"{pointer} names {path.name}, which is not there: write the name of another step_*.ckpt into it")
+        raise ValueError(
+            f"{pointer} names {path.name}, which is not there: write the name of another step_*.ckpt into it"
+        )
     return path

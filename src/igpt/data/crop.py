@@ -19,4 +19,5 @@ def shifted(pixels: np.ndarray, keys: Sequence[int], *, by: int, share: float) -
     padded = np.pad(pixels, ((0, 0), (by, by), (by, by), (0, 0)))
     side = np.arange(pixels.shape[1])
     rows, columns = top[:, None] + side, left[:, None] + side  # (B, R)
-    return padded[np.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    moved: np.ndarray = padded[np.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return moved

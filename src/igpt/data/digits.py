@@ -44,9 +44,7 @@ class Digits:
         grey = np.rint(digits.images * (255 / LEVELS)).astype(np.uint8)  # (N, 8, 8)
         pixels = np.repeat(grey[..., None], 3, axis=3)  # (N, 8, 8, 3)
         labels = digits.target.astype(np.int64)
-        indices = split_indices(
-            len(pixels), val_fraction=val_fraction, test_fraction=test_fraction, seed=split_seed
-        )
+        indices = split_indices(len(pixels), val_fraction=val_fraction, test_fraction=test_fraction, seed=split_seed)
         self._splits = {name: ArraySplit(pixels[rows], labels[rows]) for name, rows in indices.items()}
         self._augmented = ShiftedSplit(self._splits["train"], by=shift, share=shift_share)
 

@@ -41,7 +41,7 @@ class Item(NamedTuple):
     """Where an image stands in the run: which pass over the data, which image."""
 
     epoch: int
-    index: int
+    image: int
 
 
 class EndlessBatches:

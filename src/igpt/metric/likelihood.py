@@ -19,13 +19,15 @@ def likelihood_numbers(split: str, sums: Tensor) -> dict[str, Number]:
 
 
 def token_sums(image_nats: Tensor) -> Tensor:
-    """(Σ nats, Σ nats², images) of a batch, (B,) → (3,) float64: sums add up over batches and processes, means do not."""
+    """(Σ nats, Σ nats², images) of a batch, (B,) → (3,) float64: sums add up over batches, means do not."""
     nats = image_nats.double()
-    return torch.stack([nats.sum(), nats.square().sum(), torch.tensor(float(len(nats)), dtype=nats.dtype, device=nats.device)])
+    return torch.stack(
+        [nats.sum(), nats.square().sum(), torch.tensor(float(len(nats)), dtype=nats.dtype, device=nats.device)]
+    )
 
 
 def unigram_nats(train: np.ndarray, held_out: np.ndarray, n_vocab: int) -> float:
-    """Nats per held-out token under the training tokens' histogram, one count added to each: what colour alone tells."""
+    """Nats per held-out token under the training tokens' histogram, one count added to each: what colour tells."""
     counts = np.bincount(train.reshape(-1), minlength=n_vocab) + 1.0
     return float(-np.log(counts / counts.sum())[held_out].mean())
 

@@ -20,9 +20,9 @@ def layer_features(net: GPT, tokens: Tensor, keep: Tensor | None = None, *, norm
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    norms = [*(block.ln_1 for block in net.h), net.ln_f] if norm == "ln_1" else [None] * (net.n_layer + 1)
+    norms = [*(block.ln_1 for block in net.blocks), net.ln_f]
     pooled = [
-        (h if layer_norm is None else layer_norm(h)).mean(dim=1)  # (B, T, C) → (B, C)
+        (layer_norm(h) if norm == "ln_1" else h).mean(dim=1)  # (B, T, C) → (B, C)
         for h, layer_norm in zip(net.residuals(tokens, keep), norms, strict=True)
     ]
     return torch.stack(pooled)

@@ -23,7 +23,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; for the likeliest colour take top_k=1")
+            raise ValueError(
+                f"temperature must be above 0, got {self.temperature}; for the likeliest colour take top_k=1"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or null for no limit; got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -64,7 +66,7 @@ def generate(
 
     Where `known` (T,) is True the token of `given` (B, T) is taken instead of a drawn one. In raster order that is
     a prompt and what follows is conditioned on it; in another order a known token conditions only what comes later
-    in that order. Row i depends on row i of its arguments alone. `on_token` hears how many positions are done.
+    in that order. Row i depends on row i of its arguments alone. `on_token` hears which position was drawn.
     `cached=False` runs a whole forward pass for every token, as OpenAI's sampler does: slow, for tests.
 
     Raises:
@@ -88,7 +90,7 @@ def generate(
         logits = net.step(new, cache) if cache is not None else net(tokens)[:, i]  # (B, V)
         if not shown[i]:
             tokens[:, i] = sampling.draw(logits, uniforms[:, i])
+            if on_token is not None:
+                on_token(i)
         new = tokens[:, i : i + 1]
-        if on_token is not None:
-            on_token(i + 1)
     return tokens

@@ -6,6 +6,7 @@ what has to load here. Names of parameters are those of the released checkpoints
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -92,7 +93,8 @@ class Attention(nn.Module):
             if t == 1:  # the newest position sees all before it: nothing to mask
                 k, v, causal = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end], False
         out = attend(q, k, v, causal=causal, path=self.path)
-        return self.c_proj(out.transpose(1, 2).reshape(b, t, c))
+        projected: Tensor = self.c_proj(out.transpose(1, 2).reshape(b, t, c))
+        return projected
 
 
 class MLP(nn.Module):
@@ -108,7 +110,8 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * n_embd, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.silu(self.c_fc(x, GELU_SLOPE)), 1 / GELU_SLOPE)
+        out: Tensor = self.c_proj(F.silu(self.c_fc(x, GELU_SLOPE)), 1 / GELU_SLOPE)
+        return out
 
 
 class Norm(nn.Module):
@@ -134,7 +137,8 @@ class Block(nn.Module):
 
     def forward(self, h: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         h = h + self.attn(self.ln_1(h), cache, layer)
-        return h + self.mlp(self.ln_2(h))
+        h = h + self.mlp(self.ln_2(h))
+        return h
 
 
 class GPT(nn.Module):
@@ -148,9 +152,7 @@ class GPT(nn.Module):
         ValueError: a size that is not positive, or a width that the heads do not divide.
     """
 
-    def __init__(
-        self, *, n_layer: int, n_embd: int, n_head: int, n_ctx: int, n_vocab: int, causal: bool
-    ) -> None:
+    def __init__(self, *, n_layer: int, n_embd: int, n_head: int, n_ctx: int, n_vocab: int, causal: bool) -> None:
         super().__init__()
         sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_ctx": n_ctx, "n_vocab": n_vocab}
         for name, size in sizes.items():
@@ -168,6 +170,11 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(n_embd, n_head, causal) for _ in range(n_layer))
         self.ln_f = Norm(n_embd)
         self.wtet = nn.Parameter(torch.full((n_vocab, n_embd), math.nan))  # output head, not tied to wte
+
+    @property
+    def blocks(self) -> list[Block]:
+        """`h`, with its type known."""
+        return [block for block in self.h if isinstance(block, Block)]
 
     @property
     def config(self) -> dict[str, int | bool]:
@@ -216,7 +223,7 @@ class GPT(nn.Module):
         """The residual stream h^0, …, h^L, one (B, T, C) at a time: the embedding, then after each block."""
         h = self.embed(tokens, keep)
         yield h
-        for block in self.h:
+        for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -225,9 +232,9 @@ class GPT(nn.Module):
 
     def trunk(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
         """The last hidden states, normed by `ln_f`: (B, T) → (B, T, C). What the token and class heads read."""
-        for h in self.residuals(tokens, keep):
-            pass
-        return self.ln_f(h)
+        last = deque(self.residuals(tokens, keep), maxlen=1).pop()  # no other is kept
+        normed: Tensor = self.ln_f(last)
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every palette colour: (…, C) → (…, V)."""
@@ -239,7 +246,7 @@ class GPT(nn.Module):
     def new_cache(self, batch: int) -> Cache:
         """An empty key/value cache for `batch` images, of the network's dtype and device."""
         shape = (batch, self.n_head, self.n_ctx, self.n_embd // self.n_head)
-        return Cache(*([self.wte.new_empty(shape) for _ in self.h] for _ in ("keys", "values")))
+        return Cache([self.wte.new_empty(shape) for _ in self.h], [self.wte.new_empty(shape) for _ in self.h])
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Logits (B, V) of the next position, given the tokens (B, t) that are new since the last call.
@@ -252,7 +259,7 @@ class GPT(nn.Module):
             content = torch.cat([self.sos.expand(len(tokens), 1, -1), content], dim=1)
         start, end = cache.length, cache.length + content.shape[1]
         h = content + self.wpe[start:end]
-        for layer, block in enumerate(self.h):
+        for layer, block in enumerate(self.blocks):
             h = block(h, cache, layer)
         cache.length = end
         return self.logits(self.ln_f(h[:, -1]))  # (B, V)

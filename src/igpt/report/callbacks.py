@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from igpt import keyed
 from igpt.metric.result import Grid
 from igpt.model.generate import Sampling, generate
+from igpt.model.gpt import GPT
 from igpt.report.figures import grid_picture
 
 
@@ -24,7 +25,11 @@ class ProgressBar(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.bar.update(trainer.global_step - self.bar.n)
         seen = trainer.callback_metrics
-        shown = {name: f"{float(seen[name]):.4g}" for name in ("train/loss_gen", "val/loss_gen", "images_per_s") if name in seen}
+        shown = {
+            name: f"{float(seen[name]):.4g}"
+            for name in ("train/loss_gen", "val/loss_gen", "images_per_s")
+            if name in seen
+        }
         self.bar.set_postfix(shown, refresh=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -48,9 +53,10 @@ class SampleGrid(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validations += 1
         net, data = pl_module.net, trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(net, GPT)
         if trainer.state.fn != "fit" or self._validations % self.every or not net.causal or not trainer.is_global_zero:
             return
-        keys = keyed.item_keys(torch.tensor(keyed.key(0, "sample grid")), torch.arange(self.count))
+        keys = keyed.item_keys(keyed.key(0, "sample grid"), torch.arange(self.count))
         tokens = generate(net, keyed.uniform(keys, net.n_ctx).to(pl_module.device), self.sampling)
         images = data.decode(tokens)  # (N, R, R, 3)
         path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"

@@ -9,7 +9,9 @@ def closing_table(result: Result, folder: Path, seconds: float) -> str:
     """Numbers with unit, standard error and count, then the pictures to open."""
     rows = [(key, _value(number), number.unit, f"n = {number.n:,}") for key, number in result.numbers.items()]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
-    lines = ["  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]), row[3]]) for row in rows]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]), row[3]]) for row in rows
+    ]
     shown = [f"{folder / path}" for path in result.files.values() if path.suffix in {".png", ".html"}]
     rule = "─" * max((len(line) for line in lines), default=20)
     return "\n".join([rule, *lines, rule, *shown, f"{folder}  ({seconds:.0f} s)"])

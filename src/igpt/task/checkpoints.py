@@ -43,7 +43,9 @@ class Checkpoints(L.Callback):
             return
         finite = torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all()
         if not finite:
-            raise NonFiniteLossError(f"the weights after step {step} are not finite: nothing was saved, lower task.learning_rate")
+            raise NonFiniteLossError(
+                f"the weights after step {step} are not finite: nothing was saved, lower task.learning_rate"
+            )
         path = checkpoint_path(self.folder, step)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:

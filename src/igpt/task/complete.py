@@ -64,7 +64,7 @@ def run(
     net = weights.net().to(runner.machine.device).eval()
     image = torch.from_numpy(chosen).repeat_interleave(completions)  # (N·M,)
     which = torch.arange(completions).repeat(count)
-    keys = keyed.item_keys(keyed.item_keys(torch.tensor(keyed.key(seed, "complete")), image), which)
+    keys = keyed.item_keys(keyed.item_keys(keyed.key(seed, "complete"), image), which)
     known = data.raster.known(n_row)  # (T,)
     drawn = draw(
         net, sampling, keys=keys, batch_size=batch_size, given=originals.repeat_interleave(completions, 0), known=known

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -19,7 +19,8 @@ from igpt.model.gpt import ATTENTION_PATHS, GPT
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
+PRECISIONS = get_args(Precision)
 MATMUL_PRECISIONS = ("auto", "highest", "high", "medium")
 
 
@@ -33,7 +34,7 @@ class Machine:
 
     accelerator: str  # auto, cpu or gpu
     devices: int
-    precision: str
+    precision: Precision
     micro_batch: int | None  # images per forward pass on one device; null: batch_size / devices
     compile: bool  # torch.compile of every block
     activation_checkpointing: bool
@@ -75,7 +76,7 @@ class Machine:
     def prepare(self, net: GPT) -> None:
         """Applies what concerns the network: attention path, activation checkpointing, compilation."""
         net.checkpointing = self.activation_checkpointing
-        for block in net.h:
+        for block in net.blocks:
             block.attn.path = self.attention
             if self.compile:
                 block.compile()
@@ -133,6 +134,7 @@ class Runner:
         plan: BatchPlan,
         steps: int,
         val_every: int,
+        log_every: int,
         callbacks: list[L.Callback],
     ) -> None:
         """Trains for `steps` optimiser steps, from the folder's newest checkpoint when it has one.
@@ -152,6 +154,7 @@ class Runner:
             check_val_every_n_epoch=None if val_every else 1,
             limit_val_batches=1.0 if val_every else 0,
             num_sanity_val_steps=0,
+            log_every_n_steps=log_every,
             logger=self.loggers,
             callbacks=[*self.callbacks, *callbacks],
         )

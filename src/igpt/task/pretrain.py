@@ -94,10 +94,12 @@ class PretrainModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         assert self.net is not None
-        peak = self.machine.peak_tflops
+        net, peak = self.net, self.machine.peak_tflops
         self.meter = Meter(
-            flops_per_image=train_flops_per_image(**{k: v for k, v in self.net.config.items() if k != "n_head"}),
-            n_ctx=self.net.n_ctx,
+            flops_per_image=train_flops_per_image(
+                n_layer=net.n_layer, n_embd=net.n_embd, n_ctx=net.n_ctx, n_vocab=net.n_vocab, causal=net.causal
+            ),
+            n_ctx=net.n_ctx,
             peak_flops=peak * 1e12 * self.machine.devices if peak else None,
         )
         self.logged_step = self.global_step
@@ -110,11 +112,16 @@ class PretrainModule(L.LightningModule):
         self.logged_step = step
         loss = self.history["train/loss_gen"][-1][1]
         figures = self.meter.read()
-        seen = {"images_seen": float(step * self.batch_size), "tokens_seen": float(step * self.batch_size * batch.tokens[0].numel())}
+        seen = {
+            "images_seen": float(step * self.batch_size),
+            "tokens_seen": float(step * self.batch_size * batch.tokens[0].numel()),
+        }
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        rank_0 = {"rank_zero_only": True} if self.trainer.world_size > 1 else {}
-        self.log_dict({"train/loss_gen": loss, "lr": rate, **figures, **seen}, **rank_0)
-        speed = ", ".join(f"{value:.3g} {name.replace('_per_s', '/s').replace('_', ' ')}" for name, value in figures.items())
+        several = self.trainer.world_size > 1  # the loss is already the mean over all of them
+        self.log_dict({"train/loss_gen": loss, "lr": rate, **figures, **seen}, rank_zero_only=several)
+        speed = ", ".join(
+            f"{value:.3g} {name.replace('_per_s', '/s').replace('_', ' ')}" for name, value in figures.items()
+        )
         log.info("step %d/%d: %.4f nats/token, %s", step, self.steps, loss, speed, extra={"progress": True})
 
     def on_validation_start(self) -> None:
@@ -188,7 +195,7 @@ def run(
         weights=weights,
     )
     saving = Checkpoints(runner.folder, every=checkpoint_every, keep=checkpoint_keep, val_every=val_every)
-    runner.fit(module, data, plan=plan, steps=steps, val_every=val_every, callbacks=[saving])
+    runner.fit(module, data, plan=plan, steps=steps, val_every=val_every, log_every=log_every, callbacks=[saving])
     runner.validate(module, data)
     assert module.net is not None
     save_model(runner.folder / "model", module.net.state_dict(), origin(step=steps))

@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,7 +41,8 @@ def draw(
     drawn = []
     start = time.perf_counter()
     n_new = net.n_ctx if known is None else int((~known).sum())
-    with _bar(len(keys) * n_new) as bar:
+    total = len(keys) * n_new
+    with tqdm(total=total, unit="pixel", unit_scale=True, desc="sampling", disable=None, leave=False) as bar:
         for first in range(0, len(keys), batch_size):
             rows = slice(first, first + batch_size)
             uniforms = keyed.uniform(keys[rows], net.n_ctx).to(device)  # (b, T)
@@ -52,18 +52,16 @@ def draw(
                 sampling,
                 given=None if given is None else given[rows].to(device),
                 known=known,
-                on_token=lambda _, b=len(uniforms): bar.update(b),  # type: ignore[misc]
+                on_token=partial(_advance, bar, len(uniforms)),
             )
             drawn.append(tokens.cpu())
     seconds = time.perf_counter() - start
-    log.info("drew %d images in %.1f s: %.0f pixels/s", len(keys), seconds, len(keys) * n_new / seconds)
+    log.info("drew %d images in %.1f s: %.0f pixels/s", len(keys), seconds, total / seconds)
     return torch.cat(drawn)
 
 
-@contextmanager
-def _bar(total: int) -> Iterator["tqdm[None]"]:
-    with tqdm(total=total, unit="pixel", unit_scale=True, desc="sampling", disable=None, leave=False) as bar:
-        yield bar
+def _advance(bar: "tqdm[None]", images: int, position: int) -> None:
+    bar.update(images)
 
 
 def vocabulary_of(weights: Weights) -> tuple[Palette, Raster]:
@@ -89,7 +87,7 @@ def run(
     sampling = Sampling(temperature, top_k, top_p)
     palette, raster = vocabulary_of(weights)
     net = weights.net().to(runner.machine.device).eval()
-    keys = keyed.item_keys(torch.tensor(keyed.key(seed, "sample")), torch.arange(count))
+    keys = keyed.item_keys(keyed.key(seed, "sample"), torch.arange(count))
     start = time.perf_counter()
     tokens = draw(net, sampling, keys=keys, batch_size=batch_size)
     seconds = time.perf_counter() - start
@@ -102,7 +100,7 @@ def run(
 
 
 def as_grid(images: np.ndarray) -> np.ndarray:
-    """Images (N, R, R, 3) in a grid as square as may be, (rows, columns, R, R, 3); the last row is filled with white."""
+    """Images (N, R, R, 3) in a grid as square as may be, (rows, columns, R, R, 3); gaps are white."""
     n = len(images)
     columns = int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)

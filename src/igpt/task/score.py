@@ -25,6 +25,7 @@ class GenerativeScore:
 
     def numbers(self, split: str, trainer: L.Trainer) -> dict[str, Number]:
         """The numbers of all that was added since the last call."""
-        sums: Tensor = trainer.strategy.reduce(self._sums, reduce_op="sum")  # type: ignore[assignment]
+        sums = trainer.strategy.reduce(self._sums, reduce_op="sum")
+        assert isinstance(sums, Tensor)
         self._sums = torch.zeros(3, dtype=torch.float64)
         return likelihood_numbers(split, sums)

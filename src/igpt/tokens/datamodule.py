@@ -37,14 +37,15 @@ class _Pixels(Dataset[Any]):
         return self.__getitems__([item])
 
     def __getitems__(self, items: list[Item]) -> Batch:
-        index = torch.tensor([item.index for item in items])
-        epochs = [keyed.key(self.seed, self.stream, item.epoch) for item in items]
-        keys = keyed.item_keys(torch.tensor(epochs), index)  # (B,)
+        index = torch.tensor([item.image for item in items])
+        epochs = torch.tensor([keyed.key(self.seed, self.stream, item.epoch) for item in items])
+        keys = keyed.item_keys(epochs, index)  # (B,)
         pixels, labels = self.split.read(index.tolist(), keys.tolist())
         return Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels), keys)
 
 
-def _whole(batch: Batch) -> Batch:
+def _whole(batch: Any) -> Any:
+    """The batch as `__getitems__` made it: there is nothing left to collate."""
     return batch
 
 
@@ -79,7 +80,8 @@ class TokenDataModule(L.LightningDataModule):
         split = self.source.split(self.eval_split)
         if not len(split):
             raise ValueError(
-                f"{self.source.name} has no images in its {self.eval_split} split: set data.{self.eval_split}_fraction above 0"
+                f"{self.source.name} has no images in its {self.eval_split} split: "
+                f"set data.source.{self.eval_split}_fraction above 0"
             )
         return self._loader(split, OncePerImage(len(split), plan=self.plan), self.eval_split)
 

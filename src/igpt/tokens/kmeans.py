@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import torch
 from sklearn.cluster import KMeans
 
 from igpt import keyed
@@ -19,8 +20,8 @@ def fit(pixels: np.ndarray, *, k: int, iterations: int, restarts: int, seed: int
     """The k-means palette of (N, 3) uint8 pixels, colours ordered from dark to light.
 
     k-means++ and Lloyd on the distinct colours with their counts as weights: the same objective as on all pixels, at
-    a fraction of the cost; the best of `restarts` fits. When there are exactly k distinct colours they are the palette, without error. Grey
-    pixels give a grey palette.
+    a fraction of the cost; the best of `restarts` fits. When there are exactly k distinct colours they are the
+    palette, without error. Grey pixels give a grey palette.
 
     Raises:
         ValueError: k outside 2 … 4096, or above the number of distinct colours.
@@ -52,9 +53,7 @@ def sample_pixels(split: Split, *, n_pixels: int, seed: int) -> np.ndarray:
     return split.read(rows, [keyed.key(seed, "palette", row) for row in rows]).pixels.reshape(-1, 3)
 
 
-def fitted(
-    source: Source, *, k: int, n_pixels: int, iterations: int, restarts: int, seed: int, cache: str
-) -> Palette:
+def fitted(source: Source, *, k: int, n_pixels: int, iterations: int, restarts: int, seed: int, cache: str) -> Palette:
     """The palette of a source's training split, for `tokens=fitted`; fitted once, then read from `cache`.
 
     The cached file is named by a hash of everything that made it, the pixels included.
@@ -79,8 +78,6 @@ def fitted(
 
 
 def reconstruction_error(palette: Palette, pixels: np.ndarray) -> float:
-    """Mean squared error of decode(encode(pixels)) over all channels, in [0, 255]² grey levels: (…, 3) uint8 → float."""
-    import torch
-
+    """Mean squared error of decode(encode(pixels)) over all channels, in grey levels²: (…, 3) uint8 → float."""
     decoded = palette.decode(palette.encode(torch.from_numpy(np.ascontiguousarray(pixels))))
     return float(np.mean((decoded.astype(np.float64) - pixels) ** 2))

@@ -70,21 +70,23 @@ class Palette:
         points = colours.double() / 127.5 - 1  # (U, 3)
         nearest = [
             ((chunk[:, None] - centres) ** 2).sum(-1).min(-1).indices  # (rows, k) → (rows,)
-            for chunk in points.split(max(1, _CHUNK // self.k))
+            for chunk in torch.split(points, max(1, _CHUNK // self.k))
         ]
         return torch.cat(nearest)
 
     @cached_property
     def colours(self) -> np.ndarray:
         """The colours as pixels, (k, 3) uint8: rint(127.5 · (centre + 1)), half to even, as OpenAI decodes."""
-        return np.rint(127.5 * (self.centres + 1.0)).astype(np.uint8)
+        colours: np.ndarray = np.rint(127.5 * (self.centres + 1.0)).astype(np.uint8)
+        return colours
 
     def decode(self, tokens: Tensor) -> np.ndarray:
         """The colour of every token: (…) int64 → (…, 3) uint8. Raises ValueError on a token outside 0 … k-1."""
         indices = tokens.cpu().numpy()
         if indices.size and (indices.min() < 0 or indices.max() >= self.k):
             raise ValueError(f"tokens lie in 0 … {self.k - 1}, got {indices.min()} to {indices.max()}")
-        return self.colours[indices]
+        pixels: np.ndarray = self.colours[indices]
+        return pixels
 
     def save(self, path: Path) -> None:
         """Writes the released format: a float32 `.npy` of shape (k, 3), atomically."""
@@ -106,7 +108,9 @@ class Palette:
             with path.open("rb") as file:
                 centres = np.lib.format.read_array(file, allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no .npy array of numbers ({error}): expected a (k, 3) float32 palette") from error
+            raise ValueError(
+                f"{path} is no .npy array of numbers ({error}): expected a (k, 3) float32 palette"
+            ) from error
         try:
             return Palette(centres)
         except ValueError as error:

@@ -56,7 +56,7 @@ class Raster:
         """Sequence to grid, the inverse of `flatten`: (B, T) → (B, R, R)."""
         if not self.is_raster:
             sequence = sequence[:, self._index(sequence.device).argsort()]
-        return sequence.unflatten(1, (self.side, self.side))
+        return sequence.view(-1, self.side, self.side)
 
     def known(self, rows: int) -> Tensor:
         """Which positions of the sequence show the top `rows` rows of the image: (T,) bool.
