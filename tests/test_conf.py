@@ -1,15 +1,19 @@
 """The configuration: every option composes and builds, and a misspelt one is answered with the right one."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from igpt.arguments import check, prepare
+from igpt.checkpoint.native import Origin, find, save_model
 from igpt.launch import CHECKPOINT, Build
 from igpt.report.folder import RunFolder
+from tests.conftest import small_net
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [
@@ -103,6 +107,54 @@ def test_a_misspelt_stage_setting() -> None:
     build = built("experiment=quickstart", "+task.stages.pretrain.stepz=3")
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(ValueError, match="did you mean steps"):
         build.need_stage(RunFolder(Path()))
+
+
+def save_small(folder: Path, *, n_ctx: int = 64, permutation: list[int] | None = None) -> Path:
+    """A saved network with 17 grey levels, as the digits have."""
+    net = small_net(n_ctx=n_ctx, n_vocab=17)
+    grey = np.rint(np.arange(17) * 255 / 16) / 127.5 - 1
+    origin = Origin(
+        network=net.config,
+        palette=np.repeat(grey.astype(np.float32)[:, None], 3, axis=1).tolist(),
+        permutation=permutation or list(range(n_ctx)),
+        objective={"name": "ar"},
+        model="small",
+        data="toy",
+        step=1,
+        seed=0,
+    )
+    save_model(folder / "model", net.state_dict(), origin)
+    return folder
+
+
+SMALL = ("model.n_layer=3", "model.n_embd=24", "model.n_head=3")
+
+
+@pytest.mark.parametrize(
+    ("saved", "overrides", "message"),
+    [
+        ({"n_ctx": 16}, ["task=evaluate"], r"reads 4×4 pixels \(toy\), data=digits gives 8×8"),
+        ({}, ["task=pretrain", *SMALL, "tokens.order=random"], "another order of the pixels"),
+        ({"permutation": list(range(63, -1, -1))}, ["task=pretrain", *SMALL], "another order of the pixels"),
+        ({}, ["task=pretrain"], "n_embd 24 ≠ 64; n_head 3 ≠ 4; n_layer 3 ≠ 8"),
+        ({}, ["task=pretrain", *SMALL, "tokens.palette.k=5"], "was trained with palette .* this run's is .* .5."),
+    ],
+)
+def test_weights_that_disagree_with_the_run(
+    tmp_path: Path, saved: dict[str, Any], overrides: list[str], message: str
+) -> None:
+    init = save_small(tmp_path / "run", **saved)
+    build = built(*overrides, f"init={init}", f"paths.cache={tmp_path}")
+    with pytest.raises(ValueError, match=message):
+        build.need_net(RunFolder(tmp_path))
+
+
+def test_weights_that_agree_are_taken(tmp_path: Path) -> None:
+    """Invariant: the same palette fitted again is the checkpoint's; and task=evaluate asks for nothing."""
+    init = save_small(tmp_path / "run")
+    for overrides in (["task=pretrain", *SMALL], ["task=evaluate"]):
+        build = built(*overrides, f"init={init}", f"paths.cache={tmp_path}")
+        assert build.need_net(RunFolder(tmp_path))().config == find(str(init)).origin.network
 
 
 @pytest.mark.parametrize("task", ["sample", "complete", "evaluate"])

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -23,6 +24,7 @@ from igpt.metric.result import Result
 from igpt.model.gpt import GPT
 from igpt.objective import named
 from igpt.objective.base import Objective
+from igpt.report import loggers
 from igpt.report.folder import RunFolder, identity, result_of
 from igpt.report.table import closing_table
 from igpt.task.fit import Machine, Runner
@@ -108,7 +110,12 @@ def perform(build: "Build", folder: RunFolder) -> Result:
     needs = {need: getattr(build, f"need_{need}")(folder) for need in settings.pop("needs")}
     settings.pop("name")
     run = instantiate({**settings, "_partial_": True, "_convert_": "all"})
-    result: Result = run(**needs)
+    failed = True
+    try:
+        result: Result = run(**needs)
+        failed = False
+    finally:
+        loggers.close(failed)
     seconds = time.perf_counter() - start
     folder.finish(build.task, result, seconds=seconds)
     log.info("%s\n%s", build.task, closing_table(result, folder.path, seconds))
@@ -212,12 +219,16 @@ class Build:
         at = latest_checkpoint(folder.path)
         first_step = int(at.stem.removeprefix("step_")) if at else 0
         uses_fit = "net" in self.cfg.task.needs
-        loggers = self.cfg.logger.values() if uses_fit and self.cfg.logger else []
+        chosen = self.cfg.logger.values() if uses_fit and self.cfg.logger else []
         callbacks = self.cfg.callbacks.values() if uses_fit and self.cfg.callbacks else []
+        run_id = f"{self.name}-{folder.read_run()['id']}"
+        opened = [instantiate(logger)(folder.path, run_id=run_id, first_step=first_step) for logger in chosen]
+        for logger in opened:
+            logger.log_hyperparams(self.config)
         return Runner(
             machine=machine,
             folder=folder.path,
-            loggers=[instantiate(logger)(folder.path, first_step) for logger in loggers],
+            loggers=opened,
             callbacks=[instantiate(callback) for callback in callbacks],
         )
 
@@ -325,6 +336,8 @@ def set_up_logging() -> None:
     root.setLevel(logging.WARNING)
     logging.getLogger("igpt").setLevel(logging.DEBUG)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Lightning's own use of PyTorch, nothing a user can mend
+    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*", module="lightning.*")
 
 
 @contextmanager

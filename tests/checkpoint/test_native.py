@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import resource
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +130,38 @@ def test_code_in_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged or no checkpoint"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt")
     assert not mark.exists()
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file of this process may grow past 20 kB: a write fails half way, as on a full disk."""
+    old_limit, old_handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old_limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
+    signal.signal(signal.SIGXFSZ, old_handler)
+
+
+def test_a_full_disk_leaves_the_old_model_and_checkpoint(
+    tmp_path: Path, net: GPT, request: pytest.FixtureRequest
+) -> None:
+    """Invariant: what was good is still read; no temporary file stays."""
+    small = GPT(n_layer=1, n_embd=8, n_head=2, n_ctx=16, n_vocab=11, causal=True)
+    small.init_weights(0)
+    save_model(tmp_path / "model", small.state_dict(), origin_of(small))
+    path = checkpoint_path(tmp_path, 5)
+    AtomicCheckpointIO().save_checkpoint({"step": 5}, path)
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    request.getfixturevalue("small_disk")
+    with pytest.raises(OSError, match="is the disk full"):
+        save_model(tmp_path / "model", net.state_dict(), origin_of(net))
+    with pytest.raises(OSError, match="is the disk full"):
+        AtomicCheckpointIO().save_checkpoint({"state_dict": net.state_dict()}, path)
+    assert find(str(tmp_path)).origin == origin_of(small)
+    assert find(str(tmp_path)).net().config == small.config
+    assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 5}
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
 def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:

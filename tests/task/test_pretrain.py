@@ -178,7 +178,7 @@ def test_bad_settings(tmp_path: Path, lab: Lab, changed: dict[str, Any], message
 
 
 @pytest.mark.parametrize(
-    "changed", [{"precision": "fp8"}, {"attention": "flash"}, {"devices": 0}, {"accelerator": "tpu"}]
+    "changed", [{"precision": "fp8"}, {"attention": "flash"}, {"devices": 2}, {"accelerator": "tpu"}]
 )
 def test_bad_machine(changed: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"trainer\."):
@@ -191,6 +191,10 @@ def test_a_gpu_that_is_not_there() -> None:
         machine(accelerator="gpu")
 
 
-def test_two_devices_share_a_batch() -> None:
-    with pytest.raises(ValueError, match="101 is no multiple of trainer"):
-        machine(devices=2).plan(101)
+def test_another_format_is_not_resumed(tmp_path: Path, lab: Lab) -> None:
+    lab.pretrain(tmp_path)
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    torch.save(torch.load(latest, weights_only=True) | {"format": 99}, latest)
+    with pytest.raises(ValueError, match=r"its format is not this run's \(99 ≠ 1"):
+        lab.pretrain(tmp_path)

@@ -49,8 +49,11 @@ def save_model(folder: Path, state: dict[str, Tensor], origin: Origin) -> None:
     The config names the hash of its weights, so a folder whose two files are not of one save is recognised.
     """
     plain = {name: weight.detach().to("cpu", copy=False).contiguous() for name, weight in state.items()}
-    with files.atomic_path(folder / WEIGHTS) as temporary:
-        save_file(plain, temporary)
+    try:
+        with files.atomic_path(folder / WEIGHTS) as temporary:
+            save_file(plain, temporary)
+    except SafetensorError as error:
+        raise OSError(f"{folder / WEIGHTS} could not be written ({error}): is the disk full?") from error
     config = {"format": FORMAT, **vars(origin), "weights_sha256": files.sha256(folder / WEIGHTS)}
     files.write_json(folder / CONFIG, config)
 

@@ -16,8 +16,13 @@ class AtomicCheckpointIO(CheckpointIO):
     """Writes a checkpoint whole or not at all; reads it without executing anything that is in it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with files.atomic_write(Path(path)) as file:
-            torch.save(checkpoint, file)
+        try:
+            with files.atomic_path(Path(path)) as temporary:
+                torch.save(checkpoint, temporary)
+        except RuntimeError as error:  # how PyTorch's writer says that the disk refused
+            raise OSError(
+                f"{path} could not be written ({error}): is the disk full? Older ones are untouched"
+            ) from error
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None

@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 import sys
+import uuid
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +46,8 @@ class RunFolder:
     def start(self, config: dict[str, Any], overrides: list[str]) -> None:
         """Writes what is about to run, unless that was written before."""
         if not self.started:
-            record = {"version": VERSION, "overrides": overrides, "config": config, **environment()}
+            run_id = uuid.uuid4().hex[:8]  # tells a repeated run from the first; nothing that is learned depends on it
+            record = {"version": VERSION, "id": run_id, "overrides": overrides, "config": config, **environment()}
             files.write_json(self.path / "run.json", record)
 
     def read_run(self) -> dict[str, Any]:

@@ -1,17 +1,22 @@
 """Where metrics go while a run goes on: a CSV file, Weights & Biases."""
 
+import sys
 from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 
-def csv(folder: Path, first_step: int) -> Logger:
+def csv(folder: Path, *, run_id: str, first_step: int) -> Logger:
     """`metrics/from_0000000/metrics.csv`: a file for each stretch of a run, so that resuming overwrites nothing."""
     return CSVLogger(folder, name="metrics", version=f"from_{first_step:07d}")
 
 
-def wandb(folder: Path, first_step: int, *, project: str, offline: bool) -> Logger:
-    """A W&B run named after the run folder, continued when the folder's run is resumed."""
-    return WandbLogger(
-        name=folder.name, project=project, offline=offline, save_dir=folder, id=folder.name, resume="allow"
-    )
+def wandb(folder: Path, *, run_id: str, first_step: int, project: str, offline: bool) -> Logger:
+    """A W&B run of the run's own id, so that a resumed run goes on in it and a repeated one does not."""
+    return WandbLogger(name=run_id, id=run_id, project=project, offline=offline, save_dir=folder, resume="allow")
+
+
+def close(failed: bool) -> None:
+    """Ends the W&B run of this process, if there is one, so that the next one starts its own."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish(exit_code=int(failed))

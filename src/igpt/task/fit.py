@@ -55,8 +55,8 @@ class Machine:
                 raise ValueError(f"trainer.{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise ValueError("trainer=gpu, but PyTorch sees no GPU here: choose trainer=cpu, or install a CUDA build")
-        if self.devices < 1:
-            raise ValueError(f"trainer.devices must be at least 1, got {self.devices}")
+        if self.devices != 1:
+            raise ValueError(f"trainer.devices={self.devices}: a run is one process on one device so far, take 1")
 
     @property
     def device(self) -> torch.device:
@@ -66,12 +66,7 @@ class Machine:
 
     def plan(self, batch_size: int) -> BatchPlan:
         """How `batch_size` images a step are shared out. Raises ValueError when they cannot be."""
-        micro_batch = self.micro_batch
-        if micro_batch is None:
-            micro_batch, rest = divmod(batch_size, self.devices)
-            if rest:
-                raise ValueError(f"task.batch_size {batch_size} is no multiple of trainer.devices {self.devices}")
-        return BatchPlan(batch_size=batch_size, micro_batch=micro_batch, n_device=self.devices)
+        return BatchPlan(batch_size=batch_size, micro_batch=self.micro_batch or batch_size)
 
     def prepare(self, net: GPT) -> None:
         """Applies what concerns the network: attention path, activation checkpointing, compilation."""

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from igpt.checkpoint.native import Origin, Weights, save_model
+from igpt.checkpoint.native import FORMAT, Origin, Weights, check_same, save_model
 from igpt.metric.result import Curve, Number, Result
 from igpt.metric.throughput import Meter, train_flops_per_image
 from igpt.model.gpt import GPT
@@ -81,6 +81,7 @@ class PretrainModule(L.LightningModule):
         """Looks at the loss before it can change a weight, and notes it every `log_every` steps."""
         assert self.step_loss is not None
         step = self.global_step + 1
+        self.rate = float(optimizer.param_groups[0]["lr"])  # the schedule moves on before it is logged
         self.guard.see(self.step_loss, step)
         if step % self.log_every == 0:
             self.guard.check()
@@ -103,6 +104,8 @@ class PretrainModule(L.LightningModule):
             peak_flops=peak * 1e12 * self.machine.devices if peak else None,
         )
         self.logged_step = self.global_step
+        n_weight = sum(p.numel() for p in net.parameters())
+        log.info("%s weights, steps %d to %d", f"{n_weight:,}", self.global_step + 1, self.steps)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         step = self.global_step
@@ -116,9 +119,8 @@ class PretrainModule(L.LightningModule):
             "images_seen": float(step * self.batch_size),
             "tokens_seen": float(step * self.batch_size * batch.tokens[0].numel()),
         }
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         several = self.trainer.world_size > 1  # the loss is already the mean over all of them
-        self.log_dict({"train/loss_gen": loss, "lr": rate, **figures, **seen}, rank_zero_only=several)
+        self.log_dict({"train/loss_gen": loss, "lr": self.rate, **figures, **seen}, rank_zero_only=several)
         speed = ", ".join(
             f"{value:.3g} {name.replace('_per_s', '/s').replace('_', ' ')}" for name, value in figures.items()
         )
@@ -145,9 +147,11 @@ class PretrainModule(L.LightningModule):
             log.info("step %d/%d: val %.4f nats/token", self.global_step, self.steps, loss)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["format"] = FORMAT
         checkpoint["history"] = {name: [list(point) for point in points] for name, points in self.history.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_same("format", checkpoint.get("format"), FORMAT, Path(self.trainer.ckpt_path or ""))
         self.history = {name: [(int(x), float(y)) for x, y in points] for name, points in checkpoint["history"].items()}
 
 
