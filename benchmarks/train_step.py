@@ -1,10 +1,11 @@
-"""Milliseconds of one training step (forward, backward, Adam) of this network beside Hugging Face's ImageGPT.
+"""Milliseconds of one training step (forward, backward, Adam) of this network, a plain rewrite and Hugging Face's.
 
     python benchmarks/train_step.py --size a --rounds 5 --out a.json
 
 Every row sees the same token ids, batch, loss over all positions and fused Adam. Rows take turns, round by round, so
 a machine that speeds up or slows down does so for all; the first round is a warm-up for all and is not counted.
-`medium` is `torch.set_float32_matmul_precision("medium")`, which users of either side can set.
+`medium` is `torch.set_float32_matmul_precision("medium")`, which users of any side can set. Freed memory is kept by the process
+(`hold_memory`), as our training does; the other rows profit as well.
 """
 
 import argparse
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from plain import PlainGPT
 from torch import Tensor, nn
 
 from igpt.model.gpt import GPT
+from igpt.task.fit import hold_memory
 
 SIZES = {  # n_layer, n_embd, n_head, n_ctx, n_vocab, batch
     "a": (12, 256, 8, 1024, 512, 4),
@@ -31,6 +34,15 @@ def our_net(size: str, compiled: bool) -> nn.Module:
     n_layer, n_embd, n_head, n_ctx, n_vocab, _ = SIZES[size]
     net = GPT(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal=True)
     net.init_weights(0)
+    if compiled:
+        for block in net.h:
+            block.compile()
+    return net
+
+
+def plain_net(size: str, compiled: bool) -> nn.Module:
+    n_ctx = SIZES[size][3]
+    net = PlainGPT(*SIZES[size][:5], bmm=n_ctx <= 128 and not torch.cuda.is_available())
     if compiled:
         for block in net.h:
             block.compile()
@@ -94,11 +106,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=["fp32", "bf16"], nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--no-peer", action="store_true", help="leave Hugging Face out")
+    parser.add_argument("--no-plain", action="store_true", help="leave the plain rewrite out")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
+    hold_memory()  # for every row: it is a setting of the process
     n_layer, n_embd, _, n_ctx, n_vocab, batch = SIZES[args.size]
     tokens = torch.randint(n_vocab, (batch, n_ctx), device=device)
     matmul_flops = 12 * n_layer * n_embd**2 + n_embd * n_vocab
@@ -112,6 +126,10 @@ def main() -> None:
                 net = our_net(args.size, compiled).to(device)
                 name = f"igpt{' compiled' if compiled else ''} {label}"
                 rows[name] = step_of(net, tokens, precision == "bf16", matmul)
+                if not args.no_plain:
+                    rows[f"plain{' compiled' if compiled else ''} {label}"] = step_of(
+                        plain_net(args.size, compiled).to(device), tokens, precision == "bf16", matmul
+                    )
             if not args.no_peer:
                 rows[f"hf {label}"] = step_of(HuggingFace(args.size).to(device), tokens, precision == "bf16", matmul)
 

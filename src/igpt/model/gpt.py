@@ -9,10 +9,12 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from igpt import keyed
@@ -54,11 +56,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, path: str = "auto")
     b, h, t, d = q.shape
     q, k, v = q.reshape(b * h, t, d), k.reshape(b * h, -1, d), v.reshape(b * h, -1, d)
     scale = 1 / math.sqrt(d)
-    if causal:
-        mask = torch.full((t, t), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    mask = torch.full((t, k.shape[1]), -math.inf, dtype=q.dtype, device=q.device).triu(1) if causal else None
+    if mask is not None and not torch.compiler.is_compiling():
         scores = torch.baddbmm(mask, q, k.mT, alpha=scale)  # (B·H, T, S)
-    else:
+    else:  # what the compiler fuses with the softmax
         scores = torch.bmm(q, k.mT) * scale
+        scores = scores if mask is None else scores + mask
     return torch.bmm(scores.softmax(-1), v).view(b, h, t, d)
 
 
@@ -110,8 +113,33 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * n_embd, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.c_proj(F.silu(self.c_fc(x, GELU_SLOPE)), 1 / GELU_SLOPE)
+        out: Tensor
+        if torch.compiler.is_compiling():  # it makes one kernel of this by itself
+            x = self.c_fc(x)
+            out = self.c_proj(x * torch.sigmoid(GELU_SLOPE * x))
+        else:
+            out = self.c_proj(F.silu(self.c_fc(x, GELU_SLOPE)), 1 / GELU_SLOPE)
         return out
+
+
+class _CPUNorm(torch.autograd.Function):
+    """The norm in half the passes over memory that autograd's own backward takes, keeping only its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, g: Tensor) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        r = mean_square.add_(NORM_EPS).rsqrt_()  # (…, 1)
+        ctx.save_for_backward(x, g, r)
+        return (x * r).mul_(g)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        x, g, r = ctx.saved_tensors
+        product = (dy * x).flatten(0, -2)  # (N, C)
+        dg = r.flatten() @ product  # Σ_n dy x r
+        along = (product @ g).view(r.shape) * r**3 / x.shape[-1]  # how much of dy only stretches x
+        return (dy * g).mul_(r).addcmul_(x, along, value=-1), dg
 
 
 class Norm(nn.Module):
@@ -122,6 +150,9 @@ class Norm(nn.Module):
         self.g = nn.Parameter(torch.full((n_embd,), math.nan))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == self.g.dtype == torch.float32 and not torch.compiler.is_compiling():
+            y: Tensor = _CPUNorm.apply(x, self.g)  # type: ignore[no-untyped-call]
+            return y
         return F.rms_norm(x, self.g.shape, self.g, NORM_EPS)
 
 
