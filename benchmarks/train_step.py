@@ -4,8 +4,8 @@
 
 Every row sees the same token ids, batch, loss over all positions and fused Adam. Rows take turns, round by round, so
 a machine that speeds up or slows down does so for all; the first round is a warm-up for all and is not counted.
-`medium` is `torch.set_float32_matmul_precision("medium")`, which users of any side can set. Freed memory is kept by the process
-(`hold_memory`), as our training does; the other rows profit as well.
+`medium` is `torch.set_float32_matmul_precision("medium")`, which users of any side can set. Freed memory
+is kept by the process (`hold_memory`), as our training does; the other rows profit as well.
 """
 
 import argparse

@@ -10,8 +10,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from igpt.arguments import check, prepare
+from igpt.build import CHECKPOINT, Build
 from igpt.checkpoint.native import Origin, find, save_model
-from igpt.launch import CHECKPOINT, Build
+from igpt.launch import perform, stages
 from igpt.report.folder import RunFolder
 from tests.conftest import small_net
 
@@ -103,10 +104,18 @@ def test_good_arguments_pass(override: str) -> None:
     assert prepare([override], CONF) == [override]
 
 
-def test_a_misspelt_stage_setting() -> None:
-    build = built("experiment=quickstart", "+task.stages.pretrain.stepz=3")
-    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(ValueError, match="did you mean steps"):
-        build.need_stage(RunFolder(Path()))
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+task.stages.pretrain.stepz=3", "task.stages.pretrain has no setting 'stepz', did you mean steps"),
+        ("task.stages.pretrain.steps=many", "task.stages.pretrain.steps must be int, got 'many'"),
+        ("+task.stages.complete.rows=half", r"task.stages.complete.rows must be int \| None, got 'half'"),
+    ],
+)
+def test_a_bad_stage_is_found_before_the_first_one_starts(override: str, message: str) -> None:
+    build = built("experiment=quickstart", override)
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(ValueError, match=message):
+        stages(build)
 
 
 def save_small(folder: Path, *, n_ctx: int = 64, permutation: list[int] | None = None) -> Path:
@@ -161,3 +170,28 @@ def test_weights_that_agree_are_taken(tmp_path: Path) -> None:
 def test_a_task_that_needs_weights_says_so(task: str) -> None:
     with pytest.raises(ValueError, match=f"task={task} needs trained weights: init=RUN_FOLDER"):
         built(f"task={task}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.steps=1.5", "task.steps must be int, got 1.5"),
+        ("task.learning_rate=high", "task.learning_rate must be float, got 'high'"),
+        ("task.val_every=true", "task.val_every must be int, got True"),
+        ("+task.stepz=3", "task has no setting 'stepz', did you mean steps"),
+        ("trainer.precision=fp8", "trainer.precision must be .*bf16-mixed.*, got 'fp8'"),
+        ("data.resolution=16", "data.resolution=16: the digits are 8×8"),
+        ("callbacks.samples.count=0", "callbacks.samples.count"),
+        ("model.n_head=3", "n_embd 64 is not divisible by n_head 3"),
+        ("tokens.palette.k=18", "only 17 distinct"),
+        ("tokens.order=spiral", "tokens.order must be raster"),
+    ],
+)
+def test_bad_values_are_found_before_work_starts(tmp_path: Path, override: str, message: str) -> None:
+    """Every one is a ValueError, which the command shows in one line; nothing was trained."""
+    build = built(override, f"paths.cache={tmp_path}", f"paths.runs={tmp_path}")
+    folder = RunFolder(tmp_path / "run")
+    folder.start(build.config, [], None)
+    with pytest.raises(ValueError, match=message):
+        perform(build, folder)
+    assert not (folder.path / "checkpoints").exists()

@@ -17,7 +17,8 @@ ALLOWED = {
     "metric": set(),
     "task": {"data", "tokens", "model", "checkpoint", "objective", "metric"},
     "report": {"tokens", "model", "metric"},
-    "launch": {"arguments", "data", "tokens", "model", "checkpoint", "objective", "metric", "task", "report"},
+    "build": {"arguments", "data", "tokens", "model", "checkpoint", "objective", "task", "report"},
+    "launch": {"arguments", "build", "metric", "task", "report"},
     "arguments": set(),
     **{leaf: set() for leaf in LEAVES},
 }

@@ -47,7 +47,7 @@ def test_what_decides_a_run_decides_its_name() -> None:
 def test_a_result_is_read_back(tmp_path: Path) -> None:
     """Round trip through result.json; the files it names are there."""
     folder = RunFolder(tmp_path / "run")
-    folder.start({"seed": 0}, ["seed=0"])
+    folder.start({"seed": 0}, ["seed=0"], None)
     result = Result(
         numbers={"val/loss_gen": Number(1.25, "nats/token", 7, 0.1)},
         curves={"train/loss_gen": Curve([1.0, 2.0], [3.0, 2.5], "optimiser step", "nats/token")},

@@ -29,6 +29,15 @@ def identity(config: dict[str, Any], weights_sha256: str | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def differences(saved: Any, asked: Any, key: str = "") -> list[str]:
+    """Every setting that decides a run and differs between two configs, as `task.steps 100 ≠ 200`."""
+    if isinstance(saved, dict) and isinstance(asked, dict):
+        names = [name for name in saved | asked if key or name not in OUTSIDE_IDENTITY]
+        pairs = [(saved.get(name), asked.get(name), f"{key}.{name}".strip(".")) for name in names]
+        return [line for ours, theirs, path in pairs for line in differences(ours, theirs, path)]
+    return [] if saved == asked else [f"{key} {saved} ≠ {asked}"]
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run's folder. `run.json` is written when it starts, `result.json` when it has ended well."""
@@ -43,11 +52,18 @@ class RunFolder:
     def started(self) -> bool:
         return (self.path / "run.json").is_file()
 
-    def start(self, config: dict[str, Any], overrides: list[str]) -> None:
+    def start(self, config: dict[str, Any], overrides: list[str], weights_sha256: str | None) -> None:
         """Writes what is about to run, unless that was written before."""
         if not self.started:
             run_id = uuid.uuid4().hex[:8]  # tells a repeated run from the first; nothing that is learned depends on it
-            record = {"version": VERSION, "id": run_id, "overrides": overrides, "config": config, **environment()}
+            record = {
+                "version": VERSION,
+                "id": run_id,
+                "overrides": overrides,
+                "config": config,
+                "weights_sha256": weights_sha256,
+                **environment(),
+            }
             files.write_json(self.path / "run.json", record)
 
     def read_run(self) -> dict[str, Any]:

@@ -1,0 +1,235 @@
+"""Everything a task may need, built in flow order from a config; what one stage knows is given to the next."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from igpt.arguments import suggestion
+from igpt.checkpoint import native
+from igpt.checkpoint.native import Origin, Weights
+from igpt.checkpoint.resume import latest_checkpoint
+from igpt.data.source import Source
+from igpt.model.gpt import GPT
+from igpt.objective import named
+from igpt.objective.base import Objective
+from igpt.report.folder import RunFolder, identity
+from igpt.task.fit import Machine, Runner
+from igpt.task.sample import vocabulary_of
+from igpt.tokens.datamodule import TokenDataModule
+from igpt.tokens.palette import Palette
+from igpt.tokens.raster import Raster
+
+CHECKPOINT = "checkpoint"  # the option of model, tokens and objective that says: as in the weights of init=
+
+
+def factory(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
+    """What a `_target_` names, with its settings given, their names and types checked: call it with live objects.
+
+    Raises:
+        ValueError: a setting that the target does not have, or of another type than it takes.
+    """
+    settings = {str(key): value for key, value in spec.items()}
+    check_settings(get_object(settings["_target_"]), settings, where)
+    made: Callable[..., Any] = instantiate({**settings, "_partial_": True, "_convert_": "all"})
+    return made
+
+
+def check_settings(target: Any, settings: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError, naming the setting in `where`, unless `target` takes every one of them as it is."""
+    parameters = inspect.signature(target).parameters
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    for key, value in settings.items():
+        if key.startswith("_"):
+            continue
+        if key not in parameters:
+            raise ValueError(f"{where} has no setting {key!r}{suggestion(key, parameters)}")
+        if key in hints and not _fits(value, hints[key]):
+            name = getattr(hints[key], "__name__", str(hints[key])) if not get_args(hints[key]) else str(hints[key])
+            raise ValueError(f"{where}.{key} must be {name}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    if hint in (str, bool, NoneType):
+        return isinstance(value, hint)
+    return True  # a container or a live object: its own code looks at it
+
+
+class Build:
+    """The stages of one config, each built when it is first asked for.
+
+    Positions and vocabulary come from the tokens, causality from the objective. Where weights are given, they must
+    agree with what the run chooses, and are taken where it chooses nothing.
+    """
+
+    def __init__(self, cfg: DictConfig, choices: dict[str, Any]) -> None:
+        self.cfg, self.choices = cfg, choices
+        self.task: str = cfg.task.name
+        self.weights: Weights | None = native.find(cfg.init) if cfg.init is not None else None
+        needs = set(cfg.task.needs)
+        from_checkpoint = [group for group in ("model", "tokens", "objective") if choices.get(group) == CHECKPOINT]
+        if self.weights is None and from_checkpoint and needs & {"weights", "net"}:
+            raise ValueError(f"task={self.task} needs trained weights: init=RUN_FOLDER (of a finished pretraining run)")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The whole config, resolved."""
+        resolved = OmegaConf.to_container(self.cfg, resolve=True)
+        assert isinstance(resolved, dict)
+        return {str(key): value for key, value in resolved.items()}
+
+    @property
+    def name(self) -> str:
+        """The run folder's name: what is done with what, and 8 digits of the config's hash."""
+        data = f"{self.cfg.data.name}{self.cfg.data.resolution}"
+        digest = identity(self.config, self.weights_sha256)
+        return f"{self.task}-{self.model_name}-{data}-{self.objective_settings['name']}-s{self.cfg.seed}-{digest}"
+
+    @property
+    def weights_sha256(self) -> str | None:
+        return self.weights.sha256 if self.weights else None
+
+    @property
+    def model_name(self) -> str:
+        return self.weights.origin.model if self.weights and self._from_weights("model") else str(self.cfg.model.name)
+
+    @property
+    def objective_settings(self) -> dict[str, Any]:
+        """The objective's name and numbers: the run's own, or those of its weights."""
+        if self.weights and self._from_weights("objective"):
+            return self.weights.origin.objective
+        settings: dict[str, Any] = self.config["objective"]
+        return settings
+
+    @cached_property
+    def source(self) -> Source:
+        source: Source = factory(self.config["data"]["source"], "data.source")()
+        return source
+
+    @cached_property
+    def palette(self) -> Palette:
+        if self.choices["tokens"] == CHECKPOINT:
+            return self.vocabulary[0]
+        palette: Palette = factory(self.config["tokens"]["palette"], "tokens.palette")(self.source)
+        if self.weights is not None and palette.hash != self.vocabulary[0].hash:
+            theirs = self.vocabulary[0]
+            raise ValueError(
+                f"{self.weights.folder} was trained with palette {theirs.hash} ({theirs.k} colours), "
+                f"this run's is {palette.hash} ({palette.k}): tokens=checkpoint takes the checkpoint's"
+            )
+        return palette
+
+    @cached_property
+    def raster(self) -> Raster:
+        if self.choices["tokens"] != CHECKPOINT:
+            raster = Raster.of(self.cfg.data.resolution, self.cfg.tokens.order)
+        else:
+            raster = self.vocabulary[1]
+        if self.weights is not None:
+            theirs = self.vocabulary[1]
+            if theirs.side != self.cfg.data.resolution:
+                raise ValueError(
+                    f"{self.weights.folder} reads {theirs.side}×{theirs.side} pixels ({self.weights.origin.data}), "
+                    f"data={self.cfg.data.name} gives {self.cfg.data.resolution}×{self.cfg.data.resolution}"
+                )
+            if theirs.permutation != raster.permutation:
+                raise ValueError(
+                    f"{self.weights.folder} was trained in another order of the pixels: tokens=checkpoint takes it"
+                )
+        return raster
+
+    @cached_property
+    def vocabulary(self) -> tuple[Palette, Raster]:
+        assert self.weights is not None
+        return vocabulary_of(self.weights)
+
+    @cached_property
+    def objective(self) -> Objective:
+        if self.weights is not None:
+            theirs, ours = self.weights.origin.objective, self.objective_settings
+            native.check_same("objective", theirs, ours, self.weights.folder)
+        return named.build(**self.objective_settings)
+
+    def _from_weights(self, group: str) -> bool:
+        return bool(self.choices[group] == CHECKPOINT)
+
+    # What a task lists under `needs`, each given the run folder.
+
+    def need_runner(self, folder: RunFolder) -> Runner:
+        machine: Machine = factory(self.config["trainer"], "trainer")()
+        trains = "net" in self.cfg.task.needs
+        chosen = (self.config["logger"] or {}) if trains else {}
+        watching = (self.config["callbacks"] or {}) if trains else {}
+        callbacks = [factory(spec, f"callbacks.{key}")() for key, spec in watching.items()]
+        at = latest_checkpoint(folder.path)
+        first_step = int(at.stem.removeprefix("step_")) if at else 0
+        run_id = f"{self.name}-{folder.read_run()['id']}"
+        loggers = [
+            factory(spec, f"logger.{key}")(folder.path, run_id=run_id, first_step=first_step)
+            for key, spec in chosen.items()
+        ]
+        for logger in loggers:
+            logger.log_hyperparams(self.config)
+        return Runner(machine=machine, folder=folder.path, loggers=loggers, callbacks=callbacks)
+
+    def need_tokens(self, folder: RunFolder) -> Callable[..., TokenDataModule]:
+        return partial(
+            TokenDataModule,
+            source=self.source,
+            palette=self.palette,
+            raster=self.raster,
+            seed=self.cfg.seed,
+            num_workers=self.cfg.trainer.num_workers,
+        )
+
+    def need_net(self, folder: RunFolder) -> Callable[[], GPT]:
+        known = {"n_ctx": self.raster.n_ctx, "n_vocab": self.palette.k, "causal": self.objective.causal}
+        if self._from_weights("model"):
+            assert self.weights is not None
+            return partial(GPT, **{**self.weights.origin.network, **known})
+        spec = {key: value for key, value in self.config["model"].items() if key != "name"}
+        net: Callable[[], GPT] = factory({**spec, **known}, "model")
+        if self.weights is not None:
+            asked = {key: value for key, value in spec.items() if not key.startswith("_")} | known
+            native.check_same("network", self.weights.origin.network, asked, self.weights.folder)
+        return net
+
+    def need_objective(self, folder: RunFolder) -> Objective:
+        return self.objective
+
+    def need_weights(self, folder: RunFolder) -> Weights | None:
+        return self.weights
+
+    def need_seed(self, folder: RunFolder) -> int:
+        return int(self.cfg.seed)
+
+    def need_folder(self, folder: RunFolder) -> Path:
+        return folder.path
+
+    def need_init(self, folder: RunFolder) -> str | None:
+        return self.cfg.init  # type: ignore[no-any-return]
+
+    def need_origin(self, folder: RunFolder) -> Callable[..., Origin]:
+        """What the weights this run will make are to say of themselves, but for their step."""
+        return partial(
+            Origin,
+            network=self.need_net(folder).keywords,  # type: ignore[attr-defined]
+            palette=self.palette.centres.tolist(),
+            permutation=list(self.raster.permutation),
+            objective=self.objective_settings,
+            model=self.model_name,
+            data=f"{self.cfg.data.name}{self.cfg.data.resolution}",
+            seed=self.cfg.seed,
+        )
