@@ -22,5 +22,6 @@ if __name__ == "__main__":
     try:
         sys.argv[1:] = prepare(sys.argv[1:], CONF)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     main()

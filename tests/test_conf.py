@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from igpt.arguments import check, prepare
 from igpt.build import CHECKPOINT, Build
 from igpt.checkpoint.native import Origin, find, save_model
-from igpt.launch import perform, stages
+from igpt.launch import absolute, launch, open_folder, perform, stages
 from igpt.report.folder import RunFolder
 from tests.conftest import small_net
 
@@ -74,7 +74,7 @@ def test_the_papers_sizes_are_the_configs(tmp_path: Path) -> None:
         ("task.stepz=3", "did you mean task.steps"),
         ("stepz=3", "did you mean task.steps"),
         ("task.learning_rat=1", "did you mean task.learning_rate"),
-        ("data.source.val_frction=0.2", "did you mean data.source.val_fraction"),
+        ("data.val_frction=0.2", "did you mean data.val_fraction"),
         ("logger=[csv,wandbb]", "logger=wandbb: there is no such option, did you mean wandb"),
         ("experiment=quikstart", "did you mean quickstart"),
         ("seed=[", "cannot read the arguments"),
@@ -147,6 +147,10 @@ SMALL = ("model.n_layer=3", "model.n_embd=24", "model.n_head=3")
         ({"permutation": list(range(63, -1, -1))}, ["task=pretrain", *SMALL], "another order of the pixels"),
         ({}, ["task=pretrain"], "n_embd 24 ≠ 64; n_head 3 ≠ 4; n_layer 3 ≠ 8"),
         ({}, ["task=pretrain", *SMALL, "tokens.palette.k=5"], "was trained with palette .* this run's is .* .5."),
+        ({}, ["task=sample", "model=igpt_s"], "n_embd 24 ≠ 512"),
+        ({}, ["task=sample", "tokens=fitted", "tokens.palette.k=5"], "was trained with palette"),
+        ({}, ["task=evaluate", "model=igpt_s"], "n_embd 24 ≠ 512"),
+        ({}, ["task=evaluate", "tokens.order=random"], "tokens=checkpoint takes the checkpoint's order"),
     ],
 )
 def test_weights_that_disagree_with_the_run(
@@ -154,8 +158,10 @@ def test_weights_that_disagree_with_the_run(
 ) -> None:
     init = save_small(tmp_path / "run", **saved)
     build = built(*overrides, f"init={init}", f"paths.cache={tmp_path}")
+    folder = RunFolder(tmp_path / "new")
+    folder.start(build.config, [], build.files_sha256)
     with pytest.raises(ValueError, match=message):
-        build.need_net(RunFolder(tmp_path))
+        perform(build, folder)
 
 
 def test_weights_that_agree_are_taken(tmp_path: Path) -> None:
@@ -191,7 +197,98 @@ def test_bad_values_are_found_before_work_starts(tmp_path: Path, override: str, 
     """Every one is a ValueError, which the command shows in one line; nothing was trained."""
     build = built(override, f"paths.cache={tmp_path}", f"paths.runs={tmp_path}")
     folder = RunFolder(tmp_path / "run")
-    folder.start(build.config, [], None)
+    folder.start(build.config, [], build.files_sha256)
     with pytest.raises(ValueError, match=message):
         perform(build, folder)
     assert not (folder.path / "checkpoints").exists()
+
+
+def test_what_decides_a_run_decides_its_name(tmp_path: Path) -> None:
+    """Invariant: where and how a run is carried out does not change its identity; what it learns from does."""
+    palettes = [tmp_path / name for name in ("a.npy", "b.npy")]
+    for i, path in enumerate(palettes):
+        np.save(path, np.linspace(-1, 1, 51).reshape(17, 3).astype(np.float32)[:: 1 - 2 * i])
+    name = built().name
+    same = ["paths.cache=x", "paths.runs=y", "force=true", "trainer=cpu", "trainer.micro_batch=8", "callbacks=none"]
+    for override in [*same, "trainer.num_workers=3", "logger=[csv,wandb]"]:
+        assert built(override).name == name
+    others = ["seed=1", "task.steps=7", "trainer.precision=bf16-mixed", "data.shift=0", "tokens.order=random"]
+    names = {built(override).name for override in others}
+    names |= {built("tokens=openai", f"tokens.path={path}").name for path in palettes}
+    before = built("tokens=openai", f"tokens.path={palettes[0]}").name
+    palettes[1].rename(palettes[0])
+    names.add(built("tokens=openai", f"tokens.path={palettes[0]}").name)
+    assert before in names
+    assert name not in names
+    assert len(names) == 8
+
+
+def test_a_sample_is_named_after_what_its_weights_saw(tmp_path: Path) -> None:
+    """By hand: no image is read, so the data is the checkpoint's."""
+    init = save_small(tmp_path / "run")
+    assert built("task=sample", f"init={init}").name.startswith("sample-small-toy-ar-s0-")
+
+
+@pytest.mark.parametrize("stage", ["igpt.task.pretrain.run", "igpt.task.complete.run"])
+def test_a_stopped_pipeline_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Invariant: finished stages are not run again, and the end is that of a pipeline that was never stopped."""
+    small = ["experiment=quickstart", "model.n_layer=1", "model.n_embd=8", "model.n_head=2", "callbacks=none"]
+    steps = ["steps=4", "warmup_steps=1", "val_every=0", "log_every=1", "checkpoint_every=2"]
+    overrides = [*small, *(f"task.stages.pretrain.{s}" for s in steps), f"paths.cache={tmp_path}"]
+
+    def start(*more: str, runs: str) -> tuple[dict[str, Any], Path]:
+        build = built(*overrides, *more, f"paths.runs={tmp_path / runs}")
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            result = launch(build.cfg, choices=build.choices, overrides=overrides)
+        (folder,) = (tmp_path / runs).iterdir()
+        return {key: number.value for key, number in result.numbers.items() if "per_s" not in key}, folder
+
+    whole, _ = start(runs="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, fails)
+        with pytest.raises(KeyError):
+            start(runs="stopped")
+    (folder,) = (tmp_path / "stopped").iterdir()
+    written = (folder / "1_palette" / "result.json").stat().st_mtime_ns
+    resumed, _ = start(f"resume={folder}", runs="stopped")
+    assert resumed == whole
+    assert (folder / "1_palette" / "result.json").stat().st_mtime_ns == written
+
+
+def fails(*, runner: Any = None, **_: Any) -> None:
+    raise KeyError("stopped")
+
+
+def test_resume_and_force_together() -> None:
+    with pytest.raises(ValueError, match="choose one of them"):
+        open_folder(built("resume=x", "force=true"))
+
+
+def test_a_resumed_run_with_other_settings(tmp_path: Path) -> None:
+    """What differs is named; what does not decide the run may differ."""
+    first = built(f"paths.runs={tmp_path}")
+    folder = open_folder(first)
+    folder.start(first.config, [], first.files_sha256)
+    assert open_folder(built(f"resume={folder.path}", "trainer.num_workers=2")).path == folder.path
+    with pytest.raises(ValueError, match=r"another run .*: task.steps 1000000 ≠ 5; seed 0 ≠ 1|seed 0 ≠ 1; task.steps"):
+        open_folder(built(f"resume={folder.path}", "task.steps=5", "seed=1"))
+
+
+def test_resume_reads_the_saved_arguments(tmp_path: Path) -> None:
+    """Round trip: saved overrides come first, in front of new ones; quotes and another directory do no harm."""
+    folder = RunFolder(tmp_path / "a run")
+    folder.start({}, ["task.steps=7", "force=true"], {})
+    arguments = [f"resume='{folder.path}'", "trainer.num_workers=1"]
+    assert prepare(arguments, CONF) == ["task.steps=7", *arguments]
+    stage = RunFolder(folder.path / "2_pretrain")
+    stage.start({}, None, {})
+    with pytest.raises(ValueError, match=r"stage of a pipeline; continue that: resume=.*a run"):
+        prepare([f"resume='{stage.path}'"], CONF)
+
+
+def test_files_to_read_are_remembered_by_their_whole_path() -> None:
+    """By hand."""
+    saved = absolute(["init=runs/a", "seed=1", "tokens.path=/p.npy"])
+    assert saved == [f"init={Path.cwd() / 'runs/a'}", "seed=1", "tokens.path=/p.npy"]

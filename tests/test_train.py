@@ -73,7 +73,8 @@ def test_sample_from_a_run(quickstart: Path, tmp_path: Path) -> None:
 
 def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
     """Invariant: SIGKILL in the middle, then the same command refuses and says how; resume= ends as never killed."""
-    settings = ["task=pretrain", *PRETRAIN, "task.steps=60", "task.checkpoint_every=5", "task.val_every=20"]
+    settings = ["task=pretrain", *PRETRAIN, "task.steps=60", "task.checkpoint_every=5", "task.checkpoint_keep=99"]
+    settings.append("task.val_every=20")
     command = [sys.executable, str(ROOT / "train.py"), *settings]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60

@@ -21,9 +21,9 @@ def prepare(arguments: list[str], conf: Path) -> list[str]:
         ValueError: a group, option or key that does not exist, with the nearest that does; a `resume=` that is no run.
     """
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    resumed = [argument.partition("=")[2] for argument in overrides if argument.startswith("resume=")]
-    if resumed:
-        saved = saved_overrides(Path(resumed[-1]))
+    resumed = [override.value() for override in parse(overrides) if override.key_or_group == "resume"]
+    if resumed and resumed[-1] is not None:
+        saved = saved_overrides(Path(str(resumed[-1])))
         arguments = [*saved, *arguments]
         overrides = [*saved, *overrides]
     check(overrides, conf)
@@ -37,17 +37,24 @@ def saved_overrides(folder: Path) -> list[str]:
         raise ValueError(f"resume={folder}: no run.json there; give the folder of a run, as in runs/pretrain-…")
     try:
         overrides = json.loads(record.read_text())["overrides"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{record} is damaged ({error!r}): restore it, or start the run anew") from error
+    if overrides is None:
+        raise ValueError(f"resume={folder}: this is a stage of a pipeline; continue that: resume={folder.parent}")
     return [str(override) for override in overrides if not str(override).startswith(("resume=", "force="))]
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """The overrides as Hydra reads them. Raises ValueError when it cannot."""
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        raise ValueError(f"cannot read the arguments: {str(error).splitlines()[0]}") from error
 
 
 def check(overrides: list[str], conf: Path) -> None:
     """Raises ValueError, naming the nearest right name, when some override names nothing that is there."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except HydraException as error:
-        raise ValueError(f"cannot read the arguments: {str(error).splitlines()[0]}") from error
+    parsed = parse(overrides)
     groups = sorted(path.name for path in conf.iterdir() if path.is_dir())
     chosen = [override for override in parsed if _is_group(override, groups)]
     for override in chosen:
@@ -77,7 +84,9 @@ def _check_options(override: Override, conf: Path) -> None:
     value = override.value()
     asked: list[Any] = []
     if override.is_sweep_override():
-        asked = list(override.sweep_string_iterator()) if override.is_choice_sweep() else []
+        if not override.is_choice_sweep():
+            return  # a glob or a range: Hydra knows what it means
+        asked = list(override.sweep_string_iterator())
     elif value is not None:
         asked = value if isinstance(value, list) else [value]
     for option in asked:

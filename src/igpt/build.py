@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from igpt import files
 from igpt.arguments import suggestion
 from igpt.checkpoint import native
 from igpt.checkpoint.native import Origin, Weights
@@ -44,10 +45,11 @@ def check_settings(target: Any, settings: Mapping[str, Any], where: str) -> None
     """Raises ValueError, naming the setting in `where`, unless `target` takes every one of them as it is."""
     parameters = inspect.signature(target).parameters
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key, value in settings.items():
         if key.startswith("_"):
             continue
-        if key not in parameters:
+        if key not in parameters and not takes_any:
             raise ValueError(f"{where} has no setting {key!r}{suggestion(key, parameters)}")
         if key in hints and not _fits(value, hints[key]):
             name = getattr(hints[key], "__name__", str(hints[key])) if not get_args(hints[key]) else str(hints[key])
@@ -93,13 +95,22 @@ class Build:
     @property
     def name(self) -> str:
         """The run folder's name: what is done with what, and 8 digits of the config's hash."""
-        data = f"{self.cfg.data.name}{self.cfg.data.resolution}"
-        digest = identity(self.config, self.weights_sha256)
+        data = self.data_name
+        if self.weights and "tokens" not in self.cfg.task.needs:  # a task that reads no images
+            data = self.weights.origin.data
+        digest = identity(self.config, self.files_sha256)
         return f"{self.task}-{self.model_name}-{data}-{self.objective_settings['name']}-s{self.cfg.seed}-{digest}"
 
+    @cached_property
+    def files_sha256(self) -> dict[str, str | None]:
+        """The content of the files that decide the run: its starting weights, and a palette that is given."""
+        path = self.config["tokens"].get("path")
+        palette = files.sha256(Path(path)) if path is not None and Path(path).is_file() else None
+        return {"init": self.weights.sha256 if self.weights else None, "tokens.path": palette}
+
     @property
-    def weights_sha256(self) -> str | None:
-        return self.weights.sha256 if self.weights else None
+    def data_name(self) -> str:
+        return f"{self.cfg.data.name}{self.cfg.data.resolution}"
 
     @property
     def model_name(self) -> str:
@@ -115,14 +126,16 @@ class Build:
 
     @cached_property
     def source(self) -> Source:
-        source: Source = factory(self.config["data"]["source"], "data.source")()
+        spec = {key: value for key, value in self.config["data"].items() if key != "n_colour"}  # that is the palette's
+        source: Source = factory(spec, "data")()
         return source
 
     @cached_property
     def palette(self) -> Palette:
         if self.choices["tokens"] == CHECKPOINT:
             return self.vocabulary[0]
-        palette: Palette = factory(self.config["tokens"]["palette"], "tokens.palette")(self.source)
+        make = factory(self.config["tokens"]["palette"], "tokens.palette")
+        palette: Palette = make(self.source, Path(self.cfg.paths.cache))
         if self.weights is not None and palette.hash != self.vocabulary[0].hash:
             theirs = self.vocabulary[0]
             raise ValueError(
@@ -157,10 +170,26 @@ class Build:
 
     @cached_property
     def objective(self) -> Objective:
-        if self.weights is not None:
-            theirs, ours = self.weights.origin.objective, self.objective_settings
-            native.check_same("objective", theirs, ours, self.weights.folder)
         return named.build(**self.objective_settings)
+
+    def check_weights(self) -> None:
+        """Raises ValueError where the run chooses another network, palette or objective than its weights have."""
+        if self.weights is None:
+            return
+        origin, folder = self.weights.origin, self.weights.folder
+        if not self._from_weights("model"):
+            sizes = {key: self.cfg.model[key] for key in ("n_layer", "n_embd", "n_head")}
+            native.check_same("network", {key: origin.network[key] for key in sizes}, sizes, folder)
+        if not self._from_weights("objective"):
+            native.check_same("objective", origin.objective, self.objective_settings, folder)
+        if self._from_weights("tokens"):
+            stated = [key for key, value in self.config["tokens"].items() if value is not None]
+            if stated:
+                raise ValueError(f"tokens=checkpoint takes the checkpoint's {' and '.join(stated)}: state no other")
+        else:
+            assert self.palette
+        if not self._from_weights("tokens") or "tokens" in self.cfg.task.needs:
+            assert self.raster
 
     def _from_weights(self, group: str) -> bool:
         return bool(self.choices[group] == CHECKPOINT)
@@ -196,14 +225,10 @@ class Build:
 
     def need_net(self, folder: RunFolder) -> Callable[[], GPT]:
         known = {"n_ctx": self.raster.n_ctx, "n_vocab": self.palette.k, "causal": self.objective.causal}
-        if self._from_weights("model"):
-            assert self.weights is not None
+        if self.weights is not None and self._from_weights("model"):
             return partial(GPT, **{**self.weights.origin.network, **known})
         spec = {key: value for key, value in self.config["model"].items() if key != "name"}
         net: Callable[[], GPT] = factory({**spec, **known}, "model")
-        if self.weights is not None:
-            asked = {key: value for key, value in spec.items() if not key.startswith("_")} | known
-            native.check_same("network", self.weights.origin.network, asked, self.weights.folder)
         return net
 
     def need_objective(self, folder: RunFolder) -> Objective:
@@ -230,6 +255,6 @@ class Build:
             permutation=list(self.raster.permutation),
             objective=self.objective_settings,
             model=self.model_name,
-            data=f"{self.cfg.data.name}{self.cfg.data.resolution}",
+            data=self.data_name,
             seed=self.cfg.seed,
         )

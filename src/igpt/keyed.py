@@ -30,7 +30,7 @@ def generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
 
 def fold(keys: Tensor, salt: int) -> Tensor:
     """New keys from old ones and a number: (B,) int64 → (B,) int64, the same on every device."""
-    return _mix(keys + _GAMMA * (salt & 0x7FFFFFFF) + salt)
+    return _mix(keys ^ key(salt, "fold"))
 
 
 def item_keys(stream_key: int | Tensor, index: Tensor) -> Tensor:

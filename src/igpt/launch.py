@@ -1,5 +1,6 @@
 """Builds, in flow order, what a task needs, runs it and reports its result. The only place that knows all stages."""
 
+import importlib
 import logging
 import sys
 import time
@@ -13,12 +14,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from igpt.arguments import suggestion
 from igpt.build import CHECKPOINT, Build, check_settings, factory
 from igpt.metric.result import Result
 from igpt.report import loggers
-from igpt.report.folder import RunFolder, differences, result_of
+from igpt.report.folder import RunFolder, deciding, differences, result_of
 from igpt.report.table import closing_table
 from igpt.task.guard import NonFiniteLossError
 
@@ -32,7 +34,7 @@ def main(cfg: DictConfig) -> None:
     overrides = list(HydraConfig.get().overrides.task)
     try:
         launch(cfg, choices=choices, overrides=overrides)
-    except (ValueError, NonFiniteLossError, OSError) as error:
+    except (ValueError, NonFiniteLossError, OSError, OmegaConfBaseException) as error:
         log.debug("traceback", exc_info=True)
         log.error("error: %s", error)
         sys.exit(2)
@@ -51,7 +53,9 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
             closing_table(result, folder.path, record["seconds"]),
         )
         return result
-    folder.start(build.config, overrides, build.weights_sha256)
+    folder.start(build.config, absolute(overrides), build.files_sha256)
+    for part in folder.path.rglob(".*.part"):
+        part.unlink()  # what a kill left half written
     with log_file(folder.path / "log.txt"):
         log.info("%s in %s", build.task, folder.path)
         return perform(build, folder)
@@ -66,11 +70,13 @@ def open_folder(build: Build) -> RunFolder:
     cfg = build.cfg
     name = build.name
     if cfg.resume is not None:
+        if cfg.force:
+            raise ValueError("resume= continues a run, force=true repeats one: choose one of them")
         folder = RunFolder(Path(cfg.resume))
         saved = folder.read_run()
-        differs = differences(saved["config"], build.config)
-        if saved["weights_sha256"] != build.weights_sha256:
-            differs.append(f"init: its weights are others now ({cfg.init})")
+        differs = differences(deciding(saved["config"]), deciding(build.config))
+        now = build.files_sha256
+        differs += [f"the file of {key} has changed" for key, sha in saved["files_sha256"].items() if sha != now[key]]
         if differs:
             raise ValueError(
                 f"resume={cfg.resume}: this is another run than the one that was begun: {'; '.join(differs)}"
@@ -95,6 +101,8 @@ def perform(build: Build, folder: RunFolder) -> Result:
     start = time.perf_counter()
     spec = {key: value for key, value in build.config["task"].items() if key not in ("name", "needs")}
     run = factory(spec, "task")
+    check_task(spec)
+    build.check_weights()
     needs = {
         need: stages(build) if need == "stage" else getattr(build, f"need_{need}")(folder)
         for need in build.cfg.task.needs
@@ -123,10 +131,24 @@ def stages(build: Build) -> Callable[..., Result]:
             return result_of(place.read_result())
         cfg.init = init
         of_stage = Build(cfg, choices)
-        place.start(of_stage.config, [], of_stage.weights_sha256)
+        place.start(of_stage.config, None, of_stage.files_sha256)
         return perform(of_stage, place)
 
     return stage
+
+
+def check_task(spec: Mapping[str, Any]) -> None:
+    """Raises ValueError when a task's own `check` finds a setting that cannot be right; it builds nothing for that."""
+    check = getattr(importlib.import_module(spec["_target_"].rpartition(".")[0]), "check", None)
+    if check is not None:
+        check(**{key: value for key, value in spec.items() if not key.startswith("_")})
+
+
+def absolute(overrides: list[str]) -> list[str]:
+    """Overrides that mean the same from another working directory: paths of files to read become absolute."""
+    read = ("init", "tokens.path")
+    pairs = [override.partition("=") for override in overrides]
+    return [f"{key}={Path(value).absolute()}" if key in read else f"{key}{eq}{value}" for key, eq, value in pairs]
 
 
 def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
@@ -154,6 +176,7 @@ def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictCon
     assert isinstance(spec, dict)
     own = {str(key): value for key, value in spec.items() if key not in ("name", "needs")}
     check_settings(get_object(cfg.task["_target_"]), own, f"task.stages.{name}")
+    check_task(own)
     OmegaConf.set_struct(cfg, True)
     return cfg, choices
 

@@ -60,7 +60,13 @@ class Lab:
         )
 
     def pretrain(
-        self, folder: Path, *, on: Machine | None = None, callbacks: tuple[Any, ...] = (), **changed: Any
+        self,
+        folder: Path,
+        *,
+        on: Machine | None = None,
+        callbacks: tuple[Any, ...] = (),
+        loggers: Any = (),
+        **changed: Any,
     ) -> Any:
         settings: dict[str, Any] = {
             "steps": 8,
@@ -76,7 +82,7 @@ class Lab:
             "checkpoint_keep": 2,
         }
         return pretrain(
-            runner=Runner(machine=on or machine(), folder=folder, callbacks=list(callbacks)),
+            runner=Runner(machine=on or machine(), folder=folder, callbacks=list(callbacks), loggers=list(loggers)),
             tokens=self.tokens,
             net=partial(GPT, **SIZES),
             objective=AR(),

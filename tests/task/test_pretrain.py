@@ -1,5 +1,6 @@
 """Pretraining: resumed, accumulated and sped-up runs are the plain run; broken ones stop."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from igpt.checkpoint.resume import latest_checkpoint
+from igpt.data.digits import Digits
 from igpt.metric.result import Result
+from igpt.report.callbacks import SampleGrid
+from igpt.report.loggers import csv as csv_logger
 from igpt.task.fit import matmul_precision
 from igpt.task.guard import NonFiniteLossError
+from igpt.task.optim import warmup_cosine
+from igpt.task.pretrain import check
+from igpt.tokens.palette import Palette
 from tests.task.conftest import Lab, machine
 
 
@@ -161,20 +168,73 @@ def test_matmul_precision_is_put_back() -> None:
     assert torch.get_float32_matmul_precision() == before
 
 
+def test_a_batch_that_does_not_divide(tmp_path: Path, lab: Lab) -> None:
+    with pytest.raises(ValueError, match="100 is no multiple of 1 device"):
+        lab.pretrain(tmp_path, on=machine(micro_batch=30))
+    assert not (tmp_path / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"batch_size": 100, "on": machine(micro_batch=30)}, "100 is no multiple of 1 device"),
-        ({"steps": 0}, "task.steps must be at least 1"),
-        ({"warmup_steps": 8}, "must be below task.steps"),
+        ({"steps": 0}, r"task\.steps must be at least 1"),
+        ({"batch_size": -1}, r"task\.batch_size must be at least 1"),
+        ({"warmup_steps": 8}, r"must be below task\.steps"),
         ({"log_every": 0}, "log_every"),
         ({"checkpoint_keep": 0}, "checkpoint_keep"),
+        ({"val_every": -1}, "val_every"),
     ],
 )
-def test_bad_settings(tmp_path: Path, lab: Lab, changed: dict[str, Any], message: str) -> None:
+def test_bad_settings(changed: dict[str, Any], message: str) -> None:
+    good = {"steps": 8, "batch_size": 100, "learning_rate": 0.01, "warmup_steps": 2, "val_every": 4}
+    good |= {"log_every": 1, "checkpoint_every": 4, "checkpoint_keep": 2}
+    check(**good)
     with pytest.raises(ValueError, match=message):
-        lab.pretrain(tmp_path, **changed)
-    assert not (tmp_path / "checkpoints").exists()
+        check(**{**good, **changed})
+
+
+def test_another_palette_is_not_resumed(tmp_path: Path, lab: Lab) -> None:
+    """The checkpoint holds the colours themselves: as many others, in another order, are another vocabulary."""
+    lab.pretrain(tmp_path)
+    lab.palette = Palette(lab.palette.centres[::-1].copy())
+    with pytest.raises(ValueError, match="its palette is not this run's"):
+        lab.pretrain(tmp_path)
+
+
+def test_without_a_validation_split(tmp_path: Path, lab: Lab) -> None:
+    """Validating on nothing is refused at the start; without it the run trains on all and keeps its model."""
+    lab.digits = Digits(
+        name="digits", resolution=8, val_fraction=0.0, test_fraction=0.8, split_seed=0, shift=1, shift_share=0.5
+    )
+    with pytest.raises(ValueError, match="nothing to validate on"):
+        lab.pretrain(tmp_path)
+    result = lab.pretrain(tmp_path, val_every=0)
+    assert "val/loss_gen" not in result.numbers
+    assert len(weights(tmp_path)) > 0
+
+
+def test_metrics_are_exact_and_under_their_steps(tmp_path: Path, lab: Lab) -> None:
+    """By hand: a row of metrics.csv for every second step, with what was seen by then."""
+    lab.pretrain(tmp_path, log_every=2, loggers=[csv_logger(tmp_path, run_id="x", first_step=0)])
+    with (tmp_path / "metrics" / "from_0000000" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    train = [row for row in rows if row["train/loss_gen"]]
+    assert [(int(row["step"]), int(row["images_seen"]), int(row["tokens_seen"])) for row in train] == [
+        (step, step * 100, step * 6400) for step in (2, 4, 6, 8)
+    ]
+    assert [float(row["lr"]) for row in train] == pytest.approx(
+        [0.01 * warmup_cosine(step - 1, warmup_steps=2, steps=8) for step in (2, 4, 6, 8)]
+    )
+    assert [int(row["step"]) for row in rows if row["val/loss_gen"]] == [4, 8]
+
+
+def test_samples_are_drawn_while_training_compiled(tmp_path: Path, lab: Lab) -> None:
+    """Invariant: at the validations that are due, without compiling anew for every position of the sequence."""
+    grid = SampleGrid(count=3, every=2, temperature=1.0)
+    torch._dynamo.utils.counters.clear()
+    lab.pretrain(tmp_path, on=machine(compile=True), val_every=2, callbacks=(grid,))
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_0000004.png", "step_0000008.png"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
 
 
 @pytest.mark.parametrize(

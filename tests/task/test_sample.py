@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from igpt.checkpoint.native import Weights, find
-from igpt.model.generate import Sampling
+from igpt.metric.result import Grid
 from igpt.task.complete import HIDDEN, prompt_rows
+from igpt.task.complete import check as check_complete
 from igpt.task.complete import run as complete
 from igpt.task.fit import Runner
-from igpt.task.sample import as_grid, draw
+from igpt.task.sample import check as check_sample
 from igpt.task.sample import run as sample
 from tests.task.conftest import Lab, machine
 
@@ -72,20 +72,50 @@ def test_rows_of_a_fraction() -> None:
         prompt_rows(1.5, None, 32)
 
 
-def test_bad_counts(tmp_path: Path, lab: Lab, trained: Weights) -> None:
+def test_more_images_than_there_are(tmp_path: Path, lab: Lab, trained: Weights) -> None:
     runner = Runner(machine=machine(), folder=tmp_path)
-    with pytest.raises(ValueError, match=r"task\.count"):
-        sample(runner=runner, weights=trained, seed=0, count=0, batch_size=1, **WHOLE)
     settings = {"split": "val", "count": 500, "completions": 1, "fraction": 0.5, "rows": None, "batch_size": 4}
     with pytest.raises(ValueError, match="500 images asked for, the val split has 18"):
         complete(runner=runner, weights=trained, tokens=lab.tokens, seed=0, **settings, **WHOLE)
-    with pytest.raises(ValueError, match="batch_size"):
-        draw(trained.net(), Sampling(1.0, None, None), keys=torch.zeros(1, dtype=torch.int64), batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"count": 0}, r"task\.count"),
+        ({"batch_size": 0}, r"task\.batch_size"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"completions": 0}, r"task\.completions"),
+        ({"fraction": -0.1}, r"task\.fraction"),
+        ({"rows": -1}, r"task\.rows"),
+        ({"split": "valid"}, "'valid'"),
+    ],
+)
+def test_bad_settings_are_found_before_anything_is_built(changed: dict[str, object], message: str) -> None:
+    good = {"split": "val", "count": 1, "completions": 1, "fraction": 0.5, "rows": None, "batch_size": 4, **WHOLE}
+    check_complete(**good)
+    with pytest.raises(ValueError, match=message):
+        check_complete(**{**good, **changed})
+    if changed.keys() <= {"count", "batch_size", "temperature"}:
+        with pytest.raises(ValueError, match=message):
+            check_sample(**{**good, **changed})
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_samples_at_lower_precision(tmp_path: Path, trained: Weights, precision: str) -> None:
+    """Invariant: the first pixels, of which nothing is rounded yet but the logits, are mostly float32's."""
+    drawn = [
+        sample(
+            runner=Runner(machine=on, folder=tmp_path), weights=trained, seed=0, count=30, batch_size=30, **WHOLE
+        ).arrays["samples"]
+        for on in (machine(), machine(precision=precision))
+    ]
+    assert (drawn[0][:, :3] == drawn[1][:, :3]).mean() > 0.9
 
 
 def test_a_grid_is_filled_with_white() -> None:
     """By hand: five images in 2 × 3."""
-    grid = as_grid(np.zeros((5, 4, 4, 3), np.uint8))
+    grid = Grid.square(np.zeros((5, 4, 4, 3), np.uint8)).images
     assert grid.shape == (2, 3, 4, 4, 3)
     assert grid[1, 1].max() == 0
     assert grid[1, 2].min() == 255

@@ -51,11 +51,11 @@ def test_a_fitted_palette_is_read_again(tmp_path: Path) -> None:
     source = Digits(
         name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5
     )
-    settings = {"n_pixels": 10**6, "iterations": 20, "restarts": 1, "seed": 0, "cache": str(tmp_path)}
-    first = fitted(source, k=8, **settings)
+    settings = {"n_pixels": 10**6, "iterations": 20, "restarts": 1, "seed": 0}
+    first = fitted(source, tmp_path, k=8, **settings)
     (path,) = (tmp_path / "palettes").iterdir()
     written = path.stat().st_mtime_ns
-    assert fitted(source, k=8, **settings).hash == first.hash
+    assert fitted(source, tmp_path, k=8, **settings).hash == first.hash
     assert path.stat().st_mtime_ns == written
-    assert fitted(source, k=17, **settings).k == 17
+    assert fitted(source, tmp_path, k=17, **settings).k == 17
     assert len(list((tmp_path / "palettes").iterdir())) == 2

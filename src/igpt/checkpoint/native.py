@@ -4,6 +4,7 @@
 the pixels, the objective, the step and the seed. Loading executes nothing that is in a file.
 """
 
+import inspect
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,7 @@ def find(path: str) -> Weights:
     sha256 = config.pop("weights_sha256", None)
     try:
         origin = Origin(**config)
+        inspect.signature(GPT).bind(**origin.network)
     except TypeError as error:
         raise ValueError(f"{folder / CONFIG} is not complete ({error}): export the model again") from error
     if files.sha256(folder / WEIGHTS) != sha256:

@@ -36,6 +36,16 @@ class Grid:
     images: np.ndarray  # (rows, columns, R, R, 3)
     titles: tuple[str, ...] = ()
 
+    @staticmethod
+    def square(images: np.ndarray) -> "Grid":
+        """Images (N, R, R, 3) in as many rows as columns, or one row less; gaps are white."""
+        n = len(images)
+        columns = int(np.ceil(np.sqrt(n)))
+        rows = -(-n // columns)
+        filled = np.full((rows * columns, *images.shape[1:]), 255, dtype=np.uint8)
+        filled[:n] = images
+        return Grid(filled.reshape(rows, columns, *images.shape[1:]))
+
 
 @dataclass
 class Result:

@@ -87,7 +87,8 @@ def generate(
     cache = net.new_cache(batch) if cached else None
     new = tokens[:, :start]
     for i in range(start, n_ctx):
-        logits = net.step(new, cache) if cache is not None else net(tokens)[:, i]  # (B, V)
+        with torch.compiler.set_stance("force_eager"):  # positions differ at every step: compiling would not end
+            logits = net.step(new, cache) if cache is not None else net(tokens)[:, i]  # (B, V)
         if not shown[i]:
             tokens[:, i] = sampling.draw(logits, uniforms[:, i])
             if on_token is not None:

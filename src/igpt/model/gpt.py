@@ -232,7 +232,8 @@ class GPT(nn.Module):
                 weight.zero_()
                 continue
             draw = torch.Generator().manual_seed(keyed.key(seed, "init", 0) ^ keyed.key(0, name))
-            weight.copy_(torch.empty(weight.shape).normal_(0, std, generator=draw))
+            drawn = torch.empty(weight.shape, device="cpu", dtype=torch.float32).normal_(0, std, generator=draw)
+            weight.copy_(drawn)  # drawn on the CPU, so that every device gets the same weights
 
     def _init_std(self, name: str) -> float:
         if name.endswith("attn.c_attn.weight"):

@@ -23,7 +23,11 @@ class ProgressBar(L.Callback):
         self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step", disable=hidden, leave=False)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if self.bar.disable:
+            return
         self.bar.update(trainer.global_step - self.bar.n)
+        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return  # nothing new, and a look at a number makes a GPU wait
         seen = trainer.callback_metrics
         shown = {
             name: f"{float(seen[name]):.4g}"
@@ -48,19 +52,16 @@ class SampleGrid(L.Callback):
             raise ValueError(f"callbacks.samples.count and .every start at 1, got {count} and {every}")
         self.count, self.every = count, every
         self.sampling = Sampling(temperature, None, None)
-        self._validations = 0
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._validations += 1
         net, data = pl_module.net, trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(net, GPT)
-        if trainer.state.fn != "fit" or self._validations % self.every or not net.causal or not trainer.is_global_zero:
+        passes = trainer.global_step * trainer.accumulate_grad_batches
+        due = trainer.state.fn == "fit" and passes // int(trainer.val_check_interval or 1) % self.every == 0
+        if not (due and net.causal and trainer.is_global_zero):
             return
         keys = keyed.item_keys(keyed.key(0, "sample grid"), torch.arange(self.count))
         tokens = generate(net, keyed.uniform(keys, net.n_ctx).to(pl_module.device), self.sampling)
         images = data.decode(tokens)  # (N, R, R, 3)
         path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
-        columns = int(self.count**0.5)
-        rows = self.count // columns
-        grid = Grid(images[: rows * columns].reshape(rows, columns, *images.shape[1:]))
-        grid_picture(path, grid)
+        grid_picture(path, Grid.square(images))

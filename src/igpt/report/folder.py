@@ -18,22 +18,27 @@ from igpt.metric.result import VERSION, Curve, Number, Result
 from igpt.report.figures import curves_figure, grid_picture, palette_picture
 
 # Settings that say where and whether to run, not what: they do not change a run's identity.
-OUTSIDE_IDENTITY = ("paths", "resume", "force", "init", "logger")
+OUTSIDE_IDENTITY = ("paths", "resume", "force", "init", "logger", "callbacks")
+OF_THE_MACHINE = "precision"  # the one setting of the trainer that counts: the others change nothing but rounding
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safetensors")
 
 
-def identity(config: dict[str, Any], weights_sha256: str | None) -> str:
-    """8 hexadecimal digits of everything that decides a run's outcome: its resolved config and starting weights."""
+def deciding(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that decides what a run learns and finds."""
     chosen = {key: value for key, value in config.items() if key not in OUTSIDE_IDENTITY}
-    text = json.dumps([chosen, weights_sha256], sort_keys=True, default=str)
+    return chosen | {"trainer": {OF_THE_MACHINE: config["trainer"][OF_THE_MACHINE]}}
+
+
+def identity(config: dict[str, Any], files_sha256: dict[str, str | None]) -> str:
+    """8 hexadecimal digits of everything that decides a run's outcome: its config, the files it starts from."""
+    text = json.dumps([deciding(config), files_sha256], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def differences(saved: Any, asked: Any, key: str = "") -> list[str]:
-    """Every setting that decides a run and differs between two configs, as `task.steps 100 ≠ 200`."""
+    """Every setting that differs between two configs, as `task.steps 100 ≠ 200`."""
     if isinstance(saved, dict) and isinstance(asked, dict):
-        names = [name for name in saved | asked if key or name not in OUTSIDE_IDENTITY]
-        pairs = [(saved.get(name), asked.get(name), f"{key}.{name}".strip(".")) for name in names]
+        pairs = [(saved.get(name), asked.get(name), f"{key}.{name}".strip(".")) for name in saved | asked]
         return [line for ours, theirs, path in pairs for line in differences(ours, theirs, path)]
     return [] if saved == asked else [f"{key} {saved} ≠ {asked}"]
 
@@ -52,8 +57,8 @@ class RunFolder:
     def started(self) -> bool:
         return (self.path / "run.json").is_file()
 
-    def start(self, config: dict[str, Any], overrides: list[str], weights_sha256: str | None) -> None:
-        """Writes what is about to run, unless that was written before."""
+    def start(self, config: dict[str, Any], overrides: list[str] | None, files_sha256: dict[str, str | None]) -> None:
+        """Writes what is about to run, unless that was written before. No overrides: it is a stage of another run."""
         if not self.started:
             run_id = uuid.uuid4().hex[:8]  # tells a repeated run from the first; nothing that is learned depends on it
             record = {
@@ -61,7 +66,7 @@ class RunFolder:
                 "id": run_id,
                 "overrides": overrides,
                 "config": config,
-                "weights_sha256": weights_sha256,
+                "files_sha256": files_sha256,
                 **environment(),
             }
             files.write_json(self.path / "run.json", record)

@@ -7,8 +7,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 
 def csv(folder: Path, *, run_id: str, first_step: int) -> Logger:
-    """`metrics/from_0000000/metrics.csv`: a file for each stretch of a run, so that resuming overwrites nothing."""
-    return CSVLogger(folder, name="metrics", version=f"from_{first_step:07d}")
+    """`metrics/from_0000000/metrics.csv`: one file for each step a run went on from, written row by row."""
+    return CSVLogger(folder, name="metrics", version=f"from_{first_step:07d}", flush_logs_every_n_steps=1)
 
 
 def wandb(folder: Path, *, run_id: str, first_step: int, project: str, offline: bool) -> Logger:

@@ -7,15 +7,14 @@ import lightning as L
 import torch
 
 from igpt.checkpoint.resume import checkpoint_path, mark_latest
-from igpt.task.guard import NonFiniteLossError
+from igpt.task.guard import FiniteGuard, NonFiniteLossError
 
 
 class Checkpoints(L.Callback):
     """Saves every `every` steps and at the end, and keeps the newest `keep`."""
 
-    def __init__(self, folder: Path, *, every: int, keep: int, val_every: int) -> None:
-        if every < 1 or keep < 1:
-            raise ValueError(f"task.checkpoint_every and task.checkpoint_keep start at 1, got {every} and {keep}")
+    def __init__(self, folder: Path, guard: FiniteGuard, *, every: int, keep: int, val_every: int) -> None:
+        self.guard = guard
         self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
         self._saved = -1
 
@@ -41,6 +40,7 @@ class Checkpoints(L.Callback):
         step = trainer.global_step
         if step == self._saved:
             return
+        self.guard.check()
         finite = torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all()
         if not finite:
             raise NonFiniteLossError(

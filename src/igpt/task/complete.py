@@ -1,15 +1,18 @@
 """Completions: the top of real images is given, the model continues it, several times."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 from igpt import keyed
 from igpt.checkpoint.native import Weights
+from igpt.data.source import check_split_name
 from igpt.metric.result import Grid, Number, Result
 from igpt.model.generate import Sampling
 from igpt.task.fit import Runner
+from igpt.task.sample import check as check_sampling
 from igpt.task.sample import draw
 from igpt.tokens.datamodule import TokenDataModule
 
@@ -31,6 +34,15 @@ def prompt_rows(fraction: float, rows: int | None, side: int) -> int:
     return rows
 
 
+def check(*, split: str, completions: int, fraction: float, rows: int | None, **settings: Any) -> None:
+    """Raises ValueError when a setting of the task cannot be right, before anything is built."""
+    check_split_name(split)
+    if completions < 1:
+        raise ValueError(f"task.completions must be at least 1, got {completions}")
+    prompt_rows(fraction, rows, side=rows or 1)  # the image's height is not known yet
+    check_sampling(**settings)
+
+
 def run(
     *,
     runner: Runner,
@@ -48,10 +60,8 @@ def run(
     top_p: float | None,
 ) -> Result:
     """Each of `count` images of `split` beside what was given and `completions` continuations, as one picture."""
-    if count < 1 or completions < 1:
-        raise ValueError(f"task.count and task.completions start at 1, got {count} and {completions}")
     sampling = Sampling(temperature, top_k, top_p)
-    data = tokens(plan=runner.machine.plan(batch_size))
+    data = tokens()
     side = data.raster.side
     n_row = prompt_rows(fraction, rows, side)
     source = data.source.split(split)
@@ -61,21 +71,20 @@ def run(
     pixels = source.read(chosen.tolist(), [0] * count).pixels  # (N, R, R, 3)
     originals = data.encode(torch.from_numpy(pixels))  # (N, T)
 
-    net = weights.net().to(runner.machine.device).eval()
     image = torch.from_numpy(chosen).repeat_interleave(completions)  # (N·M,)
     which = torch.arange(completions).repeat(count)
     keys = keyed.item_keys(keyed.item_keys(keyed.key(seed, "complete"), image), which)
     known = data.raster.known(n_row)  # (T,)
-    drawn = draw(
-        net, sampling, keys=keys, batch_size=batch_size, given=originals.repeat_interleave(completions, 0), known=known
-    )
+    given = originals.repeat_interleave(completions, 0)  # (N·M, T)
+    with runner.machine.inference(weights.net()) as net:
+        drawn = draw(net, sampling, keys=keys, batch_size=batch_size, given=given, known=known)
     quantised = data.decode(originals)
     shown = quantised.copy()
     shown[:, n_row:] = HIDDEN
     continued = data.decode(drawn).reshape(count, completions, side, side, 3)
     grid = np.concatenate([quantised[:, None], shown[:, None], continued], axis=1)
     titles = ("original", "given", *(f"completion {i + 1}" for i in range(completions)))
-    agree = (drawn == originals.repeat_interleave(completions, 0))[:, ~known].double()
+    agree = (drawn == given)[:, ~known].double()
     numbers = {}
     if agree.numel():
         numbers["complete/pixels_as_original"] = Number(float(agree.mean()), "share", count * completions)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import lightning as L
 
 from igpt.checkpoint.native import Weights
+from igpt.data.source import check_split_name
 from igpt.metric.likelihood import position_nats, unigram_nats
 from igpt.metric.result import Number, Result
 from igpt.model.gpt import GPT
@@ -29,6 +30,13 @@ class EvaluateModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.numbers = self.score.numbers(self.split, self.trainer)
+
+
+def check(*, split: str, batch_size: int, baselines: bool) -> None:
+    """Raises ValueError when a setting of the task cannot be right, before anything is built."""
+    check_split_name(split)
+    if batch_size < 1:
+        raise ValueError(f"task.batch_size must be at least 1, got {batch_size}")
 
 
 def run(

@@ -55,6 +55,10 @@ class Machine:
                 raise ValueError(f"trainer.{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise ValueError("trainer=gpu, but PyTorch sees no GPU here: choose trainer=cpu, or install a CUDA build")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(
+                f"trainer.micro_batch must be at least 1, or null for the whole batch; got {self.micro_batch}"
+            )
         if self.devices != 1:
             raise ValueError(f"trainer.devices={self.devices}: a run is one process on one device so far, take 1")
 
@@ -66,7 +70,9 @@ class Machine:
 
     def plan(self, batch_size: int) -> BatchPlan:
         """How `batch_size` images a step are shared out. Raises ValueError when they cannot be."""
-        return BatchPlan(batch_size=batch_size, micro_batch=self.micro_batch or batch_size)
+        return BatchPlan(
+            batch_size=batch_size, micro_batch=batch_size if self.micro_batch is None else self.micro_batch
+        )
 
     def prepare(self, net: GPT) -> None:
         """Applies what concerns the network: attention path, activation checkpointing, compilation."""
@@ -75,6 +81,16 @@ class Machine:
             block.attn.path = self.attention
             if self.compile:
                 block.compile()
+
+    @contextmanager
+    def inference(self, net: GPT) -> Iterator[GPT]:
+        """The network on this machine's device, at its precision, to draw from or to read, while the block lasts."""
+        self.prepare(net)
+        net = net.to(self.device).eval()
+        if self.precision == "bf16-true":
+            net = net.to(torch.bfloat16)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            yield net
 
 
 @contextmanager
@@ -136,8 +152,6 @@ class Runner:
 
         The whole run is one Lightning epoch over an endless loader. `val_every` 0: no validation on the way.
         """
-        if steps < 1:
-            raise ValueError(f"task.steps must be at least 1, got {steps}")
         resume_from = latest_checkpoint(self.folder)
         if resume_from is not None:
             log.info("resuming from %s", resume_from)
@@ -151,7 +165,7 @@ class Runner:
             num_sanity_val_steps=0,
             log_every_n_steps=log_every,
             logger=self.loggers,
-            callbacks=[*self.callbacks, *callbacks],
+            callbacks=[*callbacks, *self.callbacks],
         )
         if self.machine.device.type == "cpu":
             hold_memory()
@@ -166,7 +180,7 @@ class Runner:
     def _trainer(self, **options: Any) -> L.Trainer:
         machine = self.machine
         return L.Trainer(
-            accelerator=machine.accelerator,
+            accelerator=machine.device.type,
             devices=machine.devices,
             precision=machine.precision,
             default_root_dir=self.folder,

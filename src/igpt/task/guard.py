@@ -32,5 +32,5 @@ class FiniteGuard:
         if self._first_bad is not None and (step := int(self._first_bad.item())):
             raise NonFiniteLossError(
                 f"the loss of step {step} is not finite: the run is stopped and its last checkpoint kept; "
-                f"lower task.learning_rate, or lengthen task.warmup_steps"
+                f"begin again with a lower task.learning_rate or more task.warmup_steps"
             )

@@ -22,14 +22,18 @@ def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
 def adam(
     parameters: Iterable[nn.Parameter], *, learning_rate: float, beta1: float, beta2: float, weight_decay: float
 ) -> Adam:
-    """Adam as in Chen et al. 2020, §3.1, in PyTorch's fused form. Raises ValueError on a rate that is not above 0."""
-    if not learning_rate > 0:
-        raise ValueError(f"task.learning_rate must be above 0, got {learning_rate}")
+    """Adam as in Chen et al. 2020, §3.1, in PyTorch's fused form."""
     return Adam(parameters, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
 
 
 def scheduled(optimizer: Adam, *, warmup_steps: int, steps: int) -> LambdaLR:
-    """`warmup_cosine` of the optimiser's rate. Raises ValueError when the warm-up is not shorter than the run."""
+    """`warmup_cosine` of the optimiser's rate."""
+    return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup_steps, steps=steps))
+
+
+def check_schedule(*, learning_rate: float, warmup_steps: int, steps: int) -> None:
+    """Raises ValueError on a rate that is not above 0, or a warm-up that is not shorter than the run."""
+    if not learning_rate > 0:
+        raise ValueError(f"task.learning_rate must be above 0, got {learning_rate}")
     if not 0 <= warmup_steps < steps:
         raise ValueError(f"task.warmup_steps {warmup_steps} must be below task.steps {steps}, and not negative")
-    return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup_steps, steps=steps))

@@ -18,7 +18,7 @@ from igpt.objective.base import Objective
 from igpt.task.checkpoints import Checkpoints
 from igpt.task.fit import Machine, Runner
 from igpt.task.guard import FiniteGuard
-from igpt.task.optim import adam, scheduled
+from igpt.task.optim import adam, check_schedule, scheduled
 from igpt.task.score import GenerativeScore
 from igpt.tokens.datamodule import Batch, TokenDataModule
 
@@ -41,11 +41,13 @@ class PretrainModule(L.LightningModule):
         batch_size: int,
         seed: int,
         weights: Weights | None,
+        origin: Callable[..., Origin],
     ) -> None:
         super().__init__()
         self.build_net, self.objective, self.machine = net, objective, machine
         self.optimizer, self.warmup_steps, self.steps = optimizer, warmup_steps, steps
-        self.log_every, self.batch_size, self.seed, self.weights = log_every, batch_size, seed, weights
+        self.log_every, self.batch_size, self.seed = log_every, batch_size, seed
+        self.weights, self.origin = weights, origin
         self.score = GenerativeScore(objective)
         self.guard = FiniteGuard()
         self.step_loss: Tensor | None = None  # mean over the passes of this optimiser step, nats per token
@@ -78,7 +80,7 @@ class PretrainModule(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Looks at the loss before it can change a weight, and notes it every `log_every` steps."""
+        """Looks at the loss (on a CPU before it can change a weight) and notes it every `log_every` steps."""
         assert self.step_loss is not None
         step = self.global_step + 1
         self.rate = float(optimizer.param_groups[0]["lr"])  # the schedule moves on before it is logged
@@ -115,16 +117,18 @@ class PretrainModule(L.LightningModule):
         self.logged_step = step
         loss = self.history["train/loss_gen"][-1][1]
         figures = self.meter.read()
-        seen = {
-            "images_seen": float(step * self.batch_size),
-            "tokens_seen": float(step * self.batch_size * batch.tokens[0].numel()),
-        }
-        several = self.trainer.world_size > 1  # the loss is already the mean over all of them
-        self.log_dict({"train/loss_gen": loss, "lr": self.rate, **figures, **seen}, rank_zero_only=several)
-        speed = ", ".join(
-            f"{value:.3g} {name.replace('_per_s', '/s').replace('_', ' ')}" for name, value in figures.items()
-        )
+        images = step * self.batch_size
+        seen = {"images_seen": images, "tokens_seen": images * batch.tokens[0].numel()}
+        self.publish({"train/loss_gen": loss, "lr": self.rate, **figures, **seen}, step)
+        speed = ", ".join(f"{value:.3g} {name.replace('_per_s', '/s')}" for name, value in figures.items())
         log.info("step %d/%d: %.4f nats/token, %s", step, self.steps, loss, speed, extra={"progress": True})
+
+    def publish(self, figures: dict[str, float], step: int) -> None:
+        """Gives numbers to every logger, exactly, under the step they are of, and to callbacks by their names."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(figures, step=step)
+        # every process holds the same values: nothing is left to reduce
+        self.log_dict(figures, logger=False, rank_zero_only=self.trainer.world_size > 1)
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "fit":
@@ -141,18 +145,51 @@ class PretrainModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.numbers = self.score.numbers("val", self.trainer)
         loss = self.numbers["val/loss_gen"].value
-        self.log("val/loss_gen", loss, rank_zero_only=self.trainer.world_size > 1)
         if self.trainer.state.fn == "fit":
+            self.publish({"val/loss_gen": loss}, self.global_step)
             self.note("val/loss_gen", self.global_step, loss)
             log.info("step %d/%d: val %.4f nats/token", self.global_step, self.steps, loss)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["format"] = FORMAT
+        checkpoint["origin"] = vars(self.origin(step=self.global_step))
         checkpoint["history"] = {name: [list(point) for point in points] for name, points in self.history.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_same("format", checkpoint.get("format"), FORMAT, Path(self.trainer.ckpt_path or ""))
+        path = Path(self.trainer.ckpt_path or "")
+        check_same("format", checkpoint.get("format"), FORMAT, path)
+        ours = vars(self.origin(step=0))
+        for part in ("network", "objective", "palette", "permutation"):
+            check_same(part, checkpoint["origin"][part], ours[part], path)
         self.history = {name: [(int(x), float(y)) for x, y in points] for name, points in checkpoint["history"].items()}
+
+
+def check(
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    warmup_steps: int,
+    val_every: int,
+    log_every: int,
+    checkpoint_every: int,
+    checkpoint_keep: int,
+    **_: Any,
+) -> None:
+    """Raises ValueError when a setting of the task cannot be right, before anything is built."""
+    from_one = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "log_every": log_every,
+        "checkpoint_every": checkpoint_every,
+        "checkpoint_keep": checkpoint_keep,
+    }
+    for name, value in from_one.items():
+        if value < 1:
+            raise ValueError(f"task.{name} must be at least 1, got {value}")
+    if val_every < 0:
+        raise ValueError(f"task.val_every must be at least 0 (only at the end), got {val_every}")
+    check_schedule(learning_rate=learning_rate, warmup_steps=warmup_steps, steps=steps)
 
 
 def run(
@@ -179,8 +216,9 @@ def run(
     """Trains a network and leaves `model/` and `checkpoints/` in the run folder. Lengths are in optimiser steps."""
     plan = runner.machine.plan(batch_size)
     data = tokens(plan=plan)
-    if log_every < 1 or val_every < 0:
-        raise ValueError(f"task.log_every starts at 1 and task.val_every at 0 (never), got {log_every} and {val_every}")
+    has_val = len(data.source.split("val")) > 0
+    if val_every and not has_val:
+        raise ValueError("there is nothing to validate on: set task.val_every=0, or data.val_fraction above 0")
     module = PretrainModule(
         net=net,
         objective=objective,
@@ -197,12 +235,14 @@ def run(
         batch_size=batch_size,
         seed=seed,
         weights=weights,
+        origin=origin,
     )
-    saving = Checkpoints(runner.folder, every=checkpoint_every, keep=checkpoint_keep, val_every=val_every)
+    saving = Checkpoints(runner.folder, module.guard, every=checkpoint_every, keep=checkpoint_keep, val_every=val_every)
     runner.fit(module, data, plan=plan, steps=steps, val_every=val_every, log_every=log_every, callbacks=[saving])
-    runner.validate(module, data)
     assert module.net is not None
     save_model(runner.folder / "model", module.net.state_dict(), origin(step=steps))
+    if has_val:
+        runner.validate(module, data)
     n_weight = sum(p.numel() for p in module.net.parameters())
     images = steps * batch_size
     return Result(
@@ -216,5 +256,5 @@ def run(
             for name, points in module.history.items()
         },
         files={"model": Path("model"), "checkpoints": Path("checkpoints")},
-        provenance={"step": steps, "seed": seed},
+        provenance={"step": steps, "seed": seed, "palette": data.palette.hash},
     )

@@ -3,6 +3,7 @@
 import logging
 import time
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +36,6 @@ def draw(
 
     Image i depends on its key and its row of `given` (N, T) alone, not on the batch it was drawn in.
     """
-    if batch_size < 1:
-        raise ValueError(f"task.batch_size must be at least 1, got {batch_size}")
     device = net.wte.device
     drawn = []
     start = time.perf_counter()
@@ -70,6 +69,13 @@ def vocabulary_of(weights: Weights) -> tuple[Palette, Raster]:
     return Palette(weights.origin.centres), Raster(side, tuple(weights.origin.permutation))
 
 
+def check(*, count: int, batch_size: int, temperature: float, top_k: int | None, top_p: float | None, **_: Any) -> None:
+    """Raises ValueError when a setting of the task cannot be right, before anything is built."""
+    if count < 1 or batch_size < 1:
+        raise ValueError(f"task.count and task.batch_size start at 1, got {count} and {batch_size}")
+    Sampling(temperature, top_k, top_p)
+
+
 def run(
     *,
     runner: Runner,
@@ -82,28 +88,16 @@ def run(
     top_p: float | None,
 ) -> Result:
     """`count` samples as one picture, and as tokens in `samples.npy`."""
-    if count < 1:
-        raise ValueError(f"task.count must be at least 1, got {count}")
     sampling = Sampling(temperature, top_k, top_p)
     palette, raster = vocabulary_of(weights)
-    net = weights.net().to(runner.machine.device).eval()
     keys = keyed.item_keys(keyed.key(seed, "sample"), torch.arange(count))
     start = time.perf_counter()
-    tokens = draw(net, sampling, keys=keys, batch_size=batch_size)
+    with runner.machine.inference(weights.net()) as net:
+        tokens = draw(net, sampling, keys=keys, batch_size=batch_size)
     seconds = time.perf_counter() - start
     return Result(
         numbers={"sample/pixels_per_s": Number(tokens.numel() / seconds, "pixels/s", count)},
-        grids={"samples": Grid(as_grid(decode(tokens, palette, raster)))},
+        grids={"samples": Grid.square(decode(tokens, palette, raster))},
         arrays={"samples": tokens.numpy().astype(np.int16)},
         provenance={"weights": weights.sha256, "palette": palette.hash, "sampling": vars(sampling), "seed": seed},
     )
-
-
-def as_grid(images: np.ndarray) -> np.ndarray:
-    """Images (N, R, R, 3) in a grid as square as may be, (rows, columns, R, R, 3); gaps are white."""
-    n = len(images)
-    columns = int(np.ceil(np.sqrt(n)))
-    rows = -(-n // columns)
-    filled = np.full((rows * columns, *images.shape[1:]), 255, dtype=np.uint8)
-    filled[:n] = images
-    return filled.reshape(rows, columns, *images.shape[1:])

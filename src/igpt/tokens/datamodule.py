@@ -44,6 +44,9 @@ class _Pixels(Dataset[Any]):
         return Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels), keys)
 
 
+ONE_BY_ONE = BatchPlan(batch_size=1, micro_batch=1)  # for tasks that read images without a loader
+
+
 def _whole(batch: Any) -> Any:
     """The batch as `__getitems__` made it: there is nothing left to collate."""
     return batch
@@ -58,9 +61,9 @@ class TokenDataModule(L.LightningDataModule):
         source: Source,
         palette: Palette,
         raster: Raster,
-        plan: BatchPlan,
         seed: int,
         num_workers: int,
+        plan: BatchPlan = ONE_BY_ONE,
         eval_split: str = "val",
     ) -> None:
         super().__init__()
@@ -81,7 +84,7 @@ class TokenDataModule(L.LightningDataModule):
         if not len(split):
             raise ValueError(
                 f"{self.source.name} has no images in its {self.eval_split} split: "
-                f"set data.source.{self.eval_split}_fraction above 0"
+                f"set data.{self.eval_split}_fraction above 0"
             )
         return self._loader(split, OncePerImage(len(split), plan=self.plan), self.eval_split)
 

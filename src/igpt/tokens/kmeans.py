@@ -53,7 +53,7 @@ def sample_pixels(split: Split, *, n_pixels: int, seed: int) -> np.ndarray:
     return split.read(rows, [keyed.key(seed, "palette", row) for row in rows]).pixels.reshape(-1, 3)
 
 
-def fitted(source: Source, *, k: int, n_pixels: int, iterations: int, restarts: int, seed: int, cache: str) -> Palette:
+def fitted(source: Source, cache: Path, *, k: int, n_pixels: int, iterations: int, restarts: int, seed: int) -> Palette:
     """The palette of a source's training split, for `tokens=fitted`; fitted once, then read from `cache`.
 
     The cached file is named by a hash of everything that made it, the pixels included.
@@ -67,7 +67,7 @@ def fitted(source: Source, *, k: int, n_pixels: int, iterations: int, restarts: 
         "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
     }
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
-    path = Path(cache) / "palettes" / f"{source.name}{source.resolution}-k{k}-{digest}.npy"
+    path = cache / "palettes" / f"{source.name}{source.resolution}-k{k}-{digest}.npy"
     if path.is_file():
         log.info("palette: read %s", path)
         return Palette.load(path)

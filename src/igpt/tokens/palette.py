@@ -117,8 +117,8 @@ class Palette:
             raise ValueError(f"{path}: {error}") from error
 
 
-def given(source: object, *, path: str | None) -> Palette:
-    """The palette in a file, for `tokens=openai`. `source` is not looked at: the colours are what they are."""
+def given(source: object, cache: Path, *, path: str | None) -> Palette:
+    """The palette in a file, for `tokens=openai`. Nothing is fitted, so `source` and `cache` are not looked at."""
     if path is None:
-        raise ValueError("tokens=openai needs the released file: tokens.palette.path=PATH/kmeans_centers.npy")
+        raise ValueError("tokens=openai needs the released file: tokens.path=PATH/kmeans_centers.npy")
     return Palette.load(Path(path))
