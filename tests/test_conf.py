@@ -79,6 +79,7 @@ def test_the_papers_sizes_are_the_configs(tmp_path: Path) -> None:
         ("experiment=quikstart", "did you mean quickstart"),
         ("seed=[", "cannot read the arguments"),
         ("model=igpt_s,igpt_xll", "did you mean igpt_xl"),
+        ("init=${inti}", "Interpolation key 'inti' not found"),
     ],
 )
 def test_did_you_mean(override: str, message: str) -> None:
@@ -90,6 +91,7 @@ def test_did_you_mean(override: str, message: str) -> None:
     "override",
     [
         "model=igpt_s",
+        "model=glob(*)",
         "task.steps=3",
         "+new=1",
         "seed=0,1",

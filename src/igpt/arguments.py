@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -60,18 +60,26 @@ def check(overrides: list[str], conf: Path) -> None:
     for override in chosen:
         _check_options(override, conf)
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        try:
-            cfg = compose("config", overrides=[str(o.input_line) for o in chosen if not o.is_sweep_override()])
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(f"the chosen groups do not fit together: {error}") from error
-    keys = list(_flat_keys(cfg))
-    for override in parsed:
-        key = override.key_or_group
-        if override in chosen or override.is_add() or override.is_force_add() or key.startswith("hydra"):
-            continue
-        if key not in keys:
+        keys = list(_flat_keys(_composed(chosen)))
+        for override in parsed:
+            key = override.key_or_group
+            added = override.is_add() or override.is_force_add()
+            if override in chosen or added or key.startswith("hydra") or key in keys:
+                continue
             near = suggestion(key, [*groups, *keys])
             raise ValueError(f"there is no setting or group {key!r}{near}; a new key needs a + in front")
+        _composed(parsed)
+
+
+def _composed(overrides: list[Override]) -> DictConfig:
+    """The resolved config of the overrides that are no sweep. Raises ValueError where they do not fit together."""
+    lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    try:
+        cfg = compose("config", overrides=lines)
+        OmegaConf.resolve(cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"these settings do not fit together: {str(error).splitlines()[0]}") from error
+    return cfg
 
 
 def _is_group(override: Override, groups: list[str]) -> bool:
@@ -81,13 +89,12 @@ def _is_group(override: Override, groups: list[str]) -> bool:
 def _check_options(override: Override, conf: Path) -> None:
     group = override.key_or_group
     options = sorted(path.stem for path in (conf / group).glob("*.yaml") if not path.name.startswith("_"))
-    value = override.value()
     asked: list[Any] = []
-    if override.is_sweep_override():
-        if not override.is_choice_sweep():
-            return  # a glob or a range: Hydra knows what it means
+    if override.value_type is ValueType.CHOICE_SWEEP:
         asked = list(override.sweep_string_iterator())
-    elif value is not None:
+    elif override.is_sweep_override():
+        return  # a glob or a range: Hydra knows what it means
+    elif (value := override.value()) is not None:
         asked = value if isinstance(value, list) else [value]
     for option in asked:
         name = str(option).strip("'\"")

@@ -1,0 +1,68 @@
+"""What only a GPU can show. `python -m pytest -m gpu`"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from igpt import keyed
+from igpt.model.generate import Sampling, generate
+from igpt.model.gpt import GPT
+from tests.conftest import perturbed, small_net
+from tests.task.conftest import Lab, machine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, PyTorch sees none"),
+]
+
+
+def test_weights_are_drawn_the_same_on_every_device() -> None:
+    """Invariant: initialising on the GPU gives the CPU's weights, to the bit."""
+    on_cpu = GPT(n_layer=2, n_embd=32, n_head=2, n_ctx=16, n_vocab=17, causal=True)
+    on_cpu.init_weights(0)
+    with torch.device("cuda"):
+        on_gpu = GPT(**on_cpu.config)
+        on_gpu.init_weights(0)
+    for one, other in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True):
+        assert torch.equal(one, other.cpu())
+
+
+def test_logits_equal_the_cpus() -> None:
+    """Invariant: float32 to 1e-4, compiled or not, bfloat16 to what it allows."""
+    net = small_net(n_ctx=64)
+    tokens = torch.randint(11, (4, 64))
+    expected = net(tokens).detach()
+    net = net.cuda()
+    for compiled in (False, True):
+        if compiled:
+            for block in net.blocks:
+                block.compile()
+        with torch.no_grad():
+            assert (net(tokens.cuda()).cpu() - expected).abs().max() < 1e-4
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                rounded = net(tokens.cuda()).float().cpu()
+        assert (rounded - expected).norm() / expected.norm() < 2e-2
+
+
+def test_keyed_numbers_equal_the_cpus() -> None:
+    """Invariant: to the bit."""
+    keys = keyed.item_keys(keyed.key(0, "test"), torch.arange(100))
+    assert torch.equal(keyed.uniform(keys.cuda(), 64).cpu(), keyed.uniform(keys, 64))
+
+
+def test_cached_draws_equal_uncached() -> None:
+    """Invariant: on the GPU too."""
+    net = perturbed(GPT(n_layer=2, n_embd=32, n_head=2, n_ctx=64, n_vocab=17, causal=True)).cuda()
+    uniforms = keyed.uniform(keyed.item_keys(keyed.key(0, "test"), torch.arange(8)), 64).cuda()
+    sampling = Sampling(1.0, None, None)
+    assert torch.equal(generate(net, uniforms, sampling), generate(net, uniforms, sampling, cached=False))
+
+
+@pytest.mark.parametrize("changed", [{}, {"precision": "bf16-mixed", "compile": True, "num_workers": 2}])
+def test_training_follows_the_cpu(tmp_path: Path, lab: Lab, changed: dict[str, object]) -> None:
+    """Invariant: the same images and weights, so the same losses, to 1e-4 in float32 and 2 % in bfloat16."""
+    on_cpu = lab.pretrain(tmp_path / "cpu")
+    on_gpu = lab.pretrain(tmp_path / "gpu", on=machine(accelerator="gpu", **changed))
+    rel = 2e-2 if changed else 1e-4
+    assert on_gpu.curves["train/loss_gen"].y == pytest.approx(on_cpu.curves["train/loss_gen"].y, rel=rel)
