@@ -90,7 +90,7 @@ def _check_options(override: Override, conf: Path) -> None:
     group = override.key_or_group
     options = sorted(path.stem for path in (conf / group).glob("*.yaml") if not path.name.startswith("_"))
     asked: list[Any] = []
-    if override.value_type is ValueType.CHOICE_SWEEP:
+    if override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP):
         asked = list(override.sweep_string_iterator())
     elif override.is_sweep_override():
         return  # a glob or a range: Hydra knows what it means
