@@ -39,7 +39,7 @@ def attention_path(q: Tensor) -> str:
     """The better way for these shapes, (B, H, T, D), on this device; measured in `docs/performance.md`.
 
     On a CPU, PyTorch's fused kernel is up to ten times slower at short sequences in bfloat16 or with oneDNN's float32
-    products, and never much faster; at long ones the T × T scores that `bmm` keeps for the backward pass decide.
+    products, which training uses; at long ones the T × T scores that `bmm` keeps for the backward pass decide.
     """
     return "bmm" if q.device.type == "cpu" and q.shape[2] <= 512 else "sdpa"
 
