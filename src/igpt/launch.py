@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> None:
         launch(cfg, choices=choices, overrides=overrides)
     except (ValueError, NonFiniteLossError, OSError, OmegaConfBaseException) as error:
         log.debug("traceback", exc_info=True)
-        log.error("error: %s", str(error).splitlines()[0])
+        log.error("error: %s", (str(error).splitlines() or [type(error).__name__])[0])
         sys.exit(2)
 
 

@@ -5,6 +5,7 @@ import pickle
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -132,20 +133,20 @@ def test_code_in_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
     """No file of this process may grow past 20 kB: a write fails half way, as on a full disk."""
     old_limit, old_handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old_limit[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
-    signal.signal(signal.SIGXFSZ, old_handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old_limit)
+        signal.signal(signal.SIGXFSZ, old_handler)
 
 
-def test_a_full_disk_leaves_the_old_model_and_checkpoint(
-    tmp_path: Path, net: GPT, request: pytest.FixtureRequest
-) -> None:
+def test_a_full_disk_leaves_the_old_model_and_checkpoint(tmp_path: Path, net: GPT) -> None:
     """Invariant: what was good is still read; no temporary file stays."""
     small = GPT(n_layer=1, n_embd=8, n_head=2, n_ctx=16, n_vocab=11, causal=True)
     small.init_weights(0)
@@ -153,10 +154,9 @@ def test_a_full_disk_leaves_the_old_model_and_checkpoint(
     path = checkpoint_path(tmp_path, 5)
     AtomicCheckpointIO().save_checkpoint({"step": 5}, path)
     before = sorted(p.name for p in tmp_path.rglob("*"))
-    request.getfixturevalue("small_disk")
-    with pytest.raises(OSError, match="is the disk full"):
+    with pytest.raises(OSError, match="is the disk full"), small_disk():
         save_model(tmp_path / "model", net.state_dict(), origin_of(net))
-    with pytest.raises(OSError, match="is the disk full"):
+    with pytest.raises(OSError, match="is the disk full"), small_disk():
         AtomicCheckpointIO().save_checkpoint({"state_dict": net.state_dict()}, path)
     assert find(str(tmp_path)).origin == origin_of(small)
     assert find(str(tmp_path)).net().config == small.config
