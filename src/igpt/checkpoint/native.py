@@ -144,6 +144,8 @@ def check_same(what: str, saved: Any, asked: Any, where: Path) -> None:
         keys = sorted(saved.keys() | asked.keys())
         differs = [f"{k} {saved.get(k)} ≠ {asked.get(k)}" for k in keys if saved.get(k) != asked.get(k)]
         detail = "; ".join(differs)
+    elif isinstance(saved, list):
+        detail = "too long to print"
     else:
         detail = f"{saved} ≠ {asked}"
     raise ValueError(
