@@ -21,14 +21,14 @@ def shared() -> Path:
     return SHARED
 
 
-def perturbed(net: GPT, seed: int = 0) -> GPT:
+def perturbed(net: GPT, seed: int = 0, scale: float = 0.1) -> GPT:
     """The network with every weight drawn: heads away from zero, gains away from one."""
     net.init_weights(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, weight in net.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            weight.add_(noise * (0.3 if name == "wtet" else 0.1))
+            weight.add_(noise * (3 * scale if name == "wtet" else scale))
     return net
 
 

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from tqdm.auto import tqdm
 
 from igpt.arguments import suggestion
 from igpt.build import CHECKPOINT, Build, check_settings, factory
@@ -181,9 +182,16 @@ def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictCon
     return cfg, choices
 
 
+class Console(logging.Handler):
+    """Writes messages above a progress bar, if there is one, instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def set_up_logging() -> None:
     """Messages to the terminal, in plain words; libraries speak only when something is wrong."""
-    console = logging.StreamHandler(sys.stderr)
+    console = Console()
     console.setLevel(logging.INFO)
     console.setFormatter(logging.Formatter("%(message)s"))
     # a bar shows the same on a terminal
