@@ -56,6 +56,14 @@ def test_every_size_builds_on_the_meta_device(model: str, tmp_path: Path) -> Non
     assert all(weight.is_meta for weight in net.parameters())
 
 
+def test_bert_sees_both_ways(tmp_path: Path) -> None:
+    """Invariant: the network's causality is the objective's."""
+    build = built("objective=bert", f"paths.cache={tmp_path}")
+    with torch.device("meta"):
+        assert build.need_net(RunFolder(tmp_path))().causal is False
+    assert "-bert-" in build.name
+
+
 def test_the_papers_sizes_are_the_configs(tmp_path: Path) -> None:
     """Independent source: Chen et al. 2020, Table 1, layers and widths; heads from OpenAI's README."""
     table = {"igpt_s": (24, 512, 8), "igpt_m": (36, 1024, 8), "igpt_l": (48, 1536, 16)}

@@ -66,8 +66,10 @@ class Lab:
         on: Machine | None = None,
         callbacks: tuple[Any, ...] = (),
         loggers: Any = (),
+        objective: Any = None,
         **changed: Any,
     ) -> Any:
+        sizes = SIZES | {"causal": objective is None or objective.causal}
         settings: dict[str, Any] = {
             "steps": 8,
             "batch_size": 100,
@@ -84,14 +86,14 @@ class Lab:
         return pretrain(
             runner=Runner(machine=on or machine(), folder=folder, callbacks=list(callbacks), loggers=list(loggers)),
             tokens=self.tokens,
-            net=partial(GPT, **SIZES),
-            objective=AR(),
+            net=partial(GPT, **sizes),
+            objective=objective or AR(),
             origin=partial(
                 Origin,
-                network=SIZES,
+                network=sizes,
                 palette=self.palette.centres.tolist(),
                 permutation=list(self.raster.permutation),
-                objective={"name": "ar"},
+                objective={"name": (objective or AR()).name},
                 model="tiny",
                 data="digits8",
                 seed=0,

@@ -13,6 +13,7 @@ from torch import Tensor
 from igpt.checkpoint.resume import latest_checkpoint
 from igpt.data.digits import Digits
 from igpt.metric.result import Result
+from igpt.objective.bert import BERT
 from igpt.report.callbacks import SampleGrid
 from igpt.report.loggers import csv as csv_logger
 from igpt.task.fit import matmul_precision
@@ -90,6 +91,20 @@ def test_accumulated_resumes_exactly(tmp_path: Path, lab: Lab) -> None:
     with pytest.raises(KeyError):
         lab.pretrain(tmp_path / "b", on=on, callbacks=(StopAfter(7),))
     assert lab.pretrain(tmp_path / "b", on=on).curves == uninterrupted.curves
+
+
+def test_bert_trains_accumulates_and_resumes(tmp_path: Path, lab: Lab) -> None:
+    """Invariants: its masks do not depend on the passes; a resumed run is the uninterrupted one, to the bit."""
+    bert = BERT(mask_probability=0.15)
+    whole = lab.pretrain(tmp_path / "whole", objective=bert)
+    parts = lab.pretrain(tmp_path / "parts", objective=bert, on=machine(micro_batch=25))
+    with pytest.raises(KeyError):
+        lab.pretrain(tmp_path / "resumed", objective=bert, callbacks=(StopAfter(6),))
+    assert lab.pretrain(tmp_path / "resumed", objective=bert).curves == whole.curves
+    train = whole.curves["train/loss_gen"].y
+    assert train[0] == pytest.approx(2.833213, abs=1e-6)  # ln 17
+    assert train[-1] < train[0] - 0.3
+    assert parts.curves["train/loss_gen"].y == pytest.approx(train, rel=1e-5)
 
 
 def test_first_loss_is_ln_17(whole: tuple[Path, Result]) -> None:

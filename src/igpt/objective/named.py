@@ -5,8 +5,9 @@ from typing import Any
 
 from igpt.objective.ar import AR
 from igpt.objective.base import Objective
+from igpt.objective.bert import BERT
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"ar": AR}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"ar": AR, "bert": BERT}
 
 
 def build(*, name: str, **settings: Any) -> Objective:

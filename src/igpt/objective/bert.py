@@ -1,0 +1,44 @@
+"""Masked-pixel prediction: the cross-entropy of the pixels that were hidden, given those that were not."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igpt import keyed
+
+_STREAM = 2  # what a mask's random numbers are folded with, so that no other choice shares them
+
+
+class BERT:
+    """Each pixel is hidden with probability p, on its own; only hidden ones are predicted, in nats per hidden token.
+
+    The loss is the mean over each image's hidden pixels, then over images, as the released code computes it; the
+    paper writes a sum (Chen et al. 2020, §2.2; `model.py:model`). Every image hides at least one pixel: the one most
+    likely to be hidden, where chance hid none, since the mean of nothing is not a number.
+
+    Raises:
+        ValueError: a probability outside (0, 1).
+    """
+
+    name = "bert"
+    causal = False
+
+    def __init__(self, *, mask_probability: float) -> None:
+        if not 0 < mask_probability < 1:
+            raise ValueError(f"objective.mask_probability must lie between 0 and 1, got {mask_probability}")
+        self.mask_probability = mask_probability
+
+    def keep(self, tokens: Tensor, keys: Tensor) -> Tensor:
+        """Which pixels are shown, (B, T) bool: a function of each image's key alone."""
+        u = keyed.uniform(keyed.fold(keys, _STREAM), tokens.shape[1])  # (B, T)
+        threshold = torch.clamp(u.amin(dim=1, keepdim=True), min=self.mask_probability)
+        return u > threshold
+
+    def image_nats(self, logits: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
+        assert keep is not None
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view(tokens.shape)
+        hidden = (~keep).to(nats)  # (B, T)
+        return (nats * hidden).sum(dim=1) / hidden.sum(dim=1).clamp(min=1)
+
+    def loss(self, logits: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
+        return self.image_nats(logits, tokens, keep).mean()
