@@ -223,12 +223,13 @@ class Build:
             num_workers=self.cfg.trainer.num_workers,
         )
 
-    def need_net(self, folder: RunFolder) -> Callable[[], GPT]:
+    def need_net(self, folder: RunFolder) -> "partial[GPT]":
         known = {"n_ctx": self.raster.n_ctx, "n_vocab": self.palette.k, "causal": self.objective.causal}
         if self.weights is not None and self._from_weights("model"):
             return partial(GPT, **{**self.weights.origin.network, **known})
         spec = {key: value for key, value in self.config["model"].items() if key != "name"}
-        net: Callable[[], GPT] = factory({**spec, **known}, "model")
+        net = factory({**spec, **known}, "model")
+        assert isinstance(net, partial)
         return net
 
     def need_objective(self, folder: RunFolder) -> Objective:
@@ -244,13 +245,14 @@ class Build:
         return folder.path
 
     def need_init(self, folder: RunFolder) -> str | None:
-        return self.cfg.init  # type: ignore[no-any-return]
+        init: str | None = self.cfg.init
+        return init
 
     def need_origin(self, folder: RunFolder) -> Callable[..., Origin]:
         """What the weights this run will make are to say of themselves, but for their step."""
         return partial(
             Origin,
-            network=self.need_net(folder).keywords,  # type: ignore[attr-defined]
+            network=self.need_net(folder).keywords,
             palette=self.palette.centres.tolist(),
             permutation=list(self.raster.permutation),
             objective=self.objective_settings,

@@ -13,6 +13,7 @@ from igpt.metric.result import Grid
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.report.figures import grid_picture
+from igpt.tokens.datamodule import TokenDataModule
 
 
 class ProgressBar(L.Callback):
@@ -26,7 +27,7 @@ class ProgressBar(L.Callback):
         if self.bar.disable:
             return
         self.bar.update(trainer.global_step - self.bar.n)
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if trainer.global_step % getattr(trainer, "log_every_n_steps"):  # noqa: B009 - set by a connector, unknown to mypy
             return  # nothing new, and a look at a number makes a GPU wait
         seen = trainer.callback_metrics
         shown = {
@@ -54,7 +55,8 @@ class SampleGrid(L.Callback):
         self.sampling = Sampling(temperature, None, None)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        net, data = pl_module.net, trainer.datamodule  # type: ignore[attr-defined]
+        net, data = pl_module.net, getattr(trainer, "datamodule", None)
+        assert isinstance(data, TokenDataModule)
         assert isinstance(net, GPT)
         passes = trainer.global_step * trainer.accumulate_grad_batches
         due = trainer.state.fn == "fit" and passes // int(trainer.val_check_interval or 1) % self.every == 0

@@ -120,7 +120,9 @@ class PretrainModule(L.LightningModule):
         images = step * self.batch_size
         seen = {"images_seen": images, "tokens_seen": images * batch.tokens[0].numel()}
         self.publish({"train/loss_gen": loss, "lr": self.rate, **figures, **seen}, step)
-        speed = ", ".join(f"{value:.3g} {name.replace('_per_s', '/s')}" for name, value in figures.items())
+        speed = f"{figures['images_per_s']:,.0f} images/s, {figures['tokens_per_s']:,.0f} tokens/s"
+        if "flop_utilisation" in figures:
+            speed += f", {figures['flop_utilisation']:.1%} of the stated peak"
         log.info("step %d/%d: %.4f nats/token, %s", step, self.steps, loss, speed, extra={"progress": True})
 
     def publish(self, figures: dict[str, float], step: int) -> None:
