@@ -14,6 +14,7 @@ from igpt.build import CHECKPOINT, Build
 from igpt.checkpoint.native import Origin, find, save_model
 from igpt.launch import absolute, launch, open_folder, perform, stages
 from igpt.report.folder import RunFolder
+from igpt.tokens.palette import Palette
 from tests.conftest import small_net
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -128,13 +129,17 @@ def test_a_bad_stage_is_found_before_the_first_one_starts(override: str, message
         stages(build)
 
 
-def save_small(folder: Path, *, n_ctx: int = 64, permutation: list[int] | None = None) -> Path:
+def save_small(
+    folder: Path, *, n_ctx: int = 64, permutation: list[int] | None = None, palette_hash: str | None = None
+) -> Path:
     """A saved network with 17 grey levels, as the digits have."""
     net = small_net(n_ctx=n_ctx, n_vocab=17)
-    grey = np.rint(np.arange(17) * 255 / 16) / 127.5 - 1
+    grey = (np.rint(np.arange(17) * 255 / 16) / 127.5 - 1).astype(np.float32)
+    palette = Palette(np.repeat(grey[:, None], 3, axis=1))
     origin = Origin(
         network=net.config,
-        palette=np.repeat(grey.astype(np.float32)[:, None], 3, axis=1).tolist(),
+        palette=palette.centres.tolist(),
+        palette_hash=palette_hash or palette.hash,
         permutation=permutation or list(range(n_ctx)),
         objective={"name": "ar"},
         model="small",
@@ -157,6 +162,7 @@ SMALL = ("model.n_layer=3", "model.n_embd=24", "model.n_head=3")
         ({"permutation": list(range(63, -1, -1))}, ["task=pretrain", *SMALL], "another order of the pixels"),
         ({}, ["task=pretrain"], "n_embd 24 ≠ 64; n_head 3 ≠ 4; n_layer 3 ≠ 8"),
         ({}, ["task=pretrain", *SMALL, "tokens.palette.k=5"], "was trained with palette .* this run's is .* .5."),
+        ({"palette_hash": "0" * 12}, ["task=sample"], "its palette's hash is not this run's"),
         ({}, ["task=sample", "model=igpt_s"], "n_embd 24 ≠ 512"),
         ({}, ["task=sample", "tokens=fitted", "tokens.palette.k=5"], "was trained with palette"),
         ({}, ["task=evaluate", "model=igpt_s"], "n_embd 24 ≠ 512"),

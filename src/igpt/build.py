@@ -254,6 +254,7 @@ class Build:
             Origin,
             network=self.need_net(folder).keywords,
             palette=self.palette.centres.tolist(),
+            palette_hash=self.palette.hash,
             permutation=list(self.raster.permutation),
             objective=self.objective_settings,
             model=self.model_name,

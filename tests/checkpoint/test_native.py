@@ -25,6 +25,7 @@ def origin_of(net: GPT) -> Origin:
     return Origin(
         network=net.config,
         palette=centres.tolist(),
+        palette_hash="0123456789ab",
         permutation=list(range(net.n_ctx)),
         objective={"name": "ar"},
         model="small",

@@ -92,6 +92,7 @@ class Lab:
                 Origin,
                 network=sizes,
                 palette=self.palette.centres.tolist(),
+                palette_hash=self.palette.hash,
                 permutation=list(self.raster.permutation),
                 objective={"name": (objective or AR()).name},
                 model="tiny",

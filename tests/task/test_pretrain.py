@@ -212,7 +212,7 @@ def test_another_palette_is_not_resumed(tmp_path: Path, lab: Lab) -> None:
     """The checkpoint holds the colours themselves: as many others, in another order, are another vocabulary."""
     lab.pretrain(tmp_path)
     lab.palette = Palette(lab.palette.centres[::-1].copy())
-    with pytest.raises(ValueError, match="its palette is not this run's"):
+    with pytest.raises(ValueError, match="its palette_hash is not this run's"):
         lab.pretrain(tmp_path)
 
 

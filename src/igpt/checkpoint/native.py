@@ -31,6 +31,7 @@ class Origin:
 
     network: dict[str, Any]  # arguments of GPT
     palette: list[list[float]]  # (k, 3) in [-1, 1]
+    palette_hash: str  # of these colours in this order
     permutation: list[int]  # position → pixel
     objective: dict[str, Any]  # name and settings
     model: str  # names, for run folders and tables

@@ -161,7 +161,7 @@ class PretrainModule(L.LightningModule):
         path = Path(self.trainer.ckpt_path or "")
         check_same("format", checkpoint.get("format"), FORMAT, path)
         ours = vars(self.origin(step=0))
-        for part in ("network", "objective", "palette", "permutation"):
+        for part in ("network", "objective", "palette_hash", "permutation"):
             check_same(part, checkpoint["origin"][part], ours[part], path)
         self.history = {name: [(int(x), float(y)) for x, y in points] for name, points in checkpoint["history"].items()}
 

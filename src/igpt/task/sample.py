@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from igpt import keyed
+from igpt.checkpoint import native
 from igpt.checkpoint.native import Weights
 from igpt.metric.result import Grid, Number, Result
 from igpt.model.generate import Sampling, generate
@@ -64,9 +65,15 @@ def _advance(bar: "tqdm[None]", images: int, position: int) -> None:
 
 
 def vocabulary_of(weights: Weights) -> tuple[Palette, Raster]:
-    """What the tokens of a checkpoint mean: its colours, and the order of its pixels."""
-    side = round(weights.origin.network["n_ctx"] ** 0.5)
-    return Palette(weights.origin.centres), Raster(side, tuple(weights.origin.permutation))
+    """What the tokens of a checkpoint mean: its colours, and the order of its pixels.
+
+    Raises:
+        ValueError: colours that are not those its hash is of.
+    """
+    origin = weights.origin
+    palette = Palette(origin.centres)
+    native.check_same("palette's hash", origin.palette_hash, palette.hash, weights.folder)
+    return palette, Raster(round(origin.network["n_ctx"] ** 0.5), tuple(origin.permutation))
 
 
 def check(*, count: int, batch_size: int, temperature: float, top_k: int | None, top_p: float | None, **_: Any) -> None:
