@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from plain import PlainGPT
 from torch import Tensor, nn
 
-from igpt.model.gpt import GPT
+from igpt.model.gpt import ATTENTION_PATHS, GPT
 from igpt.task.fit import hold_memory
 
 SIZES = {  # n_layer, n_embd, n_head, n_ctx, n_vocab, batch
@@ -30,10 +30,12 @@ SIZES = {  # n_layer, n_embd, n_head, n_ctx, n_vocab, batch
 }
 
 
-def our_net(size: str, compiled: bool) -> nn.Module:
+def our_net(size: str, compiled: bool, attention: str = "auto") -> nn.Module:
     n_layer, n_embd, n_head, n_ctx, n_vocab, _ = SIZES[size]
     net = GPT(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal=True)
     net.init_weights(0)
+    for block in net.blocks:
+        block.attn.path = attention
     if compiled:
         for block in net.h:
             block.compile()
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--no-peer", action="store_true", help="leave Hugging Face out")
     parser.add_argument("--no-plain", action="store_true", help="leave the plain rewrite out")
+    parser.add_argument("--attention", choices=ATTENTION_PATHS, default="auto", help="of our rows")
     parser.add_argument("--return-memory", action="store_true", help="give freed memory back, as the C library does")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
@@ -125,7 +128,7 @@ def main() -> None:
         for matmul in ("highest", "medium") if precision == "fp32" else ("highest",):
             label = f"{precision}{'+medium' if matmul == 'medium' else ''}"
             for compiled in (False, True):
-                net = our_net(args.size, compiled).to(device)
+                net = our_net(args.size, compiled, args.attention).to(device)
                 name = f"igpt{' compiled' if compiled else ''} {label}"
                 rows[name] = step_of(net, tokens, precision == "bf16", matmul)
                 if not args.no_plain:
