@@ -118,7 +118,7 @@ def _has_amx() -> bool:
 def hold_memory() -> None:
     """Keeps freed memory in this process instead of returning it to the system after every step (glibc only).
 
-    The activations of each step are as large as those of the last; asking for them anew costs 3 to 10 % of a step on
+    The activations of each step are as large as those of the last; asking for them anew costs 2 to 16 % of a step on
     a CPU (`docs/performance.md`).
     """
     if platform.libc_ver()[0] == "glibc":
