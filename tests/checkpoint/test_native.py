@@ -17,7 +17,7 @@ from igpt import files
 from igpt.checkpoint.native import Origin, find, save_model
 from igpt.checkpoint.resume import AtomicCheckpointIO, checkpoint_path, latest_checkpoint, mark_latest
 from igpt.model.gpt import GPT
-from tests.conftest import small_net
+from tests.conftest import Planted, small_net
 
 
 def origin_of(net: GPT) -> Origin:
@@ -109,16 +109,6 @@ def test_weights_that_do_not_fit(saved: Path, fault: str) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give a finished run folder"):
         find(str(tmp_path / "no"))
-
-
-class Planted:
-    """Pickles as a call that leaves a mark."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return Path.touch, (self.mark,)
 
 
 def test_code_in_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from igpt import files
 from igpt.metric.result import Curve, Grid, Number, Result
-from igpt.report.figures import BACKGROUND, GAP, draw_grid, palette_picture
+from igpt.report.figures import AROUND_COLOURS, BACKGROUND, GAP, draw_grid, palette_picture
 from igpt.report.folder import RunFolder, differences, result_of
 from igpt.report.table import closing_table
 
@@ -28,11 +28,11 @@ def test_every_image_of_a_grid_is_where_it_belongs() -> None:
 
 
 def test_a_palette_picture_shows_every_colour(tmp_path: Path) -> None:
-    """Round trip: five colours in a 3 × 2 block, row by row."""
+    """Round trip: five colours in a 3 × 2 block, row by row, and none in the last place."""
     colours = np.array([[0, 0, 0], [9, 9, 9], [80, 0, 0], [0, 90, 0], [0, 0, 255]], dtype=np.uint8)
     palette_picture(tmp_path / "p.png", colours)
     picture = np.asarray(Image.open(tmp_path / "p.png"))
-    assert picture[::128, ::128].reshape(-1, 3)[:5].tolist() == colours.tolist()
+    assert picture[64::128, 64::128].reshape(-1, 3).tolist() == [*colours.tolist(), list(AROUND_COLOURS)]
 
 
 def test_differences_are_named() -> None:

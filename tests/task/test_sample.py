@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from igpt.checkpoint.native import Weights, find
+from igpt.data.digits import Digits
 from igpt.metric.result import Grid
 from igpt.task.complete import HIDDEN, prompt_rows
 from igpt.task.complete import check as check_complete
@@ -13,13 +14,14 @@ from igpt.task.complete import run as complete
 from igpt.task.fit import Runner
 from igpt.task.sample import check as check_sample
 from igpt.task.sample import run as sample
+from igpt.tokens.palette import Palette
 from tests.task.conftest import Lab, machine
 
 WHOLE = {"temperature": 1.0, "top_k": None, "top_p": None}
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, digits, palette) -> Weights:  # type: ignore[no-untyped-def]
+def trained(tmp_path_factory: pytest.TempPathFactory, digits: Digits, palette: Palette) -> Weights:
     folder = tmp_path_factory.mktemp("trained")
     Lab(digits, palette).pretrain(folder)
     return find(str(folder))

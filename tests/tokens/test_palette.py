@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from igpt.tokens.palette import Palette
+from tests.conftest import Planted
 
 
 def random_palette(k: int = 512, seed: int = 0) -> Palette:
@@ -91,16 +92,6 @@ def test_a_bad_palette_is_refused(tmp_path: Path, centres: np.ndarray, message: 
     np.save(tmp_path / "bad.npy", centres)
     with pytest.raises(ValueError, match=message):
         Palette.load(tmp_path / "bad.npy")
-
-
-class Planted:
-    """Pickles as a call that leaves a mark."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return Path.touch, (self.mark,)  # type: ignore[return-value]
 
 
 def test_a_pickle_in_a_palette_is_not_run(tmp_path: Path) -> None:

@@ -27,15 +27,8 @@ class ProgressBar(L.Callback):
         if self.bar.disable:
             return
         self.bar.update(trainer.global_step - self.bar.n)
-        if trainer.global_step % getattr(trainer, "log_every_n_steps"):  # noqa: B009 - set by a connector, unknown to mypy
-            return  # nothing new, and a look at a number makes a GPU wait
-        seen = trainer.callback_metrics
-        shown = {
-            name: f"{float(seen[name]):.4g}"
-            for name in ("train/loss_gen", "val/loss_gen", "images_per_s")
-            if name in seen
-        }
-        self.bar.set_postfix(shown, refresh=False)
+        curves = getattr(pl_module, "history", {})  # plain numbers: showing them makes no GPU wait
+        self.bar.set_postfix({name: f"{points[-1][1]:.4g}" for name, points in curves.items()}, refresh=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.bar.close()

@@ -14,6 +14,7 @@ CELL = 96  # pixels a side that an image is shown at, at least
 GAP = 6
 BACKGROUND = (255, 255, 255)
 INK = (60, 60, 60)
+AROUND_COLOURS = (200, 215, 235)
 
 
 def draw_grid(grid: Grid) -> Image.Image:
@@ -41,14 +42,19 @@ def grid_picture(path: Path, grid: Grid) -> None:
 
 
 def palette_picture(path: Path, colours: np.ndarray) -> None:
-    """Writes every colour of a palette, (k, 3) uint8, as a square, in token order from the top left."""
+    """Writes every colour of a palette, (k, 3) uint8, as a square, in token order from the top left.
+
+    Lines between the squares, and no square where there is no colour, tell a white one from none.
+    """
     columns = int(np.ceil(np.sqrt(len(colours))))
     rows = -(-len(colours) // columns)
-    squares = np.full((rows * columns, 3), 255, dtype=np.uint8)
-    squares[: len(colours)] = colours
-    scale = max(4, 384 // columns)
-    image = Image.fromarray(squares.reshape(rows, columns, 3))
-    _save(path, image.resize((columns * scale, rows * scale), Image.Resampling.NEAREST))
+    scale = max(6, 384 // columns)
+    picture = Image.new("RGB", (columns * scale, rows * scale), AROUND_COLOURS)
+    pen = ImageDraw.Draw(picture)
+    for token, colour in enumerate(colours.tolist()):
+        top, left = token // columns * scale, token % columns * scale
+        pen.rectangle((left + 1, top + 1, left + scale - 2, top + scale - 2), fill=tuple(colour))
+    _save(path, picture)
 
 
 def curves_figure(path: Path, curves: dict[str, Curve]) -> None:

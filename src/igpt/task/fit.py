@@ -64,7 +64,7 @@ class Machine:
 
     @property
     def device(self) -> torch.device:
-        """The device of a task that needs no Trainer, such as sampling."""
+        """The device everything runs on: a GPU unless there is none or the CPU was asked for."""
         on_gpu = self.accelerator != "cpu" and torch.cuda.is_available()
         return torch.device("cuda" if on_gpu else "cpu")
 

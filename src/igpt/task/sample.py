@@ -94,14 +94,14 @@ def run(
     top_k: int | None,
     top_p: float | None,
 ) -> Result:
-    """`count` samples as one picture, and as tokens in `samples.npy`."""
+    """`count` samples as one picture, and as tokens in `samples_tokens.npy`."""
     sampling = Sampling(temperature, top_k, top_p)
     palette, raster = vocabulary_of(weights)
     keys = keyed.item_keys(keyed.key(seed, "sample"), torch.arange(count))
-    start = time.perf_counter()
     with runner.machine.inference(weights.net()) as net:
+        start = time.perf_counter()
         tokens = draw(net, sampling, keys=keys, batch_size=batch_size)
-    seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
     return Result(
         numbers={"sample/pixels_per_s": Number(tokens.numel() / seconds, "pixels/s", count)},
         grids={"samples": Grid.square(decode(tokens, palette, raster))},
