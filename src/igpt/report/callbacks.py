@@ -1,5 +1,6 @@
 """What people watch while a network trains: a bar, and pictures it makes."""
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ class ProgressBar(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         hidden = not (sys.stderr.isatty() and trainer.is_global_zero)
-        self.bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step", disable=hidden, leave=False)
+        size = shutil.get_terminal_size()  # 80 × 24 where a terminal states none, on which tqdm would draw nothing
+        self.bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            disable=hidden,
+            leave=False,
+            ncols=size.columns,
+            nrows=size.lines,
+        )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if self.bar.disable:
