@@ -304,7 +304,11 @@ def test_resume_reads_the_saved_arguments(tmp_path: Path) -> None:
         prepare([f"resume='{stage.path}'"], CONF)
 
 
-def test_files_to_read_are_remembered_by_their_whole_path() -> None:
+def test_files_to_read_are_remembered_by_their_whole_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand."""
-    saved = absolute(["init=runs/a", "seed=1", "tokens.path=/p.npy"])
-    assert saved == [f"init={Path.cwd() / 'runs/a'}", "seed=1", "tokens.path=/p.npy"]
+    monkeypatch.chdir(CONF.parent)
+    saved = absolute(["init=runs/a", "seed=1", "tokens.path=/p.npy", "data.path=conf", "data.path=uoft-cs/cifar10"])
+    here = Path.cwd()
+    assert saved[0] == f"init={here / 'runs/a'}"
+    assert saved[1:3] == ["seed=1", "tokens.path=/p.npy"]
+    assert saved[3:] == [f"data.path={here / 'conf'}", "data.path=uoft-cs/cifar10"]

@@ -127,7 +127,7 @@ class Build:
     @cached_property
     def source(self) -> Source:
         spec = {key: value for key, value in self.config["data"].items() if key != "n_colour"}  # that is the palette's
-        source: Source = factory(spec, "data")()
+        source: Source = factory(spec, "data")(cache=Path(self.cfg.paths.cache))
         return source
 
     @cached_property
@@ -221,6 +221,7 @@ class Build:
             raster=self.raster,
             seed=self.cfg.seed,
             num_workers=self.cfg.trainer.num_workers,
+            cache=Path(self.cfg.paths.cache),
         )
 
     def need_net(self, folder: RunFolder) -> "partial[GPT]":

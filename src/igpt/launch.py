@@ -146,10 +146,16 @@ def check_task(spec: Mapping[str, Any]) -> None:
 
 
 def absolute(overrides: list[str]) -> list[str]:
-    """Overrides that mean the same from another working directory: paths of files to read become absolute."""
-    read = ("init", "tokens.path")
+    """Overrides that mean the same from another working directory: paths of files to read become absolute.
+
+    `data.path` may be a name on the Hub instead.
+    """
+
+    def reads(key: str, value: str) -> bool:
+        return key in ("init", "tokens.path") or (key == "data.path" and Path(value).exists())
+
     pairs = [override.partition("=") for override in overrides]
-    return [f"{key}={Path(value).absolute()}" if key in read else f"{key}{eq}{value}" for key, eq, value in pairs]
+    return [f"{key}={Path(value).absolute()}" if reads(key, value) else f"{key}{eq}{value}" for key, eq, value in pairs]
 
 
 def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictConfig, dict[str, Any]]:

@@ -130,7 +130,7 @@ def test_validation_does_not_depend_on_the_batch(tmp_path: Path, lab: Lab, whole
             objective=AR(),
             split="val",
             batch_size=batch_size,
-            baselines=False,
+            baseline_images=0,
         )
         number, expected = result.numbers["val/loss_gen"], whole[1].numbers["val/loss_gen"]
         assert number.n == expected.n == 18

@@ -1,5 +1,10 @@
 """Batches of tokens."""
 
+import multiprocessing as mp
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +14,8 @@ from igpt.data.order import BatchPlan
 from igpt.tokens.datamodule import Batch, TokenDataModule
 from igpt.tokens.kmeans import fit
 from igpt.tokens.raster import Raster
+from tests.data.conftest import RANDOM_CROP, SETTINGS, Shop, class_folders
+from tests.tokens.test_palette import random_palette
 
 SOURCE = Digits(
     name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5
@@ -45,7 +52,7 @@ def test_decode_undoes_encode(order: str) -> None:
     """Round trip: the digits' palette is exact, so the pixels come back."""
     data = module(order=order)
     pixels = SOURCE.split("val").pixels
-    assert np.array_equal(data.decode(data.all_tokens("val")), pixels)
+    assert np.array_equal(data.decode(data.some_tokens("val")), pixels)
 
 
 def test_an_empty_split() -> None:
@@ -57,3 +64,89 @@ def test_an_empty_split() -> None:
     )
     with pytest.raises(ValueError, match="no images in its val split"):
         data.val_dataloader()
+
+
+def of_photographs(
+    folder: Path, *, num_workers: int = 0, plan: BatchPlan | None = None, **changed: Any
+) -> TokenDataModule:
+    """Batches of 6 photographs, cropped at random, from a table or a stream of 15."""
+    source = Shop(folder.parent / "cache")(folder, **{"crop": RANDOM_CROP, **changed})
+    return TokenDataModule(
+        source=source,
+        palette=random_palette(32),
+        raster=Raster.of(8, "raster"),
+        plan=plan or BatchPlan(6, 6),
+        seed=3,
+        num_workers=num_workers,
+    )
+
+
+def read(data: TokenDataModule, n_batch: int) -> list[Batch]:
+    return [data.on_after_batch_transfer(batch) for batch in islice(data.train_dataloader(), n_batch)]
+
+
+def joined(batches: list[Batch]) -> list[torch.Tensor]:
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return class_folders(tmp_path_factory.mktemp("workers") / "photos", ["a", "b"], 10)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_the_same_batches_with_any_number_of_workers(photographs: Path, num_workers: int, streaming: bool) -> None:
+    """Invariant: random crops and all, over three passes; each batch, not only their union."""
+    expected = read(of_photographs(photographs, streaming=streaming), 8)
+    given = read(of_photographs(photographs, streaming=streaming, num_workers=num_workers), 8)
+    for ours, theirs in zip(given, expected, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    tokens = torch.cat([batch.tokens for batch in expected])
+    assert len(tokens.unique(dim=0)) > 40  # 48 images, nearly all cut differently
+
+
+def rank_reads(folder: Path, rank: int, streaming: bool, answers: Any) -> None:
+    data = of_photographs(folder, plan=BatchPlan(6, 3, n_device=2, rank=rank), streaming=streaming)
+    answers.put((rank, [[part.tolist() for part in batch] for batch in read(data, 8)]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_same_batches_in_two_processes(photographs: Path, streaming: bool) -> None:
+    """Invariant: the halves that two ranks read at once, put together, are what one process reads."""
+    context = mp.get_context("spawn")  # a fork would inherit PyTorch's threads' locks
+    answers = context.Queue()
+    for rank in range(2):
+        context.Process(target=rank_reads, args=(photographs, rank, streaming, answers), daemon=True).start()
+    ranks = dict(answers.get(timeout=60) for _ in range(2))
+    for i, whole in enumerate(read(of_photographs(photographs, streaming=streaming), 8)):
+        for part, ours in enumerate(whole):
+            assert ranks[0][i][part] + ranks[1][i][part] == ours.tolist()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_it_starts_at_any_step(photographs: Path, streaming: bool) -> None:
+    """Invariant: starting at step 4, inside the second pass, continues what starting at 0 would have given."""
+    later = of_photographs(photographs, streaming=streaming)
+    later.trainer = type("At", (), {"global_step": 4})()
+    expected = read(of_photographs(photographs, streaming=streaming), 8)[4:]
+    assert all(map(torch.equal, joined(read(later, 4)), joined(expected)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_corrupt_image_is_named_whoever_reads_it(tmp_path: Path, num_workers: int) -> None:
+    """Its message comes whole from a worker process."""
+    root = class_folders(tmp_path / "photos", ["a", "b"], 10)
+    (root / "train" / "b" / "4.jpg").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"^/\S*b/4.jpg: its 7 bytes are no image"):
+        read(of_photographs(root, num_workers=num_workers, val_fraction=0.0), 8)
+
+
+def test_some_tokens_are_some_of_all(photographs: Path) -> None:
+    """Invariant: in order, none twice."""
+    data = of_photographs(photographs, crop=SETTINGS["crop"])
+    whole, some = data.some_tokens("train"), data.some_tokens("train", at_most=6)
+    assert whole.shape == (15, 64)
+    places = [int((whole == row).all(1).nonzero()[0]) for row in some]
+    assert len(set(places)) == 6
+    assert places == sorted(places)

@@ -1,11 +1,167 @@
-"""What is done to pixels on the way in: every random choice a function of the image's key."""
+"""What is done to an image on the way to (R, R, 3): every random choice a function of the image's key."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 
 from igpt import keyed
+from igpt.data.decode import opened, rgb, size_of
+
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+Resize = Literal["once", "twice"]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square of an image, at R pixels a side.
+
+    The shorter side is resized to `short_side` pixels (a random length when the two numbers differ, both included), a
+    square of `size` pixels is cut out (in the centre, or at random when the length is), and resized to R. Without
+    `size`, the largest square in the centre is taken.
+
+    Source: Chen et al. 2020, §3.1. They do not state the filter. With `resize="once"` the same square is resampled
+    from the file's pixels in one pass instead of by way of `size` pixels.
+
+    Raises:
+        ValueError: lengths that hold no such square, or a filter that is not there.
+    """
+
+    resolution: int  # R
+    short_side: tuple[int, int] | None  # pixels, shortest and longest
+    size: int | None  # pixels
+    filter: str
+    resize: Resize
+    draft: float | None  # a JPEG is decoded no smaller than so many pixels for one of the next size; None: whole
+
+    def __post_init__(self) -> None:
+        if self.resolution < 1:
+            raise ValueError(f"data.resolution must be at least 1 pixel, got {self.resolution}")
+        if self.filter not in FILTERS:
+            raise ValueError(f"data.crop.filter must be one of {', '.join(FILTERS)}, got {self.filter!r}")
+        if (self.size is None) != (self.short_side is None):
+            raise ValueError("data.crop.size and its short sides go together: state both, or neither (null)")
+        if self.short_side is not None and self.size is not None:
+            low, high = self.short_side
+            if not 1 <= self.size <= low <= high:
+                raise ValueError(
+                    f"a crop of {self.size} pixels must fit a shorter side of {low} to {high}: "
+                    "1 <= data.crop.size <= data.crop.eval_short_side and short_side (shortest, then longest)"
+                )
+        if self.draft is not None and self.draft < 1:
+            raise ValueError(f"data.crop.draft must be at least 1 (decoded pixels for one), or null; got {self.draft}")
+
+    @property
+    def is_random(self) -> bool:
+        return self.short_side is not None and self.short_side[0] < self.short_side[1]
+
+    def __call__(self, data: bytes, key: int) -> np.ndarray:
+        """The image in `data`, cut out by its key: → (R, R, 3) uint8. Raises BadImageError."""
+        image = opened(data)
+        box, scale = self.box(*size_of(image), key)
+        side = box[2] - box[0]
+        two_steps = self.size is not None and self.resize == "twice"
+        first = self.size if two_steps and self.size is not None else self.resolution
+        image = rgb(image, shrink=1.0 if self.draft is None else self.draft * first / side)
+        across, down = image.size[0] / scale[0], image.size[1] / scale[1]  # 1, or less where a JPEG was drafted
+        right, bottom = min(box[2] * across, image.size[0]), min(box[3] * down, image.size[1])  # rounding may exceed
+        within = (box[0] * across, box[1] * down, right, bottom)
+        method = FILTERS[self.filter]
+        if two_steps:
+            assert self.size is not None
+            image = image.resize((self.size, self.size), method, box=within)
+            within = (0, 0, self.size, self.size)
+        return np.asarray(image.resize((self.resolution, self.resolution), method, box=within))
+
+    def box(self, width: int, height: int, key: int) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
+        """The square (left, top, right, bottom) in pixels of a file of that size, and the size itself.
+
+        It is cut on the grid of the image resized to `short_side`, whole pixels there.
+        """
+        short = min(width, height)
+        if self.short_side is None or self.size is None:
+            left, top = (width - short) / 2, (height - short) / 2
+            return (left, top, left + short, top + short), (width, height)
+        low, high = self.short_side
+        u = keyed.uniform(keyed.fold(torch.tensor([key]), 2), 3)[0].tolist() if self.is_random else None
+        side = low + math.floor(u[0] * (high - low + 1)) if u else low
+        wide, tall = max(self.size, round(width * side / short)), max(self.size, round(height * side / short))
+        if u:
+            x, y = math.floor(u[1] * (wide - self.size + 1)), math.floor(u[2] * (tall - self.size + 1))
+        else:
+            x, y = (wide - self.size) // 2, (tall - self.size) // 2
+        across, down = width / wide, height / tall
+        return (x * across, y * down, (x + self.size) * across, (y + self.size) * down), (width, height)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the images of a dataset are cut: for evaluation, for training, and what is done to the pixels after that."""
+
+    evaluation: Crop
+    training: Crop
+    pad: int  # pixels reflected at the border before a random crop; 0: no such crop
+    flip: bool  # mirror half of the images
+
+    @staticmethod
+    def of(resolution: int, crop: Mapping[str, Any], augment: Mapping[str, Any]) -> "Cut":
+        """From the settings `data.crop` and `data.augment`.
+
+        Raises:
+            ValueError: settings that are missing, unknown or impossible.
+        """
+        check_keys("data.crop", crop, ("short_side", "eval_short_side", "size", "filter", "resize", "draft"))
+        check_keys("data.augment", augment, ("pad", "flip"))
+        ranged, short, pad = crop["short_side"], crop["eval_short_side"], augment["pad"]
+        if ranged is not None and len(ranged) != 2:
+            raise ValueError(f"data.crop.short_side is null or [shortest, longest], got {ranged}")
+        how: dict[str, Any] = {
+            "resolution": resolution,
+            **{key: crop[key] for key in ("size", "filter", "resize", "draft")},
+        }
+        cut = Cut(
+            evaluation=Crop(short_side=None if short is None else (short, short), **how),
+            training=Crop(short_side=None if ranged is None else (ranged[0], ranged[1]), **how),
+            pad=pad,
+            flip=augment["flip"],
+        )
+        if not 0 <= pad < resolution:
+            raise ValueError(f"data.augment.pad must lie in 0 … {resolution - 1}, below data.resolution; got {pad}")
+        return cut
+
+
+def check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises ValueError, naming the setting, unless `given` has exactly the settings that are known."""
+    for key in [*given, *known]:
+        if (key in given) != (key in known):
+            raise ValueError(
+                f"{where}.{key} {'is not given' if key in known else 'is no setting'}: it has {', '.join(known)}"
+            )
+
+
+def padded_crop(pixels: np.ndarray, keys: Sequence[int], *, pad: int, flip: bool) -> np.ndarray:
+    """A random R×R part of each image after reflecting `pad` pixels at its borders: (B, R, R, 3) → the same.
+
+    With `flip`, half of the images are mirrored first. Source: Chen et al. 2020, §3.1 (CIFAR, full fine-tuning).
+    """
+    u = keyed.uniform(keyed.fold(torch.tensor(list(keys), dtype=torch.int64), 3), 3).numpy()  # (B, 3)
+    if flip:
+        pixels = np.where((u[:, 0] < 0.5)[:, None, None, None], pixels[:, :, ::-1], pixels)
+    if not pad:
+        return pixels
+    padded = np.pad(pixels, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
+    top, left = np.floor(u[:, 1:] * (2 * pad + 1)).astype(np.int64).T  # (B,) in 0 … 2·pad
+    return _windows(padded, top, left, pixels.shape[1])
 
 
 def shifted(pixels: np.ndarray, keys: Sequence[int], *, by: int, share: float) -> np.ndarray:
@@ -16,8 +172,12 @@ def shifted(pixels: np.ndarray, keys: Sequence[int], *, by: int, share: float) -
     u = keyed.uniform(keyed.fold(torch.tensor(keys, dtype=torch.int64), 1), 3).numpy()  # (B, 3)
     moves = np.floor(u[:, 1:] * (2 * by + 1)).astype(np.int64)  # (B, 2) in 0 … 2·by
     top, left = np.where(u[:, :1] < share, moves, by).T  # (B,)
-    padded = np.pad(pixels, ((0, 0), (by, by), (by, by), (0, 0)))
-    side = np.arange(pixels.shape[1])
-    rows, columns = top[:, None] + side, left[:, None] + side  # (B, R)
-    moved: np.ndarray = padded[np.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return moved
+    return _windows(np.pad(pixels, ((0, 0), (by, by), (by, by), (0, 0))), top, left, pixels.shape[1])
+
+
+def _windows(pixels: np.ndarray, top: np.ndarray, left: np.ndarray, side: int) -> np.ndarray:
+    """One side×side window of each image: (B, H, W, 3), (B,), (B,) → (B, side, side, 3)."""
+    along = np.arange(side)
+    rows, columns = top[:, None] + along, left[:, None] + along  # (B, side)
+    windows: np.ndarray = pixels[np.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return windows

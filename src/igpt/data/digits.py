@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -24,11 +25,12 @@ class Digits:
         ValueError: a resolution other than 8.
     """
 
-    n_class = 10
+    n_class: int | None = 10
 
     def __init__(
         self,
         *,
+        cache: Path | None = None,  # nothing is kept there: the digits are in memory
         name: str,
         resolution: int,
         val_fraction: float,
@@ -46,11 +48,14 @@ class Digits:
         labels = digits.target.astype(np.int64)
         indices = split_indices(len(pixels), val_fraction=val_fraction, test_fraction=test_fraction, seed=split_seed)
         self._splits = {name: ArraySplit(pixels[rows], labels[rows]) for name, rows in indices.items()}
-        self._augmented = ShiftedSplit(self._splits["train"], by=shift, share=shift_share)
+        self._moved = ShiftedSplit(self._splits["train"], by=shift, share=shift_share)
 
-    def split(self, name: str, *, augment: bool = False) -> Split:
+    def split(self, name: str) -> ArraySplit:
         check_split_name(name)
-        return self._augmented if augment and name == "train" else self._splits[name]
+        return self._splits[name]
+
+    def training(self) -> Split:
+        return self._moved
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class ShiftedSplit:
 
     def __len__(self) -> int:
         return len(self.plain)
+
+    def prepare(self) -> None: ...
 
     def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
         pixels, labels = self.plain.read(index, keys)

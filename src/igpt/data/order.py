@@ -84,3 +84,20 @@ class OncePerImage:
 
     def __len__(self) -> int:
         return -(-len(self.mine) // self.micro_batch)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The same sharing out as `EndlessBatches`, of images that come in turn: which positions are whose."""
+
+    plan: BatchPlan
+    first_step: int
+
+    def mine(self, worker: int, n_worker: int) -> Iterator[int]:
+        """The first positions of this device's micro-batches, of every `n_worker`-th from `worker` on."""
+        plan = self.plan
+        step = plan.n_device * plan.micro_batch
+        start = self.first_step * plan.batch_size + plan.rank * plan.micro_batch + worker * step
+        while True:
+            yield start
+            start += n_worker * step

@@ -1,8 +1,8 @@
 """A source of labelled images: file → pixels. What every dataset looks like to the rest of the house."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,8 +21,25 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
+    def prepare(self) -> None:
+        """Makes many reads fast (decodes once, to disk). Nothing else depends on it: `read` gives the same without."""
+        ...
+
     def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
         """The images at `index`; what is random about them (a crop, a flip) is a function of `keys` alone."""
+        ...
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Training images that come one after another, without a length and without positions to read at."""
+
+    def records(self, seed: int, epoch: int) -> Iterator[Any]:
+        """One pass over the images, still encoded, in an order that seed and epoch decide; the same in any process."""
+        ...
+
+    def read(self, records: Sequence[Any], keys: Sequence[int]) -> Pixels:
+        """The images of some records; what is random about them is a function of `keys` alone."""
         ...
 
 
@@ -31,14 +48,18 @@ class Source(Protocol):
 
     name: str
     resolution: int  # R, pixels a side
-    n_class: int
+    n_class: int | None  # None: the images have no labels, -1 stands for them
 
-    def split(self, name: str, *, augment: bool = False) -> Split:
-        """The split called `name`; with `augment`, as its config says images are varied for training.
+    def split(self, name: str) -> Split:
+        """The split called `name`, each image in one way.
 
         Raises:
             ValueError: no split of that name.
         """
+        ...
+
+    def training(self) -> Split | Stream:
+        """The training images as their config says they are varied for training."""
         ...
 
 
@@ -51,6 +72,8 @@ class ArraySplit:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def prepare(self) -> None: ...
 
     def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
         rows = np.asarray(index, dtype=np.int64)

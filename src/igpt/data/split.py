@@ -1,4 +1,4 @@
-"""Seeded splits, the same on every machine and for every run that states the same seed."""
+"""Seeded splits and subsets, the same on every machine and for every run that states the same seed."""
 
 import numpy as np
 
@@ -13,9 +13,7 @@ def split_indices(n: int, *, val_fraction: float, test_fraction: float, seed: in
     Raises:
         ValueError: a fraction outside [0, 1), or a training split that would be empty.
     """
-    for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if not 0 <= fraction < 1:
-            raise ValueError(f"data.{name} must be at least 0 and below 1, got {fraction}")
+    check_fractions(val_fraction=val_fraction, test_fraction=test_fraction)
     order = keyed.generator(seed, "split").permutation(n)
     n_test = round(n * test_fraction)
     n_val = round((n - n_test) * val_fraction)
@@ -25,3 +23,31 @@ def split_indices(n: int, *, val_fraction: float, test_fraction: float, seed: in
         )
     parts = np.split(order, [n_test, n_test + n_val])
     return {name: np.sort(part) for name, part in zip(("test", "val", "train"), parts, strict=True)}
+
+
+def check_fractions(**fractions: float) -> None:
+    """Raises ValueError unless every fraction lies in [0, 1)."""
+    for name, fraction in fractions.items():
+        if not 0 <= fraction < 1:
+            raise ValueError(f"data.{name} must be at least 0 and below 1, got {fraction}")
+
+
+def balanced_subset(labels: np.ndarray, *, per_class: int, seed: int, where: str) -> np.ndarray:
+    """`per_class` images of every class present, drawn by `seed`: labels (N,) → indices (M,), ascending.
+
+    A larger subset of the same seed holds the smaller one.
+
+    Raises:
+        ValueError: a class with fewer images.
+    """
+    if per_class < 1:
+        raise ValueError(f"data.labels_per_class must be at least 1, or null for all; got {per_class}")
+    chosen = []
+    for label in np.unique(labels).tolist():
+        (of_class,) = np.nonzero(labels == label)
+        if len(of_class) < per_class:
+            raise ValueError(
+                f"{where}: class {label} has {len(of_class)} images, data.labels_per_class={per_class} are asked for"
+            )
+        chosen.append(keyed.generator(seed, "subset", label).permutation(of_class)[:per_class])
+    return np.sort(np.concatenate(chosen))

@@ -32,11 +32,13 @@ class EvaluateModule(L.LightningModule):
         self.numbers = self.score.numbers(self.split, self.trainer)
 
 
-def check(*, split: str, batch_size: int, baselines: bool) -> None:
+def check(*, split: str, batch_size: int, baseline_images: int) -> None:
     """Raises ValueError when a setting of the task cannot be right, before anything is built."""
     check_split_name(split)
     if batch_size < 1:
         raise ValueError(f"task.batch_size must be at least 1, got {batch_size}")
+    if baseline_images < 0:
+        raise ValueError(f"task.baseline_images must be at least 0 (no baselines), got {baseline_images}")
 
 
 def run(
@@ -47,16 +49,17 @@ def run(
     objective: Objective,
     split: str,
     batch_size: int,
-    baselines: bool,
+    baseline_images: int,
 ) -> Result:
-    """Nats and bits per token on `split`; with `baselines`, those of two histograms of the training tokens."""
+    """Nats and bits per token on `split`, and those of two histograms of `baseline_images` training images."""
     plan = runner.machine.plan(batch_size)
     data = tokens(plan=plan, eval_split=split)
     module = EvaluateModule(net=weights.net(), objective=objective, machine=runner.machine, split=split)
     runner.validate(module, data)
     numbers = dict(module.numbers)
-    if baselines:
-        train, held_out = data.all_tokens("train").numpy(), data.all_tokens(split).numpy()
+    if baseline_images:
+        train = data.some_tokens("train", at_most=baseline_images).numpy()
+        held_out = data.some_tokens(split).numpy()
         k, n = data.palette.k, len(held_out)
         numbers[f"{split}/unigram"] = Number(unigram_nats(train, held_out, k), "nats/token", n)
         numbers[f"{split}/position_histogram"] = Number(position_nats(train, held_out, k), "nats/token", n)

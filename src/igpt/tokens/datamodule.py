@@ -1,17 +1,21 @@
 """Batches of tokens: a source's pixels, encoded by a palette on the device that will read them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from igpt import keyed
-from igpt.data.order import BatchPlan, EndlessBatches, Item, OncePerImage
-from igpt.data.source import Source, Split
+from igpt.data.decode import BadImageError
+from igpt.data.order import BatchPlan, EndlessBatches, Item, OncePerImage, Positions
+from igpt.data.source import Source, Split, Stream
+from igpt.tokens.lookup import Encoder
 from igpt.tokens.palette import Palette
 from igpt.tokens.raster import Raster
 
@@ -33,17 +37,64 @@ class _Pixels(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, item: Item) -> Batch:
+    def __getitem__(self, item: Item) -> Batch | BadImageError:
         return self.__getitems__([item])
 
-    def __getitems__(self, items: list[Item]) -> Batch:
+    def __getitems__(self, items: list[Item]) -> Batch | BadImageError:
         index = torch.tensor([item.image for item in items])
         epochs = torch.tensor([keyed.key(self.seed, self.stream, item.epoch) for item in items])
         keys = keyed.item_keys(epochs, index)  # (B,)
-        pixels, labels = self.split.read(index.tolist(), keys.tolist())
+        try:
+            pixels, labels = self.split.read(index.tolist(), keys.tolist())
+        except BadImageError as error:  # as a value: raised here, a worker would wrap it in its own words
+            return error
         return Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels), keys)
 
 
+class _Streamed(IterableDataset[Any]):
+    """A stream as whole batches. Every process goes through all records and decodes those of its own batches."""
+
+    def __init__(self, images: Stream, *, seed: int, positions: Positions) -> None:
+        self.images, self.seed, self.positions = images, seed, positions
+
+    def __iter__(self) -> Iterator[Batch | BadImageError]:
+        worker = get_worker_info()
+        mine = self.positions.mine(worker.id, worker.num_workers) if worker else self.positions.mine(0, 1)
+        first, size = next(mine), self.positions.plan.micro_batch
+        waiting: list[Any] = []
+        keys: list[int] = []
+        for position, (item, record) in enumerate(self._records()):
+            if position < first:
+                continue
+            waiting.append(record)
+            keys.append(item_key(self.seed, "train", item))
+            if len(waiting) == size:
+                yield self._batch(waiting, keys)
+                waiting, keys, first = [], [], next(mine)
+
+    def _records(self) -> Iterator[tuple[Item, Any]]:
+        for epoch in count():
+            image = -1
+            for image, record in enumerate(self.images.records(self.seed, epoch)):
+                yield Item(epoch, image), record
+            if image < 0:
+                raise ValueError("the training stream holds no image")
+
+    def _batch(self, records: list[Any], keys: list[int]) -> Batch | BadImageError:
+        try:
+            pixels, labels = self.images.read(records, keys)
+        except BadImageError as error:
+            return error
+        return Batch(torch.from_numpy(pixels), torch.from_numpy(labels), torch.tensor(keys))
+
+
+def item_key(seed: int, stream: str, item: Item) -> int:
+    """The key of everything random about one image in one pass over the data."""
+    epoch_key = keyed.key(seed, stream, item.epoch)
+    return int(keyed.item_keys(epoch_key, torch.tensor([item.image]))[0])
+
+
+_AT_ONCE = 1024  # images encoded at a time
 ONE_BY_ONE = BatchPlan(batch_size=1, micro_batch=1)  # for tasks that read images without a loader
 
 
@@ -65,8 +116,10 @@ class TokenDataModule(L.LightningDataModule):
         num_workers: int,
         plan: BatchPlan = ONE_BY_ONE,
         eval_split: str = "val",
+        cache: Path | None = None,
     ) -> None:
         super().__init__()
+        self.encoder = Encoder(palette, cache)
         self.source, self.palette, self.raster = source, palette, raster
         self.plan, self.seed, self.num_workers = plan, seed, num_workers
         self.eval_split = eval_split
@@ -74,9 +127,14 @@ class TokenDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """An endless loader, its position set by the run's step: nothing about it is saved or restored."""
         first_step = self.trainer.global_step if self.trainer else 0
-        split = self.source.split("train", augment=True)
-        batches = EndlessBatches(len(split), plan=self.plan, seed=self.seed, first_step=first_step)
-        return self._loader(split, batches, "train")
+        images = self.source.training()
+        if isinstance(images, Stream):
+            positions = Positions(self.plan, first_step=first_step)
+            return self._loader(
+                _Streamed(images, seed=self.seed, positions=positions), batch_size=None, collate_fn=_whole
+            )
+        batches = EndlessBatches(len(images), plan=self.plan, seed=self.seed, first_step=first_step)
+        return self._split_loader(images, batches, "train")
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every image of `eval_split` exactly once. Raises ValueError when there is none."""
@@ -86,30 +144,44 @@ class TokenDataModule(L.LightningDataModule):
                 f"{self.source.name} has no images in its {self.eval_split} split: "
                 f"set data.{self.eval_split}_fraction above 0"
             )
-        return self._loader(split, OncePerImage(len(split), plan=self.plan), self.eval_split)
+        return self._split_loader(split, OncePerImage(len(split), plan=self.plan), self.eval_split)
 
-    def _loader(self, split: Split, batches: Iterable[list[Item]], stream: str) -> DataLoader[Any]:
+    def _split_loader(self, split: Split, batches: Iterable[list[Item]], stream: str) -> DataLoader[Any]:
+        split.prepare()
+        return self._loader(_Pixels(split, seed=self.seed, stream=stream), batch_sampler=batches, collate_fn=_whole)
+
+    def _loader(self, images: Dataset[Any], **how: Any) -> DataLoader[Any]:
         return DataLoader(
-            _Pixels(split, seed=self.seed, stream=stream),
-            batch_sampler=batches,
+            images,
             num_workers=self.num_workers,
-            collate_fn=_whole,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            **how,
         )
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+    def on_after_batch_transfer(self, batch: Batch | BadImageError, dataloader_idx: int = 0) -> Batch:
+        if isinstance(batch, BadImageError):
+            raise batch
         return batch._replace(tokens=self.encode(batch.tokens))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels to the token sequence the network reads: (B, R, R, 3) uint8 → (B, T) int64."""
-        return self.raster.flatten(self.palette.encode(pixels))
+        return self.raster.flatten(self.encoder(pixels))
 
-    def all_tokens(self, name: str) -> Tensor:
-        """Every image of a split in order, as tokens on the CPU: (N, T) int64."""
+    def some_tokens(self, name: str, *, at_most: int | None = None) -> Tensor:
+        """A split as tokens on the CPU, in order: (N, T) int16; no more than `at_most` images, drawn by the seed."""
         split = self.source.split(name)
-        index = list(range(len(split)))
-        return self.encode(torch.from_numpy(split.read(index, [0] * len(split)).pixels))
+        n = len(split)
+        rows = np.arange(n)
+        if at_most is not None and at_most < n:
+            rows = np.sort(keyed.generator(self.seed, "some", at_most).permutation(n)[:at_most])
+        split.prepare()
+        tokens = torch.empty(len(rows), self.raster.n_ctx, dtype=torch.int16)
+        for start in range(0, len(rows), _AT_ONCE):
+            index = rows[start : start + _AT_ONCE].tolist()
+            pixels = split.read(index, [0] * len(index)).pixels
+            tokens[start : start + _AT_ONCE] = self.encode(torch.from_numpy(pixels)).to(torch.int16)
+        return tokens
 
     def decode(self, tokens: Tensor) -> np.ndarray:
         """Token sequences to pixels: (B, T) → (B, R, R, 3) uint8."""

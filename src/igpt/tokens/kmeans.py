@@ -46,10 +46,12 @@ def fit(pixels: np.ndarray, *, k: int, iterations: int, restarts: int, seed: int
 
 def sample_pixels(split: Split, *, n_pixels: int, seed: int) -> np.ndarray:
     """At most `n_pixels` pixels of a split, as whole images in a seeded order: (N, 3) uint8."""
+    if not len(split):
+        raise ValueError("there is no training image to fit a palette to")
     order = keyed.generator(seed, "palette").permutation(len(split))
     side = split.read([0], [0]).pixels.shape[1]
     n_image = max(1, min(len(split), n_pixels // side**2))
-    rows = order[:n_image].tolist()
+    rows = sorted(order[:n_image].tolist())
     return split.read(rows, [keyed.key(seed, "palette", row) for row in rows]).pixels.reshape(-1, 3)
 
 
@@ -79,5 +81,11 @@ def fitted(source: Source, cache: Path, *, k: int, n_pixels: int, iterations: in
 
 def reconstruction_error(palette: Palette, pixels: np.ndarray) -> float:
     """Mean squared error of decode(encode(pixels)) over all channels, in grey levels²: (…, 3) uint8 → float."""
+    return float(np.mean(colour_distances(palette, pixels) ** 2)) / 3
+
+
+def colour_distances(palette: Palette, pixels: np.ndarray) -> np.ndarray:
+    """How far every pixel's colour moves, in grey levels: (…, 3) uint8 → (…) float64."""
     decoded = palette.decode(palette.encode(torch.from_numpy(np.ascontiguousarray(pixels))))
-    return float(np.mean((decoded.astype(np.float64) - pixels) ** 2))
+    distances: np.ndarray = np.sqrt(((decoded.astype(np.float64) - pixels) ** 2).sum(-1))
+    return distances

@@ -1,0 +1,157 @@
+"""Images per second from photographs and pixels to tokens, and what each faster way changes.
+
+python benchmarks/data_path.py --photos FOLDER        FOLDER of JPEGs, at any depth
+"""
+
+import argparse
+import io
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from igpt.data.crop import FILTERS, Crop, Resize
+from igpt.tokens import lookup
+from igpt.tokens.kmeans import fit
+from igpt.tokens.lookup import Encoder
+
+PAPER: dict[str, Any] = {"short_side": (256, 384), "size": 224}
+K = 512
+
+
+def plain(crop: Crop) -> Callable[[bytes, int], np.ndarray]:
+    """As a reader of the paper writes it: decode, resize the whole image, crop, resize."""
+    method = FILTERS[crop.filter]
+
+    def cut(data: bytes, key: int) -> np.ndarray:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        (left, top, right, _), (width, height) = crop.box(*image.size, key)
+        scale = 224 / (right - left)
+        x, y = round(left * scale), round(top * scale)
+        image = image.resize((round(width * scale), round(height * scale)), method)
+        return np.asarray(image.crop((x, y, x + 224, y + 224)).resize((crop.resolution,) * 2, method))
+
+    return cut
+
+
+def ways(resolution: int) -> dict[str, Callable[[bytes, int], np.ndarray]]:
+    """What is compared; the first is what the others are held against."""
+
+    def crop(resize: Resize, draft: float | None, filter: str = "bilinear") -> Crop:
+        return Crop(resolution=resolution, resize=resize, draft=draft, filter=filter, **PAPER)
+
+    return {
+        "plain: whole image, crop, resize": plain(crop("twice", None)),
+        "resize=twice draft=null": crop("twice", None),
+        "resize=twice draft=3 (default)": crop("twice", 3),
+        "resize=once draft=null": crop("once", None),
+        "resize=once draft=4": crop("once", 4),
+        "resize=once draft=3": crop("once", 3),
+        "resize=once draft=2": crop("once", 2),
+        "filter=bicubic": crop("twice", None, "bicubic"),
+        "filter=box": crop("twice", None, "box"),
+    }
+
+
+def crops(photos: list[bytes], rounds: int) -> None:
+    """Decode + crop + resize on one core, ways in turn; difference in grey levels against the plain way."""
+    print("\n| R | way | images/s | min – max | root mean square difference | contrast of neighbours |")
+    print("|---|---|---|---|---|---|")
+    for resolution in (32, 48, 64):
+        made, speeds = {}, {name: [] for name in ways(resolution)}
+        for _ in range(rounds):
+            for name, cut in ways(resolution).items():
+                start = time.perf_counter()
+                made[name] = np.stack([cut(data, key) for key, data in enumerate(photos)]).astype(float)
+                speeds[name].append(len(photos) / (time.perf_counter() - start))
+        reference = next(iter(made.values()))
+        contrast = np.abs(np.diff(reference, axis=2)).mean()
+        for name, pixels in made.items():
+            difference = np.sqrt(((pixels - reference) ** 2).mean())
+            change = np.abs(np.diff(pixels, axis=2)).mean() / contrast - 1
+            speed = speeds[name]
+            rate = f"{statistics.median(speed):,.0f} | {min(speed):,.0f} – {max(speed):,.0f}"
+            print(f"| {resolution} | {name} | {rate} | {difference:.2f} | {change:+.1%} |", flush=True)
+
+
+
+def encoding(pixels: np.ndarray, rounds: int) -> None:
+    """Tokens of (N, R, R, 3) uint8 images with 512 fitted colours, on all cores."""
+    palette = fit(pixels.reshape(-1, 3)[:250_000], k=K, iterations=20, restarts=1, seed=0)
+    images, n = torch.from_numpy(pixels), len(pixels)
+    build, unique, table = [], [], []
+    with tempfile.TemporaryDirectory() as cache:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            lookup.build(palette)
+            build.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            tokens = palette.encode(images)
+            unique.append(n / (time.perf_counter() - start))
+        encoder = Encoder(palette, Path(cache))
+        encoder.computed = lookup.PAYS + 1
+        encoder(images[:1])
+        for _ in range(rounds):
+            start = time.perf_counter()
+            same = encoder(images)
+            table.append(n / (time.perf_counter() - start))
+    assert torch.equal(tokens, same)
+    distinct = len(np.unique(pixels.reshape(-1, 3), axis=0))
+    print(f"\n{n} images of {pixels.shape[1]}×{pixels.shape[1]}, {distinct:,} distinct colours, {K} in the palette")
+    rates = f"distinct colours {statistics.median(unique):,.0f} images/s, table {statistics.median(table):,.0f} images/s"
+    print(f"{rates}, the table built in {statistics.median(build):.2f} s")
+
+
+
+class Photographs(torch.utils.data.Dataset[torch.Tensor]):
+    """What a loader's worker does for one batch."""
+
+    def __init__(self, photos: list[bytes], crop: Crop) -> None:
+        self.photos, self.crop = photos, crop
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, batch: int) -> torch.Tensor:
+        keys = [(batch * 128 + i) for i in range(128)]
+        return torch.from_numpy(np.stack([self.crop(self.photos[key % len(self.photos)], key) for key in keys]))
+
+
+def loading(photos: list[bytes]) -> None:
+    """Batches of 128 as a training loop gets them, by number of workers."""
+    print("\n| workers | images/s at R = 32 (default way) |\n|---|---|")
+    crop = Crop(resolution=32, resize="twice", draft=3, filter="bilinear", **PAPER)
+    for workers in (0, 1, 2):
+        start = time.perf_counter()
+        n = sum(len(b) for b in DataLoader(Photographs(photos, crop), batch_size=None, num_workers=workers))
+        print(f"| {workers} | {n / (time.perf_counter() - start):,.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    files = [path for path in sorted(args.photos.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
+    photos = [path.read_bytes() for path in files]
+    sizes = np.array([Image.open(io.BytesIO(data)).size for data in photos])
+    print(f"{len(photos)} photographs, median {np.median(sizes, axis=0).astype(int).tolist()} pixels, "
+          f"{np.mean([len(p) for p in photos]) / 1024:.0f} kB; Pillow {PIL.__version__}, torch {torch.__version__}, "
+          f"{len(os.sched_getaffinity(0))} cores")  # fmt: skip
+    crops(photos, args.rounds)
+    loading(photos)
+    crop = Crop(resolution=32, resize="once", draft=None, filter="bilinear", **PAPER)
+    encoding(np.stack([crop(data, key) for key in range(2) for data in photos])[:1000], args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Images decoded once, by all cores: a memory-mapped uint8 file, whole or not there."""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import numpy as np
+from filelock import FileLock
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from igpt import files
+from igpt.data.decode import BadImageError
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # goes up when the same settings make other pixels
+_CHUNK = 64  # images a worker makes at a time
+_ALONE = 512  # so few images are made in this process: starting others would take longer
+
+T = TypeVar("T")
+
+
+class _Chunks(Dataset[Any]):
+    """Something made of rows, a chunk at a time; a bad image travels as a value, so that its message stays whole."""
+
+    def __init__(self, make: Callable[[Sequence[int]], Any], rows: np.ndarray) -> None:
+        self.make, self.rows = make, rows
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // _CHUNK)
+
+    def __getitem__(self, chunk: int) -> Any:
+        try:
+            return self.make(self.rows[chunk * _CHUNK : (chunk + 1) * _CHUNK].tolist())
+        except BadImageError as error:
+            return error
+
+
+def _as_made(made: Any) -> Any:
+    return made
+
+
+def in_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -> Iterator[T]:
+    """`make` of all rows in order, in chunks, by as many processes as there are cores, with a progress bar.
+
+    Raises:
+        BadImageError: the first that `make` raised.
+    """
+    n_process = 0 if len(rows) <= _ALONE else len(os.sched_getaffinity(0))
+    chunks = DataLoader(_Chunks(make, rows), batch_size=None, num_workers=n_process, collate_fn=_as_made)
+    with tqdm(total=len(rows), desc=what, unit="image", disable=None) as bar:
+        for made in chunks:
+            if isinstance(made, BadImageError):
+                raise made
+            yield made
+            bar.update(min(_CHUNK, len(rows) - bar.n))
+
+
+def digest(made_by: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of everything that decides a file's content, the format of the file included."""
+    text = json.dumps({"format": FORMAT, **made_by}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def locked(path: Path) -> FileLock:
+    """A lock that one process at a time holds, on any number of processes of this machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock")
+
+
+def pixels(path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequence[int]], np.ndarray]) -> np.ndarray:
+    """The pixels of `rows`, memory-mapped: (len(rows), R, R, 3) uint8; made by `make(rows)` when `path` is not there.
+
+    Another process that wants the same file waits for it. What a kill left half built is thrown away.
+
+    Raises:
+        BadImageError: as `make` does.
+        ValueError: no room for the file; nothing of it is left.
+    """
+    shape = (len(rows), resolution, resolution, 3)
+    with locked(path):
+        known = _mapped(path, shape)
+        if known is not None:
+            return known
+        for part in path.parent.glob(f".{path.name}.*.part"):  # nobody else writes it: we hold the lock
+            part.unlink()
+        size = int(np.prod(shape))
+        try:
+            with files.atomic_write(path) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                _reserve(file, size)
+                for made in in_chunks(make, rows, f"decoding to {path.stem}"):
+                    file.write(made.tobytes())
+        except OSError as error:
+            raise ValueError(
+                f"the {size / 2**20:,.0f} MiB of {path} cannot be written ({error.strerror}): make room, or keep the "
+                "cache elsewhere with paths.cache=FOLDER"
+            ) from error
+        log.info("data: decoded %d images to %s", len(rows), path)
+        made_now = _mapped(path, shape)
+    assert made_now is not None
+    return made_now
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The file, when it is there and whole."""
+    if not path.is_file():
+        return None
+    try:
+        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError):
+        log.warning("data: %s is damaged and is made anew", path)
+        return None
+    return found if found.shape == shape and found.dtype == np.uint8 else None
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Claims the room for what is to come at once: a full disk is met now, not after an hour of decoding."""
+    file.flush()
+    try:
+        os.posix_fallocate(file.fileno(), file.tell(), size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot: it is met when it is met
+            raise

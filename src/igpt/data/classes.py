@@ -1,0 +1,81 @@
+"""Which class a label is: names and indices, checked before an image is read."""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import numpy as np
+
+_WNID = re.compile(r"n\d{8}")
+
+
+@cache
+def imagenet() -> dict[str, tuple[int, str]]:
+    """The 1,000 classes of ILSVRC 2012: wnid → (index, name). Two names occur twice (crane, maillot): wnids do not."""
+    with resources.files("igpt.data").joinpath("imagenet_classes.csv").open() as file:
+        return {row["wnid"]: (int(row["index"]), row["name"]) for row in csv.DictReader(file)}
+
+
+@dataclass(frozen=True)
+class Classes:
+    """How the labels of a dataset are read: as they are, or (`scheme="imagenet"`) as indices of ILSVRC.
+
+    Folders give a number to each class that is present, in their own order, so wnids are looked up; the Hub's copy
+    counts as ILSVRC does.
+    """
+
+    scheme: str | None
+    n_class: int | None  # None: any labels, or none
+
+    def __call__(self, labels: np.ndarray, names: Sequence[str] | None, where: str) -> np.ndarray:
+        """The labels as this project counts them: (N,) int64 → (N,) int64.
+
+        Raises:
+            ValueError: a name that is no wnid of ILSVRC, a label outside the classes, or no labels at all.
+        """
+        if self.n_class is None:
+            return labels
+        if len(labels) and (labels == -1).all():
+            raise ValueError(f"{where}: there are no labels (data.label_column, or a folder for each class); "
+                             "data.n_class=null reads images without")  # fmt: skip
+        if self.scheme == "imagenet" and names is not None:
+            labels = _by_wnid(labels, names, where)
+        check_labels(labels, self.n_class, where)
+        return labels
+
+
+def _by_wnid(labels: np.ndarray, names: Sequence[str], where: str) -> np.ndarray:
+    known = imagenet()
+    if len(names) == len(known) and not any(_WNID.fullmatch(name) for name in names):
+        return labels  # the Hub's copy: names in words, in the order of ILSVRC
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{where}: class {unknown[0]!r} is no wnid of ILSVRC 2012 ({len(unknown)} of {len(names)} are not): "
+            "its folders are named as n01440764; other classes are read with data=folder"
+        )
+    check_labels(labels, len(names), where)
+    index: np.ndarray = np.array([known[name][0] for name in names], dtype=np.int64)[labels]
+    return index
+
+
+def check_labels(labels: np.ndarray, n_class: int, where: str) -> None:
+    """Raises ValueError, naming a row, unless every label lies in 0 … n_class - 1."""
+    outside = np.flatnonzero((labels < 0) | (labels >= n_class))
+    if len(outside):
+        raise ValueError(
+            f"{where}: row {outside[0]} has label {labels[outside[0]]}, data.n_class={n_class} allows 0 … "
+            f"{n_class - 1} ({len(outside)} of {len(labels)} labels are outside)"
+        )
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raises ValueError when two classes have one name, be it in capitals or with blanks around it."""
+    twice = [name for name, count in Counter(name.strip().lower() for name in names).items() if count > 1]
+    if twice:
+        same = [name for name in names if name.strip().lower() == twice[0]]
+        raise ValueError(f"{where}: two classes have one name ({', '.join(map(repr, same))}): rename one of them")

@@ -1,0 +1,290 @@
+"""Real images as a `Source`: any dataset that `datasets` opens, cut, resized and split as the paper does."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL
+
+from igpt import files
+from igpt.data import cache as pixel_cache
+from igpt.data.classes import Classes
+from igpt.data.crop import Crop, Cut, padded_crop
+from igpt.data.decode import BadImageError, opened, rgb
+from igpt.data.source import Pixels, Split, Stream, check_split_name
+from igpt.data.split import balanced_subset, check_fractions, split_indices
+from igpt.data.stream import Streamed
+from igpt.data.tables import Columns, Table, open_tables, table
+
+log = logging.getLogger(__name__)
+
+
+class Images:
+    """A dataset of images as a `Source`. Every setting is explained beside its value in `conf/data/_images.yaml`.
+
+    Raises:
+        ValueError: settings that do not fit together, nothing to read, or labels that are no classes.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: Path,
+        name: str,
+        path: str | None,
+        resolution: int,
+        n_class: int | None,
+        classes: Literal["imagenet"] | None,
+        splits: dict[str, list[str]],
+        image_column: list[str],
+        label_column: list[str],
+        val_fraction: float,
+        test_fraction: float,
+        split_seed: int,
+        labels_per_class: int | None,
+        subset_seed: int,
+        crop: dict[str, Any],
+        augment: dict[str, Any],
+        on_corrupt: Literal["raise", "skip"],
+        streaming: bool,
+        stream: dict[str, Any],
+    ) -> None:
+        if path is None:
+            raise ValueError(f"data={name} needs to know where the images are: data.path=FOLDER")
+        check_fractions(val_fraction=val_fraction, test_fraction=test_fraction)
+        if set(splits) != {"train", "val", "test"} or not splits["train"]:
+            raise ValueError(
+                f"data.splits gives train, val and test a list of names each, train's not empty: got {splits}"
+            )
+        if streaming and (labels_per_class is not None or test_fraction):
+            raise ValueError(
+                "data.labels_per_class and data.test_fraction count images, which a stream cannot: "
+                "data.streaming=false, or leave them null and 0"
+            )
+        self.name, self.resolution, self.n_class = name, resolution, n_class
+        cut = Cut.of(resolution, crop, augment)
+        found = open_tables(path, name=name, labelled=n_class is not None, streaming=streaming, cache=cache)
+        of = {ours: _present(ours, theirs, found, path) for ours, theirs in splits.items()}
+        trained_on = of["train"]
+        assert trained_on is not None
+        columns, read_as = Columns(image_column, label_column), Classes(classes, n_class)
+        skip = on_corrupt == "skip"
+        self._parts: Streamed | _Tables
+        if streaming:
+            self._parts = Streamed(
+                {ours: found[theirs] for ours, theirs in of.items() if theirs},
+                columns=columns, classes=read_as, cut=cut, val_fraction=val_fraction, split_seed=split_seed,
+                skip=skip, where=path, **stream,
+            )  # fmt: skip
+            return
+        shelf = _Shelf(cache / "pixels", f"{name}{resolution}", skip)
+        read = sorted({theirs for theirs in of.values() if theirs})
+        tables = {theirs: table(found[theirs], columns, f"{path} ({theirs})") for theirs in read}
+        drawn = split_indices(
+            len(tables[trained_on]),
+            val_fraction=0 if of["val"] else val_fraction,
+            test_fraction=0 if of["test"] else test_fraction,
+            seed=split_seed,
+        )
+        good = {theirs: np.setdiff1d(np.arange(len(whole)), shelf.bad(whole)) for theirs, whole in tables.items()}
+        parts = {}
+        for ours, theirs in of.items():
+            read_from = theirs or trained_on
+            whole = tables[read_from]
+            rows = np.arange(len(whole)) if theirs and ours != "train" else drawn[ours]
+            labels = np.full(len(whole), -1)
+            labels[rows] = read_as(whole.labels[rows], whole.names, whole.where)
+            rows = np.intersect1d(rows, good[read_from])
+            if ours == "train" and labels_per_class is not None:
+                among = balanced_subset(labels[rows], per_class=labels_per_class, seed=subset_seed, where=whole.where)
+                rows = rows[among]
+            parts[ours] = _Part(whole, labels, rows, good[read_from])
+        self._parts = _Tables(parts, cut, shelf)
+
+    def split(self, name: str) -> Split:
+        check_split_name(name)
+        return self._parts.split(name)
+
+    def training(self) -> Split | Stream:
+        return self._parts.training()
+
+
+def _present(ours: str, theirs: Sequence[str], found: dict[str, Any], path: str) -> str | None:
+    """The first of their names of a split that is there. Raises ValueError when training images are not."""
+    for name in theirs:
+        if name in found:
+            return name
+    if ours == "train":
+        raise ValueError(
+            f"data.path={path} has the splits {', '.join(found)}, none called {' or '.join(theirs)}: "
+            f"say which to train on, data.splits.train=[{next(iter(found))}]"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class DecodedSplit:
+    """Rows of a table, decoded and cut whenever they are read."""
+
+    table: Table
+    labels: np.ndarray  # (len(table),) int64
+    rows: np.ndarray  # (N,) int64
+    crop: Crop
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def prepare(self) -> None: ...
+
+    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+        rows = self.rows[np.asarray(index, dtype=np.int64)]
+        return Pixels(pixels_of(self.table, self.crop, rows.tolist(), keys), self.labels[rows])
+
+
+def pixels_of(table: Table, crop: Crop, rows: Sequence[int], keys: Sequence[int]) -> np.ndarray:
+    """Some rows of a table, cut out: → (len(rows), R, R, 3) uint8. Raises BadImageError, naming the row or file."""
+    out = np.empty((len(rows), crop.resolution, crop.resolution, 3), dtype=np.uint8)
+    for i, (place, data) in enumerate(table.encoded(rows)):
+        try:
+            out[i] = crop(data, keys[i])
+        except BadImageError as error:
+            raise BadImageError(f"{place}: {error}; data.on_corrupt=skip leaves such images out") from error
+    return out
+
+
+@dataclass
+class CachedSplit:
+    """The same with nothing random, kept as pixels on disk once `prepare` was called."""
+
+    decoded: DecodedSplit
+    path: Path  # of the cache
+    cached: np.ndarray  # rows of the table that the cache holds, ascending
+    _pixels: np.ndarray | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.decoded)
+
+    def prepare(self) -> None:
+        if self._pixels is None and len(self):
+            make = partial(_plainly, self.decoded.table, self.decoded.crop)
+            self._pixels = pixel_cache.pixels(self.path, self.cached, self.decoded.crop.resolution, make)
+
+    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+        if self._pixels is None:
+            return self.decoded.read(index, keys)
+        rows = self.decoded.rows[np.asarray(index, dtype=np.int64)]
+        return Pixels(self._pixels[np.searchsorted(self.cached, rows)], self.decoded.labels[rows])
+
+
+def _plainly(table: Table, crop: Crop, rows: Sequence[int]) -> np.ndarray:
+    return pixels_of(table, crop, rows, [0] * len(rows))
+
+
+@dataclass(frozen=True)
+class AugmentedSplit:
+    """A split whose images are reflected at the border, cropped and mirrored, each by its key."""
+
+    plain: Split
+    pad: int
+    flip: bool
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    def prepare(self) -> None:
+        self.plain.prepare()
+
+    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+        pixels, labels = self.plain.read(index, keys)
+        return Pixels(padded_crop(pixels, keys, pad=self.pad, flip=self.flip), labels)
+
+
+@dataclass(frozen=True)
+class _Shelf:
+    """Where what was made of a dataset's images is kept, each file named by everything that made it."""
+
+    folder: Path
+    name: str
+    skip: bool  # leave corrupt images out
+
+    def path(self, table: Table, rows: np.ndarray, crop: Crop) -> Path:
+        made_by = {
+            "table": table.fingerprint,
+            "rows": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
+            "crop": asdict(crop),
+            "pillow": PIL.__version__,
+        }
+        return self.folder / f"{self.name}-{pixel_cache.digest(made_by)}.npy"
+
+    def bad(self, table: Table) -> np.ndarray:
+        """The rows whose image cannot be read, when those are to be left out: found once, counted every time."""
+        if not self.skip:
+            return np.empty(0, dtype=np.int64)
+        digest = pixel_cache.digest({"table": table.fingerprint, "pillow": PIL.__version__})
+        path = self.folder / f"{self.name}-{digest}.corrupt.json"
+        with pixel_cache.locked(path):
+            if not path.is_file():
+                checked = pixel_cache.in_chunks(partial(_unreadable, table), np.arange(len(table)), "checking images")
+                files.write_json(path, [found for chunk in checked for found in chunk])
+        found = files.read_json(path)
+        if found:
+            log.warning(
+                "data: %d of %d images of %s cannot be read and are left out, as %s (all: %s)",
+                len(found), len(table), table.where, found[0]["reason"], path,
+            )  # fmt: skip
+        return np.array([image["row"] for image in found], dtype=np.int64)
+
+
+def _unreadable(table: Table, rows: Sequence[int]) -> list[dict[str, Any]]:
+    found = []
+    for row in rows:
+        place = f"row {row} of {table.where}"
+        try:
+            ((place, data),) = table.encoded([row])
+            rgb(opened(data))
+        except BadImageError as error:
+            found.append({"row": row, "reason": f"{place}: {error}"})
+    return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of our splits, and the table that it is in."""
+
+    table: Table
+    labels: np.ndarray  # (len(table),) int64
+    rows: np.ndarray  # of this split, ascending
+    good: np.ndarray  # of the whole table: those whose image can be read
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The splits of a dataset that can be read at any position."""
+
+    parts: dict[str, _Part]
+    cut: Cut
+    shelf: _Shelf
+
+    def split(self, name: str) -> Split:
+        part = self.parts[name]
+        decoded = DecodedSplit(part.table, part.labels, part.rows, self.cut.evaluation)
+        if not self.cut.training.is_random:  # one cache for all splits of a table
+            return self._cached(decoded, part.good)
+        if name == "train":  # for training they are cut anew each time; few are read as they are
+            return decoded
+        return self._cached(decoded, part.rows)
+
+    def training(self) -> Split:
+        part, cut = self.parts["train"], self.cut
+        plain = self.split("train")
+        if cut.training.is_random:
+            plain = DecodedSplit(part.table, part.labels, part.rows, cut.training)
+        return AugmentedSplit(plain, cut.pad, cut.flip) if cut.pad or cut.flip else plain
+
+    def _cached(self, decoded: DecodedSplit, rows: np.ndarray) -> CachedSplit:
+        return CachedSplit(decoded, self.shelf.path(decoded.table, rows, decoded.crop), rows)

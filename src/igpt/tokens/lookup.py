@@ -1,0 +1,105 @@
+"""Encoding by a table: the token of each of the 256³ colours, exact, made in seconds and kept on disk."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from igpt import files
+from igpt.tokens.palette import Palette, colour_codes, colours_of, squares
+
+log = logging.getLogger(__name__)
+
+PAYS = 2_000_000  # colours computed one by one, after which the table would have cost less: docs/data.md
+_SIDE = 8  # the colour cube is cut into blocks of so many levels a side
+_AT_ONCE = 1 << 23  # distances computed at a time
+
+
+def build(palette: Palette) -> np.ndarray:
+    """The token of colour (r, g, b) at place r·256² + g·256 + b: (256³,) int16, equal to `Palette.encode`.
+
+    For a block of neighbouring colours most of the palette is out of reach: a colour of the palette is left out when
+    its least distance to the block is above another's greatest. Rounding is monotonic, so that no bound is crossed
+    by it, and what is left is compared as `encode` does.
+    """
+    channels = [squares(palette, channel) for channel in range(3)]  # each (k, 256) float64
+    blocks = [c.view(palette.k, -1, _SIDE) for c in channels]  # (k, 32, 8)
+    least, most = ([extreme(b, -1) for b in blocks] for extreme in (torch.amin, torch.amax))  # each (k, 32)
+    n = 256 // _SIDE
+    table = torch.empty(n, n, n, _SIDE, _SIDE, _SIDE, dtype=torch.int16)
+    for r in range(n):
+        low, high = (
+            ((x[0][:, r, None, None] + x[1][:, :, None]) + x[2][:, None, :]).flatten(1) for x in (least, most)
+        )  # (k, 32·32)
+        near = (low <= high.amin(0)).T  # (32·32, k): palette colours that may be nearest to some colour of the block
+        count = near.sum(1)
+        slab = table[r].view(n * n, _SIDE, _SIDE, _SIDE)
+        order = count.argsort()
+        start = 0
+        while start < len(order):
+            width = int(count[order[start:]][0])
+            size = max(1, _AT_ONCE // (_SIDE**3 * max(width, 1)))
+            some = order[start : start + size]
+            width = int(count[some].max())
+            chosen = near[some].byte().topk(width, dim=1).indices.sort(1).values  # (n, width), padded by far ones
+            where = torch.stack([some // n, some % n], 1)
+            dr = blocks[0][chosen, r]  # (n, width, 8)
+            dg = blocks[1][chosen, where[:, :1]]
+            db = blocks[2][chosen, where[:, 1:]]
+            distance = (dr[:, :, :, None, None] + dg[:, :, None, :, None]) + db[:, :, None, None, :]
+            nearest = distance.flatten(2).min(1).indices  # (n, 512) in 0 … width-1
+            slab[some] = chosen.gather(1, nearest).to(torch.int16).view(-1, _SIDE, _SIDE, _SIDE)
+            start += len(some)
+    return table.permute(0, 3, 1, 4, 2, 5).reshape(-1).numpy()
+
+
+class Encoder:
+    """`Palette.encode`, by a table once that pays: (…, 3) uint8 → (…) int64, on the pixels' device.
+
+    The table is read from `cache` when it is there, and kept there when it is made. On a GPU it is used from the
+    first batch on, since looking for distinct colours makes the GPU wait.
+    """
+
+    def __init__(self, palette: Palette, cache: Path | None) -> None:
+        self.palette = palette
+        self.path = cache / "palettes" / f"lookup1-{palette.hash}.npy" if cache else None
+        self.computed = 0  # colours, without a table
+        self._tables: dict[torch.device, Tensor] = {}
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        codes = colour_codes(pixels)
+        table = self._tables.get(pixels.device)
+        if table is None:
+            if not self._pays(pixels.device):
+                distinct, inverse = torch.unique(codes, return_inverse=True)
+                self.computed += len(distinct)
+                return self.palette.nearest(colours_of(distinct))[inverse]
+            table = self._tables[pixels.device] = torch.from_numpy(self._table()).to(pixels.device)
+        return table.index_select(0, codes.flatten()).long().view(codes.shape)
+
+    def _pays(self, device: torch.device) -> bool:
+        on_disk = self.path is not None and self.path.is_file()
+        return on_disk or device.type != "cpu" or self.computed > PAYS
+
+    def _table(self) -> np.ndarray:
+        if self.path is None:
+            return build(self.palette)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"):
+            if not self._is_whole(self.path):
+                with files.atomic_write(self.path) as file:
+                    np.lib.format.write_array(file, build(self.palette), allow_pickle=False)
+                log.info("palette: the token of every colour is kept in %s", self.path)
+        found: np.ndarray = np.load(self.path, mmap_mode="c", allow_pickle=False)
+        return found
+
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            table = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return False
+        fits = table.shape == (256**3,) and table.dtype == np.int16
+        return fits and bool(table.min() >= 0 and table.max() < self.palette.k)

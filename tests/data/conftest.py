@@ -1,0 +1,86 @@
+"""Small datasets made on the spot, in the layouts people have."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt.data.images import Images
+
+SETTINGS: dict[str, Any] = {
+    "name": "made",
+    "resolution": 8,
+    "n_class": None,
+    "classes": None,
+    "splits": {"train": ["train"], "val": ["validation"], "test": ["test"]},
+    "image_column": ["image", "img"],
+    "label_column": ["label", "fine_label"],
+    "val_fraction": 0.25,
+    "test_fraction": 0.0,
+    "split_seed": 0,
+    "labels_per_class": None,
+    "subset_seed": 0,
+    "crop": {
+        "short_side": None,
+        "eval_short_side": None,
+        "size": None,
+        "filter": "bilinear",
+        "resize": "twice",
+        "draft": None,
+    },
+    "augment": {"pad": 0, "flip": False},
+    "on_corrupt": "raise",
+    "streaming": False,
+    "stream": {"buffer": 16, "held": 100},
+}
+RANDOM_CROP = {**SETTINGS["crop"], "short_side": [40, 56], "eval_short_side": 36, "size": 32}
+
+
+def photo(seed: int, width: int = 64, height: int = 48) -> Image.Image:
+    """A picture with edges, slopes and grain, as photographs have."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    grain = rng.normal(0, 6, (height, width, 3))
+    return Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def class_folders(root: Path, classes: Sequence[str], n: int, *, split: str = "train", seed: int = 0) -> Path:
+    """`root/split/class/i.jpg`, n of each class; returns root."""
+    for c, name in enumerate(classes):
+        folder = root / split / name if split else root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            (folder / f"{i}.jpg").write_bytes(encoded(photo(seed + 100 * c + i)))
+    return root
+
+
+class Shop:
+    """Opens what a test made, with one cache for all of it."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+
+    def __call__(self, path: Path | str | None, **changed: Any) -> Images:
+        settings = {**SETTINGS, **changed}
+        return Images(cache=self.cache, path=None if path is None else str(path), **settings)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Shop:
+    return Shop(tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of ten photographs of 64×48."""
+    return class_folders(tmp_path_factory.mktemp("photos"), ["cat", "dog"], 10)

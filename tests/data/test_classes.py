@@ -1,0 +1,66 @@
+"""Labels."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from igpt.data.classes import Classes, check_names, imagenet
+from igpt.data.split import balanced_subset
+
+ILSVRC = Classes("imagenet", 1000)
+
+
+def test_the_wnids_of_ilsvrc(shared: Path) -> None:
+    """Independent source: the list of the 1,000 classes; the first and the last by hand."""
+    with (shared / "data" / "imagenet-classes.csv").open() as file:
+        assert imagenet() == {row["wnid"]: (int(row["index"]), row["name"]) for row in csv.DictReader(file)}
+    assert imagenet()["n01440764"] == (0, "tench")
+    assert imagenet()["n15075141"] == (999, "toilet tissue")
+
+
+def test_folders_of_wnids_become_ilsvrc_indices() -> None:
+    """By hand: of the classes tench, stingray, toilet tissue only, labels 0, 1, 2 are 0, 6, 999."""
+    labels = ILSVRC(np.array([2, 0, 1, 1]), ["n01440764", "n01498041", "n15075141"], "here")
+    assert labels.tolist() == [999, 0, 6, 6]
+
+
+def test_the_hubs_copy_counts_as_ilsvrc_does() -> None:
+    names = [name if name not in ("crane", "maillot") else f"{name} {i}" for i, name in imagenet().values()]
+    assert ILSVRC(np.array([5, 999]), names, "here").tolist() == [5, 999]
+    assert ILSVRC(np.array([5, 999]), None, "here").tolist() == [5, 999]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "message"),
+    [
+        (["n01440764", "n99999999"], [0, 1], "'n99999999' is no wnid"),
+        (["cat", "dog"], [0, 1], "'cat' is no wnid of ILSVRC 2012 .2 of 2"),
+        (["n01440764"], [0, 1], "row 1 has label 1"),
+        (None, [3, 1000], "row 1 has label 1000, data.n_class=1000 allows 0 … 999"),
+        (None, [-1, 4], "row 0 has label -1"),
+        (None, [-1, -1], "there are no labels"),
+    ],
+)
+def test_labels_that_are_no_classes(names: list[str] | None, labels: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ILSVRC(np.array(labels), names, "here")
+
+
+def test_two_classes_of_one_name() -> None:
+    with pytest.raises(ValueError, match=r"two classes have one name \('dog', 'Dog '\)"):
+        check_names(["cat", "dog", "Dog "], "here")
+
+
+def test_balanced_subsets() -> None:
+    """Invariant: so many of each class, the same for one seed, smaller ones inside larger ones."""
+    labels = np.random.default_rng(0).integers(0, 5, 200)
+    small, large = (balanced_subset(labels, per_class=n, seed=3, where="here") for n in (4, 9))
+    assert np.bincount(labels[small]).tolist() == [4] * 5
+    assert set(small) < set(large)
+    assert not np.array_equal(small, balanced_subset(labels, per_class=4, seed=4, where="here"))
+    with pytest.raises(ValueError, match=r"class \d has \d+ images, data.labels_per_class=60"):
+        balanced_subset(labels, per_class=60, seed=3, where="here")
+    with pytest.raises(ValueError, match="at least 1"):
+        balanced_subset(labels, per_class=0, seed=3, where="here")

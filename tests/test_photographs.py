@@ -1,0 +1,143 @@
+"""Photographs, end to end in this process: what the paper's commands do, with a network of two small blocks."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import initialize_config_dir
+
+from igpt.data.classes import imagenet
+from igpt.launch import launch
+from igpt.metric.result import Result
+from igpt.report.folder import RunFolder
+from tests.data.conftest import class_folders, encoded, photo
+from tests.test_conf import CONF, built
+from tests.tokens.test_palette import random_palette
+
+SMALL = (
+    "data.resolution=8",
+    "data.crop.short_side=[40,56]",
+    "data.crop.eval_short_side=36",
+    "data.crop.size=32",
+    "tokens.palette.k=24",
+    "tokens.palette.iterations=5",
+    "model=igpt_nano",
+    "model.n_layer=2",
+    "model.n_embd=16",
+    "callbacks=none",
+    "logger=none",
+)
+PIPELINE = (
+    "experiment=quickstart",
+    "data=imagenet48",
+    "+task.stages.palette.count=4",
+    "task.stages.pretrain.steps=6",
+    "task.stages.pretrain.batch_size=8",
+    "task.stages.pretrain.warmup_steps=2",
+    "task.stages.pretrain.val_every=3",
+    "task.stages.pretrain.log_every=2",
+    "task.stages.pretrain.checkpoint_every=3",
+    "task.stages.sample.count=3",
+    "task.stages.complete.count=2",
+)
+
+
+@pytest.fixture(scope="module")
+def ilsvrc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few photographs in ILSVRC's layout: train/<wnid> and val/<wnid>."""
+    root = tmp_path_factory.mktemp("ilsvrc")
+    wnids = list(imagenet())[10:14]
+    class_folders(root, wnids, 13)
+    return class_folders(root, wnids[1:3], 3, split="val", seed=900)
+
+
+def run(tmp_path: Path, *overrides: str) -> tuple[Result, Path]:
+    """The result and the folder of a run with runs and cache below `tmp_path`."""
+    build = built(*overrides, f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        result = launch(build.cfg, choices=build.choices, overrides=list(overrides))
+    return result, next(path for path in (tmp_path / "runs").iterdir() if path.name == build.name)
+
+
+def test_the_papers_command_builds_igpt_l_at_48(ilsvrc: Path, tmp_path: Path) -> None:
+    """Independent source: iGPT-L's weights with its own table of 2,304 positions, counted from the architecture."""
+    random_palette(512).save(tmp_path / "colours.npy")
+    build = built(
+        "model=igpt_l", "data=imagenet48", f"data.path={ilsvrc}", "tokens=openai",
+        f"tokens.path={tmp_path / 'colours.npy'}", f"paths.cache={tmp_path}",
+    )  # fmt: skip
+    with torch.device("meta"):
+        net = build.need_net(RunFolder(tmp_path))()
+    n_weight = sum(weight.numel() for weight in net.parameters())
+    assert n_weight == 48 * (12 * 1536**2 + 2 * 1536) + 1536 + 2 * 512 * 1536 + 2304 * 1536 + 1536 == 1_364_216_832
+    assert build.source.n_class == 1000
+
+
+@pytest.mark.parametrize("more", [("tokens.order=random",), ("data.streaming=true", "data.val_fraction=0.2")])
+def test_next_pixel(ilsvrc: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    """Invariant: random crops are trained on, any order of the pixels is completed, a stream does as a folder."""
+    result, folder = run(tmp_path, *PIPELINE, *SMALL, *more, f"data.path={ilsvrc}")
+    assert 0 < result.numbers["val/loss_gen"].value < 2 * np.log(24)
+    assert (folder / "5_complete" / "completions.png").is_file()
+    completed = np.load(folder / "5_complete" / "completions_tokens.npy")
+    record = RunFolder(folder / "5_complete").read_result()
+    again = built("task=complete", f"init={folder / '2_pretrain'}", *SMALL[:4], *more[1:], "data=imagenet48",
+                  f"data.path={ilsvrc}", f"paths.cache={tmp_path / 'cache'}")  # fmt: skip
+    data = again.need_tokens(RunFolder(tmp_path / "x"))()
+    given = data.some_tokens("val")[record["provenance"]["images"]].repeat_interleave(4, 0)
+    known = data.raster.known(4)
+    assert known.sum() == 32
+    assert torch.equal(torch.from_numpy(completed)[:, known], given[:, known])
+
+
+def test_masked_pixels(ilsvrc: Path, tmp_path: Path) -> None:
+    """Invariant: BERT trains, and its weights score the same when they are read back; test is ILSVRC's val."""
+    pretrain = [s.replace("task.stages.pretrain.", "task.") for s in PIPELINE if "pretrain" in s]
+    same = [*SMALL, "data=imagenet48", f"data.path={ilsvrc}"]
+    trained, folder = run(tmp_path, "task=pretrain", "objective=bert", *pretrain, *same)
+    assert "-bert-" in folder.name
+    data = [s for s in same if s.startswith("data")]
+    for split, n in (("val", 2), ("test", 6)):
+        scored, _ = run(tmp_path, "task=evaluate", f"task.split={split}", f"init={folder}", *data, "logger=none")
+        assert scored.numbers[f"{split}/loss_gen"].n == n
+    scored, _ = run(tmp_path, "task=evaluate", f"init={folder}", "task.batch_size=1", *data, "logger=none")
+    assert scored.numbers["val/loss_gen"].value == pytest.approx(trained.numbers["val/loss_gen"].value, rel=1e-6)
+    with pytest.raises(ValueError, match="only causal"):
+        run(tmp_path, "task=sample", f"init={folder}")
+
+
+def test_a_palette_beside_others(ilsvrc: Path, tmp_path: Path) -> None:
+    """Independent source: the error by hand in numpy; more colours err less; every palette has its picture."""
+    for k in (2, 512):
+        random_palette(k).save(tmp_path / str(k) / "colours.npy")
+    beside = f"task.beside=[{tmp_path / '2' / 'colours.npy'},{tmp_path / '512' / 'colours.npy'}]"
+    result, folder = run(tmp_path, "task=palette", beside, "task.split=test", "data=imagenet48", *SMALL,
+                         f"data.path={ilsvrc}")  # fmt: skip
+    errors = [result.numbers[f"test/{name}_mse"].value for name in ("colours", "512_colours", "palette")]
+    assert errors[0] > errors[2] > errors[1]
+    for name in ("palette", "colours", "512_colours"):
+        assert (folder / f"{name}_colours.png").is_file()
+        assert result.curves[name].y[-1] <= 1
+    build = built("data=imagenet48", *SMALL, f"data.path={ilsvrc}", f"paths.cache={tmp_path / 'cache'}")
+    pixels = build.source.split("test").read(range(6), [0] * 6).pixels.reshape(-1, 1, 3)
+    square = (pixels.astype(float) - build.palette.colours) ** 2
+    assert errors[2] == pytest.approx(square.sum(-1).min(1).mean() / 3, rel=1e-3)  # by eye or by centre: all but equal
+
+
+def test_a_corrupt_photograph_ends_a_run_in_one_line(
+    ilsvrc: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The row or file is named before or while training; with skip the run goes on, and says how many it left out."""
+    root = class_folders(tmp_path / "photos", list(imagenet())[:2], 12)
+    bad = root / "train" / next(iter(imagenet())) / "3.jpg"
+    whole = encoded(photo(0))
+    bad.write_bytes(whole[: len(whole) // 2])
+    settings = ["task=pretrain", "data=imagenet48", *SMALL, f"data.path={root}", "data.val_fraction=0.1"]
+    settings += ["task.steps=3", "task.batch_size=8", "task.warmup_steps=1", "task.val_every=0", "task.log_every=1"]
+    with pytest.raises(ValueError, match=r"3.jpg: it is damaged or cut short"):
+        run(tmp_path, *settings)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, *settings, "data.on_corrupt=skip")
+    assert "1 of 24 images" in caplog.text
