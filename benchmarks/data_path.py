@@ -1,6 +1,6 @@
 """Images per second from photographs and pixels to tokens, and what each faster way changes.
 
-python benchmarks/data_path.py --photos FOLDER        FOLDER of JPEGs, at any depth
+python benchmarks/data_path.py --photos FOLDER --cifar FILE        JPEGs at any depth; CIFAR-10 as parquet
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -83,7 +84,6 @@ def crops(photos: list[bytes], rounds: int) -> None:
             print(f"| {resolution} | {name} | {rate} | {difference:.2f} | {change:+.1%} |", flush=True)
 
 
-
 def encoding(pixels: np.ndarray, rounds: int) -> None:
     """Tokens of (N, R, R, 3) uint8 images with 512 fitted colours, on all cores."""
     palette = fit(pixels.reshape(-1, 3)[:250_000], k=K, iterations=20, restarts=1, seed=0)
@@ -107,9 +107,10 @@ def encoding(pixels: np.ndarray, rounds: int) -> None:
     assert torch.equal(tokens, same)
     distinct = len(np.unique(pixels.reshape(-1, 3), axis=0))
     print(f"\n{n} images of {pixels.shape[1]}×{pixels.shape[1]}, {distinct:,} distinct colours, {K} in the palette")
-    rates = f"distinct colours {statistics.median(unique):,.0f} images/s, table {statistics.median(table):,.0f} images/s"
+    rates = (
+        f"distinct colours {statistics.median(unique):,.0f} images/s, table {statistics.median(table):,.0f} images/s"
+    )
     print(f"{rates}, the table built in {statistics.median(build):.2f} s")
-
 
 
 class Photographs(torch.utils.data.Dataset[torch.Tensor]):
@@ -139,6 +140,7 @@ def loading(photos: list[bytes]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--cifar", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     files = [path for path in sorted(args.photos.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
@@ -151,6 +153,9 @@ def main() -> None:
     loading(photos)
     crop = Crop(resolution=32, resize="once", draft=None, filter="bilinear", **PAPER)
     encoding(np.stack([crop(data, key) for key in range(2) for data in photos])[:1000], args.rounds)
+    if args.cifar:
+        cells = pq.read_table(args.cifar, columns=["image"]).slice(0, 1000).column("image").to_pylist()
+        encoding(np.stack([np.asarray(Image.open(io.BytesIO(cell["bytes"]))) for cell in cells]), args.rounds)
 
 
 if __name__ == "__main__":

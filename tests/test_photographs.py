@@ -83,8 +83,9 @@ def test_next_pixel(ilsvrc: Path, tmp_path: Path, more: tuple[str, ...]) -> None
     assert (folder / "5_complete" / "completions.png").is_file()
     completed = np.load(folder / "5_complete" / "completions_tokens.npy")
     record = RunFolder(folder / "5_complete").read_result()
-    again = built("task=complete", f"init={folder / '2_pretrain'}", *SMALL[:4], *more[1:], "data=imagenet48",
-                  f"data.path={ilsvrc}", f"paths.cache={tmp_path / 'cache'}")  # fmt: skip
+    data_as_before = [s for s in (*SMALL, *more) if s.startswith("data.")]
+    again = built("task=complete", f"init={folder / '2_pretrain'}", "data=imagenet48", f"data.path={ilsvrc}",
+                  *data_as_before, f"paths.cache={tmp_path / 'cache'}")  # fmt: skip
     data = again.need_tokens(RunFolder(tmp_path / "x"))()
     given = data.some_tokens("val")[record["provenance"]["images"]].repeat_interleave(4, 0)
     known = data.raster.known(4)

@@ -58,17 +58,20 @@ def palette_picture(path: Path, colours: np.ndarray) -> None:
 
 
 def curves_figure(path: Path, curves: dict[str, Curve]) -> None:
-    """Writes all curves in one plot; those with one point are left to the numbers."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    """Writes a plot for each pair of units, below each other; curves of one point are left to the numbers."""
+    plots: dict[tuple[str, str], dict[str, Curve]] = {}
     for name, curve in curves.items():
         if len(curve.x) > 1:
+            plots.setdefault((curve.x_unit, curve.y_unit), {})[name] = curve
+    figure = Figure(figsize=(7, 4 * max(1, len(plots))), layout="constrained")
+    for place, ((x_unit, y_unit), lines) in enumerate(plots.items(), start=1):
+        axes = figure.add_subplot(len(plots), 1, place)
+        for name, curve in lines.items():
             axes.plot(curve.x, curve.y, label=name, linewidth=1.4)
-            axes.set_xlabel(curve.x_unit)
-            axes.set_ylabel(curve.y_unit)
-    if axes.lines:
+        axes.set_xlabel(x_unit)
+        axes.set_ylabel(y_unit)
         axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
     with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
         figure.savefig(temporary, format="png", dpi=130)
 
