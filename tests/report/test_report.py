@@ -8,7 +8,7 @@ from PIL import Image
 
 from igpt import files
 from igpt.metric.result import Curve, Grid, Number, Result
-from igpt.report.figures import AROUND_COLOURS, BACKGROUND, GAP, draw_grid, palette_picture
+from igpt.report.figures import AROUND_COLOURS, BACKGROUND, GAP, curves_figure, draw_grid, palette_picture
 from igpt.report.folder import RunFolder, differences, result_of
 from igpt.report.table import closing_table
 
@@ -25,6 +25,26 @@ def test_every_image_of_a_grid_is_where_it_belongs() -> None:
             assert np.array_equal(tile[::scale, ::scale], images[row, column])
             assert np.array_equal(tile[scale - 1 :: scale, scale - 1 :: scale], images[row, column])
             assert picture[top - 1, left - 1].tolist() == list(BACKGROUND)
+
+
+@pytest.mark.parametrize("side", [8, 48, 64, 100])
+def test_no_image_is_shown_too_small_to_see(side: int) -> None:
+    """Invariant: at least 96 pixels a side, in whole enlargements."""
+    picture = draw_grid(Grid(np.zeros((1, 2, side, side, 3), np.uint8)))
+    cell = (picture.width - 3 * GAP) // 2
+    assert cell >= 96
+    assert cell % side == 0
+
+
+def test_curves_of_other_units_are_drawn_apart(tmp_path: Path) -> None:
+    """Invariant: one plot for each pair of units, so twice as high; a single point makes no plot."""
+    loss = Curve([1.0, 2.0], [3.0, 2.0], "step", "nats")
+    heights = []
+    for more in ({}, {"b": Curve([1.0, 2.0], [0.1, 0.2], "step", "share")}, {"c": Curve([1.0], [0.1], "step", "x")}):
+        curves_figure(tmp_path / "c.png", {"a": loss, "same": loss, **more})
+        heights.append(Image.open(tmp_path / "c.png").height)
+    assert heights[1] == 2 * heights[0]
+    assert heights[2] == heights[0]
 
 
 def test_a_palette_picture_shows_every_colour(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def _unreachable(path: str, name: str, reason: str) -> str:
     return (
         f"data.path={path} cannot be had from the Hugging Face Hub: {reason.splitlines()[0].rstrip('.')}. "
         f"Give a copy on this machine: data.path=FOLDER, with the parquet files of {name} or with its images as "
-        "train/<class>/ and test/<class>/ (data.image_column and data.label_column name other columns); or data=digits"
+        "train/<class>/, val/<class>/, test/<class>/ (data.image_column and data.label_column name other columns); or data=digits"
     )
 
 
