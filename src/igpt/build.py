@@ -103,10 +103,16 @@ class Build:
 
     @cached_property
     def files_sha256(self) -> dict[str, str | None]:
-        """The content of the files that decide the run: its starting weights, and a palette that is given."""
+        """What is in the files that decide the run: starting weights, palettes, and (by name and size) images."""
         path = self.config["tokens"].get("path")
         palette = files.sha256(Path(path)) if path is not None and Path(path).is_file() else None
-        return {"init": self.weights.sha256 if self.weights else None, "tokens.path": palette}
+        sums = {"init": self.weights.sha256 if self.weights else None, "tokens.path": palette}
+        images = self.config["data"].get("path")
+        if images is not None and Path(images).expanduser().exists():
+            sums["data.path"] = files.listing_sha256(Path(images).expanduser())
+        for file in self.config["task"].get("beside", []):
+            sums[f"task.beside {Path(file).name}"] = files.sha256(Path(file)) if Path(file).is_file() else None
+        return sums
 
     @property
     def data_name(self) -> str:
@@ -123,6 +129,11 @@ class Build:
             return self.weights.origin.objective
         settings: dict[str, Any] = self.config["objective"]
         return settings
+
+    @cached_property
+    def machine(self) -> Machine:
+        machine: Machine = factory(self.config["trainer"], "trainer")()
+        return machine
 
     @cached_property
     def source(self) -> Source:
@@ -197,7 +208,6 @@ class Build:
     # What a task lists under `needs`, each given the run folder.
 
     def need_runner(self, folder: RunFolder) -> Runner:
-        machine: Machine = factory(self.config["trainer"], "trainer")()
         trains = "net" in self.cfg.task.needs
         chosen = (self.config["logger"] or {}) if trains else {}
         watching = (self.config["callbacks"] or {}) if trains else {}
@@ -211,7 +221,7 @@ class Build:
         ]
         for logger in loggers:
             logger.log_hyperparams(self.config)
-        return Runner(machine=machine, folder=folder.path, loggers=loggers, callbacks=callbacks)
+        return Runner(machine=self.machine, folder=folder.path, loggers=loggers, callbacks=callbacks)
 
     def need_tokens(self, folder: RunFolder) -> Callable[..., TokenDataModule]:
         return partial(
@@ -220,7 +230,7 @@ class Build:
             palette=self.palette,
             raster=self.raster,
             seed=self.cfg.seed,
-            num_workers=self.cfg.trainer.num_workers,
+            num_workers=self.machine.readers,
             cache=Path(self.cfg.paths.cache),
         )
 

@@ -77,7 +77,9 @@ def open_folder(build: Build) -> RunFolder:
         saved = folder.read_run()
         differs = differences(deciding(saved["config"]), deciding(build.config))
         now = build.files_sha256
-        differs += [f"the file of {key} has changed" for key, sha in saved["files_sha256"].items() if sha != now[key]]
+        differs += [
+            f"the file of {key} has changed" for key, sha in saved["files_sha256"].items() if sha != now.get(key)
+        ]
         if differs:
             raise ValueError(
                 f"resume={cfg.resume}: this is another run than the one that was begun: {'; '.join(differs)}"

@@ -107,6 +107,11 @@ def test_padded_crops_are_windows_of_the_reflected_image() -> None:
         ({"size": 224, "short_side": [256], "eval_short_side": 224}, r"\[shortest, longest\]"),
         ({"draft": 0.5}, "draft must be at least 1"),
         ({"resise": "once"}, "resise is no setting"),
+        ({"resize": "thrice"}, "resize must be once or twice"),
+        ({"short_side": 7}, r"\[shortest, longest\]"),
+        ({"short_side": ["a", "b"]}, "in whole pixels"),
+        ({"size": "big", "short_side": [256, 384], "eval_short_side": 224}, "size is null or whole pixels"),
+        ({"draft": "much"}, "draft is null or a number"),
     ],
 )
 def test_bad_settings(crop: dict[str, Any], message: str) -> None:
@@ -117,5 +122,8 @@ def test_bad_settings(crop: dict[str, Any], message: str) -> None:
 def test_bad_augmentation_and_resolution() -> None:
     with pytest.raises(ValueError, match=r"pad must lie in 0 … 31"):
         Cut.of(32, SETTINGS["crop"], {"pad": 32, "flip": False})
+    for augment in ({"pad": 1.5, "flip": False}, {"pad": 1, "flip": "maybe"}):
+        with pytest.raises(ValueError, match="flip true or false"):
+            Cut.of(32, SETTINGS["crop"], augment)
     with pytest.raises(ValueError, match="resolution must be at least 1"):
         Cut.of(0, SETTINGS["crop"], {"pad": 0, "flip": False})

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from igpt.data.crop import Crop
 from igpt.data.decode import BadImageError, opened, rgb, size_of
 from tests.data.conftest import encoded, photo
 
@@ -102,6 +103,24 @@ def test_what_is_no_image_or_damaged_is_refused() -> None:
     png[60:80] = bytes(20)
     with pytest.raises(BadImageError, match="damaged"):
         read(bytes(png))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "GIF", "AVIF", "BMP"])
+def test_any_damage_is_told_as_such(kind: str) -> None:
+    """Cut short, or with bytes turned over, every kind of file is an image or a BadImageError, nothing else."""
+    rng = np.random.default_rng(0)
+    whole = encoded(photo(5), kind)
+    crop = Crop(resolution=8, short_side=None, size=None, filter="bilinear", resize="once", draft=None)
+    refused = 0
+    for trial in range(60):
+        data = bytearray(whole[: rng.integers(1, len(whole))] if trial % 2 else whole)
+        for place in rng.integers(0, len(data), 8):
+            data[place] = rng.integers(256)
+        try:
+            crop(bytes(data), 0)
+        except BadImageError:
+            refused += 1
+    assert refused > 10
 
 
 def test_a_drafted_jpeg_keeps_what_was_asked_for() -> None:

@@ -128,8 +128,8 @@ def test_stl10_in_the_hubs_layout(images: Shop, tmp_path: Path) -> None:
     """By hand: 96×96 becomes 32×32; its unlabelled split is not read."""
     for name, count in (("train", 12), ("test", 5), ("unlabeled", 3)):
         rows = [row(i, i % 10, (96, 96)) for i in range(count)]
-        stored(tmp_path / f"{name}-00000-of-00001.parquet", rows, names=[f"class {c}" for c in range(10)])
-    source = images(tmp_path, resolution=32, n_class=10)
+        stored(tmp_path / "data" / f"{name}-00000-of-00001.parquet", rows, names=[f"class {c}" for c in range(10)])
+    source = images(tmp_path / "data", resolution=32, n_class=10)
     assert [len(source.split(name)) for name in ("train", "val", "test")] == [9, 3, 5]
     expected = photo(4, 96, 96).resize((32, 32), Image.Resampling.BILINEAR)
     assert np.array_equal(source.split("test").read([4], [0]).pixels[0], np.asarray(expected))
@@ -257,9 +257,86 @@ def test_two_classes_of_one_name(images: Shop, tmp_path: Path) -> None:
     for parent in ("pets", "wolves"):
         class_folders(tmp_path / "deep", ["cat" if parent == "pets" else "wolf", "dog"], 1, split=f"train/{parent}")
     with pytest.raises(ValueError, match=r"two classes have one name, 'dog': .*pets/dog and .*wolves/dog"):
-        images(tmp_path / "deep")
+        images(tmp_path / "deep", n_class=3)
+    assert len(images(tmp_path / "deep", val_fraction=0.0).split("train")) == 4  # where no classes are asked for
     with pytest.raises(ValueError, match=r"two classes have one name \('Dog', 'dog'\)"):
-        images(class_folders(tmp_path / "case", ["Dog", "dog"], 1))
+        images(class_folders(tmp_path / "case", ["Dog", "dog"], 1), n_class=2)
+
+
+def test_a_truncated_png_is_named_too(images: Shop, tmp_path: Path) -> None:
+    """Its size is read with the rest of it; building the cache names it, and blames no disk."""
+    root = class_folders(tmp_path / "photos", ["a", "b"], 2)
+    (root / "train" / "a" / "9.png").write_bytes(encoded(photo(9), "PNG")[:900])
+    split = images(root, val_fraction=0.0).split("train")
+    with pytest.raises(BadImageError, match=r"a/9\.png: it is damaged or cut short"):
+        split.prepare()
+    assert len(images(root, val_fraction=0.0, on_corrupt="skip").split("train")) == 4
+
+
+def test_images_that_would_be_passed_over(images: Shop, tmp_path: Path) -> None:
+    """Class folders called as splits are, and files: nothing may be lost in silence."""
+    for layout in (["train", "car", "bus"], ["cat", "dog"]):
+        root = class_folders(tmp_path / layout[1], layout, 3, split="")
+        if "cat" in layout:
+            (root / "cat" / "test_1.jpg").write_bytes(encoded(photo(1)))
+        with pytest.raises(ValueError, match=r"image files are there, of which \d+ were read"):
+            images(root)
+
+
+def test_a_folder_of_parquet_files_with_other_columns(images: Shop, tmp_path: Path) -> None:
+    rows = [{"image": row(i, 0)["image"], "fine_label": i} for i in range(5)]
+    for name in ("train", "test"):
+        stored(tmp_path / "data" / f"{name}-00000-of-00001.parquet", rows, names=list("abcde"), column="fine_label")
+    assert len(images(tmp_path / "data", n_class=5, val_fraction=0.0).split("train")) == 5
+    with pytest.raises(ValueError, match="there are no labels"):
+        images(tmp_path / "data", n_class=5, label_column=["kind"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_that_hold_something_else(images: Shop, tmp_path: Path, streaming: bool) -> None:
+    """Numbers are no images; words and fractions are no classes, and are not rounded to some."""
+    for name, column, value in (("i", "image", 3), ("w", "label", "cat"), ("f", "label", 0.33)):
+        cells = {"image": row(0, 0)["image"], "label": 0, column: value}
+        datasets.Dataset.from_list([cells] * 3).to_parquet(tmp_path / f"{name}.parquet")  # says nowhere "image"
+        with pytest.raises(ValueError, match=f"column '{column}' holds"):
+            source = images(tmp_path / f"{name}.parquet", streaming=streaming, val_fraction=0.0)
+            list(source.training().records(0, 0))
+
+
+def test_encoded_bytes_are_images(images: Shop, tmp_path: Path) -> None:
+    """A column of bytes, or of bytes and path, without a word that these are images."""
+    data = row(0, 0)["image"]["bytes"]
+    for name, cell in (("bytes", data), ("struct", {"bytes": data, "path": None})):
+        datasets.Dataset.from_list([{"image": cell}] * 3).to_parquet(tmp_path / f"{name}.parquet")
+        split = images(tmp_path / f"{name}.parquet", val_fraction=0.0).split("train")
+        assert np.array_equal(split.read([2], [0]).pixels[0], np.asarray(photo(0, 8, 8)))
+
+
+def test_a_fixed_length_for_training_is_the_one_for_training(images: Shop, folder: Path) -> None:
+    """Invariant: short_side decides training, eval_short_side everything else, also when both are one length."""
+    crop = {**RANDOM_CROP, "short_side": [56, 56]}
+    source = images(folder, crop=crop)
+    training = source.training()
+    training.prepare()
+    expected = images(folder, crop={**crop, "eval_short_side": 56}).split("train")
+    assert np.array_equal(training.read([0, 4], [1, 2]).pixels, expected.read([0, 4], [0, 0]).pixels)
+    assert not np.array_equal(training.read([0], [0]).pixels, source.split("train").read([0], [0]).pixels)
+
+
+def test_subsets_need_labels(images: Shop, tmp_path: Path) -> None:
+    class_folders(tmp_path, ["bare"], 4, split="")
+    with pytest.raises(ValueError, match="some images have no label"):
+        images(tmp_path / "bare", labels_per_class=2)
+
+
+def test_a_cache_that_cannot_be_written(images: Shop, folder: Path, tmp_path: Path) -> None:
+    """`paths.cache` lies in a file here."""
+    (tmp_path / "file").write_text("")
+    split = images(folder).split("train")
+    assert isinstance(split, CachedSplit)
+    split.path = tmp_path / "file" / "pixels.npy"
+    with pytest.raises(ValueError, match=r"cannot be written .*paths.cache=FOLDER"):
+        split.prepare()
 
 
 def test_splits_that_are_not_there(images: Shop, folder: Path) -> None:

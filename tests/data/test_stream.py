@@ -51,7 +51,7 @@ def test_only_so_many_are_kept(images: Shop, folder: Path) -> None:
 
 
 def test_corrupt_images(images: Shop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A corrupt image ends the run by its name, or gives its place to its neighbour, and that is said."""
+    """A corrupt image ends the run by its name, or is left out of every pass, and how many is said."""
     root = class_folders(tmp_path / "photos", ["a", "b"], 3)
     (root / "train" / "b" / "1.jpg").write_bytes(b"nothing")
     strict = stream(images(root, streaming=True, val_fraction=0.0).training())
@@ -59,20 +59,14 @@ def test_corrupt_images(images: Shop, tmp_path: Path, caplog: pytest.LogCaptureF
         strict.read(list(strict.records(0, 0)), list(range(6)))
     lenient = stream(images(root, streaming=True, val_fraction=0.0, on_corrupt="skip").training())
     records = sorted(lenient.records(0, 0))
-    pixels, labels = lenient.read(records, [0] * 6)
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert np.array_equal(pixels[3], pixels[4])
-    assert "b/1.jpg" in caplog.text
-    first_bad = lenient.read([records[4], records[0]], [0, 0])
-    assert np.array_equal(first_bad.pixels[0], first_bad.pixels[1])
-    with pytest.raises(BadImageError, match="cannot be read"):
-        lenient.read([records[4]], [0])
+    assert lenient.read(records, [0] * 5).labels.tolist() == [0, 0, 0, 1, 1]
+    assert "1 images of" in caplog.text
 
 
 def test_what_a_stream_cannot(images: Shop, folder: Path) -> None:
     with pytest.raises(ValueError, match="which a stream cannot"):
         images(folder, streaming=True, labels_per_class=2)
-    with pytest.raises(ValueError, match="start at 1"):
+    with pytest.raises(ValueError, match="are 1 or more"):
         images(folder, streaming=True, stream={"buffer": 0, "held": 5})
     with pytest.raises(ValueError, match="is no wnid"):
         next(stream(images(folder, streaming=True, classes="imagenet", n_class=1000).training()).records(0, 0))

@@ -5,12 +5,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
-from filelock import FileLock
+import torch
+from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -35,6 +37,9 @@ class _Chunks(Dataset[Any]):
     def __len__(self) -> int:
         return -(-len(self.rows) // _CHUNK)
 
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, chunk: int) -> Any:
         try:
             return self.make(self.rows[chunk * _CHUNK : (chunk + 1) * _CHUNK].tolist())
@@ -52,10 +57,14 @@ def in_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -
     Raises:
         BadImageError: the first that `make` raised.
     """
-    n_process = 0 if len(rows) <= _ALONE else len(os.sched_getaffinity(0))
-    chunks = DataLoader(_Chunks(make, rows), batch_size=None, num_workers=n_process, collate_fn=_as_made)
+    chunks: Iterable[T | BadImageError] = _Chunks(make, rows)
+    if len(rows) > _ALONE:
+        n_process = len(os.sched_getaffinity(0))
+        chunks = DataLoader(_Chunks(make, rows), batch_size=None, num_workers=n_process, collate_fn=_as_made)
     with tqdm(total=len(rows), desc=what, unit="image", disable=None) as bar:
-        for made in chunks:
+        with torch.device("cpu"):  # also where a network is being laid out on the meta device
+            parts = iter(chunks)
+        for made in parts:
             if isinstance(made, BadImageError):
                 raise made
             yield made
@@ -68,10 +77,34 @@ def digest(made_by: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def locked(path: Path) -> FileLock:
-    """A lock that one process at a time holds, on any number of processes of this machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{path}.lock")
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """While the block lasts, no other process of this machine is in such a block for `path`.
+
+    Raises:
+        ValueError: `path`'s folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{path}.lock")
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            log.info("data: waiting for another process, which makes %s", path)
+            lock.acquire()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _unwritable(path: Path, error: OSError) -> ValueError:
+    reason = error.strerror or str(error)
+    return ValueError(
+        f"{path} cannot be written ({reason}): make room, or keep the cache elsewhere, paths.cache=FOLDER"
+    )
 
 
 def pixels(path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequence[int]], np.ndarray]) -> np.ndarray:
@@ -81,28 +114,27 @@ def pixels(path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequen
 
     Raises:
         BadImageError: as `make` does.
-        ValueError: no room for the file; nothing of it is left.
+        ValueError: no room for the file, or no right to write it; nothing of it is left.
     """
     shape = (len(rows), resolution, resolution, 3)
-    with locked(path):
+    known = _mapped(path, shape)
+    if known is not None:  # also where nothing may be written
+        return known
+    with alone(path):
         known = _mapped(path, shape)
         if known is not None:
             return known
-        for part in path.parent.glob(f".{path.name}.*.part"):  # nobody else writes it: we hold the lock
+        for part in path.parent.glob(f".{path.name}.*.part"):  # nobody else writes it: we are alone
             part.unlink()
-        size = int(np.prod(shape))
         try:
             with files.atomic_write(path) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                _reserve(file, size)
+                _reserve(file, int(np.prod(shape)))
                 for made in in_chunks(make, rows, f"decoding to {path.stem}"):
                     file.write(made.tobytes())
         except OSError as error:
-            raise ValueError(
-                f"the {size / 2**20:,.0f} MiB of {path} cannot be written ({error.strerror}): make room, or keep the "
-                "cache elsewhere with paths.cache=FOLDER"
-            ) from error
+            raise _unwritable(path, error) from error
         log.info("data: decoded %d images to %s", len(rows), path)
         made_now = _mapped(path, shape)
     assert made_now is not None

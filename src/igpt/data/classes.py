@@ -43,24 +43,29 @@ class Classes:
             raise ValueError(f"{where}: there are no labels (data.label_column, or a folder for each class); "
                              "data.n_class=null reads images without")  # fmt: skip
         if self.scheme == "imagenet" and names is not None:
-            labels = _by_wnid(labels, names, where)
+            try:
+                index = _wnid_index(tuple(names))
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            check_labels(labels, len(names), where)
+            labels = index[labels]
         check_labels(labels, self.n_class, where)
         return labels
 
 
-def _by_wnid(labels: np.ndarray, names: Sequence[str], where: str) -> np.ndarray:
+@cache
+def _wnid_index(names: tuple[str, ...]) -> np.ndarray:
+    """The ILSVRC index of every class. Raises ValueError on a name that is no wnid."""
     known = imagenet()
     if len(names) == len(known) and not any(_WNID.fullmatch(name) for name in names):
-        return labels  # the Hub's copy: names in words, in the order of ILSVRC
+        return np.arange(len(names))  # the Hub's copy: names in words, in the order of ILSVRC
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
-            f"{where}: class {unknown[0]!r} is no wnid of ILSVRC 2012 ({len(unknown)} of {len(names)} are not): "
+            f"class {unknown[0]!r} is no wnid of ILSVRC 2012 ({len(unknown)} of {len(names)} are not): "
             "its folders are named as n01440764; other classes are read with data=folder"
         )
-    check_labels(labels, len(names), where)
-    index: np.ndarray = np.array([known[name][0] for name in names], dtype=np.int64)[labels]
-    return index
+    return np.array([known[name][0] for name in names], dtype=np.int64)
 
 
 def check_labels(labels: np.ndarray, n_class: int, where: str) -> None:

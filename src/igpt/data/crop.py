@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ class Crop:
     def __post_init__(self) -> None:
         if self.resolution < 1:
             raise ValueError(f"data.resolution must be at least 1 pixel, got {self.resolution}")
+        if self.resize not in get_args(Resize):
+            raise ValueError(f"data.crop.resize must be {' or '.join(get_args(Resize))}, got {self.resize!r}")
         if self.filter not in FILTERS:
             raise ValueError(f"data.crop.filter must be one of {', '.join(FILTERS)}, got {self.filter!r}")
         if (self.size is None) != (self.short_side is None):
@@ -123,8 +125,17 @@ class Cut:
         check_keys("data.crop", crop, ("short_side", "eval_short_side", "size", "filter", "resize", "draft"))
         check_keys("data.augment", augment, ("pad", "flip"))
         ranged, short, pad = crop["short_side"], crop["eval_short_side"], augment["pad"]
-        if ranged is not None and len(ranged) != 2:
-            raise ValueError(f"data.crop.short_side is null or [shortest, longest], got {ranged}")
+        if ranged is not None and not (isinstance(ranged, list) and len(ranged) == 2 and all(map(_whole, ranged))):
+            raise ValueError(f"data.crop.short_side is null or [shortest, longest] in whole pixels, got {ranged!r}")
+        for name, value in (("eval_short_side", short), ("size", crop["size"])):
+            if value is not None and not _whole(value):
+                raise ValueError(f"data.crop.{name} is null or whole pixels, got {value!r}")
+        if crop["draft"] is not None and not isinstance(crop["draft"], int | float):
+            raise ValueError(f"data.crop.draft is null or a number, got {crop['draft']!r}")
+        if not _whole(pad) or not isinstance(augment["flip"], bool):
+            raise ValueError(
+                f"data.augment.pad is whole pixels and flip true or false, got {pad!r}, {augment['flip']!r}"
+            )
         how: dict[str, Any] = {
             "resolution": resolution,
             **{key: crop[key] for key in ("size", "filter", "resize", "draft")},
@@ -138,6 +149,10 @@ class Cut:
         if not 0 <= pad < resolution:
             raise ValueError(f"data.augment.pad must lie in 0 … {resolution - 1}, below data.resolution; got {pad}")
         return cut
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:

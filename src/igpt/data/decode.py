@@ -28,14 +28,18 @@ def opened(data: bytes) -> Image.Image:
         raise BadImageError(f"it would unpack to more than {Image.MAX_IMAGE_PIXELS:,} pixels: {error}") from error
     except UnidentifiedImageError as error:
         raise BadImageError(f"its {len(data):,} bytes are no image that Pillow knows") from error
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's readers answer damage with all three
+    except Exception as error:  # its readers answer damage with OSError, SyntaxError, RuntimeError, struct.error …
         raise BadImageError(f"it is damaged: {error}") from error
 
 
 def size_of(image: Image.Image) -> tuple[int, int]:
-    """Width and height as the image is to be seen, after the turn that its camera noted."""
+    """Width and height as the image is to be seen, after the turn that its camera noted. Raises BadImageError."""
     width, height = image.size
-    return (height, width) if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (width, height)
+    try:  # a PNG is read to its end for this
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception as error:
+        raise BadImageError(f"it is damaged or cut short: {error}") from error
+    return (height, width) if turned else (width, height)
 
 
 def rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
@@ -59,7 +63,7 @@ def rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
         return _to_rgb(image)
     except BadImageError:
         raise
-    except (OSError, ValueError, SyntaxError, IndexError) as error:
+    except Exception as error:
         raise BadImageError(f"it is damaged or cut short: {error}") from error
 
 

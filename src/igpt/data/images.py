@@ -68,7 +68,9 @@ class Images:
             )
         self.name, self.resolution, self.n_class = name, resolution, n_class
         cut = Cut.of(resolution, crop, augment)
-        found = open_tables(path, name=name, labelled=n_class is not None, streaming=streaming, cache=cache)
+        found = open_tables(
+            path, name=name, labels=label_column if n_class is not None else None, streaming=streaming, cache=cache
+        )
         of = {ours: _present(ours, theirs, found, path) for ours, theirs in splits.items()}
         trained_on = of["train"]
         assert trained_on is not None
@@ -84,7 +86,9 @@ class Images:
             return
         shelf = _Shelf(cache / "pixels", f"{name}{resolution}", skip)
         read = sorted({theirs for theirs in of.values() if theirs})
-        tables = {theirs: table(found[theirs], columns, f"{path} ({theirs})") for theirs in read}
+        tables = {
+            theirs: table(found[theirs], columns, f"{path} ({theirs})", labelled=n_class is not None) for theirs in read
+        }
         drawn = split_indices(
             len(tables[trained_on]),
             val_fraction=0 if of["val"] else val_fraction,
@@ -101,6 +105,8 @@ class Images:
             labels[rows] = read_as(whole.labels[rows], whole.names, whole.where)
             rows = np.intersect1d(rows, good[read_from])
             if ours == "train" and labels_per_class is not None:
+                if (labels[rows] < 0).any():
+                    raise ValueError(f"{whole.where}: some images have no label, data.labels_per_class needs them all")
                 among = balanced_subset(labels[rows], per_class=labels_per_class, seed=subset_seed, where=whole.where)
                 rows = rows[among]
             parts[ours] = _Part(whole, labels, rows, good[read_from])
@@ -227,7 +233,7 @@ class _Shelf:
             return np.empty(0, dtype=np.int64)
         digest = pixel_cache.digest({"table": table.fingerprint, "pillow": PIL.__version__})
         path = self.folder / f"{self.name}-{digest}.corrupt.json"
-        with pixel_cache.locked(path):
+        with pixel_cache.alone(path):
             if not path.is_file():
                 checked = pixel_cache.in_chunks(partial(_unreadable, table), np.arange(len(table)), "checking images")
                 files.write_json(path, [found for chunk in checked for found in chunk])
@@ -281,9 +287,8 @@ class _Tables:
 
     def training(self) -> Split:
         part, cut = self.parts["train"], self.cut
-        plain = self.split("train")
-        if cut.training.is_random:
-            plain = DecodedSplit(part.table, part.labels, part.rows, cut.training)
+        decoded = DecodedSplit(part.table, part.labels, part.rows, cut.training)
+        plain = decoded if cut.training.is_random else self._cached(decoded, part.good)
         return AugmentedSplit(plain, cut.pad, cut.flip) if cut.pad or cut.flip else plain
 
     def _cached(self, decoded: DecodedSplit, rows: np.ndarray) -> CachedSplit:

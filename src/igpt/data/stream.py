@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import datasets
@@ -12,7 +13,7 @@ import numpy as np
 from igpt import keyed
 from igpt.data.classes import Classes
 from igpt.data.crop import Crop, Cut, padded_crop
-from igpt.data.decode import BadImageError
+from igpt.data.decode import BadImageError, opened, rgb
 from igpt.data.source import ArraySplit, Pixels
 from igpt.data.tables import Columns, class_names, unpacked
 
@@ -52,8 +53,8 @@ class Streamed:
         buffer: int,
         held: int,
     ) -> None:
-        if buffer < 1 or held < 1:
-            raise ValueError(f"data.stream.buffer and data.stream.held start at 1, got {buffer} and {held}")
+        if not all(isinstance(number, int) and number >= 1 for number in (buffer, held)):
+            raise ValueError(f"data.stream.buffer and data.stream.held are 1 or more, got {buffer!r} and {held!r}")
         self.cut, self.held = cut, held
         drawn = 0.0 if "val" in streams else val_fraction
         self._passes = {
@@ -95,70 +96,57 @@ class ImageStream:
     where: str
 
     def records(self, seed: int, epoch: int) -> Iterator[Record]:
-        """One pass, shuffled by `seed` and `epoch` within a buffer. Raises ValueError on a label that is no class."""
-        return self._read(self.rows.shuffle(seed=keyed.key(seed, "order", epoch), buffer_size=self.buffer))
+        """One pass, shuffled by `seed` and `epoch` within a buffer.
 
-    def _read(self, rows: datasets.IterableDataset) -> Iterator[Record]:
+        Corrupt images that are to be left out are found here, by decoding every one, so that what comes out does not
+        depend on who decodes it; how many they were is logged at the end of the pass.
+
+        Raises:
+            ValueError: a label that is no class.
+            BadImageError: no image where one should be.
+        """
+        rows = self.rows.shuffle(seed=keyed.key(seed, "order", epoch), buffer_size=self.buffer)
         rows = rows if rows.features is not None else rows._resolve_features()
         image, label = self.columns.find(rows.features, self.where)
         names = class_names(rows.features[label]) if label else None
         low, high = self.share
         encoded = rows.cast_column(image, datasets.Image(decode=False))
-        # one by one in batches: in a worker of a loader, iterating itself would skip what other workers are to read
-        for row in (batch_row for batch in encoded.iter(_AT_ONCE) for batch_row in _rows(batch)):
+        bad = 0
+        # in batches: in a worker of a loader, iterating itself would skip what other workers are to read
+        for count, row in enumerate(row for batch in encoded.iter(_AT_ONCE) for row in _rows(batch)):
             try:
-                place, data = unpacked(row[image], f"an image of {self.where}")
+                place, data = unpacked(row[image], f"image {count} of {self.where}, as shuffled by seed {seed}")
+                if not low <= hashed(data, self.split_seed) < high:
+                    continue
+                if self.skip:
+                    rgb(opened(data))
             except BadImageError:
                 if not self.skip:
                     raise
-                log.warning("data: an image of %s cannot be read and is left out", self.where)
-                continue
-            if not low <= hashed(data, self.split_seed) < high:
+                bad += 1
                 continue
             given = np.array([row[label] if label and row[label] is not None else -1], dtype=np.int64)
             yield Record(place, data, int(self.classes(given, names, place)[0]))
+        if bad:
+            log.warning("data: %d images of %s cannot be read and were left out in this pass", bad, self.where)
 
     def read(self, records: Sequence[Record], keys: Sequence[int]) -> Pixels:
-        """The images of some records. A corrupt one that is to be skipped gives its place to the one before it.
-
-        Raises:
-            BadImageError: a corrupt image, or, when they are to be skipped, nothing else in the whole batch.
-        """
-        good: list[tuple[np.ndarray, int]] = []
-        missing = 0
-        for record, key in zip(records, keys, strict=True):
-            made = self._cut(self.cut.training, record, key)
-            if made is None and not good:
-                missing += 1
-            else:
-                good.append(good[-1] if made is None else (made, record.label))
-        if not good:
-            raise BadImageError(f"{records[0].place} and the {len(records) - 1} images after it cannot be read")
-        good = [good[0]] * missing + good
-        pixels = np.stack([image for image, _ in good])
+        """The images of some records, cut for training. Raises BadImageError, naming the image."""
+        pixels = np.stack([self._cut(self.cut.training, *pair) for pair in zip(records, keys, strict=True)])
         if self.cut.pad or self.cut.flip:
             pixels = padded_crop(pixels, keys, pad=self.cut.pad, flip=self.cut.flip)
-        return Pixels(pixels, np.array([label for _, label in good], dtype=np.int64))
+        return Pixels(pixels, np.array([record.label for record in records], dtype=np.int64))
 
     def first(self, n: int) -> list[tuple[np.ndarray, int]]:
         """The first n images in the stream's own shuffled order, as for evaluation, with their labels."""
-        kept: list[tuple[np.ndarray, int]] = []
-        for record in self.records(self.split_seed, 0):
-            if len(kept) == n:
-                break
-            made = self._cut(self.cut.evaluation, record, 0)
-            if made is not None:
-                kept.append((made, record.label))
-        return kept
+        records = islice(self.records(self.split_seed, 0), n)
+        return [(self._cut(self.cut.evaluation, record, 0), record.label) for record in records]
 
-    def _cut(self, crop: Crop, record: Record, key: int) -> np.ndarray | None:
+    def _cut(self, crop: Crop, record: Record, key: int) -> np.ndarray:
         try:
             return crop(record.data, key)
         except BadImageError as error:
-            if not self.skip:
-                raise BadImageError(f"{record.place}: {error}; data.on_corrupt=skip leaves such images out") from error
-            log.warning("data: %s: %s; left out", record.place, error)
-            return None
+            raise BadImageError(f"{record.place}: {error}; data.on_corrupt=skip leaves such images out") from error
 
 
 _AT_ONCE = 16  # rows read from the stream at a time

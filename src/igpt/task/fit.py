@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ class Machine:
     activation_checkpointing: bool
     attention: str
     matmul_precision: str
-    num_workers: int  # processes that read images
+    num_workers: int | None  # processes that read images; null: on a GPU up to 4, else none beside this one
     peak_tflops: float | None  # of one device, to state utilisation against
 
     def __post_init__(self) -> None:
@@ -59,6 +60,8 @@ class Machine:
             raise ValueError(
                 f"trainer.micro_batch must be at least 1, or null for the whole batch; got {self.micro_batch}"
             )
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"trainer.num_workers must be at least 0, or null; got {self.num_workers}")
         if self.devices != 1:
             raise ValueError(f"trainer.devices={self.devices}: a run is one process on one device so far, take 1")
 
@@ -67,6 +70,13 @@ class Machine:
         """The device everything runs on: a GPU unless there is none or the CPU was asked for."""
         on_gpu = self.accelerator != "cpu" and torch.cuda.is_available()
         return torch.device("cuda" if on_gpu else "cpu")
+
+    @property
+    def readers(self) -> int:
+        """Processes that read images while this one trains."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return min(4, len(os.sched_getaffinity(0))) if self.device.type == "cuda" else 0
 
     def plan(self, batch_size: int) -> BatchPlan:
         """How `batch_size` images a step are shared out. Raises ValueError when they cannot be."""

@@ -15,6 +15,7 @@ from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import colour_distances
 from igpt.tokens.palette import Palette
 
+OURS = "palette"
 SHOWN = 8  # images
 FURTHEST = 40  # grey levels: as far as the curve goes
 
@@ -42,7 +43,7 @@ def run(
     path = runner.folder / "palette.npy"
     data.palette.save(path)
 
-    palettes = {"palette": data.palette} | named({file: Palette.load(Path(file)) for file in beside})
+    palettes = {OURS: data.palette} | named({file: Palette.load(Path(file)) for file in beside})
     numbers, curves, columns = {}, {}, [pixels[:SHOWN]]
     for name, palette in palettes.items():
         distance = colour_distances(palette, pixels)  # (N, R, R), grey levels
@@ -72,12 +73,13 @@ def run(
 
 
 def named(of_files: dict[str, Palette]) -> dict[str, Palette]:
-    """The same by the names of the files, as much of their paths as tells them apart."""
+    """The same by the names of the files: with their folder's name or a number where the name is taken."""
     names: dict[str, Palette] = {}
     for file, palette in of_files.items():
-        path = Path(file).with_suffix("")
-        name, parent = path.name, path.parent
-        while name in {*names, "palette"} and parent.name:
-            name, parent = f"{parent.name}_{name}", parent.parent
+        path = Path(file).absolute().with_suffix("")
+        name, parent, number = path.name, path.parent, 2
+        while name in {*names, OURS}:
+            name = f"{parent.name}_{name}" if parent.name else f"{path.name}_{number}"
+            parent, number = parent.parent, number + (not parent.name)
         names[name] = palette
     return names

@@ -1,6 +1,7 @@
 """Batches of tokens: a source's pixels, encoded by a palette on the device that will read them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from igpt import keyed
+from igpt.data.cache import in_chunks
 from igpt.data.decode import BadImageError
 from igpt.data.order import BatchPlan, EndlessBatches, Item, OncePerImage, Positions
 from igpt.data.source import Source, Split, Stream
@@ -57,7 +59,13 @@ class _Streamed(IterableDataset[Any]):
     def __init__(self, images: Stream, *, seed: int, positions: Positions) -> None:
         self.images, self.seed, self.positions = images, seed, positions
 
-    def __iter__(self) -> Iterator[Batch | BadImageError]:
+    def __iter__(self) -> Iterator[Batch | ValueError]:
+        try:
+            yield from self._batches()
+        except ValueError as error:  # as a value, as above
+            yield error
+
+    def _batches(self) -> Iterator[Batch]:
         worker = get_worker_info()
         mine = self.positions.mine(worker.id, worker.num_workers) if worker else self.positions.mine(0, 1)
         first, size = next(mine), self.positions.plan.micro_batch
@@ -69,7 +77,8 @@ class _Streamed(IterableDataset[Any]):
             waiting.append(record)
             keys.append(item_key(self.seed, "train", item))
             if len(waiting) == size:
-                yield self._batch(waiting, keys)
+                pixels, labels = self.images.read(waiting, keys)
+                yield Batch(torch.from_numpy(pixels), torch.from_numpy(labels), torch.tensor(keys))
                 waiting, keys, first = [], [], next(mine)
 
     def _records(self) -> Iterator[tuple[Item, Any]]:
@@ -80,13 +89,6 @@ class _Streamed(IterableDataset[Any]):
             if image < 0:
                 raise ValueError("the training stream holds no image")
 
-    def _batch(self, records: list[Any], keys: list[int]) -> Batch | BadImageError:
-        try:
-            pixels, labels = self.images.read(records, keys)
-        except BadImageError as error:
-            return error
-        return Batch(torch.from_numpy(pixels), torch.from_numpy(labels), torch.tensor(keys))
-
 
 def item_key(seed: int, stream: str, item: Item) -> int:
     """The key of everything random about one image in one pass over the data."""
@@ -94,8 +96,11 @@ def item_key(seed: int, stream: str, item: Item) -> int:
     return int(keyed.item_keys(epoch_key, torch.tensor([item.image]))[0])
 
 
-_AT_ONCE = 1024  # images encoded at a time
 ONE_BY_ONE = BatchPlan(batch_size=1, micro_batch=1)  # for tasks that read images without a loader
+
+
+def _plain_pixels(split: Split, rows: Sequence[int]) -> np.ndarray:
+    return split.read(rows, [0] * len(rows)).pixels
 
 
 def _whole(batch: Any) -> Any:
@@ -159,8 +164,8 @@ class TokenDataModule(L.LightningDataModule):
             **how,
         )
 
-    def on_after_batch_transfer(self, batch: Batch | BadImageError, dataloader_idx: int = 0) -> Batch:
-        if isinstance(batch, BadImageError):
+    def on_after_batch_transfer(self, batch: Batch | ValueError, dataloader_idx: int = 0) -> Batch:
+        if isinstance(batch, ValueError):
             raise batch
         return batch._replace(tokens=self.encode(batch.tokens))
 
@@ -177,10 +182,10 @@ class TokenDataModule(L.LightningDataModule):
             rows = np.sort(keyed.generator(self.seed, "some", at_most).permutation(n)[:at_most])
         split.prepare()
         tokens = torch.empty(len(rows), self.raster.n_ctx, dtype=torch.int16)
-        for start in range(0, len(rows), _AT_ONCE):
-            index = rows[start : start + _AT_ONCE].tolist()
-            pixels = split.read(index, [0] * len(index)).pixels
-            tokens[start : start + _AT_ONCE] = self.encode(torch.from_numpy(pixels)).to(torch.int16)
+        start = 0
+        for pixels in in_chunks(partial(_plain_pixels, split), rows, f"reading {name}"):
+            tokens[start : start + len(pixels)] = self.encode(torch.from_numpy(pixels)).to(torch.int16)
+            start += len(pixels)
         return tokens
 
     def decode(self, tokens: Tensor) -> np.ndarray:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from igpt import files
+from igpt.data.cache import alone
 from igpt.tokens.palette import Palette, colour_codes, colours_of, squares
 
 log = logging.getLogger(__name__)
@@ -87,14 +87,22 @@ class Encoder:
     def _table(self) -> np.ndarray:
         if self.path is None:
             return build(self.palette)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.path}.lock"):
+        try:
             if not self._is_whole(self.path):
-                with files.atomic_write(self.path) as file:
-                    np.lib.format.write_array(file, build(self.palette), allow_pickle=False)
-                log.info("palette: the token of every colour is kept in %s", self.path)
+                self._make(self.path)
+        except (OSError, ValueError) as error:
+            log.warning("palette: the table of colours is not kept: %s", error)
+            return build(self.palette)
         found: np.ndarray = np.load(self.path, mmap_mode="c", allow_pickle=False)
         return found
+
+    def _make(self, path: Path) -> None:
+        with alone(path):
+            if self._is_whole(path):  # by another process, while this one waited
+                return
+            with files.atomic_write(path) as file:
+                np.lib.format.write_array(file, build(self.palette), allow_pickle=False)
+            log.info("palette: the token of every colour is kept in %s", path)
 
     def _is_whole(self, path: Path) -> bool:
         try:
