@@ -8,8 +8,9 @@ import pytest
 import torch
 from hydra import initialize_config_dir
 
+from igpt import files
 from igpt.data.classes import imagenet
-from igpt.launch import launch
+from igpt.launch import launch, open_folder
 from igpt.metric.result import Result
 from igpt.report.folder import RunFolder
 from tests.data.conftest import class_folders, encoded, photo
@@ -93,8 +94,11 @@ def test_next_pixel(ilsvrc: Path, tmp_path: Path, more: tuple[str, ...]) -> None
     assert torch.equal(torch.from_numpy(completed)[:, known], given[:, known])
 
 
-def test_masked_pixels(ilsvrc: Path, tmp_path: Path) -> None:
-    """Invariant: BERT trains, and its weights score the same when they are read back; test is ILSVRC's val."""
+def test_masked_pixels(ilsvrc: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Invariant: BERT trains, and its weights score the same when they are read back; test is ILSVRC's val.
+
+    Scoring with another draw of what is held out is warned of.
+    """
     pretrain = [s.replace("task.stages.pretrain.", "task.") for s in PIPELINE if "pretrain" in s]
     same = [*SMALL, "data=imagenet48", f"data.path={ilsvrc}"]
     trained, folder = run(tmp_path, "task=pretrain", "objective=bert", *pretrain, *same)
@@ -105,6 +109,9 @@ def test_masked_pixels(ilsvrc: Path, tmp_path: Path) -> None:
         assert scored.numbers[f"{split}/loss_gen"].n == n
     scored, _ = run(tmp_path, "task=evaluate", f"init={folder}", "task.batch_size=1", *data, "logger=none")
     assert scored.numbers["val/loss_gen"].value == pytest.approx(trained.numbers["val/loss_gen"].value, rel=1e-6)
+    assert "held out other images" not in caplog.text
+    run(tmp_path, "task=evaluate", f"init={folder}", "data.split_seed=1", *data, "logger=none")
+    assert "held out other images than this run does (data.split_seed 0 ≠ 1)" in caplog.text
     with pytest.raises(ValueError, match="only causal"):
         run(tmp_path, "task=sample", f"init={folder}")
 
@@ -125,6 +132,24 @@ def test_a_palette_beside_others(ilsvrc: Path, tmp_path: Path) -> None:
     pixels = build.source.split("test").read(range(6), [0] * 6).pixels.reshape(-1, 1, 3)
     square = (pixels.astype(float) - build.palette.colours) ** 2
     assert errors[2] == pytest.approx(square.sum(-1).min(1).mean() / 3, rel=1e-3)  # by eye or by centre: all but equal
+
+
+def test_other_images_are_another_run(tmp_path: Path) -> None:
+    """Invariant: an image more, or one of another size, at the same path: neither the same run nor one to resume."""
+    root = class_folders(tmp_path / "photos", ["a", "b"], 4)
+    settings = ("task=palette", "data=folder", f"data.path={root}", *SMALL, f"paths.runs={tmp_path / 'runs'}")
+    names = [built(*settings).name]
+    folder = open_folder(built(*settings))
+    folder.start(built(*settings).config, [], built(*settings).files_sha256)
+    files.listing_sha256.cache_clear()
+    (root / "train" / "a" / "0.jpg").write_bytes(encoded(photo(50)))
+    names.append(built(*settings).name)
+    with pytest.raises(ValueError, match=r"the file of data\.path has changed"):
+        open_folder(built(*settings, f"resume={folder.path}"))
+    files.listing_sha256.cache_clear()
+    (root / "train" / "a" / "9.jpg").write_bytes(encoded(photo(51)))
+    names.append(built(*settings).name)
+    assert len(set(names)) == 3
 
 
 def test_a_corrupt_photograph_ends_a_run_in_one_line(

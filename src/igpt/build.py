@@ -1,6 +1,7 @@
 """Everything a task may need, built in flow order from a config; what one stage knows is given to the next."""
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from igpt.task.sample import vocabulary_of
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.palette import Palette
 from igpt.tokens.raster import Raster
+
+log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint"  # the option of model, tokens and objective that says: as in the weights of init=
 
@@ -201,6 +204,26 @@ class Build:
             assert self.palette
         if not self._from_weights("tokens") or "tokens" in self.cfg.task.needs:
             assert self.raster
+        if "tokens" in self.cfg.task.needs:
+            self._compare_splits()
+
+    def _compare_splits(self) -> None:
+        """Says so when the weights' own run drew other images to hold out: they may have trained on this run's."""
+        assert self.weights is not None
+        record = self.weights.folder.parent / "run.json"
+        theirs = files.read_json(record)["config"]["data"] if record.is_file() else {}
+        ours = self.config["data"]
+        if theirs.get("name") != ours["name"]:
+            return
+        rules = ("val_fraction", "test_fraction", "split_seed", "splits", "streaming")
+        other = [
+            f"data.{key} {theirs[key]} ≠ {ours[key]}" for key in rules if key in theirs and theirs[key] != ours[key]
+        ]
+        if other:
+            log.warning(
+                "%s held out other images than this run does (%s): it may have been trained on what is held out here",
+                self.weights.folder.parent, "; ".join(other),
+            )  # fmt: skip
 
     def _from_weights(self, group: str) -> bool:
         return bool(self.choices[group] == CHECKPOINT)
