@@ -13,6 +13,7 @@ from igpt.data.classes import imagenet
 from igpt.launch import launch, open_folder
 from igpt.metric.result import Result
 from igpt.report.folder import RunFolder
+from tests.conftest import TINY
 from tests.data.conftest import class_folders, encoded, photo
 from tests.test_conf import CONF, built
 from tests.tokens.test_palette import random_palette
@@ -25,8 +26,6 @@ SMALL = (
     "tokens.palette.k=24",
     "tokens.palette.iterations=5",
     "model=igpt_nano",
-    "model.n_layer=2",
-    "model.n_embd=16",
     "callbacks=none",
     "logger=none",
 )
@@ -34,14 +33,8 @@ PIPELINE = (
     "experiment=quickstart",
     "data=imagenet48",
     "+task.stages.palette.count=4",
-    "task.stages.pretrain.steps=6",
     "task.stages.pretrain.batch_size=8",
-    "task.stages.pretrain.warmup_steps=2",
-    "task.stages.pretrain.val_every=3",
-    "task.stages.pretrain.log_every=2",
-    "task.stages.pretrain.checkpoint_every=3",
-    "task.stages.sample.count=3",
-    "task.stages.complete.count=2",
+    *TINY,
 )
 
 
@@ -99,7 +92,7 @@ def test_masked_pixels(ilsvrc: Path, tmp_path: Path, caplog: pytest.LogCaptureFi
 
     Scoring with another draw of what is held out is warned of.
     """
-    pretrain = [s.replace("task.stages.pretrain.", "task.") for s in PIPELINE if "pretrain" in s]
+    pretrain = [s.replace("task.stages.pretrain.", "task.") for s in PIPELINE if "pretrain" in s or "model" in s]
     same = [*SMALL, "data=imagenet48", f"data.path={ilsvrc}"]
     trained, folder = run(tmp_path, "task=pretrain", "objective=bert", *pretrain, *same)
     assert "-bert-" in folder.name
