@@ -71,17 +71,34 @@ def test_sample_from_a_run(quickstart: Path, tmp_path: Path) -> None:
     assert (tokens == tokens[0]).all()
 
 
-def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
-    """Invariant: SIGKILL in the middle, then the same command refuses and says how; resume= ends as never killed."""
+def test_a_stopped_and_killed_run_is_resumed(tmp_path: Path) -> None:
+    """Invariant: SIGTERM, then SIGKILL in the middle, then the same command refuses and says how; resume= ends as
+    never stopped. While a process is alive in the folder, no other may enter."""
     settings = ["task=pretrain", *PRETRAIN, "task.steps=60", "task.checkpoint_every=5", "task.checkpoint_keep=99"]
     settings.append("task.val_every=20")
-    command = [sys.executable, str(ROOT / "train.py"), *settings]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("runs/*/checkpoints/step_0000010.ckpt")) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+
+    def interrupted(number: int, at: int, *arguments: str) -> tuple[int, str]:
+        """Exit code and messages of a run that gets a signal once it has saved step `at`."""
+        command = [sys.executable, str(ROOT / "train.py"), *arguments]
+        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+            deadline = time.monotonic() + 60
+            while not list(tmp_path.glob("runs/*/checkpoints/latest")) or not list(
+                tmp_path.glob(f"runs/*/checkpoints/step_{at:07d}.sha256")
+            ):
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            process.send_signal(number)
+            return process.wait(60), process.communicate()[1]
+
+    code, said = interrupted(signal.SIGTERM, 5, *settings)
     (run,) = (tmp_path / "runs").iterdir()
+    assert code == 75
+    assert f"continue with `python train.py resume=runs/{run.name}`" in said
+    with RunFolder(run).alone():
+        occupied = train_py(f"resume=runs/{run.name}", cwd=tmp_path, check=False)
+    assert "is in use by another process" in occupied.stderr
+    code, said = interrupted(signal.SIGKILL, 30, f"resume=runs/{run.name}")
+    assert code == -signal.SIGKILL
     assert not RunFolder(run).finished
     refused = train_py(*settings, cwd=tmp_path, check=False)
     assert refused.returncode == 2

@@ -15,7 +15,7 @@ from igpt import files
 from igpt.arguments import suggestion
 from igpt.checkpoint import native
 from igpt.checkpoint.native import Origin, Weights
-from igpt.checkpoint.resume import latest_checkpoint
+from igpt.checkpoint.resume import step_of
 from igpt.data.source import Source
 from igpt.model.gpt import GPT
 from igpt.objective import named
@@ -235,16 +235,14 @@ class Build:
         chosen = (self.config["logger"] or {}) if trains else {}
         watching = (self.config["callbacks"] or {}) if trains else {}
         callbacks = [factory(spec, f"callbacks.{key}")() for key, spec in watching.items()]
-        at = latest_checkpoint(folder.path)
-        first_step = int(at.stem.removeprefix("step_")) if at else 0
+        runner = Runner(machine=self.machine, folder=folder.path, callbacks=callbacks)
+        first_step = step_of(runner.resume_from) if trains and runner.resume_from else 0
         run_id = f"{self.name}-{folder.read_run()['id']}"
-        loggers = [
-            factory(spec, f"logger.{key}")(folder.path, run_id=run_id, first_step=first_step)
-            for key, spec in chosen.items()
-        ]
-        for logger in loggers:
+        for key, spec in chosen.items():
+            logger = factory(spec, f"logger.{key}")(folder.path, run_id=run_id, first_step=first_step)
             logger.log_hyperparams(self.config)
-        return Runner(machine=self.machine, folder=folder.path, loggers=loggers, callbacks=callbacks)
+            runner.loggers.append(logger)
+        return runner
 
     def need_tokens(self, folder: RunFolder) -> Callable[..., TokenDataModule]:
         return partial(

@@ -23,18 +23,23 @@ from igpt.metric.result import Result
 from igpt.report import loggers
 from igpt.report.folder import RunFolder, deciding, differences, result_of
 from igpt.report.table import closing_table
+from igpt.stopping import StoppedError
 from igpt.task.guard import NonFiniteLossError
 
 log = logging.getLogger(__name__)
 
+STOPPED = 75  # "try again later" (sysexits.h): what a scheduler may start again
+
 
 def main(cfg: DictConfig) -> None:
-    """One command: runs it, and ends with exit code 2 and one line when the input was bad."""
+    """One command: exit code 2 and one line when the input was bad, 75 when a signal stopped it and it saved."""
     set_up_logging()
     choices = dict(HydraConfig.get().runtime.choices)
     overrides = list(HydraConfig.get().overrides.task)
     try:
         launch(cfg, choices=choices, overrides=overrides)
+    except StoppedError:
+        sys.exit(STOPPED)
     except (ValueError, NonFiniteLossError, OSError, OmegaConfBaseException) as error:
         log.debug("traceback", exc_info=True)
         log.error("error: %s", (str(error).splitlines() or [type(error).__name__])[0])
@@ -54,12 +59,22 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
             closing_table(result, folder.path, record["seconds"]),
         )
         return result
+    with folder.alone():
+        return in_folder(build, folder, overrides)
+
+
+def in_folder(build: Build, folder: RunFolder, overrides: list[str]) -> Result:
+    """The run itself, in a folder that is this process's alone."""
     folder.start(build.config, absolute(overrides), build.files_sha256)
     for part in folder.path.rglob(".*.part"):
         part.unlink()  # what a kill left half written
     with log_file(folder.path / "log.txt"):
         log.info("%s in %s", build.task, folder.path)
-        return perform(build, folder)
+        try:
+            return perform(build, folder)
+        except StoppedError as error:
+            log.warning("%s; continue with `python train.py resume=%s`", error, folder.path)
+            raise
 
 
 def open_folder(build: Build) -> RunFolder:
@@ -114,6 +129,9 @@ def perform(build: Build, folder: RunFolder) -> Result:
     try:
         result: Result = run(**needs)
         failed = False
+    except StoppedError:
+        failed = False
+        raise
     finally:
         loggers.close(failed)
     seconds = time.perf_counter() - start

@@ -15,7 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from igpt import files
 from igpt.checkpoint.native import Origin, find, save_model
-from igpt.checkpoint.resume import AtomicCheckpointIO, checkpoint_path, latest_checkpoint, mark_latest
+from igpt.checkpoint.resume import (
+    AtomicCheckpointIO,
+    checkpoint_path,
+    checksum_path,
+    latest_checkpoint,
+    mark_best,
+    mark_latest,
+    read_best,
+    step_of,
+)
 from igpt.model.gpt import GPT
 from tests.conftest import Planted, small_net
 
@@ -156,16 +165,38 @@ def test_a_full_disk_leaves_the_old_model_and_checkpoint(tmp_path: Path, net: GP
 
 
 def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
-    """By hand: three saved, two kept, the last one named; a name without a file is an error."""
+    """By hand: three saved, two kept, the last one named; the best stays, however old."""
     for step in (5, 10, 15):
         path = checkpoint_path(tmp_path, step)
         AtomicCheckpointIO().save_checkpoint({"step": step}, path)
         mark_latest(path, keep=2)
-    names = sorted(p.name for p in path.parent.iterdir())
-    assert names == ["latest", "step_0000010.ckpt", "step_0000015.ckpt"]
+    kept = [f"step_00000{step}.{kind}" for step in (10, 15) for kind in ("ckpt", "sha256")]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["latest", *kept]
     assert latest_checkpoint(tmp_path) == path
     assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 15}
-    path.unlink()
-    with pytest.raises(ValueError, match=r"step_0000015\.ckpt, which is not there"):
-        latest_checkpoint(tmp_path)
+    mark_best(checkpoint_path(tmp_path, 10), loss=1.5)
+    for step in (20, 25):
+        AtomicCheckpointIO().save_checkpoint({"step": step}, checkpoint_path(tmp_path, step))
+        mark_latest(checkpoint_path(tmp_path, step), keep=1)
+    assert sorted(p.stem for p in path.parent.glob("*.ckpt")) == ["step_0000010", "step_0000025"]
+    assert read_best(tmp_path) == {"checkpoint": "step_0000010.ckpt", "step": 10, "val/loss_gen": 1.5}
     assert latest_checkpoint(tmp_path / "elsewhere") is None
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One byte turned over, cut short, without its checksum, or gone: the one before is taken, and that is said."""
+    paths = [checkpoint_path(tmp_path, step) for step in (1, 2, 3, 4, 5)]
+    for path in paths:
+        AtomicCheckpointIO().save_checkpoint({"step": step_of(path)}, path)
+        mark_latest(path, keep=9)
+    paths[4].unlink()
+    whole = paths[3].read_bytes()
+    paths[3].write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    paths[2].write_bytes(paths[2].read_bytes()[:-50])
+    checksum_path(paths[1]).unlink()
+    assert latest_checkpoint(tmp_path) == paths[0]
+    for path in paths[1:]:
+        assert path.name in caplog.text
+    paths[0].write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint that is whole \(4 are damaged\): .*force=true"):
+        latest_checkpoint(tmp_path)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from igpt.checkpoint.native import find
-from igpt.checkpoint.resume import latest_checkpoint
+from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.data.digits import Digits
 from igpt.metric.result import Result
 from igpt.objective.bert import BERT
@@ -70,11 +70,8 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, lab: Lab, whole: tuple[Pat
     assert result.curves == whole[1].curves
     assert result.numbers == whole[1].numbers
     assert len(result.curves["train/loss_gen"].x) == 8
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "latest",
-        "step_0000004.ckpt",
-        "step_0000008.ckpt",
-    ]
+    kept = [f"step_000000{step}.{kind}" for step in (4, 8) for kind in ("ckpt", "sha256")]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.json", "latest", *kept]
 
 
 def test_accumulated_equals_one_batch(tmp_path: Path, lab: Lab, whole: tuple[Path, Result]) -> None:
@@ -276,6 +273,7 @@ def test_another_format_is_not_resumed(tmp_path: Path, lab: Lab) -> None:
     lab.pretrain(tmp_path)
     latest = latest_checkpoint(tmp_path)
     assert latest is not None
-    torch.save(torch.load(latest, weights_only=True) | {"format": 99}, latest)
+    changed = torch.load(latest, weights_only=True) | {"format": 99}
+    AtomicCheckpointIO().save_checkpoint(changed, latest)
     with pytest.raises(ValueError, match=r"its format is not this run's \(99 ≠ 1"):
         lab.pretrain(tmp_path)

@@ -1,5 +1,7 @@
-"""Checkpoints to resume from: `checkpoints/step_0001000.ckpt`, and `latest`, which names the newest good one."""
+"""Checkpoints to resume from: `checkpoints/step_0001000.ckpt`, each with its checksum, and which is newest and best."""
 
+import json
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,23 @@ from lightning.fabric.plugins import CheckpointIO
 
 from igpt import files
 
-LATEST = "latest"
+log = logging.getLogger(__name__)
+
+LATEST = "latest"  # the name of the newest
+BEST = "best.json"  # the name of the one with the lowest validation loss, its step and that loss
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes a checkpoint whole or not at all; reads it without executing anything that is in it."""
+    """Writes a checkpoint and its checksum whole or not at all; reads it without executing anything that is in it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
         try:
-            with files.atomic_path(Path(path)) as temporary:
+            with files.atomic_path(path) as temporary:
                 torch.save(checkpoint, temporary)
+                checksum = files.sha256(temporary)
+            with files.atomic_write(checksum_path(path)) as file:
+                file.write(f"{checksum}\n".encode())
         except RuntimeError as error:  # how PyTorch's writer says that the disk refused
             raise OSError(
                 f"{path} could not be written ({error}): is the disk full? Older ones are untouched"
@@ -35,6 +44,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
+        checksum_path(Path(path)).unlink(missing_ok=True)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -42,27 +52,62 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step_{step:07d}.ckpt"
 
 
+def checksum_path(path: Path) -> Path:
+    """Where a checkpoint's SHA-256 is kept: beside it."""
+    return path.with_suffix(".sha256")
+
+
+def step_of(path: Path) -> int:
+    """The optimiser step that a checkpoint is of."""
+    return int(path.stem.removeprefix("step_"))
+
+
 def mark_latest(path: Path, *, keep: int) -> None:
-    """Makes `path` the one to resume from, then removes all but the newest `keep` of its folder."""
+    """Makes `path` the one to resume from, then removes all but the newest `keep` of its folder and the best."""
     with files.atomic_write(path.parent / LATEST) as file:
         file.write(f"{path.name}\n".encode())
+    best = read_best(path.parent.parent)
     for old in sorted(path.parent.glob("step_*.ckpt"))[:-keep]:
-        if old != path:
-            old.unlink()
+        if old != path and (best is None or old.name != best["checkpoint"]):
+            AtomicCheckpointIO().remove_checkpoint(old)
+
+
+def mark_best(path: Path, *, loss: float) -> None:
+    """Notes that `path` has the lowest validation loss so far, which keeps it."""
+    files.write_json(path.parent / BEST, {"checkpoint": path.name, "step": step_of(path), "val/loss_gen": loss})
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """What `mark_best` noted last in a run folder, or None."""
+    path = folder / "checkpoints" / BEST
+    try:
+        best: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None  # of no use when it is damaged: the next validation writes it anew
+    return best
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest good checkpoint of a run folder, or None when it has none yet.
 
+    Good is one whose content has the checksum beside it. A newer one that has not, half written or damaged since, is
+    passed over, and that is said.
+
     Raises:
-        ValueError: `latest` names a file that is gone.
+        ValueError: there are checkpoints, and none is good.
     """
     pointer = folder / "checkpoints" / LATEST
     if not pointer.is_file():
         return None
-    path = pointer.parent / pointer.read_text().strip()
-    if not path.is_file():
-        raise ValueError(
-            f"{pointer} names {path.name}, which is not there: write the name of another step_*.ckpt into it"
-        )
-    return path
+    if not (named := pointer.parent / pointer.read_text().strip()).is_file():
+        log.warning("%s is gone: an older one is looked for", named)
+    newest_first = sorted((folder / "checkpoints").glob("step_*.ckpt"), reverse=True)
+    for path in newest_first:
+        checksum = checksum_path(path)
+        if checksum.is_file() and checksum.read_text().strip() == files.sha256(path):
+            return path
+        log.warning("%s is damaged or was not written to its end: it is passed over", path)
+    raise ValueError(
+        f"{pointer.parent} holds no checkpoint that is whole ({len(newest_first)} are damaged): restore one with its "
+        ".sha256, or repeat the run with force=true"
+    )

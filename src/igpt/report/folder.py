@@ -6,12 +6,15 @@ import platform
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from igpt import files
 from igpt.metric.result import VERSION, Curve, Number, Result
@@ -20,6 +23,7 @@ from igpt.report.figures import curves_figure, grid_picture, palette_picture
 # Settings that say where and whether to run, not what: they do not change a run's identity.
 OUTSIDE_IDENTITY = ("paths", "resume", "force", "init", "logger", "callbacks")
 OF_THE_MACHINE = "precision"  # the one setting of the trainer that counts: the others change nothing but rounding
+LOCK_SECONDS = 10  # the image readers of a killed run, which hold its lock, are gone after five
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safetensors")
 
 
@@ -56,6 +60,30 @@ class RunFolder:
     @property
     def started(self) -> bool:
         return (self.path / "run.json").is_file()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While the block lasts, no other process runs in this folder. The lock of a process that died counts no more.
+
+        Raises:
+            ValueError: another process does, or the folder cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock")
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:
+            raise ValueError(
+                f"{self.path} is in use by another process that is running: wait for its end, or stop it"
+            ) from error
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} cannot be written ({error.strerror}): choose another with paths.runs=FOLDER"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def start(self, config: dict[str, Any], overrides: list[str] | None, files_sha256: dict[str, str | None]) -> None:
         """Writes what is about to run, unless that was written before. No overrides: it is a stage of another run."""

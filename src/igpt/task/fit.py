@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import Logger
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.data.order import BatchPlan
 from igpt.model.gpt import ATTENTION_PATHS, GPT
+from igpt.stopping import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +149,11 @@ class Runner:
     loggers: list[Logger] = field(default_factory=list)
     callbacks: list[L.Callback] = field(default_factory=list)
 
+    @cached_property
+    def resume_from(self) -> Path | None:
+        """The checkpoint that training goes on from, looked for once: reading it through takes a while."""
+        return latest_checkpoint(self.folder)
+
     def fit(
         self,
         module: L.LightningModule,
@@ -157,14 +164,15 @@ class Runner:
         val_every: int,
         log_every: int,
         callbacks: list[L.Callback],
+        stop: StopRequest,
     ) -> None:
         """Trains for `steps` optimiser steps, from the folder's newest checkpoint when it has one.
 
-        The whole run is one Lightning epoch over an endless loader. `val_every` 0: no validation on the way.
+        The whole run is one Lightning epoch over an endless loader. `val_every` 0: no validation on the way. While it
+        lasts, signals are requests to `stop`, which a callback is to answer.
         """
-        resume_from = latest_checkpoint(self.folder)
-        if resume_from is not None:
-            log.info("resuming from %s", resume_from)
+        if self.resume_from is not None:
+            log.info("resuming from %s", self.resume_from)
         trainer = self._trainer(
             max_steps=steps,
             max_epochs=-1,
@@ -179,8 +187,8 @@ class Runner:
         )
         if self.machine.device.type == "cpu":
             hold_memory()
-        with matmul_precision(self.machine.matmul_precision, self.machine.device):
-            trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+        with stop.listening(), matmul_precision(self.machine.matmul_precision, self.machine.device):
+            trainer.fit(module, data, ckpt_path=self.resume_from, weights_only=True)
 
     def validate(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
         """One pass of the module's validation over the data's evaluation split."""

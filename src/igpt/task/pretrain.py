@@ -15,6 +15,7 @@ from igpt.metric.result import Curve, Number, Result
 from igpt.metric.throughput import Meter, train_flops_per_image
 from igpt.model.gpt import GPT
 from igpt.objective.base import Objective
+from igpt.stopping import StopRequest
 from igpt.task.checkpoints import Checkpoints
 from igpt.task.fit import Machine, Runner
 from igpt.task.guard import FiniteGuard
@@ -239,8 +240,13 @@ def run(
         weights=weights,
         origin=origin,
     )
-    saving = Checkpoints(runner.folder, module.guard, every=checkpoint_every, keep=checkpoint_keep, val_every=val_every)
-    runner.fit(module, data, plan=plan, steps=steps, val_every=val_every, log_every=log_every, callbacks=[saving])
+    stop = StopRequest()
+    saving = Checkpoints(
+        runner.folder, module.guard, every=checkpoint_every, keep=checkpoint_keep, val_every=val_every, stop=stop
+    )
+    runner.fit(
+        module, data, plan=plan, steps=steps, val_every=val_every, log_every=log_every, callbacks=[saving], stop=stop
+    )
     assert module.net is not None
     save_model(runner.folder / "model", module.net.state_dict(), origin(step=steps))
     if has_val:

@@ -17,6 +17,7 @@ from igpt.data.cache import in_chunks
 from igpt.data.decode import BadImageError
 from igpt.data.order import BatchPlan, EndlessBatches, Item, OncePerImage, Positions
 from igpt.data.source import Source, Split, Stream
+from igpt.stopping import deaf
 from igpt.tokens.lookup import Encoder
 from igpt.tokens.palette import Palette
 from igpt.tokens.raster import Raster
@@ -159,6 +160,7 @@ class TokenDataModule(L.LightningDataModule):
         return DataLoader(
             images,
             num_workers=self.num_workers,
+            worker_init_fn=deaf,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             **how,

@@ -1,0 +1,64 @@
+"""Stopping well: a signal asks, the optimiser step is finished, the state saved."""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what SLURM warns with (--signal=USR1@120)
+
+
+class StoppedError(RuntimeError):
+    """A signal has stopped the run after a step, and its state is saved."""
+
+    def __init__(self, name: str, step: int) -> None:
+        super().__init__(f"stopped by {name} after step {step}")
+
+
+class StopRequest:
+    """Remembers the first signal that asked to stop; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While the block lasts, signals are requests. What answered them before does so again afterwards."""
+        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def take_over(self) -> None:
+        """Listens again where a library has put itself in front."""
+        for number in SIGNALS:
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.name = signal.Signals(number).name
+        log.warning("%s: finishing this step, then saving; once more to leave at once", self.name)
+
+
+def deaf(worker: int) -> None:
+    """For a process that reads images: it leaves stopping to the one that trains, which ends it when it is done.
+
+    A signal to the whole group (Ctrl-C, scancel) would else take the images from under a step that is to be finished.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _leave_soon)
+
+
+def _leave_soon(*_: Any) -> None:
+    signal.alarm(30)  # should nobody end it

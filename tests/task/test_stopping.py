@@ -1,0 +1,100 @@
+"""Stopping well, and disks that refuse."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint, read_best, step_of
+from igpt.stopping import StoppedError
+from tests.task.conftest import Lab, machine
+
+
+class Send(L.Callback):
+    """Sends this process a signal in the middle of an optimiser step."""
+
+    def __init__(self, number: int, *, step: int) -> None:
+        self.number, self.step = number, step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.step = -1
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGTERM, 2), (signal.SIGINT, 3), (signal.SIGUSR1, 5)], ids=["term", "int", "usr1"]
+)
+def test_a_signal_stops_after_the_step_and_its_validation(tmp_path: Path, lab: Lab, number: int, step: int) -> None:
+    """Invariant: with two passes a step, the step is finished and saved; resumed, all is as if nothing had happened."""
+    on = machine(micro_batch=50)
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    whole = lab.pretrain(tmp_path / "whole", on=on)
+    with pytest.raises(StoppedError, match=f"stopped by {signal.Signals(number).name} after step {step + 1}"):
+        lab.pretrain(tmp_path / "stopped", on=on, callbacks=(Send(number, step=step),))
+    saved = latest_checkpoint(tmp_path / "stopped")
+    assert saved is not None
+    assert step_of(saved) == step + 1
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
+    resumed = lab.pretrain(tmp_path / "stopped", on=on)
+    assert resumed.curves == whole.curves  # step 3's validation (of every 4) is in it too
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path, lab: Lab) -> None:
+    assert lab.pretrain(tmp_path, callbacks=(Send(signal.SIGTERM, step=7),)).curves
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    """In a process of its own: the first is noted, the second ends it as if nobody listened."""
+    code = (
+        "import os, signal; from igpt.stopping import StopRequest\n"
+        "stop = StopRequest()\n"
+        "with stop.listening():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print(stop.name, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "SIGTERM\n"
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_a_disk_that_refuses_once(
+    tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run says so and goes on; the checkpoint before stays the newest until the next one is written."""
+    save, steps = AtomicCheckpointIO.save_checkpoint, []
+
+    def refuses_step_4(self: Any, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        steps.append(step_of(Path(path)))
+        if steps[-1] == 4:
+            assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_0000002.ckpt"
+            raise OSError("No space left on device")
+        save(self, checkpoint, path)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", refuses_step_4)
+    lab.pretrain(tmp_path, checkpoint_every=2)
+    assert "step 4 is not saved, the run goes on: No space left on device" in caplog.text
+    assert steps[:2] == [2, 4]
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None
+    assert latest.name == "step_0000008.ckpt"
+
+
+def test_the_best_stays(tmp_path: Path, lab: Lab) -> None:
+    """Invariant: with one kept, the checkpoint of the lowest validation loss is kept too, and found again."""
+    result = lab.pretrain(tmp_path, checkpoint_keep=1, checkpoint_every=1, val_every=2)
+    best = read_best(tmp_path)
+    assert best is not None
+    curve = result.curves["val/loss_gen"]
+    assert best["val/loss_gen"] == pytest.approx(min(curve.y), rel=1e-6)
+    assert best["step"] == curve.x[curve.y.index(min(curve.y))]
+    assert (tmp_path / "checkpoints" / best["checkpoint"]).is_file()
