@@ -1,5 +1,6 @@
 """The configuration: every option composes and builds, and a misspelt one is answered with the right one."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -282,14 +283,25 @@ def test_resume_and_force_together() -> None:
         open_folder(built("resume=x", "force=true"))
 
 
-def test_a_resumed_run_with_other_settings(tmp_path: Path) -> None:
-    """What differs is named; what does not decide the run may differ."""
+def test_a_resumed_run_with_other_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What differs is named; what does not decide what is learned may differ, and is listed."""
     first = built(f"paths.runs={tmp_path}")
     folder = open_folder(first)
     folder.start(first.config, [], first.files_sha256)
     assert open_folder(built(f"resume={folder.path}", "trainer.num_workers=2")).path == folder.path
-    with pytest.raises(ValueError, match=r"another run .*: task.steps 1000000 ≠ 5; seed 0 ≠ 1|seed 0 ≠ 1; task.steps"):
-        open_folder(built(f"resume={folder.path}", "task.steps=5", "seed=1"))
+    with caplog.at_level(logging.INFO):
+        open_folder(built(f"resume={folder.path}", "trainer.num_workers=2", "task.log_every=7"))
+    assert "trainer.num_workers None ≠ 2; task.log_every 100 ≠ 7" in caplog.text
+    with pytest.raises(ValueError, match=r"another run .*: task.steps 1000000 ≠ 5; seed 0 ≠ 1$"):
+        open_folder(built(f"resume={folder.path}", "task.steps=5", "seed=1", "task.log_every=7"))
+    for override, message in (
+        ("model=igpt_micro", "model.n_embd 64 ≠ 128"),
+        ("tokens.palette.k=5", "tokens.palette.k 17 ≠ 5"),
+        ("data.shift=0", "data.shift 1 ≠ 0"),
+        ("objective=bert", "objective.mask_probability None ≠ 0.15"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_folder(built(f"resume={folder.path}", override))
 
 
 def test_resume_reads_the_saved_arguments(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from igpt.arguments import suggestion
 from igpt.build import CHECKPOINT, Build, check_settings, factory
 from igpt.metric.result import Result
 from igpt.report import loggers
-from igpt.report.folder import RunFolder, deciding, differences, result_of
+from igpt.report.folder import RunFolder, changes, result_of
 from igpt.report.table import closing_table
 from igpt.stopping import StoppedError
 from igpt.task.guard import NonFiniteLossError
@@ -90,7 +90,7 @@ def open_folder(build: Build) -> RunFolder:
             raise ValueError("resume= continues a run, force=true repeats one: choose one of them")
         folder = RunFolder(Path(cfg.resume))
         saved = folder.read_run()
-        differs = differences(deciding(saved["config"]), deciding(build.config))
+        differs, harmless = changes(saved["config"], build.config)
         now = build.files_sha256
         differs += [
             f"the file of {key} has changed" for key, sha in saved["files_sha256"].items() if sha != now.get(key)
@@ -99,6 +99,8 @@ def open_folder(build: Build) -> RunFolder:
             raise ValueError(
                 f"resume={cfg.resume}: this is another run than the one that was begun: {'; '.join(differs)}"
             )
+        if harmless:
+            log.info("resuming with other settings, which do not change what is learned: %s", "; ".join(harmless))
         return folder
     folder = RunFolder(Path(cfg.paths.runs) / name)
     if cfg.force:

@@ -22,6 +22,7 @@ from igpt.report.figures import curves_figure, grid_picture, palette_picture
 
 # Settings that say where and whether to run, not what: they do not change a run's identity.
 OUTSIDE_IDENTITY = ("paths", "resume", "force", "init", "logger", "callbacks")
+OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep")
 OF_THE_MACHINE = "precision"  # the one setting of the trainer that counts: the others change nothing but rounding
 LOCK_SECONDS = 10  # the image readers of a killed run, which hold its lock, are gone after five
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safetensors")
@@ -37,6 +38,18 @@ def identity(config: dict[str, Any], files_sha256: dict[str, str | None]) -> str
     """8 hexadecimal digits of everything that decides a run's outcome: its config, the files it starts from."""
     text = json.dumps([deciding(config), files_sha256], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def changes(saved: dict[str, Any], asked: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between a run's config and the one it is to go on with: what may not, and what may.
+
+    How often to look and to save, and on what machine, decides nothing that is learned, though it may decide a run's
+    name; `resume` and `force` are no settings of a run.
+    """
+    refused = [line for line in differences(deciding(saved), deciding(asked)) if not line.split(" ")[0].endswith(OFTEN)]
+    outside = {"resume": None, "force": None, "init": None}
+    every = differences(saved | outside, asked | outside)
+    return refused, [line for line in every if line not in refused]
 
 
 def differences(saved: Any, asked: Any, key: str = "") -> list[str]:
