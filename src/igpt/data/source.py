@@ -63,6 +63,11 @@ class Source(Protocol):
         ...
 
 
+def plain_pixels(split: Split, rows: Sequence[int]) -> np.ndarray:
+    """Some images of a split in which nothing is random: → (B, R, R, 3) uint8."""
+    return split.read(rows, [0] * len(rows)).pixels
+
+
 @dataclass(frozen=True)
 class ArraySplit:
     """A split held in memory: pixels (N, R, R, 3) uint8, labels (N,) int64. Nothing about it is random."""

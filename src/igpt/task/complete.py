@@ -8,7 +8,7 @@ import torch
 
 from igpt import keyed
 from igpt.checkpoint.native import Weights
-from igpt.data.source import check_split_name
+from igpt.data.source import check_split_name, plain_pixels
 from igpt.metric.result import Grid, Number, Result
 from igpt.model.generate import Sampling
 from igpt.task.fit import Runner
@@ -68,7 +68,7 @@ def run(
     if count > len(source):
         raise ValueError(f"task.count={count} images asked for, the {split} split has {len(source)}")
     chosen = np.sort(keyed.generator(seed, "complete").permutation(len(source))[:count])
-    pixels = source.read(chosen.tolist(), [0] * count).pixels  # (N, R, R, 3)
+    pixels = plain_pixels(source, chosen.tolist())  # (N, R, R, 3)
     originals = data.encode(torch.from_numpy(pixels))  # (N, T)
 
     image = torch.from_numpy(chosen).repeat_interleave(completions)  # (N·M,)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from igpt import keyed
-from igpt.data.source import check_split_name
+from igpt.data.source import check_split_name, plain_pixels
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.task.fit import Runner
 from igpt.tokens.datamodule import TokenDataModule
@@ -39,7 +39,7 @@ def run(
     if n < 1:
         raise ValueError(f"the {split} split is empty: choose another with task.split")
     rows = np.sort(keyed.generator(seed, "palette images").permutation(len(source))[:n])
-    pixels = source.read(rows.tolist(), [0] * n).pixels  # (N, R, R, 3)
+    pixels = plain_pixels(source, rows.tolist())  # (N, R, R, 3)
     path = runner.folder / "palette.npy"
     data.palette.save(path)
 

@@ -1,6 +1,6 @@
 """Batches of tokens: a source's pixels, encoded by a palette on the device that will read them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -16,7 +16,7 @@ from igpt import keyed
 from igpt.data.cache import in_chunks
 from igpt.data.decode import BadImageError
 from igpt.data.order import BatchPlan, EndlessBatches, Item, OncePerImage, Positions
-from igpt.data.source import Source, Split, Stream
+from igpt.data.source import Source, Split, Stream, plain_pixels
 from igpt.stopping import deaf
 from igpt.tokens.lookup import Encoder
 from igpt.tokens.palette import Palette
@@ -100,10 +100,6 @@ def item_key(seed: int, stream: str, item: Item) -> int:
 ONE_BY_ONE = BatchPlan(batch_size=1, micro_batch=1)  # for tasks that read images without a loader
 
 
-def _plain_pixels(split: Split, rows: Sequence[int]) -> np.ndarray:
-    return split.read(rows, [0] * len(rows)).pixels
-
-
 def _whole(batch: Any) -> Any:
     """The batch as `__getitems__` made it: there is nothing left to collate."""
     return batch
@@ -185,7 +181,7 @@ class TokenDataModule(L.LightningDataModule):
         split.prepare()
         tokens = torch.empty(len(rows), self.raster.n_ctx, dtype=torch.int16)
         start = 0
-        for pixels in in_chunks(partial(_plain_pixels, split), rows, f"reading {name}"):
+        for pixels in in_chunks(partial(plain_pixels, split), rows, f"reading {name}"):
             tokens[start : start + len(pixels)] = self.encode(torch.from_numpy(pixels)).to(torch.int16)
             start += len(pixels)
         return tokens

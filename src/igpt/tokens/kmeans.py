@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from sklearn.cluster import KMeans
 
 from igpt import keyed
 from igpt.data.cache import in_chunks
-from igpt.data.source import Source, Split
+from igpt.data.source import Source, Split, plain_pixels
 from igpt.tokens.palette import K_MAX, K_MIN, Palette
 
 log = logging.getLogger(__name__)
@@ -55,12 +54,8 @@ def sample_pixels(split: Split, *, n_pixels: int, seed: int) -> np.ndarray:
     side = split.read([0], [0]).pixels.shape[1]
     n_image = max(1, min(len(split), n_pixels // side**2))
     rows = sorted(order[:n_image].tolist())
-    chunks = in_chunks(partial(_read, split), np.array(rows), "reading images for the palette")
+    chunks = in_chunks(partial(plain_pixels, split), np.array(rows), "reading images for the palette")
     return np.concatenate([chunk.reshape(-1, 3) for chunk in chunks])
-
-
-def _read(split: Split, rows: Sequence[int]) -> np.ndarray:
-    return split.read(rows, [0] * len(rows)).pixels
 
 
 def fitted(source: Source, cache: Path, *, k: int, n_pixels: int, iterations: int, restarts: int, seed: int) -> Palette:
