@@ -72,8 +72,9 @@ def test_sample_from_a_run(quickstart: Path, tmp_path: Path) -> None:
 
 
 def test_a_stopped_and_killed_run_is_resumed(tmp_path: Path) -> None:
-    """Invariant: SIGTERM, then SIGKILL in the middle, then the same command refuses and says how; resume= ends as
-    never stopped. While a process is alive in the folder, no other may enter."""
+    """Invariant: SIGTERM, then SIGKILL in the middle, the same command refuses and says how; resume= ends as never
+    stopped.
+    """
     settings = ["task=pretrain", *PRETRAIN, "task.steps=60", "task.checkpoint_every=5", "task.checkpoint_keep=99"]
     settings.append("task.val_every=20")
 
@@ -94,9 +95,6 @@ def test_a_stopped_and_killed_run_is_resumed(tmp_path: Path) -> None:
     (run,) = (tmp_path / "runs").iterdir()
     assert code == 75
     assert f"continue with `python train.py resume=runs/{run.name}`" in said
-    with RunFolder(run).alone():
-        occupied = train_py(f"resume=runs/{run.name}", cwd=tmp_path, check=False)
-    assert "is in use by another process" in occupied.stderr
     code, said = interrupted(signal.SIGKILL, 30, f"resume=runs/{run.name}")
     assert code == -signal.SIGKILL
     assert not RunFolder(run).finished

@@ -1,5 +1,7 @@
 """Pictures, tables and run folders."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ from PIL import Image
 
 from igpt import files
 from igpt.metric.result import Curve, Grid, Number, Result
+from igpt.report import folder as folder_module
 from igpt.report.figures import AROUND_COLOURS, BACKGROUND, GAP, curves_figure, draw_grid, palette_picture
 from igpt.report.folder import RunFolder, differences, result_of
 from igpt.report.table import closing_table
@@ -53,6 +56,40 @@ def test_a_palette_picture_shows_every_colour(tmp_path: Path) -> None:
     palette_picture(tmp_path / "p.png", colours)
     picture = np.asarray(Image.open(tmp_path / "p.png"))
     assert picture[64::128, 64::128].reshape(-1, 3).tolist() == [*colours.tolist(), list(AROUND_COLOURS)]
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from igpt.report.folder import RunFolder
+with RunFolder(Path(sys.argv[1])).alone():
+    print("holds", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a process is in it no other may enter; once that one is killed, the next one may."""
+    monkeypatch.setattr(folder_module, "LOCK_SECONDS", 0.2)
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "holds\n"
+        with pytest.raises(ValueError, match="is in use by another process"), RunFolder(tmp_path / "run").alone():
+            pass
+        process.kill()
+        process.wait()
+        with RunFolder(tmp_path / "run").alone():
+            pass
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ValueError, match=r"cannot be written .*paths.runs=FOLDER"),
+        RunFolder(tmp_path / "file" / "run").alone(),
+    ):
+        pass
 
 
 def test_differences_are_named() -> None:
