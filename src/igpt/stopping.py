@@ -61,4 +61,4 @@ def deaf(worker: int) -> None:
 
 
 def _leave_soon(*_: Any) -> None:
-    signal.alarm(30)  # should nobody end it
+    signal.alarm(10)  # should nobody end it
