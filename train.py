@@ -6,19 +6,25 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from igpt import processes
 from igpt.arguments import prepare
 
 CONF = Path(__file__).parent / "conf"
+COMMAND = [sys.executable, __file__, *sys.argv[1:]]
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
+    n_process = 1 if processes.is_rank() else processes.devices_of(cfg.trainer)
+    if n_process > 1:
+        sys.exit(processes.run_ranks(COMMAND, n_process))
     from igpt.launch import main as run  # the heavy imports, after Hydra has found nothing wrong
 
     run(cfg)
 
 
 if __name__ == "__main__":
+    processes.hold_lifeline()
     try:
         sys.argv[1:] = prepare(sys.argv[1:], CONF)
     except ValueError as error:

@@ -7,7 +7,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "igpt"
 
-LEAVES = {"keyed", "files", "stopping"}  # of use to every stage, use none
+LEAVES = {"keyed", "files", "stopping", "processes", "ranks"}  # of use to every stage, use none
 ALLOWED = {
     "data": set(),
     "tokens": {"data"},

@@ -238,7 +238,7 @@ class Build:
         runner = Runner(machine=self.machine, folder=folder.path, callbacks=callbacks)
         first_step = step_of(runner.resume_from) if trains and runner.resume_from else 0
         run_id = f"{self.name}-{folder.read_run()['id']}"
-        for key, spec in chosen.items():
+        for key, spec in chosen.items() if self.machine.rank.first else ():
             logger = factory(spec, f"logger.{key}")(folder.path, run_id=run_id, first_step=first_step)
             logger.log_hyperparams(self.config)
             runner.loggers.append(logger)

@@ -1,12 +1,14 @@
 """Builds, in flow order, what a task needs, runs it and reports its result. The only place that knows all stages."""
 
 import importlib
+import json
 import logging
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +19,22 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from tqdm.auto import tqdm
 
+from igpt import files, processes, ranks
 from igpt.arguments import suggestion
 from igpt.build import CHECKPOINT, Build, check_settings, factory
 from igpt.metric.result import Result
 from igpt.report import loggers
-from igpt.report.folder import RunFolder, changes, result_of
+from igpt.report.folder import RunFolder, changes, environment, result_of
 from igpt.report.table import closing_table
-from igpt.stopping import StoppedError
+from igpt.stopping import STOPPED, StoppedError
 from igpt.task.guard import NonFiniteLossError
 
 log = logging.getLogger(__name__)
 
-STOPPED = 75  # "try again later" (sysexits.h): what a scheduler may start again
-
 
 def main(cfg: DictConfig) -> None:
     """One command: exit code 2 and one line when the input was bad, 75 when a signal stopped it and it saved."""
-    set_up_logging()
+    set_up_logging(ranks.this_rank())
     choices = dict(HydraConfig.get().runtime.choices)
     overrides = list(HydraConfig.get().overrides.task)
     try:
@@ -49,32 +50,50 @@ def main(cfg: DictConfig) -> None:
 def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) -> Result:
     """Runs a composed config in its run folder; a finished identical run is not repeated, its result is returned."""
     build = Build(cfg, choices)
+    with ranks.joined(build.machine.device) as rank:
+        check_ranks(build)
+        folder, finished = ranks.from_first(lambda: chosen_folder(build))
+        if finished:
+            record = folder.read_result()
+            result = result_of(record)
+            log.info(
+                "%s is finished; force=true repeats it\n%s",
+                folder.path,
+                closing_table(result, folder.path, record["seconds"]),
+            )
+            return result
+        with ExitStack() as while_it_runs:
+            if rank.first:
+                while_it_runs.enter_context(folder.alone())
+                folder.start(build.config, absolute(overrides), build.files_sha256)
+                for part in folder.path.rglob(".*.part"):
+                    part.unlink()  # what a kill left half written
+                while_it_runs.enter_context(log_file(folder.path / "log.txt"))
+            ranks.barrier()  # from here on the others may read what is there
+            log.info("%s in %s%s", build.task, folder.path, f", {rank.count} processes" if rank.count > 1 else "")
+            try:
+                return perform(build, folder)
+            except StoppedError as error:
+                log.warning("%s; continue with `python train.py resume=%s`", error, folder.path)
+                raise
+
+
+def check_ranks(build: Build) -> None:
+    """Raises ValueError unless every process of this run has the same settings, files and libraries."""
+    settings = {key: json.dumps(value, sort_keys=True, default=str) for key, value in build.config.items()}
+    ranks.check_same("settings", settings)
+    ranks.check_same("files", build.files_sha256)
+    ranks.check_same("versions", {"commit": environment()["commit"], **environment()["versions"]})
+
+
+def chosen_folder(build: Build) -> tuple[RunFolder, bool]:
+    """Where this run goes, told to the process that started this one if that asked; and whether it is finished."""
     folder = open_folder(build)
-    if folder.finished:
-        record = folder.read_result()
-        result = result_of(record)
-        log.info(
-            "%s is finished; force=true repeats it\n%s",
-            folder.path,
-            closing_table(result, folder.path, record["seconds"]),
-        )
-        return result
-    with folder.alone():
-        return in_folder(build, folder, overrides)
-
-
-def in_folder(build: Build, folder: RunFolder, overrides: list[str]) -> Result:
-    """The run itself, in a folder that is this process's alone."""
-    folder.start(build.config, absolute(overrides), build.files_sha256)
-    for part in folder.path.rglob(".*.part"):
-        part.unlink()  # what a kill left half written
-    with log_file(folder.path / "log.txt"):
-        log.info("%s in %s", build.task, folder.path)
-        try:
-            return perform(build, folder)
-        except StoppedError as error:
-            log.warning("%s; continue with `python train.py resume=%s`", error, folder.path)
-            raise
+    tell = os.environ.get(processes.TELL)
+    if tell is not None:
+        with files.atomic_write(Path(tell)) as file:
+            file.write(str(folder.path.absolute()).encode())
+    return folder, folder.finished
 
 
 def open_folder(build: Build) -> RunFolder:
@@ -137,7 +156,9 @@ def perform(build: Build, folder: RunFolder) -> Result:
     finally:
         loggers.close(failed)
     seconds = time.perf_counter() - start
-    folder.finish(build.task, result, seconds=seconds)
+    if build.machine.rank.first:
+        folder.finish(build.task, result, seconds=seconds)
+    ranks.barrier()  # the next stage of a pipeline reads what this one left
     log.info("%s\n%s", build.task, closing_table(result, folder.path, seconds))
     return result
 
@@ -154,7 +175,9 @@ def stages(build: Build) -> Callable[..., Result]:
             return result_of(place.read_result())
         cfg.init = init
         of_stage = Build(cfg, choices)
-        place.start(of_stage.config, None, of_stage.files_sha256)
+        if of_stage.machine.rank.first:
+            place.start(of_stage.config, None, of_stage.files_sha256)
+        ranks.barrier()
         return perform(of_stage, place)
 
     return stage
@@ -217,10 +240,10 @@ class Console(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def set_up_logging() -> None:
-    """Messages to the terminal, in plain words; libraries speak only when something is wrong."""
+def set_up_logging(rank: ranks.Rank) -> None:
+    """Messages to the terminal, in plain words; libraries, and ranks above 0, speak only when something is wrong."""
     console = Console()
-    console.setLevel(logging.INFO)
+    console.setLevel(logging.INFO if rank.first else logging.ERROR)
     console.setFormatter(logging.Formatter("%(message)s"))
     # a bar shows the same on a terminal
     console.addFilter(lambda record: not (getattr(record, "progress", False) and sys.stderr.isatty()))

@@ -10,7 +10,9 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what SLURM warns with (--signal=USR1@120)
+# the last two are what SLURM warns with (--signal=USR1@120), submitit by its own default (USR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED = 75  # exit code "try again later" (sysexits.h): what a scheduler may start again
 
 
 class StoppedError(RuntimeError):

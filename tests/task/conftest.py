@@ -36,6 +36,7 @@ def machine(**changed: Any) -> Machine:
     plain: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
+        "nodes": 1,
         "precision": "32-true",
         "micro_batch": None,
         "compile": False,

@@ -71,16 +71,16 @@ def test_a_disk_that_refuses_once(
     tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The run says so and goes on; the checkpoint before stays the newest until the next one is written."""
-    save, steps = AtomicCheckpointIO.save_checkpoint, []
+    save, steps = AtomicCheckpointIO.write, []
 
-    def refuses_step_4(self: Any, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def refuses_step_4(self: Any, checkpoint: dict[str, Any], path: Path) -> None:
         steps.append(step_of(Path(path)))
         if steps[-1] == 4:
             assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_0000002.ckpt"
             raise OSError("No space left on device")
         save(self, checkpoint, path)
 
-    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", refuses_step_4)
+    monkeypatch.setattr(AtomicCheckpointIO, "write", refuses_step_4)
     lab.pretrain(tmp_path, checkpoint_every=2)
     assert "step 4 is not saved, the run goes on: No space left on device" in caplog.text
     assert steps[:2] == [2, 4]

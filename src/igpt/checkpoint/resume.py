@@ -18,10 +18,23 @@ BEST = "best.json"  # the name of the one with the lowest validation loss, its s
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes a checkpoint and its checksum whole or not at all; reads it without executing anything that is in it."""
+    """Writes a checkpoint and its checksum whole or not at all; reads it without executing anything that is in it.
+
+    A disk that refuses is noted in `refused`, not raised: the other processes of the run, which do not write, are to
+    hear of it first.
+    """
+
+    refused: OSError | None = None  # of the last save
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        path = Path(path)
+        self.refused = None
+        try:
+            self.write(checkpoint, Path(path))
+        except OSError as error:
+            self.refused = error
+
+    def write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Raises OSError when the disk refuses; then there is neither."""
         try:
             with files.atomic_path(path) as temporary:
                 torch.save(checkpoint, temporary)

@@ -72,18 +72,21 @@ class EndlessBatches:
 
 
 class OncePerImage:
-    """A batch sampler for evaluation: every image exactly once over all ranks, none repeated to fill a batch."""
+    """A batch sampler for evaluation: every image exactly once over all ranks, none repeated to fill a batch.
+
+    Whole batches are dealt out in turn, so that an image meets the same others however many ranks there are.
+    """
 
     def __init__(self, n_image: int, *, plan: BatchPlan) -> None:
-        self.mine = range(plan.rank, n_image, plan.n_device)
-        self.micro_batch = plan.micro_batch
+        self.n_image, self.plan = n_image, plan
+        self.starts = range(plan.rank * plan.micro_batch, n_image, plan.n_device * plan.micro_batch)
 
     def __iter__(self) -> Iterator[list[Item]]:
-        for start in range(0, len(self.mine), self.micro_batch):
-            yield [Item(0, i) for i in self.mine[start : start + self.micro_batch]]
+        for start in self.starts:
+            yield [Item(0, i) for i in range(start, min(start + self.plan.micro_batch, self.n_image))]
 
     def __len__(self) -> int:
-        return -(-len(self.mine) // self.micro_batch)
+        return len(self.starts)
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,18 @@
 import math
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from igpt.metric.result import Number
 
 
-def likelihood_numbers(split: str, sums: Tensor) -> dict[str, Number]:
-    """`split/loss_gen` and `split/bits_per_token` from (Σ nats, Σ nats², images) over images, float64."""
-    total, squares, n = sums.tolist()
-    mean = total / n
-    stderr = math.sqrt(max(squares / n - mean**2, 0) / (n - 1)) if n > 1 else None
-    bits = Number(mean / math.log(2), "bits/token", int(n), None if stderr is None else stderr / math.log(2))
-    return {f"{split}/loss_gen": Number(mean, "nats/token", int(n), stderr), f"{split}/bits_per_token": bits}
-
-
-def token_sums(image_nats: Tensor) -> Tensor:
-    """(Σ nats, Σ nats², images) of a batch, (B,) → (3,) float64: sums add up over batches, means do not."""
-    nats = image_nats.double()
-    return torch.stack(
-        [nats.sum(), nats.square().sum(), torch.tensor(float(len(nats)), dtype=nats.dtype, device=nats.device)]
-    )
+def likelihood_numbers(split: str, image_nats: Tensor) -> dict[str, Number]:
+    """`split/loss_gen` and `split/bits_per_token`, with standard errors, from each image's nats per token, (N,)."""
+    nats, n = image_nats.double(), len(image_nats)
+    mean = float(nats.mean())
+    stderr = float(nats.std()) / math.sqrt(n) if n > 1 else None
+    bits = Number(mean / math.log(2), "bits/token", n, None if stderr is None else stderr / math.log(2))
+    return {f"{split}/loss_gen": Number(mean, "nats/token", n, stderr), f"{split}/bits_per_token": bits}
 
 
 def unigram_nats(train: np.ndarray, held_out: np.ndarray, n_vocab: int) -> float:

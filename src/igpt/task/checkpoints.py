@@ -7,7 +7,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from igpt.checkpoint.resume import checkpoint_path, mark_best, mark_latest, read_best
+from igpt import ranks
+from igpt.checkpoint.resume import AtomicCheckpointIO, checkpoint_path, mark_best, mark_latest, read_best
+from igpt.metric.result import Number
 from igpt.stopping import StoppedError, StopRequest
 from igpt.task.guard import FiniteGuard, NonFiniteLossError
 
@@ -28,11 +30,12 @@ class Checkpoints(L.Callback):
     ) -> None:
         self.guard, self.stop = guard, stop
         self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
+        self.stopping = ranks.Agreement()
         self._saved = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = trainer.global_step  # nothing new yet
-        best = read_best(self.folder)
+        best = ranks.from_first(lambda: read_best(self.folder))
         whole = best is not None and best["step"] <= trainer.global_step  # not one of a future that was lost
         self._best = float(best["val/loss_gen"]) if best is not None and whole else float("inf")
         self.stop.take_over()  # Lightning has its own answer to SIGTERM, which saves amid accumulation
@@ -48,42 +51,52 @@ class Checkpoints(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
-        loss = float(trainer.callback_metrics["val/loss_gen"])
+        numbers: dict[str, Number] = getattr(pl_module, "numbers")  # noqa: B009 - of the last validation
+        loss = numbers["val/loss_gen"].value
         if loss < self._best and self._save(trainer, pl_module, best=loss):
             self._best = loss
         self._step_ends(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer, pl_module)
+        self.stopping.close()
+        self._save(trainer, pl_module, needed=True)
 
     def _step_ends(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.global_step % self.every == 0 or self.stop.name is not None:
-            self._save(trainer, module)
-        if self.stop.name is not None and trainer.global_step < trainer.max_steps:
-            raise StoppedError(self.stop.name, trainer.global_step)
+        stop = self.stopping.heard(self.stop.name is not None)
+        if trainer.global_step % self.every == 0 or stop:
+            self._save(trainer, module, needed=stop)
+        if stop and trainer.global_step < trainer.max_steps:
+            raise StoppedError(self.stop.name or "another process of this run", trainer.global_step)
 
-    def _save(self, trainer: L.Trainer, module: L.LightningModule, best: float | None = None) -> bool:
-        """Saves, unless this step's state is; True when there is one. A disk that refuses does not end the run."""
+    def _save(
+        self, trainer: L.Trainer, module: L.LightningModule, *, best: float | None = None, needed: bool = False
+    ) -> bool:
+        """Saves, unless this step's state is; False when the disk refused, which ends no run unless it is `needed`."""
         step = trainer.global_step
         path = checkpoint_path(self.folder, step)
         if step == self._saved:
-            return path.is_file()
+            return True
         self.guard.check()
         finite = torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all()
         if not finite:
             raise NonFiniteLossError(
                 f"the weights after step {step} are not finite: nothing was saved, lower task.learning_rate"
             )
-        try:
-            trainer.save_checkpoint(path)
-            if trainer.is_global_zero:
+        written = trainer.strategy.checkpoint_io
+        assert isinstance(written, AtomicCheckpointIO)
+        trainer.save_checkpoint(path)  # by every rank: some strategies gather the state from all of them
+        if trainer.is_global_zero and written.refused is None:
+            try:
                 if best is not None:
                     mark_best(path, loss=best)
                 mark_latest(path, keep=self.keep)
-        except OSError as error:
-            if step >= trainer.max_steps or self.stop.name is not None:
-                raise
-            log.error("step %d is not saved, the run goes on: %s", step, error)
+            except OSError as error:
+                written.refused = error
+        refused = ranks.from_first(lambda: None if written.refused is None else str(written.refused))
+        if refused is not None:
+            if step >= trainer.max_steps or needed:
+                raise OSError(refused)
+            log.error("step %d is not saved, the run goes on: %s", step, refused)
             return False
         self._saved = step
         return True

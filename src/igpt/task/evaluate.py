@@ -18,10 +18,10 @@ from igpt.tokens.datamodule import Batch, TokenDataModule
 class EvaluateModule(L.LightningModule):
     """Scores a frozen network; it trains nothing."""
 
-    def __init__(self, *, net: GPT, objective: Objective, machine: Machine, split: str) -> None:
+    def __init__(self, *, net: GPT, objective: Objective, machine: Machine, split: str, n_image: int) -> None:
         super().__init__()
         machine.prepare(net)
-        self.net, self.split = net, split
+        self.net, self.split, self.n_image = net, split, n_image
         self.score = GenerativeScore(objective)
         self.numbers: dict[str, Number] = {}
 
@@ -29,7 +29,7 @@ class EvaluateModule(L.LightningModule):
         self.score.add(self.net, batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.numbers = self.score.numbers(self.split, self.trainer)
+        self.numbers = self.score.numbers(self.split, self.trainer, self.n_image)
 
 
 def check(*, split: str, batch_size: int, baseline_images: int) -> None:
@@ -52,9 +52,14 @@ def run(
     baseline_images: int,
 ) -> Result:
     """Nats and bits per token on `split`, and those of two histograms of `baseline_images` training images."""
-    plan = runner.machine.plan(batch_size)
-    data = tokens(plan=plan, eval_split=split)
-    module = EvaluateModule(net=weights.net(), objective=objective, machine=runner.machine, split=split)
+    data = tokens(plan=runner.machine.reading_plan(batch_size), eval_split=split)
+    module = EvaluateModule(
+        net=weights.net(),
+        objective=objective,
+        machine=runner.machine,
+        split=split,
+        n_image=len(data.source.split(split)),
+    )
     runner.validate(module, data)
     numbers = dict(module.numbers)
     if baseline_images:

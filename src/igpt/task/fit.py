@@ -14,10 +14,12 @@ from typing import Any, Literal, get_args
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.data.order import BatchPlan
 from igpt.model.gpt import ATTENTION_PATHS, GPT
+from igpt.ranks import Rank, Ranks, from_first, this_rank
 from igpt.stopping import StopRequest
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,8 @@ class Machine:
     """
 
     accelerator: str  # auto, cpu or gpu
-    devices: int
+    devices: int | Literal["auto"]  # processes on each machine, on one GPU each; auto: however many were started
+    nodes: int  # machines
     precision: Precision
     micro_batch: int | None  # images per forward pass on one device; null: batch_size / devices
     compile: bool  # torch.compile of every block
@@ -64,14 +67,31 @@ class Machine:
             )
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"trainer.num_workers must be at least 0, or null; got {self.num_workers}")
-        if self.devices != 1:
-            raise ValueError(f"trainer.devices={self.devices}: a run is one process on one device so far, take 1")
+        n_local = self.rank.n_local if self.devices == "auto" else self.devices
+        if n_local < 1 or self.nodes < 1:
+            raise ValueError(f"trainer.devices and trainer.nodes start at 1, got {self.devices} and {self.nodes}")
+        if n_local * self.nodes != self.rank.count:
+            raise ValueError(
+                f"trainer.devices={self.devices} on trainer.nodes={self.nodes} is {n_local * self.nodes} processes, "
+                f"{self.rank.count} were started: on one machine `python train.py` starts them itself, on several let "
+                "torchrun or srun start as many as the settings say"
+            )
+        if self.device.type == "cuda" and self.rank.local >= torch.cuda.device_count():
+            raise ValueError(
+                f"{self.rank.n_local} processes on this machine need as many GPUs, there are "
+                f"{torch.cuda.device_count()}: lower trainer.devices, or choose trainer.accelerator=cpu"
+            )
 
     @property
     def device(self) -> torch.device:
         """The device everything runs on: a GPU unless there is none or the CPU was asked for."""
         on_gpu = self.accelerator != "cpu" and torch.cuda.is_available()
-        return torch.device("cuda" if on_gpu else "cpu")
+        return torch.device("cuda", self.rank.local) if on_gpu else torch.device("cpu")
+
+    @property
+    def rank(self) -> Rank:
+        """This process among those that carry the run."""
+        return this_rank()
 
     @property
     def readers(self) -> int:
@@ -82,9 +102,18 @@ class Machine:
 
     def plan(self, batch_size: int) -> BatchPlan:
         """How `batch_size` images a step are shared out. Raises ValueError when they cannot be."""
-        return BatchPlan(
-            batch_size=batch_size, micro_batch=batch_size if self.micro_batch is None else self.micro_batch
-        )
+        n = self.rank.count
+        if batch_size % n:
+            raise ValueError(
+                f"task.batch_size {batch_size} cannot be shared by {n} processes: take a multiple of {n}, or another "
+                "trainer.devices"
+            )
+        return BatchPlan(batch_size, self.micro_batch or batch_size // n, n_device=n, rank=self.rank.index)
+
+    def reading_plan(self, batch_size: int) -> BatchPlan:
+        """The same where nothing is learned: `batch_size` images at a time on each device, or fewer for its memory."""
+        size, n = min(batch_size, self.micro_batch or batch_size), self.rank.count
+        return BatchPlan(n * size, size, n_device=n, rank=self.rank.index)
 
     def prepare(self, net: GPT) -> None:
         """Applies what concerns the network: attention path, activation checkpointing, compilation."""
@@ -152,7 +181,7 @@ class Runner:
     @cached_property
     def resume_from(self) -> Path | None:
         """The checkpoint that training goes on from, looked for once: reading it through takes a while."""
-        return latest_checkpoint(self.folder)
+        return from_first(lambda: latest_checkpoint(self.folder))
 
     def fit(
         self,
@@ -197,12 +226,15 @@ class Runner:
 
     def _trainer(self, **options: Any) -> L.Trainer:
         machine = self.machine
+        several = machine.rank.count > 1
         return L.Trainer(
             accelerator=machine.device.type,
-            devices=machine.devices,
+            devices=machine.rank.n_local,
+            num_nodes=machine.nodes,
+            strategy=DDPStrategy(gradient_as_bucket_view=True) if several else "auto",
             precision=machine.precision,
             default_root_dir=self.folder,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(), *([Ranks()] if several else [])],
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from igpt import ranks
 from igpt.checkpoint.native import FORMAT, Origin, Weights, check_same, save_model
+from igpt.data.source import Stream
 from igpt.metric.result import Curve, Number, Result
 from igpt.metric.throughput import Meter, train_flops_per_image
 from igpt.model.gpt import GPT
@@ -43,11 +45,13 @@ class PretrainModule(L.LightningModule):
         seed: int,
         weights: Weights | None,
         origin: Callable[..., Origin],
+        n_val: int,
     ) -> None:
         super().__init__()
         self.build_net, self.objective, self.machine = net, objective, machine
         self.optimizer, self.warmup_steps, self.steps = optimizer, warmup_steps, steps
         self.log_every, self.batch_size, self.seed = log_every, batch_size, seed
+        self.n_val = n_val  # images to validate on
         self.weights, self.origin = weights, origin
         self.score = GenerativeScore(objective)
         self.guard = FiniteGuard()
@@ -64,6 +68,7 @@ class PretrainModule(L.LightningModule):
             self.net.init_weights(self.seed)
         else:
             self.weights.load_into(self.net)
+        ranks.check_same("weights to begin with", {"digest": ranks.digest(self.net)})
         self.machine.prepare(self.net)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -84,11 +89,12 @@ class PretrainModule(L.LightningModule):
         """Looks at the loss (on a CPU before it can change a weight) and notes it every `log_every` steps."""
         assert self.step_loss is not None
         step = self.global_step + 1
+        loss = self.trainer.strategy.reduce(self.step_loss, reduce_op="mean")  # over all processes
+        assert isinstance(loss, Tensor)
         self.rate = float(optimizer.param_groups[0]["lr"])  # the schedule moves on before it is logged
-        self.guard.see(self.step_loss, step)
+        self.guard.see(loss, step)
         if step % self.log_every == 0:
             self.guard.check()
-            loss = self.trainer.strategy.reduce(self.step_loss, reduce_op="mean")
             self.note("train/loss_gen", step, float(loss))
         self.step_loss = None
 
@@ -104,7 +110,7 @@ class PretrainModule(L.LightningModule):
                 n_layer=net.n_layer, n_embd=net.n_embd, n_ctx=net.n_ctx, n_vocab=net.n_vocab, causal=net.causal
             ),
             n_ctx=net.n_ctx,
-            peak_flops=peak * 1e12 * self.machine.devices if peak else None,
+            peak_flops=peak * 1e12 * self.machine.rank.count if peak else None,
         )
         self.logged_step = self.global_step
         n_weight = sum(p.numel() for p in net.parameters())
@@ -130,8 +136,7 @@ class PretrainModule(L.LightningModule):
         """Gives numbers to every logger, exactly, under the step they are of, and to callbacks by their names."""
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=step)
-        # every process holds the same values: nothing is left to reduce
-        self.log_dict(figures, logger=False, rank_zero_only=self.trainer.world_size > 1)
+        self.log_dict(figures, logger=False, sync_dist=True)  # every process holds the same values
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "fit":
@@ -146,7 +151,7 @@ class PretrainModule(L.LightningModule):
         self.score.add(self.net, batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.numbers = self.score.numbers("val", self.trainer)
+        self.numbers = self.score.numbers("val", self.trainer, self.n_val)
         loss = self.numbers["val/loss_gen"].value
         if self.trainer.state.fn == "fit":
             self.publish({"val/loss_gen": loss}, self.global_step)
@@ -219,9 +224,12 @@ def run(
     """Trains a network and leaves `model/` and `checkpoints/` in the run folder. Lengths are in optimiser steps."""
     plan = runner.machine.plan(batch_size)
     data = tokens(plan=plan)
-    has_val = len(data.source.split("val")) > 0
-    if val_every and not has_val:
+    n_val = len(data.source.split("val"))
+    if val_every and not n_val:
         raise ValueError("there is nothing to validate on: set task.val_every=0, or data.val_fraction above 0")
+    images = data.source.training()
+    n_train = "a stream" if isinstance(images, Stream) else len(images)
+    ranks.check_same("images", {"train": n_train, "val": n_val, "palette": data.palette.hash})
     module = PretrainModule(
         net=net,
         objective=objective,
@@ -239,6 +247,7 @@ def run(
         seed=seed,
         weights=weights,
         origin=origin,
+        n_val=n_val,
     )
     stop = StopRequest()
     saving = Checkpoints(
@@ -248,16 +257,17 @@ def run(
         module, data, plan=plan, steps=steps, val_every=val_every, log_every=log_every, callbacks=[saving], stop=stop
     )
     assert module.net is not None
-    save_model(runner.folder / "model", module.net.state_dict(), origin(step=steps))
-    if has_val:
+    if runner.machine.rank.first:
+        save_model(runner.folder / "model", module.net.state_dict(), origin(step=steps))
+    if n_val:
         runner.validate(module, data)
     n_weight = sum(p.numel() for p in module.net.parameters())
-    images = steps * batch_size
+    seen = steps * batch_size
     return Result(
         numbers={
             **module.numbers,
             "parameters": Number(n_weight, "weights", 1),
-            "train/images_seen": Number(images, "images", images),
+            "train/images_seen": Number(seen, "images", seen),
         },
         curves={
             name: Curve([float(x) for x, _ in points], [y for _, y in points], "optimiser step", "nats/token")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from igpt import keyed
+from igpt import keyed, ranks
 from igpt.checkpoint import native
 from igpt.checkpoint.native import Weights
 from igpt.metric.result import Grid, Number, Result
@@ -35,16 +35,17 @@ def draw(
 ) -> Tensor:
     """One image a key, `batch_size` at a time, with a bar of pixels: keys (N,) → tokens (N, T) on the CPU.
 
-    Image i depends on its key and its row of `given` (N, T) alone, not on the batch it was drawn in.
+    Image i depends on its key and its row of `given` (N, T) alone, not on the batch it was drawn in, nor on the
+    process: several share the images out, and each returns all of them.
     """
-    device = net.wte.device
-    drawn = []
+    device, rank = net.wte.device, ranks.this_rank()
+    drawn = [torch.empty(0, net.n_ctx, dtype=torch.int64)]
     start = time.perf_counter()
     n_new = net.n_ctx if known is None else int((~known).sum())
-    total = len(keys) * n_new
+    mine = torch.arange(rank.index, len(keys), rank.count)
+    total = len(mine) * n_new
     with tqdm(total=total, unit="pixel", unit_scale=True, desc="sampling", disable=None, leave=False) as bar:
-        for first in range(0, len(keys), batch_size):
-            rows = slice(first, first + batch_size)
+        for rows in torch.split(mine, batch_size):
             uniforms = keyed.uniform(keys[rows], net.n_ctx).to(device)  # (b, T)
             tokens = generate(
                 net,
@@ -55,9 +56,13 @@ def draw(
                 on_token=partial(_advance, bar, len(uniforms)),
             )
             drawn.append(tokens.cpu())
+    everyone = ranks.gathered(torch.cat(drawn))
+    tokens = torch.empty(len(keys), net.n_ctx, dtype=torch.int64)
+    for index, theirs in enumerate(everyone):
+        tokens[index :: rank.count] = theirs
     seconds = time.perf_counter() - start
-    log.info("drew %d images in %.1f s: %.0f pixels/s", len(keys), seconds, total / seconds)
-    return torch.cat(drawn)
+    log.info("drew %d images in %.1f s: %.0f pixels/s", len(keys), seconds, len(keys) * n_new / seconds)
+    return tokens
 
 
 def _advance(bar: "tqdm[None]", images: int, position: int) -> None:

@@ -1,10 +1,10 @@
-"""The generative loss of a split: sums over images, so that neither batch size nor process count changes it."""
+"""The generative loss of a split: one number an image, so that neither batch size nor process count changes the sum."""
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from igpt.metric.likelihood import likelihood_numbers, token_sums
+from igpt.metric.likelihood import likelihood_numbers
 from igpt.metric.result import Number
 from igpt.model.gpt import GPT
 from igpt.objective.base import Objective
@@ -12,20 +12,25 @@ from igpt.tokens.datamodule import Batch
 
 
 class GenerativeScore:
-    """Adds up batches, then gives `split/loss_gen` and `split/bits_per_token` over all processes."""
+    """Notes the loss of every image, then gives `split/loss_gen` and `split/bits_per_token` over all processes."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        self._seen: list[tuple[Tensor, Tensor]] = []  # rows and nats per token of each batch
 
     def add(self, net: GPT, batch: Batch) -> None:
         keep = self.objective.keep(batch.tokens, batch.keys)  # (B, T) or None
         nats = self.objective.image_nats(net(batch.tokens, keep), batch.tokens, keep)  # (B,)
-        self._sums = self._sums.to(nats.device) + token_sums(nats)
+        self._seen.append((batch.rows, nats.double()))
 
-    def numbers(self, split: str, trainer: L.Trainer) -> dict[str, Number]:
-        """The numbers of all that was added since the last call."""
-        sums = trainer.strategy.reduce(self._sums, reduce_op="sum")
-        assert isinstance(sums, Tensor)
-        self._sums = torch.zeros(3, dtype=torch.float64)
-        return likelihood_numbers(split, sums)
+    def numbers(self, split: str, trainer: L.Trainer, n_image: int) -> dict[str, Number]:
+        """The numbers of all `n_image` images of the split, each of which was added once since the last call."""
+        nats = torch.zeros(2, n_image, dtype=torch.float64, device=trainer.strategy.root_device)
+        for rows, values in self._seen:
+            nats[0, rows] = values
+            nats[1, rows] += 1
+        self._seen = []
+        everywhere = trainer.strategy.reduce(nats, reduce_op="sum")  # each column is one process's: nothing is rounded
+        assert isinstance(everywhere, Tensor)
+        assert (everywhere[1] == 1).all(), "an image was scored twice, or not at all"
+        return likelihood_numbers(split, everywhere[0].cpu())

@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, T) int64; (B, R, R, 3) uint8 pixels until they reach the device
     labels: Tensor  # (B,) int64
     keys: Tensor  # (B,) int64
+    rows: Tensor  # (B,) int64, which image of its split (of its pass, in a stream)
 
 
 class _Pixels(Dataset[Any]):
@@ -51,7 +52,7 @@ class _Pixels(Dataset[Any]):
             pixels, labels = self.split.read(index.tolist(), keys.tolist())
         except BadImageError as error:  # as a value: raised here, a worker would wrap it in its own words
             return error
-        return Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels), keys)
+        return Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels), keys, index)
 
 
 class _Streamed(IterableDataset[Any]):
@@ -72,15 +73,17 @@ class _Streamed(IterableDataset[Any]):
         first, size = next(mine), self.positions.plan.micro_batch
         waiting: list[Any] = []
         keys: list[int] = []
+        rows: list[int] = []
         for position, (item, record) in enumerate(self._records()):
             if position < first:
                 continue
             waiting.append(record)
             keys.append(item_key(self.seed, "train", item))
+            rows.append(item.image)
             if len(waiting) == size:
                 pixels, labels = self.images.read(waiting, keys)
-                yield Batch(torch.from_numpy(pixels), torch.from_numpy(labels), torch.tensor(keys))
-                waiting, keys, first = [], [], next(mine)
+                yield Batch(torch.from_numpy(pixels), torch.from_numpy(labels), torch.tensor(keys), torch.tensor(rows))
+                waiting, keys, rows, first = [], [], [], next(mine)
 
     def _records(self) -> Iterator[tuple[Item, Any]]:
         for epoch in count():

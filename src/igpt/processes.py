@@ -1,0 +1,207 @@
+"""Processes this one starts and answers for: signals are passed on to them, and none outlives it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from igpt.stopping import SIGNALS, STOPPED
+
+LIFELINE = "IGPT_LIFELINE"  # a file descriptor that reads nothing as long as the starting process lives
+TELL = "IGPT_TELL"  # a file to write the run folder's path to, for the starting process
+GRACE_SECONDS = 10  # what ranks have to end by themselves after one of them failed
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass
+class Child:
+    """One process in a session of its own: a Ctrl-C reaches it only through the process that started it."""
+
+    command: Sequence[str]
+    output: IO[bytes] | None  # where it writes; None: where this process does
+    environment: Mapping[str, str] = field(default_factory=dict)  # beside, or instead of, this process's
+
+    def __post_init__(self) -> None:
+        reading, self._lifeline = os.pipe()  # -1: closed
+        self.process = subprocess.Popen(
+            self.command,
+            stdout=self.output,
+            stderr=self.output,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **self.environment, LIFELINE: str(reading)},
+            pass_fds=(reading,),
+            start_new_session=True,
+        )
+        os.close(reading)
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, minus the signal that ended it, or None while it runs."""
+        return self.process.poll()
+
+    def send(self, number: int) -> None:
+        """Gives it a signal, if it still runs."""
+        if self.code is None:
+            self.process.send_signal(number)
+
+    def end(self) -> None:
+        """Ends it at once, with all it has started."""
+        if self.code is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+
+def hold_lifeline() -> None:
+    """Ends this process and all it started as soon as the one that started it is gone, however that ended."""
+    descriptor = os.environ.pop(LIFELINE, None)
+    if descriptor is None:
+        return
+
+    def wait() -> None:
+        os.read(int(descriptor), 1)  # returns when the other end is closed
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Children:
+    """Runs processes side by side. Signals to this process are passed on, all of them have ended when the block does.
+
+    `heard` is the first signal that came.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[Child] = []
+        self.heard: str | None = None
+
+    def start(
+        self, command: Sequence[str], *, output: IO[bytes] | None = None, environment: Mapping[str, str] | None = None
+    ) -> Child:
+        child = Child(command, output, environment or {})
+        self.running.append(child)
+        return child
+
+    def wait(self) -> tuple[Child, int]:
+        """The next one that ends, and its exit code (minus the signal that ended it)."""
+        while True:
+            for child in self.running:
+                if (code := child.code) is not None:
+                    self.running.remove(child)
+                    child.end()
+                    return child, code
+            time.sleep(0.02)
+
+    @contextmanager
+    def together(self) -> Iterator["Children"]:
+        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
+        try:
+            yield self
+        finally:
+            for child in self.running:
+                child.end()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.heard = self.heard or signal.Signals(number).name
+        for child in self.running:
+            child.send(number)
+
+
+def is_rank() -> bool:
+    """Whether this process is one of several that carry one run: started here, by torchrun or by srun."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def devices_of(trainer: Mapping[str, Any]) -> int:
+    """How many processes a run needs on this machine: `trainer.devices`.
+
+    `auto` is one for each GPU; without GPUs it is two, which is enough to try things out.
+    """
+    devices = trainer["devices"]
+    if devices != "auto":
+        return int(devices)
+    import torch  # takes seconds: only where it is needed
+
+    return (torch.cuda.device_count() if trainer["accelerator"] != "cpu" else 0) or 2
+
+
+def run_ranks(command: Sequence[str], n: int) -> int:
+    """Runs `command` as `n` ranks on this machine and returns the exit code: the first that is not 0.
+
+    Rank 0 writes where this process does, the others to files that are shown when something went wrong. As soon as one
+    fails, by itself or because it is killed, the others have `GRACE_SECONDS` to end, and the reason is written to the
+    run's log.
+    """
+    with tempfile.TemporaryDirectory(prefix="igpt-ranks-") as name, Children().together() as children:
+        place = Path(name)
+        tell = Path(os.environ.get(TELL, place / "folder"))
+        common = {
+            "WORLD_SIZE": str(n),
+            "LOCAL_WORLD_SIZE": str(n),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n))),
+            TELL: str(tell),
+        }
+        ranks: list[Child] = []
+        for rank in range(n):
+            output = (place / f"rank_{rank}").open("wb") if rank else None
+            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(children.start(command, output=output, environment=environment))
+            if output:
+                output.close()
+        code = 0
+        while children.running:
+            ended, its_code = children.wait()
+            if its_code in (0, STOPPED):
+                code = code or its_code
+                continue
+            rank = ranks.index(ended)
+            _end_within(children, GRACE_SECONDS)
+            said = (place / f"rank_{rank}").read_text(errors="replace").strip() if rank else ""
+            _report(f"rank {rank} of {n} {how_it_ended(its_code)}; the others were ended", said, tell)
+            return its_code if its_code > 0 else 128 - its_code
+        return code
+
+
+def _end_within(children: Children, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(child.code is None for child in children.running):
+        time.sleep(0.02)
+    while children.running:
+        children.running.pop().end()
+
+
+def _report(line: str, said: str, tell: Path) -> None:
+    """Shows why ranks ended, and adds it to the run's log where there is one."""
+    text = "\n".join([line, *(f"    {spoken}" for spoken in said.splitlines()[-30:])])
+    sys.stderr.write(f"error: {text}\n")
+    log = Path(tell.read_text()) / "log.txt" if tell.is_file() else None
+    if log is not None and log.is_file():
+        with log.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR igpt.processes: {text}\n")
+
+
+def how_it_ended(code: int) -> str:
+    """`ended with exit code 2`, `was killed by SIGKILL`."""
+    return f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
