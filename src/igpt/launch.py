@@ -6,9 +6,8 @@ import logging
 import os
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
-from tqdm.auto import tqdm
 
 from igpt import files, processes, ranks
 from igpt.arguments import suggestion
@@ -25,6 +23,7 @@ from igpt.build import CHECKPOINT, Build, check_settings, factory
 from igpt.metric.result import Result
 from igpt.report import loggers
 from igpt.report.folder import RunFolder, changes, environment, result_of
+from igpt.report.logs import log_file, set_up_logging
 from igpt.report.table import closing_table
 from igpt.stopping import STOPPED, StoppedError
 from igpt.task.guard import NonFiniteLossError
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """One command: exit code 2 and one line when the input was bad, 75 when a signal stopped it and it saved."""
-    set_up_logging(ranks.this_rank())
+    set_up_logging(quiet=not ranks.this_rank().first)
     choices = dict(HydraConfig.get().runtime.choices)
     overrides = list(HydraConfig.get().overrides.task)
     try:
@@ -231,43 +230,3 @@ def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictCon
     check_task(own)
     OmegaConf.set_struct(cfg, True)
     return cfg, choices
-
-
-class Console(logging.Handler):
-    """Writes messages above a progress bar, if there is one, instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def set_up_logging(rank: ranks.Rank) -> None:
-    """Messages to the terminal, in plain words; libraries, and ranks above 0, speak only when something is wrong."""
-    console = Console()
-    console.setLevel(logging.INFO if rank.first else logging.ERROR)
-    console.setFormatter(logging.Formatter("%(message)s"))
-    # a bar shows the same on a terminal
-    console.addFilter(lambda record: not (getattr(record, "progress", False) and sys.stderr.isatty()))
-    root = logging.getLogger()
-    root.handlers = [console]
-    root.setLevel(logging.WARNING)
-    logging.getLogger("igpt").setLevel(logging.DEBUG)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Lightning's own use of PyTorch, nothing a user can mend
-    warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*", module="lightning.*")
-
-
-@contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Everything logged while the block lasts, appended to a file with its time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    except BaseException as error:
-        logging.getLogger(__name__).debug("stopped by %s", type(error).__name__, exc_info=True)
-        raise
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()

@@ -157,7 +157,7 @@ def test_a_full_disk_leaves_the_old_model_and_checkpoint(tmp_path: Path, net: GP
     with pytest.raises(OSError, match="is the disk full"), small_disk():
         save_model(tmp_path / "model", net.state_dict(), origin_of(net))
     with pytest.raises(OSError, match="is the disk full"), small_disk():
-        AtomicCheckpointIO().save_checkpoint({"state_dict": net.state_dict()}, path)
+        AtomicCheckpointIO().write({"state_dict": net.state_dict()}, path)
     assert find(str(tmp_path)).origin == origin_of(small)
     assert find(str(tmp_path)).net().config == small.config
     assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 5}

@@ -1,0 +1,26 @@
+"""Registers the sweep launcher with Hydra, which looks for plugins here: `hydra/launcher=processes`, the default."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class ProcessesLauncher(Launcher):
+    """Runs every job of a sweep as `python train.py …` in a process of its own; see `igpt.sweep`."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from igpt.sweep import launch  # only where there is a sweep: Hydra reads this file at every start
+
+        load = self.context.config_loader.load_sweep_config
+        configs = [load(self.config, list(overrides)) for overrides in job_overrides]
+        return launch(configs, first=initial_job_idx, **self.settings)
