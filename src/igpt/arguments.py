@@ -13,6 +13,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+AUTO = "resume=auto"
+
 
 def prepare(arguments: list[str], conf: Path) -> list[str]:
     """The arguments Hydra is to see: a resumed run's own ones first, then the new ones.
@@ -21,8 +23,11 @@ def prepare(arguments: list[str], conf: Path) -> list[str]:
         ValueError: a group, option or key that does not exist, with the nearest that does; a `resume=` that is no run.
     """
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    several = {"-m", "--multirun"} & {*arguments}
+    if several and not any(override.startswith(("resume=", "force=")) for override in overrides):
+        arguments, overrides = [*arguments, AUTO], [*overrides, AUTO]  # a sweep that was interrupted goes on
     resumed = [override.value() for override in parse(overrides) if override.key_or_group == "resume"]
-    if resumed and resumed[-1] is not None:
+    if resumed and resumed[-1] not in (None, "auto"):
         saved = saved_overrides(Path(str(resumed[-1])))
         arguments = [*saved, *arguments]
         overrides = [*saved, *overrides]

@@ -103,9 +103,9 @@ def open_folder(build: Build) -> RunFolder:
     """
     cfg = build.cfg
     name = build.name
-    if cfg.resume is not None:
-        if cfg.force:
-            raise ValueError("resume= continues a run, force=true repeats one: choose one of them")
+    if cfg.resume is not None and cfg.force:
+        raise ValueError("resume= continues a run, force=true repeats one: choose one of them")
+    if cfg.resume not in (None, "auto"):
         folder = RunFolder(Path(cfg.resume))
         saved = folder.read_run()
         differs, harmless = changes(saved["config"], build.config)
@@ -126,7 +126,7 @@ def open_folder(build: Build) -> RunFolder:
         while folder.started:
             folder = RunFolder(Path(cfg.paths.runs) / f"{name}-{repeat}")
             repeat += 1
-    elif folder.started and not folder.finished and any(folder.path.rglob("latest")):
+    elif cfg.resume is None and folder.started and not folder.finished and any(folder.path.rglob("latest")):
         raise ValueError(
             f"{folder.path} was begun and is not finished: continue it with `python train.py resume={folder.path}`, "
             f"or repeat it in a new folder with force=true"

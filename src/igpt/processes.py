@@ -23,22 +23,24 @@ GRACE_SECONDS = 10  # what ranks have to end by themselves after one of them fai
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-@dataclass
+@dataclass(eq=False)
 class Child:
     """One process in a session of its own: a Ctrl-C reaches it only through the process that started it."""
 
     command: Sequence[str]
     output: IO[bytes] | None  # where it writes; None: where this process does
     environment: Mapping[str, str] = field(default_factory=dict)  # beside, or instead of, this process's
+    without: Sequence[str] = ()  # what of this process's environment it is not to have
 
     def __post_init__(self) -> None:
+        inherited = {name: value for name, value in os.environ.items() if name not in self.without}
         reading, self._lifeline = os.pipe()  # -1: closed
         self.process = subprocess.Popen(
             self.command,
             stdout=self.output,
             stderr=self.output,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, **self.environment, LIFELINE: str(reading)},
+            env={**inherited, **self.environment, LIFELINE: str(reading)},
             pass_fds=(reading,),
             start_new_session=True,
         )
@@ -88,9 +90,14 @@ class Children:
         self.heard: str | None = None
 
     def start(
-        self, command: Sequence[str], *, output: IO[bytes] | None = None, environment: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        *,
+        output: IO[bytes] | None,
+        environment: Mapping[str, str],
+        without: Sequence[str] = (),
     ) -> Child:
-        child = Child(command, output, environment or {})
+        child = Child(command, output, environment, without)
         self.running.append(child)
         return child
 
@@ -170,12 +177,23 @@ def run_ranks(command: Sequence[str], n: int) -> int:
             if its_code in (0, STOPPED):
                 code = code or its_code
                 continue
+            if children.heard is not None:  # before it could listen
+                _end_within(children, GRACE_SECONDS)
+                return _shell_code(its_code)
             rank = ranks.index(ended)
             _end_within(children, GRACE_SECONDS)
+            if rank and its_code == 2 and ranks[0].code == 2:
+                return 2  # bad input, which rank 0 has seen too and said
             said = (place / f"rank_{rank}").read_text(errors="replace").strip() if rank else ""
-            _report(f"rank {rank} of {n} {how_it_ended(its_code)}; the others were ended", said, tell)
-            return its_code if its_code > 0 else 128 - its_code
+            if rank or its_code != 2:  # rank 0 says itself what is wrong with the input
+                _report(f"rank {rank} of {n} {how_it_ended(its_code)}; the others were ended", said, tell)
+            return _shell_code(its_code)
         return code
+
+
+def _shell_code(code: int) -> int:
+    """An exit code as shells count: 128 and the number of the signal that ended the process."""
+    return code if code >= 0 else 128 - code
 
 
 def _end_within(children: Children, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """The closing table: what a run found out, in a screenful."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from igpt.metric.result import Number, Result
@@ -15,6 +16,13 @@ def closing_table(result: Result, folder: Path, seconds: float) -> str:
     shown = [f"{folder / path}" for path in result.files.values() if path.suffix in {".png", ".html"}]
     rule = "─" * max((len(line) for line in lines), default=20)
     return "\n".join([rule, *lines, rule, *shown, f"{folder}  ({seconds:.0f} s)"])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows below one another, each column as wide as it must be; the first row is the heading."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
 
 
 def _value(number: Number) -> str:

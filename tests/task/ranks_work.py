@@ -1,0 +1,116 @@
+"""What two ranks do together for `test_ranks.py`, run once: `python -m tests.task.ranks_work FOLDER` in each."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from igpt import keyed, ranks
+from igpt.checkpoint import native
+from igpt.checkpoint.resume import AtomicCheckpointIO, step_of
+from igpt.data.digits import Digits
+from igpt.model.generate import Sampling
+from igpt.objective.ar import AR
+from igpt.objective.bert import BERT
+from igpt.stopping import StoppedError
+from igpt.task import evaluate
+from igpt.task.fit import Machine, Runner
+from igpt.task.guard import NonFiniteLossError
+from igpt.task.sample import draw
+from igpt.tokens.kmeans import fit
+from tests.task.conftest import Lab, machine
+from tests.task.test_stopping import Send
+
+TWENTY: dict[str, Any] = {"steps": 20, "val_every": 8, "checkpoint_every": 10}
+SETTINGS = {"name": "digits", "resolution": 8, "split_seed": 0, "shift": 1, "shift_share": 0.5}
+
+
+def a_lab() -> Lab:
+    """Digits of which 101 are held out: a number that neither two ranks nor any batch divides."""
+    digits = Digits(**SETTINGS, val_fraction=101 / 359, test_fraction=0.8)
+    return Lab(digits, fit(digits.split("train").pixels, k=17, iterations=10, restarts=1, seed=0))
+
+
+def on_all(**changed: Any) -> Machine:
+    return machine(devices="auto", **changed)
+
+
+def evaluated(lab: Lab, run: Path, on: Machine, objective: Any) -> dict[str, Any]:
+    """The numbers of `task=evaluate`, images 10 at a time."""
+    result = evaluate.run(
+        runner=Runner(machine=on, folder=run),
+        tokens=lab.tokens,
+        weights=native.find(str(run)),
+        objective=objective,
+        split="val",
+        batch_size=10,
+        baseline_images=0,
+    )
+    return {name: (number.value, number.stderr, number.n) for name, number in result.numbers.items()}
+
+
+def samples(run: Path) -> torch.Tensor:
+    keys = keyed.item_keys(keyed.key(0, "sample"), torch.arange(5))
+    return draw(native.find(str(run)).net(), Sampling(1.0, None, None), keys=keys, batch_size=2)
+
+
+def raised(kind: type[Exception], what: Any, *arguments: Any, **settings: Any) -> str:
+    try:
+        what(*arguments, **settings)
+    except kind as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
+    """Every answer, of which `test_ranks.py` makes its checks."""
+    lab = a_lab()
+    found: dict[str, Any] = {}
+    whole = lab.pretrain(place / "whole", on=on_all(micro_batch=25), **TWENTY)
+    found["curves"] = {name: curve.y for name, curve in whole.curves.items()}
+    found["bert"] = (
+        lab.pretrain(place / "bert", on=on_all(), objective=BERT(mask_probability=0.15)).curves["train/loss_gen"].y
+    )
+    found["evaluated"] = evaluated(lab, place / "whole", on_all(), AR())
+    found["evaluated bert"] = evaluated(lab, place / "bert", on_all(), BERT(mask_probability=0.15))
+    found["samples"] = samples(place / "whole")
+
+    term = (Send(signal.SIGTERM, step=6),) if rank.index == 1 else ()  # only one of them is asked to stop
+    stopped = {"on": on_all(micro_batch=25), **TWENTY}
+    found["stopped"] = raised(StoppedError, lab.pretrain, place / "stopped", callbacks=term, **stopped)
+    found["resumed"] = {name: c.y for name, c in lab.pretrain(place / "stopped", **stopped).curves.items()}
+
+    found["not finite"] = raised(
+        NonFiniteLossError, lab.pretrain, place / "nan", on=on_all(), learning_rate=1e30, warmup_steps=0
+    )
+    write = AtomicCheckpointIO.write
+
+    def refuse(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Path) -> None:
+        if step_of(path) == 4:
+            raise OSError("No space left on device")
+        write(self, checkpoint, path)
+
+    AtomicCheckpointIO.write = refuse  # type: ignore[method-assign]
+    lab.pretrain(place / "full disk", on=on_all())
+    AtomicCheckpointIO.write = write  # type: ignore[method-assign]
+
+    found["other settings"] = raised(ValueError, ranks.check_same, "settings", {"seed": rank.index, "data": "digits"})
+    found["from the first"] = raised(ValueError, ranks.from_first, lambda: int("not a number"))
+    yes = ranks.Agreement()
+    found["heard"] = [yes.heard(rank.index == 1 and step == 2) for step in range(5)]
+    yes.close()
+    odd = raised(ValueError, on_all().plan, 101)
+    found["odd batch"] = odd
+    return found
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    with ranks.joined(torch.device("cpu")) as rank:
+        everyone = ranks.gathered(work(place, rank))
+        if rank.first:
+            torch.save(everyone, place / "answers.pt")
+    os._exit(0)  # nothing is left to tidy

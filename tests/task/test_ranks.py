@@ -1,0 +1,100 @@
+"""Two ranks against one process. The ranks are started once, and do all that is checked here."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from igpt.checkpoint.resume import latest_checkpoint
+from igpt.objective.ar import AR
+from igpt.objective.bert import BERT
+from igpt.processes import run_ranks
+from tests.conftest import ROOT
+from tests.task.conftest import Lab, machine
+from tests.task.ranks_work import TWENTY, a_lab, evaluated, samples
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert run_ranks([sys.executable, "-m", "tests.task.ranks_work", str(place)], 2) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def answers(place: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = torch.load(place / "answers.pt", weights_only=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> Lab:
+    return a_lab()
+
+
+def test_the_losses_of_one_process(answers: list[dict[str, Any]], alone: Lab, tmp_path: Path) -> None:
+    """Invariant: the same global batch, with accumulation on either side, gives the same 20 losses; so does BERT."""
+    one = alone.pretrain(tmp_path / "ar", on=machine(micro_batch=50), **TWENTY)
+    for name, curve in one.curves.items():
+        assert answers[0]["curves"][name] == pytest.approx(curve.y, rel=1e-5)
+    assert len(one.curves["train/loss_gen"].y) == 20
+    bert = alone.pretrain(tmp_path / "bert", objective=BERT(mask_probability=0.15))
+    assert answers[0]["bert"] == pytest.approx(bert.curves["train/loss_gen"].y, rel=1e-5)
+
+
+def test_evaluation_is_exactly_that_of_one_process(place: Path, answers: list[dict[str, Any]], alone: Lab) -> None:
+    """Invariant: of 101 images, mean and standard error to the last bit, on either rank."""
+    for name, objective in (("whole", AR()), ("bert", BERT(mask_probability=0.15))):
+        one = evaluated(alone, place / name, machine(), objective)
+        assert one["val/loss_gen"][2] == 101
+        for answer in answers:
+            assert answer["evaluated" if name == "whole" else "evaluated bert"] == one
+
+
+def test_samples_are_shared_out(place: Path, answers: list[dict[str, Any]]) -> None:
+    """Invariant: five images over two ranks are the five of one process, in their order."""
+    for answer in answers:
+        assert torch.equal(answer["samples"], samples(place / "whole"))
+
+
+def test_one_rank_is_asked_to_stop_and_all_do(place: Path, answers: list[dict[str, Any]]) -> None:
+    """Invariant: at the same step; and resumed, to the bit as if nothing had happened, over epoch borders."""
+    assert answers[1]["stopped"] == "stopped by SIGTERM after step 8"
+    assert answers[0]["stopped"] == "stopped by another process of this run after step 8"
+    assert answers[0]["resumed"] == answers[0]["curves"]
+    weights = [load_file(place / name / "model" / "model.safetensors") for name in ("whole", "stopped")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_goes_wrong_is_known_to_both(place: Path, answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        assert answer["not finite"] == answers[0]["not finite"]
+        assert re.match(r"the loss of step \d is not finite", answer["not finite"])
+        expected = "rank 0 and rank 1 do not agree on the settings: seed 0 ≠ 1; give every machine"
+        assert answer["other settings"].startswith(expected)
+        assert "invalid literal for int" in answer["from the first"]
+        assert "task.batch_size 101 cannot be shared by 2 processes" in answer["odd batch"]
+    latest = latest_checkpoint(place / "full disk")
+    assert latest is not None
+    assert latest.name == "step_0000008.ckpt"  # the refusal at step 4 ended neither
+    assert not (latest.parent / "step_0000004.ckpt").exists()
+
+
+def test_an_agreement_is_heard_by_both_one_step_later(answers: list[dict[str, Any]]) -> None:
+    assert [answer["heard"] for answer in answers] == [[False, False, False, True, False]] * 2
+
+
+def test_only_the_first_rank_writes(place: Path) -> None:
+    """Invariant: the folder of two ranks holds what the folder of one does."""
+    names = {path.relative_to(place / "whole").as_posix() for path in (place / "whole").rglob("*")}
+    saved = [f"checkpoints/step_00000{step}" for step in (10, 16, 20)]
+    files = {"checkpoints/latest", "checkpoints/best.json", "model/config.json", "model/model.safetensors"}
+    assert names - {"checkpoints", "model"} <= files | {f"{s}.{kind}" for s in saved for kind in ("ckpt", "sha256")}
+    assert np.isin(["checkpoints/latest", "model/model.safetensors"], list(names)).all()
