@@ -288,7 +288,9 @@ def test_a_resumed_run_with_other_settings(tmp_path: Path, caplog: pytest.LogCap
     first = built(f"paths.runs={tmp_path}")
     folder = open_folder(first)
     folder.start(first.config, [], first.files_sha256)
-    assert open_folder(built(f"resume={folder.path}", "trainer.num_workers=2")).path == folder.path
+    with caplog.at_level(logging.INFO):
+        assert open_folder(built(f"resume={folder.path}", "trainer.num_workers=2")).path == folder.path
+    assert "has no checkpoint yet: it starts from the first step" in caplog.text
     with caplog.at_level(logging.INFO):
         open_folder(built(f"resume={folder.path}", "trainer.num_workers=2", "task.log_every=7"))
     assert "trainer.num_workers None ≠ 2; task.log_every 100 ≠ 7" in caplog.text
@@ -302,6 +304,44 @@ def test_a_resumed_run_with_other_settings(tmp_path: Path, caplog: pytest.LogCap
     ):
         with pytest.raises(ValueError, match=message):
             open_folder(built(f"resume={folder.path}", override))
+
+
+def test_resume_auto_takes_the_folder_this_command_has_begun(tmp_path: Path) -> None:
+    """Invariant: begun or not, the folder is the one of the settings; without it a begun run is not touched."""
+    build = built(f"paths.runs={tmp_path}", "resume=auto")
+    folder = open_folder(build)
+    assert folder.path == tmp_path / build.name == open_folder(built(f"paths.runs={tmp_path}")).path
+    folder.start(build.config, [], build.files_sha256)
+    (folder.path / "checkpoints").mkdir()
+    (folder.path / "checkpoints" / "latest").touch()
+    assert open_folder(build).path == folder.path
+    with pytest.raises(ValueError, match=r"was begun and is not finished: continue it with `python train.py resume="):
+        open_folder(built(f"paths.runs={tmp_path}"))
+
+
+def test_a_sweep_goes_on_by_itself() -> None:
+    assert prepare(["-m", "seed=0,1"], CONF) == ["-m", "seed=0,1", "resume=auto"]
+    assert prepare(["-m", "seed=0,1", "force=true"], CONF) == ["-m", "seed=0,1", "force=true"]
+    assert prepare(["seed=0"], CONF) == ["seed=0"]
+
+
+def hydra_of(*overrides: str) -> Any:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
+    return OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
+
+
+def test_launchers_compose() -> None:
+    """By hand: a SLURM job has a task for each process, and only settings that its launcher knows."""
+    assert hydra_of()["_target_"] == "hydra_plugins.igpt_processes.ProcessesLauncher"
+    slurm = hydra_of("hydra/launcher=slurm", "trainer=ddp", "trainer.devices=8", "trainer.nodes=2")
+    assert (slurm["nodes"], slurm["tasks_per_node"], slurm["gpus_per_node"]) == (2, 8, 8)
+    assert slurm["additional_parameters"]["requeue"] is True
+    # the fields of hydra-submitit-launcher 1.2.0's SlurmQueueConf that we set
+    known = "submitit_folder timeout_min cpus_per_task gpus_per_node tasks_per_node mem_gb nodes name stderr_to_stdout "
+    known += "_target_ partition qos constraint gres account signal_delay_s max_num_timeout additional_parameters "
+    known += "array_parallelism setup"
+    assert set(slurm) == set(known.split())
 
 
 def test_resume_reads_the_saved_arguments(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """The command itself, in processes of its own: one finished quickstart, and what users do next with it."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,36 +74,35 @@ def test_sample_from_a_run(quickstart: Path, tmp_path: Path) -> None:
     assert (tokens == tokens[0]).all()
 
 
-def test_a_stopped_and_killed_run_is_resumed(tmp_path: Path) -> None:
-    """Invariant: SIGTERM, then SIGKILL in the middle, the same command refuses and says how; resume= ends as never
-    stopped.
+def interrupted(place: Path, at: int, number: int, *arguments: str, whom: Callable[[int], int]) -> tuple[int, str]:
+    """Exit code and messages of a run of which a process gets a signal once step `at` is saved.
+
+    `whom` turns the number of the process that was started into that of the one to signal.
     """
-    settings = ["task=pretrain", *PRETRAIN, "task.steps=60", "task.checkpoint_every=5", "task.checkpoint_keep=99"]
-    settings.append("task.val_every=20")
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    with subprocess.Popen(command, cwd=place, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(place.glob(f"runs/*/checkpoints/step_{at:07d}.sha256")):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        os.kill(whom(process.pid), number)
+        return process.wait(60), process.communicate()[1]
 
-    def interrupted(number: int, at: int, *arguments: str) -> tuple[int, str]:
-        """Exit code and messages of a run that gets a signal once it has saved step `at`."""
-        command = [sys.executable, str(ROOT / "train.py"), *arguments]
-        with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-            deadline = time.monotonic() + 60
-            while not list(tmp_path.glob("runs/*/checkpoints/latest")) or not list(
-                tmp_path.glob(f"runs/*/checkpoints/step_{at:07d}.sha256")
-            ):
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
-            process.send_signal(number)
-            return process.wait(60), process.communicate()[1]
 
-    code, said = interrupted(signal.SIGTERM, 5, *settings)
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+SIXTY = ("task=pretrain", *PRETRAIN, "task.steps=60", "task.checkpoint_every=5", "task.checkpoint_keep=99")
+
+
+def test_a_stopped_run_is_resumed(tmp_path: Path) -> None:
+    """Invariant: SIGTERM ends it well and says how to go on; resume= ends as never stopped."""
+    settings = [*SIXTY, "task.val_every=20"]
+    code, said = interrupted(tmp_path, 5, signal.SIGTERM, *settings, whom=int)
     (run,) = (tmp_path / "runs").iterdir()
     assert code == 75
     assert f"continue with `python train.py resume=runs/{run.name}`" in said
-    code, said = interrupted(signal.SIGKILL, 30, f"resume=runs/{run.name}")
-    assert code == -signal.SIGKILL
-    assert not RunFolder(run).finished
-    refused = train_py(*settings, cwd=tmp_path, check=False)
-    assert refused.returncode == 2
-    assert f"resume=runs/{run.name}" in refused.stderr
     train_py(f"resume=runs/{run.name}", cwd=tmp_path)
     train_py(*settings, "paths.runs=whole", cwd=tmp_path)
     (whole,) = (tmp_path / "whole").iterdir()
@@ -109,6 +111,74 @@ def test_a_stopped_and_killed_run_is_resumed(tmp_path: Path) -> None:
     curves = [RunFolder(folder).read_result()["curves"] for folder in (run, whole)]
     assert curves[0] == curves[1]
     assert len(curves[0]["train/loss_gen"]["x"]) == 60
+
+
+def test_a_killed_rank_ends_the_run_which_one_process_goes_on_with(tmp_path: Path) -> None:
+    """Invariant: one folder; within a minute both ranks are gone, and the log says which was killed."""
+    settings = [*SIXTY, "task.val_every=0", "trainer=ddp", "trainer.accelerator=cpu"]
+    ranks: list[int] = []
+
+    def second(pid: int) -> int:
+        ranks.extend(children_of(pid))
+        return ranks[1]
+
+    code, said = interrupted(tmp_path, 5, signal.SIGKILL, *settings, whom=second)
+    assert code == 128 + signal.SIGKILL
+    assert len(ranks) == 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    (run,) = (tmp_path / "runs").iterdir()
+    for told in (said, (run / "log.txt").read_text()):
+        assert "rank 1 of 2 was killed by SIGKILL" in told
+    assert not RunFolder(run).finished
+    done = train_py(f"resume=runs/{run.name}", "trainer=cpu", cwd=tmp_path)
+    assert "resuming with other settings" in done.stderr
+    assert "trainer.devices auto ≠ 1" in done.stderr
+    assert RunFolder(run).finished
+
+
+def test_a_sweep(tmp_path: Path) -> None:
+    """Invariant: a folder a job, its table says what came of each; what differs is shown, what is equal is not."""
+    settings = ["task=pretrain", *PRETRAIN, "task.steps=3", "task.val_every=0", "trainer.accelerator=cpu"]
+    done = train_py(
+        "-m", *settings, "task.learning_rate=0.01,1e30", "hydra.launcher.n_jobs=2", cwd=tmp_path, check=False
+    )
+    assert done.returncode == 1
+    assert "2 jobs: 1 finished, 1 failed" in done.stderr
+    assert "error: the loss of step" in done.stderr
+    (sweep,) = (tmp_path / "runs" / "sweeps").glob("*/")
+    jobs = json.loads((sweep / "jobs.json").read_text())["jobs"]
+    assert [job["state"] for job in jobs] == ["finished", "failed"]
+    folders = [Path(job["folder"]) for job in jobs]
+    assert sorted(p for p in (tmp_path / "runs").iterdir() if p.name != "sweeps") == sorted(folders)
+    value = RunFolder(folders[0]).read_result()["numbers"]["val/loss_gen"]["value"]
+    assert jobs[0]["value"] == value
+    assert re.search(rf"0 +task.learning_rate=0.01 +finished +{value:.4f} +runs/{folders[0].name}", done.stderr)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_runs_of_two_processes_one_of_them_killed(tmp_path: Path) -> None:
+    """Invariant: four folders, three results, one error, nothing left running; the same command mends the fourth."""
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *SIXTY, "task.val_every=0", "seed=0,1,2,3"]
+    command += ["trainer=ddp", "trainer.accelerator=cpu", "hydra.launcher.n_jobs=2"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 90
+        while not list(tmp_path.glob("runs/*-s1-*/checkpoints/latest")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        started = children_of(process.pid)
+        os.kill(children_of(started[1])[0], signal.SIGKILL)  # the first rank of seed 1
+        said = process.communicate(timeout=150)[1]
+    assert process.returncode == 1
+    folders = [path for path in (tmp_path / "runs").iterdir() if path.name != "sweeps"]
+    assert len(folders) == 4
+    assert sorted(RunFolder(path).finished for path in folders) == [False, True, True, True]
+    assert "4 jobs: 3 finished, 1 failed" in said
+    assert "rank 0 of 2 was killed by SIGKILL" in said
+    mine = [path for path in Path("/proc").glob("[0-9]*/cwd") if path.exists() and path.resolve() == tmp_path]
+    assert not mine
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+    assert "3 were finished before" in again.stderr
+    assert "4 jobs: 4 finished" in again.stderr
 
 
 @pytest.mark.parametrize(

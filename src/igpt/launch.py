@@ -25,10 +25,13 @@ from igpt.report import loggers
 from igpt.report.folder import RunFolder, changes, environment, result_of
 from igpt.report.logs import log_file, set_up_logging
 from igpt.report.table import closing_table
-from igpt.stopping import STOPPED, StoppedError
+from igpt.stopping import STOPPED, StoppedError, pass_on
+from igpt.task.fit import Machine
 from igpt.task.guard import NonFiniteLossError
 
 log = logging.getLogger(__name__)
+
+REQUEUE_SECONDS = 60
 
 
 def main(cfg: DictConfig) -> None:
@@ -38,7 +41,9 @@ def main(cfg: DictConfig) -> None:
     overrides = list(HydraConfig.get().overrides.task)
     try:
         launch(cfg, choices=choices, overrides=overrides)
-    except StoppedError:
+    except StoppedError as error:
+        if pass_on(error.name) and not ranks.this_rank().first:
+            time.sleep(REQUEUE_SECONDS)  # whoever was told has the first rank queue the job again, and ends us all
         sys.exit(STOPPED)
     except (ValueError, NonFiniteLossError, OSError, OmegaConfBaseException) as error:
         log.debug("traceback", exc_info=True)
@@ -49,6 +54,7 @@ def main(cfg: DictConfig) -> None:
 def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) -> Result:
     """Runs a composed config in its run folder; a finished identical run is not repeated, its result is returned."""
     build = Build(cfg, choices)
+    check_batch(build.machine, cfg.task)
     with ranks.joined(build.machine.device) as rank:
         check_ranks(build)
         folder, finished = ranks.from_first(lambda: chosen_folder(build))
@@ -75,6 +81,12 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
             except StoppedError as error:
                 log.warning("%s; continue with `python train.py resume=%s`", error, folder.path)
                 raise
+
+
+def check_batch(machine: Machine, task: DictConfig) -> None:
+    """Raises ValueError when the processes of this run cannot share out the images of a step."""
+    if "net" in task.needs and isinstance(task.get("batch_size"), int):
+        machine.plan(task.batch_size)
 
 
 def check_ranks(build: Build) -> None:
@@ -117,6 +129,8 @@ def open_folder(build: Build) -> RunFolder:
             raise ValueError(
                 f"resume={cfg.resume}: this is another run than the one that was begun: {'; '.join(differs)}"
             )
+        if not any(folder.path.rglob("latest")):
+            log.info("%s has no checkpoint yet: it starts from the first step", folder.path)
         if harmless:
             log.info("resuming with other settings, which do not change what is learned: %s", "; ".join(harmless))
         return folder
@@ -165,6 +179,8 @@ def perform(build: Build, folder: RunFolder) -> Result:
 def stages(build: Build) -> Callable[..., Result]:
     """What runs one stage of a pipeline; every stage's settings are checked before the first one starts."""
     configs = {str(name): stage_config(build, str(name), own) for name, own in build.cfg.task.stages.items()}
+    for cfg, _ in configs.values():
+        check_batch(build.machine, cfg.task)
 
     def stage(name: str, _: Mapping[str, Any], *, folder: Path, init: str | None) -> Result:
         cfg, choices = configs[name]

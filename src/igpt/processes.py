@@ -140,7 +140,7 @@ def devices_of(trainer: Mapping[str, Any]) -> int:
     """
     devices = trainer["devices"]
     if devices != "auto":
-        return int(devices)
+        return devices if isinstance(devices, int) else 1  # what is no number is refused where settings are checked
     import torch  # takes seconds: only where it is needed
 
     return (torch.cuda.device_count() if trainer["accelerator"] != "cpu" else 0) or 2

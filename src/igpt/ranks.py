@@ -57,8 +57,9 @@ def joined(device: torch.device) -> Iterator[Rank]:
         yield rank
         return
     if "MASTER_ADDR" not in os.environ:
-        slurm = SLURMEnvironment(auto_requeue=False)
-        os.environ |= {"MASTER_ADDR": slurm.main_address, "MASTER_PORT": str(slurm.main_port)}
+        first_node = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_NODELIST"])
+        port = 15000 + int(os.environ["SLURM_JOB_ID"]) % 10000  # the same on every node, another for every job
+        os.environ |= {"MASTER_ADDR": first_node, "MASTER_PORT": str(port)}
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",

@@ -16,10 +16,11 @@ STOPPED = 75  # exit code "try again later" (sysexits.h): what a scheduler may s
 
 
 class StoppedError(RuntimeError):
-    """A signal has stopped the run after a step, and its state is saved."""
+    """A signal (None: one that another process of the run got) has stopped the run after a step; its state is saved."""
 
-    def __init__(self, name: str, step: int) -> None:
-        super().__init__(f"stopped by {name} after step {step}")
+    def __init__(self, name: str | None, step: int) -> None:
+        super().__init__(f"stopped by {name or 'another process of this run'} after step {step}")
+        self.name = name
 
 
 class StopRequest:
@@ -50,6 +51,20 @@ class StopRequest:
             return
         self.name = signal.Signals(number).name
         log.warning("%s: finishing this step, then saving; once more to leave at once", self.name)
+
+
+def pass_on(name: str | None) -> bool:
+    """Gives a signal that was answered here to whoever listened before: submitit, say, which queues the job again.
+
+    True when somebody did.
+    """
+    if name is None:
+        return False
+    handler = signal.getsignal(number := signal.Signals[name])
+    if not callable(handler) or handler is signal.default_int_handler:
+        return False
+    handler(number, None)
+    return True
 
 
 def deaf(worker: int) -> None:

@@ -1,19 +1,24 @@
 """Stopping well, and disks that refuse."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import lightning as L
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from igpt import launch
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint, read_best, step_of
-from igpt.stopping import StoppedError
+from igpt.stopping import StoppedError, pass_on
 from tests.task.conftest import Lab, machine
 
 
@@ -65,6 +70,43 @@ def test_a_second_signal_leaves_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "SIGTERM\n"
     assert done.returncode == -signal.SIGTERM
+
+
+def test_who_listened_before_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped run ends with 75, after the signal has gone on to a scheduler's own answer to it."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: told.append(number))
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise StoppedError("SIGUSR2", 5)
+
+    monkeypatch.setattr(launch, "launch", stopped)
+    monkeypatch.setattr(launch, "HydraConfig", MagicMock())
+    try:
+        with pytest.raises(SystemExit) as ended:
+            launch.main(OmegaConf.create({}))
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert ended.value.code == 75
+    assert told == [signal.SIGUSR2]
+    assert not pass_on("SIGUSR2")  # nobody listens now
+    assert not pass_on("SIGINT")  # Python's own answer would be a KeyboardInterrupt
+    assert not pass_on(None)
+
+
+def test_a_clock_set_back(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: what is newest and what is learned depend on no clock; no speed is negative."""
+    whole = lab.pretrain(tmp_path / "whole")
+    now = itertools.count(1e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(now))
+    with pytest.raises(StoppedError):
+        lab.pretrain(tmp_path / "back", callbacks=(Send(signal.SIGTERM, step=4),))
+    for age, path in enumerate(sorted((tmp_path / "back" / "checkpoints").glob("*.ckpt"))):
+        os.utime(path, (1e9 - age, 1e9 - age))
+    latest = latest_checkpoint(tmp_path / "back")
+    assert latest is not None
+    assert step_of(latest) == 5
+    assert lab.pretrain(tmp_path / "back").curves == whole.curves
 
 
 def test_a_disk_that_refuses_once(

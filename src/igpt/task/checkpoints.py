@@ -66,7 +66,7 @@ class Checkpoints(L.Callback):
         if trainer.global_step % self.every == 0 or stop:
             self._save(trainer, module, needed=stop)
         if stop and trainer.global_step < trainer.max_steps:
-            raise StoppedError(self.stop.name or "another process of this run", trainer.global_step)
+            raise StoppedError(self.stop.name, trainer.global_step)
 
     def _save(
         self, trainer: L.Trainer, module: L.LightningModule, *, best: float | None = None, needed: bool = False

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -72,9 +73,9 @@ class Machine:
             raise ValueError(f"trainer.devices and trainer.nodes start at 1, got {self.devices} and {self.nodes}")
         if n_local * self.nodes != self.rank.count:
             raise ValueError(
-                f"trainer.devices={self.devices} on trainer.nodes={self.nodes} is {n_local * self.nodes} processes, "
-                f"{self.rank.count} were started: on one machine `python train.py` starts them itself, on several let "
-                "torchrun or srun start as many as the settings say"
+                f"trainer.devices={self.devices} × trainer.nodes={self.nodes} asks for {n_local * self.nodes} "
+                f"process(es), started: {self.rank.count}. On one machine `python train.py` starts them itself, on "
+                "several torchrun or srun does, as many as the settings say"
             )
         if self.device.type == "cuda" and self.rank.local >= torch.cuda.device_count():
             raise ValueError(
@@ -234,7 +235,7 @@ class Runner:
             strategy=DDPStrategy(gradient_as_bucket_view=True) if several else "auto",
             precision=machine.precision,
             default_root_dir=self.folder,
-            plugins=[AtomicCheckpointIO(), *([Ranks()] if several else [])],
+            plugins=[AtomicCheckpointIO(), Ranks() if several else LightningEnvironment()],
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
