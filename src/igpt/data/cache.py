@@ -64,11 +64,14 @@ def in_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -
     with tqdm(total=len(rows), desc=what, unit="image", disable=None) as bar:
         with torch.device("cpu"):  # also where a network is being laid out on the meta device
             parts = iter(chunks)
-        for made in parts:
-            if isinstance(made, BadImageError):
-                raise made
-            yield made
-            bar.update(min(_CHUNK, len(rows) - bar.n))
+        try:
+            for made in parts:
+                if isinstance(made, BadImageError):
+                    raise made
+                yield made
+                bar.update(min(_CHUNK, len(rows) - bar.n))
+        finally:
+            del parts  # ends the other processes now, also where an error keeps this frame
 
 
 def digest(made_by: Mapping[str, Any]) -> str:
