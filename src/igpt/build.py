@@ -264,6 +264,20 @@ class Build:
         assert isinstance(net, partial)
         return net
 
+    def need_cache(self, folder: RunFolder) -> Path:
+        return Path(self.cfg.paths.cache)
+
+    def need_made_by(self, folder: RunFolder) -> dict[str, Any]:
+        """What decides the features of an image beside the weights: names their file."""
+        data = {key: value for key, value in self.config["data"].items() if key != "n_colour"}
+        return {
+            "data": data,
+            "images": self.files_sha256.get("data.path"),
+            "precision": self.machine.precision,
+            "objective": self.objective_settings,
+            "seed": self.cfg.seed,
+        }
+
     def need_objective(self, folder: RunFolder) -> Objective:
         return self.objective
 

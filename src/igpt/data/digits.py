@@ -77,6 +77,10 @@ class ShiftedSplit:
     def __len__(self) -> int:
         return len(self.plain)
 
+    @property
+    def labels(self) -> np.ndarray:
+        return self.plain.labels
+
     def prepare(self) -> None: ...
 
     def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:

@@ -138,18 +138,23 @@ class DecodedSplit:
     """Rows of a table, decoded and cut whenever they are read."""
 
     table: Table
-    labels: np.ndarray  # (len(table),) int64
+    of_table: np.ndarray  # labels, (len(table),) int64
     rows: np.ndarray  # (N,) int64
     crop: Crop
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def labels(self) -> np.ndarray:
+        labels: np.ndarray = self.of_table[self.rows]
+        return labels
+
     def prepare(self) -> None: ...
 
     def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
         rows = self.rows[np.asarray(index, dtype=np.int64)]
-        return Pixels(pixels_of(self.table, self.crop, rows.tolist(), keys), self.labels[rows])
+        return Pixels(pixels_of(self.table, self.crop, rows.tolist(), keys), self.of_table[rows])
 
 
 def pixels_of(table: Table, crop: Crop, rows: Sequence[int], keys: Sequence[int]) -> np.ndarray:
@@ -175,6 +180,10 @@ class CachedSplit:
     def __len__(self) -> int:
         return len(self.decoded)
 
+    @property
+    def labels(self) -> np.ndarray:
+        return self.decoded.labels
+
     def prepare(self) -> None:
         if self._pixels is None and len(self):
             make = partial(_plainly, self.decoded.table, self.decoded.crop)
@@ -184,7 +193,7 @@ class CachedSplit:
         if self._pixels is None:
             return self.decoded.read(index, keys)
         rows = self.decoded.rows[np.asarray(index, dtype=np.int64)]
-        return Pixels(self._pixels[np.searchsorted(self.cached, rows)], self.decoded.labels[rows])
+        return Pixels(self._pixels[np.searchsorted(self.cached, rows)], self.decoded.of_table[rows])
 
 
 def _plainly(table: Table, crop: Crop, rows: Sequence[int]) -> np.ndarray:
@@ -201,6 +210,10 @@ class AugmentedSplit:
 
     def __len__(self) -> int:
         return len(self.plain)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.plain.labels
 
     def prepare(self) -> None:
         self.plain.prepare()

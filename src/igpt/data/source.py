@@ -21,6 +21,11 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Of every image, (N,) int64, known without reading one."""
+        ...
+
     def prepare(self) -> None:
         """Makes many reads fast (decodes once, to disk). Nothing else depends on it: `read` gives the same without."""
         ...

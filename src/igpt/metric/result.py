@@ -11,12 +11,13 @@ VERSION = 1  # of result.json
 
 @dataclass(frozen=True)
 class Number:
-    """A measured value with its unit, how many it was measured on, and, where known, its standard error."""
+    """A measured value with its unit, how many it was measured on, and, where known, how sure it is."""
 
     value: float
     unit: str
     n: int
     stderr: float | None = None
+    interval: tuple[float, float] | None = None  # that holds it with 95 %
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Result:
     curves: dict[str, Curve] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
     palettes: dict[str, np.ndarray] = field(default_factory=dict)  # name → (k, 3) uint8
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)  # name → what is kept as name.npy
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)  # name → tokens, kept as name_tokens.npy
+    matrices: dict[str, np.ndarray] = field(default_factory=dict)  # name → (K, K) counts: row said, column meant
     files: dict[str, Path] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -41,9 +41,9 @@ def logistic_regression(
     every objective, in nats per image, is within `tolerance` of its minimum by estimate.
 
     How: features are centred, which changes only the intercept. L-BFGS starts from the inverse of their covariance, as
-    much of the Hessian as does not depend on the heads, so that ten or twenty steps do where plain L-BFGS takes hundreds.
-    All layers are fitted together, each with its own step lengths; a step is two passes over the features, however often
-    its length is tried. The strengths follow one another, each from the heads of the one before.
+    much of the Hessian as does not depend on the heads: tens of steps do where plain L-BFGS takes hundreds. All layers
+    are fitted together, each with its own step lengths; a step is two passes over the features, however often its
+    length is tried. The strengths follow one another, each from the heads of the one before.
 
     Raises:
         ValueError: features that are not finite, or labels that are no classes.
@@ -62,9 +62,7 @@ def logistic_regression(
     thetas, objectives, remaining, iterations = zip(*(found[strength] for strength in strengths), strict=True)
     weight = torch.stack([theta[:, :-1] for theta in thetas], dim=1).mT  # (P, S, K, D)
     bias = torch.stack([theta[:, -1] for theta in thetas], dim=1) - torch.einsum("pskd,pd->psk", weight, mean[:, 0])
-    return Heads(
-        weight.contiguous(), bias, torch.stack(objectives, 1), torch.stack(remaining, 1), sum(iterations)
-    )
+    return Heads(weight.contiguous(), bias, torch.stack(objectives, 1), torch.stack(remaining, 1), sum(iterations))
 
 
 def check_features(features: Tensor, labels: Tensor, n_class: int) -> None:
@@ -76,7 +74,7 @@ def check_features(features: Tensor, labels: Tensor, n_class: int) -> None:
             f"the features of layer(s) {', '.join(map(str, layers))} hold NaN or infinity: the weights have broken "
             "down, or the precision is too low (try task.dtype=float32 and trainer.precision=32-true)"
         )
-    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < n_class):
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < n_class):
         raise ValueError(f"labels must lie in 0 … {n_class - 1}, found {int(labels.min())} … {int(labels.max())}")
 
 
@@ -180,7 +178,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _two_loops(gradient: Tensor, steps: list[tuple[Tensor, Tensor, Tensor]], guess: "_Guess") -> Tensor:
-    """The inverse Hessian, as the steps so far let one guess it, times the gradient (Nocedal & Wright, algorithm 7.4)."""
+    """The inverse Hessian, as the steps so far let one guess it, times the gradient (Nocedal & Wright, alg. 7.4)."""
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(dim=(1, 2), keepdim=True)

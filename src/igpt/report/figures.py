@@ -67,11 +67,33 @@ def curves_figure(path: Path, curves: dict[str, Curve]) -> None:
     for place, ((x_unit, y_unit), lines) in enumerate(plots.items(), start=1):
         axes = figure.add_subplot(len(plots), 1, place)
         for name, curve in lines.items():
-            axes.plot(curve.x, curve.y, label=name, linewidth=1.4)
+            axes.plot(curve.x, curve.y, label=name, linewidth=1.4, marker="o" if len(curve.x) <= 65 else None, ms=3)
         axes.set_xlabel(x_unit)
         axes.set_ylabel(y_unit)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
+    with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def matrix_figure(path: Path, matrix: np.ndarray) -> None:
+    """Writes counts (K, K), row: the true class, column: what it was taken for, as shares of each row."""
+    k = len(matrix)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    side = min(14.0, max(4.0, 0.45 * k + 1.5))
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if k <= 30:
+        axes.set_xticks(range(k))
+        axes.set_yticks(range(k))
+        for (row, column), share in np.ndenumerate(shares):
+            if matrix[row, column]:
+                ink = "white" if share > 0.5 else "black"
+                axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8, color=ink)
+    axes.set_xlabel("taken for class")
+    axes.set_ylabel("class")
+    axes.spines[:].set_visible(False)
     with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
         figure.savefig(temporary, format="png", dpi=130)
 

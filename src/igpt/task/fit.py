@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import platform
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -224,6 +225,12 @@ class Runner:
         """One pass of the module's validation over the data's evaluation split."""
         with matmul_precision(self.machine.matmul_precision, self.machine.device):
             self._trainer(logger=False).validate(module, datamodule=data, verbose=False)
+
+    def predict(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
+        """One pass of the module's `predict_step` over the data's evaluation split; what it returns is not kept."""
+        with matmul_precision(self.machine.matmul_precision, self.machine.device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*custom batch sampler.*|.*predict returned None.*")
+            self._trainer(logger=False).predict(module, datamodule=data, return_predictions=False)
 
     def _trainer(self, **options: Any) -> L.Trainer:
         machine = self.machine

@@ -151,6 +151,10 @@ class TokenDataModule(L.LightningDataModule):
             )
         return self._split_loader(split, OncePerImage(len(split), plan=self.plan), self.eval_split)
 
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The same, for tasks that write something about every image."""
+        return self.val_dataloader()
+
     def _split_loader(self, split: Split, batches: Iterable[list[Item]], stream: str) -> DataLoader[Any]:
         split.prepare()
         return self._loader(_Pixels(split, seed=self.seed, stream=stream), batch_sampler=batches, collate_fn=_whole)

@@ -1,0 +1,246 @@
+"""Linear probes: what a linear classifier can read from the pooled features of every layer."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt import keyed, ranks
+from igpt.checkpoint.native import Weights
+from igpt.data.cache import alone
+from igpt.data.source import Source
+from igpt.metric.result import Curve, Number, Result
+from igpt.model.features import NORMS, layer_features
+from igpt.model.gpt import GPT
+from igpt.objective.base import Objective
+from igpt.probe.choice import Choice, Images, Table, chosen, fitted, folds_of, searched
+from igpt.probe.features import Dtype, Features, FeatureWriter, features_path, read_features
+from igpt.probe.scores import accuracy_number, confusion, top_k
+from igpt.task.fit import Machine, Runner, matmul_precision
+from igpt.tokens.datamodule import Batch, TokenDataModule
+
+log = logging.getLogger(__name__)
+
+
+class ProbeModule(L.LightningModule):
+    """A frozen network whose pooled features are handed on: one forward pass an image and mask, for all layers."""
+
+    def __init__(self, *, net: GPT, objective: Objective, machine: Machine, norm: str, masks: int) -> None:
+        super().__init__()
+        machine.prepare(net)
+        self.net, self.objective, self.norm, self.masks = net.requires_grad_(False), objective, norm, masks
+        self.writers: list[FeatureWriter] = []
+
+    def pooled(self, batch: Batch, mask: int) -> Tensor:
+        """The features under one mask, (L + 1, B, C)."""
+        keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
+        return layer_features(self.net, batch.tokens, self.objective.keep(batch.tokens, keys), norm=self.norm)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        for mask, writer in enumerate(self.writers):
+            writer.add(self.pooled(batch, mask), batch.rows, batch.labels)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Gives the features of a network on any split, from disk where they are, else written in one pass."""
+
+    runner: Runner
+    tokens: Callable[..., TokenDataModule]
+    objective: Objective
+    cache: Path
+    made_by: Mapping[str, Any]
+    norm: str
+    dtype: Dtype
+    batch_size: int
+
+    def read(self, net: GPT, name: str, split: str, *, masks: int) -> list[Features]:
+        """One `Features` for each mask; `name` is that of the network: the hash of its weights."""
+        data = self.tokens(plan=self.runner.machine.reading_plan(self.batch_size), eval_split=split)
+        images = data.source.split(split)
+        if not len(images):
+            raise ValueError(
+                f"{data.source.name} has no images in its {split} split: set data.{split}_fraction above 0"
+            )
+        paths = [
+            features_path(
+                self.cache,
+                f"{data.source.name}{data.source.resolution}-{split}",
+                {**self.made_by, "weights": name, "split": split, "norm": self.norm, "dtype": self.dtype, "mask": mask},
+            )
+            for mask in range(masks)
+        ]
+        first = ranks.this_rank().first
+        with alone(paths[0]) if first else nullcontext():
+            found = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
+            if not ranks.from_first(lambda: all(features is not None for features in found)):
+                module = ProbeModule(
+                    net=net, objective=self.objective, machine=self.runner.machine, norm=self.norm, masks=masks
+                )
+                module.writers = [FeatureWriter(path, n_image=len(images), dtype=self.dtype) for path in paths]
+                log.info("features: %s, %d images, %d layers", split, len(images), net.n_layer + 1)
+                self.runner.predict(module, data)
+                for writer in module.writers:
+                    writer.finish()
+                found = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
+        for path, features in zip(paths, found, strict=True):
+            assert features is not None
+            if not np.array_equal(features.labels, images.labels):
+                raise ValueError(f"the labels of {split} are not those that {path} was written with: remove that file")
+        return [features for features in found if features is not None]
+
+
+def check(
+    *,
+    norm: str,
+    batch_size: int,
+    strengths: list[float],
+    masks: int,
+    concat: int | None,
+    folds: int | None,
+    **_: Any,
+) -> None:
+    """Raises ValueError when a setting of the task cannot be right, before anything is built."""
+    if norm not in NORMS:
+        raise ValueError(f"task.norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if batch_size < 1 or masks < 1:
+        raise ValueError(f"task.batch_size and task.masks start at 1, got {batch_size} and {masks}")
+    if not strengths or min(strengths) <= 0:
+        raise ValueError(f"task.strengths are one or more positive numbers, got {strengths}")
+    if concat is not None and (concat < 3 or concat % 2 == 0):
+        raise ValueError(f"task.concat is null or an odd number of layers from 3 on, got {concat}")
+    if folds is not None and folds < 2:
+        raise ValueError(f"task.folds is null (choose on val) or at least 2, got {folds}")
+
+
+def check_classes(source: Source, splits: Sequence[str]) -> int:
+    """The number of classes. Raises ValueError without labels, or where a class has nothing to learn from."""
+    if source.n_class is None:
+        raise ValueError(f"data={source.name} has no labels (data.n_class=null): a probe needs some")
+    known = set(np.unique(source.split("train").labels).tolist())
+    if -1 in known:
+        raise ValueError(f"data={source.name}: some images have no label, a probe needs them all")
+    for split in splits:
+        if unknown := set(np.unique(source.split(split).labels).tolist()) - known:
+            raise ValueError(
+                f"data={source.name}: class {min(unknown)} is in {split}, but no image of it is in train: "
+                "take other splits, or more images"
+            )
+    return source.n_class
+
+
+def run(
+    *,
+    runner: Runner,
+    tokens: Callable[..., TokenDataModule],
+    weights: Weights,
+    objective: Objective,
+    cache: Path,
+    made_by: dict[str, Any],
+    seed: int,
+    norm: str,
+    dtype: Dtype,
+    batch_size: int,
+    strengths: list[float],
+    layer: int | None,
+    concat: int | None,
+    masks: int,
+    folds: int | None,
+    refit: bool,
+    test: bool,
+    untrained: bool,
+    pixels: bool,
+) -> Result:
+    """Accuracy of every layer on val, of the best on test, and of what it has to beat."""
+    reader = Reader(runner, tokens, objective, cache, made_by, norm, dtype, batch_size)
+    net = weights.net()
+    n_layer = net.n_layer
+    if layer is not None and not 0 <= layer <= n_layer:
+        raise ValueError(f"task.layer must lie in 0 … {n_layer} (0: the embedding), got {layer}")
+    if concat is not None and concat > n_layer + 1:
+        raise ValueError(f"task.concat={concat}: the network has {n_layer + 1} layers to take together")
+    source = tokens().source
+    n_class = check_classes(source, ["val", *(["test"] if test else [])])
+    masks = masks if not objective.causal else 1  # only a masked objective has any
+    device = runner.machine.device
+    how: dict[str, Any] = {"n_class": n_class, "device": device, "seed": seed}
+
+    def images(of: GPT, name: str, split: str) -> Images:
+        return Images(reader.read(of, name, split, masks=1 if split == "train" else masks))
+
+    train, val = images(net, weights.sha256, "train"), images(net, weights.sha256, "val")
+    with matmul_precision(runner.machine.matmul_precision, device):
+        fold = None if folds is None else folds_of(train.labels, folds, seed=seed)
+        table = searched(train, val, strengths, folds=fold, **how)
+        best = chosen(table, layer=layer)
+        log.info("probe: layer %d of %d is best, C = %g", best.layers[0], n_layer, best.strength)
+        result = report(table, best, val)
+        if concat is not None:
+            windows = [window_around(best.layers[0], concat, n_layer)]
+            together = searched(train, val, strengths, folds=fold, windows=windows, **how)
+            best = chosen(together, layer=None)
+            result.numbers["val/concatenated"] = together.number(best)
+        if untrained:
+            fresh = GPT(**weights.origin.network)
+            fresh.init_weights(seed)
+            name = f"untrained, seed {seed}, {sorted(net.config.items())}"
+            of_fresh = [images(fresh, name, split) for split in ("train", "val")]
+            theirs = searched(of_fresh[0], of_fresh[1], strengths, folds=fold, **how)
+            result.curves["untrained network, val"] = theirs.curve()
+            result.numbers["val/untrained"] = theirs.number(chosen(theirs, layer=None))
+        if pixels:
+            raw = [Images.of_pixels(source.split(split)) for split in ("train", "val")]
+            of_pixels = searched(raw[0], raw[1], strengths, folds=fold, **how)
+            share = of_pixels.number(chosen(of_pixels, layer=None))
+            result.numbers["val/raw_pixels"] = share
+            depth = [0.0, float(n_layer)]
+            result.curves["raw pixels, val"] = Curve(depth, [share.value] * 2, "layer", "accuracy")
+        heads = fitted([train, val] if refit else [train], best, **how)
+        heads.save(runner.folder / "probe.safetensors" if ranks.this_rank().first else None)
+        if test:
+            held_out = images(net, weights.sha256, "test")
+            said, scores = heads.predict(held_out)
+            labels = held_out.labels
+            result.numbers["test/accuracy"] = accuracy_number(said == labels, seed=seed)
+            if masks > 1:
+                one = scores.argmax(dim=-1).cpu().numpy()
+                result.numbers["test/accuracy_one_mask"] = accuracy_number(one == labels, seed=seed)
+            if n_class > 5:
+                five = top_k(scores.cpu(), torch.from_numpy(labels), 5).numpy()
+                result.numbers["test/top_5"] = accuracy_number(five, seed=seed)
+            result.matrices["confusion"] = confusion(labels, said, n_class)
+    result.files["probe"] = Path("probe.safetensors")
+    result.provenance = {
+        "weights": weights.sha256, "palette": tokens().palette.hash, "layers": best.layers, "norm": norm,
+        "pooling": "mean over positions", "solver": "lbfgs", "C": best.strength, "masks": masks, "seed": seed,
+        "chosen_on": "val" if folds is None else f"{folds} folds of train", "refitted_on_val": refit,
+    }  # fmt: skip
+    return result
+
+
+def report(table: Table, best: Choice, val: Images) -> Result:
+    """The numbers and the curve of the search; the embedding and the last layer are what the best has to beat."""
+    result = Result()
+    result.numbers["val/accuracy"] = table.number(best)
+    if len(val.under) > 1:
+        result.numbers["val/accuracy_one_mask"] = table.number(best, one_mask=True)
+    last = len(table.windows) - 1
+    result.numbers["probe/layer"] = Number(best.layers[0], f"of 0 … {last}", 1)
+    result.numbers["probe/C"] = Number(best.strength, "C", 1)
+    result.numbers["val/embedding"] = table.number(chosen(table, layer=0))
+    result.numbers["val/last_layer"] = table.number(chosen(table, layer=last))
+    result.curves["probe, val"] = table.curve()
+    return result
+
+
+def window_around(layer: int, size: int, n_layer: int) -> list[int]:
+    """`size` adjacent layers of 0 … n_layer, centred on one; moved inside where it lies too near an end."""
+    first = min(max(0, layer - size // 2), n_layer + 1 - size)
+    return list(range(first, first + size))
