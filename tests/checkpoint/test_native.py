@@ -174,12 +174,12 @@ def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == ["latest", *kept]
     assert latest_checkpoint(tmp_path) == path
     assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 15}
-    mark_best(checkpoint_path(tmp_path, 10), loss=1.5)
+    mark_best(checkpoint_path(tmp_path, 10), name="val/loss_gen", value=1.5)
     for step in (20, 25):
         AtomicCheckpointIO().save_checkpoint({"step": step}, checkpoint_path(tmp_path, step))
         mark_latest(checkpoint_path(tmp_path, step), keep=1)
     assert sorted(p.stem for p in path.parent.glob("*.ckpt")) == ["step_0000010", "step_0000025"]
-    assert read_best(tmp_path) == {"checkpoint": "step_0000010.ckpt", "step": 10, "val/loss_gen": 1.5}
+    assert read_best(tmp_path) == {"checkpoint": "step_0000010.ckpt", "step": 10, "name": "val/loss_gen", "value": 1.5}
     assert latest_checkpoint(tmp_path / "elsewhere") is None
 
 

@@ -137,6 +137,6 @@ def test_the_best_stays(tmp_path: Path, lab: Lab) -> None:
     best = read_best(tmp_path)
     assert best is not None
     curve = result.curves["val/loss_gen"]
-    assert best["val/loss_gen"] == pytest.approx(min(curve.y), rel=1e-6)
+    assert best["value"] == pytest.approx(min(curve.y), rel=1e-6)
     assert best["step"] == curve.x[curve.y.index(min(curve.y))]
     assert (tmp_path / "checkpoints" / best["checkpoint"]).is_file()

@@ -14,7 +14,7 @@ from igpt import files
 log = logging.getLogger(__name__)
 
 LATEST = "latest"  # the name of the newest
-BEST = "best.json"  # the name of the one with the lowest validation loss, its step and that loss
+BEST = "best.json"  # the name of the one with the best validation, its step and what makes it the best
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -85,9 +85,10 @@ def mark_latest(path: Path, *, keep: int) -> None:
             AtomicCheckpointIO().remove_checkpoint(old)
 
 
-def mark_best(path: Path, *, loss: float) -> None:
-    """Notes that `path` has the lowest validation loss so far, which keeps it."""
-    files.write_json(path.parent / BEST, {"checkpoint": path.name, "step": step_of(path), "val/loss_gen": loss})
+def mark_best(path: Path, *, name: str, value: float) -> None:
+    """Notes that `path` has the best validation so far, by its number called `name`, which keeps it."""
+    best = {"checkpoint": path.name, "step": step_of(path), "name": name, "value": value}
+    files.write_json(path.parent / BEST, best)
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:

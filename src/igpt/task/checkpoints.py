@@ -17,17 +17,30 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoints(L.Callback):
-    """Saves every `every` steps, at the lowest validation loss and at the end; keeps the newest `keep` and the best.
+    """Saves every `every` steps, at the best validation and at the end; keeps the newest `keep` and the best.
 
-    When a signal has asked to stop, the state is saved after the optimiser step that is going on (and its validation).
+    Best is the highest or lowest of the module's `numbers[monitor]`. After `patience` validations without a better one,
+    training ends. When a signal has asked to stop, the state is saved after the optimiser step that is going on, and
+    after its validation.
 
     Raises:
         StoppedError: then.
     """
 
     def __init__(
-        self, folder: Path, guard: FiniteGuard, *, every: int, keep: int, val_every: int, stop: StopRequest
+        self,
+        folder: Path,
+        guard: FiniteGuard,
+        *,
+        every: int,
+        keep: int,
+        val_every: int,
+        stop: StopRequest,
+        monitor: str = "val/loss_gen",
+        highest: bool = False,
+        patience: int | None = None,
     ) -> None:
+        self.monitor, self.sign, self.patience = monitor, -1.0 if highest else 1.0, patience
         self.guard, self.stop = guard, stop
         self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
         self.stopping = ranks.Agreement()
@@ -37,7 +50,8 @@ class Checkpoints(L.Callback):
         self._saved = trainer.global_step  # nothing new yet
         best = ranks.from_first(lambda: read_best(self.folder))
         whole = best is not None and best["step"] <= trainer.global_step  # not one of a future that was lost
-        self._best = float(best["val/loss_gen"]) if best is not None and whole else float("inf")
+        self._best = self.sign * float(best["value"]) if best is not None and whole else float("inf")
+        self._best_step = best["step"] if best is not None and whole else 0
         self.stop.take_over()  # Lightning has its own answer to SIGTERM, which saves amid accumulation
 
     def on_train_batch_end(
@@ -52,9 +66,14 @@ class Checkpoints(L.Callback):
         if trainer.state.fn != "fit":
             return
         numbers: dict[str, Number] = getattr(pl_module, "numbers")  # noqa: B009 - of the last validation
-        loss = numbers["val/loss_gen"].value
-        if loss < self._best and self._save(trainer, pl_module, best=loss):
-            self._best = loss
+        value = numbers[self.monitor].value
+        if self.sign * value < self._best and self._save(trainer, pl_module, best=value):
+            self._best, self._best_step = self.sign * value, trainer.global_step
+        waited = (trainer.global_step - self._best_step) // self.val_every if self.val_every else 0
+        if self.patience is not None and waited >= self.patience:
+            log.info("no better %s in %d validations: step %d stays the best", self.monitor, waited, self._best_step)
+            self._save(trainer, pl_module, needed=True)
+            trainer.should_stop = True
         self._step_ends(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -88,7 +107,7 @@ class Checkpoints(L.Callback):
         if trainer.is_global_zero and written.refused is None:
             try:
                 if best is not None:
-                    mark_best(path, loss=best)
+                    mark_best(path, name=self.monitor, value=best)
                 mark_latest(path, keep=self.keep)
             except OSError as error:
                 written.refused = error

@@ -1,0 +1,58 @@
+"""A trained class head beside its network: `model/head.safetensors` and what it is of, in `model/head.json`."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from igpt import files
+from igpt.checkpoint.native import Weights
+from igpt.model.head import ClassHead
+
+HEAD, ABOUT = "head.safetensors", "head.json"
+
+
+@dataclass(frozen=True)
+class HeadOrigin:
+    """What a head was trained on, and with which weights."""
+
+    n_class: int
+    data: str
+    classes: str  # a hash of which labels there were
+    weights: str  # of the network it belongs to
+
+
+def save_head(folder: Path, weight: Tensor, about: HeadOrigin) -> None:
+    """Writes both files into a run's `model/`, each whole or not at all."""
+    with files.atomic_path(folder / HEAD) as temporary:
+        save_file({"wclf": weight.detach().to("cpu").contiguous()}, temporary)
+    files.write_json(folder / ABOUT, asdict(about))
+
+
+def find_head(weights: Weights, *, n_class: int | None, classes: str) -> ClassHead | None:
+    """The class head that was trained with these weights, or None when there is none.
+
+    Raises:
+        ValueError: one of other weights, of another number of classes or of other labels, or a damaged file.
+    """
+    if not (weights.folder / ABOUT).is_file():
+        return None
+    about = HeadOrigin(**files.read_json(weights.folder / ABOUT))
+    where = weights.folder / HEAD
+    if about.weights != weights.sha256:
+        raise ValueError(f"{where} belongs to other weights than lie beside it: restore both from one run")
+    if (about.n_class, about.classes) != (n_class, classes):
+        raise ValueError(
+            f"{where} tells {about.n_class} classes of {about.data} apart, the labels of this data are not those: "
+            "evaluate it on the data it was trained for, or fine-tune anew"
+        )
+    try:
+        (weight,) = load_file(where).values()
+    except (SafetensorError, FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{where} is damaged ({error}): copy it again") from error
+    head = ClassHead(n_embd=weight.shape[1], n_class=weight.shape[0])
+    head.load_state_dict({"wclf": weight.to(torch.float32)})
+    return head

@@ -1,0 +1,231 @@
+"""Joint fine-tuning: L_GEN + L_CLF, all weights trained, a linear head on the last hidden states."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from igpt import files, ranks
+from igpt.checkpoint.head import HeadOrigin, save_head
+from igpt.checkpoint.native import FORMAT, WEIGHTS, Origin, Weights, check_same, save_model
+from igpt.checkpoint.resume import AtomicCheckpointIO, read_best
+from igpt.metric.result import Number, Result
+from igpt.model.gpt import GPT
+from igpt.model.head import ClassHead
+from igpt.objective.base import Objective
+from igpt.probe.scores import confusion
+from igpt.stopping import StopRequest
+from igpt.task.checkpoints import Checkpoints
+from igpt.task.classify import ClassScore, classes_hash
+from igpt.task.fit import Runner
+from igpt.task.module import TrainedModule
+from igpt.task.optim import adam, check_schedule
+from igpt.task.pretrain import flops_per_image
+from igpt.task.probe import check_classes
+from igpt.tokens.datamodule import Batch, TokenDataModule
+
+log = logging.getLogger(__name__)
+
+
+class FinetuneModule(TrainedModule):
+    """Minimises gen · L_GEN + clf · L_CLF; the head reads the mean over positions of the `ln_f` output.
+
+    The head starts at zero, so the first L_CLF is exactly ln K. Constant learning rate after `warmup_steps`. Source:
+    Chen et al. 2020, §2.3 and §3.1.
+    """
+
+    def __init__(
+        self,
+        *,
+        net: Callable[[], GPT],
+        objective: Objective,
+        n_class: int,
+        gen: float,
+        clf: float,
+        optimizer: dict[str, float],
+        warmup_steps: int,
+        masks: int,
+        seed: int,
+        weights: Weights | None,
+        origin: Callable[..., Origin],
+        split: str,
+        n_image: int,
+        **shared: Any,
+    ) -> None:
+        super().__init__(**shared)
+        self.build_net, self.objective, self.n_class = net, objective, n_class
+        self.gen, self.clf = gen, clf
+        self.optimizer, self.warmup_steps, self.seed = optimizer, warmup_steps, seed
+        self.weights, self.origin = weights, origin
+        self.split, self.n_image = split, n_image  # what validation reads, and how many images that is
+        self.score = ClassScore(objective, n_class=n_class, masks=masks, seed=seed)
+        self.said = torch.empty(0).numpy()  # the class each image of the last validation was taken for
+        self.net: GPT | None = None
+
+    def configure_model(self) -> None:
+        if self.net is not None:
+            return
+        self.net = self.build_net()
+        if self.weights is None:
+            self.net.init_weights(self.seed)
+        else:
+            self.weights.load_into(self.net)
+        self.head = ClassHead(n_embd=self.net.n_embd, n_class=self.n_class)
+        ranks.check_same("weights to begin with", {"digest": ranks.digest(self.net)})
+        self.machine.prepare(self.net)
+        if self.gen == 0:
+            self.net.wtet.requires_grad_(False)  # only L_GEN reads it
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = adam([p for p in self.parameters() if p.requires_grad], **self.optimizer)
+        warmup = self.warmup_steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert self.net is not None
+        keep = self.objective.keep(batch.tokens, batch.keys)
+        hidden = self.net.trunk(batch.tokens, keep)  # (B, T, C), read by both heads
+        scores = self.head(hidden).float()  # (B, K)
+        loss_clf = F.cross_entropy(scores, batch.labels)
+        figures = {"loss_clf": loss_clf, "accuracy": (scores.argmax(dim=-1) == batch.labels).float().mean()}
+        loss = self.clf * loss_clf
+        if self.gen:
+            figures["loss_gen"] = self.objective.loss(self.net.logits(hidden), batch.tokens, keep)
+            loss = loss + self.gen * figures["loss_gen"]
+        return self.tally(loss, figures)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert self.net is not None
+        self.score.add(self.net, self.head, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        numbers, self.said = self.score.numbers(self.split, self.trainer, self.n_image)
+        self.validated(numbers, [f"{self.split}/{name}" for name in ("loss_gen", "loss_clf", "accuracy")])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["format"] = FORMAT
+        checkpoint["origin"] = vars(self.origin(step=self.global_step))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_same("format", checkpoint.get("format"), FORMAT, Path(self.trainer.ckpt_path or ""))
+        super().on_load_checkpoint(checkpoint)
+
+
+def check(
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    warmup_steps: int,
+    gen: float,
+    clf: float,
+    val_every: int,
+    patience: int | None,
+    log_every: int,
+    checkpoint_every: int,
+    checkpoint_keep: int,
+    masks: int,
+    **_: Any,
+) -> None:
+    """Raises ValueError when a setting of the task cannot be right, before anything is built."""
+    from_one = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "val_every": val_every,
+        "log_every": log_every,
+        "checkpoint_every": checkpoint_every,
+        "checkpoint_keep": checkpoint_keep,
+        "masks": masks,
+        "patience": 1 if patience is None else patience,
+    }
+    for name, value in from_one.items():
+        if value < 1:
+            raise ValueError(f"task.{name} must be at least 1, got {value}")
+    if gen < 0 or clf <= 0:
+        raise ValueError(f"task.gen is at least 0 and task.clf above 0, got {gen} and {clf}")
+    check_schedule(learning_rate=learning_rate, warmup_steps=warmup_steps, steps=steps)
+
+
+def run(
+    *,
+    runner: Runner,
+    tokens: Callable[..., TokenDataModule],
+    net: Callable[[], GPT],
+    objective: Objective,
+    origin: Callable[..., Origin],
+    weights: Weights | None,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    warmup_steps: int,
+    gen: float,
+    clf: float,
+    masks: int,
+    val_every: int,
+    patience: int | None,
+    log_every: int,
+    checkpoint_every: int,
+    checkpoint_keep: int,
+    test: bool,
+) -> Result:
+    """Trains network and head, goes back to the best validation accuracy, and reads test once with that."""
+    plan = runner.machine.plan(batch_size)
+    data = tokens(plan=plan)
+    source = data.source
+    n_class = check_classes(source, ["val", *(["test"] if test else [])])
+    if not len(source.split("val")):
+        raise ValueError("fine-tuning stops at the best validation accuracy: set data.val_fraction above 0")
+    optimizer = {"learning_rate": learning_rate, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay}
+
+    def module(split: str) -> FinetuneModule:
+        return FinetuneModule(
+            net=net, objective=objective, n_class=n_class, gen=gen, clf=clf, optimizer=optimizer,
+            warmup_steps=warmup_steps, masks=masks, seed=seed, weights=weights, origin=origin, split=split,
+            n_image=len(source.split(split)), machine=runner.machine, steps=steps, log_every=log_every,
+            batch_size=batch_size, flops_per_image=flops_per_image(origin(step=0)), n_ctx=data.raster.n_ctx,
+        )  # fmt: skip
+
+    trained, stop = module("val"), StopRequest()
+    saving = Checkpoints(
+        runner.folder, trained.guard, every=checkpoint_every, keep=checkpoint_keep, val_every=val_every, stop=stop,
+        monitor="val/accuracy", highest=True, patience=patience,
+    )  # fmt: skip
+    runner.fit(
+        trained, data, plan=plan, steps=steps, val_every=val_every, log_every=log_every, callbacks=[saving], stop=stop
+    )
+    best = ranks.from_first(lambda: read_best(runner.folder))
+    if best is None:
+        raise ValueError(f"no validation was reached in {steps} steps: set task.val_every to at most that")
+    checkpoint = AtomicCheckpointIO().load_checkpoint(runner.folder / "checkpoints" / best["checkpoint"])
+    log.info("step %d is the best: val accuracy %.4f", best["step"], best["value"])
+    result = Result(curves=trained.curves(), provenance={"step": best["step"], "seed": seed, "gen": gen, "clf": clf})
+    for split in ("val", *(["test"] if test else [])):
+        judged = module(split)
+        judged.configure_model()
+        judged.load_state_dict(checkpoint["state_dict"])
+        runner.validate(judged, tokens(plan=runner.machine.reading_plan(batch_size), eval_split=split))
+        result.numbers |= judged.numbers
+        if split == "test":
+            labels = source.split("test").labels
+            result.matrices["confusion"] = confusion(labels, judged.said, n_class)
+    assert judged.net is not None
+    if runner.machine.rank.first:
+        save_model(runner.folder / "model", judged.net.state_dict(), origin(step=best["step"]))
+        about = HeadOrigin(n_class, source.name, classes_hash(source), files.sha256(runner.folder / "model" / WEIGHTS))
+        save_head(runner.folder / "model", judged.head.wclf, about)
+    result.numbers["best_step"] = Number(best["step"], "optimiser steps", 1)
+    result.numbers["train/images_seen"] = Number(best["step"] * batch_size, "images", 1)
+    result.files |= {"model": Path("model"), "checkpoints": Path("checkpoints")}
+    result.provenance |= {"palette": data.palette.hash, "from": weights.sha256 if weights else "scratch"}
+    return result
