@@ -21,7 +21,9 @@ def main(cfg: DictConfig) -> None:
     if n_process > 1:
         hydra_cfg = HydraConfig.get()  # a job of a sweep that is run in this process has arguments of its own
         arguments = hydra_cfg.overrides.task if hydra_cfg.mode == RunMode.MULTIRUN else ASKED
-        sys.exit(processes.run_ranks([sys.executable, __file__, *arguments], n_process))
+        if code := processes.run_ranks([sys.executable, __file__, *arguments], n_process):
+            sys.exit(code)
+        return
     from igpt.launch import main as run  # the heavy imports, after Hydra has found nothing wrong
 
     run(cfg)
@@ -35,3 +37,4 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     main()
+    sys.exit(processes.sweep_code)

@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from igpt.arguments import check, prepare
+from igpt.arguments import check, parse, prepare
 from igpt.build import CHECKPOINT, Build
 from igpt.checkpoint.native import Origin, find, save_model
 from igpt.launch import absolute, launch, open_folder, perform, stages
@@ -94,7 +94,7 @@ def test_the_papers_sizes_are_the_configs(tmp_path: Path) -> None:
 )
 def test_did_you_mean(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check([override], CONF)
+        check([override], [CONF])
 
 
 @pytest.mark.parametrize(
@@ -356,6 +356,18 @@ def test_resume_reads_the_saved_arguments(tmp_path: Path) -> None:
         prepare([f"resume='{stage.path}'"], CONF)
 
 
+def test_settings_of_ones_own_beside_ours(tmp_path: Path) -> None:
+    """A folder given by --config-dir has options that ours has not; others are still found out."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
+    arguments = ["--config-dir", str(tmp_path), "experiment=mine", "task.steps=5"]
+    assert prepare(arguments, CONF) == arguments
+    with pytest.raises(ValueError, match=r"experiment=mime: there is no such option, did you mean mine\?"):
+        prepare([*arguments[:2], "experiment=mime"], CONF)
+    with pytest.raises(ValueError, match="there is no such folder"):
+        prepare(["--config-dir=nowhere", "seed=1"], CONF)
+
+
 def test_files_to_read_are_remembered_by_their_whole_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand."""
     monkeypatch.chdir(CONF.parent)
@@ -364,3 +376,5 @@ def test_files_to_read_are_remembered_by_their_whole_path(monkeypatch: pytest.Mo
     assert saved[0] == f"init={here / 'runs/a'}"
     assert saved[1:3] == ["seed=1", "tokens.path=/p.npy"]
     assert saved[3:] == [f"data.path={here / 'conf'}", "data.path=uoft-cs/cifar10"]
+    (with_blank,) = absolute(["init='runs/a b'"])
+    assert parse([with_blank])[0].value() == f"{here}/runs/a b"

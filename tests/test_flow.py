@@ -20,7 +20,7 @@ ALLOWED = {
     "report": {"tokens", "model", "metric"},
     "build": {"arguments", "data", "tokens", "model", "checkpoint", "objective", "task", "report"},
     "launch": {"arguments", "build", "metric", "task", "report"},
-    "sweep": {"report"},
+    "sweep": {"build", "report"},
     "arguments": set(),
     **{leaf: set() for leaf in LEAVES},
 }

@@ -11,11 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
 
 from igpt import processes, sweep
 from igpt.processes import Children, run_ranks
 from igpt.stopping import STOPPED
 from igpt.sweep import FAILED, FINISHED, INTERRUPTED, WAITING, Job, Sweep
+from tests.conftest import ROOT
 
 RANK = """
 import os, pathlib, signal, sys, time
@@ -145,9 +148,12 @@ if settings.get("fails") == "yes" and not (place.parent / "mended").exists(): sy
 
 def a_sweep(place: Path, *settings: str, n_jobs: int = 2, gpus: list[str] | None = None, n_process: int = 1) -> Sweep:
     """One job for each line of settings; what an earlier one has finished is known."""
-    jobs = [Job(i, [f"name=job{i}", *line.split()], n_process=n_process) for i, line in enumerate(settings)]
+    jobs = [
+        Job(i, [f"name=job{i}", *line.split()], n_process=n_process, folder=str(place / f"job{i}"))
+        for i, line in enumerate(settings)
+    ]
     (place / "sweep").mkdir(exist_ok=True)
-    sweep._remember(jobs, place / "sweep")
+    sweep._remember(jobs, "val/loss_gen")
     return Sweep(place / "sweep", jobs, gpus=gpus or [], n_jobs=n_jobs, metric="val/loss_gen")
 
 
@@ -201,8 +207,27 @@ def test_ctrl_c_ends_all_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
 
 
 def test_children_have_ended_when_their_block_has(tmp_path: Path) -> None:
-    """Also when it ends by an error."""
+    """Also when it ends by an error: asked to, so that runs can save."""
     with pytest.raises(ValueError, match="mine"), Children().together() as children:
         child = children.start([sys.executable, "-c", "import time; time.sleep(60)"], output=None, environment={})
         raise ValueError("mine")
-    assert child.code == -signal.SIGKILL
+    assert child.code == -signal.SIGTERM
+
+
+def test_jobs_that_are_one_run_are_refused_and_what_is_finished_is_known(tmp_path: Path) -> None:
+    """Invariant: as the runs themselves name their folders."""
+
+    def configs(*each: str) -> list[DictConfig]:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            common = [f"paths.runs={tmp_path}", "task=pretrain"]
+            return [compose("config", overrides=[*common, one], return_hydra_config=True) for one in each]
+
+    jobs = [Job(0, []), Job(1, [])]
+    with pytest.raises(ValueError, match=r"jobs 0 and 1 are the same run, pretrain-.*does not change what is learned"):
+        sweep._expect(jobs, configs("trainer.micro_batch=64", "trainer.micro_batch=128"))
+    sweep._expect(jobs, configs("seed=1", "task.steps=no"))
+    assert [Path(str(job.folder)).name.startswith("pretrain-igpt_nano-digits8-ar-s1") for job in jobs[:1]] == [True]
+    Path(str(jobs[0].folder)).mkdir()
+    (Path(str(jobs[0].folder)) / "result.json").write_text('{"numbers": {"val/loss_gen": {"value": 1.5}}}')
+    sweep._remember(jobs, "val/loss_gen")
+    assert [(job.state, job.value) for job in jobs] == [(FINISHED, 1.5), (WAITING, None)]

@@ -23,4 +23,4 @@ class ProcessesLauncher(Launcher):
 
         load = self.context.config_loader.load_sweep_config
         configs = [load(self.config, list(overrides)) for overrides in job_overrides]
-        return launch(configs, first=initial_job_idx, **self.settings)
+        return launch(self.config, configs, first=initial_job_idx, **self.settings)

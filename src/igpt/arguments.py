@@ -31,8 +31,16 @@ def prepare(arguments: list[str], conf: Path) -> list[str]:
         saved = saved_overrides(Path(str(resumed[-1])))
         arguments = [*saved, *arguments]
         overrides = [*saved, *overrides]
-    check(overrides, conf)
+    check(overrides, [conf, *_beside(arguments)])
     return arguments
+
+
+def _beside(arguments: list[str]) -> list[Path]:
+    """Folders of settings that are given beside ours: `--config-dir FOLDER`, `-cd FOLDER`, `--config-dir=FOLDER`."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    named = [after for argument, after in pairs if argument in ("--config-dir", "-cd")]
+    named += [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
+    return [Path(name) for name in named]
 
 
 def saved_overrides(folder: Path) -> list[str]:
@@ -57,15 +65,21 @@ def parse(overrides: list[str]) -> list[Override]:
         raise ValueError(f"cannot read the arguments: {str(error).splitlines()[0]}") from error
 
 
-def check(overrides: list[str], conf: Path) -> None:
-    """Raises ValueError, naming the nearest right name, when some override names nothing that is there."""
+def check(overrides: list[str], folders: list[Path]) -> None:
+    """Raises ValueError, naming the nearest right name, when some override names nothing that is in these folders."""
     parsed = parse(overrides)
-    groups = sorted(path.name for path in conf.iterdir() if path.is_dir())
+    conf, *beside = folders
+    for folder in beside:
+        if not folder.is_dir():
+            raise ValueError(f"--config-dir {folder}: there is no such folder")
+        parsed += parse([f"hydra.searchpath=[file://{folder.resolve()}]"])
+    groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
     chosen = [override for override in parsed if _is_group(override, groups)]
     for override in chosen:
-        _check_options(override, conf)
+        _check_options(override, folders)
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        keys = list(_flat_keys(_composed(chosen)))
+        where = [override for override in parsed if override.key_or_group == "hydra.searchpath"]
+        keys = list(_flat_keys(_composed([*where, *chosen])))
         for override in parsed:
             key = override.key_or_group
             added = override.is_add() or override.is_force_add()
@@ -91,9 +105,10 @@ def _is_group(override: Override, groups: list[str]) -> bool:
     return override.key_or_group in groups and not override.is_delete()
 
 
-def _check_options(override: Override, conf: Path) -> None:
+def _check_options(override: Override, folders: list[Path]) -> None:
     group = override.key_or_group
-    options = sorted(path.stem for path in (conf / group).glob("*.yaml") if not path.name.startswith("_"))
+    found = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
+    options = sorted(name for name in found if not name.startswith("_"))
     asked: list[Any] = []
     if override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP):
         asked = list(override.sweep_string_iterator())

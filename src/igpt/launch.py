@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt import files, processes, ranks
-from igpt.arguments import suggestion
+from igpt.arguments import parse, suggestion
 from igpt.build import CHECKPOINT, Build, check_settings, factory
 from igpt.metric.result import Result
 from igpt.report import loggers
@@ -42,7 +43,7 @@ def main(cfg: DictConfig) -> None:
     try:
         launch(cfg, choices=choices, overrides=overrides)
     except StoppedError as error:
-        if pass_on(error.name) and not ranks.this_rank().first:
+        if pass_on(error.number) and not ranks.this_rank().first:
             time.sleep(REQUEUE_SECONDS)  # whoever was told has the first rank queue the job again, and ends us all
         sys.exit(STOPPED)
     except (ValueError, NonFiniteLossError, OSError, OmegaConfBaseException) as error:
@@ -70,6 +71,9 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
         with ExitStack() as while_it_runs:
             if rank.first:
                 while_it_runs.enter_context(folder.alone())
+            if ranks.from_first(lambda: folder.finished):  # by the process that held the lock until now
+                return result_of(folder.read_result())
+            if rank.first:
                 folder.start(build.config, absolute(overrides), build.files_sha256)
                 for part in folder.path.rglob(".*.part"):
                     part.unlink()  # what a kill left half written
@@ -94,7 +98,9 @@ def check_ranks(build: Build) -> None:
     settings = {key: json.dumps(value, sort_keys=True, default=str) for key, value in build.config.items()}
     ranks.check_same("settings", settings)
     ranks.check_same("files", build.files_sha256)
-    ranks.check_same("versions", {"commit": environment()["commit"], **environment()["versions"]})
+    own = environment()
+    known = {commit for commit in ranks.gathered(own["commit"]) if commit != "unknown"}
+    ranks.check_same("versions", {**own["versions"], "commit": own["commit"] if len(known) > 1 else "the same"})
 
 
 def chosen_folder(build: Build) -> tuple[RunFolder, bool]:
@@ -210,12 +216,18 @@ def absolute(overrides: list[str]) -> list[str]:
 
     `data.path` may be a name on the Hub instead.
     """
-
-    def reads(key: str, value: str) -> bool:
-        return key in ("init", "tokens.path") or (key == "data.path" and Path(value).exists())
-
-    pairs = [override.partition("=") for override in overrides]
-    return [f"{key}={Path(value).absolute()}" if reads(key, value) else f"{key}{eq}{value}" for key, eq, value in pairs]
+    whole = []
+    for text, override in zip(overrides, parse(overrides), strict=True):
+        key, value = override.key_or_group, override.value()
+        reads = key in ("init", "tokens.path") or (key == "data.path" and Path(str(value)).exists())
+        if not (reads and isinstance(value, str)):
+            whole.append(text)
+            continue
+        path = str(Path(value).absolute())
+        plain = re.fullmatch(r"[\w./-]+", path)
+        quoted = path if plain else "'" + path.replace("'", "\\'") + "'"
+        whole.append(f"{key}={quoted}")
+    return whole
 
 
 def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictConfig, dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,8 +18,12 @@ from igpt.stopping import SIGNALS, STOPPED
 
 LIFELINE = "IGPT_LIFELINE"  # a file descriptor that reads nothing as long as the starting process lives
 TELL = "IGPT_TELL"  # a file to write the run folder's path to, for the starting process
+MEETING = "IGPT_MEETING"  # a file by which ranks that were started here find one another
 GRACE_SECONDS = 10  # what ranks have to end by themselves after one of them failed
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SAVE_SECONDS = 60  # what runs have to save and end after an error of the process that started them
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", MEETING)
+
+sweep_code = 0  # what this process is to end with after a sweep: 1 when a job of it failed
 
 
 @dataclass(eq=False)
@@ -99,6 +102,8 @@ class Children:
     ) -> Child:
         child = Child(command, output, environment, without)
         self.running.append(child)
+        if self.heard is not None:  # while it was started
+            child.send(signal.Signals[self.heard])
         return child
 
     def wait(self) -> tuple[Child, int]:
@@ -116,6 +121,11 @@ class Children:
         before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
         try:
             yield self
+        except BaseException:
+            for child in self.running:
+                child.send(signal.SIGTERM)  # an error of ours is no reason to lose what they have learnt
+            _wait(self.running, SAVE_SECONDS)
+            raise
         finally:
             for child in self.running:
                 child.end()
@@ -159,8 +169,7 @@ def run_ranks(command: Sequence[str], n: int) -> int:
         common = {
             "WORLD_SIZE": str(n),
             "LOCAL_WORLD_SIZE": str(n),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            MEETING: str(place / "meeting"),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n))),
             TELL: str(tell),
         }
@@ -177,16 +186,22 @@ def run_ranks(command: Sequence[str], n: int) -> int:
             if its_code in (0, STOPPED):
                 code = code or its_code
                 continue
-            if children.heard is not None:  # before it could listen
-                _end_within(children, GRACE_SECONDS)
-                return _shell_code(its_code)
-            rank = ranks.index(ended)
-            _end_within(children, GRACE_SECONDS)
-            if rank and its_code == 2 and ranks[0].code == 2:
-                return 2  # bad input, which rank 0 has seen too and said
-            said = (place / f"rank_{rank}").read_text(errors="replace").strip() if rank else ""
-            if rank or its_code != 2:  # rank 0 says itself what is wrong with the input
-                _report(f"rank {rank} of {n} {how_it_ended(its_code)}; the others were ended", said, tell)
+            _wait(children.running, GRACE_SECONDS)
+            codes = [child.code for child in ranks]
+            while children.running:
+                children.running.pop().end()
+            asked = children.heard is not None and -its_code in SIGNALS  # before it could listen, or once more
+            all_bad_input = codes[0] == 2 and its_code == 2  # which rank 0 has said
+            if not asked and not all_bad_input:
+                said = [
+                    f"rank {rank} wrote:\n{text}"
+                    for rank, code in enumerate(codes)
+                    if rank
+                    and code not in (0, None, STOPPED)
+                    and (text := (place / f"rank_{rank}").read_text(errors="replace").strip())
+                ]
+                first = f"rank {ranks.index(ended)} of {n} {how_it_ended(its_code)}; the others were ended"
+                _report("\n".join([first, *said]), tell)
             return _shell_code(its_code)
         return code
 
@@ -196,17 +211,17 @@ def _shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _end_within(children: Children, seconds: float) -> None:
+def _wait(children: Sequence[Child], seconds: float) -> None:
+    """Until all of them have ended, or so long."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(child.code is None for child in children.running):
+    while time.monotonic() < deadline and any(child.code is None for child in children):
         time.sleep(0.02)
-    while children.running:
-        children.running.pop().end()
 
 
-def _report(line: str, said: str, tell: Path) -> None:
+def _report(what: str, tell: Path) -> None:
     """Shows why ranks ended, and adds it to the run's log where there is one."""
-    text = "\n".join([line, *(f"    {spoken}" for spoken in said.splitlines()[-30:])])
+    head, *rest = what.splitlines()
+    text = "\n".join([head, *(f"    {line}" for line in rest[-60:])])
     sys.stderr.write(f"error: {text}\n")
     log = Path(tell.read_text()) / "log.txt" if tell.is_file() else None
     if log is not None and log.is_file():
@@ -217,9 +232,3 @@ def _report(line: str, said: str, tell: Path) -> None:
 def how_it_ended(code: int) -> str:
     """`ended with exit code 2`, `was killed by SIGKILL`."""
     return f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])

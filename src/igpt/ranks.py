@@ -16,6 +16,8 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import Tensor, nn
 
+from igpt.processes import MEETING
+
 T = TypeVar("T")
 
 
@@ -56,13 +58,15 @@ def joined(device: torch.device) -> Iterator[Rank]:
     if rank.count == 1 or dist.is_initialized():
         yield rank
         return
-    if "MASTER_ADDR" not in os.environ:
+    meeting = os.environ.get(MEETING)  # a file, where one parent has started all ranks: no port can be taken
+    if meeting is None and "MASTER_ADDR" not in os.environ:
         first_node = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_NODELIST"])
         port = 15000 + int(os.environ["SLURM_JOB_ID"]) % 10000  # the same on every node, another for every job
         os.environ |= {"MASTER_ADDR": first_node, "MASTER_PORT": str(port)}
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        init_method=None if meeting is None else f"file://{meeting}",
         rank=rank.index,
         world_size=rank.count,
         device_id=device if on_gpu else None,
@@ -131,31 +135,31 @@ def digest(module: nn.Module) -> str:
 
 
 class Agreement:
-    """Tells every rank, at the same step, that one of them has said yes. Nobody waits for it: it is heard a step later.
+    """Tells every rank, at the same step, the highest number that one of them has said. Nobody waits for it.
 
-    With one process it is heard at once.
+    It is heard a step later; with one process at once.
     """
 
     def __init__(self) -> None:
         self._asked: tuple[Tensor, Any] | None = None
 
-    def heard(self, yes: bool) -> bool:
-        """To be called at every step by every rank."""
+    def heard(self, number: int) -> int:
+        """To be called at every step by every rank; 0 says nothing."""
         if not dist.is_initialized():
-            return yes
+            return number
         before = self.close()
-        said = torch.tensor([int(yes)])
+        said = torch.tensor([number])
         self._asked = said, dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True)
         return before
 
-    def close(self) -> bool:
+    def close(self) -> int:
         """Waits for what is still on its way, and tells it."""
         if self._asked is None:
-            return False
+            return 0
         said, work = self._asked
         work.wait()
         self._asked = None
-        return bool(said)
+        return int(said)
 
 
 class Ranks(ClusterEnvironment):

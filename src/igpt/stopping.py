@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,22 +13,28 @@ log = logging.getLogger(__name__)
 
 # the last two are what SLURM warns with (--signal=USR1@120), submitit by its own default (USR2)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+AGAIN_SECONDS = 1.0
 STOPPED = 75  # exit code "try again later" (sysexits.h): what a scheduler may start again
 
 
 class StoppedError(RuntimeError):
-    """A signal (None: one that another process of the run got) has stopped the run after a step; its state is saved."""
+    """A signal, to this process or to another of the run, has stopped it after a step; its state is saved."""
 
-    def __init__(self, name: str | None, step: int) -> None:
-        super().__init__(f"stopped by {name or 'another process of this run'} after step {step}")
-        self.name = name
+    def __init__(self, number: signal.Signals, step: int) -> None:
+        super().__init__(f"stopped by {number.name} after step {step}")
+        self.number = number
 
 
 class StopRequest:
-    """Remembers the first signal that asked to stop; a second one leaves at once."""
+    """Remembers the first signal that asked to stop; a second SIGINT or SIGTERM leaves at once.
+
+    Not one that comes within a second of the first: who signals a whole group reaches a process more than once. Nor a
+    SIGTERM after a scheduler's warning, nor the other way round: schedulers send both.
+    """
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self.number = 0  # of the signal; 0: nobody has asked
+        self._since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -39,29 +46,25 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def take_over(self) -> None:
-        """Listens again where a library has put itself in front."""
-        for number in SIGNALS:
-            signal.signal(number, self._ask)
-
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.name is not None:
+        if not self.number:
+            self.number, self._since = number, time.monotonic()
+            name = signal.Signals(number).name
+            log.warning("%s: finishing this step, then saving; once more to leave at once", name)
+            return
+        by_hand = {self.number, number} <= {signal.SIGINT, signal.SIGTERM}
+        if by_hand and time.monotonic() - self._since > AGAIN_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-            return
-        self.name = signal.Signals(number).name
-        log.warning("%s: finishing this step, then saving; once more to leave at once", self.name)
 
 
-def pass_on(name: str | None) -> bool:
-    """Gives a signal that was answered here to whoever listened before: submitit, say, which queues the job again.
+def pass_on(number: signal.Signals) -> bool:
+    """Gives a scheduler's warning to whoever listened before us: submitit, say, which queues the job again.
 
     True when somebody did.
     """
-    if name is None:
-        return False
-    handler = signal.getsignal(number := signal.Signals[name])
-    if not callable(handler) or handler is signal.default_int_handler:
+    handler = signal.getsignal(number)
+    if number not in (signal.SIGUSR1, signal.SIGUSR2) or not callable(handler):
         return False
     handler(number, None)
     return True
@@ -74,6 +77,7 @@ def deaf(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _leave_soon)
 
 

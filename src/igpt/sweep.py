@@ -3,8 +3,8 @@
 import hashlib
 import json
 import logging
+import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -13,10 +13,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from tqdm.auto import tqdm
 
-from igpt import files
+from igpt import files, processes
+from igpt.build import Build
 from igpt.processes import RANK_VARIABLES, TELL, Child, Children, devices_of, how_it_ended
 from igpt.report.logs import log_file, set_up_logging
 from igpt.report.table import columns
@@ -42,41 +44,43 @@ class Job:
     gpus: list[str] = field(default_factory=list)
 
 
-def launch(configs: Sequence[DictConfig], *, first: int, n_jobs: int | None, metric: str) -> list[JobReturn]:
+def launch(
+    sweep: DictConfig, configs: Sequence[DictConfig], *, first: int, n_jobs: int | None, metric: str
+) -> list[JobReturn]:
     """Runs the jobs that are not finished, and shows what became of all of them.
 
-    An identical sweep that was interrupted is taken up again: what is finished is not repeated, what was begun goes on,
-    what failed is tried again.
+    A sweep that was interrupted is taken up again: what is finished is not repeated, what was begun goes on, what
+    failed is tried again. A failed job stops neither the others nor, where a sweeper asks for more, those that follow;
+    the command ends with 1 then.
 
     Raises:
-        SystemExit: 1 when a job failed, 75 when a signal stopped the sweep, 2 when it cannot begin.
+        SystemExit: 75 when a job was stopped by a signal, 2 when the sweep cannot begin.
     """
     set_up_logging()
     jobs = [Job(first + i, list(cfg.hydra.overrides.task)) for i, cfg in enumerate(configs)]
-    force = any(bool(cfg.force) for cfg in configs)
-    place = Path(configs[0].hydra.sweep.dir) / _digest(jobs)
+    place = Path(sweep.hydra.sweep.dir) / _digest(jobs)
     try:
+        _expect(jobs, configs)
         if n_jobs is not None and n_jobs < 1:
             raise ValueError(f"hydra.launcher.n_jobs starts at 1, or null, got {n_jobs}")
         gpus = _share_gpus(jobs, configs)
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / ".lock", timeout=0), log_file(place / "log.txt"):
-            shutil.copyfile(place.parent / "multirun.yaml", place / "multirun.yaml")  # what Hydra was asked
-            if not force:
-                _remember(jobs, place)
-            sweep = Sweep(place, jobs, gpus=gpus, n_jobs=n_jobs or _at_once(jobs, gpus), metric=metric)
-            heard = sweep.run(command=_command(configs[0]))
+            OmegaConf.save(sweep, place / "multirun.yaml")  # what Hydra was asked
+            _remember(jobs, metric)
+            running = Sweep(place, jobs, gpus=gpus, n_jobs=n_jobs or _at_once(jobs, gpus), metric=metric)
+            heard = running.run(command=_command(configs[0]))
     except Timeout:
         log.error("error: %s is in use: the same sweep is running", place)
         sys.exit(2)
     except (ValueError, OSError) as error:
         log.error("error: %s", error)
         sys.exit(2)
-    if heard is not None:
-        log.warning("the sweep was stopped by %s; the same command goes on with it", heard)
+    if any(job.state in (WAITING, INTERRUPTED) for job in jobs):
+        log.warning("stopped by %s; the same command goes on with what is left", heard or "a signal to a job")
         sys.exit(STOPPED)
     if any(job.state == FAILED for job in jobs):
-        sys.exit(1)
+        processes.sweep_code = 1
     return [_returned(job, cfg) for job, cfg in zip(jobs, configs, strict=True)]
 
 
@@ -91,7 +95,7 @@ class Sweep:
     metric: str
 
     def run(self, command: Sequence[str]) -> str | None:
-        """Runs every job that is not finished; the signal that stopped it, or None."""
+        """Runs every job that is not finished; the signal that came, or None."""
         waiting = [job for job in self.jobs if job.state != FINISHED]
         done = len(self.jobs) - len(waiting)
         log.info(
@@ -119,7 +123,7 @@ class Sweep:
                 self._ended(job, code, time.monotonic() - since, stopping=children.heard is not None)
                 bar.update()
         log.info("%s\n%s", self._tally(), self._table())
-        return children.heard if any(job.state in (WAITING, INTERRUPTED) for job in self.jobs) else None
+        return children.heard
 
     def _start(self, job: Job, children: Children, command: Sequence[str]) -> Child:
         job.state = RUNNING
@@ -138,10 +142,12 @@ class Sweep:
             )
 
     def _ended(self, job: Job, code: int, seconds: float, *, stopping: bool) -> None:
-        job.state = FINISHED if code == 0 else INTERRUPTED if stopping or code == STOPPED else FAILED
         job.exit_code, job.seconds = code, round(seconds, 1)
         tell = self._tell_path(job)
         job.folder = tell.read_text() if tell.is_file() else None
+        done = job.folder is not None and (Path(job.folder) / "result.json").is_file()
+        failed = INTERRUPTED if stopping or code == STOPPED else FAILED
+        job.state = FINISHED if code == 0 and done else failed
         tell.unlink(missing_ok=True)
         job.value = _value(job, self.metric) if job.state == FINISHED else None
         self._save()
@@ -156,7 +162,10 @@ class Sweep:
             log.info("job %d %s after %.0f s%s: %s", job.number, job.state, seconds, value, _short(job.folder))
 
     def _save(self) -> None:
-        files.write_json(self.place / "jobs.json", {"jobs": [asdict(job) for job in self.jobs]})
+        try:
+            files.write_json(self.place / "jobs.json", {"jobs": [asdict(job) for job in self.jobs]})
+        except OSError as error:  # the runs go on, so does the sweep
+            log.error("%s/jobs.json is not up to date: %s", self.place, error)
 
     def _output(self, job: Job) -> Path:
         return self.place / f"job_{job.number:03d}.txt"
@@ -231,15 +240,38 @@ def _at_once(jobs: Sequence[Job], gpus: Sequence[str]) -> int:
     return max(1, len(gpus) // max(job.n_process for job in jobs)) if gpus else 1
 
 
-def _remember(jobs: Sequence[Job], place: Path) -> None:
-    """Takes over what an earlier, identical sweep has finished."""
-    path = place / "jobs.json"
-    known = {job["number"]: job for job in files.read_json(path)["jobs"]} if path.is_file() else {}
+def _expect(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
+    """Notes the folder each run will have, as the run itself will choose it.
+
+    A job whose settings cannot be right has none: it is started, and says why.
+
+    Raises:
+        ValueError: two jobs that are one run.
+    """
+    owners: dict[str, int] = {}
+    for job, cfg in zip(jobs, configs, strict=True):
+        if cfg.force:
+            continue  # a new one
+        try:
+            own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+            build = Build(own, dict(cfg.hydra.runtime.choices))
+            job.folder = str((Path(cfg.paths.runs) / build.name).absolute())
+        except (ValueError, OSError, OmegaConfBaseException):
+            continue
+        if job.folder in owners:
+            raise ValueError(
+                f"jobs {owners[job.folder]} and {job.number} are the same run, {build.name}: what differs between them "
+                "does not change what is learned (the trainer's settings but for precision do not), so sweep something "
+                "else, or set another paths.runs for each"
+            )
+        owners[job.folder] = job.number
+
+
+def _remember(jobs: Sequence[Job], metric: str) -> None:
+    """What is finished already, by this sweep or otherwise."""
     for job in jobs:
-        before = known.get(job.number)
-        if before and before["state"] == FINISHED and (Path(before["folder"]) / "result.json").is_file():
-            for name in ("state", "exit_code", "seconds", "folder", "value"):
-                setattr(job, name, before[name])
+        if job.folder is not None and (Path(job.folder) / "result.json").is_file():
+            job.state, job.value = FINISHED, _value(job, metric)
 
 
 def _value(job: Job, metric: str) -> float | None:
@@ -253,5 +285,5 @@ def _value(job: Job, metric: str) -> float | None:
 def _returned(job: Job, cfg: DictConfig) -> JobReturn:
     """What a sweeper that optimises is given: the value of the metric."""
     returned = JobReturn(overrides=job.overrides, cfg=cfg, working_dir=os.getcwd(), status=JobStatus.COMPLETED)
-    returned.return_value = job.value
+    returned.return_value = math.nan if job.state == FAILED else job.value  # raised, it would end the sweep
     return returned

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from igpt import launch
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint, read_best, step_of
-from igpt.stopping import StoppedError, pass_on
+from igpt.stopping import StoppedError, StopRequest, pass_on
+from igpt.task.score import GenerativeScore
 from tests.task.conftest import Lab, machine
 
 
@@ -35,19 +36,19 @@ class Send(L.Callback):
 
 
 @pytest.mark.parametrize(
-    ("number", "step"), [(signal.SIGTERM, 2), (signal.SIGINT, 3), (signal.SIGUSR1, 5)], ids=["term", "int", "usr1"]
+    ("number", "step"), [(signal.SIGTERM, 2), (signal.SIGINT, 3), (signal.SIGUSR2, 5)], ids=["term", "int", "usr2"]
 )
 def test_a_signal_stops_after_the_step_and_its_validation(tmp_path: Path, lab: Lab, number: int, step: int) -> None:
     """Invariant: with two passes a step, the step is finished and saved; resumed, all is as if nothing had happened."""
     on = machine(micro_batch=50)
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)]
     whole = lab.pretrain(tmp_path / "whole", on=on)
     with pytest.raises(StoppedError, match=f"stopped by {signal.Signals(number).name} after step {step + 1}"):
         lab.pretrain(tmp_path / "stopped", on=on, callbacks=(Send(number, step=step),))
     saved = latest_checkpoint(tmp_path / "stopped")
     assert saved is not None
     assert step_of(saved) == step + 1
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == handlers
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)] == handlers
     resumed = lab.pretrain(tmp_path / "stopped", on=on)
     assert resumed.curves == whole.curves  # step 3's validation (of every 4) is in it too
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped")]
@@ -61,15 +62,33 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path, lab: Lab) -> 
 def test_a_second_signal_leaves_at_once() -> None:
     """In a process of its own: the first is noted, the second ends it as if nobody listened."""
     code = (
-        "import os, signal; from igpt.stopping import StopRequest\n"
+        "import os, signal, time; from igpt.stopping import StopRequest\n"
         "stop = StopRequest()\n"
         "with stop.listening():\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); print(stop.name, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True)\n"
+        "    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1): os.kill(os.getpid(), number)\n"
+        "    print(stop.number, flush=True); time.sleep(1.1)\n"  # the same one twice at once, a warning: not again
+        "    os.kill(os.getpid(), signal.SIGUSR2); print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print('nor here', flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "SIGTERM\n"
+    assert done.stdout == f"{signal.SIGTERM:d}\nstill here\n"
     assert done.returncode == -signal.SIGTERM
+
+
+def test_only_training_answers_signals(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: Lightning, which would end the run with code 0, answers none, also in the last validation."""
+    answers: dict[str, Any] = {}
+    numbers = GenerativeScore.numbers
+
+    def noted(self: Any, split: str, trainer: L.Trainer, n_image: int) -> Any:
+        answers[str(trainer.state.fn)] = signal.getsignal(signal.SIGTERM)
+        return numbers(self, split, trainer, n_image)
+
+    monkeypatch.setattr(GenerativeScore, "numbers", noted)
+    before = signal.getsignal(signal.SIGTERM)
+    lab.pretrain(tmp_path)
+    assert answers["TrainerFn.VALIDATING"] == before
+    assert answers["TrainerFn.FITTING"].__func__ is StopRequest._ask
 
 
 def test_who_listened_before_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +97,7 @@ def test_who_listened_before_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGUSR2, lambda number, _: told.append(number))
 
     def stopped(*_: Any, **__: Any) -> None:
-        raise StoppedError("SIGUSR2", 5)
+        raise StoppedError(signal.SIGUSR2, 5)
 
     monkeypatch.setattr(launch, "launch", stopped)
     monkeypatch.setattr(launch, "HydraConfig", MagicMock())
@@ -89,9 +108,8 @@ def test_who_listened_before_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         signal.signal(signal.SIGUSR2, before)
     assert ended.value.code == 75
     assert told == [signal.SIGUSR2]
-    assert not pass_on("SIGUSR2")  # nobody listens now
-    assert not pass_on("SIGINT")  # Python's own answer would be a KeyboardInterrupt
-    assert not pass_on(None)
+    assert not pass_on(signal.SIGUSR2)  # nobody listens now
+    assert not pass_on(signal.SIGINT)  # Python's own answer would be a KeyboardInterrupt
 
 
 def test_a_clock_set_back(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

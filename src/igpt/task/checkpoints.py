@@ -1,6 +1,7 @@
 """Saving while training: every so many steps, at the best validation, when asked to stop; never a broken state."""
 
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,6 @@ class Checkpoints(L.Callback):
         whole = best is not None and best["step"] <= trainer.global_step  # not one of a future that was lost
         self._best = self.sign * float(best["value"]) if best is not None and whole else float("inf")
         self._best_step = best["step"] if best is not None and whole else 0
-        self.stop.take_over()  # Lightning has its own answer to SIGTERM, which saves amid accumulation
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -81,11 +81,11 @@ class Checkpoints(L.Callback):
         self._save(trainer, pl_module, needed=True)
 
     def _step_ends(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        stop = self.stopping.heard(self.stop.name is not None)
+        stop = self.stopping.heard(self.stop.number)
         if trainer.global_step % self.every == 0 or stop:
-            self._save(trainer, module, needed=stop)
+            self._save(trainer, module, needed=stop > 0)
         if stop and trainer.global_step < trainer.max_steps:
-            raise StoppedError(self.stop.name, trainer.global_step)
+            raise StoppedError(signal.Signals(stop), trainer.global_step)
 
     def _save(
         self, trainer: L.Trainer, module: L.LightningModule, *, best: float | None = None, needed: bool = False

@@ -235,7 +235,7 @@ class Runner:
     def _trainer(self, **options: Any) -> L.Trainer:
         machine = self.machine
         several = machine.rank.count > 1
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=machine.device.type,
             devices=machine.rank.n_local,
             num_nodes=machine.nodes,
@@ -249,3 +249,6 @@ class Runner:
             enable_model_summary=False,
             **options,
         )
+        # Lightning's own answer to SIGTERM ends a run with code 0, and talks to other processes from inside the handler
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer

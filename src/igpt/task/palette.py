@@ -41,7 +41,8 @@ def run(
     rows = np.sort(keyed.generator(seed, "palette images").permutation(len(source))[:n])
     pixels = plain_pixels(source, rows.tolist())  # (N, R, R, 3)
     path = runner.folder / "palette.npy"
-    data.palette.save(path)
+    if runner.machine.rank.first:
+        data.palette.save(path)
 
     palettes = {OURS: data.palette} | named({file: Palette.load(Path(file)) for file in beside})
     numbers, curves, columns = {}, {}, [pixels[:SHOWN]]
