@@ -153,9 +153,11 @@ class Sweep:
         self._save()
         if job.state == FAILED:
             said = [line for line in self._output(job).read_text(errors="replace").splitlines() if line.strip()]
+            errors = [i for i, line in enumerate(said) if line.startswith("error:")]
+            said = said[errors[-1] :][:5] if errors else said[-5:]
             log.error(
-                "job %d %s after %.0f s; %s ends with:\n%s", job.number, how_it_ended(code), seconds, self._output(job),
-                "\n".join(f"    {line}" for line in said[-5:]),
+                "job %d %s after %.0f s; %s says:\n%s", job.number, how_it_ended(code), seconds, self._output(job),
+                "\n".join(f"    {line}" for line in said),
             )  # fmt: skip
         else:
             value = "" if job.value is None else f", {self.metric} {job.value:.4f}"
