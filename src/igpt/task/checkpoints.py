@@ -40,7 +40,9 @@ class Checkpoints(L.Callback):
         monitor: str = "val/loss_gen",
         highest: bool = False,
         patience: int | None = None,
+        finite: bool = True,
     ) -> None:
+        self.finite = finite  # whether all weights have to be: heads of too high a rate need not
         self.monitor, self.sign, self.patience = monitor, -1.0 if highest else 1.0, patience
         self.guard, self.stop = guard, stop
         self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
@@ -97,7 +99,7 @@ class Checkpoints(L.Callback):
             return True
         self.guard.check()
         finite = torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all()
-        if not finite:
+        if self.finite and not finite:
             raise NonFiniteLossError(
                 f"the weights after step {step} are not finite: nothing was saved, lower task.learning_rate"
             )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from igpt import keyed, ranks
 from igpt.checkpoint.native import Weights
 from igpt.data.cache import alone
+from igpt.data.crop import check_keys
 from igpt.data.source import Source
 from igpt.metric.result import Curve, Number, Result
 from igpt.model.features import NORMS, layer_features
@@ -24,9 +25,13 @@ from igpt.probe.choice import Choice, Images, Table, chosen, fitted, folds_of, s
 from igpt.probe.features import Dtype, Features, FeatureWriter, features_path, read_features
 from igpt.probe.scores import accuracy_number, confusion, top_k
 from igpt.task.fit import Machine, Runner, matmul_precision
+from igpt.task.probe_sgd import trained
 from igpt.tokens.datamodule import Batch, TokenDataModule
 
 log = logging.getLogger(__name__)
+
+WHOLE = ("steps", "batch_size", "val_every", "log_every", "checkpoint_every")
+SGD_SETTINGS = ("rates", "momentum", "weight_decay", *WHOLE)
 
 
 class ProbeModule(L.LightningModule):
@@ -101,15 +106,25 @@ def check(
     *,
     norm: str,
     batch_size: int,
+    solver: str,
     strengths: list[float],
+    sgd: dict[str, Any],
     masks: int,
     concat: int | None,
     folds: int | None,
+    refit: bool,
     **_: Any,
 ) -> None:
     """Raises ValueError when a setting of the task cannot be right, before anything is built."""
     if norm not in NORMS:
         raise ValueError(f"task.norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if solver not in ("lbfgs", "sgd"):
+        raise ValueError(f"task.solver must be lbfgs or sgd, got {solver!r}")
+    if solver == "sgd" and (concat is not None or folds is not None):
+        raise ValueError("task.solver=sgd judges single layers on val: set task.concat=null and task.folds=null")
+    check_keys("task.sgd", sgd, SGD_SETTINGS)
+    if not sgd["rates"] or min(sgd["rates"]) <= 0 or any(sgd[key] < 1 for key in SGD_SETTINGS if key in WHOLE):
+        raise ValueError(f"task.sgd: rates are positive, and {', '.join(WHOLE)} start at 1; got {sgd}")
     if batch_size < 1 or masks < 1:
         raise ValueError(f"task.batch_size and task.masks start at 1, got {batch_size} and {masks}")
     if not strengths or min(strengths) <= 0:
@@ -148,7 +163,9 @@ def run(
     norm: str,
     dtype: Dtype,
     batch_size: int,
+    solver: Literal["lbfgs", "sgd"],
     strengths: list[float],
+    sgd: dict[str, Any],
     layer: int | None,
     concat: int | None,
     masks: int,
@@ -169,6 +186,25 @@ def run(
     source = tokens().source
     n_class = check_classes(source, ["val", *(["test"] if test else [])])
     masks = masks if not objective.causal else 1  # only a masked objective has any
+    if solver == "sgd":
+        table, read = trained(
+            runner=runner, tokens=tokens, weights=weights, objective=objective, norm=norm, masks=masks,
+            n_class=n_class, seed=seed, **sgd,
+        )  # fmt: skip
+        best = chosen(table, layer=layer)
+        result = report(table, best, masks=masks, searched_for="rate")
+        if test:
+            said = read("test")[best.layers[0], table.strengths.index(best.strength)]
+            labels = source.split("test").labels
+            result.numbers["test/accuracy"] = accuracy_number(said == labels, seed=seed)
+            result.matrices["confusion"] = confusion(labels, said, n_class)
+        result.files["checkpoints"] = Path("checkpoints")
+        result.provenance = {
+            "weights": weights.sha256, "palette": tokens().palette.hash, "layers": best.layers, "norm": norm,
+            "pooling": "mean over positions", "solver": "sgd", "rate": best.strength, "masks": masks, "seed": seed,
+            "chosen_on": "val",
+        }  # fmt: skip
+        return result
     device = runner.machine.device
     how: dict[str, Any] = {"n_class": n_class, "device": device, "seed": seed}
 
@@ -181,7 +217,7 @@ def run(
         table = searched(train, val, strengths, folds=fold, **how)
         best = chosen(table, layer=layer)
         log.info("probe: layer %d of %d is best, C = %g", best.layers[0], n_layer, best.strength)
-        result = report(table, best, val)
+        result = report(table, best, masks=masks, searched_for="C")
         if concat is not None:
             windows = [window_around(best.layers[0], concat, n_layer)]
             together = searched(train, val, strengths, folds=fold, windows=windows, **how)
@@ -225,15 +261,15 @@ def run(
     return result
 
 
-def report(table: Table, best: Choice, val: Images) -> Result:
+def report(table: Table, best: Choice, *, masks: int, searched_for: str) -> Result:
     """The numbers and the curve of the search; the embedding and the last layer are what the best has to beat."""
     result = Result()
     result.numbers["val/accuracy"] = table.number(best)
-    if len(val.under) > 1:
+    if masks > 1:
         result.numbers["val/accuracy_one_mask"] = table.number(best, one_mask=True)
     last = len(table.windows) - 1
     result.numbers["probe/layer"] = Number(best.layers[0], f"of 0 … {last}", 1)
-    result.numbers["probe/C"] = Number(best.strength, "C", 1)
+    result.numbers[f"probe/{searched_for}"] = Number(best.strength, searched_for, 1)
     result.numbers["val/embedding"] = table.number(chosen(table, layer=0))
     result.numbers["val/last_layer"] = table.number(chosen(table, layer=last))
     result.curves["probe, val"] = table.curve()

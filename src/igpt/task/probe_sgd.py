@@ -1,0 +1,184 @@
+"""The paper's ImageNet probe: heads for every layer and learning rate, trained at once on one frozen forward pass."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from igpt import keyed
+from igpt.checkpoint.native import Weights
+from igpt.data.source import Source
+from igpt.metric.result import Number
+from igpt.model.features import layer_features
+from igpt.model.gpt import GPT
+from igpt.objective.base import Objective
+from igpt.probe.choice import Table
+from igpt.probe.scores import vote
+from igpt.stopping import StopRequest
+from igpt.task.checkpoints import Checkpoints
+from igpt.task.fit import Runner
+from igpt.task.module import TrainedModule
+from igpt.task.optim import warmup_cosine
+from igpt.tokens.datamodule import Batch, TokenDataModule
+
+log = logging.getLogger(__name__)
+
+
+class SGDProbeModule(TrainedModule):
+    """L + 1 layers × R rates of linear heads, zero at the start; momentum SGD, each with its rate, a cosine to 0.
+
+    Source: Chen et al. 2020, §3.2 (ImageNet: SGD, momentum 0.9, rates from 30 down, cosine). A head whose rate is too
+    high breaks down alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        net: GPT,
+        objective: Objective,
+        norm: str,
+        masks: int,
+        n_class: int,
+        rates: list[float],
+        momentum: float,
+        weight_decay: float,
+        seed: int,
+        split: str,
+        n_image: int,
+        **shared: Any,
+    ) -> None:
+        super().__init__(**shared)
+        self.machine.prepare(net)
+        self.net, self.objective, self.norm = net.requires_grad_(False), objective, norm
+        self.masks, self.n_class, self.rates, self.seed = masks, n_class, rates, seed
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.split, self.n_image = split, n_image
+        shape = (net.n_layer + 1, n_class, net.n_embd)
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for _ in rates)  # (L + 1, K, C) each
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for _ in rates)
+        self.strict_loading = False  # the frozen network is not in checkpoints
+        self._right: Tensor | None = None  # (2, L + 1, R): by vote, and under the first mask
+        self._said: list[tuple[Tensor, Tensor]] = []
+        self.right: np.ndarray = np.empty((2, 0, 0))
+        self.said: np.ndarray = np.empty((0, 0, 0))
+
+    def pooled(self, batch: Batch, mask: int) -> Tensor:
+        """The features under one mask, (L + 1, B, C) float32."""
+        keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
+        with torch.no_grad():
+            keep = self.objective.keep(batch.tokens, keys)
+            return layer_features(self.net, batch.tokens, keep, norm=self.norm).float()
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(L + 1, B, C) → (L + 1, R, B, K)"""
+        weight, bias = torch.stack(list(self.weights), 1), torch.stack(list(self.biases), 1)  # (L + 1, R, K, C)
+        scores: Tensor = torch.einsum("lbc,lrkc->lrbk", features, weight) + bias[:, :, None]
+        return scores
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        groups = [
+            {"params": [weight, bias], "lr": rate}
+            for weight, bias, rate in zip(self.weights, self.biases, self.rates, strict=True)
+        ]
+        optimizer = torch.optim.SGD(groups, lr=self.rates[0], momentum=self.momentum, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, warmup_steps=0, steps=self.steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        with torch.autocast(self.device.type, enabled=False):
+            scores = self.scores(self.pooled(batch, 0))  # (L + 1, R, B, K)
+            labels = batch.labels.expand(*scores.shape[:2], -1)
+            losses = F.cross_entropy(scores.flatten(0, 2), labels.flatten(), reduction="none")
+            losses = losses.view(labels.shape).mean(dim=-1)  # (L + 1, R): nothing is shared, their sum is minimised
+        self.tally(least := losses.detach().nan_to_num(torch.inf).min(), {"loss_clf": least})
+        return losses.sum()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            said = torch.stack([self.scores(self.pooled(batch, m)).argmax(dim=-1) for m in range(self.masks)], dim=-2)
+        keys = keyed.item_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
+        by_vote = vote(said, n_class=self.n_class, keys=keys) if self.masks > 1 else said[..., 0, :]  # (L + 1, R, B)
+        right = torch.stack([by_vote == batch.labels, said[..., 0, :] == batch.labels]).double().sum(dim=-1)
+        self._right = right if self._right is None else self._right + right
+        self._said.append((batch.rows, by_vote))
+
+    def on_validation_epoch_end(self) -> None:
+        assert self._right is not None
+        right = self.trainer.strategy.reduce(self._right, reduce_op="sum")  # whole numbers: exact in any order
+        assert isinstance(right, Tensor)
+        heads = len(self.weights[0]), len(self.rates)
+        said = torch.zeros((*heads, self.n_image), dtype=torch.int64, device=right.device)
+        for rows, by_vote in self._said:
+            said[:, :, rows] = by_vote
+        together = self.trainer.strategy.reduce(said, reduce_op="sum")
+        assert isinstance(together, Tensor)
+        self._right, self._said = None, []
+        self.right, self.said = right.cpu().numpy() / self.n_image, together.cpu().numpy()
+        best = float(self.right[0].max())
+        self.validated({f"{self.split}/accuracy": Number(best, "share", self.n_image)}, [f"{self.split}/accuracy"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        heads = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("net.")}
+        checkpoint["state_dict"] = heads
+
+    def table(self) -> Table:
+        """What the last validation found."""
+        windows = [[layer] for layer in range(self.right.shape[1])]
+        return Table(self.right[0], self.right[1], windows, list(self.rates), self.n_image)
+
+
+def trained(
+    *,
+    runner: Runner,
+    tokens: Callable[..., TokenDataModule],
+    weights: Weights,
+    objective: Objective,
+    norm: str,
+    masks: int,
+    n_class: int,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    rates: list[float],
+    momentum: float,
+    weight_decay: float,
+    val_every: int,
+    log_every: int,
+    checkpoint_every: int,
+) -> tuple[Table, Callable[[str], np.ndarray]]:
+    """Trains the heads; their accuracy on val, and a function that reads another split: → (L + 1, R, N) classes."""
+    plan = runner.machine.plan(batch_size)
+    data = tokens(plan=plan)
+    source: Source = data.source
+    net = weights.net()
+    module = SGDProbeModule(
+        net=net, objective=objective, norm=norm, masks=masks, n_class=n_class, rates=rates, momentum=momentum,
+        weight_decay=weight_decay, seed=seed, split="val", n_image=len(source.split("val")), machine=runner.machine,
+        steps=steps, log_every=log_every, batch_size=batch_size, flops_per_image=0.0, n_ctx=net.n_ctx,
+    )  # fmt: skip
+    stop = StopRequest()
+    saving = Checkpoints(
+        runner.folder, module.guard, every=checkpoint_every, keep=1, val_every=val_every, stop=stop,
+        monitor="val/accuracy", highest=True, finite=False,
+    )  # fmt: skip
+    runner.fit(
+        module, data, plan=plan, steps=steps, val_every=val_every, log_every=log_every, callbacks=[saving], stop=stop
+    )
+    reading = runner.machine.reading_plan(batch_size)
+    runner.validate(module, tokens(plan=reading, eval_split="val"))  # at the end, where all rates have come to 0
+    table = module.table()
+
+    def read(split: str) -> np.ndarray:
+        module.split, module.n_image = split, len(source.split(split))
+        runner.validate(module, tokens(plan=reading, eval_split=split))
+        return module.said
+
+    return table, read
