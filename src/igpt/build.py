@@ -82,7 +82,8 @@ class Build:
     def __init__(self, cfg: DictConfig, choices: dict[str, Any]) -> None:
         self.cfg, self.choices = cfg, choices
         self.task: str = cfg.task.name
-        self.weights: Weights | None = native.find(cfg.init) if cfg.init is not None else None
+        start = cfg.init if cfg.init is not None else next(iter(cfg.task.get("runs", [])), None)
+        self.weights: Weights | None = native.find(start) if start is not None else None
         needs = set(cfg.task.needs)
         from_checkpoint = [group for group in ("model", "tokens", "objective") if choices.get(group) == CHECKPOINT]
         if self.weights is None and from_checkpoint and needs & {"weights", "net"}:
@@ -113,6 +114,8 @@ class Build:
         images = self.config["data"].get("path")
         if images is not None and Path(images).expanduser().exists():
             sums["data.path"] = files.listing_sha256(Path(images).expanduser())
+        for run in self.config["task"].get("runs", []):
+            sums[f"task.runs {Path(run).name}"] = native.find(run).sha256
         for file in self.config["task"].get("beside", []):
             sums[f"task.beside {Path(file).name}"] = files.sha256(Path(file)) if Path(file).is_file() else None
         return sums
@@ -232,8 +235,8 @@ class Build:
 
     def need_runner(self, folder: RunFolder) -> Runner:
         trains = "net" in self.cfg.task.needs
-        chosen = (self.config["logger"] or {}) if trains else {}
-        watching = (self.config["callbacks"] or {}) if trains else {}
+        chosen = (self.config.get("logger") or {}) if trains else {}
+        watching = (self.config.get("callbacks") or {}) if trains else {}
         callbacks = [factory(spec, f"callbacks.{key}")() for key, spec in watching.items()]
         runner = Runner(machine=self.machine, folder=folder.path, callbacks=callbacks)
         first_step = step_of(runner.resume_from) if trains and runner.resume_from else 0
@@ -269,7 +272,8 @@ class Build:
 
     def need_made_by(self, folder: RunFolder) -> dict[str, Any]:
         """What decides the features of an image beside the weights: names their file."""
-        data = {key: value for key, value in self.config["data"].items() if key != "n_colour"}
+        not_of_features = ("n_colour", "augment", "shift", "shift_share")
+        data = {key: value for key, value in self.config["data"].items() if key not in not_of_features}
         return {
             "data": data,
             "images": self.files_sha256.get("data.path"),

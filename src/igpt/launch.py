@@ -29,10 +29,13 @@ from igpt.report.table import closing_table
 from igpt.stopping import STOPPED, StoppedError, pass_on
 from igpt.task.fit import Machine
 from igpt.task.guard import NonFiniteLossError
+from igpt.task.pipeline import FROM
 
 log = logging.getLogger(__name__)
 
 REQUEUE_SECONDS = 60
+CHOSEN = ("model", "objective")  # groups that a stage of a pipeline may choose from for itself
+RUN = "run"  # of a stage: the folder of a finished run that stands for it
 
 
 def main(cfg: DictConfig) -> None:
@@ -182,26 +185,43 @@ def perform(build: Build, folder: RunFolder) -> Result:
     return result
 
 
-def stages(build: Build) -> Callable[..., Result]:
+def stages(build: Build) -> Callable[..., tuple[Result, Path]]:
     """What runs one stage of a pipeline; every stage's settings are checked before the first one starts."""
     configs = {str(name): stage_config(build, str(name), own) for name, own in build.cfg.task.stages.items()}
-    for cfg, _ in configs.values():
+    for name, (cfg, _) in configs.items():
         check_batch(build.machine, cfg.task)
+        if (run := build.cfg.task.stages[name].get(RUN)) is not None:
+            check_given(name, RunFolder(Path(run)), cfg)
 
-    def stage(name: str, _: Mapping[str, Any], *, folder: Path, init: str | None) -> Result:
+    def stage(name: str, *, folder: Path, init: str | list[str] | None) -> tuple[Result, Path]:
         cfg, choices = configs[name]
-        place = RunFolder(folder)
-        if place.finished:
+        given = build.cfg.task.stages[name].get(RUN)
+        place = RunFolder(folder if given is None else Path(given))
+        if ranks.from_first(lambda: place.finished):
             log.info("%s is finished", place.path)
-            return result_of(place.read_result())
-        cfg.init = init
+            return result_of(place.read_result()), place.path
+        if isinstance(init, list):
+            cfg.task.runs = init
+        else:
+            cfg.init = init
         of_stage = Build(cfg, choices)
         if of_stage.machine.rank.first:
             place.start(of_stage.config, None, of_stage.files_sha256)
         ranks.barrier()
-        return perform(of_stage, place)
+        return perform(of_stage, place), place.path
 
     return stage
+
+
+def check_given(name: str, place: RunFolder, cfg: DictConfig) -> None:
+    """Raises ValueError unless a run that stands for a stage is finished, and is what the stage would have been."""
+    if not place.finished:
+        raise ValueError(f"task.stages.{name}.run={place.path}: no finished run is there")
+    asked = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(asked, dict)
+    differs, _ = changes(place.read_run()["config"], {str(key): value for key, value in asked.items()})
+    if differs:
+        raise ValueError(f"task.stages.{name}.run={place.path}: that run is another: {'; '.join(differs)}")
 
 
 def check_task(spec: Mapping[str, Any]) -> None:
@@ -231,20 +251,21 @@ def absolute(overrides: list[str]) -> list[str]:
 
 
 def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
-    """The pipeline's config with another task, and what that task takes from a checkpoint."""
-    task = settings.get("task", name)
-    fresh = hydra.compose("config", overrides=[f"task={task}"], return_hydra_config=True)
+    """The pipeline's config with a stage's task, what that takes from a checkpoint, and what the stage chooses."""
+    chosen = {"task": settings.get("task", name)} | {group: settings[group] for group in CHOSEN if group in settings}
+    overrides = [f"{group}={option}" for group, option in chosen.items()]
+    fresh = hydra.compose("config", overrides=overrides, return_hydra_config=True)
     choices = dict(fresh.hydra.runtime.choices)
     cfg = build.cfg.copy()
     with open_dict(cfg):
         cfg.task = fresh.task
         for group in ("model", "tokens", "objective"):
-            if choices[group] == CHECKPOINT:
+            if choices[group] == CHECKPOINT or group in chosen:
                 cfg[group] = fresh[group]
             else:
                 choices[group] = build.choices[group]
     for key, value in settings.items():
-        if key == "task":
+        if key in ("task", FROM, RUN, *CHOSEN):
             continue
         if key not in cfg.task:
             raise ValueError(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from igpt import files
+from igpt.checkpoint.resume import AtomicCheckpointIO, checksum_path
 from igpt.model.gpt import GPT
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,18 @@ class Weights:
         self.load_into(net)
         return net
 
+    @property
+    def path(self) -> Path:
+        """The file the tensors are in."""
+        return self.folder / WEIGHTS
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors by name. Raises ValueError when their file is damaged."""
+        try:
+            return load_file(self.path)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is damaged ({error}): copy or export it again") from error
+
     def load_into(self, net: GPT) -> None:
         """Copies every weight into `net`; keys and shapes must be exactly its own.
 
@@ -83,12 +96,7 @@ class Weights:
             ValueError: a network of other sizes, missing, unexpected or misshapen tensors, or a damaged file.
         """
         check_same("network", self.origin.network, net.config, self.folder)
-        path = self.folder / WEIGHTS
-        try:
-            state = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}): copy or export it again") from error
-        own = net.state_dict()
+        path, state, own = self.path, self.state(), net.state_dict()
         wrong = [
             f"{name}: {tuple(weight.shape)} in the file, {tuple(own[name].shape)} in the network"
             for name, weight in state.items()
@@ -104,13 +112,39 @@ class Weights:
         net.load_state_dict(state)
 
 
+@dataclass(frozen=True)
+class OnTheWay(Weights):
+    """The network inside a checkpoint that training wrote, `checkpoints/step_0001000.ckpt`."""
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"step_{self.origin.step:07d}.ckpt"
+
+    def state(self) -> dict[str, Tensor]:
+        state = AtomicCheckpointIO().load_checkpoint(self.path)["state_dict"]
+        return {name.removeprefix("net."): weight for name, weight in state.items() if name.startswith("net.")}
+
+    @staticmethod
+    def read(path: Path) -> "OnTheWay":
+        """Raises ValueError when it is damaged, of another format, or not of a network that generates."""
+        checksum, sha256 = checksum_path(path), files.sha256(path)
+        if not checksum.is_file() or checksum.read_text().strip() != sha256:
+            raise ValueError(f"{path} is damaged or was not written to its end: its SHA-256 is not that beside it")
+        checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+        check_same("format", checkpoint.get("format"), FORMAT, path)
+        origin = Origin(**checkpoint["origin"])
+        return OnTheWay(path.parent, origin, sha256)
+
+
 def find(path: str) -> Weights:
-    """The weights that `init=` names: a run folder, its `model/`, or either file in it.
+    """The weights that `init=` names: a run folder, its `model/`, either file in it, or a checkpoint on the way.
 
     Raises:
         ValueError: nothing there, another format version, or two files that are not of one save.
     """
     place = Path(path)
+    if place.suffix == ".ckpt" and place.is_file():
+        return OnTheWay.read(place)
     candidates = [place.parent] if place.is_file() else [place, place / "model"]
     folder = next((c for c in candidates if (c / CONFIG).is_file() and (c / WEIGHTS).is_file()), None)
     if folder is None:

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 
 from igpt.data.crop import shifted
 from igpt.data.source import ArraySplit, Pixels, Split, check_split_name
-from igpt.data.split import split_indices
+from igpt.data.split import balanced_subset, split_indices
 
 LEVELS = 16  # scikit-learn's digits count 0 … 16
 
@@ -19,7 +19,8 @@ class Digits:
 
     They come without a test split, so one is drawn first, then `val_fraction` of the rest, by `split_seed`, which is
     not the seed of the run: what one run trained on, another must not call held out. For training, `shift_share` of
-    the images are moved by up to `shift` pixels: 1,347 images are soon learnt by heart.
+    the images are moved by up to `shift` pixels: 1,347 images are soon learnt by heart. `labels_per_class` leaves so
+    many training images of each digit, drawn by `subset_seed`.
 
     Raises:
         ValueError: a resolution other than 8.
@@ -38,15 +39,21 @@ class Digits:
         split_seed: int,
         shift: int,
         shift_share: float,
+        labels_per_class: int | None = None,
+        subset_seed: int = 0,
     ) -> None:
         if resolution != 8:
             raise ValueError(f"data.resolution={resolution}: the digits are 8×8 and come in no other size")
-        self.name, self.resolution = name, resolution
+        self.name, self.resolution, self.labels_per_class = name, resolution, labels_per_class
         digits = load_digits()
         grey = np.rint(digits.images * (255 / LEVELS)).astype(np.uint8)  # (N, 8, 8)
         pixels = np.repeat(grey[..., None], 3, axis=3)  # (N, 8, 8, 3)
         labels = digits.target.astype(np.int64)
         indices = split_indices(len(pixels), val_fraction=val_fraction, test_fraction=test_fraction, seed=split_seed)
+        if labels_per_class is not None:
+            of_train = labels[indices["train"]]
+            rows = balanced_subset(of_train, per_class=labels_per_class, seed=subset_seed, where="digits")
+            indices["train"] = indices["train"][rows]
         self._splits = {name: ArraySplit(pixels[rows], labels[rows]) for name, rows in indices.items()}
         self._moved = ShiftedSplit(self._splits["train"], by=shift, share=shift_share)
 

@@ -67,6 +67,7 @@ class Images:
                 "data.streaming=false, or leave them null and 0"
             )
         self.name, self.resolution, self.n_class = name, resolution, n_class
+        self.labels_per_class = labels_per_class
         cut = Cut.of(resolution, crop, augment)
         found = open_tables(
             path, name=name, labels=label_column if n_class is not None else None, streaming=streaming, cache=cache

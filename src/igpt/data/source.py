@@ -54,6 +54,7 @@ class Source(Protocol):
     name: str
     resolution: int  # R, pixels a side
     n_class: int | None  # None: the images have no labels, -1 stands for them
+    labels_per_class: int | None  # what the training images were cut down to; None: they were not
 
     def split(self, name: str) -> Split:
         """The split called `name`, each image in one way.

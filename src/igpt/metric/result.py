@@ -18,6 +18,7 @@ class Number:
     n: int
     stderr: float | None = None
     interval: tuple[float, float] | None = None  # that holds it with 95 %
+    deviation: float | None = None  # standard deviation of the n values this is the mean of
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class Grid:
         return Grid(filled.reshape(rows, columns, *images.shape[1:]))
 
 
+@dataclass(frozen=True)
+class Bars:
+    """Bars side by side: for every group (a protocol) one for each series (an objective)."""
+
+    heights: dict[str, dict[str, Number]]  # group → series → height, with its interval where it has one
+    y_unit: str
+
+
 @dataclass
 class Result:
     """What a task returns; `report` writes it. Keys are `split/name`, as in `val/loss_gen`."""
@@ -57,6 +66,7 @@ class Result:
     grids: dict[str, Grid] = field(default_factory=dict)
     palettes: dict[str, np.ndarray] = field(default_factory=dict)  # name → (k, 3) uint8
     arrays: dict[str, np.ndarray] = field(default_factory=dict)  # name → tokens, kept as name_tokens.npy
+    bars: dict[str, Bars] = field(default_factory=dict)
     matrices: dict[str, np.ndarray] = field(default_factory=dict)  # name → (K, K) counts: row said, column meant
     files: dict[str, Path] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -35,6 +35,14 @@ class Images:
         """Layers there are features of, the embedding among them."""
         return len(self.under[0].values)
 
+    def layer(self, which: int) -> "Images":
+        """Only one layer; from then on it is layer 0."""
+        return Images([Features(features.values[which : which + 1], features.labels) for features in self.under])
+
+    def some(self, rows: np.ndarray) -> "Images":
+        """Only the images `rows` (M,)."""
+        return Images([Features(features.values[:, rows], features.labels[rows]) for features in self.under])
+
     @staticmethod
     def of_pixels(split: Split) -> "Images":
         """The pixels themselves as the features of one layer, in [-1, 1]."""
@@ -87,6 +95,20 @@ def chosen(table: Table, *, layer: int | None) -> Choice:
     order = np.argsort(table.strengths)
     _, row, column = max((table.accuracy[r, c], -r, -i) for r in rows for i, c in enumerate(order))
     return Choice(table.windows[-row], table.strengths[int(order[-column])])
+
+
+FOLDS = 5
+
+
+def few_folds(per_class: int) -> int:
+    """Into how many folds so many images of each class are cut.
+
+    Raises:
+        ValueError: there is one image of each, which cannot be judged by another.
+    """
+    if per_class < 2:
+        raise ValueError("one label per class leaves nothing to choose on: take two or more")
+    return min(FOLDS, per_class)
 
 
 def folds_of(labels: np.ndarray, n: int, *, seed: int) -> np.ndarray:

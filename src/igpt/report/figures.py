@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from igpt import files
-from igpt.metric.result import Curve, Grid
+from igpt.metric.result import Bars, Curve, Grid
 
 CELL = 96  # pixels a side that an image is shown at, at least
 GAP = 6
@@ -72,6 +72,31 @@ def curves_figure(path: Path, curves: dict[str, Curve]) -> None:
         axes.set_ylabel(y_unit)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
+    with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def bars_figure(path: Path, bars: Bars) -> None:
+    """Writes groups of bars with their 95 % intervals and their heights in figures."""
+    series = list(dict.fromkeys(name for group in bars.heights.values() for name in group))
+    figure = Figure(figsize=(max(4.5, 2.2 * len(bars.heights)), 4), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(series)
+    for place, name in enumerate(series):
+        for column, group in enumerate(bars.heights.values()):
+            if name not in group:
+                continue
+            number, x = group[name], column + (place - (len(series) - 1) / 2) * width
+            axes.bar(x, number.value, 0.92 * width, color=f"C{place}", label=name if column == 0 else None)
+            low, high = number.interval or (number.value, number.value)
+            axes.errorbar(
+                x, number.value, [[number.value - low], [high - number.value]], color="black", capsize=3, lw=1
+            )
+            axes.text(x, 0, f"{number.value:.3f}", ha="center", va="bottom", color="white", fontsize=9)
+    axes.set_xticks(range(len(bars.heights)), list(bars.heights))
+    axes.set_ylabel(bars.y_unit)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.spines[["top", "right"]].set_visible(False)
     with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
         figure.savefig(temporary, format="png", dpi=130)
 

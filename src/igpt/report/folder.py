@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from igpt import files
 from igpt.metric.result import VERSION, Curve, Number, Result
-from igpt.report.figures import curves_figure, grid_picture, matrix_figure, palette_picture
+from igpt.report.figures import bars_figure, curves_figure, grid_picture, matrix_figure, palette_picture
 
 # Settings that say where and whether to run, not what: they do not change a run's identity.
 OUTSIDE_IDENTITY = ("paths", "resume", "force", "init", "logger", "callbacks")
@@ -141,6 +141,8 @@ class RunFolder:
             with files.atomic_write(self._place(result, f"{name}_counts", ".npy")) as file:
                 np.save(file, matrix, allow_pickle=False)
             matrix_figure(self._place(result, name, ".png"), matrix)
+        for name, bars in result.bars.items():
+            bars_figure(self._place(result, name, ".png"), bars)
         if result.curves:
             curves_figure(self._place(result, "curves", ".png"), result.curves)
         record = {

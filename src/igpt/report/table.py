@@ -31,4 +31,6 @@ def _value(number: Number) -> str:
     text = f"{number.value:,.4f}" if abs(number.value) < 1e4 else f"{number.value:,.0f}"
     if number.interval is not None:
         return f"{text} [{number.interval[0]:.4f}, {number.interval[1]:.4f}]"
+    if number.deviation is not None:
+        return f"{text} ± {number.deviation:.4f} (std)"
     return text if number.stderr is None else f"{text} ± {number.stderr:.4f}"

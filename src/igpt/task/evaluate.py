@@ -1,15 +1,21 @@
-"""The generative loss of a trained network on a split, beside what its colours alone would tell."""
+"""The loss of a trained network on a split, beside what its colours alone would tell; with a class head, accuracy."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import lightning as L
+import numpy as np
 
+from igpt.checkpoint.head import find_head
 from igpt.checkpoint.native import Weights
-from igpt.data.source import check_split_name
+from igpt.data.source import Source, check_split_name
 from igpt.metric.likelihood import position_nats, unigram_nats
 from igpt.metric.result import Number, Result
 from igpt.model.gpt import GPT
+from igpt.model.head import ClassHead
 from igpt.objective.base import Objective
+from igpt.probe.scores import confusion
+from igpt.task.classify import ClassScore, classes_hash
 from igpt.task.fit import Machine, Runner
 from igpt.task.score import GenerativeScore
 from igpt.tokens.datamodule import Batch, TokenDataModule
@@ -32,11 +38,32 @@ class EvaluateModule(L.LightningModule):
         self.numbers = self.score.numbers(self.split, self.trainer, self.n_image)
 
 
-def check(*, split: str, batch_size: int, baseline_images: int) -> None:
+class ClassifyModule(L.LightningModule):
+    """Scores a frozen network with its class head."""
+
+    def __init__(
+        self, *, net: GPT, head: ClassHead, score: ClassScore, machine: Machine, split: str, n_image: int
+    ) -> None:
+        super().__init__()
+        machine.prepare(net)
+        self.net, self.head, self.score, self.split, self.n_image = net, head, score, split, n_image
+        self.numbers: dict[str, Number] = {}
+        self.said: np.ndarray = np.empty(0)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.score.add(self.net, self.head, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self.numbers, self.said = self.score.numbers(self.split, self.trainer, self.n_image)
+
+
+def check(*, split: str, batch_size: int, baseline_images: int, masks: int, **_: bool | str) -> None:
     """Raises ValueError when a setting of the task cannot be right, before anything is built."""
     check_split_name(split)
     if batch_size < 1:
         raise ValueError(f"task.batch_size must be at least 1, got {batch_size}")
+    if masks < 1:
+        raise ValueError(f"task.masks must be at least 1, got {masks}")
     if baseline_images < 0:
         raise ValueError(f"task.baseline_images must be at least 0 (no baselines), got {baseline_images}")
 
@@ -47,19 +74,26 @@ def run(
     tokens: Callable[..., TokenDataModule],
     weights: Weights,
     objective: Objective,
+    seed: int,
     split: str,
     batch_size: int,
     baseline_images: int,
+    accuracy: bool | Literal["auto"],
+    masks: int,
 ) -> Result:
-    """Nats and bits per token on `split`, and those of two histograms of `baseline_images` training images."""
+    """Nats and bits per token on `split`, and those of two histograms of `baseline_images` training images.
+
+    Accuracy where a class head was trained with these weights.
+    """
     data = tokens(plan=runner.machine.reading_plan(batch_size), eval_split=split)
-    module = EvaluateModule(
-        net=weights.net(),
-        objective=objective,
-        machine=runner.machine,
-        split=split,
-        n_image=len(data.source.split(split)),
-    )
+    n_image, net = len(data.source.split(split)), weights.net()
+    head = trained_head(weights, data.source, asked=accuracy)
+    module: EvaluateModule | ClassifyModule
+    if head is None:
+        module = EvaluateModule(net=net, objective=objective, machine=runner.machine, split=split, n_image=n_image)
+    else:
+        score = ClassScore(objective, n_class=len(head.wclf), masks=masks, seed=seed)
+        module = ClassifyModule(net=net, head=head, score=score, machine=runner.machine, split=split, n_image=n_image)
     runner.validate(module, data)
     numbers = dict(module.numbers)
     if baseline_images:
@@ -68,4 +102,27 @@ def run(
         k, n = data.palette.k, len(held_out)
         numbers[f"{split}/unigram"] = Number(unigram_nats(train, held_out, k), "nats/token", n)
         numbers[f"{split}/position_histogram"] = Number(position_nats(train, held_out, k), "nats/token", n)
-    return Result(numbers=numbers, provenance={"weights": weights.sha256, "palette": data.palette.hash, "split": split})
+    found = Result(
+        numbers=numbers, provenance={"weights": weights.sha256, "palette": data.palette.hash, "split": split}
+    )
+    if isinstance(module, ClassifyModule):
+        labels = data.source.split(split).labels
+        found.matrices["confusion"] = confusion(labels, module.said, module.score.n_class)
+    return found
+
+
+def trained_head(weights: Weights, source: Source, *, asked: bool | Literal["auto"]) -> ClassHead | None:
+    """The head to judge with, or None where there is none, or no labels, and none was asked for.
+
+    Raises:
+        ValueError: accuracy was asked for and no head was trained, or the one there is knows other classes.
+    """
+    if asked is False or (asked == "auto" and source.n_class is None):
+        return None
+    head = find_head(weights, n_class=source.n_class, classes=classes_hash(source))
+    if head is None and asked is True:
+        raise ValueError(
+            f"{weights.folder} has no trained class head, its accuracy would be that of chance: fine-tune first, "
+            "`task=finetune init=RUN_FOLDER`, or read its features, `task=probe`"
+        )
+    return head

@@ -1,41 +1,106 @@
-"""Several tasks in turn, each starting from the weights of the one before."""
+"""Several tasks in turn, each from the weights that an earlier one left."""
 
 import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from igpt.metric.result import Result
+from igpt.metric.result import Bars, Number, Result
 
 log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+FROM = "from"  # a stage's weights: the name of an earlier stage, several of them (a task with `runs`), or none
+
+
+def check(*, stages: Mapping[str, Mapping[str, Any]], bars: Mapping[str, Mapping[str, Mapping[str, str]]]) -> None:
+    """Raises ValueError when a stage is to start from one that does not come before it."""
+    before: list[str] = []
+    for name, settings in stages.items():
+        asked = settings.get(FROM)
+        for source in [asked] if isinstance(asked, str) else asked or []:
+            if source not in before:
+                known = ", ".join(before) or "none"
+                raise ValueError(f"task.stages.{name}.from: there is no stage {source!r} before it, but {known}")
+        before.append(name)
+    for groups in bars.values():
+        for series in groups.values():
+            for key in series.values():
+                if key.partition("/")[0] not in before:
+                    raise ValueError(f"task.bars: {key} is to begin with the name of a stage: {', '.join(before)}")
 
 
 def run(
     *,
-    stage: Callable[..., Result],
+    stage: Callable[..., tuple[Result, Path]],
     folder: Path,
     init: str | None,
     stages: Mapping[str, Mapping[str, Any]],
+    bars: Mapping[str, Mapping[str, Mapping[str, str]]],
 ) -> Result:
     """Runs every stage in a folder of its own inside the run's, and gathers what they found out.
 
-    `stage(name, settings, folder=, init=)` builds and runs one; it returns at once when that folder holds its result.
+    `stage(name, folder=, init=)` builds and runs one; it returns at once when that folder holds its result. Its `init`
+    is the folder of the stage named in `from`; where nothing is said, of the last that left weights. `bars`: picture →
+    group → series → `stage/number`.
     """
-    whole = Result()
+    results: dict[str, Result] = {}
+    places: dict[str, Path] = {}
     for position, (name, settings) in enumerate(stages.items(), start=1):
-        place = folder / f"{position}_{name}"
+        start: str | list[str] | None = init
+        if FROM in settings:
+            asked = settings[FROM]
+            if isinstance(asked, list):
+                start = [str(places[source]) for source in asked]
+            else:
+                start = None if asked is None else str(places[asked])
         log.info("stage %d of %d: %s", position, len(stages), name)
-        result = stage(name, settings, folder=place, init=init)
-        if (place / "model").is_dir():
-            init = str(place)
-        for key, number in result.numbers.items():  # a later stage of the same kind does not hide an earlier one
-            known = whole.numbers.get(key)
-            same = known is None or math.isclose(known.value, number.value, rel_tol=1e-6)
-            whole.numbers[key if same else f"{name}/{key}"] = number
-        for key, curve in result.curves.items():
-            whole.curves[key if key not in whole.curves else f"{name}/{key}"] = curve
-        for key, path in result.files.items():
-            whole.files[key if key not in whole.files else f"{name}/{key}"] = Path(place.name) / path
-        whole.provenance[name] = result.provenance
+        results[name], places[name] = stage(name, folder=folder / f"{position}_{name}", init=start)
+        if FROM not in settings and (places[name] / "model").is_dir():
+            init = str(places[name])
+    whole = Result(numbers=named({name: result.numbers for name, result in results.items()}, same))
+    whole.curves = named({name: result.curves for name, result in results.items()}, lambda ours, theirs: False)
+    whole.files = named(
+        {name: {key: _inside(folder, places[name] / path) for key, path in result.files.items()}
+         for name, result in results.items()}, lambda ours, theirs: False
+    )  # fmt: skip
+    whole.provenance = {name: result.provenance for name, result in results.items()}
+    for picture, groups in bars.items():
+        heights = {
+            group: {which: _number(results, key) for which, key in series.items()} for group, series in groups.items()
+        }
+        units = [number.unit for series in heights.values() for number in series.values()]
+        whole.bars[picture] = Bars(heights, units[0])
     return whole
+
+
+def named(of_stages: Mapping[str, Mapping[str, Value]], same: Callable[[Value, Value], bool]) -> dict[str, Value]:
+    """What the stages found under names of their own; where two say different things, `stage/name` for each of them."""
+    found: dict[str, list[tuple[str, Value]]] = {}
+    for stage, values in of_stages.items():
+        for key, value in values.items():
+            known = found.setdefault(key, [])
+            if not any(same(value, other) for _, other in known):
+                known.append((stage, value))
+    return {
+        key if len(known) == 1 else f"{stage}/{key}": value for key, known in found.items() for stage, value in known
+    }
+
+
+def same(ours: Number, theirs: Number) -> bool:
+    """Whether two stages have measured one thing: equal but for rounding."""
+    return math.isclose(ours.value, theirs.value, rel_tol=1e-6)
+
+
+def _number(results: Mapping[str, Result], key: str) -> Number:
+    stage, _, name = key.partition("/")
+    numbers = results[stage].numbers
+    if name not in numbers:
+        raise ValueError(f"task.bars: stage {stage} has found no {name}, but {', '.join(numbers)}")
+    return numbers[name]
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    return path.relative_to(folder) if path.is_relative_to(folder) else path.absolute()

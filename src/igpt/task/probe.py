@@ -1,105 +1,34 @@
 """Linear probes: what a linear classifier can read from the pooled features of every layer."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
 
-from igpt import keyed, ranks
+from igpt import ranks
 from igpt.checkpoint.native import Weights
-from igpt.data.cache import alone
 from igpt.data.crop import check_keys
 from igpt.data.source import Source
 from igpt.metric.result import Curve, Number, Result
-from igpt.model.features import NORMS, layer_features
+from igpt.model.features import NORMS
 from igpt.model.gpt import GPT
 from igpt.objective.base import Objective
-from igpt.probe.choice import Choice, Images, Table, chosen, fitted, folds_of, searched
-from igpt.probe.features import Dtype, Features, FeatureWriter, features_path, read_features
+from igpt.probe.choice import Choice, Images, Table, chosen, few_folds, fitted, folds_of, searched
+from igpt.probe.features import Dtype
 from igpt.probe.scores import accuracy_number, confusion, top_k
-from igpt.task.fit import Machine, Runner, matmul_precision
+from igpt.task.features import Reader
+from igpt.task.fit import Runner, matmul_precision
 from igpt.task.probe_sgd import trained
-from igpt.tokens.datamodule import Batch, TokenDataModule
+from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)
 
 WHOLE = ("steps", "batch_size", "val_every", "log_every", "checkpoint_every")
 SGD_SETTINGS = ("rates", "momentum", "weight_decay", *WHOLE)
-
-
-class ProbeModule(L.LightningModule):
-    """A frozen network whose pooled features are handed on: one forward pass an image and mask, for all layers."""
-
-    def __init__(self, *, net: GPT, objective: Objective, machine: Machine, norm: str, masks: int) -> None:
-        super().__init__()
-        machine.prepare(net)
-        self.net, self.objective, self.norm, self.masks = net.requires_grad_(False), objective, norm, masks
-        self.writers: list[FeatureWriter] = []
-
-    def pooled(self, batch: Batch, mask: int) -> Tensor:
-        """The features under one mask, (L + 1, B, C)."""
-        keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
-        return layer_features(self.net, batch.tokens, self.objective.keep(batch.tokens, keys), norm=self.norm)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        for mask, writer in enumerate(self.writers):
-            writer.add(self.pooled(batch, mask), batch.rows, batch.labels)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Gives the features of a network on any split, from disk where they are, else written in one pass."""
-
-    runner: Runner
-    tokens: Callable[..., TokenDataModule]
-    objective: Objective
-    cache: Path
-    made_by: Mapping[str, Any]
-    norm: str
-    dtype: Dtype
-    batch_size: int
-
-    def read(self, net: GPT, name: str, split: str, *, masks: int) -> list[Features]:
-        """One `Features` for each mask; `name` is that of the network: the hash of its weights."""
-        data = self.tokens(plan=self.runner.machine.reading_plan(self.batch_size), eval_split=split)
-        images = data.source.split(split)
-        if not len(images):
-            raise ValueError(
-                f"{data.source.name} has no images in its {split} split: set data.{split}_fraction above 0"
-            )
-        paths = [
-            features_path(
-                self.cache,
-                f"{data.source.name}{data.source.resolution}-{split}",
-                {**self.made_by, "weights": name, "split": split, "norm": self.norm, "dtype": self.dtype, "mask": mask},
-            )
-            for mask in range(masks)
-        ]
-        first = ranks.this_rank().first
-        with alone(paths[0]) if first else nullcontext():
-            found = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
-            if not ranks.from_first(lambda: all(features is not None for features in found)):
-                module = ProbeModule(
-                    net=net, objective=self.objective, machine=self.runner.machine, norm=self.norm, masks=masks
-                )
-                module.writers = [FeatureWriter(path, n_image=len(images), dtype=self.dtype) for path in paths]
-                log.info("features: %s, %d images, %d layers", split, len(images), net.n_layer + 1)
-                self.runner.predict(module, data)
-                for writer in module.writers:
-                    writer.finish()
-                found = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
-        for path, features in zip(paths, found, strict=True):
-            assert features is not None
-            if not np.array_equal(features.labels, images.labels):
-                raise ValueError(f"the labels of {split} are not those that {path} was written with: remove that file")
-        return [features for features in found if features is not None]
 
 
 def check(
@@ -111,7 +40,7 @@ def check(
     sgd: dict[str, Any],
     masks: int,
     concat: int | None,
-    folds: int | None,
+    folds: int | str | None,
     refit: bool,
     **_: Any,
 ) -> None:
@@ -120,7 +49,7 @@ def check(
         raise ValueError(f"task.norm must be one of {', '.join(NORMS)}, got {norm!r}")
     if solver not in ("lbfgs", "sgd"):
         raise ValueError(f"task.solver must be lbfgs or sgd, got {solver!r}")
-    if solver == "sgd" and (concat is not None or folds is not None):
+    if solver == "sgd" and (concat is not None or isinstance(folds, int)):
         raise ValueError("task.solver=sgd judges single layers on val: set task.concat=null and task.folds=null")
     check_keys("task.sgd", sgd, SGD_SETTINGS)
     if not sgd["rates"] or min(sgd["rates"]) <= 0 or any(sgd[key] < 1 for key in SGD_SETTINGS if key in WHOLE):
@@ -131,8 +60,8 @@ def check(
         raise ValueError(f"task.strengths are one or more positive numbers, got {strengths}")
     if concat is not None and (concat < 3 or concat % 2 == 0):
         raise ValueError(f"task.concat is null or an odd number of layers from 3 on, got {concat}")
-    if folds is not None and folds < 2:
-        raise ValueError(f"task.folds is null (choose on val) or at least 2, got {folds}")
+    if folds not in (None, "auto") and not (isinstance(folds, int) and folds >= 2):
+        raise ValueError(f"task.folds is auto, null (choose on val) or at least 2, got {folds!r}")
 
 
 def check_classes(source: Source, splits: Sequence[str]) -> int:
@@ -169,7 +98,7 @@ def run(
     layer: int | None,
     concat: int | None,
     masks: int,
-    folds: int | None,
+    folds: int | Literal["auto"] | None,
     refit: bool,
     test: bool,
     untrained: bool,
@@ -186,6 +115,15 @@ def run(
     source = tokens().source
     n_class = check_classes(source, ["val", *(["test"] if test else [])])
     masks = masks if not objective.causal else 1  # only a masked objective has any
+    if source.labels_per_class is not None:  # only those labels are there to be used
+        refit = False
+        if folds == "auto" and solver == "sgd":
+            raise ValueError(
+                "task.solver=sgd chooses on val, whose labels data.labels_per_class forbids: take task.solver=lbfgs, "
+                "or allow them, task.folds=null"
+            )
+        folds = few_folds(source.labels_per_class) if folds == "auto" else folds
+    folds = None if folds == "auto" else folds
     if solver == "sgd":
         table, read = trained(
             runner=runner, tokens=tokens, weights=weights, objective=objective, norm=norm, masks=masks,
@@ -208,9 +146,7 @@ def run(
     device = runner.machine.device
     how: dict[str, Any] = {"n_class": n_class, "device": device, "seed": seed}
 
-    def images(of: GPT, name: str, split: str) -> Images:
-        return Images(reader.read(of, name, split, masks=1 if split == "train" else masks))
-
+    images = partial(reader.images, masks=masks)
     train, val = images(net, weights.sha256, "train"), images(net, weights.sha256, "val")
     with matmul_precision(runner.machine.matmul_precision, device):
         fold = None if folds is None else folds_of(train.labels, folds, seed=seed)

@@ -180,11 +180,18 @@ class TokenDataModule(L.LightningDataModule):
 
     def some_tokens(self, name: str, *, at_most: int | None = None) -> Tensor:
         """A split as tokens on the CPU, in order: (N, T) int16; no more than `at_most` images, drawn by the seed."""
+        return self.tokens_of(name, self.some_rows(name, at_most=at_most))
+
+    def some_rows(self, name: str, *, at_most: int | None = None) -> np.ndarray:
+        """Which images of a split `some_tokens` gives, (N,) ascending."""
+        n = len(self.source.split(name))
+        if at_most is None or at_most >= n:
+            return np.arange(n)
+        return np.sort(keyed.generator(self.seed, "some", at_most).permutation(n)[:at_most])
+
+    def tokens_of(self, name: str, rows: np.ndarray) -> Tensor:
+        """Some images of a split as tokens on the CPU, (N, T) int16."""
         split = self.source.split(name)
-        n = len(split)
-        rows = np.arange(n)
-        if at_most is not None and at_most < n:
-            rows = np.sort(keyed.generator(self.seed, "some", at_most).permutation(n)[:at_most])
         split.prepare()
         tokens = torch.empty(len(rows), self.raster.n_ctx, dtype=torch.int16)
         start = 0

@@ -1,0 +1,97 @@
+"""A callback that probes a few layers while the network pretrains: loss and representation in the same log."""
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt import keyed
+from igpt.model.features import layer_features
+from igpt.model.gpt import GPT
+from igpt.probe.lbfgs import logistic_regression
+from igpt.tokens.datamodule import TokenDataModule
+
+
+class ProbeWhileTraining(L.Callback):
+    """Logistic regression on `train_images`, its accuracy on `val_images`, for layers at some depths of the network.
+
+    Always the same images, drawn by the run's seed; one strength C, so that the points of a curve compare. A look, not
+    a result: `task=probe` searches C, layer and all images.
+
+    Raises:
+        ValueError: a setting that cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int,
+        depths: list[float],
+        train_images: int,
+        val_images: int,
+        strength: float,
+        batch_size: int,
+        norm: str,
+    ) -> None:
+        counts = {"every": every, "train_images": train_images, "val_images": val_images, "batch_size": batch_size}
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"callbacks.probe.{name} must be at least 1, got {value}")
+        if not depths or not all(0 <= depth <= 1 for depth in depths):
+            raise ValueError(f"callbacks.probe.depths lie in 0 (the embedding) … 1 (the last layer), got {depths}")
+        if strength <= 0:
+            raise ValueError(f"callbacks.probe.strength must be above 0, got {strength}")
+        self.every, self.depths, self.batch_size = every, depths, batch_size
+        self.counts = {"train": train_images, "val": val_images}
+        self.strength, self.norm = strength, norm
+        self._images: dict[str, tuple[Tensor, np.ndarray]] = {}  # split → tokens (N, T), labels (N,)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        assert isinstance(data, TokenDataModule)
+        if data.source.n_class is None:
+            raise ValueError(f"callbacks=[…, probe] needs labels, data={data.source.name} has none")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        passes = trainer.global_step * trainer.accumulate_grad_batches
+        due = trainer.state.fn == "fit" and passes // int(trainer.val_check_interval or 1) % self.every == 0
+        if not (due and trainer.is_global_zero):
+            return
+        module: Any = pl_module  # one of those that pretrain: it has a network, an objective, and notes curves
+        data: Any = getattr(trainer, "datamodule", None)
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            found = self.accuracies(module.net, module.objective, data)
+        for name, value in found.items():
+            module.note(name, trainer.global_step, value)
+        for logger in trainer.loggers:
+            logger.log_metrics(found, step=trainer.global_step)
+
+    def accuracies(self, net: GPT, objective: Any, data: TokenDataModule) -> dict[str, float]:
+        """`probe/layer_4/accuracy` → share of the val images, for every depth."""
+        layers = sorted({round(depth * net.n_layer) for depth in self.depths})
+        x, labels = {}, {}
+        device = net.wte.device
+        for split, count in self.counts.items():
+            if split not in self._images:
+                rows = data.some_rows(split, at_most=count)
+                self._images[split] = data.tokens_of(split, rows), data.source.split(split).labels[rows]
+            tokens, of_split = self._images[split]
+            keys = keyed.item_keys(keyed.key(data.seed, f"probe {split}"), torch.arange(len(tokens))).to(device)
+            parts = []
+            for start in range(0, len(tokens), self.batch_size):
+                some, some_keys = (
+                    tokens[start : start + self.batch_size].long().to(device),
+                    keys[start:][: self.batch_size],
+                )
+                parts.append(layer_features(net, some, objective.keep(some, some_keys), norm=self.norm)[layers].float())
+            x[split] = torch.cat(parts, dim=1)  # (P, N, C)
+            labels[split] = torch.from_numpy(of_split).to(device)
+        assert data.source.n_class is not None
+        with torch.autocast(device.type, enabled=False):
+            heads = logistic_regression(
+                x["train"], labels["train"], n_class=data.source.n_class, strengths=[self.strength]
+            )
+            right = (heads.scores(x["val"]).argmax(dim=-1)[:, 0] == labels["val"]).double().mean(dim=-1)
+        return {f"probe/layer_{layer}/accuracy": share for layer, share in zip(layers, right.tolist(), strict=True)}

@@ -1,0 +1,101 @@
+"""The features of a frozen network on any split: written in one pass under `Trainer.predict`, or read from disk."""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from torch import Tensor
+
+from igpt import keyed, ranks
+from igpt.data.cache import alone
+from igpt.model.features import layer_features
+from igpt.model.gpt import GPT
+from igpt.objective.base import Objective
+from igpt.probe.choice import Images
+from igpt.probe.features import Dtype, Features, FeatureWriter, features_path, read_features
+from igpt.task.fit import Machine, Runner
+from igpt.tokens.datamodule import Batch, TokenDataModule
+
+log = logging.getLogger(__name__)
+
+OF_TRAINING_ALONE = ("labels_per_class", "subset_seed")  # settings of the data that val and test know nothing of
+
+
+class ProbeModule(L.LightningModule):
+    """A frozen network whose pooled features are handed on: one forward pass an image and mask, for all layers."""
+
+    def __init__(self, *, net: GPT, objective: Objective, machine: Machine, norm: str, masks: int) -> None:
+        super().__init__()
+        machine.prepare(net)
+        self.net, self.objective, self.norm, self.masks = net.requires_grad_(False), objective, norm, masks
+        self.writers: list[FeatureWriter] = []
+
+    def pooled(self, batch: Batch, mask: int) -> Tensor:
+        """The features under one mask, (L + 1, B, C)."""
+        keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
+        return layer_features(self.net, batch.tokens, self.objective.keep(batch.tokens, keys), norm=self.norm)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> None:
+        for mask, writer in enumerate(self.writers):
+            writer.add(self.pooled(batch, mask), batch.rows, batch.labels)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Gives the features of a network on any split, from disk where they are, else written in one pass."""
+
+    runner: Runner
+    tokens: Callable[..., TokenDataModule]
+    objective: Objective
+    cache: Path
+    made_by: Mapping[str, Any]
+    norm: str
+    dtype: Dtype
+    batch_size: int
+
+    def read(self, net: GPT, name: str, split: str, *, masks: int) -> list[Features]:
+        """One `Features` for each mask; `name` is that of the network: the hash of its weights."""
+        data = self.tokens(plan=self.runner.machine.reading_plan(self.batch_size), eval_split=split)
+        images = data.source.split(split)
+        if not len(images):
+            raise ValueError(
+                f"{data.source.name} has no images in its {split} split: set data.{split}_fraction above 0"
+            )
+        made_by = dict(self.made_by)
+        if split != "train":
+            made_by["data"] = {k: v for k, v in made_by.get("data", {}).items() if k not in OF_TRAINING_ALONE}
+        paths = [
+            features_path(
+                self.cache,
+                f"{data.source.name}{data.source.resolution}-{split}",
+                {**made_by, "weights": name, "split": split, "norm": self.norm, "dtype": self.dtype, "mask": mask},
+            )
+            for mask in range(masks)
+        ]
+        first = ranks.this_rank().first
+        with alone(paths[0]) if first else nullcontext():
+            found = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
+            if not ranks.from_first(lambda: all(features is not None for features in found)):
+                module = ProbeModule(
+                    net=net, objective=self.objective, machine=self.runner.machine, norm=self.norm, masks=masks
+                )
+                module.writers = [FeatureWriter(path, n_image=len(images), dtype=self.dtype) for path in paths]
+                log.info("features: %s, %d images, %d layers", split, len(images), net.n_layer + 1)
+                self.runner.predict(module, data)
+                for writer in module.writers:
+                    writer.finish()
+                found = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
+        for path, features in zip(paths, found, strict=True):
+            assert features is not None
+            if not np.array_equal(features.labels, images.labels):
+                raise ValueError(f"the labels of {split} are not those that {path} was written with: remove that file")
+        return [features for features in found if features is not None]
+
+    def images(self, net: GPT, name: str, split: str, *, masks: int) -> Images:
+        """The same, training images under one mask only."""
+        return Images(self.read(net, name, split, masks=1 if split == "train" else masks))
