@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 REQUEUE_SECONDS = 60
 CHOSEN = ("model", "objective")  # groups that a stage of a pipeline may choose from for itself
+DATA = "data"  # of a stage: settings of the data that are its own
 RUN = "run"  # of a stage: the folder of a finished run that stands for it
 
 
@@ -187,15 +188,16 @@ def perform(build: Build, folder: RunFolder) -> Result:
 
 def stages(build: Build) -> Callable[..., tuple[Result, Path]]:
     """What runs one stage of a pipeline; every stage's settings are checked before the first one starts."""
-    configs = {str(name): stage_config(build, str(name), own) for name, own in build.cfg.task.stages.items()}
+    listed = {str(name): own for name, own in build.cfg.task.stages.items() if own is not None}
+    configs = {name: stage_config(build, name, own) for name, own in listed.items()}
     for name, (cfg, _) in configs.items():
         check_batch(build.machine, cfg.task)
-        if (run := build.cfg.task.stages[name].get(RUN)) is not None:
+        if (run := listed[name].get(RUN)) is not None:
             check_given(name, RunFolder(Path(run)), cfg)
 
     def stage(name: str, *, folder: Path, init: str | list[str] | None) -> tuple[Result, Path]:
         cfg, choices = configs[name]
-        given = build.cfg.task.stages[name].get(RUN)
+        given = listed[name].get(RUN)
         place = RunFolder(folder if given is None else Path(given))
         if ranks.from_first(lambda: place.finished):
             log.info("%s is finished", place.path)
@@ -250,6 +252,16 @@ def absolute(overrides: list[str]) -> list[str]:
     return whole
 
 
+def known_in(config: DictConfig, settings: DictConfig, where: str) -> DictConfig:
+    """The settings themselves. Raises ValueError when there is one that `config` does not have."""
+    for key, value in settings.items():
+        if key not in config:
+            raise ValueError(f"{where} has no setting {key!r}{suggestion(str(key), [str(k) for k in config])}")
+        if isinstance(config[key], DictConfig) and isinstance(value, DictConfig):
+            known_in(config[key], value, f"{where}.{key!s}")
+    return settings
+
+
 def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
     """The pipeline's config with a stage's task, what that takes from a checkpoint, and what the stage chooses."""
     chosen = {"task": settings.get("task", name)} | {group: settings[group] for group in CHOSEN if group in settings}
@@ -264,8 +276,9 @@ def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictCon
                 cfg[group] = fresh[group]
             else:
                 choices[group] = build.choices[group]
+        cfg.data = OmegaConf.merge(cfg.data, known_in(cfg.data, settings.get(DATA, {}), f"task.stages.{name}.data"))
     for key, value in settings.items():
-        if key in ("task", FROM, RUN, *CHOSEN):
+        if key in ("task", FROM, RUN, DATA, *CHOSEN):
             continue
         if key not in cfg.task:
             raise ValueError(

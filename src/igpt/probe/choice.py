@@ -15,7 +15,7 @@ from igpt.data.source import Split, plain_pixels
 from igpt.metric.result import Curve, Number
 from igpt.probe.features import Features
 from igpt.probe.lbfgs import Heads, logistic_regression
-from igpt.probe.scores import vote
+from igpt.probe.scores import share_number, vote
 
 CPU_BYTES = 1 << 30  # features that are fitted together at most, on a CPU; on a GPU a sixth of what is free
 
@@ -86,7 +86,7 @@ class Table:
     def number(self, choice: Choice, *, one_mask: bool = False) -> Number:
         row, column = self.windows.index(choice.layers), self.strengths.index(choice.strength)
         share = float((self.one_mask if one_mask else self.accuracy)[row, column])
-        return Number(share, "share", self.n_image, (share * (1 - share) / self.n_image) ** 0.5)
+        return share_number(share, self.n_image, seed=0)
 
 
 def chosen(table: Table, *, layer: int | None) -> Choice:

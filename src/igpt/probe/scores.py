@@ -11,11 +11,12 @@ RESAMPLES = 10_000  # of the bootstrap
 
 
 def accuracy_number(correct: np.ndarray, *, seed: int) -> Number:
-    """The share of (N,) bool that is true, with the 95 % interval of a bootstrap over the images.
+    """The share of (N,) bool that is true, with the 95 % interval of a bootstrap over the images."""
+    return share_number(float(np.mean(correct)), len(correct), seed=seed)
 
-    Resampling N images of which a share p is right draws from Binomial(N, p) / N.
-    """
-    n, share = len(correct), float(np.mean(correct))
+
+def share_number(share: float, n: int, *, seed: int) -> Number:
+    """The same for a share of n images that was counted: resampling them draws from Binomial(n, share) / n."""
     drawn = keyed.generator(seed, "bootstrap").binomial(n, share, size=RESAMPLES) / n
     low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
     return Number(share, "share", n, (share * (1 - share) / n) ** 0.5, (low, high))

@@ -70,6 +70,8 @@ def curves_figure(path: Path, curves: dict[str, Curve]) -> None:
             axes.plot(curve.x, curve.y, label=name, linewidth=1.4, marker="o" if len(curve.x) <= 65 else None, ms=3)
         axes.set_xlabel(x_unit)
         axes.set_ylabel(y_unit)
+        if all(float(x).is_integer() for curve in lines.values() for x in curve.x):
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):

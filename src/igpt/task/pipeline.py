@@ -15,10 +15,14 @@ Value = TypeVar("Value")
 FROM = "from"  # a stage's weights: the name of an earlier stage, several of them (a task with `runs`), or none
 
 
-def check(*, stages: Mapping[str, Mapping[str, Any]], bars: Mapping[str, Mapping[str, Mapping[str, str]]]) -> None:
+Stages = Mapping[str, Mapping[str, Any] | None]  # name → settings; None: left out
+Pictures = Mapping[str, Mapping[str, Mapping[str, str]]]  # picture → group → series → stage/number
+
+
+def check(*, stages: Stages, bars: Pictures) -> None:
     """Raises ValueError when a stage is to start from one that does not come before it."""
     before: list[str] = []
-    for name, settings in stages.items():
+    for name, settings in listed(stages).items():
         asked = settings.get(FROM)
         for source in [asked] if isinstance(asked, str) else asked or []:
             if source not in before:
@@ -37,18 +41,17 @@ def run(
     stage: Callable[..., tuple[Result, Path]],
     folder: Path,
     init: str | None,
-    stages: Mapping[str, Mapping[str, Any]],
-    bars: Mapping[str, Mapping[str, Mapping[str, str]]],
+    stages: Stages,
+    bars: Pictures,
 ) -> Result:
     """Runs every stage in a folder of its own inside the run's, and gathers what they found out.
 
     `stage(name, folder=, init=)` builds and runs one; it returns at once when that folder holds its result. Its `init`
-    is the folder of the stage named in `from`; where nothing is said, of the last that left weights. `bars`: picture →
-    group → series → `stage/number`.
+    is the folder of the stage named in `from`; where nothing is said, of the last that left weights.
     """
     results: dict[str, Result] = {}
     places: dict[str, Path] = {}
-    for position, (name, settings) in enumerate(stages.items(), start=1):
+    for position, (name, settings) in enumerate(listed(stages).items(), start=1):
         start: str | list[str] | None = init
         if FROM in settings:
             asked = settings[FROM]
@@ -56,7 +59,7 @@ def run(
                 start = [str(places[source]) for source in asked]
             else:
                 start = None if asked is None else str(places[asked])
-        log.info("stage %d of %d: %s", position, len(stages), name)
+        log.info("stage %d of %d: %s", position, len(listed(stages)), name)
         results[name], places[name] = stage(name, folder=folder / f"{position}_{name}", init=start)
         if FROM not in settings and (places[name] / "model").is_dir():
             init = str(places[name])
@@ -76,6 +79,11 @@ def run(
     return whole
 
 
+def listed(stages: Stages) -> dict[str, Mapping[str, Any]]:
+    """The stages that are to run: one that is null is left out."""
+    return {name: settings for name, settings in stages.items() if settings is not None}
+
+
 def named(of_stages: Mapping[str, Mapping[str, Value]], same: Callable[[Value, Value], bool]) -> dict[str, Value]:
     """What the stages found under names of their own; where two say different things, `stage/name` for each of them."""
     found: dict[str, list[tuple[str, Value]]] = {}
@@ -90,8 +98,8 @@ def named(of_stages: Mapping[str, Mapping[str, Value]], same: Callable[[Value, V
 
 
 def same(ours: Number, theirs: Number) -> bool:
-    """Whether two stages have measured one thing: equal but for rounding."""
-    return math.isclose(ours.value, theirs.value, rel_tol=1e-6)
+    """Whether two stages have measured one thing: equal but for rounding. Shares of few images are equal by chance."""
+    return ours.unit != "share" and math.isclose(ours.value, theirs.value, rel_tol=1e-6)
 
 
 def _number(results: Mapping[str, Result], key: str) -> Number:
