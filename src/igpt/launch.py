@@ -69,7 +69,7 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
             log.info(
                 "%s is finished; force=true repeats it\n%s",
                 folder.path,
-                closing_table(result, folder.path, record["seconds"]),
+                closing_table(result, folder.path, record["seconds"], published=build.config["published"]),
             )
             return result
         with ExitStack() as while_it_runs:
@@ -182,7 +182,8 @@ def perform(build: Build, folder: RunFolder) -> Result:
     if build.machine.rank.first:
         folder.finish(build.task, result, seconds=seconds)
     ranks.barrier()  # the next stage of a pipeline reads what this one left
-    log.info("%s\n%s", build.task, closing_table(result, folder.path, seconds))
+    table = closing_table(result, folder.path, seconds, published=build.config["published"])
+    log.info("%s\n%s", build.task, table)
     return result
 
 
@@ -270,7 +271,7 @@ def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictCon
     choices = dict(fresh.hydra.runtime.choices)
     cfg = build.cfg.copy()
     with open_dict(cfg):
-        cfg.task = fresh.task
+        cfg.task, cfg.published = fresh.task, []
         for group in ("model", "tokens", "objective"):
             if choices[group] == CHECKPOINT or group in chosen:
                 cfg[group] = fresh[group]

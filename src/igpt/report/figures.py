@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from igpt import files
@@ -71,7 +72,7 @@ def curves_figure(path: Path, curves: dict[str, Curve]) -> None:
         axes.set_xlabel(x_unit)
         axes.set_ylabel(y_unit)
         if all(float(x).is_integer() for curve in lines.values() for x in curve.x):
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):

@@ -21,7 +21,7 @@ from igpt.metric.result import VERSION, Curve, Number, Result
 from igpt.report.figures import bars_figure, curves_figure, grid_picture, matrix_figure, palette_picture
 
 # Settings that say where and whether to run, not what: they do not change a run's identity.
-OUTSIDE_IDENTITY = ("paths", "resume", "force", "init", "logger", "callbacks")
+OUTSIDE_IDENTITY = ("paths", "resume", "force", "init", "logger", "callbacks", "published")
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep")
 OF_THE_MACHINE = "precision"  # the one setting of the trainer that counts: the others change nothing but rounding
 LOCK_SECONDS = 10  # the image readers of a killed run, which hold its lock, are gone after five

@@ -6,8 +6,8 @@ from pathlib import Path
 from igpt.metric.result import Number, Result
 
 
-def closing_table(result: Result, folder: Path, seconds: float) -> str:
-    """Numbers with unit, standard error and count, then the pictures to open."""
+def closing_table(result: Result, folder: Path, seconds: float, *, published: Sequence[str] = ()) -> str:
+    """Numbers with unit, standard error and count, what others report for the same, then the pictures to open."""
     rows = [(key, _value(number), number.unit, f"n = {number.n:,}") for key, number in result.numbers.items()]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     lines = [
@@ -15,7 +15,8 @@ def closing_table(result: Result, folder: Path, seconds: float) -> str:
     ]
     shown = [f"{folder / path}" for path in result.files.values() if path.suffix in {".png", ".html"}]
     rule = "─" * max((len(line) for line in lines), default=20)
-    return "\n".join([rule, *lines, rule, *shown, f"{folder}  ({seconds:.0f} s)"])
+    theirs = ["published:", *(f"  {line}" for line in published), rule] if published else []
+    return "\n".join([rule, *lines, rule, *theirs, *shown, f"{folder}  ({seconds:.0f} s)"])
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

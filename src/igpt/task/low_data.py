@@ -1,4 +1,4 @@
-"""Probes on a few labels of each class: several subsets, mean and standard deviation (Chen et al. 2020, §4.5)."""
+"""Probes on a few labels of each class: several subsets, mean and standard deviation (Chen et al. 2020)."""
 
 import logging
 from collections.abc import Callable

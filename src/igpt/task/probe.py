@@ -39,6 +39,7 @@ def check(
     strengths: list[float],
     sgd: dict[str, Any],
     masks: int,
+    layer: int | None,
     concat: int | None,
     folds: int | str | None,
     refit: bool,
@@ -49,8 +50,12 @@ def check(
         raise ValueError(f"task.norm must be one of {', '.join(NORMS)}, got {norm!r}")
     if solver not in ("lbfgs", "sgd"):
         raise ValueError(f"task.solver must be lbfgs or sgd, got {solver!r}")
-    if solver == "sgd" and (concat is not None or isinstance(folds, int)):
-        raise ValueError("task.solver=sgd judges single layers on val: set task.concat=null and task.folds=null")
+    if solver == "sgd" and isinstance(folds, int):
+        raise ValueError("task.solver=sgd judges on val: set task.folds=null")
+    if solver == "sgd" and concat is not None and layer is None:
+        raise ValueError(
+            "task.solver=sgd with task.concat needs to know around which layer: task.layer=N, the best one"
+        )
     check_keys("task.sgd", sgd, SGD_SETTINGS)
     if not sgd["rates"] or min(sgd["rates"]) <= 0 or any(sgd[key] < 1 for key in SGD_SETTINGS if key in WHOLE):
         raise ValueError(f"task.sgd: rates are positive, and {', '.join(WHOLE)} start at 1; got {sgd}")
@@ -125,14 +130,18 @@ def run(
         folds = few_folds(source.labels_per_class) if folds == "auto" else folds
     folds = None if folds == "auto" else folds
     if solver == "sgd":
+        if layer is None:
+            windows = [[single] for single in range(n_layer + 1)]
+        else:
+            windows = [window_around(layer, concat or 1, n_layer)]
         table, read = trained(
-            runner=runner, tokens=tokens, weights=weights, objective=objective, norm=norm, masks=masks,
+            runner=runner, tokens=tokens, weights=weights, objective=objective, norm=norm, windows=windows, masks=masks,
             n_class=n_class, seed=seed, **sgd,
         )  # fmt: skip
-        best = chosen(table, layer=layer)
-        result = report(table, best, masks=masks, searched_for="rate")
+        best = chosen(table, layer=None)
+        result = report(table, best, n_layer=n_layer, masks=masks, searched_for="rate")
         if test:
-            said = read("test")[best.layers[0], table.strengths.index(best.strength)]
+            said = read("test")[windows.index(best.layers), table.strengths.index(best.strength)]
             labels = source.split("test").labels
             result.numbers["test/accuracy"] = accuracy_number(said == labels, seed=seed)
             result.matrices["confusion"] = confusion(labels, said, n_class)
@@ -153,7 +162,7 @@ def run(
         table = searched(train, val, strengths, folds=fold, **how)
         best = chosen(table, layer=layer)
         log.info("probe: layer %d of %d is best, C = %g", best.layers[0], n_layer, best.strength)
-        result = report(table, best, masks=masks, searched_for="C")
+        result = report(table, best, n_layer=n_layer, masks=masks, searched_for="C")
         if concat is not None:
             windows = [window_around(best.layers[0], concat, n_layer)]
             together = searched(train, val, strengths, folds=fold, windows=windows, **how)
@@ -197,17 +206,19 @@ def run(
     return result
 
 
-def report(table: Table, best: Choice, *, masks: int, searched_for: str) -> Result:
+def report(table: Table, best: Choice, *, n_layer: int, masks: int, searched_for: str) -> Result:
     """The numbers and the curve of the search; the embedding and the last layer are what the best has to beat."""
     result = Result()
     result.numbers["val/accuracy"] = table.number(best)
     if masks > 1:
         result.numbers["val/accuracy_one_mask"] = table.number(best, one_mask=True)
     last = len(table.windows) - 1
-    result.numbers["probe/layer"] = Number(best.layers[0], f"of 0 … {last}", 1)
+    middle = best.layers[len(best.layers) // 2]
+    result.numbers["probe/layer"] = Number(middle, f"of 0 … {n_layer}", 1)
     result.numbers[f"probe/{searched_for}"] = Number(best.strength, searched_for, 1)
-    result.numbers["val/embedding"] = table.number(chosen(table, layer=0))
-    result.numbers["val/last_layer"] = table.number(chosen(table, layer=last))
+    if last:
+        result.numbers["val/embedding"] = table.number(chosen(table, layer=0))
+        result.numbers["val/last_layer"] = table.number(chosen(table, layer=last))
     result.curves["probe, val"] = table.curve()
     return result
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class SGDProbeModule(TrainedModule):
-    """L + 1 layers × R rates of linear heads, zero at the start; momentum SGD, each with its rate, a cosine to 0.
+    """P windows of layers × R rates of linear heads, zero at the start; momentum SGD, each its rate, a cosine to 0.
 
     Source: Chen et al. 2020, §3.2 (ImageNet: SGD, momentum 0.9, rates from 30 down, cosine). A head whose rate is too
     high breaks down alone.
@@ -42,6 +42,7 @@ class SGDProbeModule(TrainedModule):
         net: GPT,
         objective: Objective,
         norm: str,
+        windows: list[list[int]],
         masks: int,
         n_class: int,
         rates: list[float],
@@ -58,26 +59,28 @@ class SGDProbeModule(TrainedModule):
         self.masks, self.n_class, self.rates, self.seed = masks, n_class, rates, seed
         self.momentum, self.weight_decay = momentum, weight_decay
         self.split, self.n_image = split, n_image
-        shape = (net.n_layer + 1, n_class, net.n_embd)
-        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for _ in rates)  # (L + 1, K, C) each
+        self.windows = windows
+        shape = (len(windows), n_class, net.n_embd * len(windows[0]))
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for _ in rates)  # (P, K, D) each
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for _ in rates)
         self.strict_loading = False  # the frozen network is not in checkpoints
-        self._right: Tensor | None = None  # (2, L + 1, R): by vote, and under the first mask
+        self._right: Tensor | None = None  # (2, P, R): by vote, and under the first mask
         self._said: list[tuple[Tensor, Tensor]] = []
         self.right: np.ndarray = np.empty((2, 0, 0))
         self.said: np.ndarray = np.empty((0, 0, 0))
 
     def pooled(self, batch: Batch, mask: int) -> Tensor:
-        """The features under one mask, (L + 1, B, C) float32."""
+        """The features under one mask, those of each window's layers side by side: (P, B, D) float32."""
         keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
         with torch.no_grad():
             keep = self.objective.keep(batch.tokens, keys)
-            return layer_features(self.net, batch.tokens, keep, norm=self.norm).float()
+            layers = layer_features(self.net, batch.tokens, keep, norm=self.norm).float()  # (L + 1, B, C)
+            return torch.stack([torch.cat(list(layers[window]), dim=-1) for window in self.windows])
 
     def scores(self, features: Tensor) -> Tensor:
-        """(L + 1, B, C) → (L + 1, R, B, K)"""
-        weight, bias = torch.stack(list(self.weights), 1), torch.stack(list(self.biases), 1)  # (L + 1, R, K, C)
-        scores: Tensor = torch.einsum("lbc,lrkc->lrbk", features, weight) + bias[:, :, None]
+        """(P, B, D) → (P, R, B, K)"""
+        weight, bias = torch.stack(list(self.weights), 1), torch.stack(list(self.biases), 1)  # (P, R, K, D)
+        scores: Tensor = torch.einsum("pbd,prkd->prbk", features, weight) + bias[:, :, None]
         return scores
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -93,10 +96,10 @@ class SGDProbeModule(TrainedModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
-            scores = self.scores(self.pooled(batch, 0))  # (L + 1, R, B, K)
+            scores = self.scores(self.pooled(batch, 0))  # (P, R, B, K)
             labels = batch.labels.expand(*scores.shape[:2], -1)
             losses = F.cross_entropy(scores.flatten(0, 2), labels.flatten(), reduction="none")
-            losses = losses.view(labels.shape).mean(dim=-1)  # (L + 1, R): nothing is shared, their sum is minimised
+            losses = losses.view(labels.shape).mean(dim=-1)  # (P, R): nothing is shared, their sum is minimised
         self.tally(least := losses.detach().nan_to_num(torch.inf).min(), {"loss_clf": least})
         return losses.sum()
 
@@ -104,7 +107,7 @@ class SGDProbeModule(TrainedModule):
         with torch.autocast(self.device.type, enabled=False):
             said = torch.stack([self.scores(self.pooled(batch, m)).argmax(dim=-1) for m in range(self.masks)], dim=-2)
         keys = keyed.item_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
-        by_vote = vote(said, n_class=self.n_class, keys=keys) if self.masks > 1 else said[..., 0, :]  # (L + 1, R, B)
+        by_vote = vote(said, n_class=self.n_class, keys=keys) if self.masks > 1 else said[..., 0, :]  # (P, R, B)
         right = torch.stack([by_vote == batch.labels, said[..., 0, :] == batch.labels]).double().sum(dim=-1)
         self._right = right if self._right is None else self._right + right
         self._said.append((batch.rows, by_vote))
@@ -131,8 +134,7 @@ class SGDProbeModule(TrainedModule):
 
     def table(self) -> Table:
         """What the last validation found."""
-        windows = [[layer] for layer in range(self.right.shape[1])]
-        return Table(self.right[0], self.right[1], windows, list(self.rates), self.n_image)
+        return Table(self.right[0], self.right[1], self.windows, list(self.rates), self.n_image)
 
 
 def trained(
@@ -142,6 +144,7 @@ def trained(
     weights: Weights,
     objective: Objective,
     norm: str,
+    windows: list[list[int]],
     masks: int,
     n_class: int,
     seed: int,
@@ -154,14 +157,15 @@ def trained(
     log_every: int,
     checkpoint_every: int,
 ) -> tuple[Table, Callable[[str], np.ndarray]]:
-    """Trains the heads; their accuracy on val, and a function that reads another split: → (L + 1, R, N) classes."""
+    """Trains the heads; their accuracy on val, and a function that reads another split: → (P, R, N) classes."""
     plan = runner.machine.plan(batch_size)
     data = tokens(plan=plan)
     source: Source = data.source
     net = weights.net()
     module = SGDProbeModule(
-        net=net, objective=objective, norm=norm, masks=masks, n_class=n_class, rates=rates, momentum=momentum,
-        weight_decay=weight_decay, seed=seed, split="val", n_image=len(source.split("val")), machine=runner.machine,
+        net=net, objective=objective, norm=norm, windows=windows, masks=masks, n_class=n_class, rates=rates,
+        momentum=momentum, weight_decay=weight_decay, seed=seed, split="val", n_image=len(source.split("val")),
+        machine=runner.machine,
         steps=steps, log_every=log_every, batch_size=batch_size, flops_per_image=0.0, n_ctx=net.n_ctx,
     )  # fmt: skip
     stop = StopRequest()
