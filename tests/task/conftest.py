@@ -1,17 +1,21 @@
-"""A small pretraining run, in this process."""
+"""Small runs of pretraining, probing and fine-tuning, in this process."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from igpt.checkpoint.native import Origin
+from igpt.checkpoint.native import Origin, Weights
 from igpt.data.digits import Digits
+from igpt.data.source import ArraySplit
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
+from igpt.task.finetune import run as finetune
 from igpt.task.fit import Machine, Runner
 from igpt.task.pretrain import run as pretrain
+from igpt.task.probe import run as probe
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit
 from igpt.tokens.palette import Palette
@@ -32,6 +36,31 @@ def palette(digits: Digits) -> Palette:
     return fit(digits.split("train").pixels, k=17, iterations=10, restarts=1, seed=0)
 
 
+@dataclass(frozen=True)
+class Arrays:
+    """A source of arrays. A split it does not have is a KeyError to whoever asks for it."""
+
+    splits: dict[str, ArraySplit]
+    n_class: int | None = 10
+    name: str = "few"
+    resolution: int = 8
+    labels_per_class: int | None = None
+
+    def split(self, name: str) -> ArraySplit:
+        return self.splits[name]
+
+    def training(self) -> ArraySplit:
+        return self.splits["train"]
+
+
+@pytest.fixture(scope="session")
+def few(digits: Digits) -> Arrays:
+    """200 digits to train on, 60 to validate, 100 to test; every class is in train."""
+    train, held_out = digits.split("train"), digits.split("test")
+    parts = {"train": (train, 0, 200), "val": (held_out, 0, 60), "test": (held_out, 60, 160)}
+    return Arrays({name: ArraySplit(of.pixels[a:b], of.labels[a:b]) for name, (of, a, b) in parts.items()})
+
+
 def machine(**changed: Any) -> Machine:
     plain: dict[str, Any] = {
         "accelerator": "cpu",
@@ -50,14 +79,27 @@ def machine(**changed: Any) -> Machine:
 
 
 class Lab:
-    """What a pretraining run needs, on the digits."""
+    """What a pretraining, probing or fine-tuning run needs, on the digits."""
 
-    def __init__(self, digits: Digits, palette: Palette) -> None:
+    def __init__(self, digits: Digits | Arrays, palette: Palette) -> None:
         self.digits, self.palette, self.raster = digits, palette, Raster.of(8, "raster")
 
-    def tokens(self, **settings: Any) -> TokenDataModule:
+    def tokens(self, seed: int = 0, **settings: Any) -> TokenDataModule:
         return TokenDataModule(
-            source=self.digits, palette=self.palette, raster=self.raster, seed=0, num_workers=0, **settings
+            source=self.digits, palette=self.palette, raster=self.raster, seed=seed, num_workers=0, **settings
+        )
+
+    def origin(self, objective: Any = None) -> Any:
+        return partial(
+            Origin,
+            network=SIZES | {"causal": objective is None or objective.causal},
+            palette=self.palette.centres.tolist(),
+            palette_hash=self.palette.hash,
+            permutation=list(self.raster.permutation),
+            objective={"name": (objective or AR()).name},
+            model="tiny",
+            data="digits8",
+            seed=0,
         )
 
     def pretrain(
@@ -70,7 +112,7 @@ class Lab:
         objective: Any = None,
         **changed: Any,
     ) -> Any:
-        sizes = SIZES | {"causal": objective is None or objective.causal}
+        origin = self.origin(objective)
         settings: dict[str, Any] = {
             "steps": 8,
             "batch_size": 100,
@@ -87,20 +129,101 @@ class Lab:
         return pretrain(
             runner=Runner(machine=on or machine(), folder=folder, callbacks=list(callbacks), loggers=list(loggers)),
             tokens=self.tokens,
-            net=partial(GPT, **sizes),
+            net=partial(GPT, **origin.keywords["network"]),
             objective=objective or AR(),
-            origin=partial(
-                Origin,
-                network=sizes,
-                palette=self.palette.centres.tolist(),
-                palette_hash=self.palette.hash,
-                permutation=list(self.raster.permutation),
-                objective={"name": (objective or AR()).name},
-                model="tiny",
-                data="digits8",
-                seed=0,
-            ),
+            origin=origin,
             weights=None,
+            seed=0,
+            **{**settings, **changed},
+        )
+
+    def probe(
+        self,
+        folder: Path,
+        weights: Weights,
+        *,
+        on: Machine | None = None,
+        callbacks: tuple[Any, ...] = (),
+        objective: Any = None,
+        cache: Path | None = None,
+        sgd: dict[str, Any] | None = None,
+        seed: int = 0,
+        **changed: Any,
+    ) -> Any:
+        settings: dict[str, Any] = {
+            "norm": "ln_1",
+            "dtype": "float32",
+            "batch_size": 64,
+            "solver": "lbfgs",
+            "strengths": [10.0, 0.1],
+            "layer": None,
+            "concat": None,
+            "masks": 5,
+            "folds": None,
+            "refit": True,
+            "test": True,
+            "untrained": False,
+            "pixels": False,
+        }
+        of_sgd: dict[str, Any] = {
+            "rates": [0.1, 1.0],
+            "steps": 6,
+            "batch_size": 50,
+            "momentum": 0.9,
+            "weight_decay": 0.0,
+            "val_every": 3,
+            "log_every": 1,
+            "checkpoint_every": 2,
+        }
+        made_by = {"data": {"name": self.digits.name}, "precision": "32-true", "seed": seed}
+        return probe(
+            runner=Runner(machine=on or machine(), folder=folder, callbacks=list(callbacks)),
+            tokens=partial(self.tokens, seed=seed),
+            weights=weights,
+            objective=objective or AR(),
+            cache=cache or folder / "cache",
+            made_by=made_by | {"objective": {"name": (objective or AR()).name}},
+            seed=seed,
+            sgd=of_sgd | (sgd or {}),
+            **{**settings, **changed},
+        )
+
+    def finetune(
+        self,
+        folder: Path,
+        weights: Weights | None,
+        *,
+        on: Machine | None = None,
+        callbacks: tuple[Any, ...] = (),
+        objective: Any = None,
+        **changed: Any,
+    ) -> Any:
+        origin = self.origin(objective)
+        settings: dict[str, Any] = {
+            "steps": 6,
+            "batch_size": 50,
+            "learning_rate": 0.003,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "weight_decay": 0.0,
+            "warmup_steps": 0,
+            "gen": 1.0,
+            "clf": 1.0,
+            "masks": 3,
+            "val_every": 2,
+            "patience": None,
+            "log_every": 1,
+            "checkpoint_every": 2,
+            "checkpoint_keep": 1,
+            "test": True,
+        }
+        return finetune(
+            runner=Runner(machine=on or machine(), folder=folder, callbacks=list(callbacks)),
+            tokens=self.tokens,
+            net=partial(GPT, **origin.keywords["network"]),
+            objective=objective or AR(),
+            origin=origin,
+            weights=weights,
             seed=0,
             **{**settings, **changed},
         )

@@ -48,8 +48,27 @@ def evaluated(lab: Lab, run: Path, on: Machine, objective: Any) -> dict[str, Any
         split="val",
         batch_size=10,
         baseline_images=0,
+        seed=0,
+        accuracy="auto",
+        masks=5,
     )
     return {name: (number.value, number.stderr, number.n) for name, number in result.numbers.items()}
+
+
+def read_off(lab: Lab, run: Path, folder: Path, on: Machine, objective: Any) -> dict[str, Any]:
+    """The accuracies of both solvers of `task=probe` and of `task=finetune`, and their curves over the steps."""
+    weights = native.find(str(run))
+    found = {
+        "lbfgs": lab.probe(folder / "lbfgs", weights, on=on, objective=objective, batch_size=16, masks=3),
+        "sgd": lab.probe(folder / "sgd", weights, on=on, objective=objective, solver="sgd", masks=3),
+        "finetune": lab.finetune(folder / "finetune", weights, on=on, objective=objective),
+    }
+    shares = {
+        name: {key: number.value for key, number in result.numbers.items() if number.unit == "share"}
+        for name, result in found.items()
+    }
+    steps = {f"{name} {key}": curve.y for name in ("finetune", "lbfgs") for key, curve in found[name].curves.items()}
+    return {"shares": shares, "curves": steps}
 
 
 def samples(run: Path) -> torch.Tensor:
@@ -85,6 +104,8 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     found["evaluated"] = evaluated(lab, place / "whole", on_all(), AR())
     found["evaluated bert"] = evaluated(lab, place / "bert", on_all(), BERT(mask_probability=0.15))
     found["samples"] = samples(place / "whole")
+    for name, objective in (("whole", AR()), ("bert", BERT(mask_probability=0.15))):
+        found[f"read off {name}"] = read_off(lab, place / name, place / f"of {name}", on_all(), objective)
 
     term = (Send(signal.SIGTERM, step=6),) if rank.index == 1 else ()  # only one of them is asked to stop
     stopped = {"on": on_all(micro_batch=25), **TWENTY}

@@ -16,7 +16,7 @@ from igpt.objective.bert import BERT
 from igpt.processes import run_ranks
 from tests.conftest import ROOT
 from tests.task.conftest import Lab, machine
-from tests.task.ranks_work import TWENTY, a_lab, evaluated, samples
+from tests.task.ranks_work import TWENTY, a_lab, evaluated, read_off, samples
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,20 @@ def test_evaluation_is_exactly_that_of_one_process(place: Path, answers: list[di
         assert one["val/loss_gen"][2] == 101
         for answer in answers:
             assert answer["evaluated" if name == "whole" else "evaluated bert"] == one
+
+
+def test_probe_and_fine_tuning_are_those_of_one_process(
+    place: Path, answers: list[dict[str, Any]], alone: Lab, tmp_path: Path
+) -> None:
+    """Invariant: every accuracy of 101 images, with votes where pixels are masked; losses of fine-tuning to 1e-5."""
+    for name, objective in (("whole", AR()), ("bert", BERT(mask_probability=0.15))):
+        one = read_off(alone, place / name, tmp_path / name, machine(), objective)
+        for answer in answers:
+            assert answer[f"read off {name}"]["shares"] == one["shares"]
+        two = answers[0][f"read off {name}"]["curves"]
+        assert two.keys() == one["curves"].keys()
+        for key, values in one["curves"].items():
+            assert two[key] == pytest.approx(values, rel=1e-5)
 
 
 def test_samples_are_shared_out(place: Path, answers: list[dict[str, Any]]) -> None:

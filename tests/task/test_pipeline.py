@@ -1,0 +1,97 @@
+"""The pipeline: which weights each stage starts from, and what its numbers are called at the end."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt.metric.result import Curve, Number, Result
+from igpt.task.pipeline import check, run
+
+
+class Stages:
+    """Stages that note what they were started from; those named `train…` leave weights."""
+
+    def __init__(self, results: dict[str, Result]) -> None:
+        self.results, self.started = results, {}
+
+    started: dict[str, Any]
+
+    def __call__(self, name: str, *, folder: Path, init: Any) -> tuple[Result, Path]:
+        self.started[name] = init
+        if name.startswith("train"):
+            (folder / "model").mkdir(parents=True)
+        return self.results.get(name, Result()), folder
+
+
+def test_each_stage_starts_from_the_weights_it_names(tmp_path: Path) -> None:
+    """Invariant: unsaid, the last that left some; null, none; a list, all of them; a stage that is null is left out."""
+    stages = Stages({})
+    listed: dict[str, Any] = {
+        "first": {},
+        "train_a": {},
+        "probe_a": {},
+        "train_b": {"from": None},
+        "probe_b": {"from": "train_b"},
+        "left_out": None,
+        "compared": {"from": ["train_a", "train_b"]},
+        "last": {},
+    }
+    run(stage=stages, folder=tmp_path, init="given", stages=listed, bars={})
+    a, b = str(tmp_path / "2_train_a"), str(tmp_path / "4_train_b")
+    assert stages.started == {
+        "first": "given",
+        "train_a": "given",
+        "probe_a": a,
+        "train_b": None,
+        "probe_b": b,
+        "compared": [a, b],
+        "last": a,
+    }
+
+
+def test_one_number_found_twice_is_told_once_and_others_by_their_stage(tmp_path: Path) -> None:
+    """Invariant: no stage's number hides another's; shares are never taken for one, as few images make them equal."""
+    loss, other, share = Number(1.5, "nats/token", 9), Number(1.6, "nats/token", 9), Number(0.5, "share", 4)
+    found = {
+        "train": Result(numbers={"val/loss": loss, "alone": other}, curves={"c": Curve([1], [2], "x", "y")}),
+        "evaluate": Result(numbers={"val/loss": Number(1.5 + 1e-9, "nats/token", 9)}),
+        "probe": Result(numbers={"val/accuracy": share}, files={"picture": Path("a.png")}),
+        "fine": Result(numbers={"val/accuracy": share, "val/loss": other}, files={"picture": Path("a.png")}),
+    }
+    bars = {"both": {"group": {"A": "probe/val/accuracy", "B": "fine/val/accuracy"}}}
+    whole = run(stage=Stages(found), folder=tmp_path, init=None, stages={name: {} for name in found}, bars=bars)
+    assert whole.numbers == {
+        "train/val/loss": loss,
+        "fine/val/loss": other,
+        "alone": other,
+        "probe/val/accuracy": share,
+        "fine/val/accuracy": share,
+    }
+    assert whole.files["fine/picture"] == Path("4_fine/a.png")
+    assert list(whole.curves) == ["c"]
+    assert whole.bars["both"].heights == {"group": {"A": share, "B": share}}
+    assert whole.bars["both"].y_unit == "share"
+
+
+@pytest.mark.parametrize(
+    ("stages", "bars", "message"),
+    [
+        ({"probe": {"from": "pretrain"}, "pretrain": {}}, {}, "no stage 'pretrain' before it"),
+        ({"a": {}, "b": {"from": ["a", "c"]}}, {}, "no stage 'c' before it, but a"),
+        ({"a": None, "b": {"from": "a"}}, {}, "no stage 'a' before it, but none"),
+        ({"a": {}}, {"picture": {"group": {"A": "b/val/accuracy"}}}, "is to begin with the name of a stage: a"),
+    ],
+)
+def test_a_stage_that_is_not_there(stages: dict[str, Any], bars: dict[str, Any], message: str) -> None:
+    """Invariant: found before the first stage begins."""
+    with pytest.raises(ValueError, match=message):
+        check(stages=stages, bars=bars)
+
+
+def test_a_bar_of_a_number_that_was_not_found(tmp_path: Path) -> None:
+    """Invariant: the error lists the numbers there are."""
+    found = {"a": Result(numbers={"val/loss": Number(1.0, "nats/token", 1)})}
+    bars = {"picture": {"group": {"A": "a/val/accuracy"}}}
+    with pytest.raises(ValueError, match=r"stage a has found no val/accuracy, but val/loss"):
+        run(stage=Stages(found), folder=tmp_path, init=None, stages={"a": {}}, bars=bars)
