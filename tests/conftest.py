@@ -74,6 +74,11 @@ TINY = (
     "task.stages.pretrain.checkpoint_every=3",
     "task.stages.sample.count=5",
     "task.stages.complete.count=2",
+    *(
+        f"task.stages.{stage}.{setting}"
+        for stage in ("finetune", "scratch")
+        for setting in ("steps=4", "val_every=2", "checkpoint_every=2")
+    ),
 )
 
 

@@ -35,6 +35,7 @@ PIPELINE = (
     "+task.stages.palette.count=4",
     "task.stages.pretrain.batch_size=8",
     *TINY,
+    *(f"task.stages.{stage}=null" for stage in ("probe", "finetune", "scratch")),
 )
 
 

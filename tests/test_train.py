@@ -25,7 +25,7 @@ PRETRAIN = ("model.n_layer=2", "model.n_embd=16", "task.warmup_steps=2", "task.l
 def test_quickstart_leaves_everything_it_names(quickstart: Path) -> None:
     """Invariant: one folder, named as settled; every file its results name is there; pictures open."""
     assert quickstart.name.startswith("pipeline-igpt_nano-digits8-ar-s0-")
-    stages = ["1_palette", "2_pretrain", "3_evaluate", "4_sample", "5_complete"]
+    stages = ["1_palette", "2_pretrain", "3_evaluate", "4_sample", "5_complete", "6_probe", "7_finetune", "8_scratch"]
     assert sorted(p.name for p in quickstart.iterdir() if p.is_dir()) == stages
     for folder in (quickstart, *(quickstart / stage for stage in stages)):
         record = RunFolder(folder).read_result()
@@ -44,9 +44,40 @@ def test_quickstart_reports_the_baselines(quickstart: Path) -> None:
     assert numbers["val/unigram"]["value"] == pytest.approx(2.07, abs=0.01)
     assert numbers["val/position_histogram"]["value"] == pytest.approx(1.68, abs=0.01)
     assert numbers["val/palette_mse"]["value"] == 0
-    assert numbers["val/loss_gen"]["n"] == 150
+    assert numbers["pretrain/val/loss_gen"]["n"] == 150
     written = json.loads((quickstart / "2_pretrain" / "result.json").read_text())["numbers"]["val/loss_gen"]["value"]
-    assert numbers["val/loss_gen"]["value"] == pytest.approx(written, rel=1e-6)  # evaluated again from the file
+    evaluated = json.loads((quickstart / "3_evaluate" / "result.json").read_text())["numbers"]["val/loss_gen"]["value"]
+    assert numbers["pretrain/val/loss_gen"]["value"] == written
+    assert evaluated == pytest.approx(written, rel=1e-6)  # again, from the file
+    assert "evaluate/val/loss_gen" not in numbers  # what two stages agree on is told once
+
+
+def test_quickstart_tells_what_the_features_know(quickstart: Path) -> None:
+    """Independent source: logistic regression on the digits' raw pixels gets 98 %; a head begins at ln 10."""
+    record = RunFolder(quickstart).read_result()
+    numbers = record["numbers"]
+    assert numbers["val/raw_pixels"]["value"] == pytest.approx(0.98, abs=0.011)
+    assert numbers["probe/layer"]["value"] in (0, 1, 2)
+    curve = record["curves"]["probe, val"]
+    assert curve["x"] == [0, 1, 2]
+    assert max(curve["y"]) == numbers["probe/val/accuracy"]["value"]
+    starts = {name: RunFolder(quickstart / name).read_run()["config"]["init"] for name in ("7_finetune", "8_scratch")}
+    assert starts == {"7_finetune": str(Path("runs") / quickstart.name / "2_pretrain"), "8_scratch": None}
+    assert numbers["scratch/val/loss_clf"]["value"] == pytest.approx(np.log(10), abs=0.1)
+    confusion = np.load(quickstart / "7_finetune" / "confusion_counts.npy")
+    assert confusion.sum() == 300
+    assert confusion.trace() / 300 == pytest.approx(numbers["finetune/test/accuracy"]["value"])
+
+
+def test_accuracy_needs_a_head_that_was_trained(quickstart: Path, tmp_path: Path) -> None:
+    """Round trip: evaluated again, fine-tuned weights have the accuracy they were reported with; others have none."""
+    of_test = ("task=evaluate", "task.split=test", "task.baseline_images=0")
+    tuned, _ = run_here(tmp_path, *of_test, f"init={quickstart / '7_finetune'}")
+    written = RunFolder(quickstart / "7_finetune").read_result()["numbers"]
+    for name in ("test/accuracy", "test/loss_clf", "test/loss_gen"):
+        assert tuned.numbers[name].value == pytest.approx(written[name]["value"], rel=1e-6)
+    with pytest.raises(ValueError, match=r"has no trained class head.*task=finetune init="):
+        run_here(tmp_path, *of_test, f"init={quickstart / '2_pretrain'}", "task.accuracy=true")
 
 
 def test_a_finished_run_is_not_repeated_and_force_repeats_it_to_the_bit(quickstart: Path) -> None:
@@ -54,7 +85,7 @@ def test_a_finished_run_is_not_repeated_and_force_repeats_it_to_the_bit(quicksta
     place = quickstart.parents[1]
     again = train_py("experiment=quickstart", *TINY, cwd=place)
     assert "is finished; force=true repeats it" in again.stderr
-    assert "val/loss_gen" in again.stderr
+    assert "pretrain/val/loss_gen" in again.stderr
     train_py("experiment=quickstart", *TINY, "force=true", cwd=place)
     first, second = sorted((place / "runs").iterdir())
     assert second.name == f"{first.name}-2"
