@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from igpt.checkpoint.native import Origin, Weights
+from igpt.checkpoint.native import Origin, Weights, find, save_model
 from igpt.data.digits import Digits
 from igpt.data.source import ArraySplit
 from igpt.model.gpt import GPT
@@ -20,6 +20,7 @@ from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit
 from igpt.tokens.palette import Palette
 from igpt.tokens.raster import Raster
+from tests.conftest import perturbed
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_ctx": 64, "n_vocab": 17, "causal": True}
 
@@ -36,7 +37,7 @@ def palette(digits: Digits) -> Palette:
     return fit(digits.split("train").pixels, k=17, iterations=10, restarts=1, seed=0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Arrays:
     """A source of arrays. A split it does not have is a KeyError to whoever asks for it."""
 
@@ -232,3 +233,10 @@ class Lab:
 @pytest.fixture
 def lab(digits: Digits, palette: Palette) -> Lab:
     return Lab(digits, palette)
+
+
+def drawn(folder: Path, palette: Palette, objective: Any) -> Weights:
+    """A network with every weight drawn: more can be read from it than after a few steps of training."""
+    origin = Lab(Arrays({}), palette).origin(objective)(step=0)
+    save_model(folder / "model", perturbed(GPT(**origin.network)).state_dict(), origin)
+    return find(str(folder))
