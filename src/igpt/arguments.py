@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,9 @@ def _is_group(override: Override, groups: list[str]) -> bool:
 
 def _check_options(override: Override, folders: list[Path]) -> None:
     group = override.key_or_group
-    found = {path.stem for folder in folders for path in (folder / group).glob("*.yaml")}
-    options = sorted(name for name in found if not name.startswith("_"))
+    places = [folder / group for folder in folders]
+    found = {p.relative_to(place).with_suffix("").as_posix() for place in places for p in place.rglob("*.yaml")}
+    options = sorted(name for name in found if not name.rpartition("/")[2].startswith("_"))
     asked: list[Any] = []
     if override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP):
         asked = list(override.sweep_string_iterator())
@@ -121,6 +123,32 @@ def _check_options(override: Override, folders: list[Path]) -> None:
         if name not in ("null", "[]") and not name.startswith("[") and name not in options:
             near = suggestion(name, options)
             raise ValueError(f"{group}={name}: there is no such option{near}; there are {', '.join(options)}")
+
+
+def absolute(overrides: list[str]) -> list[str]:
+    """Overrides that mean the same from another working directory: paths of files to read become absolute.
+
+    `data.path` may be a name on the Hub instead.
+    """
+    whole = []
+    for text, override in zip(overrides, parse(overrides), strict=True):
+        key, value = override.key_or_group, override.value()
+        reads = key in ("init", "tokens.path") or (key == "data.path" and Path(str(value)).exists())
+        reads = reads or re.fullmatch(r"task\.stages\.\w+\.run", key) is not None
+        plus = "+" * (len(text) - len(text.lstrip("+")))
+        if reads and isinstance(value, str):
+            whole.append(f"{plus}{key}={quoted(value)}")
+        elif key == "task.runs" and isinstance(value, list):
+            whole.append(f"{plus}{key}=[{','.join(quoted(str(path)) for path in value)}]")
+        else:
+            whole.append(text)
+    return whole
+
+
+def quoted(path: str) -> str:
+    """A path, absolute, as Hydra reads it back."""
+    path = str(Path(path).absolute())
+    return path if re.fullmatch(r"[\w./-]+", path) else "'" + path.replace("'", "\\'") + "'"
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

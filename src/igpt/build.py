@@ -84,6 +84,8 @@ class Build:
         self.task: str = cfg.task.name
         start = cfg.init if cfg.init is not None else next(iter(cfg.task.get("runs", [])), None)
         self.weights: Weights | None = native.find(start) if start is not None else None
+        if "runs" in cfg.task and not cfg.task.runs:
+            raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
         needs = set(cfg.task.needs)
         from_checkpoint = [group for group in ("model", "tokens", "objective") if choices.get(group) == CHECKPOINT]
         if self.weights is None and from_checkpoint and needs & {"weights", "net"}:
@@ -234,7 +236,7 @@ class Build:
     # What a task lists under `needs`, each given the run folder.
 
     def need_runner(self, folder: RunFolder) -> Runner:
-        trains = "net" in self.cfg.task.needs
+        trains = "net" in self.cfg.task.needs or self.cfg.task.get("solver") == "sgd"
         chosen = (self.config.get("logger") or {}) if trains else {}
         watching = (self.config.get("callbacks") or {}) if trains else {}
         callbacks = [factory(spec, f"callbacks.{key}")() for key, spec in watching.items()]

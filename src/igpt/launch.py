@@ -4,7 +4,6 @@ import importlib
 import json
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt import files, processes, ranks
-from igpt.arguments import parse, suggestion
+from igpt.arguments import absolute, suggestion
 from igpt.build import CHECKPOINT, Build, check_settings, factory
 from igpt.metric.result import Result
 from igpt.report import loggers
@@ -193,6 +192,8 @@ def stages(build: Build) -> Callable[..., tuple[Result, Path]]:
     configs = {name: stage_config(build, name, own) for name, own in listed.items()}
     for name, (cfg, _) in configs.items():
         check_batch(build.machine, cfg.task)
+        if (FROM in listed[name] and OmegaConf.is_list(listed[name][FROM])) != ("runs" in cfg.task):
+            raise ValueError(f"task.stages.{name}.from: a list of stages is for tasks with runs, and these need one")
         if (run := listed[name].get(RUN)) is not None:
             check_given(name, RunFolder(Path(run)), cfg)
 
@@ -200,14 +201,17 @@ def stages(build: Build) -> Callable[..., tuple[Result, Path]]:
         cfg, choices = configs[name]
         given = listed[name].get(RUN)
         place = RunFolder(folder if given is None else Path(given))
-        if ranks.from_first(lambda: place.finished):
-            log.info("%s is finished", place.path)
-            return result_of(place.read_result()), place.path
         if isinstance(init, list):
             cfg.task.runs = init
         else:
             cfg.init = init
         of_stage = Build(cfg, choices)
+        if ranks.from_first(lambda: place.finished):
+            if given is not None and (saved := place.read_run()["files_sha256"]) != of_stage.files_sha256:
+                differs = ", ".join(key for key in saved if saved[key] != of_stage.files_sha256.get(key))
+                raise ValueError(f"task.stages.{name}.run={given}: it began from other files ({differs})")
+            log.info("%s is finished", place.path)
+            return result_of(place.read_result()), place.path
         if of_stage.machine.rank.first:
             place.start(of_stage.config, None, of_stage.files_sha256)
         ranks.barrier()
@@ -232,25 +236,6 @@ def check_task(spec: Mapping[str, Any]) -> None:
     check = getattr(importlib.import_module(spec["_target_"].rpartition(".")[0]), "check", None)
     if check is not None:
         check(**{key: value for key, value in spec.items() if not key.startswith("_")})
-
-
-def absolute(overrides: list[str]) -> list[str]:
-    """Overrides that mean the same from another working directory: paths of files to read become absolute.
-
-    `data.path` may be a name on the Hub instead.
-    """
-    whole = []
-    for text, override in zip(overrides, parse(overrides), strict=True):
-        key, value = override.key_or_group, override.value()
-        reads = key in ("init", "tokens.path") or (key == "data.path" and Path(str(value)).exists())
-        if not (reads and isinstance(value, str)):
-            whole.append(text)
-            continue
-        path = str(Path(value).absolute())
-        plain = re.fullmatch(r"[\w./-]+", path)
-        quoted = path if plain else "'" + path.replace("'", "\\'") + "'"
-        whole.append(f"{key}={quoted}")
-    return whole
 
 
 def known_in(config: DictConfig, settings: DictConfig, where: str) -> DictConfig:
@@ -285,11 +270,16 @@ def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictCon
             raise ValueError(
                 f"task.stages.{name} has no setting {key!r}{suggestion(str(key), [str(k) for k in cfg.task])}"
             )
-        cfg.task[key] = value
+        if OmegaConf.is_dict(value) and OmegaConf.is_dict(cfg.task[key]) and len(cfg.task[key]):
+            cfg.task[key] = OmegaConf.merge(
+                cfg.task[key], known_in(cfg.task[key], value, f"task.stages.{name}.{key!s}")
+            )
+        else:
+            cfg.task[key] = value
     spec = OmegaConf.to_container(cfg.task, resolve=True)
     assert isinstance(spec, dict)
-    own = {str(key): value for key, value in spec.items() if key not in ("name", "needs")}
-    check_settings(get_object(cfg.task["_target_"]), own, f"task.stages.{name}")
-    check_task(own)
+    settled = {str(key): value for key, value in spec.items() if key not in ("name", "needs")}
+    check_settings(get_object(cfg.task["_target_"]), settled, f"task.stages.{name}")
+    check_task(settled)
     OmegaConf.set_struct(cfg, True)
     return cfg, choices

@@ -32,22 +32,27 @@ def save_head(folder: Path, weight: Tensor, about: HeadOrigin) -> None:
     files.write_json(folder / ABOUT, asdict(about))
 
 
+def has_head(weights: Weights) -> bool:
+    """Whether a class head lies beside these weights."""
+    return (weights.folder / ABOUT).is_file()
+
+
 def find_head(weights: Weights, *, n_class: int | None, classes: str) -> ClassHead | None:
     """The class head that was trained with these weights, or None when there is none.
 
     Raises:
         ValueError: one of other weights, of another number of classes or of other labels, or a damaged file.
     """
-    if not (weights.folder / ABOUT).is_file():
+    if not has_head(weights):
         return None
     about = HeadOrigin(**files.read_json(weights.folder / ABOUT))
     where = weights.folder / HEAD
     if about.weights != weights.sha256:
         raise ValueError(f"{where} belongs to other weights than lie beside it: restore both from one run")
-    if (about.n_class, about.classes) != (n_class, classes):
+    if (about.n_class, about.classes) != (n_class, classes):  # the hash knows the data's name, too
         raise ValueError(
             f"{where} tells {about.n_class} classes of {about.data} apart, the labels of this data are not those: "
-            "evaluate it on the data it was trained for, or fine-tune anew"
+            "evaluate it on the data it was trained for, leave it out (task.accuracy=false), or fine-tune anew"
         )
     try:
         (weight,) = load_file(where).values()

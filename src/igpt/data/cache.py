@@ -1,6 +1,5 @@
 """Images decoded once, by all cores: a memory-mapped uint8 file, whole or not there."""
 
-import errno
 import hashlib
 import json
 import logging
@@ -8,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -133,7 +132,7 @@ def pixels(path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequen
             with files.atomic_write(path) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                _reserve(file, int(np.prod(shape)))
+                files.reserve(file, int(np.prod(shape)))
                 for made in in_chunks(make, rows, f"decoding to {path.stem}"):
                     file.write(made.tobytes())
         except OSError as error:
@@ -154,13 +153,3 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         log.warning("data: %s is damaged and is made anew", path)
         return None
     return found if found.shape == shape and found.dtype == np.uint8 else None
-
-
-def _reserve(file: IO[bytes], size: int) -> None:
-    """Claims the room for what is to come at once: a full disk is met now, not after an hour of decoding."""
-    file.flush()
-    try:
-        os.posix_fallocate(file.fileno(), file.tell(), size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot: it is met when it is met
-            raise

@@ -32,7 +32,9 @@ def check_fractions(**fractions: float) -> None:
             raise ValueError(f"data.{name} must be at least 0 and below 1, got {fraction}")
 
 
-def balanced_subset(labels: np.ndarray, *, per_class: int, seed: int, where: str) -> np.ndarray:
+def balanced_subset(
+    labels: np.ndarray, *, per_class: int, seed: int, where: str, setting: str = "data.labels_per_class"
+) -> np.ndarray:
     """`per_class` images of every class present, drawn by `seed`: labels (N,) → indices (M,), ascending.
 
     A larger subset of the same seed holds the smaller one.
@@ -41,13 +43,11 @@ def balanced_subset(labels: np.ndarray, *, per_class: int, seed: int, where: str
         ValueError: a class with fewer images.
     """
     if per_class < 1:
-        raise ValueError(f"data.labels_per_class must be at least 1, or null for all; got {per_class}")
+        raise ValueError(f"{setting} must be at least 1, or null for all; got {per_class}")
     chosen = []
     for label in np.unique(labels).tolist():
         (of_class,) = np.nonzero(labels == label)
         if len(of_class) < per_class:
-            raise ValueError(
-                f"{where}: class {label} has {len(of_class)} images, data.labels_per_class={per_class} are asked for"
-            )
+            raise ValueError(f"{where}: class {label} has {len(of_class)} images, {setting}={per_class} are asked for")
         chosen.append(keyed.generator(seed, "subset", label).permutation(of_class)[:per_class])
     return np.sort(np.concatenate(chosen))

@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from igpt import files, keyed
+from igpt import keyed
 from igpt.data.cache import in_chunks
 from igpt.data.source import Split, plain_pixels
 from igpt.metric.result import Curve, Number
@@ -111,6 +109,12 @@ def few_folds(per_class: int) -> int:
     return min(FOLDS, per_class)
 
 
+def window_around(layer: int, size: int, n_layer: int) -> list[int]:
+    """`size` adjacent layers of 0 … n_layer, centred on one; moved inside where it lies too near an end."""
+    first = min(max(0, layer - size // 2), n_layer + 1 - size)
+    return list(range(first, first + size))
+
+
 def folds_of(labels: np.ndarray, n: int, *, seed: int) -> np.ndarray:
     """A number from 0 to n - 1 for each image, every class shared out evenly: (N,) → (N,).
 
@@ -149,8 +153,9 @@ def searched(
     for group in _groups(windows, train, device):
         some = [windows[i] for i in group]
         x = torch.cat([train.side_by_side(window, device) for window in some])  # (P, N, D)
+        names = ["+".join(map(str, window)) for window in some]
         if folds is None:
-            heads = logistic_regression(x, labels, n_class=n_class, strengths=strengths)
+            heads = logistic_regression(x, labels, n_class=n_class, strengths=strengths, names=names)
             del x
             said, one = _voted(heads, val, some, n_class, device, seed)  # (P, S, N)
             right[group] = (said == torch.from_numpy(val.labels).to(device)).sum(dim=-1).cpu().numpy()
@@ -158,7 +163,7 @@ def searched(
             continue
         for fold in range(int(folds.max()) + 1):
             inside = torch.from_numpy(folds != fold).to(device)
-            heads = logistic_regression(x[:, inside], labels[inside], n_class=n_class, strengths=strengths)
+            heads = logistic_regression(x[:, inside], labels[inside], n_class=n_class, strengths=strengths, names=names)
             correct = heads.scores(x[:, ~inside]).argmax(dim=-1) == labels[~inside]
             right[group] += correct.sum(dim=-1).cpu().numpy()
         right_one[group] = right[group]
@@ -181,14 +186,6 @@ class Fitted:
         said, _ = _voted(self.heads, images, [self.choice.layers], self.n_class, self.device, self.seed)
         scores = self.heads.scores(images.side_by_side(self.choice.layers, self.device))[0, 0]
         return said[0, 0].cpu().numpy(), scores
-
-    def save(self, path: Path | None) -> None:
-        """Writes weight (K, D) and bias (K,) with what they are of."""
-        if path is None:
-            return
-        tensors = {"weight": self.heads.weight[0, 0].cpu(), "bias": self.heads.bias[0, 0].cpu()}
-        with files.atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"layers": " ".join(map(str, self.choice.layers))})
 
 
 def fitted(images: list[Images], choice: Choice, *, n_class: int, device: torch.device, seed: int) -> Fitted:

@@ -49,16 +49,42 @@ class FeatureWriter:
 
     def add(self, features: Tensor, rows: Tensor, labels: Tensor) -> None:
         """Features (L + 1, B, C) of the images `rows` (B,)."""
-        values = features.to("cpu", torch.float16 if self.dtype == "float16" else torch.float32).numpy()
+        plain = features.to("cpu", torch.float16 if self.dtype == "float16" else torch.float32)
+        if not (finite := plain.isfinite().flatten(1).all(dim=1)).all():
+            raise ValueError(
+                f"the features of layer(s) {', '.join(map(str, (~finite).nonzero().flatten().tolist()))} hold NaN or "
+                "infinity: the weights have broken down, or the precision is too low (try task.dtype=float32 and "
+                "trainer.precision=32-true)"
+            )
+        values = plain.numpy()
         if self.part is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             shape = (len(values), self.room, values.shape[2])
-            self.part = np.lib.format.open_memmap(self.mine, mode="w+", dtype=values.dtype, shape=shape)
+            self.part = self._reserved(shape, values.dtype)
         stop = self.end + values.shape[1]
         self.part[:, self.end : stop] = values
         self.end = stop
         self.rows.append(rows.cpu().numpy())
         self.labels.append(labels.cpu().numpy())
+
+    def _reserved(self, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> np.ndarray:
+        """A file of that shape, mapped; its room is claimed at once, for a full disk under a map ends the process."""
+        try:
+            with self.mine.open("wb") as file:
+                header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                whole = int(np.prod(shape)) * dtype.itemsize
+                files.reserve(file, whole)
+                file.truncate(file.tell() + whole)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        mapped: np.ndarray = np.load(self.mine, mmap_mode="r+")
+        return mapped
+
+    def discard(self) -> None:
+        """Leaves nothing of this process behind; what is whole stays."""
+        self.part = None
+        self.mine.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Puts the parts together. To be called on every rank."""
@@ -68,8 +94,7 @@ class FeatureWriter:
         if ranks.this_rank().first:
             self._assemble(parts)
         ranks.barrier()
-        self.part = None
-        self.mine.unlink(missing_ok=True)
+        self.discard()
 
     def _assemble(self, parts: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
         every = np.concatenate([rows for _, rows, _ in parts])
@@ -89,12 +114,16 @@ class FeatureWriter:
                     whole = np.empty((self.n_image, width), dtype=opened[0][0].dtype)
                     for part, rows in opened:
                         whole[rows] = part[layer, : len(rows)]
-                    file.write(whole.tobytes())
+                    file.write(whole.data)
         except OSError as error:
-            raise ValueError(
-                f"{self.path} cannot be written ({error.strerror or error}): make room, or keep features elsewhere, "
-                "paths.cache=FOLDER"
-            ) from error
+            raise _unwritable(self.path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{path} cannot be written ({error.strerror or error}): make room, or keep features elsewhere, "
+        "paths.cache=FOLDER"
+    )
 
 
 def labels_path(path: Path) -> Path:

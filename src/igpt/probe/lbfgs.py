@@ -1,10 +1,14 @@
 """Logistic regression on the features of all layers, at all regularisation strengths, fitted together."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 HISTORY = 8  # pairs of steps that the quasi-Newton direction is made of
 ARMIJO = 1e-4  # of the decrease that the slope promises
@@ -34,6 +38,7 @@ def logistic_regression(
     strengths: list[float],
     tolerance: float = 1e-7,
     max_iterations: int = 500,
+    names: Sequence[str] | None = None,
 ) -> Heads:
     """Minimises Σ_i -log p(y_i | x_i) · C + ½ ‖W‖², the intercept free, for each layer and each C of `strengths`.
 
@@ -46,9 +51,9 @@ def logistic_regression(
     length is tried. The strengths follow one another, each from the heads of the one before.
 
     Raises:
-        ValueError: features that are not finite, or labels that are no classes.
+        ValueError: features that are not finite, or labels that are no classes. `names` are what to call the layers.
     """
-    check_features(features, labels, n_class)
+    check_features(features, labels, n_class, names=names)
     mean = features.mean(dim=1, keepdim=True)  # (P, 1, D)
     x = features - mean
     covariance = x.mT @ x / x.shape[1]  # (P, D, D)
@@ -65,14 +70,14 @@ def logistic_regression(
     return Heads(weight.contiguous(), bias, torch.stack(objectives, 1), torch.stack(remaining, 1), sum(iterations))
 
 
-def check_features(features: Tensor, labels: Tensor, n_class: int) -> None:
+def check_features(features: Tensor, labels: Tensor, n_class: int, *, names: Sequence[str] | None = None) -> None:
     """Raises ValueError unless features (P, N, D) are finite and labels (N,) are classes."""
     finite = features.sum(dim=(1, 2)).isfinite()  # (P,)
     if not finite.all():
-        layers = (~finite).nonzero().flatten().tolist()
+        layers = [names[i] if names else str(i) for i in (~finite).nonzero().flatten().tolist()]
         raise ValueError(
-            f"the features of layer(s) {', '.join(map(str, layers))} hold NaN or infinity: the weights have broken "
-            "down, or the precision is too low (try task.dtype=float32 and trainer.precision=32-true)"
+            f"the features of layer(s) {', '.join(layers)} hold NaN or infinity: the weights have broken down, or the "
+            "precision is too low (try task.dtype=float32 and trainer.precision=32-true)"
         )
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < n_class):
         raise ValueError(f"labels must lie in 0 … {n_class - 1}, found {int(labels.min())} … {int(labels.max())}")
@@ -116,7 +121,10 @@ class _Problem:
             direction = -_two_loops(gradient, steps, guess)
             slope = _dot(gradient, direction)
             remaining = -slope / 2  # of a quadratic, this is the distance to its minimum
-            if iteration == max_iterations or bool((remaining <= tolerance).all()):
+            done = bool((remaining <= tolerance).all())
+            if iteration == max_iterations and not done:
+                log.warning("logistic regression: %d iterations leave up to %.1e nats", iteration, remaining.max())
+            if done or iteration == max_iterations:
                 return theta, objective, remaining, iteration
             iteration += 1
             along = self.logits(direction)  # logits are linear in θ: no length that is tried costs another pass

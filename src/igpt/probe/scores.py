@@ -8,6 +8,7 @@ from igpt import keyed
 from igpt.metric.result import Number
 
 RESAMPLES = 10_000  # of the bootstrap
+VOTE_COUNTS = 1 << 24  # votes counted at a time: images × heads × classes
 
 
 def accuracy_number(correct: np.ndarray, *, seed: int) -> Number:
@@ -27,9 +28,18 @@ def vote(predictions: Tensor, *, n_class: int, keys: Tensor) -> Tensor:
 
     Source: Chen et al. 2020, §4.6 (BERT: "ensembling 5 masks").
     """
-    counts = torch.nn.functional.one_hot(predictions, n_class).sum(dim=-3)  # (…, N, K)
-    draw = keyed.uniform(keyed.fold(keys, 5), n_class).to(counts.device)  # (N, K) in [0, 1)
-    return (counts + draw).argmax(dim=-1)  # a draw below 1 decides between equal counts alone
+    shape = *predictions.shape[:-2], predictions.shape[-1]  # (…, N)
+    voted = torch.empty(shape, dtype=torch.int64, device=predictions.device)
+    chunk = max(1, VOTE_COUNTS // max(1, n_class * voted[..., :1].numel()))  # images at a time
+    for start in range(0, shape[-1], chunk):
+        rows = slice(start, start + chunk)
+        some = predictions[..., rows].mT  # (…, n, M)
+        counts = torch.zeros((*some.shape[:-1], n_class), device=some.device)
+        counts.scatter_add_(-1, some, torch.ones_like(some, dtype=counts.dtype))
+        draw = keyed.uniform(keyed.fold(keys[rows], 5), n_class).to(counts)  # (n, K) in [0, 1]
+        # a draw decides between equal counts alone
+        voted[..., rows] = (counts + 0.5 * draw).argmax(dim=-1)
+    return voted
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, n_class: int) -> np.ndarray:

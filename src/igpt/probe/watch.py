@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from igpt import keyed
-from igpt.model.features import layer_features
+from igpt.model.features import NORMS, layer_features
 from igpt.model.gpt import GPT
 from igpt.probe.lbfgs import logistic_regression
 from igpt.tokens.datamodule import TokenDataModule
@@ -41,6 +41,8 @@ class ProbeWhileTraining(L.Callback):
                 raise ValueError(f"callbacks.probe.{name} must be at least 1, got {value}")
         if not depths or not all(0 <= depth <= 1 for depth in depths):
             raise ValueError(f"callbacks.probe.depths lie in 0 (the embedding) … 1 (the last layer), got {depths}")
+        if norm not in NORMS:
+            raise ValueError(f"callbacks.probe.norm must be one of {', '.join(NORMS)}, got {norm!r}")
         if strength <= 0:
             raise ValueError(f"callbacks.probe.strength must be above 0, got {strength}")
         self.every, self.depths, self.batch_size = every, depths, batch_size
@@ -52,7 +54,9 @@ class ProbeWhileTraining(L.Callback):
         data = getattr(trainer, "datamodule", None)
         assert isinstance(data, TokenDataModule)
         if data.source.n_class is None:
-            raise ValueError(f"callbacks=[…, probe] needs labels, data={data.source.name} has none")
+            raise ValueError(f"callbacks=probe needs labels, data={data.source.name} has none")
+        if not trainer.limit_val_batches:
+            raise ValueError("callbacks=probe looks at every validation: set task.val_every above 0")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         passes = trainer.global_step * trainer.accumulate_grad_batches

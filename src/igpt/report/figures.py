@@ -84,13 +84,14 @@ def bars_figure(path: Path, bars: Bars) -> None:
     series = list(dict.fromkeys(name for group in bars.heights.values() for name in group))
     figure = Figure(figsize=(max(4.5, 2.2 * len(bars.heights)), 4), layout="constrained")
     axes = figure.add_subplot()
-    width = 0.8 / len(series)
+    width, named = 0.8 / len(series), set[str]()
     for place, name in enumerate(series):
         for column, group in enumerate(bars.heights.values()):
             if name not in group:
                 continue
             number, x = group[name], column + (place - (len(series) - 1) / 2) * width
-            axes.bar(x, number.value, 0.92 * width, color=f"C{place}", label=name if column == 0 else None)
+            axes.bar(x, number.value, 0.92 * width, color=f"C{place}", label=None if name in named else name)
+            named.add(name)
             low, high = number.interval or (number.value, number.value)
             axes.errorbar(
                 x, number.value, [[number.value - low], [high - number.value]], color="black", capsize=3, lw=1

@@ -55,6 +55,8 @@ class Checkpoints(L.Callback):
         whole = best is not None and best["step"] <= trainer.global_step  # not one of a future that was lost
         self._best = self.sign * float(best["value"]) if best is not None and whole else float("inf")
         self._best_step = best["step"] if best is not None and whole else 0
+        if self._waited(trainer.global_step) and trainer.global_step > 0:
+            trainer.should_stop = True  # it had ended so when it was last saved
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -71,9 +73,10 @@ class Checkpoints(L.Callback):
         value = numbers[self.monitor].value
         if self.sign * value < self._best and self._save(trainer, pl_module, best=value):
             self._best, self._best_step = self.sign * value, trainer.global_step
-        waited = (trainer.global_step - self._best_step) // self.val_every if self.val_every else 0
-        if self.patience is not None and waited >= self.patience:
-            log.info("no better %s in %d validations: step %d stays the best", self.monitor, waited, self._best_step)
+        if self._waited(trainer.global_step):
+            log.info(
+                "no better %s in %d validations: step %d stays the best", self.monitor, self.patience, self._best_step
+            )
             self._save(trainer, pl_module, needed=True)
             trainer.should_stop = True
         self._step_ends(trainer, pl_module)
@@ -81,6 +84,11 @@ class Checkpoints(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stopping.close()
         self._save(trainer, pl_module, needed=True)
+
+    def _waited(self, step: int) -> bool:
+        """Whether so many validations have brought nothing better that training ends."""
+        waited = (step - self._best_step) // self.val_every if self.val_every else 0
+        return self.patience is not None and waited >= self.patience
 
     def _step_ends(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         stop = self.stopping.heard(self.stop.number)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import lightning as L
 import numpy as np
@@ -20,10 +21,31 @@ from igpt.probe.scores import accuracy_number, vote
 from igpt.tokens.datamodule import Batch
 
 
+def check_classes(source: Source, splits: Sequence[str]) -> int:
+    """The number of classes. Raises ValueError without labels, or where a class has nothing to learn from."""
+    if source.n_class is None:
+        raise ValueError(f"data={source.name} has no labels (data.n_class=null): a probe needs some")
+    known = set(np.unique(source.split("train").labels).tolist())
+    if -1 in known:
+        raise ValueError(f"data={source.name}: some images have no label, a probe needs them all")
+    for split in splits:
+        if not len(source.split(split)):
+            way_out = "task.test=false, or " if split == "test" else ""
+            raise ValueError(
+                f"data={source.name} has no images in its {split} split: {way_out}data.{split}_fraction above 0"
+            )
+        if unknown := set(np.unique(source.split(split).labels).tolist()) - known:
+            raise ValueError(
+                f"data={source.name}: class {min(unknown)} is in {split}, but no image of it is in train: "
+                "take other splits, or more images"
+            )
+    return source.n_class
+
+
 def classes_hash(source: Source) -> str:
-    """A hash of the labels there are, and how many classes: whether a head fits."""
-    labels = np.unique(source.split("val").labels).tolist()
-    return hashlib.sha256(json.dumps([source.n_class, labels]).encode()).hexdigest()[:16]
+    """A hash of the data's name, its number of classes and the labels of its training images: whether a head fits."""
+    labels = np.unique(source.split("train").labels).tolist()
+    return hashlib.sha256(json.dumps([source.name, source.n_class, labels]).encode()).hexdigest()[:16]
 
 
 class ClassScore:

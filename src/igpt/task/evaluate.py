@@ -6,7 +6,7 @@ from typing import Literal
 import lightning as L
 import numpy as np
 
-from igpt.checkpoint.head import find_head
+from igpt.checkpoint.head import find_head, has_head
 from igpt.checkpoint.native import Weights
 from igpt.data.source import Source, check_split_name
 from igpt.metric.likelihood import position_nats, unigram_nats
@@ -117,10 +117,10 @@ def trained_head(weights: Weights, source: Source, *, asked: bool | Literal["aut
     Raises:
         ValueError: accuracy was asked for and no head was trained, or the one there is knows other classes.
     """
-    if asked is False or (asked == "auto" and source.n_class is None):
+    if asked is False or (asked == "auto" and (source.n_class is None or not has_head(weights))):
         return None
-    head = find_head(weights, n_class=source.n_class, classes=classes_hash(source))
-    if head is None and asked is True:
+    head = find_head(weights, n_class=source.n_class, classes=classes_hash(source)) if has_head(weights) else None
+    if head is None:
         raise ValueError(
             f"{weights.folder} has no trained class head, its accuracy would be that of chance: fine-tune first, "
             "`task=finetune init=RUN_FOLDER`, or read its features, `task=probe`"

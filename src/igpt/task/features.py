@@ -86,10 +86,15 @@ class Reader:
                 )
                 module.writers = [FeatureWriter(path, n_image=len(images), dtype=self.dtype) for path in paths]
                 log.info("features: %s, %d images, %d layers", split, len(images), net.n_layer + 1)
-                self.runner.predict(module, data)
-                for writer in module.writers:
-                    writer.finish()
-                found = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
+                try:
+                    self.runner.predict(module, data)
+                    for writer in module.writers:
+                        writer.finish()
+                finally:
+                    for writer in module.writers:
+                        writer.discard()
+            ranks.barrier()
+            found = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
         for path, features in zip(paths, found, strict=True):
             assert features is not None
             if not np.array_equal(features.labels, images.labels):

@@ -21,12 +21,11 @@ from igpt.objective.base import Objective
 from igpt.probe.scores import confusion
 from igpt.stopping import StopRequest
 from igpt.task.checkpoints import Checkpoints
-from igpt.task.classify import ClassScore, classes_hash
+from igpt.task.classify import ClassScore, check_classes, classes_hash
 from igpt.task.fit import Runner
 from igpt.task.module import TrainedModule
 from igpt.task.optim import adam, check_schedule
 from igpt.task.pretrain import flops_per_image
-from igpt.task.probe import check_classes
 from igpt.tokens.datamodule import Batch, TokenDataModule
 
 log = logging.getLogger(__name__)
@@ -148,6 +147,8 @@ def check(
     for name, value in from_one.items():
         if value < 1:
             raise ValueError(f"task.{name} must be at least 1, got {value}")
+    if val_every > steps:
+        raise ValueError(f"task.val_every {val_every} is more than task.steps {steps}: no validation would be reached")
     if gen < 0 or clf <= 0:
         raise ValueError(f"task.gen is at least 0 and task.clf above 0, got {gen} and {clf}")
     check_schedule(learning_rate=learning_rate, warmup_steps=warmup_steps, steps=steps)
@@ -184,8 +185,6 @@ def run(
     data = tokens(plan=plan)
     source = data.source
     n_class = check_classes(source, ["val", *(["test"] if test else [])])
-    if not len(source.split("val")):
-        raise ValueError("fine-tuning stops at the best validation accuracy: set data.val_fraction above 0")
     optimizer = {"learning_rate": learning_rate, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay}
 
     def module(split: str) -> FinetuneModule:
@@ -205,27 +204,38 @@ def run(
         trained, data, plan=plan, steps=steps, val_every=val_every, log_every=log_every, callbacks=[saving], stop=stop
     )
     best = ranks.from_first(lambda: read_best(runner.folder))
-    if best is None:
-        raise ValueError(f"no validation was reached in {steps} steps: set task.val_every to at most that")
+    assert best is not None  # `check` saw that a validation is reached
     checkpoint = AtomicCheckpointIO().load_checkpoint(runner.folder / "checkpoints" / best["checkpoint"])
     log.info("step %d is the best: val accuracy %.4f", best["step"], best["value"])
-    result = Result(curves=trained.curves(), provenance={"step": best["step"], "seed": seed, "gen": gen, "clf": clf})
+    result = Result(
+        curves=trained.curves(),
+        provenance={"step": best["step"], "seed": seed, "gen": gen, "clf": clf, "chosen_on": "val"},
+    )
     for split in ("val", *(["test"] if test else [])):
         judged = module(split)
         judged.configure_model()
         judged.load_state_dict(checkpoint["state_dict"])
+        assert judged.net is not None
+        if split == "val" and runner.machine.rank.first:
+            save_model(runner.folder / "model", judged.net.state_dict(), origin(step=best["step"]))
+            sha256 = files.sha256(runner.folder / "model" / WEIGHTS)
+            about = HeadOrigin(n_class, source.name, classes_hash(source), sha256)
+            save_head(runner.folder / "model", judged.head.wclf, about)
         runner.validate(judged, tokens(plan=runner.machine.reading_plan(batch_size), eval_split=split))
         result.numbers |= judged.numbers
         if split == "test":
             labels = source.split("test").labels
             result.matrices["confusion"] = confusion(labels, judged.said, n_class)
-    assert judged.net is not None
-    if runner.machine.rank.first:
-        save_model(runner.folder / "model", judged.net.state_dict(), origin(step=best["step"]))
-        about = HeadOrigin(n_class, source.name, classes_hash(source), files.sha256(runner.folder / "model" / WEIGHTS))
-        save_head(runner.folder / "model", judged.head.wclf, about)
     result.numbers["best_step"] = Number(best["step"], "optimiser steps", 1)
     result.numbers["train/images_seen"] = Number(best["step"] * batch_size, "images", 1)
     result.files |= {"model": Path("model"), "checkpoints": Path("checkpoints")}
-    result.provenance |= {"palette": data.palette.hash, "from": weights.sha256 if weights else "scratch"}
+    if source.labels_per_class is not None:
+        log.warning(
+            "the best step was chosen on all %d labels of val, though training saw few", len(source.split("val"))
+        )
+    result.provenance |= {
+        "chosen_on": "val",
+        "palette": data.palette.hash,
+        "from": weights.sha256 if weights else "scratch",
+    }
     return result

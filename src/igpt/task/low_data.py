@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from igpt.model.features import NORMS
 from igpt.objective.base import Objective
 from igpt.probe.choice import Images, chosen, few_folds, fitted, folds_of, searched
 from igpt.probe.features import Dtype
+from igpt.task.classify import check_classes
 from igpt.task.features import Reader
 from igpt.task.fit import Runner, matmul_precision
-from igpt.task.probe import check_classes
 from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)
@@ -70,9 +71,9 @@ def run(
     n_class = check_classes(source, ["val", split])
     masks = masks if not objective.causal else 1
     labels = source.split("train").labels
-    rows_of = {  # drawn before anything is read: too few images of a class are found at once
-        n: [balanced_subset(labels, per_class=n, seed=subset_seed + i, where=source.name) for i in range(subsets)]
-        for n in per_class
+    draw = partial(balanced_subset, labels, where=source.name, setting="task.per_class")
+    rows_of = {  # before anything is read: too few images of a class are found at once
+        n: [draw(per_class=n, seed=subset_seed + i) for i in range(subsets)] for n in per_class
     }
     reader = Reader(runner, tokens, objective, cache, made_by, norm, dtype, batch_size)
     net, device = weights.net(), runner.machine.device

@@ -1,25 +1,26 @@
 """Linear probes: what a linear classifier can read from the pooled features of every layer."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from igpt import ranks
+from igpt import files, ranks
 from igpt.checkpoint.native import Weights
 from igpt.data.crop import check_keys
-from igpt.data.source import Source
 from igpt.metric.result import Curve, Number, Result
 from igpt.model.features import NORMS
 from igpt.model.gpt import GPT
 from igpt.objective.base import Objective
-from igpt.probe.choice import Choice, Images, Table, chosen, few_folds, fitted, folds_of, searched
+from igpt.probe.choice import Choice, Images, Table, chosen, few_folds, fitted, folds_of, searched, window_around
 from igpt.probe.features import Dtype
-from igpt.probe.scores import accuracy_number, confusion, top_k
+from igpt.probe.scores import accuracy_number, confusion, share_number, top_k
+from igpt.task.classify import check_classes
 from igpt.task.features import Reader
 from igpt.task.fit import Runner, matmul_precision
 from igpt.task.probe_sgd import trained
@@ -69,22 +70,6 @@ def check(
         raise ValueError(f"task.folds is auto, null (choose on val) or at least 2, got {folds!r}")
 
 
-def check_classes(source: Source, splits: Sequence[str]) -> int:
-    """The number of classes. Raises ValueError without labels, or where a class has nothing to learn from."""
-    if source.n_class is None:
-        raise ValueError(f"data={source.name} has no labels (data.n_class=null): a probe needs some")
-    known = set(np.unique(source.split("train").labels).tolist())
-    if -1 in known:
-        raise ValueError(f"data={source.name}: some images have no label, a probe needs them all")
-    for split in splits:
-        if unknown := set(np.unique(source.split(split).labels).tolist()) - known:
-            raise ValueError(
-                f"data={source.name}: class {min(unknown)} is in {split}, but no image of it is in train: "
-                "take other splits, or more images"
-            )
-    return source.n_class
-
-
 def run(
     *,
     runner: Runner,
@@ -109,17 +94,18 @@ def run(
     untrained: bool,
     pixels: bool,
 ) -> Result:
-    """Accuracy of every layer on val, of the best on test, and of what it has to beat."""
-    reader = Reader(runner, tokens, objective, cache, made_by, norm, dtype, batch_size)
+    """Accuracy of every layer on val, of the best on test, and of what it has to beat.
+
+    Where layer and strength are chosen by cross-validation inside train, `cv/` stands for `val/` in the names.
+    """
     net = weights.net()
     n_layer = net.n_layer
     if layer is not None and not 0 <= layer <= n_layer:
         raise ValueError(f"task.layer must lie in 0 … {n_layer} (0: the embedding), got {layer}")
     if concat is not None and concat > n_layer + 1:
         raise ValueError(f"task.concat={concat}: the network has {n_layer + 1} layers to take together")
-    source = tokens().source
-    n_class = check_classes(source, ["val", *(["test"] if test else [])])
-    masks = masks if not objective.causal else 1  # only a masked objective has any
+    data = tokens()
+    source = data.source
     if source.labels_per_class is not None:  # only those labels are there to be used
         refit = False
         if folds == "auto" and solver == "sgd":
@@ -129,62 +115,135 @@ def run(
             )
         folds = few_folds(source.labels_per_class) if folds == "auto" else folds
     folds = None if folds == "auto" else folds
+    n_class = check_classes(source, [*(["val"] if folds is None or refit else []), *(["test"] if test else [])])
+    masks = masks if not objective.causal else 1  # only a masked objective has any
     if solver == "sgd":
-        if layer is None:
-            windows = [[single] for single in range(n_layer + 1)]
-        else:
-            windows = [window_around(layer, concat or 1, n_layer)]
-        table, read = trained(
-            runner=runner, tokens=tokens, weights=weights, objective=objective, norm=norm, windows=windows, masks=masks,
-            n_class=n_class, seed=seed, **sgd,
+        result = by_sgd(
+            runner=runner, tokens=tokens, weights=weights, objective=objective, norm=norm, masks=masks, seed=seed,
+            n_class=n_class, layer=layer, concat=concat, test=test, settings=sgd,
         )  # fmt: skip
-        best = chosen(table, layer=None)
-        result = report(table, best, n_layer=n_layer, masks=masks, searched_for="rate")
-        if test:
-            said = read("test")[windows.index(best.layers), table.strengths.index(best.strength)]
-            labels = source.split("test").labels
-            result.numbers["test/accuracy"] = accuracy_number(said == labels, seed=seed)
-            result.matrices["confusion"] = confusion(labels, said, n_class)
-        result.files["checkpoints"] = Path("checkpoints")
-        result.provenance = {
-            "weights": weights.sha256, "palette": tokens().palette.hash, "layers": best.layers, "norm": norm,
-            "pooling": "mean over positions", "solver": "sgd", "rate": best.strength, "masks": masks, "seed": seed,
-            "chosen_on": "val",
-        }  # fmt: skip
-        return result
-    device = runner.machine.device
-    how: dict[str, Any] = {"n_class": n_class, "device": device, "seed": seed}
+    else:
+        reader = Reader(runner, tokens, objective, cache, made_by, norm, dtype, batch_size)
+        result = by_lbfgs(
+            reader=reader, net=net, weights=weights, seed=seed, strengths=strengths, layer=layer, concat=concat,
+            masks=masks, n_class=n_class, folds=folds, refit=refit, test=test, untrained=untrained, pixels=pixels,
+        )  # fmt: skip
+    result.files["probe"] = Path("probe.safetensors")
+    result.provenance |= {
+        "weights": weights.sha256, "palette": data.palette.hash, "norm": norm, "pooling": "mean over positions",
+        "solver": solver, "masks": masks, "seed": seed,
+    }  # fmt: skip
+    return result
 
+
+def by_sgd(
+    *,
+    runner: Runner,
+    tokens: Callable[..., TokenDataModule],
+    weights: Weights,
+    objective: Objective,
+    norm: str,
+    masks: int,
+    seed: int,
+    n_class: int,
+    layer: int | None,
+    concat: int | None,
+    test: bool,
+    settings: dict[str, Any],
+) -> Result:
+    """Heads of every layer (or of the one that is given, with its neighbours) and rate, trained at once."""
+    n_layer = int(weights.origin.network["n_layer"])
+    if layer is None:
+        windows = [[single] for single in range(n_layer + 1)]
+    else:
+        windows = [window_around(layer, concat or 1, n_layer)]
+    module, validate = trained(
+        runner=runner, tokens=tokens, weights=weights, objective=objective, norm=norm, windows=windows, masks=masks,
+        n_class=n_class, seed=seed, **settings,
+    )  # fmt: skip
+    table = module.table()
+    best = chosen(table, layer=None)
+    result = report(table, best, n_layer=n_layer, layer=layer, masks=masks, judged="val")
+    result.numbers["probe/rate"] = Number(best.strength, "learning rate", 1)
+    result.curves |= module.curves()
+    place = windows.index(best.layers), table.strengths.index(best.strength)
+    if ranks.this_rank().first:
+        weight, bias = module.weights[place[1]][place[0]], module.biases[place[1]][place[0]]
+        save_head(runner.folder / "probe.safetensors", weight, bias, best.layers)
+    if test:
+        validate("test")
+        labels, said = tokens().source.split("test").labels, module.said[place]
+        result.numbers["test/accuracy"] = accuracy_number(said == labels, seed=seed)
+        if masks > 1:
+            result.numbers["test/accuracy_one_mask"] = share_number(module.right[1][place], len(labels), seed=seed)
+        if n_class > 5:
+            result.numbers["test/top_5"] = share_number(module.right[2][place], len(labels), seed=seed)
+        result.matrices["confusion"] = confusion(labels, said, n_class)
+    result.files["checkpoints"] = Path("checkpoints")
+    result.provenance = {"layers": best.layers, "rate": best.strength, "chosen_on": "val"}
+    return result
+
+
+def by_lbfgs(
+    *,
+    reader: Reader,
+    net: GPT,
+    weights: Weights,
+    seed: int,
+    strengths: list[float],
+    layer: int | None,
+    concat: int | None,
+    masks: int,
+    n_class: int,
+    folds: int | None,
+    refit: bool,
+    test: bool,
+    untrained: bool,
+    pixels: bool,
+) -> Result:
+    """Logistic regression on features on disk, every layer at every strength."""
+    runner, data = reader.runner, reader.tokens()
+    source, n_layer, device = data.source, net.n_layer, runner.machine.device
+    how: dict[str, Any] = {"n_class": n_class, "device": device, "seed": seed}
+    judged = "val" if folds is None else "cv"
     images = partial(reader.images, masks=masks)
-    train, val = images(net, weights.sha256, "train"), images(net, weights.sha256, "val")
+    train = images(net, weights.sha256, "train")
+    val = images(net, weights.sha256, "val") if folds is None or refit else train  # folds look at train alone
     with matmul_precision(runner.machine.matmul_precision, device):
         fold = None if folds is None else folds_of(train.labels, folds, seed=seed)
         table = searched(train, val, strengths, folds=fold, **how)
         best = chosen(table, layer=layer)
         log.info("probe: layer %d of %d is best, C = %g", best.layers[0], n_layer, best.strength)
-        result = report(table, best, n_layer=n_layer, masks=masks, searched_for="C")
+        result = report(table, best, n_layer=n_layer, layer=layer, masks=masks, judged=judged)
         if concat is not None:
             windows = [window_around(best.layers[0], concat, n_layer)]
             together = searched(train, val, strengths, folds=fold, windows=windows, **how)
             best = chosen(together, layer=None)
-            result.numbers["val/concatenated"] = together.number(best)
+            result.numbers[f"{judged}/concatenated"] = together.number(best)
+        result.numbers["probe/C"] = Number(best.strength, "C", 1)
         if untrained:
             fresh = GPT(**weights.origin.network)
             fresh.init_weights(seed)
-            name = f"untrained, seed {seed}, {sorted(net.config.items())}"
-            of_fresh = [images(fresh, name, split) for split in ("train", "val")]
-            theirs = searched(of_fresh[0], of_fresh[1], strengths, folds=fold, **how)
-            result.curves["untrained network, val"] = theirs.curve()
-            result.numbers["val/untrained"] = theirs.number(chosen(theirs, layer=None))
+            name = (
+                f"untrained, seed {seed}, {sorted(net.config.items())}, {data.palette.hash}, {data.raster.permutation}"
+            )
+            fresh_train = images(fresh, name, "train")
+            fresh_val = images(fresh, name, "val") if folds is None else fresh_train
+            theirs = searched(fresh_train, fresh_val, strengths, folds=fold, **how)
+            result.curves[f"untrained network, {judged}"] = theirs.curve()
+            result.numbers[f"{judged}/untrained"] = theirs.number(chosen(theirs, layer=None))
         if pixels:
-            raw = [Images.of_pixels(source.split(split)) for split in ("train", "val")]
-            of_pixels = searched(raw[0], raw[1], strengths, folds=fold, **how)
+            raw_train = Images.of_pixels(source.split("train"))
+            raw_val = Images.of_pixels(source.split("val")) if folds is None else raw_train
+            of_pixels = searched(raw_train, raw_val, strengths, folds=fold, **how)
             share = of_pixels.number(chosen(of_pixels, layer=None))
-            result.numbers["val/raw_pixels"] = share
+            result.numbers[f"{judged}/raw_pixels"] = share
             depth = [0.0, float(n_layer)]
-            result.curves["raw pixels, val"] = Curve(depth, [share.value] * 2, "layer", "accuracy")
+            result.curves[f"raw pixels, {judged}"] = Curve(depth, [share.value] * 2, "layer", "accuracy")
         heads = fitted([train, val] if refit else [train], best, **how)
-        heads.save(runner.folder / "probe.safetensors" if ranks.this_rank().first else None)
+        if ranks.this_rank().first:
+            weight, bias = heads.heads.weight[0, 0], heads.heads.bias[0, 0]
+            save_head(runner.folder / "probe.safetensors", weight, bias, best.layers)
         if test:
             held_out = images(net, weights.sha256, "test")
             said, scores = heads.predict(held_out)
@@ -197,33 +256,30 @@ def run(
                 five = top_k(scores.cpu(), torch.from_numpy(labels), 5).numpy()
                 result.numbers["test/top_5"] = accuracy_number(five, seed=seed)
             result.matrices["confusion"] = confusion(labels, said, n_class)
-    result.files["probe"] = Path("probe.safetensors")
     result.provenance = {
-        "weights": weights.sha256, "palette": tokens().palette.hash, "layers": best.layers, "norm": norm,
-        "pooling": "mean over positions", "solver": "lbfgs", "C": best.strength, "masks": masks, "seed": seed,
-        "chosen_on": "val" if folds is None else f"{folds} folds of train", "refitted_on_val": refit,
+        "layers": best.layers, "C": best.strength, "refitted_on_val": refit,
+        "chosen_on": "val" if folds is None else f"{folds} folds of train",
     }  # fmt: skip
     return result
 
 
-def report(table: Table, best: Choice, *, n_layer: int, masks: int, searched_for: str) -> Result:
+def report(table: Table, best: Choice, *, n_layer: int, layer: int | None, masks: int, judged: str) -> Result:
     """The numbers and the curve of the search; the embedding and the last layer are what the best has to beat."""
     result = Result()
-    result.numbers["val/accuracy"] = table.number(best)
-    if masks > 1:
-        result.numbers["val/accuracy_one_mask"] = table.number(best, one_mask=True)
+    result.numbers[f"{judged}/accuracy"] = table.number(best)
+    if masks > 1 and judged == "val":
+        result.numbers[f"{judged}/accuracy_one_mask"] = table.number(best, one_mask=True)
     last = len(table.windows) - 1
-    middle = best.layers[len(best.layers) // 2]
-    result.numbers["probe/layer"] = Number(middle, f"of 0 … {n_layer}", 1)
-    result.numbers[f"probe/{searched_for}"] = Number(best.strength, searched_for, 1)
+    result.numbers["probe/layer"] = Number(best.layers[0] if layer is None else layer, f"of 0 … {n_layer}", 1)
     if last:
-        result.numbers["val/embedding"] = table.number(chosen(table, layer=0))
-        result.numbers["val/last_layer"] = table.number(chosen(table, layer=last))
-    result.curves["probe, val"] = table.curve()
+        result.numbers[f"{judged}/embedding"] = table.number(chosen(table, layer=0))
+        result.numbers[f"{judged}/last_layer"] = table.number(chosen(table, layer=last))
+    result.curves[f"probe, {judged}"] = table.curve()
     return result
 
 
-def window_around(layer: int, size: int, n_layer: int) -> list[int]:
-    """`size` adjacent layers of 0 … n_layer, centred on one; moved inside where it lies too near an end."""
-    first = min(max(0, layer - size // 2), n_layer + 1 - size)
-    return list(range(first, first + size))
+def save_head(path: Path, weight: Tensor, bias: Tensor, layers: list[int]) -> None:
+    """Writes weight (K, D) and bias (K,), and which layers they read side by side."""
+    tensors = {"weight": weight.detach().cpu().contiguous(), "bias": bias.detach().cpu().contiguous()}
+    with files.atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"layers": " ".join(map(str, layers))})

@@ -15,11 +15,13 @@ from igpt.model.features import NORMS
 from igpt.objective.base import Objective
 from igpt.probe.choice import chosen, searched
 from igpt.probe.features import Dtype
+from igpt.task.classify import check_classes
 from igpt.task.evaluate import EvaluateModule
 from igpt.task.features import Reader
 from igpt.task.fit import Runner, matmul_precision
-from igpt.task.probe import check_classes
 from igpt.tokens.datamodule import TokenDataModule
+
+HELD_OUT = ("val_fraction", "test_fraction", "split_seed", "splits")  # settings of the data
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +65,16 @@ def run(
     strengths: list[float],
 ) -> Result:
     """Validation loss and best-layer probe accuracy, on val, of each checkpoint of each run (the paper's Figure 3)."""
-    if not runs:
-        raise ValueError("task=scaling needs runs with checkpoints: task.runs=[RUN_FOLDER, RUN_FOLDER]")
     every = {run: checkpoints_of(run) for run in runs}
     palette = tokens().palette.hash
     for path, found in every.items():
         origin = found[-1].origin
-        if (origin.palette_hash, origin.objective) != (palette, made_by["objective"]):
-            raise ValueError(f"task.runs: {path} has another palette or objective: losses cannot be compared")
+        theirs = origin.palette_hash, origin.objective, origin.permutation
+        if theirs != (palette, made_by["objective"], list(tokens().raster.permutation)):
+            raise ValueError(f"task.runs: {path} has another palette, objective or order: losses cannot be compared")
+        data = files.read_json(Path(path) / "run.json")["config"].get("data", {})
+        if other := [key for key in HELD_OUT if data.get(key) != made_by["data"].get(key)]:
+            raise ValueError(f"task.runs: {path} held out other images (data.{', data.'.join(other)})")
     names = {path: found[-1].origin.model for path, found in every.items()}
     if len(set(names.values())) < len(names):  # several runs of one size
         names = {path: f"{name}, seed {every[path][-1].origin.seed}" for path, name in names.items()}

@@ -149,7 +149,16 @@ class TokenDataModule(L.LightningDataModule):
                 f"{self.source.name} has no images in its {self.eval_split} split: "
                 f"set data.{self.eval_split}_fraction above 0"
             )
-        return self._split_loader(split, OncePerImage(len(split), plan=self.plan), self.eval_split)
+        n, n_device = len(split), self.plan.n_device
+        if n < n_device:
+            raise ValueError(
+                f"{self.source.name}: {n} images of {self.eval_split} cannot be read by {n_device} processes"
+            )
+        plan = self.plan
+        if (n_device - 1) * plan.micro_batch >= n:  # the last process would have none, and leave the others waiting
+            size = (n - 1) // (n_device - 1)
+            plan = BatchPlan(n_device * size, size, n_device=n_device, rank=plan.rank)
+        return self._split_loader(split, OncePerImage(n, plan=plan), self.eval_split)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The same, for tasks that write something about every image."""
