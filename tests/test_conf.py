@@ -10,10 +10,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from igpt.arguments import check, parse, prepare
+from igpt.arguments import absolute, check, parse, prepare
 from igpt.build import CHECKPOINT, Build
 from igpt.checkpoint.native import Origin, find, save_model
-from igpt.launch import absolute, launch, open_folder, perform, stages
+from igpt.launch import launch, open_folder, perform, stages
 from igpt.report.folder import RunFolder
 from igpt.tokens.palette import Palette
 from tests.conftest import small_net

@@ -12,6 +12,7 @@ from igpt.data.digits import Digits
 from igpt.data.source import ArraySplit
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
+from igpt.objective.bert import BERT
 from igpt.task.finetune import run as finetune
 from igpt.task.fit import Machine, Runner
 from igpt.task.pretrain import run as pretrain
@@ -240,3 +241,19 @@ def drawn(folder: Path, palette: Palette, objective: Any) -> Weights:
     origin = Lab(Arrays({}), palette).origin(objective)(step=0)
     save_model(folder / "model", perturbed(GPT(**origin.network)).state_dict(), origin)
     return find(str(folder))
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, digits: Digits, palette: Palette) -> Path:
+    """The folder of one small pretraining run."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    Lab(digits, palette).pretrain(folder, val_every=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def masked(tmp_path_factory: pytest.TempPathFactory, digits: Digits, palette: Palette) -> Path:
+    """The folder of one that predicts masked pixels."""
+    folder = tmp_path_factory.mktemp("masked")
+    Lab(digits, palette).pretrain(folder, objective=BERT(mask_probability=0.15), val_every=0)
+    return folder

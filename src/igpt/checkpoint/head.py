@@ -29,7 +29,7 @@ def save_head(folder: Path, weight: Tensor, about: HeadOrigin) -> None:
     """Writes both files into a run's `model/`, each whole or not at all."""
     with files.atomic_path(folder / HEAD) as temporary:
         save_file({"wclf": weight.detach().to("cpu").contiguous()}, temporary)
-    files.write_json(folder / ABOUT, asdict(about))
+    files.write_json(folder / ABOUT, {**asdict(about), "sha256": files.sha256(folder / HEAD)})
 
 
 def has_head(weights: Weights) -> bool:
@@ -45,7 +45,12 @@ def find_head(weights: Weights, *, n_class: int | None, classes: str) -> ClassHe
     """
     if not has_head(weights):
         return None
-    about = HeadOrigin(**files.read_json(weights.folder / ABOUT))
+    try:
+        written = dict(files.read_json(weights.folder / ABOUT))
+        sha256 = written.pop("sha256")
+        about = HeadOrigin(**written)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{weights.folder / ABOUT} is damaged ({error}): copy it again") from error
     where = weights.folder / HEAD
     if about.weights != weights.sha256:
         raise ValueError(f"{where} belongs to other weights than lie beside it: restore both from one run")
@@ -55,7 +60,11 @@ def find_head(weights: Weights, *, n_class: int | None, classes: str) -> ClassHe
             "evaluate it on the data it was trained for, leave it out (task.accuracy=false), or fine-tune anew"
         )
     try:
+        if files.sha256(where) != sha256:
+            raise ValueError(f"its SHA-256 is not that in {ABOUT}")
         (weight,) = load_file(where).values()
+        if weight.shape != (about.n_class, weights.origin.network["n_embd"]):
+            raise ValueError(f"its shape is {tuple(weight.shape)}")
     except (SafetensorError, FileNotFoundError, ValueError) as error:
         raise ValueError(f"{where} is damaged ({error}): copy it again") from error
     head = ClassHead(n_embd=weight.shape[1], n_class=weight.shape[0])

@@ -32,7 +32,7 @@ def check_classes(source: Source, splits: Sequence[str]) -> int:
         if not len(source.split(split)):
             way_out = "task.test=false, or " if split == "test" else ""
             raise ValueError(
-                f"data={source.name} has no images in its {split} split: {way_out}data.{split}_fraction above 0"
+                f"data={source.name} has no images in its {split} split: set {way_out}data.{split}_fraction above 0"
             )
         if unknown := set(np.unique(source.split(split).labels).tolist()) - known:
             raise ValueError(

@@ -149,7 +149,7 @@ def check(
             raise ValueError(f"task.{name} must be at least 1, got {value}")
     if val_every > steps:
         raise ValueError(f"task.val_every {val_every} is more than task.steps {steps}: no validation would be reached")
-    if gen < 0 or clf <= 0:
+    if not (gen >= 0 and clf > 0):
         raise ValueError(f"task.gen is at least 0 and task.clf above 0, got {gen} and {clf}")
     check_schedule(learning_rate=learning_rate, warmup_steps=warmup_steps, steps=steps)
 

@@ -15,7 +15,8 @@ class FiniteGuard:
     logged step and before every checkpoint.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, way_out: str = "a lower task.learning_rate or more task.warmup_steps") -> None:
+        self.way_out = way_out
         self._first_bad: Tensor | None = None
 
     def see(self, loss: Tensor, step: int) -> None:
@@ -32,5 +33,5 @@ class FiniteGuard:
         if self._first_bad is not None and (step := int(self._first_bad.item())):
             raise NonFiniteLossError(
                 f"the loss of step {step} is not finite: the run is stopped and its last checkpoint kept; "
-                f"begin again with a lower task.learning_rate or more task.warmup_steps"
+                f"begin again with {self.way_out}"
             )

@@ -58,6 +58,8 @@ def check(
             "task.solver=sgd with task.concat needs to know around which layer: task.layer=N, the best one"
         )
     check_keys("task.sgd", sgd, SGD_SETTINGS)
+    if not 0 <= sgd["momentum"] < 1 or not sgd["weight_decay"] >= 0:
+        raise ValueError(f"task.sgd: momentum lies in [0, 1) and weight_decay is at least 0; got {sgd}")
     if not sgd["rates"] or min(sgd["rates"]) <= 0 or any(sgd[key] < 1 for key in SGD_SETTINGS if key in WHOLE):
         raise ValueError(f"task.sgd: rates are positive, and {', '.join(WHOLE)} start at 1; got {sgd}")
     if batch_size < 1 or masks < 1:

@@ -22,6 +22,7 @@ from igpt.probe.scores import vote
 from igpt.stopping import StopRequest
 from igpt.task.checkpoints import Checkpoints
 from igpt.task.fit import Runner
+from igpt.task.guard import FiniteGuard
 from igpt.task.module import TrainedModule
 from igpt.task.optim import warmup_cosine
 from igpt.tokens.datamodule import Batch, TokenDataModule
@@ -55,6 +56,7 @@ class SGDProbeModule(TrainedModule):
     ) -> None:
         super().__init__(**shared)
         self.machine.prepare(net)
+        self.guard = FiniteGuard(way_out="lower task.sgd.rates: every head broke down")
         self.net, self.objective, self.norm = net.requires_grad_(False), objective, norm
         self.masks, self.n_class, self.rates, self.seed = masks, n_class, rates, seed
         self.momentum, self.weight_decay = momentum, weight_decay
@@ -142,7 +144,9 @@ class SGDProbeModule(TrainedModule):
         checkpoint["state_dict"] = heads
 
     def table(self) -> Table:
-        """What the last validation found."""
+        """What the last validation found; heads that have broken down tell nothing."""
+        whole = [weight.isfinite().flatten(1).all(dim=1) for weight in self.weights]  # R of (P,)
+        self.right = self.right * torch.stack(whole, dim=1).cpu().numpy()
         return Table(self.right[0], self.right[1], self.windows, list(self.rates), self.n_image)
 
 

@@ -1,0 +1,136 @@
+"""Few labels: what is drawn, what is chosen by what, and the mean and spread of the subsets."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from igpt.checkpoint import native
+from igpt.data.source import ArraySplit
+from igpt.data.split import balanced_subset
+from igpt.metric.result import Result
+from igpt.model.features import layer_features
+from igpt.objective.ar import AR
+from igpt.task import low_data
+from igpt.task.fit import Runner
+from igpt.tokens.palette import Palette
+from tests.task.conftest import Arrays, Lab, machine
+
+
+def few_labels(lab: Lab, pretrained: Path, folder: Path, **changed: Any) -> Result:
+    settings: dict[str, Any] = {
+        "per_class": [4],
+        "subsets": 3,
+        "subset_seed": 7,
+        "norm": "ln_1",
+        "dtype": "float32",
+        "batch_size": 64,
+        "strengths": [1.0],
+        "layer": 1,
+        "masks": 1,
+        "pixels": True,
+        "split": "test",
+    }
+    low_data.check(**{**settings, **changed})
+    return low_data.run(
+        runner=Runner(machine=machine(), folder=folder),
+        tokens=lab.tokens,
+        weights=native.find(str(pretrained)),
+        objective=AR(),
+        cache=folder / "cache",
+        made_by={"data": {"name": lab.digits.name}, "objective": {"name": "ar"}},
+        seed=0,
+        **{**settings, **changed},
+    )
+
+
+def test_mean_and_deviation_are_those_of_scikit_learn_on_the_same_subsets(
+    tmp_path: Path, few: Arrays, palette: Palette, pretrained: Path
+) -> None:
+    """Independent source: scikit-learn's logistic regression and numpy's standard deviation; with one C to take."""
+    lab = Lab(few, palette)
+    result = few_labels(lab, pretrained, tmp_path)
+    net, train, test = native.find(str(pretrained)).net(), few.split("train"), few.split("test")
+    x, judged = (
+        layer_features(net, lab.tokens().encode(_tensor(split)))[1].detach().numpy() for split in (train, test)
+    )
+    of_pixels = [split.pixels.reshape(len(split), -1) / 127.5 - 1 for split in (train, test)]
+    for key, (a, b) in {"accuracy": (x, judged), "raw_pixels": of_pixels}.items():
+        shares = []
+        for i in range(3):
+            rows = balanced_subset(train.labels, per_class=4, seed=7 + i, where="")
+            assert np.bincount(train.labels[rows]).tolist() == [4] * 10
+            head = LogisticRegression(C=1.0, max_iter=5000, tol=1e-8).fit(a[rows], train.labels[rows])
+            shares.append(head.score(b, test.labels))
+        number = result.numbers[f"test/{key}_4_per_class"]
+        assert number.value == pytest.approx(np.mean(shares), abs=1e-9)
+        assert number.deviation == pytest.approx(np.std(shares, ddof=1), abs=1e-9)
+        assert number.n == 3
+    assert result.provenance["layer_chosen_by"] == "given"
+
+
+def _tensor(split: ArraySplit) -> Any:
+    import torch
+
+    return torch.from_numpy(split.pixels)
+
+
+def test_no_label_but_the_drawn_ones_is_used(tmp_path: Path, few: Arrays, palette: Palette, pretrained: Path) -> None:
+    """Invariant: with all other training images and the labels of val changed, and the layer given, numbers stay."""
+    plain = few_labels(Lab(few, palette), pretrained, tmp_path / "a", strengths=[0.01, 1.0, 100.0])
+    train, val = few.split("train"), few.split("val")
+    drawn = np.unique([balanced_subset(train.labels, per_class=4, seed=7 + i, where="") for i in range(3)])
+    other = train.labels.copy()
+    others = np.setdiff1d(np.arange(len(other)), drawn)
+    rng = np.random.default_rng(0)
+    # the draw itself looks at all labels, so of images that no subset holds the pixels are changed instead
+    pixels = train.pixels.copy()
+    pixels[others] = rng.integers(0, 256, pixels[others].shape)
+    changed = Arrays(
+        {
+            "train": ArraySplit(pixels, other),
+            "val": ArraySplit(val.pixels, rng.permutation(val.labels)),
+            "test": few.split("test"),
+        }
+    )
+    again = few_labels(Lab(changed, palette), pretrained, tmp_path / "b", strengths=[0.01, 1.0, 100.0])
+    assert again.numbers == plain.numbers
+
+
+def test_the_layer_is_that_of_a_probe_with_all_labels(
+    tmp_path: Path, few: Arrays, palette: Palette, pretrained: Path
+) -> None:
+    """Round trip: the layer that task=probe finds best on val; the result says how it was chosen."""
+    lab = Lab(few, palette)
+    found = few_labels(lab, pretrained, tmp_path / "a", layer=None, pixels=False, strengths=[1.0, 0.01])
+    probe = lab.probe(tmp_path / "b", native.find(str(pretrained)), test=False, strengths=[1.0, 0.01])
+    assert found.numbers["probe/layer"].value == probe.numbers["probe/layer"].value
+    assert found.provenance["layer_chosen_by"] == "probe with 200 labels, on val"
+
+
+def test_more_labels_than_there_are(tmp_path: Path, few: Arrays, palette: Palette, pretrained: Path) -> None:
+    """Invariant: found before a feature is computed, naming the class."""
+    with pytest.raises(ValueError, match=r"class \d has \d+ images, task.per_class=25 are asked for"):
+        few_labels(Lab(few, palette), pretrained, tmp_path, per_class=[25])
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"per_class": [1]}, "each at least 2"),
+        ({"per_class": []}, "each at least 2"),
+        ({"subsets": 1}, "at least 2 for a standard deviation"),
+        ({"strengths": [0.0]}, "positive numbers"),
+        ({"norm": "ln_2"}, "task.norm must be one of"),
+        ({"layer": 3}, r"must lie in 0 … 2"),
+    ],
+)
+def test_bad_settings(
+    tmp_path: Path, few: Arrays, palette: Palette, pretrained: Path, changed: dict[str, Any], message: str
+) -> None:
+    """Invariant: clear errors."""
+    with pytest.raises(ValueError, match=message):
+        few_labels(Lab(few, palette), pretrained, tmp_path, **changed)

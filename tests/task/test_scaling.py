@@ -1,0 +1,95 @@
+"""Loss against features over checkpoints: each point is what evaluation and probe say of that checkpoint alone."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scipy.stats import spearmanr
+
+from igpt.checkpoint import native
+from igpt.metric.result import Result
+from igpt.objective.ar import AR
+from igpt.objective.bert import BERT
+from igpt.task import scaling
+from igpt.task.fit import Runner
+from igpt.tokens.palette import Palette
+from tests.task.conftest import Arrays, Lab, machine
+
+
+def scaled(lab: Lab, folder: Path, runs: list[Path], **changed: Any) -> Result:
+    settings: dict[str, Any] = {
+        "runs": [str(run) for run in runs],
+        "norm": "ln_1",
+        "dtype": "float32",
+        "batch_size": 64,
+        "strengths": [1.0, 0.01],
+    }
+    scaling.check(**{**settings, **changed})
+    return scaling.run(
+        runner=Runner(machine=machine(), folder=folder),
+        tokens=lab.tokens,
+        objective=AR(),
+        cache=folder / "cache",
+        made_by={"data": {"name": lab.digits.name}, "objective": {"name": "ar"}},
+        seed=0,
+        **{**settings, **changed},
+    )
+
+
+def started(run: Path) -> Path:
+    """Adds what launch writes before a run begins, as far as it is read."""
+    (run / "run.json").write_text(json.dumps({"config": {"task": {"batch_size": 100}}}))
+    return run
+
+
+def test_every_point_is_what_evaluation_and_probe_say(
+    tmp_path: Path, few: Arrays, palette: Palette, pretrained: Path
+) -> None:
+    """Round trip: loss and best-layer accuracy of the checkpoint at step 4 are those of a run that went no further."""
+    lab = Lab(few, palette)
+    lab.pretrain(tmp_path / "run", val_every=4, steps=8)
+    losses = lab.pretrain(tmp_path / "again", val_every=4, steps=8).curves["val/loss_gen"].y
+    result = scaled(lab, tmp_path / "scaling", [started(tmp_path / "run")])
+    on_the_way = native.find(str(tmp_path / "run" / "checkpoints" / "step_0000004.ckpt"))
+    assert on_the_way.origin.step == 4
+    for seen, loss in ((400, losses[0]), (800, losses[1])):
+        assert result.numbers[f"tiny/{seen}_images/loss_gen"].value == pytest.approx(loss, rel=1e-6)
+    probe = lab.probe(tmp_path / "probe", on_the_way, test=False, strengths=[1.0, 0.01])
+    assert result.numbers["tiny/400_images/accuracy"].value == probe.numbers["val/accuracy"].value
+    assert result.numbers["tiny/400_images/layer"].value == probe.numbers["probe/layer"].value
+    curve = result.curves["tiny"]
+    assert curve.x == [result.numbers[f"tiny/{seen}_images/loss_gen"].value for seen in (400, 800)]
+    assert result.curves["tiny: loss"].x == [400.0, 800.0]
+
+
+def test_runs_that_do_not_compare(
+    tmp_path: Path, few: Arrays, palette: Palette, pretrained: Path, masked: Path
+) -> None:
+    """Invariant: another objective, no run, no checkpoints: clear errors."""
+    lab = Lab(few, palette)
+    with pytest.raises(ValueError, match="another palette, objective or order"):
+        scaled(lab, tmp_path, [started(pretrained), started(masked)])
+    (tmp_path / "other").mkdir()
+    other = Path(shutil.copytree(pretrained, tmp_path / "other" / "run"))
+    (other / "run.json").write_text(json.dumps({"config": {"data": {"split_seed": 1}, "task": {"batch_size": 100}}}))
+    with pytest.raises(ValueError, match=r"held out other images \(data\.split_seed\)"):
+        scaled(lab, tmp_path, [pretrained, other])
+    with pytest.raises(ValueError, match="has no checkpoints"):
+        scaled(lab, tmp_path, [tmp_path])
+
+
+def test_a_damaged_checkpoint_is_no_start(tmp_path: Path, lab: Lab) -> None:
+    """Invariant: a checkpoint that is not what its checksum says is not read."""
+    lab.pretrain(tmp_path, val_every=0, steps=4, objective=BERT(mask_probability=0.15))
+    path = tmp_path / "checkpoints" / "step_0000004.ckpt"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match="its SHA-256 is not that beside it"):
+        native.find(str(path))
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    """Independent source: scipy, with equal values among them."""
+    x, y = [3.0, 1.0, 2.0, 2.0, 5.0], [0.3, 0.3, 0.1, 0.4, 0.9]
+    assert scaling.rank_correlation(x, y) == pytest.approx(spearmanr(x, y).statistic)
