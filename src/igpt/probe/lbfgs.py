@@ -42,7 +42,8 @@ def logistic_regression(
 ) -> Heads:
     """Minimises Σ_i -log p(y_i | x_i) · C + ½ ‖W‖², the intercept free, for each layer and each C of `strengths`.
 
-    The objective is that of scikit-learn's LogisticRegression(C). Features (P, N, D), labels (N,) int64. It ends when
+    The objective is that of scikit-learn's LogisticRegression(C); for two classes, where that fits one vector instead of
+    two, that of its C doubled. Features (P, N, D), labels (N,) int64. It ends when
     every objective, in nats per image, is within `tolerance` of its minimum by estimate.
 
     How: features are centred, which changes only the intercept. L-BFGS starts from the inverse of their covariance, as

@@ -1,0 +1,440 @@
+"""Fine-tuning: first losses, what is trained, resuming, stopping early, and what is kept."""
+
+import math
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from igpt import keyed
+from igpt.checkpoint.head import find_head
+from igpt.checkpoint.native import Weights, find
+from igpt.checkpoint.resume import read_best
+from igpt.data.order import BatchPlan
+from igpt.data.source import ArraySplit
+from igpt.metric.result import Result
+from igpt.model.head import ClassHead
+from igpt.objective.ar import AR
+from igpt.objective.bert import BERT
+from igpt.stopping import StoppedError
+from igpt.task.classify import ClassScore, classes_hash
+from igpt.task.finetune import check
+from igpt.task.guard import NonFiniteLossError
+from igpt.tokens.datamodule import Batch
+from igpt.tokens.palette import Palette
+from tests.task.conftest import Arrays, Lab, drawn, machine
+from tests.task.test_stopping import Send
+
+MASKED = BERT(mask_probability=0.15)
+LN_10, LN_17 = 2.302585, 2.833213
+OF_VAL = 1.01 / 60  # one image
+
+
+@pytest.fixture
+def lab(few: Arrays, palette: Palette) -> Lab:
+    return Lab(few, palette)
+
+
+@pytest.fixture(scope="module")
+def ar(pretrained: Path) -> Weights:
+    return find(str(pretrained))
+
+
+@pytest.fixture(scope="module")
+def bert(masked: Path) -> Weights:
+    return find(str(masked))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palette, ar: Weights) -> tuple[Path, Result]:
+    """Six steps without a break, the reference of the tests below."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, Lab(few, palette).finetune(folder, ar)
+
+
+def model(folder: Path) -> dict[str, torch.Tensor]:
+    """What was kept of network and head."""
+    return load_file(folder / "model" / "model.safetensors") | load_file(folder / "model" / "head.safetensors")
+
+
+def equal(a: Path, b: Path) -> bool:
+    ours, theirs = model(a), model(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_first_losses(tmp_path: Path, lab: Lab, ar: Weights, bert: Weights, masks: bool) -> None:
+    """Independent source: ln 10 of a head of zeros, and what the given weights lose on the first batch."""
+    weights, objective = (bert, MASKED) if masks else (ar, AR())
+    result = lab.finetune(tmp_path, weights, objective=objective, test=False)
+    data = lab.tokens(plan=BatchPlan(50, 50))
+    batch = next(iter(data.train_dataloader()))
+    tokens = data.encode(batch.tokens)
+    keep = objective.keep(tokens, batch.keys)
+    with torch.no_grad():
+        loss = float(objective.loss(weights.net()(tokens, keep), tokens, keep))
+    assert result.curves["train/loss_clf"].y[0] == pytest.approx(LN_10, abs=1e-6)
+    assert result.curves["train/loss_gen"].y[0] == pytest.approx(loss, rel=1e-5)
+    assert loss < LN_17 - 0.1  # pretrained, so not that of a head of zeros
+    assert result.curves["train/accuracy"].y[0] == pytest.approx(float((batch.labels == 0).double().mean()))
+    assert result.curves["train/loss_clf"].x == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_reported_is_what_was_kept(lab: Lab, whole: tuple[Path, Result]) -> None:
+    """Independent source: plain PyTorch with the files in `model/`: accuracy, both losses, confusion, of both splits.
+
+    By hand: the best step's, and how many images that took.
+    """
+    folder, result = whole
+    weights = find(str(folder))
+    net, wclf = weights.net(), load_file(folder / "model" / "head.safetensors")["wclf"]
+    for split in ("val", "test"):
+        y = torch.from_numpy(lab.digits.split(split).labels)
+        tokens = lab.tokens().some_tokens(split).long()
+        with torch.no_grad():
+            hidden = net.trunk(tokens)
+            scores = hidden.mean(dim=1) @ wclf.T
+            nats = F.cross_entropy((hidden @ net.wtet.T).flatten(0, 1), tokens.flatten())
+        said = scores.argmax(dim=-1)
+        numbers = {name: result.numbers[f"{split}/{name}"].value for name in ("accuracy", "loss_clf", "loss_gen")}
+        assert numbers["accuracy"] == float((said == y).double().mean())
+        assert numbers["loss_clf"] == pytest.approx(float(F.cross_entropy(scores, y)), rel=1e-5)
+        assert numbers["loss_gen"] == pytest.approx(float(nats), rel=1e-5)
+    expected = np.zeros((10, 10), dtype=np.int64)
+    np.add.at(expected, (y.numpy(), said.numpy()), 1)
+    assert np.array_equal(result.matrices["confusion"], expected)
+    curve = result.curves["val/accuracy"]
+    assert curve.x == [2, 4, 6]
+    best = curve.x[curve.y.index(max(curve.y))]
+    assert result.numbers["val/accuracy"].value == max(curve.y)
+    assert (result.numbers["best_step"].value, weights.origin.step) == (best, best)
+    assert result.numbers["train/images_seen"].value == best * 50
+    assert result.numbers["val/accuracy"].n == 60
+    head = find_head(weights, n_class=10, classes=classes_hash(lab.digits))
+    assert head is not None
+    assert torch.equal(head.wclf, wclf)
+
+
+def test_it_learns(whole: tuple[Path, Result]) -> None:
+    """Invariant: both losses end below where they began."""
+    for name in ("loss_clf", "loss_gen"):
+        curve = whole[1].curves[f"train/{name}"].y
+        assert curve[-1] < curve[0] - 0.02
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_resumed_equals_uninterrupted(
+    tmp_path: Path, lab: Lab, ar: Weights, whole: tuple[Path, Result], step: int
+) -> None:
+    """Invariant: 3 + 3 steps, or 4 + 2, are six, to the bit; done twice, nothing changes."""
+    with pytest.raises(StoppedError, match=f"after step {step + 1}"):
+        lab.finetune(tmp_path, ar, callbacks=(Send(signal.SIGTERM, step=step),))
+    assert not (tmp_path / "model").exists()
+    for _ in range(2):
+        result = lab.finetune(tmp_path, ar)
+        assert equal(tmp_path, whole[0])
+        assert result.curves == whole[1].curves
+        assert result.numbers == whole[1].numbers
+
+
+def test_accumulated_equals_one_batch(tmp_path: Path, lab: Lab, bert: Weights) -> None:
+    """Invariant: passes of 10 images give the losses of one of 50, also where pixels are masked."""
+    results = [
+        lab.finetune(tmp_path / str(size), bert, objective=MASKED, on=machine(micro_batch=size), steps=4)
+        for size in (50, 10)
+    ]
+    for name, curve in results[0].curves.items():
+        assert results[1].curves[name].y == pytest.approx(curve.y, rel=1e-4, abs=OF_VAL if "accuracy" in name else 0)
+    assert {"test/accuracy", "test/accuracy_one_mask"} <= set(results[0].numbers)
+
+
+ALONE: Any = SimpleNamespace(
+    strategy=SimpleNamespace(root_device=torch.device("cpu"), reduce=lambda table, reduce_op: table)
+)  # what a score asks of a Trainer, with one process
+
+
+def test_the_vote_by_hand(tmp_path: Path, lab: Lab, palette: Palette) -> None:
+    """Independent source: plain PyTorch under each of three masks; losses are the first one's, ties left to the draw.
+
+    Invariant: neither the order of the images nor how many come at once matters.
+    """
+    net = drawn(tmp_path, palette, MASKED).net()
+    tokens = lab.tokens().some_tokens("test").long()
+    rows = torch.arange(len(tokens))
+    keys = keyed.item_keys(keyed.key(0, "test", 0), rows)
+    keeps = [MASKED.keep(tokens, keyed.fold(keys, 100 + mask) if mask else keys) for mask in range(3)]
+    with torch.no_grad():
+        hidden = [net.trunk(tokens, keep) for keep in keeps]
+        middle = hidden[0].mean(dim=(0, 1))
+        w = torch.randn(10, 16, generator=torch.Generator().manual_seed(0))
+        w = w - torch.outer(w @ middle, middle) / middle.square().sum()  # or one class would be said of all images
+        scores = [h.mean(dim=1) @ w.T for h in hidden]
+        nats = MASKED.loss(net.logits(hidden[0]), tokens, keeps[0])
+    one, y, _ = masked = torch.stack(scores).argmax(dim=-1)  # (3, N), of which the second are taken for labels
+    counts = F.one_hot(masked, 10).sum(dim=0)  # (N, K)
+    leads = counts == counts.amax(dim=1, keepdim=True)
+    head = ClassHead(n_embd=16, n_class=10)
+    head.load_state_dict({"wclf": w})
+    found = []
+    for order, size in ((rows, 64), (rows.flip(0), 7)):
+        score = ClassScore(MASKED, n_class=10, masks=3, seed=0)
+        with torch.no_grad():
+            for some in (order[start : start + size] for start in range(0, len(order), size)):
+                score.add(net, head, Batch(tokens[some], y[some], keys[some], some))
+        found.append(score.numbers("test", ALONE, len(y)))
+    numbers, said = found[0]
+    assert np.array_equal(said, found[1][1])
+    assert {n: number.value for n, number in found[1][0].items()} == pytest.approx(
+        {n: number.value for n, number in numbers.items()}, rel=1e-6
+    )
+    assert leads[rows, torch.from_numpy(said)].all()
+    assert numbers["test/accuracy"].value == pytest.approx((said == y.numpy()).mean())
+    assert numbers["test/accuracy_one_mask"].value == pytest.approx(float((one == y).double().mean()))
+    assert numbers["test/accuracy"].value != numbers["test/accuracy_one_mask"].value  # or the vote would not be seen
+    assert numbers["test/loss_clf"].value == pytest.approx(float(F.cross_entropy(scores[0], y)), rel=1e-5)
+    assert numbers["test/loss_gen"].value == pytest.approx(float(nats), rel=1e-5)
+
+
+def test_without_the_generative_loss(tmp_path: Path, lab: Lab, ar: Weights) -> None:
+    """Invariant: the token head, which nothing reads, stays to the bit; all else is trained; no such loss is shown."""
+    result = lab.finetune(tmp_path, ar, gen=0.0, weight_decay=0.1, test=False)
+    before, after = ar.net().state_dict(), model(tmp_path)
+    assert [name for name, weight in before.items() if torch.equal(weight, after[name])] == ["wtet"]
+    assert "train/loss_gen" not in result.curves
+    assert result.curves["train/loss_clf"].y[0] == pytest.approx(LN_10, abs=1e-6)
+    assert result.numbers["val/loss_gen"].value > 0
+
+
+def test_one_step_by_hand(tmp_path: Path, lab: Lab, ar: Weights) -> None:
+    """Independent source: PyTorch's plain Adam on gen · L_GEN + clf · L_CLF, written out, with the rate warmed up."""
+    lab.finetune(tmp_path, ar, steps=2, warmup_steps=1, gen=0.5, clf=2.0, learning_rate=0.01, test=False)
+    net, wclf = ar.net(), torch.nn.Parameter(torch.zeros(10, 16))
+    optimizer = torch.optim.Adam([*net.parameters(), wclf], betas=(0.9, 0.95))
+    data = lab.tokens(plan=BatchPlan(50, 50))
+    for rate, batch in zip((0.005, 0.01), data.train_dataloader(), strict=False):
+        tokens = data.encode(batch.tokens)
+        hidden = net.trunk(tokens)
+        loss = 0.5 * F.cross_entropy((hidden @ net.wtet.T).flatten(0, 1), tokens.flatten())
+        loss = loss + 2.0 * F.cross_entropy(hidden.mean(dim=1) @ wclf.T, batch.labels)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+    found = model(tmp_path)
+    for name, weight in [*net.state_dict().items(), ("wclf", wclf.detach())]:
+        assert float((found[name] - weight).abs().mean()) < 1e-5, name
+
+
+def test_from_scratch(tmp_path: Path, lab: Lab) -> None:
+    """Independent source: ln 17 and ln 10, of two heads of zeros."""
+    result = lab.finetune(tmp_path, None, test=False)
+    assert result.curves["train/loss_gen"].y[0] == pytest.approx(LN_17, abs=1e-6)
+    assert result.curves["train/loss_clf"].y[0] == pytest.approx(LN_10, abs=1e-6)
+    assert result.provenance["from"] == "scratch"
+
+
+class Stated:
+    """Gives the validations of a run stated accuracies, one after another."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
+        self.left, self.numbers = list(accuracies), ClassScore.numbers
+        stated = self
+
+        def numbers(score: Any, split: str, trainer: L.Trainer, n_image: int) -> Any:
+            found, said = stated.numbers(score, split, trainer, n_image)
+            if trainer.state.fn == "fit":
+                found["val/accuracy"] = replace(found["val/accuracy"], value=stated.left.pop(0))
+            return found, said
+
+        monkeypatch.setattr(ClassScore, "numbers", numbers)
+
+
+@pytest.fixture(scope="module")
+def each_step(tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palette, ar: Weights) -> Path:
+    """The checkpoints of five steps in a row."""
+    folder = tmp_path_factory.mktemp("each_step")
+    Lab(few, palette).finetune(folder, ar, steps=5, val_every=5, checkpoint_every=1, checkpoint_keep=5, test=False)
+    return folder / "checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "patience", "best", "last"),
+    [
+        ([0.3, 0.5, 0.4, 0.5, 0.9], 2, 2, 4),  # as good as the best is not better
+        ([0.3, 0.2, 0.9, 0.1, 0.1], 1, 1, 2),
+        ([0.1, 0.2, 0.3, 0.2, 0.1], 3, 3, 5),
+        ([0.0, 0.0, 0.0, 0.0, 0.0], 2, 1, 3),
+        ([0.5, 0.4, 0.4, 0.4, 0.6], None, 5, 5),
+    ],
+)
+def test_early_stop(
+    tmp_path: Path,
+    lab: Lab,
+    ar: Weights,
+    each_step: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    accuracies: list[float],
+    patience: int | None,
+    best: int,
+    last: int,
+) -> None:
+    """By hand: so many validations without a better one; what is kept is what it was after the best step, to the
+    bit."""
+    stated = Stated(monkeypatch, accuracies)
+    result = lab.finetune(tmp_path, ar, steps=5, val_every=1, patience=patience, test=False)
+    assert result.curves["val/accuracy"].x == list(range(1, last + 1))
+    assert len(stated.left) == 5 - last
+    assert result.numbers["best_step"].value == best
+    noted = read_best(tmp_path)
+    assert noted is not None
+    assert (noted["step"], noted["value"]) == (best, accuracies[best - 1])
+    state = torch.load(each_step / f"step_{best:07d}.ckpt", weights_only=True)["state_dict"]
+    kept = model(tmp_path)
+    assert len(state) == len(kept)
+    assert all(torch.equal(value, kept[name.removeprefix("net.").removeprefix("head.")])
+               for name, value in state.items())  # fmt: skip
+
+
+def test_early_stop_where_nothing_is_learned(tmp_path: Path, lab: Lab, ar: Weights) -> None:
+    """By hand: at a rate float32 rounds to 0, all scores stay 0 and class 0 is said: two validations, the first is
+    kept."""
+    result = lab.finetune(tmp_path, ar, steps=40, patience=1, learning_rate=1e-60, test=False)
+    assert result.curves["val/accuracy"].x == [2, 4]
+    assert result.numbers["best_step"].value == 2
+    assert result.numbers["val/accuracy"].value == (lab.digits.split("val").labels == 0).mean()
+    assert all(torch.equal(model(tmp_path)[name], weight) for name, weight in ar.net().state_dict().items())
+
+
+@pytest.mark.parametrize("stopped", ["after", "at it"])
+def test_stopped_early_is_over(
+    tmp_path: Path, lab: Lab, ar: Weights, monkeypatch: pytest.MonkeyPatch, stopped: str
+) -> None:
+    """Invariant: a run that ran out of patience, and ended before its result was written, goes on to that result."""
+    accuracies = [0.3, 0.2, 0.9, 0.9]
+    how: dict[str, Any] = {"steps": 4, "val_every": 1, "patience": 1, "test": False}
+    Stated(monkeypatch, accuracies)
+    expected = lab.finetune(tmp_path / "whole", ar, **how)
+    monkeypatch.undo()
+    stated = Stated(monkeypatch, accuracies)
+    if stopped == "after":
+        lab.finetune(tmp_path / "again", ar, **how)  # as if killed while it read the validation images once more
+    else:
+        with pytest.raises(StoppedError, match="after step 2"):
+            lab.finetune(tmp_path / "again", ar, callbacks=(Send(signal.SIGTERM, step=1),), **how)
+    again = lab.finetune(tmp_path / "again", ar, **how)
+    assert again.numbers["best_step"] == expected.numbers["best_step"]
+    assert again.curves == expected.curves
+    assert len(stated.left) == 2
+    assert equal(tmp_path / "again", tmp_path / "whole")
+
+
+def test_patience_is_kept_over_a_stop(tmp_path: Path, lab: Lab, ar: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: validations before a stop count after it."""
+    stated = Stated(monkeypatch, [0.3, 0.2, 0.2, 0.2, 0.9])
+    how: dict[str, Any] = {"steps": 5, "val_every": 1, "patience": 3, "test": False}
+    with pytest.raises(StoppedError, match="after step 3"):
+        lab.finetune(tmp_path, ar, callbacks=(Send(signal.SIGTERM, step=2),), **how)
+    result = lab.finetune(tmp_path, ar, **how)
+    assert result.curves["val/accuracy"].y == [0.3, 0.2, 0.2, 0.2]
+    assert result.numbers["best_step"].value == 1
+    assert len(stated.left) == 1
+
+
+def test_test_is_not_read(tmp_path: Path, lab: Lab, few: Arrays, ar: Weights, whole: tuple[Path, Result]) -> None:
+    """Invariant: without `test`, a source that has no such split gives the same model and numbers but for test's."""
+    lab.digits = replace(few, splits={name: few.splits[name] for name in ("train", "val")})
+    result = lab.finetune(tmp_path, ar, test=False)
+    assert result.numbers == {k: v for k, v in whole[1].numbers.items() if not k.startswith("test/")}
+    assert len(result.numbers) < len(whole[1].numbers)
+    assert result.matrices == {}
+    assert equal(tmp_path, whole[0])
+    with pytest.raises(KeyError, match="test"):
+        lab.finetune(tmp_path / "asked", ar)
+
+
+def test_what_cannot_be_learnt(tmp_path: Path, lab: Lab, few: Arrays, ar: Weights) -> None:
+    """Without images to validate on, without labels, or with a class that only val knows: before a step is taken."""
+    train, val = few.splits["train"], few.splits["val"]
+    others = train.labels != 3
+    cases = [
+        (
+            few.splits | {"val": ArraySplit(val.pixels[:0], val.labels[:0])},
+            10,
+            r"no images in its val split: .*data\.val_fraction above 0",
+        ),
+        (few.splits, None, r"has no labels \(data\.n_class=null\)"),
+        (few.splits | {"train": ArraySplit(train.pixels[others], train.labels[others])}, 10, "class 3 is in val, but"),
+    ]
+    for splits, n_class, message in cases:
+        lab.digits = replace(few, splits=splits, n_class=n_class)
+        with pytest.raises(ValueError, match=message):
+            lab.finetune(tmp_path, ar)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_rate_too_high_is_stopped(tmp_path: Path, lab: Lab, ar: Weights) -> None:
+    """A real blow-up: no model is left."""
+    with pytest.raises(NonFiniteLossError, match=r"lower task\.learning_rate"):
+        lab.finetune(tmp_path, ar, learning_rate=1e18)
+    assert not (tmp_path / "model").exists()
+
+
+def test_which_classes_a_head_knows(few: Arrays) -> None:
+    """Invariant: a head fits the same classes however many images are held out; not more classes, nor others."""
+    val, train = few.splits["val"], few.splits["train"]
+    small = ArraySplit(val.pixels[:5], val.labels[:5])
+    assert classes_hash(replace(few, splits=few.splits | {"val": small})) == classes_hash(few)
+    assert classes_hash(replace(few, n_class=11)) != classes_hash(few)
+    low = {"train": ArraySplit(train.pixels, train.labels // 2), "val": ArraySplit(val.pixels, val.labels // 2)}
+    assert classes_hash(replace(few, splits=few.splits | low)) != classes_hash(few)
+
+
+GOOD: dict[str, Any] = {
+    "steps": 8,
+    "batch_size": 10,
+    "learning_rate": 0.01,
+    "warmup_steps": 2,
+    "gen": 1.0,
+    "clf": 1.0,
+    "val_every": 4,
+    "patience": 2,
+    "log_every": 1,
+    "checkpoint_every": 4,
+    "checkpoint_keep": 1,
+    "masks": 5,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"steps": 0}, r"task\.steps must be at least 1, got 0"),
+        ({"batch_size": 0}, r"task\.batch_size"),
+        ({"val_every": 0}, r"task\.val_every"),
+        ({"val_every": 9}, r"task\.val_every"),  # nothing would be kept
+        ({"patience": 0}, r"task\.patience"),
+        ({"log_every": 0}, r"task\.log_every"),
+        ({"checkpoint_every": 0}, r"task\.checkpoint_every"),
+        ({"checkpoint_keep": 0}, r"task\.checkpoint_keep"),
+        ({"masks": 0}, r"task\.masks"),
+        ({"gen": -0.1}, r"task\.gen is at least 0"),
+        ({"clf": 0.0}, r"task\.clf above 0"),
+        ({"gen": math.nan}, r"task\.gen"),
+        ({"clf": math.nan}, r"task\.clf"),
+        ({"learning_rate": 0.0}, r"task\.learning_rate must be above 0"),
+        ({"warmup_steps": 8}, r"task\.warmup_steps 8 must be below task\.steps 8"),
+    ],
+)
+def test_bad_settings(changed: dict[str, Any], message: str) -> None:
+    for good in ({}, {"patience": None}, {"gen": 0.0}):
+        check(**GOOD | good)
+    with pytest.raises(ValueError, match=message):
+        check(**GOOD | changed)
