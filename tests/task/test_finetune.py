@@ -380,6 +380,14 @@ def test_what_cannot_be_learnt(tmp_path: Path, lab: Lab, few: Arrays, ar: Weight
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_kill_before_the_best_was_noted(tmp_path: Path, lab: Lab, ar: Weights, whole: tuple[Path, Result]) -> None:
+    """Round trip: the checkpoint of the only validation is there, its note is not; the end is as without the kill."""
+    once = lab.finetune(tmp_path, ar, val_every=6)
+    (tmp_path / "checkpoints" / "best.json").unlink()
+    assert lab.finetune(tmp_path, ar, val_every=6).numbers == once.numbers
+    assert (tmp_path / "checkpoints" / "best.json").is_file()
+
+
 def test_a_rate_too_high_is_stopped(tmp_path: Path, lab: Lab, ar: Weights) -> None:
     """A real blow-up: no model is left."""
     with pytest.raises(NonFiniteLossError, match=r"lower task\.learning_rate"):

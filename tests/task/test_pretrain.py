@@ -128,6 +128,9 @@ def test_validation_does_not_depend_on_the_batch(tmp_path: Path, lab: Lab, whole
             split="val",
             batch_size=batch_size,
             baseline_images=0,
+            seed=0,
+            accuracy="auto",
+            masks=5,
         )
         number, expected = result.numbers["val/loss_gen"], whole[1].numbers["val/loss_gen"]
         assert number.n == expected.n == 18

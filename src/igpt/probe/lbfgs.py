@@ -42,9 +42,9 @@ def logistic_regression(
 ) -> Heads:
     """Minimises Σ_i -log p(y_i | x_i) · C + ½ ‖W‖², the intercept free, for each layer and each C of `strengths`.
 
-    The objective is that of scikit-learn's LogisticRegression(C); for two classes, where that fits one vector instead of
-    two, that of its C doubled. Features (P, N, D), labels (N,) int64. It ends when
-    every objective, in nats per image, is within `tolerance` of its minimum by estimate.
+    The objective is that of scikit-learn's LogisticRegression(C) (for two classes, where that fits one vector and not
+    two, that of its 2 C). Features (P, N, D), labels (N,) int64. It ends when every objective, in nats per image, is
+    within `tolerance` of its minimum by estimate.
 
     How: features are centred, which changes only the intercept. L-BFGS starts from the inverse of their covariance, as
     much of the Hessian as does not depend on the heads: tens of steps do where plain L-BFGS takes hundreds. All layers

@@ -51,12 +51,23 @@ class Checkpoints(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = trainer.global_step  # nothing new yet
-        best = ranks.from_first(lambda: read_best(self.folder))
-        whole = best is not None and best["step"] <= trainer.global_step  # not one of a future that was lost
-        self._best = self.sign * float(best["value"]) if best is not None and whole else float("inf")
-        self._best_step = best["step"] if best is not None and whole else 0
+        self.recall(pl_module, trainer.global_step)
         if self._waited(trainer.global_step) and trainer.global_step > 0:
             trainer.should_stop = True  # it had ended so when it was last saved
+
+    def recall(self, module: L.LightningModule, step: int) -> None:
+        """Finds out what the best is, at `step`: what was noted, or what a kill left saved but not noted."""
+        best = ranks.from_first(lambda: read_best(self.folder))
+        whole = best is not None and best["step"] <= step  # not one of a future that was lost
+        self._best = self.sign * float(best["value"]) if best is not None and whole else float("inf")
+        self._best_step = best["step"] if best is not None and whole else 0
+        points = getattr(module, "history", {}).get(self.monitor, [])
+        if not points or points[-1][0] != step or self.sign * points[-1][1] >= self._best:
+            return
+        self._best, self._best_step = self.sign * points[-1][1], step
+        path = checkpoint_path(self.folder, step)
+        if ranks.this_rank().first and path.is_file():
+            mark_best(path, name=self.monitor, value=points[-1][1])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -203,6 +203,7 @@ def run(
     runner.fit(
         trained, data, plan=plan, steps=steps, val_every=val_every, log_every=log_every, callbacks=[saving], stop=stop
     )
+    saving.recall(trained, trained.history["val/accuracy"][-1][0])
     best = ranks.from_first(lambda: read_best(runner.folder))
     assert best is not None  # `check` saw that a validation is reached
     checkpoint = AtomicCheckpointIO().load_checkpoint(runner.folder / "checkpoints" / best["checkpoint"])
@@ -221,7 +222,10 @@ def run(
             sha256 = files.sha256(runner.folder / "model" / WEIGHTS)
             about = HeadOrigin(n_class, source.name, classes_hash(source), sha256)
             save_head(runner.folder / "model", judged.head.wclf, about)
-        runner.validate(judged, tokens(plan=runner.machine.reading_plan(batch_size), eval_split=split))
+        if split == "val" and trained.numbers and trained.history["val/accuracy"][-1][0] == best["step"]:
+            judged.numbers = trained.numbers  # the last validation was the best
+        else:
+            runner.validate(judged, tokens(plan=runner.machine.reading_plan(batch_size), eval_split=split))
         result.numbers |= judged.numbers
         if split == "test":
             labels = source.split("test").labels
