@@ -21,7 +21,7 @@ from igpt.model.gpt import GPT
 from igpt.objective import named
 from igpt.objective.base import Objective
 from igpt.report.folder import RunFolder, identity
-from igpt.task.fit import Machine, Runner
+from igpt.task.fit import Machine, Runner, hold_memory
 from igpt.task.sample import vocabulary_of
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.palette import Palette
@@ -240,6 +240,8 @@ class Build:
         chosen = (self.config.get("logger") or {}) if trains else {}
         watching = (self.config.get("callbacks") or {}) if trains else {}
         callbacks = [factory(spec, f"callbacks.{key}")() for key, spec in watching.items()]
+        if self.machine.device.type == "cpu":
+            hold_memory()
         runner = Runner(machine=self.machine, folder=folder.path, callbacks=callbacks)
         first_step = step_of(runner.resume_from) if trains and runner.resume_from else 0
         run_id = f"{self.name}-{folder.read_run()['id']}"

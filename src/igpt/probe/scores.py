@@ -18,6 +18,7 @@ def accuracy_number(correct: np.ndarray, *, seed: int) -> Number:
 
 def share_number(share: float, n: int, *, seed: int) -> Number:
     """The same for a share of n images that was counted: resampling them draws from Binomial(n, share) / n."""
+    share = float(share)
     drawn = keyed.generator(seed, "bootstrap").binomial(n, share, size=RESAMPLES) / n
     low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
     return Number(share, "share", n, (share * (1 - share) / n) ** 0.5, (low, high))

@@ -216,8 +216,6 @@ class Runner:
             logger=self.loggers,
             callbacks=[*callbacks, *self.callbacks],
         )
-        if self.machine.device.type == "cpu":
-            hold_memory()
         with stop.listening(), matmul_precision(self.machine.matmul_precision, self.machine.device):
             trainer.fit(module, data, ckpt_path=self.resume_from, weights_only=True)
 
