@@ -86,7 +86,7 @@ def test_a_finished_run_is_not_repeated_and_force_repeats_it_to_the_bit(quicksta
     again = train_py("experiment=quickstart", *TINY, cwd=place)
     assert "is finished; force=true repeats it" in again.stderr
     assert "pretrain/val/loss_gen" in again.stderr
-    train_py("experiment=quickstart", *TINY, "force=true", cwd=place)
+    run_here(place, "experiment=quickstart", *TINY, "force=true")
     first, second = sorted((place / "runs").iterdir())
     assert second.name == f"{first.name}-2"
     weights = [load_file(run / "2_pretrain" / "model" / "model.safetensors") for run in (first, second)]
