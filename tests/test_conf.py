@@ -14,7 +14,9 @@ from igpt.arguments import absolute, check, parse, prepare
 from igpt.build import CHECKPOINT, Build
 from igpt.checkpoint.native import Origin, find, save_model
 from igpt.launch import launch, open_folder, perform, stages
+from igpt.metric.result import Number, Result
 from igpt.report.folder import RunFolder
+from igpt.report.table import closing_table
 from igpt.tokens.palette import Palette
 from tests.conftest import small_net
 
@@ -379,3 +381,64 @@ def test_files_to_read_are_remembered_by_their_whole_path(monkeypatch: pytest.Mo
     assert saved[3:] == [f"data.path={here / 'conf'}", "data.path=uoft-cs/cifar10"]
     (with_blank,) = absolute(["init='runs/a b'"])
     assert parse([with_blank])[0].value() == f"{here}/runs/a b"
+
+
+PAPER = sorted(path.stem for path in (CONF / "experiment" / "paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_protocol_of_the_paper_starts_and_carries_its_number(name: str) -> None:
+    """Round trip: what the file says is what is printed; only pretraining that the paper has no loss of has none."""
+    assert prepare([f"experiment=paper/{name}"], CONF) == [f"experiment=paper/{name}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[f"experiment=paper/{name}"])
+    text = (CONF / "experiment" / "paper" / f"{name}.yaml").read_text()
+    assert list(cfg.published) == (OmegaConf.create(text).get("published") or [])
+    unpublished = {"pretrain_l_48", "pretrain_xl", "pretrain_s_bert", "pretrain_m_bert", "pretrain_l_bert"}
+    assert (name in unpublished) == (not cfg.published)
+
+
+def test_published_numbers_stand_below_ones_own() -> None:
+    """Invariant: neither in the results nor in the run's name."""
+    result = Result(numbers={"test/accuracy": Number(0.5, "share", 10)})
+    lines = closing_table(result, Path("run"), 1.0, published=["test/accuracy 0.963: iGPT-L"]).splitlines()
+    assert lines.index("  test/accuracy 0.963: iGPT-L") > next(i for i, x in enumerate(lines) if "0.5000" in x)
+    assert built("published=[a]").name == built().name
+
+
+def test_scaling_without_runs() -> None:
+    with pytest.raises(ValueError, match=r"task=scaling compares runs: task\.runs="):
+        built("task=scaling")
+
+
+STAGES = "++task.stages={pretrain: {steps: 2, warmup_steps: 1, val_every: 0, checkpoint_every: 2}, sample: {count: 1}}"
+SMALLEST = ("task=pipeline", "model.n_layer=1", "model.n_embd=8", "model.n_head=2", "callbacks=none", "logger=none")
+
+
+def test_a_finished_run_stands_for_a_stage(tmp_path: Path) -> None:
+    """Invariant: nothing of it is computed again; one with other settings, or begun from other weights, is refused."""
+    paths = (f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path}")
+
+    def start(stages: str, *more: str) -> Result:
+        build = built(*SMALLEST, *more, stages, *paths)
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return launch(build.cfg, choices=build.choices, overrides=[])
+
+    first = start(STAGES)
+    (whole,) = (tmp_path / "runs").iterdir()
+    given = STAGES.replace("steps: 2", f"run: '{whole / '1_pretrain'}', steps: 2")
+    second = start(given)
+    assert second.numbers["val/loss_gen"] == first.numbers["val/loss_gen"]
+    assert [path.name for folder in (tmp_path / "runs").iterdir() for path in folder.glob("1_*")] == ["1_pretrain"]
+    with pytest.raises(ValueError, match=r"task\.stages\.pretrain\.run=.*: that run is another: seed 0 ≠ 1"):
+        start(given, "seed=1")
+    with pytest.raises(ValueError, match="no finished run is there"):
+        start(given.replace("1_pretrain", "2_pretrain"))
+    other = start(
+        STAGES.replace("sample: {count: 1}", f"again: {{task: sample, count: 1, run: '{whole / '2_sample'}'}}")
+    )
+    assert other.numbers.keys() == first.numbers.keys()
+    swapped = "{pretrain: {steps: 3, warmup_steps: 1, val_every: 0, checkpoint_every: 2}, "
+    swapped += f"sample: {{count: 1, run: '{whole / '2_sample'}'}}}}"
+    with pytest.raises(ValueError, match=r"task\.stages\.sample\.run=.*: it began from other files \(init\)"):
+        start(f"++task.stages={swapped}")

@@ -55,6 +55,21 @@ def test_decode_undoes_encode(order: str) -> None:
     assert np.array_equal(data.decode(data.some_tokens("val")), pixels)
 
 
+@pytest.mark.parametrize(("n_device", "micro_batch"), [(2, 200), (3, 64), (8, 128), (2, 10)])
+def test_no_process_is_left_without_an_image(n_device: int, micro_batch: int) -> None:
+    """Invariant: 162 images over so many processes are all of them once, and every process has some."""
+    seen = []
+    for rank in range(n_device):
+        plan = BatchPlan(n_device * micro_batch, micro_batch, n_device=n_device, rank=rank)
+        data = TokenDataModule(
+            source=SOURCE, palette=PALETTE, raster=Raster.of(8, "raster"), plan=plan, seed=3, num_workers=0
+        )
+        rows = [row for batch in data.val_dataloader() for row in batch.rows.tolist()]
+        assert rows
+        seen += rows
+    assert sorted(seen) == list(range(len(SOURCE.split("val"))))
+
+
 def test_an_empty_split() -> None:
     source = Digits(
         name="digits", resolution=8, val_fraction=0.0, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5
