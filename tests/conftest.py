@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two of these processes share two cores, and the networks are tiny
+
 import pytest
 import torch
 
@@ -12,6 +14,14 @@ from igpt.model.gpt import GPT
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares a fixture of the session, or of its file, runs in one of the processes, so that it is made once."""
+    for item in items:
+        shared = "quickstart" if "quickstart" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(shared))
 
 
 @pytest.fixture

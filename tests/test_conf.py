@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from igpt.arguments import absolute, check, parse, prepare
 from igpt.build import CHECKPOINT, Build
-from igpt.checkpoint.native import Origin, find, save_model
+from igpt.checkpoint.find import find
+from igpt.checkpoint.native import Origin, save_model
 from igpt.launch import launch, open_folder, perform, stages
 from igpt.metric.result import Number, Result
 from igpt.report.folder import RunFolder

@@ -12,7 +12,7 @@ ALLOWED = {
     "data": set(),
     "tokens": {"data"},
     "model": set(),
-    "checkpoint": {"model"},
+    "checkpoint": {"tokens", "model"},
     "objective": set(),
     "metric": set(),
     "probe": {"data", "tokens", "model", "objective", "metric"},
@@ -21,6 +21,7 @@ ALLOWED = {
     "build": {"arguments", "data", "tokens", "model", "checkpoint", "objective", "task", "report"},
     "launch": {"arguments", "build", "metric", "task", "report"},
     "sweep": {"build", "report"},
+    "hub": {"tokens", "model", "checkpoint"},
     "arguments": set(),
     **{leaf: set() for leaf in LEAVES},
 }

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from igpt import files
 from igpt.arguments import suggestion
 from igpt.checkpoint import native
+from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Origin, Weights
 from igpt.checkpoint.resume import step_of
 from igpt.data.source import Source
@@ -22,7 +23,6 @@ from igpt.objective import named
 from igpt.objective.base import Objective
 from igpt.report.folder import RunFolder, identity
 from igpt.task.fit import Machine, Runner, hold_memory
-from igpt.task.sample import vocabulary_of
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.palette import Palette
 from igpt.tokens.raster import Raster
@@ -83,7 +83,9 @@ class Build:
         self.cfg, self.choices = cfg, choices
         self.task: str = cfg.task.name
         start = cfg.init if cfg.init is not None else next(iter(cfg.task.get("runs", [])), None)
-        self.weights: Weights | None = native.find(start) if start is not None else None
+        colours = cfg.task.get("palette") or cfg.data.get("clusters")  # what OpenAI's checkpoints lack
+        spec = {"palette": colours, "n_head": cfg.task.get("n_head")}
+        self.weights: Weights | None = find(start, **spec) if start is not None else None
         if "runs" in cfg.task and not cfg.task.runs:
             raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
         needs = set(cfg.task.needs)
@@ -117,7 +119,9 @@ class Build:
         if images is not None and Path(images).expanduser().exists():
             sums["data.path"] = files.listing_sha256(Path(images).expanduser())
         for run in self.config["task"].get("runs", []):
-            sums[f"task.runs {Path(run).name}"] = native.find(run).sha256
+            sums[f"task.runs {Path(run).name}"] = find(run).sha256
+        if (colours := self.config["task"].get("palette")) is not None:
+            sums["task.palette"] = files.sha256(Path(colours))
         for file in self.config["task"].get("beside", []):
             sums[f"task.beside {Path(file).name}"] = files.sha256(Path(file)) if Path(file).is_file() else None
         return sums
@@ -185,7 +189,7 @@ class Build:
     @cached_property
     def vocabulary(self) -> tuple[Palette, Raster]:
         assert self.weights is not None
-        return vocabulary_of(self.weights)
+        return self.weights.vocabulary()
 
     @cached_property
     def objective(self) -> Objective:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,25 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; it takes that name only when the block ends well.
+
+    Raises:
+        ValueError: there is something at `path`, which is never overwritten.
+    """
+    if path.exists():
+        raise ValueError(f"{path} is there already: remove it, or choose another")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write, which appears at `path` as `atomic_path` does."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -52,6 +72,15 @@ def write_json(path: Path, value: Any) -> None:
     """`value` as readable JSON, written atomically. Raises ValueError on NaN and infinity."""
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def remove_parts(folder: Path) -> None:
+    """Removes what a kill left half written at any depth."""
+    for part in list(folder.rglob(".*.part")):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

@@ -78,8 +78,7 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
                 return result_of(folder.read_result())
             if rank.first:
                 folder.start(build.config, absolute(overrides), build.files_sha256)
-                for part in folder.path.rglob(".*.part"):
-                    part.unlink()  # what a kill left half written
+                files.remove_parts(folder.path)
                 while_it_runs.enter_context(log_file(folder.path / "log.txt"))
             ranks.barrier()  # from here on the others may read what is there
             log.info("%s in %s%s", build.task, folder.path, f", {rank.count} processes" if rank.count > 1 else "")

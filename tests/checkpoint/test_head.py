@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from igpt.checkpoint.find import find
 from igpt.checkpoint.head import HeadOrigin, find_head, save_head
-from igpt.checkpoint.native import find, save_model
+from igpt.checkpoint.native import save_model
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from tests.checkpoint.test_native import origin_of

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from igpt import files
-from igpt.checkpoint.native import Origin, find, save_model
+from igpt.checkpoint.find import find
+from igpt.checkpoint.native import Origin, save_model
 from igpt.checkpoint.resume import (
     AtomicCheckpointIO,
     checkpoint_path,

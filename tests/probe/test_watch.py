@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from igpt.checkpoint import native
+from igpt.checkpoint.find import find
 from igpt.model.features import layer_features
 from igpt.probe.watch import ProbeWhileTraining
 from igpt.tokens.palette import Palette
@@ -34,10 +34,10 @@ def test_it_notes_what_scikit_learn_finds_at_that_step(
     lab = Lab(few, palette)
     curves = lab.pretrain(tmp_path / "watched", callbacks=(ProbeWhileTraining(**SETTINGS),)).curves
     lab.pretrain(tmp_path / "plain")
-    ours, plain = (native.find(str(tmp_path / name)).net().state_dict() for name in ("watched", "plain"))
+    ours, plain = (find(str(tmp_path / name)).net().state_dict() for name in ("watched", "plain"))
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
 
-    net = native.find(str(tmp_path / "watched" / "checkpoints" / "step_0000004.ckpt")).net()
+    net = find(str(tmp_path / "watched" / "checkpoints" / "step_0000004.ckpt")).net()
     data, x, y = lab.tokens(), {}, {}
     for split, count in (("train", 150), ("val", 40)):
         rows = data.some_rows(split, at_most=count)

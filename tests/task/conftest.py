@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from igpt.checkpoint.native import Origin, Weights, find, save_model
+from igpt.checkpoint.find import find
+from igpt.checkpoint.native import Origin, Weights, save_model
 from igpt.data.digits import Digits
 from igpt.data.source import ArraySplit
 from igpt.model.gpt import GPT

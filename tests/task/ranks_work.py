@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from igpt import files, keyed, ranks
-from igpt.checkpoint import native
+from igpt.checkpoint.find import find
 from igpt.checkpoint.resume import AtomicCheckpointIO, step_of
 from igpt.data.digits import Digits
 from igpt.model.generate import Sampling
@@ -43,7 +43,7 @@ def evaluated(lab: Lab, run: Path, on: Machine, objective: Any) -> dict[str, Any
     result = evaluate.run(
         runner=Runner(machine=on, folder=run),
         tokens=lab.tokens,
-        weights=native.find(str(run)),
+        weights=find(str(run)),
         objective=objective,
         split="val",
         batch_size=10,
@@ -57,7 +57,7 @@ def evaluated(lab: Lab, run: Path, on: Machine, objective: Any) -> dict[str, Any
 
 def read_off(lab: Lab, run: Path, folder: Path, on: Machine, objective: Any) -> dict[str, Any]:
     """The accuracies of both solvers of `task=probe` and of `task=finetune`, and their curves over the steps."""
-    weights = native.find(str(run))
+    weights = find(str(run))
     found = {
         "lbfgs": lab.probe(folder / "lbfgs", weights, on=on, objective=objective, batch_size=16, masks=3),
         "sgd": lab.probe(folder / "sgd", weights, on=on, objective=objective, solver="sgd", masks=3),
@@ -73,7 +73,7 @@ def read_off(lab: Lab, run: Path, folder: Path, on: Machine, objective: Any) -> 
 
 def samples(run: Path) -> torch.Tensor:
     keys = keyed.item_keys(keyed.key(0, "sample"), torch.arange(5))
-    return draw(native.find(str(run)).net(), Sampling(1.0, None, None), keys=keys, batch_size=2)
+    return draw(find(str(run)).net(), Sampling(1.0, None, None), keys=keys, batch_size=2)
 
 
 def raised(kind: type[Exception], what: Any, *arguments: Any, **settings: Any) -> str:

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from igpt import keyed
+from igpt.checkpoint.find import find
 from igpt.checkpoint.head import find_head
-from igpt.checkpoint.native import Weights, find
+from igpt.checkpoint.native import Weights
 from igpt.checkpoint.resume import read_best
 from igpt.data.order import BatchPlan
 from igpt.data.source import ArraySplit

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from igpt.checkpoint import native
+from igpt.checkpoint.find import find
 from igpt.data.source import ArraySplit
 from igpt.data.split import balanced_subset
 from igpt.metric.result import Result
@@ -37,7 +37,7 @@ def few_labels(lab: Lab, pretrained: Path, folder: Path, **changed: Any) -> Resu
     return low_data.run(
         runner=Runner(machine=machine(), folder=folder),
         tokens=lab.tokens,
-        weights=native.find(str(pretrained)),
+        weights=find(str(pretrained)),
         objective=AR(),
         cache=folder / "cache",
         made_by={"data": {"name": lab.digits.name}, "objective": {"name": "ar"}},
@@ -52,7 +52,7 @@ def test_mean_and_deviation_are_those_of_scikit_learn_on_the_same_subsets(
     """Independent source: scikit-learn's logistic regression and numpy's standard deviation; with one C to take."""
     lab = Lab(few, palette)
     result = few_labels(lab, pretrained, tmp_path)
-    net, train, test = native.find(str(pretrained)).net(), few.split("train"), few.split("test")
+    net, train, test = find(str(pretrained)).net(), few.split("train"), few.split("test")
     x, judged = (
         layer_features(net, lab.tokens().encode(_tensor(split)))[1].detach().numpy() for split in (train, test)
     )
@@ -105,7 +105,7 @@ def test_the_layer_is_that_of_a_probe_with_all_labels(
     """Round trip: the layer that task=probe finds best on val; the result says how it was chosen."""
     lab = Lab(few, palette)
     found = few_labels(lab, pretrained, tmp_path / "a", layer=None, pixels=False, strengths=[1.0, 0.01])
-    probe = lab.probe(tmp_path / "b", native.find(str(pretrained)), test=False, strengths=[1.0, 0.01])
+    probe = lab.probe(tmp_path / "b", find(str(pretrained)), test=False, strengths=[1.0, 0.01])
     assert found.numbers["probe/layer"].value == probe.numbers["probe/layer"].value
     assert found.provenance["layer_chosen_by"] == "probe with 200 labels, on val"
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from igpt.checkpoint.native import find
+from igpt.checkpoint.find import find
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.data.digits import Digits
 from igpt.metric.result import Result

@@ -17,7 +17,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 from igpt import keyed
-from igpt.checkpoint.native import Weights, find, save_model
+from igpt.checkpoint.find import find
+from igpt.checkpoint.native import Weights, save_model
 from igpt.data.order import BatchPlan
 from igpt.data.source import ArraySplit
 from igpt.metric.result import Result

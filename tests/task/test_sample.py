@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igpt.checkpoint.native import Weights, find
+from igpt.checkpoint.find import find
+from igpt.checkpoint.native import Weights
 from igpt.data.digits import Digits
 from igpt.metric.result import Grid
 from igpt.task.complete import HIDDEN, prompt_rows

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
-from igpt.checkpoint import native
+from igpt.checkpoint.find import find
 from igpt.metric.result import Result
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
@@ -52,7 +52,7 @@ def test_every_point_is_what_evaluation_and_probe_say(
     lab.pretrain(tmp_path / "run", val_every=4, steps=8)
     losses = lab.pretrain(tmp_path / "again", val_every=4, steps=8).curves["val/loss_gen"].y
     result = scaled(lab, tmp_path / "scaling", [started(tmp_path / "run")])
-    on_the_way = native.find(str(tmp_path / "run" / "checkpoints" / "step_0000004.ckpt"))
+    on_the_way = find(str(tmp_path / "run" / "checkpoints" / "step_0000004.ckpt"))
     assert on_the_way.origin.step == 4
     for seen, loss in ((400, losses[0]), (800, losses[1])):
         assert result.numbers[f"tiny/{seen}_images/loss_gen"].value == pytest.approx(loss, rel=1e-6)
@@ -86,7 +86,7 @@ def test_a_damaged_checkpoint_is_no_start(tmp_path: Path, lab: Lab) -> None:
     path = tmp_path / "checkpoints" / "step_0000004.ckpt"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(ValueError, match="its SHA-256 is not that beside it"):
-        native.find(str(path))
+        find(str(path))
 
 
 def test_rank_correlation_is_spearmans() -> None:

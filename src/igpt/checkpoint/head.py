@@ -1,6 +1,6 @@
 """A trained class head beside its network: `model/head.safetensors` and what it is of, in `model/head.json`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from igpt import files
-from igpt.checkpoint.native import Weights
+from igpt.checkpoint.native import Weights, weights_sha256
 from igpt.model.head import ClassHead
 
 HEAD, ABOUT = "head.safetensors", "head.json"
+ANY = "any"  # in the place of the labels' hash: a head that came with foreign weights does not say what they were
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ def save_head(folder: Path, weight: Tensor, about: HeadOrigin) -> None:
 
 
 def has_head(weights: Weights) -> bool:
-    """Whether a class head lies beside these weights."""
-    return (weights.folder / ABOUT).is_file()
+    """Whether a class head lies beside these weights, or came with them."""
+    return weights.wclf is not None or (weights.folder / ABOUT).is_file()
 
 
 def find_head(weights: Weights, *, n_class: int | None, classes: str) -> ClassHead | None:
@@ -45,6 +46,29 @@ def find_head(weights: Weights, *, n_class: int | None, classes: str) -> ClassHe
     """
     if not has_head(weights):
         return None
+    about, weight = read_head(weights)
+    if about.n_class != n_class or about.classes not in (classes, ANY):  # the hash knows the data's name, too
+        raise ValueError(
+            f"{weights.folder} has a head that tells {about.n_class} classes of {about.data} apart, the labels of this "
+            "data are not those: evaluate it on the data it was trained for, leave it out (task.accuracy=false), or "
+            "fine-tune anew"
+        )
+    head = ClassHead(n_embd=weight.shape[1], n_class=weight.shape[0])
+    head.load_state_dict({"wclf": weight.to(torch.float32)})
+    return head
+
+
+def copy_head(weights: Weights, folder: Path) -> None:
+    """Writes the class head of some weights, if they have one, to where these weights were saved again."""
+    if has_head(weights):
+        about, weight = read_head(weights)
+        save_head(folder, weight, replace(about, weights=weights_sha256(folder)))
+
+
+def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
+    """What a head is of, and its weights, (K, C). Raises ValueError when it is of other weights, or damaged."""
+    if weights.wclf is not None:
+        return HeadOrigin(weights.wclf.shape[0], weights.origin.data, ANY, weights.sha256), weights.wclf.read()
     try:
         written = dict(files.read_json(weights.folder / ABOUT))
         sha256 = written.pop("sha256")
@@ -54,11 +78,6 @@ def find_head(weights: Weights, *, n_class: int | None, classes: str) -> ClassHe
     where = weights.folder / HEAD
     if about.weights != weights.sha256:
         raise ValueError(f"{where} belongs to other weights than lie beside it: restore both from one run")
-    if (about.n_class, about.classes) != (n_class, classes):  # the hash knows the data's name, too
-        raise ValueError(
-            f"{where} tells {about.n_class} classes of {about.data} apart, the labels of this data are not those: "
-            "evaluate it on the data it was trained for, leave it out (task.accuracy=false), or fine-tune anew"
-        )
     try:
         if files.sha256(where) != sha256:
             raise ValueError(f"its SHA-256 is not that in {ABOUT}")
@@ -67,6 +86,4 @@ def find_head(weights: Weights, *, n_class: int | None, classes: str) -> ClassHe
             raise ValueError(f"its shape is {tuple(weight.shape)}")
     except (SafetensorError, FileNotFoundError, ValueError) as error:
         raise ValueError(f"{where} is damaged ({error}): copy it again") from error
-    head = ClassHead(n_embd=weight.shape[1], n_class=weight.shape[0])
-    head.load_state_dict({"wclf": weight.to(torch.float32)})
-    return head
+    return about, weight

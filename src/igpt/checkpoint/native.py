@@ -4,26 +4,30 @@
 the pixels, the objective, the step and the seed. Loading executes nothing that is in a file.
 """
 
+import hashlib
 import inspect
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from igpt import files
-from igpt.checkpoint.resume import AtomicCheckpointIO, checksum_path
+from igpt.checkpoint import tensors
+from igpt.checkpoint.resume import checksum_path
+from igpt.checkpoint.tensors import Lazy, State
 from igpt.model.gpt import GPT
+from igpt.tokens.palette import Palette
+from igpt.tokens.raster import Raster
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -46,48 +50,32 @@ class Origin:
         return np.asarray(self.palette, dtype=np.float32)
 
 
-def save_model(folder: Path, state: dict[str, Tensor], origin: Origin) -> None:
-    """Writes `folder/model.safetensors`, then `folder/config.json`, each whole or not at all.
-
-    The config names the hash of its weights, so a folder whose two files are not of one save is recognised.
-    """
-    plain = {name: weight.detach().to("cpu", copy=False).contiguous() for name, weight in state.items()}
-    try:
-        with files.atomic_path(folder / WEIGHTS) as temporary:
-            save_file(plain, temporary)
-    except SafetensorError as error:
-        raise OSError(f"{folder / WEIGHTS} could not be written ({error}): is the disk full?") from error
-    config = {"format": FORMAT, **vars(origin), "weights_sha256": files.sha256(folder / WEIGHTS)}
-    files.write_json(folder / CONFIG, config)
-
-
 @dataclass(frozen=True)
 class Weights:
-    """A checkpoint that was found and understood; `load_into` reads the tensors."""
+    """A network's weights that were found and understood, in whatever format; `load_into` reads the tensors."""
 
-    folder: Path
+    path: Path  # the file, or the folder of several
+    folder: Path  # what belongs to them lies here: a class head; one above it, the run
     origin: Origin
     sha256: str
+    state: Callable[[], State]  # the tensors by name, each read when it is asked for
+    wclf: Lazy | None = None  # a class head, (K, C), where one is inside
+
+    def vocabulary(self) -> tuple[Palette, Raster]:
+        """What the tokens mean: their colours, and the order of the pixels.
+
+        Raises:
+            ValueError: colours that are not those their hash is of.
+        """
+        palette = Palette(self.origin.centres)
+        check_same("palette's hash", self.origin.palette_hash, palette.hash, self.folder)
+        return palette, Raster(round(self.origin.network["n_ctx"] ** 0.5), tuple(self.origin.permutation))
 
     def net(self) -> GPT:
         """The network these weights are of, loaded, on the CPU, in float32."""
-        with torch.device("meta"):
-            net = GPT(**self.origin.network)
-        net.to_empty(device="cpu")
+        net = shape_of(self.origin.network).to_empty(device="cpu")
         self.load_into(net)
         return net
-
-    @property
-    def path(self) -> Path:
-        """The file the tensors are in."""
-        return self.folder / WEIGHTS
-
-    def state(self) -> dict[str, Tensor]:
-        """The tensors by name. Raises ValueError when their file is damaged."""
-        try:
-            return load_file(self.path)
-        except SafetensorError as error:
-            raise ValueError(f"{self.path} is damaged ({error}): copy or export it again") from error
 
     def load_into(self, net: GPT) -> None:
         """Copies every weight into `net`; keys and shapes must be exactly its own.
@@ -96,63 +84,56 @@ class Weights:
             ValueError: a network of other sizes, missing, unexpected or misshapen tensors, or a damaged file.
         """
         check_same("network", self.origin.network, net.config, self.folder)
-        path, state, own = self.path, self.state(), net.state_dict()
-        wrong = [
-            f"{name}: {tuple(weight.shape)} in the file, {tuple(own[name].shape)} in the network"
-            for name, weight in state.items()
-            if name in own and weight.shape != own[name].shape
-        ]
-        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if missing or unexpected or wrong:
-            raise ValueError(f"{path} does not fit: missing {missing}, unexpected {unexpected}, misshapen {wrong}")
-        if bad := [name for name, weight in state.items() if not torch.isfinite(weight).all()]:
-            raise ValueError(
-                f"{path} holds NaN or infinity in {', '.join(bad[:3])}: training had broken down, take an earlier one"
-            )
-        net.load_state_dict(state)
+        state, own = self.state(), net.state_dict()
+        tensors.check_fit(self.path, state, {name: tuple(weight.shape) for name, weight in own.items()})
+        for name, weight in own.items():
+            values = state[name].read()
+            if not torch.isfinite(values).all():
+                raise ValueError(
+                    f"{self.path} holds NaN or infinity in {name}: training had broken down, take an earlier one"
+                )
+            weight.copy_(values)
 
 
-@dataclass(frozen=True)
-class OnTheWay(Weights):
-    """The network inside a checkpoint that training wrote, `checkpoints/step_0001000.ckpt`."""
-
-    @property
-    def path(self) -> Path:
-        return self.folder / f"step_{self.origin.step:07d}.ckpt"
-
-    def state(self) -> dict[str, Tensor]:
-        state = AtomicCheckpointIO().load_checkpoint(self.path)["state_dict"]
-        return {name.removeprefix("net."): weight for name, weight in state.items() if name.startswith("net.")}
-
-    @staticmethod
-    def read(path: Path) -> "OnTheWay":
-        """Raises ValueError when it is damaged, of another format, or not of a network that generates."""
-        checksum, sha256 = checksum_path(path), files.sha256(path)
-        if not checksum.is_file() or checksum.read_text().strip() != sha256:
-            raise ValueError(f"{path} is damaged or was not written to its end: its SHA-256 is not that beside it")
-        checkpoint = AtomicCheckpointIO().load_checkpoint(path)
-        check_same("format", checkpoint.get("format"), FORMAT, path)
-        origin = Origin(**checkpoint["origin"])
-        return OnTheWay(path.parent, origin, sha256)
+def shape_of(network: Mapping[str, Any]) -> GPT:
+    """The network of these sizes, without any weights."""
+    with torch.device("meta"):
+        return GPT(**network)
 
 
-def find(path: str) -> Weights:
-    """The weights that `init=` names: a run folder, its `model/`, either file in it, or a checkpoint on the way.
+def save_model(folder: Path, state: Mapping[str, Tensor] | State, origin: Origin, *, label: str = "saving") -> None:
+    """Writes `folder/model.safetensors`, then `folder/config.json`, each whole or not at all.
+
+    The config names the hash of its weights, so a folder whose two files are not of one save is recognised.
 
     Raises:
-        ValueError: nothing there, another format version, or two files that are not of one save.
+        ValueError: names or shapes that are not those of the network, NaN or infinity.
+        OSError: the disk refused.
     """
-    place = Path(path)
-    if place.suffix == ".ckpt" and place.is_file():
-        return OnTheWay.read(place)
-    candidates = [place.parent] if place.is_file() else [place, place / "model"]
-    folder = next((c for c in candidates if (c / CONFIG).is_file() and (c / WEIGHTS).is_file()), None)
-    if folder is None:
-        stages = sorted(p.parent.parent.name for p in place.glob(f"*/model/{CONFIG}"))
-        hint = f"; did you mean {place / stages[-1]}" if stages else ""
-        raise ValueError(
-            f"init={path}: no {CONFIG} with {WEIGHTS} there or in its model/; give a finished run folder{hint}"
-        )
+    lazy: State = {}
+    for name, tensor in state.items():
+        lazy |= {name: tensor} if isinstance(tensor, Lazy) else tensors.held({name: tensor})
+    own = {name: tuple(weight.shape) for name, weight in shape_of(origin.network).state_dict().items()}
+    tensors.check_fit(folder / tensors.WEIGHTS, lazy, own)
+    try:
+        tensors.write(folder, lazy, label=label)
+    except OSError as error:
+        raise OSError(f"{folder / tensors.WEIGHTS} could not be written ({error}): is the disk full?") from error
+    files.write_json(folder / CONFIG, {"format": FORMAT, **vars(origin), "weights_sha256": weights_sha256(folder)})
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of the file of tensors in a folder, or of all its parts."""
+    sums = [files.sha256(part) for part in tensors.parts(folder)]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def read_model(folder: Path) -> Weights:
+    """What `save_model` wrote.
+
+    Raises:
+        ValueError: another format version, a damaged file, or two files that are not of one save.
+    """
     config = files.read_json(folder / CONFIG)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else None
@@ -160,15 +141,45 @@ def find(path: str) -> Weights:
             f"{folder / CONFIG}: format {found!r}, this version reads {FORMAT}: use the release that wrote it"
         )
     config.pop("format")
-    sha256 = config.pop("weights_sha256", None)
+    saved = config.pop("weights_sha256", None)
     try:
         origin = Origin(**config)
         inspect.signature(GPT).bind(**origin.network)
     except TypeError as error:
         raise ValueError(f"{folder / CONFIG} is not complete ({error}): export the model again") from error
-    if files.sha256(folder / WEIGHTS) != sha256:
-        raise ValueError(f"{folder}: {WEIGHTS} is not the file {CONFIG} was written for: damaged or half replaced")
-    return Weights(folder, origin, sha256)
+    if weights_sha256(folder) != saved:
+        raise ValueError(
+            f"{folder}: {tensors.WEIGHTS} is not the file {CONFIG} was written for: damaged or half replaced"
+        )
+    first, *more = tensors.parts(folder)
+    return Weights(folder if more else first, folder, origin, saved, lambda: tensors.read(folder))
+
+
+def on_the_way(path: Path) -> Weights:
+    """The network inside a checkpoint that training wrote, `checkpoints/step_0001000.ckpt`.
+
+    Raises:
+        ValueError: it is damaged, of another format, or not of a network that generates.
+    """
+    checksum, sha256 = checksum_path(path), files.sha256(path)
+    if not checksum.is_file() or checksum.read_text().strip() != sha256:
+        raise ValueError(f"{path} is damaged or was not written to its end: its SHA-256 is not that beside it")
+    checkpoint = tensors.read_torch(path)
+    origin = origin_in(checkpoint, path)
+    return Weights(path, path.parent, origin, sha256, lambda: of_module(checkpoint["state_dict"]))
+
+
+def origin_in(checkpoint: Any, path: Path) -> Origin:
+    """What a checkpoint that training wrote says of its weights. Raises ValueError when it says nothing of the kind."""
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    check_same("format", found.get("format"), FORMAT, path)
+    return Origin(**found["origin"])
+
+
+def of_module(state: Mapping[str, Tensor]) -> State:
+    """The network's part of a LightningModule's tensors, under its own names."""
+    plain = {tensors.plain_name(name): tensor for name, tensor in state.items()}
+    return tensors.held({name.removeprefix("net."): t for name, t in plain.items() if name.startswith("net.")})
 
 
 def check_same(what: str, saved: Any, asked: Any, where: Path) -> None:

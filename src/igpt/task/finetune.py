@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from igpt import files, ranks
+from igpt import ranks
 from igpt.checkpoint.head import HeadOrigin, save_head
-from igpt.checkpoint.native import FORMAT, WEIGHTS, Origin, Weights, check_same, save_model
+from igpt.checkpoint.native import FORMAT, Origin, Weights, check_same, save_model, weights_sha256
 from igpt.checkpoint.resume import AtomicCheckpointIO, read_best
 from igpt.metric.result import Number, Result
 from igpt.model.gpt import GPT
@@ -219,7 +219,7 @@ def run(
         assert judged.net is not None
         if split == "val" and runner.machine.rank.first:
             save_model(runner.folder / "model", judged.net.state_dict(), origin(step=best["step"]))
-            sha256 = files.sha256(runner.folder / "model" / WEIGHTS)
+            sha256 = weights_sha256(runner.folder / "model")
             about = HeadOrigin(n_class, source.name, classes_hash(source), sha256)
             save_head(runner.folder / "model", judged.head.wclf, about)
         if split == "val" and trained.numbers and trained.history["val/accuracy"][-1][0] == best["step"]:

@@ -11,15 +11,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from igpt import keyed, ranks
-from igpt.checkpoint import native
 from igpt.checkpoint.native import Weights
 from igpt.metric.result import Grid, Number, Result
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.task.fit import Runner
 from igpt.tokens.datamodule import decode
-from igpt.tokens.palette import Palette
-from igpt.tokens.raster import Raster
 
 log = logging.getLogger(__name__)
 
@@ -69,18 +66,6 @@ def _advance(bar: "tqdm[None]", images: int, position: int) -> None:
     bar.update(images)
 
 
-def vocabulary_of(weights: Weights) -> tuple[Palette, Raster]:
-    """What the tokens of a checkpoint mean: its colours, and the order of its pixels.
-
-    Raises:
-        ValueError: colours that are not those its hash is of.
-    """
-    origin = weights.origin
-    palette = Palette(origin.centres)
-    native.check_same("palette's hash", origin.palette_hash, palette.hash, weights.folder)
-    return palette, Raster(round(origin.network["n_ctx"] ** 0.5), tuple(origin.permutation))
-
-
 def check(*, count: int, batch_size: int, temperature: float, top_k: int | None, top_p: float | None, **_: Any) -> None:
     """Raises ValueError when a setting of the task cannot be right, before anything is built."""
     if count < 1 or batch_size < 1:
@@ -101,7 +86,7 @@ def run(
 ) -> Result:
     """`count` samples as one picture, and as tokens in `samples_tokens.npy`."""
     sampling = Sampling(temperature, top_k, top_p)
-    palette, raster = vocabulary_of(weights)
+    palette, raster = weights.vocabulary()
     keys = keyed.item_keys(keyed.key(seed, "sample"), torch.arange(count))
     with runner.machine.inference(weights.net()) as net:
         start = time.perf_counter()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from igpt import files
-from igpt.checkpoint import native
+from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Weights
 from igpt.metric.result import Curve, Number, Result
 from igpt.model.features import NORMS
@@ -47,7 +47,7 @@ def checkpoints_of(run: str) -> list[Weights]:
         raise ValueError(
             f"task.runs: {run} has no checkpoints: train with task.checkpoint_keep at what there is to save"
         )
-    return [native.find(str(path)) for path in found]
+    return [find(str(path)) for path in found]
 
 
 def run(

@@ -19,6 +19,7 @@ from igpt.data.order import BatchPlan, EndlessBatches, Item, OncePerImage, Posit
 from igpt.data.source import Source, Split, Stream, plain_pixels
 from igpt.stopping import deaf
 from igpt.tokens.lookup import Encoder
+from igpt.tokens.openai_npy import OpenAITokens
 from igpt.tokens.palette import Palette
 from igpt.tokens.raster import Raster
 
@@ -124,6 +125,11 @@ class TokenDataModule(L.LightningDataModule):
         cache: Path | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(source, OpenAITokens) and source.palette.hash != palette.hash:
+            raise ValueError(
+                f"data={source.name}: its tokens were made with palette {source.palette.hash}, this run's is "
+                f"{palette.hash}: tokens=openai tokens.path=… takes the one in data.clusters"
+            )
         self.encoder = Encoder(palette, cache)
         self.source, self.palette, self.raster = source, palette, raster
         self.plan, self.seed, self.num_workers = plan, seed, num_workers

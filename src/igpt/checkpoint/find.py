@@ -1,0 +1,99 @@
+"""Weights by the name that a user has for them: a path, in any format that is known, or a name on the Hub."""
+
+import logging
+import re
+from pathlib import Path
+
+from igpt.checkpoint import huggingface, native, openai, sharded, tensors
+from igpt.checkpoint.native import CONFIG, Weights
+from igpt.checkpoint.resume import LATEST
+
+log = logging.getLogger(__name__)
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILES = [CONFIG, huggingface.PREPROCESSOR, tensors.WEIGHTS, tensors.INDEX, "model-*.safetensors"]
+
+
+def find(path: str, *, palette: str | None = None, n_head: int | None = None) -> Weights:
+    """The weights that `init=` names.
+
+    Ours: a run folder, its `model/`, either file in it; a checkpoint on the way, a sharded one, or a part of it.
+    Hugging Face's ImageGPT: its folder, a file in it, or a name on the Hub. OpenAI's: the prefix, any one of its
+    files, or their folder; `palette` (else looked for beside them) and, where shapes do not tell, `n_head` are for
+    these alone.
+
+    Raises:
+        ValueError: nothing there, or nothing that can be understood; the message says what was looked for.
+    """
+    place = Path(path).expanduser()
+    folder = place.parent if place.is_file() else place
+    if (folder / sharded.METADATA).is_file() or (folder.is_dir() and next(folder.glob(sharded.PIECES), None)):
+        if folder != place:
+            log.info("%s is a part of the sharded checkpoint %s, which is taken", place, folder)
+        return sharded.read(folder)
+    if place.is_file() and place.suffix == ".ckpt":
+        return native.on_the_way(place)
+    if huggingface.is_folder(folder):
+        return huggingface.read(folder)
+    ours = next((c for c in (folder, place / "model") if (c / CONFIG).is_file() and _has_tensors(c)), None)
+    if ours is not None:
+        return native.read_model(ours)
+    prefix = openai.prefix_of(place)
+    if prefix is not None:
+        return openai.read(prefix, palette=palette, n_head=n_head)
+    if not place.exists() and HUB_NAME.fullmatch(path):
+        return huggingface.read(downloaded(path))
+    raise ValueError(f"init={path}: {_what_is_there(place)}")
+
+
+def _has_tensors(folder: Path) -> bool:
+    return (folder / tensors.WEIGHTS).is_file() or (folder / tensors.INDEX).is_file()
+
+
+def _what_is_there(place: Path) -> str:
+    """Why there are no weights at a path, and which was meant."""
+    if place.is_file():
+        if _has_tensors(place.parent):
+            return f"weights without their {CONFIG}, which says what network they are of: copy both"
+        return (
+            "this file is no checkpoint; give a finished run folder, a model.safetensors beside its config.json, a "
+            ".ckpt of a run, or any file of a checkpoint of OpenAI's"
+        )
+    stages = sorted(p.parent.parent.name for p in place.glob(f"*/model/{CONFIG}"))
+    if stages:
+        return (
+            f"no {CONFIG} with {tensors.WEIGHTS} there or in its model/; give a finished run folder; did you mean "
+            f"{place / stages[-1]}"
+        )
+    for folder in (place, place / "checkpoints"):
+        if (folder / LATEST).is_file():
+            newest = folder / (folder / LATEST).read_text().strip()
+            return f"this run is not finished: resume={newest.parent.parent}, or take what it has so far, init={newest}"
+    if (place / CONFIG).is_file() or (place / "model" / CONFIG).is_file():
+        return f"a {CONFIG} without its {tensors.WEIGHTS}: copy both"
+    return f"no {CONFIG} with {tensors.WEIGHTS} there or in its model/; give a finished run folder"
+
+
+def downloaded(name: str) -> Path:
+    """The folder of a model on the Hub, downloaded if it is not on this machine; what was begun is continued.
+
+    Raises:
+        ValueError: there is none of that name, or the Hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        if not _has_tensors(folder):  # the first models of this kind were only saved by PyTorch
+            folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, huggingface.TORCH]))
+    except GatedRepoError as error:
+        raise ValueError(f"{name} asks for its licence to be accepted on the Hub, and a token (HF_TOKEN)") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{name} is no path on this machine and no model on the Hub") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"{name} is no path on this machine, and the Hub cannot be reached: download its folder where there is a "
+            "network, and give that"
+        ) from error
+    return folder

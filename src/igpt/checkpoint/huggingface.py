@@ -1,0 +1,251 @@
+"""Hugging Face's ImageGPT folders, read and written: `config.json`, `model.safetensors`, `preprocessor_config.json`.
+
+Its network has biases, which OpenAI's and ours have not; its token table has a last row more, the start vector; its
+matrices are stored transposed. Source: transformers 5.23, `models/imagegpt`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from igpt import files
+from igpt.checkpoint import tensors
+from igpt.checkpoint.native import CONFIG, Origin, Weights, weights_sha256
+from igpt.checkpoint.sizes import name_of
+from igpt.checkpoint.tensors import Lazy, State
+from igpt.tokens.palette import Palette
+
+PREPROCESSOR, TORCH = "preprocessor_config.json", "pytorch_model.bin"
+MODEL_TYPE = "imagegpt"
+OURS = "igpt"  # the key of config.json under which an export of ours says where the weights come from
+# What the format can choose and Image GPT does not: setting → the one value that is its own.
+FIXED: dict[str, Any] = {
+    "activation_function": "quick_gelu",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": False,
+}
+BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which older releases saved
+LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+def is_folder(folder: Path) -> bool:
+    """Whether this is a folder as `transformers` writes them: of any of its models."""
+    if not (folder / CONFIG).is_file():
+        return False
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError:
+        return False
+    return isinstance(config, dict) and ("model_type" in config or "transformers_version" in config)
+
+
+def read(folder: Path) -> Weights:
+    """The weights in a folder of Hugging Face's.
+
+    Raises:
+        ValueError: another model, sizes or settings that Image GPT has not, missing, misshapen or damaged tensors,
+            biases that are not zero (named), or no palette.
+    """
+    config = files.read_json(folder / CONFIG)
+    if config.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"{folder / CONFIG}: model_type {config.get('model_type')!r}, expected {MODEL_TYPE!r}")
+    other = [f"{key} {config[key]!r} ≠ {ours!r}" for key, ours in FIXED.items() if config.get(key, ours) != ours]
+    try:
+        n_ctx, n_embd = int(config["n_positions"]), int(config["n_embd"])
+        network = {
+            "n_layer": int(config["n_layer"]), "n_embd": n_embd, "n_head": int(config["n_head"]),
+            "n_ctx": n_ctx, "n_vocab": int(config["vocab_size"]) - 1, "causal": True,
+        }  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG} does not say the network's sizes ({error!r}): copy it again") from error
+    if config.get("n_inner") not in (None, 4 * n_embd):
+        other.append(f"n_inner {config['n_inner']} ≠ {4 * n_embd}")
+    if other:
+        raise ValueError(f"{folder / CONFIG}: {'; '.join(other)}: such a network is no Image GPT")
+    side = round(n_ctx**0.5)
+    if side**2 != n_ctx:
+        raise ValueError(f"{folder / CONFIG}: {n_ctx} positions are no square image")
+    theirs, path, sha256 = _open(folder)
+    state = converted(theirs, network, path)
+    palette = _palette(folder, network["n_vocab"])
+    said = config.get(OURS) or {}
+    origin = Origin(
+        network=network,
+        palette=palette.centres.tolist(),
+        palette_hash=palette.hash,
+        permutation=list(range(n_ctx)),
+        objective={"name": "ar"},
+        model=str(said.get("model", name_of(network))),
+        data=str(said.get("data", f"huggingface{side}")),
+        step=int(said.get("step", 0)),
+        seed=int(said.get("seed", 0)),
+    )
+    return Weights(path, folder, origin, sha256, lambda: state)
+
+
+def _open(folder: Path) -> tuple[State, Path, str]:
+    """The tensors, where they lie, and the hash of that."""
+    if not (folder / tensors.WEIGHTS).is_file() and not (folder / tensors.INDEX).is_file():
+        if not (path := folder / TORCH).is_file():
+            raise ValueError(f"{folder} has a {CONFIG} and no {tensors.WEIGHTS}: the download was not finished")
+        found = tensors.read_torch(path)
+        if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+            raise ValueError(f"{path} is no plain table of tensors: save the model again with save_pretrained")
+        return tensors.held(found), path, files.sha256(path)
+    state, (first, *more) = tensors.read(folder), tensors.parts(folder)
+    return state, folder if more else first, weights_sha256(folder)
+
+
+def _palette(folder: Path, k: int) -> Palette:
+    """The colours, `clusters` of the image processor."""
+    where = folder / PREPROCESSOR
+    if not where.is_file():
+        raise ValueError(f"{folder} has no {PREPROCESSOR}: it holds the colours that the tokens stand for, copy it too")
+    clusters = files.read_json(where).get("clusters")
+    try:
+        palette = Palette(torch.tensor(clusters, dtype=torch.float32).numpy())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: its clusters are no palette ({error})") from error
+    if palette.k != k:
+        raise ValueError(f"{where}: {palette.k} clusters, and the network has {k} colours")
+    return palette
+
+
+def converted(theirs: State, network: Mapping[str, Any], where: Path) -> State:
+    """Their tensors as ours.
+
+    Raises:
+        ValueError: missing, unexpected or misshapen ones, or biases that are not zero: we have none to put them in.
+    """
+    theirs = {name: tensor for name, tensor in theirs.items() if not BUFFER.fullmatch(name)}
+    if "lm_head.weight" not in theirs:
+        raise ValueError(
+            f"{where} has no lm_head.weight: it is not of ImageGPTForCausalImageModeling, and cannot tell colours"
+        )
+    tensors.check_fit(where, theirs, shapes(network))
+    biases = [name for name in theirs if name.endswith(".bias")]
+    if full := [name for name in biases if bool(theirs[name].read().any())]:
+        raise ValueError(
+            f"{where}: {', '.join(full[:3])}{f' and {len(full) - 3} more' if len(full) > 3 else ''} not zero: it was "
+            "trained on by Hugging Face's code, with biases that OpenAI's network does not have. Dropping them would "
+            "give another network (logits off by up to 9), so it is refused"
+        )
+    theirs = {name: tensor.as_float32() for name, tensor in theirs.items()}
+    n, c, v = network["n_layer"], network["n_embd"], network["n_vocab"]
+    table = theirs["transformer.wte.weight"]
+    ours = {
+        "wte": table.reshaped((v, c), lambda rows: rows[:-1]),
+        "sos": table.reshaped((c,), lambda rows: rows[-1]),
+        "wpe": theirs["transformer.wpe.weight"],
+        "ln_f.g": theirs["transformer.ln_f.weight"],
+        "wtet": theirs["lm_head.weight"],
+    }
+    for block in range(n):
+        for norm in ("ln_1", "ln_2"):
+            ours[f"h.{block}.{norm}.g"] = theirs[f"transformer.h.{block}.{norm}.weight"]
+        for linear in LINEAR:
+            ours[f"h.{block}.{linear}.weight"] = _turned(theirs[f"transformer.h.{block}.{linear}.weight"])
+    return ours
+
+
+def exported(ours: State, network: Mapping[str, Any]) -> State:
+    """Our tensors as theirs, with the biases that they expect, which are zero."""
+    ours = {name: tensor.as_float32() for name, tensor in ours.items()}
+    wte, sos = ours["wte"], ours["sos"]
+    theirs = {
+        "transformer.wte.weight": Lazy(
+            (wte.shape[0] + 1, wte.shape[1]), torch.float32, lambda: torch.cat([wte.read(), sos.read()[None]])
+        ),
+        "transformer.wpe.weight": ours["wpe"],
+        "transformer.ln_f.weight": ours["ln_f.g"],
+        "lm_head.weight": ours["wtet"],
+    }
+    for block in range(network["n_layer"]):
+        for norm in ("ln_1", "ln_2"):
+            theirs[f"transformer.h.{block}.{norm}.weight"] = ours[f"h.{block}.{norm}.g"]
+        for linear in LINEAR:
+            matrix = ours[f"h.{block}.{linear}.weight"]
+            theirs[f"transformer.h.{block}.{linear}.weight"] = _turned(matrix)
+            theirs[f"transformer.h.{block}.{linear}.bias"] = _zeros(matrix.shape[0])
+    return theirs
+
+
+def _turned(matrix: Lazy) -> Lazy:
+    return matrix.reshaped((matrix.shape[1], matrix.shape[0]), lambda w: w.t().contiguous())
+
+
+def _zeros(n: int) -> Lazy:
+    return Lazy((n,), torch.float32, lambda: torch.zeros(n))
+
+
+def shapes(network: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of their tensors."""
+    c, t, v = network["n_embd"], network["n_ctx"], network["n_vocab"]
+    found: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (v + 1, c), "transformer.wpe.weight": (t, c), "transformer.ln_f.weight": (c,),
+        "lm_head.weight": (v, c),
+    }  # fmt: skip
+    for block in range(network["n_layer"]):
+        at = f"transformer.h.{block}."
+        found |= {f"{at}ln_1.weight": (c,), f"{at}ln_2.weight": (c,)}
+        for linear, n_in, n_out in zip(LINEAR, (c, c, c, 4 * c), (3 * c, c, 4 * c, c), strict=True):
+            found |= {f"{at}{linear}.weight": (n_in, n_out), f"{at}{linear}.bias": (n_out,)}
+    return found
+
+
+def write(folder: Path, weights: Weights) -> None:
+    """Writes a folder that `from_pretrained` opens, model and image processor, without a class head; whole, or not.
+
+    Raises:
+        ValueError: what the format cannot hold (`check_exportable`), or a folder that is there.
+    """
+    check_exportable(weights)
+    origin = weights.origin
+    network, side = origin.network, round(origin.network["n_ctx"] ** 0.5)
+    config = {
+        "architectures": ["ImageGPTForCausalImageModeling"],
+        "model_type": MODEL_TYPE,
+        "vocab_size": network["n_vocab"] + 1,  # and the start of the sequence
+        "n_positions": network["n_ctx"],
+        "n_embd": network["n_embd"],
+        "n_layer": network["n_layer"],
+        "n_head": network["n_head"],
+        "n_inner": None,
+        **FIXED,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": network["n_vocab"],
+        "dtype": "float32",
+        OURS: {"model": origin.model, "data": origin.data, "step": origin.step, "seed": origin.seed},
+    }
+    processor = {
+        "image_processor_type": "ImageGPTImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 2,  # bilinear
+        "do_normalize": True,
+        "do_color_quantize": True,
+        "clusters": origin.palette,
+    }
+    with files.atomic_folder(folder) as temporary:
+        tensors.write(temporary, exported(weights.state(), network), label="exporting")
+        files.write_json(temporary / CONFIG, config)
+        files.write_json(temporary / PREPROCESSOR, processor)
+
+
+def check_exportable(weights: Weights) -> None:
+    """Raises ValueError when Hugging Face's format cannot hold these weights; it names the format that can."""
+    origin, own = weights.origin, "export it as task.format=igpt instead"
+    if not origin.network["causal"]:
+        raise ValueError(f"{weights.path} was trained on masked pixels, Hugging Face's ImageGPT is causal only: {own}")
+    if origin.permutation != list(range(len(origin.permutation))):
+        raise ValueError(f"{weights.path} reads pixels in another order, Hugging Face's ImageGPT row by row: {own}")

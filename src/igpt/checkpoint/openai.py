@@ -1,0 +1,258 @@
+"""OpenAI's released checkpoints: TensorFlow variables in shards, read one at a time.
+
+TensorFlow (version 2, the extra `openai`) is needed to read the shards and for nothing else. Names, shapes and layouts
+are those of `openai/image-gpt`, `src/model.py`.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt import files
+from igpt.checkpoint import tensors
+from igpt.checkpoint.native import Origin, Weights
+from igpt.checkpoint.sizes import name_of
+from igpt.checkpoint.tensors import Lazy, State
+from igpt.tokens.palette import Palette
+
+log = logging.getLogger(__name__)
+
+SCOPE = "model/"
+PALETTE = "kmeans_centers.npy"
+BERT_MASKED = 0.15  # the share that OpenAI's BERT models were trained with (Chen et al. 2020, §2.2)
+SHARD = re.compile(r"(?P<prefix>.+)\.data-(?P<which>\d{5})-of-(?P<of>\d{5})")
+INSTALL = "TensorFlow reads OpenAI's shards and is not installed: pip install tensorflow-cpu"
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def prefix_of(place: Path) -> Path | None:
+    """The prefix that TensorFlow wants, from itself, any one of its files, or their folder; None: nothing of the kind.
+
+    Raises:
+        ValueError: several checkpoints in the folder, or shards without an index, or an index without shards.
+    """
+    if place.is_dir():
+        found = {path.with_suffix("") for path in place.glob("*.index") if path.is_file()}
+        found |= {Path(m["prefix"]) for path in place.iterdir() if (m := SHARD.fullmatch(str(path)))}
+        if not found:
+            return None
+        if len(found) > 1:
+            raise ValueError(f"{place} holds several checkpoints, give one of {', '.join(map(str, sorted(found)))}")
+        prefix = found.pop()
+    elif place.is_file():
+        shard = SHARD.fullmatch(str(place))
+        if place.name == "checkpoint":  # TensorFlow's note of which is the newest
+            return prefix_of(place.parent)
+        if shard is None and place.suffix not in (".index", ".meta"):
+            return None
+        prefix = Path(shard["prefix"]) if shard else place.with_suffix("")
+    else:
+        prefix = place
+    index = Path(f"{prefix}.index")
+    shards = [m for path in sorted(prefix.parent.glob(f"{prefix.name}.data-*")) if (m := SHARD.fullmatch(str(path)))]
+    if not index.is_file() and not shards:
+        return None
+    if not index.is_file():
+        raise ValueError(f"{index} is missing, its {len(shards)} shards alone tell nothing: download it, too")
+    if not shards:
+        raise ValueError(f"{index} has no shards beside it, {prefix.name}.data-00000-of-…: download them, too")
+    (n, *other) = sorted({int(shard["of"]) for shard in shards})
+    if other:
+        raise ValueError(f"{prefix}: shards of {n} and of {other[0]}: two downloads are mixed up, keep one")
+    there = {int(shard["which"]) for shard in shards}
+    missing = [f"{prefix.name}.data-{i:05d}-of-{n:05d}" for i in range(n) if i not in there]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"{prefix.parent}: {', '.join(missing[:3])}{more} missing, of {n} shards: download them, too")
+    return prefix
+
+
+def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
+    """The weights of a checkpoint, AR or BERT; its sizes are those of its variables.
+
+    Raises:
+        ValueError: no TensorFlow, no palette, a variable that is missing or misshapen (named), or a damaged file.
+    """
+    reader = _Reader(prefix)
+    known = {name.removeprefix(SCOPE): shape for name, shape in reader.shapes.items() if name.startswith(SCOPE)}
+    network = sizes(prefix, known, n_head)
+    wanted = variables(network)
+    check(prefix, known, wanted)
+    n_class, has_head = known.get("clf/wclf", (0,))[0], False
+    if n_class:
+        has_head = bool(reader.read(f"{SCOPE}clf/wclf").any())
+    skipped = sorted(reader.shapes.keys() - {SCOPE + name for name in wanted} - {f"{SCOPE}clf/wclf"})
+    log.info(
+        "%s: %s, %d blocks of width %d, %d heads, %d positions, %d colours, %s",
+        prefix, "next pixels" if network["causal"] else "masked pixels", network["n_layer"], network["n_embd"],
+        network["n_head"], network["n_ctx"], network["n_vocab"],
+        f"a head of {n_class} classes" if has_head else "no trained class head",
+    )  # fmt: skip
+    if skipped:
+        shown = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
+        log.info("skipped %d variables of its training, which no network has: %s", len(skipped), shown)
+    colours = find_palette(prefix, palette, network["n_vocab"])
+    side = round(network["n_ctx"] ** 0.5)
+    origin = Origin(
+        network=network,
+        palette=colours.centres.tolist(),
+        palette_hash=colours.hash,
+        permutation=list(range(network["n_ctx"])),
+        objective={"name": "ar"} if network["causal"] else {"name": "bert", "mask_probability": BERT_MASKED},
+        model=name_of(network),
+        data=f"imagenet{side}",
+        step=int(step[1]) if (step := re.search(r"-(\d+)$", prefix.name)) else 0,
+        seed=0,
+    )
+    wclf = reader.lazy(f"{SCOPE}clf/wclf") if has_head else None
+    index = Path(f"{prefix}.index")  # holds a checksum of every variable
+    state = converted({name: reader.lazy(SCOPE + name) for name in wanted}, network)
+    return Weights(prefix, prefix.parent, origin, files.sha256(index), lambda: state, wclf)
+
+
+def sizes(where: Path, known: Shapes, n_head: int | None) -> dict[str, Any]:
+    """The arguments of GPT, as far as shapes tell; the heads are asked for where they do not."""
+    blocks = {int(m[1]) for name in known if (m := re.match(r"h(\d+)/", name))}
+    if not blocks or not {"wte", "wpe"} <= known.keys():
+        raise ValueError(
+            f"{where} has no variables {SCOPE}wte, {SCOPE}wpe and {SCOPE}h0/…: it is a checkpoint of something else"
+        )
+    n_vocab, n_embd = known["wte"]
+    heads = known.get("h0/attn/q_proj", ())
+    if len(heads) == 3:
+        if n_head not in (None, heads[0]):
+            raise ValueError(f"{where} has {heads[0]} heads, task.n_head={n_head} says otherwise: leave it out")
+        n_head = heads[0]
+    if n_head is None:
+        raise ValueError(f"{where} does not tell how many heads its attention has: say so with task.n_head=…")
+    n_ctx = known["wpe"][0]
+    if round(n_ctx**0.5) ** 2 != n_ctx:
+        raise ValueError(f"{where}: {n_ctx} positions are no square image")
+    return {
+        "n_layer": max(blocks) + 1, "n_embd": n_embd, "n_head": n_head, "n_ctx": n_ctx, "n_vocab": n_vocab,
+        "causal": "sos" in known,
+    }  # fmt: skip
+
+
+def variables(network: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The variables of a network, without their scope, and their shapes in the released files."""
+    c, t, v, h = (network[key] for key in ("n_embd", "n_ctx", "n_vocab", "n_head"))
+    found: dict[str, tuple[int, ...]] = {"wpe": (t, c), "wte": (v, c), "wtet": (v, c), "ln_f/g": (c,)}
+    if network["causal"]:
+        found["sos"] = (c,)
+    for block in range(network["n_layer"]):
+        at = f"h{block}"
+        found |= {f"{at}/ln_1/g": (c,), f"{at}/ln_2/g": (c,)}
+        found |= {f"{at}/attn/{name}_proj": (h, c // h, c) for name in "qkvc"}
+        found |= {f"{at}/mlp/c_fc/w": (c, 4 * c), f"{at}/mlp/c_proj/w": (4 * c, c)}
+    return found
+
+
+def check(where: Path, known: Shapes, wanted: Shapes) -> None:
+    """Raises ValueError, naming them, when variables are missing or have other shapes than the network's sizes say."""
+    missing = sorted(wanted.keys() - known.keys())
+    wrong = [
+        f"{SCOPE}{name}: {known[name]} in the file, expected {shape}"
+        for name, shape in wanted.items()
+        if name in known and known[name] != shape and not _flat(name, known[name], shape)
+    ]
+    if missing:
+        raise ValueError(f"{where} has no {', '.join(SCOPE + name for name in missing[:5])}: it is not complete")
+    if wrong:
+        raise ValueError(f"{where}: {'; '.join(wrong[:5])}")
+
+
+def _flat(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether an attention matrix is saved with its heads put together."""
+    return "/attn/" in name and found == (shape[0] * shape[1], shape[2])
+
+
+def converted(theirs: State, network: Mapping[str, Any]) -> State:
+    """Their variables as our weights, a block's q, k and v as one."""
+    c = network["n_embd"]
+
+    def rows(tensor: Lazy) -> Lazy:  # [H, D, in] in the order of the output: no transpose (`bsf,hef->bhse`)
+        return tensor.reshaped((c, c), lambda w: w.reshape(c, c))
+
+    def turned(tensor: Lazy, n_out: int, n_in: int) -> Lazy:  # [in, out], with heads or without
+        return tensor.reshaped((n_out, n_in), lambda w: w.reshape(n_in, n_out).t().contiguous())
+
+    ours: State = {name: theirs[name] for name in ("wte", "wpe", "wtet", "sos") if name in theirs}
+    ours["ln_f.g"] = theirs["ln_f/g"]
+    for block in range(network["n_layer"]):
+        at, to = f"h{block}/", f"h.{block}."
+        ours |= {f"{to}ln_1.g": theirs[f"{at}ln_1/g"], f"{to}ln_2.g": theirs[f"{at}ln_2/g"]}
+        ours[f"{to}attn.c_attn.weight"] = _stacked([rows(theirs[f"{at}attn/{name}_proj"]) for name in "qkv"])
+        ours[f"{to}attn.c_proj.weight"] = turned(theirs[f"{at}attn/c_proj"], c, c)
+        ours[f"{to}mlp.c_fc.weight"] = turned(theirs[f"{at}mlp/c_fc/w"], 4 * c, c)
+        ours[f"{to}mlp.c_proj.weight"] = turned(theirs[f"{at}mlp/c_proj/w"], c, 4 * c)
+    return {name: tensor.as_float32() for name, tensor in ours.items()}
+
+
+def _stacked(parts: list[Lazy]) -> Lazy:
+    n_row, n_column = parts[0].shape
+    return Lazy((len(parts) * n_row, n_column), parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
+
+
+def find_palette(prefix: Path, given: str | None, k: int) -> Palette:
+    """The colours of the tokens: the checkpoint has none. From the path that is given, else from beside it."""
+    places = [prefix.parent, *prefix.parent.parents[:3]]
+    beside = [folder / sub / PALETTE for folder in places for sub in (".", "color-clusters")]
+    path = Path(given) if given is not None else next((p for p in beside if p.is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"{prefix} does not hold the colours its {k} tokens stand for: task.palette=PATH/{PALETTE}, the file that "
+            "OpenAI released beside it (color-clusters/)"
+        )
+    palette = Palette.load(path)
+    if palette.k != k:
+        raise ValueError(f"{path} has {palette.k} colours, and the network {k}: it is the palette of another")
+    log.info("palette: %s", path)
+    return palette
+
+
+class _Reader:
+    """TensorFlow's reader: the shapes of all variables, and each as a tensor.
+
+    Raises:
+        ValueError: TensorFlow is not installed, or the checkpoint is damaged.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no lines about the processor
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+        try:
+            import tensorflow as tf
+        except ImportError as error:
+            raise ValueError(INSTALL) from error
+        self.prefix, self.errors = prefix, (tf.errors.OpError, ValueError, IndexError, RuntimeError)
+        self.reader = self._tried(lambda: tf.train.load_checkpoint(str(prefix)))
+        shapes = self._tried(self.reader.get_variable_to_shape_map)
+        self.shapes = {str(name): tuple(shape) for name, shape in shapes.items()}
+        kinds = self._tried(self.reader.get_variable_to_dtype_map)
+        self.dtypes = {str(name): getattr(torch, kind.name, None) for name, kind in kinds.items()}
+
+    def _tried(self, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except self.errors as error:
+            said = tensors.first_line(error)
+            raise ValueError(f"{self.prefix} is damaged or not downloaded to its end ({said})") from error
+
+    def read(self, name: str) -> Tensor:
+        """One variable."""
+        values: Tensor = torch.from_numpy(self._tried(lambda: self.reader.get_tensor(name)))
+        return values
+
+    def lazy(self, name: str) -> Lazy:
+        """One variable, when it is asked for. Raises ValueError when it holds no floating-point numbers."""
+        dtype = self.dtypes[name]
+        if dtype not in tensors.DTYPES:
+            raise ValueError(f"{self.prefix}: {name} does not hold floating-point numbers")
+        return Lazy(self.shapes[name], dtype, lambda: self.read(name))

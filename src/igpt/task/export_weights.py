@@ -1,0 +1,45 @@
+"""Weights for elsewhere: a folder that Hugging Face's `from_pretrained` opens, or one in our own plain format."""
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from igpt import files, ranks
+from igpt.checkpoint import huggingface
+from igpt.checkpoint.head import copy_head, has_head
+from igpt.checkpoint.native import Weights, save_model
+from igpt.metric.result import Number, Result
+
+log = logging.getLogger(__name__)
+
+
+def run(*, weights: Weights, folder: Path, format: Literal["huggingface", "igpt"], class_head: bool) -> Result:
+    """Writes `huggingface/` or `igpt/` in the run's folder, whole or not at all.
+
+    Raises:
+        ValueError: what Hugging Face's format cannot hold: masked pixels, another order of pixels, a class head.
+    """
+    if format == "huggingface":
+        huggingface.check_exportable(weights)
+        if class_head and has_head(weights):
+            raise ValueError(
+                f"{weights.path} has a class head, which Hugging Face's ImageGPT for causal image modelling does not: "
+                "task.class_head=false leaves it out, task.format=igpt keeps it"
+            )
+    place = folder / format
+    if ranks.this_rank().first:
+        if place.exists():
+            log.info("%s is there, from a run that was stopped after it", place)
+        elif format == "huggingface":
+            huggingface.write(place, weights)
+        else:
+            with files.atomic_folder(place) as temporary:
+                save_model(temporary, weights.state(), weights.origin, label="exporting")
+                if class_head:
+                    copy_head(weights, temporary)
+    ranks.barrier()
+    return Result(
+        numbers={"weights": Number(sum(tensor.n_value for tensor in weights.state().values()), "numbers", 1)},
+        files={format: Path(format)},
+        provenance={"weights": weights.sha256, "format": format},
+    )

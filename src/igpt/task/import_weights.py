@@ -1,0 +1,26 @@
+"""Weights from elsewhere, OpenAI's or Hugging Face's, a sharded checkpoint or a step of a run, as a run's `model/`."""
+
+from pathlib import Path
+
+from igpt import ranks
+from igpt.checkpoint import tensors
+from igpt.checkpoint.head import copy_head
+from igpt.checkpoint.native import Weights, save_model
+from igpt.metric.result import Number, Result
+
+
+def run(*, weights: Weights, folder: Path, palette: str | None, n_head: int | None) -> Result:
+    """Writes the weights in our format, tensor by tensor, with the class head that came with them.
+
+    `palette` and `n_head` are for OpenAI's checkpoints and were looked at when the weights were found.
+    """
+    place = folder / "model"
+    if ranks.this_rank().first:
+        save_model(place, weights.state(), weights.origin, label="importing")
+        copy_head(weights, place)
+    ranks.barrier()
+    return Result(
+        numbers={"weights": Number(sum(tensor.n_value for tensor in weights.state().values()), "numbers", 1)},
+        files={"weights": Path("model") / tensors.WEIGHTS},
+        provenance={"from": str(weights.path), "sha256": weights.sha256},
+    )

@@ -1,0 +1,136 @@
+"""OpenAI's ready-made token arrays, `imagenet_trX.npy` and its kin, as a source of images.
+
+They are centre crops at 32×32, meant for evaluation. A token becomes the pixel that its colour is, and the same palette
+makes the same token of it again, which is checked for every colour.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from igpt.data.source import Pixels, check_split_name
+from igpt.tokens.palette import Palette
+
+FILES = {"train": "tr", "val": "va", "test": "te"}  # split → what the released files call it
+_ROWS = 8192  # labels read at a time
+
+
+class OpenAITokens:
+    """The arrays `<name>_{tr,va,te}{X,Y}.npy` of a folder as a `Source`, read from disk as they are asked for.
+
+    Only the split that a task reads has to be there. Nothing is varied for training: they are not meant for that.
+
+    Raises:
+        ValueError: a missing or damaged file, arrays of other shapes or kinds, or a palette that does not fit.
+    """
+
+    labels_per_class: int | None = None
+
+    def __init__(
+        self, *, cache: Path | None = None, name: str, resolution: int, path: str | None, clusters: str | None
+    ) -> None:
+        if path is None or clusters is None:
+            raise ValueError(
+                "data=openai_npy needs OpenAI's files: data.path=FOLDER, with imagenet_vaX.npy and the like, and "
+                "data.clusters=PATH/kmeans_centers.npy, the colours of their tokens"
+            )
+        self.name, self.resolution = name, resolution
+        folder = Path(path).expanduser()
+        self.palette = palette = Palette.load(Path(clusters))
+        again = palette.encode(torch.from_numpy(palette.colours)).numpy()
+        if len(wrong := np.flatnonzero(again != np.arange(palette.k))):
+            i = int(wrong[0])
+            raise ValueError(
+                f"{clusters}: colours {i} and {again[i]} are one pixel, {palette.colours[i].tolist()}: tokens of this "
+                "palette cannot be told apart"
+            )
+        self._splits = {split: TokenSplit(folder / f"{name}_{short}", resolution, palette)
+                        for split, short in FILES.items()}  # fmt: skip
+        if not any(split.there for split in self._splits.values()):
+            raise ValueError(f"{folder} has no {name}_vaX.npy, no trX and no teX: set data.path and data.name")
+
+        first = next(split for split in self._splits.values() if split.there)
+        self.n_class: int | None = first.one_hot.shape[1]
+
+    def split(self, name: str) -> "TokenSplit":
+        check_split_name(name)
+        return self._splits[name]
+
+    def training(self) -> "TokenSplit":
+        return self._splits["train"]
+
+
+class TokenSplit:
+    """One pair of arrays: tokens (N, R²), and labels that are one-hot, (N, K)."""
+
+    def __init__(self, stem: Path, side: int, palette: Palette) -> None:
+        self.stem, self.side, self.palette = stem, side, palette
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def there(self) -> bool:
+        return self._path("X").is_file()
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """(N, R²) whole numbers, on disk."""
+        tokens = _mapped(self._path("X"))
+        if tokens.ndim != 2 or tokens.shape[1] != self.side**2 or tokens.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self._path('X')}: {tokens.dtype} {tokens.shape}, expected whole numbers (images, {self.side**2})"
+            )
+        return tokens
+
+    @cached_property
+    def one_hot(self) -> np.ndarray:
+        """(N, K), on disk."""
+        one_hot = _mapped(self._path("Y"))
+        if one_hot.ndim != 2 or len(one_hot) != len(self):
+            raise ValueError(
+                f"{self._path('Y')}: {one_hot.dtype} {one_hot.shape}, expected one-hot labels ({len(self)}, classes)"
+            )
+        return one_hot
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Of every image, (N,) int64."""
+        labels = np.empty(len(self), dtype=np.int64)
+        for start in range(0, len(self), _ROWS):
+            rows = np.asarray(self.one_hot[start : start + _ROWS])
+            labels[start : start + _ROWS] = rows.argmax(1)
+            if len(bad := np.flatnonzero(((rows != 0).sum(1) != 1) | (rows.sum(1) != 1))):
+                raise ValueError(f"{self._path('Y')}: row {start + bad[0]} is not one-hot")
+        return labels
+
+    def prepare(self) -> None: ...
+
+    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+        """Raises ValueError, naming the image, on a token that the palette does not have."""
+        rows = np.asarray(index, dtype=np.int64)
+        tokens = np.asarray(self.tokens[rows]).astype(np.int64)
+        if len(bad := np.flatnonzero(((tokens < 0) | (tokens >= self.palette.k)).any(1))):
+            row = tokens[bad[0]]
+            raise ValueError(
+                f"{self._path('X')}: image {rows[bad[0]]} has tokens {row.min()} to {row.max()}, the palette has 0 … "
+                f"{self.palette.k - 1}"
+            )
+        return Pixels(self.palette.colours[tokens].reshape(-1, self.side, self.side, 3), self.labels[rows])
+
+    def _path(self, kind: str) -> Path:
+        return self.stem.with_name(f"{self.stem.name}{kind}.npy")
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The array in a `.npy` file, left on disk; nothing in it is run. Raises ValueError when it is missing or none."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: download it, too")
+    try:
+        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no .npy array of numbers ({error}): download it again") from error
+    return found

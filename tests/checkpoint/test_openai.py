@@ -1,0 +1,269 @@
+"""OpenAI's checkpoints: their own code's outputs again, in any number of shards, and what is refused."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import ImageGPTForCausalImageModeling
+
+from igpt.checkpoint import huggingface
+from igpt.checkpoint.find import find
+from igpt.checkpoint.native import save_model
+from igpt.model.generate import Sampling, generate
+from igpt.model.gpt import GPT
+from tests.conftest import small_net, train_py
+from tests.oracle import released
+from tests.oracle.names import from_openai
+from tests.test_photographs import run
+from tests.tokens.test_palette import random_palette
+
+pytest.importorskip("tensorflow", reason="TensorFlow, which reads OpenAI's checkpoints, is not installed")
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A palette's file, as many colours as are asked for."""
+    folder = tmp_path_factory.mktemp("colours")
+
+    def path(k: int) -> Path:
+        random_palette(k).save(folder / f"{k}.npy")
+        return folder / f"{k}.npy"
+
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, colours: Callable[[int], Path]) -> Path:
+    """The prefix of a small network in the released layout, 32 shards, its palette beside it."""
+    net = small_net(n_layer=4)
+    prefix = released.save(tmp_path / "igpt" / "model.ckpt-131000", released.variables(net.state_dict(), 3), 32)
+    random_palette(11).save(prefix.parent / "kmeans_centers.npy")
+    return prefix
+
+
+def oracle(shared: Path, kind: str) -> tuple[Path, dict[str, np.ndarray]]:
+    folder = shared / "oracles" / f"openai-{kind}"
+    return folder, dict(np.load(folder / "reference.npz"))
+
+
+@pytest.mark.parametrize("kind", ["ar", "bert"])
+def test_the_outputs_of_openais_code(shared: Path, kind: str, colours: Callable[[int], Path], tmp_path: Path) -> None:
+    """Independent source: logits, block outputs and losses of OpenAI's model.py to 1e-5, by the commands alone."""
+    folder, reference = oracle(shared, kind)
+    n, k = len(reference["tokens"]), reference["gen_logits"].shape[-1]
+    place = tmp_path / "work"
+    place.mkdir()
+    np.save(place / "tokens.npy", reference["tokens"])
+    more = []
+    if kind == "bert":
+        np.save(place / "visible.npy", reference["visible"])
+        more = [f"task.keep={place / 'visible.npy'}"]
+    _, model = run(tmp_path, "task=import", f"init={folder}", f"task.palette={colours(k)}")
+    _, traced = run(tmp_path, "task=trace", f"init={model}", f"task.tokens={place / 'tokens.npy'}", *more)
+    trace = np.load(traced / "trace.npz")
+    assert np.abs(trace["logits"] - reference["gen_logits"]).max() < 1e-5
+    assert np.abs(trace["block_outputs"] - reference["block_outputs"]).max() < 1e-5
+    assert abs(trace["image_nats"].mean(dtype=np.float64) - reference["gen_loss"]) < 1e-5
+    n_class = len(np.load(folder / "weights.npz")["model/clf/wclf"])
+    for split in ("tr", "va", "te"):
+        np.save(place / f"toy_{split}X.npy", reference["tokens"])
+        np.save(place / f"toy_{split}Y.npy", np.eye(n_class, dtype=np.float32)[reference["labels"]])
+    side = round(reference["tokens"].shape[1] ** 0.5)
+    data = ("data=openai_npy", "data.name=toy", f"data.path={place}", f"data.clusters={colours(k)}")
+    result, _ = run(
+        tmp_path, "task=evaluate", f"init={model}", *data, f"data.resolution={side}", "task.baseline_images=0"
+    )
+    assert result.numbers["val/accuracy"].n == n
+    if kind == "ar":  # masks of our own drawing are not those of the oracle
+        assert abs(result.numbers["val/loss_gen"].value - reference["gen_loss"]) < 1e-5
+        assert abs(result.numbers["val/loss_clf"].value - reference["clf_loss"]) < 1e-5
+        assert result.numbers["val/accuracy"].value * 100 == pytest.approx(float(reference["accuracy"]))
+
+
+def test_there_and_back_is_bit_exact(shared: Path, colours: Callable[[int], Path], tmp_path: Path) -> None:
+    """Round trip: OpenAI's AR → ours → Hugging Face's → ours, and its BERT → ours → ours, against `weights.npz`."""
+    for kind in ("ar", "bert"):
+        folder, reference = oracle(shared, kind)
+        first = find(str(folder), palette=str(colours(reference["gen_logits"].shape[-1])))
+        expected = from_openai(dict(np.load(folder / "weights.npz")))
+        save_model(tmp_path / kind, first.state(), first.origin)
+        ours = find(str(tmp_path / kind))
+        if kind == "ar":
+            huggingface.write(tmp_path / "hf", ours)
+        else:
+            save_model(tmp_path / "hf", ours.state(), ours.origin)
+        save_model(tmp_path / f"{kind} again", find(str(tmp_path / "hf")).state(), ours.origin)
+        last = find(str(tmp_path / f"{kind} again"))
+        assert last.origin == first.origin
+        assert last.net().state_dict().keys() == expected.keys()
+        assert all(torch.equal(weight, expected[name]) for name, weight in last.net().state_dict().items())
+        assert last.sha256 == ours.sha256
+        (tmp_path / "hf").rename(tmp_path / f"hf {kind}")
+
+
+def test_hugging_faces_model_with_openais_weights(shared: Path, colours: Callable[[int], Path], tmp_path: Path) -> None:
+    """Independent source: OpenAI's logits out of Hugging Face's code, and the same greedy samples as ours."""
+    folder, reference = oracle(shared, "ar")
+    k, n_ctx = reference["gen_logits"].shape[-1], reference["tokens"].shape[1]
+    _, model = run(tmp_path, "task=import", f"init={folder}", f"task.palette={colours(k)}")
+    _, export = run(tmp_path, "task=export", f"init={model}", "task.class_head=false")
+    weights = find(str(model))
+    theirs = ImageGPTForCausalImageModeling.from_pretrained(export / "huggingface").eval()
+    tokens = torch.from_numpy(reference["tokens"]).long()
+    start = torch.full((len(tokens), 1), k)
+    with torch.no_grad():
+        logits = theirs(input_ids=torch.cat([start, tokens[:, :-1]], 1)).logits
+    assert np.abs(logits.numpy() - reference["gen_logits"]).max() < 1e-5
+    drawn = theirs.generate(start[:1], max_new_tokens=n_ctx, do_sample=False, pad_token_id=0)
+    assert torch.equal(drawn[:, 1:], generate(weights.net(), torch.zeros(1, n_ctx), Sampling(1.0, 1, None)))
+
+
+def test_every_name_that_is_meant(checkpoint: Path) -> None:
+    """The prefix, any one of its 33 files, or their folder: all give the weights that were saved."""
+    expected = small_net(n_layer=4).state_dict()
+    (checkpoint.parent / "checkpoint").write_text(f'model_checkpoint_path: "{checkpoint.name}"\n')
+    folder = checkpoint.parent
+    names = ["model.ckpt-131000.index", "model.ckpt-131000.data-00007-of-00032", "checkpoint"]
+    for place in (checkpoint, folder, *(folder / name for name in names)):
+        weights = find(str(place))
+        assert all(torch.equal(weight, expected[name]) for name, weight in weights.net().state_dict().items())
+    assert len(list(folder.glob("*.data-*"))) == 32
+    assert (weights.origin.step, weights.origin.objective, weights.origin.data) == (131000, {"name": "ar"}, "imagenet4")
+    assert weights.wclf is None  # zeros: it was never trained
+
+
+def test_what_training_left_is_skipped(tmp_path: Path, colours: Callable[[int], Path], caplog: Any) -> None:
+    """The step and Adam's slots are named, not read."""
+    values = released.variables(small_net().state_dict(), 3)
+    more = {f"{name}/Adam": value for name, value in values.items()} | {"global_step": np.int64(7), "beta1_power": 0.5}
+    prefix = released.save(tmp_path / "model.ckpt-7", values | more)
+    with caplog.at_level("INFO"):
+        net = find(str(prefix), palette=str(colours(11))).net()
+    assert f"skipped {len(values) + 2} variables of its training" in caplog.text
+    assert all(torch.equal(weight, small_net().state_dict()[name]) for name, weight in net.state_dict().items())
+
+
+def test_heads_that_are_not_told(tmp_path: Path, colours: Callable[[int], Path]) -> None:
+    """Attention matrices with their heads put together: the count is asked for, and taken."""
+    values = released.variables(small_net().state_dict(), 3)
+    flat = {name: value.reshape(24, 24) if "/attn/" in name else value for name, value in values.items()}
+    prefix = released.save(tmp_path / "model.ckpt-1", flat)
+    with pytest.raises(ValueError, match=r"say so with task\.n_head"):
+        find(str(prefix), palette=str(colours(11)))
+    net = find(str(prefix), palette=str(colours(11)), n_head=3).net()
+    assert all(torch.equal(weight, small_net().state_dict()[name]) for name, weight in net.state_dict().items())
+
+
+def gone(name: str) -> Callable[[Path], object]:
+    return lambda prefix: [path.unlink() for path in prefix.parent.glob(name)]
+
+
+def halved(name: str) -> Callable[[Path], object]:
+    def cut(prefix: Path) -> None:
+        path = prefix.parent / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    return cut
+
+
+def with_variables(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], object]:
+    def rewrite(prefix: Path) -> None:
+        gone("model.ckpt*")(prefix)
+        values = released.variables(small_net().state_dict(), 3)
+        change(values)
+        released.save(prefix, values)
+
+    return rewrite
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (gone("*.data-00005-of-00032"), r"data-00005-of-00032 missing, of 32 shards"),
+        (gone("*.data-0000[0-5]-*"), r"and 3 more missing, of 32 shards"),
+        (gone("*.data-*"), "has no shards beside it"),
+        (gone("*.index"), r"\.index is missing, its 32 shards"),
+        (halved("model.ckpt-131000.index"), "is damaged or not downloaded to its end"),
+        (lambda p: (p.parent / f"{p.name}.data-00000-of-00002").touch(), "two downloads are mixed up"),
+        (lambda p: (p.parent / "other.index").touch(), "several checkpoints, give one of"),
+        (gone("kmeans_centers.npy"), r"task\.palette=PATH/kmeans_centers\.npy"),
+        (lambda p: random_palette(12).save(p.parent / "kmeans_centers.npy"), "has 12 colours, and the network 11"),
+        (with_variables(lambda v: v.pop("model/h1/mlp/c_fc/w")), "has no model/h1/mlp/c_fc/w"),
+        (with_variables(lambda v: v.pop("model/wtet")), "has no model/wtet"),
+        (with_variables(lambda v: v.update({"model/ln_f/g": np.ones(23, "f4")})), r"ln_f/g: \(23,\) in the file, exp"),
+        (with_variables(lambda v: [v.pop(name) for name in list(v) if "/h" in name]), "a checkpoint of something else"),
+        (with_variables(lambda v: v.update({"model/wpe": np.ones((15, 24), "f4")})), "15 positions are no square"),
+        (with_variables(lambda v: v.update({"model/wpe": np.ones((16, 24), "i4")})), "no.* floating-point numbers"),
+    ],
+)
+def test_what_is_refused(checkpoint: Path, fault: Callable[[Path], object], message: str) -> None:
+    fault(checkpoint)
+    with pytest.raises(ValueError, match=message):
+        find(str(checkpoint.parent))
+
+
+def test_a_shard_cut_short_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    """It is met in the middle of the import, which is whole or not there."""
+    shards = sorted(checkpoint.parent.glob("*.data-*"), key=lambda path: path.stat().st_size)
+    halved(shards[-1].name)(checkpoint)
+    weights = find(str(checkpoint))
+    with pytest.raises(ValueError, match="is damaged or not downloaded to its end"):
+        save_model(tmp_path / "model", weights.state(), weights.origin)
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+def test_not_a_number(checkpoint: Path, tmp_path: Path) -> None:
+    with_variables(lambda v: v["model/wpe"].__setitem__((0, 0), np.nan))(checkpoint)
+    weights = find(str(checkpoint))
+    with pytest.raises(ValueError, match="wpe holds NaN"):
+        save_model(tmp_path / "model", weights.state(), weights.origin)
+
+
+def test_without_tensorflow(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(ValueError, match="pip install tensorflow-cpu"):
+        find(str(checkpoint))
+
+
+def test_a_wrong_number_of_heads(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"has 3 heads, task\.n_head=4 says otherwise"):
+        find(str(checkpoint), n_head=4)
+
+
+def test_openais_evaluation_as_one_command(tmp_path: Path) -> None:
+    """The path of the released weights, with random ones: 32 shards, import, then the loss of each split.
+
+    Independent source: the loss that Hugging Face's model gives the same tokens.
+    """
+    k, n_ctx = 512, 1024
+    net = GPT(n_layer=4, n_embd=16, n_head=2, n_ctx=n_ctx, n_vocab=k, causal=True)
+    net.init_weights(0)
+    torch.nn.init.normal_(net.wtet, std=0.3, generator=torch.Generator().manual_seed(3))
+    released.save(tmp_path / "igpt-s" / "model.ckpt-131000", released.variables(net.state_dict(), 2), 32)
+    palette = tmp_path / "elsewhere" / "colours.npy"
+    random_palette(k).save(palette)
+    draw = np.random.default_rng(0)
+    tokens = {split: draw.integers(0, k, (3, n_ctx)) for split in ("tr", "va", "te")}
+    for split, ids in tokens.items():
+        np.save(tmp_path / f"imagenet_{split}X.npy", ids)
+        np.save(tmp_path / f"imagenet_{split}Y.npy", np.eye(1000, dtype=np.float32)[draw.integers(0, 1000, 3)])
+    done = train_py(
+        "experiment=openai_eval", f"init={tmp_path / 'igpt-s'}", f"data.path={tmp_path}", f"data.clusters={palette}",
+        "trainer=cpu", cwd=tmp_path,
+    )  # fmt: skip
+    assert "2.0895" in done.stderr  # what others report for the same
+    (folder,) = (tmp_path / "runs").iterdir()
+    numbers = json.loads((folder / "result.json").read_text())["numbers"]
+    huggingface.write(tmp_path / "hf", find(str(folder / "1_import")))
+    theirs = ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "hf").eval()
+    for split, ids in (("val", tokens["va"]), ("test", tokens["te"])):
+        given = torch.from_numpy(ids)
+        with torch.no_grad():
+            logits = theirs(input_ids=torch.cat([torch.full((3, 1), k), given[:, :-1]], 1)).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), given.flatten()).item()
+        assert numbers[f"{split}/loss_gen"]["value"] == pytest.approx(loss, abs=1e-5)

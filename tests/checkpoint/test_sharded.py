@@ -1,0 +1,144 @@
+"""Checkpoints in pieces: written by PyTorch's own code, read without running what is in them."""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+
+from igpt.checkpoint.find import find
+from igpt.checkpoint.native import FORMAT, save_model
+from igpt.checkpoint.sharded import read_state
+from igpt.model.gpt import GPT
+from tests.checkpoint.test_native import origin_of
+from tests.conftest import Planted, perturbed
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def save_sharded(folder: Path, net: GPT) -> Path:
+    """What Lightning's sharded strategies leave: the module and its optimizer in pieces, and the rest in `meta.pt`."""
+    state = {f"net.{name}": weight for name, weight in net.state_dict().items()}
+    moments = {f"state.net.{name}.exp_avg": torch.zeros_like(w) for name, w in net.state_dict().items()}
+    dcp.save({"state_dict": state, "optimizer_0": moments | {"note": "bytes"}}, checkpoint_id=folder)
+    torch.save({"format": FORMAT, "origin": asdict(origin_of(net)), "global_step": 12}, folder / "meta.pt")
+    return folder
+
+
+@pytest.fixture
+def sharded(tmp_path: Path, net: GPT) -> Path:
+    return save_sharded(tmp_path / "checkpoints" / "step_0000012.ckpt", net)
+
+
+def test_it_is_put_together(sharded: Path, net: GPT, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Round trip, of the folder and of a part of it, which is said; consolidated, it is a model of ours."""
+    with caplog.at_level("INFO"):
+        for place in (sharded, sharded / "__0_0.distcp", sharded / ".metadata", sharded / "meta.pt"):
+            weights = find(str(place))
+            again = weights.net().state_dict()
+            assert all(torch.equal(weight, again[name]) for name, weight in net.state_dict().items())
+            assert weights.origin == origin_of(net)
+    assert "__0_0.distcp is a part of the sharded checkpoint" in caplog.text
+    save_model(tmp_path / "model", weights.state(), weights.origin)
+    assert find(str(tmp_path / "model")).net().state_dict().keys() == net.state_dict().keys()
+
+
+def test_every_tensor_is_what_pytorch_reads(sharded: Path) -> None:
+    """Independent source: PyTorch's own conversion of such a folder into one file."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    whole = sharded.parent / "whole.pt"
+    dcp_to_torch_save(sharded, whole)
+    theirs = torch.load(whole, weights_only=True)
+    flat = {f"{part}.{name}": value for part, values in theirs.items() for name, value in values.items()}
+    ours = read_state(sharded)
+    assert ours.keys() == {name for name, value in flat.items() if isinstance(value, torch.Tensor)}
+    assert all(torch.equal(tensor.read(), flat[name]) for name, tensor in ours.items())
+
+
+class Nested:
+    """A pickle that is a checkpoint's metadata, with a call hidden in it."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Metadata, ({"state_dict.net.wte": Planted(self.mark)},)
+
+
+@pytest.mark.parametrize("planted", [Planted, Nested])
+@pytest.mark.parametrize("where", [".metadata", "meta.pt", "__0_0.distcp"])
+def test_code_in_it_is_not_run(sharded: Path, tmp_path: Path, where: str, planted: type) -> None:
+    """In the metadata, in the rest, in a piece. Independent source: PyTorch's reader does run it."""
+    mark = tmp_path / "ran"
+    if where == "meta.pt":
+        torch.save({"format": FORMAT, "origin": planted(mark)}, sharded / where)
+    else:
+        (sharded / where).write_bytes(pickle.dumps(planted(mark)))
+    with pytest.raises(ValueError, match=rf"{where}.*(nothing in it was run|is damaged)"):
+        find(str(sharded)).net()
+    assert not mark.exists()
+    if where == ".metadata" and planted is Planted:
+        with pytest.raises(Exception):  # noqa: B017, PT011  # whatever follows
+            dcp.FileSystemReader(sharded).read_metadata()
+        assert mark.exists()
+
+
+@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "torch.load", "torch.hub.load", "pathlib.Path.touch"])
+def test_what_metadata_may_name(sharded: Path, name: str) -> None:
+    """Only the classes of metadata, and these as records: every other name is refused before it is looked up."""
+    module, _, attribute = name.rpartition(".")
+    (sharded / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
+    with pytest.raises(ValueError, match=rf"it wants {module}\.{attribute}"):
+        find(str(sharded))
+
+
+def test_a_file_does_nothing_to_the_classes_it_names(sharded: Path) -> None:
+    """Invariant: setting fields on a class, which a pickle may, does not reach PyTorch's."""
+    before = dict(vars(Metadata))
+    field = b"}X\x08\x00\x00\x00__init__K\x01s"  # {"__init__": 1}
+    hostile = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n" + field + b"b."  # set on the class
+    (sharded / ".metadata").write_bytes(hostile)
+    with pytest.raises(ValueError, match=r"\.metadata is damaged"):
+        find(str(sharded))
+    assert dict(vars(Metadata)) == before
+
+
+def elsewhere(folder: Path) -> None:
+    text = (folder / ".metadata").read_bytes()
+    assert text.count(b"__0_0.distcp")
+    (folder / ".metadata").write_bytes(text.replace(b"__0_0.distcp", b"../x0.distcp"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda f: (f / "__0_0.distcp").unlink(), r"__0_0\.distcp missing"),
+        (lambda f: (f / "__0_0.distcp").write_bytes((f / "__0_0.distcp").read_bytes()[:9000]), r"distcp is damaged"),
+        (lambda f: (f / ".metadata").unlink(), r"\.metadata"),
+        (lambda f: (f / ".metadata").write_bytes((f / ".metadata").read_bytes()[:500]), r"\.metadata is damaged"),
+        (lambda f: (f / ".metadata").write_bytes(b""), r"\.metadata is damaged"),
+        (lambda f: (f / ".metadata").write_bytes(pickle.dumps({"a": 1})), r"\.metadata is damaged"),
+        (lambda f: (f / "meta.pt").unlink(), r"has no meta\.pt"),
+        (lambda f: torch.save({"epoch": 1}, f / "meta.pt"), "format"),
+        (elsewhere, "not a file beside it"),
+    ],
+)
+def test_what_is_refused(sharded: Path, fault: Callable[[Path], object], message: str) -> None:
+    fault(sharded)
+    with pytest.raises(ValueError, match=message):
+        find(str(sharded)).net()
+
+
+def test_a_network_that_is_not_its_own(sharded: Path, net: GPT) -> None:
+    """Another network's pieces under this one's description."""
+    other = perturbed(GPT(**{**net.config, "n_layer": 2}))
+    folder = save_sharded(sharded.parent / "other", other)
+    (folder / "meta.pt").write_bytes((sharded / "meta.pt").read_bytes())
+    with pytest.raises(ValueError, match=r"missing h\.2\.attn"):
+        find(str(folder)).net()

@@ -1,0 +1,47 @@
+"""Checkpoints in the layout that OpenAI released, with TensorFlow's own writer."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+
+def variables(state: Mapping[str, Tensor], n_head: int, wclf: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Our weights as the variables of OpenAI's `model.py`, with its scope; `wclf` (classes, C) zeros by default."""
+    plain = {name: weight.numpy() for name, weight in state.items()}
+    c = plain["wpe"].shape[1]
+    d = c // n_head
+    found = {name: plain[name] for name in ("wpe", "wte", "wtet", "sos") if name in plain} | {"ln_f/g": plain["ln_f.g"]}
+    for i in range(sum(name.endswith("ln_1.g") for name in plain)):
+        ours, theirs = f"h.{i}.", f"h{i}/"
+        found |= {f"{theirs}ln_1/g": plain[f"{ours}ln_1.g"], f"{theirs}ln_2/g": plain[f"{ours}ln_2.g"]}
+        q, k, v = np.split(plain[f"{ours}attn.c_attn.weight"], 3)
+        parts = {"q": q, "k": k, "v": v, "c": plain[f"{ours}attn.c_proj.weight"].T}
+        found |= {f"{theirs}attn/{name}_proj": part.reshape(n_head, d, c) for name, part in parts.items()}
+        found[f"{theirs}mlp/c_fc/w"] = plain[f"{ours}mlp.c_fc.weight"].T
+        found[f"{theirs}mlp/c_proj/w"] = plain[f"{ours}mlp.c_proj.weight"].T
+    found["clf/wclf"] = np.zeros((10, c), np.float32) if wclf is None else wclf
+    return {f"model/{name}": np.ascontiguousarray(value) for name, value in found.items()}
+
+
+def save(prefix: Path, values: Mapping[str, np.ndarray], n_shard: int = 1) -> Path:
+    """Writes a checkpoint of TensorFlow's in so many shards, variables dealt out in turn. Returns its prefix."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow as tf
+
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    names = sorted(values)
+    parts = []
+    for i in range(n_shard):
+        mine = names[i::n_shard]
+        parts.append(str(prefix.parent / "parts" / f"part-{i}"))
+        tf.raw_ops.SaveV2(
+            prefix=parts[-1],
+            tensor_names=mine,
+            shape_and_slices=[""] * len(mine),
+            tensors=[tf.constant(values[name]) for name in mine],
+        )
+    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(prefix), delete_old_dirs=True)
+    return prefix

@@ -1,0 +1,180 @@
+"""Import, export and trace as tasks: what they leave, and what they refuse before they begin."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from igpt import files
+from igpt.checkpoint.find import find
+from igpt.checkpoint.head import find_head
+from igpt.model.gpt import GPT
+from igpt.objective.ar import AR
+from tests.checkpoint.test_sharded import save_sharded
+from tests.conftest import small_net
+from tests.test_photographs import run
+
+
+def test_a_step_of_a_run_becomes_a_model(quickstart: Path, tmp_path: Path) -> None:
+    """Round trip: the last step's checkpoint holds what the finished run exported."""
+    pretrained = quickstart / "2_pretrain"
+    result, folder = run(tmp_path, "task=import", f"init={pretrained / 'checkpoints' / 'step_0000006.ckpt'}")
+    ours, theirs = load_file(folder / "model" / "model.safetensors"), load_file(pretrained / "model/model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert result.numbers["weights"].value == sum(weight.numel() for weight in theirs.values())
+    assert find(str(folder)).origin == find(str(pretrained)).origin
+
+
+def test_a_sharded_checkpoint_is_consolidated(tmp_path: Path) -> None:
+    """Round trip, through the command; any part of it may be named."""
+    net = small_net()
+    save_sharded(tmp_path / "sharded", net)
+    # the palette of `origin_of` has a made-up hash: tokens are not looked at here
+    _, folder = run(tmp_path, "task=import", f"init={tmp_path / 'sharded' / '__0_0.distcp'}")
+    again = find(str(folder)).net().state_dict()
+    assert all(torch.equal(weight, again[name]) for name, weight in net.state_dict().items())
+
+
+def test_our_own_format_is_plain(quickstart: Path, tmp_path: Path) -> None:
+    """Round trip without this project's configs: safetensors and json alone, as `docs/weights.md` has it."""
+    _, folder = run(tmp_path, "task=export", "task.format=igpt", f"init={quickstart / '2_pretrain'}")
+    names = sorted(path.name for path in (folder / "igpt").iterdir())
+    assert names == ["config.json", "model.safetensors"]
+    net = GPT(**json.loads((folder / "igpt" / "config.json").read_text())["network"])
+    net.load_state_dict(load_file(folder / "igpt" / "model.safetensors"))
+    assert find(str(folder / "igpt")).sha256 == find(str(quickstart / "2_pretrain")).sha256
+
+
+def test_what_hugging_face_cannot_hold_is_refused_first(quickstart: Path, tmp_path: Path) -> None:
+    """A fine-tuned network has a class head: left out when that is said, taken along by our own format."""
+    tuned = quickstart / "7_finetune"
+    with pytest.raises(ValueError, match=r"has a class head.*task\.class_head=false"):
+        run(tmp_path, "task=export", f"init={tuned}")
+    _, folder = run(tmp_path, "task=export", "task.format=igpt", f"init={tuned}")
+    about = files.read_json(tuned / "model" / "head.json")
+    head = find_head(find(str(folder / "igpt")), n_class=10, classes=about["classes"])
+    assert head is not None
+    assert torch.equal(head.wclf, load_file(tuned / "model" / "head.safetensors")["wclf"])
+
+
+def test_an_export_that_was_stopped(quickstart: Path, tmp_path: Path) -> None:
+    """A kill before the end leaves a folder under another name, which the next one removes; a whole one is kept."""
+    init = f"init={quickstart / '2_pretrain'}"
+    _, folder = run(tmp_path, "task=export", init)
+    before = {path.name: path.read_bytes() for path in (folder / "huggingface").iterdir()}
+    (folder / "result.json").unlink()
+    (folder / ".huggingface.abc.part").mkdir()
+    (folder / ".huggingface.abc.part" / "model.safetensors").touch()
+    run(tmp_path, "task=export", init)
+    assert {path.name: path.read_bytes() for path in (folder / "huggingface").iterdir()} == before
+    assert not list(folder.glob(".huggingface*"))
+
+
+def test_the_trace_of_a_network(quickstart: Path, tmp_path: Path) -> None:
+    """Independent source: the network itself, its residual stream and the objective's loss."""
+    pretrained = quickstart / "2_pretrain"
+    tokens = torch.randint(17, (5, 64), generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "ids.npy", tokens.numpy().astype(np.uint8))
+    result, folder = run(
+        tmp_path, "task=trace", f"init={pretrained}", f"task.tokens={tmp_path / 'ids.npy'}", "task.batch_size=2"
+    )
+    net, trace = find(str(pretrained)).net(), np.load(folder / "trace.npz")
+    with torch.no_grad():
+        logits = net(tokens)
+        assert np.abs(trace["logits"] - logits.numpy()).max() < 1e-5
+        assert np.abs(trace["block_outputs"] - torch.stack(list(net.residuals(tokens))[1:]).numpy()).max() < 1e-5
+        assert trace["image_nats"] == pytest.approx(AR().image_nats(logits, tokens, None).numpy(), abs=1e-5)
+        assert result.numbers["loss_gen"].value == pytest.approx(AR().loss(logits, tokens, None).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (None, r"task\.tokens=FILE\.npy"),
+        (np.zeros((2, 63), np.int64), r"int64 \(2, 63\), expected whole numbers of shape \(any, 64\)"),
+        (np.zeros((2, 64)), "float64"),
+        (np.full((2, 64), 17), r"tokens lie in 0 … 16, got 17 to 17"),
+        (np.zeros((0, 64), np.int64), "got none"),
+        (np.array([{}], dtype=object), "no .npy array of numbers"),
+    ],
+)
+def test_tokens_that_cannot_be_traced(quickstart: Path, tmp_path: Path, array: np.ndarray | None, message: str) -> None:
+    tokens = "null"
+    if array is not None:
+        np.save(tmp_path / "ids.npy", array, allow_pickle=True)
+        tokens = str(tmp_path / "ids.npy")
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, "task=trace", f"init={quickstart / '2_pretrain'}", f"task.tokens={tokens}")
+
+
+def test_masks_go_with_the_objective(quickstart: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.zeros((1, 64), np.int64))
+    np.save(tmp_path / "keep.npy", np.ones((1, 64), bool))
+    arguments = ("task=trace", f"init={quickstart / '2_pretrain'}", f"task.tokens={tmp_path / 'ids.npy'}")
+    with pytest.raises(ValueError, match="for networks of masked pixels only"):
+        run(tmp_path, *arguments, f"task.keep={tmp_path / 'keep.npy'}")
+
+
+def no_config(place: Path) -> Path:
+    (place / "model").mkdir(parents=True)
+    (place / "model" / "model.safetensors").touch()
+    return place / "model" / "model.safetensors"
+
+
+def some_file(place: Path) -> Path:
+    place.mkdir()
+    (place / "notes.txt").write_text("weights")
+    return place / "notes.txt"
+
+
+def unfinished(place: Path) -> Path:
+    (place / "checkpoints").mkdir(parents=True)
+    (place / "checkpoints" / "latest").write_text("step_0000003.ckpt\n")
+    return place
+
+
+def no_tensors(place: Path) -> Path:
+    place.mkdir()
+    (place / "config.json").write_text("{}")
+    return place
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (no_config, "weights without their config.json"),
+        (some_file, "this file is no checkpoint"),
+        (unfinished, r"this run is not finished: resume=.*init=.*step_0000003\.ckpt"),
+        (lambda place: unfinished(place) / "checkpoints", r"init=.*step_0000003\.ckpt"),
+        (no_tensors, "a config.json without its model.safetensors"),
+        (lambda place: place, "give a finished run folder"),
+    ],
+)
+def test_a_path_that_holds_no_weights(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
+    place = make(tmp_path / "place")
+    with pytest.raises(ValueError, match=message):
+        find(str(place))
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    """Invariant: an error inside leaves nothing; what is there is refused; half of one is removed later."""
+    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "x").touch()
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    with files.atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "x").touch()
+        assert not (tmp_path / "a").exists()
+    assert os.listdir(tmp_path / "a") == ["x"]
+    with pytest.raises(ValueError, match="is there already"), files.atomic_folder(tmp_path / "a"):
+        pass
+    (tmp_path / "a" / ".b.zz.part").mkdir()
+    (tmp_path / "a" / ".b.zz.part" / "y").touch()
+    (tmp_path / "a" / ".c.zz.part").touch()
+    files.remove_parts(tmp_path)
+    assert os.listdir(tmp_path / "a") == ["x"]
