@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two of these processes share tw
 
 import pytest
 import torch
+from filelock import FileLock
 
 from igpt.model.gpt import GPT
 
@@ -16,12 +17,12 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 
 
-@pytest.hookimpl(tryfirst=True)
+LONGEST = ("test_train.py", "test_ranks.py", "test_openai.py", "test_gpt.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares a fixture of the session, or of its file, runs in one of the processes, so that it is made once."""
-    for item in items:
-        shared = "quickstart" if "quickstart" in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(shared))
+    """The files that take longest come first, so that no process of the suite ends with one of them alone."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture
@@ -94,8 +95,15 @@ TINY = (
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one finished quickstart, with a tiny network; `../..` of it is where it was run."""
-    place = tmp_path_factory.mktemp("quickstart")
-    train_py("experiment=quickstart", *TINY, cwd=place)
-    (run,) = (place / "runs").iterdir()
-    return run
+    """The folder of one finished quickstart, with a tiny network; `../..` of it is where it was run.
+
+    Made by the first process of the suite that asks for it, for all of them: nobody changes what is in it.
+    """
+    place = (
+        tmp_path_factory.getbasetemp().parent / f"quickstart-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    )
+    with FileLock(f"{place}.lock"):
+        if not place.is_dir():
+            place.mkdir()
+            train_py("experiment=quickstart", *TINY, cwd=place)
+    return min((place / "runs").glob("pipeline-*"))  # the first: a repetition has a longer name
