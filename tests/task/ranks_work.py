@@ -10,6 +10,7 @@ import torch
 
 from igpt import files, keyed, ranks
 from igpt.checkpoint.find import find
+from igpt.checkpoint.native import FORMAT
 from igpt.checkpoint.resume import AtomicCheckpointIO, step_of
 from igpt.data.digits import Digits
 from igpt.model.generate import Sampling
@@ -84,6 +85,27 @@ def raised(kind: type[Exception], what: Any, *arguments: Any, **settings: Any) -
     return "nothing was raised"
 
 
+def save_in_pieces(run: Path, folder: Path) -> None:
+    """The network of a finished run, sharded by FSDP2 over both ranks and saved by them as Lightning saves it."""
+    from dataclasses import asdict
+
+    from lightning.fabric.strategies.fsdp import _distributed_checkpoint_save
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    weights = find(str(run))
+    module = torch.nn.Module()
+    module.net = weights.net()
+    mesh = init_device_mesh("cpu", (2,))
+    for block in module.net.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    _distributed_checkpoint_save({"state_dict": get_model_state_dict(module)}, folder)
+    if ranks.this_rank().first:
+        torch.save({"format": FORMAT, "origin": asdict(weights.origin)}, folder / "meta.pt")
+
+
 def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     """Every answer, of which `test_ranks.py` makes its checks."""
     lab = a_lab()
@@ -104,6 +126,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     found["evaluated"] = evaluated(lab, place / "whole", on_all(), AR())
     found["evaluated bert"] = evaluated(lab, place / "bert", on_all(), BERT(mask_probability=0.15))
     found["samples"] = samples(place / "whole")
+    save_in_pieces(place / "whole", place / "in pieces")
     for name, objective in (("whole", AR()), ("bert", BERT(mask_probability=0.15))):
         found[f"read off {name}"] = read_off(lab, place / name, place / f"of {name}", on_all(), objective)
 

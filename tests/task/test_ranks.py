@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from igpt.checkpoint.find import find
 from igpt.checkpoint.resume import latest_checkpoint
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
@@ -47,6 +48,18 @@ def test_the_losses_of_one_process(answers: list[dict[str, Any]], alone: Lab, tm
     assert len(one.curves["train/loss_gen"].y) == 20
     bert = alone.pretrain(tmp_path / "bert", objective=BERT(mask_probability=0.15))
     assert answers[0]["bert"] == pytest.approx(bert.curves["train/loss_gen"].y, rel=1e-5)
+
+
+def test_weights_that_two_ranks_saved_in_pieces(place: Path) -> None:
+    """Round trip: sharded by FSDP2, read whole by one process; each piece of a matrix is half of its rows."""
+    folder, whole = place / "in pieces", load_file(place / "whole" / "model" / "model.safetensors")
+    assert len(list(folder.glob("*.distcp"))) == 2
+    state = find(str(folder)).state()
+    assert state.keys() == whole.keys()
+    assert all(torch.equal(state[name].read(), weight) for name, weight in whole.items())
+    next(folder.glob("__1_*.distcp")).unlink()
+    with pytest.raises(ValueError, match=r"__1_0\.distcp missing"):
+        find(str(folder))
 
 
 def test_evaluation_is_exactly_that_of_one_process(place: Path, answers: list[dict[str, Any]], alone: Lab) -> None:
