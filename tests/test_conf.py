@@ -372,16 +372,21 @@ def test_settings_of_ones_own_beside_ours(tmp_path: Path) -> None:
         prepare(["--config-dir=nowhere", "seed=1"], CONF)
 
 
-def test_files_to_read_are_remembered_by_their_whole_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand."""
-    monkeypatch.chdir(CONF.parent)
-    saved = absolute(["init=runs/a", "seed=1", "tokens.path=/p.npy", "data.path=conf", "data.path=uoft-cs/cifar10"])
+def test_files_to_read_are_remembered_by_their_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand. Of what may be a name on the Hub, only what is here, or is the beginning of a checkpoint's files."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/a b", "conf", "openai"):
+        Path(folder).mkdir(parents=True)
+    Path("openai/model.ckpt-1.index").touch()
     here = Path.cwd()
-    assert saved[0] == f"init={here / 'runs/a'}"
-    assert saved[1:3] == ["seed=1", "tokens.path=/p.npy"]
-    assert saved[3:] == [f"data.path={here / 'conf'}", "data.path=uoft-cs/cifar10"]
+    assert absolute(["seed=1", "tokens.path=/p.npy"]) == ["seed=1", "tokens.path=/p.npy"]
     (with_blank,) = absolute(["init='runs/a b'"])
     assert parse([with_blank])[0].value() == f"{here}/runs/a b"
+    for key in ("data.path=conf", "init=openai", "init=openai/model.ckpt-1", "task.palette=p.npy", "data.clusters=c"):
+        name, _, value = key.partition("=")
+        assert absolute([key]) == [f"{name}={here / value}"]
+    for unchanged in ("data.path=uoft-cs/cifar10", "init=openai/imagegpt-small", "init=null"):
+        assert absolute([unchanged]) == [unchanged]
 
 
 PAPER = sorted(path.stem for path in (CONF / "experiment" / "paper").glob("*.yaml"))

@@ -1,6 +1,7 @@
 """Command-line arguments, looked at before Hydra composes: `resume=`, and "did you mean" for what is misspelt."""
 
 import difflib
+import glob
 import json
 import re
 from collections.abc import Iterable
@@ -125,15 +126,18 @@ def _check_options(override: Override, folders: list[Path]) -> None:
             raise ValueError(f"{group}={name}: there is no such option{near}; there are {', '.join(options)}")
 
 
+READ = ("tokens.path", "data.clusters", "task.palette", "task.tokens", "task.keep")  # settings that name files to read
+
+
 def absolute(overrides: list[str]) -> list[str]:
     """Overrides that mean the same from another working directory: paths of files to read become absolute.
 
-    `data.path` may be a name on the Hub instead.
+    `init` and `data.path` may be names on the Hub instead, and then there is nothing of that name here.
     """
     whole = []
     for text, override in zip(overrides, parse(overrides), strict=True):
         key, value = override.key_or_group, override.value()
-        reads = key in ("init", "tokens.path") or (key == "data.path" and Path(str(value)).exists())
+        reads = key in READ or (key in ("init", "data.path") and is_here(str(value)))
         reads = reads or re.fullmatch(r"task\.stages\.\w+\.run", key) is not None
         plus = "+" * (len(text) - len(text.lstrip("+")))
         if reads and isinstance(value, str):
@@ -143,6 +147,12 @@ def absolute(overrides: list[str]) -> list[str]:
         else:
             whole.append(text)
     return whole
+
+
+def is_here(path: str) -> bool:
+    """Whether something on this machine has this path, or (a checkpoint of OpenAI's) begins with it."""
+    place = Path(path)
+    return place.exists() or next(place.parent.glob(f"{glob.escape(place.name)}.*"), None) is not None
 
 
 def quoted(path: str) -> str:

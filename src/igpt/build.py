@@ -120,8 +120,10 @@ class Build:
             sums["data.path"] = files.listing_sha256(Path(images).expanduser())
         for run in self.config["task"].get("runs", []):
             sums[f"task.runs {Path(run).name}"] = find(run).sha256
-        if (colours := self.config["task"].get("palette")) is not None:
-            sums["task.palette"] = files.sha256(Path(colours))
+        for group, key in (("task", "palette"), ("task", "tokens"), ("task", "keep"), ("data", "clusters")):
+            file = self.config[group].get(key)
+            if file is not None and Path(file).is_file():
+                sums[f"{group}.{key}"] = files.sha256(Path(file))
         for file in self.config["task"].get("beside", []):
             sums[f"task.beside {Path(file).name}"] = files.sha256(Path(file)) if Path(file).is_file() else None
         return sums
