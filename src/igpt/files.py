@@ -74,13 +74,18 @@ def write_json(path: Path, value: Any) -> None:
         file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with all that is in it; nothing when there is neither."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_parts(folder: Path) -> None:
     """Removes what a kill left half written at any depth."""
     for part in list(folder.rglob(".*.part")):
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+        remove(part)
 
 
 def read_json(path: Path) -> Any:
@@ -103,6 +108,9 @@ def listing_sha256(path: Path) -> str:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal; of a folder, that of the names and sums of its files."""
+    if path.is_dir():
+        sums = [f"{file.name} {sha256(file)}\n" for file in sorted(path.iterdir()) if file.is_file()]
+        return hashlib.sha256("".join(sums).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

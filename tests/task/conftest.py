@@ -69,6 +69,8 @@ def machine(**changed: Any) -> Machine:
         "accelerator": "cpu",
         "devices": 1,
         "nodes": 1,
+        "strategy": "ddp",
+        "checkpoint_in_pieces": "auto",
         "precision": "32-true",
         "micro_batch": None,
         "compile": False,
@@ -135,9 +137,7 @@ class Lab:
             net=partial(GPT, **origin.keywords["network"]),
             objective=objective or AR(),
             origin=origin,
-            weights=None,
-            seed=0,
-            **{**settings, **changed},
+            **{"weights": None, "seed": 0, **settings, **changed},
         )
 
     def probe(

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from torch.distributed.tensor import DTensor
 
 from igpt import files, keyed, ranks
 from igpt.checkpoint.find import find
@@ -16,6 +18,7 @@ from igpt.data.digits import Digits
 from igpt.model.generate import Sampling
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
+from igpt.report.callbacks import SampleGrid
 from igpt.stopping import StoppedError
 from igpt.task import evaluate
 from igpt.task.fit import Machine, Runner
@@ -25,6 +28,11 @@ from igpt.tokens.kmeans import fit
 from tests.task.conftest import Lab, machine
 from tests.task.test_stopping import Send
 
+SHARDED_WITH: dict[str, dict[str, Any]] = {
+    "recomputed activations": {"activation_checkpointing": True},
+    "mixed precision": {"precision": "bf16-mixed"},
+    "bfloat16": {"precision": "bf16-true"},
+}
 TWENTY: dict[str, Any] = {"steps": 20, "val_every": 8, "checkpoint_every": 10}
 SETTINGS = {"name": "digits", "resolution": 8, "split_seed": 0, "shift": 1, "shift_share": 0.5}
 
@@ -83,6 +91,43 @@ def raised(kind: type[Exception], what: Any, *arguments: Any, **settings: Any) -
     except kind as error:
         return str(error)
     return "nothing was raised"
+
+
+def sharded(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
+    """The run of `TWENTY` steps once more, its network in parts: how it went, and what each rank held of it."""
+    found: dict[str, Any] = {}
+
+    class Held(L.Callback):
+        """The bytes here and in all, of weights and of what the optimiser keeps beside them."""
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            moments = [t for state in trainer.optimizers[0].state.values() for t in state.values() if t.dim()]
+            kept = [*pl_module.parameters(), *moments]
+            assert all(isinstance(tensor, DTensor) for tensor in kept)
+            found["held"] = sum(t.to_local().nbytes for t in kept) / sum(t.numel() * t.element_size() for t in kept)
+
+    parts = {"on": on_all(micro_batch=25, strategy="fsdp"), **TWENTY}
+    run = lab.pretrain(place / "sharded", callbacks=(Held(), SampleGrid(count=3, every=1, temperature=1.0)), **parts)
+    found["curves"] = {name: curve.y for name, curve in run.curves.items()}
+    found["evaluated"] = evaluated(lab, place / "sharded", on_all(strategy="fsdp"), AR())
+    for name, in_pieces in (("whole", False), ("pieces", True)):
+        on = {**parts, "on": on_all(micro_batch=25, strategy="fsdp", checkpoint_in_pieces=in_pieces)}
+        term = (Send(signal.SIGTERM, step=6),) if rank.index == 1 else ()
+        found[f"{name} stopped"] = raised(StoppedError, lab.pretrain, place / f"sharded {name}", callbacks=term, **on)
+        resumed = lab.pretrain(place / f"sharded {name}", **on)
+        found[f"{name} resumed"] = {key: curve.y for key, curve in resumed.curves.items()}
+    begun = find(str(place / "whole"))
+    still = {"steps": 1, "warmup_steps": 0, "val_every": 1, "learning_rate": 1e-30}
+    started = lab.pretrain(place / "started", on=on_all(strategy="fsdp"), weights=begun, **still)
+    found["started"] = started.numbers["val/loss_gen"].value
+    for name, changed in SHARDED_WITH.items():
+        done = lab.pretrain(place / f"sharded {name}", on=on_all(strategy="fsdp", **changed), steps=2, val_every=2)
+        found[f"with {name}"] = done.curves["train/loss_gen"].y
+    found["bert"] = (
+        lab.pretrain(place / "sharded bert", on=on_all(strategy="fsdp"), objective=BERT(mask_probability=0.15))
+        .curves["train/loss_gen"].y
+    )  # fmt: skip
+    return found
 
 
 def save_in_pieces(run: Path, folder: Path) -> None:
@@ -148,6 +193,8 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     AtomicCheckpointIO.write = refuse  # type: ignore[method-assign]
     lab.pretrain(place / "full disk", on=on_all())
     AtomicCheckpointIO.write = write  # type: ignore[method-assign]
+
+    found["sharded"] = sharded(lab, place, rank)
 
     found["other settings"] = raised(ValueError, ranks.check_same, "settings", {"seed": rank.index, "data": "digits"})
     found["from the first"] = raised(ValueError, ranks.from_first, lambda: int("not a number"))

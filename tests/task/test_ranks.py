@@ -1,6 +1,7 @@
 """Two ranks against one process. The ranks are started once, and do all that is checked here."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from igpt.objective.bert import BERT
 from igpt.processes import run_ranks
 from tests.conftest import ROOT
 from tests.task.conftest import Lab, machine
-from tests.task.ranks_work import TWENTY, a_lab, evaluated, read_off, samples
+from tests.task.ranks_work import SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,62 @@ def test_the_losses_of_one_process(answers: list[dict[str, Any]], alone: Lab, tm
     assert len(one.curves["train/loss_gen"].y) == 20
     bert = alone.pretrain(tmp_path / "bert", objective=BERT(mask_probability=0.15))
     assert answers[0]["bert"] == pytest.approx(bert.curves["train/loss_gen"].y, rel=1e-5)
+
+
+def test_a_network_in_parts_learns_as_a_whole_one(answers: list[dict[str, Any]]) -> None:
+    """Invariant: 20 losses and the validations as under data-parallel training; BERT's too; half is held by each."""
+    for answer in answers:
+        for name, curve in answers[0]["curves"].items():
+            assert answer["sharded"]["curves"][name] == pytest.approx(curve, rel=1e-5)
+        assert answer["sharded"]["bert"] == pytest.approx(answers[0]["bert"], rel=1e-5)
+        assert 0.45 < answer["sharded"]["held"] <= 0.55
+
+
+def test_what_sharding_goes_together_with(answers: list[dict[str, Any]]) -> None:
+    """Invariant: the first loss is ln 17 whatever the precision (the head starts at zero), and the second is lower."""
+    for name in SHARDED_WITH:
+        first, second = answers[0]["sharded"][f"with {name}"]
+        assert first == pytest.approx(np.log(17), rel=1e-2)
+        assert second < first
+
+
+def test_a_sharded_run_is_resumed_to_the_bit(place: Path, answers: list[dict[str, Any]]) -> None:
+    """Invariant: stopped and resumed, from a whole checkpoint or from one in pieces, as if it had never stopped."""
+    never = load_file(place / "sharded" / "model" / "model.safetensors")
+    for name in ("whole", "pieces"):
+        assert re.fullmatch(r"stopped by SIGTERM after step \d+", answers[1]["sharded"][f"{name} stopped"])
+        assert answers[0]["sharded"][f"{name} resumed"] == answers[0]["sharded"]["curves"]
+        resumed = load_file(place / f"sharded {name}" / "model" / "model.safetensors")
+        assert all(torch.equal(resumed[key], weight) for key, weight in never.items())
+    in_pieces = latest_checkpoint(place / "sharded pieces")
+    assert in_pieces is not None
+    assert len(list(in_pieces.glob("*.distcp"))) == 2
+    weights = find(str(in_pieces))
+    assert all(torch.equal(weight, never[key]) for key, weight in weights.net().state_dict().items())
+    assert weights.origin.step == 20
+
+
+def test_weights_of_a_sharded_run_are_those_of_any(place: Path, answers: list[dict[str, Any]], alone: Lab) -> None:
+    """Invariant: evaluated by one process, exactly its two ranks' numbers; loaded into parts, the loss they had."""
+    one = evaluated(alone, place / "sharded", machine(), AR())
+    assert [answer["sharded"]["evaluated"] for answer in answers] == [one, one]
+    loss = evaluated(alone, place / "whole", machine(), AR())["val/loss_gen"][0]
+    assert answers[0]["sharded"]["started"] == pytest.approx(loss, rel=1e-6)
+    assert sorted(path.name for path in (place / "sharded" / "samples").iterdir())[0] == "step_0000008.png"
+
+
+def test_a_checkpoint_in_pieces_that_is_damaged(place: Path, tmp_path: Path) -> None:
+    """One byte of one piece: the checkpoint before it is taken, as with whole ones."""
+    shutil.copytree(place / "sharded pieces", tmp_path / "run")
+    newest = latest_checkpoint(tmp_path / "run")
+    assert newest is not None
+    piece = next(newest.glob("__1_*.distcp"))
+    content = bytearray(piece.read_bytes())
+    content[len(content) // 2] ^= 1
+    piece.write_bytes(content)
+    before = latest_checkpoint(tmp_path / "run")
+    assert before is not None
+    assert before.name < newest.name
 
 
 def test_weights_that_two_ranks_saved_in_pieces(place: Path) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt import files
+from igpt import files, ranks
 from igpt.checkpoint import tensors
 from igpt.checkpoint.resume import checksum_path
 from igpt.checkpoint.tensors import Lazy, State
-from igpt.model.gpt import GPT
+from igpt.model.gpt import GPT, put
 from igpt.tokens.palette import Palette
 from igpt.tokens.raster import Raster
 
@@ -77,6 +77,7 @@ class Weights:
         self.load_into(net)
         return net
 
+    @torch.no_grad()
     def load_into(self, net: GPT) -> None:
         """Copies every weight into `net`; keys and shapes must be exactly its own.
 
@@ -92,7 +93,7 @@ class Weights:
                 raise ValueError(
                     f"{self.path} holds NaN or infinity in {name}: training had broken down, take an earlier one"
                 )
-            weight.copy_(values)
+            put(weight, values)
 
 
 def shape_of(network: Mapping[str, Any]) -> GPT:
@@ -102,7 +103,9 @@ def shape_of(network: Mapping[str, Any]) -> GPT:
 
 
 def save_model(folder: Path, state: Mapping[str, Tensor] | State, origin: Origin, *, label: str = "saving") -> None:
-    """Writes `folder/model.safetensors`, then `folder/config.json`, each whole or not at all.
+    """Writes `folder/model.safetensors`, then `folder/config.json`, each whole or not at all; by the first process.
+
+    Where the weights are sharded, every process has to call it.
 
     The config names the hash of its weights, so a folder whose two files are not of one save is recognised.
 
@@ -119,6 +122,8 @@ def save_model(folder: Path, state: Mapping[str, Tensor] | State, origin: Origin
         tensors.write(folder, lazy, label=label)
     except OSError as error:
         raise OSError(f"{folder / tensors.WEIGHTS} could not be written ({error}): is the disk full?") from error
+    if not ranks.this_rank().first:
+        return
     files.write_json(folder / CONFIG, {"format": FORMAT, **vars(origin), "weights_sha256": weights_sha256(folder)})
 
 

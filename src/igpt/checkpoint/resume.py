@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,19 @@ class AtomicCheckpointIO(CheckpointIO):
                 f"{path} could not be written ({error}): is the disk full? Older ones are untouched"
             ) from error
 
+    def replace(self, unfinished: Path, path: Path) -> None:
+        """Gives a folder that was written whole its name, with its checksum; a disk that refuses is noted."""
+        try:
+            for file in unfinished.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            with files.atomic_write(checksum_path(path)) as checksum:
+                checksum.write(f"{files.sha256(unfinished)}\n".encode())
+            files.remove(path)
+            os.replace(unfinished, path)
+        except OSError as error:
+            self.refused = error
+
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
@@ -56,7 +70,7 @@ class AtomicCheckpointIO(CheckpointIO):
         return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
+        files.remove(Path(path))
         checksum_path(Path(path)).unlink(missing_ok=True)
 
 
@@ -113,7 +127,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     pointer = folder / "checkpoints" / LATEST
     if not pointer.is_file():
         return None
-    if not (named := pointer.parent / pointer.read_text().strip()).is_file():
+    if not (named := pointer.parent / pointer.read_text().strip()).exists():
         log.warning("%s is gone: an older one is looked for", named)
     newest_first = sorted((folder / "checkpoints").glob("step_*.ckpt"), reverse=True)
     for path in newest_first:

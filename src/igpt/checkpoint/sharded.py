@@ -8,18 +8,30 @@ was put there. Here its classes are only ever made into inert records.
 import io
 import pickle
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from igpt import files
 from igpt.checkpoint import tensors
 from igpt.checkpoint.native import Weights, origin_in
 from igpt.checkpoint.tensors import Lazy, State
+
+T = TypeVar("T")
 
 METADATA, REST, PIECES = ".metadata", "meta.pt", "*.distcp"
 STATE = "state_dict."  # under which Lightning keeps the module, beside its optimizers
@@ -108,12 +120,40 @@ def read(folder: Path) -> Weights:
     return Weights(folder, folder, origin, files.sha256(folder / METADATA), lambda: network)
 
 
+def read_metadata(folder: Path) -> Metadata:
+    """The metadata as PyTorch's reader wants them, made of what was read as plain records."""
+    record = _read(folder, lambda found: found)
+    described: dict[str, Any] = {}
+    for name, (shape, dtype, pieces) in _read(folder, lambda found: dict(_tensors(folder, found))).items():
+        chunks = [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes)) for p in pieces]
+        described[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), chunks)
+    stored = {}
+    for index, info in record.fields["storage_data"].items():
+        at, where = index.fields, info.fields
+        stored[MetadataIndex(at["fqn"], at.get("offset"), at.get("index"))] = _StorageInfo(
+            where["relative_path"], where["offset"], where["length"]
+        )
+        described.setdefault(at["fqn"], BytesStorageMetadata())
+    return Metadata(described, record.fields.get("planner_data"), stored, StorageMeta())
+
+
 def read_state(folder: Path) -> State:
     """Every tensor of a sharded checkpoint, by its name there."""
+    found = _read(folder, lambda metadata: dict(_tensors(folder, metadata)))
+
+    def one(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Piece]) -> Lazy:
+        return Lazy(shape, dtype, lambda: _whole(shape, dtype, pieces))
+
+    return {name: one(*described) for name, described in found.items()}
+
+
+def _read(folder: Path, understand: Callable[[Any], T]) -> T:
+    """What the metadata say, of pieces that are all there."""
     try:
         with (folder / METADATA).open("rb") as file:
             metadata = _Unpickler(file).load()
-        found = dict(_tensors(folder, metadata))
+        found = understand(metadata)
+        pieces = [piece for _, _, of_tensor in dict(_tensors(folder, metadata)).values() for piece in of_tensor]
     except _RefusedError as error:
         raise ValueError(
             f"{folder / METADATA} holds more than a checkpoint's metadata ({error}): it is not read, and nothing in it "
@@ -123,14 +163,9 @@ def read_state(folder: Path) -> State:
         raise ValueError(
             f"{folder / METADATA} is damaged ({tensors.first_line(error)}): copy the checkpoint again"
         ) from error
-    named = {piece.file for _, _, pieces in found.values() for piece in pieces}
-    if missing := sorted(path.name for path in named if not path.is_file()):
+    if missing := sorted({piece.file.name for piece in pieces if not piece.file.is_file()}):
         raise ValueError(f"{folder}: {', '.join(missing)} missing: copy the checkpoint again, all its files")
-
-    def one(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Piece]) -> Lazy:
-        return Lazy(shape, dtype, lambda: _whole(shape, dtype, pieces))
-
-    return {name: one(*described) for name, described in found.items()}
+    return found
 
 
 def _tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype, list[_Piece]]]]:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from igpt import files
+from igpt import files, ranks
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 10_000_000_000  # a file's size at most: all of the paper's networks but iGPT-XL are one file
@@ -58,9 +59,14 @@ def held(state: Mapping[str, Tensor]) -> State:
     """The tensors of a module under their plain names: those that compilers and strategies put around it are cut."""
 
     def one(tensor: Tensor) -> Lazy:
-        return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().to("cpu"))
+        return Lazy(tuple(tensor.shape), tensor.dtype, lambda: together(tensor.detach()).to("cpu"))
 
     return {plain_name(name): one(tensor) for name, tensor in state.items()}
+
+
+def together(tensor: Tensor) -> Tensor:
+    """The tensor; one that is sharded is put together, for which every process has to ask at the same time."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def plain_name(name: str) -> str:
@@ -85,6 +91,11 @@ def write(folder: Path, state: State, *, label: str) -> list[Path]:
         parts[-1][name] = tensor
     n = len(parts)
     paths = [folder / (WEIGHTS if n == 1 else f"model-{i:05d}-of-{n:05d}.safetensors") for i in range(1, n + 1)]
+    if not ranks.this_rank().first:  # the first writes; what is sharded is put together by all, in its order
+        for part in parts:
+            for _, tensor in _ordered(part):
+                tensor.read()
+        return paths
     n_byte = sum(tensor.n_byte for tensor in state.values())
     with tqdm(total=n_byte, unit="B", unit_scale=True, desc=label, disable=None, leave=False) as bar:
         for path, part in zip(paths, parts, strict=True):
@@ -101,7 +112,7 @@ def _write_one(path: Path, state: State, done: Callable[[float], object]) -> Non
     """One safetensors file: the length of a JSON header (8 bytes), the header, the tensors in its order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    ordered = sorted(state.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # so that all are aligned
+    ordered = _ordered(state)
     for name, tensor in ordered:
         start, end = end, end + tensor.n_byte
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
@@ -117,6 +128,11 @@ def _write_one(path: Path, state: State, done: Callable[[float], object]) -> Non
                 raise ValueError(f"{name} holds NaN or infinity: training had broken down, take an earlier one")
             file.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
             done(tensor.n_byte)
+
+
+def _ordered(state: State) -> list[tuple[str, Lazy]]:
+    """As they lie in a file: the widest numbers first, so that all are aligned."""
+    return sorted(state.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
 
 def read(folder: Path) -> State:
@@ -197,7 +213,7 @@ def read_torch(path: Path) -> Any:
         raise ValueError(f"{path} is damaged or no file of PyTorch's ({first_line(error)})") from error
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception says, shortly; its kind when it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 

@@ -74,12 +74,14 @@ class EndlessBatches:
 class OncePerImage:
     """A batch sampler for evaluation: every image exactly once over all ranks, none repeated to fill a batch.
 
-    Whole batches are dealt out in turn, so that an image meets the same others however many ranks there are.
+    Whole batches are dealt out in turn, so that an image meets the same others however many ranks there are. All ranks
+    have equally many, since a sharded network is put together by all of them for each: the last may be empty.
     """
 
     def __init__(self, n_image: int, *, plan: BatchPlan) -> None:
         self.n_image, self.plan = n_image, plan
-        self.starts = range(plan.rank * plan.micro_batch, n_image, plan.n_device * plan.micro_batch)
+        turn = plan.n_device * plan.micro_batch  # images of one batch each
+        self.starts = [start + plan.rank * plan.micro_batch for start in range(0, n_image, turn)]
 
     def __iter__(self) -> Iterator[list[Item]]:
         for start in self.starts:

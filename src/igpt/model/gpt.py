@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from igpt import keyed
@@ -33,6 +34,15 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return F.linear(x, self.weight if scale == 1.0 else self.weight * scale)
+
+
+def put(weight: Tensor, values: Tensor) -> None:
+    """Writes the values of a whole weight into it, or, where it is sharded, into the part that is here."""
+    if isinstance(weight, DTensor):
+        mesh, placements = weight.device_mesh, weight.placements
+        weight.copy_(distribute_tensor(values.to(mesh.device_type), mesh, placements, src_data_rank=None))
+    else:
+        weight.copy_(values)
 
 
 def attention_path(q: Tensor) -> str:
@@ -56,9 +66,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, path: str = "auto")
     if path == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     b, h, t, d = q.shape
-    q, k, v = q.reshape(b * h, t, d), k.reshape(b * h, -1, d), v.reshape(b * h, -1, d)
+    s = k.shape[2]
+    q, k, v = q.reshape(b * h, t, d), k.reshape(b * h, s, d), v.reshape(b * h, s, d)
     scale = 1 / math.sqrt(d)
-    mask = torch.full((t, k.shape[1]), -math.inf, dtype=q.dtype, device=q.device).triu(1) if causal else None
+    mask = torch.full((t, s), -math.inf, dtype=q.dtype, device=q.device).triu(1) if causal else None
     if mask is not None and not torch.compiler.is_compiling():
         scores = torch.baddbmm(mask, q, k.mT, alpha=scale)  # (B·H, T, S)
     else:  # what the compiler fuses with the softmax
@@ -233,7 +244,7 @@ class GPT(nn.Module):
                 continue
             draw = torch.Generator().manual_seed(keyed.key(seed, "init", 0) ^ keyed.key(0, name))
             drawn = torch.empty(weight.shape, device="cpu", dtype=torch.float32).normal_(0, std, generator=draw)
-            weight.copy_(drawn)  # drawn on the CPU, so that every device gets the same weights
+            put(weight, drawn)  # drawn on the CPU, so that every device gets the same weights
 
     def _init_std(self, name: str) -> float:
         if name.endswith("attn.c_attn.weight"):
@@ -281,7 +292,12 @@ class GPT(nn.Module):
     def new_cache(self, batch: int) -> Cache:
         """An empty key/value cache for `batch` images, of the network's dtype and device."""
         shape = (batch, self.n_head, self.n_ctx, self.n_embd // self.n_head)
-        return Cache([self.wte.new_empty(shape) for _ in self.h], [self.wte.new_empty(shape) for _ in self.h])
+        dtype, device = self.wte.dtype, self.wte.device  # plain tensors, also where wte is sharded
+
+        def empty() -> list[Tensor]:
+            return [torch.empty(shape, dtype=dtype, device=device) for _ in self.h]
+
+        return Cache(empty(), empty())
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Logits (B, V) of the next position, given the tokens (B, t) that are new since the last call.

@@ -6,6 +6,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from igpt import keyed
 from igpt.model.features import NORMS, layer_features
@@ -55,6 +56,8 @@ class ProbeWhileTraining(L.Callback):
         assert isinstance(data, TokenDataModule)
         if data.source.n_class is None:
             raise ValueError(f"callbacks=probe needs labels, data={data.source.name} has none")
+        if isinstance(getattr(pl_module, "net").wte, DTensor):  # noqa: B009 - one of those that pretrain
+            raise ValueError("callbacks=probe reads every layer of a whole network: leave it out under trainer=fsdp")
         if not trainer.limit_val_batches:
             raise ValueError("callbacks=probe looks at every validation: set task.val_every above 0")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from igpt import keyed
@@ -63,10 +64,13 @@ class SampleGrid(L.Callback):
         assert isinstance(net, GPT)
         passes = trainer.global_step * trainer.accumulate_grad_batches
         due = trainer.state.fn == "fit" and passes // int(trainer.val_check_interval or 1) % self.every == 0
-        if not (due and net.causal and trainer.is_global_zero):
+        together = isinstance(net.wte, DTensor)  # sharded: every process takes part in each draw
+        if not (due and net.causal and (together or trainer.is_global_zero)):
             return
         keys = keyed.item_keys(keyed.key(0, "sample grid"), torch.arange(self.count))
         tokens = generate(net, keyed.uniform(keys, net.n_ctx).to(pl_module.device), self.sampling)
+        if not trainer.is_global_zero:
+            return
         images = data.decode(tokens)  # (N, R, R, 3)
         path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
         grid_picture(path, Grid.square(images))

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.distributed.tensor import DTensor
 
 from igpt import ranks
 from igpt.checkpoint.resume import AtomicCheckpointIO, checkpoint_path, mark_best, mark_latest, read_best
@@ -66,7 +67,7 @@ class Checkpoints(L.Callback):
             return
         self._best, self._best_step = self.sign * points[-1][1], step
         path = checkpoint_path(self.folder, step)
-        if ranks.this_rank().first and path.is_file():
+        if ranks.this_rank().first and path.exists():
             mark_best(path, name=self.monitor, value=points[-1][1])
 
     def on_train_batch_end(
@@ -117,8 +118,9 @@ class Checkpoints(L.Callback):
         if step == self._saved:
             return True
         self.guard.check()
-        finite = torch.stack([p.detach().isfinite().all() for p in module.parameters()]).all()
-        if self.finite and not finite:
+        here = [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in module.parameters()]
+        finite = bool(torch.stack([part.isfinite().all() for part in here]).all())
+        if self.finite and not all(ranks.gathered(finite)):
             raise NonFiniteLossError(
                 f"the weights after step {step} are not finite: nothing was saved, lower task.learning_rate"
             )

@@ -5,7 +5,7 @@ import logging
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,18 +16,24 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.data.order import BatchPlan
 from igpt.model.gpt import ATTENTION_PATHS, GPT
 from igpt.ranks import Rank, Ranks, from_first, this_rank
 from igpt.stopping import StopRequest
+from igpt.task.strategy import Sharded
 
 log = logging.getLogger(__name__)
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 PRECISIONS = get_args(Precision)
+Strategy_ = Literal["ddp", "fsdp"]
+STRATEGIES = get_args(Strategy_)
+IN_PIECES = 2_000_000_000  # weights: above, no process could hold a whole checkpoint
 MATMUL_PRECISIONS = ("auto", "highest", "high", "medium")
 
 
@@ -42,6 +48,8 @@ class Machine:
     accelerator: str  # auto, cpu or gpu
     devices: int | Literal["auto"]  # processes on each machine, on one GPU each; auto: however many were started
     nodes: int  # machines
+    strategy: Strategy_  # of several processes: ddp (each holds all) or fsdp (each holds a part)
+    checkpoint_in_pieces: bool | Literal["auto"]  # under fsdp: each process writes its part; auto: above IN_PIECES
     precision: Precision
     micro_batch: int | None  # images per forward pass on one device; null: batch_size / devices
     compile: bool  # torch.compile of every block
@@ -54,6 +62,7 @@ class Machine:
     def __post_init__(self) -> None:
         allowed = {
             "accelerator": ("auto", "cpu", "gpu"),
+            "strategy": STRATEGIES,
             "precision": PRECISIONS,
             "attention": ATTENTION_PATHS,
             "matmul_precision": MATMUL_PRECISIONS,
@@ -61,6 +70,10 @@ class Machine:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"trainer.{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        if self.shards and self.rank.count < 2:
+            raise ValueError(
+                "trainer=fsdp shares a network out over several processes: trainer.devices=auto, or more than 1"
+            )
         if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise ValueError("trainer=gpu, but PyTorch sees no GPU here: choose trainer=cpu, or install a CUDA build")
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -124,6 +137,35 @@ class Machine:
             block.attn.path = self.attention
             if self.compile:
                 block.compile()
+
+    @property
+    def shards(self) -> bool:
+        """Whether what is trained lies in parts on all processes."""
+        return self.strategy == "fsdp"
+
+    def made(self, build: Callable[[], GPT], fill: Callable[[GPT], None], mesh: DeviceMesh | None) -> GPT:
+        """The network to train: `build` makes it, `fill` gives it its weights.
+
+        Sharded, it is made without memory, each block and the rest are cut into equal parts, one a process, and only
+        the part that is here is given memory: no process ever holds it whole. Source: PyTorch's FSDP2.
+        """
+        if not self.shards:
+            net = build()
+            fill(net)
+            self.prepare(net)
+            return net
+        assert mesh is not None
+        with torch.device("meta"):
+            net = build()
+        self.prepare(net)
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(net, mesh=mesh["data_parallel"])
+        for method in ("trunk", "step", "logits"):
+            register_fsdp_forward_method(net, method)
+        net.to_empty(device=self.device)
+        fill(net)
+        return net
 
     @contextmanager
     def inference(self, net: GPT) -> Iterator[GPT]:
@@ -202,9 +244,12 @@ class Runner:
         The whole run is one Lightning epoch over an endless loader. `val_every` 0: no validation on the way. While it
         lasts, signals are requests to `stop`, which a callback is to answer.
         """
+        if self.machine.shards and getattr(module, "n_shardable", None) is None:
+            raise ValueError("trainer=fsdp shares out the network of task=pretrain only: choose trainer=ddp here")
         if self.resume_from is not None:
             log.info("resuming from %s", self.resume_from)
         trainer = self._trainer(
+            module,
             max_steps=steps,
             max_epochs=-1,
             accumulate_grad_batches=plan.accumulate,
@@ -222,22 +267,30 @@ class Runner:
     def validate(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
         """One pass of the module's validation over the data's evaluation split."""
         with matmul_precision(self.machine.matmul_precision, self.machine.device):
-            self._trainer(logger=False).validate(module, datamodule=data, verbose=False)
+            self._trainer(module, logger=False).validate(module, datamodule=data, verbose=False)
 
     def predict(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
         """One pass of the module's `predict_step` over the data's evaluation split; what it returns is not kept."""
         with matmul_precision(self.machine.matmul_precision, self.machine.device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*custom batch sampler.*|.*predict returned None.*")
-            self._trainer(logger=False).predict(module, datamodule=data, return_predictions=False)
+            self._trainer(module, logger=False).predict(module, datamodule=data, return_predictions=False)
 
-    def _trainer(self, **options: Any) -> L.Trainer:
+    def _strategy(self, module: L.LightningModule) -> Strategy | str:
+        count = self.machine.rank.count
+        n_weight = getattr(module, "n_shardable", None)  # None: a network that is read only, or has parts beside it
+        if self.machine.shards and n_weight is not None:
+            asked = self.machine.checkpoint_in_pieces
+            return Sharded(count=count, in_pieces=n_weight > IN_PIECES if asked == "auto" else asked)
+        return DDPStrategy(gradient_as_bucket_view=True) if count > 1 else "auto"
+
+    def _trainer(self, module: L.LightningModule, **options: Any) -> L.Trainer:
         machine = self.machine
         several = machine.rank.count > 1
         trainer = L.Trainer(
             accelerator=machine.device.type,
             devices=machine.rank.n_local,
             num_nodes=machine.nodes,
-            strategy=DDPStrategy(gradient_as_bucket_view=True) if several else "auto",
+            strategy=self._strategy(module),
             precision=machine.precision,
             default_root_dir=self.folder,
             plugins=[AtomicCheckpointIO(), Ranks() if several else LightningEnvironment()],

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from igpt import ranks
-from igpt.checkpoint.native import FORMAT, Origin, Weights, check_same, save_model
+from igpt.checkpoint.native import FORMAT, Origin, Weights, check_same, save_model, shape_of
 from igpt.data.source import Stream
 from igpt.metric.result import Number, Result
 from igpt.metric.throughput import train_flops_per_image
@@ -47,19 +47,23 @@ class PretrainModule(TrainedModule):
         self.optimizer, self.warmup_steps, self.seed = optimizer, warmup_steps, seed
         self.weights, self.origin = weights, origin
         self.n_val = n_val  # images to validate on
+        network = shape_of(origin(step=0).network)
+        self.n_shardable = sum(weight.numel() for weight in network.parameters())
         self.score = GenerativeScore(objective)
         self.net: GPT | None = None
 
     def configure_model(self) -> None:
         if self.net is not None:
             return
-        self.net = self.build_net()
+        self.net = self.machine.made(self.build_net, self._fill, getattr(self, "_device_mesh", None))
+        if not self.machine.shards:
+            ranks.check_same("weights to begin with", {"digest": ranks.digest(self.net)})
+
+    def _fill(self, net: GPT) -> None:
         if self.weights is None:
-            self.net.init_weights(self.seed)
+            net.init_weights(self.seed)
         else:
-            self.weights.load_into(self.net)
-        ranks.check_same("weights to begin with", {"digest": ranks.digest(self.net)})
-        self.machine.prepare(self.net)
+            self.weights.load_into(net)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = adam(self.parameters(), **self.optimizer)
@@ -187,8 +191,7 @@ def run(
         module, data, plan=plan, steps=steps, val_every=val_every, log_every=log_every, callbacks=[saving], stop=stop
     )
     assert module.net is not None
-    if runner.machine.rank.first:
-        save_model(runner.folder / "model", module.net.state_dict(), origin(step=steps))
+    save_model(runner.folder / "model", module.net.state_dict(), origin(step=steps))
     if n_val:
         runner.validate(module, data)
     n_weight = sum(p.numel() for p in module.net.parameters())

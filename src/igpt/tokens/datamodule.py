@@ -46,8 +46,8 @@ class _Pixels(Dataset[Any]):
         return self.__getitems__([item])
 
     def __getitems__(self, items: list[Item]) -> Batch | BadImageError:
-        index = torch.tensor([item.image for item in items])
-        epochs = torch.tensor([keyed.key(self.seed, self.stream, item.epoch) for item in items])
+        index = torch.tensor([item.image for item in items], dtype=torch.int64)
+        epochs = torch.tensor([keyed.key(self.seed, self.stream, item.epoch) for item in items], dtype=torch.int64)
         keys = keyed.item_keys(epochs, index)  # (B,)
         try:
             pixels, labels = self.split.read(index.tolist(), keys.tolist())
