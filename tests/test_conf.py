@@ -1,6 +1,7 @@
 """The configuration: every option composes and builds, and a misspelt one is answered with the right one."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,50 @@ def test_files_to_read_are_remembered_by_their_whole_path(tmp_path: Path, monkey
         assert absolute([key]) == [f"{name}={here / value}"]
     for unchanged in ("data.path=uoft-cs/cifar10", "init=openai/imagegpt-small", "init=null"):
         assert absolute([unchanged]) == [unchanged]
+
+
+def planned(caplog: pytest.LogCaptureFixture, *overrides: str) -> str:
+    build = built("trainer.plan=true", "logger=none", *overrides)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        launch(build.cfg, choices=build.choices, overrides=[])
+    return caplog.text
+
+
+def test_the_plan_of_a_run(caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: iGPT-L on eight machines of eight; no image, palette, folder or process is needed for it."""
+    monkeypatch.chdir(tmp_path)
+    eight = ("trainer=fsdp", "trainer.accelerator=gpu", "trainer.devices=8", "trainer.nodes=8", "task.batch_size=128")
+    said = planned(
+        caplog, "model=igpt_l", "data=imagenet32", *eight, "trainer.memory_gb=80", "trainer.peak_tflops=100",
+        "task.steps=1000",
+    )  # fmt: skip
+    assert re.search(r"weights +1,362,250,752", said)
+    assert re.search(r"device: weights +0\.09 GB", said)  # 4 bytes each, of 64 devices one
+    assert re.search(r"optimiser +0\.17 GB", said)
+    assert re.search(r"images in all +128,000", said)
+    assert re.search(r"a step .* at 40% of 100 TFLOP/s on 64 device", said)
+    assert re.search(r"fits +yes: .* of 80\.00 GB", said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("task.batch_size=100", "trainer.devices=8"), "cannot be shared by 8 devices"),
+        (("trainer.micro_batch=48",), "does not divide the 128 images"),
+        (("trainer.utilisation=0",), r"utilisation must lie in \(0, 1\]"),
+        (("task=palette",), "is for tasks that train a network"),
+    ],
+)
+def test_a_plan_that_cannot_be(caplog: pytest.LogCaptureFixture, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(caplog, "trainer.accelerator=cpu", *overrides)
+
+
+def test_sharding_needs_several_processes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.devices=auto, or more than 1"):
+        built("trainer=fsdp", "trainer.devices=1", "trainer.accelerator=cpu").machine  # noqa: B018
 
 
 PAPER = sorted(path.stem for path in (CONF / "experiment" / "paper").glob("*.yaml"))

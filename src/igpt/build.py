@@ -197,6 +197,16 @@ class Build:
     def objective(self) -> Objective:
         return named.build(**self.objective_settings)
 
+    @property
+    def planned_network(self) -> dict[str, Any]:
+        """The arguments of GPT, of settings alone: no image is read and no palette fitted."""
+        if self.weights is not None and self._from_weights("model"):
+            return self.weights.origin.network
+        colours = self.config["tokens"]["palette"]
+        k = colours["k"] if "k" in colours else Palette.load(Path(colours["path"])).k if colours["path"] else 512
+        sizes = {key: self.cfg.model[key] for key in ("n_layer", "n_embd", "n_head")}
+        return {**sizes, "n_ctx": self.cfg.data.resolution**2, "n_vocab": k, "causal": self.objective.causal}
+
     def check_weights(self) -> None:
         """Raises ValueError where the run chooses another network, palette or objective than its weights have."""
         if self.weights is None:

@@ -24,11 +24,12 @@ from igpt.metric.result import Result
 from igpt.report import loggers
 from igpt.report.folder import RunFolder, changes, environment, result_of
 from igpt.report.logs import log_file, set_up_logging
-from igpt.report.table import closing_table
+from igpt.report.table import closing_table, columns
 from igpt.stopping import STOPPED, StoppedError, pass_on
 from igpt.task.fit import Machine
 from igpt.task.guard import NonFiniteLossError
 from igpt.task.pipeline import FROM
+from igpt.task.plan import planned
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ def main(cfg: DictConfig) -> None:
 def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) -> Result:
     """Runs a composed config in its run folder; a finished identical run is not repeated, its result is returned."""
     build = Build(cfg, choices)
+    if build.machine.plan:
+        return plan_of(build)
     check_batch(build.machine, cfg.task)
     with ranks.joined(build.machine.device) as rank:
         check_ranks(build)
@@ -89,10 +92,25 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
                 raise
 
 
+def plan_of(build: Build) -> Result:
+    """Says what a pretraining run would take, of its settings alone; nothing is made.
+
+    Raises:
+        ValueError: another task.
+    """
+    if "steps" not in build.cfg.task or "net" not in build.cfg.task.needs:
+        raise ValueError(f"trainer.plan=true is for tasks that train a network, not task={build.task}")
+    rows = planned(
+        build.machine, build.planned_network, batch_size=build.cfg.task.batch_size, steps=build.cfg.task.steps
+    )
+    log.info("%s", columns([(f"{build.task} {build.model_name} on {build.data_name}", "planned"), *rows]))
+    return Result()
+
+
 def check_batch(machine: Machine, task: DictConfig) -> None:
     """Raises ValueError when the processes of this run cannot share out the images of a step."""
     if "net" in task.needs and isinstance(task.get("batch_size"), int):
-        machine.plan(task.batch_size)
+        machine.training_plan(task.batch_size)
 
 
 def check_ranks(build: Build) -> None:

@@ -148,6 +148,8 @@ def devices_of(trainer: Mapping[str, Any]) -> int:
 
     `auto` is one for each GPU; without GPUs it is two, which is enough to try things out.
     """
+    if trainer.get("plan") is True:
+        return 1
     devices = trainer["devices"]
     if devices != "auto":
         return devices if isinstance(devices, int) else 1  # what is no number is refused where settings are checked

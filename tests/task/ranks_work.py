@@ -201,7 +201,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     yes = ranks.Agreement()
     found["heard"] = [yes.heard(5 if rank.index == 1 and step == 2 else 0) for step in range(5)]
     yes.close()
-    odd = raised(ValueError, on_all().plan, 101)
+    odd = raised(ValueError, on_all().training_plan, 101)
     found["odd batch"] = odd
     return found
 

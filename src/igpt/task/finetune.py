@@ -181,7 +181,7 @@ def run(
     test: bool,
 ) -> Result:
     """Trains network and head, goes back to the best validation accuracy, and reads test once with that."""
-    plan = runner.machine.plan(batch_size)
+    plan = runner.machine.training_plan(batch_size)
     data = tokens(plan=plan)
     source = data.source
     n_class = check_classes(source, ["val", *(["test"] if test else [])])

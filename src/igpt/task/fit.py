@@ -58,6 +58,9 @@ class Machine:
     matmul_precision: str
     num_workers: int | None  # processes that read images; null: on a GPU up to 4, else none beside this one
     peak_tflops: float | None  # of one device, to state utilisation against
+    plan: bool = False  # only say what the run would take
+    memory_gb: float | None = None  # (plan) of one device; None: of what is here
+    utilisation: float = 0.4  # (plan) the share of the peak that is expected
 
     def __post_init__(self) -> None:
         allowed = {
@@ -70,11 +73,11 @@ class Machine:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"trainer.{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
-        if self.shards and self.rank.count < 2:
+        if self.shards and self.rank.count < 2 and not self.plan:
             raise ValueError(
                 "trainer=fsdp shares a network out over several processes: trainer.devices=auto, or more than 1"
             )
-        if self.accelerator == "gpu" and not torch.cuda.is_available():
+        if self.accelerator == "gpu" and not self.plan and not torch.cuda.is_available():
             raise ValueError("trainer=gpu, but PyTorch sees no GPU here: choose trainer=cpu, or install a CUDA build")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(
@@ -82,6 +85,8 @@ class Machine:
             )
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"trainer.num_workers must be at least 0, or null; got {self.num_workers}")
+        if self.plan:
+            return
         n_local = self.rank.n_local if self.devices == "auto" else self.devices
         if n_local < 1 or self.nodes < 1:
             raise ValueError(f"trainer.devices and trainer.nodes start at 1, got {self.devices} and {self.nodes}")
@@ -115,7 +120,7 @@ class Machine:
             return self.num_workers
         return min(4, len(os.sched_getaffinity(0))) if self.device.type == "cuda" else 0
 
-    def plan(self, batch_size: int) -> BatchPlan:
+    def training_plan(self, batch_size: int) -> BatchPlan:
         """How `batch_size` images a step are shared out. Raises ValueError when they cannot be."""
         n = self.rank.count
         if batch_size % n:

@@ -154,7 +154,7 @@ def run(
     checkpoint_keep: int,
 ) -> Result:
     """Trains a network and leaves `model/` and `checkpoints/` in the run folder. Lengths are in optimiser steps."""
-    plan = runner.machine.plan(batch_size)
+    plan = runner.machine.training_plan(batch_size)
     data = tokens(plan=plan)
     n_val = len(data.source.split("val"))
     if val_every and not n_val:

@@ -177,7 +177,7 @@ def trained(
     """
     if runner.machine.precision == "bf16-true":
         raise ValueError("task.solver=sgd keeps its heads in float32: choose trainer.precision=bf16-mixed")
-    plan = runner.machine.plan(batch_size)
+    plan = runner.machine.training_plan(batch_size)
     data = tokens(plan=plan)
     source: Source = data.source
     net = weights.net()

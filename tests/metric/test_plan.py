@@ -1,0 +1,137 @@
+"""The plan of a run, held against the bytes that PyTorch keeps, and against published sizes."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from igpt.metric.plan import ADAM, held, lines, parameters, plan
+from igpt.model.gpt import GPT, attention_path
+from igpt.objective.ar import AR
+from igpt.objective.bert import BERT
+from igpt.task.optim import adam
+
+SMALL = {"n_layer": 3, "n_embd": 96, "n_head": 4, "n_ctx": 144, "n_vocab": 50}
+USUAL: dict[str, Any] = {"sharded": False, "recompute": False, "fused_attention": True, "fused_norm": True}
+
+
+def kept_for_backward(network: dict[str, Any], images: int, *, path: str, precision: str, recompute: bool) -> int:
+    """The bytes of every storage that autograd saves in one forward pass, weights aside, each counted once."""
+    net = GPT(**network)
+    net.init_weights(0)
+    net.checkpointing = recompute
+    for block in net.blocks:
+        block.attn.path = path
+    if precision == "bf16-true":
+        net.to(torch.bfloat16)
+    own = {weight.untyped_storage().data_ptr() for weight in net.parameters()}
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    objective = AR() if network["causal"] else BERT(mask_probability=0.15)
+    tokens = torch.randint(network["n_vocab"], (images, network["n_ctx"]))
+    keep = objective.keep(tokens, torch.arange(images))
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mixed:
+        objective.loss(net(tokens, keep), tokens, keep)
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("path", ["sdpa", "bmm"])
+def test_activations(path: str, precision: str, causal: bool) -> None:
+    """Independent source: what autograd keeps, within 15 %, at two widths and batches."""
+    for changed, images in (({}, 3), ({"n_embd": 64, "n_ctx": 400, "n_layer": 2}, 2)):
+        network = {**SMALL, "causal": causal, **changed}
+        measured = kept_for_backward(network, images, path=path, precision=precision, recompute=False)
+        counted = held(
+            network, images, precision=precision, recompute=False, fused_attention=path == "sdpa", fused_norm=False
+        )
+        assert counted == pytest.approx(measured, rel=0.15)
+
+
+def test_recomputed_activations() -> None:
+    """Independent source: what autograd keeps of all blocks, and of one block when it computes it again."""
+    network = {**SMALL, "causal": True}
+    at_the_end = kept_for_backward(network, 3, path="sdpa", precision="32-true", recompute=True)
+    one, none = (
+        kept_for_backward({**network, "n_layer": n}, 3, path="sdpa", precision="32-true", recompute=False)
+        for n in (2, 1)
+    )
+    counted = held(network, 3, precision="32-true", recompute=True, fused_attention=True, fused_norm=False)
+    assert counted == pytest.approx(at_the_end + one - none, rel=0.15)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_weights_gradients_and_optimiser(precision: str) -> None:
+    """Independent source: the bytes of all three after one step of training."""
+    net = GPT(**SMALL, causal=True)
+    net.init_weights(0)
+    if precision == "bf16-true":
+        net.to(torch.bfloat16)
+    optimizer = adam(net.parameters(), learning_rate=0.1, beta1=0.9, beta2=0.95, weight_decay=0.0)
+    tokens = torch.randint(50, (2, 144))
+    AR().loss(net(tokens), tokens, None).backward()
+    optimizer.step()
+    found = plan(
+        {**SMALL, "causal": True}, batch_size=2, micro_batch=2, steps=1, devices=1, precision=precision, **USUAL
+    )
+    weights = list(net.parameters())
+    assert found.weights == sum(w.nbytes for w in weights)
+    assert found.gradients == sum(w.grad.nbytes for w in weights if w.grad is not None)
+    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+    assert found.optimiser == moments == ADAM * found.weights
+
+
+@pytest.mark.parametrize(
+    ("sizes", "millions"), [((24, 512, 8), 76), ((36, 1024, 8), 455), ((48, 1536, 16), 1362), ((60, 3072, 24), 6801)]
+)
+def test_the_papers_sizes(sizes: tuple[int, int, int], millions: int) -> None:
+    """Independent source: Chen et al. 2020, Table 1 (XL at 64×64: 6,801 M), in millions of weights."""
+    n_layer, n_embd, n_head = sizes
+    n_ctx = 64 * 64 if n_layer == 60 else 1024
+    network = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_ctx": n_ctx, "n_vocab": 512, "causal": True}
+    count = parameters(network)
+    assert round((n_layer * count["block"] + count["rest"]) / 1e6) == pytest.approx(millions, abs=20)
+    with torch.device("meta"):
+        net = GPT(**network)
+    assert n_layer * count["block"] + count["rest"] == sum(weight.numel() for weight in net.parameters())
+
+
+def test_time_by_hand() -> None:
+    """By hand: 100 images a step of 1e12 operations at half of 1e14 a second on each of two devices."""
+    network = {**SMALL, "causal": True}
+    found = plan(
+        network, batch_size=100, micro_batch=50, steps=86_400, devices=2, precision="32-true", peak_flops=1e14,
+        utilisation=0.5, **USUAL,
+    )  # fmt: skip
+    seconds = found.flops_per_image * 100 / 1e14
+    assert found.step_seconds == pytest.approx(seconds)
+    assert found.days == pytest.approx(seconds)  # 86,400 steps: as many days as a step has seconds
+    assert dict(lines(found, memory=1e12))["fits"].startswith("yes")
+    assert dict(lines(found, memory=1e6))["fits"].startswith("no")
+    no_peak = plan(network, batch_size=1, micro_batch=1, steps=1, devices=1, precision="32-true", **USUAL)
+    assert "peak_tflops" in dict(lines(no_peak, memory=None))["time"]
+
+
+def test_sharding_divides_all_but_what_is_in_use() -> None:
+    """Invariant: over 8 devices an eighth each of weights, gradients and optimiser; activations are their own."""
+    network = {**SMALL, "causal": True}
+    shared: dict[str, Any] = {"batch_size": 8, "micro_batch": 1, "steps": 1, "precision": "32-true"}
+    alone = plan(network, devices=1, **shared, **USUAL)
+    parts = plan(network, devices=8, **shared, **{**USUAL, "sharded": True})
+    for name in ("weights", "gradients", "optimiser"):
+        assert getattr(parts, name) == getattr(alone, name) / 8
+    assert parts.activations == alone.activations
+    assert parts.working > 0 == alone.working
+
+
+def test_attention_as_it_will_be_computed() -> None:
+    """Invariant: at 1,024 positions the scores are not kept, at 64 on a CPU they are."""
+    for n_ctx, path in ((1024, "sdpa"), (64, "bmm")):
+        assert attention_path(torch.empty(1, 1, n_ctx, 8)) == path
