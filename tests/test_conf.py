@@ -195,7 +195,7 @@ def test_weights_that_agree_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["sample", "complete", "evaluate"])
 def test_a_task_that_needs_weights_says_so(task: str) -> None:
-    with pytest.raises(ValueError, match=f"task={task} needs trained weights: init=RUN_FOLDER"):
+    with pytest.raises(ValueError, match=f"task={task} needs trained weights: init=PATH"):
         built(f"task={task}")
 
 

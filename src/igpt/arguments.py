@@ -157,7 +157,7 @@ def is_here(path: str) -> bool:
 
 def quoted(path: str) -> str:
     """A path, absolute, as Hydra reads it back."""
-    path = str(Path(path).absolute())
+    path = str(Path(path).expanduser().absolute())
     return path if re.fullmatch(r"[\w./-]+", path) else "'" + path.replace("'", "\\'") + "'"
 
 

@@ -72,6 +72,23 @@ def _fits(value: Any, hint: Any) -> bool:
     return True  # a container or a live object: its own code looks at it
 
 
+def trained_on(folder: Path) -> dict[str, Any]:
+    """The data settings of the run that trained the weights in a run folder, also where they were imported into it."""
+    for _ in range(10):  # imports of imports
+        record = folder / "run.json"
+        config = files.read_json(record)["config"] if record.is_file() else {"task": {"needs": []}}
+        if "net" in config["task"]["needs"]:
+            data: dict[str, Any] = config["data"]
+            return data
+        if config.get("init") is None:
+            break
+        place = Path(config["init"])
+        folder = next((p for p in (place, *place.parents[:2]) if (p / "run.json").is_file()), place)
+        if folder == place and not (place / "run.json").is_file():
+            break
+    return {}
+
+
 class Build:
     """The stages of one config, each built when it is first asked for.
 
@@ -83,15 +100,20 @@ class Build:
         self.cfg, self.choices = cfg, choices
         self.task: str = cfg.task.name
         start = cfg.init if cfg.init is not None else next(iter(cfg.task.get("runs", [])), None)
-        colours = cfg.task.get("palette") or cfg.data.get("clusters")  # what OpenAI's checkpoints lack
-        spec = {"palette": colours, "n_head": cfg.task.get("n_head")}
+        lacking = cfg.task.get("stages", {}).get("import") or cfg.task  # what OpenAI's checkpoints do not say
+        spec = {"palette": lacking.get("palette") or cfg.data.get("clusters"), "n_head": lacking.get("n_head")}
         self.weights: Weights | None = find(start, **spec) if start is not None else None
         if "runs" in cfg.task and not cfg.task.runs:
             raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
         needs = set(cfg.task.needs)
         from_checkpoint = [group for group in ("model", "tokens", "objective") if choices.get(group) == CHECKPOINT]
         if self.weights is None and from_checkpoint and needs & {"weights", "net"}:
-            raise ValueError(f"task={self.task} needs trained weights: init=RUN_FOLDER (of a finished pretraining run)")
+            what = (
+                "OpenAI's or Hugging Face's, or a checkpoint"
+                if self.task == "import"
+                else "of a finished pretraining run"
+            )
+            raise ValueError(f"task={self.task} needs trained weights: init=PATH ({what})")
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -122,8 +144,8 @@ class Build:
             sums[f"task.runs {Path(run).name}"] = find(run).sha256
         for group, key in (("task", "palette"), ("task", "tokens"), ("task", "keep"), ("data", "clusters")):
             file = self.config[group].get(key)
-            if file is not None and Path(file).is_file():
-                sums[f"{group}.{key}"] = files.sha256(Path(file))
+            if file is not None and Path(file).expanduser().is_file():
+                sums[f"{group}.{key}"] = files.sha256(Path(file).expanduser())
         for file in self.config["task"].get("beside", []):
             sums[f"task.beside {Path(file).name}"] = files.sha256(Path(file)) if Path(file).is_file() else None
         return sums
@@ -231,8 +253,7 @@ class Build:
     def _compare_splits(self) -> None:
         """Says so when the weights' own run drew other images to hold out: they may have trained on this run's."""
         assert self.weights is not None
-        record = self.weights.folder.parent / "run.json"
-        theirs = files.read_json(record)["config"]["data"] if record.is_file() else {}
+        theirs = trained_on(self.weights.folder.parent)
         ours = self.config["data"]
         if theirs.get("name") != ours["name"]:
             return

@@ -92,7 +92,7 @@ def read_json(path: Path) -> Any:
     """The JSON in a file. Raises ValueError, naming the file, when it is none."""
     try:
         return json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file ({error}): it is damaged, restore or remove it") from error
 
 

@@ -127,11 +127,17 @@ def test_what_older_releases_saved(theirs: Path, tmp_path: Path) -> None:
     folder = copied(theirs, tmp_path / "old")
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, R * R, R * R).tril() for i in range(3)}
-    masks |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
-    torch.save(state | masks, folder / "pytorch_model.bin")
-    before, after = find(str(theirs)).net().state_dict(), find(str(folder)).net().state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    before = find(str(theirs)).net().state_dict()
+    for kind in (torch.float32, torch.uint8, torch.bool):
+        masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, R * R, R * R).tril().to(kind) for i in range(3)}
+        masks |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
+        torch.save(state | masks, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind is torch.uint8)
+        after = find(str(folder)).net().state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        save_file(state | masks, folder / "model.safetensors")
+        after = find(str(folder)).net().state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        (folder / "model.safetensors").unlink()
 
 
 def config(**changed: Any) -> Callable[[Path], None]:
@@ -155,6 +161,10 @@ def clusters(value: Any) -> Callable[[Path], None]:
     return lambda folder: (folder / "preprocessor_config.json").write_text(json.dumps({"clusters": value})) and None
 
 
+def written(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
 def cut(name: str, kept: int) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:kept]) and None
 
@@ -170,6 +180,20 @@ def cut(name: str, kept: int) -> Callable[[Path], None]:
         (config(n_inner=100), "n_inner 100 ≠ 96"),
         (config(n_embd=None), "does not say the network's sizes"),
         (config(n_positions=15), "15 positions are no square image"),
+        (config(n_positions=-16), "does not say the network's sizes"),
+        (config(n_layer=float("inf")), "does not say the network's sizes"),
+        (config(n_layer=10**400), "does not say the network's sizes"),
+        (config(igpt="text"), "is not complete"),
+        (config(igpt={"model": "../../x"}), "model is '../../x', expected letters"),
+        (config(igpt={"step": None}), "step is None, expected a int"),
+        (
+            lambda folder: (folder / "preprocessor_config.json").write_text("[1]") and None,
+            "is not a JSON file of settings",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text("[" * 100_000) and None,
+            "no config.json|is not a JSON file",
+        ),
         (config(n_embd=32, n_head=4), r"misshapen .*\(24, 72\) in the file, \(32, 96\)"),
         (config(n_layer=2), r"unexpected transformer\.h\.2"),
         (
@@ -258,6 +282,25 @@ def test_in_parts_as_their_own_code_reads_them(
     assert all(torch.equal(weight, again[name]) for name, weight in net.state_dict().items())
 
 
+def test_what_decides_the_weights_decides_their_hash(theirs: Path, tmp_path: Path) -> None:
+    """Invariant: other colours or heads over the same tensors are other weights: no result of theirs is taken."""
+    hashes = {find(str(theirs)).sha256}
+    for name, fault in (("a", clusters(palette().centres[::-1].tolist())), ("b", config(n_head=6))):
+        folder = copied(theirs, tmp_path / name)
+        fault(folder)
+        hashes.add(find(str(folder)).sha256)
+    assert len(hashes) == 3
+
+
+def test_the_file_that_is_named_is_the_file_that_is_read(theirs: Path, tmp_path: Path) -> None:
+    """Another file of weights beside those that the folder is read by: refused, not replaced in silence."""
+    folder = copied(theirs, tmp_path / "two")
+    for name in ("finetuned.safetensors", "pytorch_model.bin", "notes.txt"):
+        (folder / name).write_bytes((folder / "model.safetensors").read_bytes())
+        with pytest.raises(ValueError, match=r"give the folder|is no checkpoint"):
+            find(str(folder / name))
+
+
 def test_a_name_on_the_hub(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hub gives a folder, whichever files it has; without a network, that is said."""
     import huggingface_hub
@@ -280,5 +323,11 @@ def test_a_name_on_the_hub(theirs: Path, tmp_path: Path, monkeypatch: pytest.Mon
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(ValueError, match="the Hub cannot be reached"):
+    with pytest.raises(ValueError, match=r"the Hub, where it might be a model, cannot be reached"):
         find("openai/imagegpt-small")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(
+        ValueError, match="give a finished run folder"
+    ):  # a misspelt path of this machine is not asked for
+        find("runs/pretrain-typo")

@@ -69,8 +69,13 @@ def test_the_outputs_of_openais_code(shared: Path, kind: str, colours: Callable[
     assert np.abs(trace["logits"] - reference["gen_logits"]).max() < 1e-5
     assert np.abs(trace["block_outputs"] - reference["block_outputs"]).max() < 1e-5
     assert abs(trace["image_nats"].mean(dtype=np.float64) - reference["gen_loss"]) < 1e-5
+    labels = torch.from_numpy(reference["labels"])
+    scores = torch.from_numpy(trace["class_scores"])
+    assert abs(torch.nn.functional.cross_entropy(scores, labels).item() - reference["clf_loss"]) < 1e-5
+    right = (scores.argmax(-1) == labels).double().mean().item()
+    assert right * 100 == pytest.approx(float(reference["accuracy"]))
     n_class = len(np.load(folder / "weights.npz")["model/clf/wclf"])
-    for split in ("tr", "va", "te"):
+    for split in ("tr", "va"):
         np.save(place / f"toy_{split}X.npy", reference["tokens"])
         np.save(place / f"toy_{split}Y.npy", np.eye(n_class, dtype=np.float32)[reference["labels"]])
     side = round(reference["tokens"].shape[1] ** 0.5)
@@ -144,7 +149,7 @@ def test_what_training_left_is_skipped(tmp_path: Path, colours: Callable[[int], 
     prefix = released.save(tmp_path / "model.ckpt-7", values | more)
     with caplog.at_level("INFO"):
         net = find(str(prefix), palette=str(colours(11))).net()
-    assert f"skipped {len(values) + 2} variables of its training" in caplog.text
+    assert f"skipped {len(values) + 2} variables that the network does not have" in caplog.text
     assert all(torch.equal(weight, small_net().state_dict()[name]) for name, weight in net.state_dict().items())
 
 
@@ -153,7 +158,7 @@ def test_heads_that_are_not_told(tmp_path: Path, colours: Callable[[int], Path])
     values = released.variables(small_net().state_dict(), 3)
     flat = {name: value.reshape(24, 24) if "/attn/" in name else value for name, value in values.items()}
     prefix = released.save(tmp_path / "model.ckpt-1", flat)
-    with pytest.raises(ValueError, match=r"say so with task\.n_head"):
+    with pytest.raises(ValueError, match=r"import it with task=import task\.n_head"):
         find(str(prefix), palette=str(colours(11)))
     net = find(str(prefix), palette=str(colours(11)), n_head=3).net()
     assert all(torch.equal(weight, small_net().state_dict()[name]) for name, weight in net.state_dict().items())
@@ -195,6 +200,13 @@ def with_variables(change: Callable[[dict[str, np.ndarray]], object]) -> Callabl
         (lambda p: random_palette(12).save(p.parent / "kmeans_centers.npy"), "has 12 colours, and the network 11"),
         (with_variables(lambda v: v.pop("model/h1/mlp/c_fc/w")), "has no model/h1/mlp/c_fc/w"),
         (with_variables(lambda v: v.pop("model/wtet")), "has no model/wtet"),
+        (
+            with_variables(lambda v: v.update({"model/clf/wclf": np.ones((24, 10), "f4")})),
+            r"clf/wclf: \(24, 10\) in the f",
+        ),
+        (with_variables(lambda v: v.update({"model/clf/wclf": np.float32(1)})), r"clf/wclf: \(\) in the file"),
+        (with_variables(lambda v: v.update({"model/wte": np.ones(24, "f4")})), "expected two dimensions"),
+        (with_variables(lambda v: v.update({"model/wpe": np.float32(1)})), "expected two dimensions"),
         (with_variables(lambda v: v.update({"model/ln_f/g": np.ones(23, "f4")})), r"ln_f/g: \(23,\) in the file, exp"),
         (with_variables(lambda v: [v.pop(name) for name in list(v) if "/h" in name]), "a checkpoint of something else"),
         (with_variables(lambda v: v.update({"model/wpe": np.ones((15, 24), "f4")})), "15 positions are no square"),
@@ -230,6 +242,67 @@ def test_without_tensorflow(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -
         find(str(checkpoint))
 
 
+def test_a_head_that_is_not_a_number(checkpoint: Path, tmp_path: Path) -> None:
+    with_variables(lambda v: v.update({"model/clf/wclf": np.full((5, 24), np.nan, "f4")}))(checkpoint)
+    with pytest.raises(ValueError, match="class head holds NaN"):
+        run(tmp_path, "task=import", f"init={checkpoint}")
+
+
+def test_another_palette_is_another_import(checkpoint: Path, tmp_path: Path) -> None:
+    """Invariant: with a wrong palette replaced, the import is not taken as done."""
+    _, first = run(tmp_path, "task=import", f"init={checkpoint}")
+    random_palette(11, seed=1).save(checkpoint.parent / "kmeans_centers.npy")
+    _, second = run(tmp_path, "task=import", f"init={checkpoint}")
+    assert first != second
+    assert find(str(second)).origin.palette_hash == random_palette(11, seed=1).hash
+
+
+def test_paths_as_people_write_them(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative ones, the palette in a folder beside; a folder of folders, which says which; what no reader takes."""
+    folder = checkpoint.parent
+    (folder / "color-clusters").mkdir()
+    (folder / "kmeans_centers.npy").rename(folder / "color-clusters" / "kmeans_centers.npy")
+    (folder / "131000").mkdir()
+    for path in folder.glob("model.ckpt-131000.*"):
+        path.rename(folder / "131000" / path.name)
+    monkeypatch.chdir(folder / "131000")
+    assert find("model.ckpt-131000").origin.step == 131000
+    monkeypatch.chdir(folder)
+    assert find("131000").origin.step == 131000
+    with pytest.raises(ValueError, match=r"of OpenAI's, choose one: .*131000"):
+        find(str(folder))
+    (folder / "131000").rename(folder / "13[1]")
+    with pytest.raises(ValueError, match=r"TensorFlow takes \[ in a name for a pattern"):
+        find("13[1]")
+    with pytest.raises(ValueError, match="init=~nobody"):
+        find("~nobody-of-that-name/x")
+
+
+@pytest.mark.parametrize("kind", ["ar", "bert"])
+def test_imported_weights_do_what_others_do(
+    shared: Path, kind: str, colours: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """Invariant: every task takes them; 8×8 images in 16 colours, as the oracles are."""
+    folder, reference = oracle(shared, kind)
+    k = reference["gen_logits"].shape[-1]
+    _, model = run(tmp_path, "task=import", f"init={folder}", f"task.palette={colours(k)}")
+    init = f"init={model}"
+    few = ("data.labels_per_class=4", "task.untrained=false", "task.pixels=false", "task.masks=1", "task.test=false")
+    probed, _ = run(tmp_path, "task=probe", init, *few, "task.strengths=[1.0]")
+    assert all(0 <= number.value <= 1 for name, number in probed.numbers.items() if name.endswith("accuracy"))
+    assert "probe/layer" in probed.numbers
+    groups = ("model=checkpoint", "tokens=checkpoint", "objective=checkpoint", "logger=none", "callbacks=none")
+    short = ("task.steps=2", "task.val_every=2", "task.checkpoint_every=2", "task.batch_size=8", "task.masks=1")
+    tuned, _ = run(tmp_path, "task=finetune", init, *groups, *short, "task.test=false")
+    assert tuned.numbers["val/loss_clf"].value > 0
+    if kind == "ar":
+        run(tmp_path, "task=sample", init, "task.count=2")
+        run(tmp_path, "task=complete", init, "task.count=2", "task.completions=1")
+    else:
+        with pytest.raises(ValueError, match="bidirectional"):
+            run(tmp_path, "task=sample", init, "task.count=2")
+
+
 def test_a_wrong_number_of_heads(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"has 3 heads, task\.n_head=4 says otherwise"):
         find(str(checkpoint), n_head=4)
@@ -244,11 +317,12 @@ def test_openais_evaluation_as_one_command(tmp_path: Path) -> None:
     net = GPT(n_layer=4, n_embd=16, n_head=2, n_ctx=n_ctx, n_vocab=k, causal=True)
     net.init_weights(0)
     torch.nn.init.normal_(net.wtet, std=0.3, generator=torch.Generator().manual_seed(3))
-    released.save(tmp_path / "igpt-s" / "model.ckpt-131000", released.variables(net.state_dict(), 2), 32)
+    wclf = np.ones((10, 16), np.float32)  # a trained head, which asks for no training images all the same
+    released.save(tmp_path / "igpt-s" / "model.ckpt-131000", released.variables(net.state_dict(), 2, wclf), 32)
     palette = tmp_path / "elsewhere" / "colours.npy"
     random_palette(k).save(palette)
     draw = np.random.default_rng(0)
-    tokens = {split: draw.integers(0, k, (3, n_ctx)) for split in ("tr", "va", "te")}
+    tokens = {split: draw.integers(0, k, (3, n_ctx)) for split in ("va", "te")}
     for split, ids in tokens.items():
         np.save(tmp_path / f"imagenet_{split}X.npy", ids)
         np.save(tmp_path / f"imagenet_{split}Y.npy", np.eye(1000, dtype=np.float32)[draw.integers(0, 1000, 3)])

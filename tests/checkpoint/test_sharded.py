@@ -1,6 +1,7 @@
 """Checkpoints in pieces: written by PyTorch's own code, read without running what is in them."""
 
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +12,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
+from igpt import files
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import FORMAT, save_model
-from igpt.checkpoint.sharded import read_state
+from igpt.checkpoint.resume import checksum_path
+from igpt.checkpoint.sharded import _check_cover, _Piece, read_state
 from igpt.model.gpt import GPT
 from tests.checkpoint.test_native import origin_of
 from tests.conftest import Planted, perturbed
@@ -43,7 +46,7 @@ def test_it_is_put_together(sharded: Path, net: GPT, tmp_path: Path, caplog: pyt
             again = weights.net().state_dict()
             assert all(torch.equal(weight, again[name]) for name, weight in net.state_dict().items())
             assert weights.origin == origin_of(net)
-    assert "__0_0.distcp is a part of the sharded checkpoint" in caplog.text
+    assert re.search(r"__0_0\.distcp: .*step_0000012\.ckpt is taken", caplog.text)
     save_model(tmp_path / "model", weights.state(), weights.origin)
     assert find(str(tmp_path / "model")).net().state_dict().keys() == net.state_dict().keys()
 
@@ -115,6 +118,10 @@ def elsewhere(folder: Path) -> None:
     (folder / ".metadata").write_bytes(text.replace(b"__0_0.distcp", b"../x0.distcp"))
 
 
+def metadata(content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / ".metadata").write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -125,7 +132,16 @@ def elsewhere(folder: Path) -> None:
         (lambda f: (f / ".metadata").write_bytes(b""), r"\.metadata is damaged"),
         (lambda f: (f / ".metadata").write_bytes(pickle.dumps({"a": 1})), r"\.metadata is damaged"),
         (lambda f: (f / "meta.pt").unlink(), r"has no meta\.pt"),
-        (lambda f: torch.save({"epoch": 1}, f / "meta.pt"), "format"),
+        (lambda f: torch.save({"epoch": 1}, f / "meta.pt"), "does not say what it is"),
+        (lambda f: torch.save({"format": 1, "origin": {"step": 1}}, f / "meta.pt"), r"meta\.pt is not complete"),
+        (
+            lambda f: (f / ".metadata").write_bytes(b"\x80\x02K\x01r\xff\xff\xff\x7f."),
+            "counts more objects than it holds",
+        ),
+        (
+            lambda f: (f / ".metadata").write_bytes(b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f" + b"."),
+            r"\.metadata is damaged",
+        ),
         (elsewhere, "not a file beside it"),
     ],
 )
@@ -133,6 +149,33 @@ def test_what_is_refused(sharded: Path, fault: Callable[[Path], object], message
     fault(sharded)
     with pytest.raises(ValueError, match=message):
         find(str(sharded)).net()
+
+
+def test_pieces_that_do_not_make_a_tensor(tmp_path: Path) -> None:
+    """By hand: the same half twice, which is as many numbers as the whole, and one that reaches beyond."""
+    half = _Piece((0, 0), (2, 3), tmp_path / "a", 0, 1)
+    other = _Piece((2, 0), (2, 3), tmp_path / "a", 0, 1)
+    _check_cover("w", (4, 3), [half, other])
+    for pieces in ([half, half], [half], [half, _Piece((3, 0), (2, 3), tmp_path / "a", 0, 1)], []):
+        with pytest.raises(ValueError, match="the pieces of w do not make"):
+            _check_cover("w", (4, 3), pieces)
+
+
+def test_a_class_head_inside_is_taken_along(tmp_path: Path, net: GPT) -> None:
+    """Round trip: of a fine-tuned network's checkpoint, in pieces and whole."""
+    state = {f"net.{name}": weight for name, weight in net.state_dict().items()} | {"head.wclf": torch.ones(5, 24)}
+    folder = tmp_path / "pieces"
+    dcp.save({"state_dict": state}, checkpoint_id=folder)
+    rest = {"format": FORMAT, "origin": asdict(origin_of(net))}
+    torch.save(rest, folder / "meta.pt")
+    whole = tmp_path / "step_0000012.ckpt"
+    torch.save(rest | {"state_dict": state}, whole)
+    checksum_path(whole).write_text(files.sha256(whole))
+    for place in (folder, whole):
+        weights = find(str(place))
+        assert weights.wclf is not None
+        assert torch.equal(weights.wclf.read(), torch.ones(5, 24))
+        assert weights.state().keys() == net.state_dict().keys()
 
 
 def test_a_network_that_is_not_its_own(sharded: Path, net: GPT) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from igpt import files
+from igpt.checkpoint import tensors
 from igpt.checkpoint.find import find
 from igpt.checkpoint.head import find_head
+from igpt.checkpoint.native import save_model
+from igpt.checkpoint.tensors import Lazy, write
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
+from tests.checkpoint.test_native import origin_of
 from tests.checkpoint.test_sharded import save_sharded
 from tests.conftest import small_net
 from tests.test_photographs import run
@@ -138,6 +143,19 @@ def unfinished(place: Path) -> Path:
     return place
 
 
+def finished(place: Path) -> Path:
+    unfinished(place)
+    (place / "model").mkdir()
+    (place / "model" / "config.json").touch()
+    return place / "checkpoints"
+
+
+def cached(place: Path) -> Path:
+    (place / "snapshots" / "abc").mkdir(parents=True)
+    (place / "snapshots" / "abc" / "config.json").touch()
+    return place
+
+
 def no_tensors(place: Path) -> Path:
     place.mkdir()
     (place / "config.json").write_text("{}")
@@ -151,6 +169,8 @@ def no_tensors(place: Path) -> Path:
         (some_file, "this file is no checkpoint"),
         (unfinished, r"this run is not finished: resume=.*init=.*step_0000003\.ckpt"),
         (lambda place: unfinished(place) / "checkpoints", r"init=.*step_0000003\.ckpt"),
+        (finished, "checkpoints of a finished run: init=.*place, or one of them"),
+        (cached, "a cache of the Hub's: did you mean .*snapshots/abc"),
         (no_tensors, "a config.json without its model.safetensors"),
         (lambda place: place, "give a finished run folder"),
     ],
@@ -159,6 +179,51 @@ def test_a_path_that_holds_no_weights(tmp_path: Path, make: Callable[[Path], Pat
     place = make(tmp_path / "place")
     with pytest.raises(ValueError, match=message):
         find(str(place))
+
+
+def test_only_one_tensor_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: while weights are read, converted and written, in parts too, never two of them at once."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def make() -> torch.Tensor:
+        nonlocal most
+        made = torch.ones(10, 10)
+        alive.append(weakref.ref(made))
+        most = max(most, sum(one() is not None for one in alive))
+        return made
+
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 1000)
+    write(tmp_path, {f"w{i}": Lazy((10, 10), torch.float32, make) for i in range(9)}, label="")
+    assert len(alive) == 9
+    assert most <= 2  # the one that is being made, and the one that was written last
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
+
+
+def test_held_out_images_are_those_of_the_run_that_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another split than the weights' own run had is warned of, also when they were imported; their own is not."""
+    small = ("model.n_layer=1", "model.n_embd=8", "task.steps=2", "task.warmup_steps=0", "task.batch_size=8")
+    quiet = ("logger=none", "callbacks=none", "task.val_every=0")
+    _, trained = run(tmp_path, "task=pretrain", *small, *quiet, "data.split_seed=5")
+    _, imported = run(tmp_path, "task=import", f"init={trained / 'checkpoints' / 'step_0000002.ckpt'}")
+    for seed, warned in ((0, True), (5, False)):
+        caplog.clear()
+        run(tmp_path, "task=evaluate", f"init={imported}", f"data.split_seed={seed}", "task.baseline_images=0")
+        assert ("held out other images" in caplog.text) is warned
+
+
+ORIGIN = {"network": {"n_layer": 1}, "permutation": None, "palette": {}, "objective": {}, "model": "../x", "data": ""}
+
+
+@pytest.mark.parametrize("field", sorted(ORIGIN))
+def test_a_config_that_cannot_be(tmp_path: Path, field: str) -> None:
+    """What a file says of its weights is looked at before it is used: sizes, colours, names that become folders."""
+    net = small_net()
+    save_model(tmp_path / "model", net.state_dict(), origin_of(net))
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: ORIGIN[field]}))
+    with pytest.raises(ValueError, match=r"config\.json is not complete"):
+        find(str(tmp_path))
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from igpt.checkpoint.resume import LATEST
 
 log = logging.getLogger(__name__)
 
+EXPORTS = ("huggingface", "igpt")  # what task=export leaves in its run's folder
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = [CONFIG, huggingface.PREPROCESSOR, tensors.WEIGHTS, tensors.INDEX, "model-*.safetensors"]
 
@@ -25,25 +26,42 @@ def find(path: str, *, palette: str | None = None, n_head: int | None = None) ->
     Raises:
         ValueError: nothing there, or nothing that can be understood; the message says what was looked for.
     """
-    place = Path(path).expanduser()
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"init={path}: {error}") from error
     folder = place.parent if place.is_file() else place
+    of_folder = (CONFIG, tensors.WEIGHTS, huggingface.PREPROCESSOR, tensors.INDEX, huggingface.TORCH)
     if (folder / sharded.METADATA).is_file() or (folder.is_dir() and next(folder.glob(sharded.PIECES), None)):
-        if folder != place:
-            log.info("%s is a part of the sharded checkpoint %s, which is taken", place, folder)
-        return sharded.read(folder)
+        return sharded.read(_whole(place, folder))
     if place.is_file() and place.suffix == ".ckpt":
         return native.on_the_way(place)
-    if huggingface.is_folder(folder):
-        return huggingface.read(folder)
-    ours = next((c for c in (folder, place / "model") if (c / CONFIG).is_file() and _has_tensors(c)), None)
-    if ours is not None:
-        return native.read_model(ours)
+    if place.is_file() and (prefix := openai.prefix_of(place)) is not None:
+        return openai.read(prefix, palette=palette, n_head=n_head)
+    if place.is_file() and (place.name not in of_folder and place not in tensors.parts(folder)):
+        raise ValueError(f"init={path}: {_what_is_there(place)}")
+    if place.name == huggingface.TORCH and place.is_file() and _has_tensors(folder):
+        raise ValueError(
+            f"init={path}: {tensors.WEIGHTS} lies beside it and would be read: give the folder to take that"
+        )
+    for candidate in (folder, *(place / inside for inside in ("model", *EXPORTS))):
+        if huggingface.is_folder(candidate):
+            return huggingface.read(_whole(place, candidate))
+        if (candidate / CONFIG).is_file() and _has_tensors(candidate):
+            return native.read_model(_whole(place, candidate))
     prefix = openai.prefix_of(place)
     if prefix is not None:
         return openai.read(prefix, palette=palette, n_head=n_head)
-    if not place.exists() and HUB_NAME.fullmatch(path):
-        return huggingface.read(downloaded(path))
+    if HUB_NAME.fullmatch(path) and not Path(Path(path).parts[0]).exists():
+        return find(str(downloaded(path)))
     raise ValueError(f"init={path}: {_what_is_there(place)}")
+
+
+def _whole(place: Path, folder: Path) -> Path:
+    """The folder that a path means, which is said where it is another."""
+    if folder not in (place, place / "model"):
+        log.info("%s: %s is taken", place, folder)
+    return folder
 
 
 def _has_tensors(folder: Path) -> bool:
@@ -53,7 +71,11 @@ def _has_tensors(folder: Path) -> bool:
 def _what_is_there(place: Path) -> str:
     """Why there are no weights at a path, and which was meant."""
     if place.is_file():
-        if _has_tensors(place.parent):
+        if place.suffix == ".safetensors" and (place.parent / CONFIG).is_file():
+            return (
+                f"of the weights there {tensors.WEIGHTS} is the one that {CONFIG} is of: give the folder, or that file"
+            )
+        if _has_tensors(place.parent) and not (place.parent / CONFIG).is_file():
             return f"weights without their {CONFIG}, which says what network they are of: copy both"
         return (
             "this file is no checkpoint; give a finished run folder, a model.safetensors beside its config.json, a "
@@ -68,7 +90,15 @@ def _what_is_there(place: Path) -> str:
     for folder in (place, place / "checkpoints"):
         if (folder / LATEST).is_file():
             newest = folder / (folder / LATEST).read_text().strip()
+            if (folder.parent / "model" / CONFIG).is_file():
+                return f"these are checkpoints of a finished run: init={folder.parent}, or one of them, init={newest}"
             return f"this run is not finished: resume={newest.parent.parent}, or take what it has so far, init={newest}"
+    if steps := sorted({path.parent.name for path in place.glob("*/*.index")}):
+        return (
+            f"it holds {len(steps)} checkpoint(s) of OpenAI's, choose one: {', '.join(str(place / s) for s in steps)}"
+        )
+    if snapshots := sorted(place.glob(f"snapshots/*/{CONFIG}")):
+        return f"this is a cache of the Hub's: did you mean {snapshots[-1].parent}"
     if (place / CONFIG).is_file() or (place / "model" / CONFIG).is_file():
         return f"a {CONFIG} without its {tensors.WEIGHTS}: copy both"
     return f"no {CONFIG} with {tensors.WEIGHTS} there or in its model/; give a finished run folder"
@@ -93,7 +123,7 @@ def downloaded(name: str) -> Path:
         raise ValueError(f"{name} is no path on this machine and no model on the Hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
-            f"{name} is no path on this machine, and the Hub cannot be reached: download its folder where there is a "
-            "network, and give that"
+            f"{name} is no path on this machine (is it misspelt?), and the Hub, where it might be a model, cannot be "
+            "reached: download its folder where there is a network, and give that"
         ) from error
     return folder

@@ -1,5 +1,6 @@
 """A trained class head beside its network: `model/head.safetensors` and what it is of, in `model/head.json`."""
 
+import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from igpt import files
 from igpt.checkpoint.native import Weights, weights_sha256
 from igpt.model.head import ClassHead
+
+log = logging.getLogger(__name__)
 
 HEAD, ABOUT = "head.safetensors", "head.json"
 ANY = "any"  # in the place of the labels' hash: a head that came with foreign weights does not say what they were
@@ -27,7 +30,9 @@ class HeadOrigin:
 
 
 def save_head(folder: Path, weight: Tensor, about: HeadOrigin) -> None:
-    """Writes both files into a run's `model/`, each whole or not at all."""
+    """Writes both files into a run's `model/`, each whole or not at all. Raises ValueError on NaN or infinity."""
+    if not torch.isfinite(weight).all():
+        raise ValueError("the class head holds NaN or infinity: training had broken down, take an earlier one")
     with files.atomic_path(folder / HEAD) as temporary:
         save_file({"wclf": weight.detach().to("cpu").contiguous()}, temporary)
     files.write_json(folder / ABOUT, {**asdict(about), "sha256": files.sha256(folder / HEAD)})
@@ -53,6 +58,11 @@ def find_head(weights: Weights, *, n_class: int | None, classes: str) -> ClassHe
             "data are not those: evaluate it on the data it was trained for, leave it out (task.accuracy=false), or "
             "fine-tune anew"
         )
+    if about.classes == ANY:
+        log.warning(
+            "%s does not say which labels its %d classes are: its accuracy is right only if they are this data's",
+            weights.path, about.n_class,
+        )  # fmt: skip
     head = ClassHead(n_embd=weight.shape[1], n_class=weight.shape[0])
     head.load_state_dict({"wclf": weight.to(torch.float32)})
     return head
@@ -84,6 +94,8 @@ def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
         (weight,) = load_file(where).values()
         if weight.shape != (about.n_class, weights.origin.network["n_embd"]):
             raise ValueError(f"its shape is {tuple(weight.shape)}")
+        if not torch.isfinite(weight).all():
+            raise ValueError("it holds NaN or infinity")
     except (SafetensorError, FileNotFoundError, ValueError) as error:
         raise ValueError(f"{where} is damaged ({error}): copy it again") from error
     return about, weight

@@ -14,7 +14,7 @@ import torch
 
 from igpt import files
 from igpt.checkpoint import tensors
-from igpt.checkpoint.native import CONFIG, Origin, Weights, weights_sha256
+from igpt.checkpoint.native import CONFIG, LARGEST, Weights, read_origin, together, weights_sha256
 from igpt.checkpoint.sizes import name_of
 from igpt.checkpoint.tensors import Lazy, State
 from igpt.tokens.palette import Palette
@@ -32,7 +32,7 @@ FIXED: dict[str, Any] = {
     "add_cross_attention": False,
     "tie_word_embeddings": False,
 }
-BUFFER = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")  # causal masks, which older releases saved
+BUFFER = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # causal masks, which older releases saved
 LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -42,7 +42,7 @@ def is_folder(folder: Path) -> bool:
         return False
     try:
         config = json.loads((folder / CONFIG).read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(config, dict) and ("model_type" in config or "transformers_version" in config)
 
@@ -54,18 +54,20 @@ def read(folder: Path) -> Weights:
         ValueError: another model, sizes or settings that Image GPT has not, missing, misshapen or damaged tensors,
             biases that are not zero (named), or no palette.
     """
-    config = files.read_json(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     if config.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{folder / CONFIG}: model_type {config.get('model_type')!r}, expected {MODEL_TYPE!r}")
     other = [f"{key} {config[key]!r} ≠ {ours!r}" for key, ours in FIXED.items() if config.get(key, ours) != ours]
     try:
-        n_ctx, n_embd = int(config["n_positions"]), int(config["n_embd"])
-        network = {
-            "n_layer": int(config["n_layer"]), "n_embd": n_embd, "n_head": int(config["n_head"]),
-            "n_ctx": n_ctx, "n_vocab": int(config["vocab_size"]) - 1, "causal": True,
-        }  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
+        sizes = [config[key] for key in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")]
+        if not all(type(size) is int and 0 < size <= LARGEST for size in sizes):
+            raise ValueError(f"{sizes}")
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} does not say the network's sizes ({error!r}): copy it again") from error
+    n_layer, n_embd, n_head, n_ctx, n_vocab = *sizes[:4], sizes[4] - 1
+    network = {
+        "n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_ctx": n_ctx, "n_vocab": n_vocab, "causal": True,
+    }  # fmt: skip
     if config.get("n_inner") not in (None, 4 * n_embd):
         other.append(f"n_inner {config['n_inner']} ≠ {4 * n_embd}")
     if other:
@@ -76,19 +78,27 @@ def read(folder: Path) -> Weights:
     theirs, path, sha256 = _open(folder)
     state = converted(theirs, network, path)
     palette = _palette(folder, network["n_vocab"])
-    said = config.get(OURS) or {}
-    origin = Origin(
-        network=network,
-        palette=palette.centres.tolist(),
-        palette_hash=palette.hash,
-        permutation=list(range(n_ctx)),
-        objective={"name": "ar"},
-        model=str(said.get("model", name_of(network))),
-        data=str(said.get("data", f"huggingface{side}")),
-        step=int(said.get("step", 0)),
-        seed=int(said.get("seed", 0)),
+    said = config.get(OURS, {})
+    unknown = {"model": name_of(network), "data": f"huggingface{side}", "step": 0, "seed": 0}
+    meaning = {
+        "network": network,
+        "palette": palette.centres.tolist(),
+        "palette_hash": palette.hash,
+        "permutation": list(range(n_ctx)),
+        "objective": {"name": "ar"},
+    }
+    origin = read_origin(
+        {**unknown, **(said if isinstance(said, dict) else {"said": said}), **meaning}, folder / CONFIG
     )
-    return Weights(path, folder, origin, sha256, lambda: state)
+    return Weights(path, folder, origin, together(sha256, origin), lambda: state)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file. Raises ValueError when it is none, or holds something else."""
+    found = files.read_json(path) if path.is_file() else None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is missing or is not a JSON file of settings: copy the whole folder")
+    return found
 
 
 def _open(folder: Path) -> tuple[State, Path, str]:
@@ -99,8 +109,9 @@ def _open(folder: Path) -> tuple[State, Path, str]:
         found = tensors.read_torch(path)
         if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
             raise ValueError(f"{path} is no plain table of tensors: save the model again with save_pretrained")
+        found = {str(name): tensor for name, tensor in found.items() if not re.fullmatch(BUFFER, str(name))}
         return tensors.held(found), path, files.sha256(path)
-    state, (first, *more) = tensors.read(folder), tensors.parts(folder)
+    state, (first, *more) = tensors.read(folder, ignore=BUFFER), tensors.parts(folder)
     return state, folder if more else first, weights_sha256(folder)
 
 
@@ -109,10 +120,10 @@ def _palette(folder: Path, k: int) -> Palette:
     where = folder / PREPROCESSOR
     if not where.is_file():
         raise ValueError(f"{folder} has no {PREPROCESSOR}: it holds the colours that the tokens stand for, copy it too")
-    clusters = files.read_json(where).get("clusters")
     try:
+        clusters = read_config(where).get("clusters")
         palette = Palette(torch.tensor(clusters, dtype=torch.float32).numpy())
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{where}: its clusters are no palette ({error})") from error
     if palette.k != k:
         raise ValueError(f"{where}: {palette.k} clusters, and the network has {k} colours")
@@ -125,7 +136,6 @@ def converted(theirs: State, network: Mapping[str, Any], where: Path) -> State:
     Raises:
         ValueError: missing, unexpected or misshapen ones, or biases that are not zero: we have none to put them in.
     """
-    theirs = {name: tensor for name, tensor in theirs.items() if not BUFFER.fullmatch(name)}
     if "lm_head.weight" not in theirs:
         raise ValueError(
             f"{where} has no lm_head.weight: it is not of ImageGPTForCausalImageModeling, and cannot tell colours"

@@ -6,7 +6,9 @@ the pixels, the objective, the step and the seed. Loading executes nothing that 
 
 import hashlib
 import inspect
+import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 CONFIG = "config.json"
+NAME = re.compile(r"\w[\w.+-]{0,63}")
+LARGEST = 1 << 24  # of a network's sizes: what is above was never meant
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,36 @@ class Origin:
     data: str
     step: int
     seed: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, naming the field, on what cannot be: it may come from a file that somebody sent."""
+        kinds: dict[str, type] = {
+            "network": dict,
+            "palette": list,
+            "palette_hash": str,
+            "permutation": list,
+            "objective": dict,
+        }
+        kinds |= {"model": str, "data": str, "step": int, "seed": int}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.60}, expected a {kind.__name__}")
+        for name in ("model", "data"):
+            if not NAME.fullmatch(getattr(self, name)):  # it becomes the name of a folder
+                raise ValueError(f"{name} is {getattr(self, name)!r:.60}, expected letters, digits, . + - and _")
+        if not isinstance(self.objective.get("name"), str):
+            raise ValueError(f"objective is {self.objective!r:.60}, expected its name and settings")
+        try:
+            inspect.signature(GPT).bind(**self.network)
+            sizes = [int(size) for size in self.network.values()]
+            if any(type(size) not in (int, bool) for size in self.network.values()) or max(sizes) > LARGEST:
+                raise ValueError("sizes are whole numbers")
+            if [len(colour) for colour in self.palette] != [3] * self.network["n_vocab"]:
+                raise ValueError("the palette has not three numbers for each of n_vocab colours")
+            if sorted(self.permutation) != list(range(self.network["n_ctx"])):
+                raise ValueError("the permutation does not hold every position once")
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"network {self.network!r:.200} cannot be: {error}") from error
 
     @property
     def centres(self) -> np.ndarray:
@@ -133,6 +167,12 @@ def weights_sha256(folder: Path) -> str:
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
+def together(sha256: str, origin: Origin) -> str:
+    """A hash of foreign weights and of what else decides what they are: sizes, colours, order, objective."""
+    text = json.dumps([sha256, origin.network, origin.palette_hash, origin.permutation, origin.objective])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_model(folder: Path) -> Weights:
     """What `save_model` wrote.
 
@@ -147,11 +187,7 @@ def read_model(folder: Path) -> Weights:
         )
     config.pop("format")
     saved = config.pop("weights_sha256", None)
-    try:
-        origin = Origin(**config)
-        inspect.signature(GPT).bind(**origin.network)
-    except TypeError as error:
-        raise ValueError(f"{folder / CONFIG} is not complete ({error}): export the model again") from error
+    origin = read_origin(config, folder / CONFIG)
     if weights_sha256(folder) != saved:
         raise ValueError(
             f"{folder}: {tensors.WEIGHTS} is not the file {CONFIG} was written for: damaged or half replaced"
@@ -167,24 +203,43 @@ def on_the_way(path: Path) -> Weights:
         ValueError: it is damaged, of another format, or not of a network that generates.
     """
     checksum, sha256 = checksum_path(path), files.sha256(path)
-    if not checksum.is_file() or checksum.read_text().strip() != sha256:
+    if not checksum.is_file():
+        raise ValueError(f"{path} has no {checksum.name} beside it, which tells whether it is whole: copy both")
+    if checksum.read_text().strip() != sha256:
         raise ValueError(f"{path} is damaged or was not written to its end: its SHA-256 is not that beside it")
     checkpoint = tensors.read_torch(path)
-    origin = origin_in(checkpoint, path)
-    return Weights(path, path.parent, origin, sha256, lambda: of_module(checkpoint["state_dict"]))
+    origin, state = origin_in(checkpoint, path), tensors_in(checkpoint, path)
+    return Weights(path, path.parent, origin, sha256, lambda: part("net.", state), state.get("head.wclf"))
 
 
 def origin_in(checkpoint: Any, path: Path) -> Origin:
     """What a checkpoint that training wrote says of its weights. Raises ValueError when it says nothing of the kind."""
     found = checkpoint if isinstance(checkpoint, dict) else {}
-    check_same("format", found.get("format"), FORMAT, path)
-    return Origin(**found["origin"])
+    if "origin" not in found or "format" not in found:
+        raise ValueError(f"{path} is no checkpoint of a network that this project trained: it does not say what it is")
+    check_same("format", found["format"], FORMAT, path)
+    return read_origin(found["origin"], path)
 
 
-def of_module(state: Mapping[str, Tensor]) -> State:
-    """The network's part of a LightningModule's tensors, under its own names."""
-    plain = {tensors.plain_name(name): tensor for name, tensor in state.items()}
-    return tensors.held({name.removeprefix("net."): t for name, t in plain.items() if name.startswith("net.")})
+def read_origin(found: Any, where: Path) -> Origin:
+    """What a file says of its weights. Raises ValueError, naming the file, when that is not complete or cannot be."""
+    try:
+        return Origin(**found)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} is not complete ({error}): export the model again") from error
+
+
+def tensors_in(checkpoint: Mapping[str, Any], path: Path) -> State:
+    """A LightningModule's tensors under their plain names. Raises ValueError when there is anything else."""
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no tensors of a network: it is damaged, or something else")
+    return tensors.held({str(name): tensor for name, tensor in state.items()})
+
+
+def part(prefix: str, state: State) -> State:
+    """What belongs to one module of several, under its own names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def check_same(what: str, saved: Any, asked: Any, where: Path) -> None:

@@ -4,6 +4,7 @@ TensorFlow (version 2, the extra `openai`) is needed to read the shards and for 
 are those of `openai/image-gpt`, `src/model.py`.
 """
 
+import glob
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from igpt import files
 from igpt.checkpoint import tensors
-from igpt.checkpoint.native import Origin, Weights
+from igpt.checkpoint.native import Origin, Weights, together
 from igpt.checkpoint.sizes import name_of
 from igpt.checkpoint.tensors import Lazy, State
 from igpt.tokens.palette import Palette
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 SCOPE = "model/"
 PALETTE = "kmeans_centers.npy"
 BERT_MASKED = 0.15  # the share that OpenAI's BERT models were trained with (Chen et al. 2020, §2.2)
+HEAD = "clf/wclf"  # the class head, trained where `--clf` was given; zeros in what was released
 SHARD = re.compile(r"(?P<prefix>.+)\.data-(?P<which>\d{5})-of-(?P<of>\d{5})")
 INSTALL = "TensorFlow reads OpenAI's shards and is not installed: pip install tensorflow-cpu"
 Shapes = Mapping[str, tuple[int, ...]]
@@ -55,7 +57,11 @@ def prefix_of(place: Path) -> Path | None:
     else:
         prefix = place
     index = Path(f"{prefix}.index")
-    shards = [m for path in sorted(prefix.parent.glob(f"{prefix.name}.data-*")) if (m := SHARD.fullmatch(str(path)))]
+    shards = [
+        m
+        for path in sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}.data-*"))
+        if (m := SHARD.fullmatch(str(path)))
+    ]
     if not index.is_file() and not shards:
         return None
     if not index.is_file():
@@ -83,11 +89,13 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
     known = {name.removeprefix(SCOPE): shape for name, shape in reader.shapes.items() if name.startswith(SCOPE)}
     network = sizes(prefix, known, n_head)
     wanted = variables(network)
-    check(prefix, known, wanted)
-    n_class, has_head = known.get("clf/wclf", (0,))[0], False
-    if n_class:
-        has_head = bool(reader.read(f"{SCOPE}clf/wclf").any())
-    skipped = sorted(reader.shapes.keys() - {SCOPE + name for name in wanted} - {f"{SCOPE}clf/wclf"})
+    head = known.get(HEAD)
+    optional = {HEAD: (head[0] if head else 1, network["n_embd"])} if head is not None else {}
+    check(prefix, known, wanted | optional)
+    n_class = optional[HEAD][0] if optional else 0
+    wclf = reader.lazy(SCOPE + HEAD) if optional else None
+    has_head = wclf is not None and bool(wclf.read().any())
+    skipped = sorted(reader.shapes.keys() - {SCOPE + name for name in wanted | optional})
     log.info(
         "%s: %s, %d blocks of width %d, %d heads, %d positions, %d colours, %s",
         prefix, "next pixels" if network["causal"] else "masked pixels", network["n_layer"], network["n_embd"],
@@ -96,7 +104,7 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
     )  # fmt: skip
     if skipped:
         shown = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
-        log.info("skipped %d variables of its training, which no network has: %s", len(skipped), shown)
+        log.info("skipped %d variables that the network does not have (of its training): %s", len(skipped), shown)
     colours = find_palette(prefix, palette, network["n_vocab"])
     side = round(network["n_ctx"] ** 0.5)
     origin = Origin(
@@ -110,10 +118,10 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
         step=int(step[1]) if (step := re.search(r"-(\d+)$", prefix.name)) else 0,
         seed=0,
     )
-    wclf = reader.lazy(f"{SCOPE}clf/wclf") if has_head else None
     index = Path(f"{prefix}.index")  # holds a checksum of every variable
     state = converted({name: reader.lazy(SCOPE + name) for name in wanted}, network)
-    return Weights(prefix, prefix.parent, origin, files.sha256(index), lambda: state, wclf)
+    sha256 = together(files.sha256(index), origin)
+    return Weights(prefix, prefix.parent, origin, sha256, lambda: state, wclf if has_head else None)
 
 
 def sizes(where: Path, known: Shapes, n_head: int | None) -> dict[str, Any]:
@@ -123,6 +131,8 @@ def sizes(where: Path, known: Shapes, n_head: int | None) -> dict[str, Any]:
         raise ValueError(
             f"{where} has no variables {SCOPE}wte, {SCOPE}wpe and {SCOPE}h0/…: it is a checkpoint of something else"
         )
+    if len(known["wte"]) != 2 or len(known["wpe"]) != 2:
+        raise ValueError(f"{where}: {SCOPE}wte is {known['wte']}, {SCOPE}wpe {known['wpe']}, expected two dimensions")
     n_vocab, n_embd = known["wte"]
     heads = known.get("h0/attn/q_proj", ())
     if len(heads) == 3:
@@ -130,7 +140,11 @@ def sizes(where: Path, known: Shapes, n_head: int | None) -> dict[str, Any]:
             raise ValueError(f"{where} has {heads[0]} heads, task.n_head={n_head} says otherwise: leave it out")
         n_head = heads[0]
     if n_head is None:
-        raise ValueError(f"{where} does not tell how many heads its attention has: say so with task.n_head=…")
+        raise ValueError(
+            f"{where} does not tell how many heads its attention has: import it with task=import task.n_head=…"
+        )
+    if n_head < 1 or n_embd % n_head:
+        raise ValueError(f"{where}: task.n_head={n_head} does not divide its width of {n_embd}")
     n_ctx = known["wpe"][0]
     if round(n_ctx**0.5) ** 2 != n_ctx:
         raise ValueError(f"{where}: {n_ctx} positions are no square image")
@@ -202,13 +216,13 @@ def _stacked(parts: list[Lazy]) -> Lazy:
 
 def find_palette(prefix: Path, given: str | None, k: int) -> Palette:
     """The colours of the tokens: the checkpoint has none. From the path that is given, else from beside it."""
-    places = [prefix.parent, *prefix.parent.parents[:3]]
+    places = [prefix.absolute().parent, *prefix.absolute().parent.parents[:3]]
     beside = [folder / sub / PALETTE for folder in places for sub in (".", "color-clusters")]
-    path = Path(given) if given is not None else next((p for p in beside if p.is_file()), None)
+    path = Path(given).expanduser() if given is not None else next((p for p in beside if p.is_file()), None)
     if path is None:
         raise ValueError(
-            f"{prefix} does not hold the colours its {k} tokens stand for: task.palette=PATH/{PALETTE}, the file that "
-            "OpenAI released beside it (color-clusters/)"
+            f"{prefix} does not hold the colours its {k} tokens stand for: put OpenAI's {PALETTE} beside it, or import "
+            f"it with task=import task.palette=PATH/{PALETTE}"
         )
     palette = Palette.load(path)
     if palette.k != k:
@@ -225,6 +239,10 @@ class _Reader:
     """
 
     def __init__(self, prefix: Path) -> None:
+        if wild := [letter for letter in "*?[]{}\\" if letter in str(prefix)]:
+            raise ValueError(
+                f"{prefix}: TensorFlow takes {wild[0]} in a name for a pattern: rename the files or folders"
+            )
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no lines about the processor
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
         try:
@@ -238,16 +256,18 @@ class _Reader:
         kinds = self._tried(self.reader.get_variable_to_dtype_map)
         self.dtypes = {str(name): getattr(torch, kind.name, None) for name, kind in kinds.items()}
 
-    def _tried(self, read: Callable[[], Any]) -> Any:
+    def _tried(self, read: Callable[[], Any], name: str = "") -> Any:
         try:
             return read()
         except self.errors as error:
             said = tensors.first_line(error)
-            raise ValueError(f"{self.prefix} is damaged or not downloaded to its end ({said})") from error
+            at = f", at {name}" if name else ""
+            raise ValueError(f"{self.prefix} is damaged or not downloaded to its end{at} ({said})") from error
 
     def read(self, name: str) -> Tensor:
         """One variable."""
-        values: Tensor = torch.from_numpy(self._tried(lambda: self.reader.get_tensor(name)))
+        found = self._tried(lambda: self.reader.get_tensor(name), name)
+        values: Tensor = torch.from_numpy(found.astype("f4") if self.dtypes[name] is torch.bfloat16 else found)
         return values
 
     def lazy(self, name: str) -> Lazy:
@@ -255,4 +275,5 @@ class _Reader:
         dtype = self.dtypes[name]
         if dtype not in tensors.DTYPES:
             raise ValueError(f"{self.prefix}: {name} does not hold floating-point numbers")
-        return Lazy(self.shapes[name], dtype, lambda: self.read(name))
+        wide = torch.float32 if dtype is torch.bfloat16 else dtype
+        return Lazy(self.shapes[name], wide, lambda: self.read(name))

@@ -7,9 +7,10 @@ was put there. Here its classes are only ever made into inert records.
 
 import io
 import pickle
-import zlib
+import pickletools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,18 +29,13 @@ from torch.distributed.checkpoint.metadata import (
 
 from igpt import files
 from igpt.checkpoint import tensors
-from igpt.checkpoint.native import Weights, origin_in
+from igpt.checkpoint.native import Weights, origin_in, part
 from igpt.checkpoint.tensors import Lazy, State
 
 T = TypeVar("T")
 
 METADATA, REST, PIECES = ".metadata", "meta.pt", "*.distcp"
 STATE = "state_dict."  # under which Lightning keeps the module, beside its optimizers
-# What reading a file that is not what it was may raise.
-_DAMAGE = (
-    pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError,
-    ImportError, zlib.error,
-)  # fmt: skip
 _STORES = "torch.distributed.checkpoint."
 
 
@@ -114,10 +110,9 @@ def read(folder: Path) -> Weights:
     if not (folder / REST).is_file():
         raise ValueError(f"{folder} has no {REST}, which says what network this is: copy the whole folder")
     origin = origin_in(tensors.read_torch(folder / REST), folder / REST)
-    prefix = f"{STATE}net."
-    own = {name: tensors.plain_name(name) for name in state}
-    network = {plain.removeprefix(prefix): state[name] for name, plain in own.items() if plain.startswith(prefix)}
-    return Weights(folder, folder, origin, files.sha256(folder / METADATA), lambda: network)
+    plain = {tensors.plain_name(name): tensor for name, tensor in state.items()}
+    network, wclf = part(f"{STATE}net.", plain), plain.get(f"{STATE}head.wclf")
+    return Weights(folder, folder, origin, files.sha256(folder / METADATA), lambda: network, wclf)
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -150,8 +145,7 @@ def read_state(folder: Path) -> State:
 def _read(folder: Path, understand: Callable[[Any], T]) -> T:
     """What the metadata say, of pieces that are all there."""
     try:
-        with (folder / METADATA).open("rb") as file:
-            metadata = _Unpickler(file).load()
+        metadata = _records((folder / METADATA).read_bytes())
         found = understand(metadata)
         pieces = [piece for _, _, of_tensor in dict(_tensors(folder, metadata)).values() for piece in of_tensor]
     except _RefusedError as error:
@@ -159,13 +153,21 @@ def _read(folder: Path, understand: Callable[[Any], T]) -> T:
             f"{folder / METADATA} holds more than a checkpoint's metadata ({error}): it is not read, and nothing in it "
             "was run"
         ) from error
-    except _DAMAGE as error:
+    except tensors.DAMAGE as error:
         raise ValueError(
             f"{folder / METADATA} is damaged ({tensors.first_line(error)}): copy the checkpoint again"
         ) from error
     if missing := sorted({piece.file.name for piece in pieces if not piece.file.is_file()}):
         raise ValueError(f"{folder}: {', '.join(missing)} missing: copy the checkpoint again, all its files")
     return found
+
+
+def _records(content: bytes) -> Any:
+    """A pickle as plain records, after a look at whether it asks for more room than it takes itself."""
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
+            raise ValueError("it counts more objects than it holds")
+    return _Unpickler(io.BytesIO(content)).load()
 
 
 def _tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype, list[_Piece]]]]:
@@ -187,28 +189,43 @@ def _tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, tuple[tuple[int
             relative, start, length = places[name, offsets]
             if Path(relative).name != relative:
                 raise ValueError(f"it names {relative}, which is not a file beside it")
-            pieces.append(_Piece(offsets, sizes, folder / relative, start, length))
+            pieces.append(_Piece(offsets, sizes, folder / relative, int(start), int(length)))
         dtype = described.fields["properties"].state[0]
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{name} is of no kind")
+        _check_cover(name, described.fields["size"], pieces)
         yield name, (described.fields["size"], dtype, pieces)
 
 
+def _check_cover(name: str, shape: tuple[int, ...], pieces: list[_Piece]) -> None:
+    """Raises ValueError unless the pieces of a tensor fill it and do not overlap."""
+    inside = all(
+        o >= 0 and n >= 0 and o + n <= size
+        for piece in pieces
+        for o, n, size in zip(piece.offsets, piece.sizes, shape, strict=True)
+    )
+    apart = not any(
+        all(a < c + d and c < a + b for a, b, c, d in zip(p.offsets, p.sizes, q.offsets, q.sizes, strict=True))
+        for i, p in enumerate(pieces)
+        for q in pieces[:i]
+        if prod(p.sizes) and prod(q.sizes)
+    )
+    if not inside or not apart or sum(prod(piece.sizes) for piece in pieces) != prod(shape):
+        raise ValueError(f"the pieces of {name} do not make {shape}")
+
+
 def _whole(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Piece]) -> Tensor:
-    whole, filled = torch.empty(shape, dtype=dtype), 0
+    whole = torch.empty(shape, dtype=dtype)
     for piece in pieces:
-        with piece.file.open("rb") as file:
-            file.seek(piece.start)
-            content = io.BytesIO(file.read(piece.length))
         try:
+            with piece.file.open("rb") as file:
+                file.seek(piece.start)
+                content = io.BytesIO(file.read(piece.length))
             part = torch.load(content, map_location="cpu", weights_only=True)
+            if part.dtype != dtype:
+                raise ValueError(f"{part.dtype} instead of {dtype}")
             place = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))
             whole[place].copy_(part.view(piece.sizes))
-            filled += part.numel()
-        except _DAMAGE as error:
+        except tensors.DAMAGE as error:
             raise ValueError(f"{piece.file} is damaged ({tensors.first_line(error)}): copy it again") from error
-    if filled != whole.numel():
-        raise ValueError(
-            f"{pieces[0].file.parent}: {whole.numel() - filled} of {whole.numel()} values of a tensor miss"
-        )
     return whole

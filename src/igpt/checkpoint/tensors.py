@@ -5,7 +5,10 @@ Reading executes nothing that is in a file.
 
 import json
 import pickle
+import re
 import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +26,11 @@ from igpt import files, ranks
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 10_000_000_000  # a file's size at most: all of the paper's networks but iGPT-XL are one file
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# What reading a file that is not what it was may raise.
+DAMAGE = (
+    pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError,
+    ImportError, ArithmeticError, MemoryError, RecursionError, zlib.error, zipfile.BadZipFile,
+)  # fmt: skip
 _ALIGNED = 8  # bytes: where safetensors has the first tensor begin
 
 
@@ -47,7 +55,7 @@ class Lazy:
         return Lazy(shape, self.dtype, lambda: change(self.read()))
 
     def as_float32(self) -> "Lazy":
-        """The same in single precision; nothing is lost, no network is kept in more."""
+        """The same in single precision: exact, but for float64, in which nobody trains."""
         return Lazy(self.shape, torch.float32, lambda: self.read().float())
 
 
@@ -56,11 +64,18 @@ WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 
 
 def held(state: Mapping[str, Tensor]) -> State:
-    """The tensors of a module under their plain names: those that compilers and strategies put around it are cut."""
+    """The tensors of a module under their plain names: those that compilers and strategies put around it are cut.
+
+    Raises:
+        ValueError: a tensor of a network that is not dense floating point.
+    """
 
     def one(tensor: Tensor) -> Lazy:
         return Lazy(tuple(tensor.shape), tensor.dtype, lambda: together(tensor.detach()).to("cpu"))
 
+    for name, tensor in state.items():
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+            raise ValueError(f"{name} is {tensor.dtype} ({tensor.layout}), expected dense floating point")
     return {plain_name(name): one(tensor) for name, tensor in state.items()}
 
 
@@ -135,22 +150,25 @@ def _ordered(state: State) -> list[tuple[str, Lazy]]:
     return sorted(state.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
 
-def read(folder: Path) -> State:
-    """The tensors in a folder: in one safetensors file, or in the parts that an index names.
+def read(folder: Path, *, ignore: str = "(?!)") -> State:
+    """The tensors in a folder: in one safetensors file, or in the parts that an index names; without those whose whole
+    name the pattern `ignore` matches.
 
     Raises:
         ValueError: neither is there, a part is missing (named), or a file is damaged.
     """
     if (folder / WEIGHTS).is_file():
-        return read_safetensors(folder / WEIGHTS)
+        return read_safetensors(folder / WEIGHTS, ignore=ignore)
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder}: there is no {WEIGHTS} and no {INDEX}")
     state: State = {}
     whole: State = {}
     listed = weight_map(folder / INDEX)
     for part in sorted(set(listed.values())):
-        whole |= read_safetensors(folder / part)
+        whole |= read_safetensors(folder / part, ignore=ignore)
     for name, part in listed.items():
+        if re.fullmatch(ignore, name):
+            continue
         if name not in whole:
             raise ValueError(f"{folder / part} does not hold {name}, as {INDEX} says: copy both again")
         state[name] = whole[name]
@@ -178,12 +196,13 @@ def weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def read_safetensors(path: Path) -> State:
-    """Raises ValueError when the file's header is wrong, or it was cut short."""
+def read_safetensors(path: Path, *, ignore: str = "(?!)") -> State:
+    """The tensors of one file, as `read` has it. Raises ValueError when its header is wrong, or it was cut short."""
+    known = {text: dtype for dtype, text in DTYPES.items()}
     try:
         file = safe_open(path, framework="pt")
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-        known = {text: dtype for dtype, text in DTYPES.items()}
+        names = [name for name in file.keys() if not re.fullmatch(ignore, name)]  # noqa: SIM118  # it is no mapping
+        slices = {name: file.get_slice(name) for name in names}
         odd = {name: part.get_dtype() for name, part in slices.items() if part.get_dtype() not in known}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy, download or export it again") from error
@@ -199,17 +218,19 @@ def read_safetensors(path: Path) -> State:
 def read_torch(path: Path) -> Any:
     """What `torch.save` wrote, if it is tensors and plain values; tensors stay on disk until they are read.
 
+    Files of PyTorch before 1.6, which are no zip archives, are read whole.
+
     Raises:
         ValueError: a damaged file, or one with anything else in it: nothing of it was run.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no file of PyTorch's, or holds more than tensors and plain values: it is not read, and nothing "
             f"in it was run ({first_line(error)})"
         ) from error
-    except (EOFError, RuntimeError, ValueError, OSError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is damaged or no file of PyTorch's ({first_line(error)})") from error
 
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from igpt import ranks
-from igpt.checkpoint import tensors
 from igpt.checkpoint.head import copy_head
 from igpt.checkpoint.native import Weights, save_model
 from igpt.metric.result import Number, Result
@@ -21,6 +20,6 @@ def run(*, weights: Weights, folder: Path, palette: str | None, n_head: int | No
     ranks.barrier()
     return Result(
         numbers={"weights": Number(sum(tensor.n_value for tensor in weights.state().values()), "numbers", 1)},
-        files={"weights": Path("model") / tensors.WEIGHTS},
+        files={"weights": Path("model")},
         provenance={"from": str(weights.path), "sha256": weights.sha256},
     )

@@ -1,12 +1,14 @@
 """What a network computes for given tokens, to hold against another program's: logits, every block's output, losses."""
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from igpt import files, ranks
+from igpt.checkpoint.head import has_head, read_head
 from igpt.checkpoint.native import Weights
 from igpt.metric.result import Number, Result
 from igpt.objective.base import Objective
@@ -26,6 +28,8 @@ def run(
 ) -> Result:
     """Writes `trace.npz`: `logits` (B, T, V), `block_outputs` (L, B, T, C), `image_nats` (B,), all float32.
 
+    With a class head, `class_scores` (B, K), too; without, K is 0.
+
     Raises:
         ValueError: arrays of other shapes or kinds, tokens outside the palette, or masks that the objective needs or
             does not know.
@@ -39,7 +43,11 @@ def run(
             "task.keep=FILE.npy says which pixels a network that was trained on masked pixels is shown, (images, "
             "positions) of True and False" if keep is None else "task.keep is for networks of masked pixels only"
         )  # fmt: skip
-    shown = None if keep is None else torch.from_numpy(array(Path(keep), kind="b", shape=tuple(given.shape)))
+    shown = None
+    if keep is not None:
+        shown = torch.from_numpy(np.array(array(Path(keep), kind="b", shape=tuple(given.shape))))
+    head = read_head(weights)[1].float() if has_head(weights) else None
+    scores = np.empty((len(given), 0 if head is None else len(head)), dtype=np.float32)
     n = len(given)
     logits = np.empty((n, n_ctx, network["n_vocab"]), dtype=np.float32)
     outputs = np.empty((network["n_layer"], n, n_ctx, network["n_embd"]), dtype=np.float32)
@@ -56,18 +64,21 @@ def run(
             for layer, h in enumerate(net.residuals(some, mask)):
                 if layer:
                     outputs[layer - 1, rows] = h.float().cpu()
-            said = net.logits(net.ln_f(h)).float()
+            hidden = net.ln_f(h)
+            said = net.logits(hidden).float()
+            if head is not None:
+                scores[rows] = (hidden.float().mean(1).cpu() @ head.T).numpy()
             logits[rows] = said.cpu()
             nats[rows] = objective.image_nats(said, some, mask).cpu()
             bar.update(len(rows))
     if ranks.this_rank().first:
         with files.atomic_write(runner.folder / "trace.npz") as file:
-            np.savez(file, logits=logits, block_outputs=outputs, image_nats=nats)
+            np.savez(file, logits=logits, block_outputs=outputs, image_nats=nats, class_scores=scores)
     mean, error = float(nats.mean(dtype=np.float64)), float(nats.std(ddof=1) / n**0.5) if n > 1 else None
     return Result(
         numbers={"loss_gen": Number(mean, "nats/token", n, error)},
         files={"trace": Path("trace.npz")},
-        provenance={"weights": weights.sha256, "tokens": files.sha256(Path(tokens))},
+        provenance={"weights": weights.sha256, "tokens": files.sha256(Path(tokens).expanduser())},
     )
 
 
@@ -82,11 +93,14 @@ def whole_numbers(path: Path, *, n_ctx: int, k: int) -> torch.Tensor:
 
 def array(path: Path, *, kind: str, shape: tuple[int | None, ...]) -> np.ndarray:
     """The array in a `.npy` file; nothing in it is run. Raises ValueError on another shape (None: any) or kind."""
+    path = path.expanduser()
     if not path.is_file():
         raise ValueError(f"there is no {path}")
     try:
-        found: np.ndarray = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        found: np.ndarray = np.load(
+            path, mmap_mode="r", allow_pickle=False
+        )  # a size that is not there is not made room for
+    except (ValueError, EOFError, OSError, OverflowError, BadZipFile) as error:
         raise ValueError(f"{path} is no .npy array of numbers ({error})") from error
     fits = isinstance(found, np.ndarray) and found.ndim == len(shape) and found.dtype.kind in kind
     if not fits or any(want not in (None, size) for want, size in zip(shape, found.shape, strict=True)):

@@ -7,6 +7,7 @@ makes the same token of it again, which is checked for every colour.
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -131,6 +132,8 @@ def _mapped(path: Path) -> np.ndarray:
         raise ValueError(f"{path} is not there: download it, too")
     try:
         found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        if not isinstance(found, np.memmap) or found.dtype.kind not in "biuf":
+            raise ValueError("it holds something else")
+    except (ValueError, EOFError, OSError, OverflowError, BadZipFile) as error:
         raise ValueError(f"{path} is damaged or no .npy array of numbers ({error}): download it again") from error
     return found

@@ -122,12 +122,13 @@ class Palette:
         Raises:
             ValueError: no `.npy` array, one that holds objects (a pickle), or no palette.
         """
+        path = path.expanduser()
         if not path.is_file():
             raise ValueError(f"no palette at {path}: give a .npy file of shape (k, 3), float32 in [-1, 1]")
         try:
             with path.open("rb") as file:
                 centres = np.lib.format.read_array(file, allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, MemoryError, OverflowError) as error:
             raise ValueError(
                 f"{path} is no .npy array of numbers ({error}): expected a (k, 3) float32 palette"
             ) from error
