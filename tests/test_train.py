@@ -225,3 +225,18 @@ def test_bad_commands_end_in_one_line(tmp_path: Path, arguments: list[str], mess
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_recipe_in_small(tmp_path: Path) -> None:
+    """iGPT-XL's recipe with a nano network, sharded over two processes on a CPU; its weights are read by one."""
+    small = (
+        "model=igpt_nano", "data=digits", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.nodes=1",
+        "trainer.compile=false", "task.batch_size=8", "task.steps=4", "task.warmup_steps=1", "task.val_every=2",
+    )  # fmt: skip
+    train_py("experiment=pretrain_igpt_xl_64", *small, cwd=tmp_path)
+    (run,) = (tmp_path / "runs").iterdir()
+    numbers = RunFolder(run).read_result()["numbers"]
+    result, _ = run_here(tmp_path, "task=evaluate", f"init={run}", "task.baseline_images=0", "trainer=cpu")
+    assert result.numbers["val/loss_gen"].value == pytest.approx(numbers["val/loss_gen"]["value"], rel=1e-2)  # bfloat16
+    assert sorted(path.suffix for path in (run / "samples").iterdir()) == [".png", ".png"]

@@ -1,0 +1,70 @@
+"""Does any process ever hold a sharded network whole? Two blocks as wide as iGPT-XL's, made and trained for one step.
+
+    python benchmarks/sharded_memory.py [--width 3072] [--processes 2]
+
+Prints, for the first process, the growth of its peak resident memory while its part of the network is made, and after a
+step, beside the bytes of the whole.
+"""
+
+import argparse
+import os
+import sys
+from functools import partial
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from igpt import ranks
+from igpt.model.gpt import GPT
+from igpt.processes import is_rank, run_ranks
+from igpt.task.fit import Machine
+from igpt.task.optim import adam
+
+GB = 1e9
+
+
+def peak() -> int:
+    """Bytes of resident memory, at most so far (Linux)."""
+    with open("/proc/self/status") as status:
+        return int(status.read().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def work(rank: ranks.Rank, width: int) -> None:
+    sizes = {"n_layer": 2, "n_embd": width, "n_head": 24, "n_ctx": 256, "n_vocab": 512, "causal": True}
+    mesh = init_device_mesh("cpu", (rank.count, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    machine = Machine(
+        accelerator="cpu", devices="auto", nodes=1, strategy="fsdp", checkpoint_in_pieces="auto", precision="32-true",
+        micro_batch=None, compile=False, activation_checkpointing=False, attention="auto", matmul_precision="auto",
+        num_workers=0, peak_tflops=None,
+    )  # fmt: skip
+    with torch.device("meta"):
+        whole = sum(weight.numel() * 4 for weight in GPT(**sizes).parameters())
+    before = peak()
+    net = machine.made(partial(GPT, **sizes), lambda made: made.init_weights(0), mesh)
+    made = peak() - before
+    optimizer = adam(net.parameters(), learning_rate=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.0)
+    net(torch.randint(512, (1, 256))).logsumexp(-1).mean().backward()
+    optimizer.step()
+    stepped = peak() - before
+    print(
+        f"rank {rank.index}: {whole / GB:.2f} GB of weights in all; {made / GB:.2f} GB at most while its part is made "
+        f"({made / whole:.2f}), {stepped / GB:.2f} GB after a step ({stepped / whole / 4:.2f} of weights, "
+        "gradients and Adam together)",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=3072)
+    parser.add_argument("--processes", type=int, default=2)
+    asked = parser.parse_args()
+    if not is_rank():
+        sys.exit(run_ranks([sys.executable, *sys.argv], asked.processes))
+    with ranks.joined(torch.device("cpu")) as rank:
+        work(rank, asked.width)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
