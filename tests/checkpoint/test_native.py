@@ -28,6 +28,7 @@ from igpt.checkpoint.resume import (
 )
 from igpt.model.gpt import GPT
 from tests.conftest import Planted, small_net
+from tests.oracle import gpt as plain
 
 
 def origin_of(net: GPT) -> Origin:
@@ -60,6 +61,25 @@ def test_round_trip_is_bit_exact(saved: Path, net: GPT) -> None:
         assert weights.origin == origin_of(net)
         assert np.array_equal(weights.origin.centres, origin_of(net).centres)
         assert weights.sha256 == files.sha256(saved / "model" / "model.safetensors")
+
+
+def test_a_checkpoint_of_an_earlier_release(tmp_path: Path) -> None:
+    """Independent source: the logits of two images that were computed when format 1 was new, and a rewrite in numpy.
+
+    Who changes the network or the format finds out here that weights which people have no longer mean the same.
+    """
+    weights = find(str(Path(__file__).parent / "format_1"))
+    tokens = torch.tensor([[0, 1, 2, 3], [4, 4, 0, 1]])
+    then = [[0.312840, -0.120220, 0.149330, -0.517536, 2.264876], [1.250521, -0.138385, -0.541394, -1.348086, 1.897740]]
+    net = weights.net()
+    with torch.no_grad():
+        logits = net(tokens)
+    assert (logits[:, -1] - torch.tensor(then)).abs().max() < 1e-5
+    plain_weights = {name: weight.double().numpy() for name, weight in net.state_dict().items()}
+    for image, ours in zip(tokens, logits, strict=True):
+        theirs = plain.logits(plain_weights, image.numpy(), None, n_head=2, causal=True)
+        assert np.abs(ours.numpy() - theirs).max() < 1e-5
+    assert (weights.origin.model, weights.origin.step, weights.vocabulary()[0].k) == ("tiny", 7, 5)
 
 
 def test_a_network_of_another_size(saved: Path) -> None:
