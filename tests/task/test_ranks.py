@@ -93,6 +93,13 @@ def test_weights_of_a_sharded_run_are_those_of_any(place: Path, answers: list[di
     assert sorted(path.name for path in (place / "sharded" / "samples").iterdir())[0] == "step_0000008.png"
 
 
+def test_a_checkpoint_in_pieces_is_for_sharded_training(place: Path, alone: Lab, tmp_path: Path) -> None:
+    """One process cannot go on from it, and says what can."""
+    shutil.copytree(place / "sharded pieces", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"is in pieces, as trainer=fsdp writes it.*init="):
+        alone.pretrain(tmp_path / "run", on=machine(micro_batch=50), **{**TWENTY, "steps": 24})
+
+
 def test_a_checkpoint_in_pieces_that_is_damaged(place: Path, tmp_path: Path) -> None:
     """One byte of one piece: the checkpoint before it is taken, as with whole ones."""
     shutil.copytree(place / "sharded pieces", tmp_path / "run")

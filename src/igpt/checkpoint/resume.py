@@ -63,6 +63,10 @@ class AtomicCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
+        if Path(path).is_dir():
+            raise ValueError(
+                f"{path} is in pieces, as trainer=fsdp writes it: resume with that, or start from its weights, init={path}"
+            )
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
