@@ -65,7 +65,7 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         if Path(path).is_dir():
             raise ValueError(
-                f"{path} is in pieces, as trainer=fsdp writes it: resume with that, or start from its weights, init={path}"
+                f"{path} is in pieces, as trainer=fsdp writes it: resume with that, or take its weights, init={path}"
             )
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
