@@ -18,18 +18,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from igpt.checkpoint.openai import variables
+from igpt.tokens.palette import Palette
+
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "src")]
-
-from igpt.checkpoint.openai import variables  # noqa: E402
-from tests.oracle import released  # noqa: E402
-from tests.tokens.test_palette import random_palette  # noqa: E402
-
 SIZES = {"igpt_s": (24, 512, 8), "igpt_m": (36, 1024, 8), "igpt_l": (48, 1536, 16)}
 
 
 def make(place: Path, model: str, n_shard: int) -> None:
     """Random weights in OpenAI's layout, their palette beside them."""
+    sys.path.insert(0, str(ROOT))
+    from tests.oracle import released  # the tests' writer of that layout, and with it TensorFlow
+
     n_layer, n_embd, n_head = SIZES[model]
     network = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_ctx": 1024, "n_vocab": 512, "causal": True}
     draw = torch.Generator().manual_seed(0)
@@ -41,7 +41,8 @@ def make(place: Path, model: str, n_shard: int) -> None:
 
     wanted = {f"model/{name}": shape for name, shape in variables(network).items()}
     released.save(place / "openai" / "model.ckpt-1000000", Drawn(dict.fromkeys(wanted, np.empty(0))), n_shard)
-    random_palette(512).save(place / "openai" / "kmeans_centers.npy")
+    colours = np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32)
+    Palette(colours).save(place / "openai" / "kmeans_centers.npy")
     print(f"{model}: {sum(map(prod, wanted.values())):,} weights in {n_shard} shards", flush=True)
 
 

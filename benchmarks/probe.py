@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.01, 1.0])
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore", ConvergenceWarning)
+    warnings.simplefilter("ignore", ConvergenceWarning)  # how near each ended is measured and printed instead
     x, y = made_up(arguments.layers, arguments.images, arguments.width, 10)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores; {tuple(x.shape)}")
     for strength in arguments.strengths:

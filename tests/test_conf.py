@@ -431,7 +431,7 @@ def test_a_plan_that_cannot_be(caplog: pytest.LogCaptureFixture, overrides: tupl
 
 def test_sharding_needs_several_processes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trainer\.devices=auto, or more than 1"):
-        built("trainer=fsdp", "trainer.devices=1", "trainer.accelerator=cpu").machine  # noqa: B018
+        _ = built("trainer=fsdp", "trainer.devices=1", "trainer.accelerator=cpu").machine
 
 
 PAPER = sorted(path.stem for path in (CONF / "experiment" / "paper").glob("*.yaml"))

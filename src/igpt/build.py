@@ -1,18 +1,14 @@
 """Everything a task may need, built in flow order from a config; what one stage knows is given to the next."""
 
-import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from igpt import files
-from igpt.arguments import suggestion
 from igpt.checkpoint import native
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Origin, Weights
@@ -22,6 +18,7 @@ from igpt.model.gpt import GPT
 from igpt.objective import named
 from igpt.objective.base import Objective
 from igpt.report.folder import RunFolder, identity
+from igpt.settings import factory
 from igpt.task.fit import Machine, Runner, hold_memory
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.palette import Palette
@@ -30,46 +27,6 @@ from igpt.tokens.raster import Raster
 log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint"  # the option of model, tokens and objective that says: as in the weights of init=
-
-
-def factory(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
-    """What a `_target_` names, with its settings given, their names and types checked: call it with live objects.
-
-    Raises:
-        ValueError: a setting that the target does not have, or of another type than it takes.
-    """
-    settings = {str(key): value for key, value in spec.items()}
-    check_settings(get_object(settings["_target_"]), settings, where)
-    made: Callable[..., Any] = instantiate({**settings, "_partial_": True, "_convert_": "all"})
-    return made
-
-
-def check_settings(target: Any, settings: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError, naming the setting in `where`, unless `target` takes every one of them as it is."""
-    parameters = inspect.signature(target).parameters
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for key, value in settings.items():
-        if key.startswith("_"):
-            continue
-        if key not in parameters and not takes_any:
-            raise ValueError(f"{where} has no setting {key!r}{suggestion(key, parameters)}")
-        if key in hints and not _fits(value, hints[key]):
-            name = getattr(hints[key], "__name__", str(hints[key])) if not get_args(hints[key]) else str(hints[key])
-            raise ValueError(f"{where}.{key} must be {name}, got {value!r}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, option) for option in get_args(hint))
-    if origin is Literal:
-        return value in get_args(hint)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
-    if hint in (str, bool, NoneType):
-        return isinstance(value, hint)
-    return True  # a container or a live object: its own code looks at it
 
 
 def trained_on(folder: Path) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from igpt import files, processes, ranks
 from igpt.arguments import absolute, suggestion
-from igpt.build import CHECKPOINT, Build, check_settings, factory
+from igpt.build import CHECKPOINT, Build
 from igpt.metric.result import Result
 from igpt.report import loggers
 from igpt.report.folder import RunFolder, changes, environment, result_of
 from igpt.report.logs import log_file, set_up_logging
 from igpt.report.table import closing_table, columns
+from igpt.settings import check_settings, factory
 from igpt.stopping import STOPPED, StoppedError, pass_on
 from igpt.task.fit import Machine
 from igpt.task.guard import NonFiniteLossError

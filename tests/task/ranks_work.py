@@ -190,7 +190,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
             raise OSError("No space left on device")
         write(self, checkpoint, path)
 
-    AtomicCheckpointIO.write = refuse  # type: ignore[method-assign]
+    AtomicCheckpointIO.write = refuse  # type: ignore[method-assign]  # a disk that is full, for one save
     lab.pretrain(place / "full disk", on=on_all())
     AtomicCheckpointIO.write = write  # type: ignore[method-assign]
 

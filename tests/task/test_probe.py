@@ -280,7 +280,10 @@ def test_what_it_has_to_beat(tmp_path: Path, lab: Lab, ar: Weights) -> None:
     fresh = GPT(**SIZES)
     fresh.init_weights(0)
     of_fresh = [features(lab, fresh, split) for split in splits]
-    best = [max(sklearn(c).fit(a, y).score(b, labels(lab, "val")) for c in STRENGTHS) for a, b in zip(*of_fresh)]  # noqa: B905
+    best = [
+        max(sklearn(c).fit(a, y).score(b, labels(lab, "val")) for c in STRENGTHS)
+        for a, b in zip(*of_fresh, strict=True)
+    ]
     assert result.curves["untrained network, val"].y == pytest.approx(best, abs=OF_VAL)
     assert result.numbers["val/untrained"].value == pytest.approx(max(best), abs=OF_VAL)
     raw = [lab.digits.split(split).pixels.reshape(-1, 192) / 127.5 - 1 for split in splits]

@@ -95,6 +95,11 @@ class Weights:
     state: Callable[[], State]  # the tensors by name, each read when it is asked for
     wclf: Lazy | None = None  # a class head, (K, C), where one is inside
 
+    @property
+    def n_value(self) -> int:
+        """How many numbers the network has."""
+        return sum(tensor.n_value for tensor in self.state().values())
+
     def vocabulary(self) -> tuple[Palette, Raster]:
         """What the tokens mean: their colours, and the order of the pixels.
 

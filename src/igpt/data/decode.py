@@ -37,7 +37,7 @@ def size_of(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     try:  # a PNG is read to its end for this
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except Exception as error:
+    except Exception as error:  # as in `opened`
         raise BadImageError(f"it is damaged or cut short: {error}") from error
     return (height, width) if turned else (width, height)
 
@@ -63,7 +63,7 @@ def rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
         return _to_rgb(image)
     except BadImageError:
         raise
-    except Exception as error:
+    except Exception as error:  # as in `opened`
         raise BadImageError(f"it is damaged or cut short: {error}") from error
 
 

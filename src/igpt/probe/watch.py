@@ -56,7 +56,8 @@ class ProbeWhileTraining(L.Callback):
         assert isinstance(data, TokenDataModule)
         if data.source.n_class is None:
             raise ValueError(f"callbacks=probe needs labels, data={data.source.name} has none")
-        if isinstance(getattr(pl_module, "net").wte, DTensor):  # noqa: B009 - one of those that pretrain
+        module: Any = pl_module  # one of those that pretrain
+        if isinstance(module.net.wte, DTensor):
             raise ValueError("callbacks=probe reads every layer of a whole network: leave it out under trainer=fsdp")
         if not trainer.limit_val_batches:
             raise ValueError("callbacks=probe looks at every validation: set task.val_every above 0")

@@ -81,7 +81,8 @@ class Checkpoints(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
-        numbers: dict[str, Number] = getattr(pl_module, "numbers")  # noqa: B009 - of the last validation
+        module: Any = pl_module  # one of those that train
+        numbers: dict[str, Number] = module.numbers  # of the last validation
         value = numbers[self.monitor].value
         if self.sign * value < self._best and self._save(trainer, pl_module, best=value):
             self._best, self._best_step = self.sign * value, trainer.global_step

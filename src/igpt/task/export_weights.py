@@ -39,7 +39,7 @@ def run(*, weights: Weights, folder: Path, format: Literal["huggingface", "igpt"
                     copy_head(weights, temporary)
     ranks.barrier()
     return Result(
-        numbers={"weights": Number(sum(tensor.n_value for tensor in weights.state().values()), "numbers", 1)},
+        numbers={"weights": Number(weights.n_value, "numbers", 1)},
         files={format: Path(format)},
         provenance={"weights": weights.sha256, "format": format},
     )

@@ -277,6 +277,7 @@ class Runner:
     def predict(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
         """One pass of the module's `predict_step` over the data's evaluation split; what it returns is not kept."""
         with matmul_precision(self.machine.matmul_precision, self.machine.device), warnings.catch_warnings():
+            # the sampler shares images out itself, and writers keep what is predicted: both are meant
             warnings.filterwarnings("ignore", message=".*custom batch sampler.*|.*predict returned None.*")
             self._trainer(module, logger=False).predict(module, datamodule=data, return_predictions=False)
 
@@ -305,6 +306,7 @@ class Runner:
             enable_model_summary=False,
             **options,
         )
-        # Lightning's own answer to SIGTERM ends a run with code 0, and talks to other processes from inside the handler
+        # Lightning's own answer to SIGTERM ends a run with code 0, and talks to other processes from inside the handler.
+        # There is no switch for it, so the method is replaced
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer

@@ -19,7 +19,7 @@ def run(*, weights: Weights, folder: Path, palette: str | None, n_head: int | No
         copy_head(weights, place)
     ranks.barrier()
     return Result(
-        numbers={"weights": Number(sum(tensor.n_value for tensor in weights.state().values()), "numbers", 1)},
+        numbers={"weights": Number(weights.n_value, "numbers", 1)},
         files={"weights": Path("model")},
         provenance={"from": str(weights.path), "sha256": weights.sha256},
     )

@@ -12,7 +12,7 @@ from igpt.checkpoint.find import find
 from igpt.model.features import layer_features
 from igpt.probe.watch import ProbeWhileTraining
 from igpt.tokens.palette import Palette
-from tests.task.conftest import Arrays, Lab, digits, few, palette  # noqa: F401 - fixtures
+from tests.task.conftest import Arrays, Lab
 
 SETTINGS: dict[str, Any] = {
     "every": 1,
@@ -27,8 +27,8 @@ SETTINGS: dict[str, Any] = {
 
 def test_it_notes_what_scikit_learn_finds_at_that_step(
     tmp_path: Path,
-    few: Arrays,  # noqa: F811
-    palette: Palette,  # noqa: F811
+    few: Arrays,
+    palette: Palette,
 ) -> None:
     """Independent source: scikit-learn on the features of the checkpoint; the weights are those of a run without it."""
     lab = Lab(few, palette)
@@ -51,7 +51,7 @@ def test_it_notes_what_scikit_learn_finds_at_that_step(
         assert curve.y[0] == pytest.approx(head.score(x["val"][layer], y["val"]), abs=1e-9)
 
 
-def test_it_survives_a_stop(tmp_path: Path, few: Arrays, palette: Palette) -> None:  # noqa: F811
+def test_it_survives_a_stop(tmp_path: Path, few: Arrays, palette: Palette) -> None:
     """Round trip: curves of a run that was cut after 4 steps and went on are those of one that was not."""
     lab = Lab(few, palette)
     whole = lab.pretrain(tmp_path / "whole", callbacks=(ProbeWhileTraining(**SETTINGS),)).curves
@@ -75,7 +75,7 @@ def test_bad_settings(changed: dict[str, Any]) -> None:
         ProbeWhileTraining(**{**SETTINGS, **changed})
 
 
-def test_images_without_labels(tmp_path: Path, few: Arrays, palette: Palette) -> None:  # noqa: F811
+def test_images_without_labels(tmp_path: Path, few: Arrays, palette: Palette) -> None:
     """Invariant: a clear error before the first step."""
     unlabelled = Arrays(few.splits, n_class=None)
     with pytest.raises(ValueError, match="needs labels"):
