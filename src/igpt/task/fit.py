@@ -306,7 +306,7 @@ class Runner:
             enable_model_summary=False,
             **options,
         )
-        # Lightning's own answer to SIGTERM ends a run with code 0, and talks to other processes from inside the handler.
-        # There is no switch for it, so the method is replaced
+        # Lightning's own answer to SIGTERM ends a run with code 0, and talks to other processes from inside the
+        # handler. There is no switch for it, so the method is replaced
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
