@@ -46,6 +46,15 @@ def trained_on(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def _without_colours(settings: dict[str, Any]) -> dict[str, Any]:
+    """The data settings without those of the palette."""
+    return {
+        key: _without_colours(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key != "n_colour"
+    }
+
+
 class Build:
     """The stages of one config, each built when it is first asked for.
 
@@ -94,9 +103,10 @@ class Build:
         path = self.config["tokens"].get("path")
         palette = files.sha256(Path(path)) if path is not None and Path(path).is_file() else None
         sums = {"init": self.weights.sha256 if self.weights else None, "tokens.path": palette}
-        images = self.config["data"].get("path")
-        if images is not None and Path(images).expanduser().exists():
-            sums["data.path"] = files.listing_sha256(Path(images).expanduser())
+        for of, settings in {"data": self.config["data"], **self.config["data"].get("streams", {})}.items():
+            images = settings.get("path")
+            if images is not None and Path(images).expanduser().exists():
+                sums[f"{of}.path"] = files.listing_sha256(Path(images).expanduser())
         for run in self.config["task"].get("runs", []):
             sums[f"task.runs {Path(run).name}"] = find(run).sha256
         for group, key in (("task", "palette"), ("task", "tokens"), ("task", "keep"), ("data", "clusters")):
@@ -130,8 +140,7 @@ class Build:
 
     @cached_property
     def source(self) -> Source:
-        spec = {key: value for key, value in self.config["data"].items() if key != "n_colour"}  # that is the palette's
-        source: Source = factory(spec, "data")(cache=Path(self.cfg.paths.cache))
+        source: Source = factory(_without_colours(self.config["data"]), "data")(cache=Path(self.cfg.paths.cache))
         return source
 
     @cached_property

@@ -32,6 +32,9 @@ def check_settings(target: Any, settings: Mapping[str, Any], where: str) -> None
             continue
         if key not in parameters and not takes_any:
             raise ValueError(f"{where} has no setting {key!r}{suggestion(key, parameters)}")
+        for name, part in value.items() if isinstance(value, Mapping) else ():
+            if isinstance(part, Mapping) and "_target_" in part:
+                check_settings(get_object(part["_target_"]), part, f"{where}.{key}.{name}")
         if key in hints and not _fits(value, hints[key]):
             name = getattr(hints[key], "__name__", str(hints[key])) if not get_args(hints[key]) else str(hints[key])
             raise ValueError(f"{where}.{key} must be {name}, got {value!r}")

@@ -29,7 +29,7 @@ from igpt.stopping import StoppedError
 from igpt.task.classify import ClassScore, classes_hash
 from igpt.task.finetune import check
 from igpt.task.guard import NonFiniteLossError
-from igpt.tokens.datamodule import Batch
+from igpt.tokens.batches import Batch
 from igpt.tokens.palette import Palette
 from tests.task.conftest import Arrays, Lab, drawn, machine
 from tests.task.test_stopping import Send

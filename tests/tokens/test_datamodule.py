@@ -11,10 +11,11 @@ import torch
 
 from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
-from igpt.tokens.datamodule import Batch, TokenDataModule
+from igpt.tokens.batches import Batch
+from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit
 from igpt.tokens.raster import Raster
-from tests.data.conftest import RANDOM_CROP, SETTINGS, Shop, class_folders
+from tests.data.conftest import RANDOM_CROP, SETTINGS, Shop, class_folders, mixture, tar_shards
 from tests.tokens.test_palette import random_palette
 
 SOURCE = Digits(
@@ -85,7 +86,8 @@ def of_photographs(
     folder: Path, *, num_workers: int = 0, plan: BatchPlan | None = None, **changed: Any
 ) -> TokenDataModule:
     """Batches of 6 photographs, cropped at random, from a table or a stream of 15."""
-    source = Shop(folder.parent / "cache")(folder, **{"crop": RANDOM_CROP, **changed})
+    stream = {**SETTINGS["stream"], "lanes": 4}  # as many whoever reads them
+    source = Shop(folder.parent / "cache")(folder, **{"crop": RANDOM_CROP, "stream": stream, **changed})
     return TokenDataModule(
         source=source,
         palette=random_palette(32),
@@ -142,18 +144,72 @@ def test_the_same_batches_in_two_processes(photographs: Path) -> None:
         context.Process(target=rank_reads, args=(photographs, rank, answers), daemon=True).start()
     read_by = dict(answers.get(timeout=60) for _ in range(4))
     for streaming in (False, True):
-        for i, whole in enumerate(read(of_photographs(photographs, streaming=streaming), 8)):
-            for part, ours in enumerate(whole):
-                assert read_by[0, streaming][i][part] + read_by[1, streaming][i][part] == ours.tolist()
+        halves = read(of_photographs(photographs, plan=BatchPlan(6, 3), streaming=streaming), 16)
+        for i, half in enumerate(halves):
+            for part, ours in enumerate(half):
+                assert read_by[i % 2, streaming][i // 2][part] == ours.tolist()
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_it_starts_at_any_step(photographs: Path, streaming: bool) -> None:
+def test_it_starts_at_any_step(photographs: Path) -> None:
     """Invariant: starting at step 4, inside the second pass, continues what starting at 0 would have given."""
-    later = of_photographs(photographs, streaming=streaming)
+    later = of_photographs(photographs)
     later.trainer = type("At", (), {"global_step": 4})()
-    expected = read(of_photographs(photographs, streaming=streaming), 8)[4:]
+    expected = read(of_photographs(photographs), 8)[4:]
     assert all(map(torch.equal, joined(read(later, 4)), joined(expected)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_goes_on_where_it_was_left(tmp_path: Path, num_workers: int) -> None:
+    """Round trip: after any number of batches, with other workers and another number of devices than before."""
+
+    def data(**how: Any) -> TokenDataModule:
+        given = {"plan": BatchPlan(3, 3), "num_workers": num_workers, "seed": 3, **how}
+        shards = mixture(tmp_path / "shards", lanes=4)
+        return TokenDataModule(source=shards, palette=random_palette(32), raster=Raster.of(8, "raster"), **given)
+
+    whole = read(data(), 24)
+    for n in (1, 6, 15):
+        begun = data(num_workers=0)
+        assert all(map(torch.equal, joined(read(begun, n)), joined(whole[:n])))
+        state = begun.state_dict()
+        torch.save(state, tmp_path / "state.pt")
+        resumed = data()
+        resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert all(map(torch.equal, joined(read(resumed, 24 - n)), joined(whole[n:])))
+        halves = []
+        for rank in range(2):
+            half = data(plan=BatchPlan(6, 3, n_device=2, rank=rank))
+            half.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+            halves.append(read(half, 4))
+        together = [batch for pair in zip(*halves, strict=True) for batch in pair]
+        assert all(map(torch.equal, joined(together), joined(whole[n : n + 8])))
+
+
+def test_places_in_a_stream_that_is_not_there(tmp_path: Path) -> None:
+    """Another number of shards, of devices that cannot share the lanes, or a checkpoint that has no place."""
+
+    def data(plan: BatchPlan) -> TokenDataModule:
+        shards = mixture(tmp_path / "shards", lanes=None)
+        return TokenDataModule(
+            source=shards, palette=random_palette(32), raster=Raster.of(8, "raster"), plan=plan, seed=3, num_workers=0
+        )
+
+    begun = data(BatchPlan(4, 1, n_device=2))
+    read(begun, 2)
+    state = begun.state_dict()
+    three = data(BatchPlan(3, 1, n_device=3))
+    three.load_state_dict(state)
+    with pytest.raises(ValueError, match="3 devices cannot share the 2 lanes"):
+        three.train_dataloader()
+    tar_shards(tmp_path / "shards" / "tar", [1, 1, 1, 1])
+    more = data(BatchPlan(4, 1, n_device=2))
+    more.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"it has web of 4 shard.*it had web of 3 shard"):
+        more.train_dataloader()
+    none = data(BatchPlan(1, 1))
+    none.trainer = type("At", (), {"global_step": 4})()
+    with pytest.raises(ValueError, match="holds no place in the stream"):
+        none.train_dataloader()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

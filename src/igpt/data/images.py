@@ -16,6 +16,7 @@ from igpt.data import cache as pixel_cache
 from igpt.data.classes import Classes
 from igpt.data.crop import Crop, Cut, padded_crop
 from igpt.data.decode import BadImageError, opened, rgb
+from igpt.data.shards import Shards, named_files, open_shards
 from igpt.data.source import Pixels, Split, Stream, check_split_name
 from igpt.data.split import balanced_subset, check_fractions, split_indices
 from igpt.data.stream import Streamed
@@ -69,20 +70,27 @@ class Images:
         self.name, self.resolution, self.n_class = name, resolution, n_class
         self.labels_per_class = labels_per_class
         cut = Cut.of(resolution, crop, augment)
-        found = open_tables(
+        skip = on_corrupt == "skip"
+        found: dict[str, Any] | None = None
+        if streaming:
+            found = open_shards(path, cache=cache, skip=skip)
+        elif named_files(path) and not Path(path).expanduser().exists():
+            raise ValueError(f"data.path={path} names shards, which are read in turn: data.streaming=true")
+        found = found or open_tables(
             path, name=name, labels=label_column if n_class is not None else None, streaming=streaming, cache=cache
         )
         of = {ours: _present(ours, theirs, found, path) for ours, theirs in splits.items()}
         trained_on = of["train"]
         assert trained_on is not None
         columns, read_as = Columns(image_column, label_column), Classes(classes, n_class)
-        skip = on_corrupt == "skip"
         self._parts: Streamed | _Tables
         if streaming:
+            shards = {
+                ours: Shards.of(found[theirs], columns, f"{path} ({theirs})") for ours, theirs in of.items() if theirs
+            }
             self._parts = Streamed(
-                {ours: found[theirs] for ours, theirs in of.items() if theirs},
-                columns=columns, classes=read_as, cut=cut, val_fraction=val_fraction, split_seed=split_seed,
-                skip=skip, where=path, **stream,
+                shards, name=name, classes=read_as, cut=cut, val_fraction=val_fraction, split_seed=split_seed,
+                skip=skip, **stream,
             )  # fmt: skip
             return
         shelf = _Shelf(cache / "pixels", f"{name}{resolution}", skip)

@@ -92,17 +92,36 @@ class OncePerImage:
 
 
 @dataclass(frozen=True)
-class Positions:
-    """The same sharing out as `EndlessBatches`, of images that come in turn: which positions are whose."""
+class Lanes:
+    """From which lane of a stream each micro-batch is read: from each in turn, over all devices.
+
+    A lane is read by one device, and by one worker of it, so that nobody reads what another does.
+
+    Raises:
+        ValueError: lanes that the devices cannot share.
+    """
 
     plan: BatchPlan
-    first_step: int
+    count: int
+    first: int  # the lane of the next micro-batch
+
+    def __post_init__(self) -> None:
+        if self.count % self.plan.n_device:
+            raise ValueError(
+                f"{self.plan.n_device} devices cannot share the {self.count} lanes of a stream equally: take a number "
+                "of devices that divides them, or before a run begins another data.stream.lanes (which is kept in its "
+                "checkpoints)"
+            )
+
+    def workers(self, at_most: int) -> int:
+        """How many workers of one device can share its lanes: as many as there are, or the next number that divides."""
+        mine = self.count // self.plan.n_device
+        return max((n for n in range(1, min(at_most, mine) + 1) if mine % n == 0), default=0)
 
     def mine(self, worker: int, n_worker: int) -> Iterator[int]:
-        """The first positions of this device's micro-batches, of every `n_worker`-th from `worker` on."""
+        """The lanes of this device's micro-batches, of every `n_worker`-th from `worker` on, without end."""
         plan = self.plan
-        step = plan.n_device * plan.micro_batch
-        start = self.first_step * plan.batch_size + plan.rank * plan.micro_batch + worker * step
+        batch = self.first + plan.rank + worker * plan.n_device
         while True:
-            yield start
-            start += n_worker * step
+            yield batch % self.count
+            batch += n_worker * plan.n_device

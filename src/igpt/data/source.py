@@ -35,12 +35,34 @@ class Split(Protocol):
         ...
 
 
+class Lane(Protocol):
+    """One reader's share of a stream."""
+
+    def endless(self, at: Any) -> Iterator[tuple[Any, Any]]:
+        """Records from a place on, still encoded, pass after pass; each with the place after it."""
+        ...
+
+
 @runtime_checkable
 class Stream(Protocol):
-    """Training images that come one after another, without a length and without positions to read at."""
+    """Training images that come one after another, without a length and without positions to read at.
 
-    def records(self, seed: int, epoch: int) -> Iterator[Any]:
-        """One pass over the images, still encoded, in an order that seed and epoch decide; the same in any process."""
+    A record has a `digest`, a number that its content decides.
+    """
+
+    lanes: int | None  # into how many shares it is to be cut; None: one a reader
+
+    @property
+    def contents(self) -> dict[str, int]:
+        """What a place in it is meant by: where this differs, places differ."""
+        ...
+
+    def lane(self, index: int, count: int, seed: int) -> Lane:
+        """One of `count` shares, in an order that the seed decides; together they are every image once a pass."""
+        ...
+
+    def start(self) -> Any:
+        """The place where a lane begins."""
         ...
 
     def read(self, records: Sequence[Any], keys: Sequence[int]) -> Pixels:

@@ -1,31 +1,152 @@
-"""A stream of images: read in turn, from wherever it is, without a copy on this machine."""
+"""A stream of images: read in turn, from wherever they are, without a copy on this machine."""
 
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import datasets
 import numpy as np
 
-from igpt import keyed
 from igpt.data.classes import Classes
 from igpt.data.crop import Crop, Cut, padded_crop
 from igpt.data.decode import BadImageError, opened, rgb
+from igpt.data.lanes import Dealt, Lane, Place
+from igpt.data.shards import BadShardError, Shards
 from igpt.data.source import ArraySplit, Pixels
-from igpt.data.tables import Columns, class_names, unpacked
+from igpt.data.tables import unpacked
 
 log = logging.getLogger(__name__)
 
 
 class Record(NamedTuple):
-    """One image as it comes: where it was read, its encoded bytes, its label."""
+    """One image as it comes: where it was read, its encoded bytes, its label, what names it, whose it is."""
 
     place: str
     data: bytes
     label: int
+    digest: int  # of its content, in 63 bits: what is random about it depends on this, not on who reads it when
+    part: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """Images of some shards, or those of them whose content hashes into `share`."""
+
+    name: str
+    weight: float
+    shards: Shards
+    classes: Classes
+    cut: Cut
+    skip: bool  # leave corrupt images and shards out
+    split_seed: int
+    share: tuple[float, float]  # from, up to: of [0, 1)
+
+    @property
+    def n_shard(self) -> int:
+        return len(self.shards)
+
+    def records(self, share: Dealt, shard: int, row: int) -> Iterator[tuple[Record, int, int]]:
+        """What of its shards was dealt, from a place on.
+
+        Corrupt images that are to be left out are found here, by decoding every one; how many they and the shards left
+        out were is logged at the end.
+
+        Raises:
+            ValueError: a label that is no class.
+            BadImageError, BadShardError: no image, or no shard, where one should be.
+        """
+        bad = broken = 0
+        for index in range(shard, len(share.shards)):
+            number = share.shards[index]
+            try:
+                for i, cell, label in self.shards.read(number, row if index == shard else 0):
+                    if i % share.sharers != share.turn:
+                        continue
+                    try:
+                        record = self._record(cell, label, f"image {i} of {self.shards.name(number)}")
+                    except BadImageError:
+                        if not self.skip:
+                            raise
+                        bad += 1
+                        continue
+                    if record is not None:
+                        yield record, index, i + 1
+            except BadShardError as error:
+                if not self.skip:
+                    raise BadShardError(f"{error}; data.on_corrupt=skip leaves such shards out") from error
+                broken += 1
+                log.warning("data: %s; what is left of it is left out", error)
+        if bad or broken:
+            log.warning(
+                "data: %d images and %d shards of %s could not be read and were left out in this pass of one reader",
+                bad, broken, self.shards.where,
+            )  # fmt: skip
+
+    def _record(self, cell: Mapping[str, object] | None, label: int | None, place: str) -> Record | None:
+        place, data = unpacked(cell, place)
+        low, high = self.share
+        if (low, high) != (0.0, 1.0) and not low <= hashed(data, self.split_seed) < high:
+            return None
+        if self.skip:
+            rgb(opened(data))
+        given = np.array([-1 if label is None else label], dtype=np.int64)
+        known = int(self.classes(given, self.shards.names, place)[0])
+        return Record(place, data, known, _digest(data, 0) >> 1, self.name)
+
+    def cut_out(self, crop: Crop, record: Record, key: int) -> np.ndarray:
+        """One image of a record, (R, R, 3) uint8. Raises BadImageError, naming it."""
+        try:
+            return crop(record.data, key)
+        except BadImageError as error:
+            raise BadImageError(f"{record.place}: {error}; data.on_corrupt=skip leaves such images out") from error
+
+
+class ImageStream:
+    """Some parts as one stream, each drawn by its weight as long as it lasts: a `Stream`.
+
+    Raises:
+        ValueError: a buffer or a number of lanes below 1, weights that are none.
+    """
+
+    def __init__(self, parts: Sequence[ImagePart], *, buffer: int, lanes: int | None) -> None:
+        if not _from_one(buffer) or (lanes is not None and not _from_one(lanes)):
+            raise ValueError(f"data.stream.buffer and .lanes are 1 or more (lanes: or null), got {buffer!r}, {lanes!r}")
+        self.parts = {part.name: part for part in parts}
+        self.buffer, self.lanes = buffer, lanes
+
+    @property
+    def contents(self) -> dict[str, int]:
+        """The shards of each part: by these a place in the stream is meant."""
+        return {part.name: part.n_shard for part in self.parts.values()}
+
+    def lane(self, index: int, count: int, seed: int) -> Lane:
+        parts = list(self.parts.values())
+        return Lane(parts, index, count, seed, block=max(1, self.buffer // count))
+
+    def start(self) -> Place:
+        return Place.start(len(self.parts))
+
+    def read(self, records: Sequence[Record], keys: Sequence[int]) -> Pixels:
+        """The images of some records, cut for training. Raises BadImageError, naming the image."""
+        of = [self.parts[record.part] for record in records]
+        cut = [
+            part.cut_out(part.cut.training, record, key) for part, record, key in zip(of, records, keys, strict=True)
+        ]
+        pixels = np.stack(cut)
+        for part in self.parts.values():
+            mine = [i for i, record in enumerate(records) if record.part == part.name]
+            if mine and (part.cut.pad or part.cut.flip):
+                given = [keys[i] for i in mine]
+                pixels[mine] = padded_crop(pixels[mine], given, pad=part.cut.pad, flip=part.cut.flip)
+        return Pixels(pixels, np.array([record.label for record in records], dtype=np.int64))
+
+    def first(self, n: int, seed: int) -> list[tuple[np.ndarray, int]]:
+        """The first n images in the order of one reader, as for evaluation, with their labels."""
+        found = islice(self.lane(0, 1, seed).one_pass(self.start()), n)
+        of = [(self.parts[record.part], record) for record, _ in found]
+        return [(part.cut_out(part.cut.evaluation, record, 0), record.label) for part, record in of]
 
 
 class Streamed:
@@ -36,128 +157,65 @@ class Streamed:
     first `held` images are kept in memory, since a stream can be read only in turn.
 
     Raises:
-        ValueError: a buffer or a number of held images below 1.
+        ValueError: a buffer, a number of lanes or of held images below 1.
     """
 
     def __init__(
         self,
-        streams: Mapping[str, datasets.IterableDataset],
+        splits: Mapping[str, Shards],
         *,
-        columns: Columns,
+        name: str,
         classes: Classes,
         cut: Cut,
         val_fraction: float,
         split_seed: int,
         skip: bool,
-        where: str,
         buffer: int,
         held: int,
+        lanes: int | None,
     ) -> None:
-        if not all(isinstance(number, int) and number >= 1 for number in (buffer, held)):
-            raise ValueError(f"data.stream.buffer and data.stream.held are 1 or more, got {buffer!r} and {held!r}")
-        self.cut, self.held = cut, held
-        drawn = 0.0 if "val" in streams else val_fraction
-        self._passes = {
-            name: ImageStream(
-                stream, columns=columns, classes=classes, cut=cut, skip=skip, buffer=buffer, split_seed=split_seed,
-                share=(drawn, 1.0) if name == "train" else (0.0, 1.0), where=f"{where} ({name})",
+        if not _from_one(held):
+            raise ValueError(f"data.stream.held is 1 or more, got {held!r}")
+        self.side, self.held, self.split_seed = cut.evaluation.resolution, held, split_seed
+        drawn = 0.0 if "val" in splits else val_fraction
+        parts = {
+            ours: ImagePart(
+                name=name, weight=1.0, shards=shards, classes=classes, cut=cut, skip=skip, split_seed=split_seed,
+                share=(drawn, 1.0) if ours == "train" else (0.0, 1.0),
             )
-            for name, stream in streams.items()
+            for ours, shards in splits.items()
         }  # fmt: skip
         if drawn:
-            self._passes["val"] = replace(self._passes["train"], share=(0.0, drawn))
+            parts["val"] = replace(parts["train"], share=(0.0, drawn))
+        self._streams = {ours: ImageStream([part], buffer=buffer, lanes=lanes) for ours, part in parts.items()}
         self._kept: dict[str, ArraySplit] = {}
 
     def split(self, name: str) -> ArraySplit:
         if name not in self._kept:
-            side = self.cut.evaluation.resolution
-            images = self._passes[name].first(self.held) if name in self._passes else []
-            pixels = np.stack([pixels for pixels, _ in images]) if images else np.empty((0, side, side, 3), np.uint8)
-            self._kept[name] = ArraySplit(pixels, np.array([label for _, label in images], dtype=np.int64))
+            images = self._streams[name].first(self.held, self.split_seed) if name in self._streams else []
+            self._kept[name] = kept(images, self.side)
             log.info("data: keeping %d images of the stream as %s", len(images), name)
         return self._kept[name]
 
-    def training(self) -> "ImageStream":
-        return self._passes["train"]
+    def training(self) -> ImageStream:
+        return self._streams["train"]
 
 
-@dataclass(frozen=True)
-class ImageStream:
-    """A `Stream` over one split, or over the part of it whose content hashes into `share`."""
-
-    rows: datasets.IterableDataset
-    columns: Columns
-    classes: Classes
-    cut: Cut
-    skip: bool  # leave corrupt images out
-    buffer: int  # images among which each next one is drawn
-    split_seed: int
-    share: tuple[float, float]  # from, up to: of [0, 1)
-    where: str
-
-    def records(self, seed: int, epoch: int) -> Iterator[Record]:
-        """One pass, shuffled by `seed` and `epoch` within a buffer.
-
-        Corrupt images that are to be left out are found here, by decoding every one, so that what comes out does not
-        depend on who decodes it; how many they were is logged at the end of the pass.
-
-        Raises:
-            ValueError: a label that is no class.
-            BadImageError: no image where one should be.
-        """
-        rows = self.rows.shuffle(seed=keyed.key(seed, "order", epoch), buffer_size=self.buffer)
-        rows = rows if rows.features is not None else rows._resolve_features()
-        image, label = self.columns.find(rows.features, self.where)
-        names = class_names(rows.features[label]) if label else None
-        low, high = self.share
-        encoded = rows.cast_column(image, datasets.Image(decode=False))
-        bad = 0
-        # in batches: in a worker of a loader, iterating itself would skip what other workers are to read
-        for count, row in enumerate(row for batch in encoded.iter(_AT_ONCE) for row in _rows(batch)):
-            try:
-                place, data = unpacked(row[image], f"image {count} of {self.where}, as shuffled by seed {seed}")
-                if not low <= hashed(data, self.split_seed) < high:
-                    continue
-                if self.skip:
-                    rgb(opened(data))
-            except BadImageError:
-                if not self.skip:
-                    raise
-                bad += 1
-                continue
-            given = np.array([row[label] if label and row[label] is not None else -1], dtype=np.int64)
-            yield Record(place, data, int(self.classes(given, names, place)[0]))
-        if bad:
-            log.warning("data: %d images of %s cannot be read and were left out in this pass", bad, self.where)
-
-    def read(self, records: Sequence[Record], keys: Sequence[int]) -> Pixels:
-        """The images of some records, cut for training. Raises BadImageError, naming the image."""
-        pixels = np.stack([self._cut(self.cut.training, *pair) for pair in zip(records, keys, strict=True)])
-        if self.cut.pad or self.cut.flip:
-            pixels = padded_crop(pixels, keys, pad=self.cut.pad, flip=self.cut.flip)
-        return Pixels(pixels, np.array([record.label for record in records], dtype=np.int64))
-
-    def first(self, n: int) -> list[tuple[np.ndarray, int]]:
-        """The first n images in the stream's own shuffled order, as for evaluation, with their labels."""
-        records = islice(self.records(self.split_seed, 0), n)
-        return [(self._cut(self.cut.evaluation, record, 0), record.label) for record in records]
-
-    def _cut(self, crop: Crop, record: Record, key: int) -> np.ndarray:
-        try:
-            return crop(record.data, key)
-        except BadImageError as error:
-            raise BadImageError(f"{record.place}: {error}; data.on_corrupt=skip leaves such images out") from error
-
-
-_AT_ONCE = 16  # rows read from the stream at a time
-
-
-def _rows(batch: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    for values in zip(*batch.values(), strict=True):
-        yield dict(zip(batch, values, strict=True))
+def kept(images: Sequence[tuple[np.ndarray, int]], side: int) -> ArraySplit:
+    """Some images of `side` pixels, with their labels, in memory."""
+    pixels = np.stack([pixels for pixels, _ in images]) if images else np.empty((0, side, side, 3), np.uint8)
+    return ArraySplit(pixels, np.array([label for _, label in images], dtype=np.int64))
 
 
 def hashed(data: bytes, seed: int) -> float:
     """A number in [0, 1) that content and seed decide."""
-    digest = hashlib.blake2b(data, digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
-    return int.from_bytes(digest, "little") / 2**64
+    return _digest(data, seed) / 2**64
+
+
+def _digest(data: bytes, seed: int) -> int:
+    key = seed.to_bytes(8, "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
+
+
+def _from_one(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1

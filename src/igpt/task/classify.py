@@ -18,7 +18,7 @@ from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.base import Objective
 from igpt.probe.scores import accuracy_number, vote
-from igpt.tokens.datamodule import Batch
+from igpt.tokens.batches import Batch
 
 
 def check_classes(source: Source, splits: Sequence[str]) -> int:

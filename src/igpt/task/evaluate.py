@@ -18,7 +18,8 @@ from igpt.probe.scores import confusion
 from igpt.task.classify import ClassScore, classes_hash
 from igpt.task.fit import Machine, Runner
 from igpt.task.score import GenerativeScore
-from igpt.tokens.datamodule import Batch, TokenDataModule
+from igpt.tokens.batches import Batch
+from igpt.tokens.datamodule import TokenDataModule
 
 
 class EvaluateModule(L.LightningModule):

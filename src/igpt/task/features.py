@@ -19,7 +19,8 @@ from igpt.objective.base import Objective
 from igpt.probe.choice import Images
 from igpt.probe.features import Dtype, Features, FeatureWriter, features_path, read_features
 from igpt.task.fit import Machine, Runner
-from igpt.tokens.datamodule import Batch, TokenDataModule
+from igpt.tokens.batches import Batch
+from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from igpt.task.fit import Runner
 from igpt.task.module import TrainedModule
 from igpt.task.optim import adam, check_schedule
 from igpt.task.pretrain import flops_per_image
-from igpt.tokens.datamodule import Batch, TokenDataModule
+from igpt.tokens.batches import Batch
+from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)
 

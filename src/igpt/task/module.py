@@ -12,7 +12,7 @@ from igpt.metric.result import Curve, Number
 from igpt.metric.throughput import Meter
 from igpt.task.fit import Machine
 from igpt.task.guard import FiniteGuard
-from igpt.tokens.datamodule import Batch
+from igpt.tokens.batches import Batch
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from igpt.task.fit import Runner
 from igpt.task.module import TrainedModule
 from igpt.task.optim import adam, check_schedule, scheduled
 from igpt.task.score import GenerativeScore
-from igpt.tokens.datamodule import Batch, TokenDataModule
+from igpt.tokens.batches import Batch
+from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from igpt.task.fit import Runner
 from igpt.task.guard import FiniteGuard
 from igpt.task.module import TrainedModule
 from igpt.task.optim import warmup_cosine
-from igpt.tokens.datamodule import Batch, TokenDataModule
+from igpt.tokens.batches import Batch
+from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)
 

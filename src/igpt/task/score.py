@@ -8,7 +8,7 @@ from igpt.metric.likelihood import likelihood_numbers
 from igpt.metric.result import Number
 from igpt.model.gpt import GPT
 from igpt.objective.base import Objective
-from igpt.tokens.datamodule import Batch
+from igpt.tokens.batches import Batch
 
 
 class GenerativeScore:

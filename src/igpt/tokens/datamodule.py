@@ -1,112 +1,31 @@
 """Batches of tokens: a source's pixels, encoded by a palette on the device that will read them."""
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable
 from functools import partial
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from igpt import keyed
 from igpt.data.cache import in_chunks
-from igpt.data.decode import BadImageError
-from igpt.data.order import BatchPlan, EndlessBatches, Item, OncePerImage, Positions
+from igpt.data.order import BatchPlan, EndlessBatches, Item, Lanes, OncePerImage
 from igpt.data.source import Source, Split, Stream, plain_pixels
 from igpt.stopping import deaf
+from igpt.tokens.batches import Batch, PixelBatches, Read, StreamBatches, StreamState, whole
 from igpt.tokens.lookup import Encoder
 from igpt.tokens.openai_npy import OpenAITokens
 from igpt.tokens.palette import Palette
 from igpt.tokens.raster import Raster
 
-
-class Batch(NamedTuple):
-    """What a step receives: the image as tokens, its label, and the key of everything random about it."""
-
-    tokens: Tensor  # (B, T) int64; (B, R, R, 3) uint8 pixels until they reach the device
-    labels: Tensor  # (B,) int64
-    keys: Tensor  # (B,) int64
-    rows: Tensor  # (B,) int64, which image of its split (of its pass, in a stream)
-
-
-class _Pixels(Dataset[Any]):
-    """A split as a map-style dataset of whole batches, so that items need no collating."""
-
-    def __init__(self, split: Split, *, seed: int, stream: str) -> None:
-        self.split, self.seed, self.stream = split, seed, stream
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, item: Item) -> Batch | BadImageError:
-        return self.__getitems__([item])
-
-    def __getitems__(self, items: list[Item]) -> Batch | BadImageError:
-        index = torch.tensor([item.image for item in items], dtype=torch.int64)
-        epochs = torch.tensor([keyed.key(self.seed, self.stream, item.epoch) for item in items], dtype=torch.int64)
-        keys = keyed.item_keys(epochs, index)  # (B,)
-        try:
-            pixels, labels = self.split.read(index.tolist(), keys.tolist())
-        except BadImageError as error:  # as a value: raised here, a worker would wrap it in its own words
-            return error
-        return Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels), keys, index)
-
-
-class _Streamed(IterableDataset[Any]):
-    """A stream as whole batches. Every process goes through all records and decodes those of its own batches."""
-
-    def __init__(self, images: Stream, *, seed: int, positions: Positions) -> None:
-        self.images, self.seed, self.positions = images, seed, positions
-
-    def __iter__(self) -> Iterator[Batch | ValueError]:
-        try:
-            yield from self._batches()
-        except ValueError as error:  # as a value, as above
-            yield error
-
-    def _batches(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        mine = self.positions.mine(worker.id, worker.num_workers) if worker else self.positions.mine(0, 1)
-        first, size = next(mine), self.positions.plan.micro_batch
-        waiting: list[Any] = []
-        keys: list[int] = []
-        rows: list[int] = []
-        for position, (item, record) in enumerate(self._records()):
-            if position < first:
-                continue
-            waiting.append(record)
-            keys.append(item_key(self.seed, "train", item))
-            rows.append(item.image)
-            if len(waiting) == size:
-                pixels, labels = self.images.read(waiting, keys)
-                yield Batch(torch.from_numpy(pixels), torch.from_numpy(labels), torch.tensor(keys), torch.tensor(rows))
-                waiting, keys, rows, first = [], [], [], next(mine)
-
-    def _records(self) -> Iterator[tuple[Item, Any]]:
-        for epoch in count():
-            image = -1
-            for image, record in enumerate(self.images.records(self.seed, epoch)):
-                yield Item(epoch, image), record
-            if image < 0:
-                raise ValueError("the training stream holds no image")
-
-
-def item_key(seed: int, stream: str, item: Item) -> int:
-    """The key of everything random about one image in one pass over the data."""
-    epoch_key = keyed.key(seed, stream, item.epoch)
-    return int(keyed.item_keys(epoch_key, torch.tensor([item.image]))[0])
-
+log = logging.getLogger(__name__)
 
 ONE_BY_ONE = BatchPlan(batch_size=1, micro_batch=1)  # for tasks that read images without a loader
-
-
-def _whole(batch: Any) -> Any:
-    """The batch as `__getitems__` made it: there is nothing left to collate."""
-    return batch
 
 
 class TokenDataModule(L.LightningDataModule):
@@ -134,18 +53,49 @@ class TokenDataModule(L.LightningDataModule):
         self.source, self.palette, self.raster = source, palette, raster
         self.plan, self.seed, self.num_workers = plan, seed, num_workers
         self.eval_split = eval_split
+        self.stream: StreamState | None = None
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """An endless loader, its position set by the run's step: nothing about it is saved or restored."""
+        """An endless loader, its position set by the run's step; that of a stream is in its checkpoints."""
         first_step = self.trainer.global_step if self.trainer else 0
         images = self.source.training()
         if isinstance(images, Stream):
-            positions = Positions(self.plan, first_step=first_step)
-            return self._loader(
-                _Streamed(images, seed=self.seed, positions=positions), batch_size=None, collate_fn=_whole
-            )
+            return self._stream_loader(images, first_step)
         batches = EndlessBatches(len(images), plan=self.plan, seed=self.seed, first_step=first_step)
         return self._split_loader(images, batches, "train")
+
+    def _stream_loader(self, images: Stream, first_step: int) -> DataLoader[Any]:
+        if self.stream is None:
+            if first_step:
+                raise ValueError("the checkpoint holds no place in the stream: its run read something else (data)")
+            readers = self.plan.n_device * max(1, self.num_workers)
+            self.stream = StreamState.start(images, images.lanes or readers)
+        self.stream.check(images)
+        lanes = Lanes(self.plan, self.stream.count, self.stream.next)
+        n_worker = lanes.workers(self.num_workers)
+        if n_worker < self.num_workers:
+            log.info(
+                "data: %d lanes of the stream (data.stream.lanes) are read by %d worker(s) on each device",
+                lanes.count,
+                n_worker,
+            )
+        for name, n_shard in images.contents.items():
+            if n_shard < lanes.count:
+                log.info(
+                    "data: %s has %d shard(s) for %d readers: several read one shard and share its images",
+                    name,
+                    n_shard,
+                    lanes.count,
+                )
+        batches = StreamBatches(images, seed=self.seed, lanes=lanes, places=self.stream.places)
+        return self._loader(batches, n_worker, batch_size=None, collate_fn=whole)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the lanes of a stream have been read, by all ranks; nothing where images have positions."""
+        return {} if self.stream is None else {"stream": self.stream.gathered()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.stream = StreamState.of(state_dict["stream"])
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every image of `eval_split` exactly once. Raises ValueError when there is none."""
@@ -172,21 +122,26 @@ class TokenDataModule(L.LightningDataModule):
 
     def _split_loader(self, split: Split, batches: Iterable[list[Item]], stream: str) -> DataLoader[Any]:
         split.prepare()
-        return self._loader(_Pixels(split, seed=self.seed, stream=stream), batch_sampler=batches, collate_fn=_whole)
+        return self._loader(PixelBatches(split, seed=self.seed, stream=stream), batch_sampler=batches, collate_fn=whole)
 
-    def _loader(self, images: Dataset[Any], **how: Any) -> DataLoader[Any]:
+    def _loader(self, images: Dataset[Any], n_worker: int | None = None, **how: Any) -> DataLoader[Any]:
+        n_worker = self.num_workers if n_worker is None else n_worker
         return DataLoader(
             images,
-            num_workers=self.num_workers,
+            num_workers=n_worker,
             worker_init_fn=deaf,
             pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=n_worker > 0,
             **how,
         )
 
-    def on_after_batch_transfer(self, batch: Batch | ValueError, dataloader_idx: int = 0) -> Batch:
+    def on_after_batch_transfer(self, batch: Batch | Read | ValueError, dataloader_idx: int = 0) -> Batch:
         if isinstance(batch, ValueError):
             raise batch
+        if isinstance(batch, Read):
+            assert self.stream is not None
+            self.stream.read(batch.lane, batch.place, self.plan.n_device)
+            batch = batch.batch
         return batch._replace(tokens=self.encode(batch.tokens))
 
     def encode(self, pixels: Tensor) -> Tensor:

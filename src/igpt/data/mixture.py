@@ -1,0 +1,66 @@
+"""Several datasets as one stream, each drawn by its weight; what is held out is held out of one of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from igpt.data.crop import check_keys
+from igpt.data.images import Images
+from igpt.data.source import Split, check_split_name
+from igpt.data.stream import ImageStream
+
+
+class Mixture:
+    """A `Source` whose training images come from several streams. Settings: `conf/data/imagenet64_web.yaml`.
+
+    Raises:
+        ValueError: streams that are none, that differ in resolution, or weights that are not theirs or sum to nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: Path,
+        name: str,
+        resolution: int,
+        streams: Mapping[str, Callable[..., Images]],
+        weights: Mapping[str, float],
+        held_out: str,
+        stream: Mapping[str, Any],
+    ) -> None:
+        check_keys("data.stream", stream, ("buffer", "lanes"))
+        check_keys("data.weights", weights, tuple(streams))
+        if not all(_weight(value) for value in weights.values()) or not sum(weights.values()):
+            raise ValueError(f"data.weights are 0 or more and not all of them 0, got {dict(weights)}")
+        if held_out not in streams:
+            raise ValueError(f"data.held_out={held_out!r} is none of the streams {', '.join(streams)}")
+        drawn = [key for key in streams if weights[key] > 0]
+        sources = {key: make(cache=cache, name=key) for key, make in streams.items() if key in {*drawn, held_out}}
+        parts = []
+        for key, source in sources.items():
+            images = source.training()
+            if not isinstance(images, ImageStream):
+                raise ValueError(f"data.streams.{key}.streaming must be true: this is a mixture of streams")
+            if source.resolution != resolution:
+                raise ValueError(
+                    f"data.streams.{key}.resolution is {source.resolution}, data.resolution {resolution}: make them one"
+                )
+            parts += [replace(part, weight=float(weights[key])) for part in images.parts.values() if key in drawn]
+        self._held_out = sources[held_out]
+        self._training = ImageStream(parts, **stream)
+        self.name, self.resolution = name, resolution
+        self.n_class, self.labels_per_class = self._held_out.n_class, None
+
+    def split(self, name: str) -> Split:
+        """A split of the stream that is held out from; train is that stream's own images (the palette is theirs)."""
+        check_split_name(name)
+        return self._held_out.split(name)
+
+    def training(self) -> ImageStream:
+        return self._training
+
+
+def _weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value >= 0

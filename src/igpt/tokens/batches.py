@@ -1,0 +1,136 @@
+"""What a loader gives: batches of pixels, labels and keys, of splits and of streams; and how far a stream was read."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from igpt import keyed, ranks
+from igpt.data.decode import BadImageError
+from igpt.data.lanes import Place
+from igpt.data.order import Item, Lanes
+from igpt.data.source import Split, Stream
+
+
+class Batch(NamedTuple):
+    """What a step receives: the image as tokens, its label, and the key of everything random about it."""
+
+    tokens: Tensor  # (B, T) int64; (B, R, R, 3) uint8 pixels until they reach the device
+    labels: Tensor  # (B,) int64
+    keys: Tensor  # (B,) int64
+    rows: Tensor  # (B,) int64, which image of its split (in a stream: a hash of its content)
+
+
+class PixelBatches(Dataset[Any]):
+    """A split as a map-style dataset of whole batches, so that items need no collating."""
+
+    def __init__(self, split: Split, *, seed: int, stream: str) -> None:
+        self.split, self.seed, self.stream = split, seed, stream
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, item: Item) -> Batch | BadImageError:
+        return self.__getitems__([item])
+
+    def __getitems__(self, items: list[Item]) -> Batch | BadImageError:
+        index = torch.tensor([item.image for item in items], dtype=torch.int64)
+        epochs = torch.tensor([keyed.key(self.seed, self.stream, item.epoch) for item in items], dtype=torch.int64)
+        keys = keyed.item_keys(epochs, index)  # (B,)
+        try:
+            pixels, labels = self.split.read(index.tolist(), keys.tolist())
+        except BadImageError as error:  # as a value: raised here, a worker would wrap it in its own words
+            return error
+        return Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels), keys, index)
+
+
+class Read(NamedTuple):
+    """A batch of a stream, the lane it was read from, and the place after it."""
+
+    batch: Batch
+    lane: int
+    place: Any
+
+
+class StreamBatches(IterableDataset[Any]):
+    """A stream as whole batches, each read from the lane whose turn it is, from where that was left."""
+
+    def __init__(self, images: Stream, *, seed: int, lanes: Lanes, places: Sequence[Any]) -> None:
+        self.images, self.seed, self.lanes, self.places = images, seed, lanes, places
+
+    def __iter__(self) -> Iterator[Read | ValueError]:
+        try:
+            yield from self._batches()
+        except ValueError as error:  # as a value, as above
+            yield error
+
+    def _batches(self) -> Iterator[Read]:
+        worker = get_worker_info()
+        flows: dict[int, Iterator[Any]] = {}
+        for index in self.lanes.mine(worker.id, worker.num_workers) if worker else self.lanes.mine(0, 1):
+            if index not in flows:
+                flows[index] = self.images.lane(index, self.lanes.count, self.seed).endless(self.places[index])
+            found = list(islice(flows[index], self.lanes.plan.micro_batch))
+            records, place = [record for record, _ in found], found[-1][1]
+            epochs = [keyed.key(self.seed, "train", after.epoch) for _, after in found]
+            digests = torch.tensor([record.digest for record in records])
+            keys = keyed.item_keys(torch.tensor(epochs), digests)
+            pixels, labels = self.images.read(records, keys.tolist())
+            yield Read(Batch(torch.from_numpy(pixels), torch.from_numpy(labels), keys, digests), index, place)
+
+
+def whole(batch: Any) -> Any:
+    """The batch as `__getitems__` made it: there is nothing left to collate."""
+    return batch
+
+
+@dataclass
+class StreamState:
+    """How far a stream has been read: the place of every lane, and whose turn it is. A checkpoint holds it."""
+
+    contents: dict[str, int]  # what the places are meant by
+    places: list[Place]  # of each lane
+    next: int  # the lane of the next micro-batch
+    _here: dict[int, Place] = field(default_factory=dict)  # the lanes that this rank has read from, since it began
+
+    @staticmethod
+    def start(images: Stream, count: int) -> "StreamState":
+        return StreamState(images.contents, [images.start()] * count, 0)
+
+    @staticmethod
+    def of(saved: Mapping[str, Any]) -> "StreamState":
+        """As `gathered` gave it."""
+        return StreamState(dict(saved["contents"]), [Place.of(numbers) for numbers in saved["places"]], saved["next"])
+
+    @property
+    def count(self) -> int:
+        return len(self.places)
+
+    def check(self, images: Stream) -> None:
+        """Raises ValueError when the stream has other parts or shards than the places are in."""
+        if images.contents != self.contents:
+            there, then = (
+                ", ".join(f"{name} of {n} shard(s)" for name, n in of.items())
+                for of in (images.contents, self.contents)
+            )
+            raise ValueError(
+                f"the stream is not the one this run was reading: it has {there}, it had {then}. Put the files back as "
+                "they were, or begin a run with init=RUN_FOLDER"
+            )
+
+    def read(self, lane: int, place: Place, n_device: int) -> None:
+        """Notes that this rank has used a micro-batch of a lane, as every rank does in turn."""
+        self.places[lane] = self._here[lane] = place
+        self.next = (self.next + n_device) % self.count
+
+    def gathered(self) -> dict[str, Any]:
+        """The state of all ranks, as numbers."""
+        for theirs in ranks.gathered(self._here):
+            for lane, place in theirs.items():
+                self.places[lane] = place
+        return {"contents": self.contents, "places": [place.numbers() for place in self.places], "next": self.next}
