@@ -15,6 +15,7 @@ from igpt.checkpoint.find import find
 from igpt.checkpoint.native import FORMAT
 from igpt.checkpoint.resume import AtomicCheckpointIO, step_of
 from igpt.data.digits import Digits
+from igpt.data.order import BatchPlan
 from igpt.model.generate import Sampling
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
@@ -24,9 +25,13 @@ from igpt.task import evaluate
 from igpt.task.fit import Machine, Runner
 from igpt.task.guard import NonFiniteLossError
 from igpt.task.sample import draw
+from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit
+from igpt.tokens.raster import Raster
+from tests.data.conftest import mixture
 from tests.task.conftest import Lab, machine
 from tests.task.test_stopping import Send
+from tests.tokens.test_palette import random_palette
 
 SHARDED_WITH: dict[str, dict[str, Any]] = {
     "recomputed activations": {"activation_checkpointing": True},
@@ -151,6 +156,32 @@ def save_in_pieces(run: Path, folder: Path) -> None:
         torch.save({"format": FORMAT, "origin": asdict(weights.origin)}, folder / "meta.pt")
 
 
+def streamed(place: Path, rank: ranks.Rank) -> dict[str, Any]:
+    """What two workers of each rank read of a stream, image by image: at once, and stopped and resumed on the way."""
+    if rank.first:
+        mixture(place / "shards", lanes=None)
+    ranks.barrier()
+
+    def read(data: TokenDataModule, n: int) -> list[tuple[int, int, int]]:
+        batches = iter(data.train_dataloader())
+        found = [next(batches) for _ in range(n)]
+        for batch in found:
+            data.on_after_batch_transfer(batch)
+        return [(batch.lane, batch.place.epoch, int(batch.batch.rows)) for batch in found]
+
+    def data() -> TokenDataModule:
+        shards = mixture(place / "shards", lanes=None, buffer=12)
+        return TokenDataModule(
+            source=shards, palette=random_palette(32), raster=Raster.of(8, "raster"), seed=3, num_workers=2,
+            plan=BatchPlan(4, 1, n_device=2, rank=rank.index),
+        )  # fmt: skip
+
+    begun, resumed = data(), data()
+    whole, first = read(data(), 60), read(begun, 23)
+    resumed.load_state_dict(begun.state_dict())
+    return {"whole": whole, "first": first, "rest": read(resumed, 37)}
+
+
 def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     """Every answer, of which `test_ranks.py` makes its checks."""
     lab = a_lab()
@@ -194,6 +225,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     lab.pretrain(place / "full disk", on=on_all())
     AtomicCheckpointIO.write = write  # type: ignore[method-assign]
 
+    found["streamed"] = streamed(place, rank)
     found["sharded"] = sharded(lab, place, rank)
 
     found["other settings"] = raised(ValueError, ranks.check_same, "settings", {"seed": rank.index, "data": "digits"})

@@ -114,6 +114,20 @@ def test_a_checkpoint_in_pieces_that_is_damaged(place: Path, tmp_path: Path) -> 
     assert before.name < newest.name
 
 
+def test_a_stream_is_read_once_by_two_ranks_of_two_workers(answers: list[dict[str, Any]]) -> None:
+    """Invariant: of 3 tar shards and 2 parquet files, every image exactly once in each of two passes; stopped and
+    resumed, each rank reads the same images in the same order as never stopped."""
+    for answer in answers:
+        read = answer["streamed"]
+        assert [*read["first"], *read["rest"]] == read["whole"]
+    together = [record for answer in answers for record in answer["streamed"]["whole"]]
+    passes = [[(lane, image) for lane, epoch, image in together if epoch == at] for at in (0, 1)]
+    assert {lane for lane, _ in passes[0]} == {0, 1, 2, 3}
+    for one in passes:
+        assert len(one) == len({image for _, image in one}) == 38
+    assert passes[0] != passes[1]
+
+
 def test_weights_that_two_ranks_saved_in_pieces(place: Path) -> None:
     """Round trip: sharded by FSDP2, read whole by one process; each piece of a matrix is half of its rows."""
     folder, whole = place / "in pieces", load_file(place / "whole" / "model" / "model.safetensors")

@@ -20,6 +20,7 @@ from igpt import launch
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint, read_best, step_of
 from igpt.stopping import StoppedError, StopRequest, pass_on
 from igpt.task.score import GenerativeScore
+from tests.data.conftest import mixture
 from tests.task.conftest import Lab, machine
 
 
@@ -53,6 +54,17 @@ def test_a_signal_stops_after_the_step_and_its_validation(tmp_path: Path, lab: L
     assert resumed.curves == whole.curves  # step 3's validation (of every 4) is in it too
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_run_over_a_stream_goes_on_in_the_middle_of_a_pass(tmp_path: Path, palette: Any) -> None:
+    """Round trip: the same losses, of which none repeats an image, as never stopped."""
+    lab = Lab(mixture(tmp_path / "shards", lanes=4), palette)
+    how: dict[str, Any] = {"on": machine(micro_batch=3), "batch_size": 6, "steps": 10, "val_every": 0}
+    whole = lab.pretrain(tmp_path / "whole", **how)
+    for step in (3, 7):
+        with pytest.raises(StoppedError):
+            lab.pretrain(tmp_path / "stopped", callbacks=(Send(signal.SIGTERM, step=step),), **how)
+    assert lab.pretrain(tmp_path / "stopped", **how).curves == whole.curves
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path, lab: Lab) -> None:
