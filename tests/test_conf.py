@@ -19,6 +19,8 @@ from igpt.launch import launch, open_folder, perform, stages
 from igpt.metric.result import Number, Result
 from igpt.report.folder import RunFolder
 from igpt.report.table import closing_table
+from igpt.task import fit
+from igpt.task.zero import ZeRO
 from igpt.tokens.palette import Palette
 from tests.conftest import small_net
 
@@ -432,6 +434,26 @@ def test_a_plan_that_cannot_be(caplog: pytest.LogCaptureFixture, overrides: tupl
 def test_sharding_needs_several_processes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trainer\.devices=auto, or more than 1"):
         _ = built("trainer=fsdp", "trainer.devices=1", "trainer.accelerator=cpu").machine
+
+
+@pytest.mark.parametrize("trainer", ["deepspeed_2", "deepspeed_3", "deepspeed_3_offload"])
+def test_deepspeed(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is composed and made. Without CUDA, with what it cannot, or without its package, it says so at once."""
+    settings = ("trainer.accelerator=cpu", "trainer.devices=1", f"trainer={trainer}")
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
+        _ = built(*settings).machine
+    monkeypatch.setattr(fit, "DEEPSPEED_RUNS_ON", ("cpu",))
+    machine = built(*settings).machine
+    stage = {"deepspeed_2": 2}.get(trainer, 3)
+    made = ZeRO(stage=machine.zero_stage, offload=machine.offload, n_weight=1000)
+    assert made.config["zero_optimization"]["stage"] == machine.zero_stage == stage
+    assert ("offload_param" in made.config["zero_optimization"]) == (trainer == "deepspeed_3_offload")
+    for wrong in ("trainer.compile=true", "trainer.precision=bf16-true"):
+        with pytest.raises(ValueError, match=f"does not go with {wrong}"):
+            _ = built(*settings, wrong).machine
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed here: pip install deepspeed"):
+        _ = built(*settings).machine
 
 
 PAPER = sorted(path.stem for path in (CONF / "experiment" / "paper").glob("*.yaml"))

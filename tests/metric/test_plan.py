@@ -12,7 +12,7 @@ from igpt.objective.bert import BERT
 from igpt.task.optim import adam
 
 SMALL = {"n_layer": 3, "n_embd": 96, "n_head": 4, "n_ctx": 144, "n_vocab": 50}
-USUAL: dict[str, Any] = {"sharded": False, "recompute": False, "fused_attention": True, "fused_norm": True}
+USUAL: dict[str, Any] = {"strategy": "ddp", "recompute": False, "fused_attention": True, "fused_norm": True}
 
 
 def kept_for_backward(network: dict[str, Any], images: int, *, path: str, precision: str, recompute: bool) -> int:
@@ -124,11 +124,30 @@ def test_sharding_divides_all_but_what_is_in_use() -> None:
     network = {**SMALL, "causal": True}
     shared: dict[str, Any] = {"batch_size": 8, "micro_batch": 1, "steps": 1, "precision": "32-true"}
     alone = plan(network, devices=1, **shared, **USUAL)
-    parts = plan(network, devices=8, **shared, **{**USUAL, "sharded": True})
+    parts = plan(network, devices=8, **shared, **{**USUAL, "strategy": "fsdp"})
     for name in ("weights", "gradients", "optimiser"):
         assert getattr(parts, name) == getattr(alone, name) / 8
     assert parts.activations == alone.activations
     assert parts.working > 0 == alone.working
+
+
+@pytest.mark.parametrize(
+    ("strategy", "weights", "gradients", "optimiser", "host"),
+    [
+        ("fsdp", 4 / 8, 4 / 8, 8 / 8, 0),
+        ("deepspeed_2", 2, 2 / 8, 12 / 8, 0),
+        ("deepspeed_3", 2 / 8, 2 / 8, 12 / 8, 0),
+        ("deepspeed_3_offload", 0, 0, 0, 16 / 8),
+    ],
+)
+def test_bytes_of_a_weight(strategy: str, weights: float, gradients: float, optimiser: float, host: float) -> None:
+    """Independent source: Rajbhandari et al. 2020, figure 1: 2 + 2 + 12 bytes of a weight in mixed precision."""
+    found = plan(
+        {**SMALL, "causal": True}, batch_size=8, micro_batch=1, steps=1, devices=8, precision="bf16-mixed",
+        **{**USUAL, "strategy": strategy},
+    )  # fmt: skip
+    planned = [found.weights, found.gradients, found.optimiser, found.host]
+    assert [part / found.n_weight for part in planned] == [weights, gradients, optimiser, host]
 
 
 def test_attention_as_it_will_be_computed() -> None:

@@ -21,18 +21,19 @@ from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.report.callbacks import SampleGrid
 from igpt.stopping import StoppedError
-from igpt.task import evaluate
+from igpt.task import evaluate, fit
 from igpt.task.fit import Machine, Runner
 from igpt.task.guard import NonFiniteLossError
 from igpt.task.sample import draw
 from igpt.tokens.datamodule import TokenDataModule
-from igpt.tokens.kmeans import fit
+from igpt.tokens.kmeans import fit as fit_palette
 from igpt.tokens.raster import Raster
 from tests.data.conftest import mixture
 from tests.task.conftest import Lab, machine
 from tests.task.test_stopping import Send
 from tests.tokens.test_palette import random_palette
 
+DEEPSPEED = ("deepspeed_2", "deepspeed_3", "deepspeed_3_offload")
 SHARDED_WITH: dict[str, dict[str, Any]] = {
     "recomputed activations": {"activation_checkpointing": True},
     "mixed precision": {"precision": "bf16-mixed"},
@@ -45,7 +46,7 @@ SETTINGS = {"name": "digits", "resolution": 8, "split_seed": 0, "shift": 1, "shi
 def a_lab() -> Lab:
     """Digits of which 101 are held out: a number that neither two ranks nor any batch divides."""
     digits = Digits(**SETTINGS, val_fraction=101 / 359, test_fraction=0.8)
-    return Lab(digits, fit(digits.split("train").pixels, k=17, iterations=10, restarts=1, seed=0))
+    return Lab(digits, fit_palette(digits.split("train").pixels, k=17, iterations=10, restarts=1, seed=0))
 
 
 def on_all(**changed: Any) -> Machine:
@@ -132,6 +133,49 @@ def sharded(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
         lab.pretrain(place / "sharded bert", on=on_all(strategy="fsdp"), objective=BERT(mask_probability=0.15))
         .curves["train/loss_gen"].y
     )  # fmt: skip
+    return found
+
+
+def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
+    """The same run by each of DeepSpeed's stages, on its CPU accelerator; stopped, it is resumed by fsdp and back."""
+    found: dict[str, Any] = {}
+    fit.DEEPSPEED_RUNS_ON = ("cpu",)
+
+    def term(step: int) -> tuple[Send, ...]:
+        return (Send(signal.SIGTERM, step=step),) if rank.index == 1 else ()
+
+    class Held(L.Callback):
+        """The bytes here of weights and of what the optimiser keeps beside them."""
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            zero: Any = trainer.optimizers[0]
+            kept = [getattr(p, "ds_tensor", p) for p in pl_module.parameters()]
+            kept += [t for part, state in zero.optimizer.state.items() for t in (part, *state.values()) if t.dim()]
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+            held.append(sum(storages.values()))
+
+    for strategy in DEEPSPEED:
+        on = {"on": on_all(micro_batch=25, strategy=strategy), **TWENTY}
+        held: list[int] = []
+        run = lab.pretrain(place / strategy, callbacks=(Held(), SampleGrid(count=3, every=1, temperature=1.0)), **on)
+        found[strategy] = {name: curve.y for name, curve in run.curves.items()}
+        found[f"{strategy} validated"] = run.numbers["val/loss_gen"].value
+        found[f"{strategy} held"] = held[-1]
+        folder = place / f"{strategy} stopped"
+        found[f"{strategy} stopped"] = raised(StoppedError, lab.pretrain, folder, callbacks=term(6), **on)
+        resumed = lab.pretrain(folder, **on)
+        found[f"{strategy} resumed"] = {name: curve.y for name, curve in resumed.curves.items()}
+    three, fsdp = (
+        {"on": on_all(micro_batch=25, strategy=strategy, checkpoint_in_pieces=True), **TWENTY}
+        for strategy in ("deepspeed_3", "fsdp")
+    )
+    found["by turns"] = [
+        raised(StoppedError, lab.pretrain, place / "by turns", callbacks=term(6), **three),
+        raised(StoppedError, lab.pretrain, place / "by turns", callbacks=term(12), **fsdp),
+    ]
+    found["by turns"] += lab.pretrain(place / "by turns", **three).curves["train/loss_gen"].y
+    found["one file"] = raised(ValueError, lab.pretrain, place / "whole", **{**three, "steps": 21})
+    fit.DEEPSPEED_RUNS_ON = ("cuda",)
     return found
 
 
@@ -225,6 +269,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     lab.pretrain(place / "full disk", on=on_all())
     AtomicCheckpointIO.write = write  # type: ignore[method-assign]
 
+    found["deepspeed"] = by_deepspeed(lab, place, rank)
     found["streamed"] = streamed(place, rank)
     found["sharded"] = sharded(lab, place, rank)
 

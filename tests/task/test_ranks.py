@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 
 from igpt.checkpoint.find import find
 from igpt.checkpoint.resume import latest_checkpoint
+from igpt.checkpoint.sharded import read_state
+from igpt.metric.plan import plan
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.processes import run_ranks
 from tests.conftest import ROOT
-from tests.task.conftest import Lab, machine
-from tests.task.ranks_work import SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples
+from tests.task.conftest import SIZES, Lab, machine
+from tests.task.ranks_work import DEEPSPEED, SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,51 @@ def test_a_network_in_parts_learns_as_a_whole_one(answers: list[dict[str, Any]])
             assert answer["sharded"]["curves"][name] == pytest.approx(curve, rel=1e-5)
         assert answer["sharded"]["bert"] == pytest.approx(answers[0]["bert"], rel=1e-5)
         assert 0.45 < answer["sharded"]["held"] <= 0.55
+
+
+@pytest.mark.parametrize("strategy", DEEPSPEED)
+def test_deepspeed_learns_as_a_whole_one(answers: list[dict[str, Any]], strategy: str) -> None:
+    """Invariant: 20 losses and the validations as under data-parallel training, also when stopped and resumed."""
+    for answer in answers:
+        found = answer["deepspeed"]
+        for name, curve in answers[0]["curves"].items():
+            assert found[strategy][name] == pytest.approx(curve, rel=1e-5)
+        assert found[f"{strategy} validated"] == pytest.approx(answers[0]["evaluated"]["val/loss_gen"][0], rel=1e-5)
+        assert found[f"{strategy} stopped"].startswith("stopped by SIGTERM after step")
+        assert found[f"{strategy} resumed"] == found[strategy]
+
+
+@pytest.mark.parametrize("strategy", DEEPSPEED[:2])
+def test_deepspeed_holds_what_was_planned(answers: list[dict[str, Any]], strategy: str) -> None:
+    """Independent source: the bytes of weights and optimiser in each rank, within 15 %."""
+    planned = plan(
+        SIZES, batch_size=100, micro_batch=25, steps=1, devices=2, strategy=strategy, precision="32-true",
+        recompute=False, fused_attention=True, fused_norm=True,
+    )  # fmt: skip
+    for answer in answers:
+        held = answer["deepspeed"][f"{strategy} held"]
+        assert held == pytest.approx(planned.weights + planned.optimiser, rel=0.15)
+
+
+def test_what_deepspeed_saves_is_what_fsdp_does(place: Path) -> None:
+    """Invariant: weights and Adam's moments after 16 steps of either, by name (moments show the gradients' scale)."""
+    saved = [read_state(place / run / "checkpoints" / "step_0000016.ckpt") for run in ("sharded pieces", *DEEPSPEED)]
+    for other in saved[1:]:
+        assert set(other) == set(saved[0])
+        for name, tensor in saved[0].items():
+            whole = tensor.read()
+            atol = 1e-4 * float(whole.abs().max())
+            torch.testing.assert_close(other[name].read(), whole, rtol=0, atol=atol)
+
+
+def test_a_run_may_change_its_strategy(answers: list[dict[str, Any]]) -> None:
+    """Invariant: begun by DeepSpeed, gone on with by FSDP and ended by DeepSpeed, its losses are those of one."""
+    for answer in answers:
+        first, second, *losses = answer["deepspeed"]["by turns"]
+        assert first.startswith("stopped by SIGTERM after step 8")
+        assert second.startswith("stopped by SIGTERM after step 1")
+        assert losses == pytest.approx(answers[0]["curves"]["train/loss_gen"], rel=1e-5)
+        assert "is one file, as trainer=ddp and fsdp write it" in answer["deepspeed"]["one file"]
 
 
 def test_what_sharding_goes_together_with(answers: list[dict[str, Any]]) -> None:

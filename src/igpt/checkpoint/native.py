@@ -22,7 +22,7 @@ from igpt import files, ranks
 from igpt.checkpoint import tensors
 from igpt.checkpoint.resume import checksum_path
 from igpt.checkpoint.tensors import Lazy, State
-from igpt.model.gpt import GPT, put
+from igpt.model.gpt import GPT, put, whole_shape
 from igpt.tokens.palette import Palette
 from igpt.tokens.raster import Raster
 
@@ -124,8 +124,8 @@ class Weights:
             ValueError: a network of other sizes, missing, unexpected or misshapen tensors, or a damaged file.
         """
         check_same("network", self.origin.network, net.config, self.folder)
-        state, own = self.state(), net.state_dict()
-        tensors.check_fit(self.path, state, {name: tuple(weight.shape) for name, weight in own.items()})
+        state, own = self.state(), net.state_dict(keep_vars=True)
+        tensors.check_fit(self.path, state, {name: whole_shape(weight) for name, weight in own.items()})
         for name, weight in own.items():
             values = state[name].read()
             if not torch.isfinite(values).all():

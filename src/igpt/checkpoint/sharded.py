@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 METADATA, REST, PIECES = ".metadata", "meta.pt", "*.distcp"
 STATE = "state_dict."  # under which Lightning keeps the module, beside its optimizers
+MOMENTS = "optimizer_0.state."  # and what the optimiser keeps of each weight
 _STORES = "torch.distributed.checkpoint."
 
 

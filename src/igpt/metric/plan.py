@@ -14,6 +14,7 @@ GB = 1e9
 WIDE, NARROW = 4, 2  # bytes of a float32, of a bfloat16
 SECONDS_A_DAY = 86_400
 ADAM = 2  # numbers kept beside each weight
+BUCKET = 200_000_000  # numbers that DeepSpeed sends at once
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Plan:
     weights: float
     gradients: float
     optimiser: float
+    host: float  # in the memory of the machine instead, for each device on it
     activations: float  # what the forward pass keeps for the backward pass
     working: float  # weights that are put together while they are used, and gradients before they are shared out
     flops_per_image: float
@@ -62,7 +64,7 @@ def plan(
     micro_batch: int,
     steps: int,
     devices: int,
-    sharded: bool,
+    strategy: str,
     precision: str,
     recompute: bool,
     fused_attention: bool,
@@ -72,21 +74,32 @@ def plan(
 ) -> Plan:
     """The plan of a run: `micro_batch` images a forward pass on each device, `batch_size` a step over all of them.
 
+    `strategy`: ddp (all on each device), fsdp, deepspeed_2, deepspeed_3 or deepspeed_3_offload.
     `fused_attention`: no T × T scores are kept. `fused_norm`: norms keep their input alone, in any precision.
     """
     sizes = parameters(network)
     n_layer = network["n_layer"]
     n = n_layer * sizes["block"] + sizes["rest"]
-    kept = NARROW if precision == "bf16-true" else WIDE  # bytes of a weight
-    parts = devices if sharded else 1
+    stage = int(strategy.split("_")[1]) if strategy.startswith("deepspeed") else 0
+    kept = NARROW if precision == "bf16-true" or (stage and precision == "bf16-mixed") else WIDE  # bytes of a weight
+    parts = 1 if strategy == "ddp" else devices
+    on_device, in_host = n * kept / (1 if stage == 2 else parts), 0.0
+    gradients, optimiser = n * kept / parts, ADAM * n * kept / parts
     working = 0.0
-    if sharded:  # the rest stays together through a pass; of blocks, the one in use and the next
-        working = kept * (2 * sizes["rest"] + 3 * sizes["block"])
+    if stage:  # float32 weights beside the moments, whatever the others are
+        optimiser = (ADAM + 1) * n * WIDE / parts
+        working = 2 * kept * min(BUCKET, n)  # gradients on their way
+        precision = "bf16-true" if kept == NARROW else precision
+    if strategy.endswith("offload"):
+        in_host, on_device, gradients, optimiser = on_device + gradients + optimiser, 0.0, 0.0, 0.0
+    if strategy == "fsdp" or stage == 3:  # the rest stays together through a pass; of blocks, those in use and next
+        working += kept * (2 * sizes["rest"] + 3 * sizes["block"])
     return Plan(
         n_weight=n,
-        weights=n * kept / parts,
-        gradients=n * kept / parts,
-        optimiser=ADAM * n * kept / parts,
+        weights=on_device,
+        gradients=gradients,
+        optimiser=optimiser,
+        host=in_host,
         activations=held(
             network, micro_batch, precision=precision, recompute=recompute, fused_attention=fused_attention,
             fused_norm=fused_norm,
@@ -144,6 +157,7 @@ def lines(found: Plan, *, memory: float | None) -> list[tuple[str, str]]:
         ("  activations", gigabytes(found.activations)),
         ("  put together while in use", gigabytes(found.working)),
         ("  all of it", gigabytes(found.memory)),
+        *([("memory of the machine, for each device", gigabytes(found.host))] if found.host else []),
         ("operations an image", f"{found.flops_per_image:.3g} FLOP"),
         ("operations a step", f"{found.flops_per_image * found.images_per_step:.3g} FLOP"),
         ("images in all", f"{found.images_per_step * found.steps:,}"),

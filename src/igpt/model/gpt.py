@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from igpt import keyed
+from igpt import keyed, ranks
 
 NORM_EPS = 1e-5  # added to the mean square, inside the root (`model.py:norm`)
 GELU_SLOPE = 1.702  # quick-GELU: x * sigmoid(1.702 x) (`model.py:gelu2`)
@@ -37,12 +37,26 @@ class Linear(nn.Module):
 
 
 def put(weight: Tensor, values: Tensor) -> None:
-    """Writes the values of a whole weight into it, or, where it is sharded, into the part that is here."""
+    """Writes the values of a whole weight into it, or, where it is sharded, into the part that is here.
+
+    Under DeepSpeed's ZeRO 3 every process has to call it; the values are the first one's.
+    """
     if isinstance(weight, DTensor):
         mesh, placements = weight.device_mesh, weight.placements
         weight.copy_(distribute_tensor(values.to(mesh.device_type), mesh, placements, src_data_rank=None))
+    elif hasattr(weight, "ds_shape"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+            if ranks.this_rank().first:
+                weight.copy_(values)
     else:
         weight.copy_(values)
+
+
+def whole_shape(weight: Tensor) -> tuple[int, ...]:
+    """A weight's shape, also where DeepSpeed's ZeRO 3 has taken it apart."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def attention_path(q: Tensor) -> str:
@@ -235,15 +249,11 @@ class GPT(nn.Module):
         on depth: the paper says "as in Sparse Transformer", the code does this (`model.py`, initialisers).
         """
         for name, weight in self.named_parameters():
-            if name.endswith(".g"):
-                weight.fill_(1.0)
-                continue
             std = self._init_std(name)
-            if std == 0:
-                weight.zero_()
-                continue
-            draw = torch.Generator().manual_seed(keyed.key(seed, "init", 0) ^ keyed.key(0, name))
-            drawn = torch.empty(weight.shape, device="cpu", dtype=torch.float32).normal_(0, std, generator=draw)
+            drawn = torch.full(whole_shape(weight), 1.0 if name.endswith(".g") else 0.0, device="cpu")
+            if std:
+                draw = torch.Generator().manual_seed(keyed.key(seed, "init", 0) ^ keyed.key(0, name))
+                drawn.normal_(0, std, generator=draw)
             put(weight, drawn)  # drawn on the CPU, so that every device gets the same weights
 
     def _init_std(self, name: str) -> float:
@@ -251,6 +261,8 @@ class GPT(nn.Module):
             return 1 / math.sqrt(self.n_embd)
         if name.endswith("attn.c_proj.weight"):
             return 1 / math.sqrt(self.n_embd * self.n_layer)
+        if name.endswith(".g"):
+            return 0.0
         return {"wpe": 0.01, "wtet": 0.0}.get(name, 0.02)  # 0.02: wte, sos and both MLP matrices
 
     def embed(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -57,8 +57,10 @@ class ProbeWhileTraining(L.Callback):
         if data.source.n_class is None:
             raise ValueError(f"callbacks=probe needs labels, data={data.source.name} has none")
         module: Any = pl_module  # one of those that pretrain
-        if isinstance(module.net.wte, DTensor):
-            raise ValueError("callbacks=probe reads every layer of a whole network: leave it out under trainer=fsdp")
+        if isinstance(module.net.wte, DTensor) or hasattr(module.net.wte, "ds_shape"):
+            raise ValueError(
+                "callbacks=probe reads every layer of a whole network: leave it out under trainer=fsdp and DeepSpeed's"
+            )
         if not trainer.limit_val_batches:
             raise ValueError("callbacks=probe looks at every validation: set task.val_every above 0")
 

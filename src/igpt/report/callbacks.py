@@ -1,5 +1,6 @@
 """What people watch while a network trains: a bar, and pictures it makes."""
 
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.report.figures import grid_picture
 from igpt.tokens.datamodule import TokenDataModule
+
+log = logging.getLogger(__name__)
 
 
 class ProgressBar(L.Callback):
@@ -66,6 +69,10 @@ class SampleGrid(L.Callback):
         due = trainer.state.fn == "fit" and passes // int(trainer.val_check_interval or 1) % self.every == 0
         together = isinstance(net.wte, DTensor)  # sharded: every process takes part in each draw
         if not (due and net.causal and (together or trainer.is_global_zero)):
+            return
+        if hasattr(net.wte, "ds_shape"):
+            log.warning("no samples are drawn while ZeRO 3 holds the network in parts: task=sample does, afterwards")
+            self.every = trainer.max_steps + 1  # said once
             return
         keys = keyed.item_keys(keyed.key(0, "sample grid"), torch.arange(self.count))
         tokens = generate(net, keyed.uniform(keys, net.n_ctx).to(pl_module.device), self.sampling)

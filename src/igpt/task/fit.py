@@ -1,6 +1,7 @@
 """The machine a run uses, and the Trainer calls that all tasks share."""
 
 import ctypes
+import importlib.util
 import logging
 import os
 import platform
@@ -26,12 +27,14 @@ from igpt.model.gpt import ATTENTION_PATHS, GPT
 from igpt.ranks import Rank, Ranks, from_first, this_rank
 from igpt.stopping import StopRequest
 from igpt.task.strategy import Sharded
+from igpt.task.zero import INSTALL, ZeRO
 
 log = logging.getLogger(__name__)
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 PRECISIONS = get_args(Precision)
-Strategy_ = Literal["ddp", "fsdp"]
+Strategy_ = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_3", "deepspeed_3_offload"]
+DEEPSPEED_RUNS_ON = ("cuda",)  # its CPU accelerator is for tests
 STRATEGIES = get_args(Strategy_)
 IN_PIECES = 2_000_000_000  # weights: above, no process could hold a whole checkpoint
 MATMUL_PRECISIONS = ("auto", "highest", "high", "medium")
@@ -48,7 +51,7 @@ class Machine:
     accelerator: str  # auto, cpu or gpu
     devices: int | Literal["auto"]  # processes on each machine, on one GPU each; auto: however many were started
     nodes: int  # machines
-    strategy: Strategy_  # of several processes: ddp (each holds all) or fsdp (each holds a part)
+    strategy: Strategy_  # of several processes: ddp (each holds all), fsdp or DeepSpeed's stages (each holds a part)
     checkpoint_in_pieces: bool | Literal["auto"]  # under fsdp: each process writes its part; auto: above IN_PIECES
     precision: Precision
     micro_batch: int | None  # images per forward pass on one device; null: batch_size / devices
@@ -73,7 +76,9 @@ class Machine:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"trainer.{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
-        if self.shards and self.rank.count < 2 and not self.plan:
+        if self.zero_stage and not self.plan:
+            self._check_deepspeed()
+        if self.strategy == "fsdp" and self.rank.count < 2 and not self.plan:
             raise ValueError(
                 "trainer=fsdp shares a network out over several processes: trainer.devices=auto, or more than 1"
             )
@@ -146,7 +151,29 @@ class Machine:
     @property
     def shards(self) -> bool:
         """Whether what is trained lies in parts on all processes."""
-        return self.strategy == "fsdp"
+        return self.strategy != "ddp"
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's stage of what lies in parts: 2 optimiser and gradients, 3 weights, too; 0: not by DeepSpeed."""
+        return int(self.strategy.split("_")[1]) if self.strategy.startswith("deepspeed") else 0
+
+    @property
+    def offload(self) -> bool:
+        """Whether weights and optimiser are kept in the host's memory, not the device's."""
+        return self.strategy.endswith("offload")
+
+    def _check_deepspeed(self) -> None:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ValueError(INSTALL)
+        if self.device.type not in DEEPSPEED_RUNS_ON:
+            raise ValueError(f"trainer={self.strategy} needs a CUDA GPU, this would run on the CPU: trainer=fsdp does")
+        if self.precision == "bf16-true" or self.compile:
+            what = "trainer.compile=true" if self.compile else "trainer.precision=bf16-true"
+            raise ValueError(
+                f"trainer={self.strategy} does not go with {what}: DeepSpeed hangs its own hooks on every layer, and "
+                "keeps float32 weights beside bfloat16 ones (bf16-mixed); trainer=fsdp takes both"
+            )
 
     def made(self, build: Callable[[], GPT], fill: Callable[[GPT], None], mesh: DeviceMesh | None) -> GPT:
         """The network to train: `build` makes it, `fill` gives it its weights.
@@ -154,8 +181,8 @@ class Machine:
         Sharded, it is made without memory, each block and the rest are cut into equal parts, one a process, and only
         the part that is here is given memory: no process ever holds it whole. Source: PyTorch's FSDP2.
         """
-        if not self.shards:
-            net = build()
+        if not self.shards or self.zero_stage:
+            net = build()  # under ZeRO 3, DeepSpeed takes each weight apart as it is made
             fill(net)
             self.prepare(net)
             return net
@@ -250,7 +277,9 @@ class Runner:
         lasts, signals are requests to `stop`, which a callback is to answer.
         """
         if self.machine.shards and getattr(module, "n_shardable", None) is None:
-            raise ValueError("trainer=fsdp shares out the network of task=pretrain only: choose trainer=ddp here")
+            raise ValueError(
+                f"trainer={self.machine.strategy} shares out the network of task=pretrain only: choose trainer=ddp here"
+            )
         if self.resume_from is not None:
             log.info("resuming from %s", self.resume_from)
         trainer = self._trainer(
@@ -284,6 +313,8 @@ class Runner:
     def _strategy(self, module: L.LightningModule) -> Strategy | str:
         count = self.machine.rank.count
         n_weight = getattr(module, "n_shardable", None)  # None: a network that is read only, or has parts beside it
+        if self.machine.zero_stage and n_weight is not None:
+            return ZeRO(stage=self.machine.zero_stage, offload=self.machine.offload, n_weight=n_weight)
         if self.machine.shards and n_weight is not None:
             asked = self.machine.checkpoint_in_pieces
             return Sharded(count=count, in_pieces=n_weight > IN_PIECES if asked == "auto" else asked)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from igpt.metric.result import Curve, Number
 from igpt.metric.throughput import Meter
+from igpt.model.gpt import whole_shape
 from igpt.task.fit import Machine
 from igpt.task.guard import FiniteGuard
 from igpt.tokens.batches import Batch
@@ -35,10 +37,12 @@ class TrainedModule(L.LightningModule):
         self.history: dict[str, list[tuple[int, float]]] = {}  # name → (step, value), kept in checkpoints
         self.numbers: dict[str, Number] = {}  # of the last validation
         self._step: dict[str, Tensor] = {}  # of the passes of this optimiser step, so far
+        self._passes = 0
 
     def tally(self, loss: Tensor, figures: Mapping[str, Tensor]) -> Tensor:
         """Adds one pass: the loss that is minimised, and the figures (scalars) to be shown; returns the loss."""
         passes = self.trainer.accumulate_grad_batches
+        self._passes += 1
         for name, value in {"minimised": loss, **figures}.items():
             share = value.detach().float() / passes
             self._step[name] = self._step[name] + share if name in self._step else share
@@ -46,7 +50,9 @@ class TrainedModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Looks at the loss (on a CPU before it can change a weight) and notes the figures every `log_every` steps."""
-        step = self.global_step + 1
+        if self._passes < self.trainer.accumulate_grad_batches:  # DeepSpeed asks at every pass
+            return
+        step, self._passes = self.global_step + 1, 0
         self.rate = float(optimizer.param_groups[0]["lr"])  # the schedule moves on before it is logged
         names = sorted(self._step)
         values = self.trainer.strategy.reduce(torch.stack([self._step[name] for name in names]), reduce_op="mean")
@@ -71,7 +77,7 @@ class TrainedModule(L.LightningModule):
             peak_flops=peak * 1e12 * self.machine.rank.count if peak else None,
         )
         self.logged_step = self.global_step
-        n_weight = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        n_weight = sum(prod(whole_shape(p)) for p in self.parameters() if p.requires_grad)
         log.info("%s weights, steps %d to %d", f"{n_weight:,}", self.global_step + 1, self.steps)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

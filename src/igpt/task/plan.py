@@ -39,7 +39,7 @@ def planned(machine: Machine, network: Mapping[str, Any], *, batch_size: int, st
         micro_batch=micro_batch,
         steps=steps,
         devices=devices,
-        sharded=machine.shards and devices > 1,
+        strategy=machine.strategy if devices > 1 or machine.zero_stage else "ddp",
         precision=machine.precision,
         recompute=machine.activation_checkpointing,
         fused_attention=path == "sdpa",

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from igpt import ranks
-from igpt.checkpoint.native import FORMAT, Origin, Weights, check_same, save_model, shape_of
+from igpt.checkpoint.native import FORMAT, Origin, Weights, check_same, read_model, save_model, shape_of
 from igpt.data.source import Stream
 from igpt.metric.result import Number, Result
 from igpt.metric.throughput import train_flops_per_image
@@ -21,6 +21,7 @@ from igpt.task.fit import Runner
 from igpt.task.module import TrainedModule
 from igpt.task.optim import adam, check_schedule, scheduled
 from igpt.task.score import GenerativeScore
+from igpt.task.zero import let_go, whole_state
 from igpt.tokens.batches import Batch
 from igpt.tokens.datamodule import TokenDataModule
 
@@ -49,7 +50,8 @@ class PretrainModule(TrainedModule):
         self.weights, self.origin = weights, origin
         self.n_val = n_val  # images to validate on
         network = shape_of(origin(step=0).network)
-        self.n_shardable = sum(weight.numel() for weight in network.parameters())
+        self.n_weight = sum(weight.numel() for weight in network.parameters())
+        self.n_shardable: int | None = self.n_weight
         self.score = GenerativeScore(objective)
         self.net: GPT | None = None
 
@@ -59,6 +61,12 @@ class PretrainModule(TrainedModule):
         self.net = self.machine.made(self.build_net, self._fill, getattr(self, "_device_mesh", None))
         if not self.machine.shards:
             ranks.check_same("weights to begin with", {"digest": ranks.digest(self.net)})
+
+    def whole_again(self, weights: Weights) -> None:
+        """After training in parts: the network as it was saved, whole in every process, to be read."""
+        let_go(self)
+        self.net, self.n_shardable = weights.net(), None
+        self.machine.prepare(self.net)
 
     def _fill(self, net: GPT) -> None:
         if self.weights is None:
@@ -192,10 +200,14 @@ def run(
         module, data, plan=plan, steps=steps, val_every=val_every, log_every=log_every, callbacks=[saving], stop=stop
     )
     assert module.net is not None
-    save_model(runner.folder / "model", module.net.state_dict(), origin(step=steps))
+    state = whole_state(module.net) if runner.machine.zero_stage else module.net.state_dict()
+    save_model(runner.folder / "model", state, origin(step=steps))
+    if runner.machine.zero_stage:
+        ranks.barrier()  # the first has written it
+        module.whole_again(read_model(runner.folder / "model"))
     if n_val:
         runner.validate(module, data)
-    n_weight = sum(p.numel() for p in module.net.parameters())
+    n_weight = module.n_weight
     seen = steps * batch_size
     return Result(
         numbers={

@@ -1,6 +1,7 @@
 """Training in parts: FSDP2 under Lightning, its checkpoints whole or in pieces, written and read as all others are."""
 
 import pickle
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -36,33 +37,13 @@ class Sharded(ModelParallelStrategy):
         self.in_pieces = in_pieces
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes the folder under another name, then its checksum, then renames it.
-
-        A disk that refuses is noted, as `AtomicCheckpointIO` notes it.
-        """
+        """Writes the folder whole or not at all."""
         if not self.in_pieces:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        path, first = Path(filepath), ranks.this_rank().first
-        assert isinstance(self.checkpoint_io, AtomicCheckpointIO)
-        self.checkpoint_io.refused = None
-        unfinished = path.with_name(f".{path.name}.part")
-        if first:
-            files.remove(unfinished)
-        ranks.barrier()
-        try:
-            super().save_checkpoint(checkpoint, unfinished, storage_options)
-            refused = None
-        except (OSError, RuntimeError, CheckpointException) as error:
-            refused = tensors.first_line(error)
-        failed = [said for said in ranks.gathered(refused) if said is not None]
-        if first and not failed:
-            self.checkpoint_io.replace(unfinished, path)
-        if failed:
-            self.checkpoint_io.refused = OSError(f"{path} could not be written ({failed[0]}): is the disk full?")
-            if first:
-                files.remove(unfinished)
-        ranks.barrier()
+        write_folder(
+            Path(filepath), self.checkpoint_io, lambda folder: super(Sharded, self).save_checkpoint(checkpoint, folder)
+        )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint, whole or in pieces, of any number of processes, without running what is in it."""
@@ -81,6 +62,33 @@ class Sharded(ModelParallelStrategy):
             set_optimizer_state_dict(module, optimizer, optim_state_dict=moments[name])
         rest: dict[str, Any] = tensors.read_torch(folder / sharded.REST)
         return rest
+
+
+def write_folder(path: Path, checkpoint_io: Any, write: Callable[[Path], None]) -> None:
+    """Lets every process write its part of a folder under another name, then renames it, its checksum beside it.
+
+    A disk that refuses is noted, as `AtomicCheckpointIO` notes it.
+    """
+    first = ranks.this_rank().first
+    assert isinstance(checkpoint_io, AtomicCheckpointIO)
+    checkpoint_io.refused = None
+    unfinished = path.with_name(f".{path.name}.part")
+    if first:
+        files.remove(unfinished)
+    ranks.barrier()
+    try:
+        write(unfinished)
+        refused = None
+    except (OSError, RuntimeError, CheckpointException) as error:
+        refused = tensors.first_line(error)
+    failed = [said for said in ranks.gathered(refused) if said is not None]
+    if first and not failed:
+        checkpoint_io.replace(unfinished, path)
+    if failed:
+        checkpoint_io.refused = OSError(f"{path} could not be written ({failed[0]}): is the disk full?")
+        if first:
+            files.remove(unfinished)
+    ranks.barrier()
 
 
 def _load(state: dict[str, Any], folder: Path) -> None:
