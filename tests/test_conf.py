@@ -15,7 +15,7 @@ from igpt.arguments import absolute, check, parse, prepare
 from igpt.build import CHECKPOINT, Build
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Origin, save_model
-from igpt.launch import launch, open_folder, perform, stages
+from igpt.launch import launch, open_folder, out_of_memory, perform, stages
 from igpt.metric.result import Number, Result
 from igpt.report.folder import RunFolder
 from igpt.report.table import closing_table
@@ -429,6 +429,16 @@ def test_the_plan_of_a_run(caplog: pytest.LogCaptureFixture, tmp_path: Path, mon
 def test_a_plan_that_cannot_be(caplog: pytest.LogCaptureFixture, overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         planned(caplog, "trainer.accelerator=cpu", *overrides)
+
+
+def test_memory_that_ran_out() -> None:
+    """What PyTorch raises when it is asked for 2^60 bytes names the plan; any other error is left as it is."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    said = out_of_memory(raised.value)
+    assert said is not None
+    assert "trainer.plan=true" in said
+    assert out_of_memory(RuntimeError("shape mismatch")) is None
 
 
 def test_sharding_needs_several_processes(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from igpt.launch import launch, open_folder
 from igpt.metric.result import Result
 from igpt.report.folder import RunFolder
 from tests.conftest import TINY
-from tests.data.conftest import class_folders, encoded, photo
+from tests.data.conftest import class_folders, encoded, parquet_shards, photo, tar_shards
 from tests.test_conf import CONF, built
 from tests.tokens.test_palette import random_palette
 
@@ -161,3 +161,19 @@ def test_a_corrupt_photograph_ends_a_run_in_one_line(
     with caplog.at_level(logging.WARNING):
         run(tmp_path, *settings, "data.on_corrupt=skip")
     assert "1 of 24 images" in caplog.text
+
+
+def test_a_mixture_of_streams(tmp_path: Path) -> None:
+    """The command for XL's data, on shards made here: it trains on both, and a setting that is none is named."""
+    tar_shards(tmp_path / "tar", [12, 20])
+    parquet_shards(tmp_path / "parquet", [16, 14], first=32)
+    streams = (
+        "data=imagenet64_web", "data.resolution=8", f"data.streams.imagenet.path={tmp_path}/parquet",
+        f"data.streams.web.path='{tmp_path}/tar/web-{{000..001}}.tar'", "data.streams.imagenet.val_fraction=0.3",
+        "data.stream.buffer=8", "model=igpt_nano", "data.n_colour=8", "task.steps=4", "task.batch_size=8",
+        "task.warmup_steps=1", "task.val_every=0", "trainer=cpu", "logger=none", "callbacks=none",
+    )  # fmt: skip
+    result, _ = run(tmp_path, *streams)
+    assert result.numbers["train/images_seen"].value == 32
+    with pytest.raises(ValueError, match=r"data\.streams\.web has no setting 'buffer'"):
+        run(tmp_path, *streams, "+data.streams.web.buffer=3")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -55,6 +56,25 @@ def main(cfg: DictConfig) -> None:
         log.debug("traceback", exc_info=True)
         log.error("error: %s", (str(error).splitlines() or [type(error).__name__])[0])
         sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if (said := out_of_memory(error)) is None:
+            raise
+        log.debug("traceback", exc_info=True)
+        log.error("error: %s", said)
+        sys.exit(2)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to do about an error, where it says that memory ran out: PyTorch has several that do."""
+    said = str(error)
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in said:
+        return None
+    where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
+    return (
+        f"the memory of {where} is full: the same command with trainer.plan=true says what a training run takes; "
+        "trainer.micro_batch=N (fewer images at a time), trainer.activation_checkpointing=true, "
+        "trainer.precision=bf16-mixed and trainer=fsdp take less"
+    )
 
 
 def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) -> Result:
