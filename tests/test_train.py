@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from igpt.report.folder import RunFolder
 from tests.conftest import ROOT, TINY, train_py
+from tests.offline import offline_runs
 from tests.test_photographs import run as run_here
 
 PRETRAIN = ("model.n_layer=2", "model.n_embd=16", "task.warmup_steps=2", "task.log_every=1", "callbacks=none")
@@ -171,8 +172,9 @@ def test_a_sweep(tmp_path: Path) -> None:
     """Invariant: a folder a job, its table says what came of each; what differs is shown, what is equal is not."""
     settings = ["task=pretrain", *PRETRAIN, "task.steps=3", "task.val_every=0", "trainer.accelerator=cpu"]
     done = train_py(
-        "-m", *settings, "task.learning_rate=0.01,1e30", "hydra.launcher.n_jobs=2", cwd=tmp_path, check=False
-    )
+        "-m", *settings, "task.learning_rate=0.01,1e30", "hydra.launcher.n_jobs=2", "logger=[csv,wandb]",
+        "logger.wandb.offline=true", cwd=tmp_path, check=False,
+    )  # fmt: skip
     assert done.returncode == 1
     assert "2 jobs: 1 finished, 1 failed" in done.stderr
     assert "error: the loss of step" in done.stderr
@@ -183,6 +185,9 @@ def test_a_sweep(tmp_path: Path) -> None:
     assert sorted(p for p in (tmp_path / "runs").iterdir() if p.name != "sweeps") == sorted(folders)
     value = RunFolder(folders[0]).read_result()["numbers"]["val/loss_gen"]["value"]
     assert jobs[0]["value"] == value
+    logged = offline_runs(tmp_path)
+    assert sorted(run.exit_code for run in logged if run.exit_code is not None) == [0, 1]  # both are closed
+    assert {run.group for run in logged} == {f"sweep-{sweep.name}"}
     assert re.search(rf"0 +task.learning_rate=0.01 +finished +{value:.4f} +runs/{folders[0].name}", done.stderr)
 
 
@@ -191,6 +196,7 @@ def test_a_sweep_of_runs_of_two_processes_one_of_them_killed(tmp_path: Path) -> 
     """Invariant: four folders, three results, one error, nothing left running; the same command mends the fourth."""
     command = [sys.executable, str(ROOT / "train.py"), "-m", *SIXTY, "task.val_every=0", "seed=0,1,2,3"]
     command += ["trainer=ddp", "trainer.accelerator=cpu", "hydra.launcher.n_jobs=2"]
+    command += ["logger=[csv,wandb]", "logger.wandb.offline=true"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 90
         while not list(tmp_path.glob("runs/*-s1-*/checkpoints/latest")):
@@ -210,6 +216,7 @@ def test_a_sweep_of_runs_of_two_processes_one_of_them_killed(tmp_path: Path) -> 
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150)
     assert "3 were finished before" in again.stderr
     assert "4 jobs: 4 finished" in again.stderr
+    assert len({run.run_id for run in offline_runs(tmp_path)}) == 4  # the one that was mended goes on in its own
 
 
 @pytest.mark.parametrize(

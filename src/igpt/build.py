@@ -6,6 +6,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from igpt import files
@@ -18,6 +19,7 @@ from igpt.model.gpt import GPT
 from igpt.objective import named
 from igpt.objective.base import Objective
 from igpt.report.folder import RunFolder, identity
+from igpt.report.loggers import About
 from igpt.settings import factory
 from igpt.task.fit import Machine, Runner, hold_memory
 from igpt.tokens.datamodule import TokenDataModule
@@ -239,20 +241,40 @@ class Build:
     # What a task lists under `needs`, each given the run folder.
 
     def need_runner(self, folder: RunFolder) -> Runner:
-        trains = "net" in self.cfg.task.needs or self.cfg.task.get("solver") == "sgd"
-        chosen = (self.config.get("logger") or {}) if trains else {}
-        watching = (self.config.get("callbacks") or {}) if trains else {}
+        watching = (self.config.get("callbacks") or {}) if self.trains else {}
         callbacks = [factory(spec, f"callbacks.{key}")() for key, spec in watching.items()]
         if self.machine.device.type == "cpu":
             hold_memory()
         runner = Runner(machine=self.machine, folder=folder.path, callbacks=callbacks)
-        first_step = step_of(runner.resume_from) if trains and runner.resume_from else 0
-        run_id = f"{self.name}-{folder.read_run()['id']}"
-        for key, spec in chosen.items() if self.machine.rank.first else ():
-            logger = factory(spec, f"logger.{key}")(folder.path, run_id=run_id, first_step=first_step)
-            logger.log_hyperparams(self.config)
-            runner.loggers.append(logger)
+        if self.trains:
+            runner.loggers.extend(self.loggers(folder, step_of(runner.resume_from) if runner.resume_from else 0))
         return runner
+
+    @property
+    def trains(self) -> bool:
+        """Whether there are optimiser steps to watch."""
+        return "net" in self.cfg.task.needs or self.cfg.task.get("solver") == "sgd"
+
+    def loggers(self, folder: RunFolder, first_step: int = 0) -> list[Logger]:
+        """Those the run chooses, begun; a pipeline has none of its own, its stages have."""
+        if not self.machine.rank.first or "stage" in self.cfg.task.needs:
+            return []
+        about = About(
+            task=self.task,
+            model=self.model_name,
+            data=self.data_name,
+            objective=self.objective_settings["name"],
+            run_id=f"{self.name}-{folder.read_run()['id']}",
+            first_step=first_step,
+            trains=self.trains,
+            pipeline=folder.path.parent.name if (folder.path.parent / "run.json").is_file() else None,
+        )
+        chosen = self.config.get("logger") or {}
+        begun = [factory(spec, f"logger.{key}")(folder.path, about) for key, spec in chosen.items()]
+        kept = [logger for logger in begun if logger is not None]
+        for logger in kept:
+            logger.log_hyperparams(self.config)
+        return kept
 
     def need_tokens(self, folder: RunFolder) -> Callable[..., TokenDataModule]:
         return partial(

@@ -202,22 +202,25 @@ def perform(build: Build, folder: RunFolder) -> Result:
     run = factory(spec, "task")
     check_task(spec)
     build.check_weights()
-    needs = {
-        need: stages(build) if need == "stage" else getattr(build, f"need_{need}")(folder)
-        for need in build.cfg.task.needs
-    }
     failed = True
     try:
+        if not build.trains:
+            build.loggers(folder)
+        needs = {
+            need: stages(build) if need == "stage" else getattr(build, f"need_{need}")(folder)
+            for need in build.cfg.task.needs
+        }
         result: Result = run(**needs)
+        seconds = time.perf_counter() - start
+        if build.machine.rank.first:
+            folder.finish(build.task, result, seconds=seconds)
+            loggers.show(result, folder.path)
         failed = False
     except StoppedError:
         failed = False
         raise
     finally:
         loggers.close(failed)
-    seconds = time.perf_counter() - start
-    if build.machine.rank.first:
-        folder.finish(build.task, result, seconds=seconds)
     ranks.barrier()  # the next stage of a pipeline reads what this one left
     table = closing_table(result, folder.path, seconds, published=build.config["published"])
     log.info("%s\n%s", build.task, table)

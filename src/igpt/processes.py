@@ -18,6 +18,7 @@ from igpt.stopping import SIGNALS, STOPPED
 
 LIFELINE = "IGPT_LIFELINE"  # a file descriptor that reads nothing as long as the starting process lives
 TELL = "IGPT_TELL"  # a file to write the run folder's path to, for the starting process
+SWEEP = "IGPT_SWEEP"  # the name of the sweep that a process is a job of
 MEETING = "IGPT_MEETING"  # a file by which ranks that were started here find one another
 GRACE_SECONDS = 10  # what ranks have to end by themselves after one of them failed
 SAVE_SECONDS = 60  # what runs have to save and end after an error of the process that started them

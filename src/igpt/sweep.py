@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from igpt import files, processes
 from igpt.build import Build
-from igpt.processes import RANK_VARIABLES, TELL, Child, Children, devices_of, how_it_ended
+from igpt.processes import RANK_VARIABLES, SWEEP, TELL, Child, Children, devices_of, how_it_ended
 from igpt.report.logs import log_file, set_up_logging
 from igpt.report.table import columns
 from igpt.stopping import STOPPED
@@ -129,7 +129,10 @@ class Sweep:
         job.state = RUNNING
         self._tell_path(job).unlink(missing_ok=True)
         self._save()
-        environment = {TELL: str(self._tell_path(job).absolute())}
+        environment = {
+            TELL: str(self._tell_path(job).absolute()),
+            SWEEP: os.environ.get(SWEEP, f"sweep-{self.place.name}"),
+        }
         if job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         if "OMP_NUM_THREADS" not in os.environ:  # else jobs side by side would fight for the cores

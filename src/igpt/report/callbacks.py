@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
@@ -81,3 +82,6 @@ class SampleGrid(L.Callback):
         images = data.decode(tokens)  # (N, R, R, 3)
         path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
         grid_picture(path, Grid.square(images))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("samples", [str(path)], step=trainer.global_step)

@@ -1,22 +1,149 @@
-"""Where metrics go while a run goes on: a CSV file, Weights & Biases."""
+"""Where metrics go while a run goes on: a CSV file, Weights & Biases; and, at its end, what it found."""
 
+import logging
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from igpt.metric.result import Curve, Result
+from igpt.processes import SWEEP
 
-def csv(folder: Path, *, run_id: str, first_step: int) -> Logger:
+log = logging.getLogger(__name__)
+
+STEPS = "optimiser step"  # curves over it were logged while the run went on
+MOST_CLASSES = 100  # of which a confusion matrix is shown cell by cell
+
+
+@dataclass(frozen=True)
+class About:
+    """What a run is, as loggers are told."""
+
+    task: str
+    model: str
+    data: str
+    objective: str
+    run_id: str  # its folder's name and own number: the same when it is resumed, another when it is repeated
+    first_step: int  # that this process takes
+    trains: bool  # and so has figures to log on the way
+    pipeline: str | None  # of which it is a stage
+
+
+def csv(folder: Path, about: About) -> Logger | None:
     """`metrics/from_0000000/metrics.csv`: one file for each step a run went on from, written row by row."""
-    return CSVLogger(folder, name="metrics", version=f"from_{first_step:07d}", flush_logs_every_n_steps=1)
+    if not about.trains:
+        return None
+    return CSVLogger(folder, name="metrics", version=f"from_{about.first_step:07d}", flush_logs_every_n_steps=1)
 
 
-def wandb(folder: Path, *, run_id: str, first_step: int, project: str, offline: bool) -> Logger:
-    """A W&B run of the run's own id, so that a resumed run goes on in it and a repeated one does not."""
-    return WandbLogger(name=run_id, id=run_id, project=project, offline=offline, save_dir=folder, resume="allow")
+def wandb(
+    folder: Path,
+    about: About,
+    *,
+    project: str,
+    entity: str | None,
+    offline: bool,
+    group: str | None,
+    tags: list[str],
+    timeout: float,
+) -> Logger:
+    """A W&B run of the run's own id, so that a resumed run goes on in it and a repeated one does not.
+
+    Its group is `group`, or the sweep or the pipeline it belongs to. A W&B agent's own id is kept.
+
+    Raises:
+        ValueError: W&B is out of reach, or does not let this account write.
+    """
+    import wandb as library
+
+    run_id = os.environ.get("WANDB_RUN_ID", about.run_id)
+    logger = WandbLogger(
+        name=about.run_id,
+        id=run_id,
+        project=project,
+        entity=entity,
+        offline=offline,
+        save_dir=folder,
+        resume="allow",
+        group=group or os.environ.get(SWEEP) or about.pipeline,
+        job_type=about.task,
+        tags=[*dict.fromkeys([about.task, about.model, about.data, about.objective, *tags])],
+        settings=library.Settings(init_timeout=timeout, silent=True),
+    )
+    try:
+        _ = logger.experiment  # begins it
+    except library.errors.Error as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"logger=wandb: {reason}. Log in (`wandb login`, or WANDB_API_KEY) and check logger.wandb.entity and "
+            "project; or logger.wandb.offline=true, which keeps the run in its folder until `wandb sync`"
+        ) from error
+    return logger
+
+
+def show(result: Result, folder: Path) -> None:
+    """Adds what a run has found to its W&B run, if it has one: numbers, pictures, curves over layers, confusion.
+
+    A W&B that fails now ends no run: everything is in the run's folder.
+    """
+    if (run := _run()) is None:
+        return
+    import wandb as library
+
+    try:
+        for name, number in result.numbers.items():
+            run.summary[name] = number.value
+            if number.stderr is not None:
+                run.summary[f"{name}_stderr"] = number.stderr
+        pictures = {name: folder / path for name, path in result.files.items() if path.suffix == ".png"}
+        shown: dict[str, Any] = {f"pictures/{name}": library.Image(str(path)) for name, path in pictures.items()}
+        shown |= {f"curves/{unit}": chart for unit, chart in _charts(result.curves).items()}
+        for name, matrix in result.matrices.items():
+            if len(matrix) <= MOST_CLASSES:
+                cells = [
+                    [row, column, int(n)] for row, line in enumerate(matrix.tolist()) for column, n in enumerate(line)
+                ]
+                shown[f"{name}_cells"] = library.plot_table(
+                    "wandb/confusion_matrix/v1",
+                    library.Table(["Actual", "Predicted", "nPredictions"], cells),
+                    {"Actual": "Actual", "Predicted": "Predicted", "nPredictions": "nPredictions"},
+                    {"title": name},
+                )
+        if shown:
+            run.log(shown)
+    except (library.errors.Error, OSError, ValueError) as error:
+        log.warning("W&B was not told all that was found: %s", error)
+
+
+def _charts(curves: dict[str, Curve]) -> dict[str, Any]:
+    """One chart for each pair of units, of the curves that are not over the steps of training."""
+    import wandb as library
+
+    plots: dict[tuple[str, str], dict[str, Curve]] = {}
+    for name, curve in curves.items():
+        if curve.x_unit != STEPS and len(curve.x) > 1:
+            plots.setdefault((curve.x_unit, curve.y_unit), {})[name] = curve
+    return {
+        f"{y_unit} over {x_unit}": library.plot.line_series(
+            [curve.x for curve in lines.values()],
+            [curve.y for curve in lines.values()],
+            keys=list(lines),
+            title=f"{y_unit} over {x_unit}",
+            xname=x_unit,
+        )
+        for (x_unit, y_unit), lines in plots.items()
+    }
 
 
 def close(failed: bool) -> None:
     """Ends the W&B run of this process, if there is one, so that the next one starts its own."""
-    if "wandb" in sys.modules:
+    if _run() is not None:
         sys.modules["wandb"].finish(exit_code=int(failed))
+
+
+def _run() -> Any:
+    """The W&B run of this process, or None."""
+    return getattr(sys.modules.get("wandb"), "run", None)

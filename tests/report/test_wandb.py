@@ -1,0 +1,124 @@
+"""Weights & Biases, offline: what a run leaves there, and that it is closed whatever happens."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+import yaml
+
+from igpt.metric.result import Curve, Result
+from igpt.report import loggers
+from igpt.task.guard import NonFiniteLossError
+from tests.conftest import ROOT
+from tests.offline import OfflineRun, offline_runs
+from tests.test_conf import built
+from tests.test_photographs import run as run_here
+
+OFFLINE = ("logger=[csv,wandb]", "logger.wandb.offline=true", "logger.wandb.tags=[mine]")
+PRETRAIN = (
+    "trainer=cpu", "model=igpt_nano", "model.n_layer=2", "model.n_embd=16", "task.batch_size=16", "task.steps=6",
+    "task.warmup_steps=1", "task.val_every=3", "task.log_every=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OfflineRun]:
+    """A pretraining run and a probe of it, by task."""
+    place = tmp_path_factory.mktemp("wandb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IGPT_SWEEP", "my-sweep")
+        _, folder = run_here(place, *PRETRAIN, *OFFLINE)
+        run_here(place, "task=probe", f"init={folder}", "trainer=cpu", *OFFLINE, "task.strengths=[0.1,1]")
+    return {run.job_type: run for run in offline_runs(place)}
+
+
+def test_one_run_a_job_closed_with_what_it_is(runs: dict[str, OfflineRun]) -> None:
+    assert set(runs) == {"pretrain", "probe"}
+    for task, run in runs.items():
+        assert run.exit_code == 0
+        assert run.group == "my-sweep"
+        assert run.tags == [task, "igpt_nano", "digits8", "ar", "mine"]
+        assert run.config["task"]["name"] == task
+        assert run.config["data"]["name"] == "digits"
+    assert runs["pretrain"].config["task"]["steps"] == 6
+
+
+def test_losses_speed_and_samples(runs: dict[str, OfflineRun]) -> None:
+    """Round trip: the losses that were logged are those of the CSV file's run, one a step; two grids of samples."""
+    rows = runs["pretrain"].history
+    losses = [row["train/loss_gen"] for row in rows if "train/loss_gen" in row]
+    assert len(losses) == 6
+    assert runs["pretrain"].summary["val/loss_gen"] == pytest.approx(
+        next(row["val/loss_gen"] for row in rows[::-1] if "val/loss_gen" in row), rel=1e-6
+    )
+    for name in ("lr", "images_per_s", "tokens_per_s", "images_seen"):
+        assert all(name in row for row in rows if "train/loss_gen" in row)
+    pictures = list((runs["pretrain"].folder / "files" / "media" / "images").glob("samples_*.png"))
+    assert len(pictures) == 2
+    assert len(list((runs["pretrain"].folder / "files" / "media" / "images" / "pictures").glob("*.png"))) == 1
+
+
+def test_accuracy_over_layers_and_confusion(runs: dict[str, OfflineRun]) -> None:
+    tables = {path.name.split("_table")[0] for path in (runs["probe"].folder / "files").rglob("*.table.json")}
+    assert tables == {"accuracy over layer", "confusion_cells"}
+    assert 0 <= runs["probe"].summary["test/accuracy"] <= 1
+
+
+def test_a_run_that_fails_is_closed_as_failed(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteLossError):
+        run_here(tmp_path, *PRETRAIN, *OFFLINE, "task.learning_rate=1e30", "task.warmup_steps=0")
+    (run,) = offline_runs(tmp_path)
+    assert run.exit_code == 1
+
+
+def test_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, or no account: one sentence before anything is trained, and what to do."""
+    wandb.teardown()  # it reads its environment once a process, and Lightning writes to that
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    online = ("logger=wandb", "logger.wandb.timeout=2")
+    with pytest.raises(ValueError, match=r"logger=wandb: .*logger\.wandb\.offline=true"):
+        run_here(tmp_path, *PRETRAIN, *online)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert not (folder / "checkpoints").exists()
+    wandb.teardown()
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"logger=wandb: .*[Ll]og in"):
+        run_here(tmp_path, *PRETRAIN, *online, "seed=1")
+    wandb.teardown()
+
+
+def test_a_wandb_that_fails_at_the_end_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any
+) -> None:
+    class Broken:
+        summary: dict[str, Any] = {}  # noqa: RUF012
+
+        def log(self, shown: Any) -> None:
+            raise OSError("no room")
+
+    monkeypatch.setattr(loggers, "_run", Broken)
+    loggers.show(Result(curves={"a": Curve([0, 1], [0, 1], "layer", "accuracy")}), tmp_path)
+    assert "W&B was not told all that was found: no room" in caplog.text
+
+
+def test_the_sweep_file_speaks_hydras_syntax() -> None:
+    """Each command that an agent would call composes: dotted keys, no hyphens, values of the file's own ranges."""
+    sweep = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())
+    assert sweep["command"][:3] == ["${env}", "${interpreter}", "${program}"]
+    assert "${args_no_hyphens}" in sweep["command"]
+    assert (ROOT / sweep["program"]).is_file()
+    fixed = [word for word in sweep["command"] if "=" in word]
+    ends = [[spec["value"]] if "value" in spec else spec.get("values") or [spec["min"], spec["max"]]
+            for spec in sweep["parameters"].values()]  # fmt: skip
+    for pick in (0, -1):
+        arguments = [f"{key}={values[pick]}" for key, values in zip(sweep["parameters"], ends, strict=True)]
+        build = built(*fixed, *arguments)
+        for argument in arguments:
+            key, _, value = argument.partition("=")
+            if "." in key:
+                assert str(build.cfg.task[key.removeprefix("task.")]) == value
+    assert sweep["metric"]["name"] == "val/loss_gen"
