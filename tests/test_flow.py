@@ -22,6 +22,7 @@ ALLOWED = {
     "build": {"settings", "data", "tokens", "model", "checkpoint", "objective", "task", "report"},
     "launch": {"arguments", "settings", "build", "metric", "task", "report"},
     "sweep": {"build", "report"},
+    "search": {"sweep", "report"},
     "hub": {"tokens", "model", "checkpoint"},
     "arguments": set(),
     **{leaf: set() for leaf in LEAVES},

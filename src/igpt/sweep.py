@@ -202,6 +202,10 @@ class Sweep:
         return columns([("job", "settings", "state", self.metric, "folder"), *rows])
 
 
+def comparison(place: Path, folders: Sequence[Path], *, metric: str) -> None:
+    """Ends a sweep: its runs side by side."""
+
+
 def _short(folder: str | None) -> str:
     """A folder as one would type it here."""
     if folder is None:
@@ -289,6 +293,7 @@ def _value(job: Job, metric: str) -> float | None:
 
 def _returned(job: Job, cfg: DictConfig) -> JobReturn:
     """What a sweeper that optimises is given: the value of the metric."""
-    returned = JobReturn(overrides=job.overrides, cfg=cfg, working_dir=os.getcwd(), status=JobStatus.COMPLETED)
+    place = job.folder or os.getcwd()
+    returned = JobReturn(overrides=job.overrides, cfg=cfg, working_dir=place, status=JobStatus.COMPLETED)
     returned.return_value = math.nan if job.state == FAILED else job.value  # raised, it would end the sweep
     return returned

@@ -1,0 +1,50 @@
+"""Registers the searches with Hydra, which looks for plugins here: `hydra/sweeper=in_turn` and `optuna`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class _Search(Sweeper):
+    """Asks for jobs, learns what came of them, asks for more; see `igpt.search`."""
+
+    kind: str
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.context = config, hydra_context
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        assert self.config is not None
+        config = self.config
+        from igpt import search  # only where there is a search: Hydra reads this file at every start
+
+        def launch(jobs: Sequence[Sequence[str]], first: int) -> Sequence[Any]:
+            return self.launcher.launch(jobs, initial_job_idx=first)
+
+        def compose(overrides: Sequence[str]) -> DictConfig:
+            return self.context.config_loader.load_sweep_config(config, list(overrides))
+
+        return getattr(search, self.kind)(config, arguments, launch=launch, compose=compose, **self.settings)
+
+
+class InTurnSweeper(_Search):
+    """One value after another, until the metric is worse than the last."""
+
+    kind = "in_turn"
+
+
+class OptunaSweeper(_Search):
+    """Values that Optuna proposes from what it has seen."""
+
+    kind = "optuna"
