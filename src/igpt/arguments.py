@@ -164,11 +164,18 @@ def quoted(path: str) -> str:
 def suggestion(name: str, known: Iterable[str]) -> str:
     """`, did you mean …?` with the nearest known name, or nothing when none is near."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not near:  # `task.stepz` when `stepz` was typed, and the other way round
-        tails = {key.rpartition(".")[2]: key for key in known}
-        near = [tails[t] for t in difflib.get_close_matches(name.rpartition(".")[2], list(tails), n=1, cutoff=0.6)]
-    return f", did you mean {near[0]}?" if near else ""
+    tails = {
+        key.rpartition(".")[2]: key for key in known
+    }  # `task.stepz` when `stepz` was typed, and the other way round
+    whole = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    last = difflib.get_close_matches(name.rpartition(".")[2], list(tails), n=1, cutoff=0.6)
+
+    def alike(ours: str, theirs: str) -> float:
+        return difflib.SequenceMatcher(None, ours, theirs).ratio()
+
+    if whole and (not last or alike(name, whole[0]) >= alike(name.rpartition(".")[2], last[0])):
+        return f", did you mean {whole[0]}?"
+    return f", did you mean {tails[last[0]]}?" if last else ""
 
 
 def _flat_keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:

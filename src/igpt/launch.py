@@ -105,12 +105,21 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
                 files.remove_parts(folder.path)
                 while_it_runs.enter_context(log_file(folder.path / "log.txt"))
             ranks.barrier()  # from here on the others may read what is there
-            log.info("%s in %s%s", build.task, folder.path, f", {rank.count} processes" if rank.count > 1 else "")
+            log.info("%s, in %s%s", said(build), folder.path, f", {rank.count} processes" if rank.count > 1 else "")
             try:
                 return perform(build, folder)
             except StoppedError as error:
                 log.warning("%s; continue with `python train.py resume=%s`", error, folder.path)
                 raise
+
+
+def said(build: Build) -> str:
+    """What a run is about to do, in a line."""
+    task = build.config["task"]
+    of = f"{build.task}: {build.model_name} on {build.data_name}, {build.objective_settings['name']}"
+    if "steps" in task and isinstance(task.get("batch_size"), int):
+        return f"{of}, {task['steps']:,} steps of {task['batch_size']:,} images"
+    return of
 
 
 def plan_of(build: Build) -> Result:

@@ -16,6 +16,7 @@ from igpt.data.digits import Digits
 from igpt.metric.result import Result
 from igpt.objective.bert import BERT
 from igpt.report.callbacks import SampleGrid
+from igpt.report.loggers import About
 from igpt.report.loggers import csv as csv_logger
 from igpt.task.fit import matmul_precision
 from igpt.task.guard import NonFiniteLossError
@@ -236,7 +237,8 @@ def test_without_a_validation_split(tmp_path: Path, lab: Lab) -> None:
 
 def test_metrics_are_exact_and_under_their_steps(tmp_path: Path, lab: Lab) -> None:
     """By hand: a row of metrics.csv for every second step, with what was seen by then."""
-    lab.pretrain(tmp_path, log_every=2, loggers=[csv_logger(tmp_path, run_id="x", first_step=0)])
+    about = About("pretrain", "tiny", "digits8", "ar", run_id="x", first_step=0, trains=True, pipeline=None)
+    lab.pretrain(tmp_path, log_every=2, loggers=[csv_logger(tmp_path, about)])
     with (tmp_path / "metrics" / "from_0000000" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     train = [row for row in rows if row["train/loss_gen"]]

@@ -1,6 +1,7 @@
 """What every LightningModule that trains shares: its losses over a step, curves, speed, logs."""
 
 import logging
+import time
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -18,6 +19,7 @@ from igpt.tokens.batches import Batch
 
 log = logging.getLogger(__name__)
 
+UNTIMED, TIMED = 3, 5  # steps at the start that are not timed, and steps after them that are
 UNITS = {"loss_gen": "nats/token", "loss_clf": "nats/image", "accuracy": "share", "loss": "nats"}
 
 
@@ -76,12 +78,15 @@ class TrainedModule(L.LightningModule):
             n_ctx=self.n_ctx,
             peak_flops=peak * 1e12 * self.machine.rank.count if peak else None,
         )
-        self.logged_step = self.global_step
+        self.logged_step = self.begun = self.global_step
+        self.timed_since: float | None = None
+        self.timed_out = False
         n_weight = sum(prod(whole_shape(p)) for p in self.parameters() if p.requires_grad)
         log.info("%s weights, steps %d to %d", f"{n_weight:,}", self.global_step + 1, self.steps)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         step = self.global_step
+        self._expect(step)
         if step % self.log_every or step == self.logged_step:
             return
         self.meter.add((step - self.logged_step) * self.batch_size)
@@ -95,8 +100,20 @@ class TrainedModule(L.LightningModule):
         speed = f"{figures['images_per_s']:,.0f} images/s, {figures['tokens_per_s']:,.0f} tokens/s"
         if "flop_utilisation" in figures:
             speed += f", {figures['flop_utilisation']:.1%} of the stated peak"
+        if step < self.steps:
+            speed += f", {duration((self.steps - step) * self.batch_size / figures['images_per_s'])} left"
         said = self.say({name.removeprefix("train/"): value for name, value in train.items()})
         log.info("step %d/%d: %s, %s", step, self.steps, said, speed, extra={"progress": True})
+
+    def _expect(self, step: int) -> None:
+        """Says once, a few steps after the start, how long the run will take; the first steps are slower."""
+        begun, timed = self.begun + UNTIMED, self.begun + UNTIMED + TIMED
+        if step == begun and self.timed_since is None:
+            self.timed_since = _now()
+        elif step == timed and self.timed_since is not None and not self.timed_out:
+            self.timed_out = True
+            seconds = (_now() - self.timed_since) / TIMED
+            log.info("%.3g s a step: %s to go, validation aside", seconds, duration((self.steps - step) * seconds))
 
     def say(self, figures: Mapping[str, float]) -> str:
         """Figures in words: `1.2345 nats/token`, or each by its name where there are several."""
@@ -143,3 +160,18 @@ class TrainedModule(L.LightningModule):
                         UNITS.get(name.rpartition("/")[2], name))
             for name, points in self.history.items()
         }  # fmt: skip
+
+
+def _now() -> float:
+    """Seconds, with what a GPU was asked for done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 40 s, 12 min, 3.5 h, 2.1 days."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.0f} s"
