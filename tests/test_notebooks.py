@@ -1,6 +1,7 @@
 """The notebooks: outputs stripped, and every cell runs."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_runs(path: Path, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: all code cells in turn, in one namespace, as a reader would run them; none defines anything."""
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert cells
-    monkeypatch.chdir(NOTEBOOKS)  # as Jupyter does
+    shutil.copytree(quickstart, tmp_path / "runs" / quickstart.name)  # the runs beside the notebooks
+    (tmp_path / "conf").symlink_to(NOTEBOOKS.parent / "conf")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")  # as Jupyter does
     namespace: dict[str, Any] = {}
     for cell in cells:
         assert cell["outputs"] == []

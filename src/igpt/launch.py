@@ -13,13 +13,14 @@ from typing import Any
 
 import hydra
 import torch
+from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt import files, processes, ranks
-from igpt.arguments import absolute, suggestion
+from igpt.arguments import absolute, prepare, suggestion
 from igpt.build import CHECKPOINT, Build
 from igpt.metric.result import Result
 from igpt.report import loggers
@@ -75,6 +76,24 @@ def out_of_memory(error: BaseException) -> str | None:
         "trainer.micro_batch=N (fewer images at a time), trainer.activation_checkpointing=true, "
         "trainer.precision=bf16-mixed and trainer=fsdp take less"
     )
+
+
+def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path]:
+    """One run from Python, in this process, as `python train.py OVERRIDES` does it: its result and its folder.
+
+    `conf`: the folder of settings, of a clone of this repository. Paths are seen from the current folder.
+
+    Raises:
+        ValueError: whatever the command would say in one line.
+    """
+    folder = Path(conf).resolve()
+    arguments = prepare(list(overrides), folder)
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        cfg = hydra.compose("config", overrides=arguments, return_hydra_config=True)
+        choices = dict(cfg.hydra.runtime.choices)
+        cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        result = launch(cfg, choices=choices, overrides=arguments)
+        return result, open_folder(Build(cfg, choices)).path
 
 
 def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) -> Result:
