@@ -9,12 +9,12 @@ is kept by the process (`hold_memory`), as our training does; the other rows pro
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import machine
 import torch
 import torch.nn.functional as F
 from plain import PlainGPT
@@ -90,18 +90,6 @@ def step_of(net: nn.Module, tokens: Tensor, bf16: bool, matmul: str) -> Callable
     return step
 
 
-def peak_gflops(dtype: torch.dtype, matmul: str, device: str) -> float:
-    """The machine's own large matrix product, 4096³, best of five."""
-    torch.set_float32_matmul_precision(matmul)
-    x = torch.randn(4096, 4096, dtype=dtype, device=device)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        (x @ x)[0, 0].item()
-        times.append(time.perf_counter() - start)
-    return 2 * 4096**3 / min(times) / 1e9
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="c")
@@ -147,27 +135,29 @@ def main() -> None:
                 times[name].append(ms)
 
     peaks = {
-        "fp32": peak_gflops(torch.float32, "highest", device),
-        "fp32+medium": peak_gflops(torch.float32, "medium", device),
-        "bf16": peak_gflops(torch.bfloat16, "highest", device),
+        "fp32": machine.peak_gflops(torch.float32, "highest", device),
+        "fp32+medium": machine.peak_gflops(torch.float32, "medium", device),
+        "bf16": machine.peak_gflops(torch.bfloat16, "highest", device),
     }
-    report = {"size": args.size, "torch": torch.__version__, "threads": torch.get_num_threads(), "peaks": peaks}
+    report = {"size": args.size, "peaks": peaks}
     lines = [
-        "| row | median ms | min – max | images/s | of this machine's matrix-product peak |",
-        "|---|---|---|---|---|",
+        "| row | median ms | min – max | images/s | of this machine's matrix-product peak | against hf |",
+        "|---|---|---|---|---|---|",
     ]
     report["rows"] = {}
     for name, ms in times.items():
         median, label = statistics.median(ms), name.split()[-1]
         share = flops / median / 1e6 / peaks[label]
         report["rows"][name] = {"median_ms": median, "min_ms": min(ms), "max_ms": max(ms), "share_of_peak": share}
+        against = "" if args.no_peer else f"{statistics.median(times[f'hf {label}']) / median:.2f}×"
         lines.append(
-            f"| {name} | {median:.1f} | {min(ms):.1f} – {max(ms):.1f} | {1e3 * batch / median:.1f} | {share:.2f} |"
+            f"| {name} | {median:.1f} | {min(ms):.1f} – {max(ms):.1f} | {1e3 * batch / median:.1f} | {share:.2f} | "
+            f"{against} |"
         )
     print(f"size {args.size}: {SIZES[args.size]}, {flops / 1e9:.1f} GFLOP a step, {device}; peaks {peaks}")
     print("\n".join(lines))
     if args.out:
-        args.out.write_text(json.dumps(report, indent=2))
+        machine.write(args.out, report)
 
 
 if __name__ == "__main__":

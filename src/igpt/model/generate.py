@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from igpt.model import decode
 from igpt.model.gpt import GPT
 
 
@@ -60,6 +61,7 @@ def generate(
     given: Tensor | None = None,
     known: Tensor | None = None,
     cached: bool = True,
+    columns: bool | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Images drawn from the network: uniforms (B, T) in [0, 1) → tokens (B, T) int64.
@@ -67,6 +69,7 @@ def generate(
     Where `known` (T,) is True the token of `given` (B, T) is taken instead of a drawn one. In raster order that is
     a prompt and what follows is conditioned on it; in another order a known token conditions only what comes later
     in that order. Row i depends on row i of its arguments alone. `on_token` hears which position was drawn.
+    `columns`: tokens one by one through `decode.step` or through the network's own; None: the faster one here.
     `cached=False` runs a whole forward pass for every token, as OpenAI's sampler does: slow, for tests.
 
     Raises:
@@ -86,9 +89,15 @@ def generate(
     start = shown.index(False) if False in shown else n_ctx  # the leading known run is read in one pass
     cache = net.new_cache(batch) if cached else None
     new = tokens[:, :start]
+    by_columns = decode.columns_pay(net) if columns is None else columns
     for i in range(start, n_ctx):
         with torch.compiler.set_stance("force_eager"):  # positions differ at every step: compiling would not end
-            logits = net.step(new, cache) if cache is not None else net(tokens)[:, i]  # (B, V)
+            if cache is None:
+                logits = net(tokens)[:, i]  # (B, V)
+            elif by_columns and new.shape[1] == 1 and cache.length > 0:
+                logits = decode.step(net, new, cache)
+            else:
+                logits = net.step(new, cache)
         if not shown[i]:
             tokens[:, i] = sampling.draw(logits, uniforms[:, i])
             if on_token is not None:
