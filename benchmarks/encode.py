@@ -95,7 +95,7 @@ def encoding(pixels: np.ndarray, palette: Palette, cache: Path, rounds: int) -> 
         nearest = (points[differ] - centres[exact[differ]]).square().sum(-1)
         worst = float((further - nearest).max()) if differ.any() else 0.0
         print(
-            f"hf {name}: {int(differ.sum())} of {differ.numel():,} ids differ from the exact ones, by {worst:.1e} at most"
+            f"hf {name}: {int(differ.sum())} of {differ.numel():,} ids are not the exact ones, by {worst:.1e} at most"
         )
     print("\n".join(machine.table(times, unit=lambda s: f"{len(pixels) / s:,.0f} images/s", against="hf as shipped")))
     return times
@@ -122,9 +122,7 @@ def clustering(pixels: np.ndarray, rounds: int) -> dict[str, list[float]]:
     rows = {"scikit-learn, raw pixels": sklearn_raw, "igpt, distinct colours": our_fit}
     times = machine.interleaved({name: machine.timed(run) for name, run in rows.items()}, rounds, warm_up=0)
     lines = machine.table(times, unit=lambda s: f"{s:.2f} s", against="scikit-learn, raw pixels")
-    print(
-        f"\nk-means, {len(flat):,} pixels, {len(np.unique(flat, axis=0)):,} colours, k 512; inertia {json.dumps(reached)}"
-    )
+    print(f"\nk-means, {len(flat):,} pixels, {len(np.unique(flat, axis=0)):,} colours; inertia {json.dumps(reached)}")
     print("\n".join(lines))
     return times
 

@@ -1,6 +1,8 @@
 """What every benchmark shares: rows that take turns, medians with their spread, the machine's own limits, JSON."""
 
+import functools
 import json
+import multiprocessing as mp
 import os
 import platform
 import statistics
@@ -47,6 +49,39 @@ def interleaved(rows: Mapping[str, Callable[[], float]], rounds: int, *, warm_up
             if i >= warm_up:
                 times[name].append(seconds)
     return times
+
+
+class Side:
+    """Rows that run in a process of their own, with settings of their own (its memory, its threads), when asked to.
+
+    `make(*arguments)` builds them there: name → a function that returns seconds. A side that waits computes nothing.
+    """
+
+    def __init__(self, make: Callable[..., dict[str, Callable[[], float]]], *arguments: Any) -> None:
+        context = mp.get_context("spawn")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
+        self._process.start()
+        self.names: list[str] = self._here.recv()
+
+    def rows(self) -> dict[str, Callable[[], float]]:
+        return {name: functools.partial(self._run, name) for name in self.names}
+
+    def _run(self, name: str) -> float:
+        self._here.send(name)
+        seconds: float = self._here.recv()
+        return seconds
+
+    def close(self) -> None:
+        self._here.send(None)
+        self._process.join()
+
+
+def _serve(pipe: Any, make: Callable[..., dict[str, Callable[[], float]]], arguments: tuple[Any, ...]) -> None:
+    rows = make(*arguments)
+    pipe.send(list(rows))
+    while (name := pipe.recv()) is not None:
+        pipe.send(rows[name]())
 
 
 def timed(run: Callable[[], Any]) -> Callable[[], float]:

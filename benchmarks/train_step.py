@@ -3,9 +3,10 @@
     python benchmarks/train_step.py --size a --rounds 5 --out a.json
 
 Every row sees the same token ids, batch, loss over all positions and fused Adam. Rows take turns, round by round, so
-a machine that speeds up or slows down does so for all; the first round is a warm-up for all and is not counted.
-`medium` is `torch.set_float32_matmul_precision("medium")`, which users of any side can set. Freed memory
-is kept by the process (`hold_memory`), as our training does; the other rows profit as well.
+a machine that speeds up or slows down does so for all; the first round is a warm-up for all and is not counted. Each
+side is a process of its own: ours keeps freed memory (`hold_memory`), as our training does, Hugging Face's is as it
+ships (`--hold-peer`: with our setting, too). `medium` is `torch.set_float32_matmul_precision("medium")`, which users of
+any side can set.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import machine
 import torch
@@ -90,6 +92,56 @@ def step_of(net: nn.Module, tokens: Tensor, bf16: bool, matmul: str) -> Callable
     return step
 
 
+def labels(precision: str) -> dict[str, str]:
+    """The rows of one precision: its label, and the setting of float32 products."""
+    return {"fp32": "highest", "fp32+medium": "medium"} if precision == "fp32" else {"bf16": "highest"}
+
+
+def seconds_of(step: Callable[[], float]) -> Callable[[], float]:
+    def run() -> float:
+        step()  # the step before the timed one brings this row's data back into the caches
+        return step() / 1e3
+
+    return run
+
+
+def our_rows(size: str, precisions: list[str], attention: str, plain: bool, hold: bool) -> dict[str, Any]:
+    """This project's rows, eager and compiled, as its training runs; with `plain` the plain rewrite's too."""
+    if hold:
+        hold_memory()
+    tokens = token_ids(size)
+    rows = {}
+    for precision in precisions:
+        for label, matmul in labels(precision).items():
+            for compiled in (False, True):
+                net = our_net(size, compiled, attention).to(tokens.device)
+                how = " compiled" if compiled else ""
+                rows[f"igpt{how} {label}"] = seconds_of(step_of(net, tokens, precision == "bf16", matmul))
+                if plain:
+                    net = plain_net(size, compiled).to(tokens.device)
+                    rows[f"plain{how} {label}"] = seconds_of(step_of(net, tokens, precision == "bf16", matmul))
+    return rows
+
+
+def peer_rows(size: str, precisions: list[str], hold: bool) -> dict[str, Any]:
+    """Hugging Face's rows; `hold`: with freed memory kept by the process, as ours."""
+    if hold:
+        hold_memory()
+    tokens = token_ids(size)
+    net = HuggingFace(size).to(tokens.device)
+    return {
+        f"hf{' held' if hold else ''} {label}": seconds_of(step_of(net, tokens, precision == "bf16", matmul))
+        for precision in precisions
+        for label, matmul in labels(precision).items()
+    }
+
+
+def token_ids(size: str) -> Tensor:
+    torch.manual_seed(0)
+    n_ctx, n_vocab, batch = SIZES[size][3:]
+    return torch.randint(n_vocab, (batch, n_ctx)).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="c")
@@ -97,67 +149,46 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--no-peer", action="store_true", help="leave Hugging Face out")
     parser.add_argument("--no-plain", action="store_true", help="leave the plain rewrite out")
+    parser.add_argument("--hold-peer", action="store_true", help="Hugging Face also with our setting of memory")
     parser.add_argument("--attention", choices=ATTENTION_PATHS, default="auto", help="of our rows")
     parser.add_argument("--return-memory", action="store_true", help="give freed memory back, as the C library does")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    if not args.return_memory:
-        hold_memory()  # for every row: it is a setting of the process
     n_layer, n_embd, _, n_ctx, n_vocab, batch = SIZES[args.size]
-    tokens = torch.randint(n_vocab, (batch, n_ctx), device=device)
     matmul_flops = 12 * n_layer * n_embd**2 + n_embd * n_vocab
     flops = batch * n_ctx * (6 * matmul_flops + 6 * n_layer * n_ctx * n_embd)  # causal attention counted half
-
-    rows: dict[str, Callable[[], float]] = {}
-    for precision in args.precision:
-        for matmul in ("highest", "medium") if precision == "fp32" else ("highest",):
-            label = f"{precision}{'+medium' if matmul == 'medium' else ''}"
-            for compiled in (False, True):
-                net = our_net(args.size, compiled, args.attention).to(device)
-                name = f"igpt{' compiled' if compiled else ''} {label}"
-                rows[name] = step_of(net, tokens, precision == "bf16", matmul)
-                if not args.no_plain:
-                    rows[f"plain{' compiled' if compiled else ''} {label}"] = step_of(
-                        plain_net(args.size, compiled).to(device), tokens, precision == "bf16", matmul
-                    )
-            if not args.no_peer:
-                rows[f"hf {label}"] = step_of(HuggingFace(args.size).to(device), tokens, precision == "bf16", matmul)
-
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    for i in range(args.rounds + 1):
-        for name, step in rows.items():
-            step()  # the step before the timed one brings this row's data back into the caches
-            ms = step()
-            if i:
-                times[name].append(ms)
-
+    hold = not args.return_memory
+    sides = [machine.Side(our_rows, args.size, args.precision, args.attention, not args.no_plain, hold)]
+    if not args.no_peer:
+        sides.append(machine.Side(peer_rows, args.size, args.precision, False))
+    if args.hold_peer:
+        sides.append(machine.Side(peer_rows, args.size, args.precision, True))
+    times = machine.interleaved({name: run for side in sides for name, run in side.rows().items()}, args.rounds)
+    for side in sides:
+        side.close()
     peaks = {
         "fp32": machine.peak_gflops(torch.float32, "highest", device),
         "fp32+medium": machine.peak_gflops(torch.float32, "medium", device),
         "bf16": machine.peak_gflops(torch.bfloat16, "highest", device),
     }
-    report = {"size": args.size, "peaks": peaks}
-    lines = [
-        "| row | median ms | min – max | images/s | of this machine's matrix-product peak | against hf |",
-        "|---|---|---|---|---|---|",
-    ]
-    report["rows"] = {}
-    for name, ms in times.items():
-        median, label = statistics.median(ms), name.split()[-1]
-        share = flops / median / 1e6 / peaks[label]
-        report["rows"][name] = {"median_ms": median, "min_ms": min(ms), "max_ms": max(ms), "share_of_peak": share}
-        against = "" if args.no_peer else f"{statistics.median(times[f'hf {label}']) / median:.2f}×"
-        lines.append(
-            f"| {name} | {median:.1f} | {min(ms):.1f} – {max(ms):.1f} | {1e3 * batch / median:.1f} | {share:.2f} | "
-            f"{against} |"
-        )
     print(f"size {args.size}: {SIZES[args.size]}, {flops / 1e9:.1f} GFLOP a step, {device}; peaks {peaks}")
-    print("\n".join(lines))
-    if args.out:
-        machine.write(args.out, report)
+    print("| row | median ms | min – max | images/s | of this machine's matrix-product peak | against hf | hf fp32 |")
+    print("|---|---|---|---|---|---|---|")
+    report: dict[str, Any] = {"size": args.size, "peaks": peaks, "rows": {}}
+    for name, seconds in times.items():
+        median, label = statistics.median(seconds), name.split()[-1]
+        share = flops / median / 1e9 / peaks[label]
+        report["rows"][name] = {"seconds": seconds, "share_of_peak": share}
+        bases = [] if args.no_peer else [times[f"hf {label}"], times[f"hf {args.precision[0]}"]]
+        against = [f"{statistics.median(base) / median:.2f}×" for base in bases] or ["", ""]
+        low, high = 1e3 * min(seconds), 1e3 * max(seconds)
+        print(
+            f"| {name} | {1e3 * median:.1f} | {low:.1f} – {high:.1f} | {batch / median:.1f} | {share:.2f} | "
+            f"{' | '.join(against)} |"
+        )
+    machine.write(args.out, report)
 
 
 if __name__ == "__main__":

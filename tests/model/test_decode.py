@@ -25,7 +25,7 @@ def test_logits_are_those_of_the_whole_network(batch: int) -> None:
             theirs, ours = net.step(new, plain), decode.step(net, new, columns)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
             torch.testing.assert_close(ours, whole[:, i + 1], rtol=0, atol=1e-5)
-    assert columns.length == plain.length == net.n_ctx - 1
+    assert columns.length == plain.length == net.n_ctx
 
 
 def test_the_same_images(net: GPT) -> None:
