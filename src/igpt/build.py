@@ -91,13 +91,19 @@ class Build:
         return {str(key): value for key, value in resolved.items()}
 
     @property
-    def name(self) -> str:
-        """The run folder's name: what is done with what, and 8 digits of the config's hash."""
+    def of(self) -> dict[str, str]:
+        """What the task is done with: the names of model, data and objective, and the option of `data`."""
         data = self.data_name
         if self.weights and "tokens" not in self.cfg.task.needs:  # a task that reads no images
             data = self.weights.origin.data
-        digest = identity(self.config, self.files_sha256)
-        return f"{self.task}-{self.model_name}-{data}-{self.objective_settings['name']}-s{self.cfg.seed}-{digest}"
+        objective = self.objective_settings["name"]
+        return {"model": self.model_name, "data": data, "objective": objective, "data_option": self.choices["data"]}
+
+    @property
+    def name(self) -> str:
+        """The run folder's name: what is done with what, and 8 digits of the config's hash."""
+        of, digest = self.of, identity(self.config, self.files_sha256)
+        return f"{self.task}-{of['model']}-{of['data']}-{of['objective']}-s{self.cfg.seed}-{digest}"
 
     @cached_property
     def files_sha256(self) -> dict[str, str | None]:

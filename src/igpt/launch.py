@@ -26,6 +26,7 @@ from igpt.metric.result import Result
 from igpt.report import loggers
 from igpt.report.folder import RunFolder, changes, environment, result_of
 from igpt.report.logs import log_file, set_up_logging
+from igpt.report.page import write_page
 from igpt.report.table import closing_table, columns
 from igpt.settings import check_settings, factory
 from igpt.stopping import STOPPED, StoppedError, pass_on
@@ -98,6 +99,8 @@ def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path]:
 
 def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) -> Result:
     """Runs a composed config in its run folder; a finished identical run is not repeated, its result is returned."""
+    if not cfg.task.needs:
+        return without_folder(cfg)
     build = Build(cfg, choices)
     if build.machine.plan:
         return plan_of(build)
@@ -120,7 +123,7 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
             if ranks.from_first(lambda: folder.finished):  # by the process that held the lock until now
                 return result_of(folder.read_result())
             if rank.first:
-                folder.start(build.config, absolute(overrides), build.files_sha256)
+                folder.start(build.config, absolute(overrides), build.files_sha256, build.of)
                 files.remove_parts(folder.path)
                 while_it_runs.enter_context(log_file(folder.path / "log.txt"))
             ranks.barrier()  # from here on the others may read what is there
@@ -139,6 +142,17 @@ def said(build: Build) -> str:
     if "steps" in task and isinstance(task.get("batch_size"), int):
         return f"{of}, {task['steps']:,} steps of {task['batch_size']:,} images"
     return of
+
+
+def without_folder(cfg: DictConfig) -> Result:
+    """Does a task that needs nothing built, and so has no folder of its own: it adds to those of finished runs."""
+    spec = OmegaConf.to_container(cfg.task, resolve=True)
+    assert isinstance(spec, dict)
+    settings = {str(key): value for key, value in spec.items() if key not in ("name", "needs")}
+    run = factory(settings, "task")
+    check_task(settings)
+    result: Result = run() if ranks.this_rank().first else Result()
+    return result
 
 
 def plan_of(build: Build) -> Result:
@@ -242,6 +256,7 @@ def perform(build: Build, folder: RunFolder) -> Result:
         seconds = time.perf_counter() - start
         if build.machine.rank.first:
             folder.finish(build.task, result, seconds=seconds)
+            write_page(folder.path)
             loggers.show(result, folder.path)
         failed = False
     except StoppedError:
@@ -282,7 +297,7 @@ def stages(build: Build) -> Callable[..., tuple[Result, Path]]:
             log.info("%s is finished", place.path)
             return result_of(place.read_result()), place.path
         if of_stage.machine.rank.first:
-            place.start(of_stage.config, None, of_stage.files_sha256)
+            place.start(of_stage.config, None, of_stage.files_sha256, of_stage.of)
         ranks.barrier()
         return perform(of_stage, place), place.path
 

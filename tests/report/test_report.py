@@ -32,11 +32,11 @@ def test_every_image_of_a_grid_is_where_it_belongs() -> None:
 
 @pytest.mark.parametrize("side", [8, 48, 64, 100])
 def test_no_image_is_shown_too_small_to_see(side: int) -> None:
-    """Invariant: at least 96 pixels a side, in whole enlargements."""
+    """Invariant: at least 96 pixels a side, in enlargements that are whole at half the size, too."""
     picture = draw_grid(Grid(np.zeros((1, 2, side, side, 3), np.uint8)))
     cell = (picture.width - 3 * GAP) // 2
     assert cell >= 96
-    assert cell % side == 0
+    assert cell % (2 * side) == 0
 
 
 def test_curves_of_other_units_are_drawn_apart(tmp_path: Path) -> None:
@@ -119,9 +119,11 @@ def test_a_result_is_read_back(tmp_path: Path) -> None:
     assert {"task", "config", "seconds", "versions", "commit", "command"} <= record.keys()
     assert set(again.files) == {"samples", "samples_tokens", "curves"}
     assert all((folder.path / path).is_file() for path in again.files.values())
+    (folder.path / "report.html").touch()
     table = closing_table(result, folder.path, 1.5)
     assert "1.2500 ± 0.1000" in table
     assert "n = 7" in table
+    assert [Path(line).name for line in table.splitlines()[3:5]] == ["report.html", "samples.png"]
 
 
 @pytest.mark.parametrize("content", [{"version": 99}, [1], {}])

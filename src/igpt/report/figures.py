@@ -21,7 +21,7 @@ AROUND_COLOURS = (200, 215, 235)
 def draw_grid(grid: Grid) -> Image.Image:
     """The images of a grid with white between them and titles above, each pixel enlarged to a whole square."""
     rows, columns, side = grid.images.shape[:3]
-    scale = -(-CELL // side)
+    scale = 2 * -(-CELL // (2 * side))  # even: at half the size each pixel is a whole square still
     cell = side * scale
     head = 22 if grid.titles else 0
     size = (columns * (cell + GAP) + GAP, rows * (cell + GAP) + GAP + head)

@@ -98,8 +98,17 @@ class RunFolder:
         finally:
             lock.release()
 
-    def start(self, config: dict[str, Any], overrides: list[str] | None, files_sha256: dict[str, str | None]) -> None:
-        """Writes what is about to run, unless that was written before. No overrides: it is a stage of another run."""
+    def start(
+        self,
+        config: dict[str, Any],
+        overrides: list[str] | None,
+        files_sha256: dict[str, str | None],
+        of: dict[str, str] | None = None,
+    ) -> None:
+        """Writes what is about to run, unless that was written before. No overrides: it is a stage of another run.
+
+        `of` is what it is done with, for its page: the names of model, data and objective.
+        """
         if not self.started:
             run_id = uuid.uuid4().hex[:8]  # tells a repeated run from the first; nothing that is learned depends on it
             record = {
@@ -108,6 +117,7 @@ class RunFolder:
                 "overrides": overrides,
                 "config": config,
                 "files_sha256": files_sha256,
+                **({} if of is None else {"of": of}),
                 **environment(),
             }
             files.write_json(self.path / "run.json", record)

@@ -5,18 +5,22 @@ from pathlib import Path
 
 from igpt.metric.result import Number, Result
 
+REPORT = "report.html"  # of a run folder
+
 
 def closing_table(result: Result, folder: Path, seconds: float, *, published: Sequence[str] = ()) -> str:
-    """Numbers with unit, standard error and count, what others report for the same, then the pictures to open."""
-    rows = [(key, _value(number), number.unit, f"n = {number.n:,}") for key, number in result.numbers.items()]
+    """Numbers with unit, standard error and count, what others report, then what to open: the page first."""
+    rows = [(key, shown(number), number.unit, f"n = {number.n:,}") for key, number in result.numbers.items()]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].ljust(widths[2]), row[3]]) for row in rows
     ]
-    shown = [f"{folder / path}" for path in result.files.values() if path.suffix in {".png", ".html"}]
+    report = [Path(REPORT)] if (folder / REPORT).is_file() else []
+    to_open = [*report, *(path for path in result.files.values() if path.suffix in {".png", ".html"})]
     rule = "─" * max((len(line) for line in lines), default=20)
     theirs = ["published:", *(f"  {line}" for line in published), rule] if published else []
-    return "\n".join([rule, *lines, rule, *theirs, *shown, f"{folder}  ({seconds:.0f} s)"])
+    places = [f"{folder / path}" for path in to_open]
+    return "\n".join([rule, *lines, rule, *theirs, *places, f"{folder}  ({seconds:.0f} s)"])
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -26,8 +30,10 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
 
 
-def _value(number: Number) -> str:
-    if float(number.value).is_integer() and abs(number.value) < 1e15:
+def shown(number: Number) -> str:
+    """The value with how sure it is: its 95 % interval, the deviation of what it is the mean of, or standard error."""
+    sure = (number.interval, number.deviation, number.stderr)
+    if float(number.value).is_integer() and abs(number.value) < 1e15 and sure == (None, None, None):
         return f"{int(number.value):,}"
     text = f"{number.value:,.4f}" if abs(number.value) < 1e4 else f"{number.value:,.0f}"
     if number.interval is not None:
