@@ -216,6 +216,8 @@ def perform(build: Build, folder: RunFolder) -> Result:
     finally:
         loggers.close(failed)
     seconds = time.perf_counter() - start
+    if build.weights is not None:
+        result.provenance["init"] = build.began_with
     if build.machine.rank.first:
         folder.finish(build.task, result, seconds=seconds)
     ranks.barrier()  # the next stage of a pipeline reads what this one left
