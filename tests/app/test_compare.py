@@ -125,6 +125,12 @@ def test_what_differs_is_said(
     assert [line for line in row.differs if said in line], row.differs
 
 
+def test_a_record_without_its_length_is_not_known(tmp_path: Path) -> None:
+    large(tmp_path, **{"task.steps": None})
+    (row,) = [row for row in rows([read_run(probe(tmp_path))]) if row.runs]
+    assert row.differs == ["not known: how long its weights were trained (pretrain-l does not say)"]
+
+
 def test_a_small_network_of_a_large_name_is_small(tmp_path: Path) -> None:
     """Invariant: sizes are compared, not names."""
     folder = large(tmp_path)
@@ -265,6 +271,10 @@ BROKEN = {
     "empty": ('{"version": 1}', "damaged"),
     "nan": ('"value": NaN', "damaged"),
     "binary": ("\0\1", "it is damaged"),
+    "foreign": (
+        '{"version": 1, "task": "x", "numbers": {}, "curves": {}, "files": {}, "provenance": {}, "config": {}}',
+        "damaged",
+    ),
 }
 
 

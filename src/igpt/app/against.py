@@ -15,6 +15,7 @@ from igpt.report.protocols import N_COLOUR, PRECISION, RECIPES, SIZES, TEST_IMAG
 from igpt.report.runs import Run, nearest_path, objective_of, read_run
 from igpt.report.table import readable
 
+LENGTH = ("steps", "batch_size")  # of pretraining
 SUBSTITUTES = {"test/": ("val/", "cv/"), "val/": ("cv/",)}  # what is taken where a run has not read a split
 
 
@@ -155,7 +156,7 @@ def _of_several(run: Run) -> list[str]:
             made = read_run(place) if place is not None else None
         except ValueError:
             made = None
-        if made is None or made.task != "pretrain":
+        if made is None or not all(type(made.config["task"].get(key)) is int for key in LENGTH):
             said.append(f"not known: what {path} was")
             continue
         name, data = made.config["model"].get("name"), made.config["data"]
@@ -224,6 +225,8 @@ def _pretraining(of: Published, run: Run) -> list[str]:
         known = f"; they say step {step:,}" if step else ""
         return [*said, f"not known: {run.start.unknown or 'how its weights were trained'}{known}"]
     task, data, theirs = first.config["task"], first.config["data"], recipe.expects
+    if not all(type(before.config["task"].get(key)) is int for before in (first, *made_by(run)) for key in LENGTH):
+        return [*said, f"not known: how long its weights were trained ({first.folder.name} does not say)"]
     seen, name, side = images_seen(run, first), data.get("name"), data.get("resolution")
     ours = (seen, name, side, task["steps"], task["batch_size"])
     paper = recipe.images, theirs["data.name"], recipe.resolution, theirs["task.steps"], theirs["task.batch_size"]
@@ -252,9 +255,14 @@ def _length(seen: int, data: str, side: int, steps: int, batch: int) -> str:
     return f"{seen:,} images of {data}, {side}×{side}, in {steps:,} steps of {batch}"
 
 
+def made_by(run: Run) -> list[Run]:
+    """The pretraining runs that a run's weights went through, the last one first."""
+    return [before for before in run.start.runs if before.task == "pretrain"]
+
+
 def images_seen(run: Run, first: Run) -> int:
     """How many images the weights saw in pretraining, up to the checkpoint that was taken."""
-    made = [run] if run is first else [before for before in run.start.runs if before.task == "pretrain"]
+    made = [run] if run is first else made_by(run)
     total = sum(int(before.config["task"]["steps"]) * int(before.config["task"]["batch_size"]) for before in made)
     last, step = made[0].config["task"], run.start.origin.get("step")
     if run is not first and run.start.runs[0] is made[0] and isinstance(step, int):

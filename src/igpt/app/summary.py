@@ -15,6 +15,7 @@ from igpt.report.figures import Point, points_figure
 from igpt.report.runs import Run, objective_of, read_run
 
 LOWER = ("nats", "bits", "grey levels")  # how units begin of which less is better
+HIGHER = ("share", "dB", "Spearman", "images/s", "tokens/s", "pixels/s")  # more
 MOST = 40  # rows that a picture shows
 
 
@@ -131,9 +132,13 @@ def lower_is_better(metric: str, unit: str) -> bool:
 
 
 def first_in_all(runs: Sequence[Run]) -> str | None:
-    """The first number that all runs have, in the order they give them; None: they have none in common."""
-    others = [run.numbers.keys() for run in runs[1:]]
-    return next((key for key in runs[0].numbers if all(key in keys for keys in others)), None)
+    """The first number that all runs have and of which more or less is better; where there is none, the first of all.
+
+    None: they have no number in common.
+    """
+    common = [key for key in runs[0].numbers if all(key in run.numbers for run in runs)]
+    judged = [key for key in common if _word(key, runs[0].numbers[key].unit)]
+    return next(iter([*judged, *common]), None)
 
 
 def headings(found: Summary) -> tuple[str, ...]:
@@ -142,8 +147,13 @@ def headings(found: Summary) -> tuple[str, ...]:
 
 
 def better(found: Summary) -> str:
-    """Which of its values are the better ones, in words."""
-    return "lower is better" if found.lower_is_better else "higher is better"
+    """Which of its values are the better ones, in words; of a count, how it is sorted."""
+    word = _word(found.metric, found.unit)
+    return f"{word} is better" if word else "from the highest"
+
+
+def _word(metric: str, unit: str) -> str:
+    return "lower" if lower_is_better(metric, unit) else "higher" if unit.startswith(HIGHER) else ""
 
 
 def table(found: Summary) -> list[tuple[str, ...]]:

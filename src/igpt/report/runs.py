@@ -52,7 +52,8 @@ class Run:
     @property
     def stages(self) -> "Found":
         """The runs that a pipeline was made of, also those that were made before it; of another task none."""
-        listed = self.config["task"].get("stages") or {}
+        stages = self.config["task"].get("stages")
+        listed = stages if isinstance(stages, dict) else {}
         given = [own["run"] for own in listed.values() if isinstance(own, dict) and own.get("run")]
         inside = sorted(path for path in self.folder.glob("*_*") if (path / "run.json").is_file())
         told = [place for path in given if (place := nearest_path(self.folder, str(path))) is not None]
@@ -103,16 +104,26 @@ def read_run(folder: Path) -> Run:
         record = RunFolder(folder).read_result()
         result = result_of(record)
         task, config = record["task"], record["config"]
-        values = [number.value for number in result.numbers.values()]
-        right = isinstance(task, str) and isinstance(result.provenance, dict)
-        right = right and all(isinstance(config[group], dict) for group in ("task", "data", "model", "trainer"))
-        if not right or not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        groups = [isinstance(config[group], dict) for group in ("task", "data", "model", "trainer")]
+        if not (isinstance(task, str) and isinstance(result.provenance, dict) and all(groups)):
+            raise TypeError("settings that are none")
+        if not all(_is_number(number) for number in result.numbers.values()):
             raise TypeError("values that are no numbers")
     except OSError as error:
         raise ValueError(f"its result.json cannot be read ({error.strerror})") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"its result.json is damaged ({error!r:.80}): restore it, or repeat the run") from error
     return Run(folder, record, result)
+
+
+def _is_number(number: Number) -> bool:
+    measured = (
+        number.value,
+        *(number.interval or ()),
+        *(x for x in (number.stderr, number.deviation) if x is not None),
+    )
+    finite = all(type(value) in (int, float) and math.isfinite(value) for value in measured)
+    return finite and type(number.n) is int and isinstance(number.unit, str)
 
 
 def found(places: Sequence[str]) -> Found:
