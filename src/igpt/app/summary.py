@@ -132,12 +132,12 @@ def lower_is_better(metric: str, unit: str) -> bool:
 
 
 def first_in_all(runs: Sequence[Run]) -> str | None:
-    """The first number that all runs have and of which more or less is better; where there is none, the first of all.
+    """The first loss or accuracy that all runs have; where there is none, the first number.
 
     None: they have no number in common.
     """
     common = [key for key in runs[0].numbers if all(key in run.numbers for run in runs)]
-    judged = [key for key in common if _word(key, runs[0].numbers[key].unit)]
+    judged = [key for key in common if runs[0].numbers[key].unit.startswith(("nats", "bits", "share"))]
     return next(iter([*judged, *common]), None)
 
 
