@@ -140,7 +140,7 @@ def absolute(overrides: list[str]) -> list[str]:
         reads = key in READ or (key in ("init", "data.path") and is_here(str(value)))
         reads = reads or re.fullmatch(r"task\.stages\.\w+\.run", key) is not None
         plus = "+" * (len(text) - len(text.lstrip("+")))
-        if reads and isinstance(value, str):
+        if (reads and isinstance(value, str)) or (key == "task.runs" and isinstance(value, str)):
             whole.append(f"{plus}{key}={quoted(value)}")
         elif key == "task.runs" and isinstance(value, list):
             whole.append(f"{plus}{key}=[{','.join(quoted(str(path)) for path in value)}]")

@@ -20,6 +20,7 @@ from igpt.objective import named
 from igpt.objective.base import Objective
 from igpt.report.folder import RunFolder, identity
 from igpt.report.loggers import About
+from igpt.report.runs import Found, brief, found
 from igpt.settings import factory
 from igpt.task.fit import Machine, Runner, hold_memory
 from igpt.tokens.datamodule import TokenDataModule
@@ -67,11 +68,12 @@ class Build:
     def __init__(self, cfg: DictConfig, choices: dict[str, Any]) -> None:
         self.cfg, self.choices = cfg, choices
         self.task: str = cfg.task.name
-        start = cfg.init if cfg.init is not None else next(iter(cfg.task.get("runs", [])), None)
+        reads_runs = "runs" in cfg.task and "found" not in cfg.task.needs  # their weights, not what they found out
+        start = cfg.init if cfg.init is not None else next(iter(cfg.task.runs), None) if reads_runs else None
         lacking = cfg.task.get("stages", {}).get("import") or cfg.task  # what OpenAI's checkpoints do not say
         spec = {"palette": lacking.get("palette") or cfg.data.get("clusters"), "n_head": lacking.get("n_head")}
         self.weights: Weights | None = find(start, **spec) if start is not None else None
-        if "runs" in cfg.task and not cfg.task.runs:
+        if reads_runs and not cfg.task.runs:
             raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
         needs = set(cfg.task.needs)
         from_checkpoint = [group for group in ("model", "tokens", "objective") if choices.get(group) == CHECKPOINT]
@@ -102,7 +104,10 @@ class Build:
     @property
     def name(self) -> str:
         """The run folder's name: what is done with what, and 8 digits of the config's hash."""
-        of, digest = self.of, identity(self.config, self.files_sha256)
+        digest = identity(self.config, self.files_sha256)
+        if "found" in self.cfg.task.needs:  # a task over many runs
+            return f"{self.task}-{digest}"
+        of = self.of
         return f"{self.task}-{of['model']}-{of['data']}-{of['objective']}-s{self.cfg.seed}-{digest}"
 
     @cached_property
@@ -115,6 +120,8 @@ class Build:
             images = settings.get("path")
             if images is not None and Path(images).expanduser().exists():
                 sums[f"{of}.path"] = files.listing_sha256(Path(images).expanduser())
+        if "found" in self.cfg.task.needs:
+            return sums | self.found.sums
         for run in self.config["task"].get("runs", []):
             sums[f"task.runs {Path(run).name}"] = find(run).sha256
         for group, key in (("task", "palette"), ("task", "tokens"), ("task", "keep"), ("data", "clusters")):
@@ -140,6 +147,11 @@ class Build:
             return self.weights.origin.objective
         settings: dict[str, Any] = self.config["objective"]
         return settings
+
+    @property
+    def began_with(self) -> dict[str, Any]:
+        """What the weights of init= say of themselves, for the record of this run."""
+        return brief(vars(self.weights.origin)) if self.weights is not None else {}
 
     @cached_property
     def machine(self) -> Machine:
@@ -192,6 +204,14 @@ class Build:
     @cached_property
     def objective(self) -> Objective:
         return named.build(**self.objective_settings)
+
+    @cached_property
+    def found(self) -> Found:
+        """The finished runs at the places of `task.runs`; where it names none, below `paths.runs`."""
+        places = self.config["task"]["runs"]
+        if not places:
+            return found([self.cfg.paths.runs]) if Path(self.cfg.paths.runs).is_dir() else Found()
+        return found([places] if isinstance(places, str) else places)
 
     @property
     def planned_network(self) -> dict[str, Any]:
@@ -304,6 +324,9 @@ class Build:
 
     def need_cache(self, folder: RunFolder) -> Path:
         return Path(self.cfg.paths.cache)
+
+    def need_found(self, folder: RunFolder) -> Found:
+        return self.found
 
     def need_made_by(self, folder: RunFolder) -> dict[str, Any]:
         """What decides the features of an image beside the weights: names their file."""

@@ -254,6 +254,8 @@ def perform(build: Build, folder: RunFolder) -> Result:
         }
         result: Result = run(**needs)
         seconds = time.perf_counter() - start
+        if build.weights is not None:
+            result.provenance["init"] = build.began_with
         if build.machine.rank.first:
             folder.finish(build.task, result, seconds=seconds)
             write_page(folder.path)

@@ -1,5 +1,8 @@
 """Arrays → pictures: grids of images, palettes, curves."""
 
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -101,6 +104,43 @@ def bars_figure(path: Path, bars: Bars) -> None:
     axes.set_ylabel(bars.y_unit)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
+    with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of `points_figure`."""
+
+    name: str
+    value: float
+    single: tuple[float, ...]  # what it is the mean of
+    interval: tuple[float, float] | None
+    kind: str  # what the interval is; one colour each
+
+
+def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
+    """Writes values below one another, the first on top, with their intervals and what they are the means of."""
+    names = [textwrap.fill(point.name, 44) for point in points]
+    height = 1.4 + 0.3 * len(points) + 0.14 * sum(name.count("\n") for name in names)
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.add_subplot()
+    kinds = list(dict.fromkeys(point.kind for point in points))
+    for row, point in enumerate(points):
+        colour = f"C{kinds.index(point.kind)}"
+        low, high = point.interval or (point.value, point.value)
+        axes.errorbar(
+            point.value, row, xerr=[[point.value - low], [high - point.value]], fmt="o", ms=6, capsize=4, lw=1.6,
+            color=colour, label=point.kind if point.kind not in [p.kind for p in points[:row]] else None,
+        )  # fmt: skip
+        if len(point.single) > 1:
+            axes.plot(point.single, [row] * len(point.single), "|", ms=9, color="black", lw=1)
+    axes.set_yticks(range(len(points)), names, fontsize=8)
+    axes.set_ylim(len(points) - 0.4, -0.6)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper right", frameon=False, fontsize=8, ncols=len(kinds))
     with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
         figure.savefig(temporary, format="png", dpi=130)
 

@@ -176,11 +176,16 @@ class RunFolder:
 def result_of(record: dict[str, Any]) -> Result:
     """The numbers, curves and files of a `result.json`, as they were returned by the task."""
     return Result(
-        numbers={key: Number(**number) for key, number in record["numbers"].items()},
+        numbers={key: _number(number) for key, number in record["numbers"].items()},
         curves={key: Curve(**curve) for key, curve in record["curves"].items()},
         files={key: Path(path) for key, path in record["files"].items()},
         provenance=record["provenance"],
     )
+
+
+def _number(fields: dict[str, Any]) -> Number:
+    interval = fields.get("interval")
+    return Number(**{**fields, "interval": None if interval is None else (interval[0], interval[1])})
 
 
 def environment() -> dict[str, Any]:

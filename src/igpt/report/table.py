@@ -9,7 +9,10 @@ REPORT = "report.html"  # of a run folder
 
 
 def closing_table(result: Result, folder: Path, seconds: float, *, published: Sequence[str] = ()) -> str:
-    """Numbers with unit, standard error and count, what others report, then what to open: the page first."""
+    """Numbers with unit, standard error and count, what others report, then what to open: the page first.
+
+    Above them the text that a task has written, where there is one.
+    """
     rows = [(key, shown(number), number.unit, f"n = {number.n:,}") for key, number in result.numbers.items()]
     widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
     lines = [
@@ -20,7 +23,8 @@ def closing_table(result: Result, folder: Path, seconds: float, *, published: Se
     rule = "─" * max((len(line) for line in lines), default=20)
     theirs = ["published:", *(f"  {line}" for line in published), rule] if published else []
     places = [f"{folder / path}" for path in to_open]
-    return "\n".join([rule, *lines, rule, *theirs, *places, f"{folder}  ({seconds:.0f} s)"])
+    told = [(folder / path).read_text().rstrip() for path in result.files.values() if path.suffix == ".txt"]
+    return "\n".join([*told, rule, *lines, rule, *theirs, *places, f"{folder}  ({seconds:.0f} s)"])
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -30,14 +34,27 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
 
 
+def readable(number: Number) -> str:
+    """A number as one says it, with how sure it is: shares in per cent, counts with their commas."""
+    if number.unit != "share":
+        unit = "" if float(number.value).is_integer() else f" {number.unit}"
+        return f"{shown(number)}{unit}"
+    text = f"{100 * number.value:.1f}"
+    if number.deviation is not None:
+        return f"{text} ± {100 * number.deviation:.1f} % (std of {number.n})"
+    if number.interval is not None:
+        return f"{text} % [{100 * number.interval[0]:.1f}, {100 * number.interval[1]:.1f}]"
+    return f"{text} %" if number.stderr is None else f"{text} ± {100 * number.stderr:.1f} %"
+
+
 def shown(number: Number) -> str:
     """The value with how sure it is: its 95 % interval, the deviation of what it is the mean of, or standard error."""
     sure = (number.interval, number.deviation, number.stderr)
     if float(number.value).is_integer() and abs(number.value) < 1e15 and sure == (None, None, None):
         return f"{int(number.value):,}"
     text = f"{number.value:,.4f}" if abs(number.value) < 1e4 else f"{number.value:,.0f}"
-    if number.interval is not None:
-        return f"{text} [{number.interval[0]:.4f}, {number.interval[1]:.4f}]"
     if number.deviation is not None:
         return f"{text} ± {number.deviation:.4f} (std)"
+    if number.interval is not None:
+        return f"{text} [{number.interval[0]:.4f}, {number.interval[1]:.4f}]"
     return text if number.stderr is None else f"{text} ± {number.stderr:.4f}"

@@ -1,0 +1,367 @@
+"""Runs side by side: made-up run folders, whose numbers and settings are known."""
+
+import csv
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import initialize_config_dir
+from PIL import Image
+
+from igpt.app import compare
+from igpt.app.against import rows
+from igpt.app.compare import summary, table
+from igpt.launch import launch
+from igpt.metric.result import Number, Result
+from igpt.report.folder import RunFolder
+from igpt.report.protocols import LBFGS, RECIPES
+from igpt.report.runs import found, read_run
+from tests.test_conf import CONF, built
+
+LARGE = {"n_layer": 48, "n_embd": 1536, "n_head": 16}
+RUNS = "runs"
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    whole: dict[str, Any] = {}
+    for key, value in flat.items():
+        *groups, name = key.split(".")
+        place = whole
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    return whole
+
+
+def made(folder: Path, numbers: dict[str, Number], *, said: Any = None, **settings: Any) -> Path:
+    """A finished run as `launch` leaves one; settings by dotted name, with `__` for the dots."""
+    plain = {
+        "seed": 0, "init": None, "task.name": "pretrain", "task.needs": ["net"], "data.name": "digits",
+        "data.resolution": 8, "data.n_colour": 17, "tokens.order": "raster", "model.name": "igpt_nano",
+        "objective.name": "ar", "trainer.precision": "32-true",
+    }  # fmt: skip
+    config = nested({**plain, **{key.replace("__", "."): value for key, value in settings.items()}})
+    run = RunFolder(folder)
+    run.start(config, [], {})
+    run.finish(config["task"]["name"], Result(numbers=numbers, provenance=said or {}), seconds=1.0)
+    return folder
+
+
+def loss(value: float, stderr: float | None = None) -> dict[str, Number]:
+    return {"val/loss_gen": Number(value, "nats/token", 100, stderr), "val/accuracy": Number(1 / value, "share", 100)}
+
+
+def large(tmp_path: Path, **settings: Any) -> Path:
+    """iGPT-L, pretrained as the paper's, on paper."""
+    recipe = RECIPES["pretrain_l"].expects | {f"model.{key}": value for key, value in LARGE.items()}
+    given = {
+        **recipe, "model.name": "igpt_l", "data.n_colour": 512, "tokens.palette._target_": "igpt.tokens.palette.given",
+        **settings,
+    }  # fmt: skip
+    folder = made(tmp_path / RUNS / "pretrain-l", {"parameters": Number(1_362_250_752, "weights", 1)}, **given)
+    origin = {
+        "network": {**LARGE, "n_vocab": given["data.n_colour"], "n_ctx": 1024},
+        "model": "igpt_l", "step": given["task.steps"], "objective": {"name": "ar"},
+        "permutation": [0, 1, 2], "weights_sha256": "f" * 64,
+    }  # fmt: skip
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(origin))
+    return folder
+
+
+def probe(tmp_path: Path, key: str = "test/accuracy", n: int = 10_000, **settings: Any) -> Path:
+    """A probe of it by the paper's protocol, on paper."""
+    given = {
+        **LBFGS, "task.name": "probe", "data.name": "cifar10", "data.resolution": 32, "data.n_colour": 512,
+        "tokens.order": None, "model.name": "checkpoint", "objective.name": "checkpoint",
+        "init": f"{RUNS}/pretrain-l", **settings,
+    }  # fmt: skip
+    number = Number(0.96, "share", n, 0.002, (0.956, 0.964))
+    return made(tmp_path / RUNS / "probe-l", {key: number}, said={"weights": "f" * 64}, **given)
+
+
+def test_a_run_as_the_papers_differs_in_nothing(tmp_path: Path) -> None:
+    """Invariant: what is said of the runs below is said of what was changed in them, and of nothing else."""
+    large(tmp_path)
+    (row,) = [row for row in rows([read_run(probe(tmp_path))]) if row.runs]
+    assert row.published.value == 0.963
+    assert row.differs == []
+    assert isinstance(row.ours, Number)
+    assert row.ours.interval == (0.956, 0.964)
+
+
+@pytest.mark.parametrize(
+    ("of_probe", "of_pretraining", "said"),
+    [
+        ({"data.resolution": 16}, {}, "16×16 pixels (paper: 32×32)"),
+        ({"data.labels_per_class": 100}, {}, "data.labels_per_class 100 (paper: null)"),
+        ({"task.norm": "raw"}, {}, "task.norm raw (paper: ln_1)"),
+        ({"task.solver": "sgd"}, {}, "task.solver sgd (paper: lbfgs)"),
+        ({"trainer.precision": "bf16-mixed"}, {}, "precision bf16-mixed (paper: float32)"),
+        ({"data.path": "/copies/cifar"}, {}, "images from a copy, cifar"),
+        ({"n": 500}, {}, "on 500 images (paper: 10,000)"),
+        ({"key": "val/accuracy"}, {}, "measured on val, not test"),
+        ({}, {"data.n_colour": 128}, "128 colours (paper: 512)"),
+        (
+            {},
+            {"task.steps": 3000},
+            "pretrained on 384,000 images of imagenet, 32×32, in 3,000 steps of 128 (paper: 128",
+        ),
+        ({}, {"data.name": "cifar10"}, "pretrained on 128,000,000 images of cifar10, 32×32"),
+        ({}, {"task.learning_rate": 0.01}, "task.learning_rate 0.01 (paper, from memory: 0.001)"),
+        ({}, {"trainer.precision": "bf16-mixed"}, "in pretraining precision bf16-mixed (paper: float32)"),
+        ({"init": "elsewhere/model"}, {}, "not known: how its weights were trained (elsewhere/model is not there"),
+    ],
+)
+def test_what_differs_is_said(
+    tmp_path: Path, of_probe: dict[str, Any], of_pretraining: dict[str, Any], said: str
+) -> None:
+    """Invariant: each setting that is not the paper's is in its row."""
+    large(tmp_path, **of_pretraining)
+    (row,) = [row for row in rows([read_run(probe(tmp_path, **of_probe))]) if row.runs and row.published.value]
+    assert [line for line in row.differs if said in line], row.differs
+
+
+def test_a_record_without_its_length_is_not_known(tmp_path: Path) -> None:
+    large(tmp_path, **{"task.steps": None})
+    (row,) = [row for row in rows([read_run(probe(tmp_path))]) if row.runs]
+    assert row.differs == ["not known: how long its weights were trained (pretrain-l does not say)"]
+
+
+def test_a_small_network_of_a_large_name_is_small(tmp_path: Path) -> None:
+    """Invariant: sizes are compared, not names."""
+    folder = large(tmp_path)
+    origin = json.loads((folder / "model" / "config.json").read_text())
+    origin["network"] |= {"n_layer": 2, "n_embd": 16}
+    (folder / "model" / "config.json").write_text(json.dumps(origin))
+    (row,) = [row for row in rows([read_run(probe(tmp_path))]) if row.runs]
+    assert row.differs == ["igpt_l, 2 blocks of width 16 (paper: iGPT-L, 48 of 1,536)"]
+
+
+def test_a_checkpoint_on_the_way_has_seen_less(tmp_path: Path) -> None:
+    """By hand: 131,000 steps of 128 images are 16,768,000."""
+    folder = large(tmp_path)
+    place = folder / "checkpoints" / "step_0131000.ckpt"
+    place.parent.mkdir()
+    place.touch()
+    init = f"{RUNS}/pretrain-l/checkpoints/{place.name}"
+    (row,) = [row for row in rows([read_run(probe(tmp_path, init=init))]) if row.runs]
+    assert [line.split(" of ")[0] for line in row.differs] == ["pretrained on 16,768,000 images"]
+
+
+def test_weights_that_were_exchanged_are_not_described(tmp_path: Path) -> None:
+    """Invariant: a folder that holds other weights now tells nothing of those a run began with."""
+    folder = large(tmp_path)
+    origin = json.loads((folder / "model" / "config.json").read_text())
+    (folder / "model" / "config.json").write_text(json.dumps(origin | {"weights_sha256": "0" * 64}))
+    (row,) = [row for row in rows([read_run(probe(tmp_path))]) if row.runs]
+    assert any("holds others now" in line for line in row.differs)
+    assert {"objective not known (paper: AR)", "size of the network not known (paper: iGPT-L)"} <= {*row.differs}
+
+
+def test_nearest_published_number(tmp_path: Path) -> None:
+    """By hand: by protocol first, then by resolution, then by size; BERT beside BERT; digits beside nothing."""
+    large(tmp_path)
+    last = read_run(probe(tmp_path, **{"task.layer": 48}))
+    assert [row.published.value for row in rows([last]) if row.runs] == [0.939]
+    made(tmp_path / RUNS / "digits", loss(1.0), **{"task.name": "probe"})
+    assert rows([read_run(tmp_path / RUNS / "digits")]) == []
+    sizes = {"model.n_layer": 24, "model.n_embd": 512, "model.n_head": 8, "model.name": "igpt_s"}
+    tuned = made(
+        tmp_path / RUNS / "tuned",
+        {"test/accuracy": Number(0.4, "share", 50_000), "test/accuracy_one_mask": Number(0.38, "share", 50_000)},
+        said={"from": "scratch"},
+        **{**sizes, "task.name": "finetune", "data.name": "imagenet", "objective.name": "bert", "data.resolution": 32},
+    )
+    assert not [row for row in rows([read_run(tuned)]) if row.runs]  # no BERT was fine-tuned from scratch
+    tuned = made(
+        tmp_path / RUNS / "tuned_2",
+        {"test/accuracy": Number(0.4, "share", 50_000), "test/accuracy_one_mask": Number(0.38, "share", 50_000)},
+        said={"from": "f" * 64},
+        **{**sizes, "task.name": "finetune", "data.name": "imagenet", "objective.name": "bert", "data.resolution": 32},
+    )
+    found_rows = [row for row in rows([read_run(tuned)]) if row.runs]
+    values = [row.ours.value for row in found_rows if isinstance(row.ours, Number)]
+    assert [row.published.value for row in found_rows] == [0.665, 0.01]
+    assert values == pytest.approx([0.4, 0.02])
+
+
+def test_summary_groups_seeds_and_sorts(tmp_path: Path) -> None:
+    """By hand: means, deviations with n - 1, Student's interval (4.303 for three); the lower loss comes first."""
+    folders = []
+    for rate, values in ((0.01, (2.0, 2.2, 2.4)), (0.003, (1.0, 1.1, 1.2)), (0.001, (3.0,))):
+        for seed, value in enumerate(values):
+            folder = tmp_path / f"{rate}-{seed}"
+            folders.append(made(folder, loss(value, 0.1), seed=seed, task__learning_rate=rate))
+    of_loss = summary(folders, "val/loss_gen")
+    assert [row.settings for row in of_loss.rows] == [{"task.learning_rate": f"{r}"} for r in (0.003, 0.01, 0.001)]
+    assert [row.mean for row in of_loss.rows] == pytest.approx([1.1, 2.2, 3.0])
+    assert [row.deviation for row in of_loss.rows] == [pytest.approx(0.1), pytest.approx(0.2), None]
+    around = 4.303 * 0.1 / 3**0.5
+    assert of_loss.rows[0].interval == pytest.approx((1.1 - around, 1.1 + around), abs=1e-4)
+    assert of_loss.rows[2].interval == pytest.approx((3 - 0.196, 3 + 0.196))
+    assert [row.n for row in of_loss.rows] == [3, 3, 1]
+    assert of_loss.rows[0].folders == folders[3:6]
+    assert of_loss.lower_is_better
+    assert "1.1000 ± 0.1000 (std)" in table(of_loss)[0][1]
+    of_accuracy = summary(folders, "val/accuracy")
+    assert not of_accuracy.lower_is_better
+    assert [row.mean for row in of_accuracy.rows] == sorted((row.mean for row in of_accuracy.rows), reverse=True)
+    compare.draw(tmp_path / "few.png", summary(folders[:4], "val/loss_gen"))
+    compare.draw(tmp_path / "more.png", of_loss)
+    assert Image.open(tmp_path / "few.png").height < Image.open(tmp_path / "more.png").height
+
+
+def test_a_repetition_is_no_further_seed(tmp_path: Path) -> None:
+    """Invariant: the same run twice adds nothing to n; the newest counts."""
+    folders = [made(tmp_path / name, loss(value)) for name, value in (("a", 1.0), ("a-2", 1.5))]
+    os.utime(folders[0] / "result.json", (0, 0))
+    found_rows = summary(folders, "val/loss_gen")
+    assert [(row.mean, row.n) for row in found_rows.rows] == [(1.5, 1)]
+    assert found_rows.left_out == {folders[0]: "a-2 is the same run"}
+
+
+def test_only_what_differs_is_shown(tmp_path: Path) -> None:
+    """Invariant: what follows from a name is not repeated, seeds and what is alike are not shown."""
+    sizes = {"igpt_nano": 64, "igpt_micro": 128}
+    folders = [
+        made(tmp_path / f"{name}{seed}", loss(width + seed), seed=seed, model__name=name, model__n_embd=width)
+        for name, width in sizes.items()
+        for seed in (0, 1)
+    ]
+    assert [row.settings for row in summary(folders, "val/loss_gen").rows] == [{"model": name} for name in sizes]
+    wide = made(tmp_path / "wide", loss(9), model__name="igpt_nano", model__n_embd=96)
+    settings = [row.settings for row in summary([*folders, wide], "val/loss_gen").rows]
+    assert {"model": "igpt_nano", "model.n_embd": "96"} in settings
+
+
+def test_probes_of_weights_that_differ_in_seed_are_one(tmp_path: Path) -> None:
+    """Invariant: seeds of the weights count as seeds; other weights set runs apart, by what they are."""
+    for rate in (0.01, 0.003):
+        for seed in (0, 1):
+            name = f"pretrain-{rate}-{seed}"
+            made(tmp_path / name, loss(2.0), seed=seed, task__learning_rate=rate)
+            given = {"task.name": "probe", "init": str(tmp_path / name)}
+            made(tmp_path / f"probe-{rate}-{seed}", loss(1 + rate + seed), seed=seed, **given)
+    found_rows = summary(sorted(tmp_path.glob("probe-*")), "val/loss_gen")
+    assert [row.settings for row in found_rows.rows] == [{"init.task.learning_rate": f"{r}"} for r in (0.003, 0.01)]
+    assert [row.n for row in found_rows.rows] == [2, 2]
+
+
+def test_losses_of_other_tokens_do_not_compare(tmp_path: Path) -> None:
+    folders = [made(tmp_path / name, loss(1.0), objective__name=name) for name in ("ar", "bert")]
+    assert summary(folders, "val/loss_gen").caution == "these are of several objectives: such losses do not compare"
+    assert summary(folders, "val/accuracy").caution == ""
+
+
+def run_compare(tmp_path: Path, *overrides: str) -> tuple[Result, Path]:
+    build = built("task=compare", *overrides, f"paths.runs={tmp_path / RUNS}", "trainer=cpu")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        result = launch(build.cfg, choices=build.choices, overrides=[*overrides])
+    return result, tmp_path / RUNS / build.name
+
+
+BROKEN = {
+    "cut": ('{"version": 1, "numb', "it is damaged"),
+    "list": ("[1, 2]", "another version"),
+    "old": ('{"version": 0, "numbers": {}}', "another version than 1"),
+    "empty": ('{"version": 1}', "damaged"),
+    "nan": ('"value": NaN', "damaged"),
+    "binary": ("\0\1", "it is damaged"),
+    "foreign": (
+        '{"version": 1, "task": "x", "numbers": {}, "curves": {}, "files": {}, "provenance": {}, "config": {}}',
+        "damaged",
+    ),
+}
+
+
+def test_broken_and_unfinished_runs_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each is named with its reason, none is fatal; the same again is not computed again, a new run is seen."""
+    place = tmp_path / RUNS
+    for seed in (0, 1):
+        made(place / f"good-{seed}", loss(1.0 + seed), seed=seed)
+    made(place / "other", loss(3.0), model__name="igpt_micro")
+    whole = (place / "good-0" / "result.json").read_text()
+    for name, (content, _) in BROKEN.items():
+        made(place / name, loss(1.0), seed=9)
+        text = whole.replace('"value": 1.0', content) if name == "nan" else content
+        (place / name / "result.json").write_text(text)
+    (made(place / "unfinished", loss(1.0)) / "result.json").unlink()
+    with caplog.at_level(logging.INFO):
+        result, folder = run_compare(tmp_path)
+    assert result.numbers["compare/runs"].value == 3
+    assert result.numbers["compare/left_out"].value == len(BROKEN) + 1
+    text = (folder / "compare.txt").read_text()
+    for name, (_, why) in {**BROKEN, "unfinished": ("", "it is not finished")}.items():
+        assert [line for line in text.splitlines() if f"{name}: " in line and why in line], (name, text)
+    assert f"left out {place / 'cut'}" in caplog.text
+    assert "1.5000 ± 0.7071 (std)" in caplog.text  # the table is what one sees
+    rows_of_csv = list(csv.DictReader((folder / "compare.csv").open()))
+    assert [float(row["ours"]) for row in rows_of_csv] == [1.5, 3.0]
+    assert "| model=igpt_nano | 1.5000 ± 0.7071 (std) | 2 |" in (folder / "compare.md").read_text()
+    assert (folder / "compare_pretrain.png").is_file()
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        again, same = run_compare(tmp_path)
+    assert (same, again.numbers) == (folder, result.numbers)
+    assert "1.5000 ± 0.7071 (std)" in caplog.text
+    made(place / "new", loss(0.5), model__name="igpt_mini")
+    newer, another = run_compare(tmp_path, "task.metric=val/accuracy", "task.numbers=[val/loss_gen]")
+    assert another != folder
+    assert newer.numbers["compare/runs"].value == 4
+    assert newer.numbers["best pretrain/val/accuracy"].value == 2.0
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    place = tmp_path / RUNS
+    (made(place / "unfinished", loss(1.0)) / "result.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"no finished run to compare in paths\.runs; .*unfinished: it is not finished"
+    ):
+        run_compare(tmp_path)
+    with pytest.raises(ValueError, match=r"there is nothing at .*typo: give run folders"):
+        run_compare(tmp_path, f"task.runs=[{tmp_path / 'typo'}]")
+    made(place / "good", loss(1.0))
+    with pytest.raises(ValueError, match=r"no finished run has val/loss_gn, did you mean val/loss_gen\?"):
+        run_compare(tmp_path, "task.metric=val/loss_gn")
+
+
+def test_runs_by_folder_glob_and_name_are_each_once(tmp_path: Path) -> None:
+    """Invariant: also below folders of folders; a comparison that was made before is no run."""
+    place = tmp_path / RUNS
+    for name in ("a", "b", "deep/er/c"):
+        made(place / name, loss(1.0), model__name=name.replace("/", "_"))
+    run_compare(tmp_path)
+    for places in ([str(tmp_path)], [f"{place}/*"], [str(place / "a"), f"{place}/b/result.json", str(place / "deep")]):
+        assert sorted(run.folder.name for run in found([*places, *places]).runs) == ["a", "b", "c"]
+    result, _ = run_compare(tmp_path, f"task.runs='{place}/[ab]'")
+    assert result.numbers["compare/runs"].value == 2
+
+
+def test_all_of_the_paper_without_any_run(tmp_path: Path) -> None:
+    """Every table is there, nothing is said to have been run."""
+    result, folder = run_compare(tmp_path, "task.all=true")
+    text = (folder / "compare.txt").read_text()
+    assert result.numbers["compare/published"].value == 0
+    for line in ("96.3 %", "72.0 %", "88.61 %", "another method", "not part of this repository", "RUN_L"):
+        assert line in text
+    assert "differs" not in text
+
+
+def test_a_pipeline_is_taken_apart(quickstart: Path, tmp_path: Path) -> None:
+    """A real run: its stages stand for themselves beside the paper, and know the pretraining they came from."""
+    (run,) = found([str(quickstart)]).runs
+    stages = {stage.folder.name.partition("_")[2]: stage for stage in run.stages.runs}
+    assert {"pretrain", "probe", "finetune", "scratch"} <= stages.keys()
+    for name in ("probe", "finetune", "evaluate"):
+        start = stages[name].start
+        assert start.pretraining is not None
+        assert start.pretraining.folder.name == "2_pretrain"
+        assert start.unknown == ""
+        assert start.origin["network"]["n_layer"] == 2  # also in the run's own record, should the folder go
+        assert stages[name].result.provenance["init"]["network"] == start.origin["network"]
+    assert stages["scratch"].start.runs == ()
+    assert rows(list(stages.values())) == []  # digits

@@ -1,0 +1,172 @@
+"""The published numbers: against the digest they were read from, against the experiment files, against themselves."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from igpt.report.paper import PUBLISHED, TABLES, Published, lines
+from igpt.report.protocols import RECIPES, SIZES
+from igpt.report.runs import flat
+from tests.test_conf import CONF
+
+FILES = sorted(path.stem for path in (CONF / "experiment" / "paper").glob("*.yaml"))
+NAMES = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "STL-10": "stl10", "ImageNet": "imagenet"}
+
+
+@pytest.fixture
+def digest(shared: Path) -> str:
+    return (shared / "paper.md").read_text()
+
+
+def cells(text: str, title: str) -> list[list[str]]:
+    """The rows of the first table below a title, without its head, bold removed."""
+    below = text[text.index(title) :].splitlines()
+    first = next(i for i, line in enumerate(below) if line.startswith("|"))
+    found = []
+    for line in below[first + 2 :]:
+        if not line.startswith("|"):
+            break
+        found.append([cell.strip() for cell in line.replace("**", "").strip("|").split("|")])
+    return found
+
+
+def of(table: str, **wanted: object) -> list[Published]:
+    return [p for p in PUBLISHED if p.table == table and all(getattr(p, k) == v for k, v in wanted.items())]
+
+
+def test_losses_and_sizes_are_the_digests(digest: str) -> None:
+    """Independent source."""
+    for model, loss, _ in cells(digest, "### Generative loss"):
+        assert [p.value for p in of("loss", method=model)] == [float(loss)]
+    for model, n_layer, n_embd, heads, printed, exact in cells(digest, "## 3. Sizes"):
+        size = SIZES[model]
+        assert (size.n_layer, size.n_embd) == (int(n_layer), int(n_embd))
+        assert size.n_head == (int(heads) if heads.isdigit() else None)
+        assert size.millions == int(re.findall(r"\d+", printed)[0])
+        assert abs(int(exact.replace(",", "")) / 1e6 - size.millions) < 1
+
+
+def test_recipes_are_the_digests(digest: str) -> None:
+    """Independent source; only the rate that a second source confirms is said to be."""
+    rates = {}
+    for models, objective, resolution, text in cells(digest, "Learning rates (Table 5"):
+        values = [float(rate) for rate in re.findall(r"0\.\d+", text)]
+        for model, rate in zip(models.split(" / "), values, strict=True):
+            rates[f"iGPT-{model}", objective.lower(), int(resolution[:2])] = rate, "[M]" not in text
+    assert {(r.model, r.objective, r.resolution): (r.learning_rate, r.confirmed) for r in RECIPES.values()} == rates
+
+
+def test_probes_and_fine_tuning_are_the_digests(digest: str) -> None:
+    """Independent source: every row with a number is here, with that number, size, resolution and features."""
+    for dataset, model, resolution, features, accuracy, _ in cells(digest, "### Linear probe"):
+        table = "probe_imagenet" if dataset == "ImageNet" else "probe"
+        if not re.fullmatch(r"\d\d\.\d", accuracy):
+            continue
+        same = of(table, dataset=NAMES[dataset], method=model.split()[0], value=round(float(accuracy) / 100, 4))
+        assert len(same) == 1, (dataset, model, accuracy)
+        if resolution != "–":
+            assert same[0].resolution == int(resolution[:2])
+        if features != "–":
+            assert same[0].features == int(features.replace(",", "").split()[0])
+    for dataset, model, resolution, accuracy, _ in cells(digest, "### Full fine-tuning"):
+        value = round(float(re.findall(r"\d\d\.\d", accuracy)[0]) / 100, 4)
+        name = NAMES[dataset.partition(",")[0]]
+        objective = "bert" if "BERT" in model else "ar"
+        same = of("finetune", dataset=name, method="iGPT-L", objective=objective, value=value)
+        assert [p.resolution for p in same] == [int(resolution[:2])], (dataset, model)
+        assert same[0].scratch == ("scratch" in model)
+    relative = {"BERT": 0.963 - 0.01, "last layer": 0.963 - 0.024}
+    assert "more than 1 below AR" in digest
+    assert "2.4 lower" in digest
+    assert of("probe", objective="bert", dataset="cifar10")[0].value == pytest.approx(relative["BERT"])
+    assert of("probe", experiment="probe_cifar10_last_layer")[0].value == pytest.approx(relative["last layer"])
+    assert "6 below AR (≈ 54); almost +1 with 5 masks" in digest
+    assert [p.value for p in of("probe_imagenet", objective="bert")] == [0.54, 0.01]
+
+
+def test_few_labels_are_the_digests(digest: str) -> None:
+    """Independent source; what is from memory there is marked here."""
+    for labels, accuracy, error in cells(digest, "### Low-data CIFAR-10"):
+        per_class = int(re.findall(r"\((\d+) per class", labels)[0])
+        (found,) = of("low_data", key=f"test/accuracy_{per_class}_per_class")
+        assert found.value == pytest.approx(float(accuracy[:4]) / 100)
+        mean, deviation = (float(number) / 100 for number in re.findall(r"\d+\.\d", error))
+        assert (1 - mean, deviation) == pytest.approx((found.value, found.spread))
+        assert "M]" in error
+        assert ("value" in found.unconfirmed) == ("[M]" in accuracy)
+
+
+def test_others_numbers_are_the_digests(digest: str) -> None:
+    """Independent source: as many as there are, each with its name; none of them has a command."""
+    theirs = []
+    for setting, text in cells(digest, "### Others' numbers"):
+        for part in text.split(" · "):
+            name, value = re.match(r"(.+?) (\d\d\.\d)", part).groups()  # type: ignore[union-attr]
+            theirs.append((setting.split()[0], name.lower(), float(value)))
+    beside = [p for p in PUBLISHED if not p.ours and p.table != "low_data"]
+    titles = {value: key for key, value in NAMES.items()}
+    ours = [(titles[str(p.dataset)], p.method.lower(), round(100 * (p.value or 0), 4)) for p in beside]
+    spelt = [(data, "amdim-l" if name == "amdim(-l)" else name, value) for data, name, value in theirs]
+    assert sorted(spelt) == sorted(ours)
+    assert "(88.61 at 40, 94.93 at 250)" in digest
+    assert [p.value for p in of("low_data", method="FixMatch")] == pytest.approx([0.8861, 0.9493])
+    assert not any(p.command for p in PUBLISHED if not p.ours)
+
+
+def test_every_number_has_a_command_or_a_reason() -> None:
+    """Invariant; and its table has a title, its weights a recipe."""
+    for published in PUBLISHED:
+        assert published.table in TABLES
+        assert published.command or published.why_not
+        if published.command and "init=RUN" in published.command:
+            assert published.pretraining in RECIPES
+            assert published.run.startswith(f"experiment=paper/{published.pretraining}")
+    assert {p.method for p in PUBLISHED if p.ours} == set(SIZES)
+
+
+def composed(name: str) -> dict[str, object]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[f"experiment=paper/{name}"])
+    whole = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(whole, dict)
+    return {str(key): value for key, value in whole.items()}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_experiment_file_says_what_is_published(name: str) -> None:
+    """Round trip: its lines are those of the numbers it is for; and each setting that the paper states is the paper's.
+
+    iGPT-XL's data is not: its web images are not public.
+    """
+    config = composed(name)
+    assert config["published"] == lines(name)
+    settings = flat(config)
+    expects = [published.expects for published in PUBLISHED if published.experiment == name]
+    if name in RECIPES:
+        expects.append(RECIPES[name].expects)
+        assert f"igpt_{RECIPES[name].model[5:].lower()}" == settings["model.name"]
+        assert settings["objective.name"] == RECIPES[name].objective
+    assert expects, f"{name} is of no published number, and no pretraining"
+    for expected in expects:
+        wrong = {key: settings.get(key) for key, value in expected.items() if settings.get(key) != value}
+        wrong.pop("data.name" if name == "pretrain_xl" else "", None)
+        assert not wrong
+    assert settings["trainer.precision"] == "32-true"
+
+
+def test_every_experiment_named_is_there() -> None:
+    """Invariant."""
+    named = {p.experiment for p in PUBLISHED if p.experiment} | {p.pretraining for p in PUBLISHED if p.pretraining}
+    assert named <= set(FILES)
+
+
+def test_the_page_holds_every_number() -> None:
+    """Invariant: docs/paper.md has a row for each, with its value, its setting and its command."""
+    page = (CONF.parent / "docs" / "paper.md").read_text().splitlines()
+    for published in PUBLISHED:
+        rows = [line for line in page if line.startswith(f"| {published.printed}<br>") and published.setting in line]
+        assert rows, f"{published.printed}, {published.setting}: run the command that is named on the page again"
+        assert all((published.command or "") in row for row in rows)
