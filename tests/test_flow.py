@@ -35,7 +35,7 @@ ALLOWED = {
         "hub",
     },
     "sweep": {"build", "report", "app"},
-    "search": {"sweep", "report"},
+    "search": {"sweep", "report", "app"},
     "hub": {"tokens", "model", "checkpoint"},
     "arguments": set(),
     **{leaf: set() for leaf in LEAVES},

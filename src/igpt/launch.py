@@ -138,6 +138,8 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
 def said(build: Build) -> str:
     """What a run is about to do, in a line."""
     task = build.config["task"]
+    if "found" in task["needs"]:
+        return build.task
     of = f"{build.task}: {build.model_name} on {build.data_name}, {build.objective_settings['name']}"
     if "steps" in task and isinstance(task.get("batch_size"), int):
         return f"{of}, {task['steps']:,} steps of {task['batch_size']:,} images"

@@ -18,9 +18,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from igpt import files
+from igpt.app.ending import side_by_side
 from igpt.processes import SWEEP
 from igpt.report.logs import set_up_logging
-from igpt.sweep import comparison
+from igpt.sweep import typed
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ def in_turn(
                 log.info("%s=%s is worse than the last: smaller ones are not tried", key, value)
                 break
             best = reached if math.isfinite(reached) else best
-    comparison(place, [Path(job.working_dir or "") for job in found], metric=config.hydra.launcher.metric)
+    tried = [Path(job.working_dir or "") for job in found]
+    side_by_side(place, tried, metric=config.hydra.launcher.metric, command=typed())
     return found
 
 
@@ -118,7 +120,8 @@ def optuna(
             value = returned[job].return_value if good else None
             study.tell(trial.number, value, state=states.COMPLETE if good else states.FAIL)
     ended = _ended(study)
-    comparison(place, [Path(trial.user_attrs[FOLDER]) for trial in ended], metric=config.hydra.launcher.metric)
+    tried = [Path(trial.user_attrs[FOLDER]) for trial in ended]
+    side_by_side(place, tried, metric=config.hydra.launcher.metric, command=typed())
     if any(trial.state == states.COMPLETE for trial in ended):
         best = study.best_trial
         log.info(

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm.auto import tqdm
 
 from igpt import files, processes
+from igpt.app.ending import side_by_side
 from igpt.build import Build
 from igpt.processes import RANK_VARIABLES, SWEEP, TELL, Child, Children, devices_of, how_it_ended
 from igpt.report.logs import log_file, set_up_logging
@@ -123,6 +125,9 @@ class Sweep:
                 self._ended(job, code, time.monotonic() - since, stopping=children.heard is not None)
                 bar.update()
         log.info("%s\n%s", self._tally(), self._table())
+        folders = [Path(job.folder) for job in self.jobs if job.folder is not None and job.state in (FINISHED, FAILED)]
+        if SWEEP not in os.environ:  # a search compares at its own end
+            side_by_side(self.place, folders, metric=self.metric, command=typed())
         return children.heard
 
     def _start(self, job: Job, children: Children, command: Sequence[str]) -> Child:
@@ -202,8 +207,9 @@ class Sweep:
         return columns([("job", "settings", "state", self.metric, "folder"), *rows])
 
 
-def comparison(place: Path, folders: Sequence[Path], *, metric: str) -> None:
-    """Ends a sweep: its runs side by side."""
+def typed() -> str:
+    """The command of this process, as it can be typed again."""
+    return shlex.join(["python", *sys.argv])
 
 
 def _short(folder: str | None) -> str:

@@ -75,6 +75,7 @@ def page_of(folder: Path) -> Path:
         stages=[(stage, _link(path, stage.folder)) for stage in run.stages],
         above=f"../{REPORT}" if run.is_stage else None,  # there once the pipeline has ended
         plots=plots(run.result.curves),
+        texts={key: _text(run.folder / file) for key, file in run.result.files.items() if file.suffix == ".txt"},
         configuration={group: list(flat(of, group)) for group, of in run.config.items()},
         provenance=list(flat(run.record.get("provenance", {}))),
     )
@@ -238,6 +239,14 @@ def _training_samples(folder: Path) -> list[Picture]:
         Picture(WHILE, f"step {int(path.stem.removeprefix('step_')):,}", path, str(path.relative_to(folder)))
         for path in kept
     ]  # fmt: skip
+
+
+def _text(file: Path) -> str:
+    """What a task has written to be read, or that it is gone."""
+    try:
+        return file.read_text(errors="replace").rstrip()
+    except OSError as error:
+        return f"{file.name} cannot be read: {error.strerror}"
 
 
 def _link(page: Path, run: Path) -> str | None:
