@@ -12,6 +12,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from igpt import search
+from igpt.processes import SWEEP
 from tests.test_conf import CONF
 
 
@@ -33,7 +34,8 @@ class Runs:
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> DictConfig:
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DictConfig:
+    monkeypatch.setenv(SWEEP, "to be put back")  # a search names itself to the processes it starts
     with initialize_config_dir(str(CONF), version_base="1.3"):
         overrides = [f"paths.runs={tmp_path}", "sweep=learning_rate"]
         return compose_config("config", overrides=overrides, return_hydra_config=True)

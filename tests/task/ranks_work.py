@@ -161,6 +161,8 @@ def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
         found[strategy] = {name: curve.y for name, curve in run.curves.items()}
         found[f"{strategy} validated"] = run.numbers["val/loss_gen"].value
         found[f"{strategy} held"] = held[-1]
+        if strategy != "deepspeed_2":  # `by turns` stops and resumes the third stage
+            continue
         folder = place / f"{strategy} stopped"
         found[f"{strategy} stopped"] = raised(StoppedError, lab.pretrain, folder, callbacks=term(6), **on)
         resumed = lab.pretrain(folder, **on)

@@ -70,8 +70,9 @@ def test_deepspeed_learns_as_a_whole_one(answers: list[dict[str, Any]], strategy
         for name, curve in answers[0]["curves"].items():
             assert found[strategy][name] == pytest.approx(curve, rel=1e-5)
         assert found[f"{strategy} validated"] == pytest.approx(answers[0]["evaluated"]["val/loss_gen"][0], rel=1e-5)
-        assert found[f"{strategy} stopped"].startswith("stopped by SIGTERM after step")
-        assert found[f"{strategy} resumed"] == found[strategy]
+        if strategy == "deepspeed_2":
+            assert found[f"{strategy} stopped"].startswith("stopped by SIGTERM after step")
+            assert found[f"{strategy} resumed"] == found[strategy]
 
 
 @pytest.mark.parametrize("strategy", DEEPSPEED[:2])
