@@ -1,6 +1,6 @@
 """Sampling images token by token, with a key/value cache that is allocated once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,6 @@ class Sampling:
         return (cumulative <= target).sum(-1).clamp(max=p.shape[-1] - 1)
 
 
-@torch.inference_mode()
 def generate(
     net: GPT,
     uniforms: Tensor,
@@ -75,6 +74,32 @@ def generate(
     Raises:
         ValueError: a network that is not causal, or arguments whose shapes do not fit.
     """
+    steps = growing(net, uniforms, sampling, given=given, known=known, cached=cached)
+    tokens, _ = next(steps)
+    for _, settled in steps:
+        if on_token is not None:
+            on_token(settled - 1)
+    return tokens
+
+
+@torch.inference_mode()
+def growing(
+    net: GPT,
+    uniforms: Tensor,
+    sampling: Sampling,
+    *,
+    given: Tensor | None = None,
+    known: Tensor | None = None,
+    cached: bool = True,
+) -> Iterator[tuple[Tensor, int]]:
+    """The same images while they grow: before the first token is drawn, and after each.
+
+    Every time the tokens (B, T) so far, one tensor that is written on, and how many of them from the first are settled.
+    What is not yet drawn is 0. Between two steps it may be left, or go on in another thread.
+
+    Raises:
+        ValueError: as `generate`, when the first step is asked for.
+    """
     if not net.causal:
         raise ValueError("this network was trained with a bidirectional objective: only causal (ar) ones generate")
     batch, n_ctx = uniforms.shape
@@ -87,6 +112,7 @@ def generate(
     if given is not None and known is not None:
         tokens = torch.where(known.to(given.device), given, 0).to(uniforms.device)
     start = shown.index(False) if False in shown else n_ctx  # the leading known run is read in one pass
+    yield tokens, start
     cache = net.new_cache(batch) if cached else None
     new = tokens[:, :start]
     by_columns = decode.columns_pay(net) if columns is None else columns
@@ -100,7 +126,5 @@ def generate(
                 logits = net.step(new, cache)
         if not shown[i]:
             tokens[:, i] = sampling.draw(logits, uniforms[:, i])
-            if on_token is not None:
-                on_token(i)
+            yield tokens, i + 1
         new = tokens[:, i : i + 1]
-    return tokens
