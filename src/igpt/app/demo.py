@@ -85,7 +85,7 @@ def check(
     temperature: float, top_k: int | None, upload_mb: float, upload_pixels: int, nearest: int, among: int, norm: str,
     batch_size: int, **_: Any,
 ) -> None:  # fmt: skip
-    """Raises ValueError when a setting of the task cannot be right or Gradio is not there; nothing is built for that."""
+    """Raises ValueError when a setting of the task cannot be right or Gradio is not there; nothing is built."""
     check_split_name(split)
     Sampling(temperature, top_k, None)
     from_one: dict[str, float] = {"choices": choices, "at_most": at_most, "upload_mb": upload_mb}

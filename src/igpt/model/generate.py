@@ -74,7 +74,7 @@ def generate(
     Raises:
         ValueError: a network that is not causal, or arguments whose shapes do not fit.
     """
-    steps = growing(net, uniforms, sampling, given=given, known=known, cached=cached)
+    steps = growing(net, uniforms, sampling, given=given, known=known, cached=cached, columns=columns)
     tokens, _ = next(steps)
     for _, settled in steps:
         if on_token is not None:
@@ -91,6 +91,7 @@ def growing(
     given: Tensor | None = None,
     known: Tensor | None = None,
     cached: bool = True,
+    columns: bool | None = None,
 ) -> Iterator[tuple[Tensor, int]]:
     """The same images while they grow: before the first token is drawn, and after each.
 
