@@ -1,11 +1,14 @@
 """Sampling: cached equals uncached, and nothing but its own row decides an image."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
 
 from igpt import keyed
-from igpt.model.generate import Sampling, generate
+from igpt.model.generate import Sampling, generate, growing
 from igpt.model.gpt import GPT
 from tests.conftest import small_net
 
@@ -52,6 +55,38 @@ def test_known_tokens_stay_and_condition_the_rest(net: GPT, tokens: Tensor) -> N
     assert torch.equal(mixed[:, scattered], tokens[:, scattered])
     assert torch.equal(mixed, generate(net, uniforms(4), PLAIN, given=tokens, known=scattered, cached=False))
     assert torch.equal(generate(net, uniforms(4), PLAIN, given=tokens, known=torch.ones(16, dtype=torch.bool)), tokens)
+
+
+def test_equal_prompts_are_read_once(net: GPT, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: each image is what it is alone; by hand: the prompts' pass has two rows of five, the others all."""
+    known, given = torch.arange(16) < 6, tokens[[2, 0, 2, 2, 0]]
+    pairs = zip(uniforms(5).split(1), given.split(1), strict=True)
+    alone = [generate(net, u, PLAIN, given=g, known=known) for u, g in pairs]
+    read: list[tuple[int, ...]] = []
+    step = net.step
+    monkeypatch.setattr(net, "step", lambda new, cache: read.append(tuple(new.shape)) or step(new, cache))
+    assert torch.equal(generate(net, uniforms(5), PLAIN, given=given, known=known), torch.cat(alone))
+    assert read == [(2, 6), *[(5, 1)] * 9]
+    assert len({tuple(row) for row in torch.cat(alone).tolist()}) == 5
+
+
+def in_a_thread_of_its_own(steps: Iterator[tuple[Tensor, int]]) -> tuple[Tensor, int] | None:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(next, steps, None).result()
+
+
+def test_growing_images_are_those_that_are_generated(net: GPT, tokens: Tensor) -> None:
+    """Invariant: after each step what is settled is the end's, token by token, whatever thread takes the step."""
+    for known in (torch.arange(16) < 6, torch.arange(16) % 3 == 0, torch.ones(16, dtype=torch.bool)):
+        end = generate(net, uniforms(4), PLAIN, given=tokens, known=known)
+        steps = growing(net, uniforms(4), PLAIN, given=tokens, known=known)
+        seen = []
+        while (step := in_a_thread_of_its_own(steps)) is not None:
+            so_far, settled = step
+            there = known | (torch.arange(16) < settled)
+            assert torch.equal(so_far, torch.where(there, end, 0))
+            seen.append(settled)
+        assert seen[1:] == [i + 1 for i in range(16) if not known[i]]
 
 
 def test_greedy_is_the_likeliest(net: GPT) -> None:

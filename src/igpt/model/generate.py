@@ -1,12 +1,12 @@
 """Sampling images token by token, with a key/value cache that is allocated once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from igpt.model.gpt import GPT
+from igpt.model.gpt import GPT, Cache
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class Sampling:
         return (cumulative <= target).sum(-1).clamp(max=p.shape[-1] - 1)
 
 
-@torch.inference_mode()
 def generate(
     net: GPT,
     uniforms: Tensor,
@@ -72,6 +71,32 @@ def generate(
     Raises:
         ValueError: a network that is not causal, or arguments whose shapes do not fit.
     """
+    steps = growing(net, uniforms, sampling, given=given, known=known, cached=cached)
+    tokens, _ = next(steps)
+    for _, settled in steps:
+        if on_token is not None:
+            on_token(settled - 1)
+    return tokens
+
+
+@torch.inference_mode()
+def growing(
+    net: GPT,
+    uniforms: Tensor,
+    sampling: Sampling,
+    *,
+    given: Tensor | None = None,
+    known: Tensor | None = None,
+    cached: bool = True,
+) -> Iterator[tuple[Tensor, int]]:
+    """The same images while they grow: before the first token is drawn, and after each.
+
+    Every time the tokens (B, T) so far, one tensor that is written on, and how many of them from the first are settled.
+    What is not yet drawn is 0. Between two steps it may be left, or go on in another thread.
+
+    Raises:
+        ValueError: as `generate`, when the first step is asked for.
+    """
     if not net.causal:
         raise ValueError("this network was trained with a bidirectional objective: only causal (ar) ones generate")
     batch, n_ctx = uniforms.shape
@@ -84,14 +109,31 @@ def generate(
     if given is not None and known is not None:
         tokens = torch.where(known.to(given.device), given, 0).to(uniforms.device)
     start = shown.index(False) if False in shown else n_ctx  # the leading known run is read in one pass
-    cache = net.new_cache(batch) if cached else None
-    new = tokens[:, :start]
+    yield tokens, start
+    cache: Cache | None = None
     for i in range(start, n_ctx):
         with torch.compiler.set_stance("force_eager"):  # positions differ at every step: compiling would not end
-            logits = net.step(new, cache) if cache is not None else net(tokens)[:, i]  # (B, V)
+            if not cached:
+                logits = net(tokens)[:, i]  # (B, V)
+            elif cache is None:
+                logits, cache = prompted(net, tokens[:, :i])
+            else:
+                logits = net.step(tokens[:, i - 1 : i], cache)
         if not shown[i]:
             tokens[:, i] = sampling.draw(logits, uniforms[:, i])
-            if on_token is not None:
-                on_token(i)
-        new = tokens[:, i : i + 1]
-    return tokens
+            yield tokens, i + 1
+
+
+def prompted(net: GPT, prompts: Tensor) -> tuple[Tensor, Cache]:
+    """The logits after each prompt, (B, t) → (B, V), and a cache that is filled with it. Equal ones are read once."""
+    batch, t = prompts.shape
+    cache = net.new_cache(batch)
+    distinct, which = torch.unique(prompts, dim=0, return_inverse=True) if t else (prompts, None)
+    if len(distinct) == batch:
+        return net.step(prompts, cache), cache
+    few = net.new_cache(len(distinct))
+    logits = net.step(distinct, few)[which]
+    cache.length = few.length
+    for all_of, read in zip([*cache.keys, *cache.values], [*few.keys, *few.values], strict=True):
+        all_of[:, :, : few.length] = read[which, :, : few.length]  # (B, H, t + 1, D)
+    return logits, cache
