@@ -1,7 +1,9 @@
 """Small datasets made on the spot, in the layouts people have."""
 
 import io
+import struct
 import tarfile
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -57,6 +59,16 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def claimed_png(width: int, height: int) -> bytes:
+    """A PNG of some dozen bytes that says it has so many pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100)))
 
 
 def class_folders(root: Path, classes: Sequence[str], n: int, *, split: str = "train", seed: int = 0) -> Path:
