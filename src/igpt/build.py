@@ -13,6 +13,7 @@ from igpt.checkpoint import native
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Origin, Weights
 from igpt.checkpoint.resume import step_of
+from igpt.data.crop import Crop, Cut
 from igpt.data.source import Source
 from igpt.model.gpt import GPT
 from igpt.objective import named
@@ -253,6 +254,17 @@ class Build:
             logger.log_hyperparams(self.config)
             runner.loggers.append(logger)
         return runner
+
+    def need_machine(self, folder: RunFolder) -> Machine:
+        return self.machine
+
+    def need_crop(self, folder: RunFolder) -> Crop:
+        """How the data cuts an image for evaluation; where it cuts none, the largest square in the centre."""
+        data = self.config["data"]
+        data = data["streams"][data["held_out"]] if "held_out" in data else data
+        if "crop" in data:
+            return Cut.of(data["resolution"], data["crop"], data["augment"]).evaluation
+        return Crop(data["resolution"], short_side=None, size=None, filter="bilinear", resize="once", draft=None)
 
     def need_tokens(self, folder: RunFolder) -> Callable[..., TokenDataModule]:
         return partial(

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 REQUEUE_SECONDS = 60
 CHOSEN = ("model", "objective")  # groups that a stage of a pipeline may choose from for itself
 DATA = "data"  # of a stage: settings of the data that are its own
+OF_LAUNCH = ("name", "needs", "run_folder")  # settings of a task that are no arguments of what it runs
 RUN = "run"  # of a stage: the folder of a finished run that stands for it
 
 
@@ -83,6 +84,8 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
     if build.machine.plan:
         return plan_of(build)
     check_batch(build.machine, cfg.task)
+    if not keeps_a_run(cfg.task):
+        return looked_at(build)
     with ranks.joined(build.machine.device) as rank:
         check_ranks(build)
         folder, finished = ranks.from_first(lambda: chosen_folder(build))
@@ -126,6 +129,24 @@ def plan_of(build: Build) -> Result:
     )
     log.info("%s", columns([(f"{build.task} {build.model_name} on {build.data_name}", "planned"), *rows]))
     return Result()
+
+
+def keeps_a_run(task: DictConfig) -> bool:
+    """Whether a task leaves a run folder; if not, it is for a person to look at, and nothing is a result."""
+    return bool(task.get("run_folder", True))
+
+
+def looked_at(build: Build) -> Result:
+    """Runs a task that leaves no run folder, until the person who started it ends it.
+
+    Raises:
+        ValueError: it is to be resumed or repeated, is a job of a sweep, or was given several processes.
+    """
+    if build.cfg.force or build.cfg.resume is not None or processes.TELL in os.environ:
+        raise ValueError(f"task={build.task} leaves no run: it cannot be resumed, repeated (force=true) or swept over")
+    if build.machine.rank.count > 1:
+        raise ValueError(f"task={build.task} runs in one process: trainer.devices=1, got {build.machine.rank.count}")
+    return carried_out(build, RunFolder(Path(build.cfg.paths.runs) / build.name))
 
 
 def check_batch(machine: Machine, task: DictConfig) -> None:
@@ -198,7 +219,19 @@ def open_folder(build: Build) -> RunFolder:
 def perform(build: Build, folder: RunFolder) -> Result:
     """Builds what the task needs, runs it, writes and shows its result."""
     start = time.perf_counter()
-    spec = {key: value for key, value in build.config["task"].items() if key not in ("name", "needs")}
+    result = carried_out(build, folder)
+    seconds = time.perf_counter() - start
+    if build.machine.rank.first:
+        folder.finish(build.task, result, seconds=seconds)
+    ranks.barrier()  # the next stage of a pipeline reads what this one left
+    table = closing_table(result, folder.path, seconds, published=build.config["published"])
+    log.info("%s\n%s", build.task, table)
+    return result
+
+
+def carried_out(build: Build, folder: RunFolder) -> Result:
+    """Checks a task's settings, builds what it needs, runs it."""
+    spec = {key: value for key, value in build.config["task"].items() if key not in OF_LAUNCH}
     run = factory(spec, "task")
     check_task(spec)
     build.check_weights()
@@ -215,12 +248,6 @@ def perform(build: Build, folder: RunFolder) -> Result:
         raise
     finally:
         loggers.close(failed)
-    seconds = time.perf_counter() - start
-    if build.machine.rank.first:
-        folder.finish(build.task, result, seconds=seconds)
-    ranks.barrier()  # the next stage of a pipeline reads what this one left
-    table = closing_table(result, folder.path, seconds, published=build.config["published"])
-    log.info("%s\n%s", build.task, table)
     return result
 
 
@@ -230,6 +257,8 @@ def stages(build: Build) -> Callable[..., tuple[Result, Path]]:
     configs = {name: stage_config(build, name, own) for name, own in listed.items()}
     for name, (cfg, _) in configs.items():
         check_batch(build.machine, cfg.task)
+        if not keeps_a_run(cfg.task):
+            raise ValueError(f"task.stages.{name}: task={cfg.task.name} leaves no run: it is no stage of a pipeline")
         if (FROM in listed[name] and OmegaConf.is_list(listed[name][FROM])) != ("runs" in cfg.task):
             raise ValueError(f"task.stages.{name}.from: a list of stages is for tasks with runs, and these need one")
         if (run := listed[name].get(RUN)) is not None:
@@ -316,7 +345,7 @@ def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictCon
             cfg.task[key] = value
     spec = OmegaConf.to_container(cfg.task, resolve=True)
     assert isinstance(spec, dict)
-    settled = {str(key): value for key, value in spec.items() if key not in ("name", "needs")}
+    settled = {str(key): value for key, value in spec.items() if key not in OF_LAUNCH}
     check_settings(get_object(cfg.task["_target_"]), settled, f"task.stages.{name}")
     check_task(settled)
     OmegaConf.set_struct(cfg, True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from igpt import keyed, ranks
 from igpt.data.cache import alone
+from igpt.data.source import Source
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
 from igpt.objective.base import Objective
@@ -25,6 +26,26 @@ from igpt.tokens.datamodule import TokenDataModule
 log = logging.getLogger(__name__)
 
 OF_TRAINING_ALONE = ("labels_per_class", "subset_seed")  # settings of the data that val and test know nothing of
+
+
+def stored_at(
+    cache: Path,
+    source: Source,
+    split: str,
+    *,
+    made_by: Mapping[str, Any],
+    weights: str,
+    norm: str,
+    dtype: Dtype,
+    mask: int = 0,
+    **of_some: Any,
+) -> Path:
+    """Where the features of a split are kept; `weights` is their network's hash, `of_some` tells a part of a split."""
+    made_by = {**made_by, **of_some}
+    if split != "train":
+        made_by["data"] = {k: v for k, v in made_by.get("data", {}).items() if k not in OF_TRAINING_ALONE}
+    decided = {"weights": weights, "split": split, "norm": norm, "dtype": dtype, "mask": mask}
+    return features_path(cache, f"{source.name}{source.resolution}-{split}", {**made_by, **decided})
 
 
 class ProbeModule(L.LightningModule):
@@ -67,17 +88,8 @@ class Reader:
             raise ValueError(
                 f"{data.source.name} has no images in its {split} split: set data.{split}_fraction above 0"
             )
-        made_by = dict(self.made_by)
-        if split != "train":
-            made_by["data"] = {k: v for k, v in made_by.get("data", {}).items() if k not in OF_TRAINING_ALONE}
-        paths = [
-            features_path(
-                self.cache,
-                f"{data.source.name}{data.source.resolution}-{split}",
-                {**made_by, "weights": name, "split": split, "norm": self.norm, "dtype": self.dtype, "mask": mask},
-            )
-            for mask in range(masks)
-        ]
+        made: dict[str, Any] = {"made_by": self.made_by, "weights": name, "norm": self.norm, "dtype": self.dtype}
+        paths = [stored_at(self.cache, data.source, split, mask=mask, **made) for mask in range(masks)]
         first = ranks.this_rank().first
         with alone(paths[0]) if first else nullcontext():
             found = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]

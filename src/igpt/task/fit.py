@@ -206,8 +206,12 @@ class Machine:
         net = net.to(self.device).eval()
         if self.precision == "bf16-true":
             net = net.to(torch.bfloat16)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+        with self.autocast():
             yield net
+
+    def autocast(self) -> torch.autocast:
+        """What makes `bf16-mixed` of a block, in the thread it runs in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
 
 @contextmanager
