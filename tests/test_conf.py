@@ -137,10 +137,15 @@ def test_a_bad_stage_is_found_before_the_first_one_starts(override: str, message
 
 
 def save_small(
-    folder: Path, *, n_ctx: int = 64, permutation: list[int] | None = None, palette_hash: str | None = None
+    folder: Path,
+    *,
+    n_ctx: int = 64,
+    permutation: list[int] | None = None,
+    palette_hash: str | None = None,
+    causal: bool = True,
 ) -> Path:
     """A saved network with 17 grey levels, as the digits have."""
-    net = small_net(n_ctx=n_ctx, n_vocab=17)
+    net = small_net(n_ctx=n_ctx, n_vocab=17, causal=causal)
     grey = (np.rint(np.arange(17) * 255 / 16) / 127.5 - 1).astype(np.float32)
     palette = Palette(np.repeat(grey[:, None], 3, axis=1))
     origin = Origin(
@@ -148,7 +153,7 @@ def save_small(
         palette=palette.centres.tolist(),
         palette_hash=palette_hash or palette.hash,
         permutation=permutation or list(range(n_ctx)),
-        objective={"name": "ar"},
+        objective={"name": "ar"} if causal else {"name": "bert", "mask_probability": 0.15},
         model="small",
         data="toy",
         step=1,

@@ -18,6 +18,7 @@ ALLOWED = {
     "probe": {"data", "tokens", "model", "objective", "metric"},
     "task": {"data", "tokens", "model", "checkpoint", "objective", "metric", "probe"},
     "report": {"tokens", "model", "metric"},
+    "app": {"data", "tokens", "model", "checkpoint", "metric", "probe", "task", "report"},
     "settings": {"arguments"},
     "build": {"settings", "data", "tokens", "model", "checkpoint", "objective", "task", "report"},
     "launch": {"arguments", "settings", "build", "metric", "task", "report"},

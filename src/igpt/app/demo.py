@@ -1,0 +1,204 @@
+"""`task=demo`: what a person does with a trained network on a page. Nothing here knows the page itself."""
+
+import importlib.util
+import logging
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+
+from igpt.app.nearest import TrainingFeatures
+from igpt.app.workbench import MEBIBYTE, Uploads, Workbench
+from igpt.checkpoint.native import Weights
+from igpt.data.crop import Crop
+from igpt.data.source import check_split_name
+from igpt.metric.result import Result
+from igpt.model.features import NORMS
+from igpt.model.generate import Sampling
+from igpt.report.folder import RunFolder, result_of
+from igpt.task.complete import prompt_rows
+from igpt.task.fit import Machine
+from igpt.tokens.datamodule import TokenDataModule
+
+log = logging.getLogger(__name__)
+
+INSTALL = "task=demo needs Gradio, which is not installed here: pip install gradio==6.31.0 (or igpt[demo])"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@contextmanager
+def computing_with(threads: int | None) -> Iterator[None]:
+    """So many threads for PyTorch, while the block lasts; None: one fewer than it would take.
+
+    The threads that share a product wait for each other in a loop, so one that has to share its core with a browser
+    holds up all of them: on two cores, two threads then draw several times slower than one (docs/demo.md).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - 1) if threads is None else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def about(weights: Weights) -> dict[str, str]:
+    """What the page says of the weights it shows."""
+    origin, loss = weights.origin, validation_loss(weights)
+    side = round(origin.network["n_ctx"] ** 0.5)
+    sizes = f"{origin.network['n_layer']} blocks of {origin.network['n_embd']}, {weights.n_value:,} weights"
+    return {
+        "weights": str(weights.path),
+        "model": f"{origin.model}: {sizes}, {len(origin.palette)} colours",
+        "trained on": f"{origin.data.removesuffix(str(side))} at {side}×{side}, {origin.step:,} steps",
+        "validation loss": "not known" if loss is None else f"{loss:.4f} nats per token",
+    }
+
+
+def validation_loss(weights: Weights) -> float | None:
+    """Nats per token that the run of these weights reports of its validation images; None where it says nothing."""
+    run = RunFolder(weights.folder.parent)
+    if weights.folder.name != "model" or not run.finished:  # a checkpoint on the way is not what was scored
+        return None
+    try:
+        number = result_of(run.read_result()).numbers.get("val/loss_gen")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("%s/result.json cannot be read (%s): the page does not state its loss", run.path, error)
+        return None
+    return None if number is None else number.value
+
+
+class Ending:
+    """Whether Ctrl-C or SIGTERM has asked the demo to end; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While the block lasts, the two signals are requests."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.asked = True
+            signal.signal(number, before[signal.Signals(number)])
+
+        for number in before:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def check(
+    *, port: int | None, threads: int | None, split: str, choices: int, rows: int | None, completions: int,
+    at_most: int, temperature: float, top_k: int | None, upload_mb: float, upload_pixels: int, nearest: int,
+    among: int, norm: str, batch_size: int, **_: Any,
+) -> None:  # fmt: skip
+    """Raises ValueError when a setting of the task cannot be right or Gradio is not there; it builds nothing."""
+    check_split_name(split)
+    Sampling(temperature, top_k, None)
+    from_one: dict[str, float] = {"choices": choices, "at_most": at_most, "upload_mb": upload_mb}
+    from_one |= {"upload_pixels": upload_pixels, "nearest": nearest, "among": among, "batch_size": batch_size}
+    if threads is not None:
+        from_one["threads"] = threads
+    for name, value in from_one.items():
+        if value < 1:
+            raise ValueError(f"task.{name} must be at least 1, got {value}")
+    if not 1 <= completions <= at_most:
+        raise ValueError(f"task.completions must lie in 1 … task.at_most ({at_most}), got {completions}")
+    if port is not None and not 1 <= port <= 65535:
+        raise ValueError(f"task.port must lie in 1 … 65535, or be null for a free one; got {port}")
+    if rows is not None and rows < 0:
+        raise ValueError(f"task.rows must be at least 0, or null for half of the image; got {rows}")
+    if norm not in NORMS:
+        raise ValueError(f"task.norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError(INSTALL)
+
+
+def run(
+    *,
+    machine: Machine,
+    weights: Weights,
+    tokens: Callable[..., TokenDataModule],
+    crop: Crop,
+    cache: Path,
+    made_by: dict[str, Any],
+    seed: int,
+    host: str,
+    port: int | None,
+    threads: int | None,
+    split: str,
+    choices: int,
+    rows: int | None,
+    completions: int,
+    at_most: int,
+    temperature: float,
+    top_k: int | None,
+    upload_mb: float,
+    upload_pixels: int,
+    upload_formats: list[str],
+    nearest: int,
+    among: int,
+    layer: int | None,
+    norm: str,
+    dtype: Literal["float16", "float32"],
+    batch_size: int,
+) -> Result:
+    """Serves the page until Ctrl-C or SIGTERM. Its result is empty: nothing is kept of what was done.
+
+    Raises:
+        ValueError: weights that draw no images, a split without images, a port that is taken.
+    """
+    if not weights.origin.network["causal"]:
+        raise ValueError(
+            f"task=demo draws images, pixel after pixel; {weights.path} predicts masked pixels "
+            f"({weights.origin.objective['name']}) and draws none: choose weights of objective=ar. What these know: "
+            "task=probe"
+        )
+    from igpt.app import page  # which imports Gradio
+
+    data = tokens()
+    depth = weights.origin.network["n_layer"]
+    if layer is not None and not 0 <= layer <= depth:
+        raise ValueError(f"task.layer must lie in 0 (the embedding) … {depth}, or be null; got {layer}")
+    given = prompt_rows(0.5, rows, data.raster.side)
+    with (
+        computing_with(threads),
+        machine.inference(weights.net()) as net,
+        tempfile.TemporaryDirectory(prefix="igpt-demo-") as place,
+    ):
+        training = TrainingFeatures(
+            net=net, machine=machine, data=data, cache=cache, weights=weights.sha256, made_by=made_by, norm=norm,
+            dtype=dtype, among=among, batch_size=batch_size,
+        )  # fmt: skip
+        bench = Workbench(
+            net=net, machine=machine, data=data, training=training, seed=seed, split=split, at_most=at_most,
+            uploads=Uploads(crop, round(upload_mb * MEBIBYTE), upload_pixels, tuple(upload_formats)),
+        )  # fmt: skip
+        start = page.Start(
+            choices=choices, rows=given, completions=completions, temperature=temperature, top_k=top_k, seed=seed,
+            nearest=nearest, layer=depth // 2 if layer is None else layer,
+        )  # fmt: skip
+        ending = Ending()
+        try:
+            at: dict[str, Any] = {"host": host, "port": port, "place": Path(place)}
+            with ending.listening(), page.serving(bench, about(weights), start, **at) as url:
+                log.info("the page is at %s; Ctrl-C ends it", url)
+                if host not in LOCAL:
+                    log.warning("task.host=%s: whoever reaches this machine can open it, there is no password", host)
+                while not ending.asked:
+                    time.sleep(0.1)
+                log.info("ending the demo")
+                bench.stop()
+        finally:
+            bench.stop()
+    return Result()
