@@ -261,6 +261,7 @@ def start(build: Build) -> Any:
     [
         (("task.completions=9",), r"task\.completions must lie in 1 … task\.at_most \(8\), got 9"),
         (("task.port=70000",), r"task\.port must lie in 1 … 65535"),
+        (("task.threads=0",), r"task\.threads must be at least 1"),
         (("task.upload_mb=0",), r"task\.upload_mb must be at least 1"),
         (("task.temperature=0",), "temperature must be above 0"),
         (("task.norm=ln_9",), r"task\.norm must be one of ln_1, raw"),
@@ -370,16 +371,20 @@ def test_the_first_signal_asks_and_the_second_leaves() -> None:
 
 
 def test_the_command(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says where the page is, serves this machine alone, ends by Ctrl-C, and leaves no run and no files behind."""
-    port, seen, temporary = free_port(), {}, tmp_path / "temporary"
+    """It says where the page is, serves this machine alone and asks no other, ends by Ctrl-C, and leaves nothing."""
+    port, seen, temporary, others = free_port(), {}, tmp_path / "temporary", addresses()
     temporary.mkdir()
+    asked: list[Any] = []
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+    monkeypatch.setattr(socket.socket, "connect", lambda self, to: asked.append(to[0]) or connect(self, to))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *how, **kw: asked.append(host) or look_up(host, *how, **kw))
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
 
     def look() -> None:
         page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read().decode()
         seen["says"] = "small: 3 blocks of 24" in page
         seen["analytics"] = '"analytics_enabled":false' in page.replace(" ", "")
-        for address in addresses():
+        for address in others:
             with pytest.raises(OSError, match="refused"):
                 socket.create_connection((address, port), timeout=2)
         with socket.create_connection(("127.0.0.1", port), timeout=2):
@@ -393,6 +398,8 @@ def test_the_command(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypat
         result = start(build)
     thread.join()
     assert seen == {"says": True, "analytics": True, "looked": True}
+    assert asked
+    assert {*asked} <= {"127.0.0.1", *others}
     assert result.numbers == {}
     assert f"the page is at http://127.0.0.1:{port}/" in caplog.text
     assert not (tmp_path / "runs").exists()

@@ -57,6 +57,20 @@ def test_known_tokens_stay_and_condition_the_rest(net: GPT, tokens: Tensor) -> N
     assert torch.equal(generate(net, uniforms(4), PLAIN, given=tokens, known=torch.ones(16, dtype=torch.bool)), tokens)
 
 
+def test_equal_prompts_are_read_once(net: GPT, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: each image is what it is alone; by hand: the prompts' pass has two rows of five, the others all."""
+    known, given = torch.arange(16) < 6, tokens[[2, 0, 2, 2, 0]]
+    pairs = zip(uniforms(5).split(1), given.split(1), strict=True)
+    alone = [generate(net, u, PLAIN, given=g, known=known) for u, g in pairs]
+    read: list[tuple[int, ...]] = []
+    step = net.step
+    monkeypatch.setattr(net, "step", lambda new, cache: read.append(tuple(new.shape)) or step(new, cache))
+    drawn = generate(net, uniforms(5), PLAIN, given=given, known=known, columns=False)
+    assert torch.equal(drawn, torch.cat(alone))
+    assert read == [(2, 6), *[(5, 1)] * 9]
+    assert len({tuple(row) for row in torch.cat(alone).tolist()}) == 5
+
+
 def in_a_thread_of_its_own(steps: Iterator[tuple[Tensor, int]]) -> tuple[Tensor, int] | None:
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(next, steps, None).result()

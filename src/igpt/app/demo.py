@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+import torch
+
 from igpt.app.nearest import TrainingFeatures
 from igpt.app.workbench import MEBIBYTE, Uploads, Workbench
 from igpt.checkpoint.native import Weights
@@ -28,6 +30,21 @@ log = logging.getLogger(__name__)
 
 INSTALL = "task=demo needs Gradio, which is not installed here: pip install gradio==6.31.0 (or igpt[demo])"
 LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@contextmanager
+def computing_with(threads: int | None) -> Iterator[None]:
+    """So many threads for PyTorch, while the block lasts; None: one fewer than it would take.
+
+    The threads that share a product wait for each other in a loop, so one that has to share its core with a browser
+    holds up all of them: on two cores, two threads then draw several times slower than one (docs/demo.md).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before - 1) if threads is None else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def about(weights: Weights) -> dict[str, str]:
@@ -81,15 +98,17 @@ class Ending:
 
 
 def check(
-    *, port: int | None, split: str, choices: int, rows: int | None, completions: int, at_most: int,
-    temperature: float, top_k: int | None, upload_mb: float, upload_pixels: int, nearest: int, among: int, norm: str,
-    batch_size: int, **_: Any,
+    *, port: int | None, threads: int | None, split: str, choices: int, rows: int | None, completions: int,
+    at_most: int, temperature: float, top_k: int | None, upload_mb: float, upload_pixels: int, nearest: int,
+    among: int, norm: str, batch_size: int, **_: Any,
 ) -> None:  # fmt: skip
-    """Raises ValueError when a setting of the task cannot be right or Gradio is not there; nothing is built."""
+    """Raises ValueError when a setting of the task cannot be right or Gradio is not there; it builds nothing."""
     check_split_name(split)
     Sampling(temperature, top_k, None)
     from_one: dict[str, float] = {"choices": choices, "at_most": at_most, "upload_mb": upload_mb}
     from_one |= {"upload_pixels": upload_pixels, "nearest": nearest, "among": among, "batch_size": batch_size}
+    if threads is not None:
+        from_one["threads"] = threads
     for name, value in from_one.items():
         if value < 1:
             raise ValueError(f"task.{name} must be at least 1, got {value}")
@@ -116,6 +135,7 @@ def run(
     seed: int,
     host: str,
     port: int | None,
+    threads: int | None,
     split: str,
     choices: int,
     rows: int | None,
@@ -151,7 +171,11 @@ def run(
     if layer is not None and not 0 <= layer <= depth:
         raise ValueError(f"task.layer must lie in 0 (the embedding) … {depth}, or be null; got {layer}")
     given = prompt_rows(0.5, rows, data.raster.side)
-    with machine.inference(weights.net()) as net, tempfile.TemporaryDirectory(prefix="igpt-demo-") as place:
+    with (
+        computing_with(threads),
+        machine.inference(weights.net()) as net,
+        tempfile.TemporaryDirectory(prefix="igpt-demo-") as place,
+    ):
         training = TrainingFeatures(
             net=net, machine=machine, data=data, cache=cache, weights=weights.sha256, made_by=made_by, norm=norm,
             dtype=dtype, among=among, batch_size=batch_size,

@@ -1,5 +1,6 @@
 """The page of `task=demo`, made with Gradio: what is seen and clicked. What it does is in `workbench`."""
 
+import logging
 import os
 import socket
 import threading
@@ -267,4 +268,7 @@ def serving(
             )  # fmt: skip
             yield url
         finally:
+            if blocks.is_running:  # an open page would hold up the end for many seconds, and end in complaints
+                blocks.server.config.timeout_graceful_shutdown = 1
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             blocks.close(verbose=False)

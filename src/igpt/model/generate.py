@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from igpt.model import decode
-from igpt.model.gpt import GPT
+from igpt.model.gpt import GPT, Cache
 
 
 @dataclass(frozen=True)
@@ -114,18 +114,33 @@ def growing(
         tokens = torch.where(known.to(given.device), given, 0).to(uniforms.device)
     start = shown.index(False) if False in shown else n_ctx  # the leading known run is read in one pass
     yield tokens, start
-    cache = net.new_cache(batch) if cached else None
-    new = tokens[:, :start]
+    cache: Cache | None = None
     by_columns = decode.columns_pay(net) if columns is None else columns
     for i in range(start, n_ctx):
         with torch.compiler.set_stance("force_eager"):  # positions differ at every step: compiling would not end
-            if cache is None:
+            if not cached:
                 logits = net(tokens)[:, i]  # (B, V)
-            elif by_columns and new.shape[1] == 1 and cache.length > 0:
-                logits = decode.step(net, new, cache)
+            elif cache is None:
+                logits, cache = prompted(net, tokens[:, :i])
+            elif by_columns:
+                logits = decode.step(net, tokens[:, i - 1 : i], cache)
             else:
-                logits = net.step(new, cache)
+                logits = net.step(tokens[:, i - 1 : i], cache)
         if not shown[i]:
             tokens[:, i] = sampling.draw(logits, uniforms[:, i])
             yield tokens, i + 1
-        new = tokens[:, i : i + 1]
+
+
+def prompted(net: GPT, prompts: Tensor) -> tuple[Tensor, Cache]:
+    """The logits after each prompt, (B, t) → (B, V), and a cache that is filled with it. Equal ones are read once."""
+    batch, t = prompts.shape
+    cache = net.new_cache(batch)
+    distinct, which = torch.unique(prompts, dim=0, return_inverse=True) if t else (prompts, None)
+    if len(distinct) == batch:
+        return net.step(prompts, cache), cache
+    few = net.new_cache(len(distinct))
+    logits = net.step(distinct, few)[which]
+    cache.length = few.length
+    for all_of, read in zip([*cache.keys, *cache.values], [*few.keys, *few.values], strict=True):
+        all_of[:, :, : few.length] = read[which, :, : few.length]  # (B, H, t + 1, D)
+    return logits, cache
