@@ -458,6 +458,11 @@ def test_deepspeed(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
         _ = built(*settings).machine
     monkeypatch.setattr(fit, "DEEPSPEED_RUNS_ON", ("cpu",))
+    with pytest.raises(ValueError, match=r"trainer\.devices=auto, or more than 1"):
+        _ = built(*settings).machine
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    settings = ("trainer.accelerator=cpu", "trainer.devices=2", f"trainer={trainer}")
     machine = built(*settings).machine
     stage = {"deepspeed_2": 2}.get(trainer, 3)
     made = ZeRO(stage=machine.zero_stage, offload=machine.offload, n_weight=1000)

@@ -126,6 +126,8 @@ def test_an_interrupted_trial_is_taken_up_again(config: DictConfig, tmp_path: Pa
     optuna(config, runs, n_trials=6)
     assert runs.jobs[:2] == stopped.lost
     assert len(runs.jobs) == 4
+    proposed = [job["task.learning_rate"] for job in [*stopped.jobs, *runs.jobs]]
+    assert len(set(proposed)) == 6  # going on proposes nothing again
 
 
 def test_a_trial_that_failed_is_not_the_best(config: DictConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Everything a task may need, built in flow order from a config; what one stage knows is given to the next."""
 
+import hashlib
 import logging
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -15,6 +16,7 @@ from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Origin, Weights
 from igpt.checkpoint.resume import step_of
 from igpt.data.crop import Crop, Cut
+from igpt.data.shards import named_files
 from igpt.data.source import Source
 from igpt.model.gpt import GPT
 from igpt.objective import named
@@ -121,6 +123,9 @@ class Build:
             images = settings.get("path")
             if images is not None and Path(images).expanduser().exists():
                 sums[f"{of}.path"] = files.listing_sha256(Path(images).expanduser())
+            elif images is not None and (named := [Path(file) for file in named_files(images) or ()]):
+                listed = [f"{file} {file.stat().st_size}" for file in named if file.is_file()]
+                sums[f"{of}.path"] = hashlib.sha256("\n".join(listed).encode()).hexdigest()
         if "found" in self.cfg.task.needs:
             return sums | self.found.sums
         for run in self.config["task"].get("runs", []):
@@ -346,7 +351,9 @@ class Build:
         data = {key: value for key, value in self.config["data"].items() if key not in not_of_features}
         return {
             "data": data,
-            "images": self.files_sha256.get("data.path"),
+            "images": {
+                key: sha for key, sha in self.files_sha256.items() if key.endswith(".path") and key != "tokens.path"
+            },
             "precision": self.machine.precision,
             "objective": self.objective_settings,
             "seed": self.cfg.seed,

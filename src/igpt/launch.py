@@ -80,8 +80,9 @@ def out_of_memory(error: BaseException) -> str | None:
     )
 
 
-def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path]:
-    """One run from Python, in this process, as `python train.py OVERRIDES` does it: its result and its folder.
+def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path | None]:
+    """One run from Python, in this process, as `python train.py OVERRIDES` does it: its result and its folder
+    (None where it leaves none: a plan, a page).
 
     `conf`: the folder of settings, of a clone of this repository. Paths are seen from the current folder.
 
@@ -94,12 +95,18 @@ def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path]:
         cfg = hydra.compose("config", overrides=arguments, return_hydra_config=True)
         choices = dict(cfg.hydra.runtime.choices)
         cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        result = launch(cfg, choices=choices, overrides=arguments)
-        return result, open_folder(Build(cfg, choices)).path
+        folders: list[Path] = []
+        result = launch(cfg, choices=choices, overrides=arguments, tell=folders.append)
+        return result, folders[0] if folders else None
 
 
-def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) -> Result:
-    """Runs a composed config in its run folder; a finished identical run is not repeated, its result is returned."""
+def launch(
+    cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str], tell: Callable[[Path], None] | None = None
+) -> Result:
+    """Runs a composed config in its run folder; a finished identical run is not repeated, its result is returned.
+
+    `tell` hears which folder it is.
+    """
     if not cfg.task.needs:
         return without_folder(cfg)
     build = Build(cfg, choices)
@@ -111,6 +118,8 @@ def launch(cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str]) ->
     with ranks.joined(build.machine.device) as rank:
         check_ranks(build)
         folder, finished = ranks.from_first(lambda: chosen_folder(build))
+        if tell is not None:
+            tell(folder.path)
         if finished:
             record = folder.read_result()
             result = result_of(record)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from filelock import FileLock, Timeout
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
@@ -25,6 +26,7 @@ from igpt.sweep import typed
 
 log = logging.getLogger(__name__)
 
+_held: list[FileLock] = []  # of the searches of this process
 Launch = Callable[[Sequence[Sequence[str]], int], Sequence[JobReturn]]
 Compose = Callable[[Sequence[str]], DictConfig]
 LOWER, HIGHER = "minimize", "maximize"
@@ -52,7 +54,7 @@ def in_turn(
         values = [v.split("=", 1)[1] for v in _choices(own)]
     if not values:
         _refuse("hydra.sweeper.values names one value or more, from the first to be tried to the last")
-    place = _place(config, {"in_turn": [key, values, direction, arguments]})
+    place = _place(config, {"in_turn": [key, values, direction, arguments, config.hydra.launcher.metric]})
     _begin(config, place, direction, compose, [*(_choices([override])[0] for override in fixed), f"{key}={values[0]}"])
     found: list[JobReturn] = []
     for chosen in itertools.product(*[_choices([override]) for override in fixed]):
@@ -62,11 +64,15 @@ def in_turn(
             (job,) = launch([[*chosen, f"{key}={value}"]], len(found))
             found.append(job)
             reached = _reached(job, direction)
+            if job.return_value is None:
+                _refuse(
+                    f"{job.working_dir} has no {config.hydra.launcher.metric}: name one it has, hydra.launcher.metric=…"
+                )
             if best is not None and reached >= best:
-                log.info("%s=%s is worse than the last: smaller ones are not tried", key, value)
+                log.info("%s=%s is no better than the last: what follows is not tried", key, value)
                 break
             best = reached if math.isfinite(reached) else best
-    tried = [Path(job.working_dir or "") for job in found]
+    tried = [Path(job.working_dir) for job in found if job.working_dir]
     side_by_side(place, tried, metric=config.hydra.launcher.metric, command=typed())
     return found
 
@@ -96,13 +102,15 @@ def optuna(
     if n_trials < 1 or at_once < 1 or not distributions:
         _refuse("hydra.sweeper.n_trials and at_once start at 1, and space names one setting or more")
     example = [f"{key}={_example(distribution)}" for key, distribution in distributions.items()]
-    place = _place(config, {"optuna": [dict(space), direction, seed, fixed]})
+    place = _place(config, {"optuna": [dict(space), direction, seed, fixed, config.hydra.launcher.metric]})
     _begin(config, place, direction, compose, [*fixed, *example])
     library.logging.set_verbosity(library.logging.WARNING)
     study = library.create_study(
         storage=f"sqlite:///{(place / 'study.db').absolute()}", study_name=place.name, load_if_exists=True,
-        direction=cast(Any, direction), sampler=library.samplers.TPESampler(seed=seed, constant_liar=True),
+        direction=cast(Any, direction),
     )  # fmt: skip
+    # another seed whenever it goes on: the same would propose the same again
+    study.sampler = library.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
     states = library.trial.TrialState
     for begun in study.get_trials(states=(states.RUNNING,)):  # whoever ran it is gone
         study.tell(begun.number, state=states.FAIL)
@@ -110,17 +118,19 @@ def optuna(
     found: list[JobReturn] = []
     while (left := n_trials - len(_ended(study))) > 0:
         trials = [study.ask(distributions) for _ in range(min(at_once, left))]
-        jobs = [(*fixed, *(f"{key}={value}" for key, value in trial.params.items())) for trial in trials]
+        jobs = [(*fixed, *(f"{key}={_typed(value)}" for key, value in trial.params.items())) for trial in trials]
         different = list(dict.fromkeys(jobs))  # what it proposes twice is one run
         returned = dict(zip(different, launch(different, trials[0].number), strict=True))
         for trial, job in zip(trials, jobs, strict=True):
             found.append(returned[job])
+            if returned[job].return_value is None:
+                _refuse(f"{returned[job].working_dir} has no {config.hydra.launcher.metric}: name one it has")
             trial.set_user_attr(FOLDER, returned[job].working_dir)
             good = math.isfinite(_reached(returned[job], direction))
             value = returned[job].return_value if good else None
             study.tell(trial.number, value, state=states.COMPLETE if good else states.FAIL)
     ended = _ended(study)
-    tried = [Path(trial.user_attrs[FOLDER]) for trial in ended]
+    tried = [Path(trial.user_attrs[FOLDER]) for trial in ended if trial.user_attrs[FOLDER]]
     side_by_side(place, tried, metric=config.hydra.launcher.metric, command=typed())
     if any(trial.state == states.COMPLETE for trial in ended):
         best = study.best_trial
@@ -149,6 +159,11 @@ def _distribution(library: Any, key: str, spec: Any) -> Any:
     except (TypeError, ValueError) as error:
         _refuse(f"hydra.sweeper.space.{key}: {error}")
     _refuse(f"hydra.sweeper.space.{key} is {{choices: […]}} or {{low: , high: }} with log, step, int; got {spec!r}")
+
+
+def _typed(value: Any) -> str:
+    """A value as Hydra reads it."""
+    return "null" if value is None else str(value)
 
 
 def _example(distribution: Any) -> Any:
@@ -188,6 +203,14 @@ def _begin(config: DictConfig, place: Path, direction: str, compose: Compose, ex
     except HydraException as error:
         _refuse(f"{' '.join(example)}: {str(error).splitlines()[0]}")
     place.mkdir(parents=True, exist_ok=True)
+    while _held:  # of a search that this process has ended
+        _held.pop().release()
+    lock = FileLock(place / ".lock")
+    try:
+        lock.acquire(timeout=0)  # let go when this process ends
+    except Timeout:
+        _refuse(f"{place} is in use: the same search is running")
+    _held.append(lock)
     files.write_json(place / "search.json", {"command": sys.argv, "example": list(example)})
     os.environ[SWEEP] = place.name
     with flag_override(config, ["readonly", "struct"], False):

@@ -299,7 +299,7 @@ def _value(job: Job, metric: str) -> float | None:
 
 def _returned(job: Job, cfg: DictConfig) -> JobReturn:
     """What a sweeper that optimises is given: the value of the metric."""
-    place = job.folder or os.getcwd()
+    place = job.folder or ""  # none, where it failed before it had one
     returned = JobReturn(overrides=job.overrides, cfg=cfg, working_dir=place, status=JobStatus.COMPLETED)
     returned.return_value = math.nan if job.state == FAILED else job.value  # raised, it would end the sweep
     return returned

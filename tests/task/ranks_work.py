@@ -1,4 +1,4 @@
-"""What two ranks do together for `test_ranks.py`, run once: `python -m tests.task.ranks_work FOLDER` in each."""
+"""What two ranks do for `test_ranks.py`: `python -m tests.task.ranks_work FOLDER [deepspeed]` in each."""
 
 import os
 import signal
@@ -176,7 +176,9 @@ def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
         raised(StoppedError, lab.pretrain, place / "by turns", callbacks=term(12), **fsdp),
     ]
     found["by turns"] += lab.pretrain(place / "by turns", **three).curves["train/loss_gen"].y
+    lab.pretrain(place / "whole", on=on_all(micro_batch=25), **TWENTY)
     found["one file"] = raised(ValueError, lab.pretrain, place / "whole", **{**three, "steps": 21})
+    lab.pretrain(place / "sharded pieces", **fsdp)
     fit.DEEPSPEED_RUNS_ON = ("cuda",)
     return found
 
@@ -271,7 +273,6 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     lab.pretrain(place / "full disk", on=on_all())
     AtomicCheckpointIO.write = write  # type: ignore[method-assign]
 
-    found["deepspeed"] = by_deepspeed(lab, place, rank)
     found["streamed"] = streamed(place, rank)
     found["sharded"] = sharded(lab, place, rank)
 
@@ -288,7 +289,8 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     with ranks.joined(torch.device("cpu")) as rank:
-        everyone = ranks.gathered(work(place, rank))
+        found = by_deepspeed(a_lab(), place, rank) if sys.argv[2:] == ["deepspeed"] else work(place, rank)
+        everyone = ranks.gathered(found)
         if rank.first:
             torch.save(everyone, place / "answers.pt")
     os._exit(0)  # nothing is left to tidy

@@ -39,6 +39,28 @@ def answers(place: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def zero_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("deepspeed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert run_ranks([sys.executable, "-m", "tests.task.ranks_work", str(place), "deepspeed"], 2) == 0
+    return place
+
+
+@pytest.fixture(scope="module")
+def by_zero(zero_place: Path) -> list[dict[str, Any]]:
+    """What DeepSpeed's stages came to, on two ranks."""
+    found: list[dict[str, Any]] = torch.load(zero_place / "answers.pt", weights_only=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, alone: Lab) -> Any:
+    """The same run on one process."""
+    return alone.pretrain(tmp_path_factory.mktemp("one") / "ar", on=machine(micro_batch=50), **TWENTY)
+
+
+@pytest.fixture(scope="module")
 def alone() -> Lab:
     return a_lab()
 
@@ -62,50 +84,52 @@ def test_a_network_in_parts_learns_as_a_whole_one(answers: list[dict[str, Any]])
         assert 0.45 < answer["sharded"]["held"] <= 0.55
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", DEEPSPEED)
-def test_deepspeed_learns_as_a_whole_one(answers: list[dict[str, Any]], strategy: str) -> None:
-    """Invariant: 20 losses and the validations as under data-parallel training, also when stopped and resumed."""
-    for answer in answers:
-        found = answer["deepspeed"]
-        for name, curve in answers[0]["curves"].items():
-            assert found[strategy][name] == pytest.approx(curve, rel=1e-5)
-        assert found[f"{strategy} validated"] == pytest.approx(answers[0]["evaluated"]["val/loss_gen"][0], rel=1e-5)
+def test_deepspeed_learns_as_a_whole_one(by_zero: list[dict[str, Any]], reference: Any, strategy: str) -> None:
+    """Invariant: 20 losses and the validations as on one process, also when stopped and resumed."""
+    for found in by_zero:
+        for name, curve in reference.curves.items():
+            assert found[strategy][name] == pytest.approx(curve.y, rel=1e-5)
+        assert found[f"{strategy} validated"] == pytest.approx(reference.numbers["val/loss_gen"].value, rel=1e-5)
         if strategy == "deepspeed_2":
             assert found[f"{strategy} stopped"].startswith("stopped by SIGTERM after step")
             assert found[f"{strategy} resumed"] == found[strategy]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", DEEPSPEED[:2])
-def test_deepspeed_holds_what_was_planned(answers: list[dict[str, Any]], strategy: str) -> None:
+def test_deepspeed_holds_what_was_planned(by_zero: list[dict[str, Any]], strategy: str) -> None:
     """Independent source: the bytes of weights and optimiser in each rank, within 15 %."""
     planned = plan(
         SIZES, batch_size=100, micro_batch=25, steps=1, devices=2, strategy=strategy, precision="32-true",
         recompute=False, fused_attention=True, fused_norm=True,
     )  # fmt: skip
-    for answer in answers:
-        held = answer["deepspeed"][f"{strategy} held"]
-        assert held == pytest.approx(planned.weights + planned.optimiser, rel=0.15)
+    for found in by_zero:
+        assert found[f"{strategy} held"] == pytest.approx(planned.weights + planned.optimiser, rel=0.15)
 
 
-def test_what_deepspeed_saves_is_what_fsdp_does(place: Path) -> None:
+@pytest.mark.slow
+def test_what_deepspeed_saves_is_what_fsdp_does(zero_place: Path, by_zero: list[dict[str, Any]]) -> None:
     """Invariant: weights and Adam's moments after 16 steps of either, by name (moments show the gradients' scale)."""
-    saved = [read_state(place / run / "checkpoints" / "step_0000016.ckpt") for run in ("sharded pieces", *DEEPSPEED)]
-    for other in saved[1:]:
-        assert set(other) == set(saved[0])
-        for name, tensor in saved[0].items():
+    folders = [zero_place / run / "checkpoints" / "step_0000016.ckpt" for run in ("sharded pieces", *DEEPSPEED)]
+    theirs, *saved = map(read_state, folders)
+    for other in saved:
+        assert set(other) == set(theirs)
+        for name, tensor in theirs.items():
             whole = tensor.read()
-            atol = 1e-4 * float(whole.abs().max())
-            torch.testing.assert_close(other[name].read(), whole, rtol=0, atol=atol)
+            torch.testing.assert_close(other[name].read(), whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
 
 
-def test_a_run_may_change_its_strategy(answers: list[dict[str, Any]]) -> None:
+@pytest.mark.slow
+def test_a_run_may_change_its_strategy(by_zero: list[dict[str, Any]], reference: Any) -> None:
     """Invariant: begun by DeepSpeed, gone on with by FSDP and ended by DeepSpeed, its losses are those of one."""
-    for answer in answers:
-        first, second, *losses = answer["deepspeed"]["by turns"]
+    for found in by_zero:
+        first, second, *losses = found["by turns"]
         assert first.startswith("stopped by SIGTERM after step 8")
         assert second.startswith("stopped by SIGTERM after step 1")
-        assert losses == pytest.approx(answers[0]["curves"]["train/loss_gen"], rel=1e-5)
-        assert "is one file, as trainer=ddp and fsdp write it" in answer["deepspeed"]["one file"]
+        assert losses == pytest.approx(reference.curves["train/loss_gen"].y, rel=1e-5)
+        assert "is one file, as trainer=ddp and fsdp write it" in found["one file"]
 
 
 def test_what_sharding_goes_together_with(answers: list[dict[str, Any]]) -> None:

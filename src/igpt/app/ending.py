@@ -27,7 +27,11 @@ def side_by_side(place: Path, folders: Sequence[Path], *, metric: str, command: 
     except ValueError as error:
         log.info("nothing to compare: %s", error)
         return
-    if len(found.rows) < 2:
+    except Exception:  # as below
+        log.warning("the runs of this sweep could not be compared")
+        log.debug("traceback", exc_info=True)
+        return
+    if sum(row.n for row in found.rows) < 2:
         return
     try:
         draw(place / PICTURE, found)
@@ -61,7 +65,7 @@ def page(path: Path, found: Summary, *, command: str) -> Path:
         path,
         f"Sweep: {found.metric}",
         tables,
-        summary="" if found.caution else f"Best of {len(found.rows)}: {best.name}.",
+        summary="" if found.caution or len(found.rows) == 1 else f"Best of {len(found.rows)}: {best.name}.",
         pictures=[(f"{found.metric} of each setting", path.parent / PICTURE)],
         commands=[("the sweep again, which goes on with what is left", command)],
     )

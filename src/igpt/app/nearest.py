@@ -126,7 +126,7 @@ class TrainingFeatures:
     def _make(self) -> None:
         try:
             self._read()
-        except (ValueError, OSError) as error:  # told to whoever waits, by `ready`
+        except Exception as error:  # whatever it is: told to whoever waits, by `ready`
             log.debug("traceback", exc_info=True)
             self.error = error
 

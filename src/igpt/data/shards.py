@@ -122,7 +122,10 @@ def open_shards(path: str, *, cache: Path, skip: bool) -> dict[str, datasets.Ite
         kind, splits = FORMATS[Path(path).suffix], {"train": files}
     elif place.is_dir() and (ending := _ending(place)):
         found = datasets.load_dataset_builder(str(place), cache_dir=str(cache / "datasets")).config.data_files
-        kind, splits = FORMATS[ending], {str(name): list(map(str, paths)) for name, paths in found.items()}
+        of_all = {str(name): [str(path) for path in paths] for name, paths in found.items()}
+        if not all(path.endswith(ending) for paths in of_all.values() for path in paths):
+            return None  # images, with some such file among them
+        kind, splits = FORMATS[ending], of_all
     else:
         return None
     good = {name: _readable(paths, path, skip=skip) for name, paths in splits.items()}

@@ -60,12 +60,13 @@ class ImagePart:
         bad = broken = 0
         for index in range(shard, len(share.shards)):
             number = share.shards[index]
+            name = self.shards.name(number)
             try:
                 for i, cell, label in self.shards.read(number, row if index == shard else 0):
                     if i % share.sharers != share.turn:
                         continue
                     try:
-                        record = self._record(cell, label, f"image {i} of {self.shards.name(number)}")
+                        record = self._record(cell, label, f"image {i} of {name}")
                     except BadImageError:
                         if not self.skip:
                             raise

@@ -114,7 +114,7 @@ def show(result: Result, folder: Path) -> None:
                 )
         if shown:
             run.log(shown)
-    except (library.errors.Error, OSError, ValueError) as error:
+    except Exception as error:  # whatever it is: the run has ended well
         log.warning("W&B was not told all that was found: %s", error)
 
 
@@ -140,8 +140,12 @@ def _charts(curves: dict[str, Curve]) -> dict[str, Any]:
 
 def close(failed: bool) -> None:
     """Ends the W&B run of this process, if there is one, so that the next one starts its own."""
-    if _run() is not None:
+    if _run() is None:
+        return
+    try:
         sys.modules["wandb"].finish(exit_code=int(failed))
+    except Exception as error:  # it must not take the place of the run's own
+        log.warning("the W&B run could not be closed: %s", error)
 
 
 def _run() -> Any:

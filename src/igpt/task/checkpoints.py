@@ -119,7 +119,8 @@ class Checkpoints(L.Callback):
         if step == self._saved:
             return True
         self.guard.check()
-        here = [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in module.parameters()]
+        parts = [getattr(p, "ds_tensor", p) for p in module.parameters()]  # of ZeRO 3, what is here of each
+        here = [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in parts]
         finite = bool(torch.stack([part.isfinite().all() for part in here]).all())
         if self.finite and not all(ranks.gathered(finite)):
             raise NonFiniteLossError(

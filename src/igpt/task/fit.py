@@ -168,6 +168,11 @@ class Machine:
             raise ValueError(INSTALL)
         if self.device.type not in DEEPSPEED_RUNS_ON:
             raise ValueError(f"trainer={self.strategy} needs a CUDA GPU, this would run on the CPU: trainer=fsdp does")
+        if self.rank.count < 2:
+            raise ValueError(
+                f"trainer={self.strategy} shares a network out over several processes: trainer.devices=auto, or more "
+                "than 1; on one GPU trainer=gpu with trainer.activation_checkpointing=true takes the most"
+            )
         if self.precision == "bf16-true" or self.compile:
             what = "trainer.compile=true" if self.compile else "trainer.precision=bf16-true"
             raise ValueError(

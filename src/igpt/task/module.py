@@ -133,7 +133,9 @@ class TrainedModule(L.LightningModule):
         self.numbers = numbers
         if self.trainer.state.fn != "fit":
             return
-        self.publish({name: numbers[name].value for name in shown}, self.global_step)
+        images = self.global_step * self.batch_size
+        seen = {"images_seen": images, "tokens_seen": images * self.n_ctx}
+        self.publish({**{name: numbers[name].value for name in shown}, **seen}, self.global_step)
         for name in shown:
             self.note(name, self.global_step, numbers[name].value)
         said = self.say({name.removeprefix("val/"): numbers[name].value for name in shown})

@@ -66,9 +66,7 @@ class ZeRO(DeepSpeedStrategy):
         return device if device.index is not None else torch.device(device.type, 0)  # DeepSpeed wants a number
 
     def setup_distributed(self) -> None:
-        if not dist.is_initialized():  # a single process
-            super().setup_distributed()
-            return
+        assert dist.is_initialized(), "DeepSpeed is for several processes"
         import deepspeed
 
         reset_seed()
@@ -86,7 +84,7 @@ class ZeRO(DeepSpeedStrategy):
         state: dict[Any, dict[str, Tensor]] = zero.optimizer.state
         for part in parts:
             empty = {key: torch.zeros_like(part, requires_grad=False) for key in MOMENTS}
-            state[part] = {STEP: torch.zeros((), dtype=torch.float32), **empty}
+            state[part] = {STEP: torch.zeros((), dtype=torch.float32, device=part.device), **empty}
         if not self.zero_stage_3:
             zero._lazy_init_hp_params_optimizer_state()  # which weight lies where in them
         return state
