@@ -23,35 +23,38 @@ from tests.task.conftest import SIZES, Lab, machine
 from tests.task.ranks_work import DEEPSPEED, SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("ranks")
+def two_ranks(place: Path, *part: str) -> Path:
+    """The same folder, after two ranks have done their work in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        assert run_ranks([sys.executable, "-m", "tests.task.ranks_work", str(place)], 2) == 0
+        assert run_ranks([sys.executable, "-m", "tests.task.ranks_work", str(place), *part], 2) == 0
     return place
 
 
-@pytest.fixture(scope="module")
-def answers(place: Path) -> list[dict[str, Any]]:
+def answers_in(place: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = torch.load(place / "answers.pt", weights_only=True)
     return found
 
 
 @pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return two_ranks(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def answers(place: Path) -> list[dict[str, Any]]:
+    return answers_in(place)
+
+
+@pytest.fixture(scope="module")
 def zero_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("deepspeed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        assert run_ranks([sys.executable, "-m", "tests.task.ranks_work", str(place), "deepspeed"], 2) == 0
-    return place
+    return two_ranks(tmp_path_factory.mktemp("deepspeed"), "deepspeed")
 
 
 @pytest.fixture(scope="module")
 def by_zero(zero_place: Path) -> list[dict[str, Any]]:
     """What DeepSpeed's stages came to, on two ranks."""
-    found: list[dict[str, Any]] = torch.load(zero_place / "answers.pt", weights_only=True)
-    return found
+    return answers_in(zero_place)
 
 
 @pytest.fixture(scope="module")
