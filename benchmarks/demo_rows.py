@@ -1,0 +1,43 @@
+"""Seconds a row of a completion takes as `task=demo` draws it: igpt_mini at 32×32, the upper half given, one thread.
+
+    python benchmarks/demo_rows.py
+
+Weights are drawn at random: training does not change the time.
+"""
+
+import argparse
+import time
+
+import torch
+
+from igpt import keyed
+from igpt.model.generate import Sampling, growing
+from igpt.model.gpt import GPT
+
+SIDE, GIVEN = 32, 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--completions", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    net = GPT(n_layer=12, n_embd=256, n_head=8, n_ctx=SIDE**2, n_vocab=512, causal=True).eval()
+    net.init_weights(0)
+    known = torch.arange(SIDE**2) < GIVEN * SIDE
+    print("| completions at once | first row | the others, mean | the longest of them |\n|---|---|---|---|")
+    for n in args.completions:
+        uniforms = keyed.uniform(keyed.item_keys(keyed.key(0, "sample"), torch.arange(n)), SIDE**2)
+        given = torch.randint(512, (1, SIDE**2)).expand(n, -1)
+        rows, since = [], time.perf_counter()
+        for _, settled in growing(net, uniforms, Sampling(1.0, None, None), given=given, known=known):
+            if settled > GIVEN * SIDE and settled % SIDE == 0:
+                rows.append(time.perf_counter() - since)
+                since = time.perf_counter()
+        first, *others = rows
+        print(f"| {n} | {first:.2f} | {sum(others) / len(others):.2f} | {max(others):.2f} |")
+
+
+if __name__ == "__main__":
+    main()
