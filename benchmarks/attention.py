@@ -10,7 +10,7 @@ import time
 import torch
 
 from igpt.model.gpt import attend
-from igpt.task.fit import hold_memory
+from igpt.task.machine import hold_memory
 
 
 def milliseconds(path: str, t: int, d: int, dtype: torch.dtype, device: str, rounds: int) -> float:

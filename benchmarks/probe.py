@@ -18,7 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from igpt.probe.lbfgs import logistic_regression
-from igpt.task.fit import matmul_precision
+from igpt.task.machine import matmul_precision
 
 
 def made_up(layers: int, images: int, width: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from igpt import ranks
 from igpt.model.gpt import GPT
 from igpt.processes import is_rank, run_ranks
-from igpt.task.fit import Machine
+from igpt.task.machine import Machine
 from igpt.task.optim import adam
 
 GB = 1e9

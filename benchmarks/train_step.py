@@ -23,7 +23,7 @@ from plain import PlainGPT
 from torch import Tensor, nn
 
 from igpt.model.gpt import ATTENTION_PATHS, GPT
-from igpt.task.fit import hold_memory
+from igpt.task.machine import hold_memory
 
 SIZES = {  # n_layer, n_embd, n_head, n_ctx, n_vocab, batch
     "a": (12, 256, 8, 1024, 512, 4),

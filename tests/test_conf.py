@@ -15,11 +15,12 @@ from igpt.arguments import absolute, check, parse, prepare
 from igpt.build import CHECKPOINT, Build
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Origin, save_model
-from igpt.launch import launch, open_folder, out_of_memory, perform, stages
+from igpt.launch import launch, out_of_memory, perform, stages
 from igpt.metric.result import Number, Result
+from igpt.places import open_folder
 from igpt.report.folder import RunFolder
 from igpt.report.table import closing_table
-from igpt.task import fit
+from igpt.task import machine as machines
 from igpt.task.zero import ZeRO
 from igpt.tokens.palette import Palette
 from tests.conftest import small_net
@@ -457,7 +458,7 @@ def test_deepspeed(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ("trainer.accelerator=cpu", "trainer.devices=1", f"trainer={trainer}")
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
         _ = built(*settings).machine
-    monkeypatch.setattr(fit, "DEEPSPEED_RUNS_ON", ("cpu",))
+    monkeypatch.setattr(machines, "DEEPSPEED_RUNS_ON", ("cpu",))
     with pytest.raises(ValueError, match=r"trainer\.devices=auto, or more than 1"):
         _ = built(*settings).machine
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():

@@ -19,8 +19,11 @@ ALLOWED = {
     "task": {"data", "tokens", "model", "checkpoint", "objective", "metric", "probe"},
     "report": {"tokens", "model", "metric"},
     "settings": {"arguments"},
-    "build": {"settings", "data", "tokens", "model", "checkpoint", "objective", "task", "report"},
-    "launch": {"arguments", "settings", "build", "metric", "task", "report"},
+    "inputs": {"checkpoint", "data"},
+    "build": {"inputs", "settings", "data", "tokens", "model", "checkpoint", "objective", "task", "report"},
+    "places": {"build", "report"},
+    "stages": {"arguments", "build", "report", "settings", "task"},
+    "launch": {"arguments", "settings", "build", "places", "stages", "metric", "task", "report"},
     "app": {
         "arguments",
         "data",

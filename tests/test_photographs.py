@@ -10,8 +10,9 @@ from hydra import initialize_config_dir
 
 from igpt import files
 from igpt.data.classes import imagenet
-from igpt.launch import launch, open_folder
+from igpt.launch import launch
 from igpt.metric.result import Result
+from igpt.places import open_folder
 from igpt.report.folder import RunFolder
 from tests.conftest import TINY
 from tests.data.conftest import class_folders, encoded, parquet_shards, photo, tar_shards

@@ -9,7 +9,7 @@ import pytest
 from hydra import compose as compose_config
 from hydra import initialize_config_dir
 from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from igpt import search
 from igpt.processes import SWEEP
@@ -170,6 +170,8 @@ def test_every_sweep_composes(name: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         hydra = compose_config("config", overrides=[f"sweep={name}"], return_hydra_config=True).hydra
     keys = [hydra.sweeper.key] if "key" in hydra.sweeper else list(hydra.sweeper.get("space") or hydra.sweeper.params)
+    assert keys
     for key in keys:
         value = {"model": "igpt_s"}.get(key, "1")
-        composed([f"{key}={value}"])
+        cfg = composed([f"{key}={value}"])
+        assert str(OmegaConf.select(cfg, f"{key}.name" if key == "model" else key)) == value

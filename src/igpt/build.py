@@ -1,7 +1,5 @@
 """Everything a task may need, built in flow order from a config; what one stage knows is given to the next."""
 
-import hashlib
-import logging
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,13 +8,12 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from igpt import files
+from igpt import inputs
 from igpt.checkpoint import native
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Origin, Weights
 from igpt.checkpoint.resume import step_of
-from igpt.data.crop import Crop, Cut
-from igpt.data.shards import named_files
+from igpt.data.crop import Crop, evaluation_crop
 from igpt.data.source import Source
 from igpt.model.gpt import GPT
 from igpt.objective import named
@@ -24,41 +21,14 @@ from igpt.objective.base import Objective
 from igpt.report.folder import RunFolder, identity
 from igpt.report.loggers import About
 from igpt.report.runs import Found, brief, found
-from igpt.settings import factory
-from igpt.task.fit import Machine, Runner, hold_memory
+from igpt.settings import factory, without
+from igpt.task.fit import Runner
+from igpt.task.machine import Machine, hold_memory
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.palette import Palette
 from igpt.tokens.raster import Raster
 
-log = logging.getLogger(__name__)
-
 CHECKPOINT = "checkpoint"  # the option of model, tokens and objective that says: as in the weights of init=
-
-
-def trained_on(folder: Path) -> dict[str, Any]:
-    """The data settings of the run that trained the weights in a run folder, also where they were imported into it."""
-    for _ in range(10):  # imports of imports
-        record = folder / "run.json"
-        config = files.read_json(record)["config"] if record.is_file() else {"task": {"needs": []}}
-        if "net" in config["task"]["needs"]:
-            data: dict[str, Any] = config["data"]
-            return data
-        if config.get("init") is None:
-            break
-        place = Path(config["init"])
-        folder = next((p for p in (place, *place.parents[:2]) if (p / "run.json").is_file()), place)
-        if folder == place and not (place / "run.json").is_file():
-            break
-    return {}
-
-
-def _without_colours(settings: dict[str, Any]) -> dict[str, Any]:
-    """The data settings without those of the palette."""
-    return {
-        key: _without_colours(value) if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if key != "n_colour"
-    }
 
 
 class Build:
@@ -116,27 +86,8 @@ class Build:
     @cached_property
     def files_sha256(self) -> dict[str, str | None]:
         """What is in the files that decide the run: starting weights, palettes, and (by name and size) images."""
-        path = self.config["tokens"].get("path")
-        palette = files.sha256(Path(path)) if path is not None and Path(path).is_file() else None
-        sums = {"init": self.weights.sha256 if self.weights else None, "tokens.path": palette}
-        for of, settings in {"data": self.config["data"], **self.config["data"].get("streams", {})}.items():
-            images = settings.get("path")
-            if images is not None and Path(images).expanduser().exists():
-                sums[f"{of}.path"] = files.listing_sha256(Path(images).expanduser())
-            elif images is not None and (named := [Path(file) for file in named_files(images) or ()]):
-                listed = [f"{file} {file.stat().st_size}" for file in named if file.is_file()]
-                sums[f"{of}.path"] = hashlib.sha256("\n".join(listed).encode()).hexdigest()
-        if "found" in self.cfg.task.needs:
-            return sums | self.found.sums
-        for run in self.config["task"].get("runs", []):
-            sums[f"task.runs {Path(run).name}"] = find(run).sha256
-        for group, key in (("task", "palette"), ("task", "tokens"), ("task", "keep"), ("data", "clusters")):
-            file = self.config[group].get(key)
-            if file is not None and Path(file).expanduser().is_file():
-                sums[f"{group}.{key}"] = files.sha256(Path(file).expanduser())
-        for file in self.config["task"].get("beside", []):
-            sums[f"task.beside {Path(file).name}"] = files.sha256(Path(file)) if Path(file).is_file() else None
-        return sums
+        found = self.found.sums if "found" in self.cfg.task.needs else None
+        return inputs.sums(self.config, init=self.weights.sha256 if self.weights else None, found=found)
 
     @property
     def data_name(self) -> str:
@@ -166,7 +117,7 @@ class Build:
 
     @cached_property
     def source(self) -> Source:
-        source: Source = factory(_without_colours(self.config["data"]), "data")(cache=Path(self.cfg.paths.cache))
+        source: Source = factory(without(self.config["data"], "n_colour"), "data")(cache=Path(self.cfg.paths.cache))
         return source
 
     @cached_property
@@ -248,24 +199,7 @@ class Build:
         if not self._from_weights("tokens") or "tokens" in self.cfg.task.needs:
             assert self.raster
         if "tokens" in self.cfg.task.needs:
-            self._compare_splits()
-
-    def _compare_splits(self) -> None:
-        """Says so when the weights' own run drew other images to hold out: they may have trained on this run's."""
-        assert self.weights is not None
-        theirs = trained_on(self.weights.folder.parent)
-        ours = self.config["data"]
-        if theirs.get("name") != ours["name"]:
-            return
-        rules = ("val_fraction", "test_fraction", "split_seed", "splits", "streaming")
-        other = [
-            f"data.{key} {theirs[key]} ≠ {ours[key]}" for key in rules if key in theirs and theirs[key] != ours[key]
-        ]
-        if other:
-            log.warning(
-                "%s held out other images than this run does (%s): it may have been trained on what is held out here",
-                self.weights.folder.parent, "; ".join(other),
-            )  # fmt: skip
+            inputs.compare_splits(self.config["data"], folder.parent)
 
     def _from_weights(self, group: str) -> bool:
         return bool(self.choices[group] == CHECKPOINT)
@@ -312,12 +246,7 @@ class Build:
         return self.machine
 
     def need_crop(self, folder: RunFolder) -> Crop:
-        """How the data cuts an image for evaluation; where it cuts none, the largest square in the centre."""
-        data = self.config["data"]
-        data = data["streams"][data["held_out"]] if "held_out" in data else data
-        if "crop" in data:
-            return Cut.of(data["resolution"], data["crop"], data["augment"]).evaluation
-        return Crop(data["resolution"], short_side=None, size=None, filter="bilinear", resize="once", draft=None)
+        return evaluation_crop(self.config["data"])
 
     def need_tokens(self, folder: RunFolder) -> Callable[..., TokenDataModule]:
         return partial(

@@ -1,12 +1,11 @@
 """Builds, in flow order, what a task needs, runs it and reports its result. The only place that knows all stages."""
 
-import importlib
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,33 +14,30 @@ import hydra
 import torch
 from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt import files, processes, ranks
-from igpt.arguments import absolute, prepare, suggestion
-from igpt.build import CHECKPOINT, Build
+from igpt.arguments import absolute, prepare
+from igpt.build import Build
 from igpt.metric.result import Result
+from igpt.places import chosen_folder
 from igpt.report import loggers
-from igpt.report.folder import RunFolder, changes, environment, result_of
+from igpt.report.folder import RunFolder, environment, result_of
 from igpt.report.logs import log_file, set_up_logging
 from igpt.report.page import write_page
 from igpt.report.table import closing_table, columns
-from igpt.settings import check_settings, factory
+from igpt.settings import factory
+from igpt.stages import OF_LAUNCH, RUN, check_given, check_task, stage_config
 from igpt.stopping import STOPPED, StoppedError, pass_on
-from igpt.task.fit import Machine
 from igpt.task.guard import NonFiniteLossError
+from igpt.task.machine import Machine
 from igpt.task.pipeline import FROM
 from igpt.task.plan import planned
 
 log = logging.getLogger(__name__)
 
 REQUEUE_SECONDS = 60
-CHOSEN = ("model", "objective")  # groups that a stage of a pipeline may choose from for itself
-DATA = "data"  # of a stage: settings of the data that are its own
-OF_LAUNCH = ("name", "needs", "run_folder")  # settings of a task that are no arguments of what it runs
-RUN = "run"  # of a stage: the folder of a finished run that stands for it
 
 
 def main(cfg: DictConfig) -> None:
@@ -218,57 +214,6 @@ def check_ranks(build: Build) -> None:
     ranks.check_same("versions", {**own["versions"], "commit": own["commit"] if len(known) > 1 else "the same"})
 
 
-def chosen_folder(build: Build) -> tuple[RunFolder, bool]:
-    """Where this run goes, told to the process that started this one if that asked; and whether it is finished."""
-    folder = open_folder(build)
-    tell = os.environ.get(processes.TELL)
-    if tell is not None:
-        with files.atomic_write(Path(tell)) as file:
-            file.write(str(folder.path.absolute()).encode())
-    return folder, folder.finished
-
-
-def open_folder(build: Build) -> RunFolder:
-    """The folder of this run, fixed before anything starts.
-
-    Raises:
-        ValueError: an unfinished run of this name that has checkpoints, or a `resume=` that is another run.
-    """
-    cfg = build.cfg
-    name = build.name
-    if cfg.resume is not None and cfg.force:
-        raise ValueError("resume= continues a run, force=true repeats one: choose one of them")
-    if cfg.resume not in (None, "auto"):
-        folder = RunFolder(Path(cfg.resume))
-        saved = folder.read_run()
-        differs, harmless = changes(saved["config"], build.config)
-        now = build.files_sha256
-        differs += [
-            f"the file of {key} has changed" for key, sha in saved["files_sha256"].items() if sha != now.get(key)
-        ]
-        if differs:
-            raise ValueError(
-                f"resume={cfg.resume}: this is another run than the one that was begun: {'; '.join(differs)}"
-            )
-        if not any(folder.path.rglob("latest")):
-            log.info("%s has no checkpoint yet: it starts from the first step", folder.path)
-        if harmless:
-            log.info("resuming with other settings, which do not change what is learned: %s", "; ".join(harmless))
-        return folder
-    folder = RunFolder(Path(cfg.paths.runs) / name)
-    if cfg.force:
-        repeat = 2
-        while folder.started:
-            folder = RunFolder(Path(cfg.paths.runs) / f"{name}-{repeat}")
-            repeat += 1
-    elif cfg.resume is None and folder.started and not folder.finished and any(folder.path.rglob("latest")):
-        raise ValueError(
-            f"{folder.path} was begun and is not finished: continue it with `python train.py resume={folder.path}`, "
-            f"or repeat it in a new folder with force=true"
-        )
-    return folder
-
-
 def perform(build: Build, folder: RunFolder) -> Result:
     """Builds what the task needs, runs it, writes and shows its result."""
     start = time.perf_counter()
@@ -344,68 +289,3 @@ def stages(build: Build) -> Callable[..., tuple[Result, Path]]:
         return perform(of_stage, place), place.path
 
     return stage
-
-
-def check_given(name: str, place: RunFolder, cfg: DictConfig) -> None:
-    """Raises ValueError unless a run that stands for a stage is finished, and is what the stage would have been."""
-    if not place.finished:
-        raise ValueError(f"task.stages.{name}.run={place.path}: no finished run is there")
-    asked = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(asked, dict)
-    differs, _ = changes(place.read_run()["config"], {str(key): value for key, value in asked.items()})
-    if differs:
-        raise ValueError(f"task.stages.{name}.run={place.path}: that run is another: {'; '.join(differs)}")
-
-
-def check_task(spec: Mapping[str, Any]) -> None:
-    """Raises ValueError when a task's own `check` finds a setting that cannot be right; it builds nothing for that."""
-    check = getattr(importlib.import_module(spec["_target_"].rpartition(".")[0]), "check", None)
-    if check is not None:
-        check(**{key: value for key, value in spec.items() if not key.startswith("_")})
-
-
-def known_in(config: DictConfig, settings: DictConfig, where: str) -> DictConfig:
-    """The settings themselves. Raises ValueError when there is one that `config` does not have."""
-    for key, value in settings.items():
-        if key not in config:
-            raise ValueError(f"{where} has no setting {key!r}{suggestion(str(key), [str(k) for k in config])}")
-        if isinstance(config[key], DictConfig) and isinstance(value, DictConfig):
-            known_in(config[key], value, f"{where}.{key!s}")
-    return settings
-
-
-def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
-    """The pipeline's config with a stage's task, what that takes from a checkpoint, and what the stage chooses."""
-    chosen = {"task": settings.get("task", name)} | {group: settings[group] for group in CHOSEN if group in settings}
-    overrides = [f"{group}={option}" for group, option in chosen.items()]
-    fresh = hydra.compose("config", overrides=overrides, return_hydra_config=True)
-    choices = dict(fresh.hydra.runtime.choices)
-    cfg = build.cfg.copy()
-    with open_dict(cfg):
-        cfg.task, cfg.published = fresh.task, []
-        for group in ("model", "tokens", "objective"):
-            if choices[group] == CHECKPOINT or group in chosen:
-                cfg[group] = fresh[group]
-            else:
-                choices[group] = build.choices[group]
-        cfg.data = OmegaConf.merge(cfg.data, known_in(cfg.data, settings.get(DATA, {}), f"task.stages.{name}.data"))
-    for key, value in settings.items():
-        if key in ("task", FROM, RUN, DATA, *CHOSEN):
-            continue
-        if key not in cfg.task:
-            raise ValueError(
-                f"task.stages.{name} has no setting {key!r}{suggestion(str(key), [str(k) for k in cfg.task])}"
-            )
-        if OmegaConf.is_dict(value) and OmegaConf.is_dict(cfg.task[key]) and len(cfg.task[key]):
-            cfg.task[key] = OmegaConf.merge(
-                cfg.task[key], known_in(cfg.task[key], value, f"task.stages.{name}.{key!s}")
-            )
-        else:
-            cfg.task[key] = value
-    spec = OmegaConf.to_container(cfg.task, resolve=True)
-    assert isinstance(spec, dict)
-    settled = {str(key): value for key, value in spec.items() if key not in OF_LAUNCH}
-    check_settings(get_object(cfg.task["_target_"]), settled, f"task.stages.{name}")
-    check_task(settled)
-    OmegaConf.set_struct(cfg, True)
-    return cfg, choices

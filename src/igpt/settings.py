@@ -40,6 +40,15 @@ def check_settings(target: Any, settings: Mapping[str, Any], where: str) -> None
             raise ValueError(f"{where}.{key} must be {name}, got {value!r}")
 
 
+def without(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings, and those nested in them, but for one name."""
+    return {
+        key: without(value, name) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key != name
+    }
+
+
 def _fits(value: Any, hint: Any) -> bool:
     origin = get_origin(hint)
     if origin in (Union, UnionType):

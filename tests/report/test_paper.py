@@ -104,7 +104,9 @@ def test_others_numbers_are_the_digests(digest: str) -> None:
     theirs = []
     for setting, text in cells(digest, "### Others' numbers"):
         for part in text.split(" · "):
-            name, value = re.match(r"(.+?) (\d\d\.\d)", part).groups()  # type: ignore[union-attr]
+            cell = re.match(r"(.+?) (\d\d\.\d)", part)
+            assert cell, part
+            name, value = cell.groups()
             theirs.append((setting.split()[0], name.lower(), float(value)))
     beside = [p for p in PUBLISHED if not p.ours and p.table != "low_data"]
     titles = {value: key for key, value in NAMES.items()}

@@ -1,5 +1,7 @@
 """Weights & Biases, offline: what a run leaves there, and that it is closed whatever happens."""
 
+import http.server
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +93,42 @@ def test_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb.teardown()
 
 
+class Forbidding(http.server.BaseHTTPRequestHandler):
+    """A W&B server that lets nobody write."""
+
+    def do_POST(self) -> None:  # the name that http.server asks for
+        body = b'{"errors": [{"message": "permission denied"}]}'
+        self.send_response(403)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None: ...
+
+
+def test_an_account_without_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the server says is passed on, before anything is trained."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    wandb.teardown()
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with pytest.raises(ValueError, match=r"logger=wandb: .*(403|[Pp]ermission).*logger\.wandb\.entity"):
+        run_here(tmp_path, *PRETRAIN, "logger=wandb", "logger.wandb.timeout=20")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert not (folder / "checkpoints").exists()
+    wandb.teardown()
+    server.shutdown()
+
+
 def test_a_wandb_that_fails_at_the_end_ends_no_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any
 ) -> None:
     class Broken:
-        summary: dict[str, Any] = {}  # noqa: RUF012
+        def __init__(self) -> None:
+            self.summary: dict[str, Any] = {}
 
         def log(self, shown: Any) -> None:
             raise OSError("no room")

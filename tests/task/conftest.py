@@ -15,7 +15,8 @@ from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.task.finetune import run as finetune
-from igpt.task.fit import Machine, Runner
+from igpt.task.fit import Runner
+from igpt.task.machine import Machine
 from igpt.task.pretrain import run as pretrain
 from igpt.task.probe import run as probe
 from igpt.tokens.datamodule import TokenDataModule

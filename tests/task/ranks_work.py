@@ -1,4 +1,4 @@
-"""What two ranks do for `test_ranks.py`: `python -m tests.task.ranks_work FOLDER [deepspeed]` in each."""
+"""What two ranks do for `test_ranks.py`: `python -m tests.task.ranks_work FOLDER [deepspeed | pieces]` in each."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -21,9 +22,11 @@ from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.report.callbacks import SampleGrid
 from igpt.stopping import StoppedError
-from igpt.task import evaluate, fit
-from igpt.task.fit import Machine, Runner
+from igpt.task import evaluate
+from igpt.task import machine as machines
+from igpt.task.fit import Runner
 from igpt.task.guard import NonFiniteLossError
+from igpt.task.machine import Machine
 from igpt.task.sample import draw
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit as fit_palette
@@ -139,7 +142,7 @@ def sharded(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
 def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     """The same run by each of DeepSpeed's stages, on its CPU accelerator; stopped, it is resumed by fsdp and back."""
     found: dict[str, Any] = {}
-    fit.DEEPSPEED_RUNS_ON = ("cpu",)
+    machines.DEEPSPEED_RUNS_ON = ("cpu",)
 
     def term(step: int) -> tuple[Send, ...]:
         return (Send(signal.SIGTERM, step=step),) if rank.index == 1 else ()
@@ -179,8 +182,17 @@ def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     lab.pretrain(place / "whole", on=on_all(micro_batch=25), **TWENTY)
     found["one file"] = raised(ValueError, lab.pretrain, place / "whole", **{**three, "steps": 21})
     lab.pretrain(place / "sharded pieces", **fsdp)
-    fit.DEEPSPEED_RUNS_ON = ("cuda",)
+    machines.DEEPSPEED_RUNS_ON = ("cuda",)
     return found
+
+
+def in_pieces(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
+    """A run in parts that two ranks begin and are stopped in; as many as there are now go on with it."""
+    on = on_all(micro_batch=25, strategy="fsdp", checkpoint_in_pieces=True)
+    term = (Send(signal.SIGTERM, step=6),) if rank.index == 1 and rank.count == 2 else ()
+    if rank.count == 2:
+        return {"stopped": raised(StoppedError, lab.pretrain, place / "pieces", on=on, callbacks=term, **TWENTY)}
+    return {"losses": lab.pretrain(place / "pieces", on=on, **TWENTY).curves["train/loss_gen"].y}
 
 
 def save_in_pieces(run: Path, folder: Path) -> None:
@@ -269,9 +281,9 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
             raise OSError("No space left on device")
         write(self, checkpoint, path)
 
-    AtomicCheckpointIO.write = refuse  # type: ignore[method-assign]  # a disk that is full, for one save
-    lab.pretrain(place / "full disk", on=on_all())
-    AtomicCheckpointIO.write = write  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AtomicCheckpointIO, "write", refuse)  # a disk that is full, for one save
+        lab.pretrain(place / "full disk", on=on_all())
 
     found["streamed"] = streamed(place, rank)
     found["sharded"] = sharded(lab, place, rank)
@@ -289,7 +301,8 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     with ranks.joined(torch.device("cpu")) as rank:
-        found = by_deepspeed(a_lab(), place, rank) if sys.argv[2:] == ["deepspeed"] else work(place, rank)
+        apart = {"deepspeed": by_deepspeed, "pieces": in_pieces}
+        found = apart[sys.argv[2]](a_lab(), place, rank) if sys.argv[2:] else work(place, rank)
         everyone = ranks.gathered(found)
         if rank.first:
             torch.save(everyone, place / "answers.pt")

@@ -18,8 +18,8 @@ from igpt.objective.bert import BERT
 from igpt.report.callbacks import SampleGrid
 from igpt.report.loggers import About
 from igpt.report.loggers import csv as csv_logger
-from igpt.task.fit import matmul_precision
 from igpt.task.guard import NonFiniteLossError
+from igpt.task.machine import matmul_precision
 from igpt.task.optim import warmup_cosine
 from igpt.task.pretrain import check
 from igpt.tokens.palette import Palette

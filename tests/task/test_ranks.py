@@ -23,11 +23,11 @@ from tests.task.conftest import SIZES, Lab, machine
 from tests.task.ranks_work import DEEPSPEED, SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples
 
 
-def two_ranks(place: Path, *part: str) -> Path:
-    """The same folder, after two ranks have done their work in it."""
+def worked(place: Path, *part: str, count: int = 2) -> Path:
+    """The same folder, after so many ranks have done their work in it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        assert run_ranks([sys.executable, "-m", "tests.task.ranks_work", str(place), *part], 2) == 0
+        assert run_ranks([sys.executable, "-m", "tests.task.ranks_work", str(place), *part], count) == 0
     return place
 
 
@@ -38,7 +38,7 @@ def answers_in(place: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return two_ranks(tmp_path_factory.mktemp("ranks"))
+    return worked(tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def answers(place: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def zero_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return two_ranks(tmp_path_factory.mktemp("deepspeed"), "deepspeed")
+    return worked(tmp_path_factory.mktemp("deepspeed"), "deepspeed")
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,15 @@ def test_what_deepspeed_saves_is_what_fsdp_does(zero_place: Path, by_zero: list[
         for name, tensor in theirs.items():
             whole = tensor.read()
             torch.testing.assert_close(other[name].read(), whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_pieces_is_resumed_by_another_number_of_ranks(tmp_path: Path, reference: Any) -> None:
+    """Invariant: begun by two, ended by four, its losses are those of one process."""
+    for answer in answers_in(worked(tmp_path, "pieces")):
+        assert answer["stopped"].startswith("stopped by SIGTERM after step 8")
+    for answer in answers_in(worked(tmp_path, "pieces", count=4)):
+        assert answer["losses"] == pytest.approx(reference.curves["train/loss_gen"].y, rel=1e-5)
 
 
 @pytest.mark.slow

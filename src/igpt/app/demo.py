@@ -23,7 +23,7 @@ from igpt.model.features import NORMS
 from igpt.model.generate import Sampling
 from igpt.report.folder import RunFolder, result_of
 from igpt.task.complete import prompt_rows
-from igpt.task.fit import Machine
+from igpt.task.machine import Machine
 from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)

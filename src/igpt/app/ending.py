@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt import files
-from igpt.app.summary import Summary, draw, headings, summary, table
+from igpt.app.summary import NothingFoundError, Summary, draw, headings, summary, table
 from igpt.metric.result import Number
 from igpt.report.page import Row, Table, comparison_page
 from igpt.report.table import columns
@@ -24,21 +24,15 @@ def side_by_side(place: Path, folders: Sequence[Path], *, metric: str, command: 
     """
     try:
         found = summary(list(dict.fromkeys(folders)), metric)
-    except ValueError as error:
-        log.info("nothing to compare: %s", error)
-        return
-    except Exception:  # as below
-        log.warning("the runs of this sweep could not be compared")
-        log.debug("traceback", exc_info=True)
-        return
-    if sum(row.n for row in found.rows) < 2:
-        return
-    try:
+        if sum(row.n for row in found.rows) < 2:
+            return
         draw(place / PICTURE, found)
         page(place / PAGE, found, command=command)
-        files.write_json(
-            place / ROWS, {"metric": metric, "unit": found.unit, "rows": [_record(row) for row in found.rows]}
-        )
+        record = {"metric": metric, "unit": found.unit, "rows": [_record(row) for row in found.rows]}
+        files.write_json(place / ROWS, record)
+    except NothingFoundError as error:
+        log.info("nothing to compare: %s", error)
+        return
     except Exception:  # whatever it is: the sweep has ended well
         log.warning("the comparison of this sweep could not be written")
         log.debug("traceback", exc_info=True)

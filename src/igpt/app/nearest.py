@@ -16,7 +16,7 @@ from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
 from igpt.probe.features import Dtype, Features, FeatureWriter, read_features
 from igpt.task.features import stored_at
-from igpt.task.fit import Machine
+from igpt.task.machine import Machine
 from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,10 @@ HIGHER = ("share", "dB", "Spearman", "images/s", "tokens/s", "pixels/s")  # more
 MOST = 40  # rows that a picture shows
 
 
+class NothingFoundError(ValueError):
+    """No finished run has the number that was asked for."""
+
+
 @dataclass(frozen=True)
 class Row:
     """Runs that differ in nothing but their seed."""
@@ -57,7 +61,7 @@ def summary(folders: Sequence[Path], metric: str) -> Summary:
     """What the runs in some folders found for `metric`, a key of `numbers` in their result.json, as `val/loss_gen`.
 
     Raises:
-        ValueError: no run of them is finished and has that number; the message says what they have.
+        NothingFoundError: no run of them is finished and has that number; the message says what they have.
     """
     runs, left_out = [], {}
     for folder in folders:
@@ -77,7 +81,7 @@ def summary_of(runs: Sequence[Run], metric: str, left_out: dict[Path, str] | Non
     if not having:
         why = "; ".join(f"{folder.name}: {reason}" for folder, reason in list(left_out.items())[:3])
         there = f"{suggestion(metric, known)}; there are {', '.join(known)}" if known else f" ({why})" if why else ""
-        raise ValueError(f"no finished run has {metric}{there}")
+        raise NothingFoundError(f"no finished run has {metric}{there}")
     groups, repeated = grouped(having)
     left_out |= {older.folder: f"{run.folder.name} is the same run" for older, run in repeated.items()}
     apart = differing([settings_of(group[0]) for group in groups])

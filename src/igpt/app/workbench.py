@@ -17,7 +17,7 @@ from igpt.data.source import plain_pixels
 from igpt.model.generate import Sampling, growing
 from igpt.model.gpt import GPT
 from igpt.task.complete import HIDDEN, prompt_rows
-from igpt.task.fit import Machine
+from igpt.task.machine import Machine
 from igpt.tokens.datamodule import TokenDataModule
 
 MEBIBYTE = 2**20

@@ -22,7 +22,8 @@ from igpt import files, ranks
 from igpt.checkpoint import tensors
 from igpt.checkpoint.resume import checksum_path
 from igpt.checkpoint.tensors import Lazy, State
-from igpt.model.gpt import GPT, put, whole_shape
+from igpt.model.gpt import GPT
+from igpt.model.parts import put, whole_shape
 from igpt.tokens.palette import Palette
 from igpt.tokens.raster import Raster
 

@@ -151,6 +151,14 @@ class Cut:
         return cut
 
 
+def evaluation_crop(data: Mapping[str, Any]) -> Crop:
+    """How a dataset's settings cut an image for evaluation; where they cut none, the largest square in the centre."""
+    data = data["streams"][data["held_out"]] if "held_out" in data else data
+    if "crop" in data:
+        return Cut.of(data["resolution"], data["crop"], data["augment"]).evaluation
+    return Crop(data["resolution"], short_side=None, size=None, filter="bilinear", resize="once", draft=None)
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from igpt import keyed, ranks
+from igpt import keyed
+from igpt.model.parts import put, whole_shape
 
 NORM_EPS = 1e-5  # added to the mean square, inside the root (`model.py:norm`)
 GELU_SLOPE = 1.702  # quick-GELU: x * sigmoid(1.702 x) (`model.py:gelu2`)
@@ -34,29 +34,6 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return F.linear(x, self.weight if scale == 1.0 else self.weight * scale)
-
-
-def put(weight: Tensor, values: Tensor) -> None:
-    """Writes the values of a whole weight into it, or, where it is sharded, into the part that is here.
-
-    Under DeepSpeed's ZeRO 3 every process has to call it; the values are the first one's.
-    """
-    if isinstance(weight, DTensor):
-        mesh, placements = weight.device_mesh, weight.placements
-        weight.copy_(distribute_tensor(values.to(mesh.device_type), mesh, placements, src_data_rank=None))
-    elif hasattr(weight, "ds_shape"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-            if ranks.this_rank().first:
-                weight.copy_(values)
-    else:
-        weight.copy_(values)
-
-
-def whole_shape(weight: Tensor) -> tuple[int, ...]:
-    """A weight's shape, also where DeepSpeed's ZeRO 3 has taken it apart."""
-    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def attention_path(q: Tensor) -> str:

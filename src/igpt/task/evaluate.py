@@ -16,7 +16,8 @@ from igpt.model.head import ClassHead
 from igpt.objective.base import Objective
 from igpt.probe.scores import confusion
 from igpt.task.classify import ClassScore, classes_hash
-from igpt.task.fit import Machine, Runner
+from igpt.task.fit import Runner
+from igpt.task.machine import Machine
 from igpt.task.score import GenerativeScore
 from igpt.tokens.batches import Batch
 from igpt.tokens.datamodule import TokenDataModule

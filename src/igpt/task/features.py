@@ -19,7 +19,8 @@ from igpt.model.gpt import GPT
 from igpt.objective.base import Objective
 from igpt.probe.choice import Images
 from igpt.probe.features import Dtype, Features, FeatureWriter, features_path, read_features
-from igpt.task.fit import Machine, Runner
+from igpt.task.fit import Runner
+from igpt.task.machine import Machine
 from igpt.tokens.batches import Batch
 from igpt.tokens.datamodule import TokenDataModule
 

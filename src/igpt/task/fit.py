@@ -1,257 +1,28 @@
-"""The machine a run uses, and the Trainer calls that all tasks share."""
+"""The Trainer calls that all tasks share."""
 
-import ctypes
-import importlib.util
 import logging
-import os
-import platform
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.data.order import BatchPlan
-from igpt.model.gpt import ATTENTION_PATHS, GPT
-from igpt.ranks import Rank, Ranks, from_first, this_rank
+from igpt.ranks import Ranks, from_first
 from igpt.stopping import StopRequest
+from igpt.task.machine import Machine, matmul_precision
 from igpt.task.strategy import Sharded
-from igpt.task.zero import INSTALL, ZeRO
+from igpt.task.zero import ZeRO
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
-PRECISIONS = get_args(Precision)
-Strategy_ = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_3", "deepspeed_3_offload"]
-DEEPSPEED_RUNS_ON = ("cuda",)  # its CPU accelerator is for tests
-STRATEGIES = get_args(Strategy_)
 IN_PIECES = 2_000_000_000  # weights: above, no process could hold a whole checkpoint
-MATMUL_PRECISIONS = ("auto", "highest", "high", "medium")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """How a run is carried out: all of it may change without changing what is learned, but for rounding.
-
-    Raises:
-        ValueError: a value that is none of those allowed, or an accelerator that is not there.
-    """
-
-    accelerator: str  # auto, cpu or gpu
-    devices: int | Literal["auto"]  # processes on each machine, on one GPU each; auto: however many were started
-    nodes: int  # machines
-    strategy: Strategy_  # of several processes: ddp (each holds all), fsdp or DeepSpeed's stages (each holds a part)
-    checkpoint_in_pieces: bool | Literal["auto"]  # under fsdp: each process writes its part; auto: above IN_PIECES
-    precision: Precision
-    micro_batch: int | None  # images per forward pass on one device; null: batch_size / devices
-    compile: bool  # torch.compile of every block
-    activation_checkpointing: bool
-    attention: str
-    matmul_precision: str
-    num_workers: int | None  # processes that read images; null: on a GPU up to 4, else none beside this one
-    peak_tflops: float | None  # of one device, to state utilisation against
-    plan: bool = False  # only say what the run would take
-    memory_gb: float | None = None  # (plan) of one device; None: of what is here
-    utilisation: float = 0.4  # (plan) the share of the peak that is expected
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "accelerator": ("auto", "cpu", "gpu"),
-            "strategy": STRATEGIES,
-            "precision": PRECISIONS,
-            "attention": ATTENTION_PATHS,
-            "matmul_precision": MATMUL_PRECISIONS,
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"trainer.{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
-        if self.zero_stage and not self.plan:
-            self._check_deepspeed()
-        if self.strategy == "fsdp" and self.rank.count < 2 and not self.plan:
-            raise ValueError(
-                "trainer=fsdp shares a network out over several processes: trainer.devices=auto, or more than 1"
-            )
-        if self.accelerator == "gpu" and not self.plan and not torch.cuda.is_available():
-            raise ValueError("trainer=gpu, but PyTorch sees no GPU here: choose trainer=cpu, or install a CUDA build")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(
-                f"trainer.micro_batch must be at least 1, or null for the whole batch; got {self.micro_batch}"
-            )
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"trainer.num_workers must be at least 0, or null; got {self.num_workers}")
-        if self.plan:
-            return
-        n_local = self.rank.n_local if self.devices == "auto" else self.devices
-        if n_local < 1 or self.nodes < 1:
-            raise ValueError(f"trainer.devices and trainer.nodes start at 1, got {self.devices} and {self.nodes}")
-        if n_local * self.nodes != self.rank.count:
-            raise ValueError(
-                f"trainer.devices={self.devices} × trainer.nodes={self.nodes} asks for {n_local * self.nodes} "
-                f"process(es), started: {self.rank.count}. On one machine `python train.py` starts them itself, on "
-                "several torchrun or srun does, as many as the settings say"
-            )
-        if self.device.type == "cuda" and self.rank.local >= torch.cuda.device_count():
-            raise ValueError(
-                f"{self.rank.n_local} processes on this machine need as many GPUs, there are "
-                f"{torch.cuda.device_count()}: lower trainer.devices, or choose trainer.accelerator=cpu"
-            )
-
-    @property
-    def device(self) -> torch.device:
-        """The device everything runs on: a GPU unless there is none or the CPU was asked for."""
-        on_gpu = self.accelerator != "cpu" and torch.cuda.is_available()
-        return torch.device("cuda", self.rank.local) if on_gpu else torch.device("cpu")
-
-    @property
-    def rank(self) -> Rank:
-        """This process among those that carry the run."""
-        return this_rank()
-
-    @property
-    def readers(self) -> int:
-        """Processes that read images while this one trains."""
-        if self.num_workers is not None:
-            return self.num_workers
-        return min(4, len(os.sched_getaffinity(0))) if self.device.type == "cuda" else 0
-
-    def training_plan(self, batch_size: int) -> BatchPlan:
-        """How `batch_size` images a step are shared out. Raises ValueError when they cannot be."""
-        n = self.rank.count
-        if batch_size % n:
-            raise ValueError(
-                f"task.batch_size {batch_size} cannot be shared by {n} processes: take a multiple of {n}, or another "
-                "trainer.devices"
-            )
-        return BatchPlan(batch_size, self.micro_batch or batch_size // n, n_device=n, rank=self.rank.index)
-
-    def reading_plan(self, batch_size: int) -> BatchPlan:
-        """The same where nothing is learned: `batch_size` images at a time on each device, or fewer for its memory."""
-        size, n = min(batch_size, self.micro_batch or batch_size), self.rank.count
-        return BatchPlan(n * size, size, n_device=n, rank=self.rank.index)
-
-    def prepare(self, net: GPT) -> None:
-        """Applies what concerns the network: attention path, activation checkpointing, compilation."""
-        net.checkpointing = self.activation_checkpointing
-        for block in net.blocks:
-            block.attn.path = self.attention
-            if self.compile:
-                block.compile()
-
-    @property
-    def shards(self) -> bool:
-        """Whether what is trained lies in parts on all processes."""
-        return self.strategy != "ddp"
-
-    @property
-    def zero_stage(self) -> int:
-        """DeepSpeed's stage of what lies in parts: 2 optimiser and gradients, 3 weights, too; 0: not by DeepSpeed."""
-        return int(self.strategy.split("_")[1]) if self.strategy.startswith("deepspeed") else 0
-
-    @property
-    def offload(self) -> bool:
-        """Whether weights and optimiser are kept in the host's memory, not the device's."""
-        return self.strategy.endswith("offload")
-
-    def _check_deepspeed(self) -> None:
-        if importlib.util.find_spec("deepspeed") is None:
-            raise ValueError(INSTALL)
-        if self.device.type not in DEEPSPEED_RUNS_ON:
-            raise ValueError(f"trainer={self.strategy} needs a CUDA GPU, this would run on the CPU: trainer=fsdp does")
-        if self.rank.count < 2:
-            raise ValueError(
-                f"trainer={self.strategy} shares a network out over several processes: trainer.devices=auto, or more "
-                "than 1; on one GPU trainer=gpu with trainer.activation_checkpointing=true takes the most"
-            )
-        if self.precision == "bf16-true" or self.compile:
-            what = "trainer.compile=true" if self.compile else "trainer.precision=bf16-true"
-            raise ValueError(
-                f"trainer={self.strategy} does not go with {what}: DeepSpeed hangs its own hooks on every layer, and "
-                "keeps float32 weights beside bfloat16 ones (bf16-mixed); trainer=fsdp takes both"
-            )
-
-    def made(self, build: Callable[[], GPT], fill: Callable[[GPT], None], mesh: DeviceMesh | None) -> GPT:
-        """The network to train: `build` makes it, `fill` gives it its weights.
-
-        Sharded, it is made without memory, each block and the rest are cut into equal parts, one a process, and only
-        the part that is here is given memory: no process ever holds it whole. Source: PyTorch's FSDP2.
-        """
-        if not self.shards or self.zero_stage:
-            net = build()  # under ZeRO 3, DeepSpeed takes each weight apart as it is made
-            fill(net)
-            self.prepare(net)
-            return net
-        assert mesh is not None
-        with torch.device("meta"):
-            net = build()
-        self.prepare(net)
-        for block in net.blocks:
-            fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(net, mesh=mesh["data_parallel"])
-        for method in ("trunk", "step", "logits"):
-            register_fsdp_forward_method(net, method)
-        net.to_empty(device=self.device)
-        fill(net)
-        return net
-
-    @contextmanager
-    def inference(self, net: GPT) -> Iterator[GPT]:
-        """The network on this machine's device, at its precision, to draw from or to read, while the block lasts."""
-        self.prepare(net)
-        net = net.to(self.device).eval()
-        if self.precision == "bf16-true":
-            net = net.to(torch.bfloat16)
-        with self.autocast():
-            yield net
-
-    def autocast(self) -> torch.autocast:
-        """What makes `bf16-mixed` of a block, in the thread it runs in."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
-
-
-@contextmanager
-def matmul_precision(setting: str, device: torch.device) -> Iterator[None]:
-    """float32 matrix products as `setting` says, while the block lasts.
-
-    `auto` is `medium` on a CPU without AMX: there it only picks oneDNN's kernels, which still compute in float32 and
-    are about twice as fast as the default. Everywhere else, where it would round to bfloat16, `auto` is `highest`.
-    """
-    if setting == "auto":
-        setting = "medium" if device.type == "cpu" and not _has_amx() else "highest"
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _has_amx() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return not cpuinfo.is_file() or "amx_" in cpuinfo.read_text()
-
-
-def hold_memory() -> None:
-    """Keeps freed memory in this process instead of returning it to the system after every step (glibc only).
-
-    The activations of each step are as large as those of the last; asking for them anew costs 2 to 16 % of a step on
-    a CPU (`docs/performance.md`).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 @dataclass(frozen=True)
@@ -348,5 +119,5 @@ class Runner:
         )
         # Lightning's own answer to SIGTERM ends a run with code 0, and talks to other processes from inside the
         # handler. There is no switch for it, so the method is replaced
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # as said
         return trainer

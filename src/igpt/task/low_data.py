@@ -17,7 +17,8 @@ from igpt.probe.choice import Images, chosen, few_folds, fitted, folds_of, searc
 from igpt.probe.features import Dtype
 from igpt.task.classify import check_classes
 from igpt.task.features import Reader
-from igpt.task.fit import Runner, matmul_precision
+from igpt.task.fit import Runner
+from igpt.task.machine import matmul_precision
 from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from igpt.metric.result import Curve, Number
 from igpt.metric.throughput import Meter
-from igpt.model.gpt import whole_shape
-from igpt.task.fit import Machine
+from igpt.model.parts import whole_shape
 from igpt.task.guard import FiniteGuard
+from igpt.task.machine import Machine
 from igpt.tokens.batches import Batch
 
 log = logging.getLogger(__name__)
@@ -175,5 +175,5 @@ def duration(seconds: float) -> str:
     """A time as people say it: 40 s, 12 min, 3.5 h, 2.1 days."""
     for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
     return f"{seconds:.0f} s"

@@ -8,7 +8,7 @@ import torch
 
 from igpt.metric import plan as counted
 from igpt.model.gpt import attention_path
-from igpt.task.fit import Machine
+from igpt.task.machine import Machine
 
 MEMORY = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
 

@@ -22,7 +22,8 @@ from igpt.probe.features import Dtype
 from igpt.probe.scores import accuracy_number, confusion, share_number, top_k
 from igpt.task.classify import check_classes
 from igpt.task.features import Reader
-from igpt.task.fit import Runner, matmul_precision
+from igpt.task.fit import Runner
+from igpt.task.machine import matmul_precision
 from igpt.task.probe_sgd import trained
 from igpt.tokens.datamodule import TokenDataModule
 

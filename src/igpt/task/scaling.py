@@ -18,7 +18,8 @@ from igpt.probe.features import Dtype
 from igpt.task.classify import check_classes
 from igpt.task.evaluate import EvaluateModule
 from igpt.task.features import Reader
-from igpt.task.fit import Runner, matmul_precision
+from igpt.task.fit import Runner
+from igpt.task.machine import matmul_precision
 from igpt.tokens.datamodule import TokenDataModule
 
 HELD_OUT = ("val_fraction", "test_fraction", "split_seed", "splits")  # settings of the data

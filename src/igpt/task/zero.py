@@ -23,7 +23,7 @@ from igpt import ranks
 from igpt.checkpoint import sharded, tensors
 from igpt.checkpoint.tensors import Lazy, State
 from igpt.metric.plan import BUCKET
-from igpt.model.gpt import put, whole_shape
+from igpt.model.parts import put, whole_shape
 from igpt.task.strategy import write_folder
 
 INSTALL = "trainer=deepspeed_… needs DeepSpeed, which is not installed here: pip install deepspeed; or trainer=fsdp"

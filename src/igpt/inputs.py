@@ -1,0 +1,80 @@
+"""The files a run begins from: what is in them, and whether its weights have seen what it holds out."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from igpt import files
+from igpt.checkpoint.find import find
+from igpt.data.shards import named_files
+
+log = logging.getLogger(__name__)
+
+HELD_OUT = ("val_fraction", "test_fraction", "split_seed", "splits", "streaming")  # settings of the data that decide it
+
+
+Sums = dict[str, str | None]  # of each file by the setting that names it; None: there is none
+
+
+def sums(config: Mapping[str, Any], *, init: str | None, found: Sums | None) -> Sums:
+    """What is in the files that decide a run: starting weights, palettes, and (by name and size) images.
+
+    `init`: the hash of the weights it starts from. `found`: those of the runs it compares, for a task that reads runs.
+    """
+    path = config["tokens"].get("path")
+    palette = files.sha256(Path(path)) if path is not None and Path(path).is_file() else None
+    found_out: Sums = {"init": init, "tokens.path": palette}
+    for of, settings in {"data": config["data"], **config["data"].get("streams", {})}.items():
+        images = settings.get("path")
+        if images is not None and Path(images).expanduser().exists():
+            found_out[f"{of}.path"] = files.listing_sha256(Path(images).expanduser())
+        elif images is not None and (named := [Path(file) for file in named_files(images) or ()]):
+            listed = [f"{file} {file.stat().st_size}" for file in named if file.is_file()]
+            found_out[f"{of}.path"] = hashlib.sha256("\n".join(listed).encode()).hexdigest()
+    if found is not None:
+        return found_out | found
+    for run in config["task"].get("runs", []):
+        found_out[f"task.runs {Path(run).name}"] = find(run).sha256
+    for group, key in (("task", "palette"), ("task", "tokens"), ("task", "keep"), ("data", "clusters")):
+        file = config[group].get(key)
+        if file is not None and Path(file).expanduser().is_file():
+            found_out[f"{group}.{key}"] = files.sha256(Path(file).expanduser())
+    for file in config["task"].get("beside", []):
+        found_out[f"task.beside {Path(file).name}"] = files.sha256(Path(file)) if Path(file).is_file() else None
+    return found_out
+
+
+def trained_on(folder: Path) -> dict[str, Any]:
+    """The data settings of the run that trained the weights in a run folder, also where they were imported into it."""
+    for _ in range(10):  # imports of imports
+        record = folder / "run.json"
+        config = files.read_json(record)["config"] if record.is_file() else {"task": {"needs": []}}
+        if "net" in config["task"]["needs"]:
+            data: dict[str, Any] = config["data"]
+            return data
+        if config.get("init") is None:
+            break
+        place = Path(config["init"])
+        folder = next((p for p in (place, *place.parents[:2]) if (p / "run.json").is_file()), place)
+        if folder == place and not (place / "run.json").is_file():
+            break
+    return {}
+
+
+def compare_splits(ours: Mapping[str, Any], run: Path) -> None:
+    """Says so when the run that the weights are of held out other images: they may have been trained on ours.
+
+    `ours`: the data settings of this run.
+    """
+    theirs = trained_on(run)
+    if theirs.get("name") != ours["name"]:
+        return
+    differ = [key for key in HELD_OUT if key in theirs and theirs[key] != ours[key]]
+    other = [f"data.{key} {theirs[key]} ≠ {ours[key]}" for key in differ]
+    if other:
+        log.warning(
+            "%s held out other images than this run does (%s): it may have been trained on what is held out here",
+            run, "; ".join(other),
+        )  # fmt: skip
