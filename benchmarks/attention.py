@@ -1,4 +1,4 @@
-"""Milliseconds of both attention paths, forward and backward, over sequence length: what `attention_path` rests on.
+"""Milliseconds of both attention paths, forward and backward, over sequence length: what `choice.attention` rests on.
 
 python benchmarks/attention.py
 """
@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from igpt.model.gpt import attend
+from igpt.model.attention import attend
 from igpt.task.machine import hold_memory
 
 

@@ -7,8 +7,10 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,72 +42,127 @@ def bandwidth_gib(device: str) -> float:
     return 1 / min(times)
 
 
-def interleaved(rows: Mapping[str, Callable[[], float]], rounds: int, *, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of every row, each round one of each, in turn; the first rounds are a warm-up for all."""
-    times: dict[str, list[float]] = {name: [] for name in rows}
+@dataclass(frozen=True)
+class Limits:
+    """What this machine can do at all: its own large matrix products, in GFLOP/s, and how fast it reads memory."""
+
+    gflops: dict[str, float]  # by the name of a precision, as rows are labelled
+    gib_per_s: float
+
+    def __str__(self) -> str:
+        products = ", ".join(f"{name} {value:,.0f}" for name, value in self.gflops.items())
+        return f"this machine: matrix products {products} GFLOP/s; reads memory at {self.gib_per_s:.1f} GiB/s"
+
+
+def limits(device: str) -> Limits:
+    products = {
+        "fp32": peak_gflops(torch.float32, "highest", device),
+        "fp32+medium": peak_gflops(torch.float32, "medium", device),
+        "bf16": peak_gflops(torch.bfloat16, "highest", device),
+    }
+    return Limits(products, bandwidth_gib(device))
+
+
+@dataclass
+class Timed:
+    """The seconds of a row, round by round, and what it computed last."""
+
+    seconds: list[float] = field(default_factory=list)
+    result: Any = None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> str:
+        return f"{1e3 * min(self.seconds):.1f} – {1e3 * max(self.seconds):.1f}"
+
+
+Run = Callable[[], tuple[float, Any]]  # seconds, result
+
+
+def interleaved(rows: Mapping[str, Run], rounds: int, *, warm_up: int = 1) -> dict[str, Timed]:
+    """Every row, each round one of each, in turn; the first rounds are a warm-up for all."""
+    times = {name: Timed() for name in rows}
     for i in range(rounds + warm_up):
         for name, run in rows.items():
-            seconds = run()
+            seconds, times[name].result = run()
             if i >= warm_up:
-                times[name].append(seconds)
+                times[name].seconds.append(seconds)
     return times
 
 
 class Side:
     """Rows that run in a process of their own, with settings of their own (its memory, its threads), when asked to.
 
-    `make(*arguments)` builds them there: name → a function that returns seconds. A side that waits computes nothing.
+    `make(*arguments)` builds them there. A side that waits computes nothing.
     """
 
-    def __init__(self, make: Callable[..., dict[str, Callable[[], float]]], *arguments: Any) -> None:
+    def __init__(self, make: Callable[..., dict[str, Run]], *arguments: Any) -> None:
         context = mp.get_context("spawn")
         self._here, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
         self._process.start()
+        there.close()
         self.names: list[str] = self._here.recv()
 
-    def rows(self) -> dict[str, Callable[[], float]]:
+    def rows(self) -> dict[str, Run]:
         return {name: functools.partial(self._run, name) for name in self.names}
 
-    def _run(self, name: str) -> float:
+    def _run(self, name: str) -> tuple[float, Any]:
         self._here.send(name)
-        seconds: float = self._here.recv()
-        return seconds
+        answer: tuple[float, Any] = self._here.recv()
+        return answer
 
     def close(self) -> None:
         self._here.send(None)
         self._process.join()
 
 
-def _serve(pipe: Any, make: Callable[..., dict[str, Callable[[], float]]], arguments: tuple[Any, ...]) -> None:
+def _serve(pipe: Any, make: Callable[..., dict[str, Run]], arguments: tuple[Any, ...]) -> None:
     rows = make(*arguments)
     pipe.send(list(rows))
     while (name := pipe.recv()) is not None:
         pipe.send(rows[name]())
 
 
-def timed(run: Callable[[], Any]) -> Callable[[], float]:
-    """What calls something and returns the seconds it took."""
+def timed(run: Callable[[], Any]) -> Run:
+    """What calls something and returns the seconds it took, with a GPU's work done, and what it returned."""
 
-    def call() -> float:
+    def call() -> tuple[float, Any]:
+        _finish()
         start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
+        result = run()
+        _finish()
+        return time.perf_counter() - start, result
 
     return call
 
 
-def table(times: Mapping[str, list[float]], *, unit: Callable[[float], str], against: str) -> list[str]:
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def table(times: Mapping[str, Timed], *, unit: Callable[[float], str], against: str) -> list[str]:
     """A row each: median, smallest, largest, what `unit` makes of the median, how many times faster than `against`."""
-    base = statistics.median(times[against])
-    lines = ["| row | median ms | min – max | | against " + against + " |", "|---|---|---|---|---|"]
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        low, high = 1e3 * min(seconds), 1e3 * max(seconds)
-        lines.append(
-            f"| {name} | {1e3 * median:.1f} | {low:.1f} – {high:.1f} | {unit(median)} | {base / median:.2f}× |"
-        )
+    lines = [f"| row | median ms | min – max | | against {against} |", "|---|---|---|---|---|"]
+    for name, row in times.items():
+        ratio = times[against].median / row.median
+        lines.append(f"| {name} | {1e3 * row.median:.1f} | {row.spread} | {unit(row.median)} | {ratio:.2f}× |")
     return lines
+
+
+def agree(what: str, times: Mapping[str, Timed], within: Callable[[str], float]) -> None:
+    """Stops the benchmark when what a row computed is not what the first row did; `within` a row's own tolerance."""
+    (first, base), *others = times.items()
+    for name, row in others:
+        off, allowed = float((torch.as_tensor(row.result) - torch.as_tensor(base.result)).abs().max()), within(name)
+        if not off <= allowed:
+            raise SystemExit(
+                f"{what} of {name} and of {first} differ by {off:.2g}, more than {allowed:.2g}: no figures"
+            )
 
 
 def about() -> dict[str, Any]:
@@ -125,9 +182,14 @@ def about() -> dict[str, Any]:
 
 
 def write(path: Path | None, report: Mapping[str, Any]) -> None:
-    """The figures as JSON, with `about`, where a path is given."""
+    """The figures as JSON, with `about` and the command, where a path is given; limits and times as they are."""
     if path is not None:
-        path.write_text(json.dumps({**about(), **report}, indent=2))
+        command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        path.write_text(json.dumps({"command": command, **about(), **report}, indent=2, default=_plain) + "\n")
+
+
+def _plain(figure: Any) -> Any:
+    return {"seconds": figure.seconds} if isinstance(figure, Timed) else vars(figure)
 
 
 def _lines(path: str) -> list[str]:

@@ -1,96 +1,86 @@
-"""Unconditional sampling of whole images: this project's decoder against Hugging Face's `generate`, both cached.
+"""Unconditional sampling of whole images: this project's decoders against Hugging Face's `generate`, all cached.
 
     python benchmarks/sampling.py --batch 4 16 64 --rounds 3 --out sampling.json
 
-The same network (its weights are copied), temperature 1 from the full distribution, all 1,024 tokens. Rows take turns.
-`--plain` adds this project's own layer-by-layer step, which the decoder replaces on a CPU.
+The same network and weights, temperature 1 from the full distribution, all tokens of every image; rows take turns.
+Before, all draw greedily: every row must give the same tokens, or there are no figures. `--ways` adds this project's
+slower ways to the one it takes by itself.
 """
 
 import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import machine
 import torch
+from networks import SIZES, hugging_face, our_net
+from torch import Tensor
 
 from igpt import keyed
+from igpt.model import choice
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 
-SIZES = {  # n_layer, n_embd, n_head, n_ctx, n_vocab
-    "a": (12, 256, 8, 1024, 512),
-    "b": (24, 512, 8, 1024, 512),
-    "c": (8, 64, 4, 64, 16),
-}
+GREEDY = 64  # tokens that are compared, of the first two images
 
 
-def our_net(size: str) -> GPT:
-    n_layer, n_embd, n_head, n_ctx, n_vocab = SIZES[size]
-    net = GPT(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal=True)
-    net.init_weights(0)
-    return net.eval()
-
-
-def sampled(net: GPT, batch: int, *, columns: bool = True) -> Callable[[], float]:
+def ours(net: GPT, batch: int, way: str, *, greedy: bool = False) -> Callable[[], Tensor]:
     keys = keyed.item_keys(keyed.key(0, "sample"), torch.arange(batch))
     uniforms = keyed.uniform(keys, net.n_ctx).to(net.wte.device)
-
-    def run() -> float:
-        start = time.perf_counter()
-        generate(net, uniforms, Sampling(1.0, None, None), columns=None if columns else False)
-        return time.perf_counter() - start
-
-    return run
+    sampling = Sampling(1.0, 1 if greedy else None, None)
+    return lambda: generate(net, uniforms, sampling, way=way)
 
 
-def peer(size: str, batch: int, device: str) -> Callable[[], float]:
-    """Hugging Face's model and `generate`, with its key/value cache, as its documentation calls it."""
-    from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+def theirs(net: Any, size: str, batch: int, *, greedy: bool = False) -> Callable[[], Tensor]:
+    """Their `generate` with its key/value cache, as its documentation calls it."""
+    n_ctx, n_vocab = SIZES[size][3:5]
+    start = torch.full((batch, 1), n_vocab, device=net.device)
+    drawing: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
-    n_layer, n_embd, n_head, n_ctx, n_vocab = SIZES[size]
-    config = ImageGPTConfig(
-        vocab_size=n_vocab + 1, n_positions=n_ctx, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
-        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=True,
-    )  # fmt: skip
-    net = ImageGPTForCausalImageModeling(config).eval().to(device)
-    start_tokens = torch.full((batch, 1), n_vocab, device=device)
-
-    def run() -> float:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            net.generate(
-                input_ids=start_tokens, max_length=n_ctx + 1, temperature=1.0, do_sample=True, top_k=0,
-                attention_mask=torch.ones_like(start_tokens), pad_token_id=n_vocab,
-            )  # fmt: skip
-        return time.perf_counter() - start
+    @torch.inference_mode()
+    def run() -> Tensor:
+        images = net.generate(
+            input_ids=start, max_length=n_ctx + 1, attention_mask=torch.ones_like(start), pad_token_id=n_vocab,
+            suppress_tokens=[n_vocab], use_cache=True, **drawing,
+        )  # fmt: skip
+        return images[:, 1:]
 
     return run
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="a")
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--plain", action="store_true", help="our layer-by-layer step, too")
+    parser.add_argument("--ways", nargs="+", choices=choice.DECODING, default=[], help="ours in these ways, too")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = our_net(args.size).to(device)
-    n_layer, n_embd, _, n_ctx, _ = SIZES[args.size]
-    n_weight = sum(p.numel() for p in net.parameters())
-    read = machine.bandwidth_gib(device)
-    report = {"size": args.size, "bandwidth_gib": read, "batches": {}}
-    print(f"{machine.about()}\nread bandwidth {read:.1f} GiB/s")
+    net, peer = our_net(args.size).to(device).eval(), hugging_face(args.size, use_cache=True).to(device).eval()
+    n_layer, n_embd, _, n_ctx, n_vocab, _ = SIZES[args.size]
+    n_weight = sum(p.numel() for p in net.parameters()) - n_vocab * n_embd - n_ctx * n_embd  # tables are looked up
+    limits = machine.limits(device)
+    usual = choice.decoding(net.wte, n_embd=net.n_embd, n_head=net.n_head)
+    ways = {"auto": f"igpt ({usual})"} | {way: f"igpt {way}" for way in args.ways if way != usual}
+
+    same = theirs(peer, args.size, 2, greedy=True)()[:, :GREEDY]
+    for way in ways:
+        if not torch.equal(ours(net, 2, way, greedy=True)()[:, :GREEDY], same):
+            raise SystemExit(f"greedy tokens of {way} and of Hugging Face differ: no figures")
+    print(f"{machine.about()}\n{limits}; the first {GREEDY} greedy tokens of all rows are the same")
+    report: dict[str, Any] = {"size": args.size, "limits": limits, "batches": {}}
     for batch in args.batch:
-        rows = {"igpt": sampled(net, batch), "hf": peer(args.size, batch, device)}
-        if args.plain:
-            rows["igpt layer by layer"] = sampled(net, batch, columns=False)
+        rows = {name: machine.timed(ours(net, batch, way)) for way, name in ways.items()}
+        rows["hf"] = machine.timed(theirs(peer, args.size, batch))
         times = machine.interleaved(rows, args.rounds, warm_up=0)  # a thousand steps warm up by themselves
-        floor = 4 * (n_weight + batch * n_layer * n_ctx * n_embd) / 2**30 / read  # all weights, half of a full cache
-        print(f"\nbatch {batch}: {n_ctx} tokens; reading weights and cache alone takes {1e3 * floor:.2f} ms a step")
+        read = (
+            4 * (n_weight + batch * n_layer * n_ctx * n_embd) / 2**30
+        )  # GiB a step: all weights, half of a full cache
+        floor = read / limits.gib_per_s
+        print(f"\nbatch {batch}, {n_ctx} tokens; reading weights and cache takes {1e3 * floor:.2f} ms a step")
         lines = machine.table(
             times,
             unit=lambda s, b=batch, f=floor: (
@@ -98,9 +88,10 @@ def main() -> None:
             ),
             against="hf",
         )
-        print("\n".join(lines))
-        report["batches"][batch] = {"seconds": times, "floor_ms": 1e3 * floor}
+        print("\n".join(lines), flush=True)
+        report["batches"][batch] = {"rows": times, "floor_ms": 1e3 * floor}
     machine.write(args.out, report)
+    return report
 
 
 if __name__ == "__main__":

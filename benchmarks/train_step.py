@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from plain import PlainGPT
 from torch import Tensor, nn
 
-from igpt.model.gpt import ATTENTION_PATHS, GPT
+from igpt.model import choice
+from igpt.model.gpt import GPT
 from igpt.task.machine import hold_memory
 
 SIZES = {  # n_layer, n_embd, n_head, n_ctx, n_vocab, batch
@@ -150,7 +151,7 @@ def main() -> None:
     parser.add_argument("--no-peer", action="store_true", help="leave Hugging Face out")
     parser.add_argument("--no-plain", action="store_true", help="leave the plain rewrite out")
     parser.add_argument("--hold-peer", action="store_true", help="Hugging Face also with our setting of memory")
-    parser.add_argument("--attention", choices=ATTENTION_PATHS, default="auto", help="of our rows")
+    parser.add_argument("--attention", choices=choice.ATTENTION, default="auto", help="of our rows")
     parser.add_argument("--return-memory", action="store_true", help="give freed memory back, as the C library does")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from igpt.metric.plan import ADAM, held, lines, parameters, plan
-from igpt.model.gpt import GPT, attention_path
+from igpt.model import choice
+from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.task.optim import adam
 
 SMALL = {"n_layer": 3, "n_embd": 96, "n_head": 4, "n_ctx": 144, "n_vocab": 50}
-USUAL: dict[str, Any] = {"strategy": "ddp", "recompute": False, "fused_attention": True, "fused_norm": True}
+USUAL: dict[str, Any] = {"strategy": "ddp", "recompute": False, "scores": 0, "fused_norm": True}
 
 
 def kept_for_backward(network: dict[str, Any], images: int, *, path: str, precision: str, recompute: bool) -> int:
@@ -43,15 +44,15 @@ def kept_for_backward(network: dict[str, Any], images: int, *, path: str, precis
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("path", ["sdpa", "bmm"])
+@pytest.mark.parametrize("path", ["sdpa", "bmm", "blocks"])
 def test_activations(path: str, precision: str, causal: bool) -> None:
     """Independent source: what autograd keeps, within 15 %, at two widths and batches."""
     for changed, images in (({}, 3), ({"n_embd": 64, "n_ctx": 400, "n_layer": 2}, 2)):
         network = {**SMALL, "causal": causal, **changed}
         measured = kept_for_backward(network, images, path=path, precision=precision, recompute=False)
-        counted = held(
-            network, images, precision=precision, recompute=False, fused_attention=path == "sdpa", fused_norm=False
-        )
+        dtype = torch.float32 if precision == "32-true" else torch.bfloat16
+        scores = choice.scores_kept(torch.empty(1, 1, network["n_ctx"], 1, dtype=dtype), path, causal=causal)
+        counted = held(network, images, precision=precision, recompute=False, scores=scores, fused_norm=False)
         assert counted == pytest.approx(measured, rel=0.15)
 
 
@@ -63,7 +64,7 @@ def test_recomputed_activations() -> None:
         kept_for_backward({**network, "n_layer": n}, 3, path="sdpa", precision="32-true", recompute=False)
         for n in (2, 1)
     )
-    counted = held(network, 3, precision="32-true", recompute=True, fused_attention=True, fused_norm=False)
+    counted = held(network, 3, precision="32-true", recompute=True, scores=0, fused_norm=False)
     assert counted == pytest.approx(at_the_end + one - none, rel=0.15)
 
 
@@ -151,6 +152,6 @@ def test_bytes_of_a_weight(strategy: str, weights: float, gradients: float, opti
 
 
 def test_attention_as_it_will_be_computed() -> None:
-    """Invariant: at 1,024 positions the scores are not kept, at 64 on a CPU they are."""
-    for n_ctx, path in ((1024, "sdpa"), (64, "bmm")):
-        assert attention_path(torch.empty(1, 1, n_ctx, 8)) == path
+    """Invariant: at 1,024 positions in float32 the scores are not kept, at fewer on a CPU they are."""
+    for n_ctx, causal, path in ((1024, True, "sdpa"), (512, True, "blocks"), (512, False, "bmm"), (64, True, "bmm")):
+        assert choice.attention(torch.empty(1, 1, n_ctx, 8), causal=causal) == path

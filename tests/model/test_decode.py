@@ -1,49 +1,126 @@
-"""The decoder that works in columns: the layer-by-layer step, but for rounding."""
+"""Drawing one more token: every way is the whole network's forward pass, but for rounding."""
+
+import shutil
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 
-from igpt.model import decode
+from igpt.model import choice, decode, native
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from tests.conftest import small_net
 
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc) is here")
+WAYS = [pytest.param("native", marks=needs_compiler), "columns", "layers"]
 
-@pytest.mark.parametrize("batch", [1, 4, 17])
-def test_logits_are_those_of_the_whole_network(batch: int) -> None:
-    """Invariant: at every position those of a full forward pass, and of `GPT.step`, within 1e-5."""
-    net = small_net(n_ctx=24)
-    tokens = torch.randint(net.n_vocab, (batch, net.n_ctx), generator=torch.Generator().manual_seed(1))
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("batch", "n_embd", "n_head", "n_ctx", "n_vocab"),
+    [(1, 32, 4, 24, 16), (4, 48, 2, 37, 10), (7, 64, 1, 40, 17), (18, 216, 3, 33, 5), (3, 160, 2, 61, 8)],
+)
+def test_logits_are_those_of_the_whole_network(
+    way: str, batch: int, n_embd: int, n_head: int, n_ctx: int, n_vocab: int
+) -> None:
+    """Invariant: at every position those of a forward pass in float64 within 2e-5; heads of 8 to 80, odd counts."""
+    net = GPT(n_layer=3, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal=True)
+    net.init_weights(0)
+    with torch.no_grad():
+        net.wtet.normal_(0, 1 / n_embd**0.5)
+        for block in net.blocks:
+            block.attn.c_attn.weight.mul_(2)  # attention that is not flat
+    tokens = torch.randint(n_vocab, (batch, n_ctx), generator=torch.Generator().manual_seed(1))
+    start = 5
     with torch.inference_mode():
-        whole = net(tokens)
-        plain, columns = net.new_cache(batch), net.new_cache(batch)
-        start = 5
-        for cache in (plain, columns):
-            net.step(tokens[:, :start], cache)
-        for i in range(start, net.n_ctx - 1):
-            new = tokens[:, i : i + 1]
-            theirs, ours = net.step(new, plain), decode.step(net, new, columns)
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-            torch.testing.assert_close(ours, whole[:, i + 1], rtol=0, atol=1e-5)
-    assert columns.length == plain.length == net.n_ctx
+        whole = deepcopy(net).double()(tokens).float()
+        cache = net.new_cache(batch)
+        net.step(tokens[:, :start], cache)
+        step = decode.stepping(net, cache, way)
+        for i in range(start, n_ctx - 1):
+            torch.testing.assert_close(step(tokens[:, i : i + 1]), whole[:, i + 1], rtol=0, atol=2e-5)
 
 
-def test_the_same_images(net: GPT) -> None:
-    """Invariant: token by token, drawn and greedy, with a prompt and without."""
+@needs_compiler
+def test_far_from_zero() -> None:
+    """Invariant: neither scores nor activations that are large overflow what C computes of them."""
+    net = small_net(n_ctx=24)
+    with torch.no_grad():
+        for block in net.blocks:
+            block.attn.c_attn.weight.mul_(30)
+            block.mlp.c_fc.weight.mul_(1000)
+    tokens = torch.randint(net.n_vocab, (4, net.n_ctx), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        whole = deepcopy(net).double()(tokens)
+        cache = net.new_cache(4)
+        net.step(tokens[:, :2], cache)
+        step = decode.stepping(net, cache, "native")
+        for i in range(2, net.n_ctx - 1):
+            torch.testing.assert_close(step(tokens[:, i : i + 1]).double(), whole[:, i + 1], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_images(net: GPT, way: str) -> None:
+    """Invariant: token by token, drawn and greedy, with a prompt and without, those of whole forward passes."""
     uniforms = torch.rand(6, net.n_ctx, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     given = torch.randint(net.n_vocab, (6, net.n_ctx), generator=torch.Generator().manual_seed(1))
     known = torch.arange(net.n_ctx) < 7
     for sampling in (Sampling(1.0, None, None), Sampling(1.0, 1, None)):
         prompts: list[dict[str, torch.Tensor]] = [{}, {"given": given, "known": known}]
         for prompt in prompts:
-            drawn = []
-            for columns in (True, False):
-                drawn.append(generate(net, uniforms, sampling, columns=columns, **prompt))
-            assert torch.equal(*drawn)
+            slow = generate(net, uniforms, sampling, cached=False, **prompt)
+            assert torch.equal(generate(net, uniforms, sampling, way=way, **prompt), slow)
 
 
+@needs_compiler
 def test_when_it_is_chosen(net: GPT) -> None:
-    assert decode.columns_pay(net)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not decode.columns_pay(net)
-    assert not decode.columns_pay(net.to(torch.bfloat16))
+    sizes = {"n_embd": net.n_embd, "n_head": net.n_head}
+    assert choice.decoding(net.wte, **sizes) == "native"
+    assert choice.decoding(net.wte, n_embd=60, n_head=5) == "columns"  # heads of 12, not of eights
+    assert choice.decoding(net.wte.to(torch.bfloat16), **sizes) == "layers"
+    assert choice.decoding(net.wte.to("meta"), **sizes) == "layers"
+
+
+@needs_compiler
+def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round trip: what is compiled is kept, in a folder of the user's own, and taken the next time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    try:
+        assert native.library() is not None
+        (kept,) = (tmp_path / "igpt").iterdir()
+        assert kept.parent.stat().st_mode & 0o077 == 0
+        monkeypatch.setattr(native, "compile_to", None)  # must not be called again
+        native.library.cache_clear()
+        assert native.library() is not None
+    finally:
+        native.library.cache_clear()
+
+
+@pytest.mark.parametrize("compiler", ["nowhere-to-be-found", "false"])
+def test_without_a_compiler(
+    net: GPT, compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Invariant: no compiler, or one that fails, costs speed only, and is said."""
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    caplog.set_level("INFO")
+    native.library.cache_clear()
+    try:
+        assert choice.decoding(net.wte, n_embd=net.n_embd, n_head=net.n_head) == "columns"
+        assert "slower" in caplog.text
+        with pytest.raises(RuntimeError, match="C compiler is needed"):
+            decode.stepping(net, net.new_cache(1), "native")
+    finally:
+        native.library.cache_clear()
+
+
+def test_compiling_pays_where_training_is_long_and_narrow() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    if shutil.which("g++"):
+        assert choice.compiling(cpu, n_embd=64, flops=1e14)
+    assert not choice.compiling(cpu, n_embd=64, flops=1e11)
+    assert not choice.compiling(cpu, n_embd=512, flops=1e14)
+    assert choice.compiling(gpu, n_embd=512, flops=1e17)
+    assert not choice.compiling(gpu, n_embd=512, flops=1e14)

@@ -65,7 +65,7 @@ def test_equal_prompts_are_read_once(net: GPT, tokens: Tensor, monkeypatch: pyte
     read: list[tuple[int, ...]] = []
     step = net.step
     monkeypatch.setattr(net, "step", lambda new, cache: read.append(tuple(new.shape)) or step(new, cache))
-    drawn = generate(net, uniforms(5), PLAIN, given=given, known=known, columns=False)
+    drawn = generate(net, uniforms(5), PLAIN, given=given, known=known, way="layers")
     assert torch.equal(drawn, torch.cat(alone))
     assert read == [(2, 6), *[(5, 1)] * 9]
     assert len({tuple(row) for row in torch.cat(alone).tolist()}) == 5

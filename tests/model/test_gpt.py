@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt.model.gpt import GPT, attend
+from igpt.model.attention import attend
+from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.ar import AR
 from tests.conftest import perturbed, small_net
@@ -196,13 +197,14 @@ def test_attention_paths_agree(causal: bool, n_ctx: int) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n_ctx, 8, generator=generator, requires_grad=True) for _ in range(3))
     results = []
-    for path in ("sdpa", "bmm"):
+    for path in ("sdpa", "bmm", "blocks"):
         out = attend(q, k, v, causal=causal, path=path)
         results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
-    for one, other in zip(*results, strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
-    last = [attend(q[:, :, -1:], k, v, causal=False, path=path) for path in ("sdpa", "bmm")]
-    assert torch.allclose(*last, atol=1e-6)
+    for one, *others in zip(*results, strict=True):
+        for other in others:
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    last = [attend(q[:, :, -1:], k, v, causal=False, path=path) for path in ("sdpa", "bmm", "blocks")]
+    assert all(torch.allclose(last[0], other, atol=1e-6) for other in last[1:])
 
 
 def gradients(net: GPT, tokens: Tensor) -> list[Tensor]:

@@ -67,7 +67,7 @@ def plan(
     strategy: str,
     precision: str,
     recompute: bool,
-    fused_attention: bool,
+    scores: int,
     fused_norm: bool,
     peak_flops: float | None = None,
     utilisation: float = 0.4,
@@ -75,7 +75,8 @@ def plan(
     """The plan of a run: `micro_batch` images a forward pass on each device, `batch_size` a step over all of them.
 
     `strategy`: ddp (all on each device), fsdp, deepspeed_2, deepspeed_3 or deepspeed_3_offload.
-    `fused_attention`: no T × T scores are kept. `fused_norm`: norms keep their input alone, in any precision.
+    `scores`: how many attention keeps of each head of each image, 0 where it is fused. `fused_norm`: norms keep their
+    input alone, in any precision.
     """
     sizes = parameters(network)
     n_layer = network["n_layer"]
@@ -101,7 +102,7 @@ def plan(
         optimiser=optimiser,
         host=in_host,
         activations=held(
-            network, micro_batch, precision=precision, recompute=recompute, fused_attention=fused_attention,
+            network, micro_batch, precision=precision, recompute=recompute, scores=scores,
             fused_norm=fused_norm,
         ),
         working=working,
@@ -123,7 +124,7 @@ def held(
     *,
     precision: str,
     recompute: bool,
-    fused_attention: bool,
+    scores: int,
     fused_norm: bool,
 ) -> float:
     """Bytes that the forward pass of so many images keeps, at the moment it ends (with `recompute`: of the backward
@@ -136,7 +137,7 @@ def held(
     if precision == "bf16-true" and not fused_norm:
         normed = 2 * 2 * WIDE  # each computes in float32, and keeps the input and what it was divided by so
     block = tokens * c * (14 * product + normed)  # two normed inputs, q, k, v, attention's output, 4 + 4 in the MLP
-    block += images * h * t * (WIDE if fused_attention else t * product)
+    block += images * h * (scores * product if scores else t * WIDE)
     block += 8 * c**2 * product  # the MLP's matrices times the constants of quick-GELU
     if precision == "bf16-mixed":
         block += 4 * c**2 * product  # the other matrices, narrowed; autocast keeps them for the backward pass

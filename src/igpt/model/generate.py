@@ -60,7 +60,7 @@ def generate(
     given: Tensor | None = None,
     known: Tensor | None = None,
     cached: bool = True,
-    columns: bool | None = None,
+    way: str = "auto",
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Images drawn from the network: uniforms (B, T) in [0, 1) → tokens (B, T) int64.
@@ -68,13 +68,13 @@ def generate(
     Where `known` (T,) is True the token of `given` (B, T) is taken instead of a drawn one. In raster order that is
     a prompt and what follows is conditioned on it; in another order a known token conditions only what comes later
     in that order. Row i depends on row i of its arguments alone. `on_token` hears which position was drawn.
-    `columns`: tokens one by one through `decode.step` or through the network's own; None: the faster one here.
+    `way`: how one more token is computed (`choice.DECODING`); auto: the fastest here.
     `cached=False` runs a whole forward pass for every token, as OpenAI's sampler does: slow, for tests.
 
     Raises:
         ValueError: a network that is not causal, or arguments whose shapes do not fit.
     """
-    steps = growing(net, uniforms, sampling, given=given, known=known, cached=cached, columns=columns)
+    steps = growing(net, uniforms, sampling, given=given, known=known, cached=cached, way=way)
     tokens, _ = next(steps)
     for _, settled in steps:
         if on_token is not None:
@@ -91,7 +91,7 @@ def growing(
     given: Tensor | None = None,
     known: Tensor | None = None,
     cached: bool = True,
-    columns: bool | None = None,
+    way: str = "auto",
 ) -> Iterator[tuple[Tensor, int]]:
     """The same images while they grow: before the first token is drawn, and after each.
 
@@ -114,18 +114,16 @@ def growing(
         tokens = torch.where(known.to(given.device), given, 0).to(uniforms.device)
     start = shown.index(False) if False in shown else n_ctx  # the leading known run is read in one pass
     yield tokens, start
-    cache: Cache | None = None
-    by_columns = decode.columns_pay(net) if columns is None else columns
+    step: decode.Step | None = None
     for i in range(start, n_ctx):
         with torch.compiler.set_stance("force_eager"):  # positions differ at every step: compiling would not end
             if not cached:
                 logits = net(tokens)[:, i]  # (B, V)
-            elif cache is None:
+            elif step is None:
                 logits, cache = prompted(net, tokens[:, :i])
-            elif by_columns:
-                logits = decode.step(net, tokens[:, i - 1 : i], cache)
+                step = decode.stepping(net, cache, way)
             else:
-                logits = net.step(tokens[:, i - 1 : i], cache)
+                logits = step(tokens[:, i - 1 : i])
         if not shown[i]:
             tokens[:, i] = sampling.draw(logits, uniforms[:, i])
             yield tokens, i + 1

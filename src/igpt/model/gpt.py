@@ -18,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from igpt import keyed
+from igpt.model.attention import attend
 from igpt.model.parts import put, whole_shape
 
 NORM_EPS = 1e-5  # added to the mean square, inside the root (`model.py:norm`)
 GELU_SLOPE = 1.702  # quick-GELU: x * sigmoid(1.702 x) (`model.py:gelu2`)
-ATTENTION_PATHS = ("auto", "sdpa", "bmm")
 
 
 class Linear(nn.Module):
@@ -34,39 +34,6 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return F.linear(x, self.weight if scale == 1.0 else self.weight * scale)
-
-
-def attention_path(q: Tensor) -> str:
-    """The better way for these shapes, (B, H, T, D), on this device; measured in `docs/performance.md`.
-
-    On a CPU, PyTorch's fused kernel is 5 to 19 times slower up to 64 positions in bfloat16 or with the float32 products
-    of oneDNN that training uses; at long ones the T × T scores that `bmm` keeps for the backward pass decide.
-    """
-    return "bmm" if q.device.type == "cpu" and q.shape[2] <= 512 else "sdpa"
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, path: str = "auto") -> Tensor:
-    """Softmax attention of q over k and v: (B, H, T, D), 2 × (B, H, S, D) → (B, H, T, D), scaled by 1/√D.
-
-    With `causal`, position i sees positions 0 … i. This is the one place that chooses how it is computed: `sdpa`
-    (PyTorch's fused kernels) or `bmm` (plain batched products). Source: `model.py:attn`; its -1e10 for masked
-    scores and -inf give the same float32 softmax.
-    """
-    if path == "auto":
-        path = attention_path(q)
-    if path == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    b, h, t, d = q.shape
-    s = k.shape[2]
-    q, k, v = q.reshape(b * h, t, d), k.reshape(b * h, s, d), v.reshape(b * h, s, d)
-    scale = 1 / math.sqrt(d)
-    mask = torch.full((t, s), -math.inf, dtype=q.dtype, device=q.device).triu(1) if causal else None
-    if mask is not None and not torch.compiler.is_compiling():
-        scores = torch.baddbmm(mask, q, k.mT, alpha=scale)  # (B·H, T, S)
-    else:  # what the compiler fuses with the softmax
-        scores = torch.bmm(q, k.mT) * scale
-        scores = scores if mask is None else scores + mask
-    return torch.bmm(scores.softmax(-1), v).view(b, h, t, d)
 
 
 @dataclass

@@ -77,7 +77,7 @@ class FinetuneModule(TrainedModule):
             self.weights.load_into(self.net)
         self.head = ClassHead(n_embd=self.net.n_embd, n_class=self.n_class)
         ranks.check_same("weights to begin with", {"digest": ranks.digest(self.net)})
-        self.machine.prepare(self.net)
+        self.machine.prepare(self.net, flops=self.flops_here)
         if self.gen == 0:
             self.net.wtet.requires_grad_(False)  # only L_GEN reads it
 

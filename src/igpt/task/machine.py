@@ -7,7 +7,6 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -15,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from igpt.data.order import BatchPlan
-from igpt.model.gpt import ATTENTION_PATHS, GPT
+from igpt.model import choice
+from igpt.model.gpt import GPT
 from igpt.ranks import Rank, this_rank
 from igpt.task.zero import INSTALL
 
@@ -24,7 +24,6 @@ PRECISIONS = get_args(Precision)
 Strategy_ = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_3", "deepspeed_3_offload"]
 DEEPSPEED_RUNS_ON = ("cuda",)  # its CPU accelerator is for tests
 STRATEGIES = get_args(Strategy_)
-MATMUL_PRECISIONS = ("auto", "highest", "high", "medium")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Machine:
     checkpoint_in_pieces: bool | Literal["auto"]  # under fsdp: each process writes its part; auto: where it is large
     precision: Precision
     micro_batch: int | None  # images per forward pass on one device; null: batch_size / devices
-    compile: bool  # torch.compile of every block
+    compile: bool | Literal["auto"]  # torch.compile of every block; auto: where training is long enough to gain
     activation_checkpointing: bool
     attention: str
     matmul_precision: str
@@ -57,12 +56,14 @@ class Machine:
             "accelerator": ("auto", "cpu", "gpu"),
             "strategy": STRATEGIES,
             "precision": PRECISIONS,
-            "attention": ATTENTION_PATHS,
-            "matmul_precision": MATMUL_PRECISIONS,
+            "attention": choice.ATTENTION,
+            "matmul_precision": choice.PRODUCTS,
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"trainer.{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
+        if self.compile not in (True, False, "auto"):
+            raise ValueError(f"trainer.compile must be auto, true or false, got {self.compile!r}")
         if self.zero_stage and not self.plan:
             self._check_deepspeed()
         if self.strategy == "fsdp" and self.rank.count < 2 and not self.plan:
@@ -127,12 +128,18 @@ class Machine:
         size, n = min(batch_size, self.micro_batch or batch_size), self.rank.count
         return BatchPlan(n * size, size, n_device=n, rank=self.rank.index)
 
-    def prepare(self, net: GPT) -> None:
-        """Applies what concerns the network: attention path, activation checkpointing, compilation."""
+    def prepare(self, net: GPT, *, flops: float = 0.0) -> None:
+        """Applies what concerns the network: attention path, activation checkpointing, compilation.
+
+        `flops`: of the training that is to come, on each device.
+        """
+        compiled = self.compile
+        if compiled == "auto":
+            compiled = not self.zero_stage and choice.compiling(self.device, n_embd=net.n_embd, flops=flops)
         net.checkpointing = self.activation_checkpointing
         for block in net.blocks:
             block.attn.path = self.attention
-            if self.compile:
+            if compiled:
                 block.compile()
 
     @property
@@ -160,15 +167,17 @@ class Machine:
                 f"trainer={self.strategy} shares a network out over several processes: trainer.devices=auto, or more "
                 "than 1; on one GPU trainer=gpu with trainer.activation_checkpointing=true takes the most"
             )
-        if self.precision == "bf16-true" or self.compile:
-            what = "trainer.compile=true" if self.compile else "trainer.precision=bf16-true"
+        if self.precision == "bf16-true" or self.compile is True:
+            what = "trainer.compile=true" if self.compile is True else "trainer.precision=bf16-true"
             raise ValueError(
                 f"trainer={self.strategy} does not go with {what}: DeepSpeed hangs its own hooks on every layer, and "
                 "keeps float32 weights beside bfloat16 ones (bf16-mixed); trainer=fsdp takes both"
             )
 
-    def made(self, build: Callable[[], GPT], fill: Callable[[GPT], None], mesh: DeviceMesh | None) -> GPT:
-        """The network to train: `build` makes it, `fill` gives it its weights.
+    def made(
+        self, build: Callable[[], GPT], fill: Callable[[GPT], None], mesh: DeviceMesh | None, *, flops: float
+    ) -> GPT:
+        """The network to train: `build` makes it, `fill` gives it its weights; `flops` as `prepare`.
 
         Sharded, it is made without memory, each block and the rest are cut into equal parts, one a process, and only
         the part that is here is given memory: no process ever holds it whole. Source: PyTorch's FSDP2.
@@ -176,12 +185,12 @@ class Machine:
         if not self.shards or self.zero_stage:
             net = build()  # under ZeRO 3, DeepSpeed takes each weight apart as it is made
             fill(net)
-            self.prepare(net)
+            self.prepare(net, flops=flops)
             return net
         assert mesh is not None
         with torch.device("meta"):
             net = build()
-        self.prepare(net)
+        self.prepare(net, flops=flops)
         for block in net.blocks:
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(net, mesh=mesh["data_parallel"])
@@ -210,22 +219,16 @@ class Machine:
 def matmul_precision(setting: str, device: torch.device) -> Iterator[None]:
     """float32 matrix products as `setting` says, while the block lasts.
 
-    `auto` is `medium` on a CPU without AMX: there it only picks oneDNN's kernels, which still compute in float32 and
-    are about twice as fast as the default. Everywhere else, where it would round to bfloat16, `auto` is `highest`.
+    `auto`: `choice.products`.
     """
     if setting == "auto":
-        setting = "medium" if device.type == "cpu" and not _has_amx() else "highest"
+        setting = choice.products(device)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _has_amx() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return not cpuinfo.is_file() or "amx_" in cpuinfo.read_text()
 
 
 def hold_memory() -> None:

@@ -41,6 +41,11 @@ class TrainedModule(L.LightningModule):
         self._step: dict[str, Tensor] = {}  # of the passes of this optimiser step, so far
         self._passes = 0
 
+    @property
+    def flops_here(self) -> float:
+        """Operations of the whole training on each device."""
+        return self.steps * self.batch_size * self.flops_per_image / self.machine.rank.count
+
     def tally(self, loss: Tensor, figures: Mapping[str, Tensor]) -> Tensor:
         """Adds one pass: the loss that is minimised, and the figures (scalars) to be shown; returns the loss."""
         passes = self.trainer.accumulate_grad_batches

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from igpt.metric import plan as counted
-from igpt.model.gpt import attention_path
+from igpt.model import choice
 from igpt.task.machine import Machine
 
 MEMORY = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
@@ -30,9 +30,6 @@ def planned(machine: Machine, network: Mapping[str, Any], *, batch_size: int, st
     micro_batch = machine.micro_batch or per_device
     if per_device % micro_batch:
         raise ValueError(f"trainer.micro_batch {micro_batch} does not divide the {per_device} images of a device")
-    path = machine.attention
-    if path == "auto":
-        path = attention_path(torch.empty(1, 1, network["n_ctx"], 1)) if on_cpu else "sdpa"
     found = counted.plan(
         network,
         batch_size=batch_size,
@@ -42,12 +39,21 @@ def planned(machine: Machine, network: Mapping[str, Any], *, batch_size: int, st
         strategy=machine.strategy if devices > 1 or machine.zero_stage else "ddp",
         precision=machine.precision,
         recompute=machine.activation_checkpointing,
-        fused_attention=path == "sdpa",
+        scores=_scores(machine, network, on_cpu),
         fused_norm=not on_cpu,
         peak_flops=None if machine.peak_tflops is None else machine.peak_tflops * 1e12,
         utilisation=machine.utilisation,
     )
     return counted.lines(found, memory=_memory(machine, on_cpu, devices))
+
+
+def _scores(machine: Machine, network: Mapping[str, Any], on_cpu: bool) -> int:
+    """Attention scores that each head of each image keeps for the backward pass."""
+    dtype = torch.float32 if machine.precision == "32-true" else torch.bfloat16
+    q, path, causal = torch.empty(1, 1, network["n_ctx"], 1, dtype=dtype), machine.attention, bool(network["causal"])
+    if path == "auto":
+        path = choice.attention(q, causal=causal) if on_cpu else "sdpa"
+    return choice.scores_kept(q, path, causal=causal)
 
 
 def _memory(machine: Machine, on_cpu: bool, devices: int) -> float | None:

@@ -58,7 +58,8 @@ class PretrainModule(TrainedModule):
     def configure_model(self) -> None:
         if self.net is not None:
             return
-        self.net = self.machine.made(self.build_net, self._fill, getattr(self, "_device_mesh", None))
+        mesh = getattr(self, "_device_mesh", None)
+        self.net = self.machine.made(self.build_net, self._fill, mesh, flops=self.flops_here)
         if not self.machine.shards:
             ranks.check_same("weights to begin with", {"digest": ranks.digest(self.net)})
 

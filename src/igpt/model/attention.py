@@ -1,0 +1,90 @@
+"""Softmax attention in three ways that agree but for rounding; `choice.attention` says which is used.
+
+Sizes: B images, H heads, T queries, S keys, D the size of a head. Source: `model.py:attn`; its -1e10 for masked scores
+and -inf give the same float32 softmax.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from igpt.model import choice
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, path: str = "auto") -> Tensor:
+    """Softmax attention of q over k and v: (B, H, T, D), 2 × (B, H, S, D) → (B, H, T, D), scaled by 1/√D.
+
+    With `causal`, position i sees positions 0 … i. `path` is how: `sdpa` (PyTorch's fused kernels), `bmm` (batched
+    products), `blocks` (such products, of what causal attention sees; elsewhere as `bmm`), or `auto`.
+    """
+    if path == "auto":
+        path = choice.attention(q, causal=causal)
+    if path == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    b, h, t, d = q.shape
+    q, k, v = q.reshape(b * h, t, d), k.reshape(b * h, -1, d), v.reshape(b * h, -1, d)
+    if path == "blocks" and causal:
+        out: Tensor = _CausalBlocks.apply(q, k, v)  # type: ignore[no-untyped-call]  # PyTorch has no type for it
+        return out.view(b, h, t, d)
+    return _in_one_piece(q, k, v, causal=causal).view(b, h, t, d)
+
+
+def _in_one_piece(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """All scores at once: (B·H, T, D), 2 × (B·H, S, D) → (B·H, T, D)."""
+    scale = 1 / math.sqrt(q.shape[-1])
+    mask = _future(q.shape[1], q, k.shape[1]) if causal else None
+    if mask is not None and not torch.compiler.is_compiling():
+        scores = torch.baddbmm(mask, q, k.mT, alpha=scale)  # (B·H, T, S)
+    else:  # what the compiler fuses with the softmax
+        scores = torch.bmm(q, k.mT) * scale
+        scores = scores if mask is None else scores + mask
+    return torch.bmm(scores.softmax(-1), v)
+
+
+def _future(t: int, like: Tensor, s: int | None = None) -> Tensor:
+    """-∞ where a query would look at what comes after it, (t, s), else 0."""
+    return torch.full((t, s or t), -math.inf, dtype=like.dtype, device=like.device).triu(1)
+
+
+class _CausalBlocks(torch.autograd.Function):
+    """Some queries at a time against the keys that they see, which on the whole are little more than half.
+
+    Products of plain matrices, where CPUs are at their best. The softmax is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        t, size = q.shape[1], choice.block(q)
+        scale = 1 / math.sqrt(q.shape[-1])
+        out, kept = torch.empty_like(v), []
+        with torch.autocast(q.device.type, enabled=False):
+            for start in range(0, t, size):
+                end = min(start + size, t)
+                scores = torch.bmm(q[:, start:end], k[:, :end].mT).mul_(scale)  # (B·H, end - start, end)
+                scores[:, :, start:].add_(_future(end - start, q))
+                p = scores.softmax(-1)
+                out[:, start:end] = torch.bmm(p, v[:, :end])
+                kept.append(p)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.size, ctx.scale = size, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, *kept = ctx.saved_tensors
+        d_out = d_out.contiguous()
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for block, p in reversed(list(enumerate(kept))):
+            start, end = block * ctx.size, p.shape[2]
+            along = d_out[:, start:end]
+            dv[:, :end] += torch.bmm(p.mT, along)
+            dp = torch.bmm(along, v[:, :end].mT)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dk[:, :end] += torch.bmm(ds.mT, q[:, start:end])
+            dq[:, start:end] = torch.bmm(ds, k[:, :end])
+        return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv

@@ -1,0 +1,91 @@
+"""Which way of computing is the fastest, by shape and device: every such choice of this project, in one place.
+
+The ways of each choice agree but for rounding (tests compare them), and every choice can be overridden by a setting.
+What they rest on is measured in `docs/performance.md`.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from igpt.model import native
+
+ATTENTION = ("auto", "sdpa", "blocks", "bmm")  # trainer.attention
+PRODUCTS = ("auto", "highest", "high", "medium")  # trainer.matmul_precision
+DECODING = ("native", "columns", "layers")  # generate(way=)
+
+SHORT = 128  # positions: one block
+LONG = 512  # positions: beyond, scores that are kept in float32 cost more memory than they save time
+BLOCK = {torch.float32: 128, torch.bfloat16: 256}  # queries
+NARROW = 128  # width
+WAIT = {
+    "cpu": (4e10, 300.0),
+    "cuda": (1e14, 120.0),
+}  # FLOP/s a step reaches at least there, seconds worth compiling for
+
+
+def attention(q: Tensor, *, causal: bool) -> str:
+    """How softmax attention of these shapes, (B, H, T, D), is computed: `sdpa` (fused), `blocks` or `bmm` (products).
+
+    On a CPU, PyTorch's fused kernel is 5 to 19 times slower up to 64 positions in bfloat16 or with the float32 products
+    of oneDNN that training uses, and in bfloat16 slower than `blocks` at any length that was measured. Products keep
+    the scores for the backward pass: where those are many, in float32 or with all T × T of them, `sdpa` goes without.
+    """
+    if q.device.type != "cpu":
+        return "sdpa"
+    t = q.shape[2]
+    if causal and t > SHORT:
+        return "blocks" if t <= LONG or q.dtype == torch.bfloat16 else "sdpa"
+    return "bmm" if t <= LONG else "sdpa"
+
+
+def block(q: Tensor) -> int:
+    """Queries that `blocks` takes at a time."""
+    return BLOCK.get(q.dtype, SHORT)
+
+
+def scores_kept(q: Tensor, path: str, *, causal: bool) -> int:
+    """Scores that attention of these shapes keeps for the backward pass, of one head of one image."""
+    t, size = q.shape[2], block(q)
+    if path == "blocks" and causal:
+        return sum((min(start + size, t) - start) * min(start + size, t) for start in range(0, t, size))
+    return 0 if path == "sdpa" else t * t
+
+
+def products(device: torch.device) -> str:
+    """How float32 matrices are multiplied (`torch.set_float32_matmul_precision`): the fastest that computes in float32.
+
+    `medium` on a CPU without AMX only picks oneDNN's kernels, up to twice as fast as the default. Everywhere else it
+    would round to bfloat16.
+    """
+    return "medium" if device.type == "cpu" and not _has_amx() else "highest"
+
+
+def compiling(device: torch.device, *, n_embd: int, flops: float) -> bool:
+    """Whether compiling blocks pays in a training that takes `flops` operations on each device.
+
+    On a CPU narrow networks gain a fifth to a third, being bound by what lies between the products, and wide ones
+    nothing; on a GPU all do.
+    """
+    if device.type == "cpu" and (n_embd > NARROW or shutil.which(os.environ.get("CXX") or "g++") is None):
+        return False
+    rate, seconds = WAIT.get(device.type, WAIT["cpu"])
+    return flops > rate * seconds
+
+
+def decoding(weight: Tensor, *, n_embd: int, n_head: int) -> str:
+    """How a network with this input embedding draws tokens: `native` (C), `columns` (PyTorch alone) or `layers`."""
+    whole = not isinstance(weight, DTensor) and not hasattr(weight, "ds_shape")
+    if not whole or weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return "layers"
+    fits = n_embd % n_head == 0 and n_embd // n_head % native.VECTOR == 0
+    return "native" if fits and native.library() is not None else "columns"
+
+
+def _has_amx() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return not cpuinfo.is_file() or "amx_" in cpuinfo.read_text()
