@@ -7,9 +7,9 @@ operations say, from the first row of each table on.
 """
 
 import argparse
-import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import machine
 import torch
@@ -19,27 +19,32 @@ from igpt.metric.throughput import train_flops_per_image
 from igpt.model.gpt import GPT
 from igpt.task.machine import hold_memory
 
-LENGTHS = (256, 512, 1024, 2048, 4096)
-WIDTHS = (128, 256, 512, 1024)
+LENGTHS = [256, 512, 1024, 2048, 4096]
+WIDTHS = [128, 256, 512, 1024]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=4096, help="of a batch")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="at width 256")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="at 1,024 tokens")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hold_memory()
-    print(machine.about())
-    report = {}
+    limits = machine.limits(device)
+    label = "fp32+medium" if device == "cpu" else "fp32"
+    print(f"{machine.about()}\n{limits}; rows are {label}")
+    report: dict[str, Any] = {"limits": limits}
     for title, shapes in (
-        ("length at width 256", [(n, 256) for n in LENGTHS]),
-        ("width at 1,024 tokens", [(1024, n) for n in WIDTHS]),
+        ("length at width 256", [(n, 256) for n in args.lengths]),
+        ("width at 1,024 tokens", [(1024, n) for n in args.widths]),
     ):
-        rows: dict[str, Callable[[], float]] = {}
+        rows: dict[str, machine.Run] = {}
         flops: dict[str, float] = {}
+        counts: dict[str, int] = {}
         for n_ctx, width in shapes:
             batch = max(1, args.tokens // n_ctx)
             sizes = {"n_layer": args.layers, "n_embd": width, "n_ctx": n_ctx, "n_vocab": 512, "causal": True}
@@ -47,22 +52,22 @@ def main() -> None:
             net.init_weights(0)
             tokens = torch.randint(512, (batch, n_ctx), device=device)
             name = f"{n_ctx} tokens, width {width}"
-            step = step_of(net, tokens, False, "medium" if device == "cpu" else "highest")
-            rows[name] = lambda step=step, n=batch * n_ctx: step() / 1e3 / n  # seconds a token
+            rows[name], counts[name] = step_of(net, tokens, label), batch * n_ctx
             flops[name] = train_flops_per_image(**sizes) / n_ctx
         times = machine.interleaved(rows, args.rounds)
         first = next(iter(rows))
-        base = statistics.median(times[first])
-        print(f"\n{title}\n| | tokens/s | min – max | expected | GFLOP a token |\n|---|---|---|---|---|")
-        for name, seconds in times.items():
-            median = statistics.median(seconds)
+        base = times[first].median / counts[first]
+        print(f"\n{title}\n| | tokens/s | min – max | expected | of the peak |\n|---|---|---|---|---|")
+        report[title] = {}
+        for name, row in times.items():
+            n = counts[name]
             expected = flops[first] / flops[name] / base
-            low, high = 1 / max(seconds), 1 / min(seconds)
-            print(
-                f"| {name} | {1 / median:,.0f} | {low:,.0f} – {high:,.0f} | {expected:,.0f} | {flops[name] / 1e9:.3f} |"
-            )
-        report[title] = {name: {"seconds_a_token": s, "flops_a_token": flops[name]} for name, s in times.items()}
+            share = flops[name] * n / row.median / 1e9 / limits.gflops[label]
+            speeds = f"{n / row.median:,.0f} | {n / max(row.seconds):,.0f} – {n / min(row.seconds):,.0f}"
+            print(f"| {name} | {speeds} | {expected:,.0f} | {share:.2f} |", flush=True)
+            report[title][name] = {"seconds": row.seconds, "tokens": n, "flops_a_token": flops[name], "of_peak": share}
     machine.write(args.out, report)
+    return report
 
 
 if __name__ == "__main__":

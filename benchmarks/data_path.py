@@ -1,6 +1,11 @@
-"""Images per second from photographs and pixels to tokens, and what each faster way changes.
+"""Images per second from photographs and pixels to tokens on the device, and what each faster way changes.
 
-python benchmarks/data_path.py --photos FOLDER --cifar FILE        JPEGs at any depth; CIFAR-10 as parquet
+    python benchmarks/data_path.py --photos FOLDER --cifar FILE --out data.json
+
+FOLDER holds JPEGs at any depth, FILE is CIFAR-10 as parquet.
+
+At the end what arrives is held against what training consumes (`--size`, at this device's best setting): below 1 the
+device would wait for images.
 """
 
 import argparse
@@ -9,18 +14,22 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import PIL
 import pyarrow.parquet as pq
 import torch
+from networks import SIZES, our_net, token_ids
 from PIL import Image
 from torch.utils.data import DataLoader
+from train_step import step_of
 
 from igpt.data.crop import FILTERS, Crop, Resize
+from igpt.task.machine import hold_memory
 from igpt.tokens import lookup
 from igpt.tokens.kmeans import fit
 from igpt.tokens.lookup import Encoder
@@ -63,10 +72,11 @@ def ways(resolution: int) -> dict[str, Callable[[bytes, int], np.ndarray]]:
     }
 
 
-def crops(photos: list[bytes], rounds: int) -> None:
+def crops(photos: list[bytes], rounds: int) -> dict[str, float]:
     """Decode + crop + resize on one core, ways in turn; difference in grey levels against the plain way."""
     print("\n| R | way | images/s | min – max | root mean square difference | contrast of neighbours |")
     print("|---|---|---|---|---|---|")
+    rates: dict[str, float] = {}
     for resolution in (32, 48, 64):
         made, speeds = {}, {name: [] for name in ways(resolution)}
         for _ in range(rounds):
@@ -82,9 +92,11 @@ def crops(photos: list[bytes], rounds: int) -> None:
             speed = speeds[name]
             rate = f"{statistics.median(speed):,.0f} | {min(speed):,.0f} – {max(speed):,.0f}"
             print(f"| {resolution} | {name} | {rate} | {difference:.2f} | {change:+.1%} |", flush=True)
+            rates[f"{resolution}, {name}"] = statistics.median(speed)
+    return rates
 
 
-def encoding(pixels: np.ndarray, rounds: int) -> None:
+def encoding(pixels: np.ndarray, rounds: int) -> dict[str, float]:
     """Tokens of (N, R, R, 3) uint8 images with 512 fitted colours, on all cores."""
     palette = fit(pixels.reshape(-1, 3)[:250_000], k=K, iterations=20, restarts=1, seed=0)
     images, n = torch.from_numpy(pixels), len(pixels)
@@ -111,6 +123,11 @@ def encoding(pixels: np.ndarray, rounds: int) -> None:
         f"distinct colours {statistics.median(unique):,.0f} images/s, table {statistics.median(table):,.0f} images/s"
     )
     print(f"{rates}, the table built in {statistics.median(build):.2f} s")
+    return {
+        "distinct colours": statistics.median(unique),
+        "table": statistics.median(table),
+        "s to build it": min(build),
+    }
 
 
 class Photographs(torch.utils.data.Dataset[torch.Tensor]):
@@ -127,35 +144,62 @@ class Photographs(torch.utils.data.Dataset[torch.Tensor]):
         return torch.from_numpy(np.stack([self.crop(self.photos[key % len(self.photos)], key) for key in keys]))
 
 
-def loading(photos: list[bytes]) -> None:
-    """Batches of 128 as a training loop gets them, by number of workers."""
-    print("\n| workers | images/s at R = 32 (default way) |\n|---|---|")
+def loading(photos: list[bytes], workers: Sequence[int], size: str, device: str) -> dict[str, float]:
+    """Batches of 128 tokens on the device, as a training loop gets them, by number of workers; what training takes."""
+    takes = appetite(size, device)
+    print(f"\ntraining of size {size} takes {takes:,.1f} images/s on this {device}")
+    print("| workers | images/s at R = 32, as tokens on the device | of what training takes |\n|---|---|---|")
     crop = Crop(resolution=32, resize="twice", draft=3, filter="bilinear", **PAPER)
-    for workers in (0, 1, 2):
-        start = time.perf_counter()
-        n = sum(len(b) for b in DataLoader(Photographs(photos, crop), batch_size=None, num_workers=workers))
-        print(f"| {workers} | {n / (time.perf_counter() - start):,.0f} |", flush=True)
+    palette = fit(np.stack([crop(data, 0) for data in photos[:64]]), k=K, iterations=5, restarts=1, seed=0)
+    encoder, rates = Encoder(palette, None), {"takes": takes}
+    for count in workers:
+        start, n = time.perf_counter(), 0
+        pinned = device == "cuda"
+        for batch in DataLoader(Photographs(photos, crop), batch_size=None, num_workers=count, pin_memory=pinned):
+            n += len(encoder(batch.to(device, non_blocking=True)))
+        rates[f"{count} workers"] = rate = n / (time.perf_counter() - start)
+        print(f"| {count} | {rate:,.0f} | {rate / takes:,.1f}× |", flush=True)
+    return rates
 
 
-def main() -> None:
+def appetite(size: str, device: str) -> float:
+    """Images/s of a training step alone, at this device's best setting."""
+    hold_memory()
+    net = our_net(size, compiled=device == "cuda").to(device)
+    run = step_of(net, token_ids(size, device), "bf16")
+    run()
+    seconds, _ = run()
+    return SIZES[size][-1] / seconds
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--cifar", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--size", choices=sorted(SIZES), help="training of this takes what is loaded; a GPU: s")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     files = [path for path in sorted(args.photos.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
     photos = [path.read_bytes() for path in files]
     sizes = np.array([Image.open(io.BytesIO(data)).size for data in photos])
     print(f"{len(photos)} photographs, median {np.median(sizes, axis=0).astype(int).tolist()} pixels, "
           f"{np.mean([len(p) for p in photos]) / 1024:.0f} kB; Pillow {PIL.__version__}, torch {torch.__version__}, "
           f"{len(os.sched_getaffinity(0))} cores")  # fmt: skip
-    crops(photos, args.rounds)
-    loading(photos)
+    report = {"crops": crops(photos, args.rounds)}
+    report["loading"] = loading(photos, args.workers, args.size or ("s" if device == "cuda" else "a"), device)
     crop = Crop(resolution=32, resize="once", draft=None, filter="bilinear", **PAPER)
-    encoding(np.stack([crop(data, key) for key in range(2) for data in photos])[:1000], args.rounds)
+    report["encoding photographs"] = encoding(
+        np.stack([crop(data, key) for key in range(2) for data in photos])[:1000], args.rounds
+    )
     if args.cifar:
         cells = pq.read_table(args.cifar, columns=["image"]).slice(0, 1000).column("image").to_pylist()
-        encoding(np.stack([np.asarray(Image.open(io.BytesIO(cell["bytes"]))) for cell in cells]), args.rounds)
+        pixels = np.stack([np.asarray(Image.open(io.BytesIO(cell["bytes"]))) for cell in cells])
+        report["encoding CIFAR-10"] = encoding(pixels, args.rounds)
+    machine.write(args.out, report)
+    return report
 
 
 if __name__ == "__main__":

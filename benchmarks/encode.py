@@ -7,15 +7,15 @@ tie); where the peer's differ, that and by how little is printed. k-means: 1 M p
 """
 
 import argparse
-import json
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import machine
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from torch import Tensor
 
 from igpt.data.images import Images
 from igpt.tokens.kmeans import fit
@@ -49,97 +49,98 @@ def pixels_of(path: str, n: int, cache: Path) -> np.ndarray:
     return split.read(range(min(n, len(split))), [0] * min(n, len(split))).pixels
 
 
-def peer(palette: Palette, pixels: np.ndarray, *, resize: bool) -> tuple[Callable[[], float], list[np.ndarray]]:
+def peer(palette: Palette, pixels: np.ndarray, *, resize: bool) -> Callable[[], np.ndarray]:
     """Hugging Face's image processor; `resize`: as shipped, which resizes 32×32 to 32×32."""
     from transformers import ImageGPTImageProcessor
 
+    size = {"height": pixels.shape[1], "width": pixels.shape[2]}
     made = ImageGPTImageProcessor(
-        clusters=palette.centres.tolist(), size={"height": 32, "width": 32}, do_resize=resize, do_color_quantize=True
+        clusters=palette.centres.tolist(), size=size, do_resize=resize, do_color_quantize=True
     )
-    images, last = list(pixels), [np.empty(0)]
-
-    def run() -> float:
-        start = time.perf_counter()
-        last[0] = np.asarray(made(images, return_tensors="np")["input_ids"])
-        return time.perf_counter() - start
-
-    return run, last
+    images = list(pixels)
+    return lambda: np.asarray(made(images, return_tensors="np")["input_ids"])
 
 
-def encoding(pixels: np.ndarray, palette: Palette, cache: Path, rounds: int) -> dict[str, list[float]]:
+def encoding(pixels: np.ndarray, palette: Palette, cache: Path, rounds: int) -> dict[str, machine.Timed]:
+    """Rows in turn. Ours must be the exact ids; how many of theirs are not, and by how little, is printed."""
     batch = torch.from_numpy(pixels)
     exact = palette.encode(batch)
     without, with_table = Encoder(palette, None), Encoder(palette, cache)
     with_table._make(with_table.path)  # on disk, as after two million distinct colours
-    hf, hf_ids = peer(palette, pixels, resize=True)
-    fast, fast_ids = peer(palette, pixels, resize=False)
 
-    def once_a_colour() -> None:
+    def once_a_colour() -> Tensor:
         without.computed = 0  # it would change over to the table
-        assert torch.equal(without(batch), exact)
+        return without(batch)
 
-    def by_table() -> None:
-        assert torch.equal(with_table(batch), exact)
-
-    rows = {
-        "hf as shipped": hf, "hf without its resize": fast,
-        "igpt, each colour once": machine.timed(once_a_colour), "igpt, table on disk": machine.timed(by_table),
-    }  # fmt: skip
-    times = machine.interleaved(rows, rounds)
-    for name, ids in (("as shipped", hf_ids[0]), ("without its resize", fast_ids[0])):
-        theirs = torch.from_numpy(ids.reshape(exact.shape).astype(np.int64))
-        differ = theirs != exact
-        points = batch.double() / 127.5 - 1
-        centres = torch.from_numpy(palette.centres).double()
-        further = (points[differ] - centres[theirs[differ]]).square().sum(-1)
+    rows: dict[str, Callable[[], Any]] = {
+        "hf as shipped": peer(palette, pixels, resize=True),
+        "hf without its resize": peer(palette, pixels, resize=False),
+        "igpt, each colour once": once_a_colour,
+        "igpt, table on disk": lambda: with_table(batch),
+    }
+    times = machine.interleaved({name: machine.timed(run) for name, run in rows.items()}, rounds)
+    points, centres = batch.double() / 127.5 - 1, torch.from_numpy(palette.centres).double()
+    for name, row in times.items():
+        ids = torch.as_tensor(row.result).reshape(exact.shape).to(exact.dtype)
+        differ = ids != exact
+        if name.startswith("igpt") and differ.any():
+            raise SystemExit(f"{name}: {int(differ.sum())} ids are not the exact ones: no figures")
+        further = (points[differ] - centres[ids[differ]]).square().sum(-1)
         nearest = (points[differ] - centres[exact[differ]]).square().sum(-1)
         worst = float((further - nearest).max()) if differ.any() else 0.0
-        print(
-            f"hf {name}: {int(differ.sum())} of {differ.numel():,} ids are not the exact ones, by {worst:.1e} at most"
-        )
+        print(f"{name}: {int(differ.sum())} of {differ.numel():,} ids are not the exact ones, by {worst:.1e} at most")
+        row.result = None
     print("\n".join(machine.table(times, unit=lambda s: f"{len(pixels) / s:,.0f} images/s", against="hf as shipped")))
     return times
 
 
-def clustering(pixels: np.ndarray, rounds: int) -> dict[str, list[float]]:
-    """Whole fits to the same inertia: scikit-learn's on raw pixels, and ours, given no fewer iterations."""
-    flat = pixels.reshape(-1, 3)[:1_000_000]
+def clustering(pixels: np.ndarray, k: int, n: int, rounds: int) -> dict[str, machine.Timed]:
+    """Whole fits, at most 60 iterations each: scikit-learn's on raw pixels, ours on distinct colours with weights.
+
+    The result of a row is its inertia: the sum of squared distances of all pixels to their nearest colour.
+    """
+    flat = pixels.reshape(-1, 3)[:n]
     points = (flat / 127.5 - 1).astype(np.float32)
-    reached: dict[str, float] = {}
 
     def inertia(centres: np.ndarray) -> float:
-        distances = Palette(centres.astype(np.float32))
-        nearest = distances.encode(torch.from_numpy(flat)).numpy()
-        return float(((points - centres[nearest]) ** 2).sum())
+        palette = Palette(np.clip(centres, -1, 1).astype(np.float32))
+        nearest = palette.encode(torch.from_numpy(flat)).numpy()
+        return float(((points - palette.centres[nearest]) ** 2).sum())
 
-    def sklearn_raw() -> None:
-        found = KMeans(512, n_init=1, max_iter=60, random_state=0).fit(points)
-        reached["scikit-learn, raw pixels"] = inertia(np.clip(found.cluster_centers_, -1, 1))
-
-    def our_fit() -> None:
-        reached["igpt, distinct colours"] = inertia(fit(flat, k=512, iterations=60, restarts=1, seed=0).centres)
-
-    rows = {"scikit-learn, raw pixels": sklearn_raw, "igpt, distinct colours": our_fit}
+    rows: dict[str, Callable[[], np.ndarray]] = {
+        "scikit-learn, raw pixels": lambda: (
+            KMeans(k, n_init=1, max_iter=60, random_state=0).fit(points).cluster_centers_
+        ),
+        "igpt, distinct colours": lambda: fit(flat, k=k, iterations=60, restarts=1, seed=0).centres,
+    }
     times = machine.interleaved({name: machine.timed(run) for name, run in rows.items()}, rounds, warm_up=0)
-    lines = machine.table(times, unit=lambda s: f"{s:.2f} s", against="scikit-learn, raw pixels")
-    print(f"\nk-means, {len(flat):,} pixels, {len(np.unique(flat, axis=0)):,} colours; inertia {json.dumps(reached)}")
-    print("\n".join(lines))
+    for row in times.values():
+        row.result = inertia(row.result)
+    print(f"\nk-means, {len(flat):,} pixels, {len(np.unique(flat, axis=0)):,} colours, k {k}")
+    print("\n".join(machine.table(times, unit=lambda s: f"{s:.2f} s", against="scikit-learn, raw pixels")))
+    print("inertia: " + ", ".join(f"{name} {row.result:,.1f}" for name, row in times.items()), flush=True)
     return times
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="a folder of images, or of parquet files")
+    parser.add_argument("--count", type=int, default=1000, help="images")
+    parser.add_argument("--colours", type=int, default=512)
+    parser.add_argument("--pixels", type=int, default=1_000_000, help="of the k-means fit")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=Path(".cache"))
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print(machine.about())
-    pixels = pixels_of(args.images, 1000, args.cache)
-    palette = fit(pixels, k=512, iterations=20, restarts=1, seed=0)
+    pixels = pixels_of(args.images, args.count, args.cache)
+    palette = fit(pixels, k=args.colours, iterations=20, restarts=1, seed=0)
     times = encoding(pixels, palette, args.cache, args.rounds)
-    fits = clustering(pixels, args.rounds)
-    machine.write(args.out, {"encoding": times, "kmeans": fits})
+    fits = clustering(pixels, args.colours, args.pixels, args.rounds)
+    inertia = {name: row.result for name, row in fits.items()}
+    report = {"encoding": times, "kmeans": fits, "inertia": inertia}
+    machine.write(args.out, report)
+    return report
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from igpt.model import choice, decode, native
+from igpt.model import choice, decode, graphs, native
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from tests.conftest import small_net
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc) is here")
-WAYS = [pytest.param("native", marks=needs_compiler), "columns", "layers"]
+WAYS = [pytest.param("native", marks=needs_compiler), "columns", "graphs", "layers"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -71,6 +71,37 @@ def test_the_same_images(net: GPT, way: str) -> None:
         for prompt in prompts:
             slow = generate(net, uniforms, sampling, cached=False, **prompt)
             assert torch.equal(generate(net, uniforms, sampling, way=way, **prompt), slow)
+
+
+@pytest.mark.parametrize("n_ctx", [24, 300])
+def test_a_recorded_step_goes_on_from_span_to_span(n_ctx: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: the step that a GPU records, here not recorded, follows the network; bfloat16 as far as it can."""
+    monkeypatch.setattr(graphs, "SPAN", 10)
+    net = small_net(n_ctx=n_ctx)
+    tokens = torch.randint(net.n_vocab, (3, n_ctx), generator=torch.Generator().manual_seed(1))
+    for mixed in (False, True):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            whole, cache = net(tokens).float(), net.new_cache(3)
+            net.step(tokens[:, :4], cache)
+            step = graphs.Recorded(net, cache)
+            for i in range(4, n_ctx - 1):
+                off = (step(tokens[:, i : i + 1]).float() - whole[:, i + 1]).abs().max()
+                assert off < (0.05 * whole.abs().max() if mixed else 1e-5)
+
+
+def test_a_recorded_step_that_is_off_is_not_used(
+    net: GPT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Invariant: where the first logits differ from the network's own, the network goes on by itself."""
+    tokens = torch.randint(net.n_vocab, (2, net.n_ctx))
+    monkeypatch.setattr(graphs, "NORM_EPS", 1.0)
+    with torch.inference_mode():
+        whole, cache = net(tokens), net.new_cache(2)
+        net.step(tokens[:, :0], cache)
+        step = decode.stepping(net, cache, "graphs")
+        for i in range(net.n_ctx - 1):
+            torch.testing.assert_close(step(tokens[:, i : i + 1]), whole[:, i + 1], rtol=0, atol=1e-5)
+    assert "a recorded step is not used" in caplog.text
 
 
 @needs_compiler

@@ -122,6 +122,7 @@ class Lab:
         settings: dict[str, Any] = {
             "steps": 8,
             "batch_size": 100,
+            "optimizer": "adam",
             "learning_rate": 0.01,
             "beta1": 0.9,
             "beta2": 0.95,

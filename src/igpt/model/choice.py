@@ -16,7 +16,7 @@ from igpt.model import native
 
 ATTENTION = ("auto", "sdpa", "blocks", "bmm")  # trainer.attention
 PRODUCTS = ("auto", "highest", "high", "medium")  # trainer.matmul_precision
-DECODING = ("native", "columns", "layers")  # generate(way=)
+DECODING = ("native", "columns", "graphs", "layers")  # generate(way=)
 
 SHORT = 128  # positions: one block
 LONG = 512  # positions: beyond, scores that are kept in float32 cost more memory than they save time
@@ -78,8 +78,10 @@ def compiling(device: torch.device, *, n_embd: int, flops: float) -> bool:
 
 
 def decoding(weight: Tensor, *, n_embd: int, n_head: int) -> str:
-    """How a network with this input embedding draws tokens: `native` (C), `columns` (PyTorch alone) or `layers`."""
+    """How a network with this input embedding draws tokens: `native` (C) or `columns` on a CPU, `graphs`, `layers`."""
     whole = not isinstance(weight, DTensor) and not hasattr(weight, "ds_shape")
+    if whole and weight.device.type == "cuda":
+        return "graphs"
     if not whole or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return "layers"
     fits = n_embd % n_head == 0 and n_embd // n_head % native.VECTOR == 0

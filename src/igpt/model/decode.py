@@ -1,4 +1,4 @@
-"""One more token for a batch of images, in three ways that agree but for rounding; `choice.py` says which is used.
+"""One more token for a batch of images, in four ways that agree but for rounding; `choice.py` says which is used.
 
 A step reads every weight and every cached key and value once and computes little with each, so that reading them is
 what takes time: a network's own layers, made for whole images, take four times as long as that (`docs/performance.md`).
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from igpt.model import choice, native
 from igpt.model.gpt import GELU_SLOPE, GPT, NORM_EPS, Cache
+from igpt.model.graphs import recorded
 from igpt.model.native import VECTOR
 
 Step = Callable[[Tensor], Tensor]  # one new token each, (B, 1) → logits (B, V) of the next position
@@ -23,7 +24,9 @@ def stepping(net: GPT, cache: Cache, way: str = "auto") -> Step:
     """What computes the next tokens from here on, in one of `choice.DECODING`, or the fastest."""
     if way == "auto":
         way = choice.decoding(net.wte, n_embd=net.n_embd, n_head=net.n_head)
-    ways: dict[str, Callable[[GPT, Cache], Step]] = {"native": natively, "columns": by_columns, "layers": by_layers}
+    ways: dict[str, Callable[[GPT, Cache], Step]] = {
+        "native": natively, "columns": by_columns, "graphs": recorded, "layers": by_layers
+    }  # fmt: skip
     return ways[way](net, cache)
 
 

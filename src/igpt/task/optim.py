@@ -1,11 +1,15 @@
-"""The paper's optimiser and schedule."""
+"""The paper's optimiser and schedule, and a later optimiser beside it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import Adam
+from torch.optim import Adam, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+OPTIMIZERS = ("adam", "muon")
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
@@ -26,7 +30,41 @@ def adam(
     return Adam(parameters, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
 
 
-def scheduled(optimizer: Adam, *, warmup_steps: int, steps: int) -> LambdaLR:
+class MuonAdam(Optimizer):
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, Adam for all else: `task.optimizer=muon`.
+
+    PyTorch's own of both, as one optimiser with one learning rate: Muon's steps are scaled to the size of Adam's, so
+    that a rate found for Adam serves (Liu et al. 2025, "Muon is scalable for LLM training"). It keeps one moment of a
+    matrix where Adam keeps two. Matrices must be whole.
+    """
+
+    def __init__(
+        self, net: nn.Module, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float
+    ) -> None:
+        named = list(net.named_parameters())
+        matrices = [weight for name, weight in named if ".h." in f".{name}" and weight.ndim == 2]
+        chosen = {id(weight) for weight in matrices}
+        self._muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        others = [weight for _, weight in named if id(weight) not in chosen]
+        self._adam = adam(others, learning_rate=learning_rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay)
+        super().__init__([*self._muon.param_groups, *self._adam.param_groups], {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of both; what a closure returns."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for part, groups in ((self._muon, self.param_groups[:1]), (self._adam, self.param_groups[1:])):
+            part.state, part.param_groups = self.state, groups  # a checkpoint puts others in their place
+            step: Callable[[], Any] = part.step
+            step()
+        return loss
+
+
+def optimizer_of(name: str, net: nn.Module, **settings: float) -> Optimizer:
+    """One of `OPTIMIZERS`, of all weights."""
+    return MuonAdam(net, **settings) if name == "muon" else adam(net.parameters(), **settings)
+
+
+def scheduled(optimizer: Optimizer, *, warmup_steps: int, steps: int) -> LambdaLR:
     """`warmup_cosine` of the optimiser's rate."""
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup_steps, steps=steps))
 

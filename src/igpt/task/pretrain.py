@@ -19,7 +19,7 @@ from igpt.stopping import StopRequest
 from igpt.task.checkpoints import Checkpoints
 from igpt.task.fit import Runner
 from igpt.task.module import TrainedModule
-from igpt.task.optim import adam, check_schedule, scheduled
+from igpt.task.optim import OPTIMIZERS, check_schedule, optimizer_of, scheduled
 from igpt.task.score import GenerativeScore
 from igpt.task.zero import let_go, whole_state
 from igpt.tokens.batches import Batch
@@ -36,6 +36,7 @@ class PretrainModule(TrainedModule):
         *,
         net: Callable[[], GPT],
         objective: Objective,
+        optimizer_name: str,
         optimizer: dict[str, float],
         warmup_steps: int,
         seed: int,
@@ -46,7 +47,8 @@ class PretrainModule(TrainedModule):
     ) -> None:
         super().__init__(**shared)
         self.build_net, self.objective = net, objective
-        self.optimizer, self.warmup_steps, self.seed = optimizer, warmup_steps, seed
+        self.optimizer_name, self.optimizer = optimizer_name, optimizer
+        self.warmup_steps, self.seed = warmup_steps, seed
         self.weights, self.origin = weights, origin
         self.n_val = n_val  # images to validate on
         network = shape_of(origin(step=0).network)
@@ -76,7 +78,8 @@ class PretrainModule(TrainedModule):
             self.weights.load_into(net)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = adam(self.parameters(), **self.optimizer)
+        assert self.net is not None
+        optimizer = optimizer_of(self.optimizer_name, self.net, **self.optimizer)
         schedule = scheduled(optimizer, warmup_steps=self.warmup_steps, steps=self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -118,6 +121,7 @@ def check(
     log_every: int,
     checkpoint_every: int,
     checkpoint_keep: int,
+    optimizer: str = "adam",
     **_: Any,
 ) -> None:
     """Raises ValueError when a setting of the task cannot be right, before anything is built."""
@@ -131,6 +135,8 @@ def check(
     for name, value in from_one.items():
         if value < 1:
             raise ValueError(f"task.{name} must be at least 1, got {value}")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"task.optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     if val_every < 0:
         raise ValueError(f"task.val_every must be at least 0 (only at the end), got {val_every}")
     check_schedule(learning_rate=learning_rate, warmup_steps=warmup_steps, steps=steps)
@@ -153,6 +159,7 @@ def run(
     seed: int,
     steps: int,
     batch_size: int,
+    optimizer: str,
     learning_rate: float,
     beta1: float,
     beta2: float,
@@ -164,6 +171,11 @@ def run(
     checkpoint_keep: int,
 ) -> Result:
     """Trains a network and leaves `model/` and `checkpoints/` in the run folder. Lengths are in optimiser steps."""
+    if runner.machine.shards and optimizer == "muon":
+        raise ValueError(
+            f"task.optimizer=muon works on whole matrices, trainer={runner.machine.strategy} takes them apart: choose "
+            "task.optimizer=adam, or trainer=ddp"
+        )
     plan = runner.machine.training_plan(batch_size)
     data = tokens(plan=plan)
     n_val = len(data.source.split("val"))
@@ -176,6 +188,7 @@ def run(
         net=net,
         objective=objective,
         machine=runner.machine,
+        optimizer_name=optimizer,
         optimizer={
             "learning_rate": learning_rate,
             "beta1": beta1,

@@ -1,0 +1,135 @@
+"""One more token on a GPU: the whole step is recorded as a CUDA graph and replayed, so that the GPU never waits for
+Python to ask for the next of some hundred small kernels."""
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igpt.model.gpt import GELU_SLOPE, GPT, NORM_EPS, Cache
+
+log = logging.getLogger(__name__)
+
+SPAN = 128  # positions: a graph is recorded for every so many, and reads as many keys as its last one sees
+
+
+class Recorded:
+    """A network's next step with every shape fixed: (B, 1) new tokens → logits (B, V).
+
+    Where autocast is on, weights and cache are narrowed once instead of at every step. On a CPU the same step runs
+    without being recorded, so that tests can look at it. The cache is taken over.
+    """
+
+    def __init__(self, net: GPT, cache: Cache) -> None:
+        device = net.wte.device
+        mixed = torch.is_autocast_enabled(device.type)
+        self.dtype = torch.get_autocast_dtype(device.type) if mixed else net.wte.dtype
+        self.net, self.now = net, cache.length
+        self.keys = [keys.to(self.dtype) for keys in cache.keys]  # (B, H, n_ctx, D)
+        self.values = [values.to(self.dtype) for values in cache.values]
+        for unwritten in (*self.keys, *self.values):  # masked; but what lies there by chance may not be a number
+            unwritten[:, :, self.now :] = 0
+        self.weights = [
+            [self._narrow(weight) for weight in
+             (block.attn.c_attn.weight, block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight)]
+            for block in net.blocks
+        ]  # fmt: skip
+        self.head = self._narrow(net.wtet)
+        self.tokens = torch.zeros(self.keys[0].shape[0], dtype=torch.int64, device=device)
+        self.position = torch.tensor([self.now], device=device)
+        self.mask = torch.zeros(net.n_ctx, dtype=self.dtype, device=device)  # 0 for what is seen
+        self.mask[self.now :] = -math.inf
+        self.logits = torch.empty(0)
+        self._replay: Callable[[], None] = lambda: None
+        self._end = 0  # positions the recorded step reads
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        assert tokens.shape[1] == 1, "one new token for each image"
+        assert self.now < self.net.n_ctx, "the cache is full"
+        self.tokens.copy_(tokens[:, 0])
+        with torch.autocast(self.head.device.type, enabled=False):
+            if self.now >= self._end:
+                self._end = min(self.net.n_ctx, (self.now // SPAN + 1) * SPAN)
+                self._record()
+            self._replay()
+        self.now += 1
+        return self.logits
+
+    def _narrow(self, weight: Tensor) -> Tensor:
+        return weight.detach().to(self.dtype)
+
+    def _record(self) -> None:
+        if self._pool is None:
+            self._replay = self._step
+            return
+        position, mask = self.position.clone(), self.mask.clone()
+        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # PyTorch has no type for it
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # what kernels allocate at their first call must not be recorded
+            for _ in range(2):
+                self._step()
+        torch.cuda.current_stream().wait_stream(beside)
+        self.position.copy_(position)  # the keys it wrote are written again
+        self.mask.copy_(mask)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._step()
+        self._replay = graph.replay
+
+    def _step(self) -> None:
+        """The step at `position`, which moves on by itself: recorded, nothing here is decided again."""
+        net, end = self.net, self._end
+        b, c, h = len(self.tokens), net.n_embd, net.n_head
+        self.mask.index_fill_(0, self.position, 0.0)
+        x = F.embedding(self.tokens, net.wte) + net.wpe.index_select(0, self.position)  # (B, C)
+        layers = zip(net.blocks, self.weights, self.keys, self.values, strict=True)
+        for block, (c_attn, c_proj, c_fc, out), keys, values in layers:
+            qkv = F.linear(self._normed(x, block.ln_1.g), c_attn).view(b, 3, h, 1, c // h)
+            q, k, v = qkv.unbind(1)  # (B, H, 1, D)
+            keys.index_copy_(2, self.position, k)
+            values.index_copy_(2, self.position, v)
+            scores = torch.matmul(q, keys[:, :, :end].mT) * (c // h) ** -0.5 + self.mask[:end]  # (B, H, 1, end)
+            seen = torch.matmul(scores.softmax(-1, dtype=torch.float32).to(self.dtype), values[:, :, :end])
+            x = x + F.linear(seen.reshape(b, c), c_proj)
+            wide = F.linear(self._normed(x, block.ln_2.g), c_fc)
+            x = x + F.linear(wide * torch.sigmoid(GELU_SLOPE * wide), out)
+        self.logits = F.linear(self._normed(x, net.ln_f.g), self.head)
+        self.position.add_(1).clamp_(max=net.n_ctx - 1)
+
+    def _normed(self, x: Tensor, g: Tensor) -> Tensor:
+        return F.rms_norm(x, g.shape, g, NORM_EPS).to(self.dtype)
+
+
+def recorded(net: GPT, cache: Cache) -> Callable[[Tensor], Tensor]:
+    """`Recorded`, once its first logits have been found to be the network's own; else the network's own step."""
+    step: Callable[[Tensor], Tensor]
+
+    def first(tokens: Tensor) -> Tensor:
+        nonlocal step
+        now = cache.length
+        expected = net.step(tokens, cache)
+        cache.length = now
+        try:
+            replayed = Recorded(net, cache)
+            logits = replayed(tokens)
+            off = float((logits.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-3))
+            if not off < (5e-2 if replayed.dtype == torch.bfloat16 else 1e-3):
+                raise RuntimeError(f"logits differ by {off:.1%}")
+        except RuntimeError as error:
+            log.warning("a recorded step is not used, tokens are drawn more slowly: %s", error)
+            cache.length, step = now, slowly
+            return slowly(tokens)  # once more: what was recorded has written to the same cache
+        cache.keys.clear()
+        cache.values.clear()
+        step = replayed
+        return logits
+
+    def slowly(tokens: Tensor) -> Tensor:
+        return net.step(tokens, cache)
+
+    step = first
+    return lambda tokens: step(tokens)
