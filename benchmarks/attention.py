@@ -1,51 +1,67 @@
-"""Milliseconds of both attention paths, forward and backward, over sequence length: what `choice.attention` rests on.
+"""Milliseconds of every way of attention, forward and backward, over sequence length: what `choice.attention` rests on.
 
-python benchmarks/attention.py
+    python benchmarks/attention.py --out attention.json
+
+Causal, (B, 4, T, D) with 8,192 positions at every length. Ways take turns; outputs must agree.
 """
 
 import argparse
-import statistics
-import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import machine
 import torch
 
 from igpt.model.attention import attend
 from igpt.task.machine import hold_memory
 
+WAYS = ("sdpa", "blocks", "bmm")
+PRECISIONS = ("fp32", "fp32+medium", "bf16")
 
-def milliseconds(path: str, t: int, d: int, dtype: torch.dtype, device: str, rounds: int) -> float:
-    """Median over rounds; the batch shrinks as T grows, so that all lengths have 8,192 positions of 4 heads."""
+
+def rows(t: int, d: int, precision: str, device: str) -> dict[str, machine.Run]:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    generator = torch.Generator(device).manual_seed(0)
     shape = (max(1, 8192 // t), 4, t, d)
-    q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
-    times = []
-    for i in range(rounds + 2):
-        start = time.perf_counter()
-        attend(q, k, v, causal=True, path=path).sum().backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if i >= 2:
-            times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    q, k, v, along = (torch.randn(shape, dtype=dtype, device=device, generator=generator) for _ in range(4))
+    for given in (q, k, v):
+        given.requires_grad_()
+
+    def both(way: str) -> torch.Tensor:
+        out = attend(q, k, v, causal=True, path=way)
+        out.backward(along)
+        return out.detach().float()
+
+    return {way: machine.timed(lambda way=way: both(way)) for way in WAYS}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    args = parser.parse_args()
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--heads", type=int, nargs="+", default=[16, 32, 64], help="sizes of a head")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hold_memory()
-    print(f"{device}, torch {torch.__version__}; sdpa / bmm in ms")
-    print("| T | " + " | ".join(f"{p} D={d}" for p in ("fp32", "fp32+medium", "bf16") for d in (16, 32, 64)) + " |")
-    print("|---" * 10 + "|")
-    for t in (32, 64, 128, 256, 512, 1024):
+    print(f"{machine.about()}\n{' / '.join(WAYS)} in ms")
+    print("| T | " + " | ".join(f"{p} D={d}" for p in PRECISIONS for d in args.heads) + " |")
+    print("|---" * (1 + len(PRECISIONS) * len(args.heads)) + "|")
+    report: dict[str, Any] = {"shapes": []}
+    for t in args.lengths:
         cells = []
-        for precision in ("fp32", "fp32+medium", "bf16"):
+        for precision in PRECISIONS:
             torch.set_float32_matmul_precision("medium" if "medium" in precision else "highest")
-            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            for d in (16, 32, 64):
-                ms = [milliseconds(path, t, d, dtype, device, args.rounds) for path in ("sdpa", "bmm")]
-                cells.append(f"{ms[0]:.1f} / {ms[1]:.1f}")
+            for d in args.heads:
+                times = machine.interleaved(rows(t, d, precision, device), args.rounds, warm_up=2)
+                machine.agree("the output", times, lambda _, p=precision: 5e-2 if p == "bf16" else 1e-4)
+                cells.append(" / ".join(f"{1e3 * row.median:.1f}" for row in times.values()))
+                report["shapes"].append({"t": t, "d": d, "precision": precision, "rows": times})
         print(f"| {t} | " + " | ".join(cells) + " |", flush=True)
+    torch.set_float32_matmul_precision("highest")
+    machine.write(args.out, report)
+    return report
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def table(times: Mapping[str, Timed], *, unit: Callable[[float], str], against: 
     return lines
 
 
-def agree(what: str, times: Mapping[str, Timed], within: Callable[[str], float]) -> None:
+def agree(what: str, times: Mapping[str, Timed], within: Callable[[str], Any]) -> None:
     """Stops the benchmark when what a row computed is not what the first row did; `within` a row's own tolerance."""
     (first, base), *others = times.items()
     for name, row in others:

@@ -93,7 +93,7 @@ def test_memory() -> None:
     import memory  # type: ignore[import-not-found]  # as machine
 
     rows = [memory.main(["--size", "tiny", "--row", row]) for row in memory.ROWS if row != "igpt compiled"]
-    assert all(figures["loss"] == pytest.approx(rows[0]["loss"], abs=1e-4) for figures in rows)
+    assert all(figures["losses"] == pytest.approx(rows[0]["losses"], abs=1e-4) for figures in rows)
     assert all(figures["peak_gib"] > 0.1 for figures in rows)
 
 
@@ -104,6 +104,15 @@ def test_sampling(capsys: pytest.CaptureFixture[str]) -> None:
     report = sampling.main(["--size", "tiny", "--batch", "3", "--ways", "columns", "layers", *ONCE])
     assert len(report["batches"][3]["rows"]) in (3, 4)  # without a C compiler one less
     assert "greedy tokens of all rows are the same" in capsys.readouterr().out
+
+
+def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: every way gives the same (the benchmark says so or ends)."""
+    import attention  # type: ignore[import-not-found]  # as machine
+
+    monkeypatch.setattr(attention, "hold_memory", lambda: None)
+    report = attention.main(["--lengths", "16", "200", "--heads", "8", *ONCE])
+    assert len(report["shapes"]) == 6
 
 
 def test_cost(monkeypatch: pytest.MonkeyPatch) -> None:
