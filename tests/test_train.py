@@ -144,6 +144,7 @@ def test_a_stopped_run_is_resumed(tmp_path: Path) -> None:
     assert len(curves[0]["train/loss_gen"]["x"]) == 60
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_which_one_process_goes_on_with(tmp_path: Path) -> None:
     """Invariant: one folder; within a minute both ranks are gone, and the log says which was killed."""
     settings = [*SIXTY, "task.val_every=0", "trainer=ddp", "trainer.accelerator=cpu"]

@@ -202,7 +202,7 @@ static inline void attend(const float *q, const float *keys, const float *values
 }
 
 /* weights: ln_1, c_attn, c_proj, ln_2, c_fc, c_proj of each block, then ln_f and the head. caches: keys and values of
- * each. x (B, C): the embedding, overwritten. room: B * 8 C floats and threads * (S + 8). S, the positions a cache has
+ * each. x (B, C): the embedding, overwritten. room: B * 6 C floats and threads * (S + 8). S, the positions a cache has
  * room for, is a multiple of 8. */
 void igpt_step(long n_layer, long width, long n_head, long n_vocab, long n_ctx, long batch, long now, long threads,
                float eps, const float *const *weights, float *const *caches, float *x, float *room, float *logits) {

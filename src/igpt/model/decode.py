@@ -1,7 +1,7 @@
 """One more token for a batch of images, in four ways that agree but for rounding; `choice.py` says which is used.
 
 A step reads every weight and every cached key and value once and computes little with each, so that reading them is
-what takes time: a network's own layers, made for whole images, take four times as long as that (`docs/performance.md`).
+what takes time: a network's own layers, made for whole images, take many times as long (`docs/performance.md`).
 """
 
 import ctypes
@@ -89,7 +89,7 @@ def natively(net: GPT, cache: Cache) -> Step:
         )
     ] + [net.ln_f.g.detach().contiguous(), net.wtet.detach().contiguous()]  # fmt: skip
     threads = torch.get_num_threads()
-    room = torch.empty(batch * 8 * net.n_embd + threads * (room_for + VECTOR))
+    room = torch.empty(batch * 6 * net.n_embd + threads * (room_for + VECTOR))
     addresses = [(ctypes.c_void_p * len(many))(*(one.data_ptr() for one in many)) for many in (weights, lie)]
     sizes = (net.n_layer, net.n_embd, net.n_head, net.n_vocab, room_for, batch)
 
@@ -110,7 +110,7 @@ def natively(net: GPT, cache: Cache) -> Step:
 
 
 def _streamed(keys: Tensor, values: Tensor, room_for: int) -> tuple[Tensor, Tensor]:
-    """2 × (B, H, S, D) as decode.c reads them: (B, H, S / 8, D, 8) and (B, H, S, D). What is not yet written is 0."""
+    """2 × (B, H, S, D) as decode.c reads them: (B, H, S / 8, D, 8) and (B, H, S, D), S rounded up to eights."""
     short = room_for - keys.shape[2]
     keys = F.pad(keys, (0, 0, 0, short)).view(*keys.shape[:2], -1, VECTOR, keys.shape[3]).mT.contiguous()
     return keys, F.pad(values, (0, 0, 0, short)).contiguous()
