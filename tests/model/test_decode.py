@@ -11,6 +11,7 @@ from igpt.model import choice, decode, graphs, native
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from tests.conftest import small_net
+from tests.task.conftest import machine
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc) is here")
 WAYS = [pytest.param("native", marks=needs_compiler), "columns", "graphs", "layers"]
@@ -104,6 +105,19 @@ def test_a_recorded_step_that_is_off_is_not_used(
     assert "a recorded step is not used" in caplog.text
 
 
+def test_a_network_says_how_it_is_drawn_from(net: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: `trainer.decoding` overrides what would be chosen."""
+    machine(decoding="layers").prepare(net)
+    monkeypatch.setattr(choice, "decoding", None)  # must not be asked
+    with torch.inference_mode():
+        cache = net.new_cache(2)
+        net.step(torch.zeros(2, 0, dtype=torch.int64), cache)
+        decode.stepping(net, cache)(torch.zeros(2, 1, dtype=torch.int64))
+    assert cache.length == 2  # the network's own step keeps count in the cache
+    with pytest.raises(ValueError, match="decoding must be one of auto, native"):
+        machine(decoding="fast")
+
+
 @needs_compiler
 def test_when_it_is_chosen(net: GPT) -> None:
     sizes = {"n_embd": net.n_embd, "n_head": net.n_head}
@@ -111,6 +125,8 @@ def test_when_it_is_chosen(net: GPT) -> None:
     assert choice.decoding(net.wte, n_embd=60, n_head=5) == "columns"  # heads of 12, not of eights
     assert choice.decoding(net.wte.to(torch.bfloat16), **sizes) == "layers"
     assert choice.decoding(net.wte.to("meta"), **sizes) == "layers"
+    with pytest.raises(ValueError, match="needs whole float32 weights on a CPU"):
+        decode.stepping(net.to(torch.bfloat16), net.new_cache(1), "native")
 
 
 @needs_compiler
@@ -141,7 +157,7 @@ def test_without_a_compiler(
     try:
         assert choice.decoding(net.wte, n_embd=net.n_embd, n_head=net.n_head) == "columns"
         assert "slower" in caplog.text
-        with pytest.raises(RuntimeError, match="C compiler is needed"):
+        with pytest.raises(ValueError, match="needs a C compiler"):
             decode.stepping(net, net.new_cache(1), "native")
     finally:
         native.library.cache_clear()

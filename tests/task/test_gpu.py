@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from igpt import keyed
+from igpt.model import decode, graphs
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from tests.conftest import perturbed, small_net
@@ -57,6 +58,24 @@ def test_cached_draws_equal_uncached() -> None:
     uniforms = keyed.uniform(keyed.item_keys(keyed.key(0, "test"), torch.arange(8)), 64).cuda()
     sampling = Sampling(1.0, None, None)
     assert torch.equal(generate(net, uniforms, sampling), generate(net, uniforms, sampling, cached=False))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_recorded_step_is_taken_from_span_to_span(
+    mixed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Invariant: CUDA graphs are used, and give the logits of whole forward passes."""
+    monkeypatch.setattr(graphs, "SPAN", 16)
+    net = perturbed(GPT(n_layer=2, n_embd=32, n_head=2, n_ctx=64, n_vocab=17, causal=True)).cuda()
+    tokens = torch.randint(17, (8, 64), device="cuda")
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+        whole, cache = net(tokens).float(), net.new_cache(8)
+        net.step(tokens[:, :5], cache)
+        step = decode.stepping(net, cache)
+        for i in range(5, 63):
+            off = (step(tokens[:, i : i + 1]).float() - whole[:, i + 1]).abs().max()
+            assert off < (0.05 * whole.abs().max() if mixed else 1e-4)
+    assert "a recorded step is not used" not in caplog.text
 
 
 @pytest.mark.parametrize("changed", [{}, {"precision": "bf16-mixed", "compile": True, "num_workers": 2}])

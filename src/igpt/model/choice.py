@@ -79,13 +79,24 @@ def compiling(device: torch.device, *, n_embd: int, flops: float) -> bool:
 
 def decoding(weight: Tensor, *, n_embd: int, n_head: int) -> str:
     """How a network with this input embedding draws tokens: `native` (C) or `columns` on a CPU, `graphs`, `layers`."""
-    whole = not isinstance(weight, DTensor) and not hasattr(weight, "ds_shape")
-    if whole and weight.device.type == "cuda":
-        return "graphs"
-    if not whole or weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if not _whole(weight):
         return "layers"
-    fits = n_embd % n_head == 0 and n_embd // n_head % native.VECTOR == 0
-    return "native" if fits and native.library() is not None else "columns"
+    if weight.device.type == "cuda":
+        return "graphs"
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return "layers"
+    native_too = suits_native(weight, n_embd=n_embd, n_head=n_head) and native.library() is not None
+    return "native" if native_too else "columns"
+
+
+def suits_native(weight: Tensor, *, n_embd: int, n_head: int) -> bool:
+    """Whether `decode.c` can read these weights where they lie."""
+    readable = _whole(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return readable and n_embd // n_head % native.VECTOR == 0
+
+
+def _whole(weight: Tensor) -> bool:
+    return not isinstance(weight, DTensor) and not hasattr(weight, "ds_shape")
 
 
 def _has_amx() -> bool:

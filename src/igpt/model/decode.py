@@ -21,7 +21,9 @@ FEW = 16  # images; measured at 256 wide
 
 
 def stepping(net: GPT, cache: Cache, way: str = "auto") -> Step:
-    """What computes the next tokens from here on, in one of `choice.DECODING`, or the fastest."""
+    """What computes the next tokens from here on, in one of `choice.DECODING`; auto: its own, or the fastest."""
+    if way == "auto":
+        way = net.decoding
     if way == "auto":
         way = choice.decoding(net.wte, n_embd=net.n_embd, n_head=net.n_head)
     ways: dict[str, Callable[[GPT, Cache], Step]] = {
@@ -70,11 +72,16 @@ def natively(net: GPT, cache: Cache) -> Step:
     """`decode.c`, for whole float32 weights on a CPU. What the cache holds is laid out anew; the cache is used up.
 
     Raises:
-        RuntimeError: there is no compiled library here.
+        ValueError: it cannot work on this network, or there is no C compiler.
     """
+    if not choice.suits_native(net.wte, n_embd=net.n_embd, n_head=net.n_head):
+        raise ValueError(
+            f"trainer.decoding=native needs whole float32 weights on a CPU and heads of a multiple of {VECTOR}; these "
+            f"are {net.wte.dtype} on {net.wte.device.type}, heads of {net.n_embd // net.n_head}: choose auto"
+        )
     compiled = native.library()
     if compiled is None:
-        raise RuntimeError("decode.c is not compiled here: a C compiler is needed (cc, or what CC names)")
+        raise ValueError("trainer.decoding=native needs a C compiler (cc, or what CC names): choose auto")
     now, batch = cache.length, cache.keys[0].shape[0]
     room_for = -(-net.n_ctx // VECTOR) * VECTOR  # positions
     lie: list[Tensor] = []

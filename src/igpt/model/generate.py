@@ -68,7 +68,7 @@ def generate(
     Where `known` (T,) is True the token of `given` (B, T) is taken instead of a drawn one. In raster order that is
     a prompt and what follows is conditioned on it; in another order a known token conditions only what comes later
     in that order. Row i depends on row i of its arguments alone. `on_token` hears which position was drawn.
-    `way`: how one more token is computed (`choice.DECODING`); auto: the fastest here.
+    `way`: how one more token is computed (`choice.DECODING`); auto: as `net.decoding` says, by itself the fastest.
     `cached=False` runs a whole forward pass for every token, as OpenAI's sampler does: slow, for tests.
 
     Raises:

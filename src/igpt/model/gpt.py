@@ -166,6 +166,7 @@ class GPT(nn.Module):
         self.n_layer, self.n_embd, self.n_head = n_layer, n_embd, n_head
         self.n_ctx, self.n_vocab, self.causal = n_ctx, n_vocab, causal
         self.checkpointing = False
+        self.decoding = "auto"  # `choice.DECODING`: how `generate` draws from it
         self.wte = nn.Parameter(torch.full((n_vocab, n_embd), math.nan))  # input tokens
         self.wpe = nn.Parameter(torch.full((n_ctx, n_embd), math.nan))  # positions
         if causal:

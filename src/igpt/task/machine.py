@@ -50,6 +50,7 @@ class Machine:
     plan: bool = False  # only say what the run would take
     memory_gb: float | None = None  # (plan) of one device; None: of what is here
     utilisation: float = 0.4  # (plan) the share of the peak that is expected
+    decoding: str = "auto"  # how tokens are drawn one by one
 
     def __post_init__(self) -> None:
         allowed = {
@@ -58,6 +59,7 @@ class Machine:
             "precision": PRECISIONS,
             "attention": choice.ATTENTION,
             "matmul_precision": choice.PRODUCTS,
+            "decoding": ("auto", *choice.DECODING),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -129,14 +131,14 @@ class Machine:
         return BatchPlan(n * size, size, n_device=n, rank=self.rank.index)
 
     def prepare(self, net: GPT, *, flops: float = 0.0) -> None:
-        """Applies what concerns the network: attention path, activation checkpointing, compilation.
+        """Applies what concerns the network: attention path, decoding, activation checkpointing, compilation.
 
         `flops`: of the training that is to come, on each device.
         """
         compiled = self.compile
         if compiled == "auto":
             compiled = not self.zero_stage and choice.compiling(self.device, n_embd=net.n_embd, flops=flops)
-        net.checkpointing = self.activation_checkpointing
+        net.checkpointing, net.decoding = self.activation_checkpointing, self.decoding
         for block in net.blocks:
             block.attn.path = self.attention
             if compiled:
