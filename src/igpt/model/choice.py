@@ -22,10 +22,8 @@ SHORT = 128  # positions: one block
 LONG = 512  # positions: beyond, scores that are kept in float32 cost more memory than they save time
 BLOCK = {torch.float32: 128, torch.bfloat16: 256}  # queries
 NARROW = 128  # width
-WAIT = {
-    "cpu": (4e10, 300.0),
-    "cuda": (1e14, 120.0),
-}  # FLOP/s a step reaches at least there, seconds worth compiling for
+# FLOP/s that a step reaches at least there, and the seconds of training from which compiling pays
+WAIT = {"cpu": (4e10, 900.0), "cuda": (1e14, 120.0)}
 
 
 def attention(q: Tensor, *, causal: bool) -> str:
