@@ -126,7 +126,7 @@ def encoding(pixels: np.ndarray, rounds: int) -> dict[str, float]:
     return {
         "distinct colours": statistics.median(unique),
         "table": statistics.median(table),
-        "s to build it": min(build),
+        "s to build it": statistics.median(build),
     }
 
 

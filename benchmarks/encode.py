@@ -3,7 +3,7 @@
     python benchmarks/encode.py --images FOLDER_OR_PARQUET --rounds 3 --out encode.json
 
 1,000 real images of 32×32 uint8 pixels, 512 colours. Ids are compared with the exact ones (float64, lowest index on a
-tie); where the peer's differ, that and by how little is printed. k-means: 1 M pixels, the same inertia for all rows.
+tie); where the peer's differ, that and by how little is printed. k-means: 1 M pixels; the inertia of each is printed.
 """
 
 import argparse

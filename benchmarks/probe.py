@@ -26,7 +26,8 @@ from igpt.model.features import layer_features
 from igpt.probe.lbfgs import Heads, logistic_regression
 from igpt.task.machine import matmul_precision
 
-TOLERANCES = [(dtype, tol) for tol in (1e-4, 1e-5, 1e-6, 1e-7) for dtype in ("float64", "float32")]  # from its default
+TOLERANCES = (1e-4, 1e-5, 1e-6, 1e-7)  # from its default on
+DTYPES = ("float64", "float32")
 
 
 def features(size: str, images: int, rounds: int) -> dict[str, machine.Timed]:
@@ -98,9 +99,9 @@ def fits(x: Tensor, y: Tensor, strength: float, rounds: int) -> dict[str, machin
 
     reached = ours_above(our_fit())
     rows: dict[str, tuple[Callable[[], Any], Callable[[Any], float]]] = {"igpt": (our_fit, ours_above)}
-    for dtype, tol in TOLERANCES:
-        near = theirs_above(sklearn(x[:2], dtype, tol)) <= reached
-        if near or not len(rows) > 1:
+    for tol in TOLERANCES:
+        near = [dtype for dtype in DTYPES if theirs_above(sklearn(x[:2], dtype, tol)) <= reached]
+        for dtype in near or (DTYPES if len(rows) == 1 else ()):
             name = f"scikit-learn {dtype} {tol:g}" + (", as near as ours" if near else ", its default")
             rows[name] = (lambda dtype=dtype, tol=tol: sklearn(x, dtype, tol)), theirs_above
         if near:
@@ -133,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     x, y = made_up(args.layers, args.images, args.width, 10)
     for strength in args.strengths:
         times = report["fits"][strength] = fits(x, y, strength, args.rounds)
-        *_, as_near = times
+        peers = [name for name in times if name != "igpt"]
+        as_near = min(peers, key=lambda name, times=times: ("as near" not in name, times[name].median))
         print(f"\nlogistic regression {tuple(x.shape)}, C {strength:g}")
         print("\n".join(machine.table(times, unit=lambda s: f"{s:.2f} s", against=as_near)))
         print("above the minimum: " + ", ".join(f"{name} {row.result:.1e}" for name, row in times.items()), flush=True)

@@ -44,9 +44,11 @@ def step_of(net: nn.Module, tokens: Tensor, label: str) -> machine.Run:
         return loss.item()
 
     def run() -> tuple[float, Any]:
+        before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("medium" if "medium" in label else "highest")
         step()  # the step before the timed one brings this row's data back into the caches
         seconds, _ = machine.timed(step)()
+        torch.set_float32_matmul_precision(before)
         return seconds, first
 
     return run

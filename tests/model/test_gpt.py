@@ -207,6 +207,13 @@ def test_attention_paths_agree(causal: bool, n_ctx: int) -> None:
     assert all(torch.allclose(last[0], other, atol=1e-6) for other in last[1:])
 
 
+@pytest.mark.parametrize("path", ["sdpa", "bmm", "blocks", "auto"])
+def test_no_image_is_a_batch_too(path: str) -> None:
+    """By hand: a process whose share of a last batch is empty gets nothing back."""
+    q = torch.empty(0, 3, 200, 8)
+    assert attend(q, q, q, causal=True, path=path).shape == q.shape
+
+
 def gradients(net: GPT, tokens: Tensor) -> list[Tensor]:
     loss = AR().loss(net(tokens), tokens, None)
     return [loss, *torch.autograd.grad(loss, list(net.parameters()))]

@@ -26,7 +26,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, path: str = "auto")
     if path == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     b, h, t, d = q.shape
-    q, k, v = q.reshape(b * h, t, d), k.reshape(b * h, -1, d), v.reshape(b * h, -1, d)
+    s = k.shape[2]
+    q, k, v = q.reshape(b * h, t, d), k.reshape(b * h, s, d), v.reshape(b * h, s, d)
     if path == "blocks" and causal:
         out: Tensor = _CausalBlocks.apply(q, k, v)  # type: ignore[no-untyped-call]  # PyTorch has no type for it
         return out.view(b, h, t, d)

@@ -5,6 +5,7 @@ What they rest on is measured in `docs/performance.md`.
 """
 
 import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ ATTENTION = ("auto", "sdpa", "blocks", "bmm")  # trainer.attention
 PRODUCTS = ("auto", "highest", "high", "medium")  # trainer.matmul_precision
 DECODING = ("native", "columns", "graphs", "layers")  # generate(way=)
 
+X86 = ("x86_64", "AMD64")
 SHORT = 128  # positions: one block
 LONG = 512  # positions: beyond, scores that are kept in float32 cost more memory than they save time
 BLOCK = {torch.float32: 128, torch.bfloat16: 256}  # queries
@@ -57,10 +59,10 @@ def scores_kept(q: Tensor, path: str, *, causal: bool) -> int:
 def products(device: torch.device) -> str:
     """How float32 matrices are multiplied (`torch.set_float32_matmul_precision`): the fastest that computes in float32.
 
-    `medium` on a CPU without AMX only picks oneDNN's kernels, up to twice as fast as the default. Everywhere else it
-    would round to bfloat16.
+    `medium` on an x86 CPU without AMX only picks oneDNN's kernels, up to twice as fast as the default. Everywhere else
+    it may round to bfloat16.
     """
-    return "medium" if device.type == "cpu" and not _has_amx() else "highest"
+    return "medium" if device.type == "cpu" and platform.machine() in X86 and not _has_amx() else "highest"
 
 
 def compiling(device: torch.device, *, n_embd: int, flops: float) -> bool:
@@ -76,7 +78,7 @@ def compiling(device: torch.device, *, n_embd: int, flops: float) -> bool:
 
 
 def decoding(weight: Tensor, *, n_embd: int, n_head: int) -> str:
-    """How a network with this input embedding draws tokens: `native` (C) or `columns` on a CPU, `graphs`, `layers`."""
+    """How a network with such a weight draws tokens: `native` (C) or `columns` on a CPU, `graphs`, `layers`."""
     if not _whole(weight):
         return "layers"
     if weight.device.type == "cuda":

@@ -25,7 +25,8 @@ def stepping(net: GPT, cache: Cache, way: str = "auto") -> Step:
     if way == "auto":
         way = net.decoding
     if way == "auto":
-        way = choice.decoding(net.wte, n_embd=net.n_embd, n_head=net.n_head)
+        weight = net.blocks[0].mlp.c_fc.weight  # of a block: sharded, wte alone may be whole for a while
+        way = choice.decoding(weight, n_embd=net.n_embd, n_head=net.n_head)
     ways: dict[str, Callable[[GPT, Cache], Step]] = {
         "native": natively, "columns": by_columns, "graphs": recorded, "layers": by_layers
     }  # fmt: skip
@@ -74,7 +75,7 @@ def natively(net: GPT, cache: Cache) -> Step:
     Raises:
         ValueError: it cannot work on this network, or there is no C compiler.
     """
-    if not choice.suits_native(net.wte, n_embd=net.n_embd, n_head=net.n_head):
+    if not choice.suits_native(net.blocks[0].mlp.c_fc.weight, n_embd=net.n_embd, n_head=net.n_head):
         raise ValueError(
             f"trainer.decoding=native needs whole float32 weights on a CPU and heads of a multiple of {VECTOR}; these "
             f"are {net.wte.dtype} on {net.wte.device.type}, heads of {net.n_embd // net.n_head}: choose auto"

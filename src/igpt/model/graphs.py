@@ -45,13 +45,14 @@ class Recorded:
         self.logits = torch.empty(0)
         self._replay: Callable[[], None] = lambda: None
         self._end = 0  # positions the recorded step reads
+        self._device = device if device.type == "cuda" else -1  # -1: leave the current one
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         assert tokens.shape[1] == 1, "one new token for each image"
         assert self.now < self.net.n_ctx, "the cache is full"
         self.tokens.copy_(tokens[:, 0])
-        with torch.autocast(self.head.device.type, enabled=False):
+        with torch.cuda.device(self._device), torch.autocast(self.head.device.type, enabled=False):
             if self.now >= self._end:
                 self._end = min(self.net.n_ctx, (self.now // SPAN + 1) * SPAN)
                 self._record()
@@ -76,7 +77,7 @@ class Recorded:
         self.position.copy_(position)  # the keys it wrote are written again
         self.mask.copy_(mask)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._step()
         self._replay = graph.replay
 
