@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from igpt.checkpoint import tensors
 from igpt.checkpoint.huggingface import exported
+from igpt.metric.throughput import train_flops_per_image
 from igpt.model.gpt import GPT
 
 SIZES = {  # n_layer, n_embd, n_head, n_ctx, n_vocab, batch of a training step
@@ -89,7 +90,7 @@ def token_ids(size: str, device: str, batch: int | None = None) -> Tensor:
 
 
 def step_flops(size: str, batch: int | None = None) -> float:
-    """Operations of forward and backward: 6 a weight and token of the products, causal attention counted half."""
+    """Operations of forward and backward, as a run counts them."""
     n_layer, n_embd, _, n_ctx, n_vocab, usual = SIZES[size]
-    weights = 12 * n_layer * n_embd**2 + n_embd * n_vocab
-    return (batch or usual) * n_ctx * (6 * weights + 6 * n_layer * n_ctx * n_embd)
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_ctx": n_ctx, "n_vocab": n_vocab, "causal": True}
+    return (batch or usual) * train_flops_per_image(**sizes)

@@ -31,7 +31,7 @@ class Here:
 def shared() -> Iterator[ModuleType]:
     """`benchmarks/machine.py`, its own measurements of this machine and processes left out."""
     sys.path.insert(0, str(BENCHMARKS))
-    import machine  # type: ignore[import-not-found]  # a script's neighbour, as in a run
+    import machine
 
     with pytest.MonkeyPatch.context() as patch:
         found = machine.Limits({"fp32": 100.0, "fp32+medium": 200.0, "bf16": 400.0}, 10.0)
@@ -56,7 +56,7 @@ def test_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     The ratios that are written are those of the times that are written.
     """
-    import train_step  # type: ignore[import-not-found]  # as machine
+    import train_step
 
     monkeypatch.setattr(train_step, "hold_memory", lambda: None)
     out = tmp_path / "out.json"
@@ -90,7 +90,7 @@ def test_rows_that_disagree_give_no_figures(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_memory() -> None:
-    import memory  # type: ignore[import-not-found]  # as machine
+    import memory
 
     rows = [memory.main(["--size", "tiny", "--row", row]) for row in memory.ROWS if row != "igpt compiled"]
     assert all(figures["losses"] == pytest.approx(rows[0]["losses"], abs=1e-4) for figures in rows)
@@ -99,7 +99,7 @@ def test_memory() -> None:
 
 def test_sampling(capsys: pytest.CaptureFixture[str]) -> None:
     """Invariant: greedy tokens of every way of ours and of Hugging Face's `generate` are the same."""
-    import sampling  # type: ignore[import-not-found]  # as machine
+    import sampling
 
     report = sampling.main(["--size", "tiny", "--batch", "3", "--ways", "columns", "layers", *ONCE])
     assert len(report["batches"][3]["rows"]) in (3, 4)  # without a C compiler one less
@@ -108,7 +108,7 @@ def test_sampling(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: every way gives the same (the benchmark says so or ends)."""
-    import attention  # type: ignore[import-not-found]  # as machine
+    import attention
 
     monkeypatch.setattr(attention, "hold_memory", lambda: None)
     report = attention.main(["--lengths", "16", "200", "--heads", "8", *ONCE])
@@ -116,7 +116,7 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cost(monkeypatch: pytest.MonkeyPatch) -> None:
-    import cost  # type: ignore[import-not-found]  # as machine
+    import cost
 
     monkeypatch.setattr(cost, "hold_memory", lambda: None)
     report = cost.main(["--lengths", "16", "32", "--widths", "32", "--layers", "1", "--tokens", "64", *ONCE])
@@ -125,7 +125,7 @@ def test_cost(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_encoding_and_kmeans(photos: Path, tmp_path: Path) -> None:
     """Invariant: our ids are the exact ones (the benchmark says so or ends); inertia within 5 % of scikit-learn's."""
-    import encode  # type: ignore[import-not-found]  # as machine
+    import encode
 
     few = ["--count", "4", "--colours", "8", "--pixels", "4000", "--cache", str(tmp_path)]
     report = encode.main(["--images", str(photos), *few, *ONCE])
@@ -135,7 +135,7 @@ def test_encoding_and_kmeans(photos: Path, tmp_path: Path) -> None:
 
 def test_probe() -> None:
     """Invariant: features equal Hugging Face's (the benchmark says so or ends), and fits end near the minimum."""
-    import probe  # type: ignore[import-not-found]  # as machine
+    import probe
 
     few = ["--layers", "3", "--images", "60", "--width", "8", "--strengths", "0.1"]
     report = probe.main(["--size", "tiny", "--batch", "2", *few, *ONCE])
@@ -143,7 +143,7 @@ def test_probe() -> None:
 
 
 def test_data_path(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import data_path  # type: ignore[import-not-found]  # as machine
+    import data_path
 
     monkeypatch.setattr(data_path, "hold_memory", lambda: None)
     monkeypatch.setattr(data_path, "K", 8)

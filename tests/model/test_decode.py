@@ -90,6 +90,30 @@ def test_a_recorded_step_goes_on_from_span_to_span(n_ctx: int, monkeypatch: pyte
                 assert off < (0.05 * whole.abs().max() if mixed else 1e-5)
 
 
+def test_a_recording_that_fails_costs_speed_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Invariant: where a later graph cannot be recorded, the same step goes on unrecorded."""
+    monkeypatch.setattr(graphs, "SPAN", 10)
+    net = small_net(n_ctx=24)
+    tokens = torch.randint(net.n_vocab, (3, 24), generator=torch.Generator().manual_seed(1))
+    record = graphs.Recorded._record
+
+    def fails_later(self: graphs.Recorded) -> None:
+        if self.now >= 10:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        record(self)
+
+    monkeypatch.setattr(graphs.Recorded, "_record", fails_later)
+    with torch.inference_mode():
+        whole, cache = net(tokens), net.new_cache(3)
+        net.step(tokens[:, :4], cache)
+        step = graphs.Recorded(net, cache)
+        for i in range(4, 23):
+            torch.testing.assert_close(step(tokens[:, i : i + 1]), whole[:, i + 1], rtol=0, atol=1e-5)
+    assert "a step is not recorded" in caplog.text
+
+
 def test_a_recorded_step_that_is_off_is_not_used(
     net: GPT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -116,6 +140,8 @@ def test_a_network_says_how_it_is_drawn_from(net: GPT, monkeypatch: pytest.Monke
     assert cache.length == 2  # the network's own step keeps count in the cache
     with pytest.raises(ValueError, match="decoding must be one of auto, native"):
         machine(decoding="fast")
+    with pytest.raises(ValueError, match="native reads float32 weights on a CPU"):
+        machine(decoding="native", precision="bf16-true")
 
 
 @needs_compiler

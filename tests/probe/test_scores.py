@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom  # type: ignore[import-untyped]  # SciPy has no types
+from scipy.stats import binom
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
 from igpt import keyed

@@ -19,7 +19,7 @@ from igpt.report.callbacks import SampleGrid
 from igpt.report.loggers import About
 from igpt.report.loggers import csv as csv_logger
 from igpt.task.guard import NonFiniteLossError
-from igpt.task.machine import matmul_precision
+from igpt.task.machine import Machine, matmul_precision
 from igpt.task.optim import warmup_cosine
 from igpt.task.pretrain import check
 from igpt.tokens.palette import Palette
@@ -104,6 +104,19 @@ def test_bert_trains_accumulates_and_resumes(tmp_path: Path, lab: Lab) -> None:
     assert train[0] == pytest.approx(2.833213, abs=1e-6)  # ln 17
     assert train[-1] < train[0] - 0.3
     assert parts.curves["train/loss_gen"].y == pytest.approx(train, rel=1e-5)
+
+
+def test_muon_trains_and_resumes(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: a resumed run is the uninterrupted one, to the bit; weights in parts are refused."""
+    whole = lab.pretrain(tmp_path / "whole", optimizer="muon")
+    with pytest.raises(KeyError):
+        lab.pretrain(tmp_path / "resumed", optimizer="muon", callbacks=(StopAfter(6),))
+    assert lab.pretrain(tmp_path / "resumed", optimizer="muon").curves == whole.curves
+    train = whole.curves["train/loss_gen"].y
+    assert train[-1] < train[0] - 0.3
+    monkeypatch.setattr(Machine, "shards", True)
+    with pytest.raises(ValueError, match="muon works on whole matrices"):
+        lab.pretrain(tmp_path / "parts", optimizer="muon")
 
 
 def test_first_loss_is_ln_17(whole: tuple[Path, Result]) -> None:
@@ -205,11 +218,12 @@ def test_a_batch_that_does_not_divide(tmp_path: Path, lab: Lab) -> None:
         ({"log_every": 0}, "log_every"),
         ({"checkpoint_keep": 0}, "checkpoint_keep"),
         ({"val_every": -1}, "val_every"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adam, muon"),
     ],
 )
 def test_bad_settings(changed: dict[str, Any], message: str) -> None:
     good = {"steps": 8, "batch_size": 100, "learning_rate": 0.01, "warmup_steps": 2, "val_every": 4}
-    good |= {"log_every": 1, "checkpoint_every": 4, "checkpoint_keep": 2}
+    good |= {"log_every": 1, "checkpoint_every": 4, "checkpoint_keep": 2, "optimizer": "adam"}
     check(**good)
     with pytest.raises(ValueError, match=message):
         check(**{**good, **changed})

@@ -55,7 +55,11 @@ class Recorded:
         with torch.cuda.device(self._device), torch.autocast(self.head.device.type, enabled=False):
             if self.now >= self._end:
                 self._end = min(self.net.n_ctx, (self.now // SPAN + 1) * SPAN)
-                self._record()
+                try:
+                    self._record()
+                except RuntimeError as error:  # of a GPU that others use, too
+                    log.warning("a step is not recorded, tokens are drawn more slowly: %s", error)
+                    self._replay = self._step
             self._replay()
         self.now += 1
         return self.logits
@@ -70,12 +74,14 @@ class Recorded:
         position, mask = self.position.clone(), self.mask.clone()
         beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # PyTorch has no type for it
         beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # what kernels allocate at their first call must not be recorded
-            for _ in range(2):
-                self._step()
-        torch.cuda.current_stream().wait_stream(beside)
-        self.position.copy_(position)  # the keys it wrote are written again
-        self.mask.copy_(mask)
+        try:
+            with torch.cuda.stream(beside):  # what kernels allocate at their first call must not be recorded
+                for _ in range(2):
+                    self._step()
+        finally:
+            torch.cuda.current_stream().wait_stream(beside)
+            self.position.copy_(position)  # the keys it wrote are written again
+            self.mask.copy_(mask)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._step()

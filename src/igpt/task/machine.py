@@ -66,6 +66,7 @@ class Machine:
                 raise ValueError(f"trainer.{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
         if self.compile not in (True, False, "auto"):
             raise ValueError(f"trainer.compile must be auto, true or false, got {self.compile!r}")
+        self._check_decoding()
         if self.zero_stage and not self.plan:
             self._check_deepspeed()
         if self.strategy == "fsdp" and self.rank.count < 2 and not self.plan:
@@ -158,6 +159,20 @@ class Machine:
     def offload(self) -> bool:
         """Whether weights and optimiser are kept in the host's memory, not the device's."""
         return self.strategy.endswith("offload")
+
+    def _check_decoding(self) -> None:
+        if self.decoding in ("auto", "layers") or self.plan:
+            return
+        if self.shards:
+            raise ValueError(
+                f"trainer.decoding={self.decoding} reads whole weights, trainer={self.strategy} shares them out: "
+                "choose auto"
+            )
+        if self.decoding == "native" and (self.device.type != "cpu" or self.precision == "bf16-true"):
+            raise ValueError(
+                "trainer.decoding=native reads float32 weights on a CPU, this is "
+                f"{self.device.type} and trainer.precision={self.precision}: choose auto"
+            )
 
     def _check_deepspeed(self) -> None:
         if importlib.util.find_spec("deepspeed") is None:

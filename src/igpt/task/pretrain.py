@@ -121,7 +121,7 @@ def check(
     log_every: int,
     checkpoint_every: int,
     checkpoint_keep: int,
-    optimizer: str = "adam",
+    optimizer: str,
     **_: Any,
 ) -> None:
     """Raises ValueError when a setting of the task cannot be right, before anything is built."""
