@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py --out attention.json
 
-Causal, (B, 4, T, D) with 8,192 positions at every length. Ways take turns; outputs must agree.
+Causal, 4 heads of D, 8,192 positions at every length. Ways take turns; outputs must agree.
 """
 
 import argparse
@@ -13,28 +13,34 @@ from typing import Any
 import machine
 import torch
 
-from igpt.model.attention import attend
+from igpt.model import native
+from igpt.model.attention import self_attention
 from igpt.task.machine import hold_memory
 
-WAYS = ("sdpa", "blocks", "bmm")
+WAYS = ("native", "sdpa", "blocks", "bmm")
+N_HEAD = 4
 WITHIN = {"fp32": 1e-4, "fp32+medium": 5e-3, "bf16": 5e-2}  # of the outputs; medium rounds on a GPU
 PRECISIONS = tuple(WITHIN)
+
+
+def ways(device: str) -> tuple[str, ...]:
+    return WAYS if device == "cpu" and native.available() else WAYS[1:]
 
 
 def rows(t: int, d: int, precision: str, device: str) -> dict[str, machine.Run]:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     generator = torch.Generator(device).manual_seed(0)
-    shape = (max(1, 8192 // t), 4, t, d)
-    q, k, v, along = (torch.randn(shape, dtype=dtype, device=device, generator=generator) for _ in range(4))
-    for given in (q, k, v):
-        given.requires_grad_()
+    shape = (max(1, 8192 // t), t, N_HEAD * d)
+    qkv = torch.randn(*shape[:2], 3 * shape[2], dtype=dtype, device=device, generator=generator, requires_grad=True)
+    along = torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
     def both(way: str) -> torch.Tensor:
-        out = attend(q, k, v, causal=True, path=way)
+        qkv.grad = None
+        out = self_attention(qkv, N_HEAD, causal=True, path=way)
         out.backward(along)
         return out.detach().float()
 
-    return {way: machine.timed(lambda way=way: both(way)) for way in WAYS}
+    return {way: machine.timed(lambda way=way: both(way)) for way in ways(device)}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -46,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hold_memory()
-    print(f"{machine.about()}\n{' / '.join(WAYS)} in ms")
+    print(f"{machine.about()}\n{' / '.join(ways(device))} in ms")
     print("| T | " + " | ".join(f"{p} D={d}" for p in PRECISIONS for d in args.heads) + " |")
     print("|---" * (1 + len(PRECISIONS) * len(args.heads)) + "|")
     report: dict[str, Any] = {"shapes": []}

@@ -1,6 +1,7 @@
 """Shared fixtures: where the oracles lie, small networks whose weights are nowhere neutral, one real run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from filelock import FileLock
 from igpt.model.gpt import GPT
 
 ROOT = Path(__file__).parents[1]
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc) is here")
 SHARED = ROOT.parent / "shared"
 
 

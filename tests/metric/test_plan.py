@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from igpt.metric.plan import ADAM, held, lines, parameters, plan
-from igpt.model import choice
+from igpt.model import choice, native
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.task.optim import adam
+from tests.conftest import needs_compiler
 
 SMALL = {"n_layer": 3, "n_embd": 96, "n_head": 4, "n_ctx": 144, "n_vocab": 50}
 USUAL: dict[str, Any] = {"strategy": "ddp", "recompute": False, "scores": 0, "fused_norm": True}
@@ -44,14 +45,14 @@ def kept_for_backward(network: dict[str, Any], images: int, *, path: str, precis
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("path", ["sdpa", "bmm", "blocks"])
+@pytest.mark.parametrize("path", [pytest.param("native", marks=needs_compiler), "sdpa", "bmm", "blocks"])
 def test_activations(path: str, precision: str, causal: bool) -> None:
     """Independent source: what autograd keeps, within 15 %, at two widths and batches."""
     for changed, images in (({}, 3), ({"n_embd": 64, "n_ctx": 400, "n_layer": 2}, 2)):
         network = {**SMALL, "causal": causal, **changed}
         measured = kept_for_backward(network, images, path=path, precision=precision, recompute=False)
         dtype = torch.float32 if precision == "32-true" else torch.bfloat16
-        scores = choice.scores_kept(torch.empty(1, 1, network["n_ctx"], 1, dtype=dtype), path, causal=causal)
+        scores = choice.scores_kept(dtype, path, t=network["n_ctx"], causal=causal)
         counted = held(network, images, precision=precision, recompute=False, scores=scores, fused_norm=False)
         assert counted == pytest.approx(measured, rel=0.15)
 
@@ -152,6 +153,10 @@ def test_bytes_of_a_weight(strategy: str, weights: float, gradients: float, opti
 
 
 def test_attention_as_it_will_be_computed() -> None:
-    """Invariant: at 1,024 positions in float32 the scores are not kept, at fewer on a CPU they are."""
-    for n_ctx, causal, path in ((1024, True, "sdpa"), (512, True, "blocks"), (512, False, "bmm"), (64, True, "bmm")):
-        assert choice.attention(torch.empty(1, 1, n_ctx, 8), causal=causal) == path
+    """Invariant: what is planned is what will run: no scores by C, nor, without a compiler, at 1,024 positions."""
+    cpu = torch.device("cpu")
+    for t, causal, path in ((1024, True, "sdpa"), (512, True, "blocks"), (512, False, "bmm"), (64, True, "bmm")):
+        assert choice.attention_apart(cpu, torch.float32, t=t, causal=causal) == path
+    for dtype, path in ((torch.float32, "native"), (torch.bfloat16, "native"), (torch.float64, "sdpa")):
+        if path != "native" or native.available():
+            assert choice.attention(cpu, dtype, t=1024, depth=8, causal=True) == path

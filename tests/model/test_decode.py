@@ -10,10 +10,9 @@ import torch
 from igpt.model import choice, decode, graphs, native
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
-from tests.conftest import small_net
+from tests.conftest import needs_compiler, small_net
 from tests.task.conftest import machine
 
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc) is here")
 WAYS = [pytest.param("native", marks=needs_compiler), "columns", "graphs", "layers"]
 
 
@@ -182,7 +181,10 @@ def test_without_a_compiler(
     native.library.cache_clear()
     try:
         assert choice.decoding(net.wte, n_embd=net.n_embd, n_head=net.n_head) == "columns"
+        assert choice.attention(torch.device("cpu"), torch.float32, t=64, depth=8, causal=True) == "bmm"
         assert "slower" in caplog.text
+        with pytest.raises(ValueError, match="attention=native needs a C compiler"):
+            machine(attention="native")
         with pytest.raises(ValueError, match="needs a C compiler"):
             decode.stepping(net, net.new_cache(1), "native")
     finally:

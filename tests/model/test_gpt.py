@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt.model.attention import attend
+from igpt.model.attention import attend, self_attention
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.ar import AR
-from tests.conftest import perturbed, small_net
+from tests.conftest import needs_compiler, perturbed, small_net
 from tests.oracle import gpt as plain
 from tests.oracle.names import from_openai, to_huggingface
 
@@ -36,7 +36,7 @@ def openai_case(shared: Path, kind: str) -> tuple[GPT, dict[str, np.ndarray], di
     return net, variables, reference
 
 
-@pytest.mark.parametrize("path", ["sdpa", "bmm"])
+@pytest.mark.parametrize("path", [pytest.param("native", marks=needs_compiler), "sdpa", "bmm"])
 @pytest.mark.parametrize("kind", ["ar", "bert"])
 def test_equals_openais_code(shared: Path, kind: str, path: str) -> None:
     """Independent source: logits, every block's output and the class loss of OpenAI's model.py, to 1e-5."""
@@ -190,28 +190,79 @@ def test_a_hidden_pixel_is_not_seen_but_its_place_is() -> None:
     assert not torch.equal(net(tokens, keep)[:, 3], net(tokens, keep)[:, 4])
 
 
+PATHS = [pytest.param("native", marks=needs_compiler), "sdpa", "bmm", "blocks", "auto"]
+
+
+def attended(qkv: Tensor, n_head: int, causal: bool, path: str) -> tuple[Tensor, Tensor]:
+    """Attention and its gradient, of a loss that no position is alike in."""
+    qkv = qkv.detach().requires_grad_()
+    out = self_attention(qkv, n_head, causal=causal, path=path)
+    along = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    (gradient,) = torch.autograd.grad(out, qkv, along)
+    return out.detach(), gradient
+
+
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("n_ctx", [16, 600])
-def test_attention_paths_agree(causal: bool, n_ctx: int) -> None:
-    """Invariant: outputs and gradients of both ways, to float32 rounding; also with fewer queries than keys."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n_ctx, 8, generator=generator, requires_grad=True) for _ in range(3))
-    results = []
-    for path in ("sdpa", "bmm", "blocks"):
-        out = attend(q, k, v, causal=causal, path=path)
-        results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
-    for one, *others in zip(*results, strict=True):
-        for other in others:
-            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
-    last = [attend(q[:, :, -1:], k, v, causal=False, path=path) for path in ("sdpa", "bmm", "blocks")]
-    assert all(torch.allclose(last[0], other, atol=1e-6) for other in last[1:])
+@pytest.mark.parametrize(("n_ctx", "depth"), [(1, 8), (16, 8), (37, 24), (64, 16), (200, 64), (600, 5), (130, 80)])
+@pytest.mark.parametrize("path", PATHS)
+def test_attention_is_what_it_is_in_float64(path: str, n_ctx: int, depth: int, causal: bool) -> None:
+    """Independent source: PyTorch's own in float64; outputs and gradients, to the rounding of each way."""
+    qkv = 1.5 * torch.randn(2, n_ctx, 3 * 3 * depth, generator=torch.Generator().manual_seed(0))
+    expected = attended(qkv.double(), 3, causal, "sdpa")
+    scores_in_float32 = path in ("native", "sdpa")
+    for dtype, rounding in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2 if scores_in_float32 else 3e-2)):
+        exact = expected if dtype == torch.float32 else attended(qkv.to(dtype).double(), 3, causal, "sdpa")
+        for one, same in zip(attended(qkv.to(dtype), 3, causal, path), exact, strict=True):
+            assert (one - same).abs().max() < rounding * same.abs().max(), dtype
 
 
-@pytest.mark.parametrize("path", ["sdpa", "bmm", "blocks", "auto"])
+@pytest.mark.parametrize("path", PATHS)
+def test_one_query_over_many_keys(path: str) -> None:
+    """Independent source: the last position of PyTorch's causal attention."""
+    q, k, v = (torch.randn(2, 3, 70, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    last = F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, -1:]
+    assert torch.allclose(attend(q[:, :, -1:], k, v, causal=False, path=path), last, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_no_image_is_a_batch_too(path: str) -> None:
     """By hand: a process whose share of a last batch is empty gets nothing back."""
-    q = torch.empty(0, 3, 200, 8)
-    assert attend(q, q, q, causal=True, path=path).shape == q.shape
+    assert [part.shape for part in attended(torch.empty(0, 200, 72), 3, True, path)] == [(0, 200, 24), (0, 200, 72)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_a_number_is_not_hidden(bad: float, path: str) -> None:
+    """Invariant: a bad key spoils all that see it, and the gradient, so that training stops."""
+    qkv = torch.randn(1, 64, 72, generator=torch.Generator().manual_seed(0))
+    qkv[0, 40, 24:48] = bad
+    out, gradient = attended(qkv, 3, True, path)
+    assert not out[0, 40:].isfinite().all(-1).any()
+    assert not gradient.isfinite().all()
+
+
+@needs_compiler
+def test_large_scores_do_not_overflow_in_c() -> None:
+    """Independent source: PyTorch's own in float64, where the softmax picks single positions."""
+    qkv = torch.randn(2, 64, 72, generator=torch.Generator().manual_seed(0))
+    qkv[..., :24] *= 300
+    (out, gradient), (same, d_same) = attended(qkv, 3, True, "native"), attended(qkv.double(), 3, True, "sdpa")
+    assert (out - same).abs().max() < 1e-3
+    assert (gradient - d_same).abs().max() < 1e-3 * d_same.abs().max()
+
+
+@needs_compiler
+def test_c_gives_the_same_bits_by_any_number_of_threads() -> None:
+    """Invariant: a run repeats itself whatever else the machine does."""
+    qkv, before = torch.randn(5, 50, 72, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            found.append(attended(qkv, 3, True, "native"))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, same) for one, same in zip(*found, strict=True))
 
 
 def gradients(net: GPT, tokens: Tensor) -> list[Tensor]:

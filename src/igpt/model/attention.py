@@ -1,4 +1,4 @@
-"""Softmax attention in three ways that agree but for rounding; `choice.attention` says which is used.
+"""Softmax attention in four ways that agree but for rounding; `choice.attention` says which is used.
 
 Sizes: B images, H heads, T queries, S keys, D the size of a head. Source: `model.py:attn`; its -1e10 for masked scores
 and -inf give the same float32 softmax.
@@ -12,17 +12,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from igpt.model import choice
+from igpt.model import choice, native_attention
+
+
+def self_attention(qkv: Tensor, n_head: int, *, causal: bool, path: str = "auto") -> Tensor:
+    """Softmax attention of every position over all, or, `causal`, over itself and those before it.
+
+    qkv (B, T, 3C): queries, keys, values; in each, heads are contiguous blocks of D. → (B, T, C). `path` is one of
+    `choice.ATTENTION`: `native` (C, on a CPU), else as `attend`.
+    """
+    b, t, width = qkv.shape
+    depth = width // 3 // n_head
+    if path == "auto":
+        path = choice.attention(qkv.device, qkv.dtype, t=t, depth=depth, causal=causal)
+    if path == "native":
+        out: Tensor = native_attention.attend(qkv, n_head, causal)[0]
+        return out
+    q, k, v = qkv.view(b, t, 3, n_head, depth).permute(2, 0, 3, 1, 4).unbind(0)  # 3 × (B, H, T, D)
+    return attend(q, k, v, causal=causal, path=path).transpose(1, 2).reshape(b, t, width // 3)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, path: str = "auto") -> Tensor:
     """Softmax attention of q over k and v: (B, H, T, D), 2 × (B, H, S, D) → (B, H, T, D), scaled by 1/√D.
 
     With `causal`, position i sees positions 0 … i. `path` is how: `sdpa` (PyTorch's fused kernels), `bmm` (batched
-    products), `blocks` (such products, of what causal attention sees; elsewhere as `bmm`), or `auto`.
+    products), `blocks` (such products, of what causal attention sees; elsewhere as `bmm`), or the fastest.
     """
-    if path == "auto":
-        path = choice.attention(q, causal=causal)
+    if path in ("auto", "native"):
+        path = choice.attention_apart(q.device, q.dtype, t=q.shape[2], causal=causal)
     if path == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     b, h, t, d = q.shape
@@ -59,7 +76,7 @@ class _CausalBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        t, size = q.shape[1], choice.block(q)
+        t, size = q.shape[1], choice.block(q.dtype)
         scale = 1 / math.sqrt(q.shape[-1])
         out, kept = torch.empty_like(v), []
         with torch.autocast(q.device.type, enabled=False):

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from igpt.model import native
 
-ATTENTION = ("auto", "sdpa", "blocks", "bmm")  # trainer.attention
+ATTENTION = ("auto", "native", "sdpa", "blocks", "bmm")  # trainer.attention
 PRODUCTS = ("auto", "highest", "high", "medium")  # trainer.matmul_precision
 DECODING = ("native", "columns", "graphs", "layers")  # generate(way=)
 
@@ -23,37 +23,47 @@ X86 = ("x86_64", "AMD64")
 SHORT = 128  # positions: one block
 LONG = 512  # positions: beyond, scores that are kept in float32 cost more memory than they save time
 BLOCK = {torch.float32: 128, torch.bfloat16: 256}  # queries
+DTYPES = (torch.float32, torch.bfloat16)  # that `attend.c` reads
 NARROW = 128  # width
 # FLOP/s that a step reaches at least there, and the seconds of training from which compiling pays
 WAIT = {"cpu": (4e10, 900.0), "cuda": (1e14, 120.0)}
 
 
-def attention(q: Tensor, *, causal: bool) -> str:
-    """How softmax attention of these shapes, (B, H, T, D), is computed: `sdpa` (fused), `blocks` or `bmm` (products).
+def attention(device: torch.device, dtype: torch.dtype, *, t: int, depth: int, causal: bool) -> str:
+    """How attention of T positions over themselves is computed, by heads of `depth`: one of `ATTENTION`.
+
+    On a CPU by `attend.c`, which is up to three times as fast as all else and keeps no scores.
+    """
+    if device.type == "cpu" and dtype in DTYPES and native.available():
+        return "native"
+    return attention_apart(device, dtype, t=t, causal=causal)
+
+
+def attention_apart(device: torch.device, dtype: torch.dtype, *, t: int, causal: bool) -> str:
+    """The same of T queries where they, keys and values lie apart: `sdpa` (fused), `blocks` or `bmm` (products).
 
     On a CPU, PyTorch's fused kernel is 5 to 19 times slower up to 64 positions in bfloat16 or with the float32 products
     of oneDNN that training uses, and in bfloat16 slower than `blocks` at any length that was measured. Products keep
     the scores for the backward pass: where those are many, in float32 or with all T × T of them, `sdpa` goes without.
     """
-    if q.device.type != "cpu":
+    if device.type != "cpu":
         return "sdpa"
-    t = q.shape[2]
     if causal and t > SHORT:
-        return "blocks" if t <= LONG or q.dtype == torch.bfloat16 else "sdpa"
+        return "blocks" if t <= LONG or dtype == torch.bfloat16 else "sdpa"
     return "bmm" if t <= LONG else "sdpa"
 
 
-def block(q: Tensor) -> int:
+def block(dtype: torch.dtype) -> int:
     """Queries that `blocks` takes at a time."""
-    return BLOCK.get(q.dtype, SHORT)
+    return BLOCK.get(dtype, SHORT)
 
 
-def scores_kept(q: Tensor, path: str, *, causal: bool) -> int:
-    """Scores that attention of these shapes keeps for the backward pass, of one head of one image."""
-    t, size = q.shape[2], block(q)
+def scores_kept(dtype: torch.dtype, path: str, *, t: int, causal: bool) -> int:
+    """Scores that attention of T positions keeps for the backward pass, of one head of one image."""
+    size = block(dtype)
     if path == "blocks" and causal:
         return sum((min(start + size, t) - start) * min(start + size, t) for start in range(0, t, size))
-    return 0 if path == "sdpa" else t * t
+    return t * t if path in ("blocks", "bmm") else 0
 
 
 def products(device: torch.device) -> str:
@@ -85,7 +95,7 @@ def decoding(weight: Tensor, *, n_embd: int, n_head: int) -> str:
         return "graphs"
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return "layers"
-    native_too = suits_native(weight, n_embd=n_embd, n_head=n_head) and native.library() is not None
+    native_too = suits_native(weight, n_embd=n_embd, n_head=n_head) and native.available()
     return "native" if native_too else "columns"
 
 

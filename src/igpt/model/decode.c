@@ -5,24 +5,14 @@
  * (out, in) row by row. Activations are (B, C). A layer's keys are (B, H, S / 8, D, 8), so that eight positions lie in
  * one vector; its values are (B, H, S, D). `decode.py` compiles, loads and calls this.
  */
-#include <math.h>
-#include <omp.h>
-#include <string.h>
+#define W 8
+#include "vector.h"
 
-enum { W = 8, ROWS = 4, IMAGES = 4, BLOCKS = 4, SPAN = 8, AHEAD = 512 };
-typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int ivec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+enum { ROWS = 4, IMAGES = 4, BLOCKS = 4, SPAN = 8, AHEAD = 512 };
 typedef enum { SET, ADD } Then;
 
-static inline vec load(const float *p) { return *(const vec *)p; }
-static inline void store(float *p, vec x) { *(vec *)p = x; }
 /* Asks for what will be read soon; rows are too short for the CPU to guess it. Past an end it does nothing. */
 static inline void soon(const float *p) { __builtin_prefetch(p, 0, 2); }
-static inline vec all(float x) { return x - (vec){0}; }
-static inline vec most(vec a, vec b) {
-    ivec first = a > b;
-    return (vec)(((ivec)a & first) | ((ivec)b & ~first));
-}
 
 #ifdef __clang__
 #define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -44,21 +34,6 @@ static inline vec fours(vec a, vec b) {
 static inline float sum(vec x) {
     x = fours(twos(ones(x, x), x), x);
     return x[0];
-}
-
-/* e^x for -87 <= x <= 87, relative error below 3e-7: 2^n times a polynomial (coefficients: Cephes' expf). */
-static inline vec exponential(vec x) {
-    const vec round = all(12582912.0f); /* 1.5 * 2^23: adding it leaves the nearest whole number in the last bits */
-    vec shifted = x * 1.44269504f + round, n = shifted - round;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec y = all(1.9875691500e-4f);
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    return (vec)((ivec)y + ((ivec)shifted << 23));
 }
 
 /* A rows x images piece of y (B, n_out) = x (B, n_in) W', set or added. Both counts are constants where it is called.

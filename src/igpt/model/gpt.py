@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from igpt import keyed
-from igpt.model.attention import attend
+from igpt.model.attention import attend, self_attention
 from igpt.model.parts import put, whole_shape
 
 NORM_EPS = 1e-5  # added to the mean square, inside the root (`model.py:norm`)
@@ -55,20 +55,31 @@ class Attention(nn.Module):
         self.c_proj = Linear(n_embd, n_embd)
 
     def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
-        b, t, c = x.shape
-        qkv = self.c_attn(x).view(b, t, 3, self.n_head, c // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 × (B, H, T, D)
-        causal = self.causal
-        if cache is not None:
-            start, end = cache.length, cache.length + t
-            assert t == 1 or start == 0, "a cache is filled by one prompt, then by single positions"
-            cache.keys[layer][:, :, start:end] = k
-            cache.values[layer][:, :, start:end] = v
-            if t == 1:  # the newest position sees all before it: nothing to mask
-                k, v, causal = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end], False
-        out = attend(q, k, v, causal=causal, path=self.path)
-        projected: Tensor = self.c_proj(out.transpose(1, 2).reshape(b, t, c))
+        qkv = self.c_attn(x)  # (B, T, 3C)
+        if cache is not None and x.shape[1] == 1:
+            out = self._newest(qkv, cache, layer)
+        else:
+            if cache is not None:
+                self._apart(qkv, cache, layer)
+            out = self_attention(qkv, self.n_head, causal=self.causal, path=self.path)
+        projected: Tensor = self.c_proj(out)
         return projected
+
+    def _apart(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
+        """Adds keys and values, 2 × (B, H, T, D), to the cache; the queries alike."""
+        b, t, width = qkv.shape
+        start, end = cache.length, cache.length + t
+        assert t == 1 or start == 0, "a cache is filled by one prompt, then by single positions"
+        q, k, v = qkv.view(b, t, 3, self.n_head, width // 3 // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
+        cache.keys[layer][:, :, start:end] = k
+        cache.values[layer][:, :, start:end] = v
+        return q
+
+    def _newest(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
+        """Of one more position: it sees all before it, so that there is nothing to mask."""
+        q, end = self._apart(qkv, cache, layer), cache.length + 1
+        k, v = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]
+        return attend(q, k, v, causal=False, path=self.path).transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):

@@ -1,4 +1,4 @@
-"""The decoder in C (`decode.c`): compiled for this CPU when first wanted, kept on disk, loaded."""
+"""What is written in C (`attend.c`, `decode.c`): compiled for this CPU when first wanted, kept on disk, loaded."""
 
 import ctypes
 import functools
@@ -11,20 +11,25 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("decode.c")
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "attend.c", FOLDER / "decode.c")
+HEADER = FOLDER / "vector.h"
 VECTOR = 8  # floats, the width that decode.c is written for
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """`igpt_step`, or None where there is no C compiler (`CC`, else `cc`) or it cannot: then PyTorch does the work."""
+    """The functions in C, or None where there is no C compiler (`CC`, else `cc`) or it cannot: PyTorch serves then."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if shutil.which(compiler[0]) is None:
-        log.info("no C compiler (cc) is here: tokens are drawn without decode.c, up to three times slower")
+        log.info("no C compiler (cc) is here: attention and samples are up to three times slower on this CPU")
         return None
     try:
         place = kept_at(compiler)
@@ -33,29 +38,42 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(place))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         said = getattr(error, "stderr", None) or str(error)
-        log.warning("decode.c could not be compiled; tokens are drawn without it, slower: %s", said.strip()[:300])
+        log.warning("attend.c and decode.c could not be compiled; without them this is slower: %s", said.strip()[:300])
         return None
-    longs, pointer = [ctypes.c_long] * 8, ctypes.c_void_p
-    loaded.igpt_step.argtypes = [*longs, ctypes.c_float, *[pointer] * 5]
-    loaded.igpt_step.restype = None
+    long, pointer = ctypes.c_long, ctypes.c_void_p
+    _declare(loaded.igpt_step, None, [*[long] * 8, ctypes.c_float, *[pointer] * 5])
+    _declare(loaded.igpt_attend_room, long, [long] * 3)
+    _declare(loaded.igpt_attend, None, [*[long] * 7, *[pointer] * 4])
+    _declare(loaded.igpt_attend_backward, None, [*[long] * 7, *[pointer] * 6])
     return loaded
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch has no type for it
+def available() -> bool:
+    """Whether the functions in C can be had; a constant to `torch.compile`."""
+    return library() is not None
+
+
+def _declare(function: Any, returned: type | None, taken: list[Any]) -> None:
+    function.restype, function.argtypes = returned, taken
 
 
 def kept_at(compiler: list[str]) -> Path:
     """Where the compiled file is kept: one for each source, compiler and kind of CPU, so that a shared home serves."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    made_of = "\0".join([SOURCE.read_text(), *FLAGS, version, platform.machine(), _cpu()])
+    texts = [path.read_text() for path in (*SOURCES, HEADER)]
+    made_of = "\0".join([*texts, *FLAGS, version, platform.machine(), _cpu()])
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "igpt" / f"decode-{digest}.so"
+    return home / "igpt" / f"native-{digest}.so"
 
 
 def compile_to(place: Path, compiler: list[str]) -> None:
     """Compiles beside `place`, then renames: another process never loads half a file. Raises CalledProcessError."""
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        made = Path(folder) / "decode.so"
-        command = [*compiler, *FLAGS, "-x", "c", str(SOURCE), "-o", str(made), "-lm"]
+        made = Path(folder) / "native.so"
+        command = [*compiler, *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
         subprocess.run(command, capture_output=True, text=True, check=True)
         made.replace(place)
 

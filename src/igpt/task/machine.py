@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from igpt.data.order import BatchPlan
-from igpt.model import choice
+from igpt.model import choice, native
 from igpt.model.gpt import GPT
 from igpt.ranks import Rank, this_rank
 from igpt.task.zero import INSTALL
@@ -66,6 +66,7 @@ class Machine:
                 raise ValueError(f"trainer.{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
         if self.compile not in (True, False, "auto"):
             raise ValueError(f"trainer.compile must be auto, true or false, got {self.compile!r}")
+        self._check_attention()
         self._check_decoding()
         if self.zero_stage and not self.plan:
             self._check_deepspeed()
@@ -159,6 +160,16 @@ class Machine:
     def offload(self) -> bool:
         """Whether weights and optimiser are kept in the host's memory, not the device's."""
         return self.strategy.endswith("offload")
+
+    def _check_attention(self) -> None:
+        if self.attention != "native" or self.plan:
+            return
+        if self.device.type != "cpu":
+            raise ValueError(
+                f"trainer.attention=native is for a CPU, this would run on {self.device.type}: choose auto"
+            )
+        if not native.available():
+            raise ValueError("trainer.attention=native needs a C compiler (cc, or what CC names): choose auto")
 
     def _check_decoding(self) -> None:
         if self.decoding in ("auto", "layers") or self.plan:

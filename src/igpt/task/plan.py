@@ -50,10 +50,11 @@ def planned(machine: Machine, network: Mapping[str, Any], *, batch_size: int, st
 def _scores(machine: Machine, network: Mapping[str, Any], on_cpu: bool) -> int:
     """Attention scores that each head of each image keeps for the backward pass."""
     dtype = torch.float32 if machine.precision == "32-true" else torch.bfloat16
-    q, path, causal = torch.empty(1, 1, network["n_ctx"], 1, dtype=dtype), machine.attention, bool(network["causal"])
+    t, depth, causal = network["n_ctx"], network["n_embd"] // network["n_head"], bool(network["causal"])
+    path, device = machine.attention, torch.device("cpu" if on_cpu else "cuda")
     if path == "auto":
-        path = choice.attention(q, causal=causal) if on_cpu else "sdpa"
-    return choice.scores_kept(q, path, causal=causal)
+        path = choice.attention(device, dtype, t=t, depth=depth, causal=causal)
+    return choice.scores_kept(dtype, path, t=t, causal=causal)
 
 
 def _memory(machine: Machine, on_cpu: bool, devices: int) -> float | None:
