@@ -191,11 +191,12 @@ def test_without_a_compiler(
         native.library.cache_clear()
 
 
-def test_compiling_pays_where_training_is_long_and_narrow() -> None:
+def test_compiling_pays_where_training_is_long() -> None:
+    """Invariant: on a CPU where networks are narrow or in bfloat16, on a GPU always."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    if shutil.which("g++"):
-        assert choice.compiling(cpu, n_embd=64, flops=1e14)
-    assert not choice.compiling(cpu, n_embd=64, flops=1e11)
-    assert not choice.compiling(cpu, n_embd=512, flops=1e14)
-    assert choice.compiling(gpu, n_embd=512, flops=1e17)
-    assert not choice.compiling(gpu, n_embd=512, flops=1e14)
+    for width, half, gains in ((64, False, True), (512, True, True), (512, False, False)):
+        if shutil.which("g++"):
+            assert choice.compiling(cpu, n_embd=width, flops=1e14, half=half) is gains
+        assert not choice.compiling(cpu, n_embd=width, flops=1e11, half=half)
+        assert choice.compiling(gpu, n_embd=width, flops=1e17, half=half)
+        assert not choice.compiling(gpu, n_embd=width, flops=1e14, half=half)

@@ -156,14 +156,14 @@ void igpt_attend(long batch, long t, long n_head, long depth, long causal, long 
                 vec totals[VECTORS];
                 for (long l = 0; l < Q; l += W) {
                     vec best = all(-INFINITY), total = {0};
-                    long free = causal ? i + l : t; /* keys that all of these queries see */
+                    long common = causal ? i + l : t; /* keys that all of these queries see */
                     float *column = s + l;
-                    for (long j = 0; j < free; j++) best = most(best, load(column + j * Q));
-                    for (long j = free; j < last; j++)
+                    for (long j = 0; j < common; j++) best = most(best, load(column + j * Q));
+                    for (long j = common; j < last; j++)
                         best = most(best, seen(load(column + j * Q), i + l, j, -INFINITY));
                     for (long j = 0; j < last; j++) {
                         vec p = share(load(column + j * Q) - best);
-                        if (j >= free) p = seen(p, i + l, j, 0);
+                        if (j >= common) p = seen(p, i + l, j, 0);
                         store(column + j * Q, p);
                         total += p;
                     }
@@ -210,14 +210,14 @@ void igpt_attend_backward(long batch, long t, long n_head, long depth, long caus
                 product(end, Q, depth, (Matrix){k, z.wide, 1}, queries, Q, s, Q, 0);
                 product(end, Q, depth, (Matrix){v, z.wide, 1}, along, Q, ds, Q, 0);
                 for (long l = 0; l < Q; l += W) {
-                    long free = causal ? i + l : t;
+                    long common = causal ? i + l : t;
                     vec sums = {0}, dots = {0};
                     for (long r = 0; r < W && l + r < count; r++) sums[r] = lse[n * t + i + l + r];
                     for (long d = 0; d < depth; d++) dots += load(along + d * Q + l) * load(found + d * Q + l);
                     float *column = s + l, *d_column = ds + l;
                     for (long j = 0; j < last; j++) {
                         vec p = share(load(column + j * Q) - sums), dp = p * (load(d_column + j * Q) - dots);
-                        if (j >= free) p = seen(p, i + l, j, 0), dp = seen(dp, i + l, j, 0);
+                        if (j >= common) p = seen(p, i + l, j, 0), dp = seen(dp, i + l, j, 0);
                         store(column + j * Q, p);
                         store(d_column + j * Q, dp);
                     }

@@ -60,13 +60,13 @@ class Attention(nn.Module):
             out = self._newest(qkv, cache, layer)
         else:
             if cache is not None:
-                self._apart(qkv, cache, layer)
+                self._remember(qkv, cache, layer)
             out = self_attention(qkv, self.n_head, causal=self.causal, path=self.path)
         projected: Tensor = self.c_proj(out)
         return projected
 
-    def _apart(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
-        """Adds keys and values, 2 × (B, H, T, D), to the cache; the queries alike."""
+    def _remember(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
+        """Adds the keys and values of these positions to the cache; their queries, (B, H, T, D)."""
         b, t, width = qkv.shape
         start, end = cache.length, cache.length + t
         assert t == 1 or start == 0, "a cache is filled by one prompt, then by single positions"
@@ -76,8 +76,8 @@ class Attention(nn.Module):
         return q
 
     def _newest(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
-        """Of one more position: it sees all before it, so that there is nothing to mask."""
-        q, end = self._apart(qkv, cache, layer), cache.length + 1
+        """Of one more position, (B, 1, C): it sees all before it, so that there is nothing to mask."""
+        q, end = self._remember(qkv, cache, layer), cache.length + 1
         k, v = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]
         return attend(q, k, v, causal=False, path=self.path).transpose(1, 2).flatten(2)
 

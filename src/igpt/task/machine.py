@@ -139,7 +139,9 @@ class Machine:
         """
         compiled = self.compile
         if compiled == "auto":
-            compiled = not self.zero_stage and choice.compiling(self.device, n_embd=net.n_embd, flops=flops)
+            half = self.precision != "32-true"
+            gains = choice.compiling(self.device, n_embd=net.n_embd, flops=flops, half=half)
+            compiled = gains and not self.zero_stage
         net.checkpointing, net.decoding = self.activation_checkpointing, self.decoding
         for block in net.blocks:
             block.attn.path = self.attention
