@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,6 +250,27 @@ def test_large_scores_do_not_overflow_in_c() -> None:
     (out, gradient), (same, d_same) = attended(qkv, 3, True, "native"), attended(qkv.double(), 3, True, "sdpa")
     assert (out - same).abs().max() < 1e-3
     assert (gradient - d_same).abs().max() < 1e-3 * d_same.abs().max()
+
+
+@needs_compiler
+def test_c_has_room_under_any_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: what C works in is float32, also while Lightning trains in bfloat16 and makes that the default."""
+    taken: list[Tensor] = []
+    empty = torch.empty
+
+    def noted(*size: int, **how: Any) -> Tensor:
+        taken.append(empty(*size, **how))
+        return taken[-1]
+
+    monkeypatch.setattr(torch, "empty", noted)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        out = self_attention(torch.randn(2, 50, 72), 3, causal=True, path="native")
+    finally:
+        torch.set_default_dtype(before)
+    assert out.dtype == torch.bfloat16
+    assert [room.dtype for room in taken] == [torch.float32]
 
 
 @needs_compiler

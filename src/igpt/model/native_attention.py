@@ -68,6 +68,7 @@ def _call(name: str, qkv: Tensor, n_head: int, causal: bool, *others: Tensor, ba
         )
     b, t, width = qkv.shape
     depth, threads = width // 3 // n_head, torch.get_num_threads()
-    room = torch.empty(threads * library.igpt_attend_room(t, depth, int(backward)))
+    floats = threads * library.igpt_attend_room(t, depth, int(backward))
+    room = torch.empty(floats, dtype=torch.float32)  # whatever the default is
     sizes = (b, t, n_head, depth, int(causal), int(qkv.dtype == torch.bfloat16), threads)
     getattr(library, name)(*sizes, *(given.data_ptr() for given in (qkv, *others, room)))
