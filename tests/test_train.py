@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from igpt.launch import run as run_command
 from igpt.report.folder import RunFolder
 from tests.conftest import ROOT, TINY, train_py
 from tests.offline import offline_runs
@@ -81,12 +82,16 @@ def test_accuracy_needs_a_head_that_was_trained(quickstart: Path, tmp_path: Path
         run_here(tmp_path, *of_test, f"init={quickstart / '2_pretrain'}", "task.accuracy=true")
 
 
-def test_a_finished_run_is_not_repeated_and_force_repeats_it_to_the_bit(quickstart: Path) -> None:
+def test_a_finished_run_is_not_repeated_and_force_repeats_it_to_the_bit(
+    quickstart: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Invariant: the same command prints the result; with force=true a second folder holds the same weights."""
     place = quickstart.parents[1]
-    again = train_py("experiment=quickstart", *TINY, cwd=place)
-    assert "is finished; force=true repeats it" in again.stderr
-    assert "pretrain/val/loss_gen" in again.stderr
+    monkeypatch.chdir(place)
+    caplog.set_level("INFO")
+    run_command("experiment=quickstart", *TINY, conf=ROOT / "conf")
+    assert "is finished; force=true repeats it" in caplog.text
+    assert "pretrain/val/loss_gen" in caplog.text
     run_here(place, "experiment=quickstart", *TINY, "force=true")
     first, second = sorted((place / "runs").iterdir())
     assert second.name == f"{first.name}-2"
@@ -128,14 +133,15 @@ def children_of(pid: int) -> list[int]:
 SIXTY = ("task=pretrain", *PRETRAIN, "task.steps=60", "task.checkpoint_every=5", "task.checkpoint_keep=99")
 
 
-def test_a_stopped_run_is_resumed(tmp_path: Path) -> None:
+def test_a_stopped_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: SIGTERM ends it well and says how to go on; resume= ends as never stopped."""
     settings = [*SIXTY, "task.val_every=20"]
     code, said = interrupted(tmp_path, 5, signal.SIGTERM, *settings, whom=int)
     (run,) = (tmp_path / "runs").iterdir()
     assert code == 75
     assert f"continue with `python train.py resume=runs/{run.name}`" in said
-    train_py(f"resume=runs/{run.name}", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run_command(f"resume=runs/{run.name}", conf=ROOT / "conf")
     _, whole = run_here(tmp_path / "whole", *settings)
     files = [load_file(folder / "model" / "model.safetensors") for folder in (run, whole)]
     assert all(np.array_equal(files[0][name], files[1][name]) for name in files[0])
@@ -227,7 +233,6 @@ def test_a_sweep_of_runs_of_two_processes_one_of_them_killed(tmp_path: Path) -> 
     ("arguments", "message"),
     [
         (["task.stepz=3"], "error: there is no setting or group 'task.stepz', did you mean task.steps?"),
-        (["task=sample", "init=nowhere"], "error: init=nowhere: no config.json"),
         (["resume=nowhere"], "error: resume=nowhere: no run.json there"),
     ],
 )
@@ -236,6 +241,11 @@ def test_bad_commands_end_in_one_line(tmp_path: Path, arguments: list[str], mess
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_weights_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"init=nowhere: no config\.json"):
+        run_here(tmp_path, "task=sample", "init=nowhere")
 
 
 @pytest.mark.slow

@@ -140,8 +140,8 @@ def test_the_same_batches_in_two_processes(photographs: Path) -> None:
     """Invariant: the halves that two ranks read at once, put together, are what one process reads."""
     context = mp.get_context("spawn")  # a fork would inherit PyTorch's threads' locks
     answers = context.Queue()
-    for rank in range(2):
-        context.Process(target=rank_reads, args=(photographs, rank, answers), daemon=True).start()
+    context.Process(target=rank_reads, args=(photographs, 1, answers), daemon=True).start()
+    rank_reads(photographs, 0, answers)
     read_by = dict(answers.get(timeout=60) for _ in range(4))
     for streaming in (False, True):
         halves = read(of_photographs(photographs, plan=BatchPlan(6, 3), streaming=streaming), 16)

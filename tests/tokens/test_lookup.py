@@ -21,7 +21,7 @@ def uneven_palette() -> Palette:
     return Palette(np.concatenate([centres, grid, centres[:1]]).astype(np.float32))
 
 
-@pytest.mark.parametrize("palette", [random_palette(), uneven_palette(), random_palette(2), random_palette(4096)])
+@pytest.mark.parametrize("palette", [random_palette(), uneven_palette(), random_palette(2), random_palette(1500)])
 def test_the_table_is_brute_force(palette: Palette) -> None:
     """Independent source: numpy in float64, on random colours and on all greys (many of them ties)."""
     table = build(palette)
