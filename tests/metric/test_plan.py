@@ -159,4 +159,4 @@ def test_attention_as_it_will_be_computed() -> None:
         assert choice.attention_apart(cpu, torch.float32, t=t, causal=causal) == path
     for dtype, path in ((torch.float32, "native"), (torch.bfloat16, "native"), (torch.float64, "sdpa")):
         if path != "native" or native.available():
-            assert choice.attention(cpu, dtype, t=1024, depth=8, causal=True) == path
+            assert choice.attention(cpu, dtype, t=1024, causal=True) == path

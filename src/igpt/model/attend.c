@@ -15,20 +15,24 @@
 #endif
 #include "vector.h"
 
-enum { SHORT = 128, VECTORS = 2, LEAST = -87 }; /* positions; of queries, where T > SHORT; e^LEAST is nothing beside 1 */
+enum {
+    SHORT = 128, /* positions: up to these, Q is one vector */
+    VECTORS = 2, /* beyond, Q is these */
+    LEAST = -60, /* e^LEAST is nothing beside 1 */
+};
 typedef struct {
     const float *at;
     long row, column; /* steps */
 } Matrix;
 typedef struct {
-    long t, n_head, depth, causal, half; /* half: bfloat16 */
+    long t, n_head, depth, half; /* half: bfloat16 */
     long width, queries, rows, wide; /* C; Q; T and D rounded up */
     float scale;
 } Shape;
 
-static Shape shaped(long t, long n_head, long depth, long causal, long half) {
+static Shape shaped(long t, long n_head, long depth, long half) {
     long q = t <= SHORT ? W : VECTORS * W, rows = (t + q - 1) / q * q, wide = (depth + W - 1) / W * W;
-    return (Shape){t, n_head, depth, causal, half, n_head * depth, q, rows, wide, 1.0f / sqrtf((float)depth)};
+    return (Shape){t, n_head, depth, half, n_head * depth, q, rows, wide, 1.0f / sqrtf((float)depth)};
 }
 
 /* `rows` rows and `vecs` vectors of C = or += A B, held in registers; both counts are constants where it is called. */
@@ -114,7 +118,7 @@ static inline vec seen(vec x, long first, long j, float other) {
     return (vec)(((ivec)x & in) | ((ivec)all(other) & ~in));
 }
 
-/* e^x for x <= 0, not a number where x is not. */
+/* e^x for x that is not above 0 but for rounding; not a number where x is none or infinite. */
 static inline vec share(vec x) { return exponential(most(x, all(LEAST))) + (x - x); }
 
 /* Natural logarithm, one lane after the other. */
@@ -129,27 +133,28 @@ static inline long first_of(const Shape *z, long n, long numbers) { /* head n = 
 
 /* Floats of room that each thread needs. */
 long igpt_attend_room(long t, long depth, long backward) {
-    Shape z = shaped(t, 1, depth, 0, 0);
+    Shape z = shaped(t, 1, depth, 0);
     long size = z.rows * z.wide, block = z.queries * z.wide, scores = z.queries * z.rows;
     return backward ? 7 * size + 4 * block + 2 * scores : 3 * size + 3 * block + scores;
 }
 
 void igpt_attend(long batch, long t, long n_head, long depth, long causal, long half, long threads, const void *qkv,
                  void *out, float *lse, float *room) {
-    Shape z = shaped(t, n_head, depth, causal, half);
+    Shape z = shaped(t, n_head, depth, half);
     const long Q = z.queries, size = z.rows * z.wide, block = Q * z.wide, each = igpt_attend_room(t, depth, 0);
+    const long heads = batch * n_head, parts = heads && heads < threads ? threads / heads : 1; /* of a head's queries */
 #pragma omp parallel num_threads(threads)
     {
         float *q = room + omp_get_thread_num() * each, *k = q + size, *v = k + size;
         float *queries = v + size, *found = queries + block, *o = found + block, *s = o + block;
         memset(q, 0, each * sizeof(float)); /* what is rounded up stays zero */
 #pragma omp for schedule(static)
-        for (long n = 0; n < batch * n_head; n++) {
-            long first = first_of(&z, n, 3 * z.width);
+        for (long task = 0; task < heads * parts; task++) {
+            long n = task / parts, first = first_of(&z, n, 3 * z.width);
             gather(&z, qkv, first, 3 * z.width, z.scale, q);
             gather(&z, qkv, first + z.width, 3 * z.width, 1, k);
             gather(&z, qkv, first + 2 * z.width, 3 * z.width, 1, v);
-            for (long i = 0; i < t; i += Q) {
+            for (long i = task % parts * Q; i < t; i += parts * Q) {
                 long end = causal ? i + Q : z.rows, last = causal ? i + Q : t, count = t - i < Q ? t - i : Q;
                 turn(&z, q + i * z.wide, queries);
                 product(end, Q, depth, (Matrix){k, z.wide, 1}, queries, Q, s, Q, 0);
@@ -185,12 +190,13 @@ void igpt_attend(long batch, long t, long n_head, long depth, long causal, long 
 void igpt_attend_backward(long batch, long t, long n_head, long depth, long causal, long half, long threads,
                           const void *qkv, const void *out, const float *lse, const void *d_out, void *d_qkv,
                           float *room) {
-    Shape z = shaped(t, n_head, depth, causal, half);
+    Shape z = shaped(t, n_head, depth, half);
     const long Q = z.queries, size = z.rows * z.wide, block = Q * z.wide, each = igpt_attend_room(t, depth, 1);
 #pragma omp parallel num_threads(threads)
     {
         float *q = room + omp_get_thread_num() * each, *k = q + size, *v = k + size, *o = v + size, *g = o + size;
-        float *dk = g + size, *dv = dk + size, *queries = dv + size, *along = queries + block, *found = along + block;
+        float *dk = g + size, *dv = dk + size, *queries = dv + size, *along = queries + block;
+        float *found = along + block; /* what the queries found, then their gradient */
         float *dq = found + block, *s = dq + block, *ds = s + Q * z.rows;
         memset(q, 0, each * sizeof(float));
 #pragma omp for schedule(static)

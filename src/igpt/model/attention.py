@@ -22,13 +22,12 @@ def self_attention(qkv: Tensor, n_head: int, *, causal: bool, path: str = "auto"
     `choice.ATTENTION`: `native` (C, on a CPU), else as `attend`.
     """
     b, t, width = qkv.shape
-    depth = width // 3 // n_head
     if path == "auto":
-        path = choice.attention(qkv.device, qkv.dtype, t=t, depth=depth, causal=causal)
+        path = choice.attention(qkv.device, qkv.dtype, t=t, causal=causal)
     if path == "native":
         out: Tensor = native_attention.attend(qkv, n_head, causal)[0]
         return out
-    q, k, v = qkv.view(b, t, 3, n_head, depth).permute(2, 0, 3, 1, 4).unbind(0)  # 3 × (B, H, T, D)
+    q, k, v = qkv.view(b, t, 3, n_head, width // 3 // n_head).permute(2, 0, 3, 1, 4).unbind(0)  # 3 × (B, H, T, D)
     return attend(q, k, v, causal=causal, path=path).transpose(1, 2).reshape(b, t, width // 3)
 
 

@@ -29,10 +29,11 @@ NARROW = 128  # width
 WAIT = {"cpu": (4e10, 900.0), "cuda": (1e14, 120.0)}
 
 
-def attention(device: torch.device, dtype: torch.dtype, *, t: int, depth: int, causal: bool) -> str:
-    """How attention of T positions over themselves is computed, by heads of `depth`: one of `ATTENTION`.
+def attention(device: torch.device, dtype: torch.dtype, *, t: int, causal: bool) -> str:
+    """How attention of T positions over themselves is computed: one of `ATTENTION`.
 
-    On a CPU by `attend.c`, which is up to three times as fast as all else and keeps no scores.
+    On a CPU by `attend.c`, which keeps no scores and is mostly one and a half to three times as fast as all else. It
+    shares out heads of images: where those are fewer than threads, its backward pass leaves threads idle.
     """
     if device.type == "cpu" and dtype in DTYPES and native.available():
         return "native"
@@ -42,7 +43,7 @@ def attention(device: torch.device, dtype: torch.dtype, *, t: int, depth: int, c
 def attention_apart(device: torch.device, dtype: torch.dtype, *, t: int, causal: bool) -> str:
     """The same of T queries where they, keys and values lie apart: `sdpa` (fused), `blocks` or `bmm` (products).
 
-    On a CPU, PyTorch's fused kernel is 5 to 19 times slower up to 64 positions in bfloat16 or with the float32 products
+    On a CPU, PyTorch's fused kernel is 3 to 8 times slower up to 128 positions in bfloat16 or with the float32 products
     of oneDNN that training uses, and in bfloat16 slower than `blocks` at any length that was measured. Products keep
     the scores for the backward pass: where those are many, in float32 or with all T × T of them, `sdpa` goes without.
     """

@@ -97,7 +97,7 @@ def natively(net: GPT, cache: Cache) -> Step:
         )
     ] + [net.ln_f.g.detach().contiguous(), net.wtet.detach().contiguous()]  # fmt: skip
     threads = torch.get_num_threads()
-    room = torch.empty(batch * 6 * net.n_embd + threads * (room_for + VECTOR), dtype=torch.float32)
+    room = torch.empty(batch * 6 * net.n_embd + threads * (room_for + VECTOR), dtype=torch.float32, device="cpu")
     addresses = [(ctypes.c_void_p * len(many))(*(one.data_ptr() for one in many)) for many in (weights, lie)]
     sizes = (net.n_layer, net.n_embd, net.n_head, net.n_vocab, room_for, batch)
 
@@ -108,7 +108,7 @@ def natively(net: GPT, cache: Cache) -> Step:
         assert weights  # they stay while this function does,
         assert lie  # and so do these
         x = F.embedding(tokens[:, 0], net.wte) + net.wpe[now]  # (B, C)
-        logits = torch.empty(batch, net.n_vocab, dtype=torch.float32)
+        logits = torch.empty(batch, net.n_vocab, dtype=torch.float32, device="cpu")
         ends = (x.data_ptr(), room.data_ptr(), logits.data_ptr())
         compiled.igpt_step(*sizes, now, threads, NORM_EPS, *addresses, *ends)
         now += 1

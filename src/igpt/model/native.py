@@ -24,11 +24,17 @@ VECTOR = 8  # floats, the width that decode.c is written for
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 
+def found_compiler() -> list[str] | None:
+    """`CC`, with what it may say behind the name, else `cc`; None where there is none."""
+    command = shlex.split(os.environ.get("CC") or "cc")
+    return None if shutil.which(command[0]) is None else command
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The functions in C, or None where there is no C compiler (`CC`, else `cc`) or it cannot: PyTorch serves then."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    if shutil.which(compiler[0]) is None:
+    compiler = found_compiler()
+    if compiler is None:
         log.info("no C compiler (cc) is here: attention and samples are up to three times slower on this CPU")
         return None
     try:
@@ -73,7 +79,7 @@ def compile_to(place: Path, compiler: list[str]) -> None:
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         made = Path(folder) / "native.so"
-        command = [*compiler, *FLAGS, *map(str, SOURCES), "-o", str(made), "-lm"]
+        command = [*compiler, *FLAGS, "-x", "c", *map(str, SOURCES), "-o", str(made), "-lm"]
         subprocess.run(command, capture_output=True, text=True, check=True)
         made.replace(place)
 

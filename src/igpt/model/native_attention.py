@@ -27,7 +27,7 @@ def attend_backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head
     """The gradient of `qkv`, (B, T, 3C), from that of `out`. It has none of its own."""
     qkv = qkv.contiguous()
     d_qkv = torch.empty_like(qkv)
-    given = (out.contiguous(), lse, d_out.to(qkv.dtype).contiguous())
+    given = (out.contiguous(), lse.contiguous(), d_out.to(qkv.dtype).contiguous())
     _call("igpt_attend_backward", qkv, n_head, causal, *given, d_qkv, backward=True)
     return d_qkv
 
@@ -55,6 +55,8 @@ attend.register_autograd(_backward, setup_context=_keep)
 
 def _empty(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     b, t, width = qkv.shape
+    if width % (3 * n_head):
+        raise ValueError(f"queries, keys and values of {n_head} heads cannot be {width} numbers")
     return qkv.new_empty(b, t, width // 3), qkv.new_empty(b, n_head, t, dtype=torch.float32)
 
 
@@ -67,8 +69,9 @@ def _call(name: str, qkv: Tensor, n_head: int, causal: bool, *others: Tensor, ba
             "choose auto"
         )
     b, t, width = qkv.shape
-    depth, threads = width // 3 // n_head, torch.get_num_threads()
+    depth, tasks = width // 3 // n_head, b * n_head if backward else b * n_head * t
+    threads = max(1, min(torch.get_num_threads(), tasks))
     floats = threads * library.igpt_attend_room(t, depth, int(backward))
-    room = torch.empty(floats, dtype=torch.float32)  # whatever the default is
+    room = torch.empty(floats, dtype=torch.float32, device="cpu")  # whatever the defaults are
     sizes = (b, t, n_head, depth, int(causal), int(qkv.dtype == torch.bfloat16), threads)
     getattr(library, name)(*sizes, *(given.data_ptr() for given in (qkv, *others, room)))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from igpt.metric import plan as counted
-from igpt.model import choice
+from igpt.model import choice, native
 from igpt.task.machine import Machine
 
 MEMORY = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
@@ -50,10 +50,11 @@ def planned(machine: Machine, network: Mapping[str, Any], *, batch_size: int, st
 def _scores(machine: Machine, network: Mapping[str, Any], on_cpu: bool) -> int:
     """Attention scores that each head of each image keeps for the backward pass."""
     dtype = torch.float32 if machine.precision == "32-true" else torch.bfloat16
-    t, depth, causal = network["n_ctx"], network["n_embd"] // network["n_head"], bool(network["causal"])
+    t, causal = network["n_ctx"], bool(network["causal"])
     path, device = machine.attention, torch.device("cpu" if on_cpu else "cuda")
-    if path == "auto":
-        path = choice.attention(device, dtype, t=t, depth=depth, causal=causal)
+    if path == "auto":  # nothing is compiled for a plan
+        in_c = on_cpu and native.found_compiler() is not None
+        path = "native" if in_c else choice.attention_apart(device, dtype, t=t, causal=causal)
     return choice.scores_kept(dtype, path, t=t, causal=causal)
 
 
