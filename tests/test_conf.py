@@ -258,10 +258,7 @@ def test_a_sample_is_named_after_what_its_weights_saw(tmp_path: Path) -> None:
     assert built("task=sample", f"init={init}").name.startswith("sample-small-toy-ar-s0-")
 
 
-@pytest.mark.parametrize("stage", ["igpt.task.pretrain.run", "igpt.task.complete.run"])
-def test_a_stopped_pipeline_goes_on_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
-) -> None:
+def test_a_stopped_pipeline_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: finished stages are not run again, and the end is that of a pipeline that was never stopped."""
     small = ["experiment=quickstart", "model.n_layer=1", "model.n_embd=8", "model.n_head=2", "callbacks=none"]
     small += [f"task.stages.{stage}=null" for stage in ("probe", "finetune", "scratch")]
@@ -276,15 +273,19 @@ def test_a_stopped_pipeline_goes_on_where_it_stopped(
         return {key: number.value for key, number in result.numbers.items() if "per_s" not in key}, folder
 
     whole, _ = start(runs="whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, fails)
-        with pytest.raises(KeyError):
-            start(runs="stopped")
-    (folder,) = (tmp_path / "stopped").iterdir()
-    written = (folder / "1_palette" / "result.json").stat().st_mtime_ns
-    resumed, _ = start(f"resume={folder}", runs="stopped")
+    again: list[str] = []
+    for stage in ("igpt.task.pretrain.run", "igpt.task.complete.run"):  # stopped, resumed, stopped again
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, fails)
+            with pytest.raises(KeyError):
+                start(*again, runs="stopped")
+        (folder,) = (tmp_path / "stopped").iterdir()
+        again = [f"resume={folder}"]
+    done = [folder / stage / "result.json" for stage in ("1_palette", "2_pretrain")]
+    written = [path.stat().st_mtime_ns for path in done]
+    resumed, _ = start(*again, runs="stopped")
     assert resumed == whole
-    assert (folder / "1_palette" / "result.json").stat().st_mtime_ns == written
+    assert [path.stat().st_mtime_ns for path in done] == written
 
 
 def fails(*, runner: Any = None, **_: Any) -> None:

@@ -14,9 +14,10 @@ from transformers import ImageGPTForCausalImageModeling
 from igpt.checkpoint import huggingface
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import save_model
+from igpt.launch import run as run_command
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
-from tests.conftest import small_net, train_py
+from tests.conftest import ROOT, small_net
 from tests.oracle import released
 from tests.oracle.names import from_openai
 from tests.test_photographs import run
@@ -308,7 +309,9 @@ def test_a_wrong_number_of_heads(checkpoint: Path) -> None:
         find(str(checkpoint), n_head=4)
 
 
-def test_openais_evaluation_as_one_command(tmp_path: Path) -> None:
+def test_openais_evaluation_as_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The path of the released weights, with random ones: 32 shards, import, then the loss of each split.
 
     Independent source: the loss that Hugging Face's model gives the same tokens.
@@ -326,12 +329,14 @@ def test_openais_evaluation_as_one_command(tmp_path: Path) -> None:
     for split, ids in tokens.items():
         np.save(tmp_path / f"imagenet_{split}X.npy", ids)
         np.save(tmp_path / f"imagenet_{split}Y.npy", np.eye(1000, dtype=np.float32)[draw.integers(0, 1000, 3)])
-    done = train_py(
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    _, folder = run_command(
         "experiment=openai_eval", f"init={tmp_path / 'igpt-s'}", f"data.path={tmp_path}", f"data.clusters={palette}",
-        "trainer=cpu", cwd=tmp_path,
+        "trainer=cpu", conf=ROOT / "conf",
     )  # fmt: skip
-    assert "2.0895" in done.stderr  # what others report for the same
-    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder is not None
+    assert "2.0895" in caplog.text  # what others report for the same
     numbers = json.loads((folder / "result.json").read_text())["numbers"]
     huggingface.write(tmp_path / "hf", find(str(folder / "1_import")))
     theirs = ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "hf").eval()

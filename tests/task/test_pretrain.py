@@ -265,6 +265,7 @@ def test_metrics_are_exact_and_under_their_steps(tmp_path: Path, lab: Lab) -> No
     assert [int(row["step"]) for row in rows if row["val/loss_gen"]] == [4, 8]
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_while_training_compiled(tmp_path: Path, lab: Lab) -> None:
     """Invariant: at the validations that are due, without compiling anew for every position of the sequence."""
     grid = SampleGrid(count=3, every=2, temperature=1.0)
