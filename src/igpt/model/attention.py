@@ -27,8 +27,14 @@ def self_attention(qkv: Tensor, n_head: int, *, causal: bool, path: str = "auto"
     if path == "native":
         out: Tensor = native_attention.attend(qkv, n_head, causal)[0]
         return out
-    q, k, v = qkv.view(b, t, 3, n_head, width // 3 // n_head).permute(2, 0, 3, 1, 4).unbind(0)  # 3 × (B, H, T, D)
+    q, k, v = heads(qkv, n_head)
     return attend(q, k, v, causal=causal, path=path).transpose(1, 2).reshape(b, t, width // 3)
+
+
+def heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values by heads, views of (B, T, 3C): 3 × (B, H, T, D)."""
+    b, t, width = qkv.shape
+    return qkv.view(b, t, 3, n_head, width // 3 // n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, path: str = "auto") -> Tensor:

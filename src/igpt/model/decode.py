@@ -80,9 +80,7 @@ def natively(net: GPT, cache: Cache) -> Step:
             f"trainer.decoding=native needs whole float32 weights on a CPU and heads of a multiple of {VECTOR}; these "
             f"are {net.wte.dtype} on {net.wte.device.type}, heads of {net.n_embd // net.n_head}: choose auto"
         )
-    compiled = native.library()
-    if compiled is None:
-        raise ValueError("trainer.decoding=native needs a C compiler (cc, or what CC names): choose auto")
+    compiled = native.needed("trainer.decoding=native")
     now, batch = cache.length, cache.keys[0].shape[0]
     room_for = -(-net.n_ctx // VECTOR) * VECTOR  # positions
     lie: list[Tensor] = []

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from igpt import keyed
-from igpt.model.attention import attend, self_attention
+from igpt.model.attention import attend, heads, self_attention
 from igpt.model.parts import put, whole_shape
 
 NORM_EPS = 1e-5  # added to the mean square, inside the root (`model.py:norm`)
@@ -67,10 +67,10 @@ class Attention(nn.Module):
 
     def _remember(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
         """Adds the keys and values of these positions to the cache; their queries, (B, H, T, D)."""
-        b, t, width = qkv.shape
+        t = qkv.shape[1]
         start, end = cache.length, cache.length + t
         assert t == 1 or start == 0, "a cache is filled by one prompt, then by single positions"
-        q, k, v = qkv.view(b, t, 3, self.n_head, width // 3 // self.n_head).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = heads(qkv, self.n_head)
         cache.keys[layer][:, :, start:end] = k
         cache.values[layer][:, :, start:end] = v
         return q

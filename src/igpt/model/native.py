@@ -60,6 +60,14 @@ def available() -> bool:
     return library() is not None
 
 
+def needed(setting: str) -> ctypes.CDLL:
+    """The functions in C. Raises ValueError: `setting` asks for them, and there is no C compiler, or it cannot."""
+    found = library()
+    if found is None:
+        raise ValueError(f"{setting} needs a C compiler (cc, or what CC names): choose auto")
+    return found
+
+
 def _declare(function: Any, returned: type | None, taken: list[Any]) -> None:
     function.restype, function.argtypes = returned, taken
 

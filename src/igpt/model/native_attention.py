@@ -62,12 +62,9 @@ def _empty(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
 
 def _call(name: str, qkv: Tensor, n_head: int, causal: bool, *others: Tensor, backward: bool) -> None:
     """Runs a function of `attend.c` over tensors that lie in one piece, with as many threads as PyTorch has."""
-    library = native.library()
-    if library is None or qkv.dtype not in choice.DTYPES:
-        raise ValueError(
-            f"attention=native needs a C compiler (cc, or what CC names) and float32 or bfloat16, got {qkv.dtype}: "
-            "choose auto"
-        )
+    library = native.needed("attention=native")
+    if qkv.dtype not in choice.DTYPES:
+        raise ValueError(f"attention=native reads float32 or bfloat16, got {qkv.dtype}: choose auto")
     b, t, width = qkv.shape
     depth, tasks = width // 3 // n_head, b * n_head if backward else b * n_head * t
     threads = max(1, min(torch.get_num_threads(), tasks))

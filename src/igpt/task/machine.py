@@ -170,8 +170,7 @@ class Machine:
             raise ValueError(
                 f"trainer.attention=native is for a CPU, this would run on {self.device.type}: choose auto"
             )
-        if not native.available():
-            raise ValueError("trainer.attention=native needs a C compiler (cc, or what CC names): choose auto")
+        native.needed("trainer.attention=native")
 
     def _check_decoding(self) -> None:
         if self.decoding in ("auto", "layers") or self.plan:
