@@ -145,7 +145,6 @@ def run(
     top_k: int | None,
     upload_mb: float,
     upload_pixels: int,
-    upload_formats: list[str],
     nearest: int,
     among: int,
     layer: int | None,
@@ -182,7 +181,7 @@ def run(
         )  # fmt: skip
         bench = Workbench(
             net=net, machine=machine, data=data, training=training, seed=seed, split=split, at_most=at_most,
-            uploads=Uploads(crop, round(upload_mb * MEBIBYTE), upload_pixels, tuple(upload_formats)),
+            uploads=Uploads(crop, round(upload_mb * MEBIBYTE), upload_pixels),
         )  # fmt: skip
         start = page.Start(
             choices=choices, rows=given, completions=completions, temperature=temperature, top_k=top_k, seed=seed,

@@ -12,7 +12,7 @@ import torch
 from igpt import keyed
 from igpt.app.nearest import Neighbour, TrainingFeatures
 from igpt.data.crop import Crop
-from igpt.data.decode import BadImageError, opened
+from igpt.data.decode import BadImageError, opened, read_image_file
 from igpt.data.source import plain_pixels
 from igpt.model.generate import Sampling, growing
 from igpt.model.gpt import GPT
@@ -49,10 +49,11 @@ class Uploads:
     crop: Crop
     max_bytes: int
     max_pixels: int
-    formats: tuple[str, ...]
 
     def read(self, path: Path) -> np.ndarray:
         """The image in a file, cut out as the data's are for evaluation: (R, R, 3) uint8.
+
+        It may be of every format that data may have (`igpt.data.decode.FORMATS`).
 
         Raises:
             ValueError: too many bytes or pixels, no image, one of another format, or a damaged one.
@@ -62,12 +63,10 @@ class Uploads:
             raise ValueError(
                 f"The file has {size / MEBIBYTE:.1f} MB, at most {self.max_bytes / MEBIBYTE:g} MB are taken."
             )
-        data = path.read_bytes()
         try:
+            data = read_image_file(path)
             image = opened(data)
             width, height = image.size
-            if image.format not in self.formats:
-                raise ValueError(f"The file is {image.format}, what is taken is {', '.join(self.formats)}.")
             if width * height > self.max_pixels:
                 raise ValueError(
                     f"The image has {width:,}×{height:,} pixels, at most {self.max_pixels / 1e6:g} million are taken."
