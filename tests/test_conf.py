@@ -218,7 +218,7 @@ def test_a_task_that_needs_weights_says_so(task: str) -> None:
         ("data.resolution=16", "data.resolution=16: the digits are 8×8"),
         ("callbacks.samples.count=0", "callbacks.samples.count"),
         ("model.n_head=3", "n_embd 64 is not divisible by n_head 3"),
-        ("tokens.palette.k=18", "only 17 distinct"),
+        ("tokens.palette.k=1", "tokens.palette.k must lie in 2 … 4096, got 1"),
         ("tokens.order=spiral", "tokens.order must be raster"),
     ],
 )
@@ -230,6 +230,13 @@ def test_bad_values_are_found_before_work_starts(tmp_path: Path, override: str, 
     with pytest.raises(ValueError, match=message):
         perform(build, folder)
     assert not (folder.path / "checkpoints").exists()
+
+
+def test_the_network_has_as_many_colours_as_were_found(tmp_path: Path) -> None:
+    """By hand: the digits have 17; nothing else of the network follows from what was asked for."""
+    asked = built("tokens.palette.k=512", f"paths.cache={tmp_path}").need_net(RunFolder(tmp_path))()
+    assert asked.n_vocab == 17
+    assert asked.config == built(f"paths.cache={tmp_path}").need_net(RunFolder(tmp_path))().config
 
 
 def test_what_decides_a_run_decides_its_name(tmp_path: Path) -> None:

@@ -172,7 +172,10 @@ class Build:
 
     @property
     def planned_network(self) -> dict[str, Any]:
-        """The arguments of GPT, of settings alone: no image is read and no palette fitted."""
+        """The arguments of GPT, of settings alone: no image is read and no palette fitted.
+
+        The palette that is fitted has fewer colours where the images have (n_vocab is an upper bound then).
+        """
         if self.weights is not None and self._from_weights("model"):
             return self.weights.origin.network
         colours = self.config["tokens"]["palette"]

@@ -39,11 +39,47 @@ def test_distinct_colours_with_weights_equal_all_pixels() -> None:
     assert inertia < 1.02 * theirs
 
 
-@pytest.mark.parametrize(("k", "message"), [(1, "2 … 4096"), (5000, "2 … 4096"), (9, "only 8 distinct")])
+@pytest.mark.parametrize(("k", "message"), [(1, "tokens.palette.k .*2 … 4096, got 1"), (5000, "2 … 4096")])
 def test_bad_k(k: int, message: str) -> None:
     corners = np.array([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)], dtype=np.uint8)
     with pytest.raises(ValueError, match=message):
         fit(corners, k=k, iterations=10, restarts=1, seed=0)
+
+
+def test_fewer_colours_than_asked_for_are_taken() -> None:
+    """Round trip: 8 corners of the cube of colours for k = 512, each itself again; k = 8 gives the same palette."""
+    corners = np.array([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)], dtype=np.uint8)
+    palette = fit(np.repeat(corners, 5, axis=0), k=512, iterations=10, restarts=1, seed=0)
+    assert sorted(palette.colours.tolist()) == corners.tolist()
+    assert palette.hash == fit(corners, k=8, iterations=10, restarts=1, seed=0).hash
+
+
+@pytest.mark.parametrize(
+    ("colour", "second"), [((7, 7, 7), (255, 255, 255)), ((255, 255, 255), (0, 0, 0)), ((9, 200, 99), (255, 0, 255))]
+)
+@pytest.mark.parametrize("k", [2, 512])
+def test_one_colour_stands_beside_the_furthest(
+    colour: tuple[int, int, int], second: tuple[int, int, int], k: int
+) -> None:
+    """By hand: each channel is 0 or 255, whichever is further; the order is from dark to light."""
+    palette = fit(np.full((50, 3), colour, dtype=np.uint8), k=k, iterations=10, restarts=1, seed=0)
+    assert palette.colours.tolist() == [list(c) for c in sorted((colour, second), key=sum)]
+
+
+def test_how_many_colours_were_found_is_said_each_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By hand: the digits have 17 grey levels; also where the palette is read from the cache."""
+    source = Digits(
+        name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=0, shift_share=0.0
+    )
+    settings = {"n_pixels": 10**6, "iterations": 20, "restarts": 1, "seed": 0}
+    for _ in range(2):
+        caplog.clear()
+        assert fitted(source, tmp_path, k=512, **settings).k == 17
+        assert "tokens.palette.k asks for 512 colours, and the" in caplog.text
+        assert "hold 17: these are taken" in caplog.text
+    caplog.clear()
+    assert fitted(source, tmp_path, k=17, **settings).k == 17
+    assert "asks for" not in caplog.text
 
 
 def test_a_fitted_palette_is_read_again(tmp_path: Path) -> None:

@@ -22,17 +22,18 @@ def fit(pixels: np.ndarray, *, k: int, iterations: int, restarts: int, seed: int
     """The k-means palette of (N, 3) uint8 pixels, colours ordered from dark to light.
 
     k-means++ and Lloyd on the distinct colours with their counts as weights: the same objective as on all pixels, at
-    a fraction of the cost; the best of `restarts` fits. When there are exactly k distinct colours they are the
-    palette, without error. Grey pixels give a grey palette.
+    a fraction of the cost; the best of `restarts` fits. When there are no more than k distinct colours they are the
+    palette, without error, and it is smaller than k where they are fewer; beside a single colour stands the one that
+    is furthest from it, since a palette has at least two. Grey pixels give a grey palette.
 
     Raises:
-        ValueError: k outside 2 … 4096, or above the number of distinct colours.
+        ValueError: k outside 2 … 4096.
     """
     if not K_MIN <= k <= K_MAX:
-        raise ValueError(f"k must lie in {K_MIN} … {K_MAX}, got {k}")
+        raise ValueError(f"tokens.palette.k must lie in {K_MIN} … {K_MAX}, got {k}")
     colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)  # (U, 3), (U,)
-    if k > len(colours):
-        raise ValueError(f"k = {k} colours asked for, but the pixels hold only {len(colours)} distinct ones: lower k")
+    if len(colours) == 1:
+        colours = np.concatenate([colours, np.where(colours < 128, 255, 0).astype(np.uint8)])
     points = colours / 127.5 - 1  # (U, 3) float64 in [-1, 1]
     if k < len(colours):
         random_state = keyed.key(seed, "kmeans") % 2**32
@@ -74,11 +75,24 @@ def fitted(source: Source, cache: Path, *, k: int, n_pixels: int, iterations: in
     digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
     path = cache / "palettes" / f"{source.name}{source.resolution}-k{k}-{digest}.npy"
     if path.is_file():
+        palette = Palette.load(path)
         log.info("palette: read %s", path)
-        return Palette.load(path)
-    palette = fit(pixels, k=k, iterations=iterations, restarts=restarts, seed=seed)
-    palette.save(path)
-    log.info("palette: fitted %d colours to %d pixels, saved as %s", k, len(pixels), path)
+    else:
+        palette = fit(pixels, k=k, iterations=iterations, restarts=restarts, seed=seed)
+        palette.save(path)
+        log.info("palette: fitted %d colours to %d pixels, saved as %s", palette.k, len(pixels), path)
+    if (pixels == pixels[0]).all():
+        log.warning(
+            "palette: all %d training pixels looked at have one colour, %s: the palette has that and %s, since it "
+            "needs two; is data.path what you meant?",
+            len(pixels), pixels[0].tolist(), next(c for c in palette.colours.tolist() if c != pixels[0].tolist()),
+        )  # fmt: skip
+    elif palette.k < k:
+        log.warning(
+            "palette: tokens.palette.k asks for %d colours, and the %d training pixels looked at hold %d: these are "
+            "taken, without error, and the network has as many",
+            k, len(pixels), palette.k,
+        )  # fmt: skip
     return palette
 
 
