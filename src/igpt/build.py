@@ -1,7 +1,7 @@
 """Everything a task may need, built in flow order from a config; what one stage knows is given to the next."""
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Origin, Weights
 from igpt.checkpoint.resume import step_of
 from igpt.data.crop import Crop, evaluation_crop
+from igpt.data.listing import list_files
 from igpt.data.source import Source
 from igpt.model.gpt import GPT
 from igpt.objective import named
@@ -40,6 +41,7 @@ class Build:
 
     def __init__(self, cfg: DictConfig, choices: dict[str, Any]) -> None:
         self.cfg, self.choices = cfg, choices
+        self.list_files = cache(list_files)  # once for the run's name and for the images; anew for every run
         self.task: str = cfg.task.name
         reads_runs = "runs" in cfg.task and "found" not in cfg.task.needs  # their weights, not what they found out
         start = cfg.init if cfg.init is not None else next(iter(cfg.task.runs), None) if reads_runs else None
@@ -86,8 +88,9 @@ class Build:
     @cached_property
     def files_sha256(self) -> dict[str, str | None]:
         """What is in the files that decide the run: starting weights, palettes, and (by name and size) images."""
-        found = self.found.sums if "found" in self.cfg.task.needs else None
-        return inputs.sums(self.config, init=self.weights.sha256 if self.weights else None, found=found)
+        found = self.found.input_hashes if "found" in self.cfg.task.needs else None
+        init = self.weights.sha256 if self.weights else None
+        return inputs.input_hashes(self.config, init=init, found=found, list_files=self.list_files)
 
     @property
     def data_name(self) -> str:
@@ -117,7 +120,8 @@ class Build:
 
     @cached_property
     def source(self) -> Source:
-        source: Source = factory(without(self.config["data"], "n_colour"), "data")(cache=Path(self.cfg.paths.cache))
+        make = factory(without(self.config["data"], "n_colour"), "data")
+        source: Source = make(cache=Path(self.cfg.paths.cache), list_files=self.list_files)
         return source
 
     @cached_property

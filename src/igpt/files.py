@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,17 +93,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file ({error}): it is damaged, restore or remove it") from error
-
-
-@cache
-def listing_sha256(path: Path) -> str:
-    """A hash of the names and sizes of all files at `path`, a file or a folder: cheap, and it changes when they do."""
-    found = sorted(
-        (os.path.relpath(os.path.join(folder, name), path), os.path.getsize(os.path.join(folder, name)))
-        for folder, _, names in os.walk(path)
-        for name in names
-    )
-    return hashlib.sha256(json.dumps(found or os.path.getsize(path)).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from igpt import files
 from igpt.checkpoint.find import find
+from igpt.data.listing import ListFiles, hash_files
 from igpt.data.shards import named_files
 
 log = logging.getLogger(__name__)
@@ -15,21 +16,21 @@ log = logging.getLogger(__name__)
 HELD_OUT = ("val_fraction", "test_fraction", "split_seed", "splits", "streaming")  # settings of the data that decide it
 
 
-Sums = dict[str, str | None]  # of each file by the setting that names it; None: there is none
+Hashes = dict[str, str | None]  # of each file by the setting that names it; None: there is none
 
 
-def sums(config: Mapping[str, Any], *, init: str | None, found: Sums | None) -> Sums:
-    """What is in the files that decide a run: starting weights, palettes, and (by name and size) images.
+def input_hashes(config: Mapping[str, Any], *, init: str | None, found: Hashes | None, list_files: ListFiles) -> Hashes:
+    """Hashes of the files that decide a run: starting weights, palettes, and (by name and size) images.
 
-    `init`: the hash of the weights it starts from. `found`: those of the runs it compares, for a task that reads runs.
+    `init`: that of the weights it starts from. `found`: those of the runs it compares, for a task that reads runs.
     """
     path = config["tokens"].get("path")
     palette = files.sha256(Path(path)) if path is not None and Path(path).is_file() else None
-    found_out: Sums = {"init": init, "tokens.path": palette}
+    found_out: Hashes = {"init": init, "tokens.path": palette}
     for of, settings in {"data": config["data"], **config["data"].get("streams", {})}.items():
         images = settings.get("path")
         if images is not None and Path(images).expanduser().exists():
-            found_out[f"{of}.path"] = files.listing_sha256(Path(images).expanduser())
+            found_out[f"{of}.path"] = hash_files(Path(images).expanduser(), list_files)
         elif images is not None and (named := [Path(file) for file in named_files(images) or ()]):
             listed = [f"{file} {file.stat().st_size}" for file in named if file.is_file()]
             found_out[f"{of}.path"] = hashlib.sha256("\n".join(listed).encode()).hexdigest()

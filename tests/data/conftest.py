@@ -24,6 +24,7 @@ SETTINGS: dict[str, Any] = {
     "n_class": None,
     "classes": None,
     "splits": {"train": ["train"], "val": ["validation"], "test": ["test"]},
+    "layout": "auto",
     "image_column": ["image", "img"],
     "label_column": ["label", "fine_label"],
     "val_fraction": 0.25,

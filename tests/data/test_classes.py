@@ -39,7 +39,7 @@ def test_the_hubs_copy_counts_as_ilsvrc_does() -> None:
         (["cat", "dog"], [0, 1], "'cat' is no wnid of ILSVRC 2012 .2 of 2"),
         (["n01440764"], [0, 1], "row 1 has label 1"),
         (None, [3, 1000], "row 1 has label 1000, data.n_class=1000 allows 0 … 999"),
-        (None, [-1, 4], "row 0 has label -1"),
+        (None, [-1, 4], "row 0 has no label"),
         (None, [-1, -1], "there are no labels"),
     ],
 )

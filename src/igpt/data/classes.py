@@ -22,35 +22,85 @@ def imagenet() -> dict[str, tuple[int, str]]:
 
 @dataclass(frozen=True)
 class Classes:
-    """How the labels of a dataset are read: as they are, or (`scheme="imagenet"`) as indices of ILSVRC.
+    """How the labels of a dataset's splits are read: by the names of classes, or (`scheme="imagenet"`) of ILSVRC's.
 
-    Folders give a number to each class that is present, in their own order, so wnids are looked up; the Hub's copy
-    counts as ILSVRC does.
+    A label is the index of its class among the training split's. Splits and files number their classes each in their
+    own way, so that labels are looked up by name wherever there are names.
     """
 
     scheme: str | None
     n_class: int | None  # None: any labels, or none
+    by_label: tuple[str, ...] | None = None  # names of the classes; None: labels are numbers without
+
+    @staticmethod
+    def of(scheme: str | None, n_class: int | None, names: Sequence[tuple[str, ...] | None]) -> "Classes":
+        """`names`: of the classes of every split, the training split's first.
+
+        Where labels are asked for, the training split has all classes; where not, others are added behind them.
+
+        Raises:
+            ValueError: two classes of one name, but for capitals and blanks.
+        """
+        if scheme == "imagenet":
+            return Classes(scheme, n_class)
+        first, *others = names
+        if first is None:
+            return Classes(scheme, n_class)
+        if n_class is not None:
+            check_names(first, "the training images")
+            return Classes(scheme, n_class, first)
+        more = sorted({name for of_split in others for name in of_split or ()} - set(first))
+        return Classes(scheme, n_class, (*first, *more))
 
     def __call__(self, labels: np.ndarray, names: Sequence[str] | None, where: str) -> np.ndarray:
         """The labels as this project counts them: (N,) int64 → (N,) int64.
 
+        `names`: of the classes that these labels count.
+
         Raises:
-            ValueError: a name that is no wnid of ILSVRC, a label outside the classes, or no labels at all.
+            ValueError: a name that is no class, a label outside the classes, or no labels at all.
         """
-        if self.n_class is None:
-            return labels
-        if len(labels) and (labels == -1).all():
+        if self.n_class is not None and len(labels) and (labels == -1).all():
             raise ValueError(f"{where}: there are no labels (data.label_column, or a folder for each class); "
                              "data.n_class=null reads images without")  # fmt: skip
-        if self.scheme == "imagenet" and names is not None:
+        if self.scheme == "imagenet" and self.n_class is not None and names is not None:
             try:
                 index = _wnid_index(tuple(names))
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from error
             check_labels(labels, len(names), where)
             labels = index[labels]
-        check_labels(labels, self.n_class, where)
+        elif self.scheme != "imagenet":
+            labels = self._by_name(labels, names, where)
+        if self.n_class is not None:
+            check_labels(labels, self.n_class, where)
         return labels
+
+    def _by_name(self, labels: np.ndarray, names: Sequence[str] | None, where: str) -> np.ndarray:
+        if names is None or self.by_label is None:
+            if self.n_class is not None and (names is None) != (self.by_label is None) and (labels >= 0).any():
+                ours, train = ("names", "numbers") if self.by_label is None else ("numbers", "names")
+                raise ValueError(
+                    f"{where}: its classes are {ours}, those of the training images are {train}: no label can be told "
+                    "from another; give both names, or data.splits reads other splits"
+                )
+            return labels
+        number = {name: label for label, name in enumerate(self.by_label)}
+        to = np.array([number.get(name, -1) for name in names], dtype=np.int64)
+        used = np.unique(labels[(labels >= 0) & (labels < len(names))])
+        unknown = [names[label] for label in used.tolist() if to[label] < 0]
+        if unknown:
+            raise ValueError(
+                f"{where}: no training image is of the class {unknown[0]!r} ({len(unknown)} classes are not): the "
+                f"training images have {describe(self.by_label)}"
+            )
+        inside = (labels >= 0) & (labels < len(names))
+        return np.where(inside, to[np.where(inside, labels, 0)] if len(to) else labels, labels)
+
+
+def describe(names: Sequence[str]) -> str:
+    """Some names of classes, for a line: `3 classes: cat, cow, dog`."""
+    return f"{len(names):,} classes: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
 
 
 @cache
@@ -71,6 +121,8 @@ def _wnid_index(names: tuple[str, ...]) -> np.ndarray:
 def check_labels(labels: np.ndarray, n_class: int, where: str) -> None:
     """Raises ValueError, naming a row, unless every label lies in 0 … n_class - 1."""
     outside = np.flatnonzero((labels < 0) | (labels >= n_class))
+    if len(outside) and labels[outside[0]] == -1:
+        raise ValueError(f"{where}: row {outside[0]} has no label: leave it out, or data.n_class=null reads without")
     if len(outside):
         raise ValueError(
             f"{where}: row {outside[0]} has label {labels[outside[0]]}, data.n_class={n_class} allows 0 … "

@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from igpt.data.crop import shifted
+from igpt.data.listing import ListFiles
 from igpt.data.source import ArraySplit, Pixels, Split, check_split_name
 from igpt.data.split import balanced_subset, split_indices
 
@@ -32,6 +33,7 @@ class Digits:
         self,
         *,
         cache: Path | None = None,  # nothing is kept there: the digits are in memory
+        list_files: ListFiles | None = None,  # they have no files
         name: str,
         resolution: int,
         val_fraction: float,

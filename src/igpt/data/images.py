@@ -1,8 +1,8 @@
-"""Real images as a `Source`: any dataset that `datasets` opens, cut, resized and split as the paper does."""
+"""Real images as a `Source`: of this machine or of the Hub, cut, resized and split as the paper does."""
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,15 @@ from igpt.data import cache as pixel_cache
 from igpt.data.classes import Classes
 from igpt.data.crop import Crop, Cut, padded_crop
 from igpt.data.decode import BadImageError, opened, rgb
-from igpt.data.shards import Shards, named_files, open_shards
+from igpt.data.hub import HUB_NAME, open_hub
+from igpt.data.layout import check_layout
+from igpt.data.listing import ListFiles, list_files
+from igpt.data.local import Opening, open_listed, open_named
+from igpt.data.shards import named_files
 from igpt.data.source import Pixels, Split, Stream, check_split_name
 from igpt.data.split import balanced_subset, check_fractions, split_indices
 from igpt.data.stream import Streamed
-from igpt.data.tables import Columns, Table, open_tables, table
+from igpt.data.tables import Columns, Table
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +40,14 @@ class Images:
         self,
         *,
         cache: Path,
+        list_files: ListFiles = list_files,
         name: str,
         path: str | None,
         resolution: int,
         n_class: int | None,
         classes: Literal["imagenet"] | None,
         splits: dict[str, list[str]],
+        layout: str,
         image_column: list[str],
         label_column: list[str],
         val_fraction: float,
@@ -58,6 +64,7 @@ class Images:
         if path is None:
             raise ValueError(f"data={name} needs to know where the images are: data.path=FOLDER")
         check_fractions(val_fraction=val_fraction, test_fraction=test_fraction)
+        check_layout(layout)
         if set(splits) != {"train", "val", "test"} or not splits["train"]:
             raise ValueError(
                 f"data.splits gives train, val and test a list of names each, train's not empty: got {splits}"
@@ -70,56 +77,57 @@ class Images:
         self.name, self.resolution, self.n_class = name, resolution, n_class
         self.labels_per_class = labels_per_class
         cut = Cut.of(resolution, crop, augment)
-        skip = on_corrupt == "skip"
-        found: dict[str, Any] | None = None
-        if streaming:
-            found = open_shards(path, cache=cache, skip=skip)
-        elif named_files(path) and not Path(path).expanduser().exists():
-            raise ValueError(f"data.path={path} names shards, which are read in turn: data.streaming=true")
-        found = found or open_tables(
-            path, name=name, labels=label_column if n_class is not None else None, streaming=streaming, cache=cache
+        how = Opening(
+            path=path,
+            columns=Columns(image_column, label_column),
+            n_class=n_class,
+            named=[split for names in splits.values() for split in names],
+            layout=layout,
+            streaming=streaming,
+            skip=on_corrupt == "skip",
+            cache=cache,
         )
+        found = _open(how, name, list_files)
         of = {ours: _present(ours, theirs, found, path) for ours, theirs in splits.items()}
         trained_on = of["train"]
         assert trained_on is not None
-        columns, read_as = Columns(image_column, label_column), Classes(classes, n_class)
+        read_as = Classes.of(classes, n_class, [found[split].names for split in dict.fromkeys(of.values()) if split])
+        self.class_names = read_as.by_label
         self._parts: Streamed | _Tables
         if streaming:
-            shards = {
-                ours: Shards.of(found[theirs], columns, f"{path} ({theirs})") for ours, theirs in of.items() if theirs
-            }
+            shards = {ours: found[theirs] for ours, theirs in of.items() if theirs}
             self._parts = Streamed(
                 shards, name=name, classes=read_as, cut=cut, val_fraction=val_fraction, split_seed=split_seed,
-                skip=skip, **stream,
+                skip=how.skip, **stream,
             )  # fmt: skip
             return
-        shelf = _Shelf(cache / "pixels", f"{name}{resolution}", skip)
-        read = sorted({theirs for theirs in of.values() if theirs})
-        tables = {
-            theirs: table(found[theirs], columns, f"{path} ({theirs})", labelled=n_class is not None) for theirs in read
-        }
+        pixel_caches = _PixelCacheDir(cache / "pixels", f"{name}{resolution}", how.skip)
+        tables = {theirs: found[theirs] for theirs in sorted({theirs for theirs in of.values() if theirs})}
         drawn = split_indices(
             len(tables[trained_on]),
             val_fraction=0 if of["val"] else val_fraction,
             test_fraction=0 if of["test"] else test_fraction,
             seed=split_seed,
         )
-        good = {theirs: np.setdiff1d(np.arange(len(whole)), shelf.bad(whole)) for theirs, whole in tables.items()}
+        good = {
+            theirs: np.setdiff1d(np.arange(len(table)), pixel_caches.corrupt_rows(table))
+            for theirs, table in tables.items()
+        }
         parts = {}
         for ours, theirs in of.items():
             read_from = theirs or trained_on
-            whole = tables[read_from]
-            rows = np.arange(len(whole)) if theirs and ours != "train" else drawn[ours]
-            labels = np.full(len(whole), -1)
-            labels[rows] = read_as(whole.labels[rows], whole.names, whole.where)
+            table = tables[read_from]
+            rows = np.arange(len(table)) if theirs and ours != "train" else drawn[ours]
+            labels = np.full(len(table), -1)
+            labels[rows] = read_as(table.labels[rows], table.names, table.where)
             rows = np.intersect1d(rows, good[read_from])
             if ours == "train" and labels_per_class is not None:
                 if (labels[rows] < 0).any():
-                    raise ValueError(f"{whole.where}: some images have no label, data.labels_per_class needs them all")
-                among = balanced_subset(labels[rows], per_class=labels_per_class, seed=subset_seed, where=whole.where)
+                    raise ValueError(f"{table.where}: some images have no label, data.labels_per_class needs them all")
+                among = balanced_subset(labels[rows], per_class=labels_per_class, seed=subset_seed, where=table.where)
                 rows = rows[among]
-            parts[ours] = _Part(whole, labels, rows, good[read_from])
-        self._parts = _Tables(parts, cut, shelf)
+            parts[ours] = _Part(table, labels, rows, good[read_from])
+        self._parts = _Tables(parts, cut, pixel_caches)
 
     def split(self, name: str) -> Split:
         check_split_name(name)
@@ -129,7 +137,28 @@ class Images:
         return self._parts.training()
 
 
-def _present(ours: str, theirs: Sequence[str], found: dict[str, Any], path: str) -> str | None:
+def _open(how: Opening, name: str, list_files: ListFiles) -> Mapping[str, Any]:
+    """Every split of what `data.path` names: on this machine, at an address, or on the Hub.
+
+    Raises:
+        ValueError: there is nothing of that name, or no image in it.
+    """
+    place = Path(how.path).expanduser()
+    if place.exists():
+        return open_listed(list_files(place), how)
+    shards = named_files(how.path)
+    if shards is not None:
+        if not how.streaming:
+            raise ValueError(f"data.path={how.path} names shards, which are read in turn: data.streaming=true")
+        if not shards:
+            raise ValueError(f"data.path={how.path}: there is no such file")
+        return open_named(shards, how)
+    if not HUB_NAME.fullmatch(how.path) or how.path.startswith("."):
+        raise ValueError(f"data.path={how.path}: there is no such file or folder, and it is no Hub name either")
+    return open_hub(how.path, name=name, columns=how.columns, streaming=how.streaming)
+
+
+def _present(ours: str, theirs: Sequence[str], found: Mapping[str, Any], path: str) -> str | None:
     """The first of their names of a split that is there. Raises ValueError when training images are not."""
     for name in theirs:
         if name in found:
@@ -233,8 +262,8 @@ class AugmentedSplit:
 
 
 @dataclass(frozen=True)
-class _Shelf:
-    """Where what was made of a dataset's images is kept, each file named by everything that made it."""
+class _PixelCacheDir:
+    """The folder of decoded pixels. A file's name is a hash of (table, rows, crop, Pillow's version)."""
 
     folder: Path
     name: str
@@ -249,7 +278,7 @@ class _Shelf:
         }
         return self.folder / f"{self.name}-{pixel_cache.digest(made_by)}.npy"
 
-    def bad(self, table: Table) -> np.ndarray:
+    def corrupt_rows(self, table: Table) -> np.ndarray:
         """The rows whose image cannot be read, when those are to be left out: found once, counted every time."""
         if not self.skip:
             return np.empty(0, dtype=np.int64)
@@ -296,7 +325,7 @@ class _Tables:
 
     parts: dict[str, _Part]
     cut: Cut
-    shelf: _Shelf
+    pixel_caches: _PixelCacheDir
 
     def split(self, name: str) -> Split:
         part = self.parts[name]
@@ -314,4 +343,4 @@ class _Tables:
         return AugmentedSplit(plain, cut.pad, cut.flip) if cut.pad or cut.flip else plain
 
     def _cached(self, decoded: DecodedSplit, rows: np.ndarray) -> CachedSplit:
-        return CachedSplit(decoded, self.shelf.path(decoded.table, rows, decoded.crop), rows)
+        return CachedSplit(decoded, self.pixel_caches.path(decoded.table, rows, decoded.crop), rows)

@@ -8,6 +8,7 @@ from typing import Any
 
 from igpt.data.crop import check_keys
 from igpt.data.images import Images
+from igpt.data.listing import ListFiles, list_files
 from igpt.data.source import Split, check_split_name
 from igpt.data.stream import ImageStream
 
@@ -23,6 +24,7 @@ class Mixture:
         self,
         *,
         cache: Path,
+        list_files: ListFiles = list_files,
         name: str,
         resolution: int,
         streams: Mapping[str, Callable[..., Images]],
@@ -37,7 +39,11 @@ class Mixture:
         if held_out not in streams:
             raise ValueError(f"data.held_out={held_out!r} is none of the streams {', '.join(streams)}")
         drawn = [key for key in streams if weights[key] > 0]
-        sources = {key: make(cache=cache, name=key) for key, make in streams.items() if key in {*drawn, held_out}}
+        sources = {
+            key: make(cache=cache, list_files=list_files, name=key)
+            for key, make in streams.items()
+            if key in {*drawn, held_out}
+        }
         parts = []
         for key, source in sources.items():
             images = source.training()
@@ -52,6 +58,7 @@ class Mixture:
         self._training = ImageStream(parts, **stream)
         self.name, self.resolution = name, resolution
         self.n_class, self.labels_per_class = self._held_out.n_class, None
+        self.class_names = self._held_out.class_names
 
     def split(self, name: str) -> Split:
         """A split of the stream that is held out from; train is that stream's own images (the palette is theirs)."""

@@ -15,7 +15,7 @@ from igpt.data.decode import BadImageError, opened, rgb
 from igpt.data.lanes import Dealt, Lane, Place
 from igpt.data.shards import BadShardError, Shards
 from igpt.data.source import ArraySplit, Pixels
-from igpt.data.tables import unpacked
+from igpt.data.tables import Cell, read_cell
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +85,8 @@ class ImagePart:
                 bad, broken, self.shards.where,
             )  # fmt: skip
 
-    def _record(self, cell: Mapping[str, object] | None, label: int | None, place: str) -> Record | None:
-        place, data = unpacked(cell, place)
+    def _record(self, cell: Cell, label: int | None, place: str) -> Record | None:
+        place, data = read_cell(cell, place, self.shards.root)
         low, high = self.share
         if (low, high) != (0.0, 1.0) and not low <= hashed(data, self.split_seed) < high:
             return None

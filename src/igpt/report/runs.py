@@ -73,15 +73,15 @@ class Found:
         return [f"{path}: {why}" for path, why in self.problems.items()]
 
     @property
-    def sums(self) -> dict[str, str | None]:
+    def input_hashes(self) -> dict[str, str | None]:
         """Folder → a hash of its result; also of stages in it and of the runs before it: all that is said of them."""
-        sums: dict[str, str | None] = {str(path): why for path, why in self.problems.items()}
+        hashes: dict[str, str | None] = {str(path): why for path, why in self.problems.items()}
         for run in self.runs:
             for part in (run, *run.start.runs):
-                sums[str(part.folder)] = files.sha256(part.folder / "result.json")
-            sums[f"init of {run.folder}"] = run.start.unknown
-            sums |= run.stages.sums
-        return sums
+                hashes[str(part.folder)] = files.sha256(part.folder / "result.json")
+            hashes[f"init of {run.folder}"] = run.start.unknown
+            hashes |= run.stages.input_hashes
+        return hashes
 
 
 def flat(settings: Any, key: str = "") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from igpt.data.listing import ListFiles
 from igpt.data.source import Pixels, check_split_name
 from igpt.tokens.palette import Palette
 
@@ -31,7 +32,14 @@ class OpenAITokens:
     labels_per_class: int | None = None
 
     def __init__(
-        self, *, cache: Path | None = None, name: str, resolution: int, path: str | None, clusters: str | None
+        self,
+        *,
+        cache: Path | None = None,
+        list_files: ListFiles | None = None,  # four arrays of known names are all that is read
+        name: str,
+        resolution: int,
+        path: str | None,
+        clusters: str | None,
     ) -> None:
         if path is None or clusters is None:
             raise ValueError(

@@ -1,0 +1,157 @@
+"""From the names of files to splits and classes: by the first folders below the data's path, nothing is guessed."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Layout = Literal["auto", "splits", "classes"]
+
+SPLIT_NAMES = {  # folder → split
+    "train": "train", "training": "train",
+    "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+_SHARD_OF_SEVERAL = re.compile(r"(?P<split>\w[\w.-]*?)-\d+-of-\d+")  # as the Hub names them
+_NUMBERED = re.compile(r"(?P<split>[^\W\d_]+)(?:[-_.]?\d[-\d_.]*)?")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Which files are of which split, by index, and how many of their folders name it."""
+
+    files: dict[str, list[int]]
+    unread: list[int]  # of no split
+    depth: int  # leading folders of a name that say the split: 1 or 0
+
+
+def check_layout(layout: str) -> None:
+    """Raises ValueError unless `layout` is one of `Layout`."""
+    if layout not in get_args(Layout):
+        raise ValueError(f"data.layout is one of {', '.join(get_args(Layout))}, got {layout!r}")
+
+
+def split_images(names: Sequence[str], *, named: Iterable[str], layout: str, where: str) -> Splits:
+    """The splits of image files by the first folder of each name: train/…, val/…, test/…; all are train without.
+
+    `named`: names of splits that the settings give, which stand for themselves.
+
+    Raises:
+        ValueError: folders of which some are called as splits and some are not, with how to say what they are.
+    """
+    folders = _first_folders(names)
+    splits = _splits_of(folders, named, where) if layout != "classes" else {}
+    if not splits:
+        if layout != "classes":
+            _check_deeper(names, named, where)
+        return Splits({"train": list(range(len(names)))}, [], 0)
+    others = [folder for folder in folders if folder not in splits]
+    given = any(folder not in SPLIT_NAMES and folder.lower() not in SPLIT_NAMES for folder in splits)
+    if others and layout == "auto" and not given:
+        raise ValueError(
+            f"{where}: {next(iter(splits))}/ is called as a split, {others[0]}/ beside it is not: "
+            "data.layout=classes if all of them are classes, data.layout=splits to read only the splits"
+        )
+    return _by_folder(names, splits)
+
+
+def split_shards(names: Sequence[str], *, named: Iterable[str], layout: str, where: str) -> Splits:
+    """The splits of parquet or tar files: by the first folder as for images, else by how the file's name begins.
+
+    `train-00000-of-00005`, `train-3`, `train_3` and `train` are of train; where no name begins so, all are.
+
+    Raises:
+        ValueError: names that hold a split's name in another place, so that it is not clear what they are of.
+    """
+    named = [*named]
+    by_folder = split_images(names, named=named, layout=layout, where=where)
+    if by_folder.depth or layout == "classes":
+        return by_folder
+    stems = [name.rpartition("/")[2].rpartition(".")[0] for name in names]
+    files: dict[str, list[int]] = {}
+    unclear, rest = [], []
+    for i, stem in enumerate(stems):
+        match = _SHARD_OF_SEVERAL.fullmatch(stem)
+        numbered = _NUMBERED.fullmatch(stem)
+        split = match and (_split_name(match["split"], named) or match["split"])
+        split = split or (_split_name(numbered["split"], named) if numbered else None)
+        if split is not None:
+            files.setdefault(split, []).append(i)
+            continue
+        rest.append(i)
+        if any(_split_name(word, named) for word in re.split(r"[\W_]+", stem)):
+            unclear.append(names[i])
+    known = {*SPLIT_NAMES.values(), *named}
+    if len(names) > 1 and (unclear or (rest and known & set(files))):
+        raise ValueError(
+            f"{where}: it is not clear of which split {(unclear or [names[rest[0]]])[0]} is: name all as train-0, "
+            "test-0, …, put them into folders train/, val/, test/, or read all as training images, data.layout=classes"
+        )
+    if not known & set(files) and len(files) < 2:
+        return Splits({"train": list(range(len(names)))}, [], 0)
+    return Splits(files, rest, 0)
+
+
+def class_of(name: str, depth: int) -> str | None:
+    """The class of an image file, its first folder below that of its split; None where it lies in none."""
+    parts = name.split("/", depth + 1)
+    return parts[depth] if len(parts) > depth + 1 else None
+
+
+def is_nested(name: str, depth: int) -> bool:
+    """Whether an image lies in a folder below that of its class."""
+    return name.count("/") > depth + 1
+
+
+def _split_name(folder: str, named: Iterable[str]) -> str | None:
+    return folder if folder in named else SPLIT_NAMES.get(folder.lower())
+
+
+def _first_folders(names: Sequence[str]) -> list[str]:
+    return sorted({name.partition("/")[0] for name in names if "/" in name})
+
+
+def _splits_of(folders: Sequence[str], named: Iterable[str], where: str) -> dict[str, str]:
+    """Folder → split, of the folders that are called as one. Raises ValueError when two stand for the same."""
+    named = [*named]
+    splits: dict[str, str] = {}
+    for folder in folders:
+        if (split := _split_name(folder, named)) is None:
+            continue
+        same = next((other for other, known in splits.items() if known == split), None)
+        if same is not None:
+            raise ValueError(
+                f"{where}: {same}/ and {folder}/ are both the split {split}: put them together, or name the one to "
+                f"read, data.splits.{'val' if split == 'validation' else split}=[{folder}]"
+            )
+        splits[folder] = split
+    return splits
+
+
+def _by_folder(names: Sequence[str], splits: Mapping[str, str]) -> Splits:
+    files: dict[str, list[int]] = {split: [] for split in splits.values()}
+    unread = []
+    for i, name in enumerate(names):
+        folder, slash, _ = name.partition("/")
+        if slash and folder in splits:
+            files[splits[folder]].append(i)
+        else:
+            unread.append(i)
+    return Splits(files, unread, 1)
+
+
+def _check_deeper(names: Sequence[str], named: Iterable[str], where: str) -> None:
+    """Raises ValueError when a folder further down is called as a split."""
+    seen = set()
+    for name in names:
+        folder = name.rpartition("/")[0]
+        if folder in seen:
+            continue
+        seen.add(folder)
+        first, _, deeper = folder.partition("/")
+        for part in deeper.split("/") if deeper else ():
+            if _split_name(part, named):
+                raise ValueError(
+                    f"{where}: a folder called {part}/ lies below {first}/, and splits are the first folders: "
+                    f"data.path={where}/{first}, or data.layout=classes if it is no split"
+                )

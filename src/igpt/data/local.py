@@ -1,0 +1,120 @@
+"""Datasets on this machine: which files are images or shards, of which split, and what opens them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from igpt.data.decode import ENDINGS
+from igpt.data.hub import open_saved
+from igpt.data.image_files import ImageShards, open_image_files
+from igpt.data.layout import Splits, split_images, split_shards
+from igpt.data.listing import METADATA, SAVED, Listing, ending_of
+from igpt.data.parquet_files import ParquetShards, ParquetTable, holds_images
+from igpt.data.shards import Shards
+from igpt.data.tables import Columns, Table
+from igpt.data.tar_files import TarShards, TarTable
+
+log = logging.getLogger(__name__)
+
+EXPECTED = "expected a folder of images, of class folders, of parquet or of tar files, or one such file"
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How the files of a dataset are opened."""
+
+    path: str  # data.path, for messages
+    columns: Columns
+    n_class: int | None  # None: images need no labels
+    named: Sequence[str]  # the names of splits in the settings
+    layout: str
+    streaming: bool
+    skip: bool  # leave shards out that cannot be read
+    cache: Path
+
+
+def open_listed(listing: Listing, how: Opening) -> Mapping[str, Table | Shards]:
+    """Every split of the files below a folder: tables, or shards for a stream. Each file is read in one split or none.
+
+    Parquet files are read where one of them holds images, else image files, else tar files; what is not read is
+    counted in a warning.
+
+    Raises:
+        ValueError: nothing to read, or names that do not say which split or class they are of.
+    """
+    if any(name in ("dataset_dict.json", "state.json") for name in listing.names):
+        if how.streaming:
+            raise ValueError(f"data.path={how.path} was saved by save_to_disk and is no stream: data.streaming=false")
+        return open_saved(listing, columns=how.columns, path=how.path)
+    images = [i for i, name in enumerate(listing.names) if ending_of(name) in ENDINGS]
+    parquet, tar = listing.with_ending(".parquet"), listing.with_ending(".tar")
+    if images and parquet and not any(holds_images(listing.root / listing.names[i], how.columns) for i in parquet[:1]):
+        parquet = []
+    if parquet and tar:
+        raise ValueError(
+            f"data.path={how.path} holds .tar and .parquet files: name one kind, data.path={how.path}/*.tar with "
+            "data.streaming=true, or put them into folders of their own"
+        )
+    read = parquet or images or tar
+    if not read:
+        lies_there = f", but {unread}" if (unread := listing.describe_unread()) else ""
+        raise ValueError(f"data.path={how.path} does not open: there is no image in it{lies_there}; {EXPECTED}")
+    names = [listing.names[i] for i in read]
+    split = split_images if read is images else split_shards
+    splits = split(names, named=how.named, layout=how.layout, where=how.path)
+    _warn_unread(listing, read, splits, how.path)
+    index = {name: [read[i] for i in rows] for name, rows in splits.files.items() if rows}
+    if read is images:
+        return _open_images(listing, index, splits.depth, how)
+    return {name: _open_shards(listing, rows, name, how) for name, rows in index.items()}
+
+
+def open_named(files: Sequence[str], how: Opening) -> Mapping[str, Shards]:
+    """Shard files that are named one by one, here or elsewhere, as the training images of a stream."""
+    return {"train": _shards_of(files, "train", how, root=None)}
+
+
+def _open_images(
+    listing: Listing, index: Mapping[str, Sequence[int]], depth: int, how: Opening
+) -> Mapping[str, Table | Shards]:
+    found: dict[str, Table | Shards] = {}
+    for name, rows in index.items():
+        where = f"{how.path} ({name})"
+        images = open_image_files(
+            listing, rows, depth=depth, label_columns=how.columns.label, n_class=how.n_class, where=where
+        )
+        found[name] = ImageShards(images) if how.streaming else images
+    return found
+
+
+def _open_shards(listing: Listing, rows: Sequence[int], name: str, how: Opening) -> Table | Shards:
+    of_split = listing.select(rows)
+    shards = _shards_of([str(listing.root / file) for file in of_split.names], name, how, root=listing.root)
+    if how.streaming:
+        return shards
+    if isinstance(shards, ParquetShards):
+        return ParquetTable.of(shards, of_split, how.cache)
+    return TarTable.of_shards(shards, of_split)
+
+
+def _shards_of(files: Sequence[str], name: str, how: Opening, *, root: Path | None) -> ParquetShards | TarShards:
+    where = f"{how.path} ({name})"
+    if ending_of(files[0]) == ".parquet":
+        return ParquetShards.of(files, how.columns, where, root, skip=how.skip)
+    return TarShards.of(files, how.columns, where, skip=how.skip)
+
+
+def _warn_unread(listing: Listing, read: Sequence[int], splits: Splits, path: str) -> None:
+    """Says what lies there and is not read: other kinds of files by ending, and files of no split by their number."""
+    kinds = listing.unread.copy()
+    taken = set(read)
+    for i, name in enumerate(listing.names):
+        if i not in taken and name.rpartition("/")[2] not in (*METADATA, *SAVED):
+            kinds[ending_of(name)] += 1
+    said = Listing(listing.root, [], listing.sizes, listing.mtimes, kinds).describe_unread()
+    if said:
+        log.warning("data: not read below %s: %s", path, said)
+    if splits.unread:
+        first = listing.names[read[splits.unread[0]]]
+        log.warning("data: %d files below %s are of no split and are not read, as %s", len(splits.unread), path, first)

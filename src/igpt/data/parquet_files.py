@@ -1,0 +1,223 @@
+"""Parquet files as shards of a stream, or as a table: an Arrow copy of their images below the cache, read by row."""
+
+import logging
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from igpt import files
+from igpt.data import cache as pixel_cache
+from igpt.data.listing import Listing
+from igpt.data.shards import BadShardError, is_remote, open_shard, readable_files, reason_of
+from igpt.data.tables import Cell, Columns, class_names, read_cell, split_cell
+
+log = logging.getLogger(__name__)
+
+_MOST_ROWS = 64  # read at a time
+_MOST_BYTES = 1 << 30  # that so many rows may take, as far as the file says what it unpacks to
+
+
+@dataclass(frozen=True)
+class ParquetShards:
+    """Parquet files of one split as `Shards`. Labels count as those of the first file, by the names of the classes."""
+
+    files: tuple[str, ...]
+    columns: Columns
+    image: str  # its column
+    label: str | None
+    names: tuple[str, ...] | None
+    where: str
+    root: Path | None
+
+    @staticmethod
+    def of(paths: Sequence[str], columns: Columns, where: str, root: Path | None, *, skip: bool) -> "ParquetShards":
+        """Files whose first one says which columns they have.
+
+        Raises:
+            BadShardError: a file that is none, or that differs from the first in its columns or classes.
+            ValueError: no column can hold an image.
+        """
+        good = readable_files(paths, where, check=_read_schema, skip=skip)
+        first = _read_schema(good[0])
+        image, label = columns.find(first, where)
+        shards = ParquetShards(
+            tuple(good), columns, image, label, class_names(first[label]) if label else None, where, root
+        )
+        if not is_remote(good[0]) and label is not None and shards.names is not None:
+            found = [class_names(_read_schema(file).get(label)) or () for file in good]
+            more = sorted({name for names in found for name in names} - set(shards.names))
+            shards = replace(shards, names=(*shards.names, *more))
+        return shards
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, number: int) -> str:
+        return self.files[number]
+
+    def read(self, number: int, start: int) -> Iterator[tuple[int, Cell, int | None]]:
+        file, row = self.files[number], 0
+        try:
+            with open_shard(file) as opened:
+                parquet = pq.ParquetFile(opened, buffer_size=1 << 20)
+                translate = self._translation(parquet.schema_arrow, file)
+                for group in range(parquet.num_row_groups):
+                    n = parquet.metadata.row_group(group).num_rows
+                    if row + n <= start:
+                        row += n
+                        continue
+                    wanted = [self.image, *([self.label] if self.label else [])]
+                    for batch in parquet.iter_batches(self._at_once(parquet, group), [group], wanted):
+                        labels = batch.column(self.label).to_pylist() if self.label else [None] * len(batch)
+                        for cell, label in zip(batch.column(self.image), labels, strict=True):
+                            if row >= start:
+                                yield (
+                                    row,
+                                    cell.as_py(),
+                                    label if translate is None or label is None else translate(label),
+                                )
+                            row += 1
+        except BadShardError:
+            raise
+        except Exception as error:  # pyarrow, fsspec and every network have their own
+            raise BadShardError(f"{file} cannot be read after {row} images: {reason_of(error)}") from error
+
+    def _at_once(self, parquet: pq.ParquetFile, group: int) -> int:
+        """How many rows are read at a time, so that they fit into memory."""
+        row_group = parquet.metadata.row_group(group)
+        chunks = [row_group.column(i) for i in range(row_group.num_columns)]
+        unpacked = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] == self.image)
+        return max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, int(unpacked))))
+
+    def _translation(self, schema: pa.Schema, file: str) -> Any:
+        """From the labels of one file to those of the split; None where they are the same."""
+        features = datasets.Features.from_arrow_schema(schema)
+        if self.label is None:
+            return None
+        self.columns.find(features, file)
+        if self.image not in features or self.label not in features:
+            raise BadShardError(f"{file} has no column {self.image!r} or {self.label!r}, which {self.files[0]} has")
+        theirs = class_names(features[self.label])
+        if (theirs is None) != (self.names is None):
+            raise BadShardError(f"{file}: its labels are {'numbers' if theirs is None else 'names'}, those of "
+                                f"{self.files[0]} are not: make them alike")  # fmt: skip
+        if theirs is None or self.names is None or theirs == self.names[: len(theirs)]:
+            return None
+        unknown = [name for name in theirs if name not in self.names]
+        if unknown:
+            raise BadShardError(f"{file} has the class {unknown[0]!r}, which {self.files[0]} does not know")
+        to = [self.names.index(name) for name in theirs]
+        return lambda label: to[label] if 0 <= label < len(to) else label
+
+
+def _read_schema(file: str) -> datasets.Features:
+    """The columns of a parquet file. Raises BadShardError when it is none."""
+    try:
+        with open_shard(file) as opened:
+            return datasets.Features.from_arrow_schema(pq.read_schema(opened))
+    except pa.ArrowInvalid as error:
+        raise BadShardError(f"{file} is no parquet file, or is cut short ({reason_of(error)})") from error
+    except FileNotFoundError as error:
+        raise BadShardError(f"{file} cannot be read (there is no such file)") from error
+    except Exception as error:  # a schema that `datasets` does not know, a network
+        raise BadShardError(f"{file} cannot be read ({reason_of(error)})") from error
+
+
+def holds_images(file: Path, columns: Columns) -> bool:
+    """Whether a parquet file can be read and has a column of images."""
+    try:
+        columns.find(_read_schema(str(file)), str(file))
+    except ValueError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class ParquetTable:
+    """The images of parquet files as a `Table`, in an Arrow file that is mapped into memory."""
+
+    copy: Path
+    names: tuple[str, ...] | None
+    where: str
+    root: Path | None
+    fingerprint: str
+
+    @staticmethod
+    def of(shards: ParquetShards, listing: Listing, cache: Path) -> "ParquetTable":
+        """Copies the rows of all files, unless that was done before.
+
+        Raises:
+            BadShardError: a damaged file.
+            ValueError: no room for the copy.
+        """
+        made_of = {"files": listing.fingerprint, "image": shards.image, "label": shards.label, "names": shards.names}
+        digest = pixel_cache.digest(made_of)
+        copy = cache / "parquet" / f"{digest}.arrow"
+        if not copy.is_file():
+            with pixel_cache.alone(copy):
+                if not copy.is_file():
+                    _copy(shards, copy)
+        return ParquetTable(copy, shards.names, shards.where, shards.root, digest)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is mapped: another process maps it anew."""
+        return {key: value for key, value in vars(self).items() if not key.startswith("_")}
+
+    @cached_property
+    def _reader(self) -> Any:
+        return pa.ipc.open_file(pa.memory_map(str(self.copy)))
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The first row of every batch, and the number of all rows."""
+        sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
+        return [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        parts = [self._reader.get_batch(i).column("label").to_numpy() for i in range(len(self._starts) - 1)]
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+    def encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        for row in rows:
+            number = bisect_right(self._starts, row) - 1
+            batch, within = self._reader.get_batch(number), row - self._starts[number]
+            cell = {name: batch.column(name)[within].as_py() for name in ("bytes", "path")}
+            yield read_cell(cell, f"row {row} of {self.where}", self.root)
+
+
+_SCHEMA = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
+
+
+def _copy(shards: ParquetShards, to: Path) -> None:
+    log.info("data: copying the images of %s to %s", shards.where, to)
+    try:
+        with files.atomic_write(to) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+            for number in range(len(shards)):
+                batch: list[dict[str, Any]] = []
+                held = 0
+                for _, cell, label in shards.read(number, 0):
+                    data, path = split_cell(cell)
+                    batch.append({"bytes": data, "path": path, "label": -1 if label is None else label})
+                    held += len(data or b"")
+                    if len(batch) == _MOST_ROWS or held > _MOST_BYTES // 4:
+                        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+                        batch, held = [], 0
+                if batch:
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+    except OSError as error:
+        raise ValueError(
+            f"{to} cannot be written ({reason_of(error)}): the images of parquet files are copied there to be read by "
+            "row; make room, or keep the cache elsewhere, paths.cache=FOLDER; data.streaming=true keeps no copy"
+        ) from error

@@ -1,0 +1,223 @@
+"""WebDataset tar files as shards of a stream, or as a table: `0001.jpg` with its class in `0001.cls` beside it.
+
+Only what a sample's image and label need is read, and every member's header before the member.
+"""
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from igpt.data.decode import MOST_BYTES, BadImageError
+from igpt.data.listing import Listing
+from igpt.data.shards import BadShardError, open_shard, readable_files, reason_of
+from igpt.data.tables import Cell, Columns
+
+_MOST_LABEL_BYTES = 256
+
+
+class Sample(NamedTuple):
+    """One image of a tar file: where its bytes lie, and its label."""
+
+    name: str  # of the member
+    start: int  # of its bytes in the file
+    size: int  # of them
+    label: int | None
+    problem: str | None  # why it is not read
+
+
+class _BoundedReads:
+    """A file of which nobody reads more than an image may have at once: tarfile believes what headers claim."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MOST_BYTES:
+            raise tarfile.ReadError(f"a header claims {size:,} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _samples(file: IO[bytes], columns: Columns) -> Iterator[Sample]:
+    """The samples of a tar file in their order: consecutive members whose names are one up to the first dot.
+
+    Raises:
+        tarfile.TarError, OSError: it is none, or damaged from here on.
+    """
+    members: dict[str, Any] = {}
+    present = None
+    with tarfile.open(fileobj=_BoundedReads(file), mode="r:") as tar:  # type: ignore[call-overload]  # reads, seeks, tells
+        while True:
+            member = tar.next()
+            tar.members = []  # what was passed is not kept
+            key, ending = _key_of(member.name) if member is not None else (None, "")
+            if key != present:
+                if (sample := _sample(members, file, columns)) is not None:
+                    yield sample
+                members, present = {}, key
+            if member is None:
+                return
+            if not member.isfile() or not key:
+                continue
+            members.setdefault(ending, member)
+
+
+def _key_of(name: str) -> tuple[str, str]:
+    """What a sample's members share, and the ending that tells them apart: `a/0001.seg.png` → `a/0001`, `seg.png`."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, ending = last.partition(".")
+    return (folder + slash + stem, ending.lower()) if stem and dot else ("", "")
+
+
+def _sample(members: dict[str, tarfile.TarInfo], file: IO[bytes], columns: Columns) -> Sample | None:
+    image = next((members[ending] for ending in columns.image if ending in members), None)
+    if image is None:
+        return None
+    label = next((members[ending] for ending in columns.label if ending in members), None)
+    problem = None
+    if image.issparse() or image.size > MOST_BYTES:
+        problem = f"it unpacks to {image.size:,} bytes, of which at most {MOST_BYTES:,} are read"
+    number = None
+    if label is not None:
+        if label.issparse() or label.size > _MOST_LABEL_BYTES:
+            raise tarfile.ReadError(f"{label.name} is no label: it has {label.size:,} bytes")
+        file.seek(label.offset_data)
+        text = file.read(label.size).decode("ascii", "replace").strip()
+        if not text.lstrip("-").isdecimal():
+            raise tarfile.ReadError(f"{label.name} holds {text[:40]!r}, expected a whole number")
+        number = int(text)
+    return Sample(image.name, image.offset_data, image.size, number, problem)
+
+
+def _read_sample(file: IO[bytes], sample: Sample) -> bytes:
+    file.seek(sample.start)
+    data = file.read(sample.size)
+    if len(data) < sample.size:
+        raise tarfile.ReadError("it ends in the middle of an image")
+    return data
+
+
+@dataclass(frozen=True)
+class TarShards:
+    """Tar files of one split as `Shards`."""
+
+    files: tuple[str, ...]
+    columns: Columns
+    where: str
+    root: None = None  # no paths are followed
+    names: None = None
+
+    @staticmethod
+    def of(paths: Sequence[str], columns: Columns, where: str, *, skip: bool) -> "TarShards":
+        """Raises BadShardError when a file is no tar file; ValueError when the first holds no image."""
+        good = readable_files(paths, where, check=_check_tar, skip=skip)
+        shards = TarShards(tuple(good), columns, where)
+        _check_images(shards, good[0])
+        return shards
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, number: int) -> str:
+        return self.files[number]
+
+    def read(self, number: int, start: int) -> Iterator[tuple[int, Cell, int | None]]:
+        path, row = self.files[number], 0
+        try:
+            with open_shard(path) as file:
+                for row, sample in enumerate(_samples(file, self.columns)):
+                    if row >= start:
+                        data = None if sample.problem else _read_sample(file, sample)
+                        yield row, data, sample.label
+                    row += 1
+        except Exception as error:  # tarfile, fsspec and every network have their own
+            raise BadShardError(f"{path} cannot be read after {row} images: {reason_of(error)}") from error
+
+
+def _check_tar(path: str) -> None:
+    """Raises BadShardError unless a file begins as a tar file does."""
+    try:
+        with open_shard(path) as file:
+            tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise BadShardError(f"{path} is no tar file, or is empty ({error})") from error
+    except FileNotFoundError as error:
+        reason = error.strerror or f"Unable to find '{path}'"
+        raise BadShardError(f"{path} cannot be read ({reason})") from error
+    except Exception as error:  # of a network
+        raise BadShardError(f"{path} cannot be read ({reason_of(error)})") from error
+
+
+def _check_images(shards: TarShards, path: str) -> None:
+    """Raises ValueError when a tar file holds members, but no image among them."""
+    try:
+        with open_shard(path) as file:
+            if next(_samples(file, shards.columns), None) is None:
+                raise ValueError(
+                    f"{shards.where}: none of the endings {', '.join(shards.columns.image)} is there "
+                    f"(data.image_column) in {path}"
+                )
+    except (tarfile.TarError, OSError):
+        return  # it is named when it is read
+
+
+@dataclass(frozen=True)
+class TarTable:
+    """The images of tar files as a `Table`: where each lies is noted once, and it is read from there."""
+
+    files: tuple[str, ...]
+    of: np.ndarray  # (N,) which file
+    starts: np.ndarray  # (N,)
+    sizes: np.ndarray  # (N,), -1: it is not read
+    members: Any  # Arrow strings, the names
+    labels: np.ndarray
+    where: str
+    fingerprint: str
+    names: None = None
+
+    @staticmethod
+    def of_shards(shards: TarShards, listing: Listing) -> "TarTable":
+        """Raises BadShardError when a file is damaged."""
+        of, samples = [], []
+        for number, path in enumerate(shards.files):
+            row = 0
+            try:
+                with open_shard(path) as file:
+                    for sample in _samples(file, shards.columns):
+                        row += 1
+                        of.append(number)
+                        samples.append(sample)
+            except (tarfile.TarError, OSError) as error:
+                raise BadShardError(f"{path} cannot be read after {row} images: {reason_of(error)}") from error
+        return TarTable(
+            shards.files, np.array(of, np.int32),
+            np.array([sample.start for sample in samples], np.int64),
+            np.array([-1 if sample.problem else sample.size for sample in samples], np.int64),
+            pa.array([sample.name.encode(errors="replace").decode() for sample in samples], pa.large_string()),
+            np.array([-1 if sample.label is None else sample.label for sample in samples], np.int64),
+            shards.where, listing.fingerprint,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        for row in rows:
+            path = self.files[self.of[row]]
+            place = f"{self.members[row]} in {path}"
+            if self.sizes[row] < 0:
+                raise BadImageError(f"{place}: it unpacks to more than {MOST_BYTES:,} bytes")
+            try:
+                with open_shard(path) as file:
+                    yield place, _read_sample(file, Sample(place, self.starts[row], self.sizes[row], None, None))
+            except (tarfile.TarError, OSError) as error:
+                raise BadImageError(f"{place}: it cannot be read ({reason_of(error)})") from error
