@@ -23,16 +23,27 @@ from igpt.data.stream import ImageStream
 from tests.data.conftest import Shop, encoded
 
 CLASSES = (
-    "train", "test", "val", "eval", "dev", "validation", "train-track", "test_tube", "bullet train", "mytest", "valid.1",
-    "set[1]", "set1", "a*b", "what?", "a b", " blank", "Süß 写真", "$HOME", "~", "x\ny", "-rf", "a=b", "c,d", "{0..1}", "__x",
-    "a::b", "%20", "#1", "0001", "cat", "Dog", "images", "data", "2019", "n01440764", "'", '"', "x.jpg", "é", "re\u0301",
+    "train", "test", "val", "eval", "dev", "validation", "train-track", "test_tube", "bullet train", "mytest",
+    "valid.1", "set[1]", "set1", "a*b", "what?", "a b", " blank", "Süß 写真", "$HOME", "~", "x\ny", "-rf",
+    "a=b", "c,d", "{0..1}", "__x", "a::b", "%20", "#1", "0001", "cat", "Dog", "images", "data", "2019", "n01440764",
+    "'", '"', "x.jpg", "é", "re\u0301",
 )  # fmt: skip
 SPLITS = {"train": ("train", "training", "Train"), "val": ("val", "valid", "dev", "Validation"),
           "test": ("test", "testing", "TEST", "eval")}  # fmt: skip
 ROOTS = ("set[1]", "photos*", "wh?t", "$HOME", "two words", "ünï", "line\nend", "train", "test.d", "a=b", "~", "x::y")
 NEIGHBOURS = ("set1", "photosX", "what")
 ENDINGS = (".png", ".PNG", ".bmp", ".ppm", ".tif", ".webp")
-OTHERS = ("README.md", "train.txt", "notes.pdf", "clip.mp4", "labels.csv", "x.py", ".hidden.png", "backup.zip", "metadata.csv")
+OTHERS = (
+    "README.md",
+    "train.txt",
+    "notes.pdf",
+    "clip.mp4",
+    "labels.csv",
+    "x.py",
+    ".hidden.png",
+    "backup.zip",
+    "metadata.csv",
+)
 
 
 class Made(NamedTuple):
@@ -83,7 +94,9 @@ def write_folder(rng: np.random.Generator, root: Path, made: Sequence[Made]) -> 
             path.symlink_to(target)
     folders = sorted({root, *(root / image.folder for image in made)})
     for name in rng.choice(OTHERS, 4, replace=False).tolist():
-        (folders[rng.integers(len(folders))] / name).write_bytes(b"file_name,label\n" if name == "metadata.csv" else b"x")
+        (folders[rng.integers(len(folders))] / name).write_bytes(
+            b"file_name,label\n" if name == "metadata.csv" else b"x"
+        )
     if rng.random() < 0.5:
         (folders[-1] / "loop").symlink_to(root)
 
@@ -124,7 +137,11 @@ def write_tar(root: Path, made: Sequence[Made], names: Sequence[str]) -> None:
             with tarfile.open(where, "w") as tar:
                 for i, image in enumerate(images[part::2]):
                     data = encoded(Image.fromarray(image.pixels), "PNG")
-                    for ending, content in (("png", data), ("cls", str(names.index(image.name)).encode()), ("json", b"{}")):
+                    for ending, content in (
+                        ("png", data),
+                        ("cls", str(names.index(image.name)).encode()),
+                        ("json", b"{}"),
+                    ):
                         member = tarfile.TarInfo(f"{'train/' if i % 2 else 'test-'}{i}.{ending}")
                         member.size = len(content)
                         tar.addfile(member, io.BytesIO(content))
@@ -161,7 +178,7 @@ def check_source(source: Source, made: Sequence[Made], names: Sequence[str], *, 
     if "val" not in expected:
         assert not found["train"] & found["val"]
         found["train"] += found.pop("val")
-    assert found == {**dict.fromkeys(found, Counter()), **expected}
+    assert found == {**{split: Counter() for split in found}, **expected}
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("LAYOUTS", "15"))))

@@ -197,11 +197,13 @@ class ParquetTable:
             yield read_cell(cell, f"row {row} of {self.where}", self.root)
 
 
+_MOST_EXPANSION = 100  # times the files' own size that their images may unpack to, and 64 MiB more
 _SCHEMA = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
 
 
 def _copy(shards: ParquetShards, to: Path) -> None:
     log.info("data: copying the images of %s to %s", shards.where, to)
+    left = _MOST_EXPANSION * sum(Path(file).stat().st_size for file in shards.files) + (64 << 20)
     try:
         with files.atomic_write(to) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
             for number in range(len(shards)):
@@ -211,6 +213,12 @@ def _copy(shards: ParquetShards, to: Path) -> None:
                     data, path = split_cell(cell)
                     batch.append({"bytes": data, "path": path, "label": -1 if label is None else label})
                     held += len(data or b"")
+                    left -= len(data or b"")
+                    if left < 0:
+                        raise BadShardError(
+                            f"{shards.name(number)} unpacks to more than {_MOST_EXPANSION} times its size, as no "
+                            "images do: remove it"
+                        )
                     if len(batch) == _MOST_ROWS or held > _MOST_BYTES // 4:
                         writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
                         batch, held = [], 0

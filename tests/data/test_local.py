@@ -1,0 +1,500 @@
+"""What is read of a folder and what is not, one case each; `test_layouts.py` makes up more."""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import resource
+import shutil
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from igpt.data.decode import BadImageError
+from igpt.data.images import Images
+from igpt.data.listing import hash_files, list_files
+from igpt.data.shards import BadShardError, named_files
+from igpt.data.stream import ImageStream
+from igpt.tokens.openai_npy import OpenAITokens
+from tests.data.conftest import Shop, class_folders, encoded, photo
+from tests.data.test_images import row, stored
+from tests.tokens.test_palette import random_palette
+
+
+def everything(source: Images) -> dict[str, int]:
+    return {name: len(source.split(name)) for name in ("train", "val", "test")}
+
+
+def labels(source: Images, split: str = "train") -> list[int]:
+    return source.split(split).labels.tolist()
+
+
+def write(path: Path, *, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    photo(seed, 8, 8).save(path)
+    return path
+
+
+# Splits and classes.
+
+
+def test_cifar100_as_folders(images: Shop, tmp_path: Path) -> None:
+    """It has a class called train; test images do not train."""
+    for split in ("train", "test"):
+        class_folders(tmp_path, ["apple", "train", "trout"], 3, split=split, seed=len(split))
+    source = images(tmp_path, n_class=3, val_fraction=0.0)
+    assert everything(source) == {"train": 9, "val": 0, "test": 9}
+    assert source.class_names == ("apple", "train", "trout")
+    assert labels(source, "test") == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_folders_that_may_be_splits_or_classes(images: Shop, tmp_path: Path) -> None:
+    """They are not guessed: `layout` says what they are, and both answers are read."""
+    class_folders(tmp_path, ["train", "car", "bus"], 2, split="")
+    with pytest.raises(ValueError, match=r"train/ is called as a split, bus/ beside it is not: data\.layout=classes"):
+        images(tmp_path)
+    assert images(tmp_path, layout="classes", n_class=3).class_names == ("bus", "car", "train")
+    assert everything(images(tmp_path, layout="splits", val_fraction=0.0)) == {"train": 2, "val": 0, "test": 0}
+    with pytest.raises(ValueError, match=r"data\.layout is one of auto, splits, classes, got 'guess'"):
+        images(tmp_path, layout="guess")
+
+
+def test_splits_that_are_named_in_the_settings(images: Shop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class_folders(tmp_path, ["a", "b"], 2, split="fit")
+    class_folders(tmp_path, ["a", "b"], 3, split="rest")
+    source = images(tmp_path, splits={"train": ["fit"], "val": [], "test": ["rest"]}, val_fraction=0.0, n_class=2)
+    assert everything(source) == {"train": 4, "val": 0, "test": 6}
+    images(tmp_path, splits={"train": ["fit"], "val": [], "test": []}, val_fraction=0.0)
+    assert "6 files below" in caplog.text
+    assert "are of no split and are not read, as rest/a/0.jpg" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("data/train/a", "data/test/a"), r"a folder called test/ lies below data/, .*: data\.path=.*/data"),
+        (("train/a", "val/a", "dev/a"), r"dev/ and val/ are both the split validation"),
+        (("val/a", "test/a"), r"has the splits test, validation, none called train"),
+    ],
+)
+def test_splits_that_are_not_clear(images: Shop, tmp_path: Path, folders: Sequence[str], message: str) -> None:
+    for folder in folders:
+        write(tmp_path / folder / "0.png")
+    with pytest.raises(ValueError, match=message):
+        images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (("a-0.parquet", "b-1.parquet"), {"train": 2}),
+        (("train_0.parquet", "test.parquet"), {"train": 1, "test": 1}),
+        (("x/0.parquet", "train.parquet"), "of which split x/0.parquet is"),
+        (("cifar_train.parquet", "cifar_test.parquet"), "not clear of which split cifar_t"),
+        (("cifar_train.parquet",), {"train": 1}),
+        (("fit-0-of-2.parquet", "rest-0-of-2.parquet"), "has the splits fit, rest, none called train"),
+    ],
+)
+def test_splits_of_shards(images: Shop, tmp_path: Path, files: Sequence[str], found: dict[str, int] | str) -> None:
+    """By the first folder, or by how the name begins; `cifar_test.parquet` is no training file."""
+    for i, name in enumerate(files):
+        stored(tmp_path / name, [row(i, 0)])
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            images(tmp_path, val_fraction=0.0)
+    else:
+        assert everything(images(tmp_path, val_fraction=0.0)) == {"train": 0, "val": 0, "test": 0} | found
+
+
+def test_folders_below_classes(images: Shop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`cat/2019/x` is a cat, which is said; where the first folders cannot be the classes, it is refused."""
+    for name in ("cat/2019/0.png", "dog/2020/0.png", "dog/1.png"):
+        write(tmp_path / "pets" / name)
+    source = images(tmp_path / "pets", n_class=2, val_fraction=0.0)
+    assert source.class_names == ("cat", "dog")
+    assert labels(source) == [0, 1, 1]
+    assert "as cat/2019/0.png: the first folders are 2 classes: cat, dog" in caplog.text
+    with pytest.raises(ValueError, match=r"the first folders would be 1 classes?: pets, data\.n_class=2"):
+        images(tmp_path, n_class=2)
+
+
+def test_an_image_of_no_class_is_named(images: Shop, tmp_path: Path) -> None:
+    class_folders(tmp_path, ["a", "b"], 2, split="")
+    write(tmp_path / "preview.png")
+    with pytest.raises(ValueError, match=r"preview\.png lies in no class folder \(1 of 5 images\)"):
+        images(tmp_path, n_class=2)
+    assert labels(images(tmp_path, val_fraction=0.0)) == [0, 0, 1, 1, -1]
+
+
+def test_a_class_that_training_images_do_not_have(images: Shop, tmp_path: Path) -> None:
+    class_folders(tmp_path, ["cow", "dog"], 2)
+    class_folders(tmp_path, ["ant", "dog"], 2, split="val")
+    with pytest.raises(ValueError, match="no training image is of the class 'ant'"):
+        images(tmp_path, n_class=2)
+    source = images(tmp_path)  # no labels are asked for: numbered behind the others
+    assert source.class_names == ("cow", "dog", "ant")
+    assert labels(source, "val") == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_in_another_order(images: Shop, tmp_path: Path, streaming: bool) -> None:
+    """By hand: ClassLabel counts cat as 0 in one file and as 2 in others; a cat is a cat in all."""
+    orders = {"train-0": ["cat", "cow", "dog"], "train-1": ["dog", "cow", "cat"], "test": ["dog", "cat", "cow"]}
+    for i, (name, names) in enumerate(orders.items()):
+        stored(tmp_path / f"{name}.parquet", [row(i, names.index("cat"))], names=names)
+    source = images(tmp_path, n_class=3, val_fraction=0.0, streaming=streaming)
+    assert source.class_names == ("cat", "cow", "dog")
+    assert labels(source, "train") == [0, 0]
+    assert labels(source, "test") == [0]
+    stored(tmp_path / "test.parquet", [row(9, 0)], names=["zebra", "cat", "cow"])
+    with pytest.raises(ValueError, match="no training image is of the class 'zebra'"):
+        images(tmp_path, n_class=3, streaming=streaming).split("test")
+
+
+def test_numbers_and_names_do_not_mix(images: Shop, tmp_path: Path) -> None:
+    stored(tmp_path / "train.parquet", [row(0, 0)], names=["cat", "dog"])
+    stored(tmp_path / "test.parquet", [row(1, 1)])
+    with pytest.raises(ValueError, match="its classes are numbers, those of the training images are names"):
+        images(tmp_path, n_class=2, val_fraction=0.0)
+
+
+# Names.
+
+
+def test_a_neighbour_is_not_read(images: Shop, tmp_path: Path) -> None:
+    """`set[1]` and `set*` are folders, and no patterns that `set1` would fit; a pattern of shards still is one."""
+    for name, n in (("set[1]", 2), ("set*", 3), ("set1", 9)):
+        class_folders(tmp_path / name, ["a"], n, split="")
+        for i in range(n):
+            stored(tmp_path / name / "shards" / f"web-{i}.parquet", [row(i, 0)])
+    for name, n in (("set[1]", 2), ("set*", 3)):
+        assert everything(images(tmp_path / name / "a", val_fraction=0.0))["train"] == n
+        shards = images(f"{tmp_path}/{name}/shards/web-*.parquet", val_fraction=0.0, streaming=True)
+        assert len(shards.split("train")) == n
+        assert len(named_files(f"{tmp_path}/{name}/shards/web-{{0..1}}.parquet") or ()) == 2
+
+
+def test_links(images: Shop, tmp_path: Path) -> None:
+    """A linked class or split is one as any other; a link in a circle ends; one to nothing is a bad image by name."""
+    class_folders(tmp_path / "pool", ["x", "y"], 3, split="")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "pool")
+    (tmp_path / "pool" / "z").symlink_to(tmp_path / "pool" / "y")
+    (tmp_path / "pool" / "y" / "round").symlink_to(tmp_path / "pool")
+    source = images(tmp_path / "data", n_class=3, val_fraction=0.0)
+    assert labels(source) == [0] * 3 + [1] * 3 + [2] * 3
+    (tmp_path / "pool" / "x" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    split = images(tmp_path / "data", n_class=3, val_fraction=0.0).split("train")
+    with pytest.raises(BadImageError, match=r"train/x/gone\.png: No such file"):
+        split.prepare()
+    skipped = images(tmp_path / "data", n_class=3, val_fraction=0.0, on_corrupt="skip")
+    assert everything(skipped)["train"] == 9
+
+
+def test_other_files_are_counted_and_change_nothing(
+    images: Shop, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Documents, videos, archives, lists and programs beside the images; an image format that is not read is said."""
+    root = class_folders(tmp_path / "photos", ["cat", "dog"], 3, split="")
+    before, sha = everything(images(root)), hash_files(root, list_files)
+    for name in (
+        "a.pdf",
+        "b.mp4",
+        "c.h5",
+        "train.txt",
+        "photos.py",
+        "backup.zip",
+        "cat/x.heic",
+        "cat/y.HEIC",
+        "LICENSE",
+    ):
+        (root / name).write_bytes(b"PK\3\4 cut short")
+    (root / "metadata.csv").write_text("file_name,label\n")
+    (root / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: /etc/*\n---\n")
+    (root / "cat" / ".hidden.png").write_bytes(b"x")
+    (root / "__MACOSX").mkdir()
+    write(root / "__MACOSX" / "0.png")
+    with caplog.at_level(logging.WARNING):
+        assert everything(images(root)) == before
+    assert "2 .heic" in caplog.text
+    assert "1 without an ending" in caplog.text
+    assert "1 .zip" in caplog.text
+    lone = tmp_path / "lone"
+    shutil.copytree(root, lone, ignore=shutil.ignore_patterns("*.jpg", "metadata.csv"))
+    with pytest.raises(ValueError, match=r"there is no image in it, but 2 \.heic"):
+        images(lone)
+    (root / "metadata.csv").unlink()
+    assert hash_files(root, list_files) == sha
+
+
+def test_images_beside_shards(images: Shop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Parquet files with images are read, and a preview beside them is not; parquet files without are not."""
+    stored(tmp_path / "a" / "train.parquet", [row(0, 0), row(1, 0)])
+    write(tmp_path / "a" / "assets" / "preview.png")
+    assert everything(images(tmp_path / "a", val_fraction=0.0))["train"] == 2
+    assert "1 .png" in caplog.text
+    class_folders(tmp_path / "b", ["x", "y"], 3, split="")
+    datasets.Dataset.from_dict({"feature": [0.5] * 6}).to_parquet(tmp_path / "b" / "features.parquet")
+    with tarfile.open(tmp_path / "b" / "photos.tar", "w") as tar:
+        tar.add(tmp_path / "b" / "x", "x")
+    assert everything(images(tmp_path / "b", val_fraction=0.0))["train"] == 6
+    assert "1 .parquet" in caplog.text
+
+
+# Metadata beside the images.
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "expected"),
+    [
+        ("metadata.csv", ["file_name,label", "0.png,dog", "1.png,cat", "2.png,dog"], ([1, 0, 1], ("cat", "dog"))),
+        ("metadata.csv", ["\ufefffile_name,label", "0.png,2", "1.png,0", "./2.png,1"], ([2, 0, 1], None)),
+        ("metadata.jsonl", [json.dumps({"file_name": f"{i}.png", "label": i}) for i in range(3)], ([0, 1, 2], None)),
+    ],
+)
+def test_labels_in_metadata(images: Shop, tmp_path: Path, name: str, lines: list[str], expected: Any) -> None:
+    for i in range(3):
+        write(tmp_path / f"{i}.png", seed=i)
+    (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+    source = images(tmp_path, n_class=3, val_fraction=0.0)
+    assert (labels(source), source.class_names) == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["file_name,label", "0.png,0"], r"1\.png has no line in the metadata"),
+        (["file_name,label", "0.png,0", "1.png,1", "/etc/hostname,1"], r"line 4: '/etc/hostname' is no image below"),
+        (["file_name,label", "0.png,0", "1.png,1", "../x.png,1"], r"'\.\./x\.png' is no image below"),
+        (["file_name,label", "0.png,0.5", "1.png,1"], "'0.5' is neither a whole number nor a name"),
+    ],
+)
+def test_metadata_that_is_wrong(images: Shop, tmp_path: Path, lines: list[str], message: str) -> None:
+    write(tmp_path / "x.png")
+    for i in range(2):
+        write(tmp_path / "data" / f"{i}.png", seed=i)
+    (tmp_path / "data" / "metadata.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        images(tmp_path / "data", n_class=2)
+
+
+def test_metadata_and_class_folders(images: Shop, tmp_path: Path) -> None:
+    """Labels for some images of class folders contradict them; without the column, folders are classes."""
+    class_folders(tmp_path, ["a", "b"], 2, split="")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na/0.jpg,1\n")
+    with pytest.raises(ValueError, match=r"a metadata file gives labels, too: .*data\.label_column=\[\]"):
+        images(tmp_path, n_class=2)
+    assert labels(images(tmp_path, n_class=2, val_fraction=0.0, label_column=[])) == [0, 0, 1, 1]
+
+
+# What a file may not do.
+
+
+def cells(path: Path, of: Sequence[Any]) -> Path:
+    """A parquet file whose images are other files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": [{"bytes": None, "path": cell} for cell in of]}), path)
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_paths_in_cells_lead_nowhere_else(images: Shop, tmp_path: Path, streaming: bool) -> None:
+    """A private picture, a device and a pipe that cells name are not opened; a file below the folder is."""
+    private = write(tmp_path / "private.png", seed=1)
+    root = tmp_path / "data"
+    write(root / "mine.png", seed=2)
+    os.mkfifo(root / "pipe.png")
+    (root / "out.png").symlink_to(private)
+    bad = [str(private), "../private.png", "/dev/zero", "pipe.png", "out.png", "a/../../private.png", "x\0y"]
+    for i, cell in enumerate([*bad, "mine.png"]):
+        cells(root / f"train-{i}.parquet", [cell])
+    source = images(root, val_fraction=0.0, on_corrupt="skip", streaming=streaming)
+    split = source.split("train")
+    assert len(split) == 1
+    assert np.array_equal(split.read([0], [0]).pixels[0], np.asarray(photo(2, 8, 8)))
+    with pytest.raises(BadImageError, match=r"names the file '.*private\.png', which is no file below"):
+        strict = images(cells(tmp_path / "one" / "x.parquet", [str(private)]), val_fraction=0.0, streaming=streaming)
+        strict.split("train").read([0], [0])
+
+
+def test_a_readme_names_no_files(images: Shop, tmp_path: Path) -> None:
+    """The front matter of a README.md beside parquet files, which `datasets` would follow."""
+    stored(tmp_path / "other" / "train.parquet", [row(7, 0)] * 3)
+    stored(tmp_path / "data" / "train.parquet", [row(1, 0)])
+    readme = f"---\nconfigs:\n- config_name: default\n  data_files: {tmp_path}/other/*.parquet\n---\n"
+    (tmp_path / "data" / "README.md").write_text(readme)
+    for streaming in (False, True):
+        assert len(images(tmp_path / "data", val_fraction=0.0, streaming=streaming).split("train")) == 1
+
+
+def test_a_saved_dataset_names_no_other_files(images: Shop, tmp_path: Path) -> None:
+    made = datasets.Dataset.from_list([row(i, i) for i in range(2)]).cast_column("image", datasets.Image())
+    for name in ("mine", "other"):
+        made.save_to_disk(tmp_path / name)
+    assert len(images(tmp_path / "mine", val_fraction=0.0).split("train")) == 2
+    state = json.loads((tmp_path / "mine" / "state.json").read_text())
+    other = next((tmp_path / "other").glob("*.arrow"))
+    for named in (str(other), f"../other/{other.name}"):
+        state["_data_files"] = [{"filename": named}]
+        (tmp_path / "mine" / "state.json").write_text(json.dumps(state))
+        with pytest.raises(ValueError, match="which is not a file beside it"):
+            images(tmp_path / "mine")
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def bounded_memory() -> Any:
+    """Two gigabytes more than now, for this process: asking for more is a MemoryError."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (2 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc to bound this process's memory")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tar_members_that_claim_much(images: Shop, tmp_path: Path, streaming: bool, bounded_memory: Any) -> None:
+    """A sparse member of 20 GB, a `.gz`, a header that claims 3 GB: good images beside them are read."""
+    sparse = tarfile.TarInfo("1.png")
+    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 0
+    head = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
+    head[483:495] = b"\x80" + (20_000_000_000).to_bytes(11, "big")  # the size it has unpacked
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "0.png", encoded(photo(0, 8, 8), "PNG"))
+        tar.fileobj.write(bytes(head))
+        tar.offset += len(head)
+        add(tar, "2.jpg.gz", b"\x1f\x8b" + bytes(1000))
+        add(tar, "3.png", encoded(photo(3, 8, 8), "PNG"))
+    settings = {"val_fraction": 0.0, "image_column": ["png", "jpg"], "streaming": streaming}
+    split = images(tmp_path / "a.tar", on_corrupt="skip", **settings).split("train")
+    found = {pixels.tobytes() for pixels in split.read(range(len(split)), [0] * len(split)).pixels}
+    assert found == {np.asarray(photo(seed, 8, 8)).tobytes() for seed in (0, 3)}
+
+    long = tarfile.TarInfo("././@LongLink")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 3 << 30
+    with (tmp_path / "b.tar").open("wb") as file:
+        file.write(long.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(4 << 30)  # a hole: nothing of it lies on the disk
+    with pytest.raises(BadShardError, match="a header claims 3,221,225,472 bytes"):
+        images(tmp_path / "b.tar", **settings).split("train")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc to bound this process's memory")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_parquet_that_unpacks_to_much(images: Shop, tmp_path: Path, streaming: bool, bounded_memory: Any) -> None:
+    """Some kB whose 2,000 cells share 8 MB of one dictionary: never all at once in memory, and not all on the disk."""
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array([bytes(8 << 20)]))
+    pq.write_table(
+        pa.table({"image": column}), tmp_path / "x.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30
+    )
+    assert (tmp_path / "x.parquet").stat().st_size < 1 << 20
+    message = "no image" if streaming else "unpacks to more than 100 times its size"
+    with pytest.raises(ValueError, match=message):
+        images(tmp_path / "x.parquet", val_fraction=0.0, streaming=streaming).split("train")
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.tar", "x.png", "metadata.csv"])
+def test_a_pipe_is_no_file(images: Shop, tmp_path: Path, name: str) -> None:
+    """A named pipe, from which a read would wait for ever, under every kind of name."""
+    if name in ("x.png", "metadata.csv"):
+        write(tmp_path / "good.png")
+    os.mkfifo(tmp_path / name)
+    if name == "metadata.csv":
+        assert everything(images(tmp_path, val_fraction=0.0))["train"] == 1
+        return
+    with pytest.raises(ValueError, match="it is no regular file"):
+        images(tmp_path, val_fraction=0.0).split("train").read([1], [0])
+
+
+# As before.
+
+ILSVRC = {
+    "short_side": [256, 384],
+    "eval_short_side": 224,
+    "size": 224,
+    "filter": "bilinear",
+    "resize": "twice",
+    "draft": 3,
+}
+OF_SHARED = {
+    "cifar10-jpeg": ({"resolution": 32, "n_class": 10, "val_fraction": 0.1}, 50,
+                     {"train": "9393fb47ad6ffa3d", "val": "5853cea885464d5f", "test": "605e02c7d6c54929"}),
+    "cifar100-sample": ({"resolution": 32, "n_class": 100, "label_column": ["fine_label"], "val_fraction": 0.1}, 1,
+                        {"train": "7aaaebd4f71df64e", "val": "64d6d944eda2eec4", "test": "8968366cf4d9a110"}),
+    "imagenet-sample": ({"resolution": 32, "n_class": 1000, "classes": "imagenet", "val_fraction": 0.04, "crop": ILSVRC,
+                         "splits": {"train": ["train"], "val": [], "test": ["validation"]}}, 8,
+                        {"train": "4dcb9afa81ef839b", "val": "63fffc4695a60c50", "test": "74cb49ea02f79144"}),
+}  # fmt: skip
+
+
+def digest_of(split: Any, step: int = 1) -> str:
+    rows = range(0, len(split), step)
+    pixels, labels = split.read(rows, [0] * len(rows))
+    return hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", list(OF_SHARED))
+def test_known_datasets_are_read_as_before(images: Shop, shared: Path, name: str) -> None:
+    """Independent source: hashes of pixels and labels as Hugging Face's loaders of folders and parquet gave them."""
+    settings, step, digests = OF_SHARED[name]
+    source = images(shared / "data" / name, **settings)
+    assert {split: digest_of(source.split(split), step) for split in digests} == digests
+
+
+def test_stl10s_layout_is_read_as_before(images: Shop, tmp_path: Path) -> None:
+    for name, count in (("train", 12), ("test", 5), ("unlabeled", 3)):
+        rows = [row(i, i % 10, (96, 96)) for i in range(count)]
+        stored(tmp_path / "data" / f"{name}-00000-of-00001.parquet", rows, names=[f"class {c}" for c in range(10)])
+    source = images(tmp_path / "data", resolution=32, n_class=10)
+    digests = [digest_of(source.split(name)) for name in ("train", "val", "test")]
+    assert digests == ["95698c8ed52c3fc7", "9d3931dca8cae1af", "4679d74b34a321a5"]
+
+
+@pytest.mark.parametrize(("name", "digest"), [("ar", "a46071737e6a0f4f"), ("bert", "7b7bd7c3341293ce")])
+def test_the_oracles_tokens_are_read_as_before(shared: Path, tmp_path: Path, name: str, digest: str) -> None:
+    reference = np.load(shared / "oracles" / f"openai-{name}" / "reference.npz")
+    random_palette(16).save(tmp_path / "colours.npy")
+    np.save(tmp_path / "o_vaX.npy", reference["tokens"])
+    np.save(tmp_path / "o_vaY.npy", np.eye(reference["labels"].max() + 1, dtype=np.float32)[reference["labels"]])
+    source = OpenAITokens(name="o", resolution=8, path=str(tmp_path), clusters=str(tmp_path / "colours.npy"))
+    assert digest_of(source.split("val")) == digest
+
+
+def test_a_stream_of_a_folder_reads_its_files_once(images: Shop, tmp_path: Path) -> None:
+    """More files than shards: consecutive ones are one shard, and each is read once."""
+    from igpt.data import image_files
+
+    class_folders(tmp_path, ["a", "b"], 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_files, "_MOST_SHARDS", 4)
+        training = images(tmp_path, val_fraction=0.0, streaming=True).training()
+        assert isinstance(training, ImageStream)
+        assert training.contents == {"made": 4}
+        records = [record.place for record, _ in training.lane(0, 1, 0).one_pass(training.start())]
+    assert sorted(records) == [str(path) for path in sorted((tmp_path / "train").rglob("*.jpg"))]
+
+
+def test_a_folder_that_is_full_of_links_in_circles(tmp_path: Path) -> None:
+    """Invariant: listing ends, and every file is listed once under each name it has."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    Image.new("RGB", (1, 1)).save(tmp_path / "a" / "b" / "x.png")
+    for name in ("a/up", "a/b/top", "a/b/here"):
+        (tmp_path / name).symlink_to(tmp_path / {"a/up": ".", "a/b/top": "a", "a/b/here": "a/b"}[name])
+    assert list_files(tmp_path).names == ["a/b/x.png"]
