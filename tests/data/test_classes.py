@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igpt.data.classes import Classes, check_names, imagenet
+from igpt.data.classes import Classes, check_names, imagenet, imagenet_names
 from igpt.data.split import balanced_subset
 
 ILSVRC = Classes("imagenet", 1000)
@@ -18,6 +18,18 @@ def test_the_wnids_of_ilsvrc(shared: Path) -> None:
         assert imagenet() == {row["wnid"]: (int(row["index"]), row["name"]) for row in csv.DictReader(file)}
     assert imagenet()["n01440764"] == (0, "tench")
     assert imagenet()["n15075141"] == (999, "toilet tissue")
+
+
+def test_names_of_classes_by_their_label() -> None:
+    """By hand: ILSVRC's whatever folders are called, the bird before the machine; else the data's, one a class."""
+    names = imagenet_names()
+    assert len(set(names)) == 1000
+    assert (names[0], names[134], names[517]) == ("tench", "crane (n02012849)", "crane (n03126707)")
+    assert ILSVRC.names(["n01440764"]) == ILSVRC.names(None) == names
+    assert Classes(None, 2).names(["cat", "dog"]) == ("cat", "dog")
+    assert Classes(None, 3).names(["cat", "dog"]) is None
+    assert Classes(None, None).names(["cat", "dog"]) is None
+    assert Classes(None, 2).names(None) is None
 
 
 def test_folders_of_wnids_become_ilsvrc_indices() -> None:

@@ -81,6 +81,8 @@ def test_folders_called_train_val_and_test(images: Shop, folder: Path, tmp_path:
     class_folders(root, ["cat", "dog"], 2, split="val", seed=500)
     class_folders(root, ["dog"], 3, split="test", seed=600)
     source = images(root, crop=RANDOM_CROP)
+    assert source.class_names is None  # data.n_class=null: no classes are asked for
+    assert images(root, n_class=2).class_names == ("cat", "dog")
     assert [len(source.split(name)) for name in ("train", "val", "test")] == [20, 4, 3]
     assert source.split("test").read(range(3), [0] * 3).labels.tolist() == [1, 1, 1]
     training = source.training()
@@ -111,7 +113,9 @@ def test_one_parquet_file_and_other_columns(images: Shop, tmp_path: Path) -> Non
     """Round trip: lossless images of the model's own size come back to the bit, whatever the column is called."""
     rows = [{"image": row(i, 0)["image"], "fine_label": i} for i in range(5)]
     path = stored(tmp_path / "some.parquet", rows, names=list("abcde"), column="fine_label")
-    pixels, labels = images(path, val_fraction=0.0, n_class=5).split("train").read(range(5), [0] * 5)
+    source = images(path, val_fraction=0.0, n_class=5)
+    pixels, labels = source.split("train").read(range(5), [0] * 5)
+    assert source.class_names == tuple("abcde")
     assert np.array_equal(pixels, np.stack([np.asarray(photo(i, 8, 8)) for i in range(5)]))
     assert labels.tolist() == list(range(5))
     with pytest.raises(ValueError, match=r"none of the columns picture is there .* it has image, fine_label"):
@@ -168,6 +172,8 @@ def test_imagenet_photographs(images: Shop, shared: Path) -> None:
     assert [len(source.split(name)) for name in ("train", "val", "test")] == [384, 16, 125]
     expected = sorted(index[wnid.name] for wnid in (path / "val").iterdir())
     assert sorted(source.split("test").read(range(125), [0] * 125).labels.tolist()) == expected
+    assert source.class_names is not None
+    assert (source.class_names[0], source.class_names[999]) == ("tench", "toilet tissue")
 
 
 # What can be wrong.

@@ -20,6 +20,14 @@ def imagenet() -> dict[str, tuple[int, str]]:
         return {row["wnid"]: (int(row["index"]), row["name"]) for row in csv.DictReader(file)}
 
 
+@cache
+def imagenet_names() -> tuple[str, ...]:
+    """WordNet's names of the 1,000 classes by their index; the two that occur twice with their wnid in brackets."""
+    classes = sorted((index, name, wnid) for wnid, (index, name) in imagenet().items())
+    count = Counter(name for _, name, _ in classes)
+    return tuple(name if count[name] == 1 else f"{name} ({wnid})" for _, name, wnid in classes)
+
+
 @dataclass(frozen=True)
 class Classes:
     """How the labels of a dataset are read: as they are, or (`scheme="imagenet"`) as indices of ILSVRC.
@@ -51,6 +59,12 @@ class Classes:
             labels = index[labels]
         check_labels(labels, self.n_class, where)
         return labels
+
+    def names(self, of_data: Sequence[str] | None) -> tuple[str, ...] | None:
+        """The name of every class by its label, `of_data` unless they are ILSVRC's; None where one is not known."""
+        if self.scheme == "imagenet":
+            of_data = imagenet_names()
+        return tuple(of_data) if of_data is not None and len(of_data) == self.n_class else None
 
 
 @cache

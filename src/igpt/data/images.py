@@ -84,6 +84,7 @@ class Images:
         assert trained_on is not None
         columns, read_as = Columns(image_column, label_column), Classes(classes, n_class)
         self._parts: Streamed | _Tables
+        self.class_names: tuple[str, ...] | None
         if streaming:
             shards = {
                 ours: Shards.of(found[theirs], columns, f"{path} ({theirs})") for ours, theirs in of.items() if theirs
@@ -92,12 +93,14 @@ class Images:
                 shards, name=name, classes=read_as, cut=cut, val_fraction=val_fraction, split_seed=split_seed,
                 skip=skip, **stream,
             )  # fmt: skip
+            self.class_names = read_as.names(shards["train"].names)
             return
         shelf = _Shelf(cache / "pixels", f"{name}{resolution}", skip)
         read = sorted({theirs for theirs in of.values() if theirs})
         tables = {
             theirs: table(found[theirs], columns, f"{path} ({theirs})", labelled=n_class is not None) for theirs in read
         }
+        self.class_names = read_as.names(tables[trained_on].names)
         drawn = split_indices(
             len(tables[trained_on]),
             val_fraction=0 if of["val"] else val_fraction,

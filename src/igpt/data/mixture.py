@@ -52,6 +52,7 @@ class Mixture:
         self._training = ImageStream(parts, **stream)
         self.name, self.resolution = name, resolution
         self.n_class, self.labels_per_class = self._held_out.n_class, None
+        self.class_names = self._held_out.class_names
 
     def split(self, name: str) -> Split:
         """A split of the stream that is held out from; train is that stream's own images (the palette is theirs)."""
