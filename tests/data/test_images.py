@@ -13,6 +13,7 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
 
+from igpt.data.classes import CIFAR10
 from igpt.data.decode import BadImageError
 from igpt.data.images import CachedSplit, DecodedSplit
 from tests.data.conftest import RANDOM_CROP, SETTINGS, Shop, class_folders, encoded, photo
@@ -156,6 +157,7 @@ def test_cifar10_splits_as_the_paper(images: Shop, shared: Path) -> None:
     sizes = {"resolution": 32, "n_class": 10}
     source = images(path, val_fraction=0.1, **sizes)
     assert [len(source.split(name)) for name in ("train", "val", "test")] == [45000, 5000, 10000]
+    assert source.class_names == CIFAR10
     assert len(images(path, val_fraction=0.0, **sizes).split("train")) == 50000
     few = images(path, val_fraction=0.1, labels_per_class=25, **sizes)
     assert np.bincount(few.split("train").read(range(250), [0] * 250).labels).tolist() == [25] * 10

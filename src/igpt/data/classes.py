@@ -2,6 +2,7 @@
 
 import csv
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from importlib import resources
 
 import numpy as np
 
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+LISTED = 12  # names that a line of the log has, at most
+_JOINERS = "\u200c\u200d"  # the two invisible characters that scripts and emoji are written with
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -98,3 +102,26 @@ def check_names(names: Sequence[str], where: str) -> None:
     if twice:
         same = [name for name in names if name.strip().lower() == twice[0]]
         raise ValueError(f"{where}: two classes have one name ({', '.join(map(repr, same))}): rename one of them")
+
+
+def format_class_name(name: str, *, most: int = 40) -> str:
+    """A class's name as one line of at most `most` characters, whatever the folder or file it came from called it.
+
+    Blanks and line ends become one blank each; control characters, those that turn the direction of the text around
+    them, and halves of characters become U+FFFD; what is cut ends in "…". A name of nothing is shown as ''.
+    """
+    start = " ".join(name[: 4 * most].split())
+    plain = "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in _JOINERS else c
+        for c in start
+    )
+    cut = len(plain) > most or len(name) > 4 * most
+    return (plain[: most - 1].rstrip() + "…" if cut else plain) or "''"
+
+
+def describe_classes(names: Sequence[str]) -> str:
+    """The number of classes and their names, of many the first: `10 classes: airplane, automobile, bird, …`."""
+    listed = [format_class_name(name) for name in names[:LISTED]]
+    if more := len(names) - len(listed):
+        listed.append(f"… and {more:,} more")
+    return f"{len(names):,} {'class' if len(names) == 1 else 'classes'}: {', '.join(listed)}"
