@@ -221,7 +221,7 @@ def run(
         if split == "val" and runner.machine.rank.first:
             save_model(runner.folder / "model", judged.net.state_dict(), origin(step=best["step"]))
             sha256 = weights_sha256(runner.folder / "model")
-            about = HeadOrigin(n_class, source.name, classes_hash(source), sha256)
+            about = HeadOrigin(n_class, source.name, classes_hash(source), sha256, source.class_names)
             save_head(runner.folder / "model", judged.head.wclf, about)
         if split == "val" and trained.numbers and trained.history["val/accuracy"][-1][0] == best["step"]:
             judged.numbers = trained.numbers  # the last validation was the best
