@@ -109,7 +109,8 @@ def run(
     )
     if isinstance(module, ClassifyModule):
         labels = data.source.split(split).labels
-        found.matrices["confusion"] = confusion(labels, module.said, module.score.n_class)
+        counts = confusion(labels, module.said, module.score.n_class)
+        found.add_confusion(counts, data.source.class_names)
     return found
 
 

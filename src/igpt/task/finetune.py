@@ -230,7 +230,7 @@ def run(
         result.numbers |= judged.numbers
         if split == "test":
             labels = source.split("test").labels
-            result.matrices["confusion"] = confusion(labels, judged.said, n_class)
+            result.add_confusion(confusion(labels, judged.said, n_class), source.class_names)
     result.numbers["best_step"] = Number(best["step"], "optimiser steps", 1)
     result.numbers["train/images_seen"] = Number(best["step"] * batch_size, "images", 1)
     result.files |= {"model": Path("model"), "checkpoints": Path("checkpoints")}
