@@ -113,6 +113,7 @@ def test_what_is_reported_is_what_was_kept(lab: Lab, few: Arrays, whole: tuple[P
     expected = np.zeros((10, 10), dtype=np.int64)
     np.add.at(expected, (y.numpy(), said.numpy()), 1)
     assert np.array_equal(result.matrices["confusion"], expected)
+    assert result.class_names == {"confusion": tuple("0123456789")}
     curve = result.curves["val/accuracy"]
     assert curve.x == [2, 4, 6]
     best = curve.x[curve.y.index(max(curve.y))]
