@@ -17,7 +17,7 @@ ALLOWED = {
     "metric": set(),
     "probe": {"data", "tokens", "model", "objective", "metric"},
     "task": {"data", "tokens", "model", "checkpoint", "objective", "metric", "probe"},
-    "report": {"tokens", "model", "metric"},
+    "report": {"data", "tokens", "model", "metric"},
     "settings": {"arguments"},
     "inputs": {"checkpoint", "data"},
     "build": {"inputs", "settings", "data", "tokens", "model", "checkpoint", "objective", "task", "report"},

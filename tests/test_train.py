@@ -69,12 +69,20 @@ def test_quickstart_tells_what_the_features_know(quickstart: Path) -> None:
     confusion = np.load(quickstart / "7_finetune" / "confusion_counts.npy")
     assert confusion.sum() == 300
     assert confusion.trace() / 300 == pytest.approx(numbers["finetune/test/accuracy"]["value"])
+    digits = [str(i) for i in range(10)]
+    of_stages = {"probe/confusion", "finetune/confusion", "scratch/confusion"}
+    assert record["class_names"] == dict.fromkeys(of_stages, digits)
+    assert of_stages < record["files"].keys()
+    for stage in ("6_probe", "7_finetune", "8_scratch"):
+        assert RunFolder(quickstart / stage).read_result()["class_names"] == {"confusion": digits}
+    assert (quickstart / "report.html").read_text().count("".join(f"<li><bdi>{i}</bdi></li>" for i in digits)) == 3
 
 
 def test_accuracy_needs_a_head_that_was_trained(quickstart: Path, tmp_path: Path) -> None:
     """Round trip: evaluated again, fine-tuned weights have the accuracy they were reported with; others have none."""
     of_test = ("task=evaluate", "task.split=test", "task.baseline_images=0")
     tuned, _ = run_here(tmp_path, *of_test, f"init={quickstart / '7_finetune'}")
+    assert tuned.class_names == {"confusion": tuple("0123456789")}
     written = RunFolder(quickstart / "7_finetune").read_result()["numbers"]
     for name in ("test/accuracy", "test/loss_clf", "test/loss_gen"):
         assert tuned.numbers[name].value == pytest.approx(written[name]["value"], rel=1e-6)

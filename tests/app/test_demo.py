@@ -20,6 +20,7 @@ from PIL import Image
 
 from igpt.app import demo, nearest
 from igpt.app.nearest import TrainingFeatures
+from igpt.app.page import Page, Start
 from igpt.app.workbench import Uploads, Workbench
 from igpt.build import Build
 from igpt.data.crop import Crop
@@ -35,6 +36,7 @@ from tests.data.conftest import claimed_png, encoded, photo
 from tests.test_conf import CONF, built, save_small
 
 LAYERS = 3  # of save_small's network
+START = Start(choices=6, rows=2, completions=2, temperature=1.0, top_k=None, seed=0, nearest=4, layer=1)
 
 
 def built_demo(place: Path, *overrides: str, **saved: Any) -> Build:
@@ -111,6 +113,22 @@ def test_the_nearest_training_images(bench: Workbench, tmp_path: Path, layer: in
     again = bench_of(built_demo(tmp_path), tmp_path)
     assert [image.row for image in found(again, layer)] == [image.row for image in images]
     assert again.training.done == 0  # none was read anew
+
+
+def test_classes_are_called_by_name(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: a folder's name as text, whatever it is; the number where there is none, nothing without a label."""
+    page, chosen = Page(bench, START), bench.choices(0, 1)[0]
+    assert page.labelled("cosine 0.5", 3) == "cosine 0.5, class\N{NO-BREAK SPACE}3"  # the digits are called so
+    assert page.labelled("cosine 0.5", -1) == "cosine 0.5"
+    hostile = "<script>alert(1)</script>\n\u202e" + "x" * 300
+    monkeypatch.setattr(type(bench.data.source), "class_names", (hostile,) * 10)
+    shown = page.given(chosen, 4)
+    assert "class\N{NO-BREAK SPACE}&lt;script&gt;alert(1)&lt;/script&gt; \ufffdxxxxxxxxxxxx…</small>" in shown
+    *_, (found, _) = page.nearest(chosen, 1)
+    assert found.count("class\N{NO-BREAK SPACE}&lt;script&gt;") == START.nearest
+    assert "<script" not in shown + found
+    monkeypatch.setattr(type(bench.data.source), "class_names", None)
+    assert page.labelled("cosine 0.5", 3) == "cosine 0.5, label\N{NO-BREAK SPACE}3"
 
 
 def test_features_that_a_probe_left_are_taken(tmp_path: Path) -> None:

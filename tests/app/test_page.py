@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from igpt.app.page import Start, serving
+from igpt.app.page import serving
 from igpt.app.workbench import Workbench
 from igpt.model.generate import Sampling
-from tests.app.test_demo import bench_of, built_demo
+from tests.app.test_demo import START, bench_of, built_demo
 from tests.data.conftest import encoded, photo
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -r requirements-dev.txt")
@@ -52,9 +52,8 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
 
     monkeypatch.setattr(Sampling, "draw", slowly)
     bench = bench_of(built_demo(tmp_path), tmp_path)
-    start = Start(choices=6, rows=2, completions=2, temperature=1.0, top_k=None, seed=0, nearest=4, layer=1)
     about = {"weights": "here/<b>model</b>"}
-    with serving(bench, about, start, host="127.0.0.1", port=None, place=tmp_path / "uploads") as url:
+    with serving(bench, about, START, host="127.0.0.1", port=None, place=tmp_path / "uploads") as url:
         yield url, bench
         bench.stop()
 

@@ -1,15 +1,17 @@
 """A class head beside its network: its own, of the same labels, whole, or not taken."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from igpt.checkpoint.find import find
-from igpt.checkpoint.head import HeadOrigin, find_head, save_head
+from igpt.checkpoint.head import HeadOrigin, copy_head, find_head, read_head, save_head
 from igpt.checkpoint.native import save_model
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
@@ -17,6 +19,7 @@ from tests.checkpoint.test_native import origin_of
 from tests.conftest import perturbed
 
 CLASSES = "00ff00ff00ff00ff"
+NAMES = ("cat", "dog", "dog\n", "שלום $x$", "\udcff")
 
 
 @pytest.fixture
@@ -30,12 +33,14 @@ def saved(tmp_path: Path, net: GPT, weight: torch.Tensor) -> Path:
     """The `model/` of a network with a head for five classes."""
     folder = tmp_path / "model"
     save_model(folder, net.state_dict(), origin_of(net))
-    save_head(folder, weight, HeadOrigin(5, "toy4", CLASSES, find(str(folder)).sha256))
+    save_head(folder, weight, HeadOrigin(5, "toy4", CLASSES, find(str(folder)).sha256, NAMES))
     return folder
 
 
-def found(folder: Path, *, n_class: int | None = 5, classes: str = CLASSES) -> ClassHead | None:
-    return find_head(find(str(folder)), n_class=n_class, classes=classes)
+def found(
+    folder: Path, *, n_class: int | None = 5, classes: str = CLASSES, names: tuple[str, ...] | None = None
+) -> ClassHead | None:
+    return find_head(find(str(folder)), n_class=n_class, classes=classes, class_names=names)
 
 
 def test_round_trip(saved: Path, weight: torch.Tensor) -> None:
@@ -81,6 +86,67 @@ def test_beside_other_weights(saved: Path, net: GPT) -> None:
 def test_for_other_labels(saved: Path, n_class: int | None, classes: str) -> None:
     with pytest.raises(ValueError, match="tells 5 classes of toy4 apart, the labels of this data are not those"):
         found(saved, n_class=n_class, classes=classes)
+
+
+def test_names_of_classes_are_kept(saved: Path, weight: torch.Tensor, tmp_path: Path) -> None:
+    """Round trip: whatever they are called, and where the head is copied to; it fits data that calls them so."""
+    about, _ = read_head(find(str(saved)))
+    assert about.class_names == NAMES
+    assert found(saved, names=NAMES) is not None
+    assert found(saved, names=None) is not None
+    again = tmp_path / "again" / "model"
+    shutil.copytree(saved, again, ignore=shutil.ignore_patterns("head.*"))
+    copy_head(find(str(saved)), again)
+    assert read_head(find(str(again)))[0].class_names == NAMES
+    long = tuple(f"{i} {'x' * 1000}" for i in range(5))
+    save_head(saved, weight, HeadOrigin(5, "toy4", CLASSES, find(str(saved)).sha256, long))
+    assert found(saved, names=long) is not None
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("cat", "dog\n", "dog", *NAMES[3:]), r"in another order: class 1 is 'dog' to the head, 'dog\\n' to the data"),
+        (("cat", "dog", "cow", *NAMES[3:]), r"\(class 2 is 'dog\\n' to the head, 'cow' to the data\)"),
+    ],
+)
+def test_for_classes_of_other_names(saved: Path, names: tuple[str, ...], said: str) -> None:
+    """By hand: as many classes, and labels of the same hash, but another thing is meant by one of them."""
+    with pytest.raises(ValueError, match=rf"the labels of this data are not those .*{said}.*: evaluate it on"):
+        found(saved, names=names)
+
+
+def test_a_head_of_before_classes_had_names(saved: Path) -> None:
+    """Round trip: the file as it was then is read, and says of no data that it is called otherwise."""
+    path = saved / "head.json"
+    written = json.loads(path.read_text())
+    del written["class_names"]
+    path.write_text(json.dumps(written))
+    assert read_head(find(str(saved)))[0].class_names is None
+    assert found(saved, names=("a", "b", "c", "d", "e")) is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"class_names": ["a", "b"]},
+        {"class_names": "abcde"},
+        {"class_names": dict.fromkeys("abcde")},
+        {"class_names": ["a", "b", "c", "d", 5]},
+        {"class_names": ["a", "b", "c", "d", "e" * 256]},
+        {"class_names": 5},
+        {"n_class": True},
+        {"n_class": "5"},
+        {"data": None},
+    ],
+    ids=str,
+)
+def test_a_description_of_other_kinds(saved: Path, change: dict[str, Any]) -> None:
+    """Invariant: a field that is not what is written there makes no head; the file is named."""
+    path = saved / "head.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=r"head\.json is damaged"):
+        found(saved)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 40, -1])
@@ -134,5 +200,6 @@ def test_a_damaged_description(saved: Path, text: str) -> None:
 def test_what_is_written(saved: Path, weight: torch.Tensor) -> None:
     """Round trip: a description that others can read, and one tensor with the released checkpoint's name."""
     about = HeadOrigin(5, "toy4", CLASSES, find(str(saved)).sha256)
-    assert asdict(about).items() <= json.loads((saved / "head.json").read_text()).items()
+    written = json.loads((saved / "head.json").read_text())
+    assert asdict(about) | {"class_names": list(NAMES), "sha256": written["sha256"]} == written
     assert list(load_file(saved / "head.safetensors")) == ["wclf"]

@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from igpt.data.classes import Classes, check_names, imagenet
+from igpt.data.classes import (
+    CIFAR10,
+    Classes,
+    check_names,
+    describe_classes,
+    format_class_name,
+    imagenet,
+    imagenet_names,
+)
 from igpt.data.split import balanced_subset
 
 ILSVRC = Classes("imagenet", 1000)
@@ -18,6 +26,52 @@ def test_the_wnids_of_ilsvrc(shared: Path) -> None:
         assert imagenet() == {row["wnid"]: (int(row["index"]), row["name"]) for row in csv.DictReader(file)}
     assert imagenet()["n01440764"] == (0, "tench")
     assert imagenet()["n15075141"] == (999, "toilet tissue")
+
+
+def test_names_of_classes_by_their_label() -> None:
+    """By hand: ILSVRC's whatever folders are called, the bird before the machine; else the data's, one a class."""
+    names = imagenet_names()
+    assert len(set(names)) == 1000
+    assert (names[0], names[134], names[517]) == ("tench", "crane (n02012849)", "crane (n03126707)")
+    assert Classes.of("imagenet", 1000, [("n01440764",)]).names == names
+    assert Classes.of(None, 2, [("cat", "dog")]).names == ("cat", "dog")
+    assert Classes.of(None, 3, [("cat", "dog")]).names is None
+    assert Classes.of(None, None, [("cat", "dog"), ("ant", "dog")]).names == ("cat", "dog", "ant")
+    assert Classes.of(None, 2, [None]).names is None
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("airplane", "airplane"),
+        ("  two\nlines\tand\u2028more ", "two lines and more"),
+        ("\x1b[31mred\x07", "\ufffd[31mred\ufffd"),
+        ("abc\u202eexe.gpj\u2066", "abc\ufffdexe.gpj\ufffd"),
+        ("not\udcffutf-8", "not\ufffdutf-8"),
+        ("כלב", "כלב"),
+        ("👩\u200d🌾 $x$ <b>", "👩\u200d🌾 $x$ <b>"),
+        ("", "''"),
+        (" \n", "''"),
+        ("x" * 40, "x" * 40),
+        ("x" * 41, "x" * 39 + "…"),
+        ("\n" * 1_000_000, "…"),
+    ],
+)
+def test_names_are_shown_as_one_line_of_text(name: str, shown: str) -> None:
+    """By hand. Invariant: at most 40 characters, which UTF-8 can hold."""
+    assert format_class_name(name) == shown
+    assert len(format_class_name(name).encode()) >= 1
+    assert len(format_class_name(name, most=5)) <= 5
+
+
+def test_classes_are_described_in_a_line() -> None:
+    """By hand: the first twelve by name, and how many more there are."""
+    assert describe_classes(CIFAR10[:3]) == "3 classes: airplane, automobile, bird"
+    assert describe_classes(["a\nb"]) == "1 class: a b"
+    line = describe_classes(imagenet_names())
+    assert line.startswith("1,000 classes: tench, goldfish, ")
+    assert line.endswith(", … and 988 more")
+    assert line.count(", ") == 12
 
 
 def test_folders_of_wnids_become_ilsvrc_indices() -> None:

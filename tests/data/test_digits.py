@@ -21,6 +21,7 @@ def test_splits_hold_every_digit_once() -> None:
     """Independent source: scikit-learn's own array; sizes by hand (1797 → 300 test, 150 val, 1347 train)."""
     digits = Digits(**SETTINGS)
     parts = {name: digits.split(name) for name in ("train", "val", "test")}
+    assert digits.class_names == tuple(map(str, load_digits().target_names))
     assert {name: len(part) for name, part in parts.items()} == {"train": 1347, "val": 150, "test": 300}
     grey = np.concatenate([part.pixels[..., 0] for part in parts.values()]).reshape(1797, 64)
     theirs = np.rint(load_digits().images.reshape(1797, 64) * 255 / 16)

@@ -13,6 +13,7 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
 
+from igpt.data.classes import CIFAR10
 from igpt.data.decode import BadImageError
 from igpt.data.images import CachedSplit, DecodedSplit
 from tests.data.conftest import RANDOM_CROP, SETTINGS, Shop, class_folders, encoded, photo
@@ -81,6 +82,8 @@ def test_folders_called_train_val_and_test(images: Shop, folder: Path, tmp_path:
     class_folders(root, ["cat", "dog"], 2, split="val", seed=500)
     class_folders(root, ["dog"], 3, split="test", seed=600)
     source = images(root, crop=RANDOM_CROP)
+    assert source.class_names is None  # data.n_class=null: no classes are asked for
+    assert images(root, n_class=2).class_names == ("cat", "dog")
     assert [len(source.split(name)) for name in ("train", "val", "test")] == [20, 4, 3]
     assert source.split("test").read(range(3), [0] * 3).labels.tolist() == [1, 1, 1]
     training = source.training()
@@ -112,7 +115,9 @@ def test_one_parquet_file_and_other_columns(images: Shop, tmp_path: Path) -> Non
     """Round trip: lossless images of the model's own size come back to the bit, whatever the column is called."""
     rows = [{"image": row(i, 0)["image"], "fine_label": i} for i in range(5)]
     path = stored(tmp_path / "some.parquet", rows, names=list("abcde"), column="fine_label")
-    pixels, labels = images(path, val_fraction=0.0, n_class=5).split("train").read(range(5), [0] * 5)
+    source = images(path, val_fraction=0.0, n_class=5)
+    pixels, labels = source.split("train").read(range(5), [0] * 5)
+    assert source.class_names == tuple("abcde")
     assert np.array_equal(pixels, np.stack([np.asarray(photo(i, 8, 8)) for i in range(5)]))
     assert labels.tolist() == list(range(5))
     with pytest.raises(ValueError, match=r"none of the columns picture is there .* it has image, fine_label"):
@@ -153,6 +158,7 @@ def test_cifar10_splits_as_the_paper(images: Shop, shared: Path) -> None:
     sizes = {"resolution": 32, "n_class": 10}
     source = images(path, val_fraction=0.1, **sizes)
     assert [len(source.split(name)) for name in ("train", "val", "test")] == [45000, 5000, 10000]
+    assert source.class_names == CIFAR10
     assert len(images(path, val_fraction=0.0, **sizes).split("train")) == 50000
     few = images(path, val_fraction=0.1, labels_per_class=25, **sizes)
     assert np.bincount(few.split("train").read(range(250), [0] * 250).labels).tolist() == [25] * 10
@@ -169,6 +175,8 @@ def test_imagenet_photographs(images: Shop, shared: Path) -> None:
     assert [len(source.split(name)) for name in ("train", "val", "test")] == [384, 16, 125]
     expected = sorted(index[wnid.name] for wnid in (path / "val").iterdir())
     assert sorted(source.split("test").read(range(125), [0] * 125).labels.tolist()) == expected
+    assert source.class_names is not None
+    assert (source.class_names[0], source.class_names[999]) == ("tench", "toilet tissue")
 
 
 # What can be wrong.

@@ -265,7 +265,7 @@ def test_labels_in_metadata(images: Shop, tmp_path: Path, name: str, lines: list
     for i in range(3):
         write(tmp_path / f"{i}.png", seed=i)
     (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
-    source = images(tmp_path, n_class=3, val_fraction=0.0)
+    source = images(tmp_path, val_fraction=0.0)
     assert (labels(source), source.class_names) == expected
 
 

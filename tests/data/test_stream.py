@@ -65,6 +65,7 @@ def test_corrupt_images(images: Shop, tmp_path: Path, caplog: pytest.LogCaptureF
     """A corrupt image ends the run by its name, or is left out of every pass, and how many is said."""
     root = class_folders(tmp_path / "photos", ["a", "b"], 3)
     (root / "train" / "b" / "1.jpg").write_bytes(b"nothing")
+    assert images(root, streaming=True, n_class=2).class_names == ("a", "b")
     strict = stream(images(root, streaming=True, val_fraction=0.0).training())
     with pytest.raises(BadImageError, match=r"b/1.jpg: its 7 bytes"):
         strict.read(one_pass(strict), list(range(6)))
@@ -174,6 +175,7 @@ def test_a_mixture(tmp_path: Path) -> None:
     assert len({record.digest for record in records}) == 38
     assert {record.part for record in records} == {"web", "photos"}
     assert mixed.split("train").labels.tolist() == [-1] * 15
+    assert mixed.class_names is None
     without = mixture(tmp_path / "shards", lanes=1, weights={"web": 0, "photos": 1})
     assert {record.part for record in one_pass(without.training())} == {"photos"}
 

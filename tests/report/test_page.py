@@ -180,6 +180,65 @@ def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
     assert not compared.all("img")
 
 
+NAMES = (HOSTILE, "כלב", "two\nlines", "\u202eevil", "x" * 300, "👩\u200d🌾", "\udcff", "$x$")
+
+
+def classified(path: Path, names: tuple[str, ...] | None) -> RunFolder:
+    """A run that took 8 · (row + 1) + column images of each class of eight for each other."""
+    result = Result()
+    result.add_confusion(8 * np.arange(1, 9)[:, None] + np.arange(8), names)
+    return finished(path, result, task="evaluate")
+
+
+def test_cells_of_a_confusion_matrix_have_names(tmp_path: Path) -> None:
+    """Round trip: names and counts of every cell are those of the result. Invariant: names are text, one line each."""
+    page = Page(page_of(classified(tmp_path / "run", NAMES).path))
+    (figure,) = (of for of in page.all("figure") if "data-k" in of)
+    assert figure["data-k"] == "8"
+    cells = [[cell.split(":") for cell in row.split(",")] for row in figure["data-counts"].split(";")]
+    rows = [{int(column): int(count) for column, count in row} for row in cells]
+    assert rows == [{column: 8 * (row + 1) + column for column in range(8)} for row in range(8)]
+    shown = [HOSTILE[:39] + "…", "כלב", "two lines", "\ufffdevil", "x" * 39 + "…", "👩\u200d🌾", "\ufffd", "$x$"]
+    assert "Classes" + "".join(shown) in page.text
+    assert (len(page.all("bdi")), len(page.all("script")), len(page.all("img"))) == (8, 1, 1)
+    unnamed = Page(page_of(classified(tmp_path / "unnamed", None).path))
+    assert len([of for of in unnamed.all("figure") if "data-k" in of]) == 1
+    assert not unnamed.all("bdi")
+
+
+@pytest.mark.parametrize("fault", ["gone", "text", "cut", "zip", "shape", "number", "older"])
+def test_a_picture_is_shown_without_its_counts(tmp_path: Path, fault: str) -> None:
+    """Invariant: whatever lies in their place, the page is written, with the picture alone."""
+    folder = classified(tmp_path / "run", NAMES).path
+    place = folder / "confusion_counts.npy"
+    if fault == "gone":
+        place.unlink()
+    elif fault == "text":
+        place.write_text("no array")
+    elif fault == "cut":
+        place.write_bytes(place.read_bytes()[:-8])
+    elif fault == "zip":
+        with place.open("wb") as file:
+            np.savez(file, counts=np.eye(8))
+    elif fault == "older":  # a picture that does not say where its cells are
+        Image.new("RGB", (50, 50)).save(folder / "confusion.png")
+    else:
+        np.save(place, np.zeros((8, 7), np.int64) if fault == "shape" else np.float64(1.0))
+    page = Page(page_of(folder))
+    assert len(page.all("img")) == 1
+    assert not [of for of in page.all("figure") if "data-k" in of]
+
+
+def test_many_classes_leave_the_page_small(tmp_path: Path) -> None:
+    """Invariant: below 5 MB with 1,000 long names and every cell taken; then no counts are told."""
+    result = Result()
+    result.add_confusion(np.ones((1000, 1000), np.int64), tuple(f"{i} {'<' * 300}" for i in range(1000)))
+    path = page_of(finished(tmp_path / "run", result).path)
+    assert path.stat().st_size < 5_000_000
+    (figure,) = (of for of in Page(path).all("figure") if "data-k" in of)
+    assert (figure["data-k"], figure["data-counts"]) == ("1000", "")
+
+
 def test_a_page_needs_nothing_but_itself(pipeline: Path) -> None:
     """Invariant: pictures are in it; links lead within it, or to other pages of the run, which are there."""
     page = Page(pipeline / "report.html")
@@ -251,17 +310,18 @@ def test_missing_and_damaged_pictures_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '{"version": 1, "task": "sample"}', None],
-    ids=["cut short", "a list", "without numbers", "curves of text"],
+    ["{", "[]", '{"version": 1, "task": "sample"}', None, "names"],
+    ids=["cut short", "a list", "without numbers", "curves of text", "classes of numbers"],
 )
 def test_a_damaged_result_is_an_error_and_no_end_of_a_run(
     content: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = finished(tmp_path / "run", Result(curves={"a": Curve([1.0, 2.0], [1.0, 2.0], "x", "y")}))
     place = folder.path / "result.json"
-    if content is None:
+    if content in (None, "names"):
         record = folder.read_result()
-        record["curves"]["a"]["y"] = ["1", "2"]
+        record["curves"]["a"]["y"] = ["1", "2"] if content is None else [1, 2]
+        record["class_names"] = {"confusion": [1, 2] if content == "names" else ["a", "b"]}
         content = json.dumps(record)
     place.write_text(content)
     with pytest.raises(ValueError, match=r"result\.json.*(damaged|another version)"):
@@ -422,12 +482,19 @@ for (const [name, sandbox] of [["plain", null], ["no_script", "allow-same-origin
         area.dispatchEvent(new frame.contentWindow.PointerEvent("pointermove", {clientX: box.right - 1}));
         area.dispatchEvent(new frame.contentWindow.KeyboardEvent("keydown", {key: "ArrowLeft"}));
       }
-      const tip = page.querySelector(".tip:not([hidden])");
+      const tip = page.querySelector(".area .tip:not([hidden])");
+      const cells = page.querySelector(".cells"), place = cells && cells.getBoundingClientRect();
+      if (cells) {
+        const at = {clientX: place.left + 0.25 * place.width, clientY: place.top + 0.75 * place.height};
+        cells.dispatchEvent(new frame.contentWindow.PointerEvent("pointermove", at));
+        cells.dispatchEvent(new frame.contentWindow.KeyboardEvent("keydown", {key: "ArrowDown"}));
+      }
+      const cell = page.querySelector(".cells .tip:not([hidden])");
       found[`${name} ${i}`] = {
         images: images.length, loaded: images.filter((image) => image.naturalWidth > 0).length,
         room: root.clientWidth, wide: root.scrollWidth, height: root.scrollHeight,
         crisp: images.filter((image) => getComputedStyle(image).imageRendering === "pixelated").length,
-        tip: tip && tip.innerText,
+        tip: tip && tip.innerText, cell: cell && cell.innerText,
       };
       if (--left === 0) {
         const said = document.createElement("pre");
@@ -458,7 +525,8 @@ def test_a_browser_shows_it_on_a_phone(pipeline: Path, tmp_path: Path) -> None:
     compared = comparison_page(
         tmp_path / "comparison.html", "Runs", [Table([f"column {i}" for i in range(12)], [Row(["0.1234"] * 12)] * 3)]
     )
-    shown = [pipeline / "report.html", *sorted(pipeline.glob("[267]_*/report.html")), compared]
+    named = page_of(classified(tmp_path / "named", NAMES).path)
+    shown = [pipeline / "report.html", *sorted(pipeline.glob("[267]_*/report.html")), compared, named]
     look = tmp_path / "look.html"
     look.write_text(LOOK % json.dumps([path.as_uri() for path in shown]))
     done = subprocess.run(
@@ -486,3 +554,7 @@ def test_a_browser_shows_it_on_a_phone(pipeline: Path, tmp_path: Path) -> None:
     assert f"train/loss_gen\n{last['y'][-2]:.6g}" in found["plain 1"]["tip"].replace("\n\n", "\n")
     assert f"optimiser step {last['x'][-2]:.0f}" in found["plain 1"]["tip"]
     assert found["no_script 1"]["tip"] is None
+    assert found["plain 5"]["cell"].split("\n") == [
+        "class", "$x$", "taken for", "two lines", "images", "66 of 540, 12.2 %",
+    ]  # fmt: skip
+    assert found["no_script 5"]["cell"] is None

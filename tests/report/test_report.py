@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,17 @@ from PIL import Image
 from igpt import files
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.report import folder as folder_module
-from igpt.report.figures import AROUND_COLOURS, BACKGROUND, GAP, curves_figure, draw_grid, palette_picture
+from igpt.report.figures import (
+    AROUND_COLOURS,
+    BACKGROUND,
+    CELLS,
+    GAP,
+    curves_figure,
+    draw_grid,
+    drawn_name,
+    matrix_figure,
+    palette_picture,
+)
 from igpt.report.folder import RunFolder, differences, result_of
 from igpt.report.table import closing_table
 
@@ -56,6 +67,36 @@ def test_a_palette_picture_shows_every_colour(tmp_path: Path) -> None:
     palette_picture(tmp_path / "p.png", colours)
     picture = np.asarray(Image.open(tmp_path / "p.png"))
     assert picture[64::128, 64::128].reshape(-1, 3).tolist() == [*colours.tolist(), list(AROUND_COLOURS)]
+
+
+NAMES = ("$x_1$ $", "two\nlines", "犬", "שלום", "😀 dog", "x" * 300, "\udcff", r"$\frac{$", "", "cat")
+
+
+@pytest.mark.parametrize(("k", "names"), [(2, NAMES[:2]), (10, NAMES), (10, None), (40, NAMES * 4), (120, NAMES * 12)])
+def test_a_confusion_matrix_says_where_its_cells_are(tmp_path: Path, k: int, names: tuple[str, ...] | None) -> None:
+    """Round trip: the cell that the file says is there is blue where the class was found, white where it was not.
+
+    Invariant: whatever classes are called, nothing is warned of.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        matrix_figure(tmp_path / "m.png", np.eye(k, dtype=np.int64), names)
+    picture = Image.open(tmp_path / "m.png")
+    left, top, width, height = (float(share) for share in picture.info[CELLS].split())
+    assert width * picture.width == pytest.approx(height * picture.height, abs=1)
+    pixels = np.asarray(picture.convert("RGB")).astype(int)
+    middles = [(i + 0.25) / k for i in range(k)]  # beside the count
+    rows = [round((top + height * middle) * picture.height) for middle in middles]
+    columns = [round((left + width * middle) * picture.width) for middle in middles]
+    blue = pixels[np.ix_(rows, columns)].sum(-1) < 400
+    assert np.array_equal(blue, np.eye(k, dtype=bool))
+
+
+def test_names_that_can_be_drawn() -> None:
+    """By hand: DejaVu Sans has no Chinese, Matplotlib turns no text around; then the class is known by its number."""
+    drawn = ["$x_1$ $", "two lines", "2", "3", "😀 dog", "x" * 23 + "…", "\ufffd", r"$\frac{$", "''", "cat"]
+    assert [drawn_name(name, i) for i, name in enumerate(NAMES)] == drawn
+    assert drawn_name("犬 dog", 7) == "□ dog"
 
 
 HOLDS = """
@@ -111,13 +152,16 @@ def test_a_result_is_read_back(tmp_path: Path) -> None:
         arrays={"samples": np.arange(4)},
         provenance={"seed": 0},
     )
+    result.add_confusion(np.eye(4, dtype=np.int64), NAMES[:4])
     assert not folder.finished
     folder.finish("sample", result, seconds=1.5)
     record = folder.read_result()
     again = result_of(record)
+    assert again.class_names == {"confusion": NAMES[:4]}
+    assert result_of({key: value for key, value in record.items() if key != "class_names"}).class_names == {}
     assert (again.numbers, again.curves, again.provenance) == (result.numbers, result.curves, result.provenance)
     assert {"task", "config", "seconds", "versions", "commit", "command"} <= record.keys()
-    assert set(again.files) == {"samples", "samples_tokens", "curves"}
+    assert set(again.files) == {"samples", "samples_tokens", "curves", "confusion", "confusion_counts"}
     assert all((folder.path / path).is_file() for path in again.files.values())
     (folder.path / "report.html").touch()
     table = closing_table(result, folder.path, 1.5)

@@ -1,6 +1,7 @@
 """Weights & Biases, offline: what a run leaves there, and that it is closed whatever happens."""
 
 import http.server
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from igpt.metric.result import Curve, Result
 from igpt.report import loggers
+from igpt.report.loggers import axis_of
 from igpt.task.guard import NonFiniteLossError
 from tests.conftest import ROOT
 from tests.offline import OfflineRun, offline_runs
@@ -62,9 +64,18 @@ def test_losses_speed_and_samples(runs: dict[str, OfflineRun]) -> None:
 
 
 def test_accuracy_over_layers_and_confusion(runs: dict[str, OfflineRun]) -> None:
-    tables = {path.name.split("_table")[0] for path in (runs["probe"].folder / "files").rglob("*.table.json")}
-    assert tables == {"accuracy over layer", "confusion_cells"}
+    tables = {path.name.split("_table")[0]: path for path in (runs["probe"].folder / "files").rglob("*.table.json")}
+    assert tables.keys() == {"accuracy over layer", "confusion_cells"}
+    cells = json.loads(tables["confusion_cells"].read_text())["data"]
+    assert [cell[:2] for cell in cells] == [[row, column] for row in "0123456789" for column in "0123456789"]
+    assert sum(cell[2] for cell in cells) == 300
     assert 0 <= runs["probe"].summary["test/accuracy"] <= 1
+
+
+def test_classes_of_a_chart_are_told_apart() -> None:
+    """By hand: by name, with the number where two are shown alike; by number where there are no names."""
+    assert axis_of(3, ("cat", "dog\n", "dog")) == ["cat", "dog (1)", "dog (2)"]
+    assert list(axis_of(3, None)) == [0, 1, 2]
 
 
 def test_a_run_that_fails_is_closed_as_failed(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ class Arrays:
 
     splits: dict[str, ArraySplit]
     n_class: int | None = 10
+    class_names: tuple[str, ...] | None = tuple("0123456789")
     name: str = "few"
     resolution: int = 8
     labels_per_class: int | None = None

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from igpt import keyed
 from igpt.checkpoint.find import find
-from igpt.checkpoint.head import find_head
+from igpt.checkpoint.head import find_head, read_head
 from igpt.checkpoint.native import Weights
 from igpt.checkpoint.resume import read_best
 from igpt.data.order import BatchPlan
@@ -27,6 +27,7 @@ from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.stopping import StoppedError
 from igpt.task.classify import ClassScore, classes_hash
+from igpt.task.evaluate import trained_head
 from igpt.task.finetune import check
 from igpt.task.guard import NonFiniteLossError
 from igpt.tokens.batches import Batch
@@ -89,7 +90,7 @@ def test_the_first_losses(tmp_path: Path, lab: Lab, ar: Weights, bert: Weights, 
     assert result.curves["train/loss_clf"].x == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_is_reported_is_what_was_kept(lab: Lab, whole: tuple[Path, Result]) -> None:
+def test_what_is_reported_is_what_was_kept(lab: Lab, few: Arrays, whole: tuple[Path, Result]) -> None:
     """Independent source: plain PyTorch with the files in `model/`: accuracy, both losses, confusion, of both splits.
 
     By hand: the best step's, and how many images that took.
@@ -112,6 +113,7 @@ def test_what_is_reported_is_what_was_kept(lab: Lab, whole: tuple[Path, Result])
     expected = np.zeros((10, 10), dtype=np.int64)
     np.add.at(expected, (y.numpy(), said.numpy()), 1)
     assert np.array_equal(result.matrices["confusion"], expected)
+    assert result.class_names == {"confusion": tuple("0123456789")}
     curve = result.curves["val/accuracy"]
     assert curve.x == [2, 4, 6]
     best = curve.x[curve.y.index(max(curve.y))]
@@ -119,9 +121,12 @@ def test_what_is_reported_is_what_was_kept(lab: Lab, whole: tuple[Path, Result])
     assert (result.numbers["best_step"].value, weights.origin.step) == (best, best)
     assert result.numbers["train/images_seen"].value == best * 50
     assert result.numbers["val/accuracy"].n == 60
-    head = find_head(weights, n_class=10, classes=classes_hash(lab.digits))
+    head = find_head(weights, n_class=10, classes=classes_hash(lab.digits), class_names=tuple("0123456789"))
     assert head is not None
     assert torch.equal(head.wclf, wclf)
+    assert read_head(weights)[0].class_names == tuple("0123456789")
+    with pytest.raises(ValueError, match=r"in another order: class 0 is '0' to the head, '9' to the data"):
+        trained_head(weights, replace(few, class_names=tuple("9876543210")), asked=True)
 
 
 def test_it_learns(whole: tuple[Path, Result]) -> None:

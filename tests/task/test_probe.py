@@ -127,6 +127,7 @@ def test_every_accuracy_is_that_of_scikit_learn(
     with safe_open(tmp_path / "probe.safetensors", "pt") as file:
         assert file.metadata() == {"layers": str(best)}
     matrix = result.matrices["confusion"]
+    assert result.class_names == {"confusion": tuple("0123456789")}
     assert matrix.sum(axis=1).tolist() == np.bincount(y["test"], minlength=10).tolist()
     assert np.trace(matrix) == round(100 * numbers["test/accuracy"])
     assert result.provenance["refitted_on_val"] is refit
@@ -502,6 +503,7 @@ def test_sgd_is_plain_momentum_with_a_cosine(lab: Lab, ar: Weights, sgd: tuple[P
     assert torch.equal(head["bias"], found[f"biases.{r}"][layer])
     scores = features(lab, net, "test")[layer] @ head["weight"].numpy().T + head["bias"].numpy()
     assert result.numbers["test/accuracy"].value == pytest.approx((scores.argmax(axis=1) == y).mean())
+    assert result.class_names == {"confusion": tuple("0123456789")}
     top = np.argsort(scores, axis=1)[:, -5:]
     assert result.numbers["test/top_5"].value == pytest.approx((top == y[:, None]).any(axis=1).mean())
 

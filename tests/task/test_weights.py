@@ -62,7 +62,7 @@ def test_what_hugging_face_cannot_hold_is_refused_first(quickstart: Path, tmp_pa
         run(tmp_path, "task=export", f"init={tuned}")
     _, folder = run(tmp_path, "task=export", "task.format=igpt", f"init={tuned}")
     about = files.read_json(tuned / "model" / "head.json")
-    head = find_head(find(str(folder / "igpt")), n_class=10, classes=about["classes"])
+    head = find_head(find(str(folder / "igpt")), n_class=10, classes=about["classes"], class_names=about["class_names"])
     assert head is not None
     assert torch.equal(head.wclf, load_file(tuned / "model" / "head.safetensors")["wclf"])
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from igpt.data.classes import CIFAR10
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.openai_npy import OpenAITokens
 from igpt.tokens.palette import Palette
@@ -46,6 +47,20 @@ def test_every_token_comes_back(folder: Path) -> None:
         read = images.split(split).read([3, 0], [0, 0])
         assert np.array_equal(read.labels, images.split(split).labels[[3, 0]])
     assert images.n_class == 10
+
+
+def test_class_names_are_those_of_the_released_arrays(folder: Path) -> None:
+    """By hand: CIFAR-10's and ImageNet's, where both the name and the number of classes are theirs; else none."""
+    assert source(folder).class_names == CIFAR10
+    for n_class, known in ((10, False), (1000, True)):
+        for short in ("tr", "va", "te"):
+            (folder / f"imagenet_{short}X.npy").write_bytes((folder / f"cifar10_{short}X.npy").read_bytes())
+            n_image = len(np.load(folder / f"cifar10_{short}X.npy"))
+            np.save(folder / f"imagenet_{short}Y.npy", np.eye(n_class, dtype=np.float32)[np.arange(n_image) % n_class])
+        names = source(folder, name="imagenet").class_names
+        assert (names is not None) == known
+    assert names is not None
+    assert (names[0], names[999]) == ("tench", "toilet tissue")
 
 
 def test_a_permutation_is_applied_to_them(folder: Path) -> None:

@@ -99,10 +99,14 @@ class Page:
     def given(self, chosen: Chosen, rows: float) -> str:
         """The image as the network is shown it, and what of it is given."""
         shown = [
-            tile(self.bench.quantised(chosen), chosen.name, labelled("in the palette's colours", chosen.label)),
+            tile(self.bench.quantised(chosen), chosen.name, self.labelled("in the palette's colours", chosen.label)),
             tile(self.bench.given(chosen, round(rows)), "given", f"{rows:g} of {self.bench.side} rows"),
         ]
         return tiles(shown, "the image")
+
+    def labelled(self, text: str, label: int) -> str:
+        """The text, and the class if there is one."""
+        return ", ".join(part for part in (text, self.bench.class_of(label)) if part)
 
     def complete(
         self, chosen: Chosen, rows: float, completions: float, temperature: float, top_k: float, seed: float | None,
@@ -145,18 +149,13 @@ class Page:
                     yield gr.skip(), note(f"Reading training images, this once: {found[0]:,} of {found[1]:,}.")
                     continue
                 made = [
-                    tile(one.pixels, f"training image {one.row}", labelled(f"cosine {one.cosine:.3f}", one.label))
+                    tile(one.pixels, f"training image {one.row}", self.labelled(f"cosine {one.cosine:.3f}", one.label))
                     for one in found
                 ]
                 among = len(self.bench.training.rows)
                 yield tiles(made, "nearest training images"), note(f"Layer {layer:g}, among {among:,} training images.")
         except ValueError as error:
             yield gr.skip(), note(str(error), problem=True)
-
-
-def labelled(text: str, label: int) -> str:
-    """The text, and the label if there is one."""
-    return ", ".join(part for part in (text, f"label\N{NO-BREAK SPACE}{label}" if label >= 0 else "") if part)
 
 
 def build(bench: Workbench, about: Mapping[str, str], start: Start) -> gr.Blocks:

@@ -11,6 +11,7 @@ import torch
 
 from igpt import keyed
 from igpt.app.nearest import Neighbour, TrainingFeatures
+from igpt.data.classes import format_class_name
 from igpt.data.crop import Crop
 from igpt.data.decode import BadImageError, opened, read_image_file
 from igpt.data.source import plain_pixels
@@ -103,6 +104,15 @@ class Workbench:
     def side(self) -> int:
         """R, pixels a side."""
         return self.data.raster.side
+
+    def class_of(self, label: int) -> str:
+        """What is said of a label: its class by name, else its number; nothing where an image has none."""
+        if label < 0:
+            return ""
+        names = self.data.source.class_names
+        if names is None:
+            return f"label\N{NO-BREAK SPACE}{label}"
+        return f"class\N{NO-BREAK SPACE}{format_class_name(names[label])}"
 
     def choices(self, page: int, count: int) -> list[Chosen]:
         """`count` held-out images; the next page has the next ones, and after the last come the first again."""

@@ -1,8 +1,10 @@
 """A trained class head beside its network: `model/head.safetensors` and what it is of, in `model/head.json`."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +18,7 @@ from igpt.model.head import ClassHead
 log = logging.getLogger(__name__)
 
 HEAD, ABOUT = "head.safetensors", "head.json"
+LONGEST_NAME = 255  # characters of a class's name that are kept: as many as a folder's has at most
 ANY = "any"  # in the place of the labels' hash: a head that came with foreign weights does not say what they were
 
 
@@ -27,6 +30,7 @@ class HeadOrigin:
     data: str
     classes: str  # a hash of which labels there were
     weights: str  # of the network it belongs to
+    class_names: tuple[str, ...] | None = None  # by label; None where they were not known
 
 
 def save_head(folder: Path, weight: Tensor, about: HeadOrigin) -> None:
@@ -35,7 +39,9 @@ def save_head(folder: Path, weight: Tensor, about: HeadOrigin) -> None:
         raise ValueError("the class head holds NaN or infinity: training had broken down, take an earlier one")
     with files.atomic_path(folder / HEAD) as temporary:
         save_file({"wclf": weight.detach().to("cpu").contiguous()}, temporary)
-    files.write_json(folder / ABOUT, {**asdict(about), "sha256": files.sha256(folder / HEAD)})
+    names = shortened(about.class_names)
+    known = asdict(about) | {"class_names": names, "sha256": files.sha256(folder / HEAD)}
+    files.write_json(folder / ABOUT, {key: value for key, value in known.items() if value is not None})
 
 
 def has_head(weights: Weights) -> bool:
@@ -43,8 +49,17 @@ def has_head(weights: Weights) -> bool:
     return weights.wclf is not None or (weights.folder / ABOUT).is_file()
 
 
-def find_head(weights: Weights, *, n_class: int | None, classes: str) -> ClassHead | None:
+def shortened(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names of classes as a head's file holds them."""
+    return None if names is None else tuple(name[:LONGEST_NAME] for name in names)
+
+
+def find_head(
+    weights: Weights, *, n_class: int | None, classes: str, class_names: Sequence[str] | None
+) -> ClassHead | None:
     """The class head that was trained with these weights, or None when there is none.
+
+    Where both the head and the data know what their classes are called, these names are the same in the same order.
 
     Raises:
         ValueError: one of other weights, of another number of classes or of other labels, or a damaged file.
@@ -52,11 +67,12 @@ def find_head(weights: Weights, *, n_class: int | None, classes: str) -> ClassHe
     if not has_head(weights):
         return None
     about, weight = read_head(weights)
-    if about.n_class != n_class or about.classes not in (classes, ANY):  # the hash knows the data's name, too
+    other = _other_names(about.class_names, shortened(class_names))
+    if about.n_class != n_class or about.classes not in (classes, ANY) or other:  # the hash knows the data's name, too
         raise ValueError(
             f"{weights.folder} has a head that tells {about.n_class} classes of {about.data} apart, the labels of this "
-            "data are not those: evaluate it on the data it was trained for, leave it out (task.accuracy=false), or "
-            "fine-tune anew"
+            f"data are not those{other}: evaluate it on the data it was trained for, leave it out "
+            "(task.accuracy=false), or fine-tune anew"
         )
     if about.classes == ANY:
         log.warning(
@@ -82,7 +98,7 @@ def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
     try:
         written = dict(files.read_json(weights.folder / ABOUT))
         sha256 = written.pop("sha256")
-        about = HeadOrigin(**written)
+        about = _origin_of(written)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{weights.folder / ABOUT} is damaged ({error}): copy it again") from error
     where = weights.folder / HEAD
@@ -99,3 +115,32 @@ def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
     except (SafetensorError, FileNotFoundError, ValueError) as error:
         raise ValueError(f"{where} is damaged ({error}): copy it again") from error
     return about, weight
+
+
+def _origin_of(written: dict[str, Any]) -> HeadOrigin:
+    """What a description says. Raises TypeError or ValueError where it is none: another field, or of another kind."""
+    names = written.pop("class_names", None)  # not there in older ones, and where they were not known
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in names)
+    ):
+        raise ValueError(f"class_names is no list of names of at most {LONGEST_NAME} characters")
+    about = HeadOrigin(**written, class_names=None if names is None else tuple(names))
+    if type(about.n_class) is not int or not all(
+        isinstance(x, str) for x in (about.data, about.classes, about.weights)
+    ):
+        raise ValueError("a field is of another kind")
+    if names is not None and len(names) != about.n_class:
+        raise ValueError(f"class_names has {len(names)} names, n_class is {about.n_class}")
+    return about
+
+
+def _other_names(of_head: tuple[str, ...] | None, of_data: tuple[str, ...] | None) -> str:
+    """Which class is called otherwise, in brackets; nothing where none is, or the names are not known."""
+    if of_head is None or of_data is None:
+        return ""
+    unlike = [i for i, (ours, theirs) in enumerate(zip(of_head, of_data, strict=False)) if ours != theirs]
+    if not unlike:
+        return ""  # or another number of them, which says it
+    i = unlike[0]
+    how = "in another order: " if sorted(of_head) == sorted(of_data) else ""
+    return f" ({how}class {i} is {of_head[i][:40]!r} to the head, {of_data[i][:40]!r} to the data)"

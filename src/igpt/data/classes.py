@@ -2,6 +2,7 @@
 
 import csv
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from importlib import resources
 
 import numpy as np
 
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+LISTED = 12  # names that a line of the log has, at most
+_JOINERS = "\u200c\u200d"  # the two invisible characters that scripts and emoji are written with
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -18,6 +22,14 @@ def imagenet() -> dict[str, tuple[int, str]]:
     """The 1,000 classes of ILSVRC 2012: wnid → (index, name). Two names occur twice (crane, maillot): wnids do not."""
     with resources.files("igpt.data").joinpath("imagenet_classes.csv").open() as file:
         return {row["wnid"]: (int(row["index"]), row["name"]) for row in csv.DictReader(file)}
+
+
+@cache
+def imagenet_names() -> tuple[str, ...]:
+    """WordNet's names of the 1,000 classes by their index; the two that occur twice with their wnid in brackets."""
+    classes = sorted((index, name, wnid) for wnid, (index, name) in imagenet().items())
+    count = Counter(name for _, name, _ in classes)
+    return tuple(name if count[name] == 1 else f"{name} ({wnid})" for _, name, wnid in classes)
 
 
 @dataclass(frozen=True)
@@ -92,15 +104,18 @@ class Classes:
         if unknown:
             raise ValueError(
                 f"{where}: no training image is of the class {unknown[0]!r} ({len(unknown)} classes are not): the "
-                f"training images have {describe(self.by_label)}"
+                f"training images have {describe_classes(self.by_label)}"
             )
         inside = (labels >= 0) & (labels < len(names))
         return np.where(inside, to[np.where(inside, labels, 0)] if len(to) else labels, labels)
 
-
-def describe(names: Sequence[str]) -> str:
-    """Some names of classes, for a line: `3 classes: cat, cow, dog`."""
-    return f"{len(names):,} classes: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """The name of every class by its label; None where one is not known."""
+        if self.scheme == "imagenet":
+            return imagenet_names() if self.n_class == len(imagenet_names()) else None
+        named = self.by_label
+        return named if named is not None and self.n_class in (None, len(named)) else None
 
 
 @cache
@@ -136,3 +151,26 @@ def check_names(names: Sequence[str], where: str) -> None:
     if twice:
         same = [name for name in names if name.strip().lower() == twice[0]]
         raise ValueError(f"{where}: two classes have one name ({', '.join(map(repr, same))}): rename one of them")
+
+
+def format_class_name(name: str, *, most: int = 40) -> str:
+    """A class's name as one line of at most `most` characters, whatever the folder or file it came from called it.
+
+    Blanks and line ends become one blank each; control characters, those that turn the direction of the text around
+    them, and halves of characters become U+FFFD; what is cut ends in "…". A name of nothing is shown as ''.
+    """
+    start = " ".join(name[: 4 * most].split())
+    plain = "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in _JOINERS else c
+        for c in start
+    )
+    cut = len(plain) > most or len(name) > 4 * most
+    return (plain[: most - 1].rstrip() + "…" if cut else plain) or "''"
+
+
+def describe_classes(names: Sequence[str]) -> str:
+    """The number of classes and their names, of many the first: `10 classes: airplane, automobile, bird, …`."""
+    listed = [format_class_name(name) for name in names[:LISTED]]
+    if more := len(names) - len(listed):
+        listed.append(f"… and {more:,} more")
+    return f"{len(names):,} {'class' if len(names) == 1 else 'classes'}: {', '.join(listed)}"

@@ -28,6 +28,7 @@ class Digits:
     """
 
     n_class: int | None = 10
+    class_names: tuple[str, ...] | None = tuple("0123456789")
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 
-from igpt.data.classes import describe
+from igpt.data.classes import describe_classes
 from igpt.data.decode import read_image_file
 from igpt.data.layout import class_of, is_nested
 from igpt.data.listing import METADATA, Listing
@@ -126,13 +126,13 @@ def open_image_files(
     nested = next((name for name in files.names if is_nested(name, depth)), None)
     if nested is not None and n_class is not None and len(known) != n_class:
         raise ValueError(
-            f"{where}: images lie in folders below others, as {nested}: the first folders would be {describe(known)}, "
+            f"{where}: images lie in folders below others, as {nested}: the first folders would be {describe_classes(known)}, "
             f"data.n_class={n_class}: give the folder that holds the class folders as data.path, or move them up"
         )
     if nested is not None:
         log.warning(
             "data: %s: images lie in folders below others, as %s: the first folders are %s",
-            where, nested, describe(known),
+            where, nested, describe_classes(known),
         )  # fmt: skip
     number = {name: label for label, name in enumerate(known)}
     labels = np.fromiter((-1 if folder is None else number[folder] for folder in folders), np.int64, len(folders))

@@ -13,7 +13,7 @@ import PIL
 
 from igpt import files
 from igpt.data import cache as pixel_cache
-from igpt.data.classes import Classes
+from igpt.data.classes import Classes, describe_classes
 from igpt.data.crop import Crop, Cut, padded_crop
 from igpt.data.decode import BadImageError, opened, rgb
 from igpt.data.hub import HUB_NAME, open_hub
@@ -91,8 +91,17 @@ class Images:
         of = {ours: _present(ours, theirs, found, path) for ours, theirs in splits.items()}
         trained_on = of["train"]
         assert trained_on is not None
-        read_as = Classes.of(classes, n_class, [found[split].names for split in dict.fromkeys(of.values()) if split])
-        self.class_names = read_as.by_label
+        read = sorted({theirs for theirs in of.values() if theirs})
+        read_as = Classes.of(
+            classes,
+            n_class,
+            [found[trained_on].names, *(found[theirs].names for theirs in read if theirs != trained_on)],
+        )
+        self.class_names = read_as.names
+        if self.class_names is not None:
+            log.info("data: %s", describe_classes(self.class_names))
+        elif read_as.by_label is not None:
+            log.warning("data.n_class=%s, but there are %s", n_class, describe_classes(read_as.by_label))
         self._parts: Streamed | _Tables
         if streaming:
             shards = {ours: found[theirs] for ours, theirs in of.items() if theirs}
@@ -102,7 +111,7 @@ class Images:
             )  # fmt: skip
             return
         pixel_caches = _PixelCacheDir(cache / "pixels", f"{name}{resolution}", how.skip)
-        tables = {theirs: found[theirs] for theirs in sorted({theirs for theirs in of.values() if theirs})}
+        tables = {theirs: found[theirs] for theirs in read}
         drawn = split_indices(
             len(tables[trained_on]),
             val_fraction=0 if of["val"] else val_fraction,

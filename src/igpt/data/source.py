@@ -76,6 +76,7 @@ class Source(Protocol):
     name: str
     resolution: int  # R, pixels a side
     n_class: int | None  # None: the images have no labels, -1 stands for them
+    class_names: tuple[str, ...] | None  # by label, n_class of them; None where they are not known
     labels_per_class: int | None  # what the training images were cut down to; None: they were not
 
     def split(self, name: str) -> Split:

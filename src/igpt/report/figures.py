@@ -1,17 +1,21 @@
 """Arrays → pictures: grids of images, palettes, curves."""
 
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from igpt import files
+from igpt.data.classes import format_class_name
 from igpt.metric.result import Bars, Curve, Grid
 
 CELL = 96  # pixels a side that an image is shown at, at least
@@ -19,6 +23,10 @@ GAP = 6
 BACKGROUND = (255, 255, 255)
 INK = (60, 60, 60)
 AROUND_COLOURS = (200, 215, 235)
+DPI = 130
+COUNTED, NAMED = 30, 100  # classes of a confusion matrix at most whose cells are counted, and whose rows are named
+LONGEST_LABEL = 24  # characters
+CELLS = "cells"  # in a picture of a matrix: left, top, width and height of its cells, as shares of the picture
 
 
 def draw_grid(grid: Grid) -> Image.Image:
@@ -79,7 +87,7 @@ def curves_figure(path: Path, curves: dict[str, Curve]) -> None:
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
-        figure.savefig(temporary, format="png", dpi=130)
+        figure.savefig(temporary, format="png", dpi=DPI)
 
 
 def bars_figure(path: Path, bars: Bars) -> None:
@@ -105,7 +113,7 @@ def bars_figure(path: Path, bars: Bars) -> None:
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
     with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
-        figure.savefig(temporary, format="png", dpi=130)
+        figure.savefig(temporary, format="png", dpi=DPI)
 
 
 @dataclass(frozen=True)
@@ -142,20 +150,31 @@ def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper right", frameon=False, fontsize=8, ncols=len(kinds))
     with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
-        figure.savefig(temporary, format="png", dpi=130)
+        figure.savefig(temporary, format="png", dpi=DPI)
 
 
-def matrix_figure(path: Path, matrix: np.ndarray) -> None:
-    """Writes counts (K, K), row: the true class, column: what it was taken for, as shares of each row."""
+def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | None = None) -> None:
+    """Writes counts (K, K), row: the true class, column: what it was taken for, as shares of each row.
+
+    Classes are named where there is room for names, else numbered. The file says where in it the cells lie.
+    """
     k = len(matrix)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = min(14.0, max(4.0, 0.45 * k + 1.5))
-    figure = Figure(figsize=(side, side), layout="constrained")
+    labels = None if class_names is None else [drawn_name(name, i) for i, name in enumerate(class_names)]
+    each = k <= COUNTED or (labels is not None and k <= NAMED)  # whether every row has its tick
+    labels = [str(i) for i in range(k)] if labels is None else labels
+    size = 10 if k <= COUNTED else 6  # of the labels, in points
+    longest = max(map(len, labels), default=0) if each else 3
+    room = 0.6 * size / 72 * longest  # inches
+    side = min(14.0, max(4.0, 0.45 * k + 1.5)) + max(0.0, room - 0.2)
+    figure = Figure(figsize=(side, side), layout="constrained", dpi=DPI)
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if k <= 30:
-        axes.set_xticks(range(k))
-        axes.set_yticks(range(k))
+    if each:
+        upright = room > 0.8 * max(3.0, 0.45 * k) / k  # too wide for a column
+        axes.set_xticks(range(k), labels, fontsize=size, rotation=90 if upright else 0, parse_math=False)
+        axes.set_yticks(range(k), labels, fontsize=size, parse_math=False)
+    if k <= COUNTED:
         for (row, column), share in np.ndenumerate(shares):
             if matrix[row, column]:
                 ink = "white" if share > 0.5 else "black"
@@ -164,7 +183,25 @@ def matrix_figure(path: Path, matrix: np.ndarray) -> None:
     axes.set_ylabel("class")
     axes.spines[:].set_visible(False)
     with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
-        figure.savefig(temporary, format="png", dpi=130)
+        figure.draw_without_rendering()  # lays it out, from here on the cells stay where they are
+        figure.set_layout_engine("none")
+        box = axes.get_position()
+        cells = f"{box.x0:.6f} {1 - box.y1:.6f} {box.width:.6f} {box.height:.6f}"
+        figure.savefig(temporary, format="png", metadata={CELLS: cells})
+
+
+def drawn_name(name: str, number: int) -> str:
+    """A class's name as the figures' font can write it, a square for what it cannot; of nothing else, its number."""
+    shown = format_class_name(name, most=LONGEST_LABEL)
+    known = _characters()
+    drawn = "".join(c if ord(c) in known and unicodedata.bidirectional(c) not in ("R", "AL") else "□" for c in shown)
+    return drawn if any(c not in "□ …" for c in drawn) else str(number)
+
+
+@cache
+def _characters() -> frozenset[int]:
+    """What the font of the figures can write."""
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def _save(path: Path, image: Image.Image) -> None:

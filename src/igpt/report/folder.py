@@ -150,7 +150,7 @@ class RunFolder:
         for name, matrix in result.matrices.items():
             with files.atomic_write(self._place(result, f"{name}_counts", ".npy")) as file:
                 np.save(file, matrix, allow_pickle=False)
-            matrix_figure(self._place(result, name, ".png"), matrix)
+            matrix_figure(self._place(result, name, ".png"), matrix, result.class_names.get(name))
         for name, bars in result.bars.items():
             bars_figure(self._place(result, name, ".png"), bars)
         if result.curves:
@@ -161,6 +161,7 @@ class RunFolder:
             "numbers": {key: asdict(number) for key, number in result.numbers.items()},
             "curves": {key: asdict(curve) for key, curve in result.curves.items()},
             "files": {key: str(path) for key, path in result.files.items()},
+            "class_names": {key: list(names) for key, names in result.class_names.items()},
             "provenance": result.provenance,
             "config": self.read_run()["config"],
             "seconds": seconds,
@@ -174,13 +175,20 @@ class RunFolder:
 
 
 def result_of(record: dict[str, Any]) -> Result:
-    """The numbers, curves and files of a `result.json`, as they were returned by the task."""
+    """The numbers, curves, files and names of classes of a `result.json`, as they were returned by the task."""
     return Result(
         numbers={key: _number(number) for key, number in record["numbers"].items()},
         curves={key: Curve(**curve) for key, curve in record["curves"].items()},
         files={key: Path(path) for key, path in record["files"].items()},
+        class_names={key: _names(names) for key, names in record.get("class_names", {}).items()},
         provenance=record["provenance"],
     )
+
+
+def _names(written: Any) -> tuple[str, ...]:
+    if not isinstance(written, list) or not all(isinstance(name, str) for name in written):
+        raise ValueError("class_names holds something else than names")
+    return tuple(written)
 
 
 def _number(fields: dict[str, Any]) -> Number:

@@ -3,12 +3,15 @@
 import logging
 import os
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from igpt.data.classes import format_class_name
 from igpt.metric.result import Curve, Result
 from igpt.processes import SWEEP
 
@@ -103,9 +106,9 @@ def show(result: Result, folder: Path) -> None:
         shown |= {f"curves/{unit}": chart for unit, chart in _charts(result.curves).items()}
         for name, matrix in result.matrices.items():
             if len(matrix) <= MOST_CLASSES:
-                cells = [
-                    [row, column, int(n)] for row, line in enumerate(matrix.tolist()) for column, n in enumerate(line)
-                ]
+                axis = axis_of(len(matrix), result.class_names.get(name))
+                rows = zip(axis, matrix.tolist(), strict=True)
+                cells = [[row, column, n] for row, counts in rows for column, n in zip(axis, counts, strict=True)]
                 shown[f"{name}_cells"] = library.plot_table(
                     "wandb/confusion_matrix/v1",
                     library.Table(["Actual", "Predicted", "nPredictions"], cells),
@@ -116,6 +119,15 @@ def show(result: Result, folder: Path) -> None:
             run.log(shown)
     except Exception as error:  # whatever it is: the run has ended well
         log.warning("W&B was not told all that was found: %s", error)
+
+
+def axis_of(k: int, class_names: Sequence[str] | None) -> Sequence[str | int]:
+    """What K classes are called on a chart that tells them apart by that alone: their names, or else their numbers."""
+    if class_names is None:
+        return range(k)
+    shown = [format_class_name(name) for name in class_names]
+    count = Counter(shown)
+    return [name if count[name] == 1 else f"{name} ({i})" for i, name in enumerate(shown)]
 
 
 def _charts(curves: dict[str, Curve]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from igpt import files
 from igpt.metric.result import Curve, Number, Result
+from igpt.report.cells import Cells, read_cells
 from igpt.report.facts import OTHER, Run, flat, kind_of, read_run
 from igpt.report.pictures import Picture, embedded
 from igpt.report.plots import plots
@@ -71,6 +72,7 @@ def page_of(folder: Path) -> Path:
         path,
         "report.html",
         pictures=[*found, *_training_samples(folder)],
+        cells=_cells(run),
         run=run,
         stages=[(stage, _link(path, stage.folder)) for stage in run.stages],
         above=f"../{REPORT}" if run.is_stage else None,  # there once the pipeline has ended
@@ -228,6 +230,16 @@ def _picture(run: Run, key: str, file: Path) -> Picture:
     stage = key.rpartition("/")[0]
     caption = f"{stage}: {seen}" if stage and seen else seen or key
     return Picture(title, caption, run.folder / file, str(file), whole=key.endswith(("completions", "images")))
+
+
+def _cells(run: Run) -> dict[str, Cells]:
+    """What lies under the pointer on each picture of a confusion matrix, by the picture's path as the page names it."""
+    found = {}
+    for key, file in run.pictures.items():
+        counts = run.result.files.get(f"{key}_counts")
+        if counts is not None:
+            found[str(file)] = read_cells(run.folder / file, run.folder / counts, run.result.class_names.get(key))
+    return {path: cells for path, cells in found.items() if cells is not None}
 
 
 def _training_samples(folder: Path) -> list[Picture]:

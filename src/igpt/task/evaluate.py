@@ -109,7 +109,8 @@ def run(
     )
     if isinstance(module, ClassifyModule):
         labels = data.source.split(split).labels
-        found.matrices["confusion"] = confusion(labels, module.said, module.score.n_class)
+        counts = confusion(labels, module.said, module.score.n_class)
+        found.add_confusion(counts, data.source.class_names)
     return found
 
 
@@ -121,7 +122,9 @@ def trained_head(weights: Weights, source: Source, *, asked: bool | Literal["aut
     """
     if asked is False or (asked == "auto" and (source.n_class is None or not has_head(weights))):
         return None
-    head = find_head(weights, n_class=source.n_class, classes=classes_hash(source)) if has_head(weights) else None
+    head = None
+    if has_head(weights):
+        head = find_head(weights, n_class=source.n_class, classes=classes_hash(source), class_names=source.class_names)
     if head is None:
         raise ValueError(
             f"{weights.folder} has no trained class head, its accuracy would be that of chance: fine-tune first, "

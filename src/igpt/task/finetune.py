@@ -221,7 +221,7 @@ def run(
         if split == "val" and runner.machine.rank.first:
             save_model(runner.folder / "model", judged.net.state_dict(), origin(step=best["step"]))
             sha256 = weights_sha256(runner.folder / "model")
-            about = HeadOrigin(n_class, source.name, classes_hash(source), sha256)
+            about = HeadOrigin(n_class, source.name, classes_hash(source), sha256, source.class_names)
             save_head(runner.folder / "model", judged.head.wclf, about)
         if split == "val" and trained.numbers and trained.history["val/accuracy"][-1][0] == best["step"]:
             judged.numbers = trained.numbers  # the last validation was the best
@@ -230,7 +230,7 @@ def run(
         result.numbers |= judged.numbers
         if split == "test":
             labels = source.split("test").labels
-            result.matrices["confusion"] = confusion(labels, judged.said, n_class)
+            result.add_confusion(confusion(labels, judged.said, n_class), source.class_names)
     result.numbers["best_step"] = Number(best["step"], "optimiser steps", 1)
     result.numbers["train/images_seen"] = Number(best["step"] * batch_size, "images", 1)
     result.files |= {"model": Path("model"), "checkpoints": Path("checkpoints")}

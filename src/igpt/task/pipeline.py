@@ -69,6 +69,11 @@ def run(
         {name: {key: _inside(folder, places[name] / path) for key, path in result.files.items()}
          for name, result in results.items()}, lambda ours, theirs: False
     )  # fmt: skip
+    whole.class_names = {
+        of_stage if (of_stage := f"{name}/{key}") in whole.files else key: names
+        for name, result in results.items()
+        for key, names in result.class_names.items()
+    }
     whole.provenance = {name: result.provenance for name, result in results.items()}
     for picture, groups in bars.items():
         heights = {

@@ -175,13 +175,14 @@ def by_sgd(
         save_head(runner.folder / "probe.safetensors", weight, bias, best.layers)
     if test:
         validate("test")
-        labels, said = tokens().source.split("test").labels, module.said[place]
+        source = tokens().source
+        labels, said = source.split("test").labels, module.said[place]
         result.numbers["test/accuracy"] = accuracy_number(said == labels, seed=seed)
         if masks > 1:
             result.numbers["test/accuracy_one_mask"] = share_number(module.right[1][place], len(labels), seed=seed)
         if n_class > 5:
             result.numbers["test/top_5"] = share_number(module.right[2][place], len(labels), seed=seed)
-        result.matrices["confusion"] = confusion(labels, said, n_class)
+        result.add_confusion(confusion(labels, said, n_class), source.class_names)
     result.files["checkpoints"] = Path("checkpoints")
     result.provenance = {"layers": best.layers, "rate": best.strength, "chosen_on": "val"}
     return result
@@ -258,7 +259,7 @@ def by_lbfgs(
             if n_class > 5:
                 five = top_k(scores.cpu(), torch.from_numpy(labels), 5).numpy()
                 result.numbers["test/top_5"] = accuracy_number(five, seed=seed)
-            result.matrices["confusion"] = confusion(labels, said, n_class)
+            result.add_confusion(confusion(labels, said, n_class), source.class_names)
     result.provenance = {
         "layers": best.layers, "C": best.strength, "refitted_on_val": refit,
         "chosen_on": "val" if folds is None else f"{folds} folds of train",

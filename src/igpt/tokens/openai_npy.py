@@ -12,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from igpt.data.classes import CIFAR10, imagenet_names
 from igpt.data.listing import ListFiles
 from igpt.data.source import Pixels, check_split_name
 from igpt.tokens.palette import Palette
@@ -63,6 +64,7 @@ class OpenAITokens:
 
         first = next(split for split in self._splits.values() if split.there)
         self.n_class: int | None = first.one_hot.shape[1]
+        self.class_names = _class_names(name, self.n_class)
 
     def split(self, name: str) -> "TokenSplit":
         check_split_name(name)
@@ -132,6 +134,13 @@ class TokenSplit:
 
     def _path(self, kind: str) -> Path:
         return self.stem.with_name(f"{self.stem.name}{kind}.npy")
+
+
+def _class_names(name: str, n_class: int | None) -> tuple[str, ...] | None:
+    """The files hold none: those of the datasets that OpenAI released arrays of, in their usual order."""
+    if (name, n_class) == ("imagenet", 1000):
+        return imagenet_names()
+    return CIFAR10 if (name, n_class) == ("cifar10", len(CIFAR10)) else None
 
 
 def _mapped(path: Path) -> np.ndarray:
