@@ -123,7 +123,7 @@ def test_folders_below_classes(images: Shop, tmp_path: Path, caplog: pytest.LogC
     assert source.class_names == ("cat", "dog")
     assert labels(source) == [0, 1, 1]
     assert "as cat/2019/0.png: the first folders are 2 classes: cat, dog" in caplog.text
-    with pytest.raises(ValueError, match=r"the first folders would be 1 classes?: pets, data\.n_class=2"):
+    with pytest.raises(ValueError, match=r"the first folders would be 1 class: pets; data\.n_class=2"):
         images(tmp_path, n_class=2)
 
 

@@ -126,8 +126,9 @@ def open_image_files(
     nested = next((name for name in files.names if is_nested(name, depth)), None)
     if nested is not None and n_class is not None and len(known) != n_class:
         raise ValueError(
-            f"{where}: images lie in folders below others, as {nested}: the first folders would be {describe_classes(known)}, "
-            f"data.n_class={n_class}: give the folder that holds the class folders as data.path, or move them up"
+            f"{where}: images lie in folders below others, as {nested}: the first folders would be "
+            f"{describe_classes(known)}; data.n_class={n_class}: give the folder that holds those of the classes as "
+            "data.path, or move them up"
         )
     if nested is not None:
         log.warning(

@@ -92,11 +92,8 @@ class Images:
         trained_on = of["train"]
         assert trained_on is not None
         read = sorted({theirs for theirs in of.values() if theirs})
-        read_as = Classes.of(
-            classes,
-            n_class,
-            [found[trained_on].names, *(found[theirs].names for theirs in read if theirs != trained_on)],
-        )
+        others = [found[theirs].names for theirs in read if theirs != trained_on]
+        read_as = Classes.of(classes, n_class, [found[trained_on].names, *others])
         self.class_names = read_as.names
         if self.class_names is not None:
             log.info("data: %s", describe_classes(self.class_names))
