@@ -1,7 +1,9 @@
 """The configuration: every option composes and builds, and a misspelt one is answered with the right one."""
 
 import logging
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from igpt.arguments import absolute, check, parse, prepare
 from igpt.build import CHECKPOINT, Build
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Origin, save_model
-from igpt.launch import launch, out_of_memory, perform, stages
+from igpt.launch import launch, lost_worker, out_of_memory, perform, stages
 from igpt.metric.result import Number, Result
 from igpt.places import open_folder
 from igpt.report.folder import RunFolder
@@ -453,6 +455,29 @@ def test_memory_that_ran_out() -> None:
     assert said is not None
     assert "trainer.plan=true" in said
     assert out_of_memory(RuntimeError("shape mismatch")) is None
+
+
+def test_a_worker_that_was_lost() -> None:
+    """PyTorch's own words for a worker that is killed, as it reads and as it is waited for, become a line."""
+
+    class Killed(torch.utils.data.Dataset[int]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> int:
+            os.kill(os.getpid(), signal.SIGBUS)
+            return index
+
+    with pytest.raises(RuntimeError) as caught:
+        list(torch.utils.data.DataLoader(Killed(), num_workers=1))
+    said = lost_worker(caught.value)
+    assert said is not None
+    assert said.startswith("a process that reads images has died (killed by signal: Bus error)")
+    assert "trainer.num_workers=0" in said
+    waited = lost_worker(RuntimeError("DataLoader worker (pid(s) 48, 49) exited unexpectedly"))
+    assert waited is not None
+    assert "(it ended unexpectedly)" in waited
+    assert lost_worker(RuntimeError("shapes differ")) is None
 
 
 def test_sharding_needs_several_processes(tmp_path: Path) -> None:

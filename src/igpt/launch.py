@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -56,7 +57,7 @@ def main(cfg: DictConfig) -> None:
         log.error("error: %s", (str(error).splitlines() or [type(error).__name__])[0])
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        if (said := out_of_memory(error)) is None:
+        if (said := out_of_memory(error) or lost_worker(error)) is None:
             raise
         log.debug("traceback", exc_info=True)
         log.error("error: %s", said)
@@ -73,6 +74,19 @@ def out_of_memory(error: BaseException) -> str | None:
         f"the memory of {where} is full: the same command with trainer.plan=true says what a training run takes; "
         "trainer.micro_batch=N (fewer images at a time), trainer.activation_checkpointing=true, "
         "trainer.precision=bf16-mixed and trainer=fsdp take less"
+    )
+
+
+def lost_worker(error: BaseException) -> str | None:
+    """What to do about an error, where it says that a process that reads images has died."""
+    said = f"{error.__cause__ or error.__context__} {error}"  # by which signal, PyTorch says in the first
+    if re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)", said) is None:
+        return None
+    found = re.search(r"killed by signal: [\w ]+", said)
+    how = found[0] if found else "it ended unexpectedly"
+    return (
+        f"a process that reads images has died ({how}): the system ends one that takes too much memory, or whose file "
+        "became shorter; trainer.num_workers=0 reads in this process, and resume=RUN_FOLDER goes on"
     )
 
 

@@ -1,5 +1,6 @@
 """The cache of pixels: whole or not there, one builder at a time, made anew when it is not what is wanted."""
 
+import errno
 import multiprocessing as mp
 import resource
 from collections.abc import Sequence
@@ -62,6 +63,22 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["p.npy.lock"]
     assert len(cache.pixels(tmp_path / "p.npy", ROWS, 4, make)) == len(ROWS)
+
+
+def test_it_is_made_where_no_process_can_be_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where /dev/shm is read-only: the kernel gives no semaphore, and the rows are made in this process."""
+
+    def none(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", none)
+    assert np.array_equal(cache.pixels(tmp_path / "p.npy", ROWS, 4, make), make(ROWS.tolist()))
+    (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "read in this process" in said
+    assert "(Read-only file system)" in said
+    assert "trainer.num_workers=0" in said
 
 
 def bad_row(rows: Sequence[int]) -> np.ndarray:

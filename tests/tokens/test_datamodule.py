@@ -1,6 +1,9 @@
 """Batches of tokens."""
 
+import errno
+import pickle
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 
 from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
-from igpt.tokens.batches import Batch
+from igpt.tokens.batches import Batch, Read, sent
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit
 from igpt.tokens.raster import Raster
@@ -45,6 +48,67 @@ def test_the_same_images_whatever_reads_them(micro_batch: int, num_workers: int)
     expected = first_images(module(), 64)
     for ours, theirs in zip(first_images(module(micro_batch, num_workers), 64), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_workers_need_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: a batch of a split or of a stream arrives as it was, where PyTorch can share none of its tensors."""
+
+    def none(*_: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr("torch.multiprocessing.reductions.reduce_storage", none)
+    monkeypatch.setattr("torch.UntypedStorage._share_fd_cpu_", none)
+    batch = next(iter(module().train_dataloader()))
+    with pytest.raises(RuntimeError, match="unable to allocate"):
+        ForkingPickler.dumps(batch)
+    for made in (batch, Read(batch, 3, ("place", 7))):
+        again = pickle.loads(ForkingPickler.dumps(sent(made)))
+        assert type(again) is type(made)
+        assert all(map(torch.equal, getattr(again, "batch", again), batch))
+    assert again[1:] == (3, ("place", 7))
+    assert str(pickle.loads(ForkingPickler.dumps(sent(ValueError("row 7"))))) == "row 7"
+    loader = module(num_workers=1).train_dataloader()
+    loader.timeout = 20  # seconds, after which it would wait for ever
+    assert all(map(torch.equal, next(iter(loader)), batch))
+
+
+def test_where_no_worker_can_be_started(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As where /dev/shm is read-only: the same batches, read in this process, which is said."""
+
+    def none(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    expected = first_images(module(), 16)
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", none)
+    assert all(map(torch.equal, first_images(module(num_workers=2), 16), expected))
+    assert "images are read in this process, which is slower" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("val_fraction", "message"),
+    [
+        (0.0, "data: digits has no val images: what is learnt is measured on none (data.val_fraction"),
+        (0.01, "data: digits has only 16 val images: what is measured on them is mostly noise"),
+        (0.1, None),
+    ],
+)
+def test_few_held_out_images_are_said_at_the_start(
+    val_fraction: float, message: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By hand: 1 % of 1,617 digits is 16. Once, however many loaders are asked for."""
+    source = Digits(
+        name="digits", resolution=8, val_fraction=val_fraction, test_fraction=0.1, split_seed=0, shift=0, shift_share=0
+    )
+    data = TokenDataModule(
+        source=source, palette=PALETTE, raster=Raster.of(8, "raster"), plan=BatchPlan(4, 4), seed=0, num_workers=0
+    )
+    data.train_dataloader()
+    if val_fraction:
+        data.val_dataloader()
+    data.train_dataloader()
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == (message is not None)
+    assert message is None or said[0].startswith(message)
 
 
 @pytest.mark.parametrize("order", ["raster", "random"])

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from igpt import files
 from igpt.data.decode import BadImageError
+from igpt.data.workers import startable_workers
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ def in_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -
         BadImageError: the first that `make` raised.
     """
     chunks: Iterable[T | BadImageError] = _Chunks(make, rows)
-    if len(rows) > _ALONE:
-        n_process = len(os.sched_getaffinity(0))
+    n_process = startable_workers(len(os.sched_getaffinity(0))) if len(rows) > _ALONE else 0
+    if n_process:
         chunks = DataLoader(_Chunks(make, rows), batch_size=None, num_workers=n_process, collate_fn=_as_made)
     with tqdm(total=len(rows), desc=what, unit="image", disable=None) as bar:
         with torch.device("cpu"):  # also where a network is being laid out on the meta device

@@ -84,6 +84,39 @@ class StreamBatches(IterableDataset[Any]):
             yield Read(Batch(torch.from_numpy(pixels), torch.from_numpy(labels), keys, digests), index, place)
 
 
+class _ByValue:
+    """Pickles as what it holds, arrays with their values; PyTorch's own tensors would go through shared memory.
+
+    A container may have very little of that, and a worker that finds none leaves the run waiting for ever. Batches of
+    pixels are small: through a pipe they are as fast.
+    """
+
+    def __init__(self, made: Batch | Read | ValueError) -> None:
+        self.made = made
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        match self.made:
+            case Read(batch, lane, place):
+                return _read_again, (tuple(part.numpy() for part in batch), lane, place)
+            case Batch() as batch:
+                return _batch_again, tuple(part.numpy() for part in batch)
+            case error:
+                return whole, (error,)
+
+
+def _batch_again(*arrays: np.ndarray) -> Batch:
+    return Batch(*map(torch.from_numpy, arrays))
+
+
+def _read_again(arrays: tuple[np.ndarray, ...], lane: int, place: Any) -> Read:
+    return Read(_batch_again(*arrays), lane, place)
+
+
+def sent(batch: Any) -> Any:
+    """What a worker process gives, so that it arrives in the process that trains as `whole` gives it there."""
+    return _ByValue(batch)
+
+
 def whole(batch: Any) -> Any:
     """The batch as `__getitems__` made it: there is nothing left to collate."""
     return batch
