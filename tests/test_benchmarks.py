@@ -142,6 +142,15 @@ def test_probe() -> None:
     assert report["fits"][0.1]["igpt"].result < 1e-6
 
 
+def test_listing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Invariant: as many files are listed and opened as were made (the benchmark says so or ends)."""
+    import list_files
+
+    report = list_files.main(["--files", "1040", *ONCE])
+    assert all(len(seconds) == 1 for seconds in report["seconds"].values())
+    assert "1,040 files" in capsys.readouterr().out
+
+
 def test_data_path(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import data_path
 

@@ -60,11 +60,11 @@ class TokenDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """An endless loader, its position set by the run's step; that of a stream is in its checkpoints."""
-        self._warn_of_few("val")
         first_step = self.trainer.global_step if self.trainer else 0
         images = self.source.training()
-        if isinstance(images, Stream):
+        if isinstance(images, Stream):  # what it holds out is read in turn, so it is not counted here
             return self._stream_loader(images, first_step)
+        self._warn_of_few("val")
         batches = EndlessBatches(len(images), plan=self.plan, seed=self.seed, first_step=first_step)
         return self._split_loader(images, batches, "train")
 
