@@ -1,9 +1,11 @@
-"""Command-line arguments, looked at before Hydra composes: `resume=`, and "did you mean" for what is misspelt."""
+"""Command-line arguments, looked at before Hydra composes: `~`, `resume=`, what is misspelt, what is to be quoted."""
 
 import difflib
 import glob
 import json
+import os
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 AUTO = "resume=auto"
@@ -22,8 +24,10 @@ def prepare(arguments: list[str], conf: Path) -> list[str]:
     """The arguments Hydra is to see: a resumed run's own ones first, then the new ones.
 
     Raises:
-        ValueError: a group, option or key that does not exist, with the nearest that does; a `resume=` that is no run.
+        ValueError: a group, option or key that does not exist, with the nearest that does; a `resume=` that is no run;
+            a path that has to be quoted, with how.
     """
+    arguments = [_argument_with_home(argument) for argument in arguments]
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     several = {"-m", "--multirun"} & {*arguments}
     if several and not any(override.startswith(("resume=", "force=")) for override in overrides):
@@ -33,8 +37,44 @@ def prepare(arguments: list[str], conf: Path) -> list[str]:
         saved = saved_overrides(Path(str(resumed[-1])))
         arguments = [*saved, *arguments]
         overrides = [*saved, *overrides]
+    _check_paths(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
     check(overrides, [conf, *_beside(arguments)])
     return arguments
+
+
+def _argument_with_home(argument: str) -> str:
+    """An argument whose value, or what its list holds, begins with `~`, with the folder that this stands for."""
+    name, _, value = argument.partition("=")
+    if "~" not in value or (name.startswith("-") and name != "--config-dir"):
+        return argument
+    if name == "--config-dir":
+        return f"{name}={with_home(value)}"
+    (override,) = parse([argument])
+    if override.is_sweep_override():  # each job of it comes by here
+        return argument
+    home = with_home(override.value())
+    return argument if home == override.value() else f"{name}={_written(home)}"
+
+
+def with_home(value: Any) -> Any:
+    """A setting with every text in it that is `~`, or begins with `~/` or `~USER/`, as the path that it stands for."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if re.match(r"~[^/]*/|~$", value) else value
+    if isinstance(value, list):
+        return [with_home(each) for each in value]
+    return {key: with_home(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def expand_home(cfg: DictConfig | ListConfig) -> None:
+    """The same for all of a composed config, in place: also what stands in its files."""
+    for key in list(cfg) if isinstance(cfg, DictConfig) else range(len(cfg)):
+        if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key):
+            continue
+        value = cfg[key]
+        if OmegaConf.is_config(value):
+            expand_home(value)
+        elif (home := with_home(value)) != value:
+            cfg[key] = home
 
 
 def _beside(arguments: list[str]) -> list[Path]:
@@ -64,7 +104,14 @@ def parse(overrides: list[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
-        raise ValueError(f"cannot read the arguments: {str(error).splitlines()[0]}") from error
+        if len(overrides) > 1:
+            for override in overrides:
+                parse([override])
+        (text,) = overrides
+        reason = str(error).splitlines()[0]
+        if not reason.isprintable() or "Lexer" in reason:
+            reason = "some character of it has a meaning of its own there"
+        raise ValueError(f"cannot read the arguments: {_printable(text)}: {reason}{_how_to_quote(text)}") from error
 
 
 def check(overrides: list[str], folders: list[Path]) -> None:
@@ -99,7 +146,10 @@ def _composed(overrides: list[Override]) -> DictConfig:
         cfg = compose("config", overrides=lines)
         OmegaConf.resolve(cfg)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"these settings do not fit together: {str(error).splitlines()[0]}") from error
+        reason = " ".join(str(error).splitlines()[0].split())
+        paths = [line for line in lines if "${" in line and _is_path(line.lstrip("+").partition("=")[0])]
+        how = _how_to_quote(re.sub(r"=(['\"])(.*)\1$", r"=\2", paths[0])) if paths else ""
+        raise ValueError(f"these settings do not fit together: {reason}{how}") from error
     return cfg
 
 
@@ -126,27 +176,96 @@ def _check_options(override: Override, folders: list[Path]) -> None:
             raise ValueError(f"{group}={name}: there is no such option{near}; there are {', '.join(options)}")
 
 
-READ = ("tokens.path", "data.clusters", "task.palette", "task.tokens", "task.keep")  # settings that name files to read
+READ = re.compile(  # settings that name files or folders to read
+    r"init|resume|tokens\.path|data(\.streams\.\w+)?\.(path|clusters)|task\.(palette|tokens|keep|runs|beside)|"
+    r"task\.stages\.\w+\.(run|palette|tokens|keep|beside|data\.path)"
+)
+HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # may be names on the Hub instead
+LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|beside)")  # of which there may be several
+WRITTEN = re.compile(r"paths\.(runs|cache)")
+
+
+def _is_path(key: str) -> bool:
+    return bool(READ.fullmatch(key) or WRITTEN.fullmatch(key))
+
+
+def _check_paths(overrides: list[str], *, sweeps: bool) -> None:
+    """Raises ValueError, with how to quote it, for the path of a setting that Hydra reads as something else."""
+    for text, override in zip(overrides, parse(overrides), strict=True):
+        key = override.key_or_group
+        if override.is_delete() or not _is_path(key):
+            continue
+        if override.is_sweep_override():
+            if override.value_type == ValueType.SIMPLE_CHOICE_SWEEP and not sweeps:
+                raise ValueError(f"{_printable(text)}: this is several values, for a sweep (-m){_how_to_quote(text)}")
+            continue
+        value = override.value()
+        values = value if isinstance(value, list) and LISTS.fullmatch(key) else [value]
+        if not all(each is None or isinstance(each, str) for each in values):
+            kind = next(type(each).__name__ for each in values if not isinstance(each, str))
+            raise ValueError(f"{_printable(text)}: a path is expected, this is read as {kind}{_how_to_quote(text)}")
+
+
+def _how_to_quote(text: str) -> str:
+    """`; …` with an override whose value is quoted, as it is to be typed in a shell; nothing when there is none."""
+    key, _, value = text.partition("=")
+    if not value or not re.fullmatch(r"[+~]*[\w.@/:-]+", key):
+        return ""
+    listed = re.fullmatch(r"\[(.*)\]", value, re.DOTALL)
+    if listed and LISTS.fullmatch(key.lstrip("+")):
+        override = f"{key}=[{','.join(_quoted(each.strip()) for each in listed[1].split(','))}]"
+    else:
+        override = f"{key}={_quoted(value)}"
+    return f"; where that is the name of something, quote it: {_typed(override)}"
+
+
+def _typed(argument: str) -> str:
+    """An argument as it is typed in a shell, in one line; with a line end in it, as bash and zsh read it."""
+    if argument.isprintable():
+        return shlex.quote(argument)
+    shown = (
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in re.sub(r"([\\'])", r"\\\1", argument)
+    )
+    return f"$'{''.join(shown)}'"
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else repr(text)
 
 
 def absolute(overrides: list[str]) -> list[str]:
     """Overrides that mean the same from another working directory: paths of files to read become absolute.
 
-    `init` and `data.path` may be names on the Hub instead, and then there is nothing of that name here.
+    Where a name on the Hub may stand instead, only what is here; nothing that refers to another setting (`${…}`).
     """
     whole = []
     for text, override in zip(overrides, parse(overrides), strict=True):
-        key, value = override.key_or_group, override.value()
-        reads = key in READ or (key in ("init", "data.path") and is_here(str(value)))
-        reads = reads or re.fullmatch(r"task\.stages\.\w+\.run", key) is not None
-        plus = "+" * (len(text) - len(text.lstrip("+")))
-        if (reads and isinstance(value, str)) or (key == "task.runs" and isinstance(value, str)):
-            whole.append(f"{plus}{key}={quoted(value)}")
-        elif key == "task.runs" and isinstance(value, list):
-            whole.append(f"{plus}{key}=[{','.join(quoted(str(path)) for path in value)}]")
-        else:
+        key, value = override.key_or_group, None if override.is_sweep_override() else override.value()
+        if not READ.fullmatch(key) or key == "resume":
             whole.append(text)
+            continue
+        plain = [_plain(each) for each in (value if isinstance(value, list) else [value])]
+        paths = [path for path in plain if path is not None and (is_here(path) or not HUB.fullmatch(key))]
+        if not paths or len(paths) < len(plain):
+            whole.append(text)
+            continue
+        name = text.partition("=")[0]
+        if isinstance(value, list):
+            whole.append(f"{name}=[{','.join(map(quoted, paths))}]")
+        else:
+            whole.append(f"{name}={quoted(paths[0])}")
     return whole
+
+
+def _plain(value: Any) -> str | None:
+    """The text of an override's value, where it is one and refers to no other setting."""
+    if not isinstance(value, str):
+        return None
+    try:
+        text = OmegaConf.create({"value": value})["value"] if "${" in value else value
+    except OmegaConfBaseException:
+        return None
+    return str(text)
 
 
 def is_here(path: str) -> bool:
@@ -157,8 +276,32 @@ def is_here(path: str) -> bool:
 
 def quoted(path: str) -> str:
     """A path, absolute, as Hydra reads it back."""
-    path = str(Path(path).expanduser().absolute())
-    return path if re.fullmatch(r"[\w./-]+", path) else "'" + path.replace("'", "\\'") + "'"
+    path = str(Path(path).absolute())
+    return path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else _quoted(path)
+
+
+def _quoted(text: str) -> str:
+    """A text, any characters, in quotes: Hydra and OmegaConf read it back as it is."""
+    # `${` refers to another setting, but for a backslash before it; then two are read as one
+    return _in_quotes(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
+
+
+def _in_quotes(value: str) -> str:
+    """A text in quotes of Hydra's grammar, where a backslash counts before a quote alone."""
+    quote = "'" if '"' in value and "'" not in value else '"'
+    text = re.sub(rf"(\\*){quote}", rf"\1\1\\{quote}", value)
+    return quote + re.sub(r"(\\+)\Z", r"\1\1", text) + quote
+
+
+def _written(value: Any) -> str:
+    """A value as `override.value()` gives it, as an override is written: what refers to another setting still does."""
+    if isinstance(value, list):
+        return "[" + ",".join(map(_written, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_written(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, str):
+        return _in_quotes(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

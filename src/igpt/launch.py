@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt import files, processes, ranks
-from igpt.arguments import absolute, prepare
+from igpt.arguments import absolute, expand_home, prepare
 from igpt.build import Build
 from igpt.metric.result import Result
 from igpt.places import chosen_folder
@@ -117,6 +117,7 @@ def launch(
 
     `tell` hears which folder it is.
     """
+    expand_home(cfg)
     if not cfg.task.needs:
         return without_folder(cfg)
     build = Build(cfg, choices)

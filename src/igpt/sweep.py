@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from igpt import files, processes
 from igpt.app.ending import side_by_side
+from igpt.arguments import expand_home
 from igpt.build import Build
 from igpt.processes import RANK_VARIABLES, SWEEP, TELL, Child, Children, devices_of, how_it_ended
 from igpt.report.logs import log_file, set_up_logging
@@ -59,6 +60,8 @@ def launch(
         SystemExit: 75 when a job was stopped by a signal, 2 when the sweep cannot begin.
     """
     set_up_logging()
+    for cfg in (sweep, *configs):
+        expand_home(cfg)
     jobs = [Job(first + i, list(cfg.hydra.overrides.task)) for i, cfg in enumerate(configs)]
     place = Path(sweep.hydra.sweep.dir) / _digest(jobs)
     try:

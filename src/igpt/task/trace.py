@@ -78,7 +78,7 @@ def run(
     return Result(
         numbers={"loss_gen": Number(mean, "nats/token", n, error)},
         files={"trace": Path("trace.npz")},
-        provenance={"weights": weights.sha256, "tokens": files.sha256(Path(tokens).expanduser())},
+        provenance={"weights": weights.sha256, "tokens": files.sha256(Path(tokens))},
     )
 
 
@@ -93,7 +93,6 @@ def whole_numbers(path: Path, *, n_ctx: int, k: int) -> torch.Tensor:
 
 def array(path: Path, *, kind: str, shape: tuple[int | None, ...]) -> np.ndarray:
     """The array in a `.npy` file; nothing in it is run. Raises ValueError on another shape (None: any) or kind."""
-    path = path.expanduser()
     if not path.is_file():
         raise ValueError(f"there is no {path}")
     try:

@@ -48,7 +48,7 @@ class OpenAITokens:
                 "data.clusters=PATH/kmeans_centers.npy, the colours of their tokens"
             )
         self.name, self.resolution = name, resolution
-        folder = Path(path).expanduser()
+        folder = Path(path)
         self.palette = palette = Palette.load(Path(clusters))
         again = palette.encode(torch.from_numpy(palette.colours)).numpy()
         if len(wrong := np.flatnonzero(again != np.arange(palette.k))):

@@ -122,7 +122,6 @@ class Palette:
         Raises:
             ValueError: no `.npy` array, one that holds objects (a pickle), or no palette.
         """
-        path = path.expanduser()
         if not path.is_file():
             raise ValueError(f"no palette at {path}: give a .npy file of shape (k, 3), float32 in [-1, 1]")
         try:
