@@ -111,6 +111,10 @@ def test_home_in_lists_sweeps_and_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert with_home(["~", "~/", "~nobody_of_this_name/x", "a/~/b", 3, None]) == [
         str(tmp_path), f"{tmp_path}/", "~nobody_of_this_name/x", "a/~/b", 3, None,
     ]  # fmt: skip
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\npaths: {runs: ~/runs}\n")
+    ours = ["-m", f"--config-dir={tmp_path}", "experiment=mine", "seed=0,1"]
+    assert f'paths.runs="{tmp_path}/runs"' in prepare(ours, CONF)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=["tokens=openai", "+task.beside=['~/x',null]", "tokens.path='~/p.npy'"])
     expand_home(cfg)

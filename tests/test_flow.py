@@ -37,7 +37,7 @@ ALLOWED = {
         "report",
         "hub",
     },
-    "sweep": {"build", "report", "app"},
+    "sweep": {"arguments", "build", "report", "app"},
     "search": {"sweep", "report", "app"},
     "hub": {"tokens", "model", "checkpoint"},
     "arguments": set(),

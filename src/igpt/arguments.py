@@ -38,8 +38,10 @@ def prepare(arguments: list[str], conf: Path) -> list[str]:
         arguments = [*saved, *arguments]
         overrides = [*saved, *overrides]
     _check_paths(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
-    check(overrides, [conf, *_beside(arguments)])
-    return arguments
+    paths = check(overrides, [conf, *_beside(arguments)]).paths
+    at_home = {key: with_home(paths[key]) for key in paths if with_home(paths[key]) != paths[key]}
+    # where a file of settings says so; Hydra makes the folder of a sweep before it asks us
+    return [*arguments, *(f"paths.{key}={_written(path)}" for key, path in at_home.items())]
 
 
 def _argument_with_home(argument: str) -> str:
@@ -114,8 +116,12 @@ def parse(overrides: list[str]) -> list[Override]:
         raise ValueError(f"cannot read the arguments: {_printable(text)}: {reason}{_how_to_quote(text)}") from error
 
 
-def check(overrides: list[str], folders: list[Path]) -> None:
-    """Raises ValueError, naming the nearest right name, when some override names nothing that is in these folders."""
+def check(overrides: list[str], folders: list[Path]) -> DictConfig:
+    """The resolved config.
+
+    Raises:
+        ValueError: some override names nothing that is in these folders; with the nearest right name.
+    """
     parsed = parse(overrides)
     conf, *beside = folders
     for folder in beside:
@@ -136,7 +142,7 @@ def check(overrides: list[str], folders: list[Path]) -> None:
                 continue
             near = suggestion(key, [*groups, *keys])
             raise ValueError(f"there is no setting or group {key!r}{near}; a new key needs a + in front")
-        _composed(parsed)
+        return _composed(parsed)
 
 
 def _composed(overrides: list[Override]) -> DictConfig:

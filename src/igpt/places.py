@@ -17,7 +17,7 @@ def chosen_folder(build: Build) -> tuple[RunFolder, bool]:
     tell = os.environ.get(processes.TELL)
     if tell is not None:
         with files.atomic_write(Path(tell)) as file:
-            file.write(str(folder.path.absolute()).encode())
+            file.write(os.fsencode(folder.path.absolute()))
     return folder, folder.finished
 
 

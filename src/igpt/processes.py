@@ -226,9 +226,9 @@ def _report(what: str, tell: Path) -> None:
     head, *rest = what.splitlines()
     text = "\n".join([head, *(f"    {line}" for line in rest[-60:])])
     sys.stderr.write(f"error: {text}\n")
-    log = Path(tell.read_text()) / "log.txt" if tell.is_file() else None
+    log = Path(os.fsdecode(tell.read_bytes())) / "log.txt" if tell.is_file() else None
     if log is not None and log.is_file():
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR igpt.processes: {text}\n")
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,13 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While the block lasts, signals are requests. What answered them before does so again afterwards."""
+        """While the block lasts, signals are requests. What answered them before does so again afterwards.
+
+        Outside of a process's main thread, which alone may answer signals, nothing asks.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         try:
             yield

@@ -155,7 +155,7 @@ class Sweep:
     def _ended(self, job: Job, code: int, seconds: float, *, stopping: bool) -> None:
         job.exit_code, job.seconds = code, round(seconds, 1)
         tell = self._tell_path(job)
-        job.folder = tell.read_text() if tell.is_file() else None
+        job.folder = os.fsdecode(tell.read_bytes()) if tell.is_file() else None
         done = job.folder is not None and (Path(job.folder) / "result.json").is_file()
         failed = INTERRUPTED if stopping or code == STOPPED else FAILED
         job.state = FINISHED if code == 0 and done else failed

@@ -1,5 +1,6 @@
 """Pictures, tables and run folders."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -25,6 +26,23 @@ from igpt.report.figures import (
 )
 from igpt.report.folder import RunFolder, differences, result_of
 from igpt.report.table import closing_table
+
+
+def test_the_log_is_utf_8_whatever_the_locale_is(tmp_path: Path) -> None:
+    """By hand: in a C locale that Python is told to take seriously, signs beyond ASCII and a name that is no UTF-8."""
+    script = f"""
+import logging
+from pathlib import Path
+from igpt.report.logs import log_file, set_up_logging
+set_up_logging()
+with log_file(Path({str(tmp_path)!r}) / "log.txt"):
+    logging.getLogger("igpt").info("写 ² → %s", "\\udcff")
+"""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, capture_output=True, check=True)
+    assert done.stderr == rb"\u5199 \xb2 \u2192 \udcff" + b"\n"
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8").rstrip().endswith("写 ² → \\udcff")
 
 
 def test_every_image_of_a_grid_is_where_it_belongs() -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,22 @@ def test_only_training_answers_signals(tmp_path: Path, lab: Lab, monkeypatch: py
     lab.pretrain(tmp_path)
     assert answers["TrainerFn.VALIDATING"] == before
     assert answers["TrainerFn.FITTING"].__func__ is StopRequest._ask
+
+
+def test_a_run_may_be_started_in_any_thread() -> None:
+    """Python lets only a process's main thread answer signals: in another, what answered them before still does."""
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with StopRequest().listening():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+    with StopRequest().listening():
+        assert signal.getsignal(signal.SIGTERM) != before
 
 
 def test_who_listened_before_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

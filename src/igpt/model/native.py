@@ -75,7 +75,7 @@ def _declare(function: Any, returned: type | None, taken: list[Any]) -> None:
 def kept_at(compiler: list[str]) -> Path:
     """Where the compiled file is kept: one for each source, compiler and kind of CPU, so that a shared home serves."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    texts = [path.read_text() for path in (*SOURCES, HEADER)]
+    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
     made_of = "\0".join([*texts, *FLAGS, version, platform.machine(), _cpu()])
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -39,7 +39,7 @@ def set_up_logging(*, quiet: bool = False) -> None:
 def log_file(path: Path) -> Iterator[None]:
     """Everything logged while the block lasts, appended to a file with its time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")  # whatever the locale is
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:

@@ -152,10 +152,10 @@ def run(*, runs: list[str]) -> Result:
 def _write(path: Path, template: str, *, pictures: Sequence[Picture], **known: Any) -> Path:
     """Renders a page twice: without pictures, to know what room they have, and with them."""
     page = templates().get_template(template)
-    room = LARGEST - len(page.render(blocks=_blocks(pictures), **known).encode())
+    room = LARGEST - len(page.render(blocks=_blocks(pictures), **known).encode(errors="backslashreplace"))
     whole = page.render(blocks=_blocks(embedded(pictures, budget=max(0, room))), **known)
     with files.atomic_write(path) as file:
-        file.write(whole.encode())
+        file.write(whole.encode(errors="backslashreplace"))
     return path
 
 
@@ -170,10 +170,10 @@ def templates() -> Environment:
         lstrip_blocks=True,
     )
     web = resources.files("igpt.report") / "web"
-    script = (web / "hover.js").read_text().strip()
+    script = (web / "hover.js").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     made.globals.update(
-        style=Markup((web / "style.css").read_text().strip()),
+        style=Markup((web / "style.css").read_text(encoding="utf-8").strip()),
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     )
@@ -256,7 +256,7 @@ def _training_samples(folder: Path) -> list[Picture]:
 def _text(file: Path) -> str:
     """What a task has written to be read, or that it is gone."""
     try:
-        return file.read_text(errors="replace").rstrip()
+        return file.read_text(encoding="utf-8", errors="replace").rstrip()
     except OSError as error:
         return f"{file.name} cannot be read: {error.strerror}"
 
@@ -264,7 +264,7 @@ def _text(file: Path) -> str:
 def _link(page: Path, run: Path) -> str | None:
     """The address of a run's page from another page, where there is one."""
     target = run / REPORT
-    return quote(_relative(page, target)) if target.is_file() else None
+    return quote(os.fsencode(_relative(page, target))) if target.is_file() else None
 
 
 def _relative(page: Path, target: Path) -> str:

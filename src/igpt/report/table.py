@@ -23,7 +23,9 @@ def closing_table(result: Result, folder: Path, seconds: float, *, published: Se
     rule = "─" * max((len(line) for line in lines), default=20)
     theirs = ["published:", *(f"  {line}" for line in published), rule] if published else []
     places = [f"{folder / path}" for path in to_open]
-    told = [(folder / path).read_text().rstrip() for path in result.files.values() if path.suffix == ".txt"]
+    told = [
+        (folder / path).read_text(encoding="utf-8").rstrip() for path in result.files.values() if path.suffix == ".txt"
+    ]
     return "\n".join([*told, rule, *lines, rule, *theirs, *places, f"{folder}  ({seconds:.0f} s)"])
 
 
