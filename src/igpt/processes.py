@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from igpt.global_state import signal_handler
 from igpt.stopping import SIGNALS, STOPPED
 
 LIFELINE = "IGPT_LIFELINE"  # a file descriptor that reads nothing as long as the starting process lives
@@ -119,19 +120,17 @@ class Children:
 
     @contextmanager
     def together(self) -> Iterator["Children"]:
-        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
-        try:
-            yield self
-        except BaseException:
-            for child in self.running:
-                child.send(signal.SIGTERM)  # an error of ours is no reason to lose what they have learnt
-            _wait(self.running, SAVE_SECONDS)
-            raise
-        finally:
-            for child in self.running:
-                child.end()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with signal_handler(SIGNALS, self._pass_on):
+            try:
+                yield self
+            except BaseException:
+                for child in self.running:
+                    child.send(signal.SIGTERM)  # an error of ours is no reason to lose what they have learnt
+                _wait(self.running, SAVE_SECONDS)
+                raise
+            finally:
+                for child in self.running:
+                    child.end()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.heard = self.heard or signal.Signals(number).name

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from igpt.global_state import signal_handler
+
 log = logging.getLogger(__name__)
 
 # the last two are what SLURM warns with (--signal=USR1@120), submitit by its own default (USR2)
@@ -39,12 +41,8 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While the block lasts, signals are requests. What answered them before does so again afterwards."""
-        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        try:
+        with signal_handler(SIGNALS, self._ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
