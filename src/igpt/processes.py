@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from igpt.cores import count_cores
 from igpt.global_state import signal_handler
 from igpt.stopping import SIGNALS, STOPPED
 
@@ -172,7 +173,7 @@ def run_ranks(command: Sequence[str], n: int) -> int:
             "WORLD_SIZE": str(n),
             "LOCAL_WORLD_SIZE": str(n),
             MEETING: str(place / "meeting"),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n))),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, count_cores() // n))),
             TELL: str(tell),
         }
         ranks: list[Child] = []

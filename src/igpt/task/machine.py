@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.util
-import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from igpt.cores import count_cores
 from igpt.data.order import BatchPlan
 from igpt.model import choice, native
 from igpt.model.gpt import GPT
@@ -115,7 +115,7 @@ class Machine:
         """Processes that read images while this one trains."""
         if self.num_workers is not None:
             return self.num_workers
-        return min(4, len(os.sched_getaffinity(0))) if self.device.type == "cuda" else 0
+        return min(4, count_cores()) if self.device.type == "cuda" else 0
 
     def training_plan(self, batch_size: int) -> BatchPlan:
         """How `batch_size` images a step are shared out. Raises ValueError when they cannot be."""
