@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hold_memory()
     limits = machine.limits(device)
-    label = "fp32+medium" if device == "cpu" else "fp32"
+    label = machine.training(device)
     print(f"{machine.about()}\n{limits}; rows are {label}")
     report: dict[str, Any] = {"limits": limits}
     for title, shapes in (

@@ -10,7 +10,6 @@ device would wait for images.
 
 import argparse
 import io
-import os
 import statistics
 import tempfile
 import time
@@ -28,6 +27,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from train_step import step_of
 
+from igpt.cores import count_cores
 from igpt.data.crop import FILTERS, Crop, Resize
 from igpt.task.machine import hold_memory
 from igpt.tokens import lookup
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     sizes = np.array([Image.open(io.BytesIO(data)).size for data in photos])
     print(f"{len(photos)} photographs, median {np.median(sizes, axis=0).astype(int).tolist()} pixels, "
           f"{np.mean([len(p) for p in photos]) / 1024:.0f} kB; Pillow {PIL.__version__}, torch {torch.__version__}, "
-          f"{len(os.sched_getaffinity(0))} cores")  # fmt: skip
+          f"{count_cores()} cores")  # fmt: skip
     report = {"crops": crops(photos, args.rounds)}
     report["loading"] = loading(photos, args.workers, args.size or ("s" if device == "cuda" else "a"), device)
     crop = Crop(resolution=32, resize="once", draft=None, filter="bilinear", **PAPER)

@@ -7,10 +7,12 @@ Weights are drawn at random: training does not change the time.
 
 import argparse
 import time
+from collections.abc import Sequence
 
 import torch
 
 from igpt import keyed
+from igpt.global_state import num_threads
 from igpt.model.generate import Sampling, growing
 from igpt.model.gpt import GPT
 
@@ -22,12 +24,17 @@ def main() -> None:
     parser.add_argument("--completions", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    with num_threads(args.threads):
+        compare(args.completions)
+
+
+def compare(completions: Sequence[int]) -> None:
+    """Prints a row of seconds for each number of completions that are drawn at once."""
     net = GPT(n_layer=12, n_embd=256, n_head=8, n_ctx=SIDE**2, n_vocab=512, causal=True).eval()
     net.init_weights(0)
     known = torch.arange(SIDE**2) < GIVEN * SIDE
     print("| completions at once | first row | the others, mean | the longest of them |\n|---|---|---|---|")
-    for n in args.completions:
+    for n in completions:
         uniforms = keyed.uniform(keyed.item_keys(keyed.key(0, "sample"), torch.arange(n)), SIDE**2)
         given = torch.randint(512, (1, SIDE**2)).expand(n, -1)
         rows, since = [], time.perf_counter()

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             found = open_ours(root, Path(place) / "cache")
             opened = time.perf_counter()
             if {len(listing), found} != {args.files}:
-                raise SystemExit(f"{args.files} files are there, {len(listing)} were listed, {found} opened: no figures")
+                raise SystemExit(f"{args.files} files, {len(listing)} were listed, {found} opened: no figures")
             for row, seconds in zip(report["seconds"], (listed - start, hashed - listed, opened - hashed), strict=True):
                 report["seconds"][row].append(seconds)
         if args.peer:

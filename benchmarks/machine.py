@@ -3,7 +3,6 @@
 import functools
 import json
 import multiprocessing as mp
-import os
 import platform
 import statistics
 import subprocess
@@ -16,18 +15,20 @@ from typing import Any
 
 import torch
 
+from igpt.cores import count_cores
+from igpt.global_state import float32_matmul_precision
+from igpt.model.cpu import inductor_cache, medium_format
+
 
 def peak_gflops(dtype: torch.dtype, matmul: str, device: str) -> float:
     """The machine's own large matrix product, 4096³, best of five."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(matmul)
     x = torch.randn(4096, 4096, dtype=dtype, device=device)
     times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        (x @ x)[0, 0].item()
-        times.append(time.perf_counter() - start)
-    torch.set_float32_matmul_precision(before)
+    with float32_matmul_precision(matmul):
+        for _ in range(6):
+            start = time.perf_counter()
+            (x @ x)[0, 0].item()
+            times.append(time.perf_counter() - start)
     return 2 * 4096**3 / min(times) / 1e9
 
 
@@ -54,10 +55,24 @@ class Limits:
         return f"this machine: matrix products {products} GFLOP/s; reads memory at {self.gib_per_s:.1f} GiB/s"
 
 
+def medium(device: str) -> str:
+    """The label of float32 rows whose products are at "medium": what that computes is another thing on each machine.
+
+    `fp32+medium`: in float32, by other kernels; `tf32-products` (GPUs), `bf16-products` (CPUs with AMX): rounded.
+    """
+    rounded = medium_format(torch.device(device))
+    return "fp32+medium" if rounded == "fp32" else f"{rounded}-products"
+
+
+def training(device: str) -> str:
+    """The label of float32 rows as this project trains: at "medium" where that is float32."""
+    return "fp32+medium" if medium(device) == "fp32+medium" else "fp32"
+
+
 def limits(device: str) -> Limits:
     products = {
         "fp32": peak_gflops(torch.float32, "highest", device),
-        "fp32+medium": peak_gflops(torch.float32, "medium", device),
+        medium(device): peak_gflops(torch.float32, "medium", device),
         "bf16": peak_gflops(torch.bfloat16, "highest", device),
     }
     return Limits(products, bandwidth_gib(device))
@@ -121,10 +136,11 @@ class Side:
 
 
 def _serve(pipe: Any, make: Callable[..., dict[str, Run]], arguments: tuple[Any, ...]) -> None:
-    rows = make(*arguments)
-    pipe.send(list(rows))
-    while (name := pipe.recv()) is not None:
-        pipe.send(rows[name]())
+    with inductor_cache():
+        rows = make(*arguments)
+        pipe.send(list(rows))
+        while (name := pipe.recv()) is not None:
+            pipe.send(rows[name]())
 
 
 def timed(run: Callable[[], Any]) -> Run:
@@ -172,7 +188,7 @@ def about() -> dict[str, Any]:
     return {
         "cpu": model or platform.processor(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": count_cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -22,6 +22,8 @@ import torch
 from networks import SIZES, HuggingFace, our_net, token_ids
 from train_step import EXACT, TOLERANCE, step_of
 
+from igpt.model.cpu import inductor_cache
+
 ROWS = ("hf", "hf recomputed", "igpt", "igpt compiled", "igpt recomputed")
 
 
@@ -36,8 +38,9 @@ def one(row: str, size: str, precision: str) -> dict[str, Any]:
     else:
         net = our_net(size, compiled="compiled" in row)
         net.checkpointing = "recomputed" in row
-    label = "bf16" if precision == "bf16" else "fp32+medium" if device == "cpu" else "fp32"
-    _, losses = step_of(net.to(device).train(), token_ids(size, device), label)()
+    label = "bf16" if precision == "bf16" else machine.training(device)
+    with inductor_cache():
+        _, losses = step_of(net.to(device).train(), token_ids(size, device), label)()
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else used
     return {"peak_gib": peak / 2**30, "losses": losses}

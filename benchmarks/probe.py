@@ -123,7 +123,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
-    warnings.simplefilter("ignore", ConvergenceWarning)  # how near each ended is measured and printed instead
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # how near each ended is measured and printed instead
+        return compare(args)
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures and prints all rows."""
     limits = machine.limits("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{machine.about()}\n{limits}")
     report: dict[str, Any] = {"limits": limits, "fits": {}}

@@ -6,7 +6,8 @@ Every row has the same weights to begin with, token ids, batch, loss over all po
 the same losses in the first two steps, or there are no figures. Rows take turns, round by round, so that a machine that
 speeds up or slows down does so for all; the first round is a warm-up for all and is not counted. Each side is a process
 of its own: ours keeps freed memory (`hold_memory`), as our training does, Hugging Face's is as it ships (`--hold-peer`:
-with our setting, too). `medium` is `torch.set_float32_matmul_precision("medium")`, which users of any side can set.
+with our setting, too). `fp32+medium` is `torch.set_float32_matmul_precision("medium")`, which users of any side can
+set; where that rounds what is multiplied, rows are called `bf16-products` (CPUs with AMX) or `tf32-products` (GPUs).
 """
 
 import argparse
@@ -20,10 +21,12 @@ import torch.nn.functional as F
 from networks import SIZES, HuggingFace, our_net, plain_net, step_flops, token_ids
 from torch import Tensor, nn
 
+from igpt.global_state import float32_matmul_precision
 from igpt.model import choice
 from igpt.task.machine import hold_memory
 
-TOLERANCE = {"bf16": (1e-2, 3e-2)}  # nats, of the losses of the first two steps; of the others:
+ROUNDED = (1e-2, 3e-2)  # nats, of the losses of the first two steps
+TOLERANCE = {"bf16": ROUNDED, "bf16-products": ROUNDED}  # of the others:
 EXACT = (1e-4, 5e-3)  # one step of Adam turns the sign of a gradient's rounding into a step
 
 
@@ -44,19 +47,17 @@ def step_of(net: nn.Module, tokens: Tensor, label: str) -> machine.Run:
         return loss.item()
 
     def run() -> tuple[float, Any]:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium" if "medium" in label else "highest")
-        step()  # the step before the timed one brings this row's data back into the caches
-        seconds, _ = machine.timed(step)()
-        torch.set_float32_matmul_precision(before)
+        with float32_matmul_precision("medium" if label == machine.medium(device) else "highest"):
+            step()  # the step before the timed one brings this row's data back into the caches
+            seconds, _ = machine.timed(step)()
         return seconds, first
 
     return run
 
 
-def labels(precisions: Sequence[str]) -> list[str]:
+def labels(precisions: Sequence[str], device: str) -> list[str]:
     """The rows of each precision: float32 products as PyTorch ships them and as its fastest, bfloat16."""
-    return [label for p in precisions for label in (("fp32", "fp32+medium") if p == "fp32" else ("bf16",))]
+    return [label for p in precisions for label in (("fp32", machine.medium(device)) if p == "fp32" else ("bf16",))]
 
 
 def our_rows(size: str, precisions: list[str], options: dict[str, Any]) -> dict[str, machine.Run]:
@@ -65,7 +66,7 @@ def our_rows(size: str, precisions: list[str], options: dict[str, Any]) -> dict[
         hold_memory()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, rows = token_ids(size, device, options["batch"]), {}
-    for label in labels(precisions):
+    for label in labels(precisions, device):
         for compiled in (False, True) if options["compiled"] else (False,):
             how = " compiled" if compiled else ""
             net = our_net(size, compiled=compiled, attention=options["attention"]).to(device)
@@ -83,7 +84,7 @@ def peer_rows(size: str, precisions: list[str], options: dict[str, Any], hold: b
     tokens = token_ids(size, device, options["batch"])
     return {
         f"hf{' held' if hold else ''} {label}": step_of(HuggingFace(size).to(device), tokens, label)
-        for label in labels(precisions)
+        for label in labels(precisions, device)
     }
 
 
@@ -107,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "hold": not args.return_memory, "plain": args.plain, "compiled": not args.no_compiled,
         "attention": args.attention, "batch": args.batch,
     }  # fmt: skip
-    limits = machine.limits("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    limits = machine.limits(device)
     sides = [machine.Side(our_rows, args.size, args.precision, options)]
     for hold in [False] * (not args.no_peer) + [True] * args.hold_peer:
         sides.append(machine.Side(peer_rows, args.size, args.precision, options, hold))
@@ -118,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     batch = args.batch or SIZES[args.size][-1]
     print(f"{machine.about()}\n{limits}\nsize {args.size}: {SIZES[args.size]}, {flops / 1e9:.1f} GFLOP a step")
-    shipped = None if args.no_peer else times[f"hf {labels(args.precision)[0]}"].median
+    shipped = None if args.no_peer else times[f"hf {labels(args.precision, device)[0]}"].median
     print(
         "| row | median ms | min – max | images/s | of the matrix-product peak | against hf | against hf as shipped |"
     )

@@ -1,9 +1,10 @@
 """Shared fixtures: where the oracles lie, small networks whose weights are nowhere neutral, one real run."""
 
 import os
-import shutil
+import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two of these processes share two cores, and the networks are tiny
@@ -12,10 +13,12 @@ import pytest
 import torch
 from filelock import FileLock
 
+from igpt.model import cpu, native
 from igpt.model.gpt import GPT
+from tests.process_state import Restorer, RoundedProducts
 
 ROOT = Path(__file__).parents[1]
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler (cc) is here")
+needs_compiler = pytest.mark.skipif(native.found_compiler() is None, reason="no C compiler (cc, or CC) is here")
 SHARED = ROOT.parent / "shared"
 
 
@@ -25,6 +28,39 @@ LONGEST = ("test_train.py", "test_ranks.py", "test_openai.py", "test_gpt.py")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no process of the suite ends with one of them alone."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_cache() -> Iterator[None]:
+    """Compiled networks of tests have a folder for this kind of CPU, as those of runs; else Inductor would name one."""
+    with cpu.inductor_cache():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def process_state() -> Iterator[None]:
+    """Fails the test that leaves a setting or state of the process changed, and puts it back for the next one."""
+    state = Restorer()
+    yield
+    if left := state.restore():
+        pytest.fail(f"this test left changed: {'; '.join(f'{name} ({how})' for name, how in left.items())}", False)
+
+
+@pytest.fixture
+def random_state() -> Iterator[None]:
+    """Python's random state, put back: for tests of libraries that draw from it."""
+    state = random.getstate()
+    yield
+    random.setstate(state)
+
+
+@pytest.fixture
+def medium_rounds() -> Iterator[None]:
+    """float32 products at "medium" round to bfloat16, as on a CPU with AMX."""
+    cpu.medium_format.cache_clear()
+    with RoundedProducts():
+        yield
+    cpu.medium_format.cache_clear()
 
 
 @pytest.fixture

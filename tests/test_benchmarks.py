@@ -34,11 +34,21 @@ def shared() -> Iterator[ModuleType]:
     import machine
 
     with pytest.MonkeyPatch.context() as patch:
-        found = machine.Limits({"fp32": 100.0, "fp32+medium": 200.0, "bf16": 400.0}, 10.0)
-        patch.setattr(machine, "limits", lambda device: found)
+        patch.setattr(machine, "peak_gflops", lambda dtype, matmul, device: 100.0)
+        patch.setattr(machine, "bandwidth_gib", lambda device: 10.0)
         patch.setattr(machine, "Side", Here)
         yield machine
     sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(params=["as it is here", "rounded to bfloat16"])
+def medium(request: pytest.FixtureRequest, shared: ModuleType) -> str:
+    """The label of rows at "medium", on this CPU and on one that rounds float32 products, as those with AMX do."""
+    if request.param == "rounded to bfloat16":
+        request.getfixturevalue("medium_rounds")
+        assert shared.medium("cpu") == "bf16-products"
+    label: str = shared.medium("cpu")
+    return label
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +61,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_step(medium: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: ours, a plain rewrite and Hugging Face's, from the same weights, have the same loss after two steps.
 
     The ratios that are written are those of the times that are written.
@@ -64,7 +74,7 @@ def test_training_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.loads(out.read_text())
     rows = report["rows"]
     assert set(rows) == {
-        f"{who} {how}" for who in ("igpt", "plain", "hf", "hf held") for how in ("fp32", "fp32+medium", "bf16")
+        f"{who} {how}" for who in ("igpt", "plain", "hf", "hf held") for how in ("fp32", medium, "bf16")
     }
     ours, hf = rows["igpt bf16"], rows["hf bf16"]
     assert ours["against_hf"] == pytest.approx(hf["seconds"][0] / ours["seconds"][0])
@@ -89,6 +99,7 @@ def test_rows_that_disagree_give_no_figures(monkeypatch: pytest.MonkeyPatch) -> 
         )
 
 
+@pytest.mark.usefixtures("medium")
 def test_memory() -> None:
     import memory
 
@@ -106,15 +117,28 @@ def test_sampling(capsys: pytest.CaptureFixture[str]) -> None:
     assert "greedy tokens of all rows are the same" in capsys.readouterr().out
 
 
-def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(medium: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: every way gives the same (the benchmark says so or ends)."""
     import attention
 
     monkeypatch.setattr(attention, "hold_memory", lambda: None)
     report = attention.main(["--lengths", "16", "200", "--heads", "8", *ONCE])
     assert len(report["shapes"]) == 6
+    assert [shape["precision"] for shape in report["shapes"][:3]] == ["fp32", medium, "bf16"]
 
 
+@pytest.mark.usefixtures("medium_rounds")
+def test_rounded_products_are_not_taken_for_float32(monkeypatch: pytest.MonkeyPatch, shared: ModuleType) -> None:
+    """Invariant: what is called float32 is held to float32; the precision is put back also where that ends it."""
+    import attention
+
+    monkeypatch.setattr(attention, "hold_memory", lambda: None)
+    monkeypatch.setattr(shared, "medium", lambda device: "fp32+medium")
+    with pytest.raises(SystemExit, match="no figures"):
+        attention.main(["--lengths", "16", "--heads", "8", *ONCE])
+
+
+@pytest.mark.usefixtures("medium")
 def test_cost(monkeypatch: pytest.MonkeyPatch) -> None:
     import cost
 
@@ -133,6 +157,7 @@ def test_encoding_and_kmeans(photos: Path, tmp_path: Path) -> None:
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
+@pytest.mark.usefixtures("medium")
 def test_probe() -> None:
     """Invariant: features equal Hugging Face's (the benchmark says so or ends), and fits end near the minimum."""
     import probe

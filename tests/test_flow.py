@@ -7,7 +7,8 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "igpt"
 
-LEAVES = {"keyed", "files", "stopping", "processes", "ranks"}  # of use to every stage, use none
+# of use to every stage, use none
+LEAVES = {"cores", "files", "global_state", "keyed", "processes", "ranks", "stopping"}
 ALLOWED = {
     "data": set(),
     "tokens": {"data"},

@@ -58,8 +58,13 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def reserve(file: IO[bytes], size: int) -> None:
-    """Claims the room for what is to come at once: a full disk is met now, not after an hour of work."""
+    """Claims the room for what is to come at once: a full disk is met now, not after an hour of work.
+
+    Nothing on systems that cannot (macOS).
+    """
     file.flush()
+    if not hasattr(os, "posix_fallocate"):
+        return
     try:
         os.posix_fallocate(file.fileno(), file.tell(), size)
     except OSError as error:

@@ -150,7 +150,9 @@ def launch(
                 files.remove_parts(folder.path)
                 while_it_runs.enter_context(log_file(folder.path / "log.txt"))
             ranks.barrier()  # from here on the others may read what is there
+            build.machine.warn_of_rounding()
             log.info("%s, in %s%s", said(build), folder.path, f", {rank.count} processes" if rank.count > 1 else "")
+            while_it_runs.enter_context(build.machine.kernel_cache())
             try:
                 return perform(build, folder)
             except StoppedError as error:
@@ -210,7 +212,9 @@ def looked_at(build: Build) -> Result:
         raise ValueError(f"task={build.task} leaves no run: it cannot be resumed, repeated (force=true) or swept over")
     if build.machine.rank.count > 1:
         raise ValueError(f"task={build.task} runs in one process: trainer.devices=1, got {build.machine.rank.count}")
-    return carried_out(build, RunFolder(Path(build.cfg.paths.runs) / build.name))
+    build.machine.warn_of_rounding()
+    with build.machine.kernel_cache():
+        return carried_out(build, RunFolder(Path(build.cfg.paths.runs) / build.name))
 
 
 def check_batch(machine: Machine, task: DictConfig) -> None:

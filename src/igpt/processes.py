@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+from igpt.cores import count_cores
+from igpt.global_state import signal_handler
 from igpt.stopping import SIGNALS, STOPPED
 
 LIFELINE = "IGPT_LIFELINE"  # a file descriptor that reads nothing as long as the starting process lives
@@ -119,19 +121,17 @@ class Children:
 
     @contextmanager
     def together(self) -> Iterator["Children"]:
-        before = {number: signal.signal(number, self._pass_on) for number in SIGNALS}
-        try:
-            yield self
-        except BaseException:
-            for child in self.running:
-                child.send(signal.SIGTERM)  # an error of ours is no reason to lose what they have learnt
-            _wait(self.running, SAVE_SECONDS)
-            raise
-        finally:
-            for child in self.running:
-                child.end()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with signal_handler(SIGNALS, self._pass_on):
+            try:
+                yield self
+            except BaseException:
+                for child in self.running:
+                    child.send(signal.SIGTERM)  # an error of ours is no reason to lose what they have learnt
+                _wait(self.running, SAVE_SECONDS)
+                raise
+            finally:
+                for child in self.running:
+                    child.end()
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self.heard = self.heard or signal.Signals(number).name
@@ -173,7 +173,7 @@ def run_ranks(command: Sequence[str], n: int) -> int:
             "WORLD_SIZE": str(n),
             "LOCAL_WORLD_SIZE": str(n),
             MEETING: str(place / "meeting"),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // n))),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, count_cores() // n))),
             TELL: str(tell),
         }
         ranks: list[Child] = []

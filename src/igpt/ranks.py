@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import Tensor, nn
 
+from igpt.global_state import environment
 from igpt.processes import MEETING
 
 T = TypeVar("T")
@@ -58,20 +59,22 @@ def joined(device: torch.device) -> Iterator[Rank]:
     if rank.count == 1 or dist.is_initialized():
         yield rank
         return
+    address: dict[str, str] = {}
     meeting = os.environ.get(MEETING)  # a file, where one parent has started all ranks: no port can be taken
     if meeting is None and "MASTER_ADDR" not in os.environ:
         first_node = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_NODELIST"])
         port = 15000 + int(os.environ["SLURM_JOB_ID"]) % 10000  # the same on every node, another for every job
-        os.environ |= {"MASTER_ADDR": first_node, "MASTER_PORT": str(port)}
+        address = {"MASTER_ADDR": first_node, "MASTER_PORT": str(port)}
     on_gpu = device.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        init_method=None if meeting is None else f"file://{meeting}",
-        rank=rank.index,
-        world_size=rank.count,
-        device_id=device if on_gpu else None,
-    )
-    yield rank
+    with environment(**address):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            init_method=None if meeting is None else f"file://{meeting}",
+            rank=rank.index,
+            world_size=rank.count,
+            device_id=device if on_gpu else None,
+        )
+        yield rank
     dist.destroy_process_group()  # not after an error: the others may not be there any more to say goodbye to
 
 

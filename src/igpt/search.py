@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from igpt import files
 from igpt.app.ending import side_by_side
+from igpt.global_state import environment
 from igpt.processes import SWEEP
 from igpt.report.logs import set_up_logging
 from igpt.sweep import typed
@@ -61,7 +61,7 @@ def in_turn(
         best: float | None = None
         for value in values:
             log.info("%s=%s", key, value)
-            (job,) = launch([[*chosen, f"{key}={value}"]], len(found))
+            (job,) = _naming(launch, place)([[*chosen, f"{key}={value}"]], len(found))
             found.append(job)
             reached = _reached(job, direction)
             if job.return_value is None:
@@ -120,7 +120,7 @@ def optuna(
         trials = [study.ask(distributions) for _ in range(min(at_once, left))]
         jobs = [(*fixed, *(f"{key}={_typed(value)}" for key, value in trial.params.items())) for trial in trials]
         different = list(dict.fromkeys(jobs))  # what it proposes twice is one run
-        returned = dict(zip(different, launch(different, trials[0].number), strict=True))
+        returned = dict(zip(different, _naming(launch, place)(different, trials[0].number), strict=True))
         for trial, job in zip(trials, jobs, strict=True):
             found.append(returned[job])
             if returned[job].return_value is None:
@@ -195,7 +195,7 @@ def _place(config: DictConfig, what: Mapping[str, Any]) -> Path:
 
 
 def _begin(config: DictConfig, place: Path, direction: str, compose: Compose, example: Sequence[str]) -> None:
-    """Looks at one of the jobs to come before the first begins, and names the search to those it starts."""
+    """Looks at one of the jobs to come before the first begins, and prepares their folder."""
     if direction not in (LOWER, HIGHER):
         _refuse(f"hydra.sweeper.direction must be {LOWER} or {HIGHER}, got {direction!r}")
     try:
@@ -212,9 +212,18 @@ def _begin(config: DictConfig, place: Path, direction: str, compose: Compose, ex
         _refuse(f"{place} is in use: the same search is running")
     _held.append(lock)
     files.write_json(place / "search.json", {"command": sys.argv, "example": list(example)})
-    os.environ[SWEEP] = place.name
     with flag_override(config, ["readonly", "struct"], False):
         config.hydra.sweep.dir = str(place)  # where the jobs leave what they say
+
+
+def _naming(launch: Launch, place: Path) -> Launch:
+    """`launch`, telling the jobs which search they are of."""
+
+    def launch_named(jobs: Sequence[Sequence[str]], number: int) -> Sequence[JobReturn]:
+        with environment(**{SWEEP: place.name}):
+            return launch(jobs, number)
+
+    return launch_named
 
 
 def _reached(job: JobReturn, direction: str) -> float:

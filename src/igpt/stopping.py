@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from igpt.global_state import signal_handler
+
 log = logging.getLogger(__name__)
 
 # the last two are what SLURM warns with (--signal=USR1@120), submitit by its own default (USR2)
@@ -46,12 +48,8 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        try:
+        with signal_handler(SIGNALS, self._ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if not self.number:

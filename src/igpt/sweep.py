@@ -22,6 +22,7 @@ from igpt import files, processes
 from igpt.app.ending import side_by_side
 from igpt.arguments import expand_home
 from igpt.build import Build
+from igpt.cores import count_cores
 from igpt.processes import RANK_VARIABLES, SWEEP, TELL, Child, Children, devices_of, how_it_ended
 from igpt.report.logs import log_file, set_up_logging
 from igpt.report.table import columns
@@ -145,7 +146,7 @@ class Sweep:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         if "OMP_NUM_THREADS" not in os.environ:  # else jobs side by side would fight for the cores
             side_by_side = self.n_jobs * job.n_process
-            environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // side_by_side))
+            environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // side_by_side))
         log.info("job %d begins: %s", job.number, self._settings(job))
         with self._output(job).open("ab") as output:
             return children.start(

@@ -387,6 +387,7 @@ def test_the_first_signal_asks_and_the_second_leaves() -> None:
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
+@pytest.mark.usefixtures("random_state")  # Gradio names a page by it
 def test_the_command(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says where the page is, serves this machine alone and asks no other, ends by Ctrl-C, and leaves nothing."""
     port, seen, temporary, others = free_port(), {}, tmp_path / "temporary", addresses()

@@ -67,6 +67,7 @@ def until(look: Callable[[], Any], seconds: float = 20) -> Any:
     return seen
 
 
+@pytest.mark.usefixtures("random_state")
 def test_the_page(browser: Any, served: tuple[str, Workbench], tmp_path: Path) -> None:
     """An image is completed row by row, stopped, uploaded, looked up; refusals are said; nothing else is asked for."""
 

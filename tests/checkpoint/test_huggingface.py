@@ -47,9 +47,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random network of Hugging Face's, saved by its own code, with their biases at zero as in what OpenAI gave."""
     folder = tmp_path_factory.mktemp("theirs")
     config = ImageGPTConfig(vocab_size=K + 1, n_positions=R * R, n_embd=24, n_layer=3, n_head=3)
-    torch.manual_seed(0)
-    model = ImageGPTForCausalImageModeling(config)
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = ImageGPTForCausalImageModeling(config)
         for name, weight in model.named_parameters():
             weight.zero_() if name.endswith(".bias") else weight.add_(torch.randn_like(weight) * 0.1)
     model.save_pretrained(folder)

@@ -182,7 +182,7 @@ def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         native.library.cache_clear()
 
 
-@pytest.mark.parametrize("compiler", ["nowhere-to-be-found", "false"])
+@pytest.mark.parametrize("compiler", ["nowhere-to-be-found", "false", "true"])
 def test_without_a_compiler(
     net: GPT, compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

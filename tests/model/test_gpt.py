@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from igpt.global_state import num_threads
 from igpt.model import native_attention
 from igpt.model.attention import attend, self_attention
 from igpt.model.gpt import GPT
@@ -307,14 +308,11 @@ def test_compiled_in_bfloat16(net: GPT, tokens: Tensor) -> None:
 @needs_compiler
 def test_c_gives_the_same_bits_by_any_number_of_threads() -> None:
     """Invariant: a run repeats itself whatever else the machine does."""
-    qkv, before = torch.randn(5, 50, 72, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 4, 40):  # 40: more than there are heads of images
-            torch.set_num_threads(threads)
+    qkv = torch.randn(5, 50, 72, generator=torch.Generator().manual_seed(0))
+    found = []
+    for threads in (1, 4, 40):  # 40: more than there are heads of images
+        with num_threads(threads):
             found.append(attended(qkv, 3, True, "native"))
-    finally:
-        torch.set_num_threads(before)
     for others in found[1:]:
         assert all(map(torch.equal, others, found[0]))
 

@@ -1,11 +1,12 @@
 """Checkpoints in the layout that OpenAI released, with TensorFlow's own writer."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
+
+from igpt.global_state import environment
 
 
 def variables(state: Mapping[str, Tensor], n_head: int, wclf: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -28,20 +29,20 @@ def variables(state: Mapping[str, Tensor], n_head: int, wclf: np.ndarray | None 
 
 def save(prefix: Path, values: Mapping[str, np.ndarray], n_shard: int = 1) -> Path:
     """Writes a checkpoint of TensorFlow's in so many shards, variables dealt out in turn. Returns its prefix."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
+    with environment(TF_CPP_MIN_LOG_LEVEL="3"):
+        import tensorflow as tf
 
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    names = sorted(values)
-    parts = []
-    for i in range(n_shard):
-        mine = names[i::n_shard]
-        parts.append(str(prefix.parent / "parts" / f"part-{i}"))
-        tf.raw_ops.SaveV2(
-            prefix=parts[-1],
-            tensor_names=mine,
-            shape_and_slices=[""] * len(mine),
-            tensors=[tf.constant(values[name]) for name in mine],
-        )
-    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(prefix), delete_old_dirs=True)
-    return prefix
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        names = sorted(values)
+        parts = []
+        for i in range(n_shard):
+            mine = names[i::n_shard]
+            parts.append(str(prefix.parent / "parts" / f"part-{i}"))
+            tf.raw_ops.SaveV2(
+                prefix=parts[-1],
+                tensor_names=mine,
+                shape_and_slices=[""] * len(mine),
+                tensors=[tf.constant(values[name]) for name in mine],
+            )
+        tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, destination_prefix=str(prefix), delete_old_dirs=True)
+        return prefix

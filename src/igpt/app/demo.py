@@ -18,6 +18,7 @@ from igpt.app.workbench import MEBIBYTE, Uploads, Workbench
 from igpt.checkpoint.native import Weights
 from igpt.data.crop import Crop
 from igpt.data.source import check_split_name
+from igpt.global_state import num_threads, signal_handler
 from igpt.metric.result import Result
 from igpt.model.features import NORMS
 from igpt.model.generate import Sampling
@@ -39,12 +40,8 @@ def computing_with(threads: int | None) -> Iterator[None]:
     The threads that share a product wait for each other in a loop, so one that has to share its core with a browser
     holds up all of them: on two cores, two threads then draw several times slower than one (docs/demo.md).
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before - 1) if threads is None else threads)
-    try:
+    with num_threads(max(1, torch.get_num_threads() - 1) if threads is None else threads):
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def about(weights: Weights) -> dict[str, str]:
@@ -82,19 +79,15 @@ class Ending:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While the block lasts, the two signals are requests."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in numbers}
 
         def ask(number: int, frame: FrameType | None) -> None:
             self.asked = True
             signal.signal(number, before[signal.Signals(number)])
 
-        for number in before:
-            signal.signal(number, ask)
-        try:
+        with signal_handler(numbers, ask):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def check(

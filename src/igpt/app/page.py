@@ -1,7 +1,6 @@
 """The page of `task=demo`, made with Gradio: what is seen and clicked. What it does is in `workbench`."""
 
 import logging
-import os
 import socket
 import threading
 import time
@@ -16,6 +15,7 @@ import numpy as np
 
 from igpt.app.tiles import facts, note, tile, tiles
 from igpt.app.workbench import MEBIBYTE, Chosen, Workbench
+from igpt.global_state import environment
 
 INTRO = (
     "The network draws an image pixel by pixel, row by row from the top. Choose an image, say how many of its rows are "
@@ -222,21 +222,6 @@ def build(bench: Workbench, about: Mapping[str, str], start: Start) -> gr.Blocks
 
 
 @contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """Environment variables, while the block lasts: some of Gradio's settings can be told in no other way."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
 def serving(
     bench: Workbench, about: Mapping[str, str], start: Start, *, host: str, port: int | None, place: Path
 ) -> Iterator[str]:
@@ -255,7 +240,9 @@ def serving(
             f"no page can be served at task.host={host} task.port={port} ({error.strerror or error}): choose another "
             "port, or null for a free one; the host is an address of this machine"
         ) from error
-    with environment(GRADIO_TEMP_DIR=str(place), GRADIO_ANALYTICS_ENABLED="False"):
+    # what Gradio can be told in no other way, and what it then sets itself
+    told = {"GRADIO_TEMP_DIR": str(place), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "True"}
+    with environment(**told):
         blocks = build(bench, about, start)
         blocks.queue(max_size=32, api_open=False)
         try:

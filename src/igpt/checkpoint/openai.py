@@ -20,6 +20,7 @@ from igpt.checkpoint import tensors
 from igpt.checkpoint.native import Origin, Weights, together
 from igpt.checkpoint.sizes import name_of
 from igpt.checkpoint.tensors import Lazy, State
+from igpt.global_state import environment
 from igpt.tokens.palette import Palette
 
 log = logging.getLogger(__name__)
@@ -243,14 +244,14 @@ class _Reader:
             raise ValueError(
                 f"{prefix}: TensorFlow takes {wild[0]} in a name for a pattern: rename the files or folders"
             )
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # no lines about the processor
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-        try:
-            import tensorflow as tf
-        except ImportError as error:
-            raise ValueError(INSTALL) from error
-        self.prefix, self.errors = prefix, (tf.errors.OpError, ValueError, IndexError, RuntimeError)
-        self.reader = self._tried(lambda: tf.train.load_checkpoint(str(prefix)))
+        quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}  # no lines about the processor
+        with environment(**{**quiet, **{name: os.environ[name] for name in quiet if name in os.environ}}):
+            try:
+                import tensorflow as tf
+            except ImportError as error:
+                raise ValueError(INSTALL) from error
+            self.prefix, self.errors = prefix, (tf.errors.OpError, ValueError, IndexError, RuntimeError)
+            self.reader = self._tried(lambda: tf.train.load_checkpoint(str(prefix)))
         shapes = self._tried(self.reader.get_variable_to_shape_map)
         self.shapes = {str(name): tuple(shape) for name, shape in shapes.items()}
         kinds = self._tried(self.reader.get_variable_to_dtype_map)

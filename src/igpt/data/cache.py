@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from igpt import files
+from igpt.cores import count_cores
 from igpt.data.decode import BadImageError
 from igpt.data.workers import startable_workers
 
@@ -58,7 +58,7 @@ def in_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -
         BadImageError: the first that `make` raised.
     """
     chunks: Iterable[T | BadImageError] = _Chunks(make, rows)
-    n_process = startable_workers(len(os.sched_getaffinity(0))) if len(rows) > _ALONE else 0
+    n_process = startable_workers(count_cores()) if len(rows) > _ALONE else 0
     if n_process:
         chunks = DataLoader(_Chunks(make, rows), batch_size=None, num_workers=n_process, collate_fn=_as_made)
     with tqdm(total=len(rows), desc=what, unit="image", disable=None) as bar:

@@ -6,14 +6,13 @@ What they rest on is measured in `docs/performance.md`.
 
 import os
 import platform
-import shutil
-from pathlib import Path
+import shlex
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from igpt.model import native
+from igpt.model import cpu, native
 
 ATTENTION = ("auto", "native", "sdpa", "blocks", "bmm")  # trainer.attention
 PRODUCTS = ("auto", "highest", "high", "medium")  # trainer.matmul_precision
@@ -70,10 +69,11 @@ def scores_kept(dtype: torch.dtype, path: str, *, t: int, causal: bool) -> int:
 def products(device: torch.device) -> str:
     """How float32 matrices are multiplied (`torch.set_float32_matmul_precision`): the fastest that computes in float32.
 
-    `medium` on an x86 CPU without AMX only picks oneDNN's kernels, up to twice as fast as the default. Everywhere else
-    it may round to bfloat16.
+    `medium` on an x86 CPU without AMX only picks oneDNN's kernels, up to twice as fast as the default. With AMX, and on
+    GPUs, it rounds the operands.
     """
-    return "medium" if device.type == "cpu" and platform.machine() in X86 and not _has_amx() else "highest"
+    x86 = device.type == "cpu" and platform.machine() in X86
+    return "medium" if x86 and cpu.medium_format(device) == "fp32" else "highest"
 
 
 def compiling(device: torch.device, *, n_embd: int, flops: float, half: bool) -> bool:
@@ -84,10 +84,13 @@ def compiling(device: torch.device, *, n_embd: int, flops: float, half: bool) ->
     """
     if device.type == "cpu":
         gains = half or n_embd <= NARROW
-        if not gains or shutil.which(os.environ.get("CXX") or "g++") is None:
+        if not gains:
             return False
     rate, seconds = WAIT.get(device.type, WAIT["cpu"])
-    return flops > rate * seconds
+    if flops <= rate * seconds:
+        return False
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    return device.type != "cpu" or native.compiler_version(compiler) is not None
 
 
 def decoding(weight: Tensor, *, n_embd: int, n_head: int) -> str:
@@ -110,8 +113,3 @@ def suits_native(weight: Tensor, *, n_embd: int, n_head: int) -> bool:
 
 def _whole(weight: Tensor) -> bool:
     return not isinstance(weight, DTensor) and not hasattr(weight, "ds_shape")
-
-
-def _has_amx() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return not cpuinfo.is_file() or "amx_" in cpuinfo.read_text()

@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,19 +14,29 @@ from typing import Any
 
 import torch
 
+from igpt.model import cpu
+
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "attend.c", FOLDER / "decode.c")
 HEADER = FOLDER / "vector.h"
 VECTOR = 8  # floats, the width that decode.c is written for
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 
 def found_compiler() -> list[str] | None:
-    """`CC`, with what it may say behind the name, else `cc`; None where there is none."""
-    command = shlex.split(os.environ.get("CC") or "cc")
-    return None if shutil.which(command[0]) is None else command
+    """`CC`, with what it may say behind the name, else `cc`; None where there is none (`CC=false`)."""
+    command = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    return None if compiler_version(command) is None else command
+
+
+def compiler_version(command: list[str]) -> str | None:
+    """What a compiler says of itself; None where it is not there, or fails."""
+    try:
+        return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 @functools.cache
@@ -74,12 +83,17 @@ def _declare(function: Any, returned: type | None, taken: list[Any]) -> None:
 
 def kept_at(compiler: list[str]) -> Path:
     """Where the compiled file is kept: one for each source, compiler and kind of CPU, so that a shared home serves."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
-    made_of = "\0".join([*texts, *FLAGS, version, platform.machine(), _cpu()])
+    options = [*compiler[1:], *target(compiler), *FLAGS]
+    made_of = "\0".join([*texts, *options, compiler_version(compiler) or "", platform.machine(), cpu.features()])
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "igpt" / f"native-{digest}.so"
+
+
+def target(compiler: list[str]) -> list[str]:
+    """The option that asks for code for this CPU, unless `CC` names another (`cc -march=x86-64-v3`)."""
+    return [] if any(word.startswith(("-march=", "-mcpu=")) for word in compiler[1:]) else ["-march=native"]
 
 
 def compile_to(place: Path, compiler: list[str]) -> None:
@@ -87,13 +101,6 @@ def compile_to(place: Path, compiler: list[str]) -> None:
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         made = Path(folder) / "native.so"
-        command = [*compiler, *FLAGS, "-x", "c", *map(str, SOURCES), "-o", str(made), "-lm"]
+        command = [*compiler, *target(compiler), *FLAGS, "-x", "c", *map(str, SOURCES), "-o", str(made), "-lm"]
         subprocess.run(command, capture_output=True, text=True, check=True)
         made.replace(place)
-
-
-def _cpu() -> str:
-    """What this CPU can do: code for one that can do more would end in an illegal instruction."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from igpt.data.classes import format_class_name
+from igpt.global_state import kept_environment
 from igpt.metric.result import Curve, Result
 from igpt.processes import SWEEP
 
@@ -62,6 +63,9 @@ def wandb(
     """
     import wandb as library
 
+    settings = library.Settings(init_timeout=timeout, silent=True)
+    if offline:
+        settings.mode = "offline"
     run_id = os.environ.get("WANDB_RUN_ID", about.run_id)
     logger = WandbLogger(
         name=about.run_id,
@@ -74,10 +78,11 @@ def wandb(
         group=group or os.environ.get(SWEEP) or about.pipeline,
         job_type=about.task,
         tags=[*dict.fromkeys([about.task, about.model, about.data, about.objective, *tags])],
-        settings=library.Settings(init_timeout=timeout, silent=True),
+        settings=settings,
     )
     try:
-        _ = logger.experiment  # begins it
+        with kept_environment("WANDB_MODE"):  # Lightning says offline by it, which would hold for later runs, too
+            _ = logger.experiment  # begins it
     except library.errors.Error as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(

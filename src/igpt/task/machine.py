@@ -2,10 +2,10 @@
 
 import ctypes
 import importlib.util
-import os
+import logging
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,11 +13,15 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+from igpt.cores import count_cores
 from igpt.data.order import BatchPlan
-from igpt.model import choice, native
+from igpt.global_state import float32_matmul_precision
+from igpt.model import choice, cpu, native
 from igpt.model.gpt import GPT
 from igpt.ranks import Rank, this_rank
 from igpt.task.zero import INSTALL
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 PRECISIONS = get_args(Precision)
@@ -115,7 +119,7 @@ class Machine:
         """Processes that read images while this one trains."""
         if self.num_workers is not None:
             return self.num_workers
-        return min(4, len(os.sched_getaffinity(0))) if self.device.type == "cuda" else 0
+        return min(4, count_cores()) if self.device.type == "cuda" else 0
 
     def training_plan(self, batch_size: int) -> BatchPlan:
         """How `batch_size` images a step are shared out. Raises ValueError when they cannot be."""
@@ -239,6 +243,20 @@ class Machine:
         with self.autocast():
             yield net
 
+    def kernel_cache(self) -> AbstractContextManager[None]:
+        """What keeps compiled kernels apart by kind of CPU while a block lasts, where any may be compiled."""
+        return nullcontext() if self.compile is False else cpu.inductor_cache()
+
+    def warn_of_rounding(self) -> None:
+        """Warns, on the first rank, where an environment variable makes oneDNN round float32 at any setting."""
+        setting = cpu.rounding_setting() if self.device.type == "cpu" else None
+        if setting is not None and self.rank.first:
+            log.warning(
+                "%s: on a CPU with AMX, oneDNN then computes float32 in fewer bits, whatever trainer.precision and "
+                "trainer.matmul_precision say; unset it for results that other machines repeat",
+                setting,
+            )
+
     def autocast(self) -> torch.autocast:
         """What makes `bf16-mixed` of a block, in the thread it runs in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
@@ -252,12 +270,8 @@ def matmul_precision(setting: str, device: torch.device) -> Iterator[None]:
     """
     if setting == "auto":
         setting = choice.products(device)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(setting)
-    try:
+    with float32_matmul_precision(setting):
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def hold_memory() -> None:

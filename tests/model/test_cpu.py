@@ -1,0 +1,117 @@
+"""What float32 products compute on this CPU is found out by one of them; kernels are kept by kind of CPU."""
+
+import os
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+
+from igpt.model import choice, cpu
+from tests.conftest import needs_compiler
+from tests.task.conftest import machine
+
+CPU = torch.device("cpu")
+
+
+def largest_error(precision: str) -> float:
+    """Of a product of 512³ normal numbers: about 5e-5 in float32, 0.25 where operands round to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(512, 512, generator=generator) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        return float((one @ other - (one.double() @ other.double())).abs().max())
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_it_is_what_products_do_here() -> None:
+    """Independent source: the error of another product against float64; the precision stays what it was."""
+    before = torch.get_float32_matmul_precision()
+    found = cpu.medium_format(CPU)
+    assert torch.get_float32_matmul_precision() == before
+    error = largest_error("medium")
+    assert found == ("fp32" if error < 1e-3 else "bf16" if error > 0.05 else "tf32")
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):  # what a network is being laid out in
+        cpu.medium_format.cache_clear()
+        assert cpu.medium_format(CPU) == found
+
+
+@pytest.mark.usefixtures("medium_rounds")
+def test_where_it_rounds() -> None:
+    """Invariant: `auto` computes in float32, also on a CPU on which "medium" is bfloat16."""
+    assert largest_error("medium") > 0.05
+    assert cpu.medium_format(CPU) == "bf16"
+    assert choice.products(CPU) == "highest"
+    assert largest_error(choice.products(CPU)) < 1e-3
+
+
+def test_where_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "medium_format", lambda device: "fp32")
+    assert choice.products(CPU) == ("medium" if platform.machine() in choice.X86 else "highest")
+    assert choice.products(torch.device("meta")) == "highest"
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, None),
+        ({"ONEDNN_DEFAULT_FPMATH_MODE": "STRICT"}, None),
+        ({"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"}, "ONEDNN_DEFAULT_FPMATH_MODE=BF16"),
+        ({"DNNL_DEFAULT_FPMATH_MODE": "any"}, "DNNL_DEFAULT_FPMATH_MODE=any"),
+        ({"ONEDNN_DEFAULT_FPMATH_MODE": "strict", "DNNL_DEFAULT_FPMATH_MODE": "any"}, None),
+    ],
+)
+def test_a_setting_that_rounds_is_said(
+    variables: dict[str, str], said: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On the first rank, once."""
+    for name in cpu.FPMATH_MODES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    machine().warn_of_rounding()
+    assert len(caplog.records) == (said is not None)
+    assert said is None or said in caplog.text
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    caplog.clear()
+    machine(devices=2).warn_of_rounding()
+    assert not caplog.records
+
+
+def test_kernels_of_each_kind_of_cpu_lie_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: another limit, or another CPU, is another folder; the user's own is taken; nothing stays set."""
+    monkeypatch.delenv(cpu.INDUCTOR_CACHE, raising=False)
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
+    def folder() -> Path:
+        with machine(compile="auto").kernel_cache():
+            return Path(os.environ[cpu.INDUCTOR_CACHE])
+
+    found = [folder(), folder()]
+    assert found[0] == found[1]
+    assert found[0].parent == Path(default_cache_dir())
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    found.append(folder())
+    monkeypatch.setattr(cpu, "features", lambda: "another")
+    found.append(folder())
+    assert len(set(found)) == 3
+    assert cpu.INDUCTOR_CACHE not in os.environ
+    with machine(compile=False).kernel_cache():
+        assert cpu.INDUCTOR_CACHE not in os.environ
+    monkeypatch.setenv(cpu.INDUCTOR_CACHE, "mine")
+    with machine(compile=True).kernel_cache():
+        assert Path(cache_dir()) == Path("mine").absolute()
+
+
+@needs_compiler
+def test_c_for_another_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: `CC` may name the CPU that the C is compiled for; each is a file of its own."""
+    from igpt.model import native
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compilers = [["cc"], ["cc", "-march=x86-64-v3"], ["cc", "-march=x86-64-v2"], ["cc", "-mno-avx512f"]]
+    assert [native.target(compiler) for compiler in compilers] == [["-march=native"], [], [], ["-march=native"]]
+    assert len({native.kept_at(compiler) for compiler in compilers}) == 4
