@@ -31,6 +31,7 @@ SETTINGS = {
     "labels_per_class": None,
     "subset_seed": 0,
     "splits": {"train": ["train"], "val": [], "test": []},
+    "layout": "auto",
     "image_column": ["image", "img"],
     "label_column": [],
     "augment": {"pad": 0, "flip": False},
