@@ -10,7 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from igpt.arguments import absolute, expand_home, parse, prepare, quoted, with_home
+from igpt.arguments import _argument_with_home, absolute, expand_home, parse, prepare, quoted, with_home
 from igpt.launch import run
 from tests.conftest import ROOT
 
@@ -77,7 +77,6 @@ def test_what_has_to_be_quoted_is_told_how() -> None:
         ("data.path=[photos]", "read as list.* quote it: 'data.path=\"\\[photos\\]\"'"),
         ("paths.cache=true", "read as bool.* quote it: 'paths.cache=\"true\"'"),
         ("task.beside=[a=b,c]", 'quote it: \'task.beside=\\["a=b","c"\\]\''),
-        ("data.path=~/photos", "quote it: 'data.path=\"~/photos\"'"),
     ],
 )
 def test_what_hydra_reads_otherwise(override: str, message: str) -> None:
@@ -104,6 +103,8 @@ def test_home_is_meant_by_a_tilde(setting: str, tmp_path: Path, monkeypatch: pyt
 def test_home_in_lists_sweeps_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand. What only looks like it (a deletion, a name with ~ within, nobody's home) is left as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    for typed in ("data.path=~/photos", "+task.stages.x.run=~/a b", "paths.runs=~"):
+        assert parse([_argument_with_home(typed)])[0].value() == typed.partition("=")[2].replace("~", str(tmp_path), 1)
     (lists,) = prepare(['task.beside=["~/x","y~/z","${paths.runs}/p"]', "task=palette"], CONF)[:1]
     assert parse([lists])[0].value() == [f"{tmp_path}/x", "y~/z", "${paths.runs}/p"]
     for left in ("~logger", '+x="a~/b"', 'data.path="~/a","~/b"'):

@@ -51,6 +51,9 @@ def _argument_with_home(argument: str) -> str:
         return argument
     if name == "--config-dir":
         return f"{name}={with_home(value)}"
+    if re.fullmatch(r"~[^/,\[\]{}()'\"=\s]*(/[^,\[\]{}()'\"]*)?", value):  # as it is typed, which Hydra would not read
+        home = with_home(value)
+        return argument if home == value else f"{name}={_in_quotes(home)}"
     (override,) = parse([argument])
     if override.is_sweep_override():  # each job of it comes by here
         return argument

@@ -29,8 +29,8 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, found: Hashes |
     found_out: Hashes = {"init": init, "tokens.path": palette}
     for of, settings in {"data": config["data"], **config["data"].get("streams", {})}.items():
         images = settings.get("path")
-        if images is not None and Path(images).expanduser().exists():
-            found_out[f"{of}.path"] = hash_files(Path(images).expanduser(), list_files)
+        if images is not None and Path(images).exists():
+            found_out[f"{of}.path"] = hash_files(Path(images), list_files)
         elif images is not None and (named := [Path(file) for file in named_files(images) or ()]):
             listed = [f"{file} {file.stat().st_size}" for file in named if file.is_file()]
             found_out[f"{of}.path"] = hashlib.sha256("\n".join(listed).encode()).hexdigest()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from igpt.data.classes import CIFAR10
 from igpt.data.decode import BadImageError
-from igpt.data.images import CachedSplit, DecodedSplit
+from igpt.data.image_splits import CachedSplit, DecodedSplit
 from tests.data.conftest import RANDOM_CROP, SETTINGS, Shop, class_folders, encoded, photo
 
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from igpt.data import parquet_files
 from igpt.data.decode import BadImageError
 from igpt.data.images import Images
 from igpt.data.listing import hash_files, list_files
@@ -275,7 +276,9 @@ def test_labels_in_metadata(images: Shop, tmp_path: Path, name: str, lines: list
         (["file_name,label", "0.png,0"], r"1\.png has no line in the metadata"),
         (["file_name,label", "0.png,0", "1.png,1", "/etc/hostname,1"], r"line 4: '/etc/hostname' is no image below"),
         (["file_name,label", "0.png,0", "1.png,1", "../x.png,1"], r"'\.\./x\.png' is no image below"),
-        (["file_name,label", "0.png,0.5", "1.png,1"], "'0.5' is neither a whole number nor a name"),
+        (["file_name,label", "0.png,1", "1.png,2.5"], "label '2.5' is neither a whole number nor a name"),
+        (["file_name,label", "0.png,1", "1.png,1", "0.png,0"], "line 4: '0.png' is '0' here and '1' elsewhere"),
+        (["file_name,label", "0.png,1", f"1.png,{'9' * 30}"], "neither a whole number nor a name"),
     ],
 )
 def test_metadata_that_is_wrong(images: Shop, tmp_path: Path, lines: list[str], message: str) -> None:
@@ -475,6 +478,160 @@ def test_the_oracles_tokens_are_read_as_before(shared: Path, tmp_path: Path, nam
     np.save(tmp_path / "o_vaY.npy", np.eye(reference["labels"].max() + 1, dtype=np.float32)[reference["labels"]])
     source = OpenAITokens(name="o", resolution=8, path=str(tmp_path), clusters=str(tmp_path / "colours.npy"))
     assert digest_of(source.split("val")) == digest
+
+
+# What went wrong once.
+
+
+def tar_of(path: Path, members: Sequence[tuple[str, bytes | str]]) -> Path:
+    """A tar file of these members; a text is where a link leads."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            if isinstance(content, bytes):
+                add(tar, name, content)
+                continue
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE if name.endswith("h.png") else tarfile.SYMTYPE, content
+            tar.addfile(link)
+    return path
+
+
+def png(seed: int) -> bytes:
+    return encoded(photo(seed, 8, 8), "PNG")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_image_of_a_tar_file(
+    images: Shop, tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every format by its ending; labels also where a Mac has put its own files between; links are bad images."""
+    members: list[tuple[str, bytes | str]] = []
+    for i, ending in enumerate(("png", "bmp", "tif", "webp")):
+        of_format = {"webp": {"lossless": True}}.get(ending, {})
+        content = encoded(photo(i, 8, 8), {"tif": "TIFF"}.get(ending, ending.upper()), **of_format)
+        members += [(f"._{i}.{ending}", b"mac"), (f"{i}.{ending}", content), (f"._{i}.cls", b"mac"), (f"{i}.cls", b"1")]
+    path = tar_of(tmp_path / "a.tar", [*members, ("5.heic", b"?"), ("5.cls", b"0")])
+    how: dict[str, Any] = {"val_fraction": 0.0, "streaming": streaming, "image_column": ["image", "png"]}
+    split = images(path, label_column=["cls"], n_class=2, **how).split("train")
+    found = {pixels.tobytes() for pixels in split.read(range(len(split)), [0] * len(split)).pixels}
+    assert found == {np.asarray(photo(seed, 8, 8)).tobytes() for seed in range(4)}
+    assert split.labels.tolist() == [1] * 4
+    if not streaming:
+        assert "1 .heic" in caplog.text
+    links = tar_of(tmp_path / "links.tar", [("0.png", png(0)), ("1h.png", "0.png"), ("2.png", "/etc/hostname")])
+    assert len(images(links, on_corrupt="skip", **how).split("train")) == 1
+    with pytest.raises(BadImageError, match=r"(1h|2)\.png in .*: it is a link"):
+        split = images(links, **how).split("train")
+        split.read([1], [0])
+
+
+def test_folders_that_link_to_nothing(images: Shop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A class or a split on a disk that is not there is not passed over in silence."""
+    class_folders(tmp_path, ["a", "b"], 2)
+    (tmp_path / "train" / "c").symlink_to("/nowhere/c")
+    with pytest.raises(ValueError, match=r"train/c is a link to nothing .*: mend or remove it"):
+        images(tmp_path)
+    assert everything(images(tmp_path, val_fraction=0.0, on_corrupt="skip"))["train"] == 4
+    assert "train/c is a link to nothing" in caplog.text
+    (tmp_path / "train" / "c").unlink()
+    (tmp_path / "test").symlink_to("/nowhere/test")
+    with pytest.raises(ValueError, match="test is a link to nothing"):
+        images(tmp_path)
+
+
+def test_folders_that_all_link_to_one_another(tmp_path: Path) -> None:
+    """Listing ends: their files would be read as often as there are ways through them."""
+    for name in "abcdefgh":
+        write(tmp_path / name / "x.png")
+        for other in "abcdefgh":
+            if other != name:
+                (tmp_path / name / other).symlink_to(tmp_path / other)
+    with pytest.raises(ValueError, match="links lead to this folder by more than 64 ways"):
+        list_files(tmp_path)
+
+
+def test_images_that_cells_name_are_read_anew(images: Shop, tmp_path: Path) -> None:
+    """Invariant: other images under the same names are other pixels, also from the cache."""
+    write(tmp_path / "images" / "0.png", seed=1)
+    cells(tmp_path / "x.parquet", ["images/0.png"])
+    for seed in (1, 2):
+        write(tmp_path / "images" / "0.png", seed=seed)
+        split = images(tmp_path, val_fraction=0.0).split("train")
+        split.prepare()
+        assert np.array_equal(split.read([0], [0]).pixels[0], np.asarray(photo(seed, 8, 8)))
+
+
+def test_a_copy_without_a_file_is_not_kept(
+    images: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Invariant: what could not be read once is read when it can; without `skip` it ends the run."""
+    for i in range(2):
+        stored(tmp_path / f"train-{i}.parquet", [row(2 * i, 0), row(2 * i + 1, 1)])
+    batches = parquet_files.ParquetShards.read
+
+    def broken(self: Any, number: int, start: int) -> Any:
+        for i, *rest in batches(self, number, start):
+            if (number, i) == (1, 1):
+                raise BadShardError("train-1.parquet cannot be read after 1 images: Input/output error")
+            yield i, *rest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet_files.ParquetShards, "read", broken)
+        with pytest.raises(BadShardError, match=r"Input/output error; data\.on_corrupt=skip leaves out"):
+            images(tmp_path, val_fraction=0.0)
+        assert everything(images(tmp_path, val_fraction=0.0, on_corrupt="skip"))["train"] == 3
+    assert "what is left of it is left out" in caplog.text
+    for on_corrupt in ("skip", "raise"):
+        assert everything(images(tmp_path, val_fraction=0.0, on_corrupt=on_corrupt))["train"] == 4
+    (copy,) = [path for path in (images.cache / "parquet").glob("*.arrow") if "partial" not in path.name]
+    copy.write_bytes(b"damaged")
+    (copy.parent / f".{copy.stem}.partial.arrow.x.part").write_bytes(b"of a kill")
+    assert everything(images(tmp_path, val_fraction=0.0))["train"] == 4
+    assert not list(copy.parent.glob("*.part"))
+
+
+def test_a_tar_file_that_ends_early(images: Shop, tmp_path: Path) -> None:
+    """As a table, too, `skip` keeps what comes before the damage."""
+    path = tar_of(tmp_path / "a.tar", [(f"{i}.png", png(i)) for i in range(3)])
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(BadShardError, match=r"a\.tar cannot be read after 1 images.*on_corrupt=skip"):
+        images(path, val_fraction=0.0)
+    assert everything(images(path, val_fraction=0.0, on_corrupt="skip"))["train"] == 1
+
+
+def test_splits_that_are_not_asked_for_are_not_opened(images: Shop, tmp_path: Path) -> None:
+    stored(tmp_path / "train-00000-of-00001.parquet", [row(0, 0)])
+    (tmp_path / "unlabeled-00000-of-00001.parquet").write_bytes(b"damaged")
+    assert everything(images(tmp_path, val_fraction=0.0))["train"] == 1
+    assert len(list((images.cache / "parquet").glob("*.arrow"))) == 1
+
+
+def test_a_stray_record_of_something_else(images: Shop, tmp_path: Path) -> None:
+    """A state.json without .arrow files beside it is no saved dataset."""
+    class_folders(tmp_path, ["a", "b"], 2, split="")
+    (tmp_path / "state.json").write_text("{}")
+    assert everything(images(tmp_path, val_fraction=0.0))["train"] == 4
+
+
+def test_arrays_beside_images_do_not_make_another_run(tmp_path: Path) -> None:
+    write(tmp_path / "0.png")
+    before = hash_files(tmp_path, list_files)
+    np.save(tmp_path / "features.npy", np.zeros(3))
+    assert hash_files(tmp_path, list_files) == before
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_that_are_too_large(images: Shop, tmp_path: Path, streaming: bool) -> None:
+    """One line that names the file, whatever holds them."""
+    tar_of(tmp_path / "a.tar", [("0.png", png(0)), ("0.cls", b"9" * 20)])
+    pq.write_table(pa.table({"image": [png(0)], "label": pa.array([2**63 + 1], pa.uint64())}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"image": [{"bytes": "text", "path": None}], "label": [0]}), tmp_path / "c.parquet")
+    for name, message in (("a.tar", r"a\.tar .*0\.cls holds '9+'"), ("b.parquet", r"b\.parquet: row 0 has the label"),
+                          ("c.parquet", "expected images")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            source = images(tmp_path / name, val_fraction=0.0, streaming=streaming, label_column=["label", "cls"],
+                            image_column=["image", "png"], n_class=2)  # fmt: skip
+            source.split("train")
 
 
 def test_a_stream_of_a_folder_reads_its_files_once(images: Shop, tmp_path: Path) -> None:

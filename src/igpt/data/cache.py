@@ -21,7 +21,7 @@ from igpt.data.workers import startable_workers
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # goes up when the same settings make other pixels
+FORMAT = 2  # goes up when the same settings make other pixels
 _CHUNK = 64  # images a worker makes at a time
 _ALONE = 512  # so few images are made in this process: starting others would take longer
 

@@ -3,8 +3,9 @@
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,32 +35,31 @@ class HubTable:
     labels: np.ndarray
     names: tuple[str, ...] | None
     where: str
-    root: Path | None  # where the paths in its cells may lead
+    fingerprint: str  # of the files it was read from
+    root: Path | None = None  # below which relative paths in its cells may lead
+    unpacked: tuple[Path, ...] = ()  # below which absolute ones may: `datasets` has written those
 
     @staticmethod
-    def of(rows: datasets.Dataset, columns: Columns, where: str, root: Path | None) -> "HubTable":
+    def of(rows: datasets.Dataset, columns: Columns, where: str, **more: Any) -> "HubTable":
         """Raises ValueError when no column can hold an image, or a label column is none."""
+        more = {"fingerprint": str(rows._fingerprint), **more}
         image, label = columns.find(rows.features, where)
         rows = rows.with_format(None).select_columns([name for name in (image, label) if name])
         rows = rows.cast_column(image, datasets.Image(decode=False))
         if label is None:
-            return HubTable(rows, image, np.full(len(rows), -1, dtype=np.int64), None, where, root)
+            return HubTable(rows, image, np.full(len(rows), -1, dtype=np.int64), None, where, **more)
         column = rows.data.column(label)
         if rows._indices is not None:
             column = column.take(rows._indices.column(0))
         labels = pc.fill_null(column, -1).to_numpy().astype(np.int64)
-        return HubTable(rows, image, labels, class_names(rows.features[label]), where, root)
+        return HubTable(rows, image, labels, class_names(rows.features[label]), where, **more)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def fingerprint(self) -> str:
-        return str(self.rows._fingerprint)
-
     def encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         for row, cell in zip(rows, self.rows[list(rows)][self.image], strict=True):
-            yield read_cell(cell, f"row {row} of {self.where}", self.root, absolute=True)
+            yield read_cell(cell, f"row {row} of {self.where}", self.root, unpacked=self.unpacked)
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class HubShards:
             raise BadShardError(f"{self.name(number)} cannot be read after {row + 1} images: {reason}") from error
 
 
-def open_hub(path: str, *, name: str, columns: Columns, streaming: bool) -> dict[str, HubTable | HubShards]:
-    """Every split of a dataset on the Hugging Face Hub.
+def open_hub(path: str, *, name: str, columns: Columns, streaming: bool) -> dict[str, Callable[[], Any]]:
+    """What opens each split of a dataset on the Hugging Face Hub.
 
     Raises:
         ValueError: no such name, no network, or no right to read it; with what to do instead.
@@ -124,17 +124,18 @@ def open_hub(path: str, *, name: str, columns: Columns, streaming: bool) -> dict
         raise ValueError(_unreachable(path, name, str(error))) from error
     except Exception as error:  # whatever a network can do: the way out is the same
         raise ValueError(_unreachable(path, name, str(error.__cause__ or error))) from error
-    unpacked = Path(datasets.config.HF_CACHE_HOME)  # where `datasets` puts image files, whose paths it writes itself
+    repository = Path(datasets.config.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}"
+    unpacked = (repository, Path(datasets.config.HF_DATASETS_CACHE) / "downloads")  # where `datasets` puts image files
+    if streaming:
+        return {split: partial(HubShards.of, rows, columns, f"{path} ({split})") for split, rows in found.items()}
     return {
-        split: HubShards.of(rows, columns, f"{path} ({split})")
-        if streaming
-        else HubTable.of(rows, columns, f"{path} ({split})", unpacked)
+        split: partial(HubTable.of, rows, columns, f"{path} ({split})", unpacked=unpacked)
         for split, rows in found.items()
     }
 
 
-def open_saved(listing: Listing, *, columns: Columns, path: str) -> dict[str, HubTable]:
-    """Every split of a dataset that `save_to_disk` wrote.
+def open_saved(listing: Listing, *, columns: Columns, path: str) -> dict[str, Callable[[], Any]]:
+    """What opens each split of a dataset that `save_to_disk` wrote.
 
     Raises:
         ValueError: its records name files that are not among those in the folder, or are damaged.
@@ -151,7 +152,13 @@ def open_saved(listing: Listing, *, columns: Columns, path: str) -> dict[str, Hu
         _check_saved(listing.root, folder, there, path)
     saved = datasets.load_from_disk(str(listing.root))
     found = saved if isinstance(saved, Mapping) else {"train": saved}
-    return {split: HubTable.of(rows, columns, f"{path} ({split})", listing.root) for split, rows in found.items()}
+    return {
+        split: partial(
+            HubTable.of, rows, columns, f"{path} ({split})",
+            fingerprint=f"{listing.fingerprint} {split}", root=listing.root,
+        )
+        for split, rows in found.items()
+    }  # fmt: skip
 
 
 def _check_saved(root: Path, folder: str, there: set[str], path: str) -> None:

@@ -1,26 +1,23 @@
 """Image files as a table or as shards: classes are the folders they lie in, or stand in a metadata.csv beside them."""
 
-import csv
-import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from igpt.data.classes import describe_classes
 from igpt.data.decode import read_image_file
+from igpt.data.image_metadata import number_labels, read_metadata, resolve_name
 from igpt.data.layout import class_of, is_nested
 from igpt.data.listing import METADATA, Listing
 from igpt.data.tables import Cell
 
 log = logging.getLogger(__name__)
 
-MOST_METADATA_BYTES = 1 << 30
 _MOST_SHARDS = 4096  # of more files, several are one
 
 
@@ -28,28 +25,24 @@ _MOST_SHARDS = 4096  # of more files, several are one
 class ImageFiles:
     """Image files below a folder, in the order of their names: a `Table`, and as a stream `Shards`."""
 
-    listing: Listing
+    root: Path
+    paths: pa.Array  # relative, as bytes, in one piece, which processes that are forked share
     labels: np.ndarray  # (N,) int64
     names: tuple[str, ...] | None
     where: str
+    fingerprint: str
+
+    @staticmethod
+    def of(listing: Listing, labels: np.ndarray, names: tuple[str, ...] | None, where: str) -> "ImageFiles":
+        """The files of a listing, with their labels."""
+        paths = pa.array(map(os.fsencode, listing.names), pa.large_binary())
+        return ImageFiles(listing.root, paths, labels, names, where, listing.fingerprint)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def root(self) -> Path:
-        return self.listing.root
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return self.listing.fingerprint
-
-    @cached_property
-    def _paths(self) -> pa.Array:  # in one piece, which processes that are forked share
-        return pa.array(map(os.fsencode, self.listing.names), pa.large_binary())
-
     def path(self, row: int) -> Path:
-        return self.root / os.fsdecode(self._paths[row].as_py())
+        return self.root / os.fsdecode(self.paths[row].as_py())
 
     def encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         for row in rows:
@@ -120,9 +113,9 @@ def open_image_files(
             "too: remove one, or data.label_column=[] to take the folders"
         )
     if given:
-        labels, names = _from_metadata(given, len(files), where)
+        labels, names = number_labels(given, len(files), where)
         _check_all_labelled(files, labels, n_class, where, "has no line in the metadata")
-        return ImageFiles(files, labels, names, where)
+        return ImageFiles.of(files, labels, names, where)
     nested = next((name for name in files.names if is_nested(name, depth)), None)
     if nested is not None and n_class is not None and len(known) != n_class:
         raise ValueError(
@@ -138,7 +131,7 @@ def open_image_files(
     number = {name: label for label, name in enumerate(known)}
     labels = np.fromiter((-1 if folder is None else number[folder] for folder in folders), np.int64, len(folders))
     _check_all_labelled(files, labels, n_class, where, "lies in no class folder")
-    return ImageFiles(files, labels, tuple(known) or None, where)
+    return ImageFiles.of(files, labels, tuple(known) or None, where)
 
 
 def _check_all_labelled(files: Listing, labels: np.ndarray, n_class: int | None, where: str, why: str) -> None:
@@ -151,80 +144,32 @@ def _check_all_labelled(files: Listing, labels: np.ndarray, n_class: int | None,
         )
 
 
-def _metadata(listing: Listing, files: Listing, label_columns: Sequence[str]) -> dict[int, str | int]:
+def _metadata(listing: Listing, files: Listing, label_columns: Sequence[str]) -> dict[int, str]:
     """Row → label, by the metadata files that have labels; nothing where there is none."""
     found = [name for name in listing.names if name.rpartition("/")[2] in METADATA]
-    if not found:
+    if not found or not label_columns:
         return {}
     row_of = {name: row for row, name in enumerate(files.names)}
     others = set(listing.names)
-    given: dict[int, str | int] = {}
+    given: dict[int, str] = {}
     for metadata in found:
-        folder = metadata.rpartition("/")[0]
-        column, lines = _read_metadata(listing.root / metadata, label_columns)
-        if column is None:
+        lines = read_metadata(listing.root / metadata, label_columns)
+        if lines is None:
             log.warning("data: %s has no labels of images: it is not read", listing.root / metadata)
             continue
-        for number, line in lines:
-            name = os.path.normpath(PurePosixPath(folder, str(line["file_name"])).as_posix())
-            if name in row_of:
-                label = line[column]
-                if label not in (None, ""):
-                    given[row_of[name]] = label if isinstance(label, int) else str(label)
-            elif name not in others:
+        for line in lines:
+            name = resolve_name(metadata.rpartition("/")[0], line.file_name)
+            row = row_of.get(name)
+            if row is None and name not in others:
                 raise ValueError(
-                    f"{listing.root / metadata}, line {number}: {line['file_name']!r} is no image below "
+                    f"{listing.root / metadata}, line {line.number}: {line.file_name!r} is no image below "
                     f"{listing.root}: correct it, or remove the line"
                 )
+            if row is None or line.label is None:
+                continue
+            if given.setdefault(row, line.label) != line.label:
+                raise ValueError(
+                    f"{listing.root / metadata}, line {line.number}: {line.file_name!r} is {line.label!r:.40} here and "
+                    f"{given[row]!r:.40} elsewhere: remove one of the lines"
+                )
     return given
-
-
-def _read_metadata(
-    path: Path, label_columns: Sequence[str]
-) -> tuple[str | None, list[tuple[int, Mapping[str, str | int | None]]]]:
-    """The column of labels, and every line with its number. None: the file does not say what is in which image."""
-    if path.stat().st_size > MOST_METADATA_BYTES:
-        raise ValueError(f"{path} has more than {MOST_METADATA_BYTES:,} bytes, too many to be read: remove it")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                table = csv.DictReader(file)
-                lines = [(table.line_num, line) for line in table]
-            else:
-                lines = [(number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): correct it, or remove it") from error
-    if not lines or not all(isinstance(line, dict) and line.get("file_name") for _, line in lines):
-        return None, []
-    column = next((name for name in label_columns if any(name in line for _, line in lines)), None)
-    return column, [
-        (number, {"file_name": line["file_name"], column or "": line.get(column)}) for number, line in lines
-    ]
-
-
-def _from_metadata(given: Mapping[int, str | int], n: int, where: str) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """Labels (N,) and the names of the classes: whole numbers are labels, words are names, numbered as sorted."""
-    labels = np.full(n, -1, dtype=np.int64)
-    numbers = {label for label in given.values() if isinstance(label, int) or label.isdecimal()}
-    names = None
-    if len(numbers) == len(set(given.values())):
-        of = {label: int(label) for label in numbers}
-    elif numbers or any(_is_number(str(label)) for label in given.values()):
-        odd = next(label for label in given.values() if label not in numbers or _is_number(str(label)))
-        raise ValueError(
-            f"{where}: the metadata's label {odd!r} is neither a whole number nor a name as the others are"
-        )
-    else:
-        names = tuple(sorted({str(label) for label in given.values()}))
-        of = {name: label for label, name in enumerate(names)}
-    for row, label in given.items():
-        labels[row] = of[label]
-    return labels, names
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,14 +14,15 @@ import PIL
 from igpt import files
 from igpt.data import cache as pixel_cache
 from igpt.data.classes import Classes, describe_classes
-from igpt.data.crop import Crop, Cut, padded_crop
+from igpt.data.crop import Crop, Cut
 from igpt.data.decode import BadImageError, opened, rgb
 from igpt.data.hub import HUB_NAME, open_hub
+from igpt.data.image_splits import AugmentedSplit, CachedSplit, DecodedSplit
 from igpt.data.layout import check_layout
 from igpt.data.listing import ListFiles, list_files
-from igpt.data.local import Opening, open_listed, open_named
+from igpt.data.local import Open, Opening, open_listed, open_named
 from igpt.data.shards import named_files
-from igpt.data.source import Pixels, Split, Stream, check_split_name
+from igpt.data.source import Split, Stream, check_split_name
 from igpt.data.split import balanced_subset, check_fractions, split_indices
 from igpt.data.stream import Streamed
 from igpt.data.tables import Columns, Table
@@ -87,11 +88,12 @@ class Images:
             skip=on_corrupt == "skip",
             cache=cache,
         )
-        found = _open(how, name, list_files)
-        of = {ours: _present(ours, theirs, found, path) for ours, theirs in splits.items()}
+        openers = _find_splits(how, name, list_files)
+        of = {ours: _present(ours, theirs, openers, path) for ours, theirs in splits.items()}
         trained_on = of["train"]
         assert trained_on is not None
         read = sorted({theirs for theirs in of.values() if theirs})
+        found = {theirs: openers[theirs]() for theirs in read}
         others = [found[theirs].names for theirs in read if theirs != trained_on]
         read_as = Classes.of(classes, n_class, [found[trained_on].names, *others])
         self.class_names = read_as.names
@@ -108,7 +110,7 @@ class Images:
             )  # fmt: skip
             return
         pixel_caches = _PixelCacheDir(cache / "pixels", f"{name}{resolution}", how.skip)
-        tables = {theirs: found[theirs] for theirs in read}
+        tables: dict[str, Table] = found
         drawn = split_indices(
             len(tables[trained_on]),
             val_fraction=0 if of["val"] else val_fraction,
@@ -143,13 +145,13 @@ class Images:
         return self._parts.training()
 
 
-def _open(how: Opening, name: str, list_files: ListFiles) -> Mapping[str, Any]:
-    """Every split of what `data.path` names: on this machine, at an address, or on the Hub.
+def _find_splits(how: Opening, name: str, list_files: ListFiles) -> Mapping[str, Open]:
+    """What opens each split of what `data.path` names: on this machine, at an address, or on the Hub.
 
     Raises:
         ValueError: there is nothing of that name, or no image in it.
     """
-    place = Path(how.path).expanduser()
+    place = Path(how.path)
     if place.exists():
         return open_listed(list_files(place), how)
     shards = named_files(how.path)
@@ -164,7 +166,7 @@ def _open(how: Opening, name: str, list_files: ListFiles) -> Mapping[str, Any]:
     return open_hub(how.path, name=name, columns=how.columns, streaming=how.streaming)
 
 
-def _present(ours: str, theirs: Sequence[str], found: Mapping[str, Any], path: str) -> str | None:
+def _present(ours: str, theirs: Sequence[str], found: Mapping[str, Open], path: str) -> str | None:
     """The first of their names of a split that is there. Raises ValueError when training images are not."""
     for name in theirs:
         if name in found:
@@ -175,96 +177,6 @@ def _present(ours: str, theirs: Sequence[str], found: Mapping[str, Any], path: s
             f"say which to train on, data.splits.train=[{next(iter(found))}]"
         )
     return None
-
-
-@dataclass(frozen=True)
-class DecodedSplit:
-    """Rows of a table, decoded and cut whenever they are read."""
-
-    table: Table
-    of_table: np.ndarray  # labels, (len(table),) int64
-    rows: np.ndarray  # (N,) int64
-    crop: Crop
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def labels(self) -> np.ndarray:
-        labels: np.ndarray = self.of_table[self.rows]
-        return labels
-
-    def prepare(self) -> None: ...
-
-    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
-        rows = self.rows[np.asarray(index, dtype=np.int64)]
-        return Pixels(pixels_of(self.table, self.crop, rows.tolist(), keys), self.of_table[rows])
-
-
-def pixels_of(table: Table, crop: Crop, rows: Sequence[int], keys: Sequence[int]) -> np.ndarray:
-    """Some rows of a table, cut out: → (len(rows), R, R, 3) uint8. Raises BadImageError, naming the row or file."""
-    out = np.empty((len(rows), crop.resolution, crop.resolution, 3), dtype=np.uint8)
-    for i, (place, data) in enumerate(table.encoded(rows)):
-        try:
-            out[i] = crop(data, keys[i])
-        except BadImageError as error:
-            raise BadImageError(f"{place}: {error}; data.on_corrupt=skip leaves such images out") from error
-    return out
-
-
-@dataclass
-class CachedSplit:
-    """The same with nothing random, kept as pixels on disk once `prepare` was called."""
-
-    decoded: DecodedSplit
-    path: Path  # of the cache
-    cached: np.ndarray  # rows of the table that the cache holds, ascending
-    _pixels: np.ndarray | None = field(default=None, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.decoded)
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.decoded.labels
-
-    def prepare(self) -> None:
-        if self._pixels is None and len(self):
-            make = partial(_plainly, self.decoded.table, self.decoded.crop)
-            self._pixels = pixel_cache.pixels(self.path, self.cached, self.decoded.crop.resolution, make)
-
-    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
-        if self._pixels is None:
-            return self.decoded.read(index, keys)
-        rows = self.decoded.rows[np.asarray(index, dtype=np.int64)]
-        return Pixels(self._pixels[np.searchsorted(self.cached, rows)], self.decoded.of_table[rows])
-
-
-def _plainly(table: Table, crop: Crop, rows: Sequence[int]) -> np.ndarray:
-    return pixels_of(table, crop, rows, [0] * len(rows))
-
-
-@dataclass(frozen=True)
-class AugmentedSplit:
-    """A split whose images are reflected at the border, cropped and mirrored, each by its key."""
-
-    plain: Split
-    pad: int
-    flip: bool
-
-    def __len__(self) -> int:
-        return len(self.plain)
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.plain.labels
-
-    def prepare(self) -> None:
-        self.plain.prepare()
-
-    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
-        pixels, labels = self.plain.read(index, keys)
-        return Pixels(padded_crop(pixels, keys, pad=self.pad, flip=self.flip), labels)
 
 
 @dataclass(frozen=True)

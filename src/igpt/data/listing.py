@@ -18,6 +18,7 @@ METADATA = ("metadata.csv", "metadata.jsonl")  # labels of the images beside the
 ARRAYS = (".arrow", ".npy")  # saved by `datasets`; OpenAI's tokens
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # of `datasets.save_to_disk`, beside .arrow files
 SYSTEM_FOLDERS = ("__MACOSX", "__pycache__")  # that programs leave behind, and that hold no data
+MOST_VISITS = 64  # of one folder, by as many links: folders that link to one another would never end
 NOT_REGULAR = -1  # stands for the size of a link to nothing, a pipe, a device
 
 
@@ -33,6 +34,7 @@ class Listing:
     sizes: np.ndarray  # (N,) int64 bytes, or NOT_REGULAR
     mtimes: np.ndarray  # (N,) int64 nanoseconds
     unread: Counter[str]  # ending → how many other files there are
+    dangling: tuple[str, ...] = ()  # links to nothing that do not say what they would be, a folder or a file
 
     def __len__(self) -> int:
         return len(self.names)
@@ -50,7 +52,9 @@ class Listing:
     @property
     def sha256(self) -> str:
         """A hash of names and sizes: it decides whether two runs have the same data."""
-        return hashlib.sha256(json.dumps(list(zip(self.names, self.sizes.tolist(), strict=True))).encode()).hexdigest()
+        every = list(zip(self.names, self.sizes.tolist(), strict=True))
+        images = [each for each in every if ending_of(each[0]) not in ARRAYS]  # arrays beside images are not read
+        return hashlib.sha256(json.dumps(images or every).encode()).hexdigest()
 
     @property
     def fingerprint(self) -> str:
@@ -98,17 +102,19 @@ def list_files(path: Path) -> Listing:
     else:
         files = _walk(path)
     unread: Counter[str] = Counter()
-    rows = []
+    rows, dangling = [], []
     for name, size, mtime in files:
         if _is_data(name, size):
             rows.append((name, size, mtime))
+        elif size == NOT_REGULAR and not ending_of(name)[1:].isalpha() and os.path.islink(path / name):
+            dangling.append(name)
         else:
             unread[ending_of(name)] += 1
     rows.sort()
     names = [name for name, _, _ in rows]
     sizes = np.fromiter((size for _, size, _ in rows), np.int64, len(rows))
     mtimes = np.fromiter((mtime for _, _, mtime in rows), np.int64, len(rows))
-    return Listing(path, names, sizes, mtimes, unread)
+    return Listing(path, names, sizes, mtimes, unread, tuple(sorted(dangling)))
 
 
 def _is_data(name: str, size: int) -> bool:
@@ -127,6 +133,7 @@ def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
         tuple[str, str, tuple[tuple[int, int], ...]]
     ]  # path, relative, the identity of it and those around it
     folders = [(top, "", ((found.st_dev, found.st_ino),))]
+    visits: Counter[tuple[int, int]] = Counter()
     while folders:
         folder, prefix, around = folders.pop()
         try:
@@ -146,6 +153,12 @@ def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
                 if stat.S_ISDIR(found.st_mode):
                     identity = (found.st_dev, found.st_ino)
                     if identity not in around:
+                        visits[identity] += 1
+                        if visits[identity] > MOST_VISITS:
+                            raise ValueError(
+                                f"{entry.path}: links lead to this folder by more than {MOST_VISITS} ways: its files "
+                                "would be read as often, remove the links"
+                            )
                         folders.append((entry.path, f"{prefix}{name}/", (*around, identity)))
                 elif stat.S_ISREG(found.st_mode):
                     yield prefix + name, found.st_size, found.st_mtime_ns

@@ -1,9 +1,11 @@
 """Datasets on this machine: which files are images or shards, of which split, and what opens them."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from igpt.data.decode import ENDINGS
 from igpt.data.hub import open_saved
@@ -17,6 +19,7 @@ from igpt.data.tar_files import TarShards, TarTable
 
 log = logging.getLogger(__name__)
 
+Open = Callable[[], Any]  # a split, when it is asked for: `Table` or `Shards`
 EXPECTED = "expected a folder of images, of class folders, of parquet or of tar files, or one such file"
 
 
@@ -34,22 +37,27 @@ class Opening:
     cache: Path
 
 
-def open_listed(listing: Listing, how: Opening) -> Mapping[str, Table | Shards]:
-    """Every split of the files below a folder: tables, or shards for a stream. Each file is read in one split or none.
+def open_listed(listing: Listing, how: Opening) -> Mapping[str, Open]:
+    """What opens each split of the files below a folder: as a table, or as shards for a stream.
 
-    Parquet files are read where one of them holds images, else image files, else tar files; what is not read is
-    counted in a warning.
+    Each file is read in one split or none. Parquet files are read where one of them holds images, else image files,
+    else tar files; what is not read is counted in a warning.
 
     Raises:
         ValueError: nothing to read, or names that do not say which split or class they are of.
     """
-    if any(name in ("dataset_dict.json", "state.json") for name in listing.names):
+    if listing.dangling:
+        said = f"{listing.root / listing.dangling[0]} is a link to nothing ({len(listing.dangling)} such links)"
+        if not how.skip:
+            raise ValueError(f"{said}: mend or remove it; data.on_corrupt=skip leaves such out")
+        log.warning("data: %s: it is left out", said)
+    if {"dataset_dict.json", "state.json"} & {*listing.names} and listing.with_ending(".arrow"):
         if how.streaming:
             raise ValueError(f"data.path={how.path} was saved by save_to_disk and is no stream: data.streaming=false")
         return open_saved(listing, columns=how.columns, path=how.path)
     images = [i for i, name in enumerate(listing.names) if ending_of(name) in ENDINGS]
     parquet, tar = listing.with_ending(".parquet"), listing.with_ending(".tar")
-    if images and parquet and not any(holds_images(listing.root / listing.names[i], how.columns) for i in parquet[:1]):
+    if images and parquet and not any(holds_images(listing.root / listing.names[i], how.columns) for i in parquet):
         parquet = []
     if parquet and tar:
         raise ValueError(
@@ -66,26 +74,20 @@ def open_listed(listing: Listing, how: Opening) -> Mapping[str, Table | Shards]:
     _warn_unread(listing, read, splits, how.path)
     index = {name: [read[i] for i in rows] for name, rows in splits.files.items() if rows}
     if read is images:
-        return _open_images(listing, index, splits.depth, how)
-    return {name: _open_shards(listing, rows, name, how) for name, rows in index.items()}
+        return {name: partial(_open_images, listing, rows, name, splits.depth, how) for name, rows in index.items()}
+    return {name: partial(_open_shards, listing, rows, name, how) for name, rows in index.items()}
 
 
-def open_named(files: Sequence[str], how: Opening) -> Mapping[str, Shards]:
+def open_named(files: Sequence[str], how: Opening) -> Mapping[str, Open]:
     """Shard files that are named one by one, here or elsewhere, as the training images of a stream."""
-    return {"train": _shards_of(files, "train", how, root=None)}
+    return {"train": partial(_shards_of, files, "train", how, root=None)}
 
 
-def _open_images(
-    listing: Listing, index: Mapping[str, Sequence[int]], depth: int, how: Opening
-) -> Mapping[str, Table | Shards]:
-    found: dict[str, Table | Shards] = {}
-    for name, rows in index.items():
-        where = f"{how.path} ({name})"
-        images = open_image_files(
-            listing, rows, depth=depth, label_columns=how.columns.label, n_class=how.n_class, where=where
-        )
-        found[name] = ImageShards(images) if how.streaming else images
-    return found
+def _open_images(listing: Listing, rows: Sequence[int], name: str, depth: int, how: Opening) -> Table | Shards:
+    images = open_image_files(
+        listing, rows, depth=depth, label_columns=how.columns.label, n_class=how.n_class, where=f"{how.path} ({name})"
+    )
+    return ImageShards(images) if how.streaming else images
 
 
 def _open_shards(listing: Listing, rows: Sequence[int], name: str, how: Opening) -> Table | Shards:
@@ -94,8 +96,9 @@ def _open_shards(listing: Listing, rows: Sequence[int], name: str, how: Opening)
     if how.streaming:
         return shards
     if isinstance(shards, ParquetShards):
-        return ParquetTable.of(shards, of_split, how.cache)
-    return TarTable.of_shards(shards, of_split)
+        named = listing if any(ending_of(file) in ENDINGS for file in listing.names) else of_split
+        return ParquetTable.of(shards, named, how.cache, skip=how.skip)
+    return TarTable.of_shards(shards, of_split, skip=how.skip)
 
 
 def _shards_of(files: Sequence[str], name: str, how: Opening, *, root: Path | None) -> ParquetShards | TarShards:
@@ -114,7 +117,8 @@ def _warn_unread(listing: Listing, read: Sequence[int], splits: Splits, path: st
             kinds[ending_of(name)] += 1
     said = Listing(listing.root, [], listing.sizes, listing.mtimes, kinds).describe_unread()
     if said:
-        log.warning("data: not read below %s: %s", path, said)
+        named = " (images where a cell names them)" if ending_of(listing.names[read[0]]) == ".parquet" else ""
+        log.warning("data: not read below %s: %s%s", path, said, named)
     if splits.unread:
         first = listing.names[read[splits.unread[0]]]
         log.warning("data: %d files below %s are of no split and are not read, as %s", len(splits.unread), path, first)

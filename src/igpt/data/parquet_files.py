@@ -78,12 +78,10 @@ class ParquetShards:
                     for batch in parquet.iter_batches(self._at_once(parquet, group), [group], wanted):
                         labels = batch.column(self.label).to_pylist() if self.label else [None] * len(batch)
                         for cell, label in zip(batch.column(self.image), labels, strict=True):
+                            if label is not None and not -1 << 63 <= label < 1 << 63:
+                                raise BadShardError(f"{file}: row {row} has the label {label}, which is no class")
                             if row >= start:
-                                yield (
-                                    row,
-                                    cell.as_py(),
-                                    label if translate is None or label is None else translate(label),
-                                )
+                                yield row, cell.as_py(), translate(label) if translate and label is not None else label
                             row += 1
         except BadShardError:
             raise
@@ -151,20 +149,25 @@ class ParquetTable:
     fingerprint: str
 
     @staticmethod
-    def of(shards: ParquetShards, listing: Listing, cache: Path) -> "ParquetTable":
+    def of(shards: ParquetShards, listing: Listing, cache: Path, *, skip: bool) -> "ParquetTable":
         """Copies the rows of all files, unless that was done before.
+
+        `listing`: of the files, and of those that their cells may name. With `skip`, what cannot be read of a file is
+        left out; such a copy is made anew each time, since the file may be mended.
 
         Raises:
             BadShardError: a damaged file.
             ValueError: no room for the copy.
         """
-        made_of = {"files": listing.fingerprint, "image": shards.image, "label": shards.label, "names": shards.names}
-        digest = pixel_cache.digest(made_of)
+        made_of = {"files": [*shards.files], "image": shards.image, "label": shards.label, "names": shards.names}
+        digest = pixel_cache.digest({"listing": listing.fingerprint, **made_of})
         copy = cache / "parquet" / f"{digest}.arrow"
-        if not copy.is_file():
+        if not _is_whole(copy):
             with pixel_cache.alone(copy):
-                if not copy.is_file():
-                    _copy(shards, copy)
+                if not _is_whole(copy):
+                    for part in copy.parent.glob(f".{copy.stem}*.part"):  # what a kill left: nobody else writes it
+                        part.unlink()
+                    copy, digest = _copy(shards, copy, digest, skip=skip)
         return ParquetTable(copy, shards.names, shards.where, shards.root, digest)
 
     def __len__(self) -> int:
@@ -201,31 +204,67 @@ _MOST_EXPANSION = 100  # times the files' own size that their images may unpack 
 _SCHEMA = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
 
 
-def _copy(shards: ParquetShards, to: Path) -> None:
+def _is_whole(copy: Path) -> bool:
+    """Whether a copy is there and can be read."""
+    if not copy.is_file():
+        return False
+    try:
+        with pa.memory_map(str(copy)) as mapped:
+            pa.ipc.open_file(mapped)
+    except (OSError, pa.ArrowInvalid):
+        log.warning("data: %s is damaged and is made anew", copy)
+        return False
+    return True
+
+
+def _copy(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> tuple[Path, str]:
+    """Copies all rows to a file: its path and digest, which are others where something had to be left out."""
     log.info("data: copying the images of %s to %s", shards.where, to)
     left = _MOST_EXPANSION * sum(Path(file).stat().st_size for file in shards.files) + (64 << 20)
+    partial, broken = to.with_suffix(".partial.arrow"), []
     try:
-        with files.atomic_write(to) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        with files.atomic_write(partial) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
             for number in range(len(shards)):
-                batch: list[dict[str, Any]] = []
-                held = 0
-                for _, cell, label in shards.read(number, 0):
-                    data, path = split_cell(cell)
-                    batch.append({"bytes": data, "path": path, "label": -1 if label is None else label})
-                    held += len(data or b"")
-                    left -= len(data or b"")
-                    if left < 0:
-                        raise BadShardError(
-                            f"{shards.name(number)} unpacks to more than {_MOST_EXPANSION} times its size, as no "
-                            "images do: remove it"
-                        )
-                    if len(batch) == _MOST_ROWS or held > _MOST_BYTES // 4:
-                        writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
-                        batch, held = [], 0
-                if batch:
-                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+                try:
+                    for rows, held in _batches(shards, number):
+                        left -= held
+                        if left < 0:
+                            raise BadShardError(
+                                f"{shards.name(number)} unpacks to more than {_MOST_EXPANSION} times its size, as no "
+                                "images do: remove it"
+                            )
+                        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+                except BadShardError as error:
+                    if not skip:
+                        raise BadShardError(f"{error}; data.on_corrupt=skip leaves out what cannot be read") from error
+                    log.warning("data: %s; what is left of it is left out", error)
+                    broken.append(str(error))
+        if broken:
+            return partial, pixel_cache.digest({"of": digest, "without": broken})
+        partial.replace(to)
     except OSError as error:
         raise ValueError(
             f"{to} cannot be written ({reason_of(error)}): the images of parquet files are copied there to be read by "
             "row; make room, or keep the cache elsewhere, paths.cache=FOLDER; data.streaming=true keeps no copy"
         ) from error
+    return to, digest
+
+
+def _batches(shards: ParquetShards, number: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
+    """The rows of one file as records of the copy, some at a time, each time with the bytes of their images."""
+    rows: list[dict[str, Any]] = []
+    held = 0
+    try:
+        for _, cell, label in shards.read(number, 0):
+            data, path = split_cell(cell)
+            rows.append({"bytes": data, "path": path, "label": -1 if label is None else label})
+            held += len(data or b"")
+            if len(rows) == _MOST_ROWS or held > _MOST_BYTES // 4:
+                yield rows, held
+                rows, held = [], 0
+    except BadShardError:
+        if rows:
+            yield rows, held
+        raise
+    if rows:
+        yield rows, held

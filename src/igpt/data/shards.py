@@ -86,7 +86,7 @@ def named_files(path: str) -> list[str] | None:
         return None
     if is_remote(path):
         return _expand_braces(path)
-    whole = Path(path).expanduser()
+    whole = Path(path)
     if whole.is_file():
         return [str(whole)]
     around = next(folder for folder in (*whole.parents, Path()) if folder.is_dir())

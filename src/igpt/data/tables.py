@@ -1,6 +1,7 @@
 """Tables: one split of a dataset, read by row; its images encoded as they lie in their files, its labels known."""
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ import numpy as np
 
 from igpt.data.decode import BadImageError, read_image_file
 
-Cell = Mapping[str, Any] | bytes | str | Path | None  # {bytes, path}, bytes, a path that a file names, a listed file
+# {bytes, path}, bytes, a path that a file names, a listed file, the reason why there is none
+Cell = Mapping[str, Any] | bytes | str | Path | BadImageError | None
+WHOLE_NUMBER = re.compile(r"-?\d{1,18}")  # fits into 64 bits
+BINARY = ("binary", "large_binary")
 
 
 class Table(Protocol):
@@ -70,8 +74,9 @@ class Columns:
 def _check_types(features: Mapping[str, Any], image: str, label: str | None, where: str) -> None:
     """Raises ValueError unless these columns can hold images and classes."""
     held = features[image]
-    plain = getattr(held, "dtype", None) in ("binary", "large_binary", "string")
-    if not (isinstance(held, datasets.Image) or plain or (isinstance(held, dict) and "bytes" in held)):
+    plain = getattr(held, "dtype", None) in (*BINARY, "string")
+    within = isinstance(held, dict) and getattr(held.get("bytes"), "dtype", None) in (*BINARY, "null")
+    if not (isinstance(held, datasets.Image) or plain or within):
         raise ValueError(f"{where}: column {image!r} holds {held}, expected images (data.image_column)")
     if label is None:
         return
@@ -95,15 +100,17 @@ def split_cell(cell: Any) -> tuple[bytes | None, str | None]:
     return (None, cell) if isinstance(cell, str) else (cell, None)
 
 
-def read_cell(cell: Cell, place: str, root: Path | None, *, absolute: bool = False) -> tuple[str, bytes]:
+def read_cell(cell: Cell, place: str, root: Path | None, *, unpacked: Sequence[Path] = ()) -> tuple[str, bytes]:
     """The name and the bytes of one cell of an image column.
 
     A path in a cell was written by whoever made the file: it is followed only to a regular file below `root`, and only
-    when it is relative (`absolute`: or lies there all the same, as in the cache of a library that unpacked it).
+    when it is relative, or when it leads below one of `unpacked`, folders that a library filled itself.
 
     Raises:
         BadImageError: no image in the cell, or a path that is not followed, by its name.
     """
+    if isinstance(cell, BadImageError):
+        raise cell
     if isinstance(cell, Path):
         return str(cell), read_image_file(cell)
     data, path = split_cell(cell)
@@ -111,7 +118,8 @@ def read_cell(cell: Cell, place: str, root: Path | None, *, absolute: bool = Fal
         return place, data
     if path is None:
         raise BadImageError(f"{place}: there is no image")
-    file = file_below(root, str(path), absolute=absolute)
+    found = [file_below(root, str(path)), *(file_below(folder, str(path), absolute=True) for folder in unpacked)]
+    file = next((file for file in found if file is not None), None)
     if file is None:
         raise BadImageError(f"{place}: it names the file {str(path)!r}, which is no file below {root}: not followed")
     return str(file), read_image_file(file)

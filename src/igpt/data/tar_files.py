@@ -3,7 +3,9 @@
 Only what a sample's image and label need is read, and every member's header before the member.
 """
 
+import logging
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
@@ -11,11 +13,14 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from igpt.data.decode import MOST_BYTES, BadImageError
+from igpt.data.decode import ENDINGS, MOST_BYTES, BadImageError
 from igpt.data.listing import Listing
 from igpt.data.shards import BadShardError, open_shard, readable_files, reason_of
-from igpt.data.tables import Cell, Columns
+from igpt.data.tables import WHOLE_NUMBER, Cell, Columns
 
+log = logging.getLogger(__name__)
+
+ANY_FORMAT = "image"  # a name in `data.image_column` that is no ending: members of every format are images
 _MOST_LABEL_BYTES = 256
 
 
@@ -47,8 +52,10 @@ class _BoundedReads:
         return self._file.tell()
 
 
-def _samples(file: IO[bytes], columns: Columns) -> Iterator[Sample]:
+def _samples(file: IO[bytes], columns: Columns, unread: Counter[str] | None = None) -> Iterator[Sample]:
     """The samples of a tar file in their order: consecutive members whose names are one up to the first dot.
+
+    Hidden members and folders are passed over. `unread` counts by ending what is neither an image nor a label.
 
     Raises:
         tarfile.TarError, OSError: it is none, or damaged from here on.
@@ -60,15 +67,18 @@ def _samples(file: IO[bytes], columns: Columns) -> Iterator[Sample]:
             member = tar.next()
             tar.members = []  # what was passed is not kept
             key, ending = _key_of(member.name) if member is not None else (None, "")
+            if member is not None and (not key or member.isdir()):
+                continue
             if key != present:
-                if (sample := _sample(members, file, columns)) is not None:
+                if (sample := _sample(members, file, columns, unread)) is not None:
                     yield sample
                 members, present = {}, key
             if member is None:
-                return
-            if not member.isfile() or not key:
-                continue
+                break
             members.setdefault(ending, member)
+        file.seek(tar.offset)  # tarfile takes a header that it cannot read for the end
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError("it is damaged, or ends in the middle of a header")
 
 
 def _key_of(name: str) -> tuple[str, str]:
@@ -78,24 +88,35 @@ def _key_of(name: str) -> tuple[str, str]:
     return (folder + slash + stem, ending.lower()) if stem and dot else ("", "")
 
 
-def _sample(members: dict[str, tarfile.TarInfo], file: IO[bytes], columns: Columns) -> Sample | None:
-    image = next((members[ending] for ending in columns.image if ending in members), None)
-    if image is None:
+def _sample(
+    members: dict[str, tarfile.TarInfo], file: IO[bytes], columns: Columns, unread: Counter[str] | None
+) -> Sample | None:
+    endings = list(columns.image)
+    if ANY_FORMAT in endings:  # the settings narrow nothing down
+        endings += sorted(ending for ending in members if f".{ending}" in ENDINGS)
+    of_image = next((ending for ending in endings if ending in members), None)
+    of_label = next((ending for ending in columns.label if ending in members), None)
+    if unread is not None:
+        unread.update(f".{ending}" for ending in members.keys() - {of_image, of_label})
+    if of_image is None:
         return None
-    label = next((members[ending] for ending in columns.label if ending in members), None)
-    problem = None
-    if image.issparse() or image.size > MOST_BYTES:
+    image, problem = members[of_image], None
+    if not image.isreg():
+        problem = "it is a link or a device, which is not followed"
+    elif image.issparse() or image.size > MOST_BYTES:
         problem = f"it unpacks to {image.size:,} bytes, of which at most {MOST_BYTES:,} are read"
-    number = None
-    if label is not None:
-        if label.issparse() or label.size > _MOST_LABEL_BYTES:
-            raise tarfile.ReadError(f"{label.name} is no label: it has {label.size:,} bytes")
-        file.seek(label.offset_data)
-        text = file.read(label.size).decode("ascii", "replace").strip()
-        if not text.lstrip("-").isdecimal():
-            raise tarfile.ReadError(f"{label.name} holds {text[:40]!r}, expected a whole number")
-        number = int(text)
+    number = None if of_label is None else _read_label(members[of_label], file)
     return Sample(image.name, image.offset_data, image.size, number, problem)
+
+
+def _read_label(label: tarfile.TarInfo, file: IO[bytes]) -> int:
+    if not label.isreg() or label.issparse() or label.size > _MOST_LABEL_BYTES:
+        raise tarfile.ReadError(f"{label.name} is no label: it is a link, or has {label.size:,} bytes")
+    file.seek(label.offset_data)
+    text = file.read(label.size).decode("ascii", "replace").strip()
+    if not WHOLE_NUMBER.fullmatch(text):
+        raise tarfile.ReadError(f"{label.name} holds {text[:40]!r}, expected a whole number")
+    return int(text)
 
 
 def _read_sample(file: IO[bytes], sample: Sample) -> bytes:
@@ -136,8 +157,8 @@ class TarShards:
             with open_shard(path) as file:
                 for row, sample in enumerate(_samples(file, self.columns)):
                     if row >= start:
-                        data = None if sample.problem else _read_sample(file, sample)
-                        yield row, data, sample.label
+                        bad = BadImageError(f"{sample.name} in {path}: {sample.problem}") if sample.problem else None
+                        yield row, bad or _read_sample(file, sample), sample.label
                     row += 1
         except Exception as error:  # tarfile, fsspec and every network have their own
             raise BadShardError(f"{path} cannot be read after {row} images: {reason_of(error)}") from error
@@ -185,19 +206,27 @@ class TarTable:
     names: None = None
 
     @staticmethod
-    def of_shards(shards: TarShards, listing: Listing) -> "TarTable":
-        """Raises BadShardError when a file is damaged."""
-        of, samples = [], []
+    def of_shards(shards: TarShards, listing: Listing, *, skip: bool) -> "TarTable":
+        """Raises BadShardError when a file is damaged; with `skip`, what cannot be read of it is left out."""
+        of: list[int] = []
+        samples: list[Sample] = []
+        unread: Counter[str] = Counter()
         for number, path in enumerate(shards.files):
-            row = 0
+            before = len(samples)
             try:
                 with open_shard(path) as file:
-                    for sample in _samples(file, shards.columns):
-                        row += 1
+                    for sample in _samples(file, shards.columns, unread):
                         of.append(number)
                         samples.append(sample)
             except (tarfile.TarError, OSError) as error:
-                raise BadShardError(f"{path} cannot be read after {row} images: {reason_of(error)}") from error
+                read = len(samples) - before
+                broken = BadShardError(f"{path} cannot be read after {read} images: {reason_of(error)}")
+                if not skip:
+                    raise BadShardError(f"{broken}; data.on_corrupt=skip leaves out what cannot be read") from error
+                log.warning("data: %s; what is left of it is left out", broken)
+        if unread:
+            counted = ", ".join(f"{count:,} {ending}" for ending, count in unread.most_common())
+            log.warning("data: not read in the tar files of %s: %s", shards.where, counted)
         return TarTable(
             shards.files, np.array(of, np.int32),
             np.array([sample.start for sample in samples], np.int64),
@@ -215,7 +244,7 @@ class TarTable:
             path = self.files[self.of[row]]
             place = f"{self.members[row]} in {path}"
             if self.sizes[row] < 0:
-                raise BadImageError(f"{place}: it unpacks to more than {MOST_BYTES:,} bytes")
+                raise BadImageError(f"{place}: it is a link, a device, or unpacks to more than {MOST_BYTES:,} bytes")
             try:
                 with open_shard(path) as file:
                     yield place, _read_sample(file, Sample(place, self.starts[row], self.sizes[row], None, None))

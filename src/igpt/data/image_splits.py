@@ -1,0 +1,104 @@
+"""Splits of a table: its images decoded and cut when they are read, or kept as pixels, or varied for training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from igpt.data import cache as pixel_cache
+from igpt.data.crop import Crop, padded_crop
+from igpt.data.decode import BadImageError
+from igpt.data.source import Pixels, Split
+from igpt.data.tables import Table
+
+
+@dataclass(frozen=True)
+class DecodedSplit:
+    """Rows of a table, decoded and cut whenever they are read."""
+
+    table: Table
+    of_table: np.ndarray  # labels, (len(table),) int64
+    rows: np.ndarray  # (N,) int64
+    crop: Crop
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def labels(self) -> np.ndarray:
+        labels: np.ndarray = self.of_table[self.rows]
+        return labels
+
+    def prepare(self) -> None: ...
+
+    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+        rows = self.rows[np.asarray(index, dtype=np.int64)]
+        return Pixels(pixels_of(self.table, self.crop, rows.tolist(), keys), self.of_table[rows])
+
+
+def pixels_of(table: Table, crop: Crop, rows: Sequence[int], keys: Sequence[int]) -> np.ndarray:
+    """Some rows of a table, cut out: → (len(rows), R, R, 3) uint8. Raises BadImageError, naming the row or file."""
+    out = np.empty((len(rows), crop.resolution, crop.resolution, 3), dtype=np.uint8)
+    for i, (place, data) in enumerate(table.encoded(rows)):
+        try:
+            out[i] = crop(data, keys[i])
+        except BadImageError as error:
+            raise BadImageError(f"{place}: {error}; data.on_corrupt=skip leaves such images out") from error
+    return out
+
+
+@dataclass
+class CachedSplit:
+    """The same with nothing random, kept as pixels on disk once `prepare` was called."""
+
+    decoded: DecodedSplit
+    path: Path  # of the cache
+    cached: np.ndarray  # rows of the table that the cache holds, ascending
+    _pixels: np.ndarray | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.decoded)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.decoded.labels
+
+    def prepare(self) -> None:
+        if self._pixels is None and len(self):
+            make = partial(_plainly, self.decoded.table, self.decoded.crop)
+            self._pixels = pixel_cache.pixels(self.path, self.cached, self.decoded.crop.resolution, make)
+
+    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+        if self._pixels is None:
+            return self.decoded.read(index, keys)
+        rows = self.decoded.rows[np.asarray(index, dtype=np.int64)]
+        return Pixels(self._pixels[np.searchsorted(self.cached, rows)], self.decoded.of_table[rows])
+
+
+def _plainly(table: Table, crop: Crop, rows: Sequence[int]) -> np.ndarray:
+    return pixels_of(table, crop, rows, [0] * len(rows))
+
+
+@dataclass(frozen=True)
+class AugmentedSplit:
+    """A split whose images are reflected at the border, cropped and mirrored, each by its key."""
+
+    plain: Split
+    pad: int
+    flip: bool
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.plain.labels
+
+    def prepare(self) -> None:
+        self.plain.prepare()
+
+    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+        pixels, labels = self.plain.read(index, keys)
+        return Pixels(padded_crop(pixels, keys, pad=self.pad, flip=self.flip), labels)
