@@ -1,4 +1,4 @@
-"""Milliseconds of every way of attention, forward and backward, over sequence length: what `choice.attention` rests on.
+"""Milliseconds of every way of attention, forward and backward, over sequence length: what `dispatch.py` rests on.
 
     python benchmarks/attention.py --out attention.json
 
@@ -37,7 +37,7 @@ def rows(t: int, d: int, precision: str, device: str) -> dict[str, machine.Run]:
 
     def both(way: str) -> torch.Tensor:
         qkv.grad = None
-        out = self_attention(qkv, N_HEAD, causal=True, path=way)
+        out = self_attention(qkv, N_HEAD, causal=True, backend=way)
         out.backward(along)
         return out.detach().float()
 

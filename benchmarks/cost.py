@@ -16,6 +16,7 @@ import torch
 from train_step import step_of
 
 from igpt.metric.throughput import train_flops_per_image
+from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.task.machine import hold_memory
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for n_ctx, width in shapes:
             batch = max(1, args.tokens // n_ctx)
             sizes = {"n_layer": args.layers, "n_embd": width, "n_ctx": n_ctx, "n_vocab": 512, "causal": True}
-            net = GPT(n_head=width // 32, **sizes).to(device)
+            net = GPT(GPTConfig(n_head=width // 32, **sizes)).to(device)
             net.init_weights(0)
             tokens = torch.randint(512, (batch, n_ctx), device=device)
             name = f"{n_ctx} tokens, width {width}"

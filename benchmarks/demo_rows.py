@@ -13,7 +13,8 @@ import torch
 
 from igpt import keyed
 from igpt.global_state import num_threads
-from igpt.model.generate import Sampling, growing
+from igpt.model.config import GPTConfig
+from igpt.model.generate import Sampling, generate_stream
 from igpt.model.gpt import GPT
 
 SIDE, GIVEN = 32, 16
@@ -30,7 +31,7 @@ def main() -> None:
 
 def compare(completions: Sequence[int]) -> None:
     """Prints a row of seconds for each number of completions that are drawn at once."""
-    net = GPT(n_layer=12, n_embd=256, n_head=8, n_ctx=SIDE**2, n_vocab=512, causal=True).eval()
+    net = GPT(GPTConfig(n_layer=12, n_embd=256, n_head=8, n_ctx=SIDE**2, n_vocab=512, causal=True)).eval()
     net.init_weights(0)
     known = torch.arange(SIDE**2) < GIVEN * SIDE
     print("| completions at once | first row | the others, mean | the longest of them |\n|---|---|---|---|")
@@ -38,7 +39,7 @@ def compare(completions: Sequence[int]) -> None:
         uniforms = keyed.uniform(keyed.item_keys(keyed.key(0, "sample"), torch.arange(n)), SIDE**2)
         given = torch.randint(512, (1, SIDE**2)).expand(n, -1)
         rows, since = [], time.perf_counter()
-        for _, settled in growing(net, uniforms, Sampling(1.0, None, None), given=given, known=known):
+        for _, settled in generate_stream(net, uniforms, Sampling(1.0, None, None), given=given, known=known):
             if settled > GIVEN * SIDE and settled % SIDE == 0:
                 rows.append(time.perf_counter() - since)
                 since = time.perf_counter()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from igpt.checkpoint import tensors
 from igpt.checkpoint.huggingface import exported
 from igpt.metric.throughput import train_flops_per_image
+from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 
 SIZES = {  # n_layer, n_embd, n_head, n_ctx, n_vocab, batch of a training step
@@ -26,12 +27,12 @@ SIZES = {  # n_layer, n_embd, n_head, n_ctx, n_vocab, batch of a training step
 def our_net(size: str, *, compiled: bool = False, attention: str = "auto") -> GPT:
     """This project's network, its head drawn too, so that what it predicts depends on every weight."""
     n_layer, n_embd, n_head, n_ctx, n_vocab, _ = SIZES[size]
-    net = GPT(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal=True)
+    net = GPT(GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal=True))
     net.init_weights(0)
     with torch.no_grad():
         net.wtet.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
     for block in net.blocks:
-        block.attn.path = attention
+        block.attn.backend = attention
         if compiled:
             block.compile()
     return net

@@ -18,7 +18,7 @@ from networks import SIZES, hugging_face, our_net
 from torch import Tensor
 
 from igpt import keyed
-from igpt.model import choice
+from igpt.model import dispatch
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", choices=sorted(SIZES), default="a")
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", choices=choice.DECODING, default=[], help="ours in these ways, too")
+    parser.add_argument("--ways", nargs="+", choices=dispatch.DECODING, default=[], help="ours in these ways, too")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     n_layer, n_embd, _, n_ctx, n_vocab, _ = SIZES[args.size]
     n_weight = sum(p.numel() for p in net.parameters()) - n_vocab * n_embd - n_ctx * n_embd  # tables are looked up
     limits = machine.limits(device)
-    usual = choice.decoding(net.wte, n_embd=net.n_embd, n_head=net.n_head)
+    usual = dispatch.decode_backend(net.wte, n_embd=net.n_embd, n_head=net.n_head)
     ways = {"auto": f"igpt ({usual})"} | {way: f"igpt {way}" for way in args.ways if way != usual}
 
     same = theirs(peer, args.size, 2, greedy=True)()[:, :GREEDY]

@@ -15,6 +15,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from igpt import ranks
+from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.processes import is_rank, run_ranks
 from igpt.task.machine import Machine
@@ -38,7 +39,7 @@ def work(rank: ranks.Rank, width: int) -> None:
         num_workers=0, peak_tflops=None,
     )  # fmt: skip
     with torch.device("meta"):
-        whole = sum(weight.numel() * 4 for weight in GPT(**sizes).parameters())
+        whole = sum(weight.numel() * 4 for weight in GPT(GPTConfig(**sizes)).parameters())
     before = peak()
     net = machine.made(partial(GPT, **sizes), lambda made: made.init_weights(0), mesh)
     made = peak() - before

@@ -22,7 +22,7 @@ from networks import SIZES, HuggingFace, our_net, plain_net, step_flops, token_i
 from torch import Tensor, nn
 
 from igpt.global_state import float32_matmul_precision
-from igpt.model import choice
+from igpt.model import dispatch
 from igpt.task.machine import hold_memory
 
 ROUNDED = (1e-2, 3e-2)  # nats, of the losses of the first two steps
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--no-compiled", action="store_true", help="leave compiled rows out")
     parser.add_argument("--plain", action="store_true", help="the plain rewrite, too")
     parser.add_argument("--hold-peer", action="store_true", help="Hugging Face also with our setting of memory")
-    parser.add_argument("--attention", choices=choice.ATTENTION, default="auto", help="of our rows")
+    parser.add_argument("--attention", choices=dispatch.ATTENTION, default="auto", help="of our rows")
     parser.add_argument("--return-memory", action="store_true", help="give freed memory back, as the C library does")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from igpt.model import cpu, native
+from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from tests.process_state import Restorer, RoundedProducts
 
@@ -82,7 +83,7 @@ def perturbed(net: GPT, seed: int = 0, scale: float = 0.1) -> GPT:
 
 
 def small_net(*, causal: bool = True, n_layer: int = 3, n_ctx: int = 16, n_vocab: int = 11) -> GPT:
-    return perturbed(GPT(n_layer=n_layer, n_embd=24, n_head=3, n_ctx=n_ctx, n_vocab=n_vocab, causal=causal))
+    return perturbed(GPT(GPTConfig(n_layer=n_layer, n_embd=24, n_head=3, n_ctx=n_ctx, n_vocab=n_vocab, causal=causal)))
 
 
 @pytest.fixture
@@ -93,6 +94,21 @@ def net() -> GPT:
 @pytest.fixture
 def tokens(net: GPT) -> torch.Tensor:
     return torch.randint(net.n_vocab, (4, net.n_ctx), generator=torch.Generator().manual_seed(2))
+
+
+ATTENTION_NODES = {"native": "igpt_attend", "sdpa": "ScaledDotProduct", "blocks": "CausalBlocks", "bmm": "BmmBackward"}
+
+
+def attention_in_graph(output: torch.Tensor) -> set[str]:
+    """How the attention that `output` depends on was computed, by the names of the nodes of its autograd graph."""
+    names, seen, nodes = set(), set(), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.add(node.name())
+            nodes += [before for before, _ in node.next_functions]
+    return {way for way, part in ATTENTION_NODES.items() if any(part in name for name in names)}
 
 
 class Planted:

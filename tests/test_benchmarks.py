@@ -4,15 +4,31 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from PIL import Image
+
+from igpt.model import native
+from tests.conftest import attention_in_graph
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ONCE = ["--rounds", "1"]
+
+
+class Clock:
+    """Stands for the module `time`: so many seconds pass from one look at it to the next."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.looks = seconds, 0
+
+    def perf_counter(self) -> float:
+        self.looks += 1
+        return self.looks * self.seconds
 
 
 class Here:
@@ -100,31 +116,95 @@ def test_rows_that_disagree_give_no_figures(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("medium")
-def test_memory() -> None:
+def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: rows train alike, from the same weights, and recompute activations where their name says so.
+
+    By hand: a peak of 3 GiB.
+    """
     import memory
 
-    rows = [memory.main(["--size", "tiny", "--row", row]) for row in memory.ROWS if row != "igpt compiled"]
+    nets: list[Any] = []
+    for name in ("our_net", "HuggingFace"):
+        make = getattr(memory, name)
+        monkeypatch.setattr(memory, name, lambda *of, make=make, **how: (nets.append(make(*of, **how)), nets[-1])[1])
+    monkeypatch.setattr(memory.resource, "getrusage", lambda of: SimpleNamespace(ru_maxrss=3 * 2**20))
+    names = [row for row in memory.ROWS if row != "igpt compiled"]
+    rows = [memory.main(["--size", "tiny", "--row", row]) for row in names]
     assert all(figures["losses"] == pytest.approx(rows[0]["losses"], abs=1e-4) for figures in rows)
-    assert all(figures["peak_gib"] > 0.1 for figures in rows)
+    assert rows[0]["losses"][1] < rows[0]["losses"][0]
+    recomputed = [net.net.is_gradient_checkpointing if hasattr(net, "net") else net.checkpointing for net in nets]
+    assert dict(zip(names, recomputed, strict=True)) == {
+        "hf": False, "hf recomputed": True, "igpt": False, "igpt recomputed": True
+    }  # fmt: skip
+    assert all(figures["peak_gib"] == 3.0 for figures in rows)
 
 
-def test_sampling(capsys: pytest.CaptureFixture[str]) -> None:
-    """Invariant: greedy tokens of every way of ours and of Hugging Face's `generate` are the same."""
+def test_sampling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Invariant: greedy tokens of every way of ours and of Hugging Face's `generate` are the same, or there is no
+    figure."""
     import sampling
 
-    report = sampling.main(["--size", "tiny", "--batch", "3", "--ways", "columns", "layers", *ONCE])
-    assert len(report["batches"][3]["rows"]) in (3, 4)  # without a C compiler one less
+    few = ["--size", "tiny", "--batch", "3", "--ways", "columns", "layers", *ONCE]
+    report = sampling.main(few)
+    names = [f"igpt ({'native' if native.available() else 'columns'})", "igpt columns", "igpt layers", "hf"]
+    assert list(report["batches"][3]["rows"]) == (names if native.available() else [names[0], *names[2:]])
+    shapes = [row.result.shape for row in report["batches"][3]["rows"].values()]
+    assert shapes == [(3, 16)] * len(shapes)
     assert "greedy tokens of all rows are the same" in capsys.readouterr().out
+    generate = sampling.generate
+
+    def wrong(net: Any, *given: Any, way: str) -> torch.Tensor:
+        tokens = generate(net, *given, way=way)
+        return tokens if way != "layers" else torch.cat([tokens[:, :-1], (tokens[:, -1:] + 1) % net.n_vocab], 1)
+
+    monkeypatch.setattr(sampling, "generate", wrong)
+    with pytest.raises(SystemExit, match="greedy tokens of layers and of Hugging Face differ: no figures"):
+        sampling.main(few)
 
 
 def test_attention(medium: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant: every way gives the same (the benchmark says so or ends)."""
+    """Independent source: what autograd notes of each way, and PyTorch's attention in float64 of what they all give."""
     import attention
 
     monkeypatch.setattr(attention, "hold_memory", lambda: None)
+    computed: dict[str, set[str]] = {}
+    exact: list[torch.Tensor] = []
+    attend = attention.self_attention
+
+    def watched(qkv: torch.Tensor, n_head: int, *, causal: bool, backend: str) -> torch.Tensor:
+        out: torch.Tensor = attend(qkv, n_head, causal=causal, backend=backend)
+        computed.setdefault(backend, set()).update(attention_in_graph(out))
+        if backend == "bmm":
+            q, k, v = (part.unflatten(2, (n_head, -1)).transpose(1, 2) for part in qkv.detach().double().chunk(3, 2))
+            exact.append(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2))
+        return out
+
+    monkeypatch.setattr(attention, "self_attention", watched)
     report = attention.main(["--lengths", "16", "200", "--heads", "8", *ONCE])
-    assert len(report["shapes"]) == 6
-    assert [shape["precision"] for shape in report["shapes"][:3]] == ["fp32", medium, "bf16"]
+    assert [(shape["t"], shape["precision"]) for shape in report["shapes"]] == [
+        (t, precision) for t in (16, 200) for precision in ("fp32", medium, "bf16")
+    ]
+    assert computed == {way: {way} for way in attention.ways("cpu")}
+    for shape, of_shape in zip(report["shapes"], exact[::3], strict=True):  # twice to warm up, once measured
+        assert list(shape["rows"]) == list(computed)
+        for row in shape["rows"].values():
+            within = attention.WITHIN[shape["precision"]]
+            torch.testing.assert_close(row.result.double(), of_shape, rtol=0, atol=within)
+
+
+def test_attention_that_differs_gives_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    import attention
+
+    monkeypatch.setattr(attention, "hold_memory", lambda: None)
+    attend = attention.self_attention
+
+    def wrong(qkv: torch.Tensor, n_head: int, *, causal: bool, backend: str) -> torch.Tensor:
+        out: torch.Tensor = attend(qkv, n_head, causal=causal and backend != "bmm", backend=backend)
+        return out
+
+    monkeypatch.setattr(attention, "self_attention", wrong)
+    with pytest.raises(SystemExit, match=r"the output of bmm and of .* differ by .*: no figures"):
+        attention.main(["--lengths", "16", "--heads", "8", *ONCE])
 
 
 @pytest.mark.usefixtures("medium_rounds")
@@ -139,12 +219,32 @@ def test_rounded_products_are_not_taken_for_float32(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("medium")
-def test_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost(shared: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand: speeds and shares of steps that take 2⁻²⁰ s each; first losses of ln 512, so that networks are trained.
+
+    6 (12 L C² + V C) + 6 L T C operations a token, at 100 GFLOP/s.
+    """
     import cost
 
     monkeypatch.setattr(cost, "hold_memory", lambda: None)
+    monkeypatch.setattr(shared, "time", Clock(2**-20))
+    runs: list[Any] = []
+    step_of = cost.step_of
+    monkeypatch.setattr(cost, "step_of", lambda *of: (runs.append(step_of(*of)), runs[-1])[1])
     report = cost.main(["--lengths", "16", "32", "--widths", "32", "--layers", "1", "--tokens", "64", *ONCE])
-    assert [len(rows) for title, rows in report.items() if title != "limits"] == [2, 1]
+    lengths, widths = (report[title] for title in ("length at width 256", "width at 1,024 tokens"))
+    by_hand = {"16 tokens, width 256": (64, 5_529_600), "32 tokens, width 256": (64, 5_554_176)}
+    assert {name: (row["tokens"], row["flops_a_token"]) for name, row in lengths.items()} == by_hand
+    (row,) = widths.values()
+    assert (row["tokens"], row["flops_a_token"]) == (1024, 368_640)
+    assert row["of_peak"] == pytest.approx(368_640 * 1024 * 2**20 / 100e9)
+    shown = capsys.readouterr().out
+    assert "| 16 tokens, width 256 | 67,108,864 | 67,108,864 – 67,108,864 | 67,108,864 | 3710.85 |" in shown
+    assert "| 32 tokens, width 256 | 67,108,864 | 67,108,864 – 67,108,864 | 66,811,922 | 3727.34 |" in shown
+    for run in runs:
+        first, second = run()[1]
+        assert first == pytest.approx(6.238325, abs=1e-6)
+        assert second < first
 
 
 def test_encoding_and_kmeans(photos: Path, tmp_path: Path) -> None:
@@ -176,12 +276,30 @@ def test_listing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1,040 files" in capsys.readouterr().out
 
 
-def test_data_path(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_path(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand: rates, where each thing that is timed takes two seconds, and a training step half a one.
+
+    Invariant: resizing twice is the plain way but for the rounding of pixels, other ways are not.
+    """
     import data_path
 
     monkeypatch.setattr(data_path, "hold_memory", lambda: None)
     monkeypatch.setattr(data_path, "K", 8)
     monkeypatch.setattr(data_path.Photographs, "__len__", lambda self: 1)
+    monkeypatch.setattr(data_path, "time", Clock(2.0))
+    monkeypatch.setattr(data_path, "step_of", lambda net, tokens, label: lambda: (0.5, len(tokens)))
     report = data_path.main(["--photos", str(photos), "--workers", "0", "--size", "tiny", *ONCE])
-    assert set(report) == {"crops", "loading", "encoding photographs"}
-    assert all(rate > 0 for rates in report.values() for rate in rates.values())
+    ways = list(data_path.ways(32))
+    assert report == {
+        "crops": {f"{side}, {way}": 4 / 2 for side in (32, 48, 64) for way in ways},
+        "loading": {"takes": 2 / 0.5, "0 workers": 128 / 2},
+        "encoding photographs": {"distinct colours": 8 / 2, "table": 8 / 2, "s to build it": 2.0},
+    }
+    shown = capsys.readouterr().out
+    assert "| 0 | 64 | 16.0× |" in shown
+    rows = [line.split(" | ") for line in shown.splitlines() if line.startswith(("| 32 |", "| 48 |", "| 64 |"))]
+    assert [row[1] for row in rows] == ways * 3
+    differences = {name: [float(row[4]) for row in rows if row[1] == name] for name in ways}  # grey levels
+    assert differences.pop("plain: whole image, crop, resize") == [0, 0, 0]
+    for name, found in differences.items():
+        assert max(found) < 0.2 if name.startswith("resize=twice") else min(found) > 0.4, name

@@ -11,20 +11,25 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from igpt.arguments import absolute, check, parse, prepare
 from igpt.build import CHECKPOINT, Build
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import Origin, save_model
+from igpt.checkpoint.native import CheckpointMetadata, save_model
 from igpt.launch import launch, lost_worker, out_of_memory, perform, stages
 from igpt.metric.result import Number, Result
+from igpt.model.config import GPTConfig
 from igpt.places import open_folder
 from igpt.report.folder import RunFolder
 from igpt.report.table import closing_table
 from igpt.task import machine as machines
 from igpt.task.zero import ZeRO
 from igpt.tokens.palette import Palette
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
+from igpt.tokens.pixel_order import PixelOrder
 from tests.conftest import small_net
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -63,7 +68,7 @@ def test_every_size_builds_on_the_meta_device(model: str, tmp_path: Path) -> Non
     with torch.device("meta"):
         net = build.need_net(RunFolder(tmp_path))()
     sizes = {key: build.cfg.model[key] for key in ("n_layer", "n_embd", "n_head")}
-    assert net.config == {**sizes, "n_ctx": 64, "n_vocab": 17, "causal": True}
+    assert net.config == GPTConfig(**sizes, n_ctx=64, n_vocab=17, causal=True)
     assert all(weight.is_meta for weight in net.parameters())
 
 
@@ -104,25 +109,34 @@ def test_the_papers_sizes_are_the_configs(tmp_path: Path) -> None:
 def test_did_you_mean(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check([override], [CONF])
+    with pytest.raises(ValueError, match=message):
+        prepare([override], CONF)
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("override", "setting", "values"),
     [
-        "model=igpt_s",
-        "model=glob(*)",
-        "task.steps=3",
-        "+new=1",
-        "seed=0,1",
-        "logger=[csv,wandb]",
-        "logger=none",
-        "~logger",
-        "hydra.verbose=true",
+        ("model=igpt_s", "model.n_embd", [512]),
+        ("model=glob(igpt_?)", "model.n_embd", [1536, 1024, 512]),  # l, m, s
+        ("task.steps=3", "task.steps", [3]),
+        ("+new=1", "new", [1]),
+        ("seed=0,1", "seed", [0, 1]),
+        ("logger=[csv,wandb]", "logger.wandb.offline", [False]),
+        ("logger=none", "logger", [{}]),
+        ("~callbacks", "callbacks", [None]),
+        ("hydra.verbose=true", "hydra.verbose", [True]),
     ],
 )
-def test_good_arguments_pass(override: str) -> None:
-    """Invariant: what Hydra takes is not refused."""
-    assert prepare([override], CONF) == [override]
+def test_good_arguments_pass(override: str, setting: str, values: list[Any]) -> None:
+    """Independent source: Hydra, which takes what is passed on to it, and makes the settings of it that are meant."""
+    (passed,) = prepare([override], CONF)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        options = GlobalHydra.instance().config_loader()
+        (parsed,) = OverridesParser.create(options).parse_overrides([passed])
+        sweep = parsed.is_sweep_override()
+        jobs = [f"{parsed.key_or_group}={value}" for value in parsed.sweep_string_iterator()] if sweep else [passed]
+        made = [compose("config", overrides=[job], return_hydra_config=True) for job in jobs]
+        assert [OmegaConf.select(cfg, setting) for cfg in made] == values
 
 
 @pytest.mark.parametrize(
@@ -144,25 +158,23 @@ def save_small(
     *,
     n_ctx: int = 64,
     permutation: list[int] | None = None,
-    palette_hash: str | None = None,
     causal: bool = True,
 ) -> Path:
     """A saved network with 17 grey levels, as the digits have."""
     net = small_net(n_ctx=n_ctx, n_vocab=17, causal=causal)
     grey = (np.rint(np.arange(17) * 255 / 16) / 127.5 - 1).astype(np.float32)
     palette = Palette(np.repeat(grey[:, None], 3, axis=1))
-    origin = Origin(
+    order = PixelOrder(round(n_ctx**0.5), tuple(permutation or range(n_ctx)))
+    metadata = CheckpointMetadata(
         network=net.config,
-        palette=palette.centres.tolist(),
-        palette_hash=palette_hash or palette.hash,
-        permutation=permutation or list(range(n_ctx)),
+        tokenizer=PaletteTokenizer(palette, order),
         objective={"name": "ar"} if causal else {"name": "bert", "mask_probability": 0.15},
         model="small",
         data="toy",
         step=1,
         seed=0,
     )
-    save_model(folder / "model", net.state_dict(), origin)
+    save_model(folder / "model", net.state_dict(), metadata)
     return folder
 
 
@@ -173,13 +185,24 @@ SMALL = ("model.n_layer=3", "model.n_embd=24", "model.n_head=3")
     ("saved", "overrides", "message"),
     [
         ({"n_ctx": 16}, ["task=evaluate"], r"reads 4×4 pixels \(toy\), data=digits gives 8×8"),
-        ({}, ["task=pretrain", *SMALL, "tokens.order=random"], "another order of the pixels"),
-        ({"permutation": list(range(63, -1, -1))}, ["task=pretrain", *SMALL], "another order of the pixels"),
+        (
+            {},
+            ["task=pretrain", *SMALL, "tokens.order=random"],
+            r"was trained on other tokens .* in another order than row by row",
+        ),
+        (
+            {"permutation": list(range(63, -1, -1))},
+            ["task=pretrain", *SMALL],
+            r"was trained on other tokens .* in another order than row by row",
+        ),
         ({}, ["task=pretrain"], "n_embd 24 ≠ 64; n_head 3 ≠ 4; n_layer 3 ≠ 8"),
-        ({}, ["task=pretrain", *SMALL, "tokens.palette.k=5"], "was trained with palette .* this run's is .* .5."),
-        ({"palette_hash": "0" * 12}, ["task=sample"], "its palette's hash is not this run's"),
+        (
+            {},
+            ["task=pretrain", *SMALL, "tokens.palette.k=5"],
+            r"was trained on other tokens \(17 colours, .* \(5 colours",
+        ),
         ({}, ["task=sample", "model=igpt_s"], "n_embd 24 ≠ 512"),
-        ({}, ["task=sample", "tokens=fitted", "tokens.palette.k=5"], "was trained with palette"),
+        ({}, ["task=sample", "tokens=fitted", "tokens.palette.k=5"], "was trained on other tokens"),
         ({}, ["task=evaluate", "model=igpt_s"], "n_embd 24 ≠ 512"),
         ({}, ["task=evaluate", "tokens.order=random"], "tokens=checkpoint takes the checkpoint's order"),
     ],
@@ -200,7 +223,7 @@ def test_weights_that_agree_are_taken(tmp_path: Path) -> None:
     init = save_small(tmp_path / "run")
     for overrides in (["task=pretrain", *SMALL], ["task=evaluate"]):
         build = built(*overrides, f"init={init}", f"paths.cache={tmp_path}")
-        assert build.need_net(RunFolder(tmp_path))().config == find(str(init)).origin.network
+        assert build.need_net(RunFolder(tmp_path))().config == find(str(init)).metadata.network
 
 
 @pytest.mark.parametrize("task", ["sample", "complete", "evaluate"])

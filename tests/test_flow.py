@@ -15,7 +15,7 @@ ALLOWED = {
     "model": set(),
     "checkpoint": {"tokens", "model"},
     "objective": set(),
-    "metric": set(),
+    "metric": {"model"},
     "probe": {"data", "tokens", "model", "objective", "metric"},
     "task": {"data", "tokens", "model", "checkpoint", "objective", "metric", "probe"},
     "report": {"data", "tokens", "model", "metric"},

@@ -83,7 +83,7 @@ def test_next_pixel(ilsvrc: Path, tmp_path: Path, more: tuple[str, ...]) -> None
                   *data_as_before, f"paths.cache={tmp_path / 'cache'}")  # fmt: skip
     data = again.need_tokens(RunFolder(tmp_path / "x"))()
     given = data.some_tokens("val")[record["provenance"]["images"]].repeat_interleave(4, 0)
-    known = data.raster.known(4)
+    known = data.tokenizer.known_tokens(4)
     assert known.sum() == 32
     assert torch.equal(torch.from_numpy(completed)[:, known], given[:, known])
 
@@ -124,7 +124,7 @@ def test_a_palette_beside_others(ilsvrc: Path, tmp_path: Path) -> None:
         assert result.curves[name].y[-1] <= 1
     build = built("data=imagenet48", *SMALL, f"data.path={ilsvrc}", f"paths.cache={tmp_path / 'cache'}")
     pixels = build.source.split("test").read(range(6), [0] * 6).pixels.reshape(-1, 1, 3)
-    square = (pixels.astype(float) - build.palette.colours) ** 2
+    square = (pixels.astype(float) - build.tokenizer.palette.colours) ** 2
     assert errors[2] == pytest.approx(square.sum(-1).min(1).mean() / 3, rel=1e-3)  # by eye or by centre: all but equal
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 AUTO = "resume=auto"
+RENAMED = {"task.gen": "task.loss_weights.gen", "task.clf": "task.loss_weights.clf"}
 
 
 def prepare(arguments: list[str], conf: Path) -> list[str]:
@@ -143,6 +144,8 @@ def check(overrides: list[str], folders: list[Path]) -> DictConfig:
             added = override.is_add() or override.is_force_add()
             if override in chosen or added or key.startswith("hydra") or key in keys:
                 continue
+            if key in RENAMED:
+                raise ValueError(f"the setting {key} is called {RENAMED[key]} now")
             near = suggestion(key, [*groups, *keys])
             raise ValueError(f"there is no setting or group {key!r}{near}; a new key needs a + in front")
         return _composed(parsed)

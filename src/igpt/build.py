@@ -1,6 +1,7 @@
 """Everything a task may need, built in flow order from a config; what one stage knows is given to the next."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 from igpt import inputs
 from igpt.checkpoint import native
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import Origin, Weights
+from igpt.checkpoint.native import CheckpointMetadata, Weights
 from igpt.checkpoint.resume import step_of
 from igpt.data.crop import Crop, evaluation_crop
 from igpt.data.listing import list_files
 from igpt.data.source import Source
+from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
-from igpt.objective import named
+from igpt.objective import registry
 from igpt.objective.base import Objective
 from igpt.report.folder import RunFolder, identity
 from igpt.report.loggers import About
@@ -26,8 +28,7 @@ from igpt.settings import factory, without
 from igpt.task.fit import Runner
 from igpt.task.machine import Machine, hold_memory
 from igpt.tokens.datamodule import TokenDataModule
-from igpt.tokens.palette import Palette
-from igpt.tokens.raster import Raster
+from igpt.tokens.tokenizer import Tokenizer, TokenizerSettings
 
 CHECKPOINT = "checkpoint"  # the option of model, tokens and objective that says: as in the weights of init=
 
@@ -72,7 +73,7 @@ class Build:
         """What the task is done with: the names of model, data and objective, and the option of `data`."""
         data = self.data_name
         if self.weights and "tokens" not in self.cfg.task.needs:  # a task that reads no images
-            data = self.weights.origin.data
+            data = self.weights.metadata.data
         objective = self.objective_settings["name"]
         return {"model": self.model_name, "data": data, "objective": objective, "data_option": self.choices["data"]}
 
@@ -98,20 +99,20 @@ class Build:
 
     @property
     def model_name(self) -> str:
-        return self.weights.origin.model if self.weights and self._from_weights("model") else str(self.cfg.model.name)
+        return self.weights.metadata.model if self.weights and self._from_weights("model") else str(self.cfg.model.name)
 
     @property
     def objective_settings(self) -> dict[str, Any]:
         """The objective's name and numbers: the run's own, or those of its weights."""
         if self.weights and self._from_weights("objective"):
-            return self.weights.origin.objective
+            return self.weights.metadata.objective
         settings: dict[str, Any] = self.config["objective"]
         return settings
 
     @property
     def began_with(self) -> dict[str, Any]:
         """What the weights of init= say of themselves, for the record of this run."""
-        return brief(vars(self.weights.origin)) if self.weights is not None else {}
+        return brief(self.weights.metadata.to_dict()) if self.weights is not None else {}
 
     @cached_property
     def machine(self) -> Machine:
@@ -125,46 +126,34 @@ class Build:
         return source
 
     @cached_property
-    def palette(self) -> Palette:
-        if self.choices["tokens"] == CHECKPOINT:
-            return self.vocabulary[0]
-        make = factory(self.config["tokens"]["palette"], "tokens.palette")
-        palette: Palette = make(self.source, Path(self.cfg.paths.cache))
-        if self.weights is not None and palette.hash != self.vocabulary[0].hash:
-            theirs = self.vocabulary[0]
+    def tokenizer_settings(self) -> TokenizerSettings:
+        settings: TokenizerSettings = factory(self.config["tokens"], "tokens")()
+        return settings
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own, or that of its weights. Raises ValueError where the weights read other tokens or images."""
+        theirs = self.weights.tokenizer if self.weights is not None else None
+        side = self.cfg.data.resolution
+        if self.weights is not None and theirs is not None and theirs.side != side:
             raise ValueError(
-                f"{self.weights.folder} was trained with palette {theirs.hash} ({theirs.k} colours), "
-                f"this run's is {palette.hash} ({palette.k}): tokens=checkpoint takes the checkpoint's"
+                f"{self.weights.folder} reads {theirs.side}×{theirs.side} pixels ({self.weights.metadata.data}), "
+                f"data={self.cfg.data.name} gives {side}×{side}"
             )
-        return palette
-
-    @cached_property
-    def raster(self) -> Raster:
-        if self.choices["tokens"] != CHECKPOINT:
-            raster = Raster.of(self.cfg.data.resolution, self.cfg.tokens.order)
-        else:
-            raster = self.vocabulary[1]
-        if self.weights is not None:
-            theirs = self.vocabulary[1]
-            if theirs.side != self.cfg.data.resolution:
-                raise ValueError(
-                    f"{self.weights.folder} reads {theirs.side}×{theirs.side} pixels ({self.weights.origin.data}), "
-                    f"data={self.cfg.data.name} gives {self.cfg.data.resolution}×{self.cfg.data.resolution}"
-                )
-            if theirs.permutation != raster.permutation:
-                raise ValueError(
-                    f"{self.weights.folder} was trained in another order of the pixels: tokens=checkpoint takes it"
-                )
-        return raster
-
-    @cached_property
-    def vocabulary(self) -> tuple[Palette, Raster]:
-        assert self.weights is not None
-        return self.weights.vocabulary()
+        if self.choices["tokens"] == CHECKPOINT:
+            assert theirs is not None, "as the constructor has seen to"
+            return theirs
+        ours = self.tokenizer_settings.build(self.source, Path(self.cfg.paths.cache))
+        if self.weights is not None and theirs is not None and ours.hash != theirs.hash:
+            raise ValueError(
+                f"{self.weights.folder} was trained on other tokens ({theirs.describe()}, {theirs.hash}) than this "
+                f"run's ({ours.describe()}, {ours.hash}): tokens=checkpoint takes the checkpoint's"
+            )
+        return ours
 
     @cached_property
     def objective(self) -> Objective:
-        return named.build(**self.objective_settings)
+        return registry.build(**self.objective_settings)
 
     @cached_property
     def found(self) -> Found:
@@ -175,36 +164,50 @@ class Build:
         return found([places] if isinstance(places, str) else places)
 
     @property
-    def planned_network(self) -> dict[str, Any]:
-        """The arguments of GPT, of settings alone: no image is read and no palette fitted.
+    def planned_network(self) -> GPTConfig:
+        """The network, of settings alone: no image is read and nothing is fitted to any.
 
-        The palette that is fitted has fewer colours where the images have (n_vocab is an upper bound then).
+        Of a tokenizer that is fitted, V is an upper bound.
         """
         if self.weights is not None and self._from_weights("model"):
-            return self.weights.origin.network
-        colours = self.config["tokens"]["palette"]
-        k = colours["k"] if "k" in colours else Palette.load(Path(colours["path"])).k if colours["path"] else 512
-        sizes = {key: self.cfg.model[key] for key in ("n_layer", "n_embd", "n_head")}
-        return {**sizes, "n_ctx": self.cfg.data.resolution**2, "n_vocab": k, "causal": self.objective.causal}
+            return self.weights.metadata.network
+        if self.weights is not None and self._from_weights("tokens"):
+            return self.network
+        n_ctx, n_vocab = self.tokenizer_settings.sizes(self.cfg.data.resolution)
+        return self._network(n_ctx=n_ctx, n_vocab=n_vocab)
+
+    @cached_property
+    def network(self) -> GPTConfig:
+        """The network: the run's own, or that of its weights."""
+        n_ctx, n_vocab = self.tokenizer.grid.n_ctx, self.tokenizer.n_vocab
+        if self.weights is not None and self._from_weights("model"):
+            theirs = self.weights.metadata.network
+            return replace(theirs, n_ctx=n_ctx, n_vocab=n_vocab, causal=self.objective.causal)
+        return self._network(n_ctx=n_ctx, n_vocab=n_vocab)
+
+    def _network(self, *, n_ctx: int, n_vocab: int) -> GPTConfig:
+        """The network of `conf/model/`, with what it is given by tokens and objective."""
+        spec = {key: value for key, value in self.config["model"].items() if key != "name"}
+        network: GPTConfig = factory(spec, "model")(n_ctx=n_ctx, n_vocab=n_vocab, causal=self.objective.causal)
+        return network
 
     def check_weights(self) -> None:
         """Raises ValueError where the run chooses another network, palette or objective than its weights have."""
         if self.weights is None:
             return
-        origin, folder = self.weights.origin, self.weights.folder
+        metadata, folder = self.weights.metadata, self.weights.folder
         if not self._from_weights("model"):
-            sizes = {key: self.cfg.model[key] for key in ("n_layer", "n_embd", "n_head")}
-            native.check_same("network", {key: origin.network[key] for key in sizes}, sizes, folder)
+            theirs = metadata.network
+            ours = self._network(n_ctx=theirs.n_ctx, n_vocab=theirs.n_vocab)
+            native.check_same("network", theirs.to_dict(), {**ours.to_dict(), "causal": theirs.causal}, folder)
         if not self._from_weights("objective"):
-            native.check_same("objective", origin.objective, self.objective_settings, folder)
+            native.check_same("objective", metadata.objective, self.objective_settings, folder)
         if self._from_weights("tokens"):
             stated = [key for key, value in self.config["tokens"].items() if value is not None]
             if stated:
                 raise ValueError(f"tokens=checkpoint takes the checkpoint's {' and '.join(stated)}: state no other")
-        else:
-            assert self.palette
         if not self._from_weights("tokens") or "tokens" in self.cfg.task.needs:
-            assert self.raster
+            assert self.tokenizer  # which compares itself with that of the weights
         if "tokens" in self.cfg.task.needs:
             inputs.compare_splits(self.config["data"], folder.parent)
 
@@ -259,21 +262,14 @@ class Build:
         return partial(
             TokenDataModule,
             source=self.source,
-            palette=self.palette,
-            raster=self.raster,
+            tokenizer=self.tokenizer,
             seed=self.cfg.seed,
             num_workers=self.machine.readers,
             cache=Path(self.cfg.paths.cache),
         )
 
     def need_net(self, folder: RunFolder) -> "partial[GPT]":
-        known = {"n_ctx": self.raster.n_ctx, "n_vocab": self.palette.k, "causal": self.objective.causal}
-        if self.weights is not None and self._from_weights("model"):
-            return partial(GPT, **{**self.weights.origin.network, **known})
-        spec = {key: value for key, value in self.config["model"].items() if key != "name"}
-        net = factory({**spec, **known}, "model")
-        assert isinstance(net, partial)
-        return net
+        return partial(GPT, self.network)
 
     def need_cache(self, folder: RunFolder) -> Path:
         return Path(self.cfg.paths.cache)
@@ -311,14 +307,12 @@ class Build:
         init: str | None = self.cfg.init
         return init
 
-    def need_origin(self, folder: RunFolder) -> Callable[..., Origin]:
+    def need_metadata(self, folder: RunFolder) -> Callable[..., CheckpointMetadata]:
         """What the weights this run will make are to say of themselves, but for their step."""
         return partial(
-            Origin,
-            network=self.need_net(folder).keywords,
-            palette=self.palette.centres.tolist(),
-            palette_hash=self.palette.hash,
-            permutation=list(self.raster.permutation),
+            CheckpointMetadata,
+            network=self.network,
+            tokenizer=self.tokenizer,
             objective=self.objective_settings,
             model=self.model_name,
             data=self.data_name,

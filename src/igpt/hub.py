@@ -1,4 +1,4 @@
-"""A trained network with its palette, for notebooks and other programs: `igpt.load(path or Hub name)`."""
+"""A trained network with its tokenizer, for notebooks and other programs: `igpt.load(path or Hub name)`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,43 +10,40 @@ from torch import Tensor
 
 from igpt import keyed
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import Origin, Weights
+from igpt.checkpoint.native import CheckpointMetadata, Weights
 from igpt.model.features import layer_features
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
-from igpt.tokens.palette import Palette
-from igpt.tokens.raster import Raster
 
 Images = np.ndarray | Tensor | Sequence[Any]
 
 
 class ImageGPT:
-    """A network, what its tokens mean, and what it was trained on. R is its resolution, T = R² its positions.
+    """A network, what its tokens mean, and what it was trained on. R is its resolution, T its positions.
 
     Nothing random is hidden: what is drawn depends on `seed` alone, image by image.
     """
 
-    def __init__(self, net: GPT, origin: Origin, palette: Palette, raster: Raster, path: Path) -> None:
+    def __init__(self, net: GPT, metadata: CheckpointMetadata, path: Path) -> None:
         self.net = net.eval().requires_grad_(False)
-        self.origin, self.palette, self.raster, self.path = origin, palette, raster, path
+        self.metadata, self.tokenizer, self.path = metadata, metadata.tokenizer, path
 
     @staticmethod
     def of(weights: Weights) -> "ImageGPT":
         """The network of weights that were found, loaded."""
-        palette, raster = weights.vocabulary()
-        return ImageGPT(weights.net(), weights.origin, palette, raster, weights.path)
+        return ImageGPT(weights.net(), weights.metadata, weights.path)
 
     def __repr__(self) -> str:
-        o, n = self.origin, self.origin.network
+        o, n = self.metadata, self.metadata.network
         return (
-            f"ImageGPT({o.model} on {o.data}, {o.objective['name']}, step {o.step:,}: {n['n_layer']} blocks of "
-            f"{n['n_embd']}, {self.resolution}×{self.resolution} pixels in {self.palette.k} colours, {self.path})"
+            f"ImageGPT({o.model} on {o.data}, {o.objective['name']}, step {o.step:,}: {n.n_layer} blocks of "
+            f"{n.n_embd}, {self.resolution}×{self.resolution} pixels in {self.tokenizer.describe()}, {self.path})"
         )
 
     @property
     def resolution(self) -> int:
         """R, pixels a side."""
-        return self.raster.side
+        return self.tokenizer.side
 
     @property
     def device(self) -> torch.device:
@@ -76,16 +73,16 @@ class ImageGPT:
                 f"images are uint8 of shape (B, {r}, {r}, 3), got {pixels.dtype} {tuple(pixels.shape)}: convert to RGB "
                 f"and resize to {r}×{r} first"
             )
-        return self.raster.flatten(self.palette.encode(pixels.to(self.device)))
+        return self.tokenizer.encode(pixels.to(self.device))
 
     def decode(self, tokens: Tensor) -> np.ndarray:
         """Tokens to images: (B, T) → (B, R, R, 3) uint8."""
-        return self.palette.decode(self.raster.unflatten(tokens.cpu()))
+        return self.tokenizer.decode(tokens.cpu())
 
     @torch.inference_mode()
-    def logits(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Scores of every colour at every position: (B, T) → (B, T, V). `keep` (B, T): which pixels BERT is shown."""
-        logits: Tensor = self.net(tokens.to(self.device), keep)
+    def logits(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Scores of every token at every position: (B, T) → (B, T, V). `visible` (B, T): which pixels BERT is shown."""
+        logits: Tensor = self.net(tokens.to(self.device), visible)
         return logits
 
     @torch.inference_mode()
@@ -121,7 +118,7 @@ class ImageGPT:
     ) -> np.ndarray:
         """The images with all below their top `rows` drawn anew: (B, R, R, 3) uint8 → the same shape."""
         tokens = self.encode(images)
-        known = self.raster.known(rows)
+        known = self.tokenizer.known_tokens(rows)
         uniforms = keyed.uniform(self._keys(len(tokens), seed), self.net.n_ctx).to(self.device)
         drawn = generate(self.net, uniforms, Sampling(temperature, top_k, top_p), given=tokens, known=known)
         return self.decode(drawn)
@@ -132,7 +129,7 @@ class ImageGPT:
 
 
 def load(path: str | Path, *, palette: str | None = None, n_head: int | None = None) -> ImageGPT:
-    """A trained network with its palette, on the CPU.
+    """A trained network with its tokenizer, on the CPU.
 
     `path`: a run folder of this project, a checkpoint of it; a folder of Hugging Face's ImageGPT or a name on the Hub
     (`openai/imagegpt-small`); a checkpoint of OpenAI's, with its `palette` (`kmeans_centers.npy`).

@@ -142,7 +142,7 @@ def launch(
             return result
         with ExitStack() as while_it_runs:
             if rank.first:
-                while_it_runs.enter_context(folder.alone())
+                while_it_runs.enter_context(folder.lock())
             if ranks.from_first(lambda: folder.finished):  # by the process that held the lock until now
                 return result_of(folder.read_result())
             if rank.first:

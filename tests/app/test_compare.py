@@ -58,8 +58,8 @@ def large(tmp_path: Path, **settings: Any) -> Path:
     """iGPT-L, pretrained as the paper's, on paper."""
     recipe = RECIPES["pretrain_l"].expects | {f"model.{key}": value for key, value in LARGE.items()}
     given = {
-        **recipe, "model.name": "igpt_l", "data.n_colour": 512, "tokens.palette._target_": "igpt.tokens.palette.given",
-        **settings,
+        **recipe, "model.name": "igpt_l", "data.n_colour": 512,
+        "tokens.palette._target_": "igpt.tokens.palette.from_file", **settings,
     }  # fmt: skip
     folder = made(tmp_path / RUNS / "pretrain-l", {"parameters": Number(1_362_250_752, "weights", 1)}, **given)
     origin = {
@@ -141,7 +141,7 @@ def test_a_small_network_of_a_large_name_is_small(tmp_path: Path) -> None:
     assert row.differs == ["igpt_l, 2 blocks of width 16 (paper: iGPT-L, 48 of 1,536)"]
 
 
-def test_a_checkpoint_on_the_way_has_seen_less(tmp_path: Path) -> None:
+def test_a_checkpoint_read_training_checkpoint_has_seen_less(tmp_path: Path) -> None:
     """By hand: 131,000 steps of 128 images are 16,768,000."""
     folder = large(tmp_path)
     place = folder / "checkpoints" / "step_0131000.ckpt"

@@ -18,7 +18,9 @@ from igpt.checkpoint.native import Weights, save_model
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.tokens.palette import Palette
-from tests.checkpoint.test_native import origin_of
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
+from igpt.tokens.pixel_order import PixelOrder
+from tests.checkpoint.test_native import metadata_of
 from tests.conftest import Planted, perturbed, small_net
 
 K, R = 11, 4
@@ -28,11 +30,12 @@ def palette() -> Palette:
     return Palette(np.random.default_rng(0).uniform(-1, 1, (K, 3)).astype(np.float32))
 
 
-def native(folder: Path, net: GPT, **changed: Any) -> Weights:
+def native(folder: Path, net: GPT, order: PixelOrder | None = None, **changed: Any) -> Weights:
     """A network saved in our format."""
     colours = palette()
-    origin = replace(origin_of(net), palette=colours.centres.tolist(), palette_hash=colours.hash, **changed)
-    save_model(folder, net.state_dict(), origin)
+    tokenizer = PaletteTokenizer(colours, order or PixelOrder.of(4, "raster"))
+    metadata = replace(metadata_of(net), tokenizer=tokenizer, **changed)
+    save_model(folder, net.state_dict(), metadata)
     return find(str(folder))
 
 
@@ -94,7 +97,7 @@ def test_their_processor_makes_the_same_tokens(exported: Path) -> None:
 def test_there_and_back_is_bit_exact(exported: Path, tmp_path: Path, net: GPT) -> None:
     """Round trip: ours → theirs → ours, weights and all that is said of them."""
     before, after = find(str(tmp_path / "ours")), find(str(exported))
-    assert after.origin == before.origin
+    assert after.metadata == before.metadata
     assert all(torch.equal(weight, net.state_dict()[name]) for name, weight in after.net().state_dict().items())
 
 
@@ -108,8 +111,8 @@ def test_theirs_is_read(theirs: Path, tokens: torch.Tensor, tmp_path: Path) -> N
     table = load_file(theirs / "model.safetensors")["transformer.wte.weight"]
     assert torch.equal(net.sos, table[K])
     assert torch.equal(net.wte, table[:K])
-    assert (weights.origin.model, weights.origin.data) == ("igpt_3x24", "huggingface4")
-    assert weights.vocabulary()[0].hash == palette().hash
+    assert (weights.metadata.model, weights.metadata.data) == ("igpt_3x24", "huggingface4")
+    assert weights.tokenizer.hash == palette().hash
     huggingface.write(tmp_path / "again", weights)
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(tensor, again[name]) for name, tensor in load_file(theirs / "model.safetensors").items())
@@ -242,7 +245,7 @@ def test_what_their_format_cannot_hold(tmp_path: Path, net: GPT) -> None:
     order = [*range(1, R * R), 0]
     for weights, why in (
         (native(tmp_path / "a", bert, objective={"name": "bert", "mask_probability": 0.15}), "masked pixels"),
-        (native(tmp_path / "b", net, permutation=order), "another order"),
+        (native(tmp_path / "b", net, PixelOrder(R, tuple(order))), "another order"),
     ):
         with pytest.raises(ValueError, match=rf"{why}.*task\.format=igpt"):
             huggingface.write(tmp_path / "hf", weights)
@@ -313,7 +316,7 @@ def test_a_name_on_the_hub(theirs: Path, tmp_path: Path, monkeypatch: pytest.Mon
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert find("openai/imagegpt-small").origin.network["n_layer"] == 3
+    assert find("openai/imagegpt-small").metadata.network.n_layer == 3
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert find("openai/imagegpt-small").path == folder / "pytorch_model.bin"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from igpt import files
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import Origin, save_model
+from igpt.checkpoint.native import CheckpointMetadata, save_model
 from igpt.checkpoint.resume import (
     AtomicCheckpointIO,
     checkpoint_path,
@@ -26,18 +26,21 @@ from igpt.checkpoint.resume import (
     read_best,
     step_of,
 )
+from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
+from igpt.tokens.palette import Palette
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
+from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.registry import tokenizer_to_dict
 from tests.conftest import Planted, small_net
 from tests.oracle import gpt as plain
 
 
-def origin_of(net: GPT) -> Origin:
+def metadata_of(net: GPT) -> CheckpointMetadata:
     centres = np.random.default_rng(0).uniform(-1, 1, (net.n_vocab, 3)).astype(np.float32)
-    return Origin(
+    return CheckpointMetadata(
         network=net.config,
-        palette=centres.tolist(),
-        palette_hash="0123456789ab",
-        permutation=list(range(net.n_ctx)),
+        tokenizer=PaletteTokenizer(Palette(centres), PixelOrder.of(round(net.n_ctx**0.5), "raster")),
         objective={"name": "ar"},
         model="small",
         data="toy4",
@@ -48,7 +51,7 @@ def origin_of(net: GPT) -> Origin:
 
 @pytest.fixture
 def saved(tmp_path: Path, net: GPT) -> Path:
-    save_model(tmp_path / "model", net.state_dict(), origin_of(net))
+    save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
     return tmp_path
 
 
@@ -58,8 +61,8 @@ def test_round_trip_is_bit_exact(saved: Path, net: GPT) -> None:
         weights = find(str(place))
         again = weights.net()
         assert all(torch.equal(w, net.state_dict()[name]) for name, w in again.state_dict().items())
-        assert weights.origin == origin_of(net)
-        assert np.array_equal(weights.origin.centres, origin_of(net).centres)
+        assert weights.metadata == metadata_of(net)
+        assert weights.metadata == metadata_of(net)
         assert weights.sha256 == files.sha256(saved / "model" / "model.safetensors")
 
 
@@ -79,7 +82,7 @@ def test_a_checkpoint_of_an_earlier_release(tmp_path: Path) -> None:
     for image, ours in zip(tokens, logits, strict=True):
         theirs = plain.logits(plain_weights, image.numpy(), None, n_head=2, causal=True)
         assert np.abs(ours.numpy() - theirs).max() < 1e-5
-    assert (weights.origin.model, weights.origin.step, weights.vocabulary()[0].k) == ("tiny", 7, 5)
+    assert (weights.metadata.model, weights.metadata.step, weights.tokenizer.n_vocab) == ("tiny", 7, 5)
 
 
 def test_a_network_of_another_size(saved: Path) -> None:
@@ -93,11 +96,26 @@ def edit(saved: Path, **changed: object) -> None:
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
+SIZES = {"n_layer": 3, "n_embd": 24, "n_head": 3, "n_ctx": 16, "n_vocab": 11, "causal": True}
+BLACK_AND_WHITE = Palette(np.array([[-1] * 3, [1] * 3], dtype=np.float32))
+TWO = tokenizer_to_dict(PaletteTokenizer(BLACK_AND_WHITE, PixelOrder.of(2, "raster")))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"format": 2}, "format 2, this version reads 1"),
-        ({"palette": None}, "not complete"),
+        ({"format": 3}, "format 3, this version reads 1 and 2"),
+        ({"tokenizer": None}, "not complete .tokenizer is missing"),
+        ({"palette": []}, "not complete .palette is no field of it"),
+        ({"tokenizer": {"kind": "sounds"}}, "its tokenizer is of the kind 'sounds', known are palette, patches"),
+        ({"tokenizer": {"kind": "palette", "centres": [[0, 0, 0]] * 2}}, "not described whole"),
+        ({"tokenizer": {**TWO, "hash": "0" * 12}}, "the palette's hash is .*, not the '000000000000'"),
+        ({"tokenizer": TWO}, "its network reads 16 tokens of 11, its tokenizer .2 colours. makes 4 of 2"),
+        ({"network": {**SIZES, "rings": 2}}, "the setting 'rings', which this version does not know"),
+        ({"network": {**SIZES, "positions": "rings"}}, "model.positions must be one of learned"),
+        ({"network": {**SIZES, "n_head": True}}, "n_head must be a whole number"),
+        ({"network": {**SIZES, "n_ctx": 1 << 40}}, "n_ctx must be a whole number"),
+        ({"network": {"n_layer": 3}}, "its network is not described whole"),
         ({"weights_sha256": "0" * 64}, "damaged or half replaced"),
     ],
 )
@@ -169,17 +187,17 @@ def small_disk() -> Iterator[None]:
 
 def test_a_full_disk_leaves_the_old_model_and_checkpoint(tmp_path: Path, net: GPT) -> None:
     """Invariant: what was good is still read; no temporary file stays."""
-    small = GPT(n_layer=1, n_embd=8, n_head=2, n_ctx=16, n_vocab=11, causal=True)
+    small = GPT(GPTConfig(n_layer=1, n_embd=8, n_head=2, n_ctx=16, n_vocab=11, causal=True))
     small.init_weights(0)
-    save_model(tmp_path / "model", small.state_dict(), origin_of(small))
+    save_model(tmp_path / "model", small.state_dict(), metadata_of(small))
     path = checkpoint_path(tmp_path, 5)
     AtomicCheckpointIO().save_checkpoint({"step": 5}, path)
     before = sorted(p.name for p in tmp_path.rglob("*"))
     with pytest.raises(OSError, match="is the disk full"), small_disk():
-        save_model(tmp_path / "model", net.state_dict(), origin_of(net))
+        save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
     with pytest.raises(OSError, match="is the disk full"), small_disk():
         AtomicCheckpointIO().write({"state_dict": net.state_dict()}, path)
-    assert find(str(tmp_path)).origin == origin_of(small)
+    assert find(str(tmp_path)).metadata == metadata_of(small)
     assert find(str(tmp_path)).net().config == small.config
     assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 5}
     assert sorted(p.name for p in tmp_path.rglob("*")) == before

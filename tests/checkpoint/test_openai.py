@@ -15,6 +15,7 @@ from igpt.checkpoint import huggingface
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import save_model
 from igpt.launch import run as run_command
+from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from tests.conftest import ROOT, small_net
@@ -97,15 +98,15 @@ def test_there_and_back_is_bit_exact(shared: Path, colours: Callable[[int], Path
         folder, reference = oracle(shared, kind)
         first = find(str(folder), palette=str(colours(reference["gen_logits"].shape[-1])))
         expected = from_openai(dict(np.load(folder / "weights.npz")))
-        save_model(tmp_path / kind, first.state(), first.origin)
+        save_model(tmp_path / kind, first.state(), first.metadata)
         ours = find(str(tmp_path / kind))
         if kind == "ar":
             huggingface.write(tmp_path / "hf", ours)
         else:
-            save_model(tmp_path / "hf", ours.state(), ours.origin)
-        save_model(tmp_path / f"{kind} again", find(str(tmp_path / "hf")).state(), ours.origin)
+            save_model(tmp_path / "hf", ours.state(), ours.metadata)
+        save_model(tmp_path / f"{kind} again", find(str(tmp_path / "hf")).state(), ours.metadata)
         last = find(str(tmp_path / f"{kind} again"))
-        assert last.origin == first.origin
+        assert last.metadata == first.metadata
         assert last.net().state_dict().keys() == expected.keys()
         assert all(torch.equal(weight, expected[name]) for name, weight in last.net().state_dict().items())
         assert last.sha256 == ours.sha256
@@ -139,7 +140,11 @@ def test_every_name_that_is_meant(checkpoint: Path) -> None:
         weights = find(str(place))
         assert all(torch.equal(weight, expected[name]) for name, weight in weights.net().state_dict().items())
     assert len(list(folder.glob("*.data-*"))) == 32
-    assert (weights.origin.step, weights.origin.objective, weights.origin.data) == (131000, {"name": "ar"}, "imagenet4")
+    assert (weights.metadata.step, weights.metadata.objective, weights.metadata.data) == (
+        131000,
+        {"name": "ar"},
+        "imagenet4",
+    )
     assert weights.wclf is None  # zeros: it was never trained
 
 
@@ -226,7 +231,7 @@ def test_a_shard_cut_short_leaves_nothing(checkpoint: Path, tmp_path: Path) -> N
     halved(shards[-1].name)(checkpoint)
     weights = find(str(checkpoint))
     with pytest.raises(ValueError, match="is damaged or not downloaded to its end"):
-        save_model(tmp_path / "model", weights.state(), weights.origin)
+        save_model(tmp_path / "model", weights.state(), weights.metadata)
     assert list((tmp_path / "model").iterdir()) == []
 
 
@@ -234,7 +239,7 @@ def test_not_a_number(checkpoint: Path, tmp_path: Path) -> None:
     with_variables(lambda v: v["model/wpe"].__setitem__((0, 0), np.nan))(checkpoint)
     weights = find(str(checkpoint))
     with pytest.raises(ValueError, match="wpe holds NaN"):
-        save_model(tmp_path / "model", weights.state(), weights.origin)
+        save_model(tmp_path / "model", weights.state(), weights.metadata)
 
 
 def test_without_tensorflow(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +260,7 @@ def test_another_palette_is_another_import(checkpoint: Path, tmp_path: Path) -> 
     random_palette(11, seed=1).save(checkpoint.parent / "kmeans_centers.npy")
     _, second = run(tmp_path, "task=import", f"init={checkpoint}")
     assert first != second
-    assert find(str(second)).origin.palette_hash == random_palette(11, seed=1).hash
+    assert find(str(second)).tokenizer.hash == random_palette(11, seed=1).hash
 
 
 def test_paths_as_people_write_them(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,9 +272,9 @@ def test_paths_as_people_write_them(checkpoint: Path, monkeypatch: pytest.Monkey
     for path in folder.glob("model.ckpt-131000.*"):
         path.rename(folder / "131000" / path.name)
     monkeypatch.chdir(folder / "131000")
-    assert find("model.ckpt-131000").origin.step == 131000
+    assert find("model.ckpt-131000").metadata.step == 131000
     monkeypatch.chdir(folder)
-    assert find("131000").origin.step == 131000
+    assert find("131000").metadata.step == 131000
     with pytest.raises(ValueError, match=r"of OpenAI's, choose one: .*131000"):
         find(str(folder))
     (folder / "131000").rename(folder / "13[1]")
@@ -317,7 +322,7 @@ def test_openais_evaluation_as_one_command(
     Independent source: the loss that Hugging Face's model gives the same tokens.
     """
     k, n_ctx = 512, 1024
-    net = GPT(n_layer=4, n_embd=16, n_head=2, n_ctx=n_ctx, n_vocab=k, causal=True)
+    net = GPT(GPTConfig(n_layer=4, n_embd=16, n_head=2, n_ctx=n_ctx, n_vocab=k, causal=True))
     net.init_weights(0)
     torch.nn.init.normal_(net.wtet, std=0.3, generator=torch.Generator().manual_seed(3))
     wclf = np.ones((10, 16), np.float32)  # a trained head, which asks for no training images all the same

@@ -3,7 +3,7 @@
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from igpt.checkpoint.native import FORMAT, save_model
 from igpt.checkpoint.resume import checksum_path
 from igpt.checkpoint.sharded import _check_cover, _Piece, read_state
 from igpt.model.gpt import GPT
-from tests.checkpoint.test_native import origin_of
+from tests.checkpoint.test_native import metadata_of
 from tests.conftest import Planted, perturbed
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -29,7 +29,7 @@ def save_sharded(folder: Path, net: GPT) -> Path:
     state = {f"net.{name}": weight for name, weight in net.state_dict().items()}
     moments = {f"state.net.{name}.exp_avg": torch.zeros_like(w) for name, w in net.state_dict().items()}
     dcp.save({"state_dict": state, "optimizer_0": moments | {"note": "bytes"}}, checkpoint_id=folder)
-    torch.save({"format": FORMAT, "origin": asdict(origin_of(net)), "global_step": 12}, folder / "meta.pt")
+    torch.save({"format": FORMAT, "origin": metadata_of(net).to_dict(), "global_step": 12}, folder / "meta.pt")
     return folder
 
 
@@ -45,9 +45,9 @@ def test_it_is_put_together(sharded: Path, net: GPT, tmp_path: Path, caplog: pyt
             weights = find(str(place))
             again = weights.net().state_dict()
             assert all(torch.equal(weight, again[name]) for name, weight in net.state_dict().items())
-            assert weights.origin == origin_of(net)
+            assert weights.metadata == metadata_of(net)
     assert re.search(r"__0_0\.distcp: .*step_0000012\.ckpt is taken", caplog.text)
-    save_model(tmp_path / "model", weights.state(), weights.origin)
+    save_model(tmp_path / "model", weights.state(), weights.metadata)
     assert find(str(tmp_path / "model")).net().state_dict().keys() == net.state_dict().keys()
 
 
@@ -166,7 +166,7 @@ def test_a_class_head_inside_is_taken_along(tmp_path: Path, net: GPT) -> None:
     state = {f"net.{name}": weight for name, weight in net.state_dict().items()} | {"head.wclf": torch.ones(5, 24)}
     folder = tmp_path / "pieces"
     dcp.save({"state_dict": state}, checkpoint_id=folder)
-    rest = {"format": FORMAT, "origin": asdict(origin_of(net))}
+    rest = {"format": FORMAT, "origin": metadata_of(net).to_dict()}
     torch.save(rest, folder / "meta.pt")
     whole = tmp_path / "step_0000012.ckpt"
     torch.save(rest | {"state_dict": state}, whole)
@@ -180,7 +180,7 @@ def test_a_class_head_inside_is_taken_along(tmp_path: Path, net: GPT) -> None:
 
 def test_a_network_that_is_not_its_own(sharded: Path, net: GPT) -> None:
     """Another network's pieces under this one's description."""
-    other = perturbed(GPT(**{**net.config, "n_layer": 2}))
+    other = perturbed(GPT(replace(net.config, n_layer=2)))
     folder = save_sharded(sharded.parent / "other", other)
     (folder / "meta.pt").write_bytes((sharded / "meta.pt").read_bytes())
     with pytest.raises(ValueError, match=r"missing h\.2\.attn"):

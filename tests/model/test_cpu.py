@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from igpt.model import choice, cpu
+from igpt.model import cpu, dispatch
 from tests.conftest import needs_compiler
 from tests.task.conftest import machine
 
@@ -43,14 +43,14 @@ def test_where_it_rounds() -> None:
     """Invariant: `auto` computes in float32, also on a CPU on which "medium" is bfloat16."""
     assert largest_error("medium") > 0.05
     assert cpu.medium_format(CPU) == "bf16"
-    assert choice.products(CPU) == "highest"
-    assert largest_error(choice.products(CPU)) < 1e-3
+    assert dispatch.matmul_precision(CPU) == "highest"
+    assert largest_error(dispatch.matmul_precision(CPU)) < 1e-3
 
 
 def test_where_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "medium_format", lambda device: "fp32")
-    assert choice.products(CPU) == ("medium" if platform.machine() in choice.X86 else "highest")
-    assert choice.products(torch.device("meta")) == "highest"
+    assert dispatch.matmul_precision(CPU) == ("medium" if platform.machine() in dispatch.X86 else "highest")
+    assert dispatch.matmul_precision(torch.device("meta")) == "highest"
 
 
 @pytest.mark.parametrize(
@@ -114,4 +114,4 @@ def test_c_for_another_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compilers = [["cc"], ["cc", "-march=x86-64-v3"], ["cc", "-march=x86-64-v2"], ["cc", "-mno-avx512f"]]
     assert [native.target(compiler) for compiler in compilers] == [["-march=native"], [], [], ["-march=native"]]
-    assert len({native.kept_at(compiler) for compiler in compilers}) == 4
+    assert len({native.library_path(compiler) for compiler in compilers}) == 4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from igpt import keyed
-from igpt.model.generate import Sampling, generate, growing
+from igpt.model.generate import Sampling, generate, generate_stream
 from igpt.model.gpt import GPT
 from tests.conftest import small_net
 
@@ -80,7 +80,7 @@ def test_growing_images_are_those_that_are_generated(net: GPT, tokens: Tensor) -
     """Invariant: after each step what is settled is the end's, token by token, whatever thread takes the step."""
     for known in (torch.arange(16) < 6, torch.arange(16) % 3 == 0, torch.ones(16, dtype=torch.bool)):
         end = generate(net, uniforms(4), PLAIN, given=tokens, known=known)
-        steps = growing(net, uniforms(4), PLAIN, given=tokens, known=known)
+        steps = generate_stream(net, uniforms(4), PLAIN, given=tokens, known=known)
         seen = []
         while (step := in_a_thread_of_its_own(steps)) is not None:
             so_far, settled = step

@@ -13,6 +13,7 @@ from torch import Tensor
 from igpt.global_state import num_threads
 from igpt.model import native_attention
 from igpt.model.attention import attend, self_attention
+from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.ar import AR
@@ -28,12 +29,14 @@ def openai_case(shared: Path, kind: str) -> tuple[GPT, dict[str, np.ndarray], di
     state = from_openai(variables)
     n_vocab, n_embd = state["wte"].shape
     net = GPT(
-        n_layer=len(reference["block_outputs"]),
-        n_embd=n_embd,
-        n_head=int(reference["n_head"]),
-        n_ctx=len(state["wpe"]),
-        n_vocab=n_vocab,
-        causal=kind == "ar",
+        GPTConfig(
+            n_layer=len(reference["block_outputs"]),
+            n_embd=n_embd,
+            n_head=int(reference["n_head"]),
+            n_ctx=len(state["wpe"]),
+            n_vocab=n_vocab,
+            causal=kind == "ar",
+        )
     )
     net.load_state_dict(state)
     return net, variables, reference
@@ -45,15 +48,15 @@ def test_equals_openais_code(shared: Path, kind: str, path: str) -> None:
     """Independent source: logits, every block's output and the class loss of OpenAI's model.py, to 1e-5."""
     net, variables, reference = openai_case(shared, kind)
     for block in net.h:
-        block.attn.path = path
+        block.attn.backend = path
     tokens = torch.from_numpy(reference["tokens"]).long()
-    keep = torch.from_numpy(reference["visible"]) if kind == "bert" else None
+    visible = torch.from_numpy(reference["visible"]) if kind == "bert" else None
     with torch.no_grad():
-        streams = torch.stack(list(net.residuals(tokens, keep)))[1:]
-        logits = net(tokens, keep)
+        streams = torch.stack(list(net.hidden_states(tokens, visible)))[1:]
+        logits = net(tokens, visible)
         head = ClassHead(n_embd=net.n_embd, n_class=len(variables["model/clf/wclf"]))
         head.wclf.copy_(torch.from_numpy(variables["model/clf/wclf"]))
-        scores = head(net.trunk(tokens, keep))
+        scores = head(net.trunk(tokens, visible))
     labels = torch.from_numpy(reference["labels"])
     assert (streams - torch.from_numpy(reference["block_outputs"])).abs().max() < 1e-5
     assert (logits - torch.from_numpy(reference["gen_logits"])).abs().max() < 1e-5
@@ -76,7 +79,9 @@ def test_equals_hugging_face(sizes: tuple[int, ...]) -> None:
     from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
     n_layer, n_embd, n_head, n_ctx, k = sizes
-    net = perturbed(GPT(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=k, causal=True), scale=0.03)
+    net = perturbed(
+        GPT(GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=k, causal=True)), scale=0.03
+    )
     config = ImageGPTConfig(
         vocab_size=k + 1,
         n_positions=n_ctx,
@@ -106,12 +111,12 @@ def test_equals_the_plain_rewrite(causal: bool) -> None:
     """Independent source: the numpy rewrite, both in float64, to 1e-12."""
     net = small_net(causal=causal).double()
     tokens = torch.randint(11, (2, 16), generator=torch.Generator().manual_seed(0))
-    keep = None if causal else torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) > 0.3
+    visible = None if causal else torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) > 0.3
     weights = {name: w.numpy() for name, w in net.state_dict().items()}
     with torch.no_grad():
-        ours = net(tokens, keep).numpy()
+        ours = net(tokens, visible).numpy()
     for i in range(2):
-        shown = None if keep is None else keep[i].numpy()
+        shown = None if visible is None else visible[i].numpy()
         expected = plain.logits(weights, tokens[i].numpy(), shown, net.n_head, causal)
         assert np.abs(ours[i] - expected).max() < 1e-12
 
@@ -129,14 +134,14 @@ def test_the_papers_parameter_counts(sizes: tuple[int, int, int], count: int) ->
     """Independent source: Chen et al. 2020, Table 1 (76M, 455M, 1362M, 6801M), at 1024 positions and 512 colours."""
     n_layer, n_embd, n_head = sizes
     with torch.device("meta"):
-        net = GPT(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=1024, n_vocab=512, causal=True)
+        net = GPT(GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=1024, n_vocab=512, causal=True))
     assert sum(p.numel() for p in net.parameters()) == count
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_first_loss_is_ln_k(causal: bool) -> None:
     """Independent source: a zero head makes every logit exactly 0, so the loss is ln 512 = 6.2383…, in float32."""
-    net = GPT(n_layer=2, n_embd=32, n_head=2, n_ctx=16, n_vocab=512, causal=causal)
+    net = GPT(GPTConfig(n_layer=2, n_embd=32, n_head=2, n_ctx=16, n_vocab=512, causal=causal))
     net.init_weights(0)
     tokens = torch.randint(512, (3, 16))
     logits = net(tokens)
@@ -146,7 +151,7 @@ def test_the_first_loss_is_ln_k(causal: bool) -> None:
 
 def test_initial_spreads_are_the_released_codes() -> None:
     """Independent source: the initialisers of OpenAI's model.py; a spread over n weights is known to 4/√(2n)."""
-    net = GPT(n_layer=9, n_embd=96, n_head=4, n_ctx=64, n_vocab=200, causal=True)
+    net = GPT(GPTConfig(n_layer=9, n_embd=96, n_head=4, n_ctx=64, n_vocab=200, causal=True))
     net.init_weights(3)
     block = net.h[4]
     expected = {
@@ -167,7 +172,7 @@ def test_initial_spreads_are_the_released_codes() -> None:
 
 def test_weights_are_no_numbers_until_they_are_set() -> None:
     """Invariant: a forgotten initialisation or load cannot pass for a network."""
-    net = GPT(n_layer=1, n_embd=8, n_head=2, n_ctx=4, n_vocab=3, causal=True)
+    net = GPT(GPTConfig(n_layer=1, n_embd=8, n_head=2, n_ctx=4, n_vocab=3, causal=True))
     assert net(torch.zeros(1, 4, dtype=torch.int64)).isnan().all()
 
 
@@ -184,13 +189,13 @@ def test_a_hidden_pixel_is_not_seen_but_its_place_is() -> None:
     """Invariant of BERT: the content of a masked position moves nothing; that it is masked moves its own logits."""
     net = small_net(causal=False)
     tokens = torch.randint(11, (2, 16), generator=torch.Generator().manual_seed(0))
-    keep = torch.ones(2, 16, dtype=torch.bool)
-    keep[:, 3] = False
+    visible = torch.ones(2, 16, dtype=torch.bool)
+    visible[:, 3] = False
     changed = tokens.clone()
     changed[:, 3] = (tokens[:, 3] + 1) % 11
-    assert torch.equal(net(tokens, keep), net(changed, keep))
-    assert not torch.equal(net(tokens, keep)[:, 3], net(tokens)[:, 3])
-    assert not torch.equal(net(tokens, keep)[:, 3], net(tokens, keep)[:, 4])
+    assert torch.equal(net(tokens, visible), net(changed, visible))
+    assert not torch.equal(net(tokens, visible)[:, 3], net(tokens)[:, 3])
+    assert not torch.equal(net(tokens, visible)[:, 3], net(tokens, visible)[:, 4])
 
 
 PATHS = [pytest.param("native", marks=needs_compiler), "sdpa", "bmm", "blocks", "auto"]
@@ -199,7 +204,7 @@ PATHS = [pytest.param("native", marks=needs_compiler), "sdpa", "bmm", "blocks", 
 def attended(qkv: Tensor, n_head: int, causal: bool, path: str) -> tuple[Tensor, Tensor]:
     """Attention and its gradient, of a loss that no position is alike in."""
     qkv = qkv.detach().requires_grad_()
-    out = self_attention(qkv, n_head, causal=causal, path=path)
+    out = self_attention(qkv, n_head, causal=causal, backend=path)
     along = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     (gradient,) = torch.autograd.grad(out, qkv, along)
     return out.detach(), gradient
@@ -224,7 +229,7 @@ def test_one_query_over_many_keys(path: str) -> None:
     """Independent source: the last position of PyTorch's causal attention."""
     q, k, v = (torch.randn(2, 3, 70, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     last = F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, -1:]
-    assert torch.allclose(attend(q[:, :, -1:], k, v, causal=False, path=path), last, atol=1e-6)
+    assert torch.allclose(attend(q[:, :, -1:], k, v, causal=False, backend=path), last, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -265,13 +270,13 @@ def test_c_has_room_under_any_default(monkeypatch: pytest.MonkeyPatch) -> None:
         return taken[-1]
 
     qkv = torch.randn(2, 50, 72)
-    expected = self_attention(qkv, 3, causal=True, path="native")
+    expected = self_attention(qkv, 3, causal=True, backend="native")
     monkeypatch.setattr(torch, "empty", noted)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            out = self_attention(qkv, 3, causal=True, path="native")
+            out = self_attention(qkv, 3, causal=True, backend="native")
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(out, expected)
@@ -334,7 +339,7 @@ def test_every_way_to_run_gives_the_same_gradients(net: GPT, tokens: Tensor) -> 
         other = small_net()
         other.checkpointing = checkpointing
         for block in other.h:
-            block.attn.path = path
+            block.attn.backend = path
             if compiled:
                 block.compile()
         assert set(other.state_dict()) == set(net.state_dict()), "compiling renames nothing"
@@ -349,7 +354,7 @@ def test_every_way_to_run_gives_the_same_gradients(net: GPT, tokens: Tensor) -> 
 def test_bad_sizes(sizes: dict[str, int], message: str) -> None:
     good = {"n_layer": 1, "n_embd": 8, "n_head": 2, "n_ctx": 4, "n_vocab": 3}
     with pytest.raises(ValueError, match=message):
-        GPT(**{**good, **sizes}, causal=True)
+        GPT(GPTConfig(**{**good, **sizes}, causal=True))
 
 
 def test_another_number_of_tokens(net: GPT) -> None:

@@ -18,31 +18,31 @@ TOKENS = torch.zeros(400, 64, dtype=torch.int64)
 def test_loss_equals_openais(shared: Path) -> None:
     """Independent source: gen_loss of OpenAI's model.py with its mask, to 1e-5; the global mean is another number."""
     net, _, reference = openai_case(shared, "bert")
-    tokens, keep = torch.from_numpy(reference["tokens"]).long(), torch.from_numpy(reference["visible"])
+    tokens, visible = torch.from_numpy(reference["tokens"]).long(), torch.from_numpy(reference["visible"])
     with torch.no_grad():
-        logits = net(tokens, keep)
-    loss = BERT(mask_probability=0.15).loss(logits, tokens, keep).item()
+        logits = net(tokens, visible)
+    loss = BERT(mask_probability=0.15).loss(logits, tokens, visible).item()
     assert abs(loss - reference["gen_loss"]) < 1e-5
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
-    assert abs(nats[~keep.flatten()].mean().item() - loss) > 0.01
+    assert abs(nats[~visible.flatten()].mean().item() - loss) > 0.01
 
 
 def test_loss_by_hand() -> None:
     """By hand: hidden pixels of probability 1/2 and 1/8 in the first image, 1/4 in the second; no other counts."""
     right = torch.tensor([[0.5, 0.9, 0.125], [0.99, 0.25, 0.9]])
     logits = torch.stack([right.log(), (1 - right).log()], dim=-1)  # (B, T, 2), the right colour is 0
-    keep = torch.tensor([[False, True, False], [True, False, True]])
+    visible = torch.tensor([[False, True, False], [True, False, True]])
     objective = BERT(mask_probability=0.15)
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     ln2 = math.log(2)
-    assert objective.image_nats(logits, tokens, keep).tolist() == pytest.approx([2 * ln2, 2 * ln2])
-    assert objective.loss(logits, tokens, torch.ones_like(keep)).item() == 0.0  # no hidden pixel: not NaN
+    assert objective.per_example_loss(logits, tokens, visible).tolist() == pytest.approx([2 * ln2, 2 * ln2])
+    assert objective.loss(logits, tokens, torch.ones_like(visible)).item() == 0.0  # no hidden pixel: not NaN
 
 
 @pytest.mark.parametrize("p", [0.15, 0.5])
 def test_masks_are_independent_draws(p: float) -> None:
     """Invariant: p of the pixels are hidden, within 5 standard errors, of every position alike; images differ."""
-    hidden = ~BERT(mask_probability=p).keep(TOKENS, KEYS)
+    hidden = ~BERT(mask_probability=p).visible_mask(TOKENS, KEYS)
     spread = math.sqrt(p * (1 - p))
     assert abs(hidden.double().mean() - p) < 5 * spread / math.sqrt(hidden.numel())
     assert (hidden.double().mean(0) - p).abs().max() < 5 * spread / math.sqrt(400)
@@ -52,13 +52,13 @@ def test_masks_are_independent_draws(p: float) -> None:
 def test_a_mask_is_its_images_own() -> None:
     """Invariant: neither the batch nor the order changes it."""
     objective = BERT(mask_probability=0.15)
-    whole = objective.keep(TOKENS, KEYS)
-    assert torch.equal(objective.keep(TOKENS[7:9], KEYS[7:9].flip(0)), whole[7:9].flip(0))
+    whole = objective.visible_mask(TOKENS, KEYS)
+    assert torch.equal(objective.visible_mask(TOKENS[7:9], KEYS[7:9].flip(0)), whole[7:9].flip(0))
 
 
 def test_every_image_hides_a_pixel() -> None:
     """Invariant: also where chance would hide none, as for almost every image of 4 pixels at p = 0.01."""
-    hidden = ~BERT(mask_probability=0.01).keep(TOKENS[:, :4], KEYS)
+    hidden = ~BERT(mask_probability=0.01).visible_mask(TOKENS[:, :4], KEYS)
     assert (hidden.sum(1) >= 1).all()
     assert np.isclose(hidden.sum(1).double().mean(), 1, atol=0.05)
 

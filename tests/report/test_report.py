@@ -121,7 +121,7 @@ HOLDS = """
 import sys, time
 from pathlib import Path
 from igpt.report.folder import RunFolder
-with RunFolder(Path(sys.argv[1])).alone():
+with RunFolder(Path(sys.argv[1])).lock():
     print("holds", flush=True)
     time.sleep(60)
 """
@@ -134,11 +134,11 @@ def test_one_process_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "holds\n"
-        with pytest.raises(ValueError, match="is in use by another process"), RunFolder(tmp_path / "run").alone():
+        with pytest.raises(ValueError, match="is in use by another process"), RunFolder(tmp_path / "run").lock():
             pass
         process.kill()
         process.wait()
-        with RunFolder(tmp_path / "run").alone():
+        with RunFolder(tmp_path / "run").lock():
             pass
 
 
@@ -146,7 +146,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ValueError, match=r"cannot be written .*paths.runs=FOLDER"),
-        RunFolder(tmp_path / "file" / "run").alone(),
+        RunFolder(tmp_path / "file" / "run").lock(),
     ):
         pass
 

@@ -1,11 +1,13 @@
 """Weights & Biases, offline: what a run leaves there, and that it is closed whatever happens."""
 
+import csv
 import http.server
 import json
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 import yaml
@@ -34,7 +36,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OfflineRun]:
         patch.setenv("IGPT_SWEEP", "my-sweep")
         _, folder = run_here(place, *PRETRAIN, *OFFLINE)
         run_here(place, "task=probe", f"init={folder}", "trainer=cpu", *OFFLINE, "task.strengths=[0.1,1]")
+    wandb.teardown()  # its own process writes some time later; this waits for that
     return {run.job_type: run for run in offline_runs(place)}
+
+
+def folder_of(run: OfflineRun) -> Path:
+    """The run folder that holds what W&B keeps."""
+    return run.folder.parents[1]
 
 
 def test_one_run_a_job_closed_with_what_it_is(runs: dict[str, OfflineRun]) -> None:
@@ -49,27 +57,43 @@ def test_one_run_a_job_closed_with_what_it_is(runs: dict[str, OfflineRun]) -> No
 
 
 def test_losses_speed_and_samples(runs: dict[str, OfflineRun]) -> None:
-    """Round trip: the losses that were logged are those of the CSV file's run, one a step; two grids of samples."""
-    rows = runs["pretrain"].history
-    losses = [row["train/loss_gen"] for row in rows if "train/loss_gen" in row]
-    assert len(losses) == 6
-    assert runs["pretrain"].summary["val/loss_gen"] == pytest.approx(
-        next(row["val/loss_gen"] for row in rows[::-1] if "val/loss_gen" in row), rel=1e-6
-    )
-    for name in ("lr", "images_per_s", "tokens_per_s", "images_seen"):
-        assert all(name in row for row in rows if "train/loss_gen" in row)
-    pictures = list((runs["pretrain"].folder / "files" / "media" / "images").glob("samples_*.png"))
-    assert len(pictures) == 2
-    assert len(list((runs["pretrain"].folder / "files" / "media" / "images" / "pictures").glob("*.png"))) == 1
+    """Round trip: what was logged is what the CSV file beside it says, step for step; two grids of samples."""
+    with (folder_of(runs["pretrain"]) / "metrics" / "from_0000000" / "metrics.csv").open() as file:
+        written = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    assert [row["images_seen"] for row in written if "train/loss_gen" in row] == [16, 32, 48, 64, 80, 96]
+    history = [row for row in runs["pretrain"].history if "images_seen" in row]
+    logged = [{name: row[name if name != "step" else "trainer/global_step"] for name in written[i]}
+              for i, row in enumerate(history)]  # fmt: skip
+    assert logged == [pytest.approx(row, rel=1e-6) for row in written]
+    assert runs["pretrain"].summary["val/loss_gen"] == pytest.approx(written[-1]["val/loss_gen"], rel=1e-6)
+    images = runs["pretrain"].folder / "files" / "media" / "images"
+    samples = {path.read_bytes() for path in (folder_of(runs["pretrain"]) / "samples").iterdir()}
+    assert len(samples) == 2
+    assert {path.read_bytes() for path in images.glob("samples_*.png")} == samples
+    (curves,) = (images / "pictures").glob("*.png")
+    assert curves.read_bytes() == (folder_of(runs["pretrain"]) / "curves.png").read_bytes()
 
 
 def test_accuracy_over_layers_and_confusion(runs: dict[str, OfflineRun]) -> None:
-    tables = {path.name.split("_table")[0]: path for path in (runs["probe"].folder / "files").rglob("*.table.json")}
+    """Round trip: accuracies of every layer, the counts of the confusion matrix and the numbers of `result.json`."""
+    tables = {
+        path.name.split("_table")[0]: json.loads(path.read_text())["data"]
+        for path in (runs["probe"].folder / "files").rglob("*.table.json")
+    }
     assert tables.keys() == {"accuracy over layer", "confusion_cells"}
-    cells = json.loads(tables["confusion_cells"].read_text())["data"]
-    assert [cell[:2] for cell in cells] == [[row, column] for row in "0123456789" for column in "0123456789"]
-    assert sum(cell[2] for cell in cells) == 300
-    assert 0 <= runs["probe"].summary["test/accuracy"] <= 1
+    found = json.loads((folder_of(runs["probe"]) / "result.json").read_text())
+    assert found["curves"]["probe, val"]["x"] == [0, 1, 2]
+    assert tables["accuracy over layer"] == [
+        [x, name, y] for name, curve in found["curves"].items() for x, y in zip(curve["x"], curve["y"], strict=True)
+    ]
+    counts = np.load(folder_of(runs["probe"]) / "confusion_counts.npy")
+    assert tables["confusion_cells"] == [[str(i), str(j), int(counts[i, j])] for i in range(10) for j in range(10)]
+    assert counts.sum() == 300
+    accuracy = runs["probe"].summary["test/accuracy"]
+    assert accuracy == pytest.approx(np.trace(counts) / 300)
+    for name, number in found["numbers"].items():
+        assert runs["probe"].summary[name] == number["value"]
+        assert runs["probe"].summary.get(f"{name}_stderr") == number["stderr"]
 
 
 def test_classes_of_a_chart_are_told_apart() -> None:
@@ -81,6 +105,7 @@ def test_classes_of_a_chart_are_told_apart() -> None:
 def test_a_run_that_fails_is_closed_as_failed(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError):
         run_here(tmp_path, *PRETRAIN, *OFFLINE, "task.learning_rate=1e30", "task.warmup_steps=0")
+    wandb.teardown()
     (run,) = offline_runs(tmp_path)
     assert run.exit_code == 1
 

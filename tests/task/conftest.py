@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import Origin, Weights, save_model
+from igpt.checkpoint.native import CheckpointMetadata, Weights, save_model
 from igpt.data.digits import Digits
 from igpt.data.source import ArraySplit
+from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
@@ -22,7 +23,8 @@ from igpt.task.probe import run as probe
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit
 from igpt.tokens.palette import Palette
-from igpt.tokens.raster import Raster
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
+from igpt.tokens.pixel_order import PixelOrder
 from tests.conftest import perturbed
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_ctx": 64, "n_vocab": 17, "causal": True}
@@ -89,20 +91,20 @@ class Lab:
     """What a pretraining, probing or fine-tuning run needs, on the digits."""
 
     def __init__(self, digits: Digits | Arrays, palette: Palette) -> None:
-        self.digits, self.palette, self.raster = digits, palette, Raster.of(8, "raster")
+        self.digits, self.palette = digits, palette
+
+    @property
+    def tokenizer(self) -> PaletteTokenizer:
+        return PaletteTokenizer(self.palette, PixelOrder.of(8, "raster"))
 
     def tokens(self, seed: int = 0, **settings: Any) -> TokenDataModule:
-        return TokenDataModule(
-            source=self.digits, palette=self.palette, raster=self.raster, seed=seed, num_workers=0, **settings
-        )
+        return TokenDataModule(source=self.digits, tokenizer=self.tokenizer, seed=seed, num_workers=0, **settings)
 
-    def origin(self, objective: Any = None) -> Any:
+    def metadata(self, objective: Any = None) -> Any:
         return partial(
-            Origin,
-            network=SIZES | {"causal": objective is None or objective.causal},
-            palette=self.palette.centres.tolist(),
-            palette_hash=self.palette.hash,
-            permutation=list(self.raster.permutation),
+            CheckpointMetadata,
+            network=GPTConfig(**SIZES | {"causal": objective is None or objective.causal}),
+            tokenizer=self.tokenizer,
             objective={"name": (objective or AR()).name},
             model="tiny",
             data="digits8",
@@ -119,7 +121,7 @@ class Lab:
         objective: Any = None,
         **changed: Any,
     ) -> Any:
-        origin = self.origin(objective)
+        metadata = self.metadata(objective)
         settings: dict[str, Any] = {
             "steps": 8,
             "batch_size": 100,
@@ -137,9 +139,9 @@ class Lab:
         return pretrain(
             runner=Runner(machine=on or machine(), folder=folder, callbacks=list(callbacks), loggers=list(loggers)),
             tokens=self.tokens,
-            net=partial(GPT, **origin.keywords["network"]),
+            net=partial(GPT, metadata.keywords["network"]),
             objective=objective or AR(),
-            origin=origin,
+            metadata=metadata,
             **{"weights": None, "seed": 0, **settings, **changed},
         )
 
@@ -204,7 +206,7 @@ class Lab:
         objective: Any = None,
         **changed: Any,
     ) -> Any:
-        origin = self.origin(objective)
+        metadata = self.metadata(objective)
         settings: dict[str, Any] = {
             "steps": 6,
             "batch_size": 50,
@@ -213,8 +215,7 @@ class Lab:
             "beta2": 0.95,
             "weight_decay": 0.0,
             "warmup_steps": 0,
-            "gen": 1.0,
-            "clf": 1.0,
+            "loss_weights": {"gen": 1.0, "clf": 1.0},
             "masks": 3,
             "val_every": 2,
             "patience": None,
@@ -226,9 +227,9 @@ class Lab:
         return finetune(
             runner=Runner(machine=on or machine(), folder=folder, callbacks=list(callbacks)),
             tokens=self.tokens,
-            net=partial(GPT, **origin.keywords["network"]),
+            net=partial(GPT, metadata.keywords["network"]),
             objective=objective or AR(),
-            origin=origin,
+            metadata=metadata,
             weights=weights,
             seed=0,
             **{**settings, **changed},
@@ -242,8 +243,8 @@ def lab(digits: Digits, palette: Palette) -> Lab:
 
 def drawn(folder: Path, palette: Palette, objective: Any) -> Weights:
     """A network with every weight drawn: more can be read from it than after a few steps of training."""
-    origin = Lab(Arrays({}), palette).origin(objective)(step=0)
-    save_model(folder / "model", perturbed(GPT(**origin.network)).state_dict(), origin)
+    metadata = Lab(Arrays({}), palette).metadata(objective)(step=0)
+    save_model(folder / "model", perturbed(GPT(metadata.network)).state_dict(), metadata)
     return find(str(folder))
 
 

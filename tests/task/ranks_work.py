@@ -30,7 +30,8 @@ from igpt.task.machine import Machine
 from igpt.task.sample import draw
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit as fit_palette
-from igpt.tokens.raster import Raster
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
+from igpt.tokens.pixel_order import PixelOrder
 from tests.data.conftest import mixture
 from tests.task.conftest import Lab, machine
 from tests.task.test_stopping import Send
@@ -197,7 +198,6 @@ def in_pieces(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
 
 def save_in_pieces(run: Path, folder: Path) -> None:
     """The network of a finished run, sharded by FSDP2 over both ranks and saved by them as Lightning saves it."""
-    from dataclasses import asdict
 
     from lightning.fabric.strategies.fsdp import _distributed_checkpoint_save
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -213,7 +213,7 @@ def save_in_pieces(run: Path, folder: Path) -> None:
     fully_shard(module, mesh=mesh)
     _distributed_checkpoint_save({"state_dict": get_model_state_dict(module)}, folder)
     if ranks.this_rank().first:
-        torch.save({"format": FORMAT, "origin": asdict(weights.origin)}, folder / "meta.pt")
+        torch.save({"format": FORMAT, "origin": weights.metadata.to_dict()}, folder / "meta.pt")
 
 
 def streamed(place: Path, rank: ranks.Rank) -> dict[str, Any]:
@@ -232,8 +232,8 @@ def streamed(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     def data() -> TokenDataModule:
         shards = mixture(place / "shards", lanes=None, buffer=12)
         return TokenDataModule(
-            source=shards, palette=random_palette(32), raster=Raster.of(8, "raster"), seed=3, num_workers=2,
-            plan=BatchPlan(4, 1, n_device=2, rank=rank.index),
+            source=shards, tokenizer=PaletteTokenizer(random_palette(32), PixelOrder.of(8, "raster")), seed=3,
+            num_workers=2, plan=BatchPlan(4, 1, n_device=2, rank=rank.index),
         )  # fmt: skip
 
     begun, resumed = data(), data()

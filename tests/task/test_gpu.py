@@ -7,6 +7,7 @@ import torch
 
 from igpt import keyed
 from igpt.model import decode, graphs
+from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from tests.conftest import perturbed, small_net
@@ -20,10 +21,10 @@ pytestmark = [
 
 def test_weights_are_drawn_the_same_on_every_device() -> None:
     """Invariant: initialising on the GPU gives the CPU's weights, to the bit."""
-    on_cpu = GPT(n_layer=2, n_embd=32, n_head=2, n_ctx=16, n_vocab=17, causal=True)
+    on_cpu = GPT(GPTConfig(n_layer=2, n_embd=32, n_head=2, n_ctx=16, n_vocab=17, causal=True))
     on_cpu.init_weights(0)
     with torch.device("cuda"):
-        on_gpu = GPT(**on_cpu.config)
+        on_gpu = GPT(on_cpu.config)
         on_gpu.init_weights(0)
     for one, other in zip(on_cpu.parameters(), on_gpu.parameters(), strict=True):
         assert torch.equal(one, other.cpu())
@@ -54,7 +55,7 @@ def test_keyed_numbers_equal_the_cpus() -> None:
 
 def test_cached_draws_equal_uncached() -> None:
     """Invariant: on the GPU too."""
-    net = perturbed(GPT(n_layer=2, n_embd=32, n_head=2, n_ctx=64, n_vocab=17, causal=True)).cuda()
+    net = perturbed(GPT(GPTConfig(n_layer=2, n_embd=32, n_head=2, n_ctx=64, n_vocab=17, causal=True))).cuda()
     uniforms = keyed.uniform(keyed.item_keys(keyed.key(0, "test"), torch.arange(8)), 64).cuda()
     sampling = Sampling(1.0, None, None)
     assert torch.equal(generate(net, uniforms, sampling), generate(net, uniforms, sampling, cached=False))
@@ -66,12 +67,12 @@ def test_a_recorded_step_is_taken_from_span_to_span(
 ) -> None:
     """Invariant: CUDA graphs are used, and give the logits of whole forward passes."""
     monkeypatch.setattr(graphs, "SPAN", 16)
-    net = perturbed(GPT(n_layer=2, n_embd=32, n_head=2, n_ctx=64, n_vocab=17, causal=True)).cuda()
+    net = perturbed(GPT(GPTConfig(n_layer=2, n_embd=32, n_head=2, n_ctx=64, n_vocab=17, causal=True))).cuda()
     tokens = torch.randint(17, (8, 64), device="cuda")
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=mixed):
         whole, cache = net(tokens).float(), net.new_cache(8)
         net.step(tokens[:, :5], cache)
-        step = decode.stepping(net, cache)
+        step = decode.make_decode_step(net, cache)
         for i in range(5, 63):
             off = (step(tokens[:, i : i + 1]).float() - whole[:, i + 1]).abs().max()
             assert off < (0.05 * whole.abs().max() if mixed else 1e-4)

@@ -22,6 +22,7 @@ from igpt.checkpoint.native import Weights, save_model
 from igpt.data.order import BatchPlan
 from igpt.data.source import ArraySplit
 from igpt.metric.result import Result
+from igpt.model.config import GPTConfig
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT, Block
 from igpt.objective.ar import AR
@@ -74,12 +75,12 @@ def sgd(tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palette,
 def features(lab: Lab, net: GPT, split: str, *, objective: Any = None, mask: int = 0, norm: str = "ln_1") -> np.ndarray:
     """All images in one plain pass: (L + 1, N, C)"""
     tokens = lab.tokens().some_tokens(split).long()
-    keep = None
+    visible = None
     if objective is not None:
         keys = keyed.item_keys(keyed.key(0, split, 0), torch.arange(len(tokens)))
-        keep = objective.keep(tokens, keyed.fold(keys, 100 + mask) if mask else keys)
+        visible = objective.visible_mask(tokens, keyed.fold(keys, 100 + mask) if mask else keys)
     with torch.no_grad():
-        return layer_features(net, tokens, keep, norm=norm).numpy()
+        return layer_features(net, tokens, visible, norm=norm).numpy()
 
 
 def labels(lab: Lab, split: str) -> np.ndarray:
@@ -189,7 +190,7 @@ def perturbed(weights: Weights, *, times: float = 1.01) -> dict[str, torch.Tenso
 
 
 def of_state(folder: Path, lab: Lab, state: dict[str, torch.Tensor]) -> Weights:
-    save_model(folder / "model", state, lab.origin()(step=0))
+    save_model(folder / "model", state, lab.metadata()(step=0))
     return find(str(folder))
 
 
@@ -278,7 +279,7 @@ def test_what_it_has_to_beat(tmp_path: Path, lab: Lab, ar: Weights) -> None:
     """Independent source: scikit-learn on the pixels, and on the features of a network that was only drawn."""
     result = lab.probe(tmp_path, ar, untrained=True, pixels=True)
     y, splits = labels(lab, "train"), ("train", "val")
-    fresh = GPT(**SIZES)
+    fresh = GPT(GPTConfig(**SIZES))
     fresh.init_weights(0)
     of_fresh = [features(lab, fresh, split) for split in splits]
     best = [

@@ -165,7 +165,7 @@ def test_a_sharded_run_is_resumed_to_the_bit(place: Path, answers: list[dict[str
     assert len(list(in_pieces.glob("*.distcp"))) == 2
     weights = find(str(in_pieces))
     assert all(torch.equal(weight, never[key]) for key, weight in weights.net().state_dict().items())
-    assert weights.origin.step == 20
+    assert weights.metadata.step == 20
 
 
 def test_weights_of_a_sharded_run_are_those_of_any(place: Path, answers: list[dict[str, Any]], alone: Lab) -> None:

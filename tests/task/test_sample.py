@@ -1,22 +1,32 @@
 """Samples and completions of trained weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
+from igpt import keyed
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Weights
 from igpt.data.digits import Digits
 from igpt.metric.result import Grid
+from igpt.model.generate import Sampling, generate
+from igpt.model.gpt import GPT
+from igpt.objective.ar import AR
 from igpt.task.complete import HIDDEN, prompt_rows
 from igpt.task.complete import check as check_complete
 from igpt.task.complete import run as complete
+from igpt.task.evaluate import run as evaluate
 from igpt.task.fit import Runner
 from igpt.task.sample import check as check_sample
 from igpt.task.sample import run as sample
 from igpt.tokens.palette import Palette
 from tests.task.conftest import Lab, machine
+from tests.task.conftest import drawn as random_weights
 
 WHOLE = {"temperature": 1.0, "top_k": None, "top_p": None}
 
@@ -104,16 +114,65 @@ def test_bad_settings_are_found_before_anything_is_built(changed: dict[str, obje
             check_sample(**{**good, **changed})
 
 
+@contextmanager
+def narrowed(weights: Weights, precision: str) -> Iterator[GPT]:
+    """The network at a lower precision by PyTorch alone: in its autocast, or with weights turned into bfloat16."""
+    net = weights.net()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        yield net.to(torch.bfloat16) if precision == "bf16-true" else net
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_samples_at_lower_precision(tmp_path: Path, trained: Weights, precision: str) -> None:
-    """Invariant: the first pixels, of which nothing is rounded yet but the logits, are mostly float32's."""
-    drawn = [
+def test_inference_at_lower_precision(trained: Weights, precision: str) -> None:
+    """Independent source: PyTorch's autocast, or its bfloat16 weights: those logits to the bit, not float32's."""
+    tokens = torch.randint(17, (4, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        with narrowed(trained, precision) as net:
+            expected = net(tokens)
+        with machine(precision=precision).inference(trained.net()) as net:
+            logits = net(tokens)
+        exact = trained.net()(tokens)
+    assert logits.dtype == torch.bfloat16
+    assert torch.equal(logits, expected)
+    off = (logits.float() - exact).abs().max()
+    assert 0 < off < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_samples_at_lower_precision(tmp_path: Path, palette: Palette, precision: str) -> None:
+    """Independent source: drawn from a network at PyTorch's bfloat16. Invariant: most first pixels are float32's."""
+    weights = random_weights(
+        tmp_path, palette, AR()
+    )  # a sharper one than after a few steps: rounding moves some tokens
+    exact, drawn = (
         sample(
-            runner=Runner(machine=on, folder=tmp_path), weights=trained, seed=0, count=30, batch_size=30, **WHOLE
+            runner=Runner(machine=on, folder=tmp_path), weights=weights, seed=0, count=30, batch_size=30, **WHOLE
         ).arrays["samples"]
+        for on in (machine(), machine(precision=precision, decoding="layers"))
+    )
+    uniforms = keyed.uniform(keyed.item_keys(keyed.key(0, "sample"), torch.arange(30)), 64)
+    with narrowed(weights, precision) as net:
+        expected = generate(net, uniforms, Sampling(**WHOLE), way="layers")
+    assert np.array_equal(drawn, expected)
+    assert not np.array_equal(drawn, exact)
+    assert (drawn[:, :3] == exact[:, :3]).mean() > 0.9
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_loss_at_lower_precision(tmp_path: Path, lab: Lab, trained: Weights, precision: str) -> None:
+    """Independent source: the loss of a network at PyTorch's bfloat16 on the same images, which is not float32's."""
+    exact, found = (
+        evaluate(
+            runner=Runner(machine=on, folder=tmp_path), tokens=lab.tokens, weights=trained, objective=AR(),
+            split="val", batch_size=18, baseline_images=0, seed=0, accuracy="auto", masks=1,
+        ).numbers["val/loss_gen"].value
         for on in (machine(), machine(precision=precision))
-    ]
-    assert (drawn[0][:, :3] == drawn[1][:, :3]).mean() > 0.9
+    )  # fmt: skip
+    tokens = lab.tokens().some_tokens("val").long()
+    with torch.inference_mode(), narrowed(trained, precision) as net:
+        expected = F.cross_entropy(net(tokens).flatten(0, 1).float(), tokens.flatten())
+    assert found == pytest.approx(float(expected), rel=1e-6)
+    assert 1e-5 < abs(found / exact - 1) < 0.01
 
 
 def test_a_grid_is_filled_with_white() -> None:

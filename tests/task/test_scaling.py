@@ -53,7 +53,7 @@ def test_every_point_is_what_evaluation_and_probe_say(
     losses = lab.pretrain(tmp_path / "again", val_every=4, steps=8).curves["val/loss_gen"].y
     result = scaled(lab, tmp_path / "scaling", [started(tmp_path / "run")])
     on_the_way = find(str(tmp_path / "run" / "checkpoints" / "step_0000004.ckpt"))
-    assert on_the_way.origin.step == 4
+    assert on_the_way.metadata.step == 4
     for seen, loss in ((400, losses[0]), (800, losses[1])):
         assert result.numbers[f"tiny/{seen}_images/loss_gen"].value == pytest.approx(loss, rel=1e-6)
     probe = lab.probe(tmp_path / "probe", on_the_way, test=False, strengths=[1.0, 0.01])
@@ -69,7 +69,7 @@ def test_runs_that_do_not_compare(
 ) -> None:
     """Invariant: another objective, no run, no checkpoints: clear errors."""
     lab = Lab(few, palette)
-    with pytest.raises(ValueError, match="another palette, objective or order"):
+    with pytest.raises(ValueError, match="another tokenizer or objective"):
         scaled(lab, tmp_path, [started(pretrained), started(masked)])
     (tmp_path / "other").mkdir()
     other = Path(shutil.copytree(pretrained, tmp_path / "other" / "run"))

@@ -17,9 +17,10 @@ from igpt.checkpoint.find import find
 from igpt.checkpoint.head import find_head
 from igpt.checkpoint.native import save_model
 from igpt.checkpoint.tensors import Lazy, write
+from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
-from tests.checkpoint.test_native import origin_of
+from tests.checkpoint.test_native import metadata_of
 from tests.checkpoint.test_sharded import save_sharded
 from tests.conftest import small_net
 from tests.test_photographs import run
@@ -32,7 +33,7 @@ def test_a_step_of_a_run_becomes_a_model(quickstart: Path, tmp_path: Path) -> No
     ours, theirs = load_file(folder / "model" / "model.safetensors"), load_file(pretrained / "model/model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert result.numbers["weights"].value == sum(weight.numel() for weight in theirs.values())
-    assert find(str(folder)).origin == find(str(pretrained)).origin
+    assert find(str(folder)).metadata == find(str(pretrained)).metadata
 
 
 def test_a_sharded_checkpoint_is_consolidated(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_our_own_format_is_plain(quickstart: Path, tmp_path: Path) -> None:
     _, folder = run(tmp_path, "task=export", "task.format=igpt", f"init={quickstart / '2_pretrain'}")
     names = sorted(path.name for path in (folder / "igpt").iterdir())
     assert names == ["config.json", "model.safetensors"]
-    net = GPT(**json.loads((folder / "igpt" / "config.json").read_text())["network"])
+    net = GPT(GPTConfig(**json.loads((folder / "igpt" / "config.json").read_text())["network"]))
     net.load_state_dict(load_file(folder / "igpt" / "model.safetensors"))
     assert find(str(folder / "igpt")).sha256 == find(str(quickstart / "2_pretrain")).sha256
 
@@ -92,8 +93,8 @@ def test_the_trace_of_a_network(quickstart: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         logits = net(tokens)
         assert np.abs(trace["logits"] - logits.numpy()).max() < 1e-5
-        assert np.abs(trace["block_outputs"] - torch.stack(list(net.residuals(tokens))[1:]).numpy()).max() < 1e-5
-        assert trace["image_nats"] == pytest.approx(AR().image_nats(logits, tokens, None).numpy(), abs=1e-5)
+        assert np.abs(trace["block_outputs"] - torch.stack(list(net.hidden_states(tokens))[1:]).numpy()).max() < 1e-5
+        assert trace["image_nats"] == pytest.approx(AR().per_example_loss(logits, tokens, None).numpy(), abs=1e-5)
         assert result.numbers["loss_gen"].value == pytest.approx(AR().loss(logits, tokens, None).item(), abs=1e-5)
 
 
@@ -219,7 +220,7 @@ ORIGIN = {"network": {"n_layer": 1}, "permutation": None, "palette": {}, "object
 def test_a_config_that_cannot_be(tmp_path: Path, field: str) -> None:
     """What a file says of its weights is looked at before it is used: sizes, colours, names that become folders."""
     net = small_net()
-    save_model(tmp_path / "model", net.state_dict(), origin_of(net))
+    save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: ORIGIN[field]}))
     with pytest.raises(ValueError, match=r"config\.json is not complete"):

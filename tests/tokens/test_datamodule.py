@@ -13,10 +13,11 @@ import torch
 
 from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
-from igpt.tokens.batches import Batch, Read, sent
+from igpt.tokens.batches import Batch, StreamBatch, pickle_by_value
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit
-from igpt.tokens.raster import Raster
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
+from igpt.tokens.pixel_order import PixelOrder
 from tests.data.conftest import RANDOM_CROP, SETTINGS, Shop, class_folders, mixture, tar_shards
 from tests.tokens.test_palette import random_palette
 
@@ -28,8 +29,10 @@ PALETTE = fit(SOURCE.split("train").pixels, k=17, iterations=10, restarts=1, see
 
 def module(micro_batch: int = 8, num_workers: int = 0, order: str = "raster") -> TokenDataModule:
     plan = BatchPlan(16, micro_batch)
-    raster = Raster.of(8, order)
-    return TokenDataModule(source=SOURCE, palette=PALETTE, raster=raster, plan=plan, seed=3, num_workers=num_workers)
+    raster = PixelOrder.of(8, order)
+    return TokenDataModule(
+        source=SOURCE, tokenizer=PaletteTokenizer(PALETTE, raster), plan=plan, seed=3, num_workers=num_workers
+    )
 
 
 def first_images(data: TokenDataModule, n: int) -> Batch:
@@ -61,12 +64,12 @@ def test_workers_need_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = next(iter(module().train_dataloader()))
     with pytest.raises(RuntimeError, match="unable to allocate"):
         ForkingPickler.dumps(batch)
-    for made in (batch, Read(batch, 3, ("place", 7))):
-        again = pickle.loads(ForkingPickler.dumps(sent(made)))
+    for made in (batch, StreamBatch(batch, 3, ("place", 7))):
+        again = pickle.loads(ForkingPickler.dumps(pickle_by_value(made)))
         assert type(again) is type(made)
         assert all(map(torch.equal, getattr(again, "batch", again), batch))
     assert again[1:] == (3, ("place", 7))
-    assert str(pickle.loads(ForkingPickler.dumps(sent(ValueError("row 7"))))) == "row 7"
+    assert str(pickle.loads(ForkingPickler.dumps(pickle_by_value(ValueError("row 7"))))) == "row 7"
     loader = module(num_workers=1).train_dataloader()
     loader.timeout = 20  # seconds, after which it would wait for ever
     assert all(map(torch.equal, next(iter(loader)), batch))
@@ -76,7 +79,7 @@ def test_where_no_worker_can_be_started(monkeypatch: pytest.MonkeyPatch, caplog:
     """As where /dev/shm is read-only: the same batches, read in this process, which is said."""
 
     def none(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
+        raise OSError(errno.EROFS, "StreamBatch-only file system")
 
     expected = first_images(module(), 16)
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", none)
@@ -100,7 +103,11 @@ def test_few_held_out_images_are_said_at_the_start(
         name="digits", resolution=8, val_fraction=val_fraction, test_fraction=0.1, split_seed=0, shift=0, shift_share=0
     )
     data = TokenDataModule(
-        source=source, palette=PALETTE, raster=Raster.of(8, "raster"), plan=BatchPlan(4, 4), seed=0, num_workers=0
+        source=source,
+        tokenizer=PaletteTokenizer(PALETTE, PixelOrder.of(8, "raster")),
+        plan=BatchPlan(4, 4),
+        seed=0,
+        num_workers=0,
     )
     data.train_dataloader()
     if val_fraction:
@@ -126,7 +133,11 @@ def test_no_process_is_left_without_an_image(n_device: int, micro_batch: int) ->
     for rank in range(n_device):
         plan = BatchPlan(n_device * micro_batch, micro_batch, n_device=n_device, rank=rank)
         data = TokenDataModule(
-            source=SOURCE, palette=PALETTE, raster=Raster.of(8, "raster"), plan=plan, seed=3, num_workers=0
+            source=SOURCE,
+            tokenizer=PaletteTokenizer(PALETTE, PixelOrder.of(8, "raster")),
+            plan=plan,
+            seed=3,
+            num_workers=0,
         )
         rows = [row for batch in data.val_dataloader() for row in batch.rows.tolist()]
         assert rows
@@ -139,7 +150,11 @@ def test_an_empty_split() -> None:
         name="digits", resolution=8, val_fraction=0.0, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5
     )
     data = TokenDataModule(
-        source=source, palette=PALETTE, raster=Raster.of(8, "raster"), plan=BatchPlan(1, 1), seed=0, num_workers=0
+        source=source,
+        tokenizer=PaletteTokenizer(PALETTE, PixelOrder.of(8, "raster")),
+        plan=BatchPlan(1, 1),
+        seed=0,
+        num_workers=0,
     )
     with pytest.raises(ValueError, match="no images in its val split"):
         data.val_dataloader()
@@ -153,8 +168,7 @@ def of_photographs(
     source = Shop(folder.parent / "cache")(folder, **{"crop": RANDOM_CROP, "stream": stream, **changed})
     return TokenDataModule(
         source=source,
-        palette=random_palette(32),
-        raster=Raster.of(8, "raster"),
+        tokenizer=PaletteTokenizer(random_palette(32), PixelOrder.of(8, "raster")),
         plan=plan or BatchPlan(6, 6),
         seed=3,
         num_workers=num_workers,
@@ -218,7 +232,9 @@ def test_a_stream_goes_on_where_it_was_left(tmp_path: Path, num_workers: int) ->
     def data(**how: Any) -> TokenDataModule:
         given = {"plan": BatchPlan(3, 3), "num_workers": num_workers, "seed": 3, **how}
         shards = mixture(tmp_path / "shards", lanes=4)
-        return TokenDataModule(source=shards, palette=random_palette(32), raster=Raster.of(8, "raster"), **given)
+        return TokenDataModule(
+            source=shards, tokenizer=PaletteTokenizer(random_palette(32), PixelOrder.of(8, "raster")), **given
+        )
 
     whole = read(data(), 24)
     for n in (1, 6, 15):
@@ -244,7 +260,11 @@ def test_places_in_a_stream_that_is_not_there(tmp_path: Path) -> None:
     def data(plan: BatchPlan) -> TokenDataModule:
         shards = mixture(tmp_path / "shards", lanes=None)
         return TokenDataModule(
-            source=shards, palette=random_palette(32), raster=Raster.of(8, "raster"), plan=plan, seed=3, num_workers=0
+            source=shards,
+            tokenizer=PaletteTokenizer(random_palette(32), PixelOrder.of(8, "raster")),
+            plan=plan,
+            seed=3,
+            num_workers=0,
         )
 
     begun = data(BatchPlan(4, 1, n_device=2))

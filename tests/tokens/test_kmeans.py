@@ -7,7 +7,7 @@ import pytest
 from sklearn.cluster import KMeans
 
 from igpt.data.digits import Digits
-from igpt.tokens.kmeans import fit, fitted, reconstruction_error
+from igpt.tokens.kmeans import fit, fit_cached, reconstruction_error
 
 RNG = np.random.default_rng(0)
 
@@ -74,11 +74,11 @@ def test_how_many_colours_were_found_is_said_each_time(tmp_path: Path, caplog: p
     settings = {"n_pixels": 10**6, "iterations": 20, "restarts": 1, "seed": 0}
     for _ in range(2):
         caplog.clear()
-        assert fitted(source, tmp_path, k=512, **settings).k == 17
+        assert fit_cached(source, tmp_path, k=512, **settings).k == 17
         assert "tokens.palette.k asks for 512 colours, and the" in caplog.text
         assert "hold 17: these are taken" in caplog.text
     caplog.clear()
-    assert fitted(source, tmp_path, k=17, **settings).k == 17
+    assert fit_cached(source, tmp_path, k=17, **settings).k == 17
     assert "asks for" not in caplog.text
 
 
@@ -88,10 +88,10 @@ def test_a_fitted_palette_is_read_again(tmp_path: Path) -> None:
         name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5
     )
     settings = {"n_pixels": 10**6, "iterations": 20, "restarts": 1, "seed": 0}
-    first = fitted(source, tmp_path, k=8, **settings)
+    first = fit_cached(source, tmp_path, k=8, **settings)
     (path,) = (tmp_path / "palettes").iterdir()
     written = path.stat().st_mtime_ns
-    assert fitted(source, tmp_path, k=8, **settings).hash == first.hash
+    assert fit_cached(source, tmp_path, k=8, **settings).hash == first.hash
     assert path.stat().st_mtime_ns == written
-    assert fitted(source, tmp_path, k=17, **settings).k == 17
+    assert fit_cached(source, tmp_path, k=17, **settings).k == 17
     assert len(list((tmp_path / "palettes").iterdir())) == 2

@@ -12,7 +12,8 @@ from igpt.data.classes import CIFAR10
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.openai_npy import OpenAITokens
 from igpt.tokens.palette import Palette
-from igpt.tokens.raster import Raster
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
+from igpt.tokens.pixel_order import PixelOrder
 from tests.conftest import Planted
 from tests.tokens.test_palette import random_palette
 
@@ -38,7 +39,9 @@ def source(folder: Path, **changed: Any) -> OpenAITokens:
 def test_every_token_comes_back(folder: Path) -> None:
     """Round trip: token → pixel → token, through the data module, for every split; labels are those of the rows."""
     images = source(folder)
-    data = TokenDataModule(source=images, palette=images.palette, raster=Raster.of(R, "raster"), seed=0, num_workers=0)
+    data = TokenDataModule(
+        source=images, tokenizer=PaletteTokenizer(images.palette, PixelOrder.of(R, "raster")), seed=0, num_workers=0
+    )
     for split, short in (("train", "tr"), ("val", "va"), ("test", "te")):
         ids = np.load(folder / f"cifar10_{short}X.npy")
         assert np.array_equal(data.some_tokens(split).numpy(), ids)
@@ -65,8 +68,8 @@ def test_class_names_are_those_of_the_released_arrays(folder: Path) -> None:
 
 def test_a_permutation_is_applied_to_them(folder: Path) -> None:
     """Invariant: position i of the sequence is pixel π(i) of what the file has row by row."""
-    images, raster = source(folder), Raster.of(R, "random:3")
-    data = TokenDataModule(source=images, palette=images.palette, raster=raster, seed=0, num_workers=0)
+    images, raster = source(folder), PixelOrder.of(R, "random:3")
+    data = TokenDataModule(source=images, tokenizer=PaletteTokenizer(images.palette, raster), seed=0, num_workers=0)
     ids = np.load(folder / "cifar10_vaX.npy")
     assert np.array_equal(data.some_tokens("val").numpy(), ids[:, np.asarray(raster.permutation)])
 
@@ -83,8 +86,8 @@ def test_tokens_of_another_palette(folder: Path) -> None:
     """Their pixels would become other tokens: refused before an image is read."""
     with pytest.raises(ValueError, match="its tokens were made with palette"):
         TokenDataModule(
-            source=source(folder), palette=random_palette(K, seed=5), raster=Raster.of(R, "raster"), seed=0,
-            num_workers=0,
+            source=source(folder), seed=0, num_workers=0,
+            tokenizer=PaletteTokenizer(random_palette(K, seed=5), PixelOrder.of(R, "raster")),
         )  # fmt: skip
 
 

@@ -246,7 +246,8 @@ def _pretraining(of: Published, run: Run) -> list[str]:
         others.append(f"precision {precision} (paper: float32)")
     if others:
         said.append(f"in pretraining {', '.join(others)}")
-    if of.table == "loss" and str(first.settings.get("tokens.palette._target_")).endswith("kmeans.fitted"):
+    fits_palette = ("kmeans.fit_cached", "kmeans.fitted")  # the latter in older runs
+    if of.table == "loss" and str(first.settings.get("tokens.palette._target_")).endswith(fits_palette):
         said.append("a palette of its own (paper: OpenAI's, whose losses do not compare)")
     return said
 

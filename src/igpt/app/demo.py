@@ -46,13 +46,13 @@ def computing_with(threads: int | None) -> Iterator[None]:
 
 def about(weights: Weights) -> dict[str, str]:
     """What the page says of the weights it shows."""
-    origin, loss = weights.origin, validation_loss(weights)
-    side = round(origin.network["n_ctx"] ** 0.5)
-    sizes = f"{origin.network['n_layer']} blocks of {origin.network['n_embd']}, {weights.n_value:,} weights"
+    metadata, loss = weights.metadata, validation_loss(weights)
+    side = metadata.tokenizer.side
+    sizes = f"{metadata.network.n_layer} blocks of {metadata.network.n_embd}, {weights.n_value:,} weights"
     return {
         "weights": str(weights.path),
-        "model": f"{origin.model}: {sizes}, {len(origin.palette)} colours",
-        "trained on": f"{origin.data.removesuffix(str(side))} at {side}×{side}, {origin.step:,} steps",
+        "model": f"{metadata.model}: {sizes}, {metadata.tokenizer.describe()}",
+        "trained on": f"{metadata.data.removesuffix(str(side))} at {side}×{side}, {metadata.step:,} steps",
         "validation loss": "not known" if loss is None else f"{loss:.4f} nats per token",
     }
 
@@ -150,19 +150,19 @@ def run(
     Raises:
         ValueError: weights that draw no images, a split without images, a port that is taken.
     """
-    if not weights.origin.network["causal"]:
+    if not weights.metadata.network.causal:
         raise ValueError(
             f"task=demo draws images, pixel after pixel; {weights.path} predicts masked pixels "
-            f"({weights.origin.objective['name']}) and draws none: choose weights of objective=ar. What these know: "
+            f"({weights.metadata.objective['name']}) and draws none: choose weights of objective=ar. What these know: "
             "task=probe"
         )
     from igpt.app import page  # which imports Gradio
 
     data = tokens()
-    depth = weights.origin.network["n_layer"]
+    depth = weights.metadata.network.n_layer
     if layer is not None and not 0 <= layer <= depth:
         raise ValueError(f"task.layer must lie in 0 (the embedding) … {depth}, or be null; got {layer}")
-    given = prompt_rows(0.5, rows, data.raster.side)
+    given = prompt_rows(0.5, rows, data.tokenizer.side)
     with (
         computing_with(threads),
         machine.inference(weights.net()) as net,

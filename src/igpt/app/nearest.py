@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt.data.cache import alone
+from igpt.data.cache import file_lock
 from igpt.data.source import plain_pixels
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
@@ -143,7 +143,7 @@ class TrainingFeatures:
             path = stored_at(self.cache, self.data.source, "train", **self.place, among=self.among, seed=self.data.seed)
             whole = read_features(path, n_layer=self.net.n_layer, n_image=len(self.rows))
         if whole is None:
-            with alone(path):  # another process may be making them, and then they are there
+            with file_lock(path):  # another process may be making them, and then they are there
                 whole = read_features(path, n_layer=self.net.n_layer, n_image=len(self.rows))
                 if whole is None:
                     self._write(path)

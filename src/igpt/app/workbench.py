@@ -15,7 +15,7 @@ from igpt.data.classes import format_class_name
 from igpt.data.crop import Crop
 from igpt.data.decode import BadImageError, opened, read_image_file
 from igpt.data.source import plain_pixels
-from igpt.model.generate import Sampling, growing
+from igpt.model.generate import Sampling, generate_stream
 from igpt.model.gpt import GPT
 from igpt.task.complete import HIDDEN, prompt_rows
 from igpt.task.machine import Machine
@@ -103,7 +103,7 @@ class Workbench:
     @property
     def side(self) -> int:
         """R, pixels a side."""
-        return self.data.raster.side
+        return self.data.tokenizer.side
 
     def class_of(self, label: int) -> str:
         """What is said of a label: its class by name, else its number; nothing where an image has none."""
@@ -138,8 +138,8 @@ class Workbench:
 
     def given(self, chosen: Chosen, rows: int) -> np.ndarray:
         """The same, grey where it is to be completed."""
-        shown = self.quantised(chosen)
-        shown[prompt_rows(0, rows, self.side) :] = HIDDEN
+        known = self.data.tokenizer.known_tokens(prompt_rows(0, rows, self.side))
+        shown: np.ndarray = self._shown(self._tokens(chosen), known)[0]
         return shown
 
     def complete(
@@ -164,22 +164,23 @@ class Workbench:
         sampling = Sampling(temperature, top_k, None)
         if not 1 <= completions <= self.at_most:
             raise ValueError(f"1 to {self.at_most} completions can be drawn at once, got {completions}")
-        known = self.data.raster.known(prompt_rows(0, rows, self.side))
+        known = self.data.tokenizer.known_tokens(prompt_rows(0, rows, self.side))
         image = torch.full((completions,), chosen.index)
         keys = keyed.item_keys(keyed.item_keys(keyed.key(seed, "complete"), image), torch.arange(completions))
         device = self.net.wte.device
         uniforms = keyed.uniform(keys, self.net.n_ctx).to(device)
         given = self._tokens(chosen).expand(completions, -1).to(device)
-        steps = growing(self.net, uniforms, sampling, given=given, known=known)
+        steps = generate_stream(self.net, uniforms, sampling, given=given, known=known)
         n_known, n_ctx = int(known.sum()), self.net.n_ctx
         for drawn in range(n_ctx - n_known + 1):
             if self.stopping.is_set() or not wanted():
                 return
             with self.machine.autocast():  # of this thread: each row may be asked for by another
                 tokens, settled = next(steps)
-            if drawn % self.side == 0 or drawn == n_ctx - n_known:
+            if drawn % (n_ctx // self.data.tokenizer.grid.rows) == 0 or drawn == n_ctx - n_known:
                 there = known | (torch.arange(n_ctx) < settled)
-                yield Drawing(self._shown(tokens, there), (n_known + drawn) / self.side, drawn == n_ctx - n_known)
+                rows_there = (n_known + drawn) * self.side / n_ctx
+                yield Drawing(self._shown(tokens, there), rows_there, drawn == n_ctx - n_known)
 
     def nearest(self, chosen: Chosen, *, layer: int, k: int) -> Iterator[tuple[int, int] | list[Neighbour]]:
         """While the training images are read, how many of how many are; last, unless the demo ends, the k nearest.
@@ -203,5 +204,5 @@ class Workbench:
 
     def _shown(self, tokens: torch.Tensor, there: torch.Tensor) -> np.ndarray:
         pixels = self.data.decode(tokens.cpu())
-        grid = self.data.raster.unflatten(there[None])[0].numpy()  # (R, R)
+        grid = self.data.tokenizer.visible_pixels(there).numpy()  # (R, R)
         return np.where(grid[None, :, :, None], pixels, np.uint8(HIDDEN))

@@ -35,7 +35,7 @@ def find(path: str, *, palette: str | None = None, n_head: int | None = None) ->
     if (folder / sharded.METADATA).is_file() or (folder.is_dir() and next(folder.glob(sharded.PIECES), None)):
         return sharded.read(_whole(place, folder))
     if place.is_file() and place.suffix == ".ckpt":
-        return native.on_the_way(place)
+        return native.read_training_checkpoint(place)
     if place.is_file() and (prefix := openai.prefix_of(place)) is not None:
         return openai.read(prefix, palette=palette, n_head=n_head)
     if place.is_file() and (place.name not in of_folder and place not in tensors.parts(folder)):

@@ -94,7 +94,7 @@ def copy_head(weights: Weights, folder: Path) -> None:
 def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
     """What a head is of, and its weights, (K, C). Raises ValueError when it is of other weights, or damaged."""
     if weights.wclf is not None:
-        return HeadOrigin(weights.wclf.shape[0], weights.origin.data, ANY, weights.sha256), weights.wclf.read()
+        return HeadOrigin(weights.wclf.shape[0], weights.metadata.data, ANY, weights.sha256), weights.wclf.read()
     try:
         written = dict(files.read_json(weights.folder / ABOUT))
         sha256 = written.pop("sha256")
@@ -108,7 +108,7 @@ def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
         if files.sha256(where) != sha256:
             raise ValueError(f"its SHA-256 is not that in {ABOUT}")
         (weight,) = load_file(where).values()
-        if weight.shape != (about.n_class, weights.origin.network["n_embd"]):
+        if weight.shape != (about.n_class, weights.metadata.network.n_embd):
             raise ValueError(f"its shape is {tuple(weight.shape)}")
         if not torch.isfinite(weight).all():
             raise ValueError("it holds NaN or infinity")

@@ -6,7 +6,6 @@ matrices are stored transposed. Source: transformers 5.23, `models/imagegpt`.
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,14 @@ import torch
 
 from igpt import files
 from igpt.checkpoint import tensors
-from igpt.checkpoint.native import CONFIG, LARGEST, Weights, read_origin, together, weights_sha256
+from igpt.checkpoint.native import CONFIG, Weights, combined_hash, read_metadata, weights_sha256
 from igpt.checkpoint.sizes import name_of
 from igpt.checkpoint.tensors import Lazy, State
+from igpt.model.config import SIZES, GPTConfig
 from igpt.tokens.palette import Palette
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
+from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.registry import tokenizer_to_dict
 
 PREPROCESSOR, TORCH = "preprocessor_config.json", "pytorch_model.bin"
 MODEL_TYPE = "imagegpt"
@@ -60,14 +63,12 @@ def read(folder: Path) -> Weights:
     other = [f"{key} {config[key]!r} ≠ {ours!r}" for key, ours in FIXED.items() if config.get(key, ours) != ours]
     try:
         sizes = [config[key] for key in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")]
-        if not all(type(size) is int and 0 < size <= LARGEST for size in sizes):
+        if not all(type(size) is int for size in sizes):
             raise ValueError(f"{sizes}")
+        n_layer, n_embd, n_head, n_ctx, n_vocab = *sizes[:4], sizes[4] - 1  # the last is the start of the sequence
+        network = GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal=True)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} does not say the network's sizes ({error!r}): copy it again") from error
-    n_layer, n_embd, n_head, n_ctx, n_vocab = *sizes[:4], sizes[4] - 1
-    network = {
-        "n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_ctx": n_ctx, "n_vocab": n_vocab, "causal": True,
-    }  # fmt: skip
     if config.get("n_inner") not in (None, 4 * n_embd):
         other.append(f"n_inner {config['n_inner']} ≠ {4 * n_embd}")
     if other:
@@ -77,20 +78,18 @@ def read(folder: Path) -> Weights:
         raise ValueError(f"{folder / CONFIG}: {n_ctx} positions are no square image")
     theirs, path, sha256 = _open(folder)
     state = converted(theirs, network, path)
-    palette = _palette(folder, network["n_vocab"])
+    palette = _palette(folder, network.n_vocab)
     said = config.get(OURS, {})
     unknown = {"model": name_of(network), "data": f"huggingface{side}", "step": 0, "seed": 0}
     meaning = {
-        "network": network,
-        "palette": palette.centres.tolist(),
-        "palette_hash": palette.hash,
-        "permutation": list(range(n_ctx)),
+        "network": network.to_dict(),
+        "tokenizer": tokenizer_to_dict(PaletteTokenizer(palette, PixelOrder.of(side, "raster"))),
         "objective": {"name": "ar"},
     }
-    origin = read_origin(
+    metadata = read_metadata(
         {**unknown, **(said if isinstance(said, dict) else {"said": said}), **meaning}, folder / CONFIG
     )
-    return Weights(path, folder, origin, together(sha256, origin), lambda: state)
+    return Weights(path, folder, metadata, combined_hash(sha256, metadata), lambda: state)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -130,7 +129,7 @@ def _palette(folder: Path, k: int) -> Palette:
     return palette
 
 
-def converted(theirs: State, network: Mapping[str, Any], where: Path) -> State:
+def converted(theirs: State, network: GPTConfig, where: Path) -> State:
     """Their tensors as ours.
 
     Raises:
@@ -149,7 +148,7 @@ def converted(theirs: State, network: Mapping[str, Any], where: Path) -> State:
             "give another network (logits off by up to 9), so it is refused"
         )
     theirs = {name: tensor.as_float32() for name, tensor in theirs.items()}
-    n, c, v = network["n_layer"], network["n_embd"], network["n_vocab"]
+    n, c, v = network.n_layer, network.n_embd, network.n_vocab
     table = theirs["transformer.wte.weight"]
     ours = {
         "wte": table.reshaped((v, c), lambda rows: rows[:-1]),
@@ -166,7 +165,7 @@ def converted(theirs: State, network: Mapping[str, Any], where: Path) -> State:
     return ours
 
 
-def exported(ours: State, network: Mapping[str, Any]) -> State:
+def exported(ours: State, network: GPTConfig) -> State:
     """Our tensors as theirs, with the biases that they expect, which are zero."""
     ours = {name: tensor.as_float32() for name, tensor in ours.items()}
     wte, sos = ours["wte"], ours["sos"]
@@ -178,7 +177,7 @@ def exported(ours: State, network: Mapping[str, Any]) -> State:
         "transformer.ln_f.weight": ours["ln_f.g"],
         "lm_head.weight": ours["wtet"],
     }
-    for block in range(network["n_layer"]):
+    for block in range(network.n_layer):
         for norm in ("ln_1", "ln_2"):
             theirs[f"transformer.h.{block}.{norm}.weight"] = ours[f"h.{block}.{norm}.g"]
         for linear in LINEAR:
@@ -196,14 +195,14 @@ def _zeros(n: int) -> Lazy:
     return Lazy((n,), torch.float32, lambda: torch.zeros(n))
 
 
-def shapes(network: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def shapes(network: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The names and shapes of their tensors."""
-    c, t, v = network["n_embd"], network["n_ctx"], network["n_vocab"]
+    c, t, v = network.n_embd, network.n_ctx, network.n_vocab
     found: dict[str, tuple[int, ...]] = {
         "transformer.wte.weight": (v + 1, c), "transformer.wpe.weight": (t, c), "transformer.ln_f.weight": (c,),
         "lm_head.weight": (v, c),
     }  # fmt: skip
-    for block in range(network["n_layer"]):
+    for block in range(network.n_layer):
         at = f"transformer.h.{block}."
         found |= {f"{at}ln_1.weight": (c,), f"{at}ln_2.weight": (c,)}
         for linear, n_in, n_out in zip(LINEAR, (c, c, c, 4 * c), (3 * c, c, 4 * c, c), strict=True):
@@ -217,25 +216,25 @@ def write(folder: Path, weights: Weights) -> None:
     Raises:
         ValueError: what the format cannot hold (`check_exportable`), or a folder that is there.
     """
-    check_exportable(weights)
-    origin = weights.origin
-    network, side = origin.network, round(origin.network["n_ctx"] ** 0.5)
+    palette = check_exportable(weights)
+    metadata = weights.metadata
+    network, side = metadata.network, metadata.tokenizer.side
     config = {
         "architectures": ["ImageGPTForCausalImageModeling"],
         "model_type": MODEL_TYPE,
-        "vocab_size": network["n_vocab"] + 1,  # and the start of the sequence
-        "n_positions": network["n_ctx"],
-        "n_embd": network["n_embd"],
-        "n_layer": network["n_layer"],
-        "n_head": network["n_head"],
+        "vocab_size": network.n_vocab + 1,  # and the start of the sequence
+        "n_positions": network.n_ctx,
+        "n_embd": network.n_embd,
+        "n_layer": network.n_layer,
+        "n_head": network.n_head,
         "n_inner": None,
         **FIXED,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
-        "bos_token_id": network["n_vocab"],
+        "bos_token_id": network.n_vocab,
         "dtype": "float32",
-        OURS: {"model": origin.model, "data": origin.data, "step": origin.step, "seed": origin.seed},
+        OURS: {"model": metadata.model, "data": metadata.data, "step": metadata.step, "seed": metadata.seed},
     }
     processor = {
         "image_processor_type": "ImageGPTImageProcessor",
@@ -244,7 +243,7 @@ def write(folder: Path, weights: Weights) -> None:
         "resample": 2,  # bilinear
         "do_normalize": True,
         "do_color_quantize": True,
-        "clusters": origin.palette,
+        "clusters": palette.centres.tolist(),
     }
     with files.atomic_folder(folder) as temporary:
         tensors.write(temporary, exported(weights.state(), network), label="exporting")
@@ -252,10 +251,23 @@ def write(folder: Path, weights: Weights) -> None:
         files.write_json(temporary / PREPROCESSOR, processor)
 
 
-def check_exportable(weights: Weights) -> None:
-    """Raises ValueError when Hugging Face's format cannot hold these weights; it names the format that can."""
-    origin, own = weights.origin, "export it as task.format=igpt instead"
-    if not origin.network["causal"]:
+def check_exportable(weights: Weights) -> Palette:
+    """The palette of weights that Hugging Face's format can hold.
+
+    Raises:
+        ValueError: it cannot: another network than the paper's, another tokenizer than a palette row by row, BERT.
+    """
+    metadata, own = weights.metadata, "export it as task.format=igpt instead"
+    tokenizer = metadata.tokenizer
+    if beyond := metadata.network.choices_beyond(SIZES):
+        said = ", ".join(f"{name}={value}" for name, value in beyond.items())
+        raise ValueError(f"{weights.path} has {said}, which Hugging Face's ImageGPT does not know: {own}")
+    if not isinstance(tokenizer, PaletteTokenizer):
+        raise ValueError(
+            f"{weights.path} reads {tokenizer.describe()}, Hugging Face's ImageGPT a palette of colours only: {own}"
+        )
+    if not metadata.network.causal:
         raise ValueError(f"{weights.path} was trained on masked pixels, Hugging Face's ImageGPT is causal only: {own}")
-    if origin.permutation != list(range(len(origin.permutation))):
+    if not tokenizer.order.is_raster:
         raise ValueError(f"{weights.path} reads pixels in another order, Hugging Face's ImageGPT row by row: {own}")
+    return tokenizer.palette

@@ -5,16 +5,14 @@ the pixels, the objective, the step and the seed. Loading executes nothing that 
 """
 
 import hashlib
-import inspect
 import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,27 +20,31 @@ from igpt import files, ranks
 from igpt.checkpoint import tensors
 from igpt.checkpoint.resume import checksum_path
 from igpt.checkpoint.tensors import Lazy, State
+from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.model.parts import put, whole_shape
-from igpt.tokens.palette import Palette
-from igpt.tokens.raster import Raster
+from igpt.tokens.registry import tokenizer_from_dict, tokenizer_to_dict
+from igpt.tokens.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+PALETTE_FORMAT = 1  # older: every tokenizer was a palette, every network the paper's
 CONFIG = "config.json"
+ORIGIN = "origin"  # the key under which a checkpoint of training has it
 NAME = re.compile(r"\w[\w.+-]{0,63}")
-LARGEST = 1 << 24  # of a network's sizes: what is above was never meant
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where weights come from and what their tokens mean: all of `config.json` but the hash of the weights."""
+class CheckpointMetadata:
+    """Where weights come from and what their tokens mean: all of `config.json` but the hash of the weights.
 
-    network: dict[str, Any]  # arguments of GPT
-    palette: list[list[float]]  # (k, 3) in [-1, 1]
-    palette_hash: str  # of these colours in this order
-    permutation: list[int]  # position → pixel
+    Raises:
+        ValueError: what cannot be, by its field: it may come from a file that somebody sent.
+    """
+
+    network: GPTConfig
+    tokenizer: Tokenizer
     objective: dict[str, Any]  # name and settings
     model: str  # names, for run folders and tables
     data: str
@@ -50,15 +52,7 @@ class Origin:
     seed: int
 
     def __post_init__(self) -> None:
-        """Raises ValueError, naming the field, on what cannot be: it may come from a file that somebody sent."""
-        kinds: dict[str, type] = {
-            "network": dict,
-            "palette": list,
-            "palette_hash": str,
-            "permutation": list,
-            "objective": dict,
-        }
-        kinds |= {"model": str, "data": str, "step": int, "seed": int}
+        kinds: dict[str, type] = {"objective": dict, "model": str, "data": str, "step": int, "seed": int}
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r:.60}, expected a {kind.__name__}")
@@ -67,22 +61,37 @@ class Origin:
                 raise ValueError(f"{name} is {getattr(self, name)!r:.60}, expected letters, digits, . + - and _")
         if not isinstance(self.objective.get("name"), str):
             raise ValueError(f"objective is {self.objective!r:.60}, expected its name and settings")
-        try:
-            inspect.signature(GPT).bind(**self.network)
-            sizes = [int(size) for size in self.network.values()]
-            if any(type(size) not in (int, bool) for size in self.network.values()) or max(sizes) > LARGEST:
-                raise ValueError("sizes are whole numbers")
-            if [len(colour) for colour in self.palette] != [3] * self.network["n_vocab"]:
-                raise ValueError("the palette has not three numbers for each of n_vocab colours")
-            if sorted(self.permutation) != list(range(self.network["n_ctx"])):
-                raise ValueError("the permutation does not hold every position once")
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"network {self.network!r:.200} cannot be: {error}") from error
+        sizes = (self.network.n_ctx, self.network.n_vocab)
+        if sizes != (self.tokenizer.grid.n_ctx, self.tokenizer.n_vocab):
+            raise ValueError(
+                f"its network reads {sizes[0]} tokens of {sizes[1]}, its tokenizer ({self.tokenizer.describe()}) makes "
+                f"{self.tokenizer.grid.n_ctx} of {self.tokenizer.n_vocab}"
+            )
 
-    @property
-    def centres(self) -> np.ndarray:
-        """The palette's colours, (k, 3) float32, bit for bit those of training."""
-        return np.asarray(self.palette, dtype=np.float32)
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for a file of format `FORMAT`."""
+        own = {"network": self.network.to_dict(), "tokenizer": tokenizer_to_dict(self.tokenizer)}
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, **own}
+
+    @staticmethod
+    def from_dict(saved: Any, format: int) -> "CheckpointMetadata":
+        """What `to_dict` gave, also in an older format. Raises ValueError on anything else."""
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"it is {saved!r:.60}")
+        own = dict(saved)
+        if format == PALETTE_FORMAT:
+            own["tokenizer"] = {
+                "kind": "palette", "centres": own.pop("palette", None), "hash": own.pop("palette_hash", None),
+                "permutation": own.pop("permutation", None),
+            }  # fmt: skip
+        known = {field.name for field in fields(CheckpointMetadata)}
+        for key in sorted(map(str, known ^ own.keys())):
+            raise ValueError(f"{key} is {'missing' if key in known else 'no field of it'}")
+        if not isinstance(own["network"], Mapping):
+            raise ValueError(f"its network is {own['network']!r:.60}")
+        own["network"] = GPTConfig.from_dict(own["network"])
+        own["tokenizer"] = tokenizer_from_dict(own["tokenizer"])
+        return CheckpointMetadata(**own)
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class Weights:
 
     path: Path  # the file, or the folder of several
     folder: Path  # what belongs to them lies here: a class head; one above it, the run
-    origin: Origin
+    metadata: CheckpointMetadata
     sha256: str
     state: Callable[[], State]  # the tensors by name, each read when it is asked for
     wclf: Lazy | None = None  # a class head, (K, C), where one is inside
@@ -101,19 +110,14 @@ class Weights:
         """How many numbers the network has."""
         return sum(tensor.n_value for tensor in self.state().values())
 
-    def vocabulary(self) -> tuple[Palette, Raster]:
-        """What the tokens mean: their colours, and the order of the pixels.
-
-        Raises:
-            ValueError: colours that are not those their hash is of.
-        """
-        palette = Palette(self.origin.centres)
-        check_same("palette's hash", self.origin.palette_hash, palette.hash, self.folder)
-        return palette, Raster(round(self.origin.network["n_ctx"] ** 0.5), tuple(self.origin.permutation))
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What their tokens mean."""
+        return self.metadata.tokenizer
 
     def net(self) -> GPT:
         """The network these weights are of, loaded, on the CPU, in float32."""
-        net = shape_of(self.origin.network).to_empty(device="cpu")
+        net = meta_model(self.metadata.network).to_empty(device="cpu")
         self.load_into(net)
         return net
 
@@ -124,7 +128,7 @@ class Weights:
         Raises:
             ValueError: a network of other sizes, missing, unexpected or misshapen tensors, or a damaged file.
         """
-        check_same("network", self.origin.network, net.config, self.folder)
+        check_same("network", self.metadata.network.to_dict(), net.config.to_dict(), self.folder)
         state, own = self.state(), net.state_dict(keep_vars=True)
         tensors.check_fit(self.path, state, {name: whole_shape(weight) for name, weight in own.items()})
         for name, weight in own.items():
@@ -136,13 +140,15 @@ class Weights:
             put(weight, values)
 
 
-def shape_of(network: Mapping[str, Any]) -> GPT:
-    """The network of these sizes, without any weights."""
+def meta_model(config: GPTConfig) -> GPT:
+    """The network of a config on the meta device: its shapes, without any weights."""
     with torch.device("meta"):
-        return GPT(**network)
+        return GPT(config)
 
 
-def save_model(folder: Path, state: Mapping[str, Tensor] | State, origin: Origin, *, label: str = "saving") -> None:
+def save_model(
+    folder: Path, state: Mapping[str, Tensor] | State, metadata: CheckpointMetadata, *, label: str = "saving"
+) -> None:
     """Writes `folder/model.safetensors`, then `folder/config.json`, each whole or not at all; by the first process.
 
     Where the weights are sharded, every process has to call it.
@@ -156,7 +162,7 @@ def save_model(folder: Path, state: Mapping[str, Tensor] | State, origin: Origin
     lazy: State = {}
     for name, tensor in state.items():
         lazy |= {name: tensor} if isinstance(tensor, Lazy) else tensors.held({name: tensor})
-    own = {name: tuple(weight.shape) for name, weight in shape_of(origin.network).state_dict().items()}
+    own = {name: tuple(weight.shape) for name, weight in meta_model(metadata.network).state_dict().items()}
     tensors.check_fit(folder / tensors.WEIGHTS, lazy, own)
     try:
         tensors.write(folder, lazy, label=label)
@@ -164,7 +170,9 @@ def save_model(folder: Path, state: Mapping[str, Tensor] | State, origin: Origin
         raise OSError(f"{folder / tensors.WEIGHTS} could not be written ({error}): is the disk full?") from error
     if not ranks.this_rank().first:
         return
-    files.write_json(folder / CONFIG, {"format": FORMAT, **vars(origin), "weights_sha256": weights_sha256(folder)})
+    files.write_json(
+        folder / CONFIG, {"format": FORMAT, **metadata.to_dict(), "weights_sha256": weights_sha256(folder)}
+    )
 
 
 def weights_sha256(folder: Path) -> str:
@@ -173,9 +181,9 @@ def weights_sha256(folder: Path) -> str:
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def together(sha256: str, origin: Origin) -> str:
-    """A hash of foreign weights and of what else decides what they are: sizes, colours, order, objective."""
-    text = json.dumps([sha256, origin.network, origin.palette_hash, origin.permutation, origin.objective])
+def combined_hash(sha256: str, metadata: CheckpointMetadata) -> str:
+    """A hash of foreign weights and of what else decides what they are: network, tokenizer, objective."""
+    text = json.dumps([sha256, metadata.network.to_dict(), metadata.tokenizer.hash, metadata.objective])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -186,23 +194,30 @@ def read_model(folder: Path) -> Weights:
         ValueError: another format version, a damaged file, or two files that are not of one save.
     """
     config = files.read_json(folder / CONFIG)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else None
-        raise ValueError(
-            f"{folder / CONFIG}: format {found!r}, this version reads {FORMAT}: use the release that wrote it"
-        )
-    config.pop("format")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} holds no settings: copy it again")
+    format = check_format(config.pop("format", None), folder / CONFIG)
     saved = config.pop("weights_sha256", None)
-    origin = read_origin(config, folder / CONFIG)
+    metadata = read_metadata(config, folder / CONFIG, format)
     if weights_sha256(folder) != saved:
         raise ValueError(
             f"{folder}: {tensors.WEIGHTS} is not the file {CONFIG} was written for: damaged or half replaced"
         )
     first, *more = tensors.parts(folder)
-    return Weights(folder if more else first, folder, origin, saved, lambda: tensors.read(folder))
+    return Weights(folder if more else first, folder, metadata, saved, lambda: tensors.read(folder))
 
 
-def on_the_way(path: Path) -> Weights:
+def check_format(found: Any, where: Path) -> int:
+    """The format of a file, `FORMAT` or an older one. Raises ValueError on one that this version does not read."""
+    if found not in (PALETTE_FORMAT, FORMAT) or isinstance(found, bool):
+        raise ValueError(
+            f"{where}: format {found!r}, this version reads {PALETTE_FORMAT} and {FORMAT}: use the release that "
+            "wrote it"
+        )
+    return int(found)
+
+
+def read_training_checkpoint(path: Path) -> Weights:
     """The network inside a checkpoint that training wrote, `checkpoints/step_0001000.ckpt`.
 
     Raises:
@@ -214,23 +229,22 @@ def on_the_way(path: Path) -> Weights:
     if checksum.read_text().strip() != sha256:
         raise ValueError(f"{path} is damaged or was not written to its end: its SHA-256 is not that beside it")
     checkpoint = tensors.read_torch(path)
-    origin, state = origin_in(checkpoint, path), tensors_in(checkpoint, path)
-    return Weights(path, path.parent, origin, sha256, lambda: part("net.", state), state.get("head.wclf"))
+    metadata, state = metadata_in(checkpoint, path), tensors_in(checkpoint, path)
+    return Weights(path, path.parent, metadata, sha256, lambda: part("net.", state), state.get("head.wclf"))
 
 
-def origin_in(checkpoint: Any, path: Path) -> Origin:
+def metadata_in(checkpoint: Any, path: Path) -> CheckpointMetadata:
     """What a checkpoint that training wrote says of its weights. Raises ValueError when it says nothing of the kind."""
     found = checkpoint if isinstance(checkpoint, dict) else {}
-    if "origin" not in found or "format" not in found:
+    if ORIGIN not in found or "format" not in found:
         raise ValueError(f"{path} is no checkpoint of a network that this project trained: it does not say what it is")
-    check_same("format", found["format"], FORMAT, path)
-    return read_origin(found["origin"], path)
+    return read_metadata(found[ORIGIN], path, check_format(found["format"], path))
 
 
-def read_origin(found: Any, where: Path) -> Origin:
+def read_metadata(found: Any, where: Path, format: int = FORMAT) -> CheckpointMetadata:
     """What a file says of its weights. Raises ValueError, naming the file, when that is not complete or cannot be."""
     try:
-        return Origin(**found)
+        return CheckpointMetadata.from_dict(found, format)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} is not complete ({error}): export the model again") from error
 

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from igpt import files
 from igpt.checkpoint import tensors
-from igpt.checkpoint.native import Origin, Weights, together
+from igpt.checkpoint.native import CheckpointMetadata, Weights, combined_hash
 from igpt.checkpoint.sizes import name_of
 from igpt.checkpoint.tensors import Lazy, State
 from igpt.global_state import environment
+from igpt.model.config import GPTConfig
 from igpt.tokens.palette import Palette
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
+from igpt.tokens.pixel_order import PixelOrder
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +94,7 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
     network = sizes(prefix, known, n_head)
     wanted = variables(network)
     head = known.get(HEAD)
-    optional = {HEAD: (head[0] if head else 1, network["n_embd"])} if head is not None else {}
+    optional = {HEAD: (head[0] if head else 1, network.n_embd)} if head is not None else {}
     check(prefix, known, wanted | optional)
     n_class = optional[HEAD][0] if optional else 0
     wclf = reader.lazy(SCOPE + HEAD) if optional else None
@@ -99,21 +102,19 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
     skipped = sorted(reader.shapes.keys() - {SCOPE + name for name in wanted | optional})
     log.info(
         "%s: %s, %d blocks of width %d, %d heads, %d positions, %d colours, %s",
-        prefix, "next pixels" if network["causal"] else "masked pixels", network["n_layer"], network["n_embd"],
-        network["n_head"], network["n_ctx"], network["n_vocab"],
+        prefix, "next pixels" if network.causal else "masked pixels", network.n_layer, network.n_embd,
+        network.n_head, network.n_ctx, network.n_vocab,
         f"a head of {n_class} classes" if has_head else "no trained class head",
     )  # fmt: skip
     if skipped:
         shown = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
         log.info("skipped %d variables that the network does not have (of its training): %s", len(skipped), shown)
-    colours = find_palette(prefix, palette, network["n_vocab"])
-    side = round(network["n_ctx"] ** 0.5)
-    origin = Origin(
+    colours = find_palette(prefix, palette, network.n_vocab)
+    side = round(network.n_ctx**0.5)
+    metadata = CheckpointMetadata(
         network=network,
-        palette=colours.centres.tolist(),
-        palette_hash=colours.hash,
-        permutation=list(range(network["n_ctx"])),
-        objective={"name": "ar"} if network["causal"] else {"name": "bert", "mask_probability": BERT_MASKED},
+        tokenizer=PaletteTokenizer(colours, PixelOrder.of(side, "raster")),
+        objective={"name": "ar"} if network.causal else {"name": "bert", "mask_probability": BERT_MASKED},
         model=name_of(network),
         data=f"imagenet{side}",
         step=int(step[1]) if (step := re.search(r"-(\d+)$", prefix.name)) else 0,
@@ -121,12 +122,12 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
     )
     index = Path(f"{prefix}.index")  # holds a checksum of every variable
     state = converted({name: reader.lazy(SCOPE + name) for name in wanted}, network)
-    sha256 = together(files.sha256(index), origin)
-    return Weights(prefix, prefix.parent, origin, sha256, lambda: state, wclf if has_head else None)
+    sha256 = combined_hash(files.sha256(index), metadata)
+    return Weights(prefix, prefix.parent, metadata, sha256, lambda: state, wclf if has_head else None)
 
 
-def sizes(where: Path, known: Shapes, n_head: int | None) -> dict[str, Any]:
-    """The arguments of GPT, as far as shapes tell; the heads are asked for where they do not."""
+def sizes(where: Path, known: Shapes, n_head: int | None) -> GPTConfig:
+    """The network, as far as shapes tell; the heads are asked for where they do not."""
     blocks = {int(m[1]) for name in known if (m := re.match(r"h(\d+)/", name))}
     if not blocks or not {"wte", "wpe"} <= known.keys():
         raise ValueError(
@@ -149,19 +150,18 @@ def sizes(where: Path, known: Shapes, n_head: int | None) -> dict[str, Any]:
     n_ctx = known["wpe"][0]
     if round(n_ctx**0.5) ** 2 != n_ctx:
         raise ValueError(f"{where}: {n_ctx} positions are no square image")
-    return {
-        "n_layer": max(blocks) + 1, "n_embd": n_embd, "n_head": n_head, "n_ctx": n_ctx, "n_vocab": n_vocab,
-        "causal": "sos" in known,
-    }  # fmt: skip
+    return GPTConfig(
+        n_layer=max(blocks) + 1, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal="sos" in known
+    )
 
 
-def variables(network: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def variables(network: GPTConfig) -> dict[str, tuple[int, ...]]:
     """The variables of a network, without their scope, and their shapes in the released files."""
-    c, t, v, h = (network[key] for key in ("n_embd", "n_ctx", "n_vocab", "n_head"))
+    c, t, v, h = network.n_embd, network.n_ctx, network.n_vocab, network.n_head
     found: dict[str, tuple[int, ...]] = {"wpe": (t, c), "wte": (v, c), "wtet": (v, c), "ln_f/g": (c,)}
-    if network["causal"]:
+    if network.causal:
         found["sos"] = (c,)
-    for block in range(network["n_layer"]):
+    for block in range(network.n_layer):
         at = f"h{block}"
         found |= {f"{at}/ln_1/g": (c,), f"{at}/ln_2/g": (c,)}
         found |= {f"{at}/attn/{name}_proj": (h, c // h, c) for name in "qkvc"}
@@ -188,9 +188,9 @@ def _flat(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return "/attn/" in name and found == (shape[0] * shape[1], shape[2])
 
 
-def converted(theirs: State, network: Mapping[str, Any]) -> State:
+def converted(theirs: State, network: GPTConfig) -> State:
     """Their variables as our weights, a block's q, k and v as one."""
-    c = network["n_embd"]
+    c = network.n_embd
 
     def rows(tensor: Lazy) -> Lazy:  # [H, D, in] in the order of the output: no transpose (`bsf,hef->bhse`)
         return tensor.reshaped((c, c), lambda w: w.reshape(c, c))
@@ -200,7 +200,7 @@ def converted(theirs: State, network: Mapping[str, Any]) -> State:
 
     ours: State = {name: theirs[name] for name in ("wte", "wpe", "wtet", "sos") if name in theirs}
     ours["ln_f.g"] = theirs["ln_f/g"]
-    for block in range(network["n_layer"]):
+    for block in range(network.n_layer):
         at, to = f"h{block}/", f"h.{block}."
         ours |= {f"{to}ln_1.g": theirs[f"{at}ln_1/g"], f"{to}ln_2.g": theirs[f"{at}ln_2/g"]}
         ours[f"{to}attn.c_attn.weight"] = _stacked([rows(theirs[f"{at}attn/{name}_proj"]) for name in "qkv"])

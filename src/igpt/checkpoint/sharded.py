@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from igpt import files
 from igpt.checkpoint import tensors
-from igpt.checkpoint.native import Weights, origin_in, part
+from igpt.checkpoint.native import Weights, metadata_in, part
 from igpt.checkpoint.tensors import Lazy, State
 
 T = TypeVar("T")
@@ -110,10 +110,10 @@ def read(folder: Path) -> Weights:
     state = read_state(folder)
     if not (folder / REST).is_file():
         raise ValueError(f"{folder} has no {REST}, which says what network this is: copy the whole folder")
-    origin = origin_in(tensors.read_torch(folder / REST), folder / REST)
+    metadata = metadata_in(tensors.read_torch(folder / REST), folder / REST)
     plain = {tensors.plain_name(name): tensor for name, tensor in state.items()}
     network, wclf = part(f"{STATE}net.", plain), plain.get(f"{STATE}head.wclf")
-    return Weights(folder, folder, origin, files.sha256(folder / METADATA), lambda: network, wclf)
+    return Weights(folder, folder, metadata, files.sha256(folder / METADATA), lambda: network, wclf)
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -81,7 +81,7 @@ def digest(made_by: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """While the block lasts, no other process of this machine is in such a block for `path`.
 
     Raises:
@@ -123,7 +123,7 @@ def pixels(path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequen
     known = _mapped(path, shape)
     if known is not None:  # also where nothing may be written
         return known
-    with alone(path):
+    with file_lock(path):
         known = _mapped(path, shape)
         if known is not None:
             return known

@@ -202,7 +202,7 @@ class _PixelCacheDir:
             return np.empty(0, dtype=np.int64)
         digest = pixel_cache.digest({"table": table.fingerprint, "pillow": PIL.__version__})
         path = self.folder / f"{self.name}-{digest}.corrupt.json"
-        with pixel_cache.alone(path):
+        with pixel_cache.file_lock(path):
             if not path.is_file():
                 checked = pixel_cache.in_chunks(partial(_unreadable, table), np.arange(len(table)), "checking images")
                 files.write_json(path, [found for chunk in checked for found in chunk])

@@ -163,7 +163,7 @@ class ParquetTable:
         digest = pixel_cache.digest({"listing": listing.fingerprint, **made_of})
         copy = cache / "parquet" / f"{digest}.arrow"
         if not _is_whole(copy):
-            with pixel_cache.alone(copy):
+            with pixel_cache.file_lock(copy):
                 if not _is_whole(copy):
                     for part in copy.parent.glob(f".{copy.stem}*.part"):  # what a kill left: nobody else writes it
                         part.unlink()

@@ -4,11 +4,10 @@ Counted from the network's sizes alone. What is held for the backward pass is co
 tensor by tensor (`tests/metric/test_plan.py` holds it against what autograd saves).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from igpt.metric.throughput import train_flops_per_image
+from igpt.model.config import GPTConfig
 
 GB = 1e9
 WIDE, NARROW = 4, 2  # bytes of a float32, of a bfloat16
@@ -51,14 +50,14 @@ class Plan:
         return None if self.step_seconds is None else self.step_seconds * self.steps / SECONDS_A_DAY
 
 
-def parameters(network: Mapping[str, Any]) -> dict[str, int]:
+def parameters(network: GPTConfig) -> dict[str, int]:
     """Weights of the network: in one block, and in all that is no block."""
-    c, t, v = network["n_embd"], network["n_ctx"], network["n_vocab"]
-    return {"block": 12 * c**2 + 2 * c, "rest": (2 * v + t) * c + c + (c if network["causal"] else 0)}
+    c, t, v = network.n_embd, network.n_ctx, network.n_vocab
+    return {"block": 12 * c**2 + 2 * c, "rest": (2 * v + t) * c + c + (c if network.causal else 0)}
 
 
 def plan(
-    network: Mapping[str, Any],
+    network: GPTConfig,
     *,
     batch_size: int,
     micro_batch: int,
@@ -79,7 +78,7 @@ def plan(
     input alone, in any precision.
     """
     sizes = parameters(network)
-    n_layer = network["n_layer"]
+    n_layer = network.n_layer
     n = n_layer * sizes["block"] + sizes["rest"]
     stage = int(strategy.split("_")[1]) if strategy.startswith("deepspeed") else 0
     kept = NARROW if precision == "bf16-true" or (stage and precision == "bf16-mixed") else WIDE  # bytes of a weight
@@ -107,8 +106,8 @@ def plan(
         ),
         working=working,
         flops_per_image=train_flops_per_image(
-            n_layer=n_layer, n_embd=network["n_embd"], n_ctx=network["n_ctx"], n_vocab=network["n_vocab"],
-            causal=network["causal"],
+            n_layer=n_layer, n_embd=network.n_embd, n_ctx=network.n_ctx, n_vocab=network.n_vocab,
+            causal=network.causal,
         ) * (4 / 3 if recompute else 1),
         images_per_step=batch_size,
         steps=steps,
@@ -119,7 +118,7 @@ def plan(
 
 
 def held(
-    network: Mapping[str, Any],
+    network: GPTConfig,
     images: int,
     *,
     precision: str,
@@ -129,7 +128,7 @@ def held(
 ) -> float:
     """Bytes that the forward pass of so many images keeps, at the moment it ends (with `recompute`: of the backward
     pass's first block, which has computed its own again)."""
-    c, t, h, v = (int(network[key]) for key in ("n_embd", "n_ctx", "n_head", "n_vocab"))
+    c, t, h, v = network.n_embd, network.n_ctx, network.n_head, network.n_vocab
     tokens = images * t
     product = WIDE if precision == "32-true" else NARROW  # bytes of what matrix products read
     stream = NARROW if precision == "bf16-true" else WIDE  # of the residual stream
@@ -142,7 +141,7 @@ def held(
     if precision == "bf16-mixed":
         block += 4 * c**2 * product  # the other matrices, narrowed; autocast keeps them for the backward pass
     head = tokens * (c * (product + (stream if fused_norm or precision != "bf16-true" else 2 * WIDE)) + v * WIDE)
-    layers: int = network["n_layer"]
+    layers: int = network.n_layer
     if recompute:
         return layers * tokens * c * stream + block + head
     return layers * block + head

@@ -1,4 +1,4 @@
-"""Softmax attention in four ways that agree but for rounding; `choice.attention` says which is used.
+"""Softmax attention in four ways that agree but for rounding; `dispatch.attention_backend` says which is used.
 
 Sizes: B images, H heads, T queries, S keys, D the size of a head. Source: `model.py:attn`; its -1e10 for masked scores
 and -inf give the same float32 softmax.
@@ -12,23 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from igpt.model import choice, native_attention
+from igpt.model import dispatch, native_attention
 
 
-def self_attention(qkv: Tensor, n_head: int, *, causal: bool, path: str = "auto") -> Tensor:
+def self_attention(qkv: Tensor, n_head: int, *, causal: bool, backend: str = "auto") -> Tensor:
     """Softmax attention of every position over all, or, `causal`, over itself and those before it.
 
-    qkv (B, T, 3C): queries, keys, values; in each, heads are contiguous blocks of D. → (B, T, C). `path` is one of
-    `choice.ATTENTION`: `native` (C, on a CPU), else as `attend`.
+    qkv (B, T, 3C): queries, keys, values; in each, heads are contiguous blocks of D. → (B, T, C). `backend` is one of
+    `dispatch.ATTENTION`: `native` (C, on a CPU), else as `attend`.
     """
     b, t, width = qkv.shape
-    if path == "auto":
-        path = choice.attention(qkv.device, qkv.dtype, t=t, causal=causal)
-    if path == "native":
+    if backend == "auto":
+        backend = dispatch.attention_backend(qkv.device, qkv.dtype, t=t, causal=causal)
+    if backend == "native":
         out: Tensor = native_attention.attend(qkv, n_head, causal)[0]
         return out
     q, k, v = heads(qkv, n_head)
-    return attend(q, k, v, causal=causal, path=path).transpose(1, 2).reshape(b, t, width // 3)
+    return attend(q, k, v, causal=causal, backend=backend).transpose(1, 2).reshape(b, t, width // 3)
 
 
 def heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
@@ -37,20 +37,20 @@ def heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
     return qkv.view(b, t, 3, n_head, width // 3 // n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, path: str = "auto") -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, backend: str = "auto") -> Tensor:
     """Softmax attention of q over k and v: (B, H, T, D), 2 × (B, H, S, D) → (B, H, T, D), scaled by 1/√D.
 
-    With `causal`, position i sees positions 0 … i. `path` is how: `sdpa` (PyTorch's fused kernels), `bmm` (batched
+    With `causal`, position i sees positions 0 … i. `backend` is how: `sdpa` (PyTorch's fused kernels), `bmm` (batched
     products), `blocks` (such products, of what causal attention sees; elsewhere as `bmm`), or the fastest.
     """
-    if path in ("auto", "native"):
-        path = choice.attention_apart(q.device, q.dtype, t=q.shape[2], causal=causal)
-    if path == "sdpa":
+    if backend in ("auto", "native"):
+        backend = dispatch.unfused_attention_backend(q.device, q.dtype, t=q.shape[2], causal=causal)
+    if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     b, h, t, d = q.shape
     s = k.shape[2]
     q, k, v = q.reshape(b * h, t, d), k.reshape(b * h, s, d), v.reshape(b * h, s, d)
-    if path == "blocks" and causal:
+    if backend == "blocks" and causal:
         out: Tensor = _CausalBlocks.apply(q, k, v)  # type: ignore[no-untyped-call]  # PyTorch has no type for it
         return out.view(b, h, t, d)
     return _in_one_piece(q, k, v, causal=causal).view(b, h, t, d)
@@ -81,7 +81,7 @@ class _CausalBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        t, size = q.shape[1], choice.block(q.dtype)
+        t, size = q.shape[1], dispatch.block(q.dtype)
         scale = 1 / math.sqrt(q.shape[-1])
         out, kept = torch.empty_like(v), []
         with torch.autocast(q.device.type, enabled=False):

@@ -1,44 +1,121 @@
-"""One more token for a batch of images, in four ways that agree but for rounding; `choice.py` says which is used.
+"""One more token for a batch of images, in four ways that agree but for rounding; `dispatch.py` says which is used.
 
 A step reads every weight and every cached key and value once and computes little with each, so that reading them is
-what takes time: a network's own layers, made for whole images, take many times as long (`docs/performance.md`).
+what takes time: a network's own layers, made for whole images, take many times as long (`docs/performance.md`). The
+other ways write the paper's block again, so that each says which networks it computes, and is compared with the network
+itself before the first token is drawn (`verified`).
 """
 
 import ctypes
+import logging
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt.model import choice, native
+from igpt.model import dispatch, native
+from igpt.model.config import SIZES, GPTConfig
 from igpt.model.gpt import GELU_SLOPE, GPT, NORM_EPS, Cache
-from igpt.model.graphs import recorded
+from igpt.model.graphs import make_graphs_step
 from igpt.model.native import VECTOR
+
+log = logging.getLogger(__name__)
 
 Step = Callable[[Tensor], Tensor]  # one new token each, (B, 1) → logits (B, V) of the next position
 FEW = 16  # images; measured at 256 wide
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of logits, as a share of the largest
+
+_verified: "WeakKeyDictionary[GPT, dict[tuple[str, torch.dtype], bool]]" = WeakKeyDictionary()
 
 
-def stepping(net: GPT, cache: Cache, way: str = "auto") -> Step:
-    """What computes the next tokens from here on, in one of `choice.DECODING`; auto: its own, or the fastest."""
-    if way == "auto":
-        way = net.decoding
-    if way == "auto":
+@dataclass(frozen=True)
+class DecodeBackend:
+    """A way of computing one more token. Of settings that are not in `knows`, it computes the paper's value only."""
+
+    make: Callable[[GPT, Cache], Step]
+    knows: tuple[str, ...]
+
+    def unsupported(self, config: GPTConfig) -> str:
+        """The settings of a network that it does not compute, `positions=rope`; empty where it computes all."""
+        return ", ".join(f"{name}={value}" for name, value in config.choices_beyond(self.knows).items())
+
+
+def make_decode_step(net: GPT, cache: Cache, backend: str = "auto") -> Step:
+    """What computes the next tokens from here on, in one of `dispatch.DECODING`; auto: its own, or the fastest.
+
+    A way that does not compute this network is not taken, and one whose logits differ from the network's is given up
+    with a warning.
+
+    Raises:
+        ValueError: a way that was asked for by name and does not compute this network.
+    """
+    asked = backend if backend != "auto" else net.decoding
+    name = asked
+    if name == "auto":
         weight = net.blocks[0].mlp.c_fc.weight  # of a block: sharded, wte alone may be whole for a while
-        way = choice.decoding(weight, n_embd=net.n_embd, n_head=net.n_head)
-    ways: dict[str, Callable[[GPT, Cache], Step]] = {
-        "native": natively, "columns": by_columns, "graphs": recorded, "layers": by_layers
-    }  # fmt: skip
-    return ways[way](net, cache)
+        name = dispatch.decode_backend(weight, n_embd=net.n_embd, n_head=net.n_head)
+    if lacking := BACKENDS[name].unsupported(net.config):
+        if asked != "auto":
+            raise ValueError(f"trainer.decoding={name} does not compute {lacking}: choose auto")
+        name = "layers"
+    if not verified(net, name):
+        name = "layers"
+    return BACKENDS[name].make(net, cache)
 
 
-def by_layers(net: GPT, cache: Cache) -> Step:
+@torch.inference_mode()
+def verified(net: GPT, name: str) -> bool:
+    """Whether a way of decoding gives the logits of the network itself: looked at once for each network and precision.
+
+    One image of drawn tokens goes through the network whole; the way then computes the logits of three positions, in
+    the first, a middle and the last row, after caches that the network's own step has filled.
+    """
+    if name == "layers":
+        return True
+    device = net.wte.device
+    mixed = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if mixed else net.wte.dtype
+    known = _verified.setdefault(net, {})
+    if (name, dtype) in known:
+        return known[name, dtype]
+    t = net.n_ctx
+    tokens = torch.randint(net.n_vocab, (1, t), generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.compiler.set_stance("force_eager"):
+        expected = net(tokens)[0].float()  # (T, V)
+        largest = float(expected.abs().max())
+        if not largest:  # a head that was not trained says nothing of what is below it: it is looked at later
+            return True
+        row = max(1, math.isqrt(t))
+        off = 0.0
+        for position in sorted({min(row // 2 + 1, t - 1), min(t // 2 + row // 2, t - 1), t - 1} - {0}):
+            cache = net.new_cache(1)
+            net.step(tokens[:, : position - 1], cache)
+            try:
+                logits = BACKENDS[name].make(net, cache)(tokens[:, position - 1 : position])[0].float()
+            except RuntimeError as error:
+                log.warning("decoding=%s is not used, tokens are drawn more slowly: %s", name, error)
+                off = math.inf
+                break
+            off = max(off, float((logits - expected[position]).abs().max()) / largest)
+    known[name, dtype] = off < TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    if not known[name, dtype] and off < math.inf:
+        log.warning(
+            "decoding=%s is not used, tokens are drawn more slowly: its logits differ from the network's by %.1f %% of "
+            "the largest, so it computes another network", name, 100 * off,
+        )  # fmt: skip
+    return known[name, dtype]
+
+
+def make_layers_step(net: GPT, cache: Cache) -> Step:
     """The network's own step: any device, any precision, weights in parts."""
     return lambda tokens: net.step(tokens, cache)
 
 
-def by_columns(net: GPT, cache: Cache) -> Step:
+def make_columns_step(net: GPT, cache: Cache) -> Step:
     """PyTorch alone, for whole float32 weights on a CPU: activations are columns, (C, B), because weight matrices lie
     row by row, and W @ x streams through them, where x @ Wᵀ does not."""
     heads = net.n_head
@@ -69,18 +146,18 @@ def by_columns(net: GPT, cache: Cache) -> Step:
     return step
 
 
-def natively(net: GPT, cache: Cache) -> Step:
+def make_c_step(net: GPT, cache: Cache) -> Step:
     """`decode.c`, for whole float32 weights on a CPU. What the cache holds is laid out anew; the cache is used up.
 
     Raises:
         ValueError: it cannot work on this network, or there is no C compiler.
     """
-    if not choice.suits_native(net.blocks[0].mlp.c_fc.weight, n_embd=net.n_embd, n_head=net.n_head):
+    if not dispatch.suits_native(net.blocks[0].mlp.c_fc.weight, n_embd=net.n_embd, n_head=net.n_head):
         raise ValueError(
             f"trainer.decoding=native needs whole float32 weights on a CPU and heads of a multiple of {VECTOR}; these "
             f"are {net.wte.dtype} on {net.wte.device.type}, heads of {net.n_embd // net.n_head}: choose auto"
         )
-    compiled = native.needed("trainer.decoding=native")
+    compiled = native.require_library("trainer.decoding=native")
     now, batch = cache.length, cache.keys[0].shape[0]
     room_for = -(-net.n_ctx // VECTOR) * VECTOR  # positions
     lie: list[Tensor] = []
@@ -131,3 +208,11 @@ def _normed(x: Tensor, g: Tensor) -> Tensor:
     """`Norm` of columns: (C, B) → (C, B)."""
     r = torch.rsqrt(x.square().mean(0) + NORM_EPS)  # (B,)
     return (x * r).mul_(g[:, None])
+
+
+BACKENDS = {
+    "native": DecodeBackend(make_c_step, SIZES),
+    "columns": DecodeBackend(make_columns_step, SIZES),
+    "graphs": DecodeBackend(make_graphs_step, SIZES),
+    "layers": DecodeBackend(make_layers_step, tuple(GPTConfig.__dataclass_fields__)),
+}

@@ -8,7 +8,7 @@ from igpt.model.gpt import GPT
 NORMS = ("ln_1", "raw")
 
 
-def layer_features(net: GPT, tokens: Tensor, keep: Tensor | None = None, *, norm: str = "ln_1") -> Tensor:
+def layer_features(net: GPT, tokens: Tensor, visible: Tensor | None = None, *, norm: str = "ln_1") -> Tensor:
     """The mean over positions of all L + 1 layers' hidden states: tokens (B, T) → (L + 1, B, C).
 
     Layer 0 is the embedding, layer l the stream after l blocks. With `ln_1`, layer l < L is normed by the norm its
@@ -23,6 +23,6 @@ def layer_features(net: GPT, tokens: Tensor, keep: Tensor | None = None, *, norm
     norms = [*(block.ln_1 for block in net.blocks), net.ln_f]
     pooled = [
         (layer_norm(h) if norm == "ln_1" else h).mean(dim=1)  # (B, T, C) → (B, C)
-        for h, layer_norm in zip(net.residuals(tokens, keep), norms, strict=True)
+        for h, layer_norm in zip(net.hidden_states(tokens, visible), norms, strict=True)
     ]
     return torch.stack(pooled)

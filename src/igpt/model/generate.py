@@ -68,13 +68,13 @@ def generate(
     Where `known` (T,) is True the token of `given` (B, T) is taken instead of a drawn one. In raster order that is
     a prompt and what follows is conditioned on it; in another order a known token conditions only what comes later
     in that order. Row i depends on row i of its arguments alone. `on_token` hears which position was drawn.
-    `way`: how one more token is computed (`choice.DECODING`); auto: as `net.decoding` says, by itself the fastest.
+    `way`: how one more token is computed (`dispatch.DECODING`); auto: as `net.decoding` says, by itself the fastest.
     `cached=False` runs a whole forward pass for every token, as OpenAI's sampler does: slow, for tests.
 
     Raises:
         ValueError: a network that is not causal, or arguments whose shapes do not fit.
     """
-    steps = growing(net, uniforms, sampling, given=given, known=known, cached=cached, way=way)
+    steps = generate_stream(net, uniforms, sampling, given=given, known=known, cached=cached, way=way)
     tokens, _ = next(steps)
     for _, settled in steps:
         if on_token is not None:
@@ -83,7 +83,7 @@ def generate(
 
 
 @torch.inference_mode()
-def growing(
+def generate_stream(
     net: GPT,
     uniforms: Tensor,
     sampling: Sampling,
@@ -120,8 +120,8 @@ def growing(
             if not cached:
                 logits = net(tokens)[:, i]  # (B, V)
             elif step is None:
-                logits, cache = prompted(net, tokens[:, :i])
-                step = decode.stepping(net, cache, way)
+                logits, cache = prefill(net, tokens[:, :i])
+                step = decode.make_decode_step(net, cache, way)
             else:
                 logits = step(tokens[:, i - 1 : i])
         if not shown[i]:
@@ -129,7 +129,7 @@ def growing(
             yield tokens, i + 1
 
 
-def prompted(net: GPT, prompts: Tensor) -> tuple[Tensor, Cache]:
+def prefill(net: GPT, prompts: Tensor) -> tuple[Tensor, Cache]:
     """The logits after each prompt, (B, t) → (B, V), and a cache that is filled with it. Equal ones are read once."""
     batch, t = prompts.shape
     cache = net.new_cache(batch)

@@ -7,7 +7,7 @@ what has to load here. Names of parameters are those of the released checkpoints
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from igpt import keyed
 from igpt.model.attention import attend, heads, self_attention
+from igpt.model.config import GPTConfig
 from igpt.model.parts import put, whole_shape
+from igpt.model.positions import POSITIONS, Positions
 
 NORM_EPS = 1e-5  # added to the mean square, inside the root (`model.py:norm`)
 GELU_SLOPE = 1.702  # quick-GELU: x * sigmoid(1.702 x) (`model.py:gelu2`)
@@ -48,38 +50,47 @@ class Cache:
 class Attention(nn.Module):
     """Multi-head self-attention, (B, T, C) → (B, T, C)."""
 
-    def __init__(self, n_embd: int, n_head: int, causal: bool) -> None:
+    def __init__(self, config: GPTConfig, rotate: Callable[[Tensor, int], Tensor] | None = None) -> None:
         super().__init__()
-        self.n_head, self.causal, self.path = n_head, causal, "auto"
-        self.c_attn = Linear(n_embd, 3 * n_embd)  # q, k, v; in each, heads are contiguous blocks of D rows
-        self.c_proj = Linear(n_embd, n_embd)
+        self.n_head, self.causal, self.backend = config.n_head, config.causal, "auto"
+        self.rotate = rotate  # queries and keys, by their positions; None: they stay as they are
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k, v; in each, heads are blocks of D rows
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         qkv = self.c_attn(x)  # (B, T, 3C)
         if cache is not None and x.shape[1] == 1:
-            out = self._newest(qkv, cache, layer)
-        else:
+            out = self._decode_step(qkv, cache, layer)
+        elif self.rotate is None:
             if cache is not None:
-                self._remember(qkv, cache, layer)
-            out = self_attention(qkv, self.n_head, causal=self.causal, path=self.path)
+                self._update_kv_cache(qkv, cache, layer)
+            out = self_attention(qkv, self.n_head, causal=self.causal, backend=self.backend)
+        else:
+            q, k, v = self._heads(qkv, 0) if cache is None else self._update_kv_cache(qkv, cache, layer)
+            out = attend(q, k, v, causal=self.causal, backend=self.backend).transpose(1, 2).flatten(2)
         projected: Tensor = self.c_proj(out)
         return projected
 
-    def _remember(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
-        """Adds the keys and values of these positions to the cache; their queries, (B, H, T, D)."""
+    def _heads(self, qkv: Tensor, start: int) -> tuple[Tensor, ...]:
+        """Queries, keys and values of positions start, start + 1, …, turned where they are: 3 × (B, H, T, D)."""
+        q, k, v = heads(qkv, self.n_head)
+        return (q, k, v) if self.rotate is None else (self.rotate(q, start), self.rotate(k, start), v)
+
+    def _update_kv_cache(self, qkv: Tensor, cache: Cache, layer: int) -> tuple[Tensor, ...]:
+        """Adds the keys and values of these positions to the cache; what `_heads` gives of them."""
         t = qkv.shape[1]
         start, end = cache.length, cache.length + t
         assert t == 1 or start == 0, "a cache is filled by one prompt, then by single positions"
-        q, k, v = heads(qkv, self.n_head)
+        q, k, v = self._heads(qkv, start)
         cache.keys[layer][:, :, start:end] = k
         cache.values[layer][:, :, start:end] = v
-        return q
+        return q, k, v
 
-    def _newest(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
+    def _decode_step(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
         """Of one more position, (B, 1, C): it sees all before it, so that there is nothing to mask."""
-        q, end = self._remember(qkv, cache, layer), cache.length + 1
+        q, end = self._update_kv_cache(qkv, cache, layer)[0], cache.length + 1
         k, v = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]
-        return attend(q, k, v, causal=False, path=self.path).transpose(1, 2).flatten(2)
+        return attend(q, k, v, causal=False, backend=self.backend).transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -142,12 +153,12 @@ class Norm(nn.Module):
 class Block(nn.Module):
     """A pre-norm GPT-2 block, (B, T, C) → (B, T, C)."""
 
-    def __init__(self, n_embd: int, n_head: int, causal: bool) -> None:
+    def __init__(self, config: GPTConfig, rotate: Callable[[Tensor, int], Tensor] | None = None) -> None:
         super().__init__()
-        self.ln_1 = Norm(n_embd)
-        self.attn = Attention(n_embd, n_head, causal)
-        self.ln_2 = Norm(n_embd)
-        self.mlp = MLP(n_embd)
+        self.ln_1 = Norm(config.n_embd)
+        self.attn = Attention(config, rotate)
+        self.ln_2 = Norm(config.n_embd)
+        self.mlp = MLP(config.n_embd)
 
     def forward(self, h: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
         h = h + self.attn(self.ln_1(h), cache, layer)
@@ -159,43 +170,35 @@ class GPT(nn.Module):
     """Tokens (B, T) int64 → logits (B, T, V); `logits[:, i]` predicts `tokens[:, i]`.
 
     `causal` (AR): a learned start vector `sos` shifts the input, so position i sees tokens 0 … i-1.
-    Not causal (BERT): every position sees every position whose `keep` is True; the embedding of the others is
+    Not causal (BERT): every position sees every position whose `visible` is True; the embedding of the others is
     zeroed before the position is added. No biases, no dropout. Source: Chen et al. 2020, §2, `model.py:model`.
-
-    Raises:
-        ValueError: a size that is not positive, or a width that the heads do not divide.
     """
 
-    def __init__(self, *, n_layer: int, n_embd: int, n_head: int, n_ctx: int, n_vocab: int, causal: bool) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_head, "n_ctx": n_ctx, "n_vocab": n_vocab}
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
-        if n_embd % n_head:
-            raise ValueError(f"n_embd {n_embd} is not divisible by n_head {n_head}: choose a multiple of it")
-        self.n_layer, self.n_embd, self.n_head = n_layer, n_embd, n_head
-        self.n_ctx, self.n_vocab, self.causal = n_ctx, n_vocab, causal
+        self.config = config
+        self.n_layer, self.n_embd, self.n_head = config.n_layer, config.n_embd, config.n_head
+        self.n_ctx, self.n_vocab, self.causal = config.n_ctx, config.n_vocab, config.causal
         self.checkpointing = False
-        self.decoding = "auto"  # `choice.DECODING`: how `generate` draws from it
-        self.wte = nn.Parameter(torch.full((n_vocab, n_embd), math.nan))  # input tokens
-        self.wpe = nn.Parameter(torch.full((n_ctx, n_embd), math.nan))  # positions
-        if causal:
-            self.sos = nn.Parameter(torch.full((n_embd,), math.nan))  # start of sequence
-        self.h = nn.ModuleList(Block(n_embd, n_head, causal) for _ in range(n_layer))
-        self.ln_f = Norm(n_embd)
-        self.wtet = nn.Parameter(torch.full((n_vocab, n_embd), math.nan))  # output head, not tied to wte
+        self.decoding = "auto"  # `dispatch.DECODING`: how `generate` draws from it
+        self.wte = nn.Parameter(torch.full((self.n_vocab, self.n_embd), math.nan))  # input tokens
+        self.positions: Positions | None = None
+        if config.positions == "learned":
+            self.wpe = nn.Parameter(torch.full((self.n_ctx, self.n_embd), math.nan))  # positions
+        else:
+            self.positions = POSITIONS[config.positions](config)
+        if self.causal:
+            self.sos = nn.Parameter(torch.full((self.n_embd,), math.nan))  # start of sequence
+        rotates = self.positions is not None and type(self.positions).rotate is not Positions.rotate
+        rotate = self.positions.rotate if self.positions is not None and rotates else None
+        self.h = nn.ModuleList(Block(config, rotate) for _ in range(self.n_layer))
+        self.ln_f = Norm(self.n_embd)
+        self.wtet = nn.Parameter(torch.full((self.n_vocab, self.n_embd), math.nan))  # output head, not tied to wte
 
     @property
     def blocks(self) -> list[Block]:
         """`h`, with its type known."""
         return [block for block in self.h if isinstance(block, Block)]
-
-    @property
-    def config(self) -> dict[str, int | bool]:
-        """The arguments that build this network again."""
-        sizes = {name: getattr(self, name) for name in ("n_layer", "n_embd", "n_head", "n_ctx", "n_vocab")}
-        return {**sizes, "causal": self.causal}
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -221,21 +224,28 @@ class GPT(nn.Module):
             return 0.0
         return {"wpe": 0.01, "wtet": 0.0}.get(name, 0.02)  # 0.02: wte, sos and both MLP matrices
 
-    def embed(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        """The embedding h^0 of content and position: (B, T) int64, keep (B, T) bool → (B, T, C)."""
+    def embed(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
+        """The embedding h^0 of content and position: (B, T) int64, visible (B, T) bool → (B, T, C)."""
         b, t = tokens.shape
         if t != self.n_ctx:
             raise ValueError(f"got {t} tokens an image, this network has {self.n_ctx} positions")
         content = F.embedding(tokens[:, :-1] if self.causal else tokens, self.wte)
-        if keep is not None:
-            content = content * (keep[:, :-1] if self.causal else keep)[..., None]
+        if visible is not None:
+            content = content * (visible[:, :-1] if self.causal else visible)[..., None]
         if self.causal:
             content = torch.cat([self.sos.expand(b, 1, -1), content], dim=1)
-        return content + self.wpe
+        return self._place(content, 0)
 
-    def residuals(self, tokens: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
+    def _place(self, content: Tensor, start: int) -> Tensor:
+        """The embeddings of positions start, start + 1, …, with what tells where they are: (B, T, C) → (B, T, C)."""
+        if self.positions is not None:
+            return self.positions.add(content, start)
+        end = start + content.shape[1]
+        return content + (self.wpe if (start, end) == (0, self.n_ctx) else self.wpe[start:end])
+
+    def hidden_states(self, tokens: Tensor, visible: Tensor | None = None) -> Iterator[Tensor]:
         """The residual stream h^0, …, h^L, one (B, T, C) at a time: the embedding, then after each block."""
-        h = self.embed(tokens, keep)
+        h = self.embed(tokens, visible)
         yield h
         for block in self.blocks:
             if self.checkpointing and torch.is_grad_enabled():
@@ -244,9 +254,9 @@ class GPT(nn.Module):
                 h = block(h)
             yield h
 
-    def trunk(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
+    def trunk(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
         """The last hidden states, normed by `ln_f`: (B, T) → (B, T, C). What the token and class heads read."""
-        last = deque(self.residuals(tokens, keep), maxlen=1).pop()  # no other is kept
+        last = deque(self.hidden_states(tokens, visible), maxlen=1).pop()  # no other is kept
         normed: Tensor = self.ln_f(last)
         return normed
 
@@ -254,8 +264,8 @@ class GPT(nn.Module):
         """Scores of every palette colour: (…, C) → (…, V)."""
         return F.linear(hidden, self.wtet)
 
-    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> Tensor:
-        return self.logits(self.trunk(tokens, keep))
+    def forward(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
+        return self.logits(self.trunk(tokens, visible))
 
     def new_cache(self, batch: int) -> Cache:
         """An empty key/value cache for `batch` images, of the network's dtype and device."""
@@ -276,8 +286,8 @@ class GPT(nn.Module):
         content = F.embedding(tokens, self.wte)
         if cache.length == 0:
             content = torch.cat([self.sos.expand(len(tokens), 1, -1), content], dim=1)
-        start, end = cache.length, cache.length + content.shape[1]
-        h = content + self.wpe[start:end]
+        end = cache.length + content.shape[1]
+        h = self._place(content, cache.length)
         for layer, block in enumerate(self.blocks):
             h = block(h, cache, layer)
         cache.length = end

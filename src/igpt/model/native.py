@@ -47,7 +47,7 @@ def library() -> ctypes.CDLL | None:
         log.info("no C compiler (cc) is here: attention and samples are up to three times slower on this CPU")
         return None
     try:
-        place = kept_at(compiler)
+        place = library_path(compiler)
         if not place.is_file():
             compile_to(place, compiler)
         loaded = ctypes.CDLL(str(place))
@@ -69,7 +69,7 @@ def available() -> bool:
     return library() is not None
 
 
-def needed(setting: str) -> ctypes.CDLL:
+def require_library(setting: str) -> ctypes.CDLL:
     """The functions in C. Raises ValueError: `setting` asks for them, and there is no C compiler, or it cannot."""
     found = library()
     if found is None:
@@ -81,7 +81,7 @@ def _declare(function: Any, returned: type | None, taken: list[Any]) -> None:
     function.restype, function.argtypes = returned, taken
 
 
-def kept_at(compiler: list[str]) -> Path:
+def library_path(compiler: list[str]) -> Path:
     """Where the compiled file is kept: one for each source, compiler and kind of CPU, so that a shared home serves."""
     texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
     options = [*compiler[1:], *target(compiler), *FLAGS]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igpt.model import choice, native
+from igpt.model import dispatch, native
 
 
 @torch.library.custom_op("igpt::attend", mutates_args=(), device_types="cpu")
@@ -62,8 +62,8 @@ def _empty(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
 
 def _call(name: str, qkv: Tensor, n_head: int, causal: bool, *others: Tensor, backward: bool) -> None:
     """Runs a function of `attend.c` over tensors that lie in one piece, with as many threads as PyTorch has."""
-    library = native.needed("attention=native")
-    if qkv.dtype not in choice.DTYPES:
+    library = native.require_library("attention=native")
+    if qkv.dtype not in dispatch.DTYPES:
         raise ValueError(f"attention=native reads float32 or bfloat16, got {qkv.dtype}: choose auto")
     b, t, width = qkv.shape
     depth, tasks = width // 3 // n_head, b * n_head if backward else b * n_head * t

@@ -13,12 +13,12 @@ class AR:
     name = "ar"
     causal = True
 
-    def keep(self, tokens: Tensor, keys: Tensor) -> None:
+    def visible_mask(self, tokens: Tensor, keys: Tensor) -> None:
         return None
 
-    def image_nats(self, logits: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
+    def per_example_loss(self, logits: Tensor, tokens: Tensor, visible: Tensor | None) -> Tensor:
         nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none")  # (B·T,)
         return nats.view(tokens.shape).mean(dim=1)
 
-    def loss(self, logits: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
+    def loss(self, logits: Tensor, tokens: Tensor, visible: Tensor | None) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())

@@ -11,14 +11,14 @@ class Objective(Protocol):
     name: str
     causal: bool  # whether position i of the network sees only what comes before it
 
-    def keep(self, tokens: Tensor, keys: Tensor) -> Tensor | None:
+    def visible_mask(self, tokens: Tensor, keys: Tensor) -> Tensor | None:
         """The pixels the network may see, (B, T) bool, drawn from `keys` (B,) alone; None: all of them."""
         ...
 
-    def image_nats(self, logits: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
+    def per_example_loss(self, logits: Tensor, tokens: Tensor, visible: Tensor | None) -> Tensor:
         """Nats per predicted token of each image: logits (B, T, V), tokens (B, T) → (B,) float32."""
         ...
 
-    def loss(self, logits: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
-        """The mean of `image_nats` over the images, a scalar: what is minimised."""
+    def loss(self, logits: Tensor, tokens: Tensor, visible: Tensor | None) -> Tensor:
+        """The mean of `per_example_loss` over the images, a scalar: what is minimised."""
         ...

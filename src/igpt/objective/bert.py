@@ -28,17 +28,17 @@ class BERT:
             raise ValueError(f"objective.mask_probability must lie between 0 and 1, got {mask_probability}")
         self.mask_probability = mask_probability
 
-    def keep(self, tokens: Tensor, keys: Tensor) -> Tensor:
+    def visible_mask(self, tokens: Tensor, keys: Tensor) -> Tensor:
         """Which pixels are shown, (B, T) bool: a function of each image's key alone."""
         u = keyed.uniform(keyed.fold(keys, _STREAM), tokens.shape[1])  # (B, T)
         threshold = torch.clamp(u.amin(dim=1, keepdim=True), min=self.mask_probability)
         return u > threshold
 
-    def image_nats(self, logits: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
-        assert keep is not None
+    def per_example_loss(self, logits: Tensor, tokens: Tensor, visible: Tensor | None) -> Tensor:
+        assert visible is not None
         nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view(tokens.shape)
-        hidden = (~keep).to(nats)  # (B, T)
+        hidden = (~visible).to(nats)  # (B, T)
         return (nats * hidden).sum(dim=1) / hidden.sum(dim=1).clamp(min=1)
 
-    def loss(self, logits: Tensor, tokens: Tensor, keep: Tensor | None) -> Tensor:
-        return self.image_nats(logits, tokens, keep).mean()
+    def loss(self, logits: Tensor, tokens: Tensor, visible: Tensor | None) -> Tensor:
+        return self.per_example_loss(logits, tokens, visible).mean()

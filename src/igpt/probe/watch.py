@@ -95,7 +95,9 @@ class ProbeWhileTraining(L.Callback):
                     tokens[start : start + self.batch_size].long().to(device),
                     keys[start:][: self.batch_size],
                 )
-                parts.append(layer_features(net, some, objective.keep(some, some_keys), norm=self.norm)[layers].float())
+                parts.append(
+                    layer_features(net, some, objective.visible_mask(some, some_keys), norm=self.norm)[layers].float()
+                )
             x[split] = torch.cat(parts, dim=1)  # (P, N, C)
             labels[split] = torch.from_numpy(of_split).to(device)
         assert data.source.n_class is not None

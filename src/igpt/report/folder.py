@@ -75,7 +75,7 @@ class RunFolder:
         return (self.path / "run.json").is_file()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """While the block lasts, no other process runs in this folder. The lock of a process that died counts no more.
 
         Raises:

@@ -245,7 +245,7 @@ PUBLISHED: Sequence[Published] = (
     _finetune("imagenet", 0.663),
     _finetune("imagenet", 0.726, resolution=48),
     _finetune("imagenet", 0.532, resolution=48, detail="from scratch, L_CLF alone, 18 epochs", scratch=True,
-              experiment="scratch_imagenet48", expects={"task.gen": 0.0, "task.steps": 173_000},
+              experiment="scratch_imagenet48", expects={"task.loss_weights.gen": 0.0, "task.steps": 173_000},
               why_not="the paper tuned dropout for it, which this network has none of"),
     _finetune("imagenet", 0.665, "bert", detail="whether by a vote of 5 masks is not said", expects={"task.masks": 5}),
     _finetune("imagenet", 0.01, "bert", expects={"task.masks": 5}, **GAIN),

@@ -40,7 +40,7 @@ ADAM = {"task.beta1": 0.9, "task.beta2": 0.95, "task.weight_decay": 0.0, "task.b
 PROBE = {"task.norm": "ln_1", "task.layer": None, "task.concat": None}
 LBFGS = SMALL | PROBE | {"task.solver": "lbfgs", "task.refit": True}
 SGD = PLAIN | IMAGENET | PROBE | {"task.solver": "sgd", "task.sgd.momentum": 0.9, "task.sgd.steps": 1_000_000}
-JOINT = ADAM | PLAIN | {"task.gen": 1.0, "task.clf": 1.0}
+JOINT = ADAM | PLAIN | {"task.loss_weights.gen": 1.0, "task.loss_weights.clf": 1.0}
 AUGMENTED = {"data.augment.pad": 4, "data.augment.flip": True, "data.val_fraction": 0.1}  # of CIFAR, in fine-tuning
 FEW = SMALL | {"task.norm": "ln_1", "task.subsets": 5}
 

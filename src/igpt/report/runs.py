@@ -237,7 +237,11 @@ def _origin(path: Path) -> dict[str, Any]:
 
 
 def brief(origin: dict[str, Any]) -> dict[str, Any]:
-    """What weights say of themselves, the order of the pixels as `raster` or `other`, without the colours."""
-    said = {key: value for key, value in origin.items() if key not in ("palette", "permutation")}
-    order = origin.get("permutation")
+    """What weights say of themselves, the order of the tokens as `raster` or `other`, without the colours."""
+    said = {key: value for key, value in origin.items() if key not in ("palette", "permutation", "tokenizer")}
+    tokenizer = origin.get("tokenizer")
+    of_tokens = tokenizer if isinstance(tokenizer, dict) else {}
+    if of_tokens:
+        said["tokenizer"] = {key: of_tokens[key] for key in ("kind", "hash", "patch") if key in of_tokens}
+    order = of_tokens.get("permutation", origin.get("permutation"))
     return said | ({"order": "raster" if order == sorted(order) else "other"} if isinstance(order, list) else {})

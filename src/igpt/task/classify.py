@@ -61,12 +61,12 @@ class ClassScore:
         said = []
         for mask in range(self.masks):
             keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
-            keep = self.objective.keep(batch.tokens, keys)
-            hidden = net.trunk(batch.tokens, keep)
+            visible = self.objective.visible_mask(batch.tokens, keys)
+            hidden = net.trunk(batch.tokens, visible)
             scores = head(hidden).float()  # (B, K)
             said.append(scores.argmax(dim=-1))
             if mask == 0:
-                nats = self.objective.image_nats(net.logits(hidden), batch.tokens, keep).double()
+                nats = self.objective.per_example_loss(net.logits(hidden), batch.tokens, visible).double()
                 loss = F.cross_entropy(scores, batch.labels, reduction="none").double()
         keys = keyed.item_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
         by_vote = vote(torch.stack(said), n_class=self.n_class, keys=keys) if len(said) > 1 else said[0]

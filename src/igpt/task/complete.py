@@ -62,7 +62,7 @@ def run(
     """Each of `count` images of `split` beside what was given and `completions` continuations, as one picture."""
     sampling = Sampling(temperature, top_k, top_p)
     data = tokens()
-    side = data.raster.side
+    side = data.tokenizer.side
     n_row = prompt_rows(fraction, rows, side)
     source = data.source.split(split)
     if count > len(source):
@@ -74,13 +74,13 @@ def run(
     image = torch.from_numpy(chosen).repeat_interleave(completions)  # (N·M,)
     which = torch.arange(completions).repeat(count)
     keys = keyed.item_keys(keyed.item_keys(keyed.key(seed, "complete"), image), which)
-    known = data.raster.known(n_row)  # (T,)
+    known = data.tokenizer.known_tokens(n_row)  # (T,)
     given = originals.repeat_interleave(completions, 0)  # (N·M, T)
     with runner.machine.inference(weights.net()) as net:
         drawn = draw(net, sampling, keys=keys, batch_size=batch_size, given=given, known=known)
     quantised = data.decode(originals)
     shown = quantised.copy()
-    shown[:, n_row:] = HIDDEN
+    shown[:, ~data.tokenizer.visible_pixels(known).numpy()] = HIDDEN
     continued = data.decode(drawn).reshape(count, completions, side, side, 3)
     grid = np.concatenate([quantised[:, None], shown[:, None], continued], axis=1)
     titles = ("original", "given", *(f"completion {i + 1}" for i in range(completions)))
@@ -94,7 +94,7 @@ def run(
         arrays={"completions": drawn.numpy().astype(np.int16)},
         provenance={
             "weights": weights.sha256,
-            "palette": data.palette.hash,
+            "tokenizer": data.tokenizer.hash,
             "sampling": vars(sampling),
             "seed": seed,
             "split": split,

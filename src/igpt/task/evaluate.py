@@ -1,4 +1,4 @@
-"""The loss of a trained network on a split, beside what its colours alone would tell; with a class head, accuracy."""
+"""The loss of a trained network on a split, beside what its tokens alone would tell; with a class head, accuracy."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -101,11 +101,11 @@ def run(
     if baseline_images:
         train = data.some_tokens("train", at_most=baseline_images).numpy()
         held_out = data.some_tokens(split).numpy()
-        k, n = data.palette.k, len(held_out)
+        k, n = data.tokenizer.n_vocab, len(held_out)
         numbers[f"{split}/unigram"] = Number(unigram_nats(train, held_out, k), "nats/token", n)
         numbers[f"{split}/position_histogram"] = Number(position_nats(train, held_out, k), "nats/token", n)
     found = Result(
-        numbers=numbers, provenance={"weights": weights.sha256, "palette": data.palette.hash, "split": split}
+        numbers=numbers, provenance={"weights": weights.sha256, "tokenizer": data.tokenizer.hash, "split": split}
     )
     if isinstance(module, ClassifyModule):
         labels = data.source.split(split).labels

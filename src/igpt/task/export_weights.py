@@ -34,7 +34,7 @@ def run(*, weights: Weights, folder: Path, format: Literal["huggingface", "igpt"
             huggingface.write(place, weights)
         else:
             with files.atomic_folder(place) as temporary:
-                save_model(temporary, weights.state(), weights.origin, label="exporting")
+                save_model(temporary, weights.state(), weights.metadata, label="exporting")
                 if class_head:
                     copy_head(weights, temporary)
     ranks.barrier()

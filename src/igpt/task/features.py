@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from igpt import keyed, ranks
-from igpt.data.cache import alone
+from igpt.data.cache import file_lock
 from igpt.data.source import Source
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
@@ -61,7 +61,7 @@ class ProbeModule(L.LightningModule):
     def pooled(self, batch: Batch, mask: int) -> Tensor:
         """The features under one mask, (L + 1, B, C)."""
         keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
-        return layer_features(self.net, batch.tokens, self.objective.keep(batch.tokens, keys), norm=self.norm)
+        return layer_features(self.net, batch.tokens, self.objective.visible_mask(batch.tokens, keys), norm=self.norm)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
         for mask, writer in enumerate(self.writers):
@@ -92,7 +92,7 @@ class Reader:
         made: dict[str, Any] = {"made_by": self.made_by, "weights": name, "norm": self.norm, "dtype": self.dtype}
         paths = [stored_at(self.cache, data.source, split, mask=mask, **made) for mask in range(masks)]
         first = ranks.this_rank().first
-        with alone(paths[0]) if first else nullcontext():
+        with file_lock(paths[0]) if first else nullcontext():
             found = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
             if not ranks.from_first(lambda: all(features is not None for features in found)):
                 module = ProbeModule(

@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from igpt import ranks
 from igpt.checkpoint.head import HeadOrigin, save_head
-from igpt.checkpoint.native import FORMAT, Origin, Weights, check_same, save_model, weights_sha256
+from igpt.checkpoint.native import FORMAT, ORIGIN, CheckpointMetadata, Weights, check_same, save_model, weights_sha256
 from igpt.checkpoint.resume import AtomicCheckpointIO, read_best
 from igpt.metric.result import Number, Result
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.base import Objective
+from igpt.objective.joint import JointObjective, LossWeights
 from igpt.probe.scores import confusion
 from igpt.stopping import StopRequest
 from igpt.task.checkpoints import Checkpoints
@@ -45,23 +45,22 @@ class FinetuneModule(TrainedModule):
         net: Callable[[], GPT],
         objective: Objective,
         n_class: int,
-        gen: float,
-        clf: float,
+        loss_weights: LossWeights,
         optimizer: dict[str, float],
         warmup_steps: int,
         masks: int,
         seed: int,
         weights: Weights | None,
-        origin: Callable[..., Origin],
+        metadata: Callable[..., CheckpointMetadata],
         split: str,
         n_image: int,
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
         self.build_net, self.objective, self.n_class = net, objective, n_class
-        self.gen, self.clf = gen, clf
+        self.joint = JointObjective(objective, loss_weights)
         self.optimizer, self.warmup_steps, self.seed = optimizer, warmup_steps, seed
-        self.weights, self.origin = weights, origin
+        self.weights, self.metadata = weights, metadata
         self.split, self.n_image = split, n_image  # what validation reads, and how many images that is
         self.score = ClassScore(objective, n_class=n_class, masks=masks, seed=seed)
         self.said = torch.empty(0).numpy()  # the class each image of the last validation was taken for
@@ -78,7 +77,7 @@ class FinetuneModule(TrainedModule):
         self.head = ClassHead(n_embd=self.net.n_embd, n_class=self.n_class)
         ranks.check_same("weights to begin with", {"digest": ranks.digest(self.net)})
         self.machine.prepare(self.net, flops=self.flops_here)
-        if self.gen == 0:
+        if not self.joint.generates:
             self.net.wtet.requires_grad_(False)  # only L_GEN reads it
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -89,16 +88,13 @@ class FinetuneModule(TrainedModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.net is not None
-        keep = self.objective.keep(batch.tokens, batch.keys)
-        hidden = self.net.trunk(batch.tokens, keep)  # (B, T, C), read by both heads
+        visible = self.objective.visible_mask(batch.tokens, batch.keys)
+        hidden = self.net.trunk(batch.tokens, visible)  # (B, T, C), read by both heads
         scores = self.head(hidden).float()  # (B, K)
-        loss_clf = F.cross_entropy(scores, batch.labels)
-        figures = {"loss_clf": loss_clf, "accuracy": (scores.argmax(dim=-1) == batch.labels).float().mean()}
-        loss = self.clf * loss_clf
-        if self.gen:
-            figures["loss_gen"] = self.objective.loss(self.net.logits(hidden), batch.tokens, keep)
-            loss = loss + self.gen * figures["loss_gen"]
-        return self.tally(loss, figures)
+        logits = self.net.logits(hidden) if self.joint.generates else None  # (B, T, V)
+        losses = self.joint.losses(logits, scores, batch.tokens, batch.labels, visible)
+        accuracy = (scores.argmax(dim=-1) == batch.labels).float().mean()
+        return self.tally(self.joint.total(losses), {**losses, "accuracy": accuracy})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.net is not None
@@ -111,7 +107,7 @@ class FinetuneModule(TrainedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["format"] = FORMAT
-        checkpoint["origin"] = vars(self.origin(step=self.global_step))
+        checkpoint[ORIGIN] = self.metadata(step=self.global_step).to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same("format", checkpoint.get("format"), FORMAT, Path(self.trainer.ckpt_path or ""))
@@ -124,8 +120,7 @@ def check(
     batch_size: int,
     learning_rate: float,
     warmup_steps: int,
-    gen: float,
-    clf: float,
+    loss_weights: dict[str, float],
     val_every: int,
     patience: int | None,
     log_every: int,
@@ -150,8 +145,7 @@ def check(
             raise ValueError(f"task.{name} must be at least 1, got {value}")
     if val_every > steps:
         raise ValueError(f"task.val_every {val_every} is more than task.steps {steps}: no validation would be reached")
-    if not (gen >= 0 and clf > 0):
-        raise ValueError(f"task.gen is at least 0 and task.clf above 0, got {gen} and {clf}")
+    LossWeights.of(loss_weights)
     check_schedule(learning_rate=learning_rate, warmup_steps=warmup_steps, steps=steps)
 
 
@@ -161,7 +155,7 @@ def run(
     tokens: Callable[..., TokenDataModule],
     net: Callable[[], GPT],
     objective: Objective,
-    origin: Callable[..., Origin],
+    metadata: Callable[..., CheckpointMetadata],
     weights: Weights | None,
     seed: int,
     steps: int,
@@ -171,8 +165,7 @@ def run(
     beta2: float,
     weight_decay: float,
     warmup_steps: int,
-    gen: float,
-    clf: float,
+    loss_weights: dict[str, float],
     masks: int,
     val_every: int,
     patience: int | None,
@@ -190,10 +183,10 @@ def run(
 
     def module(split: str) -> FinetuneModule:
         return FinetuneModule(
-            net=net, objective=objective, n_class=n_class, gen=gen, clf=clf, optimizer=optimizer,
-            warmup_steps=warmup_steps, masks=masks, seed=seed, weights=weights, origin=origin, split=split,
-            n_image=len(source.split(split)), machine=runner.machine, steps=steps, log_every=log_every,
-            batch_size=batch_size, flops_per_image=flops_per_image(origin(step=0)), n_ctx=data.raster.n_ctx,
+            net=net, objective=objective, n_class=n_class, loss_weights=LossWeights.of(loss_weights),
+            optimizer=optimizer, warmup_steps=warmup_steps, masks=masks, seed=seed, weights=weights, metadata=metadata,
+            split=split, n_image=len(source.split(split)), machine=runner.machine, steps=steps, log_every=log_every,
+            batch_size=batch_size, flops_per_image=flops_per_image(metadata(step=0)), n_ctx=data.tokenizer.grid.n_ctx,
         )  # fmt: skip
 
     trained, stop = module("val"), StopRequest()
@@ -211,7 +204,7 @@ def run(
     log.info("step %d is the best: val accuracy %.4f", best["step"], best["value"])
     result = Result(
         curves=trained.curves(),
-        provenance={"step": best["step"], "seed": seed, "gen": gen, "clf": clf, "chosen_on": "val"},
+        provenance={"step": best["step"], "seed": seed, "loss_weights": dict(loss_weights), "chosen_on": "val"},
     )
     for split in ("val", *(["test"] if test else [])):
         judged = module(split)
@@ -219,7 +212,7 @@ def run(
         judged.load_state_dict(checkpoint["state_dict"])
         assert judged.net is not None
         if split == "val" and runner.machine.rank.first:
-            save_model(runner.folder / "model", judged.net.state_dict(), origin(step=best["step"]))
+            save_model(runner.folder / "model", judged.net.state_dict(), metadata(step=best["step"]))
             sha256 = weights_sha256(runner.folder / "model")
             about = HeadOrigin(n_class, source.name, classes_hash(source), sha256, source.class_names)
             save_head(runner.folder / "model", judged.head.wclf, about)
@@ -240,7 +233,7 @@ def run(
         )
     result.provenance |= {
         "chosen_on": "val",
-        "palette": data.palette.hash,
+        "tokenizer": data.tokenizer.hash,
         "from": weights.sha256 if weights else "scratch",
     }
     return result

@@ -15,7 +15,7 @@ def run(*, weights: Weights, folder: Path, palette: str | None, n_head: int | No
     """
     place = folder / "model"
     if ranks.this_rank().first:
-        save_model(place, weights.state(), weights.origin, label="importing")
+        save_model(place, weights.state(), weights.metadata, label="importing")
         copy_head(weights, place)
     ranks.barrier()
     return Result(

@@ -109,7 +109,7 @@ def run(
             )
     result.numbers["probe/layer"] = Number(layer, f"of 0 … {net.n_layer}", 1)
     result.provenance = {
-        "weights": weights.sha256, "palette": tokens().palette.hash, "layer": layer, "layer_chosen_by": chosen_by,
+        "weights": weights.sha256, "tokenizer": tokens().tokenizer.hash, "layer": layer, "layer_chosen_by": chosen_by,
         "norm": norm, "pooling": "mean over positions", "solver": "lbfgs", "C": "cross-validation inside each subset",
         "masks": masks, "seed": seed, "subset_seeds": [subset_seed + i for i in range(subsets)],
     }  # fmt: skip

@@ -16,8 +16,9 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from igpt.cores import count_cores
 from igpt.data.order import BatchPlan
 from igpt.global_state import float32_matmul_precision
-from igpt.model import choice, cpu, native
+from igpt.model import cpu, dispatch, native
 from igpt.model.gpt import GPT
+from igpt.model.verify import verify_attention
 from igpt.ranks import Rank, this_rank
 from igpt.task.zero import INSTALL
 
@@ -61,9 +62,9 @@ class Machine:
             "accelerator": ("auto", "cpu", "gpu"),
             "strategy": STRATEGIES,
             "precision": PRECISIONS,
-            "attention": choice.ATTENTION,
-            "matmul_precision": choice.PRODUCTS,
-            "decoding": ("auto", *choice.DECODING),
+            "attention": dispatch.ATTENTION,
+            "matmul_precision": dispatch.PRODUCTS,
+            "decoding": ("auto", *dispatch.DECODING),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -144,11 +145,11 @@ class Machine:
         compiled = self.compile
         if compiled == "auto":
             half = self.precision != "32-true"
-            gains = choice.compiling(self.device, n_embd=net.n_embd, flops=flops, half=half)
+            gains = dispatch.pays_to_compile(self.device, n_embd=net.n_embd, flops=flops, half=half)
             compiled = gains and not self.zero_stage
         net.checkpointing, net.decoding = self.activation_checkpointing, self.decoding
         for block in net.blocks:
-            block.attn.path = self.attention
+            block.attn.backend = self.attention
             if compiled:
                 block.compile()
 
@@ -174,7 +175,7 @@ class Machine:
             raise ValueError(
                 f"trainer.attention=native is for a CPU, this would run on {self.device.type}: choose auto"
             )
-        native.needed("trainer.attention=native")
+        native.require_library("trainer.attention=native")
 
     def _check_decoding(self) -> None:
         if self.decoding in ("auto", "layers") or self.plan:
@@ -219,6 +220,9 @@ class Machine:
             net = build()  # under ZeRO 3, DeepSpeed takes each weight apart as it is made
             fill(net)
             self.prepare(net, flops=flops)
+            if not self.zero_stage:
+                with self.autocast():
+                    verify_attention(net)
             return net
         assert mesh is not None
         with torch.device("meta"):
@@ -241,6 +245,7 @@ class Machine:
         if self.precision == "bf16-true":
             net = net.to(torch.bfloat16)
         with self.autocast():
+            verify_attention(net)
             yield net
 
     def kernel_cache(self) -> AbstractContextManager[None]:
@@ -266,10 +271,10 @@ class Machine:
 def matmul_precision(setting: str, device: torch.device) -> Iterator[None]:
     """float32 matrix products as `setting` says, while the block lasts.
 
-    `auto`: `choice.products`.
+    `auto`: `dispatch.matmul_precision`.
     """
     if setting == "auto":
-        setting = choice.products(device)
+        setting = dispatch.matmul_precision(device)
     with float32_matmul_precision(setting):
         yield
 

@@ -14,6 +14,7 @@ from igpt.task.fit import Runner
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import colour_distances
 from igpt.tokens.palette import Palette
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
 
 OURS = "palette"
 SHOWN = 8  # images
@@ -34,6 +35,11 @@ def run(
 ) -> Result:
     """Leaves `palette.npy` in the released format; reports its error on `count` images, and that of others."""
     data = tokens()
+    if not isinstance(data.tokenizer, PaletteTokenizer):
+        raise ValueError(
+            f"task=palette looks at colours, this run's tokens are {data.tokenizer.describe()}: tokens=fitted"
+        )
+    own = data.tokenizer.palette
     source = data.source.split(split)
     n = min(count, len(source))
     if n < 1:
@@ -42,9 +48,9 @@ def run(
     pixels = plain_pixels(source, rows.tolist())  # (N, R, R, 3)
     path = runner.folder / "palette.npy"
     if runner.machine.rank.first:
-        data.palette.save(path)
+        own.save(path)
 
-    palettes = {OURS: data.palette} | named({file: Palette.load(Path(file)) for file in beside})
+    palettes = {OURS: own} | named({file: Palette.load(Path(file)) for file in beside})
     numbers, curves, columns = {}, {}, [pixels[:SHOWN]]
     for name, palette in palettes.items():
         distance = colour_distances(palette, pixels)  # (N, R, R), grey levels
@@ -66,7 +72,7 @@ def run(
         palettes={name: palette.colours for name, palette in palettes.items()},
         files={"palette": path.relative_to(runner.folder)},
         provenance={
-            "palette": data.palette.hash,
+            "palette": own.hash,
             "beside": {name: p.hash for name, p in palettes.items()},
             "split": split,
         },

@@ -1,19 +1,18 @@
 """`trainer.plan=true`: what a run would take on the machine it names, which need not be this one."""
 
 import os
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from igpt.metric import plan as counted
-from igpt.model import choice, native
+from igpt.model import dispatch, native
+from igpt.model.config import GPTConfig
 from igpt.task.machine import Machine
 
 MEMORY = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
 
 
-def planned(machine: Machine, network: Mapping[str, Any], *, batch_size: int, steps: int) -> list[tuple[str, str]]:
+def planned(machine: Machine, network: GPTConfig, *, batch_size: int, steps: int) -> list[tuple[str, str]]:
     """The rows of the plan. Nothing is allocated.
 
     Raises:
@@ -47,15 +46,15 @@ def planned(machine: Machine, network: Mapping[str, Any], *, batch_size: int, st
     return counted.lines(found, memory=_memory(machine, on_cpu, devices))
 
 
-def _scores(machine: Machine, network: Mapping[str, Any], on_cpu: bool) -> int:
+def _scores(machine: Machine, network: GPTConfig, on_cpu: bool) -> int:
     """Attention scores that each head of each image keeps for the backward pass."""
     dtype = torch.float32 if machine.precision == "32-true" else torch.bfloat16
-    t, causal = network["n_ctx"], bool(network["causal"])
+    t, causal = network.n_ctx, network.causal
     path, device = machine.attention, torch.device("cpu" if on_cpu else "cuda")
     if path == "auto":  # nothing is compiled for a plan
         in_c = on_cpu and native.found_compiler() is not None
-        path = "native" if in_c else choice.attention_apart(device, dtype, t=t, causal=causal)
-    return choice.scores_kept(dtype, path, t=t, causal=causal)
+        path = "native" if in_c else dispatch.unfused_attention_backend(device, dtype, t=t, causal=causal)
+    return dispatch.scores_kept(dtype, path, t=t, causal=causal)
 
 
 def _memory(machine: Machine, on_cpu: bool, devices: int) -> float | None:

@@ -9,7 +9,17 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from igpt import ranks
-from igpt.checkpoint.native import FORMAT, Origin, Weights, check_same, read_model, save_model, shape_of
+from igpt.checkpoint.native import (
+    FORMAT,
+    ORIGIN,
+    CheckpointMetadata,
+    Weights,
+    check_same,
+    meta_model,
+    metadata_in,
+    read_model,
+    save_model,
+)
 from igpt.data.source import Stream
 from igpt.metric.result import Number, Result
 from igpt.metric.throughput import train_flops_per_image
@@ -41,7 +51,7 @@ class PretrainModule(TrainedModule):
         warmup_steps: int,
         seed: int,
         weights: Weights | None,
-        origin: Callable[..., Origin],
+        metadata: Callable[..., CheckpointMetadata],
         n_val: int,
         **shared: Any,
     ) -> None:
@@ -49,9 +59,9 @@ class PretrainModule(TrainedModule):
         self.build_net, self.objective = net, objective
         self.optimizer_name, self.optimizer = optimizer_name, optimizer
         self.warmup_steps, self.seed = warmup_steps, seed
-        self.weights, self.origin = weights, origin
+        self.weights, self.metadata = weights, metadata
         self.n_val = n_val  # images to validate on
-        network = shape_of(origin(step=0).network)
+        network = meta_model(metadata(step=0).network)
         self.n_weight = sum(weight.numel() for weight in network.parameters())
         self.n_shardable: int | None = self.n_weight
         self.score = GenerativeScore(objective)
@@ -86,8 +96,8 @@ class PretrainModule(TrainedModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.net is not None
         tokens, keys = batch.tokens, batch.keys  # (B, T), (B,)
-        keep = self.objective.keep(tokens, keys)  # (B, T) pixels the net may see; None: all
-        loss = self.objective.loss(self.net(tokens, keep), tokens, keep)  # nats per token
+        visible = self.objective.visible_mask(tokens, keys)  # (B, T) pixels the net may see; None: all
+        loss = self.objective.loss(self.net(tokens, visible), tokens, visible)  # nats per token
         return self.tally(loss, {"loss_gen": loss})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -100,14 +110,14 @@ class PretrainModule(TrainedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["format"] = FORMAT
-        checkpoint["origin"] = vars(self.origin(step=self.global_step))
+        checkpoint[ORIGIN] = self.metadata(step=self.global_step).to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         path = Path(self.trainer.ckpt_path or "")
-        check_same("format", checkpoint.get("format"), FORMAT, path)
-        ours = vars(self.origin(step=0))
-        for part in ("network", "objective", "palette_hash", "permutation"):
-            check_same(part, checkpoint["origin"][part], ours[part], path)
+        theirs, ours = metadata_in(checkpoint, path), self.metadata(step=0)
+        check_same("network", theirs.network.to_dict(), ours.network.to_dict(), path)
+        check_same("objective", theirs.objective, ours.objective, path)
+        check_same("tokenizer", theirs.tokenizer.hash, ours.tokenizer.hash, path)
         super().on_load_checkpoint(checkpoint)
 
 
@@ -142,10 +152,10 @@ def check(
     check_schedule(learning_rate=learning_rate, warmup_steps=warmup_steps, steps=steps)
 
 
-def flops_per_image(origin: Origin) -> float:
-    """Of one image's forward and backward pass through the network that an `Origin` describes."""
-    sizes = {key: origin.network[key] for key in ("n_layer", "n_embd", "n_ctx", "n_vocab", "causal")}
-    return train_flops_per_image(**sizes)
+def flops_per_image(metadata: CheckpointMetadata) -> float:
+    """Of one image's forward and backward pass through the network that `metadata` describes."""
+    n = metadata.network
+    return train_flops_per_image(n_layer=n.n_layer, n_embd=n.n_embd, n_ctx=n.n_ctx, n_vocab=n.n_vocab, causal=n.causal)
 
 
 def run(
@@ -154,7 +164,7 @@ def run(
     tokens: Callable[..., TokenDataModule],
     net: Callable[[], GPT],
     objective: Objective,
-    origin: Callable[..., Origin],
+    metadata: Callable[..., CheckpointMetadata],
     weights: Weights | None,
     seed: int,
     steps: int,
@@ -183,7 +193,7 @@ def run(
         raise ValueError("there is nothing to validate on: set task.val_every=0, or data.val_fraction above 0")
     images = data.source.training()
     n_train = "a stream" if isinstance(images, Stream) else len(images)
-    ranks.check_same("images", {"train": n_train, "val": n_val, "palette": data.palette.hash})
+    ranks.check_same("images", {"train": n_train, "val": n_val, "tokenizer": data.tokenizer.hash})
     module = PretrainModule(
         net=net,
         objective=objective,
@@ -199,11 +209,11 @@ def run(
         steps=steps,
         log_every=log_every,
         batch_size=batch_size,
-        flops_per_image=flops_per_image(origin(step=0)),
-        n_ctx=data.raster.n_ctx,
+        flops_per_image=flops_per_image(metadata(step=0)),
+        n_ctx=data.tokenizer.grid.n_ctx,
         seed=seed,
         weights=weights,
-        origin=origin,
+        metadata=metadata,
         n_val=n_val,
     )
     stop = StopRequest()
@@ -215,7 +225,7 @@ def run(
     )
     assert module.net is not None
     state = whole_state(module.net) if runner.machine.zero_stage else module.net.state_dict()
-    save_model(runner.folder / "model", state, origin(step=steps))
+    save_model(runner.folder / "model", state, metadata(step=steps))
     if runner.machine.zero_stage:
         ranks.barrier()  # the first has written it
         module.whole_again(read_model(runner.folder / "model"))
@@ -231,5 +241,5 @@ def run(
         },
         curves=module.curves(),
         files={"model": Path("model"), "checkpoints": Path("checkpoints")},
-        provenance={"step": steps, "seed": seed, "palette": data.palette.hash},
+        provenance={"step": steps, "seed": seed, "tokenizer": data.tokenizer.hash},
     )

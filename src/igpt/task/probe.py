@@ -133,7 +133,7 @@ def run(
         )  # fmt: skip
     result.files["probe"] = Path("probe.safetensors")
     result.provenance |= {
-        "weights": weights.sha256, "palette": data.palette.hash, "norm": norm, "pooling": "mean over positions",
+        "weights": weights.sha256, "tokenizer": data.tokenizer.hash, "norm": norm, "pooling": "mean over positions",
         "solver": solver, "masks": masks, "seed": seed,
     }  # fmt: skip
     return result
@@ -155,7 +155,7 @@ def by_sgd(
     settings: dict[str, Any],
 ) -> Result:
     """Heads of every layer (or of the one that is given, with its neighbours) and rate, trained at once."""
-    n_layer = int(weights.origin.network["n_layer"])
+    n_layer = int(weights.metadata.network.n_layer)
     if layer is None:
         windows = [[single] for single in range(n_layer + 1)]
     else:
@@ -226,11 +226,9 @@ def by_lbfgs(
             result.numbers[f"{judged}/concatenated"] = together.number(best)
         result.numbers["probe/C"] = Number(best.strength, "C", 1)
         if untrained:
-            fresh = GPT(**weights.origin.network)
+            fresh = GPT(weights.metadata.network)
             fresh.init_weights(seed)
-            name = (
-                f"untrained, seed {seed}, {sorted(net.config.items())}, {data.palette.hash}, {data.raster.permutation}"
-            )
+            name = f"untrained, seed {seed}, {sorted(net.config.to_dict().items())}, {data.tokenizer.hash}"
             fresh_train = images(fresh, name, "train")
             fresh_val = images(fresh, name, "val") if folds is None else fresh_train
             theirs = searched(fresh_train, fresh_val, strengths, folds=fold, **how)

@@ -76,8 +76,8 @@ class SGDProbeModule(TrainedModule):
         """The features under one mask, those of each window's layers side by side: (P, B, D) float32."""
         keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
         with torch.no_grad():
-            keep = self.objective.keep(batch.tokens, keys)
-            layers = layer_features(self.net, batch.tokens, keep, norm=self.norm).float()  # (L + 1, B, C)
+            visible = self.objective.visible_mask(batch.tokens, keys)
+            layers = layer_features(self.net, batch.tokens, visible, norm=self.norm).float()  # (L + 1, B, C)
             return torch.stack([torch.cat(list(layers[window]), dim=-1) for window in self.windows])
 
     def scores(self, features: Tensor) -> Tensor:

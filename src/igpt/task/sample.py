@@ -16,7 +16,6 @@ from igpt.metric.result import Grid, Number, Result
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.task.fit import Runner
-from igpt.tokens.datamodule import decode
 
 log = logging.getLogger(__name__)
 
@@ -86,15 +85,15 @@ def run(
 ) -> Result:
     """`count` samples as one picture, and as tokens in `samples_tokens.npy`."""
     sampling = Sampling(temperature, top_k, top_p)
-    palette, raster = weights.vocabulary()
+    tokenizer = weights.tokenizer
     keys = keyed.item_keys(keyed.key(seed, "sample"), torch.arange(count))
     with runner.machine.inference(weights.net()) as net:
         start = time.perf_counter()
         tokens = draw(net, sampling, keys=keys, batch_size=batch_size)
         seconds = time.perf_counter() - start
     return Result(
-        numbers={"sample/pixels_per_s": Number(tokens.numel() / seconds, "pixels/s", count)},
-        grids={"samples": Grid.square(decode(tokens, palette, raster))},
+        numbers={"sample/pixels_per_s": Number(count * tokenizer.side**2 / seconds, "pixels/s", count)},
+        grids={"samples": Grid.square(tokenizer.decode(tokens))},
         arrays={"samples": tokens.numpy().astype(np.int16)},
-        provenance={"weights": weights.sha256, "palette": palette.hash, "sampling": vars(sampling), "seed": seed},
+        provenance={"weights": weights.sha256, "tokenizer": tokenizer.hash, "sampling": vars(sampling), "seed": seed},
     )

@@ -67,18 +67,17 @@ def run(
 ) -> Result:
     """Validation loss and best-layer probe accuracy, on val, of each checkpoint of each run (the paper's Figure 3)."""
     every = {run: checkpoints_of(run) for run in runs}
-    palette = tokens().palette.hash
+    tokenizer = tokens().tokenizer.hash
     for path, found in every.items():
-        origin = found[-1].origin
-        theirs = origin.palette_hash, origin.objective, origin.permutation
-        if theirs != (palette, made_by["objective"], list(tokens().raster.permutation)):
-            raise ValueError(f"task.runs: {path} has another palette, objective or order: losses cannot be compared")
+        metadata = found[-1].metadata
+        if (metadata.tokenizer.hash, metadata.objective) != (tokenizer, made_by["objective"]):
+            raise ValueError(f"task.runs: {path} has another tokenizer or objective: losses cannot be compared")
         data = files.read_json(Path(path) / "run.json")["config"].get("data", {})
         if other := [key for key in HELD_OUT if data.get(key) != made_by["data"].get(key)]:
             raise ValueError(f"task.runs: {path} held out other images (data.{', data.'.join(other)})")
-    names = {path: found[-1].origin.model for path, found in every.items()}
+    names = {path: found[-1].metadata.model for path, found in every.items()}
     if len(set(names.values())) < len(names):  # several runs of one size
-        names = {path: f"{name}, seed {every[path][-1].origin.seed}" for path, name in names.items()}
+        names = {path: f"{name}, seed {every[path][-1].metadata.seed}" for path, name in names.items()}
     if len(set(names.values())) < len(names):
         names = {path: Path(path).name for path in names}
     result = Result()
@@ -100,7 +99,7 @@ def run(
                 table = searched(train, val, strengths, n_class=n_class, device=device, seed=seed)
             best = chosen(table, layer=None)
             loss, share = scored.numbers["val/loss_gen"], table.number(best)
-            seen = weights.origin.step * size
+            seen = weights.metadata.step * size
             log.info("%s, %s images: %.4f nats/token, %.4f at layer %d", name, f"{seen:,}", loss.value, share.value,
                      best.layers[0])  # fmt: skip
             key = f"{name}/{seen}_images"
@@ -122,7 +121,7 @@ def run(
             )
     result.provenance = {
         "weights": {names[path]: [weights.sha256 for weights in found] for path, found in every.items()},
-        "palette": palette, "norm": norm, "pooling": "mean over positions", "solver": "lbfgs", "chosen_on": "val",
+        "tokenizer": tokenizer, "norm": norm, "pooling": "mean over positions", "solver": "lbfgs", "chosen_on": "val",
         "labels": len(source.split("train")), "seed": seed,
     }  # fmt: skip
     return result

@@ -19,8 +19,8 @@ class GenerativeScore:
         self._seen: list[tuple[Tensor, Tensor]] = []  # rows and nats per token of each batch
 
     def add(self, net: GPT, batch: Batch) -> None:
-        keep = self.objective.keep(batch.tokens, batch.keys)  # (B, T) or None
-        nats = self.objective.image_nats(net(batch.tokens, keep), batch.tokens, keep)  # (B,)
+        visible = self.objective.visible_mask(batch.tokens, batch.keys)  # (B, T) or None
+        nats = self.objective.per_example_loss(net(batch.tokens, visible), batch.tokens, visible)  # (B,)
         self._seen.append((batch.rows, nats.double()))
 
     def numbers(self, split: str, trainer: L.Trainer, n_image: int) -> dict[str, Number]:

@@ -35,9 +35,9 @@ def run(
             does not know.
     """
     assert tokens is not None, "as `check` has seen to"
-    network = weights.origin.network
-    n_ctx, causal = network["n_ctx"], network["causal"]
-    given = whole_numbers(Path(tokens), n_ctx=n_ctx, k=network["n_vocab"])
+    network = weights.metadata.network
+    n_ctx, causal = network.n_ctx, network.causal
+    given = whole_numbers(Path(tokens), n_ctx=n_ctx, k=network.n_vocab)
     if (keep is None) != causal:
         raise ValueError(
             "task.keep=FILE.npy says which pixels a network that was trained on masked pixels is shown, (images, "
@@ -49,8 +49,8 @@ def run(
     head = read_head(weights)[1].float() if has_head(weights) else None
     scores = np.empty((len(given), 0 if head is None else len(head)), dtype=np.float32)
     n = len(given)
-    logits = np.empty((n, n_ctx, network["n_vocab"]), dtype=np.float32)
-    outputs = np.empty((network["n_layer"], n, n_ctx, network["n_embd"]), dtype=np.float32)
+    logits = np.empty((n, n_ctx, network.n_vocab), dtype=np.float32)
+    outputs = np.empty((network.n_layer, n, n_ctx, network.n_embd), dtype=np.float32)
     nats = np.empty(n, dtype=np.float32)
     with (
         torch.inference_mode(),
@@ -61,7 +61,7 @@ def run(
             some = given[rows].to(net.wte.device)
             mask = None if shown is None else shown[rows].to(net.wte.device)
             h = torch.empty(0)
-            for layer, h in enumerate(net.residuals(some, mask)):
+            for layer, h in enumerate(net.hidden_states(some, mask)):
                 if layer:
                     outputs[layer - 1, rows] = h.float().cpu()
             hidden = net.ln_f(h)
@@ -69,7 +69,7 @@ def run(
             if head is not None:
                 scores[rows] = (hidden.float().mean(1).cpu() @ head.T).numpy()
             logits[rows] = said.cpu()
-            nats[rows] = objective.image_nats(said, some, mask).cpu()
+            nats[rows] = objective.per_example_loss(said, some, mask).cpu()
             bar.update(len(rows))
     if ranks.this_rank().first:
         with files.atomic_write(runner.folder / "trace.npz") as file:

@@ -49,7 +49,7 @@ class PixelBatches(Dataset[Any]):
         return Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels), keys, index)
 
 
-class Read(NamedTuple):
+class StreamBatch(NamedTuple):
     """A batch of a stream, the lane it was read from, and the place after it."""
 
     batch: Batch
@@ -63,13 +63,13 @@ class StreamBatches(IterableDataset[Any]):
     def __init__(self, images: Stream, *, seed: int, lanes: Lanes, places: Sequence[Any]) -> None:
         self.images, self.seed, self.lanes, self.places = images, seed, lanes, places
 
-    def __iter__(self) -> Iterator[Read | ValueError]:
+    def __iter__(self) -> Iterator[StreamBatch | ValueError]:
         try:
             yield from self._batches()
         except ValueError as error:  # as a value, as above
             yield error
 
-    def _batches(self) -> Iterator[Read]:
+    def _batches(self) -> Iterator[StreamBatch]:
         worker = get_worker_info()
         flows: dict[int, Iterator[Any]] = {}
         for index in self.lanes.mine(worker.id, worker.num_workers) if worker else self.lanes.mine(0, 1):
@@ -81,7 +81,7 @@ class StreamBatches(IterableDataset[Any]):
             digests = torch.tensor([record.digest for record in records])
             keys = keyed.item_keys(torch.tensor(epochs), digests)
             pixels, labels = self.images.read(records, keys.tolist())
-            yield Read(Batch(torch.from_numpy(pixels), torch.from_numpy(labels), keys, digests), index, place)
+            yield StreamBatch(Batch(torch.from_numpy(pixels), torch.from_numpy(labels), keys, digests), index, place)
 
 
 class _ByValue:
@@ -91,33 +91,33 @@ class _ByValue:
     pixels are small: through a pipe they are as fast.
     """
 
-    def __init__(self, made: Batch | Read | ValueError) -> None:
+    def __init__(self, made: Batch | StreamBatch | ValueError) -> None:
         self.made = made
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         match self.made:
-            case Read(batch, lane, place):
-                return _read_again, (tuple(part.numpy() for part in batch), lane, place)
+            case StreamBatch(batch, lane, place):
+                return _unpickle_stream_batch, (tuple(part.numpy() for part in batch), lane, place)
             case Batch() as batch:
-                return _batch_again, tuple(part.numpy() for part in batch)
+                return _unpickle_batch, tuple(part.numpy() for part in batch)
             case error:
-                return whole, (error,)
+                return identity_collate, (error,)
 
 
-def _batch_again(*arrays: np.ndarray) -> Batch:
+def _unpickle_batch(*arrays: np.ndarray) -> Batch:
     return Batch(*map(torch.from_numpy, arrays))
 
 
-def _read_again(arrays: tuple[np.ndarray, ...], lane: int, place: Any) -> Read:
-    return Read(_batch_again(*arrays), lane, place)
+def _unpickle_stream_batch(arrays: tuple[np.ndarray, ...], lane: int, place: Any) -> StreamBatch:
+    return StreamBatch(_unpickle_batch(*arrays), lane, place)
 
 
-def sent(batch: Any) -> Any:
+def pickle_by_value(batch: Any) -> Any:
     """What a worker process gives, so that it arrives in the process that trains as `whole` gives it there."""
     return _ByValue(batch)
 
 
-def whole(batch: Any) -> Any:
+def identity_collate(batch: Any) -> Any:
     """The batch as `__getitems__` made it: there is nothing left to collate."""
     return batch
 

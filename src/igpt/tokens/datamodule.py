@@ -18,11 +18,18 @@ from igpt.data.order import BatchPlan, EndlessBatches, Item, Lanes, OncePerImage
 from igpt.data.source import Source, Split, Stream, plain_pixels
 from igpt.data.workers import startable_workers
 from igpt.stopping import deaf
-from igpt.tokens.batches import Batch, PixelBatches, Read, StreamBatches, StreamState, sent, whole
-from igpt.tokens.lookup import Encoder
+from igpt.tokens.batches import (
+    Batch,
+    PixelBatches,
+    StreamBatch,
+    StreamBatches,
+    StreamState,
+    identity_collate,
+    pickle_by_value,
+)
 from igpt.tokens.openai_npy import OpenAITokens
-from igpt.tokens.palette import Palette
-from igpt.tokens.raster import Raster
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
+from igpt.tokens.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +44,7 @@ class TokenDataModule(L.LightningDataModule):
         self,
         *,
         source: Source,
-        palette: Palette,
-        raster: Raster,
+        tokenizer: Tokenizer,
         seed: int,
         num_workers: int,
         plan: BatchPlan = ONE_BY_ONE,
@@ -46,13 +52,14 @@ class TokenDataModule(L.LightningDataModule):
         cache: Path | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(source, OpenAITokens) and source.palette.hash != palette.hash:
+        own = tokenizer.palette if isinstance(tokenizer, PaletteTokenizer) else None
+        if isinstance(source, OpenAITokens) and (own is None or source.palette.hash != own.hash):
             raise ValueError(
-                f"data={source.name}: its tokens were made with palette {source.palette.hash}, this run's is "
-                f"{palette.hash}: tokens=openai tokens.path=… takes the one in data.clusters"
+                f"data={source.name}: its tokens were made with palette {source.palette.hash}, this run's are "
+                f"{tokenizer.describe()} ({tokenizer.hash}): tokens=openai tokens.path=… takes those in data.clusters"
             )
-        self.encoder = Encoder(palette, cache)
-        self.source, self.palette, self.raster = source, palette, raster
+        self.source, self.tokenizer = source, tokenizer
+        self._encoder = tokenizer.encoder(cache)
         self.plan, self.seed, self.num_workers = plan, seed, num_workers
         self.eval_split = eval_split
         self.stream: StreamState | None = None
@@ -145,17 +152,17 @@ class TokenDataModule(L.LightningDataModule):
         return DataLoader(
             images,
             num_workers=n_worker,
-            collate_fn=sent if n_worker else whole,
+            collate_fn=pickle_by_value if n_worker else identity_collate,
             worker_init_fn=deaf,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=n_worker > 0,
             **how,
         )
 
-    def on_after_batch_transfer(self, batch: Batch | Read | ValueError, dataloader_idx: int = 0) -> Batch:
+    def on_after_batch_transfer(self, batch: Batch | StreamBatch | ValueError, dataloader_idx: int = 0) -> Batch:
         if isinstance(batch, ValueError):
             raise batch
-        if isinstance(batch, Read):
+        if isinstance(batch, StreamBatch):
             assert self.stream is not None
             self.stream.read(batch.lane, batch.place, self.plan.n_device)
             batch = batch.batch
@@ -163,7 +170,7 @@ class TokenDataModule(L.LightningDataModule):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels to the token sequence the network reads: (B, R, R, 3) uint8 → (B, T) int64."""
-        return self.raster.flatten(self.encoder(pixels))
+        return self._encoder(pixels)
 
     def some_tokens(self, name: str, *, at_most: int | None = None) -> Tensor:
         """A split as tokens on the CPU, in order: (N, T) int16; no more than `at_most` images, drawn by the seed."""
@@ -180,7 +187,7 @@ class TokenDataModule(L.LightningDataModule):
         """Some images of a split as tokens on the CPU, (N, T) int16."""
         split = self.source.split(name)
         split.prepare()
-        tokens = torch.empty(len(rows), self.raster.n_ctx, dtype=torch.int16)
+        tokens = torch.empty(len(rows), self.tokenizer.grid.n_ctx, dtype=torch.int16)
         start = 0
         for pixels in in_chunks(partial(plain_pixels, split), rows, f"reading {name}"):
             tokens[start : start + len(pixels)] = self.encode(torch.from_numpy(pixels)).to(torch.int16)
@@ -189,9 +196,4 @@ class TokenDataModule(L.LightningDataModule):
 
     def decode(self, tokens: Tensor) -> np.ndarray:
         """Token sequences to pixels: (B, T) → (B, R, R, 3) uint8."""
-        return decode(tokens, self.palette, self.raster)
-
-
-def decode(tokens: Tensor, palette: Palette, raster: Raster) -> np.ndarray:
-    """Token sequences to pixels: (B, T) → (B, R, R, 3) uint8."""
-    return palette.decode(raster.unflatten(tokens))
+        return self.tokenizer.decode(tokens)

@@ -59,7 +59,9 @@ def sample_pixels(split: Split, *, n_pixels: int, seed: int) -> np.ndarray:
     return np.concatenate([chunk.reshape(-1, 3) for chunk in chunks])
 
 
-def fitted(source: Source, cache: Path, *, k: int, n_pixels: int, iterations: int, restarts: int, seed: int) -> Palette:
+def fit_cached(
+    source: Source, cache: Path, *, k: int, n_pixels: int, iterations: int, restarts: int, seed: int
+) -> Palette:
     """The palette of a source's training split, for `tokens=fitted`; fitted once, then read from `cache`.
 
     The cached file is named by a hash of everything that made it, the pixels included.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from igpt import files
-from igpt.data.cache import alone
+from igpt.data.cache import file_lock
 from igpt.tokens.palette import Palette, colour_codes, colours_of, squares
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Encoder:
         return found
 
     def _make(self, path: Path) -> None:
-        with alone(path):
+        with file_lock(path):
             if self._is_whole(path):  # by another process, while this one waited
                 return
             with files.atomic_write(path) as file:

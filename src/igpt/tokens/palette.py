@@ -160,7 +160,7 @@ def squares(palette: Palette, channel: int) -> Tensor:
     return (levels - centres[:, None]) ** 2
 
 
-def given(source: object, cache: Path, *, path: str | None) -> Palette:
+def from_file(source: object, cache: Path, *, path: str | None) -> Palette:
     """The palette in a file, for `tokens=openai`. Nothing is fitted, so `source` and `cache` are not looked at."""
     if path is None:
         raise ValueError("tokens=openai needs the released file: tokens.path=PATH/kmeans_centers.npy")

@@ -28,7 +28,7 @@ NARROW = 128  # width
 WAIT = {"cpu": (4e10, 900.0), "cuda": (1e14, 120.0)}
 
 
-def attention(device: torch.device, dtype: torch.dtype, *, t: int, causal: bool) -> str:
+def attention_backend(device: torch.device, dtype: torch.dtype, *, t: int, causal: bool) -> str:
     """How attention of T positions over themselves is computed: one of `ATTENTION`.
 
     On a CPU by `attend.c`, which keeps no scores and is mostly one and a half to three times as fast as all else. It
@@ -36,10 +36,10 @@ def attention(device: torch.device, dtype: torch.dtype, *, t: int, causal: bool)
     """
     if device.type == "cpu" and dtype in DTYPES and native.available():
         return "native"
-    return attention_apart(device, dtype, t=t, causal=causal)
+    return unfused_attention_backend(device, dtype, t=t, causal=causal)
 
 
-def attention_apart(device: torch.device, dtype: torch.dtype, *, t: int, causal: bool) -> str:
+def unfused_attention_backend(device: torch.device, dtype: torch.dtype, *, t: int, causal: bool) -> str:
     """The same of T queries where they, keys and values lie apart: `sdpa` (fused), `blocks` or `bmm` (products).
 
     On a CPU, PyTorch's fused kernel is 3 to 8 times slower up to 128 positions in bfloat16 or with the float32 products
@@ -66,7 +66,7 @@ def scores_kept(dtype: torch.dtype, path: str, *, t: int, causal: bool) -> int:
     return t * t if path in ("blocks", "bmm") else 0
 
 
-def products(device: torch.device) -> str:
+def matmul_precision(device: torch.device) -> str:
     """How float32 matrices are multiplied (`torch.set_float32_matmul_precision`): the fastest that computes in float32.
 
     `medium` on an x86 CPU without AMX only picks oneDNN's kernels, up to twice as fast as the default. With AMX, and on
@@ -76,7 +76,7 @@ def products(device: torch.device) -> str:
     return "medium" if x86 and cpu.medium_format(device) == "fp32" else "highest"
 
 
-def compiling(device: torch.device, *, n_embd: int, flops: float, half: bool) -> bool:
+def pays_to_compile(device: torch.device, *, n_embd: int, flops: float, half: bool) -> bool:
     """Whether compiling blocks pays in a training that takes `flops` operations on each device, `half`: in bfloat16.
 
     On a CPU narrow networks gain up to a quarter, being bound by what lies between the products, as all do in bfloat16;
@@ -93,7 +93,7 @@ def compiling(device: torch.device, *, n_embd: int, flops: float, half: bool) ->
     return device.type != "cpu" or native.compiler_version(compiler) is not None
 
 
-def decoding(weight: Tensor, *, n_embd: int, n_head: int) -> str:
+def decode_backend(weight: Tensor, *, n_embd: int, n_head: int) -> str:
     """How a network with such a weight draws tokens: `native` (C) or `columns` on a CPU, `graphs`, `layers`."""
     if not _whole(weight):
         return "layers"

@@ -1,4 +1,4 @@
-"""The order of the pixels: grid ↔ sequence. Raster order, or any one fixed permutation of it."""
+"""The order of the cells of a square grid: grid ↔ sequence. Raster order, or any one fixed permutation of it."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ ORDERS = ("raster", "random")
 
 
 @dataclass(frozen=True, eq=False)
-class Raster:
+class PixelOrder:
     """Position i of the sequence is pixel `permutation[i]`, pixels counted row by row from the top left.
 
     Source: Chen et al. 2020, §2.1 (any fixed permutation π, the same for every image; theirs is the identity).
@@ -29,14 +29,14 @@ class Raster:
             raise ValueError(f"the permutation of {self.side}×{self.side} pixels must hold 0 … {self.side**2 - 1} once")
 
     @staticmethod
-    def of(side: int, order: str) -> "Raster":
+    def of(side: int, order: str) -> "PixelOrder":
         """`raster`: row by row. `random` or `random:SEED`: a seeded permutation, the same everywhere."""
         name, _, seed = order.partition(":")
         if name not in ORDERS or (seed and (name == "raster" or not seed.isdigit())):
             raise ValueError(f"tokens.order must be raster, random or random:SEED, got {order!r}")
         if name == "raster":
-            return Raster(side, tuple(range(side**2)))
-        return Raster(side, tuple(keyed.generator(int(seed or 0), "raster").permutation(side**2).tolist()))
+            return PixelOrder(side, tuple(range(side**2)))
+        return PixelOrder(side, tuple(keyed.generator(int(seed or 0), "raster").permutation(side**2).tolist()))
 
     @property
     def is_raster(self) -> bool:

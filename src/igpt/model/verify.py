@@ -1,0 +1,46 @@
+"""Attention in C is held against PyTorch's on a network's own queries, keys and values, before it is used."""
+
+import logging
+
+import torch
+
+from igpt.model import dispatch
+from igpt.model.attention import self_attention
+from igpt.model.gpt import GPT
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of outputs, as a share of the largest
+
+
+@torch.no_grad()
+def verify_attention(net: GPT) -> None:
+    """Gives attention in C up, with a warning, where it differs from PyTorch's in the first block, for one image.
+
+    All positions are looked at. A network whose weights lie in parts is not looked at.
+    """
+    block, device = net.blocks[0], net.wte.device
+    mixed = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if mixed else net.wte.dtype
+    asked = block.attn.backend
+    if asked == "auto" and device.type == "cpu":
+        asked = dispatch.attention_backend(device, dtype, t=net.n_ctx, causal=net.causal)
+    if asked != "native" or device.type != "cpu" or block.attn.rotate is not None:
+        return
+    tokens = torch.randint(net.n_vocab, (1, net.n_ctx), generator=torch.Generator().manual_seed(0))
+    with torch.compiler.set_stance("force_eager"):
+        qkv = block.attn.c_attn(block.ln_1(net.embed(tokens)))  # (1, T, 3C)
+        outputs = [
+            self_attention(qkv, net.n_head, causal=net.causal, backend=backend).float()
+            for backend in ("native", "sdpa")
+        ]
+    largest = float(outputs[1].abs().max())
+    off = float((outputs[0] - outputs[1]).abs().max())
+    if off <= TOLERANCE.get(qkv.dtype, TOLERANCE[torch.bfloat16]) * largest:
+        return
+    log.warning(
+        "attention in C is not used, which is slower: its outputs differ from PyTorch's by %.1f %% of the largest",
+        100 * off / largest,
+    )
+    for other in net.blocks:
+        other.attn.backend = "sdpa"

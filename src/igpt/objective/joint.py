@@ -1,0 +1,68 @@
+"""The joint objective of fine-tuning: generation and classification of the same images, from the same hidden states."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from igpt.objective.base import Objective
+
+
+def classification_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """L_CLF = -log p(label | image), the mean over images, in nats: scores (B, K), labels (B,) → a scalar."""
+    return F.cross_entropy(scores.float(), labels)
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The weights of L_GEN and L_CLF in their sum; 1 and 1 in the paper (Chen et al. 2020, §2.3).
+
+    Raises:
+        ValueError: a weight of L_GEN below 0, one of L_CLF that is not above 0, or another setting.
+    """
+
+    gen: float
+    clf: float
+
+    @staticmethod
+    def of(settings: Mapping[str, float]) -> "LossWeights":
+        """From the setting `task.loss_weights`, {gen: …, clf: …}."""
+        if set(settings) != {"gen", "clf"}:
+            raise ValueError(f"task.loss_weights has gen and clf, got {', '.join(map(str, settings)) or 'nothing'}")
+        return LossWeights(**settings)
+
+    def __post_init__(self) -> None:
+        known = all(isinstance(weight, int | float) and isfinite(weight) for weight in (self.gen, self.clf))
+        if not known or self.gen < 0 or self.clf <= 0:
+            raise ValueError(
+                f"task.loss_weights.gen is at least 0 and task.loss_weights.clf above 0, got {self.gen} and {self.clf}"
+            )
+
+
+@dataclass(frozen=True)
+class JointObjective:
+    """gen · L_GEN + clf · L_CLF: both losses read the same hidden states. Source: Chen et al. 2020, §2.3."""
+
+    generative: Objective  # L_GEN, the objective of pretraining
+    weights: LossWeights
+
+    @property
+    def generates(self) -> bool:
+        """Whether L_GEN counts: where it does not, the token head is neither read nor trained."""
+        return self.weights.gen > 0
+
+    def losses(
+        self, logits: Tensor | None, scores: Tensor, tokens: Tensor, labels: Tensor, visible: Tensor | None
+    ) -> dict[str, Tensor]:
+        """`loss_clf`, and `loss_gen` where it counts: logits (B, T, V), scores (B, K), tokens (B, T), labels (B,)."""
+        found = {"loss_clf": classification_loss(scores, labels)}
+        if logits is not None:
+            found["loss_gen"] = self.generative.loss(logits, tokens, visible)
+        return found
+
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The sum that is minimised, of what `losses` gave."""
+        loss = self.weights.clf * losses["loss_clf"]
+        return loss + self.weights.gen * losses["loss_gen"] if self.generates else loss

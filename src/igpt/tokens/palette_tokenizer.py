@@ -1,0 +1,115 @@
+"""The paper's tokenizer: a token is the nearest of k colours, pixels follow in raster order or another fixed one."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt.data.source import Source
+from igpt.tokens.lookup import Encoder
+from igpt.tokens.palette import Palette
+from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.tokenizer import TokenGrid, check_rows
+
+
+@dataclass(frozen=True, eq=False)
+class PaletteTokenizer:
+    """One token a pixel: the index of its nearest colour. Source: Chen et al. 2020, §3.2 ("9-bit RGB")."""
+
+    palette: Palette
+    order: PixelOrder
+    kind = "palette"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PaletteTokenizer) and self.hash == other.hash
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    @property
+    def n_vocab(self) -> int:
+        return self.palette.k
+
+    @property
+    def grid(self) -> TokenGrid:
+        return TokenGrid(self.order.side, self.order.side)
+
+    @property
+    def side(self) -> int:
+        return self.order.side
+
+    @cached_property
+    def hash(self) -> str:
+        """The palette's own where pixels follow row by row."""
+        if self.kind == PaletteTokenizer.kind and self.order.is_raster:
+            return self.palette.hash
+        text = json.dumps([self.kind, self.palette.hash, self.order.permutation])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.order.flatten(self.palette.encode(pixels))
+
+    def encoder(self, cache: Path | None) -> Callable[[Tensor], Tensor]:
+        if type(self).encode is not PaletteTokenizer.encode:  # of a subclass, which looks at colours otherwise
+            return self.encode
+        lookup = Encoder(self.palette, cache)
+        return lambda pixels: self.order.flatten(lookup(pixels))
+
+    def decode(self, tokens: Tensor) -> np.ndarray:
+        return self.palette.decode(self.order.unflatten(tokens))
+
+    def known_tokens(self, rows: int) -> Tensor:
+        check_rows(rows, self.side)
+        return torch.as_tensor(np.asarray(self.order.permutation) < rows * self.side)
+
+    def visible_pixels(self, tokens: Tensor) -> Tensor:
+        return self.order.unflatten(tokens[None])[0]
+
+    def describe(self) -> str:
+        order = "" if self.order.is_raster else ", in another order than row by row"
+        return f"{self.palette.k} colours{order}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "centres": self.palette.centres.tolist(),  # (k, 3) in [-1, 1], bit for bit
+            "hash": self.palette.hash,
+            "permutation": list(self.order.permutation),  # position → pixel
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "PaletteTokenizer":
+        """Raises ValueError on colours that are none or not those their hash is of, or an order that is none."""
+        centres, permutation = saved["centres"], saved["permutation"]
+        if not isinstance(centres, list) or not all(isinstance(c, list) and len(c) == 3 for c in centres):
+            raise ValueError("the palette has not three numbers for each colour")
+        if not isinstance(permutation, list) or not all(type(i) is int for i in permutation):
+            raise ValueError("the permutation holds no whole numbers")
+        palette = Palette(np.asarray(centres, dtype=np.float32))
+        if palette.hash != saved["hash"]:
+            raise ValueError(f"the palette's hash is {palette.hash}, not the {saved['hash']!r:.60} that is stated")
+        return cls(palette, PixelOrder(round(len(permutation) ** 0.5), tuple(permutation)))
+
+
+@dataclass(frozen=True)
+class PaletteSettings:
+    """`tokens=fitted` and `tokens=openai`: where the colours come from, and the order of the pixels."""
+
+    order: str
+    palette: Callable[[Source, Path], Palette]  # with settings of its own
+    path: str | None = None  # of a palette that is not fitted
+
+    def sizes(self, resolution: int) -> tuple[int, int]:
+        """A palette that is fitted has fewer colours where the images have: V is an upper bound then."""
+        settings = getattr(self.palette, "keywords", {})
+        k = settings.get("k") or (Palette.load(Path(self.path)).k if self.path else 512)
+        return resolution**2, k
+
+    def build(self, source: Source, cache: Path) -> PaletteTokenizer:
+        return PaletteTokenizer(self.palette(source, cache), PixelOrder.of(source.resolution, self.order))

@@ -1,0 +1,211 @@
+"""Patches as tokens: an image is cut into p × p patches, a token is the nearest of k patches that k-means found.
+
+At p = 2 a sequence is a quarter as long as with a token a pixel, and a token says what four pixels look like.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from igpt import files, keyed
+from igpt.data.cache import in_chunks
+from igpt.data.source import Source, plain_pixels
+from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.tokenizer import TokenGrid, check_rows
+
+log = logging.getLogger(__name__)
+
+K_MAX = 4096
+_CHUNK = 1 << 22  # numbers of a table of distances
+_DOUBT = 1e-9  # two distances this near are compared anew: far above the rounding of float64 products of numbers near 1
+
+
+@dataclass(frozen=True, eq=False)
+class PatchTokenizer:
+    """k patches in [-1, 1], `centres` (k, 3 p²) float32, read row by row; one token a patch, in the order of `order`.
+
+    Raises:
+        ValueError: centres of another shape or range, or with NaN.
+    """
+
+    centres: np.ndarray
+    patch: int  # p, pixels a side
+    order: PixelOrder  # of the patches
+    kind = "patches"
+
+    def __post_init__(self) -> None:
+        k, width = self.centres.shape if self.centres.ndim == 2 else (0, 0)
+        if not 2 <= k <= K_MAX or self.patch < 1 or width != 3 * self.patch**2 or self.centres.dtype != np.float32:
+            raise ValueError(
+                f"patches of {self.patch} pixels a side are float32 (2 … {K_MAX}, {3 * self.patch**2}), got "
+                f"{self.centres.dtype} {self.centres.shape}"
+            )
+        if not np.isfinite(self.centres).all() or np.abs(self.centres).max() > 1:
+            raise ValueError("patches hold finite numbers in [-1, 1]")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PatchTokenizer) and self.hash == other.hash
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    @property
+    def n_vocab(self) -> int:
+        return len(self.centres)
+
+    @property
+    def grid(self) -> TokenGrid:
+        return TokenGrid(self.order.side, self.order.side)
+
+    @property
+    def side(self) -> int:
+        return self.order.side * self.patch
+
+    @cached_property
+    def hash(self) -> str:
+        digest = hashlib.sha256(json.dumps(["patches", self.patch, self.order.permutation]).encode())
+        digest.update(self.centres.astype("<f4").tobytes())
+        return digest.hexdigest()[:12]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Exact: the smallest squared distance in float64, the lowest index on a tie."""
+        points = cut_patches(pixels, self.patch).double() / 127.5 - 1  # (B, T, 3 p²)
+        centres = torch.from_numpy(self.centres).double().to(pixels.device)  # (k, 3 p²)
+        own = centres.square().sum(1)
+        nearest = []
+        for some in torch.split(points.flatten(0, 1), max(1, _CHUNK // len(centres))):
+            distances = own - 2 * (some @ centres.T)  # without the patch's own square, the same for all
+            two, index = distances.topk(2, largest=False)
+            best = index[:, 0]
+            (doubtful,) = (two[:, 1] - two[:, 0] < _DOUBT).nonzero(as_tuple=True)
+            for row in doubtful.tolist():  # products may be rounded otherwise in another batch
+                best[row] = (some[row] - centres).square().sum(1).argmin()
+            nearest.append(best)
+        return self.order.flatten(torch.cat(nearest).view(len(pixels), self.order.side, self.order.side))
+
+    def encoder(self, cache: Path | None) -> Callable[[Tensor], Tensor]:
+        return self.encode
+
+    def decode(self, tokens: Tensor) -> np.ndarray:
+        grid = self.order.unflatten(tokens.cpu()).numpy()  # (B, R/p, R/p)
+        if grid.size and (grid.min() < 0 or grid.max() >= self.n_vocab):
+            raise ValueError(f"tokens lie in 0 … {self.n_vocab - 1}, got {grid.min()} to {grid.max()}")
+        levels = np.rint(127.5 * (self.centres.astype(np.float64) + 1)).astype(np.uint8)  # (k, 3 p²)
+        b, n, p = len(grid), self.order.side, self.patch
+        pixels: np.ndarray = (
+            levels[grid].reshape(b, n, n, p, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, n * p, n * p, 3)
+        )
+        return pixels
+
+    def known_tokens(self, rows: int) -> Tensor:
+        check_rows(rows, self.side)
+        return torch.as_tensor(np.asarray(self.order.permutation) < rows // self.patch * self.order.side)
+
+    def visible_pixels(self, tokens: Tensor) -> Tensor:
+        grid = self.order.unflatten(tokens[None])[0]  # (R/p, R/p)
+        return grid.repeat_interleave(self.patch, 0).repeat_interleave(self.patch, 1)
+
+    def describe(self) -> str:
+        return f"{self.n_vocab} patches of {self.patch}×{self.patch} pixels"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "patch": self.patch,
+            "centres": self.centres.tolist(),
+            "permutation": list(self.order.permutation),
+            "hash": self.hash,
+        }
+
+    @staticmethod
+    def from_dict(saved: Mapping[str, Any]) -> "PatchTokenizer":
+        """Raises ValueError on patches that are none, or not those their hash is of."""
+        permutation = saved["permutation"]
+        if not isinstance(permutation, list) or not all(type(i) is int for i in [saved["patch"], *permutation]):
+            raise ValueError("the patch's size and the permutation are whole numbers")
+        order = PixelOrder(round(len(permutation) ** 0.5), tuple(permutation))
+        made = PatchTokenizer(np.asarray(saved["centres"], dtype=np.float32), saved["patch"], order)
+        if made.hash != saved["hash"]:
+            raise ValueError(f"the patches' hash is {made.hash}, not the {saved['hash']!r:.60} that is stated")
+        return made
+
+
+def cut_patches(pixels: Tensor, patch: int) -> Tensor:
+    """The p × p patches of images, row by row: (B, R, R, 3) → (B, (R/p)², 3 p²)."""
+    b, side = pixels.shape[:2]
+    n = side // patch
+    cut = pixels.reshape(b, n, patch, n, patch, 3).permute(0, 1, 3, 2, 4, 5)  # (B, n, n, p, p, 3)
+    return cut.reshape(b, n * n, 3 * patch**2)
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """`tokens=patches`: k-means on the patches of some training images."""
+
+    patch: int
+    k: int
+    n_patches: int
+    iterations: int
+    order: str
+    seed: int
+
+    def sizes(self, resolution: int) -> tuple[int, int]:
+        if not 1 <= self.patch <= resolution or resolution % self.patch:
+            raise ValueError(
+                f"tokens.patch={self.patch} does not divide data.resolution={resolution}: take a divisor of it"
+            )
+        if not 2 <= self.k <= K_MAX:
+            raise ValueError(f"tokens.k must lie in 2 … {K_MAX}, got {self.k}")
+        return (resolution // self.patch) ** 2, self.k
+
+    def build(self, source: Source, cache: Path) -> PatchTokenizer:
+        """The tokenizer of a source's training images; fitted once, then read from `cache`.
+
+        Where the images have fewer distinct patches than k, those are the tokens, and that is said.
+        """
+        self.sizes(source.resolution)
+        split = source.split("train")
+        if not len(split):
+            raise ValueError("there is no training image to fit patches to")
+        per_image = (source.resolution // self.patch) ** 2
+        order = keyed.generator(self.seed, "patches").permutation(len(split))
+        rows = np.sort(order[: max(1, min(len(split), self.n_patches // per_image))])
+        chunks = in_chunks(partial(plain_pixels, split), rows, "reading images for the patches")
+        points = np.concatenate(
+            [cut_patches(torch.from_numpy(chunk), self.patch).flatten(0, 1).numpy() for chunk in chunks]
+        )  # (N, 3 p²) uint8
+        made_of = [self.patch, self.k, self.iterations, self.seed, hashlib.sha256(points.tobytes()).hexdigest()]
+        digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
+        path = cache / "patches" / f"{source.name}{source.resolution}-p{self.patch}-k{self.k}-{digest}.npy"
+        if not path.is_file():
+            with files.atomic_write(path) as file:
+                np.save(file, self._fit(points), allow_pickle=False)
+            log.info("patches: fitted to %d patches, saved as %s", len(points), path)
+        centres = np.load(path, allow_pickle=False)
+        return PatchTokenizer(centres, self.patch, PixelOrder.of(source.resolution // self.patch, self.order))
+
+    def _fit(self, points: np.ndarray) -> np.ndarray:
+        """k-means of (N, 3 p²) uint8, each patch by how often it occurs: (k, 3 p²) float32, from dark to light."""
+        distinct, counts = np.unique(points, axis=0, return_counts=True)
+        centres = distinct / 127.5 - 1
+        if self.k < len(distinct):
+            random_state = keyed.key(self.seed, "kmeans") % 2**32
+            solver = KMeans(self.k, init="k-means++", n_init=1, max_iter=self.iterations, random_state=random_state)
+            centres = solver.fit(centres, sample_weight=counts).cluster_centers_
+        elif len(distinct) < 2:
+            raise ValueError("all patches of the training images are the same: there is nothing to tell apart")
+        elif len(distinct) < self.k:
+            log.warning(
+                "patches: the images hold %d distinct ones, tokens.k=%d: they are the tokens", len(distinct), self.k
+            )
+        centres = np.clip(centres, -1, 1).astype(np.float32)
+        return centres[np.lexsort((*centres.T, centres.sum(axis=1)))]

@@ -1,0 +1,162 @@
+"""What docs/extending.md shows is run: a tokenizer and a positional encoding, from training to samples."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from igpt import keyed
+from igpt.checkpoint import huggingface
+from igpt.checkpoint.find import find
+from igpt.checkpoint.native import save_model
+from igpt.hub import ImageGPT
+from igpt.model import decode, positions
+from igpt.model.config import GPTConfig
+from igpt.model.generate import Sampling, generate
+from igpt.model.gpt import GPT
+from igpt.tokens import registry
+from igpt.tokens.palette import Palette
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
+from igpt.tokens.pixel_order import PixelOrder
+from tests.checkpoint.test_native import metadata_of
+from tests.conftest import ROOT, perturbed
+from tests.data.conftest import photo
+from tests.task.conftest import SIZES, Lab
+from tests.test_conf import built
+
+
+def shown_under(heading: str) -> str:
+    """The Python code of one section."""
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## {heading}$(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    (code,) = re.findall(r"```python\n(.*?)```", section[1], re.DOTALL)
+    assert sum(bool(line.strip()) for line in code.splitlines()) < 15
+    return str(code)
+
+
+@pytest.fixture
+def rope(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(positions, "POSITIONS", positions.POSITIONS)
+    known = dict(positions.POSITIONS)
+    names = {"torch": torch, "Tensor": Tensor, "Positions": positions.Positions, "POSITIONS": positions.POSITIONS}
+    exec(shown_under("A positional encoding"), names)
+    yield
+    positions.POSITIONS.clear()
+    positions.POSITIONS.update(known)
+
+
+@pytest.mark.usefixtures("rope")
+def test_rotary_positions_are_relative() -> None:
+    """Invariant: scores of turned queries and keys depend on how far apart they are alone; lengths stay."""
+    config = GPTConfig(n_layer=1, n_embd=16, n_head=2, n_ctx=16, n_vocab=5, causal=True, positions="rope")
+    encoding = positions.POSITIONS["rope"](config)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=torch.Generator().manual_seed(0))
+    scores = [[float((encoding.rotate(q, i) * encoding.rotate(k, j)).sum()) for j in range(6)] for i in range(6)]
+    for i in range(5):
+        for j in range(5):
+            assert scores[i][j] == pytest.approx(scores[i + 1][j + 1], abs=1e-5)
+    assert scores[0][0] != pytest.approx(scores[0][1], abs=1e-3)
+    assert encoding.rotate(q, 3).norm() == pytest.approx(float(q.norm()))
+
+
+@pytest.mark.usefixtures("rope")
+def test_a_positional_encoding(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains, is saved and resumed to the bit, and draws: every way agrees with the network to 1e-5 or refuses."""
+    network = GPTConfig(**SIZES, positions="rope")
+    metadata = lab.metadata
+    monkeypatch.setattr(Lab, "metadata", lambda self, objective=None: _with(metadata(objective), network))
+    result = lab.pretrain(tmp_path / "run", checkpoint_every=4)
+    assert result.curves["train/loss_gen"].y[-1] < result.curves["train/loss_gen"].y[0]
+    weights = find(str(tmp_path / "run"))
+    assert weights.metadata.network == network
+    net = weights.net().eval()
+    assert not any(name == "wpe" for name in net.state_dict())
+    resumed = go_back(tmp_path / "run", tmp_path / "resumed", step=4)
+    lab.pretrain(resumed, checkpoint_every=4)
+    after = find(str(resumed)).net().state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in net.state_dict().items())
+
+    net = perturbed(GPT(network))
+    tokens = torch.randint(net.n_vocab, (2, net.n_ctx), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        whole, cache = net(tokens), net.new_cache(2)
+        net.step(tokens[:, :3], cache)
+        step = decode.make_decode_step(net, cache)
+        for i in range(3, net.n_ctx - 1):
+            torch.testing.assert_close(step(tokens[:, i : i + 1]), whole[:, i + 1], rtol=0, atol=1e-5)
+    for way in ("native", "columns", "graphs"):
+        with pytest.raises(ValueError, match=f"trainer.decoding={way} does not compute positions=rope: choose auto"):
+            decode.make_decode_step(net, net.new_cache(2), way)
+    uniforms = keyed.uniform(torch.arange(2), net.n_ctx)
+    sampling = Sampling(1.0, None, None)
+    assert torch.equal(generate(net, uniforms, sampling), generate(net, uniforms, sampling, cached=False))
+    with pytest.raises(ValueError, match=r"has positions=rope, which Hugging Face's ImageGPT does not know"):
+        huggingface.check_exportable(weights)
+
+
+def go_back(run: Path, to: Path, *, step: int) -> Path:
+    """A copy of a run's folder as it was when a checkpoint had just been written."""
+    shutil.copytree(run, to)
+    for path in to.glob("checkpoints/step_*"):
+        if int(path.name.partition(".")[0].removeprefix("step_")) > step:
+            path.unlink()
+    (to / "checkpoints" / "latest").write_text(f"step_{step:07}.ckpt\n")
+    shutil.rmtree(to / "model")
+    return to
+
+
+def _with(metadata: Any, network: GPTConfig) -> Any:
+    metadata.keywords["network"] = replace(network, causal=metadata.keywords["network"].causal)
+    return metadata
+
+
+def test_weights_of_an_encoding_that_is_not_here(tmp_path: Path, rope: None) -> None:
+    """Another version's encoding: refused by its name, not read as something else."""
+    net = perturbed(GPT(GPTConfig(**SIZES, positions="rope")))
+    save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
+    positions.POSITIONS.clear()
+    with pytest.raises(ValueError, match=r"model\.positions must be one of learned"):
+        find(str(tmp_path))
+
+
+def test_it_is_chosen_by_its_name(rope: None) -> None:
+    assert built("model.positions=rope").planned_network.positions == "rope"
+    with pytest.raises(ValueError, match=r"model\.positions must be one of learned, rope: got 'ropes'"):
+        assert built("model.positions=ropes").planned_network
+
+
+def test_a_tokenizer(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains, travels inside the weights, and every task reads it there. By hand: levels of brightness."""
+    monkeypatch.setattr(registry, "TOKENIZERS", dict(registry.TOKENIZERS))
+    names: dict[str, Any] = {
+        "torch": torch, "np": np, "Tensor": Tensor, "NamedTuple": NamedTuple, "Palette": Palette,
+        "PaletteTokenizer": PaletteTokenizer, "PixelOrder": PixelOrder, "TOKENIZERS": registry.TOKENIZERS,
+        "__name__": "luma",
+    }  # fmt: skip
+    exec(shown_under("A tokenizer"), names)
+    tokenizer = names["LumaSettings"](k=17).build(lab.digits, tmp_path)
+    pixels = torch.from_numpy(np.asarray(photo(0, 8, 8))[None].copy())
+    level = np.asarray(photo(0, 8, 8)) @ np.array([0.299, 0.587, 0.114])
+    assert tokenizer.encode(pixels)[0].tolist() == np.floor(level / 256 * 17).astype(int).flatten().tolist()
+    assert tokenizer != PaletteTokenizer(tokenizer.palette, tokenizer.order)
+
+    monkeypatch.setattr(Lab, "tokenizer", tokenizer)
+    lab.pretrain(tmp_path / "run")
+    weights = find(str(tmp_path / "run"))
+    assert weights.tokenizer == tokenizer
+    assert type(weights.tokenizer).__name__ == "Luma"
+    model = ImageGPT.of(weights)
+    completed = model.complete(pixels.numpy(), rows=4)
+    assert np.array_equal(completed[:, :4], tokenizer.decode(tokenizer.encode(pixels))[:, :4])
+    assert model.sample(2).shape == (2, 8, 8, 3)
+    with pytest.raises(ValueError, match="of the kind 'luma', known are palette, patches"):
+        registry.TOKENIZERS.pop("luma")
+        find(str(tmp_path / "run"))
