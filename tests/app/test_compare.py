@@ -63,7 +63,11 @@ def large(tmp_path: Path, **settings: Any) -> Path:
     }  # fmt: skip
     folder = made(tmp_path / RUNS / "pretrain-l", {"parameters": Number(1_362_250_752, "weights", 1)}, **given)
     origin = {
-        "network": {**LARGE, "n_vocab": given["data.n_colour"], "n_ctx": 1024},
+        "network": {
+            **LARGE, "n_vocab": given["data.n_colour"], "n_ctx": 1024,
+            "positions": given.get("model.positions", "learned"),
+        },
+        "tokenizer": {"kind": given.get("kind", "palette")},
         "model": "igpt_l", "step": given["task.steps"], "objective": {"name": "ar"},
         "permutation": [0, 1, 2], "weights_sha256": "f" * 64,
     }  # fmt: skip
@@ -105,6 +109,8 @@ def test_a_run_as_the_papers_differs_in_nothing(tmp_path: Path) -> None:
         ({"n": 500}, {}, "on 500 images (paper: 10,000)"),
         ({"key": "val/accuracy"}, {}, "measured on val, not test"),
         ({}, {"data.n_colour": 128}, "128 colours (paper: 512)"),
+        ({}, {"kind": "patches"}, "tokens are patches (paper: colours)"),
+        ({}, {"model.positions": "rope"}, "positions rope (paper: learned)"),
         (
             {},
             {"task.steps": 3000},

@@ -187,6 +187,13 @@ def _network(of: Published, run: Run) -> list[str]:
         said.append(f"{sizes['n_vocab']} colours (paper: {N_COLOUR})")
     if run.start.origin.get("order") == "other" or run.settings.get("tokens.order") not in (None, "raster"):
         said.append("pixels in another order")
+    target = str(run.settings.get("tokens._target_") or "palette_tokenizer.")
+    kind = (run.start.origin.get("tokenizer") or {}).get("kind") or target.split(".")[-2].replace("_tokenizer", "")
+    if kind != "palette":
+        said.append(f"tokens are {kind} (paper: colours)")
+    positions = sizes.get("positions") or run.settings.get("model.positions") or "learned"
+    if positions != "learned":
+        said.append(f"positions {positions} (paper: learned)")
     return said
 
 

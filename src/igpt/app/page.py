@@ -99,7 +99,7 @@ class Page:
     def given(self, chosen: Chosen, rows: float) -> str:
         """The image as the network is shown it, and what of it is given."""
         shown = [
-            tile(self.bench.quantised(chosen), chosen.name, self.labelled("in the palette's colours", chosen.label)),
+            tile(self.bench.quantised(chosen), chosen.name, self.labelled("as its tokens show it", chosen.label)),
             tile(self.bench.given(chosen, round(rows)), "given", f"{rows:g} of {self.bench.side} rows"),
         ]
         return tiles(shown, "the image")

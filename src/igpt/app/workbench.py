@@ -132,7 +132,7 @@ class Workbench:
         return Chosen(pixels, int.from_bytes(digest, "little") >> 1, "your image")
 
     def quantised(self, chosen: Chosen) -> np.ndarray:
-        """What the network is shown, the image in the palette's colours: (R, R, 3) uint8."""
+        """What the network is shown, the image as its tokens are decoded: (R, R, 3) uint8."""
         shown: np.ndarray = self.data.decode(self._tokens(chosen))[0]
         return shown
 

@@ -19,13 +19,13 @@ class Sampling:
     """
 
     temperature: float
-    top_k: int | None  # only the k most likely colours; 1 is greedy
-    top_p: float | None  # only the likeliest colours that together hold p
+    top_k: int | None  # only the k most likely tokens; 1 is greedy
+    top_p: float | None  # only the likeliest tokens that together hold p
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(
-                f"temperature must be above 0, got {self.temperature}; for the likeliest colour take top_k=1"
+                f"temperature must be above 0, got {self.temperature}; for the likeliest token take top_k=1"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or null for no limit; got {self.top_k}")
@@ -45,7 +45,7 @@ class Sampling:
         p = scores.softmax(-1)  # (B, V)
         if self.top_p is not None and self.top_p < 1:
             ranked, order = p.sort(descending=True, stable=True)
-            before = ranked.cumsum(-1) - ranked  # what the likelier colours hold
+            before = ranked.cumsum(-1) - ranked  # what the likelier tokens hold
             p = p.scatter(-1, order, ranked.where(before < self.top_p, 0.0))
         cumulative = p.cumsum(-1)
         target = uniforms.to(p)[:, None] * cumulative[:, -1:]

@@ -1,6 +1,6 @@
-"""The Image GPT network: palette tokens → logits over the palette, exactly as OpenAI's `model.py` computes them.
+"""The Image GPT network: tokens → logits over the vocabulary, exactly as OpenAI's `model.py` computes them.
 
-Sizes: B images, T tokens (n_ctx), C width (n_embd), H heads, D = C / H, V palette (n_vocab), L blocks (n_layer).
+Sizes: B images, T tokens (n_ctx), C width (n_embd), H heads, D = C / H, V vocabulary (n_vocab), L blocks (n_layer).
 Where the paper's text and the released code differ (norm, initialisation), the code is followed: its weights are
 what has to load here. Names of parameters are those of the released checkpoints.
 """
@@ -261,7 +261,7 @@ class GPT(nn.Module):
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of every palette colour: (…, C) → (…, V)."""
+        """Scores of every token: (…, C) → (…, V)."""
         return F.linear(hidden, self.wtet)
 
     def forward(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
