@@ -29,7 +29,7 @@ def ours(net: GPT, batch: int, way: str, *, greedy: bool = False) -> Callable[[]
     keys = keyed.item_keys(keyed.key(0, "sample"), torch.arange(batch))
     uniforms = keyed.uniform(keys, net.n_ctx).to(net.wte.device)
     sampling = Sampling(1.0, 1 if greedy else None, None)
-    return lambda: generate(net, uniforms, sampling, way=way)
+    return lambda: generate(net, uniforms, sampling, backend=way)
 
 
 def theirs(net: Any, size: str, batch: int, *, greedy: bool = False) -> Callable[[], Tensor]:

@@ -153,9 +153,9 @@ def test_sampling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert "greedy tokens of all rows are the same" in capsys.readouterr().out
     generate = sampling.generate
 
-    def wrong(net: Any, *given: Any, way: str) -> torch.Tensor:
-        tokens = generate(net, *given, way=way)
-        return tokens if way != "layers" else torch.cat([tokens[:, :-1], (tokens[:, -1:] + 1) % net.n_vocab], 1)
+    def wrong(net: Any, *given: Any, backend: str) -> torch.Tensor:
+        tokens = generate(net, *given, backend=backend)
+        return tokens if backend != "layers" else torch.cat([tokens[:, :-1], (tokens[:, -1:] + 1) % net.n_vocab], 1)
 
     monkeypatch.setattr(sampling, "generate", wrong)
     with pytest.raises(SystemExit, match="greedy tokens of layers and of Hugging Face differ: no figures"):

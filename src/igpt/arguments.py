@@ -17,8 +17,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from igpt.renamed import RENAMED
+
 AUTO = "resume=auto"
-RENAMED = {"task.gen": "task.loss_weights.gen", "task.clf": "task.loss_weights.clf"}
 
 
 def prepare(arguments: list[str], conf: Path) -> list[str]:

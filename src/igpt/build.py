@@ -60,6 +60,8 @@ class Build:
                 else "of a finished pretraining run"
             )
             raise ValueError(f"task={self.task} needs trained weights: init=PATH ({what})")
+        if "tokens" in needs and choices.get("tokens") != CHECKPOINT:
+            self.tokenizer_settings.sizes(cfg.data.resolution)  # refuses settings before a folder is made
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def test_a_run_as_the_papers_differs_in_nothing(tmp_path: Path) -> None:
         ({"data.path": "/copies/cifar"}, {}, "images from a copy, cifar"),
         ({"n": 500}, {}, "on 500 images (paper: 10,000)"),
         ({"key": "val/accuracy"}, {}, "measured on val, not test"),
-        ({}, {"data.n_colour": 128}, "128 colours (paper: 512)"),
+        ({}, {"data.n_colour": 128}, "128 tokens (paper: 512 colours)"),
         ({}, {"kind": "patches"}, "tokens are patches (paper: colours)"),
         ({}, {"model.positions": "rope"}, "positions rope (paper: learned)"),
         (
@@ -135,6 +135,12 @@ def test_a_record_without_its_length_is_not_known(tmp_path: Path) -> None:
     large(tmp_path, **{"task.steps": None})
     (row,) = [row for row in rows([read_run(probe(tmp_path))]) if row.runs]
     assert row.differs == ["not known: how long its weights were trained (pretrain-l does not say)"]
+
+
+def test_settings_of_older_runs_are_read_by_their_names_of_now(tmp_path: Path) -> None:
+    settings = read_run(made(tmp_path / "tuned", loss(1.0), task__gen=0.0, task__clf=1.0)).settings
+    assert (settings["task.loss_weights.gen"], settings["task.loss_weights.clf"]) == (0.0, 1.0)
+    assert "task.gen" not in settings
 
 
 def test_a_small_network_of_a_large_name_is_small(tmp_path: Path) -> None:

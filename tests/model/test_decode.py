@@ -77,7 +77,7 @@ def test_the_same_images(net: GPT, way: str) -> None:
         prompts: list[dict[str, torch.Tensor]] = [{}, {"given": given, "known": known}]
         for prompt in prompts:
             slow = generate(net, uniforms, sampling, cached=False, **prompt)
-            assert torch.equal(generate(net, uniforms, sampling, way=way, **prompt), slow)
+            assert torch.equal(generate(net, uniforms, sampling, backend=way, **prompt), slow)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -186,6 +186,38 @@ def test_a_way_that_computes_another_network_is_not_used(
         for i in range(net.n_ctx - 1):
             torch.testing.assert_close(step(tokens[:, i : i + 1]), whole[:, i + 1], rtol=0, atol=1e-5)
     assert "is not used, tokens are drawn more slowly: its logits differ from the network's" in caplog.text
+
+
+@pytest.mark.parametrize("backend", ["auto", "layers", "columns"])
+def test_a_step_that_is_not_the_forward_pass_draws_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an edit of the pass over whole images that forgot the step of one token, there is no way left to draw."""
+
+    class Windowed(Attention):
+        def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
+            return super().forward(x, cache, layer) * (1.0 if cache is not None and x.shape[1] == 1 else 1.05)
+
+    monkeypatch.setattr(gpt, "Attention", Windowed)
+    net = small_net()
+    for _ in range(2):
+        cache = net.new_cache(2)
+        net.step(torch.zeros(2, 0, dtype=torch.int64), cache)
+        with pytest.raises(ValueError, match=r"the network's step of one token \(GPT.step\) is not its forward pass"):
+            decode.make_decode_step(net, cache, backend)
+
+
+def test_a_way_that_gives_nan_is_not_used(
+    net: GPT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(net: GPT, cache: Cache) -> decode.Step:
+        return lambda tokens: net.step(tokens, cache) * torch.nan
+
+    monkeypatch.setitem(decode.BACKENDS, "columns", decode.DecodeBackend(broken, decode.BACKENDS["columns"].knows))
+    assert not decode.verified(net, "columns")
+    assert "decoding=columns is not used" in caplog.text
+    cache = net.new_cache(1)
+    net.step(torch.zeros(1, 0, dtype=torch.int64), cache)
+    step = decode.make_decode_step(net, cache, "columns")
+    assert step(torch.zeros(1, 1, dtype=torch.int64)).isfinite().all()
 
 
 def test_a_way_is_looked_at_once(net: GPT, monkeypatch: pytest.MonkeyPatch) -> None:

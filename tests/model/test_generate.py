@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from igpt import keyed
+from igpt.model import decode
 from igpt.model.generate import Sampling, generate, generate_stream
 from igpt.model.gpt import GPT
 from tests.conftest import small_net
@@ -62,10 +63,11 @@ def test_equal_prompts_are_read_once(net: GPT, tokens: Tensor, monkeypatch: pyte
     known, given = torch.arange(16) < 6, tokens[[2, 0, 2, 2, 0]]
     pairs = zip(uniforms(5).split(1), given.split(1), strict=True)
     alone = [generate(net, u, PLAIN, given=g, known=known) for u, g in pairs]
+    assert decode.verified(net, "layers")  # which is looked at once
     read: list[tuple[int, ...]] = []
     step = net.step
     monkeypatch.setattr(net, "step", lambda new, cache: read.append(tuple(new.shape)) or step(new, cache))
-    drawn = generate(net, uniforms(5), PLAIN, given=given, known=known, way="layers")
+    drawn = generate(net, uniforms(5), PLAIN, given=given, known=known, backend="layers")
     assert torch.equal(drawn, torch.cat(alone))
     assert read == [(2, 6), *[(5, 1)] * 9]
     assert len({tuple(row) for row in torch.cat(alone).tolist()}) == 5

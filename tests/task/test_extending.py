@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from igpt.checkpoint import huggingface
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import save_model
 from igpt.hub import ImageGPT
-from igpt.model import decode, positions
+from igpt.model import decode, native_attention, positions
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
@@ -28,7 +28,7 @@ from igpt.tokens.pixel_order import PixelOrder
 from tests.checkpoint.test_native import metadata_of
 from tests.conftest import ROOT, perturbed
 from tests.data.conftest import photo
-from tests.task.conftest import SIZES, Lab
+from tests.task.conftest import SIZES, Lab, machine
 from tests.test_conf import built
 
 
@@ -95,11 +95,50 @@ def test_a_positional_encoding(tmp_path: Path, lab: Lab, monkeypatch: pytest.Mon
     for way in ("native", "columns", "graphs"):
         with pytest.raises(ValueError, match=f"trainer.decoding={way} does not compute positions=rope: choose auto"):
             decode.make_decode_step(net, net.new_cache(2), way)
+    with pytest.raises(ValueError, match=r"trainer.attention=native does not compute positions=rope: choose auto"):
+        machine(attention="native").prepare(net)
     uniforms = keyed.uniform(torch.arange(2), net.n_ctx)
     sampling = Sampling(1.0, None, None)
     assert torch.equal(generate(net, uniforms, sampling), generate(net, uniforms, sampling, cached=False))
     with pytest.raises(ValueError, match=r"has positions=rope, which Hugging Face's ImageGPT does not know"):
         huggingface.check_exportable(weights)
+
+
+def test_a_table_that_no_file_holds_is_computed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Round trip: sines as a buffer that is not saved are the same in a network that is loaded."""
+
+    class Sines(positions.Positions):
+        def __init__(self, config: GPTConfig) -> None:
+            super().__init__(config)
+            angles = torch.arange(config.n_ctx)[:, None] / 10 ** torch.arange(config.n_embd)
+            self.register_buffer("table", angles.sin(), persistent=False)
+
+        def add(self, content: Tensor, start: int) -> Tensor:
+            return content + self.get_buffer("table")[start : start + content.shape[1]]
+
+    monkeypatch.setitem(positions.POSITIONS, "sines", Sines)
+    net = perturbed(GPT(GPTConfig(**SIZES, positions="sines")))
+    assert not net.blocks[0].attn.not_in_c  # nothing is turned
+    save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
+    loaded = find(str(tmp_path)).net()
+    tokens = torch.randint(net.n_vocab, (2, net.n_ctx), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens), net(tokens))
+
+
+def test_attention_in_c_leaves_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that this project gets one day: attention in C is not used where it is not the paper's."""
+
+    @dataclass(frozen=True)
+    class Config(GPTConfig):
+        window: int | None = None
+
+    assert not GPT(Config(**SIZES)).blocks[0].attn.not_in_c
+    net = perturbed(GPT(Config(**SIZES, window=4)))
+    assert net.blocks[0].attn.not_in_c == "window=4"
+    monkeypatch.setattr(native_attention, "attend", None)
+    with torch.no_grad():
+        assert net(torch.zeros(1, net.n_ctx, dtype=torch.int64)).isfinite().all()
 
 
 def go_back(run: Path, to: Path, *, step: int) -> Path:
@@ -157,6 +196,8 @@ def test_a_tokenizer(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) 
     completed = model.complete(pixels.numpy(), rows=4)
     assert np.array_equal(completed[:, :4], tokenizer.decode(tokenizer.encode(pixels))[:, :4])
     assert model.sample(2).shape == (2, 8, 8, 3)
+    with pytest.raises(ValueError, match=r"reads .*, Hugging Face's ImageGPT a palette of colours only"):
+        huggingface.check_exportable(weights)
     with pytest.raises(ValueError, match="of the kind 'luma', known are palette, patches"):
         registry.TOKENIZERS.pop("luma")
         find(str(tmp_path / "run"))

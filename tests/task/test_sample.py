@@ -152,7 +152,7 @@ def test_samples_at_lower_precision(tmp_path: Path, palette: Palette, precision:
     )
     uniforms = keyed.uniform(keyed.item_keys(keyed.key(0, "sample"), torch.arange(30)), 64)
     with narrowed(weights, precision) as net:
-        expected = generate(net, uniforms, Sampling(**WHOLE), way="layers")
+        expected = generate(net, uniforms, Sampling(**WHOLE), backend="layers")
     assert np.array_equal(drawn, expected)
     assert not np.array_equal(drawn, exact)
     assert (drawn[:, :3] == exact[:, :3]).mean() > 0.9

@@ -57,6 +57,15 @@ def test_a_tie_goes_to_the_lowest_index() -> None:
     assert twins.encode(grey).flatten().tolist() == [1, 1, 1]
 
 
+def test_many_ties_at_once() -> None:
+    """By hand: the first and the third centre are the same, and the nearest of half the patches."""
+    ends = np.stack([np.full(12, 0.2, np.float32), np.full(12, -0.2, np.float32), np.full(12, 0.2, np.float32)])
+    tied = PatchTokenizer(np.concatenate([ends, np.ones((1, 12), np.float32)]), 2, PixelOrder.of(4, "raster"))
+    pixels = torch.full((64, 8, 8, 3), 255, dtype=torch.uint8)
+    pixels[:, :, :4] = 153  # 0.2 in [-1, 1]: the first and the third centre
+    assert tied.encode(pixels).view(64, 4, 4).unique(dim=0).tolist() == [[[0, 0, 3, 3]] * 4]
+
+
 def test_there_and_back(tokenizer: PatchTokenizer) -> None:
     """Round trip: images made of the patches themselves, and the description of the tokenizer."""
     tokens = torch.randint(24, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -120,6 +129,15 @@ def test_it_is_fitted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         PatchSettings(**{**SETTINGS, "patch": 3}).sizes(8)
     with pytest.raises(ValueError, match=r"tokens\.k must lie in 2 … 4096, got 1"):
         PatchSettings(**{**SETTINGS, "k": 1}).sizes(8)
+    for name in ("n_patches", "iterations"):
+        with pytest.raises(ValueError, match=rf"tokens\.{name} must be at least 1, got 0"):
+            PatchSettings(**{**SETTINGS, name: 0}).sizes(8)
+
+
+def test_settings_are_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokens\.iterations must be at least 1, got 0"):
+        run(tmp_path, *TRAIN, "tokens.iterations=0")
+    assert not list(tmp_path.glob("*"))
 
 
 TRAIN = ("task=pretrain", "tokens=patches", "tokens.k=24", "tokens.iterations=5", "model.n_layer=2", "model.n_embd=16",
@@ -157,12 +175,15 @@ def test_the_weights_carry_their_tokenizer(trained: tuple[Result, Path]) -> None
         ("task=probe", "task.strengths=[1.0]", "task.untrained=false", "task.pixels=false", "task.test=false"),
     ],
 )
-def test_every_task_reads_them(trained: tuple[Result, Path], overrides: tuple[str, ...]) -> None:
+def test_every_task_reads_them(
+    trained: tuple[Result, Path], overrides: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
     """What is given of an image is shown, the rest is drawn; losses and baselines are of the same tokens."""
     _, folder = trained
     result, _ = run(folder.parents[1], *overrides, f"init={folder}", "trainer=cpu", "logger=none")
     if overrides[0] == "task=complete":
         grid = result.grids["completions"].images  # (2, 4, 8, 8, 3)
+        assert "4 of the 5 rows are given: a token shows several rows at once" in caplog.text
         assert (grid[:, 1, 4:] == 127).all()  # of five rows of pixels, two rows of patches are known
         assert np.array_equal(grid[:, 2, :4], grid[:, 0, :4])
     if overrides[0] == "task=evaluate":

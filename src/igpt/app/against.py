@@ -184,7 +184,7 @@ def _network(of: Published, run: Run) -> list[str]:
     elif theirs.n_head not in (None, sizes.get("n_head")):
         said.append(f"{sizes.get('n_head')} heads (paper: {theirs.n_head})")
     if sizes.get("n_vocab", N_COLOUR) != N_COLOUR:
-        said.append(f"{sizes['n_vocab']} colours (paper: {N_COLOUR})")
+        said.append(f"{sizes['n_vocab']} tokens (paper: {N_COLOUR} colours)")
     if run.start.origin.get("order") == "other" or run.settings.get("tokens.order") not in (None, "raster"):
         said.append("pixels in another order")
     target = str(run.settings.get("tokens._target_") or "palette_tokenizer.")

@@ -98,9 +98,10 @@ class Page:
 
     def given(self, chosen: Chosen, rows: float) -> str:
         """The image as the network is shown it, and what of it is given."""
+        there = self.bench.given_rows(round(rows))
         shown = [
             tile(self.bench.quantised(chosen), chosen.name, self.labelled("as its tokens show it", chosen.label)),
-            tile(self.bench.given(chosen, round(rows)), "given", f"{rows:g} of {self.bench.side} rows"),
+            tile(self.bench.given(chosen, round(rows)), "given", f"{there} of {self.bench.side} rows"),
         ]
         return tiles(shown, "the image")
 

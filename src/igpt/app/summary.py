@@ -93,7 +93,7 @@ def summary_of(runs: Sequence[Run], metric: str, left_out: dict[Path, str] | Non
 
 
 def _tokenizer_of(run: Run) -> str:
-    """The hash of a run's tokenizer; older results say that of their palette, which is the same."""
+    """The hash of a run's tokenizer; older results say that of their palette, which is the same in raster order."""
     found = run.result.provenance
     return str(found.get("tokenizer", found.get("palette")))
 

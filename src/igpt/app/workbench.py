@@ -20,6 +20,7 @@ from igpt.model.gpt import GPT
 from igpt.task.complete import HIDDEN, prompt_rows
 from igpt.task.machine import Machine
 from igpt.tokens.datamodule import TokenDataModule
+from igpt.tokens.tokenizer import whole_rows
 
 MEBIBYTE = 2**20
 
@@ -141,6 +142,10 @@ class Workbench:
         known = self.data.tokenizer.known_tokens(prompt_rows(0, rows, self.side))
         shown: np.ndarray = self._shown(self._tokens(chosen), known)[0]
         return shown
+
+    def given_rows(self, rows: int) -> int:
+        """How many of so many rows are given: fewer where a token shows several."""
+        return whole_rows(self.data.tokenizer, prompt_rows(0, rows, self.side))
 
     def complete(
         self,

@@ -262,7 +262,7 @@ def check_exportable(weights: Weights) -> Palette:
     if beyond := metadata.network.choices_beyond(SIZES):
         said = ", ".join(f"{name}={value}" for name, value in beyond.items())
         raise ValueError(f"{weights.path} has {said}, which Hugging Face's ImageGPT does not know: {own}")
-    if not isinstance(tokenizer, PaletteTokenizer):
+    if not isinstance(tokenizer, PaletteTokenizer) or tokenizer.kind != PaletteTokenizer.kind:
         raise ValueError(
             f"{weights.path} reads {tokenizer.describe()}, Hugging Face's ImageGPT a palette of colours only: {own}"
         )

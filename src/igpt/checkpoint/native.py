@@ -117,7 +117,8 @@ class Weights:
 
     def net(self) -> GPT:
         """The network these weights are of, loaded, on the CPU, in float32."""
-        net = meta_model(self.metadata.network).to_empty(device="cpu")
+        net = meta_model(self.metadata.network)
+        net.allocate("cpu")
         self.load_into(net)
         return net
 

@@ -62,8 +62,10 @@ def make_decode_step(net: GPT, cache: Cache, backend: str = "auto") -> Step:
         if asked != "auto":
             raise ValueError(f"trainer.decoding={name} does not compute {lacking}: choose auto")
         name = "layers"
-    if not verified(net, name):
+    if name != "layers" and not verified(net, name):
         name = "layers"
+    if name == "layers":
+        verified(net, name)
     return BACKENDS[name].make(net, cache)
 
 
@@ -72,9 +74,13 @@ def verified(net: GPT, name: str) -> bool:
     """Whether a way of decoding gives the logits of the network itself: looked at once for each network and precision.
 
     One image of drawn tokens goes through the network whole; the way then computes the logits of three positions, in
-    the first, a middle and the last row, after caches that the network's own step has filled.
+    the first, a middle and the last row, after caches that the network's own step has filled. A network whose weights
+    lie in parts is not looked at.
+
+    Raises:
+        ValueError: it is the network's own step that differs, in float32, so that nothing is left to draw by.
     """
-    if name == "layers":
+    if not dispatch.is_whole(net.blocks[0].mlp.c_fc.weight):
         return True
     device = net.wte.device
     mixed = torch.is_autocast_enabled(device.type)
@@ -87,10 +93,10 @@ def verified(net: GPT, name: str) -> bool:
     with torch.compiler.set_stance("force_eager"):
         expected = net(tokens)[0].float()  # (T, V)
         largest = float(expected.abs().max())
-        if not largest:  # a head that was not trained says nothing of what is below it: it is looked at later
+        if not 0 < largest < math.inf:  # a head that was not trained says nothing of what is below: looked at later
             return True
         row = max(1, math.isqrt(t))
-        off = 0.0
+        differences = []
         for position in sorted({min(row // 2 + 1, t - 1), min(t // 2 + row // 2, t - 1), t - 1} - {0}):
             cache = net.new_cache(1)
             net.step(tokens[:, : position - 1], cache)
@@ -98,16 +104,22 @@ def verified(net: GPT, name: str) -> bool:
                 logits = BACKENDS[name].make(net, cache)(tokens[:, position - 1 : position])[0].float()
             except RuntimeError as error:
                 log.warning("decoding=%s is not used, tokens are drawn more slowly: %s", name, error)
-                off = math.inf
-                break
-            off = max(off, float((logits - expected[position]).abs().max()) / largest)
+                known[name, dtype] = False
+                return False
+            differences.append((logits - expected[position]).abs().max() / largest)
+    off = float(torch.stack(differences).max()) if differences else 0.0  # NaN where there is any
     known[name, dtype] = off < TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
-    if not known[name, dtype] and off < math.inf:
-        log.warning(
-            "decoding=%s is not used, tokens are drawn more slowly: its logits differ from the network's by %.1f %% of "
-            "the largest, so it computes another network", name, 100 * off,
-        )  # fmt: skip
-    return known[name, dtype]
+    if known[name, dtype]:
+        return True
+    said = f"its logits differ from the network's by {100 * off:.1f} % of the largest, so it computes another network"
+    if name != "layers":
+        log.warning("decoding=%s is not used, tokens are drawn more slowly: %s", name, said)
+    elif dtype == torch.float32:
+        del known[name, dtype]
+        raise ValueError(f"the network's step of one token (GPT.step) is not its forward pass: {said}")
+    else:
+        log.warning("decoding=layers, the network's step of one token (GPT.step): %s, or rounds much", said)
+    return False
 
 
 def make_layers_step(net: GPT, cache: Cache) -> Step:

@@ -16,7 +16,7 @@ from igpt.model import cpu, native
 
 ATTENTION = ("auto", "native", "sdpa", "blocks", "bmm")  # trainer.attention
 PRODUCTS = ("auto", "highest", "high", "medium")  # trainer.matmul_precision
-DECODING = ("native", "columns", "graphs", "layers")  # generate(way=)
+DECODING = ("native", "columns", "graphs", "layers")  # trainer.decoding, generate(backend=)
 
 X86 = ("x86_64", "AMD64")
 SHORT = 128  # positions: one block
@@ -95,7 +95,7 @@ def pays_to_compile(device: torch.device, *, n_embd: int, flops: float, half: bo
 
 def decode_backend(weight: Tensor, *, n_embd: int, n_head: int) -> str:
     """How a network with such a weight draws tokens: `native` (C) or `columns` on a CPU, `graphs`, `layers`."""
-    if not _whole(weight):
+    if not is_whole(weight):
         return "layers"
     if weight.device.type == "cuda":
         return "graphs"
@@ -107,9 +107,10 @@ def decode_backend(weight: Tensor, *, n_embd: int, n_head: int) -> str:
 
 def suits_native(weight: Tensor, *, n_embd: int, n_head: int) -> bool:
     """Whether `decode.c` can read these weights where they lie."""
-    readable = _whole(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32
+    readable = is_whole(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32
     return readable and n_embd // n_head % native.VECTOR == 0
 
 
-def _whole(weight: Tensor) -> bool:
+def is_whole(weight: Tensor) -> bool:
+    """Whether a weight lies in one piece: neither FSDP nor DeepSpeed has shared it out."""
     return not isinstance(weight, DTensor) and not hasattr(weight, "ds_shape")

@@ -60,7 +60,7 @@ def generate(
     given: Tensor | None = None,
     known: Tensor | None = None,
     cached: bool = True,
-    way: str = "auto",
+    backend: str = "auto",
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Images drawn from the network: uniforms (B, T) in [0, 1) → tokens (B, T) int64.
@@ -68,13 +68,13 @@ def generate(
     Where `known` (T,) is True the token of `given` (B, T) is taken instead of a drawn one. In raster order that is
     a prompt and what follows is conditioned on it; in another order a known token conditions only what comes later
     in that order. Row i depends on row i of its arguments alone. `on_token` hears which position was drawn.
-    `way`: how one more token is computed (`dispatch.DECODING`); auto: as `net.decoding` says, by itself the fastest.
+    `backend`: how one more token is computed (`dispatch.DECODING`); auto: as `net.decoding` says, or the fastest.
     `cached=False` runs a whole forward pass for every token, as OpenAI's sampler does: slow, for tests.
 
     Raises:
         ValueError: a network that is not causal, or arguments whose shapes do not fit.
     """
-    steps = generate_stream(net, uniforms, sampling, given=given, known=known, cached=cached, way=way)
+    steps = generate_stream(net, uniforms, sampling, given=given, known=known, cached=cached, backend=backend)
     tokens, _ = next(steps)
     for _, settled in steps:
         if on_token is not None:
@@ -91,7 +91,7 @@ def generate_stream(
     given: Tensor | None = None,
     known: Tensor | None = None,
     cached: bool = True,
-    way: str = "auto",
+    backend: str = "auto",
 ) -> Iterator[tuple[Tensor, int]]:
     """The same images while they grow: before the first token is drawn, and after each.
 
@@ -121,7 +121,7 @@ def generate_stream(
                 logits = net(tokens)[:, i]  # (B, V)
             elif step is None:
                 logits, cache = prefill(net, tokens[:, :i])
-                step = decode.make_decode_step(net, cache, way)
+                step = decode.make_decode_step(net, cache, backend)
             else:
                 logits = step(tokens[:, i - 1 : i])
         if not shown[i]:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from igpt import keyed
+from igpt.model import native_attention
 from igpt.model.attention import attend, heads, self_attention
 from igpt.model.config import GPTConfig
 from igpt.model.parts import put, whole_shape
@@ -54,6 +55,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.causal, self.backend = config.n_head, config.causal, "auto"
         self.rotate = rotate  # queries and keys, by their positions; None: they stay as they are
+        self.not_in_c = native_attention.unsupported(config, rotates=rotate is not None)
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k, v; in each, heads are blocks of D rows
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
@@ -61,7 +63,7 @@ class Attention(nn.Module):
         qkv = self.c_attn(x)  # (B, T, 3C)
         if cache is not None and x.shape[1] == 1:
             out = self._decode_step(qkv, cache, layer)
-        elif self.rotate is None:
+        elif not self.not_in_c:
             if cache is not None:
                 self._update_kv_cache(qkv, cache, layer)
             out = self_attention(qkv, self.n_head, causal=self.causal, backend=self.backend)
@@ -194,6 +196,14 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, rotate) for _ in range(self.n_layer))
         self.ln_f = Norm(self.n_embd)
         self.wtet = nn.Parameter(torch.full((self.n_vocab, self.n_embd), math.nan))  # output head, not tied to wte
+
+    def allocate(self, device: torch.device | str) -> None:
+        """Memory for every weight of a network that was made on the meta device; tables that no file holds are full."""
+        self.to_empty(device=device)
+        if self.positions is not None:
+            made = type(self.positions)(self.config)
+            for table, computed in zip(self.positions.buffers(), made.buffers(), strict=True):
+                table.copy_(computed)
 
     @property
     def blocks(self) -> list[Block]:

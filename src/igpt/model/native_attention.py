@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 from igpt.model import dispatch, native
+from igpt.model.config import SIZES, GPTConfig
+
+KNOWS = (*SIZES, "positions")  # settings of which it computes every value; rotated queries and keys aside
+
+
+def unsupported(config: GPTConfig, *, rotates: bool) -> str:
+    """The settings of a network whose attention it does not compute, `positions=rope`; empty where it does."""
+    beyond = config.choices_beyond(KNOWS) | ({"positions": config.positions} if rotates else {})
+    return ", ".join(f"{name}={value}" for name, value in beyond.items())
 
 
 @torch.library.custom_op("igpt::attend", mutates_args=(), device_types="cpu")

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 class Positions(nn.Module):
     """Where a token is, without a table: this one does not tell. Subclasses add to embeddings, turn queries and keys.
 
-    Weights of it are drawn with standard deviation 0.02, as the other embeddings are.
+    Weights of it are drawn with standard deviation 0.02, as the other embeddings are. Buffers, tables of sines say, are
+    computed in `__init__`, and nowhere else: a network that is loaded computes them so.
     """
 
     def __init__(self, config: "GPTConfig") -> None:

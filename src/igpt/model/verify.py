@@ -5,7 +5,6 @@ import logging
 import torch
 
 from igpt.model import dispatch
-from igpt.model.attention import self_attention
 from igpt.model.gpt import GPT
 
 log = logging.getLogger(__name__)
@@ -25,18 +24,19 @@ def verify_attention(net: GPT) -> None:
     asked = block.attn.backend
     if asked == "auto" and device.type == "cpu":
         asked = dispatch.attention_backend(device, dtype, t=net.n_ctx, causal=net.causal)
-    if asked != "native" or device.type != "cpu" or block.attn.rotate is not None:
+    if asked != "native" or device.type != "cpu" or block.attn.not_in_c:
         return
     tokens = torch.randint(net.n_vocab, (1, net.n_ctx), generator=torch.Generator().manual_seed(0))
     with torch.compiler.set_stance("force_eager"):
-        qkv = block.attn.c_attn(block.ln_1(net.embed(tokens)))  # (1, T, 3C)
-        outputs = [
-            self_attention(qkv, net.n_head, causal=net.causal, backend=backend).float()
-            for backend in ("native", "sdpa")
-        ]
+        x, was = block.ln_1(net.embed(tokens)), block.attn.backend  # (1, T, C)
+        outputs = []
+        for backend in ("native", "sdpa"):
+            block.attn.backend = backend
+            outputs.append(block.attn(x).float())
+        block.attn.backend = was
     largest = float(outputs[1].abs().max())
     off = float((outputs[0] - outputs[1]).abs().max())
-    if off <= TOLERANCE.get(qkv.dtype, TOLERANCE[torch.bfloat16]) * largest:
+    if off <= TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) * largest:
         return
     log.warning(
         "attention in C is not used, which is slower: its outputs differ from PyTorch's by %.1f %% of the largest",

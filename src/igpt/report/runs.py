@@ -12,6 +12,7 @@ from typing import Any
 
 from igpt import files
 from igpt.metric.result import Number, Result
+from igpt.renamed import RENAMED
 from igpt.report.folder import RunFolder, result_of
 
 COMPARE = "compare"  # the task whose own results are never compared
@@ -42,8 +43,8 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The config, flat: `task.steps`."""
-        return flat(self.config)
+        """The config, flat: `task.steps`; settings of older runs under the names that they have now."""
+        return {RENAMED.get(key, key): value for key, value in flat(self.config).items()}
 
     @cached_property
     def start(self) -> "Start":

@@ -1,5 +1,6 @@
 """Completions: the top of real images is given, the model continues it, several times."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ from igpt.task.fit import Runner
 from igpt.task.sample import check as check_sampling
 from igpt.task.sample import draw
 from igpt.tokens.datamodule import TokenDataModule
+from igpt.tokens.tokenizer import token_dtype, whole_rows
+
+log = logging.getLogger(__name__)
 
 HIDDEN = 127  # grey of the part that was not given
 
@@ -75,6 +79,8 @@ def run(
     which = torch.arange(completions).repeat(count)
     keys = keyed.item_keys(keyed.item_keys(keyed.key(seed, "complete"), image), which)
     known = data.tokenizer.known_tokens(n_row)  # (T,)
+    if (whole := whole_rows(data.tokenizer, n_row)) < n_row:
+        log.warning("%d of the %d rows are given: a token shows several rows at once", whole, n_row)
     given = originals.repeat_interleave(completions, 0)  # (N·M, T)
     with runner.machine.inference(weights.net()) as net:
         drawn = draw(net, sampling, keys=keys, batch_size=batch_size, given=given, known=known)
@@ -91,7 +97,7 @@ def run(
     return Result(
         numbers=numbers,
         grids={"completions": Grid(grid, titles)},
-        arrays={"completions": drawn.numpy().astype(np.int16)},
+        arrays={"completions": drawn.to(token_dtype(data.tokenizer.n_vocab)).numpy()},
         provenance={
             "weights": weights.sha256,
             "tokenizer": data.tokenizer.hash,

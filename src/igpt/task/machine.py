@@ -148,6 +148,8 @@ class Machine:
             gains = dispatch.pays_to_compile(self.device, n_embd=net.n_embd, flops=flops, half=half)
             compiled = gains and not self.zero_stage
         net.checkpointing, net.decoding = self.activation_checkpointing, self.decoding
+        if self.attention == "native" and (lacking := net.blocks[0].attn.not_in_c):
+            raise ValueError(f"trainer.attention=native does not compute {lacking}: choose auto")
         for block in net.blocks:
             block.attn.backend = self.attention
             if compiled:
@@ -233,7 +235,7 @@ class Machine:
         fully_shard(net, mesh=mesh["data_parallel"])
         for method in ("trunk", "step", "logits"):
             register_fsdp_forward_method(net, method)
-        net.to_empty(device=self.device)
+        net.allocate(self.device)
         fill(net)
         return net
 

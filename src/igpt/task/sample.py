@@ -5,7 +5,6 @@ import time
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -16,6 +15,7 @@ from igpt.metric.result import Grid, Number, Result
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.task.fit import Runner
+from igpt.tokens.tokenizer import token_dtype
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,6 @@ def run(
     return Result(
         numbers={"sample/pixels_per_s": Number(count * tokenizer.side**2 / seconds, "pixels/s", count)},
         grids={"samples": Grid.square(tokenizer.decode(tokens))},
-        arrays={"samples": tokens.numpy().astype(np.int16)},
+        arrays={"samples": tokens.to(token_dtype(tokenizer.n_vocab)).numpy()},
         provenance={"weights": weights.sha256, "tokenizer": tokenizer.hash, "sampling": vars(sampling), "seed": seed},
     )

@@ -29,7 +29,7 @@ from igpt.tokens.batches import (
 )
 from igpt.tokens.openai_npy import OpenAITokens
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
-from igpt.tokens.tokenizer import Tokenizer
+from igpt.tokens.tokenizer import Tokenizer, token_dtype
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,9 @@ class TokenDataModule(L.LightningDataModule):
         cache: Path | None = None,
     ) -> None:
         super().__init__()
-        own = tokenizer.palette if isinstance(tokenizer, PaletteTokenizer) else None
+        own = None  # its colours, where a token is the nearest of them and nothing else
+        if isinstance(tokenizer, PaletteTokenizer) and tokenizer.kind == PaletteTokenizer.kind:
+            own = tokenizer.palette
         if isinstance(source, OpenAITokens) and (own is None or source.palette.hash != own.hash):
             raise ValueError(
                 f"data={source.name}: its tokens were made with palette {source.palette.hash}, this run's are "
@@ -173,7 +175,7 @@ class TokenDataModule(L.LightningDataModule):
         return self._encoder(pixels)
 
     def some_tokens(self, name: str, *, at_most: int | None = None) -> Tensor:
-        """A split as tokens on the CPU, in order: (N, T) int16; no more than `at_most` images, drawn by the seed."""
+        """A split as tokens on the CPU, in order: (N, T) of `token_dtype`; at most so many images, drawn by seed."""
         return self.tokens_of(name, self.some_rows(name, at_most=at_most))
 
     def some_rows(self, name: str, *, at_most: int | None = None) -> np.ndarray:
@@ -184,13 +186,14 @@ class TokenDataModule(L.LightningDataModule):
         return np.sort(keyed.generator(self.seed, "some", at_most).permutation(n)[:at_most])
 
     def tokens_of(self, name: str, rows: np.ndarray) -> Tensor:
-        """Some images of a split as tokens on the CPU, (N, T) int16."""
+        """Some images of a split as tokens on the CPU, (N, T) of `token_dtype`."""
         split = self.source.split(name)
         split.prepare()
-        tokens = torch.empty(len(rows), self.tokenizer.grid.n_ctx, dtype=torch.int16)
+        dtype = token_dtype(self.tokenizer.n_vocab)
+        tokens = torch.empty(len(rows), self.tokenizer.grid.n_ctx, dtype=dtype)
         start = 0
         for pixels in in_chunks(partial(plain_pixels, split), rows, f"reading {name}"):
-            tokens[start : start + len(pixels)] = self.encode(torch.from_numpy(pixels)).to(torch.int16)
+            tokens[start : start + len(pixels)] = self.encode(torch.from_numpy(pixels)).to(dtype)
             start += len(pixels)
         return tokens
 

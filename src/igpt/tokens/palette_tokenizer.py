@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from igpt.data.source import Source
@@ -67,7 +66,7 @@ class PaletteTokenizer:
 
     def known_tokens(self, rows: int) -> Tensor:
         check_rows(rows, self.side)
-        return torch.as_tensor(np.asarray(self.order.permutation) < rows * self.side)
+        return self.order.known(rows)
 
     def visible_pixels(self, tokens: Tensor) -> Tensor:
         return self.order.unflatten(tokens[None])[0]

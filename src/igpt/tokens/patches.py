@@ -88,8 +88,10 @@ class PatchTokenizer:
             two, index = distances.topk(2, largest=False)
             best = index[:, 0]
             (doubtful,) = (two[:, 1] - two[:, 0] < _DOUBT).nonzero(as_tuple=True)
-            for row in doubtful.tolist():  # products may be rounded otherwise in another batch
-                best[row] = (some[row] - centres).square().sum(1).argmin()
+            step = max(1, _CHUNK // centres.numel())
+            for rows in torch.split(doubtful, step) if len(doubtful) else ():  # products may be rounded otherwise
+                exact = (some[rows, None] - centres).square().sum(2)  # (N, k)
+                best[rows] = (exact == exact.amin(1, keepdim=True)).int().argmax(1)
             nearest.append(best)
         return self.order.flatten(torch.cat(nearest).view(len(pixels), self.order.side, self.order.side))
 
@@ -109,7 +111,7 @@ class PatchTokenizer:
 
     def known_tokens(self, rows: int) -> Tensor:
         check_rows(rows, self.side)
-        return torch.as_tensor(np.asarray(self.order.permutation) < rows // self.patch * self.order.side)
+        return self.order.known(rows // self.patch)
 
     def visible_pixels(self, tokens: Tensor) -> Tensor:
         grid = self.order.unflatten(tokens[None])[0]  # (R/p, R/p)
@@ -165,6 +167,9 @@ class PatchSettings:
             )
         if not 2 <= self.k <= K_MAX:
             raise ValueError(f"tokens.k must lie in 2 … {K_MAX}, got {self.k}")
+        for name in ("n_patches", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"tokens.{name} must be at least 1, got {getattr(self, name)}")
         return (resolution // self.patch) ** 2, self.k
 
     def build(self, source: Source, cache: Path) -> PatchTokenizer:

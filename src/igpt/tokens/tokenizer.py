@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from igpt.data.source import Source
@@ -74,6 +75,16 @@ class Tokenizer(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """All that is needed to make it again, for a JSON file, without its kind."""
         ...
+
+
+def whole_rows(tokenizer: Tokenizer, rows: int) -> int:
+    """How many of the top `rows` rows of pixels their tokens show: fewer where a token shows several rows."""
+    return int(tokenizer.visible_pixels(tokenizer.known_tokens(rows)).all(1).sum())
+
+
+def token_dtype(n_vocab: int) -> torch.dtype:
+    """The integers in which many tokens are kept: int16 up to 2¹⁵ of them, else int32."""
+    return torch.int16 if n_vocab <= 1 << 15 else torch.int32
 
 
 class TokenizerSettings(Protocol):
