@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from igpt.renamed import RENAMED
+from igpt.older_configs import RENAMED
 
 AUTO = "resume=auto"
 

@@ -1,12 +1,15 @@
 """Where a run goes: its folder, fixed before anything starts, by its name or by what it goes on with."""
 
+import glob
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from igpt import files, processes
 from igpt.build import Build
-from igpt.report.folder import RunFolder, changes
+from igpt.older_configs import updated
+from igpt.report.folder import RunFolder, changes, identity
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,8 @@ def open_folder(build: Build) -> RunFolder:
             log.info("resuming with other settings, which do not change what is learned: %s", "; ".join(harmless))
         return folder
     folder = RunFolder(Path(cfg.paths.runs) / name)
+    if cfg.resume == "auto" and not folder.started:
+        folder = next(begun_by_older_release(build, folder), folder)
     if cfg.force:
         repeat = 2
         while folder.started:
@@ -60,3 +65,20 @@ def open_folder(build: Build) -> RunFolder:
             f"or repeat it in a new folder with force=true"
         )
     return folder
+
+
+def begun_by_older_release(build: Build, folder: RunFolder) -> Iterator[RunFolder]:
+    """Unfinished runs beside a run's folder that are the same run, whose name an older release made otherwise."""
+    prefix = folder.path.name.rpartition("-")[0]
+    for path in sorted(folder.path.parent.glob(f"{glob.escape(prefix)}-*")):
+        other = RunFolder(path)
+        if other.finished or not other.started or not any(path.rglob("latest")):
+            continue
+        try:
+            saved = other.read_run()
+            same = identity(updated(saved["config"]), saved["files_sha256"])
+        except (ValueError, KeyError, TypeError, AttributeError):  # what is no record of a run
+            continue
+        if same == identity(build.config, build.files_sha256):
+            log.info("%s was begun by an older release: it goes on", path)
+            yield other

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from igpt import files
 from igpt.metric.result import VERSION, Curve, Number, Result
+from igpt.older_configs import updated
 from igpt.report.figures import bars_figure, curves_figure, grid_picture, matrix_figure, palette_picture
 
 # Settings that say where and whether to run, not what: they do not change a run's identity.
@@ -44,8 +45,9 @@ def changes(saved: dict[str, Any], asked: dict[str, Any]) -> tuple[list[str], li
     """What differs between a run's config and the one it is to go on with: what may not, and what may.
 
     How often to look and to save, and on what machine, decides nothing that is learned, though it may decide a run's
-    name; `resume` and `force` are no settings of a run.
+    name; `resume` and `force` are no settings of a run. One that an older release saved is read as this one means it.
     """
+    saved = updated(saved)
     refused = [line for line in differences(deciding(saved), deciding(asked)) if not line.split(" ")[0].endswith(OFTEN)]
     outside = {"resume": None, "force": None, "init": None}
     every = differences(saved | outside, asked | outside)

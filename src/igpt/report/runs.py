@@ -12,7 +12,7 @@ from typing import Any
 
 from igpt import files
 from igpt.metric.result import Number, Result
-from igpt.renamed import RENAMED
+from igpt.older_configs import updated
 from igpt.report.folder import RunFolder, result_of
 
 COMPARE = "compare"  # the task whose own results are never compared
@@ -44,7 +44,7 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The config, flat: `task.steps`; settings of older runs under the names that they have now."""
-        return {RENAMED.get(key, key): value for key, value in flat(self.config).items()}
+        return flat(updated(self.config))
 
     @cached_property
     def start(self) -> "Start":
