@@ -10,8 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from igpt.arguments import _argument_with_home, absolute, expand_home, parse, prepare, quoted, with_home
+from igpt.arguments import _argument_with_home, absolute, expand_home, parse, prepare, with_home
 from igpt.launch import run
+from igpt.quoting import quote_path
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -44,8 +45,8 @@ def test_every_name_can_be_quoted() -> None:
     for _ in range(250):
         path = "/" + "".join(draw.choice(PIECES) for _ in range(draw.randint(1, 8))).strip("/")
         path = str(Path(path))
-        assert read_back(f"data.path={quoted(path)}") == path
-        (saved,) = absolute([f"tokens.path={quoted(path)}"])
+        assert read_back(f"data.path={quote_path(path)}") == path
+        (saved,) = absolute([f"tokens.path={quote_path(path)}"])
         assert read_back(saved) == path
 
 

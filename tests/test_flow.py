@@ -8,7 +8,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "igpt"
 
 # of use to every stage, use none
-LEAVES = {"cores", "files", "global_state", "keyed", "older_configs", "processes", "ranks", "stopping"}
+LEAVES = {"cores", "files", "global_state", "keyed", "older_configs", "processes", "quoting", "ranks", "stopping"}
 ALLOWED = {
     "data": set(),
     "tokens": {"data"},

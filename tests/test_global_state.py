@@ -132,4 +132,5 @@ def test_a_test_that_leaves_something_changed_fails_and_no_other(tmp_path: Path)
     assert len(reports.failed) == 10
     for test, phase, message in reports.failed:
         assert phase == "teardown"
-        assert re.search(r"\[(.*)\]", test)[1] in message.split("this test left changed: ")[1]  # type: ignore[index]
+        (changed,) = re.findall(r"\[(.*)\]", test)
+        assert changed in message.split("this test left changed: ")[1]

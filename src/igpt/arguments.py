@@ -5,7 +5,6 @@ import glob
 import json
 import os
 import re
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt.older_configs import RENAMED
+from igpt.quoting import format_value, in_quotes, printable, quote_for_shell, quote_path, quote_text
 
 AUTO = "resume=auto"
 
@@ -27,7 +27,7 @@ def prepare(arguments: list[str], conf: Path) -> list[str]:
 
     Raises:
         ValueError: a group, option or key that does not exist, with the nearest that does; a `resume=` that is no run;
-            a path that has to be quoted, with how.
+            a path that has to be quote_path, with how.
     """
     arguments = [_argument_with_home(argument) for argument in arguments]
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
@@ -43,7 +43,7 @@ def prepare(arguments: list[str], conf: Path) -> list[str]:
     paths = check(overrides, [conf, *_beside(arguments)]).paths
     at_home = {key: with_home(paths[key]) for key in paths if with_home(paths[key]) != paths[key]}
     # where a file of settings says so; Hydra makes the folder of a sweep before it asks us
-    return [*arguments, *(f"paths.{key}={_written(path)}" for key, path in at_home.items())]
+    return [*arguments, *(f"paths.{key}={format_value(path)}" for key, path in at_home.items())]
 
 
 def _argument_with_home(argument: str) -> str:
@@ -55,12 +55,12 @@ def _argument_with_home(argument: str) -> str:
         return f"{name}={with_home(value)}"
     if re.fullmatch(r"~[^/,\[\]{}()'\"=\s]*(/[^,\[\]{}()'\"]*)?", value):  # as it is typed, which Hydra would not read
         home = with_home(value)
-        return argument if home == value else f"{name}={_in_quotes(home)}"
+        return argument if home == value else f"{name}={in_quotes(home)}"
     (override,) = parse([argument])
     if override.is_sweep_override():  # each job of it comes by here
         return argument
     home = with_home(override.value())
-    return argument if home == override.value() else f"{name}={_written(home)}"
+    return argument if home == override.value() else f"{name}={format_value(home)}"
 
 
 def with_home(value: Any) -> Any:
@@ -118,7 +118,7 @@ def parse(overrides: list[str]) -> list[Override]:
         reason = str(error).splitlines()[0]
         if not reason.isprintable() or "Lexer" in reason:
             reason = "some character of it has a meaning of its own there"
-        raise ValueError(f"cannot read the arguments: {_printable(text)}: {reason}{_how_to_quote(text)}") from error
+        raise ValueError(f"cannot read the arguments: {printable(text)}: {reason}{_how_to_quote(text)}") from error
 
 
 def check(overrides: list[str], folders: list[Path]) -> DictConfig:
@@ -210,40 +210,26 @@ def _check_paths(overrides: list[str], *, sweeps: bool) -> None:
             continue
         if override.is_sweep_override():
             if override.value_type == ValueType.SIMPLE_CHOICE_SWEEP and not sweeps:
-                raise ValueError(f"{_printable(text)}: this is several values, for a sweep (-m){_how_to_quote(text)}")
+                raise ValueError(f"{printable(text)}: this is several values, for a sweep (-m){_how_to_quote(text)}")
             continue
         value = override.value()
         values = value if isinstance(value, list) and LISTS.fullmatch(key) else [value]
         if not all(each is None or isinstance(each, str) for each in values):
             kind = next(type(each).__name__ for each in values if not isinstance(each, str))
-            raise ValueError(f"{_printable(text)}: a path is expected, this is read as {kind}{_how_to_quote(text)}")
+            raise ValueError(f"{printable(text)}: a path is expected, this is read as {kind}{_how_to_quote(text)}")
 
 
 def _how_to_quote(text: str) -> str:
-    """`; …` with an override whose value is quoted, as it is to be typed in a shell; nothing when there is none."""
+    """`; …` with an override whose value is quote_path, as it is to be typed in a shell; nothing when there is none."""
     key, _, value = text.partition("=")
     if not value or not re.fullmatch(r"[+~]*[\w.@/:-]+", key):
         return ""
     listed = re.fullmatch(r"\[(.*)\]", value, re.DOTALL)
     if listed and LISTS.fullmatch(key.lstrip("+")):
-        override = f"{key}=[{','.join(_quoted(each.strip()) for each in listed[1].split(','))}]"
+        override = f"{key}=[{','.join(quote_text(each.strip()) for each in listed[1].split(','))}]"
     else:
-        override = f"{key}={_quoted(value)}"
-    return f"; where that is the name of something, quote it: {_typed(override)}"
-
-
-def _typed(argument: str) -> str:
-    """An argument as it is typed in a shell, in one line; with a line end in it, as bash and zsh read it."""
-    if argument.isprintable():
-        return shlex.quote(argument)
-    shown = (
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in re.sub(r"([\\'])", r"\\\1", argument)
-    )
-    return f"$'{''.join(shown)}'"
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else repr(text)
+        override = f"{key}={quote_text(value)}"
+    return f"; where that is the name of something, quote it: {quote_for_shell(override)}"
 
 
 def absolute(overrides: list[str]) -> list[str]:
@@ -264,9 +250,9 @@ def absolute(overrides: list[str]) -> list[str]:
             continue
         name = text.partition("=")[0]
         if isinstance(value, list):
-            whole.append(f"{name}=[{','.join(map(quoted, paths))}]")
+            whole.append(f"{name}=[{','.join(map(quote_path, paths))}]")
         else:
-            whole.append(f"{name}={quoted(paths[0])}")
+            whole.append(f"{name}={quote_path(paths[0])}")
     return whole
 
 
@@ -285,36 +271,6 @@ def is_here(path: str) -> bool:
     """Whether something on this machine has this path, or (a checkpoint of OpenAI's) begins with it."""
     place = Path(path)
     return place.exists() or next(place.parent.glob(f"{glob.escape(place.name)}.*"), None) is not None
-
-
-def quoted(path: str) -> str:
-    """A path, absolute, as Hydra reads it back."""
-    path = str(Path(path).absolute())
-    return path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else _quoted(path)
-
-
-def _quoted(text: str) -> str:
-    """A text, any characters, in quotes: Hydra and OmegaConf read it back as it is."""
-    # `${` refers to another setting, but for a backslash before it; then two are read as one
-    return _in_quotes(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
-
-
-def _in_quotes(value: str) -> str:
-    """A text in quotes of Hydra's grammar, where a backslash counts before a quote alone."""
-    quote = "'" if '"' in value and "'" not in value else '"'
-    text = re.sub(rf"(\\*){quote}", rf"\1\1\\{quote}", value)
-    return quote + re.sub(r"(\\+)\Z", r"\1\1", text) + quote
-
-
-def _written(value: Any) -> str:
-    """A value as `override.value()` gives it, as an override is written: what refers to another setting still does."""
-    if isinstance(value, list):
-        return "[" + ",".join(map(_written, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_written(each)}" for key, each in value.items()) + "}"
-    if isinstance(value, str):
-        return _in_quotes(value)
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -107,7 +107,7 @@ class Page:
 
     def labelled(self, text: str, label: int) -> str:
         """The text, and the class if there is one."""
-        return ", ".join(part for part in (text, self.bench.class_of(label)) if part)
+        return ", ".join(part for part in (text, self.bench.class_name(label)) if part)
 
     def complete(
         self, chosen: Chosen, rows: float, completions: float, temperature: float, top_k: float, seed: float | None,

@@ -92,7 +92,7 @@ def summary_of(runs: Sequence[Run], metric: str, left_out: dict[Path, str] | Non
                    left_out, caution(having, unit))  # fmt: skip
 
 
-def _tokenizer_of(run: Run) -> str:
+def _tokenizer_hash(run: Run) -> str:
     """The hash of a run's tokenizer; older results say that of their palette, which is the same in raster order."""
     found = run.result.provenance
     return str(found.get("tokenizer", found.get("palette")))
@@ -106,7 +106,7 @@ def caution(runs: Sequence[Run], unit: str) -> str:
         "objectives": {objective_of(run) for run in runs},
         "datasets": {run.config["data"].get("name") for run in runs},
         "resolutions": {run.config["data"].get("resolution") for run in runs},
-        "tokenizers": {_tokenizer_of(run) for run in runs},
+        "tokenizers": {_tokenizer_hash(run) for run in runs},
     }
     several = [name for name, kinds in of_what.items() if len(kinds) > 1]
     return f"these are of several {' and '.join(several)}: such losses do not compare" if several else ""

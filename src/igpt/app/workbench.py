@@ -106,7 +106,7 @@ class Workbench:
         """R, pixels a side."""
         return self.data.tokenizer.side
 
-    def class_of(self, label: int) -> str:
+    def class_name(self, label: int) -> str:
         """What is said of a label: its class by name, else its number; nothing where an image has none."""
         if label < 0:
             return ""

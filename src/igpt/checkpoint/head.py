@@ -98,7 +98,7 @@ def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
     try:
         written = dict(files.read_json(weights.folder / ABOUT))
         sha256 = written.pop("sha256")
-        about = _origin_of(written)
+        about = _parse_origin(written)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{weights.folder / ABOUT} is damaged ({error}): copy it again") from error
     where = weights.folder / HEAD
@@ -117,7 +117,7 @@ def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
     return about, weight
 
 
-def _origin_of(written: dict[str, Any]) -> HeadOrigin:
+def _parse_origin(written: dict[str, Any]) -> HeadOrigin:
     """What a description says. Raises TypeError or ValueError where it is none: another field, or of another kind."""
     names = written.pop("class_names", None)  # not there in older ones, and where they were not known
     if names is not None and not (

@@ -14,7 +14,7 @@ import torch
 from igpt import files
 from igpt.checkpoint import tensors
 from igpt.checkpoint.native import CONFIG, Weights, combined_hash, read_metadata, weights_sha256
-from igpt.checkpoint.sizes import name_of
+from igpt.checkpoint.sizes import size_name
 from igpt.checkpoint.tensors import Lazy, State
 from igpt.model.config import SIZES, GPTConfig
 from igpt.tokens.palette import Palette
@@ -80,7 +80,7 @@ def read(folder: Path) -> Weights:
     state = converted(theirs, network, path)
     palette = _palette(folder, network.n_vocab)
     said = config.get(OURS, {})
-    unknown = {"model": name_of(network), "data": f"huggingface{side}", "step": 0, "seed": 0}
+    unknown = {"model": size_name(network), "data": f"huggingface{side}", "step": 0, "seed": 0}
     meaning = {
         "network": network.to_dict(),
         "tokenizer": tokenizer_to_dict(PaletteTokenizer(palette, PixelOrder.of(side, "raster"))),

@@ -18,7 +18,7 @@ from torch import Tensor
 from igpt import files
 from igpt.checkpoint import tensors
 from igpt.checkpoint.native import CheckpointMetadata, Weights, combined_hash
-from igpt.checkpoint.sizes import name_of
+from igpt.checkpoint.sizes import size_name
 from igpt.checkpoint.tensors import Lazy, State
 from igpt.global_state import environment
 from igpt.model.config import GPTConfig
@@ -115,7 +115,7 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
         network=network,
         tokenizer=PaletteTokenizer(colours, PixelOrder.of(side, "raster")),
         objective={"name": "ar"} if network.causal else {"name": "bert", "mask_probability": BERT_MASKED},
-        model=name_of(network),
+        model=size_name(network),
         data=f"imagenet{side}",
         step=int(step[1]) if (step := re.search(r"-(\d+)$", prefix.name)) else 0,
         seed=0,

@@ -6,7 +6,7 @@ from igpt.model.config import GPTConfig
 NAMES = {(24, 512): "igpt_s", (36, 1024): "igpt_m", (48, 1536): "igpt_l", (60, 3072): "igpt_xl"}
 
 
-def name_of(network: GPTConfig) -> str:
+def size_name(network: GPTConfig) -> str:
     """`igpt_s` for 24 blocks of width 512, …; else both numbers: `igpt_12x256`."""
     size = (network.n_layer, network.n_embd)
     return NAMES.get(size, f"igpt_{size[0]}x{size[1]}")

@@ -12,7 +12,7 @@ import pyarrow as pa
 from igpt.data.classes import describe_classes
 from igpt.data.decode import read_image_file
 from igpt.data.image_metadata import number_labels, read_metadata, resolve_name
-from igpt.data.layout import class_of, is_nested
+from igpt.data.layout import class_folder, is_nested
 from igpt.data.listing import METADATA, Listing
 from igpt.data.tables import Cell
 
@@ -104,7 +104,7 @@ def open_image_files(
             image that has none, or folders below those of classes which leave it unclear what the classes are.
     """
     files = listing.select(index)
-    folders = [class_of(name, depth) for name in files.names]
+    folders = [class_folder(name, depth) for name in files.names]
     known = sorted({folder for folder in folders if folder is not None})
     given = _metadata(listing, files, label_columns)
     if given and len(known) > 1 and len(given) < len(files):

@@ -35,10 +35,10 @@ class DecodedSplit:
 
     def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
         rows = self.rows[np.asarray(index, dtype=np.int64)]
-        return Pixels(pixels_of(self.table, self.crop, rows.tolist(), keys), self.of_table[rows])
+        return Pixels(read_pixels(self.table, self.crop, rows.tolist(), keys), self.of_table[rows])
 
 
-def pixels_of(table: Table, crop: Crop, rows: Sequence[int], keys: Sequence[int]) -> np.ndarray:
+def read_pixels(table: Table, crop: Crop, rows: Sequence[int], keys: Sequence[int]) -> np.ndarray:
     """Some rows of a table, cut out: → (len(rows), R, R, 3) uint8. Raises BadImageError, naming the row or file."""
     out = np.empty((len(rows), crop.resolution, crop.resolution, 3), dtype=np.uint8)
     for i, (place, data) in enumerate(table.encoded(rows)):
@@ -78,7 +78,7 @@ class CachedSplit:
 
 
 def _plainly(table: Table, crop: Crop, rows: Sequence[int]) -> np.ndarray:
-    return pixels_of(table, crop, rows, [0] * len(rows))
+    return read_pixels(table, crop, rows, [0] * len(rows))
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def split_images(names: Sequence[str], *, named: Iterable[str], layout: str, whe
         ValueError: folders of which some are called as splits and some are not, with how to say what they are.
     """
     folders = _first_folders(names)
-    splits = _splits_of(folders, named, where) if layout != "classes" else {}
+    splits = _assign_splits(folders, named, where) if layout != "classes" else {}
     if not splits:
         if layout != "classes":
             _check_deeper(names, named, where)
@@ -92,7 +92,7 @@ def split_shards(names: Sequence[str], *, named: Iterable[str], layout: str, whe
     return Splits(files, rest, 0)
 
 
-def class_of(name: str, depth: int) -> str | None:
+def class_folder(name: str, depth: int) -> str | None:
     """The class of an image file, its first folder below that of its split; None where it lies in none."""
     parts = name.split("/", depth + 1)
     return parts[depth] if len(parts) > depth + 1 else None
@@ -111,7 +111,7 @@ def _first_folders(names: Sequence[str]) -> list[str]:
     return sorted({name.partition("/")[0] for name in names if "/" in name})
 
 
-def _splits_of(folders: Sequence[str], named: Iterable[str], where: str) -> dict[str, str]:
+def _assign_splits(folders: Sequence[str], named: Iterable[str], where: str) -> dict[str, str]:
     """Folder → split, of the folders that are called as one. Raises ValueError when two stand for the same."""
     named = [*named]
     splits: dict[str, str] = {}

@@ -47,13 +47,13 @@ class Listing:
 
     def with_ending(self, *endings: str) -> list[int]:
         """The indices of the files with one of these endings, in lower or upper case."""
-        return [i for i, name in enumerate(self.names) if ending_of(name) in endings]
+        return [i for i, name in enumerate(self.names) if file_extension(name) in endings]
 
     @property
     def sha256(self) -> str:
         """A hash of names and sizes: it decides whether two runs have the same data."""
         every = list(zip(self.names, self.sizes.tolist(), strict=True))
-        images = [each for each in every if ending_of(each[0]) not in ARRAYS]  # arrays beside images are not read
+        images = [each for each in every if file_extension(each[0]) not in ARRAYS]  # arrays beside images are not read
         return hashlib.sha256(json.dumps(images or every).encode()).hexdigest()
 
     @property
@@ -82,7 +82,7 @@ def hash_files(path: Path, list_files: ListFiles) -> str:
     )
 
 
-def ending_of(name: str) -> str:
+def file_extension(name: str) -> str:
     """The ending of a file's name in lower case, `.jpg`; empty where it has none."""
     return os.path.splitext(name.rpartition("/")[2])[1].lower()
 
@@ -106,10 +106,10 @@ def list_files(path: Path) -> Listing:
     for name, size, mtime in files:
         if _is_data(name, size):
             rows.append((name, size, mtime))
-        elif size == NOT_REGULAR and not ending_of(name)[1:].isalpha() and os.path.islink(path / name):
+        elif size == NOT_REGULAR and not file_extension(name)[1:].isalpha() and os.path.islink(path / name):
             dangling.append(name)
         else:
-            unread[ending_of(name)] += 1
+            unread[file_extension(name)] += 1
     rows.sort()
     names = [name for name, _, _ in rows]
     sizes = np.fromiter((size for _, size, _ in rows), np.int64, len(rows))
@@ -119,7 +119,7 @@ def list_files(path: Path) -> Listing:
 
 def _is_data(name: str, size: int) -> bool:
     last = name.rpartition("/")[2]
-    ending = ending_of(last)
+    ending = file_extension(last)
     if ending in ENDINGS or ending in SHARD_ENDINGS:  # read or refused by name
         return True
     return size != NOT_REGULAR and (ending in ARRAYS or last in METADATA or last in SAVED)

@@ -11,7 +11,7 @@ from igpt.data.decode import ENDINGS
 from igpt.data.hub import open_saved
 from igpt.data.image_files import ImageShards, open_image_files
 from igpt.data.layout import Splits, split_images, split_shards
-from igpt.data.listing import METADATA, SAVED, Listing, ending_of
+from igpt.data.listing import METADATA, SAVED, Listing, file_extension
 from igpt.data.parquet_files import ParquetShards, ParquetTable, holds_images
 from igpt.data.shards import Shards
 from igpt.data.tables import Columns, Table
@@ -55,7 +55,7 @@ def open_listed(listing: Listing, how: Opening) -> Mapping[str, Open]:
         if how.streaming:
             raise ValueError(f"data.path={how.path} was saved by save_to_disk and is no stream: data.streaming=false")
         return open_saved(listing, columns=how.columns, path=how.path)
-    images = [i for i, name in enumerate(listing.names) if ending_of(name) in ENDINGS]
+    images = [i for i, name in enumerate(listing.names) if file_extension(name) in ENDINGS]
     parquet, tar = listing.with_ending(".parquet"), listing.with_ending(".tar")
     if images and parquet and not any(holds_images(listing.root / listing.names[i], how.columns) for i in parquet):
         parquet = []
@@ -96,14 +96,14 @@ def _open_shards(listing: Listing, rows: Sequence[int], name: str, how: Opening)
     if how.streaming:
         return shards
     if isinstance(shards, ParquetShards):
-        named = listing if any(ending_of(file) in ENDINGS for file in listing.names) else of_split
+        named = listing if any(file_extension(file) in ENDINGS for file in listing.names) else of_split
         return ParquetTable.of(shards, named, how.cache, skip=how.skip)
     return TarTable.of_shards(shards, of_split, skip=how.skip)
 
 
 def _shards_of(files: Sequence[str], name: str, how: Opening, *, root: Path | None) -> ParquetShards | TarShards:
     where = f"{how.path} ({name})"
-    if ending_of(files[0]) == ".parquet":
+    if file_extension(files[0]) == ".parquet":
         return ParquetShards.of(files, how.columns, where, root, skip=how.skip)
     return TarShards.of(files, how.columns, where, skip=how.skip)
 
@@ -114,10 +114,10 @@ def _warn_unread(listing: Listing, read: Sequence[int], splits: Splits, path: st
     taken = set(read)
     for i, name in enumerate(listing.names):
         if i not in taken and name.rpartition("/")[2] not in (*METADATA, *SAVED):
-            kinds[ending_of(name)] += 1
+            kinds[file_extension(name)] += 1
     said = Listing(listing.root, [], listing.sizes, listing.mtimes, kinds).describe_unread()
     if said:
-        named = " (images where a cell names them)" if ending_of(listing.names[read[0]]) == ".parquet" else ""
+        named = " (images where a cell names them)" if file_extension(listing.names[read[0]]) == ".parquet" else ""
         log.warning("data: not read below %s: %s%s", path, said, named)
     if splits.unread:
         first = listing.names[read[splits.unread[0]]]
