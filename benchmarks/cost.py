@@ -48,13 +48,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         counts: dict[str, int] = {}
         for n_ctx, width in shapes:
             batch = max(1, args.tokens // n_ctx)
-            sizes = {"n_layer": args.layers, "n_embd": width, "n_ctx": n_ctx, "n_vocab": 512, "causal": True}
-            net = GPT(GPTConfig(n_head=width // 32, **sizes)).to(device)
+            sizes = {
+                "n_layer": args.layers,
+                "n_embd": width,
+                "n_head": width // 32,
+                "n_ctx": n_ctx,
+                "n_vocab": 512,
+                "causal": True,
+            }
+            net = GPT(GPTConfig(**sizes)).to(device)
             net.init_weights(0)
             tokens = torch.randint(512, (batch, n_ctx), device=device)
             name = f"{n_ctx} tokens, width {width}"
             rows[name], counts[name] = step_of(net, tokens, label), batch * n_ctx
-            flops[name] = train_flops_per_image(**sizes) / n_ctx
+            flops[name] = train_flops_per_image(GPTConfig(**sizes)) / n_ctx
         times = machine.interleaved(rows, args.rounds)
         first = next(iter(rows))
         base = times[first].median / counts[first]

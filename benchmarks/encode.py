@@ -18,6 +18,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from igpt.data.images import Images
+from igpt.targets import checked_partial
 from igpt.tokens.kmeans import fit
 from igpt.tokens.lookup import Encoder
 from igpt.tokens.palette import Palette
@@ -46,7 +47,9 @@ SETTINGS = {
 
 def pixels_of(path: str, n: int, cache: Path) -> np.ndarray:
     """The first n images, (n, 32, 32, 3) uint8."""
-    split = Images(cache=cache, name="bench", path=path, resolution=32, **SETTINGS).split("train")
+    settings = {"_target_": "igpt.data.images.Images", "name": "bench", "path": path, "resolution": 32, **SETTINGS}
+    source: Images = checked_partial(settings, "data")(cache=cache)
+    split = source.split("train")
     return split.read(range(min(n, len(split))), [0] * min(n, len(split))).pixels
 
 

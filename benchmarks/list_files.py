@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from igpt.data.classes import imagenet
 from igpt.data.images import Images
 from igpt.data.listing import list_files
-from igpt.settings import without
+from igpt.targets import checked_partial, without
 
 CONF = Path(__file__).parents[1] / "conf"
 OF_VAL = 50_000 / 1_331_167  # of all images of ILSVRC 2012
@@ -43,7 +43,7 @@ def open_ours(root: Path, cache: Path) -> int:
         settings = OmegaConf.to_container(compose("config", overrides=["data=imagenet32"]).data, resolve=True)
     assert isinstance(settings, dict)
     settings = {**without(settings, "n_colour"), "path": str(root)}
-    source = Images(cache=cache, **{key: value for key, value in settings.items() if not key.startswith("_")})
+    source: Images = checked_partial(settings, "data")(cache=cache)
     return sum(len(source.split(name)) for name in ("train", "val", "test"))
 
 

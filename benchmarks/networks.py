@@ -93,5 +93,5 @@ def token_ids(size: str, device: str, batch: int | None = None) -> Tensor:
 def step_flops(size: str, batch: int | None = None) -> float:
     """Operations of forward and backward, as a run counts them."""
     n_layer, n_embd, _, n_ctx, n_vocab, usual = SIZES[size]
-    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_ctx": n_ctx, "n_vocab": n_vocab, "causal": True}
-    return (batch or usual) * train_flops_per_image(**sizes)
+    sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": 1, "n_ctx": n_ctx, "n_vocab": n_vocab, "causal": True}
+    return (batch or usual) * train_flops_per_image(GPTConfig(**sizes))

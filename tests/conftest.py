@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two of these processes share two cores, and the networks are tiny
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from igpt.components import Components
 from igpt.model import cpu, native
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
@@ -80,6 +82,13 @@ def perturbed(net: GPT, seed: int = 0, scale: float = 0.1) -> GPT:
             noise = torch.randn(weight.shape, generator=generator)
             weight.add_(noise * (3 * scale if name == "wtet" else scale))
     return net
+
+
+def parts_of_run(**parts: Any) -> Components:
+    """Components of these parts, whatever a config would say: for a task that is called without one."""
+    components = object.__new__(Components)
+    vars(components).update(parts)
+    return components
 
 
 def small_net(*, causal: bool = True, n_layer: int = 3, n_ctx: int = 16, n_vocab: int = 11) -> GPT:

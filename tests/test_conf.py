@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from igpt.arguments import absolute, check, parse, prepare
-from igpt.build import CHECKPOINT, Build
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import CheckpointMetadata, save_model
-from igpt.launch import launch, lost_worker, out_of_memory, perform, stages
+from igpt.components import Components
+from igpt.execute import run_and_report, stage_runner
+from igpt.launch import launch, lost_worker, out_of_memory
 from igpt.metric.result import Number, Result
 from igpt.model.config import GPTConfig
-from igpt.places import open_folder
 from igpt.report.folder import RunFolder
 from igpt.report.table import closing_table
+from igpt.run_config import CHECKPOINT, RunConfig
+from igpt.run_dir import find_run_dir
 from igpt.task import machine as machines
 from igpt.task.zero import ZeRO
 from igpt.tokens.palette import Palette
@@ -42,12 +46,12 @@ OPTIONS = [
 ]
 
 
-def built(*overrides: str) -> Build:
+def built(*overrides: str) -> Components:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
         choices = dict(cfg.hydra.runtime.choices)
         cfg = compose("config", overrides=list(overrides))
-    return Build(cfg, choices)
+    return Components(RunConfig(cfg, choices))
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
@@ -66,8 +70,8 @@ def test_every_size_builds_on_the_meta_device(model: str, tmp_path: Path) -> Non
     """Invariant: sizes come from the config, positions, colours and causality from the stages before."""
     build = built(f"model={model}", f"paths.cache={tmp_path}")
     with torch.device("meta"):
-        net = build.need_net(RunFolder(tmp_path))()
-    sizes = {key: build.cfg.model[key] for key in ("n_layer", "n_embd", "n_head")}
+        net = build.build_network()
+    sizes = {key: build.run.cfg.model[key] for key in ("n_layer", "n_embd", "n_head")}
     assert net.config == GPTConfig(**sizes, n_ctx=64, n_vocab=17, causal=True)
     assert all(weight.is_meta for weight in net.parameters())
 
@@ -76,17 +80,17 @@ def test_bert_sees_both_ways(tmp_path: Path) -> None:
     """Invariant: the network's causality is the objective's."""
     build = built("objective=bert", f"paths.cache={tmp_path}")
     with torch.device("meta"):
-        assert build.need_net(RunFolder(tmp_path))().causal is False
-    assert "-bert-" in build.name
+        assert build.build_network().causal is False
+    assert "-bert-" in build.run.name
 
 
 def test_the_papers_sizes_are_the_configs(tmp_path: Path) -> None:
     """Independent source: Chen et al. 2020, Table 1, layers and widths; heads from OpenAI's README."""
     table = {"igpt_s": (24, 512, 8), "igpt_m": (36, 1024, 8), "igpt_l": (48, 1536, 16)}
     for model, sizes in table.items():
-        cfg = built(f"model={model}").cfg.model
+        cfg = built(f"model={model}").run.cfg.model
         assert (cfg.n_layer, cfg.n_embd, cfg.n_head) == sizes
-    xl = built("model=igpt_xl").cfg.model
+    xl = built("model=igpt_xl").run.cfg.model
     assert (xl.n_layer, xl.n_embd) == (60, 3072)
 
 
@@ -143,14 +147,14 @@ def test_good_arguments_pass(override: str, setting: str, values: list[Any]) -> 
     ("override", "message"),
     [
         ("+task.stages.pretrain.stepz=3", "task.stages.pretrain has no setting 'stepz', did you mean steps"),
-        ("task.stages.pretrain.steps=many", "task.stages.pretrain.steps must be int, got 'many'"),
-        ("+task.stages.complete.rows=half", r"task.stages.complete.rows must be int \| None, got 'half'"),
+        ("task.stages.pretrain.steps=many", "task.stages.pretrain.steps must be a whole number, got 'many'"),
+        ("+task.stages.complete.rows=half", r"task.stages.complete.rows must be a whole number or null, got 'half'"),
     ],
 )
 def test_a_bad_stage_is_found_before_the_first_one_starts(override: str, message: str) -> None:
     build = built("experiment=quickstart", override)
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(ValueError, match=message):
-        stages(build)
+        stage_runner(build)
 
 
 def save_small(
@@ -213,9 +217,10 @@ def test_weights_that_disagree_with_the_run(
     init = save_small(tmp_path / "run", **saved)
     build = built(*overrides, f"init={init}", f"paths.cache={tmp_path}")
     folder = RunFolder(tmp_path / "new")
-    folder.start(build.config, [], build.files_sha256)
+    folder.start(build.run.config, [], build.run.input_hashes)
     with pytest.raises(ValueError, match=message):
-        perform(build, folder)
+        build.run_dir = folder.path
+        run_and_report(build)
 
 
 def test_weights_that_agree_are_taken(tmp_path: Path) -> None:
@@ -223,7 +228,7 @@ def test_weights_that_agree_are_taken(tmp_path: Path) -> None:
     init = save_small(tmp_path / "run")
     for overrides in (["task=pretrain", *SMALL], ["task=evaluate"]):
         build = built(*overrides, f"init={init}", f"paths.cache={tmp_path}")
-        assert build.need_net(RunFolder(tmp_path))().config == find(str(init)).metadata.network
+        assert build.build_network().config == find(str(init)).metadata.network
 
 
 @pytest.mark.parametrize("task", ["sample", "complete", "evaluate"])
@@ -235,15 +240,15 @@ def test_a_task_that_needs_weights_says_so(task: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("task.steps=1.5", "task.steps must be int, got 1.5"),
-        ("task.learning_rate=high", "task.learning_rate must be float, got 'high'"),
-        ("task.val_every=true", "task.val_every must be int, got True"),
+        ("task.steps=1.5", "task.steps must be a whole number, got 1.5"),
+        ("task.learning_rate=high", "task.learning_rate must be a number, got 'high'"),
+        ("task.val_every=true", "task.val_every must be a whole number, got true"),
         ("+task.stepz=3", "task has no setting 'stepz', did you mean steps"),
         ("trainer.precision=fp8", "trainer.precision must be .*bf16-mixed.*, got 'fp8'"),
         ("data.resolution=16", "data.resolution=16: the digits are 8×8"),
         ("callbacks.samples.count=0", "callbacks.samples.count"),
         ("model.n_head=3", "n_embd 64 is not divisible by n_head 3"),
-        ("tokens.palette.k=1", "tokens.palette.k must lie in 2 … 4096, got 1"),
+        ("tokens.palette.k=1", "tokens.palette.k must be at least 2, got 1"),
         ("tokens.order=spiral", "tokens.order must be raster"),
     ],
 )
@@ -251,17 +256,18 @@ def test_bad_values_are_found_before_work_starts(tmp_path: Path, override: str, 
     """Every one is a ValueError, which the command shows in one line; nothing was trained."""
     build = built(override, f"paths.cache={tmp_path}", f"paths.runs={tmp_path}")
     folder = RunFolder(tmp_path / "run")
-    folder.start(build.config, [], build.files_sha256)
+    folder.start(build.run.config, [], build.run.input_hashes)
     with pytest.raises(ValueError, match=message):
-        perform(build, folder)
+        build.run_dir = folder.path
+        run_and_report(build)
     assert not (folder.path / "checkpoints").exists()
 
 
 def test_the_network_has_as_many_colours_as_were_found(tmp_path: Path) -> None:
     """By hand: the digits have 17; nothing else of the network follows from what was asked for."""
-    asked = built("tokens.palette.k=512", f"paths.cache={tmp_path}").need_net(RunFolder(tmp_path))()
+    asked = built("tokens.palette.k=512", f"paths.cache={tmp_path}").build_network()
     assert asked.n_vocab == 17
-    assert asked.config == built(f"paths.cache={tmp_path}").need_net(RunFolder(tmp_path))().config
+    assert asked.config == built(f"paths.cache={tmp_path}").build_network().config
 
 
 def test_what_decides_a_run_decides_its_name(tmp_path: Path) -> None:
@@ -269,16 +275,16 @@ def test_what_decides_a_run_decides_its_name(tmp_path: Path) -> None:
     palettes = [tmp_path / name for name in ("a.npy", "b.npy")]
     for i, path in enumerate(palettes):
         np.save(path, np.linspace(-1, 1, 51).reshape(17, 3).astype(np.float32)[:: 1 - 2 * i])
-    name = built().name
+    name = built().run.name
     same = ["paths.cache=x", "paths.runs=y", "force=true", "trainer=cpu", "trainer.micro_batch=8", "callbacks=none"]
     for override in [*same, "trainer.num_workers=3", "logger=[csv,wandb]"]:
-        assert built(override).name == name
+        assert built(override).run.name == name
     others = ["seed=1", "task.steps=7", "trainer.precision=bf16-mixed", "data.shift=0", "tokens.order=random"]
-    names = {built(override).name for override in others}
-    names |= {built("tokens=openai", f"tokens.path={path}").name for path in palettes}
-    before = built("tokens=openai", f"tokens.path={palettes[0]}").name
+    names = {built(override).run.name for override in others}
+    names |= {built("tokens=openai", f"tokens.path={path}").run.name for path in palettes}
+    before = built("tokens=openai", f"tokens.path={palettes[0]}").run.name
     palettes[1].rename(palettes[0])
-    names.add(built("tokens=openai", f"tokens.path={palettes[0]}").name)
+    names.add(built("tokens=openai", f"tokens.path={palettes[0]}").run.name)
     assert before in names
     assert name not in names
     assert len(names) == 8
@@ -287,7 +293,7 @@ def test_what_decides_a_run_decides_its_name(tmp_path: Path) -> None:
 def test_a_sample_is_named_after_what_its_weights_saw(tmp_path: Path) -> None:
     """By hand: no image is read, so the data is the checkpoint's."""
     init = save_small(tmp_path / "run")
-    assert built("task=sample", f"init={init}").name.startswith("sample-small-toy-ar-s0-")
+    assert built("task=sample", f"init={init}").run.name.startswith("sample-small-toy-ar-s0-")
 
 
 def test_a_stopped_pipeline_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +306,7 @@ def test_a_stopped_pipeline_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     def start(*more: str, runs: str) -> tuple[dict[str, Any], Path]:
         build = built(*overrides, *more, f"paths.runs={tmp_path / runs}")
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            result = launch(build.cfg, choices=build.choices, overrides=overrides)
+            result = launch(build.run.cfg, choices=build.run.choices, overrides=overrides)
         (folder,) = (tmp_path / runs).iterdir()
         return {key: number.value for key, number in result.numbers.items() if "per_s" not in key}, folder
 
@@ -308,7 +314,7 @@ def test_a_stopped_pipeline_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     again: list[str] = []
     for stage in ("igpt.task.pretrain.run", "igpt.task.complete.run"):  # stopped, resumed, stopped again
         with monkeypatch.context() as patch:
-            patch.setattr(stage, fails)
+            patch.setattr(stage, failing(get_object(stage)))
             with pytest.raises(KeyError):
                 start(*again, runs="stopped")
         (folder,) = (tmp_path / "stopped").iterdir()
@@ -320,28 +326,34 @@ def test_a_stopped_pipeline_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     assert [path.stat().st_mtime_ns for path in done] == written
 
 
-def fails(*, runner: Any = None, **_: Any) -> None:
-    raise KeyError("stopped")
+def failing(task: Any) -> Any:
+    """A task that takes the same settings, and stops."""
+
+    @wraps(task)
+    def stop(*_: Any) -> None:
+        raise KeyError("stopped")
+
+    return stop
 
 
 def test_resume_and_force_together() -> None:
     with pytest.raises(ValueError, match="choose one of them"):
-        open_folder(built("resume=x", "force=true"))
+        find_run_dir(built("resume=x", "force=true").run)
 
 
 def test_a_resumed_run_with_other_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What differs is named; what does not decide what is learned may differ, and is listed."""
     first = built(f"paths.runs={tmp_path}")
-    folder = open_folder(first)
-    folder.start(first.config, [], first.files_sha256)
+    folder = find_run_dir(first.run)
+    folder.start(first.run.config, [], first.run.input_hashes)
     with caplog.at_level(logging.INFO):
-        assert open_folder(built(f"resume={folder.path}", "trainer.num_workers=2")).path == folder.path
+        assert find_run_dir(built(f"resume={folder.path}", "trainer.num_workers=2").run).path == folder.path
     assert "has no checkpoint yet: it starts from the first step" in caplog.text
     with caplog.at_level(logging.INFO):
-        open_folder(built(f"resume={folder.path}", "trainer.num_workers=2", "task.log_every=7"))
+        find_run_dir(built(f"resume={folder.path}", "trainer.num_workers=2", "task.log_every=7").run)
     assert "trainer.num_workers None ≠ 2; task.log_every 100 ≠ 7" in caplog.text
     with pytest.raises(ValueError, match=r"another run .*: task.steps 1000000 ≠ 5; seed 0 ≠ 1$"):
-        open_folder(built(f"resume={folder.path}", "task.steps=5", "seed=1", "task.log_every=7"))
+        find_run_dir(built(f"resume={folder.path}", "task.steps=5", "seed=1", "task.log_every=7").run)
     for override, message in (
         ("model=igpt_micro", "model.n_embd 64 ≠ 128"),
         ("tokens.palette.k=5", "tokens.palette.k 17 ≠ 5"),
@@ -349,20 +361,20 @@ def test_a_resumed_run_with_other_settings(tmp_path: Path, caplog: pytest.LogCap
         ("objective=bert", "objective.mask_probability None ≠ 0.15"),
     ):
         with pytest.raises(ValueError, match=message):
-            open_folder(built(f"resume={folder.path}", override))
+            find_run_dir(built(f"resume={folder.path}", override).run)
 
 
 def test_resume_auto_takes_the_folder_this_command_has_begun(tmp_path: Path) -> None:
     """Invariant: begun or not, the folder is the one of the settings; without it a begun run is not touched."""
     build = built(f"paths.runs={tmp_path}", "resume=auto")
-    folder = open_folder(build)
-    assert folder.path == tmp_path / build.name == open_folder(built(f"paths.runs={tmp_path}")).path
-    folder.start(build.config, [], build.files_sha256)
+    folder = find_run_dir(build.run)
+    assert folder.path == tmp_path / build.run.name == find_run_dir(built(f"paths.runs={tmp_path}").run).path
+    folder.start(build.run.config, [], build.run.input_hashes)
     (folder.path / "checkpoints").mkdir()
     (folder.path / "checkpoints" / "latest").touch()
-    assert open_folder(build).path == folder.path
+    assert find_run_dir(build.run).path == folder.path
     with pytest.raises(ValueError, match=r"was begun and is not finished: continue it with `python train.py resume="):
-        open_folder(built(f"paths.runs={tmp_path}"))
+        find_run_dir(built(f"paths.runs={tmp_path}").run)
 
 
 def test_a_sweep_goes_on_by_itself() -> None:
@@ -435,7 +447,7 @@ def planned(caplog: pytest.LogCaptureFixture, *overrides: str) -> str:
     build = built("trainer.plan=true", "logger=none", *overrides)
     caplog.clear()
     with caplog.at_level("INFO"):
-        launch(build.cfg, choices=build.choices, overrides=[])
+        launch(build.run.cfg, choices=build.run.choices, overrides=[])
     return caplog.text
 
 
@@ -461,7 +473,7 @@ def test_the_plan_of_a_run(caplog: pytest.LogCaptureFixture, tmp_path: Path, mon
     [
         (("task.batch_size=100", "trainer.devices=8"), "cannot be shared by 8 devices"),
         (("trainer.micro_batch=48",), "does not divide the 128 images"),
-        (("trainer.utilisation=0",), r"utilisation must lie in \(0, 1\]"),
+        (("trainer.utilisation=0",), "utilisation must be above 0, got 0"),
         (("task=palette",), "is for tasks that train a network"),
     ],
 )
@@ -505,7 +517,7 @@ def test_a_worker_that_was_lost() -> None:
 
 def test_sharding_needs_several_processes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trainer\.devices=auto, or more than 1"):
-        _ = built("trainer=fsdp", "trainer.devices=1", "trainer.accelerator=cpu").machine
+        _ = built("trainer=fsdp", "trainer.devices=1", "trainer.accelerator=cpu").hardware
 
 
 @pytest.mark.parametrize("trainer", ["deepspeed_2", "deepspeed_3", "deepspeed_3_offload"])
@@ -513,24 +525,24 @@ def test_deepspeed(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is composed and made. Without CUDA, with what it cannot, or without its package, it says so at once."""
     settings = ("trainer.accelerator=cpu", "trainer.devices=1", f"trainer={trainer}")
     with pytest.raises(ValueError, match="needs a CUDA GPU"):
-        _ = built(*settings).machine
+        _ = built(*settings).hardware
     monkeypatch.setattr(machines, "DEEPSPEED_RUNS_ON", ("cpu",))
     with pytest.raises(ValueError, match=r"trainer\.devices=auto, or more than 1"):
-        _ = built(*settings).machine
+        _ = built(*settings).hardware
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     settings = ("trainer.accelerator=cpu", "trainer.devices=2", f"trainer={trainer}")
-    machine = built(*settings).machine
+    machine = built(*settings).hardware
     stage = {"deepspeed_2": 2}.get(trainer, 3)
     made = ZeRO(stage=machine.zero_stage, offload=machine.offload, n_weight=1000)
     assert made.config["zero_optimization"]["stage"] == machine.zero_stage == stage
     assert ("offload_param" in made.config["zero_optimization"]) == (trainer == "deepspeed_3_offload")
     for wrong in ("trainer.compile=true", "trainer.precision=bf16-true"):
         with pytest.raises(ValueError, match=f"does not go with {wrong}"):
-            _ = built(*settings, wrong).machine
+            _ = built(*settings, wrong).hardware
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed here: pip install deepspeed"):
-        _ = built(*settings).machine
+        _ = built(*settings).hardware
 
 
 PAPER = sorted(path.stem for path in (CONF / "experiment" / "paper").glob("*.yaml"))
@@ -553,7 +565,7 @@ def test_published_numbers_stand_below_ones_own() -> None:
     result = Result(numbers={"test/accuracy": Number(0.5, "share", 10)})
     lines = closing_table(result, Path("run"), 1.0, published=["test/accuracy 0.963: iGPT-L"]).splitlines()
     assert lines.index("  test/accuracy 0.963: iGPT-L") > next(i for i, x in enumerate(lines) if "0.5000" in x)
-    assert built("published=[a]").name == built().name
+    assert built("published=[a]").run.name == built().run.name
 
 
 def test_scaling_without_runs() -> None:
@@ -572,7 +584,7 @@ def test_a_finished_run_stands_for_a_stage(tmp_path: Path) -> None:
     def start(stages: str, *more: str) -> Result:
         build = built(*SMALLEST, *more, stages, *paths)
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            return launch(build.cfg, choices=build.choices, overrides=[])
+            return launch(build.run.cfg, choices=build.run.choices, overrides=[])
 
     first = start(STAGES)
     (whole,) = (tmp_path / "runs").iterdir()

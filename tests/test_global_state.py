@@ -59,11 +59,11 @@ def test_a_run_in_this_process(
     monkeypatch.setattr(cpu, "rounding_setting", lambda: "ROUNDS=1")
     folders: list[str | None] = []
 
-    def perform(build: object, folder: object) -> Result:
+    def run_and_report(components: object) -> Result:
         folders.append(os.environ.get(cpu.INDUCTOR_CACHE))
         return Result()
 
-    monkeypatch.setattr(launch, "perform", perform)
+    monkeypatch.setattr(launch, "run_and_report", run_and_report)
     before = snapshot()
     places = (f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}")
     _, folder = launch.run("model=igpt_nano", "trainer=cpu", *places, conf=conftest.ROOT / "conf")

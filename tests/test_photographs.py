@@ -11,8 +11,8 @@ from hydra import initialize_config_dir
 from igpt.data.classes import imagenet
 from igpt.launch import launch
 from igpt.metric.result import Result
-from igpt.places import open_folder
 from igpt.report.folder import RunFolder
+from igpt.run_dir import find_run_dir
 from tests.conftest import TINY
 from tests.data.conftest import class_folders, encoded, parquet_shards, photo, tar_shards
 from tests.test_conf import CONF, built
@@ -52,8 +52,8 @@ def run(tmp_path: Path, *overrides: str) -> tuple[Result, Path]:
     """The result and the folder of a run with runs and cache below `tmp_path`."""
     build = built(*overrides, f"paths.cache={tmp_path / 'cache'}", f"paths.runs={tmp_path / 'runs'}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        result = launch(build.cfg, choices=build.choices, overrides=list(overrides))
-    return result, next(path for path in (tmp_path / "runs").iterdir() if path.name == build.name)
+        result = launch(build.run.cfg, choices=build.run.choices, overrides=list(overrides))
+    return result, next(path for path in (tmp_path / "runs").iterdir() if path.name == build.run.name)
 
 
 def test_the_papers_command_builds_igpt_l_at_48(ilsvrc: Path, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_the_papers_command_builds_igpt_l_at_48(ilsvrc: Path, tmp_path: Path) ->
         f"tokens.path={tmp_path / 'colours.npy'}", f"paths.cache={tmp_path}",
     )  # fmt: skip
     with torch.device("meta"):
-        net = build.need_net(RunFolder(tmp_path))()
+        net = build.build_network()
     n_weight = sum(weight.numel() for weight in net.parameters())
     assert n_weight == 48 * (12 * 1536**2 + 2 * 1536) + 1536 + 2 * 512 * 1536 + 2304 * 1536 + 1536 == 1_364_216_832
     assert build.source.n_class == 1000
@@ -81,7 +81,7 @@ def test_next_pixel(ilsvrc: Path, tmp_path: Path, more: tuple[str, ...]) -> None
     data_as_before = [s for s in (*SMALL, *more) if s.startswith("data.")]
     again = built("task=complete", f"init={folder / '2_pretrain'}", "data=imagenet48", f"data.path={ilsvrc}",
                   *data_as_before, f"paths.cache={tmp_path / 'cache'}")  # fmt: skip
-    data = again.need_tokens(RunFolder(tmp_path / "x"))()
+    data = again.build_datamodule()
     given = data.some_tokens("val")[record["provenance"]["images"]].repeat_interleave(4, 0)
     known = data.tokenizer.known_tokens(4)
     assert known.sum() == 32
@@ -132,15 +132,15 @@ def test_other_images_are_another_run(tmp_path: Path) -> None:
     """Invariant: an image more, or one of another size, at the same path: neither the same run nor one to resume."""
     root = class_folders(tmp_path / "photos", ["a", "b"], 4)
     settings = ("task=palette", "data=folder", f"data.path={root}", *SMALL, f"paths.runs={tmp_path / 'runs'}")
-    names = [built(*settings).name]
-    folder = open_folder(built(*settings))
+    names = [built(*settings).run.name]
+    folder = find_run_dir(built(*settings).run)
     folder.start(built(*settings).config, [], built(*settings).files_sha256)
     (root / "train" / "a" / "0.jpg").write_bytes(encoded(photo(50)))
-    names.append(built(*settings).name)
+    names.append(built(*settings).run.name)
     with pytest.raises(ValueError, match=r"the file of data\.path has changed"):
-        open_folder(built(*settings, f"resume={folder.path}"))
+        find_run_dir(built(*settings, f"resume={folder.path}").run)
     (root / "train" / "a" / "9.jpg").write_bytes(encoded(photo(51)))
-    names.append(built(*settings).name)
+    names.append(built(*settings).run.name)
     assert len(set(names)) == 3
 
 

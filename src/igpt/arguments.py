@@ -1,6 +1,5 @@
 """Command-line arguments, looked at before Hydra composes: `~`, `resume=`, what is misspelt, what is to be quoted."""
 
-import difflib
 import glob
 import json
 import os
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from igpt.older_configs import RENAMED
 from igpt.quoting import format_value, in_quotes, printable, quote_for_shell, quote_path, quote_text
+from igpt.spelling import suggestion
 
 AUTO = "resume=auto"
 
@@ -271,23 +271,6 @@ def is_here(path: str) -> bool:
     """Whether something on this machine has this path, or (a checkpoint of OpenAI's) begins with it."""
     place = Path(path)
     return place.exists() or next(place.parent.glob(f"{glob.escape(place.name)}.*"), None) is not None
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """`, did you mean …?` with the nearest known name, or nothing when none is near."""
-    known = list(known)
-    tails = {
-        key.rpartition(".")[2]: key for key in known
-    }  # `task.stepz` when `stepz` was typed, and the other way round
-    whole = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    last = difflib.get_close_matches(name.rpartition(".")[2], list(tails), n=1, cutoff=0.6)
-
-    def alike(ours: str, theirs: str) -> float:
-        return difflib.SequenceMatcher(None, ours, theirs).ratio()
-
-    if whole and (not last or alike(name, whole[0]) >= alike(name.rpartition(".")[2], last[0])):
-        return f", did you mean {whole[0]}?"
-    return f", did you mean {tails[last[0]]}?" if last else ""
 
 
 def _flat_keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""Builds, in flow order, what a task needs, runs it and reports its result. The only place that knows all stages."""
+"""From a composed config to a finished run folder: one command, or one call from Python."""
 
 import json
 import logging
@@ -15,25 +15,23 @@ import hydra
 import torch
 from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt import files, processes, ranks
 from igpt.arguments import absolute, expand_home, prepare
-from igpt.build import Build
+from igpt.components import Components
+from igpt.execute import check_batch, execute_task, run_and_report
 from igpt.metric.result import Result
-from igpt.places import chosen_folder
-from igpt.report import loggers
-from igpt.report.folder import RunFolder, environment, result_of
+from igpt.report.folder import environment, result_of
 from igpt.report.logs import log_file, set_up_logging
-from igpt.report.page import write_page
 from igpt.report.table import closing_table, columns
-from igpt.settings import factory
-from igpt.stages import OF_LAUNCH, RUN, check_given, check_task, stage_config
+from igpt.run_config import OF_LAUNCH, RunConfig
+from igpt.run_dir import resolve_run_dir
 from igpt.stopping import STOPPED, StoppedError, pass_on
+from igpt.targets import task_settings
 from igpt.task.guard import NonFiniteLossError
-from igpt.task.machine import Machine
-from igpt.task.pipeline import FROM
 from igpt.task.plan import planned
 
 log = logging.getLogger(__name__)
@@ -115,20 +113,22 @@ def launch(
 ) -> Result:
     """Runs a composed config in its run folder; a finished identical run is not repeated, its result is returned.
 
-    `tell` hears which folder it is.
+    `tell` is given the run's folder.
     """
     expand_home(cfg)
-    if not cfg.task.needs:
-        return without_folder(cfg)
-    build = Build(cfg, choices)
-    if build.machine.plan:
-        return plan_of(build)
-    check_batch(build.machine, cfg.task)
-    if not keeps_a_run(cfg.task):
-        return looked_at(build)
-    with ranks.joined(build.machine.device) as rank:
-        check_ranks(build)
-        folder, finished = ranks.from_first(lambda: chosen_folder(build))
+    if not cfg.task.requires:
+        return run_without_folder(cfg)
+    run = RunConfig(cfg, choices)
+    components = Components(run)
+    if components.hardware.plan:
+        return show_plan(components)
+    components.check_settings()
+    check_batch(components.hardware, cfg.task)
+    if not run.keeps_run:
+        return run_interactive(components)
+    with ranks.joined(components.hardware.device) as rank:
+        check_ranks(run)
+        folder, finished = ranks.from_first(lambda: resolve_run_dir(run))
         if tell is not None:
             tell(folder.path)
         if finished:
@@ -137,7 +137,7 @@ def launch(
             log.info(
                 "%s is finished; force=true repeats it\n%s",
                 folder.path,
-                closing_table(result, folder.path, record["seconds"], published=build.config["published"]),
+                closing_table(result, folder.path, record["seconds"], published=run.config["published"]),
             )
             return result
         with ExitStack() as while_it_runs:
@@ -146,165 +146,80 @@ def launch(
             if ranks.from_first(lambda: folder.finished):  # by the process that held the lock until now
                 return result_of(folder.read_result())
             if rank.first:
-                folder.start(build.config, absolute(overrides), build.files_sha256, build.of)
+                folder.start(run.config, absolute(overrides), run.input_hashes, run.subject)
                 files.remove_parts(folder.path)
                 while_it_runs.enter_context(log_file(folder.path / "log.txt"))
             ranks.barrier()  # from here on the others may read what is there
-            build.machine.warn_of_rounding()
-            log.info("%s, in %s%s", said(build), folder.path, f", {rank.count} processes" if rank.count > 1 else "")
-            while_it_runs.enter_context(build.machine.kernel_cache())
+            components.run_dir = folder.path
+            components.hardware.warn_of_rounding()
+            processes_text = f", {rank.count} processes" if rank.count > 1 else ""
+            log.info("%s, in %s%s", describe_run(run), folder.path, processes_text)
+            while_it_runs.enter_context(components.hardware.kernel_cache())
             try:
-                return perform(build, folder)
+                return run_and_report(components)
             except StoppedError as error:
                 log.warning("%s; continue with `python train.py resume=%s`", error, folder.path)
                 raise
 
 
-def said(build: Build) -> str:
+def describe_run(run: RunConfig) -> str:
     """What a run is about to do, in a line."""
-    task = build.config["task"]
-    if "found" in task["needs"]:
-        return build.task
-    of = f"{build.task}: {build.model_name} on {build.data_name}, {build.objective_settings['name']}"
+    if "finished_runs" in run.requires:
+        return run.task
+    task = run.config["task"]
+    subject = f"{run.task}: {run.model_name} on {run.data_name}, {run.objective_settings['name']}"
     if "steps" in task and isinstance(task.get("batch_size"), int):
-        return f"{of}, {task['steps']:,} steps of {task['batch_size']:,} images"
-    return of
+        return f"{subject}, {task['steps']:,} steps of {task['batch_size']:,} images"
+    return subject
 
 
-def without_folder(cfg: DictConfig) -> Result:
-    """Does a task that needs nothing built, and so has no folder of its own: it adds to those of finished runs."""
+def run_without_folder(cfg: DictConfig) -> Result:
+    """Runs a task that requires nothing, and so has no folder of its own: it adds to those of finished runs."""
     spec = OmegaConf.to_container(cfg.task, resolve=True)
     assert isinstance(spec, dict)
-    settings = {str(key): value for key, value in spec.items() if key not in ("name", "needs")}
-    run = factory(settings, "task")
-    check_task(settings)
-    result: Result = run() if ranks.this_rank().first else Result()
-    return result
+    target = cfg.task["_target_"]
+    settings = task_settings(target, {str(key): value for key, value in spec.items() if key not in OF_LAUNCH})
+    task: Callable[..., Result] = get_object(target)
+    return task(settings) if ranks.this_rank().first else Result()
 
 
-def plan_of(build: Build) -> Result:
-    """Says what a pretraining run would take, of its settings alone; nothing is made.
+def show_plan(components: Components) -> Result:
+    """Logs what a training run would take, of its settings alone; nothing is made.
 
     Raises:
-        ValueError: another task.
+        ValueError: a task that trains no network.
     """
-    if "steps" not in build.cfg.task or "net" not in build.cfg.task.needs:
-        raise ValueError(f"trainer.plan=true is for tasks that train a network, not task={build.task}")
-    rows = planned(
-        build.machine, build.planned_network, batch_size=build.cfg.task.batch_size, steps=build.cfg.task.steps
-    )
-    log.info("%s", columns([(f"{build.task} {build.model_name} on {build.data_name}", "planned"), *rows]))
+    run, task = components.run, components.run.cfg.task
+    if "steps" not in task or "network" not in run.requires:
+        raise ValueError(f"trainer.plan=true is for tasks that train a network, not task={run.task}")
+    rows = planned(components.hardware, components.planned_network, batch_size=task.batch_size, steps=task.steps)
+    log.info("%s", columns([(f"{run.task} {run.model_name} on {run.data_name}", "planned"), *rows]))
     return Result()
 
 
-def keeps_a_run(task: DictConfig) -> bool:
-    """Whether a task leaves a run folder; if not, it is for a person to look at, and nothing is a result."""
-    return bool(task.get("run_folder", True))
-
-
-def looked_at(build: Build) -> Result:
+def run_interactive(components: Components) -> Result:
     """Runs a task that leaves no run folder, until the person who started it ends it.
 
     Raises:
         ValueError: it is to be resumed or repeated, is a job of a sweep, or was given several processes.
     """
-    if build.cfg.force or build.cfg.resume is not None or processes.TELL in os.environ:
-        raise ValueError(f"task={build.task} leaves no run: it cannot be resumed, repeated (force=true) or swept over")
-    if build.machine.rank.count > 1:
-        raise ValueError(f"task={build.task} runs in one process: trainer.devices=1, got {build.machine.rank.count}")
-    build.machine.warn_of_rounding()
-    with build.machine.kernel_cache():
-        return carried_out(build, RunFolder(Path(build.cfg.paths.runs) / build.name))
+    run = components.run
+    if run.cfg.force or run.cfg.resume is not None or processes.TELL in os.environ:
+        raise ValueError(f"task={run.task} leaves no run: it cannot be resumed, repeated (force=true) or swept over")
+    hardware = components.hardware
+    if hardware.rank.count > 1:
+        raise ValueError(f"task={run.task} runs in one process: trainer.devices=1, got {hardware.rank.count}")
+    hardware.warn_of_rounding()
+    with hardware.kernel_cache():
+        components.run_dir = Path(run.cfg.paths.runs) / run.name
+        return execute_task(components)
 
 
-def check_batch(machine: Machine, task: DictConfig) -> None:
-    """Raises ValueError when the processes of this run cannot share out the images of a step."""
-    if "net" in task.needs and isinstance(task.get("batch_size"), int):
-        machine.training_plan(task.batch_size)
-
-
-def check_ranks(build: Build) -> None:
+def check_ranks(run: RunConfig) -> None:
     """Raises ValueError unless every process of this run has the same settings, files and libraries."""
-    settings = {key: json.dumps(value, sort_keys=True, default=str) for key, value in build.config.items()}
+    settings = {key: json.dumps(value, sort_keys=True, default=str) for key, value in run.config.items()}
     ranks.check_same("settings", settings)
-    ranks.check_same("files", build.files_sha256)
+    ranks.check_same("files", run.input_hashes)
     own = environment()
     known = {commit for commit in ranks.gathered(own["commit"]) if commit != "unknown"}
     ranks.check_same("versions", {**own["versions"], "commit": own["commit"] if len(known) > 1 else "the same"})
-
-
-def perform(build: Build, folder: RunFolder) -> Result:
-    """Builds what the task needs, runs it, writes and shows its result."""
-    start = time.perf_counter()
-    failed = True
-    try:
-        if not build.trains:
-            build.loggers(folder)
-        result = carried_out(build, folder)
-        seconds = time.perf_counter() - start
-        if build.weights is not None:
-            result.provenance["init"] = build.began_with
-        if build.machine.rank.first:
-            folder.finish(build.task, result, seconds=seconds)
-            write_page(folder.path)
-            loggers.show(result, folder.path)
-        failed = False
-    except StoppedError:
-        failed = False
-        raise
-    finally:
-        loggers.close(failed)
-    ranks.barrier()  # the next stage of a pipeline reads what this one left
-    table = closing_table(result, folder.path, seconds, published=build.config["published"])
-    log.info("%s\n%s", build.task, table)
-    return result
-
-
-def carried_out(build: Build, folder: RunFolder) -> Result:
-    """Checks a task's settings, builds what it needs, runs it."""
-    spec = {key: value for key, value in build.config["task"].items() if key not in OF_LAUNCH}
-    run = factory(spec, "task")
-    check_task(spec)
-    build.check_weights()
-    needs = {
-        need: stages(build) if need == "stage" else getattr(build, f"need_{need}")(folder)
-        for need in build.cfg.task.needs
-    }
-    result: Result = run(**needs)
-    return result
-
-
-def stages(build: Build) -> Callable[..., tuple[Result, Path]]:
-    """What runs one stage of a pipeline; every stage's settings are checked before the first one starts."""
-    listed = {str(name): own for name, own in build.cfg.task.stages.items() if own is not None}
-    configs = {name: stage_config(build, name, own) for name, own in listed.items()}
-    for name, (cfg, _) in configs.items():
-        check_batch(build.machine, cfg.task)
-        if not keeps_a_run(cfg.task):
-            raise ValueError(f"task.stages.{name}: task={cfg.task.name} leaves no run: it is no stage of a pipeline")
-        if (FROM in listed[name] and OmegaConf.is_list(listed[name][FROM])) != ("runs" in cfg.task):
-            raise ValueError(f"task.stages.{name}.from: a list of stages is for tasks with runs, and these need one")
-        if (run := listed[name].get(RUN)) is not None:
-            check_given(name, RunFolder(Path(run)), cfg)
-
-    def stage(name: str, *, folder: Path, init: str | list[str] | None) -> tuple[Result, Path]:
-        cfg, choices = configs[name]
-        given = listed[name].get(RUN)
-        place = RunFolder(folder if given is None else Path(given))
-        if isinstance(init, list):
-            cfg.task.runs = init
-        else:
-            cfg.init = init
-        of_stage = Build(cfg, choices)
-        if ranks.from_first(lambda: place.finished):
-            if given is not None and (saved := place.read_run()["files_sha256"]) != of_stage.files_sha256:
-                differs = ", ".join(key for key in saved if saved[key] != of_stage.files_sha256.get(key))
-                raise ValueError(f"task.stages.{name}.run={given}: it began from other files ({differs})")
-            log.info("%s is finished", place.path)
-            return result_of(place.read_result()), place.path
-        if of_stage.machine.rank.first:
-            place.start(of_stage.config, None, of_stage.files_sha256, of_stage.of)
-        ranks.barrier()
-        return perform(of_stage, place), place.path
-
-    return stage

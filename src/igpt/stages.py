@@ -1,85 +1,117 @@
-"""What a stage of a pipeline is: the pipeline's config with another task, and settings of its own, checked at once."""
+"""The stages of a pipeline: each is the pipeline's config with another task, and settings of its own."""
 
-import importlib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from igpt.arguments import suggestion
-from igpt.build import CHECKPOINT, Build
 from igpt.report.folder import RunFolder, changes
-from igpt.settings import check_settings
-from igpt.task.pipeline import FROM
+from igpt.run_config import OF_LAUNCH, RunConfig
+from igpt.settings.reading import FROM
+from igpt.spelling import suggestion
+from igpt.targets import task_settings
 
-CHOSEN = ("model", "objective")  # groups that a stage of a pipeline may choose from for itself
+GROUPS = ("model", "objective")  # that a stage may choose from for itself
 DATA = "data"  # of a stage: settings of the data that are its own
-OF_LAUNCH = ("name", "needs", "run_folder")  # settings of a task that are no arguments of what it runs
-RUN = "run"  # of a stage: the folder of a finished run that stands for it
+STAND_IN = "run"  # of a stage: the folder of a finished run that stands in for it
 
 
-def known_in(config: DictConfig, settings: DictConfig, where: str) -> DictConfig:
-    """The settings themselves. Raises ValueError when there is one that `config` does not have."""
-    for key, value in settings.items():
-        if key not in config:
-            raise ValueError(f"{where} has no setting {key!r}{suggestion(str(key), [str(k) for k in config])}")
-        if isinstance(config[key], DictConfig) and isinstance(value, DictConfig):
-            known_in(config[key], value, f"{where}.{key!s}")
-    return settings
+@dataclass(frozen=True)
+class StageConfig:
+    """The composed config of one stage, and the options it chose."""
+
+    name: str
+    cfg: DictConfig
+    choices: dict[str, Any]
+    stand_in: Path | None  # the folder of a finished run
+
+    def check_stand_in(self) -> None:
+        """Raises ValueError unless the run that stands in is finished, and is what the stage would have been."""
+        if self.stand_in is None:
+            return
+        folder = RunFolder(self.stand_in)
+        if not folder.finished:
+            raise ValueError(f"task.stages.{self.name}.run={folder.path}: no finished run is there")
+        config = OmegaConf.to_container(self.cfg, resolve=True)
+        assert isinstance(config, dict)
+        differs, _ = changes(folder.read_run()["config"], {str(key): value for key, value in config.items()})
+        if differs:
+            raise ValueError(f"task.stages.{self.name}.run={folder.path}: that run is another: {'; '.join(differs)}")
+
+    def check_stand_in_files(self, input_hashes: Mapping[str, str | None]) -> None:
+        """Raises ValueError unless the run that stands in began from the files that the stage would begin from."""
+        assert self.stand_in is not None
+        saved = RunFolder(self.stand_in).read_run()["files_sha256"]
+        if differs := [key for key in saved if saved[key] != input_hashes.get(key)]:
+            raise ValueError(
+                f"task.stages.{self.name}.run={self.stand_in}: it began from other files ({', '.join(differs)})"
+            )
 
 
-def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
-    """The pipeline's config with a stage's task, what that takes from a checkpoint, and what the stage chooses."""
-    chosen = {"task": settings.get("task", name)} | {group: settings[group] for group in CHOSEN if group in settings}
+def stage_configs(run: RunConfig) -> dict[str, StageConfig]:
+    """Every stage that is to run, by its name, all of their settings checked.
+
+    Raises:
+        ValueError: settings that a stage does not have or take, a stage that leaves no run, a stand-in that is another.
+    """
+    stages = {}
+    for name, settings in run.cfg.task.stages.items():
+        if settings is None:
+            continue
+        stage = compose_stage(run, str(name), settings)
+        if not stage.cfg.task.get("run_folder", True):
+            raise ValueError(
+                f"task.stages.{name}: task={stage.cfg.task.name} leaves no run: it is no stage of a pipeline"
+            )
+        if (FROM in settings and OmegaConf.is_list(settings[FROM])) != ("runs" in stage.cfg.task):
+            raise ValueError(f"task.stages.{name}.from: a list of stages is for tasks with runs, and these need one")
+        stage.check_stand_in()
+        stages[stage.name] = stage
+    return stages
+
+
+def compose_stage(run: RunConfig, name: str, settings: DictConfig) -> StageConfig:
+    """The pipeline's config with a stage's task, what that takes from a checkpoint, and what the stage chooses.
+
+    Raises:
+        ValueError: a setting that the stage does not have, or that its task does not take.
+    """
+    where = f"task.stages.{name}"
+    chosen = {"task": settings.get("task", name)} | {group: settings[group] for group in GROUPS if group in settings}
     overrides = [f"{group}={option}" for group, option in chosen.items()]
     fresh = hydra.compose("config", overrides=overrides, return_hydra_config=True)
     choices = dict(fresh.hydra.runtime.choices)
-    cfg = build.cfg.copy()
+    cfg = run.cfg.copy()
     with open_dict(cfg):
         cfg.task, cfg.published = fresh.task, []
         for group in ("model", "tokens", "objective"):
-            if choices[group] == CHECKPOINT or group in chosen:
+            if choices[group] == "checkpoint" or group in chosen:
                 cfg[group] = fresh[group]
             else:
-                choices[group] = build.choices[group]
-        cfg.data = OmegaConf.merge(cfg.data, known_in(cfg.data, settings.get(DATA, {}), f"task.stages.{name}.data"))
-    for key, value in settings.items():
-        if key in ("task", FROM, RUN, DATA, *CHOSEN):
-            continue
-        if key not in cfg.task:
-            raise ValueError(
-                f"task.stages.{name} has no setting {key!r}{suggestion(str(key), [str(k) for k in cfg.task])}"
-            )
-        if OmegaConf.is_dict(value) and OmegaConf.is_dict(cfg.task[key]) and len(cfg.task[key]):
-            cfg.task[key] = OmegaConf.merge(
-                cfg.task[key], known_in(cfg.task[key], value, f"task.stages.{name}.{key!s}")
-            )
-        else:
-            cfg.task[key] = value
+                choices[group] = run.choices[group]
+        cfg.data = _merge(cfg.data, settings.get(DATA, {}), f"{where}.data")
+    of_task = {str(key): value for key, value in settings.items() if key not in ("task", FROM, STAND_IN, DATA, *GROUPS)}
+    cfg.task = _merge(cfg.task, of_task, where)
+    OmegaConf.set_struct(cfg, True)
+    stand_in = settings.get(STAND_IN)
+    stage = StageConfig(name, cfg, choices, None if stand_in is None else Path(stand_in))
     spec = OmegaConf.to_container(cfg.task, resolve=True)
     assert isinstance(spec, dict)
-    settled = {str(key): value for key, value in spec.items() if key not in OF_LAUNCH}
-    check_settings(get_object(cfg.task["_target_"]), settled, f"task.stages.{name}")
-    check_task(settled)
-    OmegaConf.set_struct(cfg, True)
-    return cfg, choices
+    task_settings(cfg.task["_target_"], {str(k): v for k, v in spec.items() if k not in OF_LAUNCH}, where)
+    return stage
 
 
-def check_given(name: str, place: RunFolder, cfg: DictConfig) -> None:
-    """Raises ValueError unless a run that stands for a stage is finished, and is what the stage would have been."""
-    if not place.finished:
-        raise ValueError(f"task.stages.{name}.run={place.path}: no finished run is there")
-    asked = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(asked, dict)
-    differs, _ = changes(place.read_run()["config"], {str(key): value for key, value in asked.items()})
-    if differs:
-        raise ValueError(f"task.stages.{name}.run={place.path}: that run is another: {'; '.join(differs)}")
-
-
-def check_task(spec: Mapping[str, Any]) -> None:
-    """Raises ValueError when a task's own `check` finds a setting that cannot be right; it builds nothing for that."""
-    check = getattr(importlib.import_module(spec["_target_"].rpartition(".")[0]), "check", None)
-    if check is not None:
-        check(**{key: value for key, value in spec.items() if not key.startswith("_")})
+def _merge(config: DictConfig, settings: Mapping[Any, Any], where: str) -> DictConfig:
+    """A copy of `config` with other values; a mapping that is not empty is merged. Raises ValueError for a new name."""
+    merged = config.copy()
+    for key, value in settings.items():
+        if key not in config:
+            raise ValueError(f"{where} has no setting {key!r}{suggestion(str(key), map(str, config))}")
+        if OmegaConf.is_dict(value) and OmegaConf.is_dict(config[key]) and len(config[key]):
+            merged[key] = _merge(config[key], value, f"{where}.{key}")
+        else:
+            merged[key] = value
+    return merged

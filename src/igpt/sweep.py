@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from igpt import files, processes
 from igpt.app.ending import side_by_side
 from igpt.arguments import expand_home
-from igpt.build import Build
 from igpt.cores import count_cores
 from igpt.processes import RANK_VARIABLES, SWEEP, TELL, Child, Children, devices_of, how_it_ended
 from igpt.report.logs import log_file, set_up_logging
 from igpt.report.table import columns
+from igpt.run_config import RunConfig
 from igpt.stopping import STOPPED
 
 log = logging.getLogger(__name__)
@@ -273,13 +273,13 @@ def _expect(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
             continue  # a new one
         try:
             own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-            build = Build(own, dict(cfg.hydra.runtime.choices))
-            job.folder = str((Path(cfg.paths.runs) / build.name).absolute())
+            run = RunConfig(own, dict(cfg.hydra.runtime.choices))
+            job.folder = str((Path(cfg.paths.runs) / run.name).absolute())
         except (ValueError, OSError, OmegaConfBaseException):
             continue
         if job.folder in owners:
             raise ValueError(
-                f"jobs {owners[job.folder]} and {job.number} are the same run, {build.name}: what differs between them "
+                f"jobs {owners[job.folder]} and {job.number} are the same run, {run.name}: what differs between them "
                 "does not change what is learned (the trainer's settings but for precision do not), so sweep something "
                 "else, or set another paths.runs for each"
             )

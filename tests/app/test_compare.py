@@ -39,7 +39,7 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
 def made(folder: Path, numbers: dict[str, Number], *, said: Any = None, **settings: Any) -> Path:
     """A finished run as `launch` leaves one; settings by dotted name, with `__` for the dots."""
     plain = {
-        "seed": 0, "init": None, "task.name": "pretrain", "task.needs": ["net"], "data.name": "digits",
+        "seed": 0, "init": None, "task.name": "pretrain", "task.requires": ["network"], "data.name": "digits",
         "data.resolution": 8, "data.n_colour": 17, "tokens.order": "raster", "model.name": "igpt_nano",
         "objective.name": "ar", "trainer.precision": "32-true",
     }  # fmt: skip
@@ -272,8 +272,8 @@ def test_losses_of_other_tokens_do_not_compare(tmp_path: Path) -> None:
 def run_compare(tmp_path: Path, *overrides: str) -> tuple[Result, Path]:
     build = built("task=compare", *overrides, f"paths.runs={tmp_path / RUNS}", "trainer=cpu")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        result = launch(build.cfg, choices=build.choices, overrides=[*overrides])
-    return result, tmp_path / RUNS / build.name
+        result = launch(build.run.cfg, choices=build.run.choices, overrides=[*overrides])
+    return result, tmp_path / RUNS / build.run.name
 
 
 BROKEN = {

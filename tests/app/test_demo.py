@@ -22,12 +22,14 @@ from igpt.app import demo, nearest
 from igpt.app.nearest import TrainingFeatures
 from igpt.app.page import Page, Start
 from igpt.app.workbench import Uploads, Workbench
-from igpt.build import Build
+from igpt.components import Components
 from igpt.data.crop import Crop
-from igpt.launch import launch, stages
+from igpt.execute import stage_runner
+from igpt.launch import launch
 from igpt.model.features import layer_features
 from igpt.model.generate import Sampling
-from igpt.report.folder import RunFolder
+from igpt.settings.generation import CompleteSettings
+from igpt.settings.probing import FeatureSettings
 from igpt.task import complete
 from igpt.task.complete import HIDDEN
 from igpt.task.features import Reader
@@ -39,7 +41,7 @@ LAYERS = 3  # of save_small's network
 START = Start(choices=6, rows=2, completions=2, temperature=1.0, top_k=None, seed=0, nearest=4, layer=1)
 
 
-def built_demo(place: Path, *overrides: str, **saved: Any) -> Build:
+def built_demo(place: Path, *overrides: str, **saved: Any) -> Components:
     """The demo of a small network with drawn weights, on the digits."""
     init = place / "run"
     if not init.is_dir():
@@ -47,18 +49,17 @@ def built_demo(place: Path, *overrides: str, **saved: Any) -> Build:
     return built("task=demo", f"init={init}", f"paths.cache={place / 'cache'}", "trainer=cpu", *overrides)
 
 
-def bench_of(build: Build, place: Path, *, among: int = 40) -> Workbench:
-    folder = RunFolder(place / "none")
-    data = build.need_tokens(folder)()
+def bench_of(build: Components, place: Path, *, among: int = 40) -> Workbench:
+    data = build.build_datamodule()
     assert build.weights is not None
     net = build.weights.net().eval()
     training = TrainingFeatures(
-        net=net, machine=build.machine, data=data, cache=build.need_cache(folder), weights=build.weights.sha256,
-        made_by=build.need_made_by(folder), norm="ln_1", dtype="float32", among=among, batch_size=16,
+        net=net, machine=build.hardware, data=data, cache=build.cache_dir, weights=build.weights.sha256,
+        made_by=build.cache_key, norm="ln_1", dtype="float32", among=among, batch_size=16,
     )  # fmt: skip
-    uploads = Uploads(build.need_crop(folder), max_bytes=20_000, max_pixels=100_000)
+    uploads = Uploads(build.evaluation_crop, max_bytes=20_000, max_pixels=100_000)
     return Workbench(
-        net=net, machine=build.machine, data=data, uploads=uploads, training=training, seed=0, split="val", at_most=3
+        net=net, machine=build.hardware, data=data, uploads=uploads, training=training, seed=0, split="val", at_most=3
     )
 
 
@@ -134,13 +135,10 @@ def test_classes_are_called_by_name(bench: Workbench, monkeypatch: pytest.Monkey
 def test_features_that_a_probe_left_are_taken(tmp_path: Path) -> None:
     """Invariant: then all training images are looked through, and none is read."""
     build = built_demo(tmp_path)
-    folder = RunFolder(tmp_path / "probing")
-    runner = Runner(machine=build.machine, folder=folder.path, callbacks=[])
     assert build.weights is not None
-    reader = Reader(
-        runner, build.need_tokens(folder), build.objective, build.need_cache(folder), build.need_made_by(folder),
-        "ln_1", "float32", 128,
-    )  # fmt: skip
+    vars(build)["runner"] = Runner(machine=build.hardware, folder=tmp_path / "probing", callbacks=[])
+    features = FeatureSettings(norm="ln_1", dtype="float32", batch_size=128, strengths=[1.0])
+    reader = Reader(build, features)
     (whole,) = reader.read(build.weights.net(), build.weights.sha256, "train", masks=1)
     bench = bench_of(build, tmp_path)
     found(bench, 1)
@@ -161,11 +159,10 @@ def test_completions_are_those_of_the_task(tmp_path: Path, permutation: list[int
     build = built_demo(tmp_path, permutation=permutation)
     bench = bench_of(build, tmp_path)
     assert build.weights is not None
-    result = complete.run(
-        runner=Runner(machine=build.machine, folder=tmp_path, callbacks=[]), weights=build.weights,
-        tokens=build.need_tokens(RunFolder(tmp_path)), seed=0, split="val", count=4, completions=3, fraction=0.5,
-        rows=5, batch_size=64, temperature=0.9, top_k=6, top_p=None,
-    )  # fmt: skip
+    settings = CompleteSettings(
+        split="val", count=4, completions=3, fraction=0.5, rows=5, batch_size=64, temperature=0.9, top_k=6, top_p=None
+    )
+    result = complete.run(build, settings)
     grid = result.grids["completions"].images  # original, given, three completions
     by_row = {chosen.index: chosen for chosen in bench.choices(0, 1000)}
     for image, row in enumerate(result.provenance["images"]):
@@ -261,31 +258,30 @@ def test_uploads_that_are_refused(bench: Workbench, tmp_path: Path) -> None:
 
 def test_uploads_are_cut_as_the_data_is(tmp_path: Path) -> None:
     """By hand: ImageNet's evaluation crop, also of the part of a mixture that is held out from; digits have none."""
-    folder = RunFolder(tmp_path)
     imagenet: dict[str, Any] = {"short_side": (224, 224), "size": 224, "filter": "bilinear", "resize": "twice"}
-    assert built("data=imagenet48").need_crop(folder) == Crop(48, draft=3, **imagenet)
-    assert built("data=imagenet64_web").need_crop(folder) == Crop(64, draft=3, **imagenet)
-    assert built().need_crop(folder).box(20, 10, 0)[0] == (5, 0, 15, 10)
+    assert built("data=imagenet48").evaluation_crop == Crop(48, draft=3, **imagenet)
+    assert built("data=imagenet64_web").evaluation_crop == Crop(64, draft=3, **imagenet)
+    assert built().evaluation_crop.box(20, 10, 0)[0] == (5, 0, 15, 10)
 
 
-def start(build: Build) -> Any:
+def start(build: Components) -> Any:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return launch(build.cfg, choices=build.choices, overrides=[])
+        return launch(build.run.cfg, choices=build.run.choices, overrides=[])
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (("task.completions=9",), r"task\.completions must lie in 1 … task\.at_most \(8\), got 9"),
-        (("task.port=70000",), r"task\.port must lie in 1 … 65535"),
+        (("task.port=70000",), r"task\.port must be at most 65535"),
         (("task.threads=0",), r"task\.threads must be at least 1"),
-        (("task.upload_mb=0",), r"task\.upload_mb must be at least 1"),
-        (("task.temperature=0",), "temperature must be above 0"),
+        (("task.upload_mb=0",), r"task\.upload_mb must be at least 0\.001"),
+        (("task.temperature=0",), "temperature must be at least 0.001"),
         (("task.norm=ln_9",), r"task\.norm must be one of ln_1, raw"),
         (("task.dtype=float64",), r"task\.dtype must be .*float16.*, got 'float64'"),
         (("task.layer=4",), r"task\.layer must lie in 0 .* … 3"),
         (("task.rows=9",), r"task\.rows must lie in 0 … 8"),
-        (("task.split=dev",), "got split 'dev'"),
+        (("task.split=dev",), "task.split must be one of train, val, test, got 'dev'"),
         (("task.host=192.0.2.1",), r"no page can be served at task\.host=192\.0\.2\.1"),
         (("resume=auto",), "leaves no run: it cannot be resumed"),
         (("force=true",), "leaves no run: it cannot be resumed"),
@@ -300,7 +296,7 @@ def test_bad_settings(tmp_path: Path, overrides: tuple[str, ...], message: str) 
 def test_a_demo_is_no_stage() -> None:
     build = built("task=pipeline", "++task.stages={demo: {}}")
     with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(ValueError, match="no stage of a pipe"):
-        stages(build)
+        stage_runner(build)
 
 
 def test_masked_pixel_networks_draw_no_images(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 
 from igpt.data.images import Images
 from igpt.data.mixture import Mixture
+from igpt.targets import checked_partial
 
 SETTINGS: dict[str, Any] = {
     "name": "made",
@@ -89,8 +89,9 @@ class Shop:
         self.cache = cache
 
     def __call__(self, path: Path | str | None, **changed: Any) -> Images:
-        settings = {**SETTINGS, **changed}
-        return Images(cache=self.cache, path=None if path is None else str(path), **settings)
+        settings = {**SETTINGS, **changed, "path": None if path is None else str(path)}
+        images: Images = checked_partial({"_target_": "igpt.data.images.Images", **settings}, "data")(cache=self.cache)
+        return images
 
 
 @pytest.fixture
@@ -146,9 +147,11 @@ def mixture(folder: Path, *, lanes: int | None, buffer: int = 16, **changed: Any
         "held_out": "photos",
         "resolution": 8,
         "streams": {
-            "web": partial(Images, path=str(folder / "tar"), **settings),
-            "photos": partial(Images, path=str(folder / "parquet"), **settings),
+            name: {"_target_": "igpt.data.images.Images", "_partial_": True, **settings, "path": str(folder / place)}
+            for name, place in (("web", "tar"), ("photos", "parquet"))
         },
+        "stream": {"buffer": buffer, "lanes": lanes},
     }
-    stream = {"buffer": buffer, "lanes": lanes}
-    return Mixture(cache=folder / "cache", name="mixed", stream=stream, **{**whole, **changed})
+    spec = {"_target_": "igpt.data.mixture.Mixture", "name": "mixed", **whole, **changed}
+    made: Mixture = checked_partial(spec, "data")(cache=folder / "cache")
+    return made

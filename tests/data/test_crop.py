@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from igpt.data.crop import FILTERS, Crop, Cut, padded_crop
+from igpt.settings.base import parse_settings
+from igpt.settings.data import AugmentSettings, CropSettings
 from tests.data.conftest import SETTINGS, encoded, photo
 
 PAPER: dict[str, Any] = {"resolution": 32, "short_side": (256, 384), "size": 224, "filter": "bilinear"}
@@ -97,6 +99,14 @@ def test_padded_crops_are_windows_of_the_reflected_image() -> None:
     assert np.array_equal(padded_crop(pixels, keys, pad=0, flip=False), pixels)
 
 
+def cut(
+    resolution: int = 32, *, crop: dict[str, Any] = SETTINGS["crop"], augment: dict[str, Any] = SETTINGS["augment"]
+) -> Cut:
+    """From settings, as a config has them."""
+    parsed = parse_settings(CropSettings, crop, "data.crop")
+    return Cut.of(resolution, parsed, parse_settings(AugmentSettings, augment, "data.augment"))
+
+
 @pytest.mark.parametrize(
     ("crop", "message"),
     [
@@ -104,26 +114,28 @@ def test_padded_crops_are_windows_of_the_reflected_image() -> None:
         ({"size": 224}, "go together"),
         ({"size": 300, "short_side": [256, 384], "eval_short_side": 300}, "crop of 300 pixels must fit"),
         ({"size": 224, "short_side": [384, 256], "eval_short_side": 224}, "must fit"),
-        ({"size": 224, "short_side": [256], "eval_short_side": 224}, r"\[shortest, longest\]"),
+        ({"size": 224, "short_side": [256], "eval_short_side": 224}, r"short_side must be a list of at least 2"),
         ({"draft": 0.5}, "draft must be at least 1"),
-        ({"resise": "once"}, "resise is no setting"),
-        ({"resize": "thrice"}, "resize must be once or twice"),
-        ({"short_side": 7}, r"\[shortest, longest\]"),
-        ({"short_side": ["a", "b"]}, "in whole pixels"),
-        ({"size": "big", "short_side": [256, 384], "eval_short_side": 224}, "size is null or whole pixels"),
-        ({"draft": "much"}, "draft is null or a number"),
+        ({"resise": "once"}, "no setting 'resise', did you mean resize"),
+        ({"resize": "thrice"}, "resize must be one of once, twice"),
+        ({"short_side": 7}, r"short_side must be a list or null, got 7"),
+        ({"short_side": ["a", "b"]}, r"short_side\.0 must be a whole number, got 'a'"),
+        (
+            {"size": "big", "short_side": [256, 384], "eval_short_side": 224},
+            "size must be a whole number or null, got 'big'",
+        ),
+        ({"draft": "much"}, "draft must be a number or null, got 'much'"),
     ],
 )
 def test_bad_settings(crop: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Cut.of(32, {**SETTINGS["crop"], **crop}, SETTINGS["augment"])
+        cut(crop={**SETTINGS["crop"], **crop})
 
 
 def test_bad_augmentation_and_resolution() -> None:
     with pytest.raises(ValueError, match=r"pad must lie in 0 … 31"):
-        Cut.of(32, SETTINGS["crop"], {"pad": 32, "flip": False})
-    for augment in ({"pad": 1.5, "flip": False}, {"pad": 1, "flip": "maybe"}):
-        with pytest.raises(ValueError, match="flip true or false"):
-            Cut.of(32, SETTINGS["crop"], augment)
-    with pytest.raises(ValueError, match="resolution must be at least 1"):
-        Cut.of(0, SETTINGS["crop"], {"pad": 0, "flip": False})
+        cut(augment={"pad": 32, "flip": False})
+    with pytest.raises(ValueError, match=r"data\.augment\.pad must be a whole number, got 1\.5"):
+        cut(augment={"pad": 1.5, "flip": False})
+    with pytest.raises(ValueError, match=r"data\.augment\.flip must be true or false, got 'maybe'"):
+        cut(augment={"pad": 1, "flip": "maybe"})

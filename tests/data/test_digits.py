@@ -5,6 +5,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from igpt.data.digits import Digits
+from igpt.targets import checked_partial
 
 SETTINGS = {
     "name": "digits",
@@ -56,7 +57,7 @@ def test_the_same_split_seed_gives_the_same_split() -> None:
 )
 def test_bad_settings(changed: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Digits(**{**SETTINGS, **changed})
+        checked_partial({"_target_": "igpt.data.digits.Digits", **SETTINGS, **changed}, "data")()
 
 
 def test_an_unknown_split() -> None:

@@ -336,7 +336,7 @@ def test_a_cache_that_cannot_be_written(images: Shop, folder: Path, tmp_path: Pa
 def test_splits_that_are_not_there(images: Shop, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"has the splits train, none called fit: .*data.splits.train=\[train\]"):
         images(folder, splits={"train": ["fit"], "val": [], "test": []})
-    with pytest.raises(ValueError, match=r"data\.splits gives train, val and test"):
+    with pytest.raises(ValueError, match=r"data\.splits\.train must be a list of at least 1"):
         images(folder, splits={"train": []})
     with pytest.raises(ValueError, match="'valid'"):
         images(folder).split("valid")

@@ -65,7 +65,7 @@ def test_folders_that_may_be_splits_or_classes(images: Shop, tmp_path: Path) -> 
         images(tmp_path)
     assert images(tmp_path, layout="classes", n_class=3).class_names == ("bus", "car", "train")
     assert everything(images(tmp_path, layout="splits", val_fraction=0.0)) == {"train": 2, "val": 0, "test": 0}
-    with pytest.raises(ValueError, match=r"data\.layout is one of auto, splits, classes, got 'guess'"):
+    with pytest.raises(ValueError, match=r"data\.layout must be one of auto, splits, classes, got 'guess'"):
         images(tmp_path, layout="guess")
 
 

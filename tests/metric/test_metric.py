@@ -1,6 +1,7 @@
 """Numbers that are reported."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from igpt.metric.likelihood import likelihood_numbers, position_nats, unigram_nats
 from igpt.metric.throughput import Meter, train_flops_per_image
+from igpt.model.config import GPTConfig
 
 
 def test_mean_and_standard_error() -> None:
@@ -38,9 +40,10 @@ def test_histograms_by_hand() -> None:
 
 def test_flops_by_hand() -> None:
     """Independent source: 312.5 GFLOP for a step of 4 images at 12 × 256, 1024 tokens, 512 colours (6NT + 6LT²d)."""
-    flops = train_flops_per_image(n_layer=12, n_embd=256, n_ctx=1024, n_vocab=512, causal=True)
+    network = GPTConfig(n_layer=12, n_embd=256, n_head=4, n_ctx=1024, n_vocab=512, causal=True)
+    flops = train_flops_per_image(network)
     assert 4 * flops == pytest.approx(312.5e9, rel=1e-3)
-    full = train_flops_per_image(n_layer=12, n_embd=256, n_ctx=1024, n_vocab=512, causal=False)
+    full = train_flops_per_image(replace(network, causal=False))
     assert full - flops == 6 * 12 * 1024**2 * 256
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from igpt import keyed
+from igpt.objective import registry
 from igpt.objective.bert import BERT
 from tests.model.test_gpt import openai_case
 
@@ -65,5 +66,5 @@ def test_every_image_hides_a_pixel() -> None:
 
 @pytest.mark.parametrize("p", [0.0, 1.0, -0.1])
 def test_bad_probability(p: float) -> None:
-    with pytest.raises(ValueError, match="mask_probability"):
-        BERT(mask_probability=p)
+    with pytest.raises(ValueError, match=r"objective\.mask_probability must be (above 0|below 1)"):
+        registry.build(name="bert", mask_probability=p)

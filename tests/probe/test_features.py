@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from igpt.probe.features import Dtype, FeatureWriter, features_path, labels_path, read_features
+from igpt.probe.features import FeatureWriter, features_path, labels_path, read_features
+from igpt.settings.base import FeatureDtype
 from tests.checkpoint.test_native import small_disk
 
 N_LAYER, N_IMAGE, WIDTH = 2, 11, 5
@@ -29,7 +30,7 @@ IN_TURN = [list(range(0, 4)), list(range(4, 8)), list(range(8, 11))]
 IN_NO_ORDER = [[10, 3], [0], [7, 1, 9, 4, 2], [8, 6, 5]]
 
 
-def write(path: Path, values: Tensor, batches: list[list[int]], dtype: Dtype = "float32") -> None:
+def write(path: Path, values: Tensor, batches: list[list[int]], dtype: FeatureDtype = "float32") -> None:
     writer = FeatureWriter(path, n_image=N_IMAGE, dtype=dtype)
     for batch in batches:
         rows = torch.tensor(batch)

@@ -67,7 +67,7 @@ def finished(path: Path, result: Result, config: dict[str, Any] | None = None, t
         "model": {"name": "igpt_nano"},
         "data": {"name": "digits", "resolution": 8},
         "objective": {"name": "ar"},
-        "task": {"name": task, "needs": ["tokens"], "count": 4},
+        "task": {"name": task, "requires": ["tokens"], "count": 4},
     }
     folder.start(plain | (config or {}), [f"task={task}", "seed=0"], {})
     folder.finish(task, result, seconds=235.6)
@@ -157,7 +157,7 @@ def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
         "data": {"name": HOSTILE, "resolution": 8, "path": HOSTILE},
         "published": [HOSTILE],
         "init": HOSTILE,
-        "task": {"name": "pipeline", "needs": [], "stages": {"a": {"run": "gone", HOSTILE: HOSTILE}}},
+        "task": {"name": "pipeline", "requires": [], "stages": {"a": {"run": "gone", HOSTILE: HOSTILE}}},
         HOSTILE: {HOSTILE: HOSTILE},
     }
     path = page_of(finished(tmp_path / "run", result, config, task="pipeline").path)

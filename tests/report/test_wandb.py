@@ -189,5 +189,5 @@ def test_the_sweep_file_speaks_hydras_syntax() -> None:
         for argument in arguments:
             key, _, value = argument.partition("=")
             if "." in key:
-                assert str(build.cfg.task[key.removeprefix("task.")]) == value
+                assert str(build.run.cfg.task[key.removeprefix("task.")]) == value
     assert sweep["metric"]["name"] == "val/loss_gen"

@@ -6,26 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.utils import get_object
 
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import CheckpointMetadata, Weights, save_model
+from igpt.components import Components
 from igpt.data.digits import Digits
 from igpt.data.source import ArraySplit
+from igpt.metric.result import Result
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
-from igpt.task.finetune import run as finetune
+from igpt.settings.base import parse_settings
+from igpt.targets import task_settings
 from igpt.task.fit import Runner
 from igpt.task.machine import Machine
-from igpt.task.pretrain import run as pretrain
-from igpt.task.probe import run as probe
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
-from tests.conftest import perturbed
+from tests.conftest import parts_of_run, perturbed
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_ctx": 64, "n_vocab": 17, "causal": True}
 
@@ -84,7 +86,74 @@ def machine(**changed: Any) -> Machine:
         "num_workers": 0,
         "peak_tflops": 1.0,
     }
-    return Machine(**{**plain, **changed})
+    return parse_settings(Machine, {**plain, **changed}, "trainer")
+
+
+PRETRAIN: dict[str, Any] = {
+    "steps": 8,
+    "batch_size": 100,
+    "optimizer": "adam",
+    "learning_rate": 0.01,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "weight_decay": 0.0,
+    "warmup_steps": 2,
+    "val_every": 4,
+    "log_every": 1,
+    "checkpoint_every": 4,
+    "checkpoint_keep": 2,
+}
+SGD: dict[str, Any] = {
+    "rates": [0.1, 1.0],
+    "steps": 6,
+    "batch_size": 50,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "val_every": 3,
+    "log_every": 1,
+    "checkpoint_every": 2,
+}
+PROBE: dict[str, Any] = {
+    "norm": "ln_1",
+    "dtype": "float32",
+    "batch_size": 64,
+    "solver": "lbfgs",
+    "strengths": [10.0, 0.1],
+    "sgd": SGD,
+    "layer": None,
+    "concat": None,
+    "masks": 5,
+    "folds": None,
+    "refit": True,
+    "test": True,
+    "untrained": False,
+    "pixels": False,
+}
+FINETUNE: dict[str, Any] = {
+    "steps": 6,
+    "batch_size": 50,
+    "learning_rate": 0.003,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
+    "loss_weights": {"gen": 1.0, "clf": 1.0},
+    "masks": 3,
+    "val_every": 2,
+    "patience": None,
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "checkpoint_keep": 1,
+    "test": True,
+}
+EVALUATE: dict[str, Any] = {
+    "split": "val",
+    "batch_size": 100,
+    "baseline_images": 0,
+    "accuracy": "auto",
+    "masks": 5,
+}
+PARTS = ("on", "callbacks", "loggers", "objective", "cache", "network")  # of `Lab.components`, not settings of a task
 
 
 class Lab:
@@ -111,129 +180,73 @@ class Lab:
             seed=0,
         )
 
-    def pretrain(
+    def components(
         self,
         folder: Path,
+        weights: Weights | None = None,
         *,
         on: Machine | None = None,
-        callbacks: tuple[Any, ...] = (),
+        callbacks: Any = (),
         loggers: Any = (),
         objective: Any = None,
-        **changed: Any,
-    ) -> Any:
-        metadata = self.metadata(objective)
-        settings: dict[str, Any] = {
-            "steps": 8,
-            "batch_size": 100,
-            "optimizer": "adam",
-            "learning_rate": 0.01,
-            "beta1": 0.9,
-            "beta2": 0.95,
-            "weight_decay": 0.0,
-            "warmup_steps": 2,
-            "val_every": 4,
-            "log_every": 1,
-            "checkpoint_every": 4,
-            "checkpoint_keep": 2,
-        }
-        return pretrain(
-            runner=Runner(machine=on or machine(), folder=folder, callbacks=list(callbacks), loggers=list(loggers)),
-            tokens=self.tokens,
-            net=partial(GPT, metadata.keywords["network"]),
-            objective=objective or AR(),
-            metadata=metadata,
-            **{"weights": None, "seed": 0, **settings, **changed},
-        )
-
-    def probe(
-        self,
-        folder: Path,
-        weights: Weights,
-        *,
-        on: Machine | None = None,
-        callbacks: tuple[Any, ...] = (),
-        objective: Any = None,
         cache: Path | None = None,
-        sgd: dict[str, Any] | None = None,
         seed: int = 0,
-        **changed: Any,
-    ) -> Any:
-        settings: dict[str, Any] = {
-            "norm": "ln_1",
-            "dtype": "float32",
-            "batch_size": 64,
-            "solver": "lbfgs",
-            "strengths": [10.0, 0.1],
-            "layer": None,
-            "concat": None,
-            "masks": 5,
-            "folds": None,
-            "refit": True,
-            "test": True,
-            "untrained": False,
-            "pixels": False,
-        }
-        of_sgd: dict[str, Any] = {
-            "rates": [0.1, 1.0],
-            "steps": 6,
-            "batch_size": 50,
-            "momentum": 0.9,
-            "weight_decay": 0.0,
-            "val_every": 3,
-            "log_every": 1,
-            "checkpoint_every": 2,
-        }
-        made_by = {"data": {"name": self.digits.name}, "precision": "32-true", "seed": seed}
-        return probe(
-            runner=Runner(machine=on or machine(), folder=folder, callbacks=list(callbacks)),
-            tokens=partial(self.tokens, seed=seed),
-            weights=weights,
-            objective=objective or AR(),
-            cache=cache or folder / "cache",
-            made_by=made_by | {"objective": {"name": (objective or AR()).name}},
+        network: GPTConfig | None = None,
+    ) -> Components:
+        """The parts of a run on the digits, each as it is, whatever a config would say."""
+        objective, on, metadata = objective or AR(), on or machine(), self.metadata(objective)
+        network = network or metadata.keywords["network"]
+        key = {"data": {"name": self.digits.name}, "precision": "32-true", "seed": seed}
+        return parts_of_run(
+            runner=Runner(machine=on, folder=folder, callbacks=list(callbacks), loggers=list(loggers)),
+            hardware=on,
+            run_dir=folder,
+            cache_dir=cache or folder / "cache",
+            cache_key=key | {"objective": {"name": objective.name}},
             seed=seed,
-            sgd=of_sgd | (sgd or {}),
-            **{**settings, **changed},
+            weights=weights,
+            source=self.digits,
+            tokenizer=self.tokenizer,
+            objective=objective,
+            network=network,
+            build_network=partial(GPT, network),
+            build_datamodule=partial(self.tokens, seed=seed),
+            checkpoint_metadata=metadata,
         )
 
-    def finetune(
-        self,
-        folder: Path,
-        weights: Weights | None,
-        *,
-        on: Machine | None = None,
-        callbacks: tuple[Any, ...] = (),
-        objective: Any = None,
-        **changed: Any,
-    ) -> Any:
-        metadata = self.metadata(objective)
-        settings: dict[str, Any] = {
-            "steps": 6,
-            "batch_size": 50,
-            "learning_rate": 0.003,
-            "beta1": 0.9,
-            "beta2": 0.95,
-            "weight_decay": 0.0,
-            "warmup_steps": 0,
-            "loss_weights": {"gen": 1.0, "clf": 1.0},
-            "masks": 3,
-            "val_every": 2,
-            "patience": None,
-            "log_every": 1,
-            "checkpoint_every": 2,
-            "checkpoint_keep": 1,
-            "test": True,
-        }
-        return finetune(
-            runner=Runner(machine=on or machine(), folder=folder, callbacks=list(callbacks)),
-            tokens=self.tokens,
-            net=partial(GPT, metadata.keywords["network"]),
-            objective=objective or AR(),
-            metadata=metadata,
-            weights=weights,
-            seed=0,
-            **{**settings, **changed},
+    def execute(
+        self, task: str, folder: Path, weights: Weights | None = None, *, seed: int = 0, **settings: Any
+    ) -> Result:
+        """What `task`, a module of `igpt.task`, finds with these settings."""
+        parts = {name: settings.pop(name) for name in PARTS if name in settings}
+        target = f"igpt.task.{task}.run"
+        found: Result = get_object(target)(
+            self.components(folder, weights, seed=seed, **parts),
+            task_settings(target, settings),
         )
+        return found
+
+    def pretrain(self, folder: Path, *, weights: Weights | None = None, **changed: Any) -> Any:
+        settings = {**PRETRAIN, **changed}
+        settings["warmup_steps"] = min(settings["warmup_steps"], settings["steps"] - 1)
+        return self.execute("pretrain", folder, weights, **settings)
+
+    def probe(self, folder: Path, weights: Weights, *, sgd: dict[str, Any] | None = None, **changed: Any) -> Any:
+        return self.execute("probe", folder, weights, **{**PROBE, "sgd": SGD | (sgd or {}), **changed})
+
+    def finetune(self, folder: Path, weights: Weights | None, **changed: Any) -> Any:
+        return self.execute("finetune", folder, weights, **{**FINETUNE, **changed})
+
+    def evaluate(self, folder: Path, weights: Weights, **changed: Any) -> Any:
+        return self.execute("evaluate", folder, weights, **{**EVALUATE, **changed})
+
+
+def check_bad_settings(task: str, good: dict[str, Any], changed: dict[str, Any], message: str) -> None:
+    """The settings `good` are taken; with `changed`, they are refused by `message`."""
+    target = f"igpt.task.{task}.run"
+    assert task_settings(target, good)
+    with pytest.raises(ValueError, match=message):
+        task_settings(target, {**good, **changed})
 
 
 @pytest.fixture

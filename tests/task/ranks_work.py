@@ -22,9 +22,7 @@ from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.report.callbacks import SampleGrid
 from igpt.stopping import StoppedError
-from igpt.task import evaluate
 from igpt.task import machine as machines
-from igpt.task.fit import Runner
 from igpt.task.guard import NonFiniteLossError
 from igpt.task.machine import Machine
 from igpt.task.sample import draw
@@ -59,18 +57,7 @@ def on_all(**changed: Any) -> Machine:
 
 def evaluated(lab: Lab, run: Path, on: Machine, objective: Any) -> dict[str, Any]:
     """The numbers of `task=evaluate`, images 10 at a time."""
-    result = evaluate.run(
-        runner=Runner(machine=on, folder=run),
-        tokens=lab.tokens,
-        weights=find(str(run)),
-        objective=objective,
-        split="val",
-        batch_size=10,
-        baseline_images=0,
-        seed=0,
-        accuracy="auto",
-        masks=5,
-    )
+    result = lab.evaluate(run, find(str(run)), on=on, objective=objective, batch_size=10)
     return {name: (number.value, number.stderr, number.n) for name, number in result.numbers.items()}
 
 

@@ -12,11 +12,8 @@ from igpt.data.source import ArraySplit
 from igpt.data.split import balanced_subset
 from igpt.metric.result import Result
 from igpt.model.features import layer_features
-from igpt.objective.ar import AR
-from igpt.task import low_data
-from igpt.task.fit import Runner
 from igpt.tokens.palette import Palette
-from tests.task.conftest import Arrays, Lab, machine
+from tests.task.conftest import Arrays, Lab
 
 
 def few_labels(lab: Lab, pretrained: Path, folder: Path, **changed: Any) -> Result:
@@ -33,17 +30,7 @@ def few_labels(lab: Lab, pretrained: Path, folder: Path, **changed: Any) -> Resu
         "pixels": True,
         "split": "test",
     }
-    low_data.check(**{**settings, **changed})
-    return low_data.run(
-        runner=Runner(machine=machine(), folder=folder),
-        tokens=lab.tokens,
-        weights=find(str(pretrained)),
-        objective=AR(),
-        cache=folder / "cache",
-        made_by={"data": {"name": lab.digits.name}, "objective": {"name": "ar"}},
-        seed=0,
-        **{**settings, **changed},
-    )
+    return lab.execute("low_data", folder, find(str(pretrained)), **{**settings, **changed})
 
 
 def test_mean_and_deviation_are_those_of_scikit_learn_on_the_same_subsets(
@@ -120,10 +107,10 @@ def test_more_labels_than_there_are(tmp_path: Path, few: Arrays, palette: Palett
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"per_class": [1]}, "each at least 2"),
-        ({"per_class": []}, "each at least 2"),
-        ({"subsets": 1}, "at least 2 for a standard deviation"),
-        ({"strengths": [0.0]}, "positive numbers"),
+        ({"per_class": [1]}, r"task\.per_class\.0 must be at least 2, got 1"),
+        ({"per_class": []}, r"task\.per_class must be a list of at least 1"),
+        ({"subsets": 1}, r"task\.subsets must be at least 2"),
+        ({"strengths": [0.0]}, r"task\.strengths\.0 must be at least 1e-38, got 0"),
         ({"norm": "ln_2"}, "task.norm must be one of"),
         ({"layer": 3}, r"must lie in 0 … 2"),
     ],

@@ -1,12 +1,15 @@
 """The pipeline: which weights each stage starts from, and what its numbers are called at the end."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from igpt.metric.result import Curve, Number, Result
-from igpt.task.pipeline import check, run
+from igpt.targets import task_settings
+from igpt.task.pipeline import run
+from tests.conftest import parts_of_run
 
 
 class Stages:
@@ -24,6 +27,11 @@ class Stages:
         return self.results.get(name, Result()), folder
 
 
+def pipeline(stage: Stages, folder: Path, *, init: str | None = None, **settings: Any) -> Result:
+    components = parts_of_run(run_stage=stage, run_dir=folder, run=SimpleNamespace(cfg=SimpleNamespace(init=init)))
+    return run(components, task_settings("igpt.task.pipeline.run", settings))
+
+
 def test_each_stage_starts_from_the_weights_it_names(tmp_path: Path) -> None:
     """Invariant: unsaid, the last that left some; null, none; a list, all of them; a stage that is null is left out."""
     stages = Stages({})
@@ -37,7 +45,7 @@ def test_each_stage_starts_from_the_weights_it_names(tmp_path: Path) -> None:
         "compared": {"from": ["train_a", "train_b"]},
         "last": {},
     }
-    run(stage=stages, folder=tmp_path, init="given", stages=listed, bars={})
+    pipeline(stages, tmp_path, init="given", stages=listed, bars={})
     a, b = str(tmp_path / "2_train_a"), str(tmp_path / "4_train_b")
     assert stages.started == {
         "first": "given",
@@ -60,7 +68,7 @@ def test_one_number_found_twice_is_told_once_and_others_by_their_stage(tmp_path:
         "fine": Result(numbers={"val/accuracy": share, "val/loss": other}, files={"picture": Path("a.png")}),
     }
     bars = {"both": {"group": {"A": "probe/val/accuracy", "B": "fine/val/accuracy"}}}
-    whole = run(stage=Stages(found), folder=tmp_path, init=None, stages={name: {} for name in found}, bars=bars)
+    whole = pipeline(Stages(found), tmp_path, stages={name: {} for name in found}, bars=bars)
     assert whole.numbers == {
         "train/val/loss": loss,
         "fine/val/loss": other,
@@ -86,7 +94,7 @@ def test_one_number_found_twice_is_told_once_and_others_by_their_stage(tmp_path:
 def test_a_stage_that_is_not_there(stages: dict[str, Any], bars: dict[str, Any], message: str) -> None:
     """Invariant: found before the first stage begins."""
     with pytest.raises(ValueError, match=message):
-        check(stages=stages, bars=bars)
+        task_settings("igpt.task.pipeline.run", {"stages": stages, "bars": bars})
 
 
 def test_a_bar_of_a_number_that_was_not_found(tmp_path: Path) -> None:
@@ -94,4 +102,4 @@ def test_a_bar_of_a_number_that_was_not_found(tmp_path: Path) -> None:
     found = {"a": Result(numbers={"val/loss": Number(1.0, "nats/token", 1)})}
     bars = {"picture": {"group": {"A": "a/val/accuracy"}}}
     with pytest.raises(ValueError, match=r"stage a has found no val/accuracy, but val/loss"):
-        run(stage=Stages(found), folder=tmp_path, init=None, stages={"a": {}}, bars=bars)
+        pipeline(Stages(found), tmp_path, stages={"a": {}}, bars=bars)

@@ -27,10 +27,9 @@ from igpt.report.loggers import csv as csv_logger
 from igpt.task.guard import NonFiniteLossError
 from igpt.task.machine import Machine, matmul_precision
 from igpt.task.optim import warmup_cosine
-from igpt.task.pretrain import check
 from igpt.tokens.palette import Palette
 from tests.conftest import attention_in_graph, needs_compiler, small_net
-from tests.task.conftest import SIZES, Lab, machine
+from tests.task.conftest import PRETRAIN, SIZES, Lab, check_bad_settings, machine
 
 
 class StopAfter(L.Callback):
@@ -185,24 +184,9 @@ def test_the_losses_are_those_of_a_plain_loop(lab: Lab, whole: tuple[Path, Resul
 
 def test_validation_does_not_depend_on_the_batch(tmp_path: Path, lab: Lab, whole: tuple[Path, Result]) -> None:
     """Invariant: 18 images in passes of 7 give what one pass gives, to 1e-6."""
-    from igpt.objective.ar import AR
-    from igpt.task.evaluate import run as evaluate
-    from igpt.task.fit import Runner
-
     weights = find(str(whole[0]))
     for batch_size in (7, 18, 100):
-        result = evaluate(
-            runner=Runner(machine=machine(), folder=tmp_path),
-            tokens=lab.tokens,
-            weights=weights,
-            objective=AR(),
-            split="val",
-            batch_size=batch_size,
-            baseline_images=0,
-            seed=0,
-            accuracy="auto",
-            masks=5,
-        )
+        result = lab.evaluate(tmp_path, weights, batch_size=batch_size)
         number, expected = result.numbers["val/loss_gen"], whole[1].numbers["val/loss_gen"]
         assert number.n == expected.n == 18
         assert number.value == pytest.approx(expected.value, rel=1e-6)
@@ -319,11 +303,7 @@ def test_a_batch_that_does_not_divide(tmp_path: Path, lab: Lab) -> None:
     ],
 )
 def test_bad_settings(changed: dict[str, Any], message: str) -> None:
-    good = {"steps": 8, "batch_size": 100, "learning_rate": 0.01, "warmup_steps": 2, "val_every": 4}
-    good |= {"log_every": 1, "checkpoint_every": 4, "checkpoint_keep": 2, "optimizer": "adam"}
-    check(**good)
-    with pytest.raises(ValueError, match=message):
-        check(**{**good, **changed})
+    check_bad_settings("pretrain", PRETRAIN, changed, message)
 
 
 def test_another_palette_is_not_resumed(tmp_path: Path, lab: Lab) -> None:

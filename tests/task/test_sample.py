@@ -18,14 +18,8 @@ from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
 from igpt.task.complete import HIDDEN, prompt_rows
-from igpt.task.complete import check as check_complete
-from igpt.task.complete import run as complete
-from igpt.task.evaluate import run as evaluate
-from igpt.task.fit import Runner
-from igpt.task.sample import check as check_sample
-from igpt.task.sample import run as sample
 from igpt.tokens.palette import Palette
-from tests.task.conftest import Lab, machine
+from tests.task.conftest import Lab, check_bad_settings, machine
 from tests.task.conftest import drawn as random_weights
 
 WHOLE = {"temperature": 1.0, "top_k": None, "top_p": None}
@@ -38,11 +32,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, digits: Digits, palette: P
     return find(str(folder))
 
 
-def test_samples_do_not_depend_on_the_batch(tmp_path: Path, trained: Weights) -> None:
+def test_samples_do_not_depend_on_the_batch(tmp_path: Path, lab: Lab, trained: Weights) -> None:
     """Invariant: and another seed draws others."""
-    runner = Runner(machine=machine(), folder=tmp_path)
     drawn = [
-        sample(runner=runner, weights=trained, seed=seed, count=7, batch_size=size, **WHOLE).arrays["samples"]
+        lab.execute("sample", tmp_path, trained, seed=seed, count=7, batch_size=size, **WHOLE).arrays["samples"]
         for seed, size in [(0, 7), (0, 3), (1, 7)]
     ]
     assert np.array_equal(drawn[0], drawn[1])
@@ -52,9 +45,8 @@ def test_samples_do_not_depend_on_the_batch(tmp_path: Path, trained: Weights) ->
 
 def test_completions_keep_what_was_given(tmp_path: Path, lab: Lab, trained: Weights) -> None:
     """Invariant: the original stands beside what was given, and every completion begins with it."""
-    runner = Runner(machine=machine(), folder=tmp_path)
     settings = {"split": "val", "count": 3, "completions": 2, "fraction": 0.5, "rows": None, "batch_size": 4}
-    result = complete(runner=runner, weights=trained, tokens=lab.tokens, seed=0, **settings, **WHOLE)
+    result = lab.execute("complete", tmp_path, trained, **settings, **WHOLE)
     grid = result.grids["completions"]
     assert grid.images.shape == (3, 4, 8, 8, 3)
     assert grid.titles == ("original", "given", "completion 1", "completion 2")
@@ -69,9 +61,8 @@ def test_completions_keep_what_was_given(tmp_path: Path, lab: Lab, trained: Weig
 
 def test_all_rows_given_is_the_image(tmp_path: Path, lab: Lab, trained: Weights) -> None:
     """By hand: nothing is left to draw."""
-    runner = Runner(machine=machine(), folder=tmp_path)
     settings = {"split": "val", "count": 1, "completions": 1, "fraction": 0.5, "rows": 8, "batch_size": 4}
-    result = complete(runner=runner, weights=trained, tokens=lab.tokens, seed=0, **settings, **WHOLE)
+    result = lab.execute("complete", tmp_path, trained, **settings, **WHOLE)
     assert np.array_equal(result.grids["completions"].images[0, 2], result.grids["completions"].images[0, 0])
 
 
@@ -81,15 +72,12 @@ def test_rows_of_a_fraction() -> None:
     assert prompt_rows(0.5, 3, 32) == 3
     with pytest.raises(ValueError, match="0 … 32, the image's height; got 33"):
         prompt_rows(0.5, 33, 32)
-    with pytest.raises(ValueError, match="fraction"):
-        prompt_rows(1.5, None, 32)
 
 
 def test_more_images_than_there_are(tmp_path: Path, lab: Lab, trained: Weights) -> None:
-    runner = Runner(machine=machine(), folder=tmp_path)
     settings = {"split": "val", "count": 500, "completions": 1, "fraction": 0.5, "rows": None, "batch_size": 4}
     with pytest.raises(ValueError, match="500 images asked for, the val split has 18"):
-        complete(runner=runner, weights=trained, tokens=lab.tokens, seed=0, **settings, **WHOLE)
+        lab.execute("complete", tmp_path, trained, **settings, **WHOLE)
 
 
 @pytest.mark.parametrize(
@@ -100,18 +88,16 @@ def test_more_images_than_there_are(tmp_path: Path, lab: Lab, trained: Weights) 
         ({"temperature": 0.0}, "temperature"),
         ({"completions": 0}, r"task\.completions"),
         ({"fraction": -0.1}, r"task\.fraction"),
+        ({"fraction": 1.5}, r"task\.fraction"),
         ({"rows": -1}, r"task\.rows"),
         ({"split": "valid"}, "'valid'"),
     ],
 )
 def test_bad_settings_are_found_before_anything_is_built(changed: dict[str, object], message: str) -> None:
     good = {"split": "val", "count": 1, "completions": 1, "fraction": 0.5, "rows": None, "batch_size": 4, **WHOLE}
-    check_complete(**good)
-    with pytest.raises(ValueError, match=message):
-        check_complete(**{**good, **changed})
+    check_bad_settings("complete", good, changed, message)
     if changed.keys() <= {"count", "batch_size", "temperature"}:
-        with pytest.raises(ValueError, match=message):
-            check_sample(**{**good, **changed})
+        check_bad_settings("sample", {"count": 1, "batch_size": 4, **WHOLE}, changed, message)
 
 
 @contextmanager
@@ -139,15 +125,13 @@ def test_inference_at_lower_precision(trained: Weights, precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_samples_at_lower_precision(tmp_path: Path, palette: Palette, precision: str) -> None:
+def test_samples_at_lower_precision(tmp_path: Path, lab: Lab, palette: Palette, precision: str) -> None:
     """Independent source: drawn from a network at PyTorch's bfloat16. Invariant: most first pixels are float32's."""
     weights = random_weights(
         tmp_path, palette, AR()
     )  # a sharper one than after a few steps: rounding moves some tokens
     exact, drawn = (
-        sample(
-            runner=Runner(machine=on, folder=tmp_path), weights=weights, seed=0, count=30, batch_size=30, **WHOLE
-        ).arrays["samples"]
+        lab.execute("sample", tmp_path, weights, on=on, count=30, batch_size=30, **WHOLE).arrays["samples"]
         for on in (machine(), machine(precision=precision, decoding="layers"))
     )
     uniforms = keyed.uniform(keyed.item_keys(keyed.key(0, "sample"), torch.arange(30)), 64)
@@ -162,10 +146,7 @@ def test_samples_at_lower_precision(tmp_path: Path, palette: Palette, precision:
 def test_a_loss_at_lower_precision(tmp_path: Path, lab: Lab, trained: Weights, precision: str) -> None:
     """Independent source: the loss of a network at PyTorch's bfloat16 on the same images, which is not float32's."""
     exact, found = (
-        evaluate(
-            runner=Runner(machine=on, folder=tmp_path), tokens=lab.tokens, weights=trained, objective=AR(),
-            split="val", batch_size=18, baseline_images=0, seed=0, accuracy="auto", masks=1,
-        ).numbers["val/loss_gen"].value
+        lab.evaluate(tmp_path, trained, on=on, batch_size=18, masks=1).numbers["val/loss_gen"].value
         for on in (machine(), machine(precision=precision))
     )  # fmt: skip
     tokens = lab.tokens().some_tokens("val").long()

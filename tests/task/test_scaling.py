@@ -10,12 +10,10 @@ from scipy.stats import spearmanr
 
 from igpt.checkpoint.find import find
 from igpt.metric.result import Result
-from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.task import scaling
-from igpt.task.fit import Runner
 from igpt.tokens.palette import Palette
-from tests.task.conftest import Arrays, Lab, machine
+from tests.task.conftest import Arrays, Lab
 
 
 def scaled(lab: Lab, folder: Path, runs: list[Path], **changed: Any) -> Result:
@@ -26,16 +24,7 @@ def scaled(lab: Lab, folder: Path, runs: list[Path], **changed: Any) -> Result:
         "batch_size": 64,
         "strengths": [1.0, 0.01],
     }
-    scaling.check(**{**settings, **changed})
-    return scaling.run(
-        runner=Runner(machine=machine(), folder=folder),
-        tokens=lab.tokens,
-        objective=AR(),
-        cache=folder / "cache",
-        made_by={"data": {"name": lab.digits.name}, "objective": {"name": "ar"}},
-        seed=0,
-        **{**settings, **changed},
-    )
+    return lab.execute("scaling", folder, **{**settings, **changed})
 
 
 def started(run: Path) -> Path:

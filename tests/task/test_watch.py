@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from igpt.checkpoint.find import find
 from igpt.model.features import layer_features
 from igpt.probe.watch import ProbeWhileTraining
+from igpt.settings.base import parse_arguments
 from igpt.tokens.palette import Palette
 from tests.task.conftest import Arrays, Lab
 
@@ -72,7 +73,7 @@ def test_bad_settings(changed: dict[str, Any]) -> None:
     """Invariant: refused before anything starts, by name."""
     (name,) = changed
     with pytest.raises(ValueError, match=rf"callbacks\.probe\.{name}"):
-        ProbeWhileTraining(**{**SETTINGS, **changed})
+        parse_arguments(ProbeWhileTraining, {**SETTINGS, **changed}, "callbacks.probe")
 
 
 def test_images_without_labels(tmp_path: Path, few: Arrays, palette: Palette) -> None:

@@ -16,6 +16,7 @@ from igpt.checkpoint.find import find
 from igpt.data.digits import Digits
 from igpt.launch import launch
 from igpt.metric.result import Result
+from igpt.settings.base import parse_settings
 from igpt.tokens.patches import PatchSettings, PatchTokenizer, cut_patches
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.registry import tokenizer_from_dict, tokenizer_to_dict
@@ -127,11 +128,9 @@ def test_it_is_fitted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "hold 17 distinct ones, tokens.k=512" in caplog.text
     with pytest.raises(ValueError, match=r"tokens\.patch=3 does not divide data\.resolution=8"):
         PatchSettings(**{**SETTINGS, "patch": 3}).sizes(8)
-    with pytest.raises(ValueError, match=r"tokens\.k must lie in 2 … 4096, got 1"):
-        PatchSettings(**{**SETTINGS, "k": 1}).sizes(8)
-    for name in ("n_patches", "iterations"):
-        with pytest.raises(ValueError, match=rf"tokens\.{name} must be at least 1, got 0"):
-            PatchSettings(**{**SETTINGS, name: 0}).sizes(8)
+    for name, value in (("k", 1), ("n_patches", 0), ("iterations", 0)):
+        with pytest.raises(ValueError, match=rf"tokens\.{name} must be at least {value + 1}, got {value}"):
+            parse_settings(PatchSettings, {**SETTINGS, name: value}, "tokens")
 
 
 def test_settings_are_refused_before_a_folder_is_made(tmp_path: Path) -> None:
@@ -148,8 +147,8 @@ TRAIN = ("task=pretrain", "tokens=patches", "tokens.k=24", "tokens.iterations=5"
 def run(place: Path, *overrides: str) -> tuple[Result, Path]:
     build = built(*overrides, f"paths.cache={place / 'cache'}", f"paths.runs={place / 'runs'}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        result = launch(build.cfg, choices=build.choices, overrides=list(overrides))
-    return result, place / "runs" / build.name
+        result = launch(build.run.cfg, choices=build.run.choices, overrides=list(overrides))
+    return result, place / "runs" / build.run.name
 
 
 @pytest.fixture(scope="module")

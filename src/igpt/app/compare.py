@@ -11,25 +11,17 @@ from igpt import files, ranks
 from igpt.app import tables
 from igpt.app.against import rows as paper_rows
 from igpt.app.summary import Row, Summary, draw, first_in_all, headings, over_seeds, summary, summary_of, table
+from igpt.components import Components
 from igpt.metric.result import Number, Result
 from igpt.report.runs import Found, Run
+from igpt.settings.reading import CompareSettings
 
 __all__ = ["Row", "Summary", "draw", "headings", "over_seeds", "run", "summary", "summary_of", "table"]
 
 log = logging.getLogger(__name__)
 
 
-def check(*, runs: list[str] | str, numbers: list[str], **_: object) -> None:
-    """Raises ValueError when a setting of the task cannot be right, before anything is read."""
-    if not isinstance(runs, str | list) or not all(isinstance(place, str) for place in runs):
-        raise ValueError(f"task.runs lists run folders, globs, or folders that hold runs, got {runs!r}")
-    if not isinstance(numbers, list):
-        raise ValueError(f"task.numbers is a list, as [val/loss_gen,val/accuracy], got {numbers!r}")
-
-
-def run(
-    *, folder: Path, found: Found, runs: list[str] | str, metric: str | None, numbers: list[str], all: bool
-) -> Result:
+def run(components: Components, settings: CompareSettings) -> Result:
     """Writes `compare.txt`, which is shown, `compare.md`, `compare.csv`, and a picture for each task of several rows.
 
     Runs that cannot be read are named and counted. The runs of a pipeline stand beside the paper each for itself, and
@@ -38,15 +30,16 @@ def run(
     Raises:
         ValueError: no run is left, or none has the number that was asked for.
     """
-    if not found.runs and not all:
+    found, folder, runs = components.finished_runs, components.run_dir, settings.runs
+    if not found.runs and not settings.all:
         where = ", ".join([runs] if isinstance(runs, str) else runs) or "paths.runs"
         raise ValueError("; ".join([f"there is no finished run to compare in {where}", *found.said[:5]]))
     for line in found.said:
         log.warning("left out %s", line)
     single, problems = apart(found)
-    beside = paper_rows(single, every=all)
-    summaries = among_themselves(found.runs, metric)
-    text = tables.Text(len(found.runs), {**found.problems, **problems}, beside, summaries, numbers, found.runs)
+    beside = paper_rows(single, every=settings.all)
+    summaries = among_themselves(found.runs, settings.metric)
+    text = tables.Text(len(found.runs), {**found.problems, **problems}, beside, summaries, settings.numbers, found.runs)
     result = Result(
         numbers={
             "compare/runs": Number(len(found.runs), "runs", len(found.runs)),

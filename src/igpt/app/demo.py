@@ -5,27 +5,23 @@ import logging
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from igpt.app.nearest import TrainingFeatures
 from igpt.app.workbench import MEBIBYTE, Uploads, Workbench
 from igpt.checkpoint.native import Weights
-from igpt.data.crop import Crop
-from igpt.data.source import check_split_name
+from igpt.components import Components
 from igpt.global_state import num_threads, signal_handler
 from igpt.metric.result import Result
-from igpt.model.features import NORMS
-from igpt.model.generate import Sampling
 from igpt.report.folder import RunFolder, result_of
+from igpt.settings.generation import DemoSettings
 from igpt.task.complete import prompt_rows
-from igpt.task.machine import Machine
-from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)
 
@@ -90,66 +86,15 @@ class Ending:
             yield
 
 
-def check(
-    *, port: int | None, threads: int | None, split: str, choices: int, rows: int | None, completions: int,
-    at_most: int, temperature: float, top_k: int | None, upload_mb: float, upload_pixels: int, nearest: int,
-    among: int, norm: str, batch_size: int, **_: Any,
-) -> None:  # fmt: skip
-    """Raises ValueError when a setting of the task cannot be right or Gradio is not there; it builds nothing."""
-    check_split_name(split)
-    Sampling(temperature, top_k, None)
-    from_one: dict[str, float] = {"choices": choices, "at_most": at_most, "upload_mb": upload_mb}
-    from_one |= {"upload_pixels": upload_pixels, "nearest": nearest, "among": among, "batch_size": batch_size}
-    if threads is not None:
-        from_one["threads"] = threads
-    for name, value in from_one.items():
-        if value < 1:
-            raise ValueError(f"task.{name} must be at least 1, got {value}")
-    if not 1 <= completions <= at_most:
-        raise ValueError(f"task.completions must lie in 1 … task.at_most ({at_most}), got {completions}")
-    if port is not None and not 1 <= port <= 65535:
-        raise ValueError(f"task.port must lie in 1 … 65535, or be null for a free one; got {port}")
-    if rows is not None and rows < 0:
-        raise ValueError(f"task.rows must be at least 0, or null for half of the image; got {rows}")
-    if norm not in NORMS:
-        raise ValueError(f"task.norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    if importlib.util.find_spec("gradio") is None:
-        raise ValueError(INSTALL)
-
-
-def run(
-    *,
-    machine: Machine,
-    weights: Weights,
-    tokens: Callable[..., TokenDataModule],
-    crop: Crop,
-    cache: Path,
-    made_by: dict[str, Any],
-    seed: int,
-    host: str,
-    port: int | None,
-    threads: int | None,
-    split: str,
-    choices: int,
-    rows: int | None,
-    completions: int,
-    at_most: int,
-    temperature: float,
-    top_k: int | None,
-    upload_mb: float,
-    upload_pixels: int,
-    nearest: int,
-    among: int,
-    layer: int | None,
-    norm: str,
-    dtype: Literal["float16", "float32"],
-    batch_size: int,
-) -> Result:
+def run(components: Components, settings: DemoSettings) -> Result:
     """Serves the page until Ctrl-C or SIGTERM. Its result is empty: nothing is kept of what was done.
 
     Raises:
-        ValueError: weights that draw no images, a split without images, a port that is taken.
+        ValueError: Gradio is not there, weights that draw no images, a split without images, a port that is taken.
     """
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError(INSTALL)
+    weights, machine, host = components.trained_weights, components.hardware, settings.host
     if not weights.metadata.network.causal:
         raise ValueError(
             f"task=demo draws images, pixel after pixel; {weights.path} predicts masked pixels "
@@ -158,31 +103,36 @@ def run(
         )
     from igpt.app import page  # which imports Gradio
 
-    data = tokens()
+    data = components.build_datamodule()
     depth = weights.metadata.network.n_layer
-    if layer is not None and not 0 <= layer <= depth:
+    layer = depth // 2 if settings.layer is None else settings.layer
+    if layer > depth:
         raise ValueError(f"task.layer must lie in 0 (the embedding) … {depth}, or be null; got {layer}")
-    given = prompt_rows(0.5, rows, data.tokenizer.side)
+    given = prompt_rows(0.5, settings.rows, data.tokenizer.side)
     with (
-        computing_with(threads),
+        computing_with(settings.threads),
         machine.inference(weights.net()) as net,
         tempfile.TemporaryDirectory(prefix="igpt-demo-") as place,
     ):
         training = TrainingFeatures(
-            net=net, machine=machine, data=data, cache=cache, weights=weights.sha256, made_by=made_by, norm=norm,
-            dtype=dtype, among=among, batch_size=batch_size,
+            net=net, machine=machine, data=data, cache=components.cache_dir, weights=weights.sha256,
+            made_by=components.cache_key, norm=settings.norm, dtype=settings.dtype, among=settings.among,
+            batch_size=settings.batch_size,
         )  # fmt: skip
         bench = Workbench(
-            net=net, machine=machine, data=data, training=training, seed=seed, split=split, at_most=at_most,
-            uploads=Uploads(crop, round(upload_mb * MEBIBYTE), upload_pixels),
+            net=net, machine=machine, data=data, training=training, seed=components.seed, split=settings.split,
+            at_most=settings.at_most,
+            uploads=Uploads(
+                components.evaluation_crop, round(settings.upload_mb * MEBIBYTE), settings.upload_pixels
+            ),
         )  # fmt: skip
         start = page.Start(
-            choices=choices, rows=given, completions=completions, temperature=temperature, top_k=top_k, seed=seed,
-            nearest=nearest, layer=depth // 2 if layer is None else layer,
+            choices=settings.choices, rows=given, completions=settings.completions, temperature=settings.temperature,
+            top_k=settings.top_k, seed=components.seed, nearest=settings.nearest, layer=layer,
         )  # fmt: skip
         ending = Ending()
         try:
-            at: dict[str, Any] = {"host": host, "port": port, "place": Path(place)}
+            at: dict[str, Any] = {"host": host, "port": settings.port, "place": Path(place)}
             with ending.listening(), page.serving(bench, about(weights), start, **at) as url:
                 log.info("the page is at %s; Ctrl-C ends it", url)
                 if host not in LOCAL:

@@ -8,7 +8,7 @@ from igpt.report.runs import Run, flat
 
 SEED = "seed"
 INIT = "init"  # the weights a run began with: their run's settings stand under this name
-OF_THE_CODE = ("_target_", "_partial_", "needs")
+OF_THE_CODE = ("_target_", "_partial_", "requires")
 CHOSEN = {"model.name": "model", "objective.name": "objective"}  # as one chooses them
 LONGEST = 48  # characters of a value that is shown
 

@@ -14,7 +14,8 @@ from igpt.data.cache import file_lock
 from igpt.data.source import plain_pixels
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
-from igpt.probe.features import Dtype, Features, FeatureWriter, read_features
+from igpt.probe.features import Features, FeatureWriter, read_features
+from igpt.settings.base import FeatureDtype
 from igpt.task.features import stored_at
 from igpt.task.machine import Machine
 from igpt.tokens.datamodule import TokenDataModule
@@ -62,7 +63,7 @@ class TrainingFeatures:
         weights: str,
         made_by: dict[str, Any],
         norm: str,
-        dtype: Dtype,
+        dtype: FeatureDtype,
         among: int,
         batch_size: int,
     ) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 from scipy.stats import t as student
 
 from igpt.app.groups import differing, grouped, settings_of
-from igpt.arguments import suggestion
 from igpt.metric.result import Number
 from igpt.report.figures import Point, points_figure
 from igpt.report.runs import Run, objective_of, read_run
+from igpt.spelling import suggestion
 
 LOWER = ("nats", "bits", "grey levels")  # how units begin of which less is better
 HIGHER = ("share", "dB", "Spearman", "images/s", "tokens/s", "pixels/s")  # more

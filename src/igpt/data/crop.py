@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +11,8 @@ from PIL import Image
 
 from igpt import keyed
 from igpt.data.decode import opened, rgb, size_of
+from igpt.settings.base import parse_settings
+from igpt.settings.data import AugmentSettings, CropSettings, Resize
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -19,7 +21,6 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-Resize = Literal["once", "twice"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,6 @@ class Crop:
 
     Source: Chen et al. 2020, §3.1. They do not state the filter. With `resize="once"` the same square is resampled
     from the file's pixels in one pass instead of by way of `size` pixels.
-
-    Raises:
-        ValueError: lengths that hold no such square, or a filter that is not there.
     """
 
     resolution: int  # R
@@ -43,25 +41,6 @@ class Crop:
     filter: str
     resize: Resize
     draft: float | None  # a JPEG is decoded no smaller than so many pixels for one of the next size; None: whole
-
-    def __post_init__(self) -> None:
-        if self.resolution < 1:
-            raise ValueError(f"data.resolution must be at least 1 pixel, got {self.resolution}")
-        if self.resize not in get_args(Resize):
-            raise ValueError(f"data.crop.resize must be {' or '.join(get_args(Resize))}, got {self.resize!r}")
-        if self.filter not in FILTERS:
-            raise ValueError(f"data.crop.filter must be one of {', '.join(FILTERS)}, got {self.filter!r}")
-        if (self.size is None) != (self.short_side is None):
-            raise ValueError("data.crop.size and its short sides go together: state both, or neither (null)")
-        if self.short_side is not None and self.size is not None:
-            low, high = self.short_side
-            if not 1 <= self.size <= low <= high:
-                raise ValueError(
-                    f"a crop of {self.size} pixels must fit a shorter side of {low} to {high}: "
-                    "1 <= data.crop.size <= data.crop.eval_short_side and short_side (shortest, then longest)"
-                )
-        if self.draft is not None and self.draft < 1:
-            raise ValueError(f"data.crop.draft must be at least 1 (decoded pixels for one), or null; got {self.draft}")
 
     @property
     def is_random(self) -> bool:
@@ -116,60 +95,37 @@ class Cut:
     flip: bool  # mirror half of the images
 
     @staticmethod
-    def of(resolution: int, crop: Mapping[str, Any], augment: Mapping[str, Any]) -> "Cut":
+    def of(resolution: int, crop: CropSettings, augment: AugmentSettings) -> "Cut":
         """From the settings `data.crop` and `data.augment`.
 
         Raises:
-            ValueError: settings that are missing, unknown or impossible.
+            ValueError: more padding than the images have pixels.
         """
-        check_keys("data.crop", crop, ("short_side", "eval_short_side", "size", "filter", "resize", "draft"))
-        check_keys("data.augment", augment, ("pad", "flip"))
-        ranged, short, pad = crop["short_side"], crop["eval_short_side"], augment["pad"]
-        if ranged is not None and not (isinstance(ranged, list) and len(ranged) == 2 and all(map(_whole, ranged))):
-            raise ValueError(f"data.crop.short_side is null or [shortest, longest] in whole pixels, got {ranged!r}")
-        for name, value in (("eval_short_side", short), ("size", crop["size"])):
-            if value is not None and not _whole(value):
-                raise ValueError(f"data.crop.{name} is null or whole pixels, got {value!r}")
-        if crop["draft"] is not None and not isinstance(crop["draft"], int | float):
-            raise ValueError(f"data.crop.draft is null or a number, got {crop['draft']!r}")
-        if not _whole(pad) or not isinstance(augment["flip"], bool):
+        if augment.pad >= resolution:
             raise ValueError(
-                f"data.augment.pad is whole pixels and flip true or false, got {pad!r}, {augment['flip']!r}"
+                f"data.augment.pad must lie in 0 … {resolution - 1}, below data.resolution; got {augment.pad}"
             )
-        how: dict[str, Any] = {
-            "resolution": resolution,
-            **{key: crop[key] for key in ("size", "filter", "resize", "draft")},
-        }
-        cut = Cut(
-            evaluation=Crop(short_side=None if short is None else (short, short), **how),
-            training=Crop(short_side=None if ranged is None else (ranged[0], ranged[1]), **how),
-            pad=pad,
-            flip=augment["flip"],
+
+        def build_crop(short_side: tuple[int, int] | None) -> Crop:
+            return Crop(resolution, short_side, crop.size, crop.filter, crop.resize, crop.draft)
+
+        side, sides = crop.eval_short_side, crop.short_side
+        return Cut(
+            evaluation=build_crop(None if side is None else (side, side)),
+            training=build_crop(None if sides is None else (sides[0], sides[1])),
+            pad=augment.pad,
+            flip=augment.flip,
         )
-        if not 0 <= pad < resolution:
-            raise ValueError(f"data.augment.pad must lie in 0 … {resolution - 1}, below data.resolution; got {pad}")
-        return cut
 
 
 def evaluation_crop(data: Mapping[str, Any]) -> Crop:
     """How a dataset's settings cut an image for evaluation; where they cut none, the largest square in the centre."""
     data = data["streams"][data["held_out"]] if "held_out" in data else data
     if "crop" in data:
-        return Cut.of(data["resolution"], data["crop"], data["augment"]).evaluation
+        crop = parse_settings(CropSettings, data["crop"], "data.crop")
+        augment = parse_settings(AugmentSettings, data["augment"], "data.augment")
+        return Cut.of(data["resolution"], crop, augment).evaluation
     return Crop(data["resolution"], short_side=None, size=None, filter="bilinear", resize="once", draft=None)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def check_keys(where: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises ValueError, naming the setting, unless `given` has exactly the settings that are known."""
-    for key in [*given, *known]:
-        if (key in given) != (key in known):
-            raise ValueError(
-                f"{where}.{key} {'is not given' if key in known else 'is no setting'}: it has {', '.join(known)}"
-            )
 
 
 def padded_crop(pixels: np.ndarray, keys: Sequence[int], *, pad: int, flip: bool) -> np.ndarray:

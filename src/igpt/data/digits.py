@@ -3,14 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 from sklearn.datasets import load_digits
 
 from igpt.data.crop import shifted
 from igpt.data.listing import ListFiles
 from igpt.data.source import ArraySplit, Pixels, Split, check_split_name
 from igpt.data.split import balanced_subset, split_indices
+from igpt.settings.base import Seed, Share
+from igpt.settings.data import Fraction, LabelsPerClass
 
 LEVELS = 16  # scikit-learn's digits count 0 … 16
 
@@ -37,13 +41,13 @@ class Digits:
         list_files: ListFiles | None = None,  # they have no files
         name: str,
         resolution: int,
-        val_fraction: float,
-        test_fraction: float,
-        split_seed: int,
-        shift: int,
-        shift_share: float,
-        labels_per_class: int | None = None,
-        subset_seed: int = 0,
+        val_fraction: Fraction,
+        test_fraction: Fraction,
+        split_seed: Seed,
+        shift: Annotated[int, Field(ge=0, le=7)],
+        shift_share: Share,
+        labels_per_class: LabelsPerClass = None,
+        subset_seed: Seed = 0,
     ) -> None:
         if resolution != 8:
             raise ValueError(f"data.resolution={resolution}: the digits are 8×8 and come in no other size")

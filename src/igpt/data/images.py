@@ -18,14 +18,24 @@ from igpt.data.crop import Crop, Cut
 from igpt.data.decode import BadImageError, opened, rgb
 from igpt.data.hub import HUB_NAME, open_hub
 from igpt.data.image_splits import AugmentedSplit, CachedSplit, DecodedSplit
-from igpt.data.layout import check_layout
 from igpt.data.listing import ListFiles, list_files
 from igpt.data.local import Open, Opening, open_listed, open_named
 from igpt.data.shards import named_files
 from igpt.data.source import Split, Stream, check_split_name
-from igpt.data.split import balanced_subset, check_fractions, split_indices
+from igpt.data.split import balanced_subset, split_indices
 from igpt.data.stream import Streamed
 from igpt.data.tables import Columns, Table
+from igpt.settings.base import Count, Seed
+from igpt.settings.data import (
+    AugmentSettings,
+    CropSettings,
+    Fraction,
+    LabelsPerClass,
+    Layout,
+    Resolution,
+    SplitNames,
+    StreamSettings,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,32 +54,27 @@ class Images:
         list_files: ListFiles = list_files,
         name: str,
         path: str | None,
-        resolution: int,
-        n_class: int | None,
+        resolution: Resolution,
+        n_class: Count | None,
         classes: Literal["imagenet"] | None,
-        splits: dict[str, list[str]],
-        layout: str,
+        splits: SplitNames,
+        layout: Layout,
         image_column: list[str],
         label_column: list[str],
-        val_fraction: float,
-        test_fraction: float,
-        split_seed: int,
-        labels_per_class: int | None,
-        subset_seed: int,
-        crop: dict[str, Any],
-        augment: dict[str, Any],
+        val_fraction: Fraction,
+        test_fraction: Fraction,
+        split_seed: Seed,
+        labels_per_class: LabelsPerClass,
+        subset_seed: Seed,
+        crop: CropSettings,
+        augment: AugmentSettings,
         on_corrupt: Literal["raise", "skip"],
         streaming: bool,
-        stream: dict[str, Any],
+        stream: StreamSettings,
     ) -> None:
         if path is None:
             raise ValueError(f"data={name} needs to know where the images are: data.path=FOLDER")
-        check_fractions(val_fraction=val_fraction, test_fraction=test_fraction)
-        check_layout(layout)
-        if set(splits) != {"train", "val", "test"} or not splits["train"]:
-            raise ValueError(
-                f"data.splits gives train, val and test a list of names each, train's not empty: got {splits}"
-            )
+        names = splits.model_dump()
         if streaming and (labels_per_class is not None or test_fraction):
             raise ValueError(
                 "data.labels_per_class and data.test_fraction count images, which a stream cannot: "
@@ -82,14 +87,14 @@ class Images:
             path=path,
             columns=Columns(image_column, label_column),
             n_class=n_class,
-            named=[split for names in splits.values() for split in names],
+            named=[split for listed in names.values() for split in listed],
             layout=layout,
             streaming=streaming,
             skip=on_corrupt == "skip",
             cache=cache,
         )
         openers = _find_splits(how, name, list_files)
-        of = {ours: _present(ours, theirs, openers, path) for ours, theirs in splits.items()}
+        of = {ours: _present(ours, theirs, openers, path) for ours, theirs in names.items()}
         trained_on = of["train"]
         assert trained_on is not None
         read = sorted({theirs for theirs in of.values() if theirs})
@@ -106,7 +111,7 @@ class Images:
             shards = {ours: found[theirs] for ours, theirs in of.items() if theirs}
             self._parts = Streamed(
                 shards, name=name, classes=read_as, cut=cut, val_fraction=val_fraction, split_seed=split_seed,
-                skip=how.skip, **stream,
+                skip=how.skip, settings=stream,
             )  # fmt: skip
             return
         pixel_caches = _PixelCacheDir(cache / "pixels", f"{name}{resolution}", how.skip)

@@ -3,9 +3,6 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-Layout = Literal["auto", "splits", "classes"]
 
 SPLIT_NAMES = {  # folder → split
     "train": "train", "training": "train",
@@ -23,12 +20,6 @@ class Splits:
     files: dict[str, list[int]]
     unread: list[int]  # of no split
     depth: int  # leading folders of a name that say the split: 1 or 0
-
-
-def check_layout(layout: str) -> None:
-    """Raises ValueError unless `layout` is one of `Layout`."""
-    if layout not in get_args(Layout):
-        raise ValueError(f"data.layout is one of {', '.join(get_args(Layout))}, got {layout!r}")
 
 
 def split_images(names: Sequence[str], *, named: Iterable[str], layout: str, where: str) -> Splits:

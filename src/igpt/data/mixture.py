@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import isfinite
 from pathlib import Path
-from typing import Any
 
-from igpt.data.crop import check_keys
 from igpt.data.images import Images
 from igpt.data.listing import ListFiles, list_files
 from igpt.data.source import Split, check_split_name
 from igpt.data.stream import ImageStream
+from igpt.settings.base import NonNegative
+from igpt.settings.data import MixtureStreamSettings, Resolution
 
 
 class Mixture:
@@ -26,16 +25,16 @@ class Mixture:
         cache: Path,
         list_files: ListFiles = list_files,
         name: str,
-        resolution: int,
+        resolution: Resolution,
         streams: Mapping[str, Callable[..., Images]],
-        weights: Mapping[str, float],
+        weights: Mapping[str, NonNegative],
         held_out: str,
-        stream: Mapping[str, Any],
+        stream: MixtureStreamSettings,
     ) -> None:
-        check_keys("data.stream", stream, ("buffer", "lanes"))
-        check_keys("data.weights", weights, tuple(streams))
-        if not all(_weight(value) for value in weights.values()) or not sum(weights.values()):
-            raise ValueError(f"data.weights are 0 or more and not all of them 0, got {dict(weights)}")
+        if weights.keys() != streams.keys():
+            raise ValueError(f"data.weights is of {', '.join(weights)}, the streams are {', '.join(streams)}")
+        if not sum(weights.values()):
+            raise ValueError(f"data.weights are not all of them 0, got {dict(weights)}")
         if held_out not in streams:
             raise ValueError(f"data.held_out={held_out!r} is none of the streams {', '.join(streams)}")
         drawn = [key for key in streams if weights[key] > 0]
@@ -55,7 +54,7 @@ class Mixture:
                 )
             parts += [replace(part, weight=float(weights[key])) for part in images.parts.values() if key in drawn]
         self._held_out = sources[held_out]
-        self._training = ImageStream(parts, **stream)
+        self._training = ImageStream(parts, stream)
         self.name, self.resolution = name, resolution
         self.n_class, self.labels_per_class = self._held_out.n_class, None
         self.class_names = self._held_out.class_names
@@ -67,7 +66,3 @@ class Mixture:
 
     def training(self) -> ImageStream:
         return self._training
-
-
-def _weight(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and value >= 0

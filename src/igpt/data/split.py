@@ -13,7 +13,6 @@ def split_indices(n: int, *, val_fraction: float, test_fraction: float, seed: in
     Raises:
         ValueError: a fraction outside [0, 1), or a training split that would be empty.
     """
-    check_fractions(val_fraction=val_fraction, test_fraction=test_fraction)
     order = keyed.generator(seed, "split").permutation(n)
     n_test = round(n * test_fraction)
     n_val = round((n - n_test) * val_fraction)
@@ -23,13 +22,6 @@ def split_indices(n: int, *, val_fraction: float, test_fraction: float, seed: in
         )
     parts = np.split(order, [n_test, n_test + n_val])
     return {name: np.sort(part) for name, part in zip(("test", "val", "train"), parts, strict=True)}
-
-
-def check_fractions(**fractions: float) -> None:
-    """Raises ValueError unless every fraction lies in [0, 1)."""
-    for name, fraction in fractions.items():
-        if not 0 <= fraction < 1:
-            raise ValueError(f"data.{name} must be at least 0 and below 1, got {fraction}")
 
 
 def balanced_subset(

@@ -16,6 +16,7 @@ from igpt.data.lanes import Dealt, Lane, Place
 from igpt.data.shards import BadShardError, Shards
 from igpt.data.source import ArraySplit, Pixels
 from igpt.data.tables import Cell, read_cell
+from igpt.settings.data import MixtureStreamSettings, StreamSettings
 
 log = logging.getLogger(__name__)
 
@@ -105,17 +106,11 @@ class ImagePart:
 
 
 class ImageStream:
-    """Some parts as one stream, each drawn by its weight as long as it lasts: a `Stream`.
+    """Some parts as one stream, each drawn by its weight as long as it lasts: a `Stream`."""
 
-    Raises:
-        ValueError: a buffer or a number of lanes below 1, weights that are none.
-    """
-
-    def __init__(self, parts: Sequence[ImagePart], *, buffer: int, lanes: int | None) -> None:
-        if not _from_one(buffer) or (lanes is not None and not _from_one(lanes)):
-            raise ValueError(f"data.stream.buffer and .lanes are 1 or more (lanes: or null), got {buffer!r}, {lanes!r}")
+    def __init__(self, parts: Sequence[ImagePart], settings: MixtureStreamSettings) -> None:
         self.parts = {part.name: part for part in parts}
-        self.buffer, self.lanes = buffer, lanes
+        self.buffer, self.lanes = settings.buffer, settings.lanes
 
     @property
     def contents(self) -> dict[str, int]:
@@ -156,9 +151,6 @@ class Streamed:
     When it has no validation split, validation images are those of the training stream whose content's hash falls in
     `val_fraction` (copies of an image fall on one side). Of val and test, and of train as the palette reads it, the
     first `held` images are kept in memory, since a stream can be read only in turn.
-
-    Raises:
-        ValueError: a buffer, a number of lanes or of held images below 1.
     """
 
     def __init__(
@@ -171,13 +163,9 @@ class Streamed:
         val_fraction: float,
         split_seed: int,
         skip: bool,
-        buffer: int,
-        held: int,
-        lanes: int | None,
+        settings: StreamSettings,
     ) -> None:
-        if not _from_one(held):
-            raise ValueError(f"data.stream.held is 1 or more, got {held!r}")
-        self.side, self.held, self.split_seed = cut.evaluation.resolution, held, split_seed
+        self.side, self.held, self.split_seed = cut.evaluation.resolution, settings.held, split_seed
         drawn = 0.0 if "val" in splits else val_fraction
         parts = {
             ours: ImagePart(
@@ -188,7 +176,7 @@ class Streamed:
         }  # fmt: skip
         if drawn:
             parts["val"] = replace(parts["train"], share=(0.0, drawn))
-        self._streams = {ours: ImageStream([part], buffer=buffer, lanes=lanes) for ours, part in parts.items()}
+        self._streams = {ours: ImageStream([part], settings) for ours, part in parts.items()}
         self._kept: dict[str, ArraySplit] = {}
 
     def split(self, name: str) -> ArraySplit:
@@ -216,7 +204,3 @@ def hashed(data: bytes, seed: int) -> float:
 def _digest(data: bytes, seed: int) -> int:
     key = seed.to_bytes(8, "little", signed=True)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
-
-
-def _from_one(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 1

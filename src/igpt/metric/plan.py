@@ -105,10 +105,7 @@ def plan(
             fused_norm=fused_norm,
         ),
         working=working,
-        flops_per_image=train_flops_per_image(
-            n_layer=n_layer, n_embd=network.n_embd, n_ctx=network.n_ctx, n_vocab=network.n_vocab,
-            causal=network.causal,
-        ) * (4 / 3 if recompute else 1),
+        flops_per_image=train_flops_per_image(network) * (4 / 3 if recompute else 1),
         images_per_step=batch_size,
         steps=steps,
         devices=devices,

@@ -2,15 +2,18 @@
 
 import time
 
+from igpt.model.config import GPTConfig
 
-def train_flops_per_image(*, n_layer: int, n_embd: int, n_ctx: int, n_vocab: int, causal: bool) -> float:
+
+def train_flops_per_image(network: GPTConfig) -> float:
     """Floating-point operations of one image's forward and backward pass.
 
     6 per weight of a matrix product and token (2 forward, 4 backward) plus the attention's two products, half of
     them when causal. Norms, embeddings and recomputed activations do not count.
     """
-    matrix_weights = 12 * n_layer * n_embd**2 + n_embd * n_vocab
-    attention = 12 * n_layer * n_ctx * n_embd * (0.5 if causal else 1.0)
+    n_embd, n_ctx = network.n_embd, network.n_ctx
+    matrix_weights = 12 * network.n_layer * n_embd**2 + n_embd * network.n_vocab
+    attention = 12 * network.n_layer * n_ctx * n_embd * (0.5 if network.causal else 1.0)
     return float(n_ctx * (6 * matrix_weights + attention))
 
 

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from igpt.model.positions import POSITIONS
 
 LARGEST = 1 << 24  # of a network's sizes: what is above was never meant
+Size = Annotated[int, Field(ge=1, le=LARGEST)]
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,11 @@ class GPTConfig:
         ValueError: a size that is no whole number from 1 on, a width that the heads do not divide, an unknown choice.
     """
 
-    n_layer: int  # L, blocks
-    n_embd: int  # C, width
-    n_head: int  # H
-    n_ctx: int  # T, positions
-    n_vocab: int  # V, tokens
+    n_layer: Size  # L, blocks
+    n_embd: Size  # C, width
+    n_head: Size  # H
+    n_ctx: Size  # T, positions
+    n_vocab: Size  # V, tokens
     causal: bool  # position i sees 0 … i-1 (AR); else all that are visible (BERT)
     positions: str = "learned"  # how the network knows where a token is: a table (Chen et al. 2020), or `POSITIONS`
 

@@ -7,16 +7,17 @@ What they rest on is measured in `docs/performance.md`.
 import os
 import platform
 import shlex
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from igpt.model import cpu, native
+from igpt.settings.hardware import AttentionBackend, DecodeBackend
 
-ATTENTION = ("auto", "native", "sdpa", "blocks", "bmm")  # trainer.attention
-PRODUCTS = ("auto", "highest", "high", "medium")  # trainer.matmul_precision
-DECODING = ("native", "columns", "graphs", "layers")  # trainer.decoding, generate(backend=)
+ATTENTION = get_args(AttentionBackend)  # trainer.attention
+DECODING = get_args(DecodeBackend)[1:]  # trainer.decoding, generate(backend=)
 
 X86 = ("x86_64", "AMD64")
 SHORT = 128  # positions: one block

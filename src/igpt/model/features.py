@@ -1,11 +1,14 @@
 """Pooled features of every layer in one forward pass."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
 from igpt.model.gpt import GPT
+from igpt.settings.base import Norm
 
-NORMS = ("ln_1", "raw")
+NORMS = get_args(Norm)
 
 
 def layer_features(net: GPT, tokens: Tensor, visible: Tensor | None = None, *, norm: str = "ln_1") -> Tensor:

@@ -23,9 +23,9 @@ class Sampling:
     top_p: float | None  # only the likeliest tokens that together hold p
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not self.temperature >= 0.001:
             raise ValueError(
-                f"temperature must be above 0, got {self.temperature}; for the likeliest token take top_k=1"
+                f"temperature must be at least 0.001, got {self.temperature}; for the likeliest token take top_k=1"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or null for no limit; got {self.top_k}")

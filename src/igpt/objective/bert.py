@@ -1,7 +1,10 @@
 """Masked-pixel prediction: the cross-entropy of the pixels that were hidden, given those that were not."""
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from igpt import keyed
@@ -15,17 +18,12 @@ class BERT:
     The loss is the mean over each image's hidden pixels, then over images, as the released code computes it; the
     paper writes a sum (Chen et al. 2020, §2.2; `model.py:model`). Every image hides at least one pixel: the one most
     likely to be hidden, where chance hid none, since the mean of nothing is not a number.
-
-    Raises:
-        ValueError: a probability outside (0, 1).
     """
 
     name = "bert"
     causal = False
 
-    def __init__(self, *, mask_probability: float) -> None:
-        if not 0 < mask_probability < 1:
-            raise ValueError(f"objective.mask_probability must lie between 0 and 1, got {mask_probability}")
+    def __init__(self, *, mask_probability: Annotated[float, Field(gt=0, lt=1)]) -> None:
         self.mask_probability = mask_probability
 
     def visible_mask(self, tokens: Tensor, keys: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from igpt.objective.base import Objective
+from igpt.settings.training import LossWeights
 
 
 def classification_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -16,37 +16,11 @@ def classification_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LossWeights:
-    """The weights of L_GEN and L_CLF in their sum; 1 and 1 in the paper (Chen et al. 2020, §2.3).
-
-    Raises:
-        ValueError: a weight of L_GEN below 0, one of L_CLF that is not above 0, or another setting.
-    """
-
-    gen: float
-    clf: float
-
-    @staticmethod
-    def of(settings: Mapping[str, float]) -> "LossWeights":
-        """From the setting `task.loss_weights`, {gen: …, clf: …}."""
-        if set(settings) != {"gen", "clf"}:
-            raise ValueError(f"task.loss_weights has gen and clf, got {', '.join(map(str, settings)) or 'nothing'}")
-        return LossWeights(**settings)
-
-    def __post_init__(self) -> None:
-        known = all(isinstance(weight, int | float) and isfinite(weight) for weight in (self.gen, self.clf))
-        if not known or self.gen < 0 or self.clf <= 0:
-            raise ValueError(
-                f"task.loss_weights.gen is at least 0 and task.loss_weights.clf above 0, got {self.gen} and {self.clf}"
-            )
-
-
-@dataclass(frozen=True)
 class JointObjective:
     """gen · L_GEN + clf · L_CLF: both losses read the same hidden states. Source: Chen et al. 2020, §2.3."""
 
     generative: Objective  # L_GEN, the objective of pretraining
-    weights: LossWeights
+    weights: LossWeights  # λ
 
     @property
     def generates(self) -> bool:

@@ -6,12 +6,13 @@ from typing import Any
 from igpt.objective.ar import AR
 from igpt.objective.base import Objective
 from igpt.objective.bert import BERT
+from igpt.settings.base import parse_arguments
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"ar": AR, "bert": BERT}
 
 
 def build(*, name: str, **settings: Any) -> Objective:
-    """The objective called `name`. Raises ValueError when there is none of that name."""
+    """The objective called `name`. Raises ValueError when there is none, or a setting of it is none."""
     if name not in OBJECTIVES:
         raise ValueError(f"no objective called {name!r}; there are {', '.join(sorted(OBJECTIVES))}")
-    return OBJECTIVES[name](**settings)
+    return OBJECTIVES[name](**parse_arguments(OBJECTIVES[name], settings, "objective"))

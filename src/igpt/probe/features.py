@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,9 @@ from torch import Tensor
 
 from igpt import files, ranks
 from igpt.data.cache import digest
+from igpt.settings.base import FeatureDtype
 
 log = logging.getLogger(__name__)
-
-Dtype = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class FeatureWriter:
     that name is complete. Nothing is kept in memory.
     """
 
-    def __init__(self, path: Path, *, n_image: int, dtype: Dtype) -> None:
+    def __init__(self, path: Path, *, n_image: int, dtype: FeatureDtype) -> None:
         self.path, self.n_image, self.dtype = path, n_image, dtype
         self.rows: list[np.ndarray] = []
         self.labels: list[np.ndarray] = []

@@ -1,17 +1,19 @@
 """A callback that probes a few layers while the network pretrains: loss and representation in the same log."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from igpt import keyed
-from igpt.model.features import NORMS, layer_features
+from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
 from igpt.probe.lbfgs import logistic_regression
+from igpt.settings.base import Count, Norm, Positive, Share
 from igpt.tokens.datamodule import TokenDataModule
 
 
@@ -20,32 +22,19 @@ class ProbeWhileTraining(L.Callback):
 
     Always the same images, drawn by the run's seed; one strength C, so that the points of a curve compare. A look, not
     a result: `task=probe` searches C, layer and all images.
-
-    Raises:
-        ValueError: a setting that cannot be.
     """
 
     def __init__(
         self,
         *,
-        every: int,
-        depths: list[float],
-        train_images: int,
-        val_images: int,
-        strength: float,
-        batch_size: int,
-        norm: str,
+        every: Count,
+        depths: Annotated[list[Share], Field(min_length=1)],
+        train_images: Count,
+        val_images: Count,
+        strength: Positive,
+        batch_size: Count,
+        norm: Norm,
     ) -> None:
-        counts = {"every": every, "train_images": train_images, "val_images": val_images, "batch_size": batch_size}
-        for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"callbacks.probe.{name} must be at least 1, got {value}")
-        if not depths or not all(0 <= depth <= 1 for depth in depths):
-            raise ValueError(f"callbacks.probe.depths lie in 0 (the embedding) … 1 (the last layer), got {depths}")
-        if norm not in NORMS:
-            raise ValueError(f"callbacks.probe.norm must be one of {', '.join(NORMS)}, got {norm!r}")
-        if strength <= 0:
-            raise ValueError(f"callbacks.probe.strength must be above 0, got {strength}")
         self.every, self.depths, self.batch_size = every, depths, batch_size
         self.counts = {"train": train_images, "val": val_images}
         self.strength, self.norm = strength, norm

@@ -17,6 +17,7 @@ from igpt.metric.result import Grid
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.report.figures import grid_picture
+from igpt.settings.base import Count, Temperature
 from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)
@@ -56,9 +57,7 @@ class ProgressBar(L.Callback):
 class SampleGrid(L.Callback):
     """A grid of samples every so many validations, always of the same draws, so that one sees them form."""
 
-    def __init__(self, *, count: int, every: int, temperature: float) -> None:
-        if count < 1 or every < 1:
-            raise ValueError(f"callbacks.samples.count and .every start at 1, got {count} and {every}")
+    def __init__(self, *, count: Count, every: Count, temperature: Temperature) -> None:
         self.count, self.every = count, every
         self.sampling = Sampling(temperature, None, None)
 

@@ -187,7 +187,7 @@ class Run:
         init = setting("init", weights)
         draws = self.of["objective"] != "bert"
         samples = ("draw images", command("task=sample", init, "task.count=16", "task.temperature=0.9"))
-        if self.task != "pipeline" and "tokens" not in self.config["task"]["needs"]:  # it read no images
+        if self.task != "pipeline" and "tokens" not in self.config["task"]["requires"]:  # it read no images
             return [samples, *following] if draws else following
         same = [f"{group}=checkpoint" for group in ("model", "tokens", "objective")]
         completions = ("complete images from their upper half", command("task=complete", init, *self.reading))

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from pydantic import Field
 
 from igpt.data.classes import format_class_name
 from igpt.global_state import kept_environment
@@ -52,7 +53,7 @@ def wandb(
     offline: bool,
     group: str | None,
     tags: list[str],
-    timeout: float,
+    timeout: Annotated[float, Field(ge=1, le=86400)],  # seconds
 ) -> Logger:
     """A W&B run of the run's own id, so that a resumed run goes on in it and a repeated one does not.
 

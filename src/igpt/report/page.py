@@ -23,6 +23,7 @@ from igpt.report.facts import OTHER, Run, flat, kind_of, read_run
 from igpt.report.pictures import Picture, embedded
 from igpt.report.plots import plots
 from igpt.report.table import REPORT, shown
+from igpt.settings.reading import ReportSettings
 
 log = logging.getLogger(__name__)
 
@@ -125,27 +126,27 @@ def comparison_page(
     )
 
 
-def check(*, runs: list[str]) -> None:
-    """Raises ValueError, naming every one of them, when some are no finished runs; nothing is written then."""
-    if not runs:
+def run(settings: ReportSettings) -> Result:
+    """Writes the page of every run anew, of a pipeline's own stages first.
+
+    Raises:
+        ValueError: no runs, or some that are no finished runs, each of them named; nothing is written then.
+    """
+    if not settings.runs:
         raise ValueError("task=report writes the pages of finished runs anew: task.runs=[RUN_FOLDER,RUN_FOLDER]")
-    said = []
-    for run in runs:
+    runs, unreadable = [], []
+    for folder in map(Path, settings.runs):
         try:
-            read_run(Path(run))
+            runs.append(read_run(folder))
         except (ValueError, OSError) as error:
-            said.append(str(error))
-    if said:
-        raise ValueError(f"task.runs: {'; '.join(said)}")
-
-
-def run(*, runs: list[str]) -> Result:
-    """Writes the page of every run anew, of a pipeline's own stages first."""
-    for folder in map(Path, runs):
-        for stage in read_run(folder).stages:
-            if stage.run is not None and stage.folder.parent == folder:
+            unreadable.append(str(error))
+    if unreadable:
+        raise ValueError(f"task.runs: {'; '.join(unreadable)}")
+    for read in runs:
+        for stage in read.stages:
+            if stage.run is not None and stage.folder.parent == read.folder:
                 page_of(stage.folder)
-        log.info("%s", page_of(folder))
+        log.info("%s", page_of(read.folder))
     return Result()
 
 

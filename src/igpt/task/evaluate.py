@@ -1,6 +1,5 @@
 """The loss of a trained network on a split, beside what its tokens alone would tell; with a class head, accuracy."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import lightning as L
@@ -8,19 +7,19 @@ import numpy as np
 
 from igpt.checkpoint.head import find_head, has_head
 from igpt.checkpoint.native import Weights
-from igpt.data.source import Source, check_split_name
+from igpt.components import Components
+from igpt.data.source import Source
 from igpt.metric.likelihood import position_nats, unigram_nats
 from igpt.metric.result import Number, Result
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.base import Objective
 from igpt.probe.scores import confusion
+from igpt.settings.reading import EvaluateSettings
 from igpt.task.classify import ClassScore, classes_hash
-from igpt.task.fit import Runner
 from igpt.task.machine import Machine
 from igpt.task.score import GenerativeScore
 from igpt.tokens.batches import Batch
-from igpt.tokens.datamodule import TokenDataModule
 
 
 class EvaluateModule(L.LightningModule):
@@ -59,47 +58,26 @@ class ClassifyModule(L.LightningModule):
         self.numbers, self.said = self.score.numbers(self.split, self.trainer, self.n_image)
 
 
-def check(*, split: str, batch_size: int, baseline_images: int, masks: int, **_: bool | str) -> None:
-    """Raises ValueError when a setting of the task cannot be right, before anything is built."""
-    check_split_name(split)
-    if batch_size < 1:
-        raise ValueError(f"task.batch_size must be at least 1, got {batch_size}")
-    if masks < 1:
-        raise ValueError(f"task.masks must be at least 1, got {masks}")
-    if baseline_images < 0:
-        raise ValueError(f"task.baseline_images must be at least 0 (no baselines), got {baseline_images}")
-
-
-def run(
-    *,
-    runner: Runner,
-    tokens: Callable[..., TokenDataModule],
-    weights: Weights,
-    objective: Objective,
-    seed: int,
-    split: str,
-    batch_size: int,
-    baseline_images: int,
-    accuracy: bool | Literal["auto"],
-    masks: int,
-) -> Result:
+def run(components: Components, settings: EvaluateSettings) -> Result:
     """Nats and bits per token on `split`, and those of two histograms of `baseline_images` training images.
 
     Accuracy where a class head was trained with these weights.
     """
-    data = tokens(plan=runner.machine.reading_plan(batch_size), eval_split=split)
+    weights, objective, split = components.trained_weights, components.objective, settings.split
+    runner, hardware = components.runner, components.hardware
+    data = components.build_datamodule(plan=hardware.reading_plan(settings.batch_size), eval_split=split)
     n_image, net = len(data.source.split(split)), weights.net()
-    head = trained_head(weights, data.source, asked=accuracy)
+    head = trained_head(weights, data.source, asked=settings.accuracy)
     module: EvaluateModule | ClassifyModule
     if head is None:
-        module = EvaluateModule(net=net, objective=objective, machine=runner.machine, split=split, n_image=n_image)
+        module = EvaluateModule(net=net, objective=objective, machine=hardware, split=split, n_image=n_image)
     else:
-        score = ClassScore(objective, n_class=len(head.wclf), masks=masks, seed=seed)
-        module = ClassifyModule(net=net, head=head, score=score, machine=runner.machine, split=split, n_image=n_image)
+        score = ClassScore(objective, n_class=len(head.wclf), masks=settings.masks, seed=components.seed)
+        module = ClassifyModule(net=net, head=head, score=score, machine=hardware, split=split, n_image=n_image)
     runner.validate(module, data)
     numbers = dict(module.numbers)
-    if baseline_images:
-        train = data.some_tokens("train", at_most=baseline_images).numpy()
+    if settings.baseline_images:
+        train = data.some_tokens("train", at_most=settings.baseline_images).numpy()
         held_out = data.some_tokens(split).numpy()
         k, n = data.tokenizer.n_vocab, len(held_out)
         numbers[f"{split}/unigram"] = Number(unigram_nats(train, held_out, k), "nats/token", n)

@@ -2,23 +2,25 @@
 
 import logging
 from pathlib import Path
-from typing import Literal
 
 from igpt import files, ranks
 from igpt.checkpoint import huggingface
 from igpt.checkpoint.head import copy_head, has_head
-from igpt.checkpoint.native import Weights, save_model
+from igpt.checkpoint.native import save_model
+from igpt.components import Components
 from igpt.metric.result import Number, Result
+from igpt.settings.reading import ExportSettings
 
 log = logging.getLogger(__name__)
 
 
-def run(*, weights: Weights, folder: Path, format: Literal["huggingface", "igpt"], class_head: bool) -> Result:
+def run(components: Components, settings: ExportSettings) -> Result:
     """Writes `huggingface/` or `igpt/` in the run's folder, whole or not at all.
 
     Raises:
         ValueError: what Hugging Face's format cannot hold: masked pixels, another order of pixels, a class head.
     """
+    weights, format, class_head = components.trained_weights, settings.format, settings.class_head
     if format == "huggingface":
         huggingface.check_exportable(weights)
         if class_head and has_head(weights):
@@ -26,7 +28,7 @@ def run(*, weights: Weights, folder: Path, format: Literal["huggingface", "igpt"
                 f"{weights.path} has a class head, which Hugging Face's ImageGPT for causal image modelling does not: "
                 "task.class_head=false leaves it out, task.format=igpt keeps it"
             )
-    place = folder / format
+    place = components.run_dir / format
     if ranks.this_rank().first:
         if place.exists():
             log.info("%s is there, from a run that was stopped after it", place)

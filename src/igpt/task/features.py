@@ -1,7 +1,7 @@
 """The features of a frozen network on any split: written in one pass under `Trainer.predict`, or read from disk."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +12,18 @@ import numpy as np
 from torch import Tensor
 
 from igpt import keyed, ranks
+from igpt.components import Components
 from igpt.data.cache import file_lock
 from igpt.data.source import Source
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
 from igpt.objective.base import Objective
 from igpt.probe.choice import Images
-from igpt.probe.features import Dtype, Features, FeatureWriter, features_path, read_features
-from igpt.task.fit import Runner
+from igpt.probe.features import Features, FeatureWriter, features_path, read_features
+from igpt.settings.base import FeatureDtype
+from igpt.settings.probing import FeatureSettings
 from igpt.task.machine import Machine
 from igpt.tokens.batches import Batch
-from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def stored_at(
     made_by: Mapping[str, Any],
     weights: str,
     norm: str,
-    dtype: Dtype,
+    dtype: FeatureDtype,
     mask: int = 0,
     **of_some: Any,
 ) -> Path:
@@ -72,36 +73,32 @@ class ProbeModule(L.LightningModule):
 class Reader:
     """Gives the features of a network on any split, from disk where they are, else written in one pass."""
 
-    runner: Runner
-    tokens: Callable[..., TokenDataModule]
-    objective: Objective
-    cache: Path
-    made_by: Mapping[str, Any]
-    norm: str
-    dtype: Dtype
-    batch_size: int
+    components: Components
+    settings: FeatureSettings
 
     def read(self, net: GPT, name: str, split: str, *, masks: int) -> list[Features]:
         """One `Features` for each mask; `name` is that of the network: the hash of its weights."""
-        data = self.tokens(plan=self.runner.machine.reading_plan(self.batch_size), eval_split=split)
+        components, norm, dtype = self.components, self.settings.norm, self.settings.dtype
+        plan = components.hardware.reading_plan(self.settings.batch_size)
+        data = components.build_datamodule(plan=plan, eval_split=split)
         images = data.source.split(split)
         if not len(images):
             raise ValueError(
                 f"{data.source.name} has no images in its {split} split: set data.{split}_fraction above 0"
             )
-        made: dict[str, Any] = {"made_by": self.made_by, "weights": name, "norm": self.norm, "dtype": self.dtype}
-        paths = [stored_at(self.cache, data.source, split, mask=mask, **made) for mask in range(masks)]
+        made: dict[str, Any] = {"made_by": components.cache_key, "weights": name, "norm": norm, "dtype": dtype}
+        paths = [stored_at(components.cache_dir, data.source, split, mask=mask, **made) for mask in range(masks)]
         first = ranks.this_rank().first
         with file_lock(paths[0]) if first else nullcontext():
             found = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
             if not ranks.from_first(lambda: all(features is not None for features in found)):
                 module = ProbeModule(
-                    net=net, objective=self.objective, machine=self.runner.machine, norm=self.norm, masks=masks
+                    net=net, objective=components.objective, machine=components.hardware, norm=norm, masks=masks
                 )
-                module.writers = [FeatureWriter(path, n_image=len(images), dtype=self.dtype) for path in paths]
+                module.writers = [FeatureWriter(path, n_image=len(images), dtype=dtype) for path in paths]
                 log.info("features: %s, %d images, %d layers", split, len(images), net.n_layer + 1)
                 try:
-                    self.runner.predict(module, data)
+                    components.runner.predict(module, data)
                     for writer in module.writers:
                         writer.finish()
                 finally:

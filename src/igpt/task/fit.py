@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
-from igpt.data.order import BatchPlan
 from igpt.ranks import Ranks, from_first
+from igpt.settings.training import TrainingSettings
 from igpt.stopping import StopRequest
 from igpt.task.machine import Machine, matmul_precision
 from igpt.task.strategy import Sharded
@@ -43,15 +43,13 @@ class Runner:
         self,
         module: L.LightningModule,
         data: L.LightningDataModule,
+        settings: TrainingSettings,
         *,
-        plan: BatchPlan,
-        steps: int,
         val_every: int,
-        log_every: int,
         callbacks: list[L.Callback],
         stop: StopRequest,
     ) -> None:
-        """Trains for `steps` optimiser steps, from the folder's newest checkpoint when it has one.
+        """Trains for `settings.steps` optimiser steps, from the folder's newest checkpoint when it has one.
 
         The whole run is one Lightning epoch over an endless loader. `val_every` 0: no validation on the way. While it
         lasts, signals are requests to `stop`, which a callback is to answer.
@@ -60,18 +58,19 @@ class Runner:
             raise ValueError(
                 f"trainer={self.machine.strategy} shares out the network of task=pretrain only: choose trainer=ddp here"
             )
+        plan = self.machine.training_plan(settings.batch_size)
         if self.resume_from is not None:
             log.info("resuming from %s", self.resume_from)
         trainer = self._trainer(
             module,
-            max_steps=steps,
+            max_steps=settings.steps,
             max_epochs=-1,
             accumulate_grad_batches=plan.accumulate,
             val_check_interval=val_every * plan.accumulate if val_every else None,
             check_val_every_n_epoch=None if val_every else 1,
             limit_val_batches=1.0 if val_every else 0,
             num_sanity_val_steps=0,
-            log_every_n_steps=log_every,
+            log_every_n_steps=settings.log_every,
             logger=self.loggers,
             callbacks=[*callbacks, *self.callbacks],
         )

@@ -4,16 +4,19 @@ from pathlib import Path
 
 from igpt import ranks
 from igpt.checkpoint.head import copy_head
-from igpt.checkpoint.native import Weights, save_model
+from igpt.checkpoint.native import save_model
+from igpt.components import Components
 from igpt.metric.result import Number, Result
+from igpt.settings.reading import ImportSettings
 
 
-def run(*, weights: Weights, folder: Path, palette: str | None, n_head: int | None) -> Result:
+def run(components: Components, settings: ImportSettings) -> Result:
     """Writes the weights in our format, tensor by tensor, with the class head that came with them.
 
-    `palette` and `n_head` are for OpenAI's checkpoints and were looked at when the weights were found.
+    The settings are for OpenAI's checkpoints and were looked at when the weights were found.
     """
-    place = folder / "model"
+    weights = components.trained_weights
+    place = components.run_dir / "model"
     if ranks.this_rank().first:
         save_model(place, weights.state(), weights.metadata, label="importing")
         copy_head(weights, place)

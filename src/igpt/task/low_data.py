@@ -1,90 +1,55 @@
 """Probes on a few labels of each class: several subsets, mean and standard deviation (Chen et al. 2020)."""
 
 import logging
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from igpt.checkpoint.native import Weights
+from igpt.components import Components
 from igpt.data.split import balanced_subset
 from igpt.metric.result import Curve, Number, Result
-from igpt.model.features import NORMS
-from igpt.objective.base import Objective
 from igpt.probe.choice import Images, chosen, few_folds, fitted, folds_of, searched
-from igpt.probe.features import Dtype
+from igpt.settings.probing import LowDataSettings
 from igpt.task.classify import check_classes
 from igpt.task.features import Reader
-from igpt.task.fit import Runner
 from igpt.task.machine import matmul_precision
-from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)
 
 
-def check(
-    *, per_class: list[int], subsets: int, norm: str, strengths: list[float], batch_size: int, masks: int, **_: Any
-) -> None:
-    """Raises ValueError when a setting of the task cannot be right, before anything is built."""
-    if norm not in NORMS:
-        raise ValueError(f"task.norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    if not per_class or min(per_class) < 2:
-        raise ValueError(f"task.per_class lists how many labels of each class, each at least 2, got {per_class}")
-    if subsets < 2:
-        raise ValueError(f"task.subsets must be at least 2 for a standard deviation, got {subsets}")
-    if not strengths or min(strengths) <= 0:
-        raise ValueError(f"task.strengths are one or more positive numbers, got {strengths}")
-    if batch_size < 1 or masks < 1:
-        raise ValueError(f"task.batch_size and task.masks start at 1, got {batch_size} and {masks}")
-
-
-def run(
-    *,
-    runner: Runner,
-    tokens: Callable[..., TokenDataModule],
-    weights: Weights,
-    objective: Objective,
-    cache: Path,
-    made_by: dict[str, Any],
-    seed: int,
-    per_class: list[int],
-    subsets: int,
-    subset_seed: int,
-    norm: str,
-    dtype: Dtype,
-    batch_size: int,
-    strengths: list[float],
-    layer: int | None,
-    masks: int,
-    pixels: bool,
-    split: str,
-) -> Result:
+def run(components: Components, settings: LowDataSettings) -> Result:
     """Accuracy on `split` with so many labels a class, over subsets that are drawn anew.
 
     Only the labels that were drawn are fitted, and C is chosen by cross-validation among them. The layer is `layer`, or
     the best of a probe with all labels, on val: the result says which.
     """
-    source = tokens().source
+    weights, hardware, source, seed = (
+        components.trained_weights,
+        components.hardware,
+        components.source,
+        components.seed,
+    )
+    split, layer, strengths = settings.split, settings.layer, settings.strengths
     if source.labels_per_class is not None:
         raise ValueError("task=low_data draws its subsets itself, task.per_class: leave data.labels_per_class=null")
     n_class = check_classes(source, ["val", split])
-    masks = masks if not objective.causal else 1
+    masks = settings.masks if not components.objective.causal else 1
     labels = source.split("train").labels
     draw = partial(balanced_subset, labels, where=source.name, setting="task.per_class")
     rows_of = {  # before anything is read: too few images of a class are found at once
-        n: [draw(per_class=n, seed=subset_seed + i) for i in range(subsets)] for n in per_class
+        n: [draw(per_class=n, seed=settings.subset_seed + i) for i in range(settings.subsets)]
+        for n in settings.per_class
     }
-    reader = Reader(runner, tokens, objective, cache, made_by, norm, dtype, batch_size)
-    net, device = weights.net(), runner.machine.device
+    reader = Reader(components, settings)
+    net = weights.net()
     if layer is not None and not 0 <= layer <= net.n_layer:
         raise ValueError(f"task.layer must lie in 0 … {net.n_layer} (0: the embedding), got {layer}")
-    how: dict[str, Any] = {"n_class": n_class, "device": device, "seed": seed}
+    how: dict[str, Any] = {"n_class": n_class, "device": hardware.device, "seed": seed}
     result = Result()
     train = reader.images(net, weights.sha256, "train", masks=masks)
     held_out = reader.images(net, weights.sha256, split, masks=masks)
-    with matmul_precision(runner.machine.matmul_precision, device):
+    with matmul_precision(hardware.matmul_precision, hardware.device):
         chosen_by = "given"
         if layer is None:
             val = reader.images(net, weights.sha256, "val", masks=masks)
@@ -92,7 +57,7 @@ def run(
             layer = chosen(table, layer=None).layers[0]
             chosen_by = f"probe with {len(labels):,} labels, on val"
         sets = {"features": (train.layer(layer), held_out.layer(layer))}
-        if pixels:
+        if settings.pixels:
             sets["raw_pixels"] = Images.of_pixels(source.split("train")), Images.of_pixels(source.split(split))
         for name, (few_of, judged) in sets.items():
             means = []
@@ -101,7 +66,7 @@ def run(
                 mean, deviation = float(np.mean(shares)), float(np.std(shares, ddof=1))
                 log.info("%s, %d labels a class: %.4f ± %.4f", name.replace("_", " "), n, mean, deviation)
                 key = f"{split}/accuracy_{n}_per_class" if name == "features" else f"{split}/{name}_{n}_per_class"
-                result.numbers[key] = Number(mean, "share", subsets, deviation=deviation)
+                result.numbers[key] = Number(mean, "share", settings.subsets, deviation=deviation)
                 means.append(mean)
             title = "low-data probe" if name == "features" else "raw pixels"
             result.curves[f"{title}, {split}"] = Curve(
@@ -109,9 +74,10 @@ def run(
             )
     result.numbers["probe/layer"] = Number(layer, f"of 0 … {net.n_layer}", 1)
     result.provenance = {
-        "weights": weights.sha256, "tokenizer": tokens().tokenizer.hash, "layer": layer, "layer_chosen_by": chosen_by,
-        "norm": norm, "pooling": "mean over positions", "solver": "lbfgs", "C": "cross-validation inside each subset",
-        "masks": masks, "seed": seed, "subset_seeds": [subset_seed + i for i in range(subsets)],
+        "weights": weights.sha256, "tokenizer": components.tokenizer.hash, "layer": layer, "layer_chosen_by": chosen_by,
+        "norm": settings.norm, "pooling": "mean over positions", "solver": "lbfgs",
+        "C": "cross-validation inside each subset",
+        "masks": masks, "seed": seed, "subset_seeds": [settings.subset_seed + i for i in range(settings.subsets)],
     }  # fmt: skip
     return result
 

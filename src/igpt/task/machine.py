@@ -6,10 +6,9 @@ import logging
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
+from pydantic import model_validator
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -20,57 +19,23 @@ from igpt.model import cpu, dispatch, native
 from igpt.model.gpt import GPT
 from igpt.model.verify import verify_attention
 from igpt.ranks import Rank, this_rank
+from igpt.settings.hardware import HardwareSettings
 from igpt.task.zero import INSTALL
 
 log = logging.getLogger(__name__)
 
-Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
-PRECISIONS = get_args(Precision)
-Strategy_ = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_3", "deepspeed_3_offload"]
 DEEPSPEED_RUNS_ON = ("cuda",)  # its CPU accelerator is for tests
-STRATEGIES = get_args(Strategy_)
 
 
-@dataclass(frozen=True)
-class Machine:
-    """How a run is carried out: all of it may change without changing what is learned, but for rounding.
+class Machine(HardwareSettings):
+    """The hardware that a run uses, and what its settings mean for a network.
 
     Raises:
-        ValueError: a value that is none of those allowed, or an accelerator that is not there.
+        ValueError: hardware, processes or a library that are not there, or settings that do not go together.
     """
 
-    accelerator: str  # auto, cpu or gpu
-    devices: int | Literal["auto"]  # processes on each machine, on one GPU each; auto: however many were started
-    nodes: int  # machines
-    strategy: Strategy_  # of several processes: ddp (each holds all), fsdp or DeepSpeed's stages (each holds a part)
-    checkpoint_in_pieces: bool | Literal["auto"]  # under fsdp: each process writes its part; auto: where it is large
-    precision: Precision
-    micro_batch: int | None  # images per forward pass on one device; null: batch_size / devices
-    compile: bool | Literal["auto"]  # torch.compile of every block; auto: where training is long enough to gain
-    activation_checkpointing: bool
-    attention: str
-    matmul_precision: str
-    num_workers: int | None  # processes that read images; null: on a GPU up to 4, else none beside this one
-    peak_tflops: float | None  # of one device, to state utilisation against
-    plan: bool = False  # only say what the run would take
-    memory_gb: float | None = None  # (plan) of one device; None: of what is here
-    utilisation: float = 0.4  # (plan) the share of the peak that is expected
-    decoding: str = "auto"  # how tokens are drawn one by one
-
-    def __post_init__(self) -> None:
-        allowed = {
-            "accelerator": ("auto", "cpu", "gpu"),
-            "strategy": STRATEGIES,
-            "precision": PRECISIONS,
-            "attention": dispatch.ATTENTION,
-            "matmul_precision": dispatch.PRODUCTS,
-            "decoding": ("auto", *dispatch.DECODING),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"trainer.{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
-        if self.compile not in (True, False, "auto"):
-            raise ValueError(f"trainer.compile must be auto, true or false, got {self.compile!r}")
+    @model_validator(mode="after")
+    def _check(self) -> "Machine":
         self._check_attention()
         self._check_decoding()
         if self.zero_stage and not self.plan:
@@ -81,17 +46,9 @@ class Machine:
             )
         if self.accelerator == "gpu" and not self.plan and not torch.cuda.is_available():
             raise ValueError("trainer=gpu, but PyTorch sees no GPU here: choose trainer=cpu, or install a CUDA build")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(
-                f"trainer.micro_batch must be at least 1, or null for the whole batch; got {self.micro_batch}"
-            )
-        if self.num_workers is not None and self.num_workers < 0:
-            raise ValueError(f"trainer.num_workers must be at least 0, or null; got {self.num_workers}")
         if self.plan:
-            return
+            return self
         n_local = self.rank.n_local if self.devices == "auto" else self.devices
-        if n_local < 1 or self.nodes < 1:
-            raise ValueError(f"trainer.devices and trainer.nodes start at 1, got {self.devices} and {self.nodes}")
         if n_local * self.nodes != self.rank.count:
             raise ValueError(
                 f"trainer.devices={self.devices} × trainer.nodes={self.nodes} asks for {n_local * self.nodes} "
@@ -103,6 +60,7 @@ class Machine:
                 f"{self.rank.n_local} processes on this machine need as many GPUs, there are "
                 f"{torch.cuda.device_count()}: lower trainer.devices, or choose trainer.accelerator=cpu"
             )
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -154,21 +112,6 @@ class Machine:
             block.attn.backend = self.attention
             if compiled:
                 block.compile()
-
-    @property
-    def shards(self) -> bool:
-        """Whether what is trained lies in parts on all processes."""
-        return self.strategy != "ddp"
-
-    @property
-    def zero_stage(self) -> int:
-        """DeepSpeed's stage of what lies in parts: 2 optimiser and gradients, 3 weights, too; 0: not by DeepSpeed."""
-        return int(self.strategy.split("_")[1]) if self.strategy.startswith("deepspeed") else 0
-
-    @property
-    def offload(self) -> bool:
-        """Whether weights and optimiser are kept in the host's memory, not the device's."""
-        return self.strategy.endswith("offload")
 
     def _check_attention(self) -> None:
         if self.attention != "native" or self.plan:

@@ -10,11 +10,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from igpt.components import Components
 from igpt.metric.result import Curve, Number
 from igpt.metric.throughput import Meter
 from igpt.model.parts import whole_shape
+from igpt.settings.training import TrainingSettings
 from igpt.task.guard import FiniteGuard
-from igpt.task.machine import Machine
 from igpt.tokens.batches import Batch
 
 log = logging.getLogger(__name__)
@@ -30,10 +31,11 @@ class TrainedModule(L.LightningModule):
     """
 
     def __init__(
-        self, *, machine: Machine, steps: int, log_every: int, batch_size: int, flops_per_image: float, n_ctx: int
+        self, components: Components, settings: TrainingSettings, *, flops_per_image: float, n_ctx: int
     ) -> None:
         super().__init__()
-        self.machine, self.steps, self.log_every, self.batch_size = machine, steps, log_every, batch_size
+        self.components, self.settings, self.machine = components, settings, components.hardware
+        self.steps, self.log_every, self.batch_size = settings.steps, settings.log_every, settings.batch_size
         self.flops_per_image, self.n_ctx = flops_per_image, n_ctx
         self.guard = FiniteGuard()
         self.history: dict[str, list[tuple[int, float]]] = {}  # name → (step, value), kept in checkpoints

@@ -9,8 +9,6 @@ from torch import nn
 from torch.optim import Adam, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-OPTIMIZERS = ("adam", "muon")
-
 
 def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
     """The share of the peak learning rate at a step: linear up to step `warmup_steps`, then a cosine to 0 at `steps`.
@@ -60,18 +58,10 @@ class MuonAdam(Optimizer):
 
 
 def optimizer_of(name: str, net: nn.Module, **settings: float) -> Optimizer:
-    """One of `OPTIMIZERS`, of all weights."""
+    """`adam` or `muon`, of all weights."""
     return MuonAdam(net, **settings) if name == "muon" else adam(net.parameters(), **settings)
 
 
 def scheduled(optimizer: Optimizer, *, warmup_steps: int, steps: int) -> LambdaLR:
     """`warmup_cosine` of the optimiser's rate."""
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup_steps, steps=steps))
-
-
-def check_schedule(*, learning_rate: float, warmup_steps: int, steps: int) -> None:
-    """Raises ValueError on a rate that is not above 0, or a warm-up that is not shorter than the run."""
-    if not learning_rate > 0:
-        raise ValueError(f"task.learning_rate must be above 0, got {learning_rate}")
-    if not 0 <= warmup_steps < steps:
-        raise ValueError(f"task.warmup_steps {warmup_steps} must be below task.steps {steps}, and not negative")

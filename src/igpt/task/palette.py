@@ -1,17 +1,16 @@
 """A palette and what it costs: the error of showing images in its colours, beside that of other palettes."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from igpt import keyed
-from igpt.data.source import check_split_name, plain_pixels
+from igpt.components import Components
+from igpt.data.source import plain_pixels
 from igpt.metric.result import Curve, Grid, Number, Result
-from igpt.task.fit import Runner
-from igpt.tokens.datamodule import TokenDataModule
+from igpt.settings.reading import PaletteSettings
 from igpt.tokens.kmeans import colour_distances
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
@@ -21,36 +20,27 @@ SHOWN = 8  # images
 FURTHEST = 40  # grey levels: as far as the curve goes
 
 
-def check(*, split: str, count: int, beside: list[str]) -> None:
-    """Raises ValueError when a setting of the task cannot be right, before anything is built."""
-    check_split_name(split)
-    if count < 1:
-        raise ValueError(f"task.count must be at least 1, got {count}")
-    for path in beside:
-        Palette.load(Path(path))
-
-
-def run(
-    *, runner: Runner, tokens: Callable[..., TokenDataModule], seed: int, split: str, count: int, beside: list[str]
-) -> Result:
+def run(components: Components, settings: PaletteSettings) -> Result:
     """Leaves `palette.npy` in the released format; reports its error on `count` images, and that of others."""
-    data = tokens()
+    split, run_dir = settings.split, components.run_dir
+    others = {file: Palette.load(Path(file)) for file in settings.beside}
+    data = components.build_datamodule()
     if not isinstance(data.tokenizer, PaletteTokenizer):
         raise ValueError(
             f"task=palette looks at colours, this run's tokens are {data.tokenizer.describe()}: tokens=fitted"
         )
     own = data.tokenizer.palette
     source = data.source.split(split)
-    n = min(count, len(source))
+    n = min(settings.count, len(source))
     if n < 1:
         raise ValueError(f"the {split} split is empty: choose another with task.split")
-    rows = np.sort(keyed.generator(seed, "palette images").permutation(len(source))[:n])
+    rows = np.sort(keyed.generator(components.seed, "palette images").permutation(len(source))[:n])
     pixels = plain_pixels(source, rows.tolist())  # (N, R, R, 3)
-    path = runner.folder / "palette.npy"
-    if runner.machine.rank.first:
+    path = run_dir / "palette.npy"
+    if components.hardware.rank.first:
         own.save(path)
 
-    palettes = {OURS: own} | named({file: Palette.load(Path(file)) for file in beside})
+    palettes = {OURS: own} | named(others)
     numbers, curves, columns = {}, {}, [pixels[:SHOWN]]
     for name, palette in palettes.items():
         distance = colour_distances(palette, pixels)  # (N, R, R), grey levels
@@ -70,7 +60,7 @@ def run(
         curves=curves,
         grids={"palette_images": Grid(np.stack(columns, axis=1), ("original", *palettes))},
         palettes={name: palette.colours for name, palette in palettes.items()},
-        files={"palette": path.relative_to(runner.folder)},
+        files={"palette": path.relative_to(run_dir)},
         provenance={
             "palette": own.hash,
             "beside": {name: p.hash for name, p in palettes.items()},

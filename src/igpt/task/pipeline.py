@@ -4,64 +4,36 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from igpt.components import Components
 from igpt.metric.result import Bars, Number, Result
+from igpt.settings.reading import FROM, PipelineSettings
 
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
-FROM = "from"  # a stage's weights: the name of an earlier stage, several of them (a task with `runs`), or none
 
-
-Stages = Mapping[str, Mapping[str, Any] | None]  # name → settings; None: left out
-Pictures = Mapping[str, Mapping[str, Mapping[str, str]]]  # picture → group → series → stage/number
-
-
-def check(*, stages: Stages, bars: Pictures) -> None:
-    """Raises ValueError when a stage is to start from one that does not come before it."""
-    before: list[str] = []
-    for name, settings in listed(stages).items():
-        asked = settings.get(FROM)
-        for source in [asked] if isinstance(asked, str) else asked or []:
-            if source not in before:
-                known = ", ".join(before) or "none"
-                raise ValueError(f"task.stages.{name}.from: there is no stage {source!r} before it, but {known}")
-        before.append(name)
-    for groups in bars.values():
-        for series in groups.values():
-            for key in series.values():
-                if key.partition("/")[0] not in before:
-                    raise ValueError(f"task.bars: {key} is to begin with the name of a stage: {', '.join(before)}")
-
-
-def run(
-    *,
-    stage: Callable[..., tuple[Result, Path]],
-    folder: Path,
-    init: str | None,
-    stages: Stages,
-    bars: Pictures,
-) -> Result:
+def run(components: Components, settings: PipelineSettings) -> Result:
     """Runs every stage in a folder of its own inside the run's, and gathers what they found out.
 
-    `stage(name, folder=, init=)` builds and runs one; it returns at once when that folder holds its result. Its `init`
-    is the folder of the stage named in `from`; where nothing is said, of the last that left weights.
+    A stage starts from the weights of the stage named in `from`; where nothing is said, of the last that left some.
     """
+    folder, init, stages = components.run_dir, components.init, settings.listed
     results: dict[str, Result] = {}
     places: dict[str, Path] = {}
-    for position, (name, settings) in enumerate(listed(stages).items(), start=1):
+    for position, (name, own) in enumerate(stages.items(), start=1):
         start: str | list[str] | None = init
-        if FROM in settings:
-            asked = settings[FROM]
+        if FROM in own:
+            asked = own[FROM]
             if isinstance(asked, list):
                 start = [str(places[source]) for source in asked]
             else:
                 start = None if asked is None else str(places[asked])
-        log.info("stage %d of %d: %s", position, len(listed(stages)), name)
-        results[name], places[name] = stage(name, folder=folder / f"{position}_{name}", init=start)
-        if FROM not in settings and (places[name] / "model").is_dir():
+        log.info("stage %d of %d: %s", position, len(stages), name)
+        results[name], places[name] = components.run_stage(name, folder=folder / f"{position}_{name}", init=start)
+        if FROM not in own and (places[name] / "model").is_dir():
             init = str(places[name])
     whole = Result(numbers=named({name: result.numbers for name, result in results.items()}, same))
     whole.curves = named({name: result.curves for name, result in results.items()}, lambda ours, theirs: False)
@@ -75,18 +47,13 @@ def run(
         for key, names in result.class_names.items()
     }
     whole.provenance = {name: result.provenance for name, result in results.items()}
-    for picture, groups in bars.items():
+    for picture, groups in settings.bars.items():
         heights = {
             group: {which: _number(results, key) for which, key in series.items()} for group, series in groups.items()
         }
         units = [number.unit for series in heights.values() for number in series.values()]
         whole.bars[picture] = Bars(heights, units[0])
     return whole
-
-
-def listed(stages: Stages) -> dict[str, Mapping[str, Any]]:
-    """The stages that are to run: one that is null is left out."""
-    return {name: settings for name, settings in stages.items() if settings is not None}
 
 
 def named(of_stages: Mapping[str, Mapping[str, Value]], same: Callable[[Value, Value], bool]) -> dict[str, Value]:

@@ -50,7 +50,8 @@ def _scores(machine: Machine, network: GPTConfig, on_cpu: bool) -> int:
     """Attention scores that each head of each image keeps for the backward pass."""
     dtype = torch.float32 if machine.precision == "32-true" else torch.bfloat16
     t, causal = network.n_ctx, network.causal
-    path, device = machine.attention, torch.device("cpu" if on_cpu else "cuda")
+    path: str = machine.attention
+    device = torch.device("cpu" if on_cpu else "cuda")
     if path == "auto":  # nothing is compiled for a plan
         in_c = on_cpu and native.found_compiler() is not None
         path = "native" if in_c else dispatch.unfused_attention_backend(device, dtype, t=t, causal=causal)

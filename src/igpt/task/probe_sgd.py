@@ -11,22 +11,19 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from igpt import keyed
-from igpt.checkpoint.native import Weights
-from igpt.data.source import Source
+from igpt.components import Components
 from igpt.metric.result import Number
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
-from igpt.objective.base import Objective
 from igpt.probe.choice import Table
 from igpt.probe.scores import vote
+from igpt.settings.probing import ProbeSettings
 from igpt.stopping import StopRequest
 from igpt.task.checkpoints import Checkpoints
-from igpt.task.fit import Runner
 from igpt.task.guard import FiniteGuard
 from igpt.task.module import TrainedModule
 from igpt.task.optim import warmup_cosine
 from igpt.tokens.batches import Batch
-from igpt.tokens.datamodule import TokenDataModule
 
 log = logging.getLogger(__name__)
 
@@ -39,33 +36,19 @@ class SGDProbeModule(TrainedModule):
     """
 
     def __init__(
-        self,
-        *,
-        net: GPT,
-        objective: Objective,
-        norm: str,
-        windows: list[list[int]],
-        masks: int,
-        n_class: int,
-        rates: list[float],
-        momentum: float,
-        weight_decay: float,
-        seed: int,
-        split: str,
-        n_image: int,
-        **shared: Any,
+        self, components: Components, settings: ProbeSettings, *, net: GPT, windows: list[list[int]], n_class: int
     ) -> None:
-        super().__init__(**shared)
+        super().__init__(components, settings.sgd, flops_per_image=0.0, n_ctx=net.n_ctx)
         self.machine.prepare(net)
         self.guard = FiniteGuard(way_out="lower task.sgd.rates: every head broke down")
-        self.net, self.objective, self.norm = net.requires_grad_(False), objective, norm
-        self.masks, self.n_class, self.rates, self.seed = masks, n_class, rates, seed
-        self.momentum, self.weight_decay = momentum, weight_decay
-        self.split, self.n_image = split, n_image
-        self.windows = windows
+        self.net, self.objective, self.norm = net.requires_grad_(False), components.objective, settings.norm
+        self.masks, self.n_class, self.seed = settings.masks, n_class, components.seed
+        self.rates, self.windows = settings.sgd.rates, windows
+        self.momentum, self.weight_decay = settings.sgd.momentum, settings.sgd.weight_decay
+        self.split, self.n_image = "val", len(components.source.split("val"))
         shape = (len(windows), n_class, net.n_embd * len(windows[0]))
-        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for _ in rates)  # (P, K, D) each
-        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for _ in rates)
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for _ in self.rates)  # (P, K, D) each
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for _ in self.rates)
         self.strict_loading = False  # the frozen network is not in checkpoints
         self._right: Tensor | None = None  # (3, P, R): by vote; under the first mask, and among its five
         self._said: list[tuple[Tensor, Tensor]] = []
@@ -152,55 +135,30 @@ class SGDProbeModule(TrainedModule):
 
 
 def trained(
-    *,
-    runner: Runner,
-    tokens: Callable[..., TokenDataModule],
-    weights: Weights,
-    objective: Objective,
-    norm: str,
-    windows: list[list[int]],
-    masks: int,
-    n_class: int,
-    seed: int,
-    steps: int,
-    batch_size: int,
-    rates: list[float],
-    momentum: float,
-    weight_decay: float,
-    val_every: int,
-    log_every: int,
-    checkpoint_every: int,
+    components: Components, settings: ProbeSettings, *, net: GPT, windows: list[list[int]], n_class: int
 ) -> tuple[SGDProbeModule, Callable[[str], None]]:
     """Trains the heads; then the module, validated on val, and a function that validates it on another split.
 
     Raises:
         ValueError: a precision that would round the heads.
     """
-    if runner.machine.precision == "bf16-true":
+    runner, hardware, sgd = components.runner, components.hardware, settings.sgd
+    if hardware.precision == "bf16-true":
         raise ValueError("task.solver=sgd keeps its heads in float32: choose trainer.precision=bf16-mixed")
-    plan = runner.machine.training_plan(batch_size)
-    data = tokens(plan=plan)
-    source: Source = data.source
-    net = weights.net()
-    module = SGDProbeModule(
-        net=net, objective=objective, norm=norm, windows=windows, masks=masks, n_class=n_class, rates=rates,
-        momentum=momentum, weight_decay=weight_decay, seed=seed, split="val", n_image=len(source.split("val")),
-        machine=runner.machine,
-        steps=steps, log_every=log_every, batch_size=batch_size, flops_per_image=0.0, n_ctx=net.n_ctx,
-    )  # fmt: skip
+    data = components.build_datamodule(plan=hardware.training_plan(sgd.batch_size))
+    module = SGDProbeModule(components, settings, net=net, windows=windows, n_class=n_class)
     stop = StopRequest()
     saving = Checkpoints(
-        runner.folder, module.guard, every=checkpoint_every, keep=1, val_every=val_every, stop=stop,
+        runner.folder, module.guard, every=sgd.checkpoint_every, keep=1, val_every=sgd.val_every, stop=stop,
         monitor="val/accuracy", highest=True, finite=False,
     )  # fmt: skip
-    runner.fit(
-        module, data, plan=plan, steps=steps, val_every=val_every, log_every=log_every, callbacks=[saving], stop=stop
-    )
-    reading = runner.machine.reading_plan(batch_size)
-    runner.validate(module, tokens(plan=reading, eval_split="val"))  # at the end, where all rates have come to 0
+    runner.fit(module, data, sgd, val_every=sgd.val_every, callbacks=[saving], stop=stop)
+    reading = hardware.reading_plan(sgd.batch_size)
+    # at the end, where all rates have come to 0
+    runner.validate(module, components.build_datamodule(plan=reading, eval_split="val"))
 
     def read(split: str) -> None:
-        module.split, module.n_image = split, len(source.split(split))
-        runner.validate(module, tokens(plan=reading, eval_split=split))
+        module.split, module.n_image = split, len(components.source.split(split))
+        runner.validate(module, components.build_datamodule(plan=reading, eval_split=split))
 
     return module, read

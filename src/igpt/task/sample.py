@@ -3,18 +3,17 @@
 import logging
 import time
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from igpt import keyed, ranks
-from igpt.checkpoint.native import Weights
+from igpt.components import Components
 from igpt.metric.result import Grid, Number, Result
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
-from igpt.task.fit import Runner
+from igpt.settings.generation import SampleSettings
 from igpt.tokens.tokenizer import token_dtype
 
 log = logging.getLogger(__name__)
@@ -65,31 +64,15 @@ def _advance(bar: "tqdm[None]", images: int, position: int) -> None:
     bar.update(images)
 
 
-def check(*, count: int, batch_size: int, temperature: float, top_k: int | None, top_p: float | None, **_: Any) -> None:
-    """Raises ValueError when a setting of the task cannot be right, before anything is built."""
-    if count < 1 or batch_size < 1:
-        raise ValueError(f"task.count and task.batch_size start at 1, got {count} and {batch_size}")
-    Sampling(temperature, top_k, top_p)
-
-
-def run(
-    *,
-    runner: Runner,
-    weights: Weights,
-    seed: int,
-    count: int,
-    batch_size: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> Result:
+def run(components: Components, settings: SampleSettings) -> Result:
     """`count` samples as one picture, and as tokens in `samples_tokens.npy`."""
-    sampling = Sampling(temperature, top_k, top_p)
+    weights, hardware, seed, count = components.trained_weights, components.hardware, components.seed, settings.count
+    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
     tokenizer = weights.tokenizer
     keys = keyed.item_keys(keyed.key(seed, "sample"), torch.arange(count))
-    with runner.machine.inference(weights.net()) as net:
+    with hardware.inference(weights.net()) as net:
         start = time.perf_counter()
-        tokens = draw(net, sampling, keys=keys, batch_size=batch_size)
+        tokens = draw(net, sampling, keys=keys, batch_size=settings.batch_size)
         seconds = time.perf_counter() - start
     return Result(
         numbers={"sample/pixels_per_s": Number(count * tokenizer.side**2 / seconds, "pixels/s", count)},

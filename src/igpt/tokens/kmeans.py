@@ -13,7 +13,8 @@ from sklearn.cluster import KMeans
 from igpt import keyed
 from igpt.data.cache import in_chunks
 from igpt.data.source import Source, Split, plain_pixels
-from igpt.tokens.palette import K_MAX, K_MIN, Palette
+from igpt.settings.base import Count, Seed
+from igpt.tokens.palette import Palette, PaletteSize
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +26,7 @@ def fit(pixels: np.ndarray, *, k: int, iterations: int, restarts: int, seed: int
     a fraction of the cost; the best of `restarts` fits. When there are no more than k distinct colours they are the
     palette, without error, and it is smaller than k where they are fewer; beside a single colour stands the one that
     is furthest from it, since a palette has at least two. Grey pixels give a grey palette.
-
-    Raises:
-        ValueError: k outside 2 … 4096.
     """
-    if not K_MIN <= k <= K_MAX:
-        raise ValueError(f"tokens.palette.k must lie in {K_MIN} … {K_MAX}, got {k}")
     colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)  # (U, 3), (U,)
     if len(colours) == 1:
         colours = np.concatenate([colours, np.where(colours < 128, 255, 0).astype(np.uint8)])
@@ -60,7 +56,7 @@ def sample_pixels(split: Split, *, n_pixels: int, seed: int) -> np.ndarray:
 
 
 def fit_cached(
-    source: Source, cache: Path, *, k: int, n_pixels: int, iterations: int, restarts: int, seed: int
+    source: Source, cache: Path, *, k: PaletteSize, n_pixels: Count, iterations: Count, restarts: Count, seed: Seed
 ) -> Palette:
     """The palette of a source's training split, for `tokens=fitted`; fitted once, then read from `cache`.
 

@@ -5,14 +5,17 @@ import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from igpt import files
 
 K_MIN, K_MAX = 2, 4096
+PaletteSize = Annotated[int, Field(ge=K_MIN, le=K_MAX)]
 _CHUNK = 1 << 20  # distances computed at a time: they stay in a CPU's cache
 _FLOAT32_SLACK = 1e-5  # five times what rounding may add up to: numbers below 16, five operations of 2⁻²⁴ each
 

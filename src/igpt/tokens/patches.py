@@ -10,16 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from sklearn.cluster import KMeans
 from torch import Tensor
 
 from igpt import files, keyed
 from igpt.data.cache import in_chunks
 from igpt.data.source import Source, plain_pixels
+from igpt.settings.base import Count, Seed, Settings
+from igpt.settings.data import Resolution
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.tokenizer import TokenGrid, check_rows
 
@@ -149,27 +152,21 @@ def cut_patches(pixels: Tensor, patch: int) -> Tensor:
     return cut.reshape(b, n * n, 3 * patch**2)
 
 
-@dataclass(frozen=True)
-class PatchSettings:
+class PatchSettings(Settings):
     """`tokens=patches`: k-means on the patches of some training images."""
 
-    patch: int
-    k: int
-    n_patches: int
-    iterations: int
+    patch: Resolution  # p, pixels a side
+    k: Annotated[int, Field(ge=2, le=K_MAX)]
+    n_patches: Count
+    iterations: Count
     order: str
-    seed: int
+    seed: Seed
 
     def sizes(self, resolution: int) -> tuple[int, int]:
-        if not 1 <= self.patch <= resolution or resolution % self.patch:
+        if resolution % self.patch:
             raise ValueError(
                 f"tokens.patch={self.patch} does not divide data.resolution={resolution}: take a divisor of it"
             )
-        if not 2 <= self.k <= K_MAX:
-            raise ValueError(f"tokens.k must lie in 2 … {K_MAX}, got {self.k}")
-        for name in ("n_patches", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"tokens.{name} must be at least 1, got {getattr(self, name)}")
         return (resolution // self.patch) ** 2, self.k
 
     def build(self, source: Source, cache: Path) -> PatchTokenizer:

@@ -1,4 +1,4 @@
-"""Where a run goes: its folder, fixed before anything starts, by its name or by what it goes on with."""
+"""The directory of a run, resolved before anything starts: by the run's name, or the run that it resumes."""
 
 import glob
 import logging
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from igpt import files, processes
-from igpt.build import Build
 from igpt.older_configs import updated
 from igpt.report.folder import RunFolder, changes, identity
+from igpt.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
 
-def chosen_folder(build: Build) -> tuple[RunFolder, bool]:
-    """Where this run goes, told to the process that started this one if that asked; and whether it is finished."""
-    folder = open_folder(build)
+def resolve_run_dir(run: RunConfig) -> tuple[RunFolder, bool]:
+    """Resolves the run directory; writes its path to `$IGPT_TELL` for the parent. Returns (folder, finished)."""
+    folder = find_run_dir(run)
     tell = os.environ.get(processes.TELL)
     if tell is not None:
         with files.atomic_write(Path(tell)) as file:
@@ -24,21 +24,21 @@ def chosen_folder(build: Build) -> tuple[RunFolder, bool]:
     return folder, folder.finished
 
 
-def open_folder(build: Build) -> RunFolder:
-    """The folder of this run, fixed before anything starts.
+def find_run_dir(run: RunConfig) -> RunFolder:
+    """The directory of a run: that of `resume=`, or a name below `paths.runs`.
 
     Raises:
         ValueError: an unfinished run of this name that has checkpoints, or a `resume=` that is another run.
     """
-    cfg = build.cfg
-    name = build.name
+    cfg = run.cfg
+    name = run.name
     if cfg.resume is not None and cfg.force:
         raise ValueError("resume= continues a run, force=true repeats one: choose one of them")
     if cfg.resume not in (None, "auto"):
         folder = RunFolder(Path(cfg.resume))
         saved = folder.read_run()
-        differs, harmless = changes(saved["config"], build.config)
-        now = build.files_sha256
+        differs, harmless = changes(saved["config"], run.config)
+        now = run.input_hashes
         differs += [
             f"the file of {key} has changed" for key, sha in saved["files_sha256"].items() if sha != now.get(key)
         ]
@@ -53,7 +53,7 @@ def open_folder(build: Build) -> RunFolder:
         return folder
     folder = RunFolder(Path(cfg.paths.runs) / name)
     if cfg.resume == "auto" and not folder.started:
-        folder = next(begun_by_older_release(build, folder), folder)
+        folder = next(find_older_runs(run, folder), folder)
     if cfg.force:
         repeat = 2
         while folder.started:
@@ -67,7 +67,7 @@ def open_folder(build: Build) -> RunFolder:
     return folder
 
 
-def begun_by_older_release(build: Build, folder: RunFolder) -> Iterator[RunFolder]:
+def find_older_runs(run: RunConfig, folder: RunFolder) -> Iterator[RunFolder]:
     """Unfinished runs beside a run's folder that are the same run, whose name an older release made otherwise."""
     prefix = folder.path.name.rpartition("-")[0]
     for path in sorted(folder.path.parent.glob(f"{glob.escape(prefix)}-*")):
@@ -79,6 +79,6 @@ def begun_by_older_release(build: Build, folder: RunFolder) -> Iterator[RunFolde
             same = identity(updated(saved["config"]), saved["files_sha256"])
         except (ValueError, KeyError, TypeError, AttributeError):  # what is no record of a run
             continue
-        if same == identity(build.config, build.files_sha256):
+        if same == identity(run.config, run.input_hashes):
             log.info("%s was begun by an older release: it goes on", path)
             yield other

@@ -1,0 +1,155 @@
+"""Settings of a config as typed, frozen objects: every field with its bounds, every error in one line.
+
+Pydantic, because it is what people know for this, and because it says of each value what is wrong with it. Nothing in
+this package imports PyTorch or Lightning.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from igpt.spelling import suggestion
+
+# Types of fields. NaN and infinity are refused everywhere.
+Count = Annotated[int, Field(ge=1, le=10**12)]  # at least one of something
+WholeNumber = Annotated[int, Field(ge=0, le=10**12)]
+Positive = Annotated[float, Field(ge=1e-38, le=1e38)]  # in float32, too
+NonNegative = Annotated[float, Field(ge=0, le=1e38)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moving average: beta1, beta2, momentum
+WeightDecay = Annotated[float, Field(ge=0, le=100)]
+Temperature = Annotated[float, Field(ge=0.001, le=1000)]  # softmax(logits / temperature)
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Split = Literal["train", "val", "test"]
+Norm = Literal["ln_1", "raw"]  # of hidden states before they are pooled
+FeatureDtype = Literal["float16", "float32"]  # of features on disk
+
+STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Settings(BaseModel):
+    """Settings of one part of a config."""
+
+    model_config = STRICT
+
+
+def parse_settings(model: type[Model], settings: Mapping[str, Any], where: str) -> Model:
+    """The settings as an object of `model`; `where`: the part of the config that they are, as `task`.
+
+    Raises:
+        ValueError: one line, of the first setting that is unknown, missing, of another type or out of its bounds.
+    """
+    try:
+        return model.model_validate(dict(settings))
+    except ValidationError as error:
+        raise ValueError(describe_error(error, model, settings, where)) from error
+
+
+def parse_arguments(
+    target: Callable[..., Any],
+    settings: Mapping[str, Any],
+    where: str,
+    *,
+    built: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Settings as arguments of `target`, by the types and bounds (`Annotated`) of its signature.
+
+    Parameters that are not among the settings are live objects, given later. `built`: arguments that were made from
+    settings already.
+
+    Raises:
+        ValueError: as `parse_settings`.
+    """
+    parameters = inspect.signature(target).parameters
+    unknown = next((key for key in settings if key not in parameters), None)
+    if unknown is not None:
+        raise ValueError(f"{where} has no setting {unknown!r}{suggestion(unknown, parameters)}")
+    is_model = inspect.isclass(target) and issubclass(target, BaseModel)
+    signature = target.__init__ if inspect.isclass(target) and not is_model else target
+    hints = get_type_hints(signature, include_extras=True)
+    plain = {key: value for key, value in settings.items() if key not in built}
+    fields: dict[str, Any] = {key: (hints.get(key, Any), ...) for key in plain}
+    arguments = parse_settings(create_model("Arguments", __config__=STRICT, **fields), plain, where)
+    return {**{key: getattr(arguments, key) for key in plain}, **built}
+
+
+def describe_error(error: ValidationError, model: type[BaseModel], settings: Mapping[str, Any], where: str) -> str:
+    """One line: the first setting that is wrong, what was expected of it, what came instead."""
+    details = error.errors(include_url=False)
+    first = next((each for each in details if each["type"] == "extra_forbidden"), details[0])
+    path, value = _locate(settings, first["loc"], missing=first["type"] == "missing")
+    name = ".".join([where, *path] if where else path)
+    if first["type"] == "extra_forbidden":
+        known = getattr(_annotation_at(model, path[:-1]), "model_fields", {})
+        return f"{'.'.join([where, *path[:-1]])} has no setting {path[-1]!r}{suggestion(path[-1], known)}"
+    if first["type"] == "missing":
+        return f"{name} is not given"
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return message.replace("task.", f"{where}.") if where.startswith("task") else message
+    expected = [_expectation(each) for each in details if _locate(settings, each["loc"])[0] == path]
+    if value is not None and NoneType in get_args(_annotation_at(model, path)):
+        expected.append("null")
+    return f"{name} must be {' or '.join(dict.fromkeys(expected))}, got {format_setting(value)}"
+
+
+def format_setting(value: Any) -> str:
+    """A value as a config writes it: null, true, 'text'."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return repr(value)
+
+
+def _locate(settings: Any, location: tuple[int | str, ...], *, missing: bool = False) -> tuple[list[str], Any]:
+    """The names along a location of an error, and the value there; names of a union's options are left out."""
+    path: list[str] = []
+    value: Any = settings
+    for position, part in enumerate(location):
+        if (isinstance(value, Mapping) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+            path.append(str(part))
+            value = value[part]  # type: ignore[index]  # of a list: an int, as just asked
+        elif missing and position == len(location) - 1:
+            path.append(str(part))
+    return path, value
+
+
+def _annotation_at(model: type[BaseModel], path: list[str]) -> Any:
+    """The type of the field at a path of names; None where the path leads into no field of a model."""
+    annotation: Any = model
+    for name in path:
+        fields = getattr(annotation, "model_fields", {})
+        annotation = fields[name].annotation if name in fields else None
+    return annotation
+
+
+MAPPING = "settings, as {name: value}"
+_KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
+    "dict": MAPPING, "mapping": MAPPING, "model": MAPPING, "none": "null", "finite": "a finite number",
+    "path": "a path",
+}  # fmt: skip
+
+
+def _expectation(detail: Any) -> str:
+    """What a value must be, of one error of Pydantic's."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    match kind:
+        case "greater_than_equal":
+            return f"at least {context['ge']:g}"
+        case "greater_than":
+            return f"above {context['gt']:g}"
+        case "less_than_equal":
+            return f"at most {context['le']:g}"
+        case "less_than":
+            return f"below {context['lt']:g}"
+        case "literal_error":
+            options = context["expected"].replace("'", "").replace(" or ", ", ")
+            return f"one of {options}" if ", " in options else options
+        case "too_short":
+            return f"a list of at least {context['min_length']}"
+    return _KINDS.get(kind.partition("_")[0], str(detail["msg"]))

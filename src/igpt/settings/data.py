@@ -1,0 +1,68 @@
+"""Settings of images: how they are split, cut, changed and streamed (`conf/data/`)."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from igpt.settings.base import Count, Settings
+
+Resolution = Annotated[int, Field(ge=1, le=4096)]  # R, pixels a side
+Pixels = Annotated[int, Field(ge=1, le=65536)]  # a length
+Fraction = Annotated[float, Field(ge=0, lt=1)]  # of the images, held out
+LabelsPerClass = Count | None  # None: all
+Layout = Literal["auto", "splits", "classes"]  # what the first folders below data.path are
+Resize = Literal["once", "twice"]
+
+
+class SplitNames(Settings):
+    """For each split, the names that it may have in a dataset; the first that is there is taken."""
+
+    train: Annotated[list[str], Field(min_length=1)]
+    val: list[str]
+    test: list[str]
+
+
+class CropSettings(Settings):
+    """The square that is cut from an image. Source: Chen et al. 2020, §3.1."""
+
+    short_side: Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None  # shortest, longest
+    eval_short_side: Pixels | None
+    size: Pixels | None
+    filter: Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
+    resize: Resize
+    draft: Annotated[float, Field(ge=1, le=1000)] | None  # decoded pixels for one of the next size
+
+    @model_validator(mode="after")
+    def _check_square(self) -> "CropSettings":
+        sides = (self.short_side, self.eval_short_side, self.size)
+        if any(side is None for side in sides) and any(side is not None for side in sides):
+            raise ValueError("data.crop.size and its short sides go together: state all, or none (null)")
+        if self.short_side is not None and self.eval_short_side is not None and self.size is not None:
+            low, high = self.short_side
+            if not self.size <= min(low, self.eval_short_side) or low > high:
+                raise ValueError(
+                    f"a crop of {self.size} pixels must fit a shorter side of {low} to {high}, and of "
+                    f"{self.eval_short_side} in evaluation: data.crop.size <= eval_short_side and short_side "
+                    "(shortest, then longest)"
+                )
+        return self
+
+
+class AugmentSettings(Settings):
+    """What is done to training images, at R pixels."""
+
+    pad: Annotated[int, Field(ge=0, le=4095)]  # pixels
+    flip: bool
+
+
+class MixtureStreamSettings(Settings):
+    """How streams are read together."""
+
+    buffer: Count  # images among which each is shuffled
+    lanes: Count | None  # readers the shards are dealt to; None: one for each worker of each process
+
+
+class StreamSettings(MixtureStreamSettings):
+    """How a stream is read."""
+
+    held: Count  # images kept in memory of val, of test, and of train for the palette

@@ -1,0 +1,66 @@
+"""Settings of the tasks that draw images."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from igpt.settings.base import (
+    Count,
+    FeatureDtype,
+    Norm,
+    Settings,
+    Share,
+    Split,
+    Temperature,
+    WholeNumber,
+)
+
+TopP = Annotated[float, Field(gt=0, le=1)]
+
+
+class SampleSettings(Settings):
+    """`task=sample`."""
+
+    count: Count
+    batch_size: Count  # images drawn at a time
+    temperature: Temperature
+    top_k: Count | None
+    top_p: TopP | None
+
+
+class CompleteSettings(SampleSettings):
+    """`task=complete`."""
+
+    split: Split
+    completions: Count
+    fraction: Share
+    rows: WholeNumber | None
+
+
+class DemoSettings(Settings):
+    """`task=demo`."""
+
+    host: str
+    port: Annotated[int, Field(ge=1, le=65535)] | None
+    threads: Count | None
+    split: Split
+    choices: Count
+    rows: WholeNumber | None
+    completions: Count
+    at_most: Count
+    temperature: Temperature
+    top_k: Count | None
+    upload_mb: Annotated[float, Field(ge=0.001, le=1e6)]
+    upload_pixels: Count
+    nearest: Count
+    among: Count
+    layer: WholeNumber | None
+    norm: Norm
+    dtype: FeatureDtype
+    batch_size: Count
+
+    @model_validator(mode="after")
+    def _check_completions(self) -> "DemoSettings":
+        if self.completions > self.at_most:
+            raise ValueError(f"task.completions must lie in 1 … task.at_most ({self.at_most}), got {self.completions}")
+        return self

@@ -1,0 +1,85 @@
+"""Settings of the tasks that train nothing and draw nothing."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from igpt.settings.base import Count, Settings, Split, WholeNumber
+
+FROM = "from"  # of a stage: the earlier stage whose weights it takes, several of them (a task with `runs`), or none
+
+
+class EvaluateSettings(Settings):
+    """`task=evaluate`."""
+
+    split: Split
+    batch_size: Count  # images per forward pass
+    baseline_images: WholeNumber
+    accuracy: bool | Literal["auto"]
+    masks: Count
+
+
+class PaletteSettings(Settings):
+    """`task=palette`."""
+
+    split: Split
+    count: Count
+    beside: list[str]
+
+
+class ImportSettings(Settings):
+    """`task=import`."""
+
+    palette: str | None
+    n_head: Count | None
+
+
+class ExportSettings(Settings):
+    """`task=export`."""
+
+    format: Literal["huggingface", "igpt"]
+    class_head: bool
+
+
+class CompareSettings(Settings):
+    """`task=compare`."""
+
+    runs: list[str] | str
+    metric: str | None
+    numbers: list[str]
+    all: bool
+
+
+class ReportSettings(Settings):
+    """`task=report`."""
+
+    runs: list[str]
+
+
+class PipelineSettings(Settings):
+    """`task=pipeline`: stage → its settings (null: left out), and bars: picture → group → series → stage/number."""
+
+    stages: dict[str, dict[str, Any] | None]
+    bars: dict[str, dict[str, dict[str, str]]]
+
+    @property
+    def listed(self) -> dict[str, Mapping[str, Any]]:
+        """The stages that run."""
+        return {name: settings for name, settings in self.stages.items() if settings is not None}
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "PipelineSettings":
+        before: list[str] = []
+        for name, settings in self.listed.items():
+            start = settings.get(FROM)
+            for source in [start] if isinstance(start, str) else start or []:
+                if source not in before:
+                    earlier = ", ".join(before) or "none"
+                    raise ValueError(f"task.stages.{name}.from: there is no stage {source!r} before it, but {earlier}")
+            before.append(name)
+        for groups in self.bars.values():
+            for key in (key for series in groups.values() for key in series.values()):
+                if key.partition("/")[0] not in before:
+                    raise ValueError(f"task.bars: {key} is to begin with the name of a stage: {', '.join(before)}")
+        return self

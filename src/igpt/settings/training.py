@@ -1,0 +1,75 @@
+"""Settings of the tasks that train a network."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from igpt.settings.base import Count, Decay, NonNegative, Positive, Settings, WeightDecay, WholeNumber
+
+
+class LossWeights(Settings):
+    """λ: the weights of L_GEN and L_CLF in the joint loss; 1 and 1 in the paper (Chen et al. 2020, §2.3)."""
+
+    gen: NonNegative
+    clf: Positive
+
+
+class TrainingSettings(Settings):
+    """What every task with optimiser steps says of them; its recipe is in `conf/task/`."""
+
+    steps: Count  # optimiser steps
+    batch_size: Count  # images per optimiser step, over all devices
+    log_every: Count  # optimiser steps
+    checkpoint_every: Count  # optimiser steps
+
+
+class AdamSettings(TrainingSettings):
+    """Of Adam, its schedule, and the checkpoints that stay."""
+
+    learning_rate: Positive
+    beta1: Decay
+    beta2: Decay
+    weight_decay: WeightDecay
+    warmup_steps: WholeNumber
+    checkpoint_keep: Count
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> "AdamSettings":
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"task.warmup_steps {self.warmup_steps} must be below task.steps {self.steps}")
+        return self
+
+    @property
+    def adam(self) -> dict[str, float]:
+        """The arguments of the optimiser."""
+        return {
+            "learning_rate": self.learning_rate,
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+            "weight_decay": self.weight_decay,
+        }
+
+
+class PretrainSettings(AdamSettings):
+    """`task=pretrain`. Recipe: Chen et al. 2020, §3.1."""
+
+    optimizer: Literal["adam", "muon"]
+    val_every: WholeNumber  # optimiser steps; 0: only at the end
+
+
+class FinetuneSettings(AdamSettings):
+    """`task=finetune`. Recipe: Chen et al. 2020, §2.3 and §3.1."""
+
+    loss_weights: LossWeights
+    masks: Count
+    val_every: Count  # optimiser steps
+    patience: Count | None
+    test: bool
+
+    @model_validator(mode="after")
+    def _check_validations(self) -> "FinetuneSettings":
+        if self.val_every > self.steps:
+            raise ValueError(
+                f"task.val_every {self.val_every} is more than task.steps {self.steps}: no validation would be reached"
+            )
+        return self
