@@ -10,6 +10,7 @@ import numpy as np
 from igpt import files
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Weights
+from igpt.data.split import split_differences
 from igpt.metric.result import Curve, Number, Result
 from igpt.model.features import NORMS
 from igpt.objective.base import Objective
@@ -21,8 +22,6 @@ from igpt.task.features import Reader
 from igpt.task.fit import Runner
 from igpt.task.machine import matmul_precision
 from igpt.tokens.datamodule import TokenDataModule
-
-HELD_OUT = ("val_fraction", "test_fraction", "split_seed", "splits")  # settings of the data
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def run(
         if (metadata.tokenizer.hash, metadata.objective) != (tokenizer, made_by["objective"]):
             raise ValueError(f"task.runs: {path} has another tokenizer or objective: losses cannot be compared")
         data = files.read_json(Path(path) / "run.json")["config"].get("data", {})
-        if other := [key for key in HELD_OUT if data.get(key) != made_by["data"].get(key)]:
+        if other := split_differences(made_by["data"], data):
             raise ValueError(f"task.runs: {path} held out other images (data.{', data.'.join(other)})")
     names = {path: found[-1].metadata.model for path, found in every.items()}
     if len(set(names.values())) < len(names):  # several runs of one size
