@@ -21,14 +21,14 @@ from igpt.objective import registry
 
 
 def load_array(path: Path, *, kinds: str, shape: tuple[int | None, ...]) -> torch.Tensor:
-    """The array in a `.npy` file; nothing in it is run. `kinds` are numpy's (`iu`, `b`), The first of `shape` may be None, any.
+    """The array in a `.npy` file; nothing in it is run. `kinds`: numpy's (`iu`, `b`); `shape`: its first may be None, any.
 
     Raises:
         SystemExit: no such array.
     """
     try:
         array = np.load(path, allow_pickle=False)
-        wanted = (len(array), *shape[1:]) if array.ndim else shape
+        wanted = (shape[0] or len(array), *shape[1:]) if array.ndim else shape
         if array.dtype.kind not in kinds or array.shape != wanted or not array.size:
             raise ValueError(f"{array.dtype} {array.shape}")
     except (OSError, ValueError, EOFError) as error:
