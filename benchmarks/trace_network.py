@@ -21,7 +21,7 @@ from igpt.objective import registry
 
 
 def load_array(path: Path, *, kinds: str, shape: tuple[int | None, ...]) -> torch.Tensor:
-    """The array in a `.npy` file; nothing in it is run. `kinds`: numpy's (`iu`, `b`); `shape`: its first may be None, any.
+    """The array in a `.npy` file; nothing in it is run. `kinds`: numpy's (`iu`, `b`); `shape`: None first is any.
 
     Raises:
         SystemExit: no such array.
