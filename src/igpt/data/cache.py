@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 
 from igpt import files
 from igpt.cores import count_cores
-from igpt.data.decode import BadImageError
-from igpt.data.workers import startable_workers
+from igpt.data.workers import identity_collate, startable_workers
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ T = TypeVar("T")
 
 
 class _Chunks(Dataset[Any]):
-    """Something made of rows, a chunk at a time; a bad image travels as a value, so that its message stays whole."""
+    """Something made of rows, a chunk at a time."""
 
     def __init__(self, make: Callable[[Sequence[int]], Any], rows: np.ndarray) -> None:
         self.make, self.rows = make, rows
@@ -37,37 +36,26 @@ class _Chunks(Dataset[Any]):
     def __len__(self) -> int:
         return -(-len(self.rows) // _CHUNK)
 
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.__getitem__, range(len(self)))
-
     def __getitem__(self, chunk: int) -> Any:
-        try:
-            return self.make(self.rows[chunk * _CHUNK : (chunk + 1) * _CHUNK].tolist())
-        except BadImageError as error:
-            return error
-
-
-def _as_made(made: Any) -> Any:
-    return made
+        return self.make(self.rows[chunk * _CHUNK : (chunk + 1) * _CHUNK].tolist())
 
 
 def in_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -> Iterator[T]:
     """`make` of all rows in order, in chunks, by as many processes as there are cores, with a progress bar.
 
     Raises:
-        BadImageError: the first that `make` raised.
+        DataError: the first that `make` raised.
     """
-    chunks: Iterable[T | BadImageError] = _Chunks(make, rows)
     n_process = startable_workers(count_cores()) if len(rows) > _ALONE else 0
-    if n_process:
-        chunks = DataLoader(_Chunks(make, rows), batch_size=None, num_workers=n_process, collate_fn=_as_made)
+    chunks: DataLoader[Any] = DataLoader(
+        _Chunks(make, rows), batch_size=None, num_workers=n_process, collate_fn=identity_collate,
+        generator=torch.Generator(),  # not the process's own, of which a draw would be taken
+    )  # fmt: skip
     with tqdm(total=len(rows), desc=what, unit="image", disable=None) as bar:
         with torch.device("cpu"):  # also where a network is being laid out on the meta device
             parts = iter(chunks)
         try:
             for made in parts:
-                if isinstance(made, BadImageError):
-                    raise made
                 yield made
                 bar.update(min(_CHUNK, len(rows) - bar.n))
         finally:

@@ -14,6 +14,7 @@ from typing import IO, Any, Protocol
 
 from datasets.utils.file_utils import xopen
 
+from igpt.data.errors import DataError
 from igpt.data.listing import SHARD_ENDINGS
 from igpt.data.tables import Cell
 
@@ -24,7 +25,7 @@ _REMOTE = re.compile(r"[a-z0-9+.-]+://")
 _ASKED_AT_ONCE = 16  # remote files
 
 
-class BadShardError(ValueError):
+class BadShardError(DataError):
     """A shard that cannot be read; the message names it."""
 
 
