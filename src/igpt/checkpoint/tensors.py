@@ -71,7 +71,7 @@ def held(state: Mapping[str, Tensor]) -> State:
     """
 
     def one(tensor: Tensor) -> Lazy:
-        return Lazy(tuple(tensor.shape), tensor.dtype, lambda: combined_hash(tensor.detach()).to("cpu"))
+        return Lazy(tuple(tensor.shape), tensor.dtype, lambda: full_tensor(tensor.detach()).to("cpu"))
 
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
@@ -79,8 +79,8 @@ def held(state: Mapping[str, Tensor]) -> State:
     return {plain_name(name): one(tensor) for name, tensor in state.items()}
 
 
-def combined_hash(tensor: Tensor) -> Tensor:
-    """The tensor; one that is sharded is put together, for which every process has to ask at the same time."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor, gathered where it is sharded: every process has to call it at the same time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
