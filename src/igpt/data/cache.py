@@ -84,17 +84,18 @@ def file_lock(path: Path) -> Iterator[None]:
             log.info("data: waiting for another process, which makes %s", path)
             lock.acquire()
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def _unwritable(path: Path, error: OSError) -> ValueError:
+def unwritable(path: Path, error: OSError, what: str = "the cache", *, why: str = "") -> ValueError:
+    """What to say where a file below the cache cannot be written; `what` it is, and `why` it is needed."""
     reason = error.strerror or str(error)
     return ValueError(
-        f"{path} cannot be written ({reason}): make room, or keep the cache elsewhere, paths.cache=FOLDER"
+        f"{path} cannot be written ({reason}): {why}make room, or keep {what} elsewhere, paths.cache=FOLDER"
     )
 
 
@@ -125,7 +126,7 @@ def pixels(path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequen
                 for made in in_chunks(make, rows, f"decoding to {path.stem}"):
                     file.write(made.tobytes())
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         log.info("data: decoded %d images to %s", len(rows), path)
         made_now = _mapped(path, shape)
     assert made_now is not None

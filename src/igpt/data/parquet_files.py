@@ -243,10 +243,8 @@ def _copy(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> tuple[
             return partial, pixel_cache.digest({"of": digest, "without": broken})
         partial.replace(to)
     except OSError as error:
-        raise ValueError(
-            f"{to} cannot be written ({reason_of(error)}): the images of parquet files are copied there to be read by "
-            "row; make room, or keep the cache elsewhere, paths.cache=FOLDER; data.streaming=true keeps no copy"
-        ) from error
+        why = "the images of parquet files are copied there to be read by row; data.streaming=true keeps no copy; "
+        raise pixel_cache.unwritable(to, error, why=why) from error
     return to, digest
 
 
