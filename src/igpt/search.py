@@ -1,7 +1,5 @@
 """Sweeps that choose what to try next: one value after another until it gets worse, or what Optuna proposes."""
 
-import hashlib
-import json
 import logging
 import math
 import sys
@@ -168,8 +166,8 @@ def _search(
     except HydraException as error:
         _refuse(f"{' '.join(example)}: {str(error).splitlines()[0]}")
     (kind,) = what
-    text = json.dumps(OmegaConf.to_container(OmegaConf.create({"what": what})), sort_keys=True, default=str)
-    place = Path(config.hydra.sweep.dir) / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    plain = OmegaConf.to_container(OmegaConf.create({"what": what}))
+    place = Path(config.hydra.sweep.dir) / f"{kind}-{files.hash_json(plain, sort_keys=True, default=str)[:8]}"
     place.mkdir(parents=True, exist_ok=True)
     tried: list[str | None] = []
     try:

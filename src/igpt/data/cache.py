@@ -1,7 +1,5 @@
 """Images decoded once, by all cores: a memory-mapped uint8 file, whole or not there."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,8 +62,7 @@ def in_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -
 
 def digest(made_by: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of everything that decides a file's content, the format of the file included."""
-    text = json.dumps({"format": FORMAT, **made_by}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return files.hash_json({"format": FORMAT, **made_by}, sort_keys=True)[:16]
 
 
 @contextmanager

@@ -123,8 +123,6 @@ def _read_schema(file: str) -> datasets.Features:
             return datasets.Features.from_arrow_schema(pq.read_schema(opened))
     except pa.ArrowInvalid as error:
         raise BadShardError(f"{file} is no parquet file, or is cut short ({reason_of(error)})") from error
-    except FileNotFoundError as error:
-        raise BadShardError(f"{file} cannot be read (there is no such file)") from error
     except Exception as error:  # a schema that `datasets` does not know, a network
         raise BadShardError(f"{file} cannot be read ({reason_of(error)})") from error
 

@@ -155,5 +155,7 @@ def _error_of(check: Any, file: str) -> BadShardError | None:
 
 def reason_of(error: BaseException) -> str:
     """The first line of what an error says, or its kind."""
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    said = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, FileNotFoundError) and not error.strerror:  # of a network: it says the name again
+        said = "there is no such file"
     return (said.splitlines() or [type(error).__name__])[0]

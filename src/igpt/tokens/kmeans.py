@@ -1,7 +1,6 @@
 """Fitting a palette to pixels: k-means on distinct colours, weighted by how often each occurs."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
-from igpt import keyed
+from igpt import files, keyed
 from igpt.data.cache import in_chunks
 from igpt.data.source import Source, Split, plain_pixels
 from igpt.tokens.palette import K_MAX, K_MIN, Palette
@@ -89,7 +88,7 @@ def fit_cached(
         "seed": seed,
         "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
     }
-    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+    digest = files.hash_json(made_by, sort_keys=True)[:12]
     path = cache / "palettes" / f"{source.name}{source.resolution}-k{k}-{digest}.npy"
     if path.is_file():
         palette = Palette.load(path)

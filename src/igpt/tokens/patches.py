@@ -186,8 +186,8 @@ class PatchSettings:
             [cut_patches(torch.from_numpy(chunk), self.patch).flatten(0, 1).numpy() for chunk in chunks]
         )  # (N, 3 p²) uint8
         made_of = [self.patch, self.k, self.iterations, self.seed, hashlib.sha256(points.tobytes()).hexdigest()]
-        digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
-        path = cache / "patches" / f"{source.name}{source.resolution}-p{self.patch}-k{self.k}-{digest}.npy"
+        name = f"{source.name}{source.resolution}-p{self.patch}-k{self.k}-{files.hash_json(made_of)[:12]}.npy"
+        path = cache / "patches" / name
         if not path.is_file():
             with files.atomic_write(path) as file:
                 np.save(file, self._fit(points), allow_pickle=False)
