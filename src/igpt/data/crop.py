@@ -125,14 +125,14 @@ class Cut:
         check_keys("data.crop", crop, ("short_side", "eval_short_side", "size", "filter", "resize", "draft"))
         check_keys("data.augment", augment, ("pad", "flip"))
         ranged, short, pad = crop["short_side"], crop["eval_short_side"], augment["pad"]
-        if ranged is not None and not (isinstance(ranged, list) and len(ranged) == 2 and all(map(is_whole, ranged))):
+        if ranged is not None and not (isinstance(ranged, list) and len(ranged) == 2 and all(map(_whole, ranged))):
             raise ValueError(f"data.crop.short_side is null or [shortest, longest] in whole pixels, got {ranged!r}")
         for name, value in (("eval_short_side", short), ("size", crop["size"])):
-            if value is not None and not is_whole(value):
+            if value is not None and not _whole(value):
                 raise ValueError(f"data.crop.{name} is null or whole pixels, got {value!r}")
         if crop["draft"] is not None and not isinstance(crop["draft"], int | float):
             raise ValueError(f"data.crop.draft is null or a number, got {crop['draft']!r}")
-        if not is_whole(pad) or not isinstance(augment["flip"], bool):
+        if not _whole(pad) or not isinstance(augment["flip"], bool):
             raise ValueError(
                 f"data.augment.pad is whole pixels and flip true or false, got {pad!r}, {augment['flip']!r}"
             )
@@ -159,8 +159,7 @@ def evaluation_crop(data: Mapping[str, Any]) -> Crop:
     return Crop(data["resolution"], short_side=None, size=None, filter="bilinear", resize="once", draft=None)
 
 
-def is_whole(value: Any) -> bool:
-    """Whether a setting is a whole number."""
+def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from igpt.data.classes import Classes
-from igpt.data.crop import Crop, Cut, is_whole, padded_crop
+from igpt.data.crop import Crop, Cut, padded_crop
 from igpt.data.decode import BadImageError, opened, rgb
 from igpt.data.lanes import Dealt, Lane, Place
 from igpt.data.shards import BadShardError, Shards
@@ -112,7 +112,7 @@ class ImageStream:
     """
 
     def __init__(self, parts: Sequence[ImagePart], *, buffer: int, lanes: int | None) -> None:
-        if not all(is_whole(number) and number >= 1 for number in (buffer, 1 if lanes is None else lanes)):
+        if not _from_one(buffer) or (lanes is not None and not _from_one(lanes)):
             raise ValueError(f"data.stream.buffer and .lanes are 1 or more (lanes: or null), got {buffer!r}, {lanes!r}")
         self.parts = {part.name: part for part in parts}
         self.buffer, self.lanes = buffer, lanes
@@ -175,7 +175,7 @@ class Streamed:
         held: int,
         lanes: int | None,
     ) -> None:
-        if not is_whole(held) or held < 1:
+        if not _from_one(held):
             raise ValueError(f"data.stream.held is 1 or more, got {held!r}")
         self.side, self.held, self.split_seed = cut.evaluation.resolution, held, split_seed
         drawn = 0.0 if "val" in splits else val_fraction
@@ -216,3 +216,7 @@ def hashed(data: bytes, seed: int) -> float:
 def _digest(data: bytes, seed: int) -> int:
     key = seed.to_bytes(8, "little", signed=True)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
+
+
+def _from_one(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
