@@ -161,18 +161,14 @@ def read(folder: Path, *, ignore: str = "(?!)") -> State:
         return read_safetensors(folder / WEIGHTS, ignore=ignore)
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder}: there is no {WEIGHTS} and no {INDEX}")
-    state: State = {}
+    listed = {name: part for name, part in weight_map(folder / INDEX).items() if not re.fullmatch(ignore, name)}
     whole: State = {}
-    listed = weight_map(folder / INDEX)
     for part in sorted(set(listed.values())):
         whole |= read_safetensors(folder / part, ignore=ignore)
     for name, part in listed.items():
-        if re.fullmatch(ignore, name):
-            continue
         if name not in whole:
             raise ValueError(f"{folder / part} does not hold {name}, as {INDEX} says: copy both again")
-        state[name] = whole[name]
-    return state
+    return {name: whole[name] for name in listed}
 
 
 def parts(folder: Path) -> list[Path]:

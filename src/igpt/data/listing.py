@@ -125,10 +125,8 @@ def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
     """Every file that is not hidden, as (relative name, size, time of change)."""
     top = os.fspath(root)
     found = os.stat(top)
-    folders: list[
-        tuple[str, str, tuple[tuple[int, int], ...]]
-    ]  # path, relative, the identity of it and those around it
-    folders = [(top, "", ((found.st_dev, found.st_ino),))]
+    # path, relative, the identity of it and those around it
+    folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(top, "", ((found.st_dev, found.st_ino),))]
     visits: Counter[tuple[int, int]] = Counter()
     while folders:
         folder, prefix, around = folders.pop()
