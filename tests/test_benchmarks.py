@@ -13,8 +13,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from igpt.checkpoint.find import find
+from igpt.checkpoint.native import save_model
 from igpt.model import native
-from tests.conftest import attention_in_graph
+from igpt.objective.ar import AR
+from tests.checkpoint.test_native import metadata_of
+from tests.conftest import attention_in_graph, small_net
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ONCE = ["--rounds", "1"]
@@ -75,6 +79,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coarse = Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
         coarse.resize((400, 300), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
     return folder
+
+
+@pytest.fixture
+def small_weights(tmp_path: Path) -> Path:
+    """A folder with the weights of a small network."""
+    net = small_net()
+    save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
+    return tmp_path / "model"
 
 
 def test_training_step(medium: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,3 +315,48 @@ def test_data_path(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert differences.pop("plain: whole image, crop, resize") == [0, 0, 0]
     for name, found in differences.items():
         assert max(found) < 0.2 if name.startswith("resize=twice") else min(found) > 0.4, name
+
+
+def test_the_trace_of_a_network(small_weights: Path, tmp_path: Path) -> None:
+    """Independent source: the network itself, its residual stream and the objective's loss."""
+    import trace_network
+
+    net = find(str(small_weights)).net()
+    tokens = torch.randint(net.n_vocab, (5, net.n_ctx), generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "ids.npy", tokens.numpy().astype(np.uint8))
+    out = tmp_path / "trace.npz"
+    trace_network.main([str(small_weights), str(tmp_path / "ids.npy"), "--batch", "2", "--out", str(out)])
+    traced = np.load(out)
+    with torch.no_grad():
+        logits, outputs = net(tokens), torch.stack(list(net.hidden_states(tokens))[1:])
+    assert np.abs(traced["logits"] - logits.numpy()).max() < 1e-5
+    assert np.abs(traced["block_outputs"] - outputs.numpy()).max() < 1e-5
+    assert traced["image_nats"] == pytest.approx(AR().per_example_loss(logits, tokens, None).numpy(), abs=1e-5)
+    assert traced["class_scores"].shape == (5, 0)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 63), np.int64), r"whole numbers, \(images, 16\): int64 \(2, 63\)"),
+        (np.zeros(16, np.int64), r"int64 \(16,\)"),
+        (np.zeros((2, 16)), "float64"),
+        (np.full((2, 16), 99), r"tokens lie in 0 … 10, got 99 to 99"),
+        (np.zeros((0, 16), np.int64), r"\(0, 16\)"),
+        (np.array([{}], dtype=object), "Object arrays cannot be loaded"),
+    ],
+)
+def test_tokens_that_cannot_be_traced(small_weights: Path, tmp_path: Path, array: np.ndarray, message: str) -> None:
+    import trace_network
+
+    np.save(tmp_path / "ids.npy", array, allow_pickle=True)
+    with pytest.raises(SystemExit, match=message):
+        trace_network.main([str(small_weights), str(tmp_path / "ids.npy")])
+
+
+def test_masks_go_with_the_objective(small_weights: Path, tmp_path: Path) -> None:
+    import trace_network
+
+    np.save(tmp_path / "ids.npy", np.zeros((1, 16), np.int64))
+    with pytest.raises(SystemExit, match="for networks of masked pixels"):
+        trace_network.main([str(small_weights), str(tmp_path / "ids.npy"), "--visible", str(tmp_path / "ids.npy")])

@@ -107,6 +107,7 @@ def test_the_papers_sizes_are_the_configs(tmp_path: Path) -> None:
         ("experiment=quikstart", "did you mean quickstart"),
         ("seed=[", "cannot read the arguments"),
         ("model=igpt_s,igpt_xll", "did you mean igpt_xl"),
+        ("task=trace", "task=trace is a script now: python benchmarks/trace_network.py"),
         ("init=${inti}", "Interpolation key 'inti' not found"),
     ],
 )

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from igpt import processes, sweep
-from igpt.processes import Children, run_ranks
+from igpt.processes import Child, Children, run_ranks
 from igpt.stopping import STOPPED
 from igpt.sweep import FAILED, FINISHED, INTERRUPTED, WAITING, Job, Sweep
 from tests.conftest import ROOT
@@ -209,7 +209,7 @@ def test_ctrl_c_ends_all_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
 def test_children_have_ended_when_their_block_has(tmp_path: Path) -> None:
     """Also when it ends by an error: asked to, so that runs can save."""
     with pytest.raises(ValueError, match="mine"), Children().together() as children:
-        child = children.start([sys.executable, "-c", "import time; time.sleep(60)"], output=None, environment={})
+        child = children.start(Child([sys.executable, "-c", "import time; time.sleep(60)"], None))
         raise ValueError("mine")
     assert child.code == -signal.SIGTERM
 

@@ -1,6 +1,6 @@
 """Registers the searches with Hydra, which looks for plugins here: `hydra/sweeper=in_turn` and `optuna`."""
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from hydra.core.plugins import Plugins
@@ -25,17 +25,12 @@ class _Search(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        assert self.config is not None
-        config = self.config
         from igpt import search  # only where there is a search: Hydra reads this file at every start
 
-        def launch(jobs: Sequence[Sequence[str]], first: int) -> Sequence[Any]:
-            return self.launcher.launch(jobs, initial_job_idx=first)
-
-        def compose(overrides: Sequence[str]) -> DictConfig:
-            return self.context.config_loader.load_sweep_config(config, list(overrides))
-
-        return getattr(search, self.kind)(config, arguments, launch=launch, compose=compose, **self.settings)
+        assert self.config is not None
+        compose = partial(self.context.config_loader.load_sweep_config, self.config)
+        run = getattr(search, self.kind)
+        return run(self.config, arguments, launch=self.launcher.launch, compose=compose, **self.settings)
 
 
 class InTurnSweeper(_Search):

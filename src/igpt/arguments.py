@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from igpt.older_configs import RENAMED
+from igpt.older_configs import NOW_SCRIPTS, RENAMED
 from igpt.quoting import format_value, in_quotes, printable, quote_for_shell, quote_path, quote_text
 from igpt.spelling import suggestion
 
@@ -185,13 +185,15 @@ def _check_options(override: Override, folders: list[Path]) -> None:
     for option in asked:
         name = str(option).strip("'\"")
         if name not in ("null", "[]") and not name.startswith("[") and name not in options:
+            if f"{group}={name}" in NOW_SCRIPTS:
+                raise ValueError(f"{group}={name} is a script now: {NOW_SCRIPTS[f'{group}={name}']}")
             near = suggestion(name, options)
             raise ValueError(f"{group}={name}: there is no such option{near}; there are {', '.join(options)}")
 
 
 READ = re.compile(  # settings that name files or folders to read
-    r"init|resume|tokens\.path|data(\.streams\.\w+)?\.(path|clusters)|task\.(palette|tokens|keep|runs|beside)|"
-    r"task\.stages\.\w+\.(run|palette|tokens|keep|beside|data\.path)"
+    r"init|resume|tokens\.path|data(\.streams\.\w+)?\.(path|clusters)|task\.(palette|runs|beside)|"
+    r"task\.stages\.\w+\.(run|palette|beside|data\.path)"
 )
 HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # may be names on the Hub instead
 LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|beside)")  # of which there may be several

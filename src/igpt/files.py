@@ -100,6 +100,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not a JSON file ({error}): it is damaged, restore or remove it") from error
 
 
+def hash_json(value: Any, **how: Any) -> str:
+    """The SHA-256 of a value as JSON, in hexadecimal; `how`: as `json.dumps` has it."""
+    return hashlib.sha256(json.dumps(value, **how).encode()).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal; of a folder, that of the names and sums of its files."""
     if path.is_dir():

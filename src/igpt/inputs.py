@@ -10,12 +10,10 @@ from igpt import files
 from igpt.checkpoint.find import find
 from igpt.data.listing import ListFiles, hash_files
 from igpt.data.shards import named_files
+from igpt.data.split import split_differences
 from igpt.older_configs import updated
 
 log = logging.getLogger(__name__)
-
-HELD_OUT = ("val_fraction", "test_fraction", "split_seed", "splits", "streaming")  # settings of the data that decide it
-
 
 Hashes = dict[str, str | None]  # of each file by the setting that names it; None: there is none
 
@@ -39,7 +37,7 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, found: Hashes |
         return found_out | found
     for run in config["task"].get("runs", []):
         found_out[f"task.runs {Path(run).name}"] = find(run).sha256
-    for group, key in (("task", "palette"), ("task", "tokens"), ("task", "keep"), ("data", "clusters")):
+    for group, key in (("task", "palette"), ("data", "clusters")):
         file = config[group].get(key)
         if file is not None and Path(file).expanduser().is_file():
             found_out[f"{group}.{key}"] = files.sha256(Path(file).expanduser())
@@ -73,8 +71,8 @@ def compare_splits(ours: Mapping[str, Any], run: Path) -> None:
     theirs = trained_on(run)
     if theirs.get("name") != ours["name"]:
         return
-    differ = [key for key in HELD_OUT if key in theirs and theirs[key] != ours[key]]
-    other = [f"data.{key} {theirs[key]} ≠ {ours[key]}" for key in differ]
+    differ = split_differences(ours, theirs)
+    other = [f"data.{key} {theirs.get(key)} ≠ {ours.get(key)}" for key in differ]
     if other:
         log.warning(
             "%s held out other images than this run does (%s): it may have been trained on what is held out here",

@@ -5,6 +5,7 @@ from copy import deepcopy
 from typing import Any
 
 RENAMED = {"task.gen": "task.loss_weights.gen", "task.clf": "task.loss_weights.clf"}
+NOW_SCRIPTS = {"task=trace": "python benchmarks/trace_network.py INIT TOKENS.npy"}
 MOVED = {  # `_target_`
     "igpt.model.gpt.GPT": "igpt.model.config.GPTConfig",
     "igpt.tokens.kmeans.fitted": "igpt.tokens.kmeans.fit_cached",

@@ -95,15 +95,8 @@ class Children:
         self.running: list[Child] = []
         self.heard: str | None = None
 
-    def start(
-        self,
-        command: Sequence[str],
-        *,
-        output: IO[bytes] | None,
-        environment: Mapping[str, str],
-        without: Sequence[str] = (),
-    ) -> Child:
-        child = Child(command, output, environment, without)
+    def start(self, child: Child) -> Child:
+        """Answers for a process that was started just now."""
         self.running.append(child)
         if self.heard is not None:  # while it was started
             child.send(signal.Signals[self.heard])
@@ -180,7 +173,7 @@ def run_ranks(command: Sequence[str], n: int) -> int:
         for rank in range(n):
             output = (place / f"rank_{rank}").open("wb") if rank else None
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(children.start(command, output=output, environment=environment))
+            ranks.append(children.start(Child(command, output, environment)))
             if output:
                 output.close()
         code = 0

@@ -25,14 +25,17 @@ def in_quotes(value: str) -> str:
     return quote + re.sub(r"(\\+)\Z", r"\1\1", text) + quote
 
 
-def format_value(value: Any) -> str:
-    """A value as `override.value()` gives it, as an override is written: what refers to another setting still does."""
+def format_value(value: Any, *, quoted: bool = True) -> str:
+    """A value as `override.value()` gives it, as an override is written: what refers to another setting still does.
+
+    Without `quoted`, texts are as they are: what is read by people, and names without special characters.
+    """
     if isinstance(value, list):
-        return "[" + ",".join(map(format_value, value)) + "]"
+        return "[" + ",".join(format_value(each, quoted=quoted) for each in value) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{format_value(each)}" for key, each in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{format_value(each, quoted=quoted)}" for key, each in value.items()) + "}"
     if isinstance(value, str):
-        return in_quotes(value)
+        return in_quotes(value) if quoted else value
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 

@@ -1,18 +1,16 @@
 """Sweeps that choose what to try next: one value after another until it gets worse, or what Optuna proposes."""
 
-import hashlib
-import itertools
-import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from filelock import FileLock, Timeout
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, flag_override
@@ -21,12 +19,12 @@ from igpt import files
 from igpt.app.ending import side_by_side
 from igpt.global_state import environment
 from igpt.processes import SWEEP
+from igpt.quoting import format_value
 from igpt.report.logs import set_up_logging
 from igpt.sweep import typed
 
 log = logging.getLogger(__name__)
 
-_held: list[FileLock] = []  # of the searches of this process
 Launch = Callable[[Sequence[Sequence[str]], int], Sequence[JobReturn]]
 Compose = Callable[[Sequence[str]], DictConfig]
 LOWER, HIGHER = "minimize", "maximize"
@@ -48,32 +46,26 @@ def in_turn(
         SystemExit: 2 when the search cannot begin.
     """
     set_up_logging()
-    fixed = [override for override in _read(arguments) if override.key_or_group != key]
-    own = [override for override in _read(arguments) if override.key_or_group == key]
+    own, *_ = _combinations(arguments, lambda name: name == key)
+    combinations = _combinations(arguments, lambda name: name != key)
     if own:  # `task.learning_rate=0.01,0.003` on the command line
-        values = [v.split("=", 1)[1] for v in _choices(own)]
+        values = [value.split("=", 1)[1] for (value,) in _combinations(arguments, lambda name: name == key)]
     if not values:
         _refuse("hydra.sweeper.values names one value or more, from the first to be tried to the last")
-    place = _place(config, {"in_turn": [key, values, direction, arguments, config.hydra.launcher.metric]})
-    _begin(config, place, direction, compose, [*(_choices([override])[0] for override in fixed), f"{key}={values[0]}"])
+    what = {"in_turn": [key, values, direction, arguments, config.hydra.launcher.metric]}
     found: list[JobReturn] = []
-    for chosen in itertools.product(*[_choices([override]) for override in fixed]):
-        best: float | None = None
-        for value in values:
-            log.info("%s=%s", key, value)
-            (job,) = _naming(launch, place)([[*chosen, f"{key}={value}"]], len(found))
-            found.append(job)
-            reached = _reached(job, direction)
-            if job.return_value is None:
-                _refuse(
-                    f"{job.working_dir} has no {config.hydra.launcher.metric}: name one it has, hydra.launcher.metric=…"
-                )
-            if best is not None and reached >= best:
-                log.info("%s=%s is no better than the last: what follows is not tried", key, value)
-                break
-            best = reached if math.isfinite(reached) else best
-    tried = [Path(job.working_dir) for job in found if job.working_dir]
-    side_by_side(place, tried, metric=config.hydra.launcher.metric, command=typed())
+    with _search(config, what, direction, compose, [*combinations[0], f"{key}={values[0]}"]) as tried:
+        for chosen in combinations:
+            best = math.inf
+            for value in values:
+                log.info("%s=%s", key, value)
+                found += launch([[*chosen, f"{key}={value}"]], len(found))
+                loss = _loss(config, found[-1], direction)
+                tried.append(found[-1].working_dir)
+                if math.isfinite(best) and loss >= best:
+                    log.info("%s=%s is no better than the last: what follows is not tried", key, value)
+                    break
+                best = min(best, loss)
     return found
 
 
@@ -92,47 +84,45 @@ def optuna(
     set_up_logging()
     try:
         import optuna as library
+        from optuna.trial import Trial, TrialState
     except ImportError:
         _refuse(INSTALL)
-    overrides = _read(arguments)
-    if swept := [override.key_or_group for override in overrides if override.is_sweep_override()]:
-        _refuse(f"{', '.join(swept)}: Optuna proposes what is in hydra.sweeper.space, several values go there")
-    fixed = _choices(overrides)
-    distributions = {key: _distribution(library, key, spec) for key, spec in space.items()}
+    fixed, *more = _combinations(arguments)
+    if more:
+        _refuse(f"{' '.join(arguments)}: Optuna proposes what is in hydra.sweeper.space, several values go there")
+    distributions = {key: _distribution(library.distributions, key, spec) for key, spec in space.items()}
     if n_trials < 1 or at_once < 1 or not distributions:
         _refuse("hydra.sweeper.n_trials and at_once start at 1, and space names one setting or more")
-    example = [f"{key}={_example(distribution)}" for key, distribution in distributions.items()]
-    place = _place(config, {"optuna": [dict(space), direction, seed, fixed, config.hydra.launcher.metric]})
-    _begin(config, place, direction, compose, [*fixed, *example])
+    example = [f"{key}={spec['choices'][0] if 'choices' in spec else spec['low']}" for key, spec in space.items()]
+    what = {"optuna": [dict(space), direction, seed, fixed, config.hydra.launcher.metric]}
     library.logging.set_verbosity(library.logging.WARNING)
-    study = library.create_study(
-        storage=f"sqlite:///{(place / 'study.db').absolute()}", study_name=place.name, load_if_exists=True,
-        direction=cast(Any, direction),
-    )  # fmt: skip
-    # another seed whenever it goes on: the same would propose the same again
-    study.sampler = library.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
-    states = library.trial.TrialState
-    for begun in study.get_trials(states=(states.RUNNING,)):  # whoever ran it is gone
-        study.tell(begun.number, state=states.FAIL)
-        study.enqueue_trial(begun.params)
     found: list[JobReturn] = []
-    while (left := n_trials - len(_ended(study))) > 0:
-        trials = [study.ask(distributions) for _ in range(min(at_once, left))]
-        jobs = [(*fixed, *(f"{key}={_typed(value)}" for key, value in trial.params.items())) for trial in trials]
-        different = list(dict.fromkeys(jobs))  # what it proposes twice is one run
-        returned = dict(zip(different, _naming(launch, place)(different, trials[0].number), strict=True))
-        for trial, job in zip(trials, jobs, strict=True):
-            found.append(returned[job])
-            if returned[job].return_value is None:
-                _refuse(f"{returned[job].working_dir} has no {config.hydra.launcher.metric}: name one it has")
-            trial.set_user_attr(FOLDER, returned[job].working_dir)
-            good = math.isfinite(_reached(returned[job], direction))
-            value = returned[job].return_value if good else None
-            study.tell(trial.number, value, state=states.COMPLETE if good else states.FAIL)
-    ended = _ended(study)
-    tried = [Path(trial.user_attrs[FOLDER]) for trial in ended if trial.user_attrs[FOLDER]]
-    side_by_side(place, tried, metric=config.hydra.launcher.metric, command=typed())
-    if any(trial.state == states.COMPLETE for trial in ended):
+    with _search(config, what, direction, compose, [*fixed, *example]) as tried:
+        place = Path(config.hydra.sweep.dir)
+        study = library.create_study(
+            storage=f"sqlite:///{(place / 'study.db').absolute()}", study_name=place.name, load_if_exists=True,
+            direction=cast(Any, direction),
+        )  # fmt: skip
+        # another seed whenever it goes on: the same would propose the same again
+        study.sampler = library.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
+        begun = [Trial(study, trial._trial_id) for trial in study.get_trials(states=(TrialState.RUNNING,))]
+        ended = [trial.user_attrs[FOLDER] for trial in study.trials if FOLDER in trial.user_attrs]
+        while (left := n_trials - len(ended)) > 0:
+            trials = [begun.pop(0) if begun else study.ask(distributions) for _ in range(min(at_once, left))]
+            jobs = [
+                (*fixed, *(f"{key}={format_value(trial.params[key], quoted=False)}" for key in space))
+                for trial in trials
+            ]
+            different = list(dict.fromkeys(jobs))  # what it proposes twice is one run
+            returned = dict(zip(different, launch(different, trials[0].number), strict=True))
+            for trial, job in zip(trials, [returned[job] for job in jobs], strict=True):
+                good = math.isfinite(_loss(config, job, direction))
+                trial.set_user_attr(FOLDER, job.working_dir)
+                study.tell(trial, job.return_value if good else None, state=None if good else TrialState.FAIL)
+                ended.append(job.working_dir)
+                found.append(job)
+        tried += ended
+    if study.get_trials(states=(TrialState.COMPLETE,)):
         best = study.best_trial
         log.info(
             "best of %d: %s %.4f with %s", len(ended), config.hydra.launcher.metric, best.value,
@@ -141,97 +131,64 @@ def optuna(
     return found
 
 
-def _ended(study: Any) -> list[Any]:
-    """The trials whose run came to an end, good or bad."""
-    return [trial for trial in study.trials if FOLDER in trial.user_attrs]
-
-
-def _distribution(library: Any, key: str, spec: Any) -> Any:
+def _distribution(kinds: Any, key: str, spec: Mapping[str, Any]) -> Any:
     """What Optuna draws a setting from: {choices: […]}, or {low: , high: } with `log` and, of whole numbers, `int`."""
-    kinds = library.distributions
     try:
         if set(spec) == {"choices"}:
             return kinds.CategoricalDistribution(list(spec["choices"]))
-        known = {"low", "high", "log", "int", "step"}
-        if {"low", "high"} <= set(spec) <= known:
-            kind = kinds.IntDistribution if spec.get("int") else kinds.FloatDistribution
-            return kind(**{name: value for name, value in spec.items() if name != "int"})
+        kind = kinds.IntDistribution if spec.get("int") else kinds.FloatDistribution
+        return kind(**{name: value for name, value in spec.items() if name != "int"})
     except (TypeError, ValueError) as error:
-        _refuse(f"hydra.sweeper.space.{key}: {error}")
-    _refuse(f"hydra.sweeper.space.{key} is {{choices: […]}} or {{low: , high: }} with log, step, int; got {spec!r}")
+        expected = "{choices: […]} or {low: , high: } with log, step, int"
+        _refuse(f"hydra.sweeper.space.{key} is {expected}; got {dict(spec)} ({error})")
 
 
-def _typed(value: Any) -> str:
-    """A value as Hydra reads it."""
-    return "null" if value is None else str(value)
+def _combinations(arguments: list[str], wanted: Callable[[str], bool] = lambda name: True) -> list[list[str]]:
+    """Every combination of the values of those settings that are wanted, each `key=value`; [[]] of none."""
+    parsed = OverridesParser.create().parse_overrides(arguments)
+    (combinations,) = BasicSweeper.split_arguments([each for each in parsed if wanted(each.key_or_group)], None)
+    return combinations
 
 
-def _example(distribution: Any) -> Any:
-    return distribution.choices[0] if hasattr(distribution, "choices") else distribution.low
+@contextmanager
+def _search(
+    config: DictConfig, what: Mapping[str, Any], direction: str, compose: Compose, example: Sequence[str]
+) -> Iterator[list[str | None]]:
+    """Runs the block in the folder of a search, and compares at its end the runs whose folders were put in the list.
 
-
-def _read(arguments: list[str]) -> list[Override]:
-    parsed: list[Override] = OverridesParser.create().parse_overrides(arguments)
-    return parsed
-
-
-def _choices(overrides: Sequence[Override]) -> list[str]:
-    """Every `key=value` of some overrides that are swept or not."""
-    lines = []
-    for override in overrides:
-        key = override.get_key_element()
-        if override.is_discrete_sweep():
-            lines += [f"{key}={value}" for value in override.sweep_string_iterator()]
-        else:
-            lines.append(f"{key}={override.get_value_element_as_str()}")
-    return lines
-
-
-def _place(config: DictConfig, what: Mapping[str, Any]) -> Path:
-    """The folder of one search: what it searches names it, so that the same command goes on with it."""
-    (kind,) = what
-    text = json.dumps(OmegaConf.to_container(OmegaConf.create({"what": what})), sort_keys=True, default=str)
-    return Path(config.hydra.sweep.dir) / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _begin(config: DictConfig, place: Path, direction: str, compose: Compose, example: Sequence[str]) -> None:
-    """Looks at one of the jobs to come before the first begins, and prepares their folder."""
+    What it searches names the folder, so that the same command goes on with it. One of the jobs to come is looked at
+    before the first begins. While the block lasts, jobs are told which search they are of.
+    """
     if direction not in (LOWER, HIGHER):
         _refuse(f"hydra.sweeper.direction must be {LOWER} or {HIGHER}, got {direction!r}")
     try:
         compose(example)
     except HydraException as error:
         _refuse(f"{' '.join(example)}: {str(error).splitlines()[0]}")
+    (kind,) = what
+    plain = OmegaConf.to_container(OmegaConf.create({"what": what}))
+    place = Path(config.hydra.sweep.dir) / f"{kind}-{files.hash_json(plain, sort_keys=True, default=str)[:8]}"
     place.mkdir(parents=True, exist_ok=True)
-    while _held:  # of a search that this process has ended
-        _held.pop().release()
-    lock = FileLock(place / ".lock")
+    tried: list[str | None] = []
     try:
-        lock.acquire(timeout=0)  # let go when this process ends
+        with FileLock(place / ".lock", timeout=0), environment(**{SWEEP: place.name}):
+            files.write_json(place / "search.json", {"command": sys.argv, "example": list(example)})
+            with flag_override(config, ["readonly", "struct"], False):
+                config.hydra.sweep.dir = str(place)  # where the jobs leave what they say
+            yield tried
     except Timeout:
         _refuse(f"{place} is in use: the same search is running")
-    _held.append(lock)
-    files.write_json(place / "search.json", {"command": sys.argv, "example": list(example)})
-    with flag_override(config, ["readonly", "struct"], False):
-        config.hydra.sweep.dir = str(place)  # where the jobs leave what they say
+    folders = [Path(folder) for folder in tried if folder]
+    side_by_side(place, folders, metric=config.hydra.launcher.metric, command=typed())
 
 
-def _naming(launch: Launch, place: Path) -> Launch:
-    """`launch`, telling the jobs which search they are of."""
-
-    def launch_named(jobs: Sequence[Sequence[str]], number: int) -> Sequence[JobReturn]:
-        with environment(**{SWEEP: place.name}):
-            return launch(jobs, number)
-
-    return launch_named
-
-
-def _reached(job: JobReturn, direction: str) -> float:
+def _loss(config: DictConfig, job: JobReturn, direction: str) -> float:
     """What a job has come to, lower is better; infinite where it has failed."""
     value = job.return_value
-    if value is None or not math.isfinite(value):
-        return math.inf
-    return float(value) if direction == LOWER else -float(value)
+    if value is None:
+        metric = config.hydra.launcher.metric
+        _refuse(f"{job.working_dir} has no {metric}: name one it has, hydra.launcher.metric=…")
+    return math.inf if not math.isfinite(value) else float(value) if direction == LOWER else -float(value)
 
 
 def _refuse(message: str) -> NoReturn:

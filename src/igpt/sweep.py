@@ -1,7 +1,5 @@
 """Sweeps on one machine: each job is `python train.py …` in a process of its own, several at a time."""
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -64,7 +62,7 @@ def launch(
     for cfg in (sweep, *configs):
         expand_home(cfg)
     jobs = [Job(first + i, list(cfg.hydra.overrides.task)) for i, cfg in enumerate(configs)]
-    place = Path(sweep.hydra.sweep.dir) / _digest(jobs)
+    place = Path(sweep.hydra.sweep.dir) / files.hash_json([job.overrides for job in jobs])[:8]
     try:
         _expect(jobs, configs)
         if n_jobs is not None and n_jobs < 1:
@@ -149,9 +147,7 @@ class Sweep:
             environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // side_by_side))
         log.info("job %d begins: %s", job.number, self._settings(job))
         with self._output(job).open("ab") as output:
-            return children.start(
-                [*command, *job.overrides], output=output, environment=environment, without=RANK_VARIABLES
-            )
+            return children.start(Child([*command, *job.overrides], output, environment, without=RANK_VARIABLES))
 
     def _ended(self, job: Job, code: int, seconds: float, *, stopping: bool) -> None:
         job.exit_code, job.seconds = code, round(seconds, 1)
@@ -221,10 +217,6 @@ def _short(folder: str | None) -> str:
     if folder is None:
         return "–"
     return os.path.relpath(folder) if Path(folder).is_relative_to(Path.cwd()) else folder
-
-
-def _digest(jobs: Sequence[Job]) -> str:
-    return hashlib.sha256(json.dumps([job.overrides for job in jobs]).encode()).hexdigest()[:8]
 
 
 def _command(cfg: DictConfig) -> list[str]:

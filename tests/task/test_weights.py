@@ -1,4 +1,4 @@
-"""Import, export and trace as tasks: what they leave, and what they refuse before they begin."""
+"""Import and export as tasks: what they leave, and what they refuse before they begin."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +18,6 @@ from igpt.checkpoint.native import save_model
 from igpt.checkpoint.tensors import Lazy, write
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
-from igpt.objective.ar import AR
 from tests.checkpoint.test_native import metadata_of
 from tests.checkpoint.test_sharded import save_sharded
 from tests.conftest import small_net
@@ -79,51 +77,6 @@ def test_an_export_that_was_stopped(quickstart: Path, tmp_path: Path) -> None:
     run(tmp_path, "task=export", init)
     assert {path.name: path.read_bytes() for path in (folder / "huggingface").iterdir()} == before
     assert not list(folder.glob(".huggingface*"))
-
-
-def test_the_trace_of_a_network(quickstart: Path, tmp_path: Path) -> None:
-    """Independent source: the network itself, its residual stream and the objective's loss."""
-    pretrained = quickstart / "2_pretrain"
-    tokens = torch.randint(17, (5, 64), generator=torch.Generator().manual_seed(0))
-    np.save(tmp_path / "ids.npy", tokens.numpy().astype(np.uint8))
-    result, folder = run(
-        tmp_path, "task=trace", f"init={pretrained}", f"task.tokens={tmp_path / 'ids.npy'}", "task.batch_size=2"
-    )
-    net, trace = find(str(pretrained)).net(), np.load(folder / "trace.npz")
-    with torch.no_grad():
-        logits = net(tokens)
-        assert np.abs(trace["logits"] - logits.numpy()).max() < 1e-5
-        assert np.abs(trace["block_outputs"] - torch.stack(list(net.hidden_states(tokens))[1:]).numpy()).max() < 1e-5
-        assert trace["image_nats"] == pytest.approx(AR().per_example_loss(logits, tokens, None).numpy(), abs=1e-5)
-        assert result.numbers["loss_gen"].value == pytest.approx(AR().loss(logits, tokens, None).item(), abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("array", "message"),
-    [
-        (None, r"task\.tokens=FILE\.npy"),
-        (np.zeros((2, 63), np.int64), r"int64 \(2, 63\), expected whole numbers of shape \(any, 64\)"),
-        (np.zeros((2, 64)), "float64"),
-        (np.full((2, 64), 17), r"tokens lie in 0 … 16, got 17 to 17"),
-        (np.zeros((0, 64), np.int64), "got none"),
-        (np.array([{}], dtype=object), "no .npy array of numbers"),
-    ],
-)
-def test_tokens_that_cannot_be_traced(quickstart: Path, tmp_path: Path, array: np.ndarray | None, message: str) -> None:
-    tokens = "null"
-    if array is not None:
-        np.save(tmp_path / "ids.npy", array, allow_pickle=True)
-        tokens = str(tmp_path / "ids.npy")
-    with pytest.raises(ValueError, match=message):
-        run(tmp_path, "task=trace", f"init={quickstart / '2_pretrain'}", f"task.tokens={tokens}")
-
-
-def test_masks_go_with_the_objective(quickstart: Path, tmp_path: Path) -> None:
-    np.save(tmp_path / "ids.npy", np.zeros((1, 64), np.int64))
-    np.save(tmp_path / "keep.npy", np.ones((1, 64), bool))
-    arguments = ("task=trace", f"init={quickstart / '2_pretrain'}", f"task.tokens={tmp_path / 'ids.npy'}")
-    with pytest.raises(ValueError, match="for networks of masked pixels only"):
-        run(tmp_path, *arguments, f"task.keep={tmp_path / 'keep.npy'}")
 
 
 def no_config(place: Path) -> Path:

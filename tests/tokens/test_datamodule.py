@@ -13,7 +13,7 @@ import torch
 
 from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
-from igpt.tokens.batches import Batch, StreamBatch, pickle_by_value
+from igpt.tokens.batches import Batch, StreamBatch
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
@@ -63,13 +63,12 @@ def test_workers_need_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.UntypedStorage._share_fd_cpu_", none)
     batch = next(iter(module().train_dataloader()))
     with pytest.raises(RuntimeError, match="unable to allocate"):
-        ForkingPickler.dumps(batch)
+        ForkingPickler.dumps(batch.tokens)
     for made in (batch, StreamBatch(batch, 3, ("place", 7))):
-        again = pickle.loads(ForkingPickler.dumps(pickle_by_value(made)))
+        again = pickle.loads(ForkingPickler.dumps(made))
         assert type(again) is type(made)
         assert all(map(torch.equal, getattr(again, "batch", again), batch))
     assert again[1:] == (3, ("place", 7))
-    assert str(pickle.loads(ForkingPickler.dumps(pickle_by_value(ValueError("row 7"))))) == "row 7"
     loader = module(num_workers=1).train_dataloader()
     loader.timeout = 20  # seconds, after which it would wait for ever
     assert all(map(torch.equal, next(iter(loader)), batch))
@@ -285,13 +284,26 @@ def test_places_in_a_stream_that_is_not_there(tmp_path: Path) -> None:
         none.train_dataloader()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_corrupt_image_is_named_whoever_reads_it(tmp_path: Path, num_workers: int) -> None:
-    """Its message comes whole from a worker process."""
+def test_a_corrupt_image_is_named_whoever_reads_it(tmp_path: Path, num_workers: int, streaming: bool) -> None:
+    """Its message alone comes from a worker process."""
     root = class_folders(tmp_path / "photos", ["a", "b"], 10)
     (root / "train" / "b" / "4.jpg").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"^/\S*b/4.jpg: its 7 bytes are no image"):
-        read(of_photographs(root, num_workers=num_workers, val_fraction=0.0), 8)
+        read(of_photographs(root, num_workers=num_workers, val_fraction=0.0, streaming=streaming), 8)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stream_without_images_for_a_reader(tmp_path: Path, num_workers: int) -> None:
+    """Found while reading, not before: one line, whichever process finds it."""
+    root = class_folders(tmp_path / "photos", ["a"], 1)
+    stream = {**SETTINGS["stream"], "lanes": 2}
+    data = of_photographs(root, num_workers=num_workers, streaming=True, n_class=1, val_fraction=0.0, stream=stream)
+    with pytest.raises(
+        ValueError, match=r"^the training stream holds no image for reader \d of 2: .*data.stream.lanes\)$"
+    ):
+        read(data, 8)
 
 
 def test_some_tokens_are_some_of_all(photographs: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from igpt.quoting import format_value
 from igpt.report.folder import deciding
 from igpt.report.runs import Run, flat
 
@@ -63,7 +64,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     size that is the data's.
     """
     keys = list(dict.fromkeys(key for some in settings for key in some))
-    values = {key: [_typed(some[key]) if key in some else "–" for some in settings] for key in keys}
+    values = {key: [_shown(some[key]) if key in some else "–" for some in settings] for key in keys}
     varied = [key for key in keys if len(set(values[key])) > 1]
     shown = [key for key in varied if not any(_follows(key, other, values) for other in varied)]
     return [{CHOSEN.get(key, key): values[key][row] for key in shown} for row in range(len(settings))]
@@ -78,9 +79,6 @@ def _follows(key: str, other: str, values: Mapping[str, Sequence[str]]) -> bool:
     return len(set(zip(values[other], values[key], strict=True))) == len(set(values[other]))
 
 
-def _typed(value: Any) -> str:
-    if isinstance(value, list):
-        text = f"[{','.join(map(_typed, value))}]"
-    else:
-        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _shown(value: Any) -> str:
+    text = format_value(value, quoted=False)
     return text if len(text) <= LONGEST else f"…{text[-LONGEST:]}"

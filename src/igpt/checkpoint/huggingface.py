@@ -13,7 +13,7 @@ import torch
 
 from igpt import files
 from igpt.checkpoint import tensors
-from igpt.checkpoint.native import CONFIG, Weights, combined_hash, read_metadata, weights_sha256
+from igpt.checkpoint.native import CONFIG, Weights, combined_hash, meta_model, read_metadata, weights_sha256
 from igpt.checkpoint.sizes import size_name
 from igpt.checkpoint.tensors import Lazy, State
 from igpt.model.config import SIZES, GPTConfig
@@ -139,7 +139,8 @@ def converted(theirs: State, network: GPTConfig, where: Path) -> State:
         raise ValueError(
             f"{where} has no lm_head.weight: it is not of ImageGPTForCausalImageModeling, and cannot tell colours"
         )
-    tensors.check_fit(where, theirs, shapes(network))
+    expected = exported(tensors.held(meta_model(network).state_dict()), network)
+    tensors.check_fit(where, theirs, {name: tensor.shape for name, tensor in expected.items()})
     biases = [name for name in theirs if name.endswith(".bias")]
     if full := [name for name in biases if bool(theirs[name].read().any())]:
         raise ValueError(
@@ -193,21 +194,6 @@ def _turned(matrix: Lazy) -> Lazy:
 
 def _zeros(n: int) -> Lazy:
     return Lazy((n,), torch.float32, lambda: torch.zeros(n))
-
-
-def shapes(network: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of their tensors."""
-    c, t, v = network.n_embd, network.n_ctx, network.n_vocab
-    found: dict[str, tuple[int, ...]] = {
-        "transformer.wte.weight": (v + 1, c), "transformer.wpe.weight": (t, c), "transformer.ln_f.weight": (c,),
-        "lm_head.weight": (v, c),
-    }  # fmt: skip
-    for block in range(network.n_layer):
-        at = f"transformer.h.{block}."
-        found |= {f"{at}ln_1.weight": (c,), f"{at}ln_2.weight": (c,)}
-        for linear, n_in, n_out in zip(LINEAR, (c, c, c, 4 * c), (3 * c, c, 4 * c, c), strict=True):
-            found |= {f"{at}{linear}.weight": (n_in, n_out), f"{at}{linear}.bias": (n_out,)}
-    return found
 
 
 def write(folder: Path, weights: Weights) -> None:

@@ -5,7 +5,6 @@ the pixels, the objective, the step and the seed. Loading executes nothing that 
 """
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -184,8 +183,7 @@ def weights_sha256(folder: Path) -> str:
 
 def combined_hash(sha256: str, metadata: CheckpointMetadata) -> str:
     """A hash of foreign weights and of what else decides what they are: network, tokenizer, objective."""
-    text = json.dumps([sha256, metadata.network.to_dict(), metadata.tokenizer.hash, metadata.objective])
-    return hashlib.sha256(text.encode()).hexdigest()
+    return files.hash_json([sha256, metadata.network.to_dict(), metadata.tokenizer.hash, metadata.objective])
 
 
 def read_model(folder: Path) -> Weights:

@@ -8,11 +8,11 @@ was put there. Here its classes are only ever made into inert records.
 import io
 import pickle
 import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +31,6 @@ from igpt import files
 from igpt.checkpoint import tensors
 from igpt.checkpoint.native import Weights, metadata_in, part
 from igpt.checkpoint.tensors import Lazy, State
-
-T = TypeVar("T")
 
 METADATA, REST, PIECES = ".metadata", "meta.pt", "*.distcp"
 STATE = "state_dict."  # under which Lightning keeps the module, beside its optimizers
@@ -101,6 +99,9 @@ class _Piece:
     length: int
 
 
+Described = tuple[tuple[int, ...], torch.dtype, list[_Piece]]  # a tensor: its shape, its kind and its pieces
+
+
 def read(folder: Path) -> Weights:
     """The network in a sharded checkpoint of a run of ours.
 
@@ -118,9 +119,9 @@ def read(folder: Path) -> Weights:
 
 def read_metadata(folder: Path) -> Metadata:
     """The metadata as PyTorch's reader wants them, made of what was read as plain records."""
-    record = _read(folder, lambda found: found)
+    record, tensors_there = _read(folder)
     described: dict[str, Any] = {}
-    for name, (shape, dtype, pieces) in _read(folder, lambda found: dict(_tensors(folder, found))).items():
+    for name, (shape, dtype, pieces) in tensors_there.items():
         chunks = [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes)) for p in pieces]
         described[name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(shape), chunks)
     stored = {}
@@ -135,20 +136,18 @@ def read_metadata(folder: Path) -> Metadata:
 
 def read_state(folder: Path) -> State:
     """Every tensor of a sharded checkpoint, by its name there."""
-    found = _read(folder, lambda metadata: dict(_tensors(folder, metadata)))
 
     def one(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Piece]) -> Lazy:
         return Lazy(shape, dtype, lambda: _whole(shape, dtype, pieces))
 
-    return {name: one(*described) for name, described in found.items()}
+    return {name: one(*described) for name, described in _read(folder)[1].items()}
 
 
-def _read(folder: Path, understand: Callable[[Any], T]) -> T:
-    """What the metadata say, of pieces that are all there."""
+def _read(folder: Path) -> tuple[Any, dict[str, Described]]:
+    """The metadata, and what they say of each tensor, whose pieces are all there."""
     try:
         metadata = _records((folder / METADATA).read_bytes())
-        found = understand(metadata)
-        pieces = [piece for _, _, of_tensor in dict(_tensors(folder, metadata)).values() for piece in of_tensor]
+        described = dict(_tensors(folder, metadata))
     except _RefusedError as error:
         raise ValueError(
             f"{folder / METADATA} holds more than a checkpoint's metadata ({error}): it is not read, and nothing in it "
@@ -158,9 +157,10 @@ def _read(folder: Path, understand: Callable[[Any], T]) -> T:
         raise ValueError(
             f"{folder / METADATA} is damaged ({tensors.first_line(error)}): copy the checkpoint again"
         ) from error
-    if missing := sorted({piece.file.name for piece in pieces if not piece.file.is_file()}):
+    named = {piece.file for _, _, pieces in described.values() for piece in pieces}
+    if missing := sorted(file.name for file in named if not file.is_file()):
         raise ValueError(f"{folder}: {', '.join(missing)} missing: copy the checkpoint again, all its files")
-    return found
+    return metadata, described
 
 
 def _records(content: bytes) -> Any:
@@ -171,8 +171,8 @@ def _records(content: bytes) -> Any:
     return _Unpickler(io.BytesIO(content)).load()
 
 
-def _tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, tuple[tuple[int, ...], torch.dtype, list[_Piece]]]]:
-    """What the metadata says of each tensor: its shape, its kind and its pieces."""
+def _tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, Described]]:
+    """What the metadata says of each tensor."""
     places = {}
     for index, info in metadata.fields["storage_data"].items():
         at, where = index.fields, info.fields

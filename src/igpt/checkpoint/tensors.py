@@ -71,7 +71,7 @@ def held(state: Mapping[str, Tensor]) -> State:
     """
 
     def one(tensor: Tensor) -> Lazy:
-        return Lazy(tuple(tensor.shape), tensor.dtype, lambda: combined_hash(tensor.detach()).to("cpu"))
+        return Lazy(tuple(tensor.shape), tensor.dtype, lambda: full_tensor(tensor.detach()).to("cpu"))
 
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
@@ -79,8 +79,8 @@ def held(state: Mapping[str, Tensor]) -> State:
     return {plain_name(name): one(tensor) for name, tensor in state.items()}
 
 
-def combined_hash(tensor: Tensor) -> Tensor:
-    """The tensor; one that is sharded is put together, for which every process has to ask at the same time."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The tensor, gathered where it is sharded: every process has to call it at the same time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -161,18 +161,14 @@ def read(folder: Path, *, ignore: str = "(?!)") -> State:
         return read_safetensors(folder / WEIGHTS, ignore=ignore)
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder}: there is no {WEIGHTS} and no {INDEX}")
-    state: State = {}
+    listed = {name: part for name, part in weight_map(folder / INDEX).items() if not re.fullmatch(ignore, name)}
     whole: State = {}
-    listed = weight_map(folder / INDEX)
     for part in sorted(set(listed.values())):
         whole |= read_safetensors(folder / part, ignore=ignore)
     for name, part in listed.items():
-        if re.fullmatch(ignore, name):
-            continue
         if name not in whole:
             raise ValueError(f"{folder / part} does not hold {name}, as {INDEX} says: copy both again")
-        state[name] = whole[name]
-    return state
+    return {name: whole[name] for name in listed}
 
 
 def parts(folder: Path) -> list[Path]:

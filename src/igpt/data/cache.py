@@ -1,9 +1,7 @@
 """Images decoded once, by all cores: a memory-mapped uint8 file, whole or not there."""
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +14,7 @@ from tqdm.auto import tqdm
 
 from igpt import files
 from igpt.cores import count_cores
-from igpt.data.decode import BadImageError
-from igpt.data.workers import startable_workers
+from igpt.data.workers import identity_collate, startable_workers
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +26,7 @@ T = TypeVar("T")
 
 
 class _Chunks(Dataset[Any]):
-    """Something made of rows, a chunk at a time; a bad image travels as a value, so that its message stays whole."""
+    """Something made of rows, a chunk at a time."""
 
     def __init__(self, make: Callable[[Sequence[int]], Any], rows: np.ndarray) -> None:
         self.make, self.rows = make, rows
@@ -37,37 +34,26 @@ class _Chunks(Dataset[Any]):
     def __len__(self) -> int:
         return -(-len(self.rows) // _CHUNK)
 
-    def __iter__(self) -> Iterator[Any]:
-        return map(self.__getitem__, range(len(self)))
-
     def __getitem__(self, chunk: int) -> Any:
-        try:
-            return self.make(self.rows[chunk * _CHUNK : (chunk + 1) * _CHUNK].tolist())
-        except BadImageError as error:
-            return error
-
-
-def _as_made(made: Any) -> Any:
-    return made
+        return self.make(self.rows[chunk * _CHUNK : (chunk + 1) * _CHUNK].tolist())
 
 
 def in_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -> Iterator[T]:
     """`make` of all rows in order, in chunks, by as many processes as there are cores, with a progress bar.
 
     Raises:
-        BadImageError: the first that `make` raised.
+        DataError: the first that `make` raised.
     """
-    chunks: Iterable[T | BadImageError] = _Chunks(make, rows)
     n_process = startable_workers(count_cores()) if len(rows) > _ALONE else 0
-    if n_process:
-        chunks = DataLoader(_Chunks(make, rows), batch_size=None, num_workers=n_process, collate_fn=_as_made)
+    chunks: DataLoader[Any] = DataLoader(
+        _Chunks(make, rows), batch_size=None, num_workers=n_process, collate_fn=identity_collate,
+        generator=torch.Generator(),  # not the process's own, of which a draw would be taken
+    )  # fmt: skip
     with tqdm(total=len(rows), desc=what, unit="image", disable=None) as bar:
         with torch.device("cpu"):  # also where a network is being laid out on the meta device
             parts = iter(chunks)
         try:
             for made in parts:
-                if isinstance(made, BadImageError):
-                    raise made
                 yield made
                 bar.update(min(_CHUNK, len(rows) - bar.n))
         finally:
@@ -76,8 +62,7 @@ def in_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -
 
 def digest(made_by: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of everything that decides a file's content, the format of the file included."""
-    text = json.dumps({"format": FORMAT, **made_by}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return files.hash_json({"format": FORMAT, **made_by}, sort_keys=True)[:16]
 
 
 @contextmanager
@@ -96,17 +81,18 @@ def file_lock(path: Path) -> Iterator[None]:
             log.info("data: waiting for another process, which makes %s", path)
             lock.acquire()
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def _unwritable(path: Path, error: OSError) -> ValueError:
+def unwritable(path: Path, error: OSError, what: str = "the cache", *, why: str = "") -> ValueError:
+    """What to say where a file below the cache cannot be written; `what` it is, and `why` it is needed."""
     reason = error.strerror or str(error)
     return ValueError(
-        f"{path} cannot be written ({reason}): make room, or keep the cache elsewhere, paths.cache=FOLDER"
+        f"{path} cannot be written ({reason}): {why}make room, or keep {what} elsewhere, paths.cache=FOLDER"
     )
 
 
@@ -137,7 +123,7 @@ def pixels(path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequen
                 for made in in_chunks(make, rows, f"decoding to {path.stem}"):
                     file.write(made.tobytes())
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         log.info("data: decoded %d images to %s", len(rows), path)
         made_now = _mapped(path, shape)
     assert made_now is not None

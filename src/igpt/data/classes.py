@@ -11,6 +11,8 @@ from importlib import resources
 
 import numpy as np
 
+from igpt.data.errors import DataError
+
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 LISTED = 12  # names that a line of the log has, at most
 _JOINERS = "\u200c\u200d"  # the two invisible characters that scripts and emoji are written with
@@ -70,16 +72,16 @@ class Classes:
         `names`: of the classes that these labels count.
 
         Raises:
-            ValueError: a name that is no class, a label outside the classes, or no labels at all.
+            DataError: a name that is no class, a label outside the classes, or no labels at all.
         """
         if self.n_class is not None and len(labels) and (labels == -1).all():
-            raise ValueError(f"{where}: there are no labels (data.label_column, or a folder for each class); "
+            raise DataError(f"{where}: there are no labels (data.label_column, or a folder for each class); "
                              "data.n_class=null reads images without")  # fmt: skip
         if self.scheme == "imagenet" and self.n_class is not None and names is not None:
             try:
                 index = _wnid_index(tuple(names))
             except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
+                raise DataError(f"{where}: {error}") from error
             check_labels(labels, len(names), where)
             labels = index[labels]
         elif self.scheme != "imagenet":
@@ -92,7 +94,7 @@ class Classes:
         if names is None or self.by_label is None:
             if self.n_class is not None and (names is None) != (self.by_label is None) and (labels >= 0).any():
                 ours, train = ("names", "numbers") if self.by_label is None else ("numbers", "names")
-                raise ValueError(
+                raise DataError(
                     f"{where}: its classes are {ours}, those of the training images are {train}: no label can be told "
                     "from another; give both names, or data.splits reads other splits"
                 )
@@ -102,7 +104,7 @@ class Classes:
         used = np.unique(labels[(labels >= 0) & (labels < len(names))])
         unknown = [names[label] for label in used.tolist() if to[label] < 0]
         if unknown:
-            raise ValueError(
+            raise DataError(
                 f"{where}: no training image is of the class {unknown[0]!r} ({len(unknown)} classes are not): the "
                 f"training images have {describe_classes(self.by_label)}"
             )
@@ -134,12 +136,12 @@ def _wnid_index(names: tuple[str, ...]) -> np.ndarray:
 
 
 def check_labels(labels: np.ndarray, n_class: int, where: str) -> None:
-    """Raises ValueError, naming a row, unless every label lies in 0 … n_class - 1."""
+    """Raises DataError, naming a row, unless every label lies in 0 … n_class - 1."""
     outside = np.flatnonzero((labels < 0) | (labels >= n_class))
     if len(outside) and labels[outside[0]] == -1:
-        raise ValueError(f"{where}: row {outside[0]} has no label: leave it out, or data.n_class=null reads without")
+        raise DataError(f"{where}: row {outside[0]} has no label: leave it out, or data.n_class=null reads without")
     if len(outside):
-        raise ValueError(
+        raise DataError(
             f"{where}: row {outside[0]} has label {labels[outside[0]]}, data.n_class={n_class} allows 0 … "
             f"{n_class - 1} ({len(outside)} of {len(labels)} labels are outside)"
         )

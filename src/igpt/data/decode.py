@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from igpt.data import metadata
+from igpt.data.errors import DataError
 
 # By Pillow's names, the likeliest first. All are decoded in this process, of bytes alone: EPS and WMF start other
 # programs, PDF and MPEG are no images, FITS, HDF5 and GRIB hold measurements without a white. MPO is read as the JPEG
@@ -47,7 +48,7 @@ _UPRIGHT = {  # what turns an image of each orientation upright
 }
 
 
-class BadImageError(ValueError):
+class BadImageError(DataError):
     """An image that cannot be read; the message names its row or its file."""
 
 

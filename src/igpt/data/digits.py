@@ -1,7 +1,6 @@
 """scikit-learn's 1,797 handwritten digits, 8×8 in 17 grey levels: the dataset that needs no download."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from igpt.data.crop import shifted
 from igpt.data.listing import ListFiles
-from igpt.data.source import ArraySplit, Pixels, Split, check_split_name
+from igpt.data.source import ArraySplit, Split, VariedSplit, check_split_name
 from igpt.data.split import balanced_subset, split_indices
 from igpt.settings.base import Seed, Share
 from igpt.settings.data import Fraction, LabelsPerClass
@@ -28,7 +27,7 @@ class Digits:
     many training images of each digit, drawn by `subset_seed`.
 
     Raises:
-        ValueError: a resolution other than 8.
+        ValueError: a resolution other than 8, a negative shift, or a share outside [0, 1].
     """
 
     n_class: int | None = 10
@@ -51,6 +50,8 @@ class Digits:
     ) -> None:
         if resolution != 8:
             raise ValueError(f"data.resolution={resolution}: the digits are 8×8 and come in no other size")
+        if shift < 0 or not 0 <= shift_share <= 1:
+            raise ValueError(f"data.shift is at least 0 and data.shift_share in [0, 1], got {shift} and {shift_share}")
         self.name, self.resolution, self.labels_per_class = name, resolution, labels_per_class
         digits = load_digits()
         grey = np.rint(digits.images * (255 / LEVELS)).astype(np.uint8)  # (N, 8, 8)
@@ -62,7 +63,7 @@ class Digits:
             rows = balanced_subset(of_train, per_class=labels_per_class, seed=subset_seed, where="digits")
             indices["train"] = indices["train"][rows]
         self._splits = {name: ArraySplit(pixels[rows], labels[rows]) for name, rows in indices.items()}
-        self._moved = ShiftedSplit(self._splits["train"], by=shift, share=shift_share)
+        self._moved = VariedSplit(self._splits["train"], partial(shifted, by=shift, share=shift_share))
 
     def split(self, name: str) -> ArraySplit:
         check_split_name(name)
@@ -70,33 +71,3 @@ class Digits:
 
     def training(self) -> Split:
         return self._moved
-
-
-@dataclass(frozen=True)
-class ShiftedSplit:
-    """A split whose images are moved a little, each by its key; what they leave is background (0).
-
-    Raises:
-        ValueError: a negative shift, or a share outside [0, 1].
-    """
-
-    plain: ArraySplit
-    by: int  # pixels at most, up, down, left and right
-    share: float  # of the images that are moved
-
-    def __post_init__(self) -> None:
-        if self.by < 0 or not 0 <= self.share <= 1:
-            raise ValueError(f"data.shift is at least 0 and data.shift_share in [0, 1], got {self.by} and {self.share}")
-
-    def __len__(self) -> int:
-        return len(self.plain)
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.plain.labels
-
-    def prepare(self) -> None: ...
-
-    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
-        pixels, labels = self.plain.read(index, keys)
-        return Pixels(shifted(pixels, keys, by=self.by, share=self.share), labels)

@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from igpt import files
 from igpt.data.listing import Listing
-from igpt.data.shards import BadShardError
+from igpt.data.shards import BadShardError, reason_of
 from igpt.data.tables import Columns, class_names, read_cell
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,9 @@ class HubShards:
                 if row >= start:
                     yield row, one[self.image][0], one[self.label][0] if self.label else None
         except Exception as error:  # pyarrow, fsspec and every network have their own
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise BadShardError(f"{self.name(number)} cannot be read after {row + 1} images: {reason}") from error
+            raise BadShardError(
+                f"{self.name(number)} cannot be read after {row + 1} images: {reason_of(error)}"
+            ) from error
 
 
 def open_hub(path: str, *, name: str, columns: Columns, streaming: bool) -> dict[str, Callable[[], Any]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from igpt.data import cache as pixel_cache
-from igpt.data.crop import Crop, padded_crop
+from igpt.data.crop import Crop
 from igpt.data.decode import BadImageError
-from igpt.data.source import Pixels, Split
+from igpt.data.source import Pixels
 from igpt.data.tables import Table
 
 
@@ -38,12 +38,16 @@ class DecodedSplit:
         return Pixels(read_pixels(self.table, self.crop, rows.tolist(), keys), self.of_table[rows])
 
 
-def read_pixels(table: Table, crop: Crop, rows: Sequence[int], keys: Sequence[int]) -> np.ndarray:
-    """Some rows of a table, cut out: → (len(rows), R, R, 3) uint8. Raises BadImageError, naming the row or file."""
+def read_pixels(table: Table, crop: Crop, rows: Sequence[int], keys: Sequence[int] | None = None) -> np.ndarray:
+    """Some rows of a table, cut out by their keys (0 without): → (len(rows), R, R, 3) uint8.
+
+    Raises:
+        BadImageError: it names the row or the file.
+    """
     out = np.empty((len(rows), crop.resolution, crop.resolution, 3), dtype=np.uint8)
     for i, (place, data) in enumerate(table.encoded(rows)):
         try:
-            out[i] = crop(data, keys[i])
+            out[i] = crop(data, keys[i] if keys else 0)
         except BadImageError as error:
             raise BadImageError(f"{place}: {error}; data.on_corrupt=skip leaves such images out") from error
     return out
@@ -67,7 +71,7 @@ class CachedSplit:
 
     def prepare(self) -> None:
         if self._pixels is None and len(self):
-            make = partial(_plainly, self.decoded.table, self.decoded.crop)
+            make = partial(read_pixels, self.decoded.table, self.decoded.crop)
             self._pixels = pixel_cache.pixels(self.path, self.cached, self.decoded.crop.resolution, make)
 
     def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
@@ -75,30 +79,3 @@ class CachedSplit:
             return self.decoded.read(index, keys)
         rows = self.decoded.rows[np.asarray(index, dtype=np.int64)]
         return Pixels(self._pixels[np.searchsorted(self.cached, rows)], self.decoded.of_table[rows])
-
-
-def _plainly(table: Table, crop: Crop, rows: Sequence[int]) -> np.ndarray:
-    return read_pixels(table, crop, rows, [0] * len(rows))
-
-
-@dataclass(frozen=True)
-class AugmentedSplit:
-    """A split whose images are reflected at the border, cropped and mirrored, each by its key."""
-
-    plain: Split
-    pad: int
-    flip: bool
-
-    def __len__(self) -> int:
-        return len(self.plain)
-
-    @property
-    def labels(self) -> np.ndarray:
-        return self.plain.labels
-
-    def prepare(self) -> None:
-        self.plain.prepare()
-
-    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
-        pixels, labels = self.plain.read(index, keys)
-        return Pixels(padded_crop(pixels, keys, pad=self.pad, flip=self.flip), labels)

@@ -14,14 +14,14 @@ import PIL
 from igpt import files
 from igpt.data import cache as pixel_cache
 from igpt.data.classes import Classes, describe_classes
-from igpt.data.crop import Crop, Cut
+from igpt.data.crop import Crop, Cut, padded_crop
 from igpt.data.decode import BadImageError, opened, rgb
 from igpt.data.hub import HUB_NAME, open_hub
-from igpt.data.image_splits import AugmentedSplit, CachedSplit, DecodedSplit
+from igpt.data.image_splits import CachedSplit, DecodedSplit
 from igpt.data.listing import ListFiles, list_files
 from igpt.data.local import Open, Opening, open_listed, open_named
 from igpt.data.shards import named_files
-from igpt.data.source import Split, Stream, check_split_name
+from igpt.data.source import Split, Stream, VariedSplit, check_split_name
 from igpt.data.split import balanced_subset, split_indices
 from igpt.data.stream import Streamed
 from igpt.data.tables import Columns, Table
@@ -263,7 +263,9 @@ class _Tables:
         part, cut = self.parts["train"], self.cut
         decoded = DecodedSplit(part.table, part.labels, part.rows, cut.training)
         plain = decoded if cut.training.is_random else self._cached(decoded, part.good)
-        return AugmentedSplit(plain, cut.pad, cut.flip) if cut.pad or cut.flip else plain
+        if not (cut.pad or cut.flip):
+            return plain
+        return VariedSplit(plain, partial(padded_crop, pad=cut.pad, flip=cut.flip))
 
     def _cached(self, decoded: DecodedSplit, rows: np.ndarray) -> CachedSplit:
         return CachedSplit(decoded, self.pixel_caches.path(decoded.table, rows, decoded.crop), rows)

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from igpt import keyed
+from igpt.data.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class Lane:
         """Pass after pass from a place on: each record, and the place after it.
 
         Raises:
-            ValueError: there is nothing to read.
+            DataError: there is nothing to read.
         """
         epoch, empty = at.epoch, 0
         while empty < _EMPTY_PASSES:
@@ -102,7 +103,7 @@ class Lane:
                 empty = 0
             epoch += 1
             at = Place.start(len(self.parts), epoch)
-        raise ValueError(
+        raise DataError(
             f"the training stream holds no image for reader {self.index + 1} of {self.count}: give it more images, or "
             "fewer readers (data.stream.lanes)"
         )

@@ -1,7 +1,6 @@
 """The files below a folder, listed once: splits, classes, counts and the hash of the data all come from this."""
 
 import hashlib
-import json
 import os
 import stat
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from igpt import files
 from igpt.data.decode import ENDINGS
 
 SHARD_ENDINGS = (".parquet", ".tar")
@@ -54,7 +54,7 @@ class Listing:
         """A hash of names and sizes: it decides whether two runs have the same data."""
         every = list(zip(self.names, self.sizes.tolist(), strict=True))
         images = [each for each in every if file_extension(each[0]) not in ARRAYS]  # arrays beside images are not read
-        return hashlib.sha256(json.dumps(images or every).encode()).hexdigest()
+        return files.hash_json(images or every)
 
     @property
     def fingerprint(self) -> str:
@@ -75,11 +75,7 @@ ListFiles = Callable[[Path], Listing]
 
 def hash_files(path: Path, list_files: ListFiles) -> str:
     """A hash of the names and sizes of the data files of a folder; of a file, of its size, for it may be renamed."""
-    return (
-        hashlib.sha256(json.dumps(path.stat().st_size).encode()).hexdigest()
-        if path.is_file()
-        else list_files(path).sha256
-    )
+    return files.hash_json(path.stat().st_size) if path.is_file() else list_files(path).sha256
 
 
 def file_extension(name: str) -> str:
@@ -97,13 +93,13 @@ def list_files(path: Path) -> Listing:
     """
     if path.is_file():
         found = path.stat()
-        files: Iterable[tuple[str, int, int]] = [(path.name, found.st_size, found.st_mtime_ns)]
+        found_files: Iterable[tuple[str, int, int]] = [(path.name, found.st_size, found.st_mtime_ns)]
         path = path.parent
     else:
-        files = _walk(path)
+        found_files = _walk(path)
     unread: Counter[str] = Counter()
     rows, dangling = [], []
-    for name, size, mtime in files:
+    for name, size, mtime in found_files:
         if _is_data(name, size):
             rows.append((name, size, mtime))
         elif size == NOT_REGULAR and not file_extension(name)[1:].isalpha() and os.path.islink(path / name):
@@ -129,10 +125,8 @@ def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
     """Every file that is not hidden, as (relative name, size, time of change)."""
     top = os.fspath(root)
     found = os.stat(top)
-    folders: list[
-        tuple[str, str, tuple[tuple[int, int], ...]]
-    ]  # path, relative, the identity of it and those around it
-    folders = [(top, "", ((found.st_dev, found.st_ino),))]
+    # path, relative, the identity of it and those around it
+    folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(top, "", ((found.st_dev, found.st_ino),))]
     visits: Counter[tuple[int, int]] = Counter()
     while folders:
         folder, prefix, around = folders.pop()

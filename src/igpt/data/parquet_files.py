@@ -123,8 +123,6 @@ def _read_schema(file: str) -> datasets.Features:
             return datasets.Features.from_arrow_schema(pq.read_schema(opened))
     except pa.ArrowInvalid as error:
         raise BadShardError(f"{file} is no parquet file, or is cut short ({reason_of(error)})") from error
-    except FileNotFoundError as error:
-        raise BadShardError(f"{file} cannot be read (there is no such file)") from error
     except Exception as error:  # a schema that `datasets` does not know, a network
         raise BadShardError(f"{file} cannot be read ({reason_of(error)})") from error
 
@@ -243,10 +241,8 @@ def _copy(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> tuple[
             return partial, pixel_cache.digest({"of": digest, "without": broken})
         partial.replace(to)
     except OSError as error:
-        raise ValueError(
-            f"{to} cannot be written ({reason_of(error)}): the images of parquet files are copied there to be read by "
-            "row; make room, or keep the cache elsewhere, paths.cache=FOLDER; data.streaming=true keeps no copy"
-        ) from error
+        why = "the images of parquet files are copied there to be read by row; data.streaming=true keeps no copy; "
+        raise pixel_cache.unwritable(to, error, why=why) from error
     return to, digest
 
 

@@ -14,6 +14,7 @@ from typing import IO, Any, Protocol
 
 from datasets.utils.file_utils import xopen
 
+from igpt.data.errors import DataError
 from igpt.data.listing import SHARD_ENDINGS
 from igpt.data.tables import Cell
 
@@ -24,7 +25,7 @@ _REMOTE = re.compile(r"[a-z0-9+.-]+://")
 _ASKED_AT_ONCE = 16  # remote files
 
 
-class BadShardError(ValueError):
+class BadShardError(DataError):
     """A shard that cannot be read; the message names it."""
 
 
@@ -154,5 +155,7 @@ def _error_of(check: Any, file: str) -> BadShardError | None:
 
 def reason_of(error: BaseException) -> str:
     """The first line of what an error says, or its kind."""
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    said = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, FileNotFoundError) and not error.strerror:  # of a network: it says the name again
+        said = "there is no such file"
     return (said.splitlines() or [type(error).__name__])[0]

@@ -1,10 +1,12 @@
 """A source of labelled images: file → pixels. What every dataset looks like to the rest of the house."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+
+from igpt.data.lanes import Lane, Place
 
 SPLITS = ("train", "val", "test")
 
@@ -35,14 +37,6 @@ class Split(Protocol):
         ...
 
 
-class Lane(Protocol):
-    """One reader's share of a stream."""
-
-    def endless(self, at: Any) -> Iterator[tuple[Any, Any]]:
-        """Records from a place on, still encoded, pass after pass; each with the place after it."""
-        ...
-
-
 @runtime_checkable
 class Stream(Protocol):
     """Training images that come one after another, without a length and without positions to read at.
@@ -61,7 +55,7 @@ class Stream(Protocol):
         """One of `count` shares, in an order that the seed decides; together they are every image once a pass."""
         ...
 
-    def start(self) -> Any:
+    def start(self) -> Place:
         """The place where a lane begins."""
         ...
 
@@ -112,6 +106,28 @@ class ArraySplit:
     def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
         rows = np.asarray(index, dtype=np.int64)
         return Pixels(self.pixels[rows], self.labels[rows])
+
+
+@dataclass(frozen=True)
+class VariedSplit:
+    """A split whose images are changed for training, each by its key."""
+
+    plain: Split
+    vary: Callable[[np.ndarray, Sequence[int]], np.ndarray]  # (B, R, R, 3), keys → the same shape
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.plain.labels
+
+    def prepare(self) -> None:
+        self.plain.prepare()
+
+    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+        pixels, labels = self.plain.read(index, keys)
+        return Pixels(self.vary(pixels, keys), labels)
 
 
 def check_split_name(name: str) -> None:

@@ -1,8 +1,18 @@
 """Seeded splits and subsets, the same on every machine and for every run that states the same seed."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from igpt import keyed
+
+HELD_OUT = ("val_fraction", "test_fraction", "split_seed", "splits", "streaming")  # settings of data that decide it
+
+
+def split_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The settings of two runs' data by which they hold out other images; one that is not there is null, 0 or false."""
+    return [key for key in HELD_OUT if (ours.get(key) or None) != (theirs.get(key) or None)]
 
 
 def split_indices(n: int, *, val_fraction: float, test_fraction: float, seed: int) -> dict[str, np.ndarray]:

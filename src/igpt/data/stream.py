@@ -55,7 +55,7 @@ class ImagePart:
         out were is logged at the end.
 
         Raises:
-            ValueError: a label that is no class.
+            DataError: a label that is no class.
             BadImageError, BadShardError: no image, or no shard, where one should be.
         """
         bad = broken = 0

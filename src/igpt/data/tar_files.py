@@ -171,9 +171,6 @@ def _check_tar(path: str) -> None:
             tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape")
     except tarfile.HeaderError as error:
         raise BadShardError(f"{path} is no tar file, or is empty ({error})") from error
-    except FileNotFoundError as error:
-        reason = error.strerror or f"Unable to find '{path}'"
-        raise BadShardError(f"{path} cannot be read ({reason})") from error
     except Exception as error:  # of a network
         raise BadShardError(f"{path} cannot be read ({reason_of(error)})") from error
 

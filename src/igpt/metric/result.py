@@ -67,9 +67,7 @@ class Result:
     palettes: dict[str, np.ndarray] = field(default_factory=dict)  # name → (k, 3) uint8
     arrays: dict[str, np.ndarray] = field(default_factory=dict)  # name → tokens, kept as name_tokens.npy
     bars: dict[str, Bars] = field(default_factory=dict)
-    matrices: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # name → (K, K) counts: row the class, column taken for
+    matrices: dict[str, np.ndarray] = field(default_factory=dict)  # name → (K, K) counts: row true, column taken for
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # name of a matrix → of its classes, if known
     files: dict[str, Path] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)

@@ -49,13 +49,10 @@ class Images:
         pixels = np.concatenate([part.reshape(len(part), -1) for part in parts])
         return Images([Features((pixels / np.float32(127.5) - 1)[None].astype(np.float32), split.labels)])
 
-    def tensor(self, layers: Sequence[int], device: torch.device, mask: int = 0) -> Tensor:
-        """Some layers, (P, N, C) float32."""
-        return self.under[mask].layers(list(layers), dtype=torch.float32, device=device)
-
     def side_by_side(self, layers: Sequence[int], device: torch.device, mask: int = 0) -> Tensor:
         """Some layers as one, (1, N, P · C) float32."""
-        return torch.cat(list(self.tensor(layers, device, mask)), dim=-1)[None]
+        features = self.under[mask].layers(list(layers), dtype=torch.float32, device=device)  # (P, N, C)
+        return torch.cat(list(features), dim=-1)[None]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from igpt import files, ranks
-from igpt.data.cache import digest
+from igpt.data.cache import digest, unwritable
 from igpt.settings.base import FeatureDtype
 
 log = logging.getLogger(__name__)
@@ -69,15 +69,11 @@ class FeatureWriter:
     def _reserved(self, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> np.ndarray:
         """A file of that shape, mapped; its room is claimed at once, for a full disk under a map ends the process."""
         try:
-            with self.mine.open("wb") as file:
-                header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                whole = int(np.prod(shape)) * dtype.itemsize
-                files.reserve(file, whole)
-                file.truncate(file.tell() + whole)
+            mapped = np.lib.format.open_memmap(self.mine, mode="w+", dtype=dtype, shape=shape)
+            with self.mine.open("r+b") as file:
+                files.reserve(file, self.mine.stat().st_size)
         except OSError as error:
-            raise _unwritable(self.path, error) from error
-        mapped: np.ndarray = np.load(self.mine, mmap_mode="r+")
+            raise unwritable(self.path, error, "features") from error
         return mapped
 
     def discard(self) -> None:
@@ -115,14 +111,7 @@ class FeatureWriter:
                         whole[rows] = part[layer, : len(rows)]
                     file.write(whole.data)
         except OSError as error:
-            raise _unwritable(self.path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> ValueError:
-    return ValueError(
-        f"{path} cannot be written ({error.strerror or error}): make room, or keep features elsewhere, "
-        "paths.cache=FOLDER"
-    )
+            raise unwritable(self.path, error, "features") from error
 
 
 def labels_path(path: Path) -> Path:

@@ -79,14 +79,10 @@ class ProbeWhileTraining(L.Callback):
             tokens, of_split = self._images[split]
             keys = keyed.item_keys(keyed.key(data.seed, f"probe {split}"), torch.arange(len(tokens))).to(device)
             parts = []
-            for start in range(0, len(tokens), self.batch_size):
-                some, some_keys = (
-                    tokens[start : start + self.batch_size].long().to(device),
-                    keys[start:][: self.batch_size],
-                )
-                parts.append(
-                    layer_features(net, some, objective.visible_mask(some, some_keys), norm=self.norm)[layers].float()
-                )
+            for some, some_keys in zip(*(torch.split(of, self.batch_size) for of in (tokens, keys)), strict=True):
+                batch = some.long().to(device)
+                features = layer_features(net, batch, objective.visible_mask(batch, some_keys), norm=self.norm)
+                parts.append(features[layers].float())
             x[split] = torch.cat(parts, dim=1)  # (P, N, C)
             labels[split] = torch.from_numpy(of_split).to(device)
         assert data.source.n_class is not None

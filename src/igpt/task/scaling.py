@@ -9,6 +9,7 @@ from igpt import files
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Weights
 from igpt.components import Components
+from igpt.data.split import split_differences
 from igpt.metric.result import Curve, Number, Result
 from igpt.probe.choice import chosen, searched
 from igpt.settings.probing import ScalingSettings
@@ -16,8 +17,6 @@ from igpt.task.classify import check_classes
 from igpt.task.evaluate import EvaluateModule
 from igpt.task.features import Reader
 from igpt.task.machine import matmul_precision
-
-HELD_OUT = ("val_fraction", "test_fraction", "split_seed", "splits")  # settings of the data
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
         if (metadata.tokenizer.hash, metadata.objective) != (tokenizer, cache_key["objective"]):
             raise ValueError(f"task.runs: {path} has another tokenizer or objective: losses cannot be compared")
         data = files.read_json(Path(path) / "run.json")["config"].get("data", {})
-        if other := [key for key in HELD_OUT if data.get(key) != cache_key["data"].get(key)]:
+        if other := split_differences(cache_key["data"], data):
             raise ValueError(f"task.runs: {path} held out other images (data.{', data.'.join(other)})")
     names = {path: found[-1].metadata.model for path, found in every.items()}
     if len(set(names.values())) < len(names):  # several runs of one size

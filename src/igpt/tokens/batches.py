@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from igpt import keyed, ranks
-from igpt.data.decode import BadImageError
 from igpt.data.lanes import Place
 from igpt.data.order import Item, Lanes
 from igpt.data.source import Split, Stream
@@ -25,6 +24,18 @@ class Batch(NamedTuple):
     keys: Tensor  # (B,) int64
     rows: Tensor  # (B,) int64, which image of its split (in a stream: a hash of its content)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles arrays with their values; PyTorch's own tensors would go through shared memory.
+
+        A container may have very little of that, and a worker that finds none leaves the run waiting for ever. Batches
+        of pixels are small: through a pipe they are as fast.
+        """
+        return _batch_of, tuple(part.numpy() for part in self)
+
+
+def _batch_of(*arrays: np.ndarray) -> Batch:
+    return Batch(*map(torch.from_numpy, arrays))
+
 
 class PixelBatches(Dataset[Any]):
     """A split as a map-style dataset of whole batches, so that items need no collating."""
@@ -35,17 +46,11 @@ class PixelBatches(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, item: Item) -> Batch | BadImageError:
-        return self.__getitems__([item])
-
-    def __getitems__(self, items: list[Item]) -> Batch | BadImageError:
+    def __getitems__(self, items: list[Item]) -> Batch:
         index = torch.tensor([item.image for item in items], dtype=torch.int64)
         epochs = torch.tensor([keyed.key(self.seed, self.stream, item.epoch) for item in items], dtype=torch.int64)
         keys = keyed.item_keys(epochs, index)  # (B,)
-        try:
-            pixels, labels = self.split.read(index.tolist(), keys.tolist())
-        except BadImageError as error:  # as a value: raised here, a worker would wrap it in its own words
-            return error
+        pixels, labels = self.split.read(index.tolist(), keys.tolist())
         return Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels), keys, index)
 
 
@@ -63,13 +68,7 @@ class StreamBatches(IterableDataset[Any]):
     def __init__(self, images: Stream, *, seed: int, lanes: Lanes, places: Sequence[Any]) -> None:
         self.images, self.seed, self.lanes, self.places = images, seed, lanes, places
 
-    def __iter__(self) -> Iterator[StreamBatch | ValueError]:
-        try:
-            yield from self._batches()
-        except ValueError as error:  # as a value, as above
-            yield error
-
-    def _batches(self) -> Iterator[StreamBatch]:
+    def __iter__(self) -> Iterator[StreamBatch]:
         worker = get_worker_info()
         flows: dict[int, Iterator[Any]] = {}
         for index in self.lanes.mine(worker.id, worker.num_workers) if worker else self.lanes.mine(0, 1):
@@ -82,44 +81,6 @@ class StreamBatches(IterableDataset[Any]):
             keys = keyed.item_keys(torch.tensor(epochs), digests)
             pixels, labels = self.images.read(records, keys.tolist())
             yield StreamBatch(Batch(torch.from_numpy(pixels), torch.from_numpy(labels), keys, digests), index, place)
-
-
-class _ByValue:
-    """Pickles as what it holds, arrays with their values; PyTorch's own tensors would go through shared memory.
-
-    A container may have very little of that, and a worker that finds none leaves the run waiting for ever. Batches of
-    pixels are small: through a pipe they are as fast.
-    """
-
-    def __init__(self, made: Batch | StreamBatch | ValueError) -> None:
-        self.made = made
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        match self.made:
-            case StreamBatch(batch, lane, place):
-                return _unpickle_stream_batch, (tuple(part.numpy() for part in batch), lane, place)
-            case Batch() as batch:
-                return _unpickle_batch, tuple(part.numpy() for part in batch)
-            case error:
-                return identity_collate, (error,)
-
-
-def _unpickle_batch(*arrays: np.ndarray) -> Batch:
-    return Batch(*map(torch.from_numpy, arrays))
-
-
-def _unpickle_stream_batch(arrays: tuple[np.ndarray, ...], lane: int, place: Any) -> StreamBatch:
-    return StreamBatch(_unpickle_batch(*arrays), lane, place)
-
-
-def pickle_by_value(batch: Any) -> Any:
-    """What a worker process gives, so that it arrives in the process that trains as `whole` gives it there."""
-    return _ByValue(batch)
-
-
-def identity_collate(batch: Any) -> Any:
-    """The batch as `__getitems__` made it: there is nothing left to collate."""
-    return batch
 
 
 @dataclass

@@ -16,7 +16,7 @@ from igpt import keyed
 from igpt.data.cache import in_chunks
 from igpt.data.order import BatchPlan, EndlessBatches, Item, Lanes, OncePerImage
 from igpt.data.source import Source, Split, Stream, plain_pixels
-from igpt.data.workers import startable_workers
+from igpt.data.workers import identity_collate, startable_workers
 from igpt.stopping import deaf
 from igpt.tokens.batches import (
     Batch,
@@ -24,8 +24,6 @@ from igpt.tokens.batches import (
     StreamBatch,
     StreamBatches,
     StreamState,
-    identity_collate,
-    pickle_by_value,
 )
 from igpt.tokens.openai_npy import OpenAITokens
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
@@ -154,16 +152,14 @@ class TokenDataModule(L.LightningDataModule):
         return DataLoader(
             images,
             num_workers=n_worker,
-            collate_fn=pickle_by_value if n_worker else identity_collate,
+            collate_fn=identity_collate,
             worker_init_fn=deaf,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=n_worker > 0,
             **how,
         )
 
-    def on_after_batch_transfer(self, batch: Batch | StreamBatch | ValueError, dataloader_idx: int = 0) -> Batch:
-        if isinstance(batch, ValueError):
-            raise batch
+    def on_after_batch_transfer(self, batch: Batch | StreamBatch, dataloader_idx: int = 0) -> Batch:
         if isinstance(batch, StreamBatch):
             assert self.stream is not None
             self.stream.read(batch.lane, batch.place, self.plan.n_device)

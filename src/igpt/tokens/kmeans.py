@@ -1,8 +1,8 @@
 """Fitting a palette to pixels: k-means on distinct colours, weighted by how often each occurs."""
 
 import hashlib
-import json
 import logging
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
-from igpt import keyed
+from igpt import files, keyed
 from igpt.data.cache import in_chunks
 from igpt.data.source import Source, Split, plain_pixels
 from igpt.settings.base import Count, Seed
@@ -30,29 +30,43 @@ def fit(pixels: np.ndarray, *, k: int, iterations: int, restarts: int, seed: int
     colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)  # (U, 3), (U,)
     if len(colours) == 1:
         colours = np.concatenate([colours, np.where(colours < 128, 255, 0).astype(np.uint8)])
-    points = colours / 127.5 - 1  # (U, 3) float64 in [-1, 1]
-    if k < len(colours):
+    centres = weighted_kmeans(colours, counts, k=k, iterations=iterations, restarts=restarts, seed=seed)
+    if (colours == colours[:, :1]).all():  # grey: rounding inside k-means must not tint it
+        centres = np.repeat(centres[:, :1], 3, axis=1)
+    return Palette(dark_to_light(centres))
+
+
+def weighted_kmeans(
+    levels: np.ndarray, counts: np.ndarray, *, k: int, iterations: int, restarts: int, seed: int
+) -> np.ndarray:
+    """k centres in [-1, 1] of distinct points that occur so often: (U, D) uint8, (U,) → (min(k, U), D) float32."""
+    points = levels / 127.5 - 1  # (U, D) float64
+    if k < len(points):
         random_state = keyed.key(seed, "kmeans") % 2**32
         solver = KMeans(k, init="k-means++", n_init=restarts, max_iter=iterations, random_state=random_state)
         points = solver.fit(points, sample_weight=counts).cluster_centers_
-    centres = np.clip(points, -1, 1).astype(np.float32)
-    grey = (colours == colours[:, :1]).all()
-    if grey:  # rounding inside k-means must not tint what was grey
-        centres = np.repeat(centres[:, :1], 3, axis=1)
-    order = np.lexsort((*centres.T, centres.sum(axis=1)))
-    return Palette(centres[order])
+    return np.clip(points, -1, 1).astype(np.float32)
+
+
+def dark_to_light(centres: np.ndarray) -> np.ndarray:
+    """The rows by their sum, equal ones by their numbers from the last on."""
+    return centres[np.lexsort((*centres.T, centres.sum(axis=1)))]
 
 
 def sample_pixels(split: Split, *, n_pixels: int, seed: int) -> np.ndarray:
     """At most `n_pixels` pixels of a split, as whole images in a seeded order: (N, 3) uint8."""
     if not len(split):
         raise ValueError("there is no training image to fit a palette to")
-    order = keyed.generator(seed, "palette").permutation(len(split))
     side = split.read([0], [0]).pixels.shape[1]
-    n_image = max(1, min(len(split), n_pixels // side**2))
-    rows = sorted(order[:n_image].tolist())
-    chunks = in_chunks(partial(plain_pixels, split), np.array(rows), "reading images for the palette")
+    chunks = sample_images(split, n_pixels // side**2, seed=seed, stream="palette")
     return np.concatenate([chunk.reshape(-1, 3) for chunk in chunks])
+
+
+def sample_images(split: Split, n_image: int, *, seed: int, stream: str) -> Iterator[np.ndarray]:
+    """At most so many images of a split (one at least), drawn by a keyed order: chunks (B, R, R, 3) uint8."""
+    order = keyed.generator(seed, stream).permutation(len(split))
+    rows = np.sort(order[: max(1, min(len(split), n_image))])
+    return in_chunks(partial(plain_pixels, split), rows, f"reading images for the {stream}")
 
 
 def fit_cached(
@@ -70,7 +84,7 @@ def fit_cached(
         "seed": seed,
         "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
     }
-    digest = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+    digest = files.hash_json(made_by, sort_keys=True)[:12]
     path = cache / "palettes" / f"{source.name}{source.resolution}-k{k}-{digest}.npy"
     if path.is_file():
         palette = Palette.load(path)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from igpt.data.classes import CIFAR10, imagenet_names
+from igpt.data.errors import DataError
 from igpt.data.listing import ListFiles
 from igpt.data.source import Pixels, check_split_name
 from igpt.tokens.palette import Palette
@@ -115,18 +116,18 @@ class TokenSplit:
             rows = np.asarray(self.one_hot[start : start + _ROWS])
             labels[start : start + _ROWS] = rows.argmax(1)
             if len(bad := np.flatnonzero(((rows != 0).sum(1) != 1) | (rows.sum(1) != 1))):
-                raise ValueError(f"{self._path('Y')}: row {start + bad[0]} is not one-hot")
+                raise DataError(f"{self._path('Y')}: row {start + bad[0]} is not one-hot")
         return labels
 
     def prepare(self) -> None: ...
 
     def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
-        """Raises ValueError, naming the image, on a token that the palette does not have."""
+        """Raises DataError, naming the image, on a token that the palette does not have."""
         rows = np.asarray(index, dtype=np.int64)
         tokens = np.asarray(self.tokens[rows]).astype(np.int64)
         if len(bad := np.flatnonzero(((tokens < 0) | (tokens >= self.palette.k)).any(1))):
             row = tokens[bad[0]]
-            raise ValueError(
+            raise DataError(
                 f"{self._path('X')}: image {rows[bad[0]]} has tokens {row.min()} to {row.max()}, the palette has 0 … "
                 f"{self.palette.k - 1}"
             )

@@ -1,7 +1,5 @@
 """The paper's tokenizer: a token is the nearest of k colours, pixels follow in raster order or another fixed one."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +9,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from igpt import files
 from igpt.data.source import Source
 from igpt.tokens.lookup import Encoder
 from igpt.tokens.palette import Palette
 from igpt.tokens.pixel_order import PixelOrder
-from igpt.tokens.tokenizer import TokenGrid, check_rows
+from igpt.tokens.tokenizer import TokenGrid
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +48,7 @@ class PaletteTokenizer:
         """The palette's own where pixels follow row by row."""
         if self.kind == PaletteTokenizer.kind and self.order.is_raster:
             return self.palette.hash
-        text = json.dumps([self.kind, self.palette.hash, self.order.permutation])
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return files.hash_json([self.kind, self.palette.hash, self.order.permutation])[:12]
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.order.flatten(self.palette.encode(pixels))
@@ -65,7 +63,6 @@ class PaletteTokenizer:
         return self.palette.decode(self.order.unflatten(tokens))
 
     def known_tokens(self, rows: int) -> Tensor:
-        check_rows(rows, self.side)
         return self.order.known(rows)
 
     def visible_pixels(self, tokens: Tensor) -> Tensor:

@@ -8,23 +8,22 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import Field
-from sklearn.cluster import KMeans
 from torch import Tensor
 
-from igpt import files, keyed
-from igpt.data.cache import in_chunks
-from igpt.data.source import Source, plain_pixels
+from igpt import files
+from igpt.data.source import Source
 from igpt.settings.base import Count, Seed, Settings
 from igpt.settings.data import Resolution
-from igpt.tokens.pixel_order import PixelOrder
-from igpt.tokens.tokenizer import TokenGrid, check_rows
+from igpt.tokens.kmeans import dark_to_light, sample_images, weighted_kmeans
+from igpt.tokens.pixel_order import PixelOrder, check_rows
+from igpt.tokens.tokenizer import TokenGrid
 
 log = logging.getLogger(__name__)
 
@@ -179,15 +178,13 @@ class PatchSettings(Settings):
         if not len(split):
             raise ValueError("there is no training image to fit patches to")
         per_image = (source.resolution // self.patch) ** 2
-        order = keyed.generator(self.seed, "patches").permutation(len(split))
-        rows = np.sort(order[: max(1, min(len(split), self.n_patches // per_image))])
-        chunks = in_chunks(partial(plain_pixels, split), rows, "reading images for the patches")
+        chunks = sample_images(split, self.n_patches // per_image, seed=self.seed, stream="patches")
         points = np.concatenate(
             [cut_patches(torch.from_numpy(chunk), self.patch).flatten(0, 1).numpy() for chunk in chunks]
         )  # (N, 3 p²) uint8
         made_of = [self.patch, self.k, self.iterations, self.seed, hashlib.sha256(points.tobytes()).hexdigest()]
-        digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
-        path = cache / "patches" / f"{source.name}{source.resolution}-p{self.patch}-k{self.k}-{digest}.npy"
+        name = f"{source.name}{source.resolution}-p{self.patch}-k{self.k}-{files.hash_json(made_of)[:12]}.npy"
+        path = cache / "patches" / name
         if not path.is_file():
             with files.atomic_write(path) as file:
                 np.save(file, self._fit(points), allow_pickle=False)
@@ -198,16 +195,12 @@ class PatchSettings(Settings):
     def _fit(self, points: np.ndarray) -> np.ndarray:
         """k-means of (N, 3 p²) uint8, each patch by how often it occurs: (k, 3 p²) float32, from dark to light."""
         distinct, counts = np.unique(points, axis=0, return_counts=True)
-        centres = distinct / 127.5 - 1
-        if self.k < len(distinct):
-            random_state = keyed.key(self.seed, "kmeans") % 2**32
-            solver = KMeans(self.k, init="k-means++", n_init=1, max_iter=self.iterations, random_state=random_state)
-            centres = solver.fit(centres, sample_weight=counts).cluster_centers_
-        elif len(distinct) < 2:
+        if len(distinct) < 2:
             raise ValueError("all patches of the training images are the same: there is nothing to tell apart")
-        elif len(distinct) < self.k:
+        if len(distinct) < self.k:
             log.warning(
                 "patches: the images hold %d distinct ones, tokens.k=%d: they are the tokens", len(distinct), self.k
             )
-        centres = np.clip(centres, -1, 1).astype(np.float32)
-        return centres[np.lexsort((*centres.T, centres.sum(axis=1)))]
+        return dark_to_light(
+            weighted_kmeans(distinct, counts, k=self.k, iterations=self.iterations, restarts=1, seed=self.seed)
+        )

@@ -42,11 +42,6 @@ class PixelOrder:
     def is_raster(self) -> bool:
         return self.permutation == tuple(range(self.side**2))
 
-    @property
-    def n_ctx(self) -> int:
-        """Tokens an image: R²."""
-        return self.side**2
-
     def flatten(self, grid: Tensor) -> Tensor:
         """Grid to sequence: (B, R, R) → (B, T)."""
         sequence = grid.flatten(1)
@@ -64,9 +59,14 @@ class PixelOrder:
         Raises:
             ValueError: more rows than the image has, or fewer than none.
         """
-        if not 0 <= rows <= self.side:
-            raise ValueError(f"a prompt has 0 to {self.side} rows, the image's height; got {rows}")
+        check_rows(rows, self.side)
         return torch.as_tensor(np.asarray(self.permutation) < rows * self.side)
 
     def _index(self, device: torch.device) -> Tensor:
         return torch.tensor(self.permutation, device=device)
+
+
+def check_rows(rows: int, side: int) -> None:
+    """Raises ValueError unless an image of `side` pixels has so many rows."""
+    if not 0 <= rows <= side:
+        raise ValueError(f"a prompt has 0 to {side} rows, the image's height; got {rows}")

@@ -97,9 +97,3 @@ class TokenizerSettings(Protocol):
     def build(self, source: Source, cache: Path) -> Tokenizer:
         """The tokenizer of a dataset's training images; what takes long is kept below `cache`."""
         ...
-
-
-def check_rows(rows: int, side: int) -> None:
-    """Raises ValueError unless an image of `side` pixels has so many rows."""
-    if not 0 <= rows <= side:
-        raise ValueError(f"a prompt has 0 to {side} rows, the image's height; got {rows}")
