@@ -24,7 +24,7 @@ from igpt.metric.result import Number, Result
 from igpt.model.config import GPTConfig
 from igpt.places import open_folder
 from igpt.report.folder import RunFolder
-from igpt.report.table import closing_table
+from igpt.report.text import closing_table
 from igpt.task import machine as machines
 from igpt.task.zero import ZeRO
 from igpt.tokens.palette import Palette

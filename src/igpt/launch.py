@@ -27,7 +27,7 @@ from igpt.report import loggers
 from igpt.report.folder import RunFolder, environment, result_of
 from igpt.report.logs import log_file, set_up_logging
 from igpt.report.page import write_page
-from igpt.report.table import closing_table, columns
+from igpt.report.text import closing_table, columns
 from igpt.settings import factory
 from igpt.stages import OF_LAUNCH, RUN, check_given, check_task, stage_config
 from igpt.stopping import STOPPED, StoppedError, pass_on

@@ -25,7 +25,7 @@ from igpt.build import Build
 from igpt.cores import count_cores
 from igpt.processes import RANK_VARIABLES, SWEEP, TELL, Child, Children, devices_of, how_it_ended
 from igpt.report.logs import log_file, set_up_logging
-from igpt.report.table import columns
+from igpt.report.text import columns
 from igpt.stopping import STOPPED
 
 log = logging.getLogger(__name__)

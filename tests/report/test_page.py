@@ -25,7 +25,7 @@ from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.report import page as page_module
 from igpt.report.facts import command, read_run
 from igpt.report.folder import RunFolder
-from igpt.report.page import Row, Table, comparison_page, page_of, write_page
+from igpt.report.page import PageRow, PageTable, comparison_page, page_of, write_page
 from igpt.report.pictures import Picture, embedded
 from igpt.report.plots import MOST_POINTS, plots, thinned
 from tests.test_conf import CONF
@@ -136,13 +136,14 @@ def test_a_long_curve_keeps_its_ends_and_extremes(tmp_path: Path) -> None:
     assert f"({len(kept):,} of 30,000 points drawn)" in page.text
 
 
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # 99 names below a plot
 def test_many_curves_leave_the_page_small(tmp_path: Path) -> None:
-    """Invariant: below 5 MB, whatever is compared."""
+    """Invariant: below 5 MB, however many there are."""
     x = [float(step) for step in range(3000)]
     curves = {
         f"run {i}": Curve(x, np.random.default_rng(i).normal(size=3000).tolist(), "step", "nats") for i in range(99)
     }
-    assert comparison_page(tmp_path / "c.html", "99 runs", [], curves=curves).stat().st_size < 5_000_000
+    assert page_of(finished(tmp_path / "run", Result(curves=curves)).path).stat().st_size < 5_000_000
 
 
 def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
@@ -170,12 +171,11 @@ def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
     assert {key for tag in page.tags for key in tag[1]} <= known
     compared = Page(
         comparison_page(
-            tmp_path / "c.html", HOSTILE, [Table([HOSTILE], [Row([HOSTILE])], HOSTILE, HOSTILE)], summary=HOSTILE,
-            pictures=[(HOSTILE, tmp_path / "none.png")], commands=[(HOSTILE, HOSTILE)], environment={HOSTILE: HOSTILE},
-            curves=result.curves,
+            tmp_path / "c.html", HOSTILE, [PageTable(HOSTILE, [HOSTILE], [PageRow([HOSTILE])], HOSTILE)],
+            summary=HOSTILE, pictures=[(HOSTILE, tmp_path / "none.png")], commands=[(HOSTILE, HOSTILE)],
         )
     )  # fmt: skip
-    assert compared.text.count(HOSTILE) >= 12
+    assert compared.text.count(HOSTILE) == 2 + 1 + 4 + 1 + 2  # title and heading, summary, table, picture, command
     assert len(compared.all("script")) == 1
     assert not compared.all("img")
 
@@ -291,7 +291,7 @@ def test_large_pictures_are_shrunk_and_that_is_said(tmp_path: Path) -> None:
     )
     assert page.text.count("is shown smaller than it is") == sum(width < 1100 for width, _ in sizes) >= 3
     (left_out,) = embedded([Picture("Samples", "", tmp_path / "0.png", "0.png")], budget=1000)
-    assert left_out.data == ""
+    assert left_out.png == b""
     assert "left out" in left_out.said
 
 
@@ -425,11 +425,12 @@ def test_a_comparison_links_to_its_runs(tmp_path: Path) -> None:
     run = finished(tmp_path / "runs" / "a run", Result(numbers={"val/accuracy": Number(0.5, "share", 4)})).path
     page_of(run)
     number = Number(0.5, "share", 4, None, (0.25, 0.75))
-    rows = [Row(["igpt_nano", number], run), Row(["igpt_micro", "–"], tmp_path / "runs" / "gone")]
+    rows = [PageRow(["igpt_nano", number], run), PageRow(["igpt_micro", "–"], tmp_path / "runs" / "gone")]
     path = comparison_page(
-        tmp_path / "sweeps" / "x" / "comparison.html", "Two sizes", [Table(["model", "accuracy"], rows, note="on val")],
-        summary="Side by side.", pictures=[("gone", tmp_path / "gone.png")], environment={"commit": "abc"},
-        curves={"a": Curve([1.0, 2.0], [1.0, 2.0], "x", "y")}, commands=[("again", "python train.py -m seed=0,1")],
+        tmp_path / "sweeps" / "x" / "comparison.html", "Two sizes",
+        [PageTable("Runs", ["model", "accuracy"], rows, "on val")],
+        summary="Side by side.", pictures=[("gone", tmp_path / "gone.png")],
+        commands=[("again", "python train.py -m seed=0,1")],
     )  # fmt: skip
     page = Page(path)
     (link,) = page.all("a")
@@ -437,8 +438,6 @@ def test_a_comparison_links_to_its_runs(tmp_path: Path) -> None:
     assert (path.parent / unquote(link["href"])).is_file()
     assert "0.5000 [0.2500, 0.7500] share" in page.text
     assert "gone.png is not there any more." in page.text
-    with pytest.raises(ValueError, match="has 1 cells, its table 2"):
-        comparison_page(path, "Two sizes", [Table(["model", "accuracy"], [Row(["igpt_nano"])])])
 
 
 def test_colours_are_told_apart_in_light_and_dark() -> None:
@@ -523,8 +522,9 @@ def test_a_browser_shows_it_on_a_phone(pipeline: Path, tmp_path: Path) -> None:
     The same without JavaScript, but for the hovering.
     """
     compared = comparison_page(
-        tmp_path / "comparison.html", "Runs", [Table([f"column {i}" for i in range(12)], [Row(["0.1234"] * 12)] * 3)]
-    )
+        tmp_path / "comparison.html", "Runs",
+        [PageTable("Runs", [f"column {i}" for i in range(12)], [PageRow(["0.1234"] * 12)] * 3)],
+    )  # fmt: skip
     named = page_of(classified(tmp_path / "named", NAMES).path)
     shown = [pipeline / "report.html", *sorted(pipeline.glob("[267]_*/report.html")), compared, named]
     look = tmp_path / "look.html"
