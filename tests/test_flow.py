@@ -27,6 +27,7 @@ ALLOWED = {
     "launch": {"arguments", "settings", "build", "places", "stages", "metric", "task", "report"},
     "app": {
         "arguments",
+        "settings",
         "data",
         "tokens",
         "model",

@@ -7,22 +7,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from igpt.app.demo_settings import DemoSettings
 from igpt.app.nearest import TrainingFeatures
-from igpt.app.workbench import MEBIBYTE, Uploads, Workbench
+from igpt.app.workbench import Workbench
 from igpt.checkpoint.native import Weights
 from igpt.data.crop import Crop
-from igpt.data.source import check_split_name
 from igpt.global_state import num_threads, signal_handler
 from igpt.metric.result import Result
-from igpt.model.features import NORMS
-from igpt.model.generate import Sampling
 from igpt.report.folder import RunFolder, result_of
+from igpt.settings import check_settings
 from igpt.task.complete import prompt_rows
 from igpt.task.machine import Machine
 from igpt.tokens.datamodule import TokenDataModule
@@ -31,17 +31,6 @@ log = logging.getLogger(__name__)
 
 INSTALL = "task=demo needs Gradio, which is not installed here: pip install gradio==6.31.0 (or igpt[demo])"
 LOCAL = ("127.0.0.1", "localhost", "::1")
-
-
-@contextmanager
-def computing_with(threads: int | None) -> Iterator[None]:
-    """So many threads for PyTorch, while the block lasts; None: one fewer than it would take.
-
-    The threads that share a product wait for each other in a loop, so one that has to share its core with a browser
-    holds up all of them: on two cores, two threads then draw several times slower than one (docs/demo.md).
-    """
-    with num_threads(max(1, torch.get_num_threads() - 1) if threads is None else threads):
-        yield
 
 
 def about(weights: Weights) -> dict[str, str]:
@@ -70,49 +59,24 @@ def validation_loss(weights: Weights) -> float | None:
     return None if number is None else number.value
 
 
-class Ending:
-    """Whether Ctrl-C or SIGTERM has asked the demo to end; a second one leaves at once."""
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """The signals that have asked the demo to end, Ctrl-C or SIGTERM, while the block lasts; a second one ends it."""
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def __init__(self) -> None:
-        self.asked = False
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(number, before[signal.Signals(number)])
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """While the block lasts, the two signals are requests."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.getsignal(number) for number in numbers}
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self.asked = True
-            signal.signal(number, before[signal.Signals(number)])
-
-        with signal_handler(numbers, ask):
-            yield
+    with signal_handler(before, ask):
+        yield asked
 
 
-def check(
-    *, port: int | None, threads: int | None, split: str, choices: int, rows: int | None, completions: int,
-    at_most: int, temperature: float, top_k: int | None, upload_mb: float, upload_pixels: int, nearest: int,
-    among: int, norm: str, batch_size: int, **_: Any,
-) -> None:  # fmt: skip
+def check(**settings: Any) -> None:
     """Raises ValueError when a setting of the task cannot be right or Gradio is not there; it builds nothing."""
-    check_split_name(split)
-    Sampling(temperature, top_k, None)
-    from_one: dict[str, float] = {"choices": choices, "at_most": at_most, "upload_mb": upload_mb}
-    from_one |= {"upload_pixels": upload_pixels, "nearest": nearest, "among": among, "batch_size": batch_size}
-    if threads is not None:
-        from_one["threads"] = threads
-    for name, value in from_one.items():
-        if value < 1:
-            raise ValueError(f"task.{name} must be at least 1, got {value}")
-    if not 1 <= completions <= at_most:
-        raise ValueError(f"task.completions must lie in 1 … task.at_most ({at_most}), got {completions}")
-    if port is not None and not 1 <= port <= 65535:
-        raise ValueError(f"task.port must lie in 1 … 65535, or be null for a free one; got {port}")
-    if rows is not None and rows < 0:
-        raise ValueError(f"task.rows must be at least 0, or null for half of the image; got {rows}")
-    if norm not in NORMS:
-        raise ValueError(f"task.norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    check_settings(DemoSettings, settings, "task")
+    DemoSettings(**settings)
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(INSTALL)
 
@@ -126,26 +90,9 @@ def run(
     cache: Path,
     made_by: dict[str, Any],
     seed: int,
-    host: str,
-    port: int | None,
-    threads: int | None,
-    split: str,
-    choices: int,
-    rows: int | None,
-    completions: int,
-    at_most: int,
-    temperature: float,
-    top_k: int | None,
-    upload_mb: float,
-    upload_pixels: int,
-    nearest: int,
-    among: int,
-    layer: int | None,
-    norm: str,
-    dtype: Literal["float16", "float32"],
-    batch_size: int,
+    **given: Any,
 ) -> Result:
-    """Serves the page until Ctrl-C or SIGTERM. Its result is empty: nothing is kept of what was done.
+    """Serves the page until Ctrl-C or SIGTERM; `given` are `DemoSettings`. Its result is empty: nothing is kept.
 
     Raises:
         ValueError: weights that draw no images, a split without images, a port that is taken.
@@ -156,38 +103,29 @@ def run(
             f"({weights.metadata.objective['name']}) and draws none: choose weights of objective=ar. What these know: "
             "task=probe"
         )
-    from igpt.app import page  # which imports Gradio
+    from igpt.app.demo_page import serving  # which imports Gradio
 
-    data = tokens()
-    depth = weights.metadata.network.n_layer
-    if layer is not None and not 0 <= layer <= depth:
+    settings, data, depth = DemoSettings(**given), tokens(), weights.metadata.network.n_layer
+    layer = depth // 2 if settings.layer is None else settings.layer
+    if not 0 <= layer <= depth:
         raise ValueError(f"task.layer must lie in 0 (the embedding) … {depth}, or be null; got {layer}")
-    given = prompt_rows(0.5, rows, data.tokenizer.side)
+    settings = replace(settings, layer=layer, rows=prompt_rows(0.5, settings.rows, data.tokenizer.side))
+    # The threads that share a product wait for each other in a loop, so one that has to share its core with a browser
+    # holds up all of them: on two cores, two threads then draw several times slower than one (docs/demo.md).
     with (
-        computing_with(threads),
+        num_threads(settings.threads or max(1, torch.get_num_threads() - 1)),
         machine.inference(weights.net()) as net,
-        tempfile.TemporaryDirectory(prefix="igpt-demo-") as place,
+        tempfile.TemporaryDirectory(prefix="igpt-demo-") as uploads,
     ):
-        training = TrainingFeatures(
-            net=net, machine=machine, data=data, cache=cache, weights=weights.sha256, made_by=made_by, norm=norm,
-            dtype=dtype, among=among, batch_size=batch_size,
-        )  # fmt: skip
-        bench = Workbench(
-            net=net, machine=machine, data=data, training=training, seed=seed, split=split, at_most=at_most,
-            uploads=Uploads(crop, round(upload_mb * MEBIBYTE), upload_pixels),
-        )  # fmt: skip
-        start = page.Start(
-            choices=choices, rows=given, completions=completions, temperature=temperature, top_k=top_k, seed=seed,
-            nearest=nearest, layer=depth // 2 if layer is None else layer,
-        )  # fmt: skip
-        ending = Ending()
+        training = TrainingFeatures(net, machine, data, cache, settings, weights=weights.sha256, made_by=made_by)
+        bench = Workbench(training, crop, settings)
         try:
-            at: dict[str, Any] = {"host": host, "port": port, "place": Path(place)}
-            with ending.listening(), page.serving(bench, about(weights), start, **at) as url:
+            with stop_signals() as asked, serving(bench, about(weights), Path(uploads)) as url:
                 log.info("the page is at %s; Ctrl-C ends it", url)
-                if host not in LOCAL:
-                    log.warning("task.host=%s: whoever reaches this machine can open it, there is no password", host)
-                while not ending.asked:
+                if settings.host not in LOCAL:
+                    warning = "task.host=%s: whoever reaches this machine can open it, there is no password"
+                    log.warning(warning, settings.host)
+                while not asked:
                     time.sleep(0.1)
                 log.info("ending the demo")
                 bench.stop()
