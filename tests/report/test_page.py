@@ -19,15 +19,18 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from igpt import files
+from igpt.app.ending import page as sweep_page
+from igpt.app.summary import summary
 from igpt.arguments import check
 from igpt.launch import launch
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.report import page as page_module
 from igpt.report.facts import command, read_run
 from igpt.report.folder import RunFolder
-from igpt.report.page import PageRow, PageTable, comparison_page, page_of, write_page
+from igpt.report.page import page_of, write_page
 from igpt.report.pictures import Picture, embedded
 from igpt.report.plots import MOST_POINTS, plots, thinned
+from tests.app.test_compare import loss, made
 from tests.test_conf import CONF
 
 WEB = Path(page_module.__file__).parent / "web"
@@ -169,13 +172,11 @@ def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
     assert len(page.all("script")) == 1
     known = {key for tag in Page(plain).tags for key in tag[1]} | {"open", "class", "href", "id"}
     assert {key for tag in page.tags for key in tag[1]} <= known
-    compared = Page(
-        comparison_page(
-            tmp_path / "c.html", HOSTILE, [PageTable(HOSTILE, [HOSTILE], [PageRow([HOSTILE])], HOSTILE)],
-            summary=HOSTILE, pictures=[(HOSTILE, tmp_path / "none.png")], commands=[(HOSTILE, HOSTILE)],
-        )
-    )  # fmt: skip
-    assert compared.text.count(HOSTILE) == 2 + 1 + 4 + 1 + 2  # title and heading, summary, table, picture, command
+    numbers = {HOSTILE: Number(1.5, HOSTILE, 3)}
+    runs = [made(tmp_path / name, numbers, model__name=name) for name in ("<b>", "&lt;")]
+    compared = Page(sweep_page(tmp_path / "c.html", summary([*runs, tmp_path / "<i>"], HOSTILE), command=HOSTILE))
+    assert compared.text.count(HOSTILE) == 2 + 3 + 1 + 1  # title and heading, table, picture, command
+    assert all(compared.text.count(name) for name in ("model=<b>", "model=&lt;", "<i>"))
     assert len(compared.all("script")) == 1
     assert not compared.all("img")
 
@@ -420,26 +421,6 @@ def test_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
     assert "BERT: below AR–" in page.text
 
 
-def test_a_comparison_links_to_its_runs(tmp_path: Path) -> None:
-    """Invariant: relative links, where there is a page; numbers with their intervals."""
-    run = finished(tmp_path / "runs" / "a run", Result(numbers={"val/accuracy": Number(0.5, "share", 4)})).path
-    page_of(run)
-    number = Number(0.5, "share", 4, None, (0.25, 0.75))
-    rows = [PageRow(["igpt_nano", number], run), PageRow(["igpt_micro", "–"], tmp_path / "runs" / "gone")]
-    path = comparison_page(
-        tmp_path / "sweeps" / "x" / "comparison.html", "Two sizes",
-        [PageTable("Runs", ["model", "accuracy"], rows, "on val")],
-        summary="Side by side.", pictures=[("gone", tmp_path / "gone.png")],
-        commands=[("again", "python train.py -m seed=0,1")],
-    )  # fmt: skip
-    page = Page(path)
-    (link,) = page.all("a")
-    assert link["href"] == "../../runs/a%20run/report.html"
-    assert (path.parent / unquote(link["href"])).is_file()
-    assert "0.5000 [0.2500, 0.7500] share" in page.text
-    assert "gone.png is not there any more." in page.text
-
-
 def test_colours_are_told_apart_in_light_and_dark() -> None:
     """Independent source: WCAG 2.2, 1.4.3 and 1.4.11: 4.5 to 1 for text, 3 to 1 for lines."""
     light, dark = (
@@ -521,10 +502,8 @@ def test_a_browser_shows_it_on_a_phone(pipeline: Path, tmp_path: Path) -> None:
 
     The same without JavaScript, but for the hovering.
     """
-    compared = comparison_page(
-        tmp_path / "comparison.html", "Runs",
-        [PageTable("Runs", [f"column {i}" for i in range(12)], [PageRow(["0.1234"] * 12)] * 3)],
-    )  # fmt: skip
+    runs = [made(tmp_path / name, loss(2.0), model__name=f"{name}{'0123456789' * 4}") for name in "ab"]
+    compared = sweep_page(tmp_path / "comparison.html", summary(runs, "val/loss_gen"), command="again " * 99)
     named = page_of(classified(tmp_path / "named", NAMES).path)
     shown = [pipeline / "report.html", *sorted(pipeline.glob("[267]_*/report.html")), compared, named]
     look = tmp_path / "look.html"

@@ -8,7 +8,8 @@ from pathlib import Path
 from igpt import files
 from igpt.app.summary import NothingFoundError, Summary, draw, headings, summary, table
 from igpt.metric.result import Number
-from igpt.report.page import PageRow, PageTable, comparison_page
+from igpt.report.page import link_to, write_html
+from igpt.report.pictures import Picture
 from igpt.report.text import columns
 
 log = logging.getLogger(__name__)
@@ -41,16 +42,10 @@ def side_by_side(place: Path, folders: Sequence[Path], *, metric: str, command: 
 
 
 def page(path: Path, found: Summary, *, command: str) -> Path:
-    """The page of a comparison: a row for each setting, linked to its first run's page."""
+    """Writes the page of a sweep: a row for each setting, linked to its first run's page; its path."""
     rows = []
     for row in found.rows:
         number = Number(row.mean, found.unit, row.n, interval=row.interval, deviation=row.deviation)
-        rows.append(PageRow((row.name, number, str(row.n)), row.folders[0]))
-    tables = [PageTable("Runs", ("settings", found.metric, "seeds"), rows, found.caution)]
-    if found.left_out:
-        left = [PageRow((folder.name, reason)) for folder, reason in found.left_out.items()]
-        tables.append(PageTable("Left out", ("run", "why"), left))
-    best = "" if found.caution or len(found.rows) == 1 else f"Best of {len(found.rows)}: {found.rows[0].name}."
-    pictures = [(f"{found.metric} of each setting", path.parent / PICTURE)]
-    commands = [("the sweep again, which goes on with what is left", command)]
-    return comparison_page(path, f"Sweep: {found.metric}", tables, summary=best, pictures=pictures, commands=commands)
+        rows.append((row.name, number, link_to(path, row.folders[0])))
+    picture = Picture("Pictures", f"{found.metric} of each setting", path.parent / PICTURE, PICTURE)
+    return write_html(path, "comparison.html", [picture], found=found, rows=rows, command=command)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def nearest(features: np.ndarray, query: np.ndarray, *, k: int) -> tuple[np.ndar
     return rows, cosines[rows]
 
 
+@dataclass(eq=False)
 class TrainingFeatures:
     """Pooled features of training images, all layers, on disk.
 
@@ -42,24 +44,18 @@ class TrainingFeatures:
     of the network's weights, and by `made_by`: what decides the pixels and tokens.
     """
 
-    def __init__(
-        self,
-        net: GPT,
-        machine: Machine,
-        data: TokenDataModule,
-        cache: Path,
-        settings: DemoSettings,
-        *,
-        weights: str,
-        made_by: Mapping[str, Any],
-    ) -> None:
-        self.net, self.machine, self.data, self.settings = net, machine, data, settings
-        decided: dict[str, Any] = {"made_by": made_by, "norm": settings.norm, "dtype": settings.dtype}
-        self._path = partial(stored_at, cache, data.source, "train", weights=weights, **decided)
-        self.done, self.total = 0, 0  # images read, of how many
-        self.rows = np.empty(0, dtype=np.int64)  # of the training split
-        self.features: Features | None = None
-        self.stopping = threading.Event()
+    net: GPT
+    machine: Machine
+    data: TokenDataModule
+    cache: Path
+    settings: DemoSettings
+    weights: str
+    made_by: Mapping[str, Any]
+    done: int = 0  # images read
+    total: int = 0  # of how many
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # of the training split
+    features: Features | None = None
+    stopping: threading.Event = field(default_factory=threading.Event)
 
     def find(self, tokens: Tensor, *, layer: int, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k training rows nearest to one image, tokens (1, T), by one layer, and their cosines; after `read`.
@@ -91,11 +87,13 @@ class TrainingFeatures:
         if not len(split):
             raise ValueError(f"{self.data.source.name} has none")
         known = partial(read_features, n_layer=self.net.n_layer)
-        rows, path = np.arange(len(split)), self._path()
+        decided: dict[str, Any] = {"made_by": self.made_by, "norm": self.settings.norm, "dtype": self.settings.dtype}
+        kept = partial(stored_at, self.cache, self.data.source, "train", weights=self.weights, **decided)
+        rows, path = np.arange(len(split)), kept()
         whole = known(path, n_image=len(rows))
         if whole is None and len(split) > self.settings.among:
             rows = self.data.some_rows("train", at_most=self.settings.among)
-            path = self._path(among=self.settings.among, seed=self.data.seed)
+            path = kept(among=self.settings.among, seed=self.data.seed)
             whole = known(path, n_image=len(rows))
         if whole is None:
             with file_lock(path):  # another process may be making them, and then they are there

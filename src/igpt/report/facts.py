@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -248,10 +248,6 @@ def setting(key: str, value: Any) -> str:
     return f"{key}={text if re.fullmatch(r'[A-Za-z0-9_./-]+', text) else quote_text(text)}"
 
 
-def flat(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every setting of a config by its full key, values as they would be typed."""
-    if isinstance(settings, Mapping) and settings:
-        for name, value in settings.items():
-            yield from flat(value, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, settings if isinstance(settings, str) else json.dumps(settings, ensure_ascii=False)
+def as_typed(value: Any) -> str:
+    """A setting's value as it would be typed."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

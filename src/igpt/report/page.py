@@ -1,4 +1,4 @@
-"""One self-contained page: of a run (`report.html` in its folder), or of several side by side."""
+"""A self-contained page, as that of a run: `report.html` in its folder."""
 
 import base64
 import hashlib
@@ -7,17 +7,18 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from igpt import files
-from igpt.metric.result import Number, Result
-from igpt.report.facts import FinishedRun, flat, heading_of, read_run
+from igpt.metric.result import Result
+from igpt.report.facts import FinishedRun, as_typed, heading_of, read_run
 from igpt.report.pictures import Picture, data_uri, embedded, read_cells
 from igpt.report.plots import plots
-from igpt.report.text import REPORT, large, shown
+from igpt.report.runs import flat
+from igpt.report.text import REPORT, shown
 
 log = logging.getLogger(__name__)
 
@@ -26,22 +27,6 @@ WHILE = "Samples while it trained"
 ABOVE_CURVES = ("Samples", "Completions", "Pictures")  # headings, in their order
 BELOW_CURVES = (WHILE, "Confusion matrix", "Palette")
 TRAINING_SAMPLES = 8  # pictures of that, at most
-
-
-class PageRow(NamedTuple):
-    """A line of a table, and the run it is about: its first cell links to that run's page, where there is one."""
-
-    cells: Sequence[str | Number]  # a Number is shown with its interval and unit
-    run: Path | None = None  # the run's folder
-
-
-class PageTable(NamedTuple):
-    """A table of a comparison."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[PageRow]
-    note: str = ""  # below it
 
 
 def write_page(folder: Path) -> None:
@@ -61,28 +46,10 @@ def page_of(folder: Path) -> Path:
     """
     run, path = read_run(folder), folder / REPORT
     texts = {key: _text(folder / file) for key, file in run.result.files.items() if file.suffix == ".txt"}
-    links = {stage.name: _link(path, stage.folder) for stage in run.stages}
-    return _write(path, "report.html", [*_pictures(run), *_training_samples(folder)], run=run, texts=texts, links=links)
-
-
-def comparison_page(
-    path: Path,
-    title: str,
-    tables: Sequence[PageTable],
-    *,
-    summary: str = "",
-    pictures: Sequence[tuple[str, Path]] = (),
-    commands: Sequence[tuple[str, str]] = (),
-) -> Path:
-    """Writes a page about several runs at `path`, as `page_of` writes that of one; its path.
-
-    `summary` is one or a few sentences below the title. `pictures` are (caption, PNG file): a missing or damaged one is
-    named as such. `commands` are (what it does, command).
-    """
-    found = [Picture("Pictures", caption, file, _relative(path, file)) for caption, file in pictures]
-    links = {row.run: _link(path, row.run) for table in tables for row in table.rows if row.run is not None}
-    known = {"title": title, "tables": tables, "summary": summary, "commands": commands, "links": links}
-    return _write(path, "comparison.html", found, **known)
+    links = {stage.name: link_to(path, stage.folder) for stage in run.stages}
+    return write_html(
+        path, "report.html", [*_pictures(run), *_training_samples(folder)], run=run, texts=texts, links=links
+    )
 
 
 def check(*, runs: list[str]) -> None:
@@ -109,8 +76,8 @@ def run(*, runs: list[str]) -> Result:
     return Result()
 
 
-def _write(path: Path, template: str, pictures: Sequence[Picture], **known: Any) -> Path:
-    """Renders a page twice: without pictures, to know what room they have, and with them."""
+def write_html(path: Path, template: str, pictures: Sequence[Picture], **known: Any) -> Path:
+    """Writes a page, its pictures in it; its path. It is rendered twice: without them, to know what room they have."""
     page = templates().get_template(template)
     pictures = sorted(pictures, key=lambda picture: (*ABOVE_CURVES, *BELOW_CURVES).index(picture.title))
     room = LARGEST - len(page.render(pictures=pictures, **known).encode(errors="backslashreplace"))
@@ -130,18 +97,10 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    given = (shown, large, duration, sha256, data_uri, heading_of, flat, plots)
+    given = (shown, as_typed, sha256, data_uri, heading_of, flat, plots)
     made.filters.update({function.__name__: function for function in given})
     made.globals["above_curves"] = ABOVE_CURVES
     return made
-
-
-def duration(seconds: float) -> str:
-    """`3 min 56 s`, `2 h 5 min`, `4.2 s`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def sha256(text: str) -> str:
@@ -180,11 +139,8 @@ def _text(file: Path) -> str:
         return f"{file.name} cannot be read: {error.strerror}"
 
 
-def _link(page: Path, run: Path) -> str | None:
+def link_to(page: Path, run: Path) -> str | None:
     """The address of a run's page from another page, where there is one."""
     target = run / REPORT
-    return quote(os.fsencode(_relative(page, target))) if target.is_file() else None
-
-
-def _relative(page: Path, target: Path) -> str:
-    return Path(os.path.relpath(target.absolute(), page.absolute().parent)).as_posix()
+    relative = Path(os.path.relpath(target.absolute(), page.absolute().parent)).as_posix()
+    return quote(os.fsencode(relative)) if target.is_file() else None

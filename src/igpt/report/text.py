@@ -64,15 +64,3 @@ def _rounded(number: Number, scale: int, digits: int) -> tuple[str, str]:
     if number.deviation is None and number.interval is not None:
         around = " [{:.{d}f}, {:.{d}f}]".format(*(scale * end for end in number.interval), d=digits)
     return f"{scale * number.value:,.{digits}f}", around
-
-
-def large(number: Number) -> tuple[str, str, str]:
-    """Value, unit and how sure it is, to be shown large: shares as percent."""
-    share = number.unit == "share"
-    scale, digits = (100, 1) if share else (1, 0 if float(number.value).is_integer() or abs(number.value) >= 1e4 else 4)
-    text, around = _rounded(number, scale, digits)
-    if number.interval is not None:
-        around = "95 %: {:,.{d}f} to {:,.{d}f}".format(*(scale * end for end in number.interval), d=digits)
-    elif number.deviation is not None:
-        around += " (std)"
-    return text, "%" if share else number.unit, around.strip()
