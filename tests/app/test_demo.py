@@ -173,7 +173,7 @@ def test_completions_are_those_of_the_task(tmp_path: Path, permutation: list[int
     by_row = {chosen.index: chosen for chosen in bench.choices(0, 1000)}
     for image, row in enumerate(result.provenance["images"]):
         chosen = by_row[row]
-        assert np.array_equal(bench.quantised(chosen), grid[image, 0])
+        assert np.array_equal(bench.given(chosen, bench.side), grid[image, 0])
         assert np.array_equal(bench.given(chosen, 5), grid[image, 1])
         drawings = list(bench.complete(chosen, rows=5, completions=3, seed=0, temperature=0.9, top_k=6))
         assert [drawing.rows for drawing in drawings] == [5, 6, 7, 8]
@@ -242,7 +242,7 @@ def test_an_upload_of_any_shape(bench: Workbench, tmp_path: Path) -> None:
     chosen = bench.uploaded(tmp_path / "upload")
     drawings = list(bench.complete(chosen, rows=2, completions=2, seed=0, temperature=1.0, top_k=None))
     assert drawings[-1].rows == 8
-    assert np.array_equal(drawings[-1].pixels[0, :2], bench.quantised(chosen)[:2])
+    assert np.array_equal(drawings[-1].pixels[0, :2], bench.given(chosen, bench.side)[:2])
 
 
 def test_uploads_that_are_refused(bench: Workbench, tmp_path: Path) -> None:
@@ -376,16 +376,6 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=rf"no page can be served at task\.host=127\.0\.0\.1 task\.port={port}"):
             start(built_demo(tmp_path, f"task.port={port}"))
-
-
-def test_the_first_signal_asks_and_the_second_leaves() -> None:
-    """Invariant: SIGTERM as Ctrl-C; afterwards both are answered as before."""
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with demo.stop_signals() as asked:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert asked == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) == before[0]
-    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
 @pytest.mark.usefixtures("random_state")  # Gradio names a page by it

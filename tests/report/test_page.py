@@ -413,6 +413,36 @@ def test_a_network_of_masked_pixels_is_asked_for_no_images(tmp_path: Path) -> No
     assert "cifar10 at 16×16" in run.images
 
 
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        ({"name": "pretrain", "steps": 12_345, "batch_size": 128}, "igpt_nano learns to predict the next pixel of digits "
+         "at 8×8, in 12,345 steps of 128 images."),
+        ({"name": "finetune", "steps": 200, "batch_size": 64}, "igpt_nano learns the classes of digits at 8×8, in at most "
+         "200 steps of 64 images."),
+        ({"name": "sample", "count": 2000}, "2,000 images drawn from igpt_nano, which was trained on digits."),
+        ({"name": "pretrain"}, "A run of task=pretrain."),  # settings of another release
+        ({"name": "later"}, "A run of task=later."),
+    ],
+)  # fmt: skip
+def test_a_run_in_a_sentence(tmp_path: Path, task: dict[str, Any], sentence: str) -> None:
+    """By hand."""
+    folder = finished(tmp_path / "run", Result(), {"task": {"needs": [], **task}}, task["name"])
+    assert sentence in Page(page_of(folder.path)).text
+
+
+def test_numbers_to_be_seen_first(tmp_path: Path) -> None:
+    """By hand: shares as percent, with their interval, standard error or deviation; what it was measured on."""
+    for number, text in (
+        (Number(0.917, "share", 1300, 0.01, (0.9, 0.95)), "91.7%test/accuracy95 %: 90.0 to 95.0, n = 1,300"),
+        (Number(0.5, "share", 3, deviation=0.02), "50.0%test/accuracy± 2.0 (std), n = 3"),
+        (Number(0.5, "nats", 1, 0.0136), "0.5000natstest/accuracy± 0.0136"),
+        (Number(400_640, "weights", 1), "400,640weightstest/accuracy\n"),
+    ):
+        page = page_of(finished(tmp_path / number.unit / text[:3], Result(numbers={"test/accuracy": number})).path)
+        assert text in Page(page).text
+
+
 def test_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
     result = Result(numbers={"test/accuracy": Number(0.471, "share", 10_000, 0.005, (0.4612, 0.4808))})
     config = {"published": ["test/accuracy 0.963: iGPT-L (Chen et al. 2020)", "BERT: below AR"]}

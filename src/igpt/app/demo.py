@@ -2,14 +2,11 @@
 
 import importlib.util
 import logging
-import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,10 +16,11 @@ from igpt.app.nearest import TrainingFeatures
 from igpt.app.workbench import Workbench
 from igpt.checkpoint.native import Weights
 from igpt.data.crop import Crop
-from igpt.global_state import num_threads, signal_handler
+from igpt.global_state import num_threads
 from igpt.metric.result import Result
 from igpt.report.folder import RunFolder, result_of
 from igpt.settings import check_settings
+from igpt.stopping import StopRequest
 from igpt.task.complete import prompt_rows
 from igpt.task.machine import Machine
 from igpt.tokens.datamodule import TokenDataModule
@@ -59,20 +57,6 @@ def validation_loss(weights: Weights) -> float | None:
     return None if number is None else number.value
 
 
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """The signals that have asked the demo to end, Ctrl-C or SIGTERM, while the block lasts; a second one ends it."""
-    asked: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    with signal_handler(before, ask):
-        yield asked
-
-
 def check(**settings: Any) -> None:
     """Raises ValueError when a setting of the task cannot be right or Gradio is not there; it builds nothing."""
     check_settings(DemoSettings, settings, "task")
@@ -89,7 +73,6 @@ def run(
     crop: Crop,
     cache: Path,
     made_by: dict[str, Any],
-    seed: int,
     **given: Any,
 ) -> Result:
     """Serves the page until Ctrl-C or SIGTERM; `given` are `DemoSettings`. Its result is empty: nothing is kept.
@@ -119,15 +102,15 @@ def run(
     ):
         training = TrainingFeatures(net, machine, data, cache, settings, weights=weights.sha256, made_by=made_by)
         bench = Workbench(training, crop, settings)
+        request = StopRequest("ending the demo")
         try:
-            with stop_signals() as asked, serving(bench, about(weights), Path(uploads)) as url:
+            with request.listening(), serving(bench, about(weights), Path(uploads)) as url:
                 log.info("the page is at %s; Ctrl-C ends it", url)
                 if settings.host not in LOCAL:
                     warning = "task.host=%s: whoever reaches this machine can open it, there is no password"
                     log.warning(warning, settings.host)
-                while not asked:
+                while not request.number:
                     time.sleep(0.1)
-                log.info("ending the demo")
                 bench.stop()
         finally:
             bench.stop()

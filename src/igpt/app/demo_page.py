@@ -4,19 +4,16 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
-from PIL import Image
 
 from igpt.app.workbench import MEBIBYTE, DemoImage, Workbench
 from igpt.global_state import environment
 from igpt.report.page import templates
-from igpt.report.pictures import encode_png
 
 INTRO = (
     "The network draws an image pixel by pixel, row by row from the top. Choose an image, say how many of its rows are "
@@ -88,9 +85,10 @@ class DemoPage:
     def given(self, chosen: DemoImage, rows: float) -> str:
         """The image as the network is shown it, and what of it is given."""
         there = self.bench.given_rows(round(rows))
-        shown = (self.bench.quantised(chosen), chosen.name, self.labelled("as its tokens show it", chosen.label))
+        whole = self.bench.given(chosen, self.bench.side)
+        shown = (whole, chosen.name, self.labelled("as its tokens show it", chosen.label))
         cut = (self.bench.given(chosen, round(rows)), "given", f"{there} of {self.bench.side} rows")
-        return tiles("the image", [shown, cut])
+        return str(PIECES.tiles("the image", [shown, cut]))
 
     def labelled(self, text: str, label: int) -> str:
         """The text, and the class if there is one."""
@@ -115,7 +113,7 @@ class DemoPage:
                 finished = f"All {side} rows are there, drawn in {seconds:.1f} s{pace}."
                 said = finished if there == side else f"Row {there:g} of {side}{pace}."
                 made = [(image, f"completion {i}", "") for i, image in enumerate(pixels, start=1)]
-                yield tiles("completions", made), PIECES.note(said)
+                yield PIECES.tiles("completions", made), PIECES.note(said)
             if there < side:
                 yield gr.skip(), PIECES.note("Stopped.")
         except ValueError as error:
@@ -132,14 +130,9 @@ class DemoPage:
                 else:
                     made = [(of.pixels, of.name, self.labelled(f"cosine {of.cosine:.3f}", of.label)) for of in found]
                     said = f"Layer {layer:g}, among {len(self.bench.training.rows):,} training images."
-                    yield tiles("nearest training images", made), PIECES.note(said)
+                    yield PIECES.tiles("nearest training images", made), PIECES.note(said)
         except ValueError as error:
             yield gr.skip(), PIECES.note(str(error), problem=True)
-
-
-def tiles(what: str, images: Sequence[tuple[np.ndarray, str, str]]) -> str:
-    """Images (R, R, 3) uint8 beside one another, each with a title and a note."""
-    return str(PIECES.tiles(what, [(encode_png(Image.fromarray(pixels)), *said) for pixels, *said in images]))
 
 
 def build(bench: Workbench, about: Mapping[str, str]) -> gr.Blocks:

@@ -96,13 +96,8 @@ class Workbench:
         digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
         return DemoImage(pixels, int.from_bytes(digest, "little") >> 1, "your image")
 
-    def quantised(self, chosen: DemoImage) -> np.ndarray:
-        """What the network is shown, the image as its tokens are decoded: (R, R, 3) uint8."""
-        shown: np.ndarray = self.data.decode(self._tokens(chosen))[0]
-        return shown
-
     def given(self, chosen: DemoImage, rows: int) -> np.ndarray:
-        """The same, grey where it is to be completed."""
+        """What the network is shown of an image's top `rows`, as their tokens are decoded, grey below: (R, R, 3)."""
         known = self.data.tokenizer.known_tokens(prompt_rows(0, rows, self.side))
         shown: np.ndarray = self._shown(self._tokens(chosen), known)[0]
         return shown

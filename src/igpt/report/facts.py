@@ -15,22 +15,6 @@ from igpt.quoting import quote_for_shell, quote_text
 from igpt.report.folder import RunFolder, result_of
 from igpt.report.text import shown
 
-PREDICTED = {"ar": "the next pixel", "bert": "masked pixels"}
-SENTENCES = {
-    "pipeline": "{n_stage} tasks in turn: {listed}.",
-    "palette": "The colours that images of {images} are shown to a network in, and the error of showing them so.",
-    "pretrain": "{model} learns to predict {predicted} of {images}, in {steps:,} steps of {batch_size:,} images.",
-    "evaluate": "The loss of {model} on the {split} images of {images}.",
-    "sample": "{count:,} images drawn from {model}, which was trained on {data}.",
-    "complete": "{count:,} {split} images of {images}, each continued {completions} times by {model} from its top.",
-    "probe": "What a linear classifier reads from every layer of {model} about the classes of {images}.",
-    "low_data": "What a linear classifier on features of {model} learns from few labels of {images}.",
-    "finetune": "{model} learns the classes of {images}, in at most {steps:,} steps of {batch_size:,} images.",
-    "scaling": "Validation loss against what a linear probe reads, checkpoint by checkpoint, on {images}.",
-    "import": "Weights from elsewhere, in this repository's format: {model}.",
-    "export": "Weights of {model}, in a format that other programs open.",
-    "trace": "What {model} computes for given tokens, to hold against another program's.",
-}
 MAIN = ("test/accuracy", "val/loss_gen", "val/accuracy", "loss_gen", "pixels_as_original", "psnr", "mse", "parameters")
 N_MAIN = 4  # numbers shown large: of each of these kinds the first there is
 KINDS = {  # how the name of a picture ends → the heading above it, what is seen
@@ -50,18 +34,11 @@ class FinishedRun:
     """A finished run: its folder, what it wrote when it began (run.json) and when it ended (result.json)."""
 
     folder: Path
+    task: str
+    config: Mapping[str, Any]
     begun: Mapping[str, Any]
     record: Mapping[str, Any]
     result: Result
-
-    @property
-    def task(self) -> str:
-        return str(self.record["task"])
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        config: Mapping[str, Any] = self.record["config"]
-        return config
 
     @property
     def is_stage(self) -> bool:
@@ -96,16 +73,6 @@ class FinishedRun:
         data = self.config.get("data", {})
         name, side = data.get("name"), data.get("resolution")
         return f"{name} at {side}×{side}" if self.of["data"] in (f"{name}{side}", name) else self.of["data"]
-
-    @property
-    def sentence(self) -> str:
-        stages, objective = [stage.name for stage in self.stages], self.of["objective"]
-        known = {"images": self.images, "n_stage": len(stages), "listed": ", ".join(stages), **self.of}
-        settings = self.config.get("task", {})
-        try:
-            return SENTENCES[self.task].format(**settings | known, predicted=PREDICTED.get(objective, "pixels"))
-        except (KeyError, ValueError, TypeError):  # a task that came later, or settings of another release
-            return f"A run of task={self.task}."
 
     @property
     def main(self) -> list[tuple[str, Number]]:
@@ -205,7 +172,7 @@ def read_run(folder: Path) -> FinishedRun:
         raise ValueError(f"{folder} holds no finished run: it has no result.json")
     record = place.read_result()
     try:
-        run = FinishedRun(folder, begun_of(folder), record, result_of(record))
+        run = FinishedRun(folder, record["task"], record["config"], begun_of(folder), record, result_of(record))
         _check(run)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder / 'result.json'} is damaged ({error!r}): restore or remove it") from error
@@ -220,7 +187,13 @@ def _check(run: FinishedRun) -> None:
         if len(curve.x) != len(curve.y) or not all(map(math.isfinite, [*curve.x, *curve.y])):
             raise ValueError("a curve of other lengths, or of no numbers")
         _ = curve.x_unit + curve.y_unit
-    _ = dict(run.config), dict(run.record["versions"]), run.record["commit"] + "", float(run.record["seconds"])
+    _ = (
+        run.task + "",
+        dict(run.config),
+        dict(run.record["versions"]),
+        run.record["commit"] + "",
+        float(run.record["seconds"]),
+    )
 
 
 def begun_of(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from igpt import files
@@ -123,8 +124,7 @@ def _pictures(run: FinishedRun) -> list[Picture]:
 def _training_samples(folder: Path) -> list[Picture]:
     """What the network drew while it trained: the first grid, the last, and some between."""
     found = sorted((folder / "samples").glob("step_*.png"))
-    some = min(len(found), TRAINING_SAMPLES)
-    kept = [found[i * (len(found) - 1) // max(1, some - 1)] for i in range(some)]
+    kept = [found[i] for i in np.linspace(0, len(found) - 1, min(len(found), TRAINING_SAMPLES), dtype=int)]
     return [
         Picture(WHILE, f"step {int(path.stem.removeprefix('step_')):,}", path, str(path.relative_to(folder)))
         for path in kept

@@ -60,8 +60,9 @@ class Picture:
         return self.width // by, self.height // by
 
 
-def data_uri(png: bytes) -> str:
-    """An address that holds a picture whole."""
+def data_uri(picture: bytes | np.ndarray) -> str:
+    """An address that holds a picture whole: of a PNG file's content, or of pixels (R, R, 3) uint8."""
+    png = picture if isinstance(picture, bytes) else encode_png(Image.fromarray(picture))
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
@@ -115,8 +116,6 @@ def read_cells(picture: Path, counts: Path, names: Sequence[str] | None) -> Matr
     try:
         with Image.open(picture, formats=("PNG",)) as image:
             left, top, width, height = map(float, image.info[CELLS].split())
-        if not (0 <= left < left + width <= 1.001 and 0 <= top < top + height <= 1.001):
-            raise ValueError("the cells lie outside of the picture")
         matrix = np.load(counts, mmap_mode="r", allow_pickle=False)
         k = len(matrix)
         if not isinstance(matrix, np.memmap) or matrix.dtype.kind not in "iu" or matrix.shape != (k, k):

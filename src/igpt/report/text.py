@@ -53,7 +53,7 @@ def shown(number: Number) -> str:
     """The value with how sure it is: the deviation of what it is the mean of, its 95 % interval, or standard error."""
     text, around = _rounded(number, 1, 4)
     if abs(number.value) >= 1e4 or (float(number.value).is_integer() and not around):
-        text = f"{number.value:,.0f}"
+        text = f"{round(number.value):,}"
     return text + around + (" (std)" if number.deviation is not None else "")
 
 
