@@ -26,6 +26,7 @@ from igpt.app.workbench import MEBIBYTE, Workbench
 from igpt.build import Build
 from igpt.data.crop import Crop
 from igpt.launch import launch, stages
+from igpt.metric.result import Number, Result
 from igpt.model.features import layer_features
 from igpt.model.generate import Sampling
 from igpt.report.folder import RunFolder
@@ -322,15 +323,15 @@ def test_the_loss_of_the_run_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     build = built_demo(tmp_path)
     assert build.weights is not None
     assert demo.about(build.weights)["validation loss"] == "not known"
-    text = '{"version": 1, "numbers": {"val/loss_gen": {"value": 1.25, "unit": "nats/token", "n": 9}}, "curves": {}, '
-    record = tmp_path / "run" / "result.json"
-    record.write_text(text + '"files": {}, "provenance": {}}')
+    folder = RunFolder(tmp_path / "run")
+    folder.start({}, [], {})
+    folder.finish("pretrain", Result(numbers={"val/loss_gen": Number(1.25, "nats/token", 9)}), seconds=1.0)
     said = demo.about(build.weights)
     assert said["validation loss"] == "1.2500 nats per token"
     assert said["trained on"] == "toy at 8×8, 1 steps"
-    record.write_text("{")
+    (folder.path / "result.json").write_text("{")
     assert demo.about(build.weights)["validation loss"] == "not known"
-    assert "cannot be read" in caplog.text
+    assert "does not state its loss" in caplog.text
 
 
 def free_port() -> int:

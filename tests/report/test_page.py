@@ -416,10 +416,14 @@ def test_a_network_of_masked_pixels_is_asked_for_no_images(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("task", "sentence"),
     [
-        ({"name": "pretrain", "steps": 12_345, "batch_size": 128}, "igpt_nano learns to predict the next pixel of digits "
-         "at 8×8, in 12,345 steps of 128 images."),
-        ({"name": "finetune", "steps": 200, "batch_size": 64}, "igpt_nano learns the classes of digits at 8×8, in at most "
-         "200 steps of 64 images."),
+        (
+            {"name": "pretrain", "steps": 12_345, "batch_size": 128},
+            "igpt_nano learns to predict the next pixel of digits at 8×8, in 12,345 steps of 128 images.",
+        ),
+        (
+            {"name": "finetune", "steps": 200, "batch_size": 64},
+            "igpt_nano learns the classes of digits at 8×8, in at most 200 steps of 64 images.",
+        ),
         ({"name": "sample", "count": 2000}, "2,000 images drawn from igpt_nano, which was trained on digits."),
         ({"name": "pretrain"}, "A run of task=pretrain."),  # settings of another release
         ({"name": "later"}, "A run of task=later."),

@@ -18,7 +18,7 @@ from igpt.checkpoint.native import Weights
 from igpt.data.crop import Crop
 from igpt.global_state import num_threads
 from igpt.metric.result import Result
-from igpt.report.folder import RunFolder, result_of
+from igpt.report.facts import read_run
 from igpt.settings import check_settings
 from igpt.stopping import StopRequest
 from igpt.task.complete import prompt_rows
@@ -46,13 +46,12 @@ def about(weights: Weights) -> dict[str, str]:
 
 def validation_loss(weights: Weights) -> float | None:
     """Nats per token that the run of these weights reports of its validation images; None where it says nothing."""
-    run = RunFolder(weights.folder.parent)
-    if weights.folder.name != "model" or not run.finished:  # a checkpoint on the way is not what was scored
-        return None
+    folder = weights.folder.parent
+    scored = weights.folder.name == "model" and (folder / "result.json").is_file()  # not a checkpoint on the way
     try:
-        number = result_of(run.read_result()).numbers.get("val/loss_gen")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s/result.json cannot be read (%s): the page does not state its loss", run.path, error)
+        number = read_run(folder).result.numbers.get("val/loss_gen") if scored else None
+    except ValueError as error:
+        log.warning("%s: the page does not state its loss", error)
         return None
     return None if number is None else number.value
 

@@ -87,12 +87,6 @@ class FinishedRun:
         files = self.result.files.items()
         return {key: path for key, path in files if path.suffix == ".png" and key.rpartition("/")[2] != "curves"}
 
-    @property
-    def published(self) -> list[tuple[str, Number | None]]:
-        """What others report, and this run's number where the line begins with its name."""
-        lines = map(str, self.config.get("published", []))
-        return [(line, self.result.numbers.get(line.partition(" ")[0])) for line in lines]
-
     @cached_property
     def stages(self) -> list["Stage"]:
         """The stages of a pipeline, in their order."""

@@ -69,24 +69,24 @@ def _mosaic(tiles: np.ndarray) -> np.ndarray:
     return tiles.swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
-def by_units(curves: Mapping[str, Curve], *, least: int = 1) -> list[dict[str, Curve]]:
-    """The curves of at least so many points, those of one pair of units together."""
+def by_units(curves: Mapping[str, Curve], *, least: int = 1) -> dict[tuple[str, str], dict[str, Curve]]:
+    """The curves of at least so many points, those of one pair of units together: (of x, of y) → name → curve."""
     groups: dict[tuple[str, str], dict[str, Curve]] = {}
     for name, curve in curves.items():
         if len(curve.x) >= least:
             groups.setdefault((curve.x_unit, curve.y_unit), {})[name] = curve
-    return list(groups.values())
+    return groups
 
 
 def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
     """Writes a plot for each pair of units, below each other; curves of one point are left to the numbers."""
     groups = by_units(curves, least=2)
     figure = Figure(figsize=(7, 4 * max(1, len(groups))), layout="constrained")
-    for place, lines in enumerate(groups, start=1):
+    for place, ((x_unit, y_unit), lines) in enumerate(groups.items(), start=1):
         axes = figure.add_subplot(len(groups), 1, place)
         for name, curve in lines.items():
             axes.plot(curve.x, curve.y, label=name, linewidth=1.4, marker="o" if len(curve.x) <= 65 else None, ms=3)
-            axes.set(xlabel=curve.x_unit, ylabel=curve.y_unit)
+        axes.set(xlabel=x_unit, ylabel=y_unit)
         if all(float(x).is_integer() for curve in lines.values() for x in curve.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)

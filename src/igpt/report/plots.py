@@ -13,7 +13,6 @@ from igpt.report.figures import by_units
 SIDE = 1000  # units of the drawing, each way: the page stretches it to the room there is
 MOST_POINTS = 2000  # of a line: more is not to be seen, and makes the page heavy
 MOST_TOGETHER = 40_000  # of all lines of a page
-MOST_ROWS = 60  # of the table of values
 
 Ends = tuple[float, float]
 Tick = tuple[float, str]  # percent of the way, text
@@ -43,26 +42,20 @@ class Plot:
     lines: list[PlotLine]
 
     @property
-    def places(self) -> list[str]:
-        """Every x at which there is a point."""
-        return sorted({x for line in self.lines for x in line.x}, key=float)
-
-    @property
     def rows(self) -> list[tuple[str, list[str]]]:
-        """x and each line's y there, of at most MOST_ROWS + 1 places."""
-        places, values = self.places, [dict(zip(line.x, line.y, strict=True)) for line in self.lines]
-        step = -(-len(places) // MOST_ROWS)
-        return [(x, [of.get(x, "") for of in values]) for x in (*places[:-1:step], places[-1])]
+        """Every x at which there is a point, and each line's y there."""
+        values = [dict(zip(line.x, line.y, strict=True)) for line in self.lines]
+        return [(x, [of.get(x, "") for of in values]) for x in sorted(set().union(*values), key=float)]
 
 
 def plots(curves: Mapping[str, Curve]) -> list[Plot]:
     """A plot for each pair of units, that with most lines first; where no line has two points, the numbers say it."""
     most = max(2, min(MOST_POINTS, MOST_TOGETHER // max(1, len(curves))))
-    groups = [group for group in by_units(curves) if any(len(curve.x) > 1 for curve in group.values())]
-    return [_plot(group, most) for group in sorted(groups, key=len, reverse=True)]
+    groups = [(units, of) for units, of in by_units(curves).items() if any(len(curve.x) > 1 for curve in of.values())]
+    return [_plot(*units, of, most) for units, of in sorted(groups, key=lambda group: -len(group[1]))]
 
 
-def _plot(curves: Mapping[str, Curve], most: int) -> Plot:
+def _plot(x_unit: str, y_unit: str, curves: Mapping[str, Curve], most: int) -> Plot:
     xs, ys = (np.concatenate([getattr(curve, axis) for curve in curves.values()]) for axis in "xy")
     x_range, y_range = _range(xs, margin=0.02), _range(ys, margin=0.06)
     lines = []
@@ -72,8 +65,7 @@ def _plot(curves: Mapping[str, Curve], most: int) -> Plot:
         points = zip(_along(x, x_range, (0, SIDE), 1), _along(y, y_range, (SIDE, 0), 1), strict=True)
         lines.append(PlotLine(name, list(points), [f"{a:.10g}" for a in x], [f"{b:.6g}" for b in y], len(curve.x)))
     x_ticks = _ticks(x_range, (0, 100), n=6, integer=bool((xs % 1 == 0).all()))
-    unit = next(iter(curves.values()))
-    return Plot(unit.x_unit, unit.y_unit, x_range, y_range, x_ticks, _ticks(y_range, (100, 0), n=5), lines)
+    return Plot(x_unit, y_unit, x_range, y_range, x_ticks, _ticks(y_range, (100, 0), n=5), lines)
 
 
 def thinned(y: list[float], most: int) -> list[int]:

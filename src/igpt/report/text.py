@@ -18,9 +18,9 @@ def closing_table(result: Result, folder: Path, seconds: float, *, published: Se
     theirs = ["published:", *(f"  {line}" for line in published), rule] if published else []
     page = [Path(REPORT)] if (folder / REPORT).is_file() else []
     to_open = [*page, *(path for path in result.files.values() if path.suffix in {".png", ".html"})]
+    places = [str(folder / path) for path in to_open]
     texts = [folder / path for path in result.files.values() if path.suffix == ".txt"]
     told = [text.read_text(encoding="utf-8").rstrip() for text in texts]
-    places = [str(folder / path) for path in to_open]
     return "\n".join([*told, rule, *lines, rule, *theirs, *places, f"{folder}  ({seconds:.0f} s)"])
 
 
