@@ -26,7 +26,7 @@ from igpt.launch import launch, lost_worker, out_of_memory
 from igpt.metric.result import Number, Result
 from igpt.model.config import GPTConfig
 from igpt.report.folder import RunFolder
-from igpt.report.table import closing_table
+from igpt.report.text import closing_table
 from igpt.run_config import CHECKPOINT, RunConfig
 from igpt.run_dir import find_run_dir
 from igpt.task import machine as machines

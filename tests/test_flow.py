@@ -54,6 +54,7 @@ ALLOWED = {
     "app": {
         "components",
         "arguments",
+        "settings",
         "data",
         "tokens",
         "model",

@@ -14,7 +14,7 @@ from igpt.metric.result import Result
 from igpt.report import loggers
 from igpt.report.folder import RunFolder, result_of
 from igpt.report.page import write_page
-from igpt.report.table import closing_table
+from igpt.report.text import closing_table
 from igpt.run_config import RunConfig
 from igpt.stages import stage_configs
 from igpt.stopping import StoppedError

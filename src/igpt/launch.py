@@ -26,7 +26,7 @@ from igpt.execute import check_batch, execute_task, run_and_report
 from igpt.metric.result import Result
 from igpt.report.folder import environment, result_of
 from igpt.report.logs import log_file, set_up_logging
-from igpt.report.table import closing_table, columns
+from igpt.report.text import closing_table, columns
 from igpt.run_config import OF_LAUNCH, RunConfig
 from igpt.run_dir import resolve_run_dir
 from igpt.stopping import STOPPED, StoppedError, pass_on

@@ -35,7 +35,8 @@ class StopRequest:
     SIGTERM after a scheduler's warning, nor the other way round: schedulers send both.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, answer: str = "finishing this step, then saving") -> None:
+        self.answer = answer  # what is said to be done
         self.number = 0  # of the signal; 0: nobody has asked
         self._since = 0.0
 
@@ -55,7 +56,7 @@ class StopRequest:
         if not self.number:
             self.number, self._since = number, time.monotonic()
             name = signal.Signals(number).name
-            log.warning("%s: finishing this step, then saving; once more to leave at once", name)
+            log.warning("%s: %s; once more to leave at once", name, self.answer)
             return
         by_hand = {self.number, number} <= {signal.SIGINT, signal.SIGTERM}
         if by_hand and time.monotonic() - self._since > AGAIN_SECONDS:

@@ -22,7 +22,7 @@ from igpt.arguments import expand_home
 from igpt.cores import count_cores
 from igpt.processes import RANK_VARIABLES, SWEEP, TELL, Child, Children, devices_of, how_it_ended
 from igpt.report.logs import log_file, set_up_logging
-from igpt.report.table import columns
+from igpt.report.text import columns
 from igpt.run_config import RunConfig
 from igpt.stopping import STOPPED
 

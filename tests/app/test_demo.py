@@ -19,16 +19,18 @@ from hydra import initialize_config_dir
 from PIL import Image
 
 from igpt.app import demo, nearest
+from igpt.app.demo_page import DemoPage
 from igpt.app.nearest import TrainingFeatures
-from igpt.app.page import Page, Start
-from igpt.app.workbench import Uploads, Workbench
+from igpt.app.workbench import MEBIBYTE, Workbench
 from igpt.components import Components
 from igpt.data.crop import Crop
 from igpt.execute import stage_runner
 from igpt.launch import launch
+from igpt.metric.result import Number, Result
 from igpt.model.features import layer_features
 from igpt.model.generate import Sampling
-from igpt.settings.generation import CompleteSettings
+from igpt.report.folder import RunFolder
+from igpt.settings.generation import CompleteSettings, DemoSettings
 from igpt.settings.probing import FeatureSettings
 from igpt.task import complete
 from igpt.task.complete import HIDDEN
@@ -38,7 +40,6 @@ from tests.data.conftest import claimed_png, encoded, photo
 from tests.test_conf import CONF, built, save_small
 
 LAYERS = 3  # of save_small's network
-START = Start(choices=6, rows=2, completions=2, temperature=1.0, top_k=None, seed=0, nearest=4, layer=1)
 
 
 def built_demo(place: Path, *overrides: str, **saved: Any) -> Components:
@@ -49,23 +50,24 @@ def built_demo(place: Path, *overrides: str, **saved: Any) -> Components:
     return built("task=demo", f"init={init}", f"paths.cache={place / 'cache'}", "trainer=cpu", *overrides)
 
 
-def bench_of(build: Components, place: Path, *, among: int = 40) -> Workbench:
-    data = build.build_datamodule()
-    assert build.weights is not None
-    net = build.weights.net().eval()
-    training = TrainingFeatures(
-        net=net, machine=build.hardware, data=data, cache=build.cache_dir, weights=build.weights.sha256,
-        made_by=build.cache_key, norm="ln_1", dtype="float32", among=among, batch_size=16,
+def bench_of(build: Components) -> Workbench:
+    """The demo's parts but for its page: few images and choices, and small uploads."""
+    weights = build.trained_weights
+    settings = DemoSettings(
+        host="127.0.0.1", port=None, threads=None, split="val", choices=6, rows=2, completions=2, at_most=3,
+        temperature=1.0, top_k=None, upload_mb=1, upload_pixels=100_000, nearest=4, among=40, layer=1,
+        norm="ln_1", dtype="float32", batch_size=16,
     )  # fmt: skip
-    uploads = Uploads(build.evaluation_crop, max_bytes=20_000, max_pixels=100_000)
-    return Workbench(
-        net=net, machine=build.hardware, data=data, uploads=uploads, training=training, seed=0, split="val", at_most=3
-    )
+    training = TrainingFeatures(
+        weights.net().eval(), build.hardware, build.build_datamodule(), build.cache_dir, settings,
+        weights=weights.sha256, made_by=build.cache_key,
+    )  # fmt: skip
+    return Workbench(training, build.evaluation_crop, settings)
 
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Workbench]:
-    made = bench_of(built_demo(tmp_path), tmp_path)
+    made = bench_of(built_demo(tmp_path))
     yield made
     made.stop()
 
@@ -107,18 +109,18 @@ def test_the_nearest_training_images(bench: Workbench, tmp_path: Path, layer: in
     cosines = of_train @ query / np.linalg.norm(of_train, axis=1) / np.linalg.norm(query)
     best = np.argsort(-cosines)[:5]
     images = found(bench, layer)
-    assert [image.row for image in images] == rows[best].tolist()
+    assert [image.index for image in images] == rows[best].tolist()
     assert [image.cosine for image in images] == pytest.approx(cosines[best], abs=1e-5)
     assert [image.label for image in images] == split.labels[rows[best]].tolist()
     assert np.array_equal(images[0].pixels, split.read([int(rows[best[0]])], [0]).pixels[0])
-    again = bench_of(built_demo(tmp_path), tmp_path)
-    assert [image.row for image in found(again, layer)] == [image.row for image in images]
+    again = bench_of(built_demo(tmp_path))
+    assert [image.index for image in found(again, layer)] == [image.index for image in images]
     assert again.training.done == 0  # none was read anew
 
 
 def test_classes_are_called_by_name(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: a folder's name as text, whatever it is; the number where there is none, nothing without a label."""
-    page, chosen = Page(bench, START), bench.choices(0, 1)[0]
+    page, chosen = DemoPage(bench), bench.choices(0, 1)[0]
     assert page.labelled("cosine 0.5", 3) == "cosine 0.5, class\N{NO-BREAK SPACE}3"  # the digits are called so
     assert page.labelled("cosine 0.5", -1) == "cosine 0.5"
     hostile = "<script>alert(1)</script>\n\u202e" + "x" * 300
@@ -126,7 +128,7 @@ def test_classes_are_called_by_name(bench: Workbench, monkeypatch: pytest.Monkey
     shown = page.given(chosen, 4)
     assert "class\N{NO-BREAK SPACE}&lt;script&gt;alert(1)&lt;/script&gt; \ufffdxxxxxxxxxxxx…</small>" in shown
     *_, (found, _) = page.nearest(chosen, 1)
-    assert found.count("class\N{NO-BREAK SPACE}&lt;script&gt;") == START.nearest
+    assert found.count("class\N{NO-BREAK SPACE}&lt;script&gt;") == bench.settings.nearest
     assert "<script" not in shown + found
     monkeypatch.setattr(type(bench.data.source), "class_names", None)
     assert page.labelled("cosine 0.5", 3) == "cosine 0.5, label\N{NO-BREAK SPACE}3"
@@ -140,7 +142,7 @@ def test_features_that_a_probe_left_are_taken(tmp_path: Path) -> None:
     features = FeatureSettings(norm="ln_1", dtype="float32", batch_size=128, strengths=[1.0])
     reader = Reader(build, features)
     (whole,) = reader.read(build.weights.net(), build.weights.sha256, "train", masks=1)
-    bench = bench_of(build, tmp_path)
+    bench = bench_of(build)
     found(bench, 1)
     assert bench.training.done == 0
     assert bench.training.features is not None
@@ -157,7 +159,7 @@ def test_a_layer_that_is_not_there(bench: Workbench) -> None:
 def test_completions_are_those_of_the_task(tmp_path: Path, permutation: list[int] | None) -> None:
     """Invariant: row after row the pixels of task=complete with this seed, grey where none is yet; in any order."""
     build = built_demo(tmp_path, permutation=permutation)
-    bench = bench_of(build, tmp_path)
+    bench = bench_of(build)
     assert build.weights is not None
     settings = CompleteSettings(
         split="val", count=4, completions=3, fraction=0.5, rows=5, batch_size=64, temperature=0.9, top_k=6, top_p=None
@@ -167,11 +169,10 @@ def test_completions_are_those_of_the_task(tmp_path: Path, permutation: list[int
     by_row = {chosen.index: chosen for chosen in bench.choices(0, 1000)}
     for image, row in enumerate(result.provenance["images"]):
         chosen = by_row[row]
-        assert np.array_equal(bench.quantised(chosen), grid[image, 0])
+        assert np.array_equal(bench.given(chosen, bench.side), grid[image, 0])
         assert np.array_equal(bench.given(chosen, 5), grid[image, 1])
         drawings = list(bench.complete(chosen, rows=5, completions=3, seed=0, temperature=0.9, top_k=6))
         assert [drawing.rows for drawing in drawings] == [5, 6, 7, 8]
-        assert [drawing.finished for drawing in drawings] == [False, False, False, True]
         end = grid[image, 2:]
         assert np.array_equal(drawings[-1].pixels, end)
         order = range(5, 8) if permutation is None else reversed(range(5, 8))
@@ -236,15 +237,15 @@ def test_an_upload_of_any_shape(bench: Workbench, tmp_path: Path) -> None:
         assert np.array_equal(upload(bench, tmp_path, encoded(image, "PNG")), np.asarray(square))
     chosen = bench.uploaded(tmp_path / "upload")
     drawings = list(bench.complete(chosen, rows=2, completions=2, seed=0, temperature=1.0, top_k=None))
-    assert drawings[-1].finished
-    assert np.array_equal(drawings[-1].pixels[0, :2], bench.quantised(chosen)[:2])
+    assert drawings[-1].rows == 8
+    assert np.array_equal(drawings[-1].pixels[0, :2], bench.given(chosen, bench.side)[:2])
 
 
 def test_uploads_that_are_refused(bench: Workbench, tmp_path: Path) -> None:
     """Too many bytes, too many pixels, a decompression bomb, no image, a damaged one, a format that is not taken."""
     whole = encoded(photo(0), "PNG")
     for data, message in (
-        (whole + bytes(20_001), r"The file has 0\.0 MB, at most 0\.019\d* MB are taken"),
+        (whole + bytes(MEBIBYTE * 11 // 10), r"The file has 1\.1 MB, at most 1 MB are taken"),
         (claimed_png(400, 300), r"The image has 400×300 pixels, at most 0\.1 million are taken"),
         (claimed_png(30_000, 30_000), "cannot be read as an image: it would unpack to more than"),
         (b"<html>404</html>", "16 bytes are no image"),
@@ -316,15 +317,15 @@ def test_the_loss_of_the_run_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     build = built_demo(tmp_path)
     assert build.weights is not None
     assert demo.about(build.weights)["validation loss"] == "not known"
-    text = '{"version": 1, "numbers": {"val/loss_gen": {"value": 1.25, "unit": "nats/token", "n": 9}}, "curves": {}, '
-    record = tmp_path / "run" / "result.json"
-    record.write_text(text + '"files": {}, "provenance": {}}')
+    folder = RunFolder(tmp_path / "run")
+    folder.start({}, [], {})
+    folder.finish("pretrain", Result(numbers={"val/loss_gen": Number(1.25, "nats/token", 9)}), seconds=1.0)
     said = demo.about(build.weights)
     assert said["validation loss"] == "1.2500 nats per token"
     assert said["trained on"] == "toy at 8×8, 1 steps"
-    record.write_text("{")
+    (folder.path / "result.json").write_text("{")
     assert demo.about(build.weights)["validation loss"] == "not known"
-    assert "cannot be read" in caplog.text
+    assert "does not state its loss" in caplog.text
 
 
 def free_port() -> int:
@@ -370,17 +371,6 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=rf"no page can be served at task\.host=127\.0\.0\.1 task\.port={port}"):
             start(built_demo(tmp_path, f"task.port={port}"))
-
-
-def test_the_first_signal_asks_and_the_second_leaves() -> None:
-    """Invariant: SIGTERM as Ctrl-C; afterwards both are answered as before."""
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    ending = demo.Ending()
-    with ending.listening():
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert ending.asked
-        assert signal.getsignal(signal.SIGTERM) == before[0]
-    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
 @pytest.mark.usefixtures("random_state")  # Gradio names a page by it

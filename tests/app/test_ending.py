@@ -1,6 +1,7 @@
 """What a sweep ends in, on made-up runs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from PIL import Image
 
 from igpt.app import ending
 from igpt.app.ending import PAGE, PICTURE, ROWS, side_by_side
+from igpt.app.summary import summary
+from igpt.report.page import page_of
 from tests.app.test_compare import loss, made
 
 
@@ -33,6 +36,18 @@ def test_a_sweep_over_seeds(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert "python train.py -m seed=0,1" in page
     assert Image.open(place / PICTURE).size[0] > 300
     assert "model=large" in caplog.text
+
+
+def test_its_page_links_to_its_runs(tmp_path: Path) -> None:
+    """Invariant: relative links, where there is a page; a picture that is gone is named."""
+    folders = [made(tmp_path / "runs" / name, loss(value), model__name=name) for name, value in (("a b", 1), ("c", 2))]
+    page_of(folders[0])
+    path = ending.page(tmp_path / "sweeps" / "x" / "report.html", summary(folders, "val/loss_gen"), command="again")
+    text = path.read_text()
+    assert re.findall(r'href="(.*?)"', text) == ["../../runs/a%20b/report.html"]
+    assert (path.parent / "../../runs/a b/report.html").is_file()
+    assert "Best of 2: model=a b." in text
+    assert "comparison.png is not there any more." in text
 
 
 def test_nothing_to_compare(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

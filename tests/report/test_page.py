@@ -19,15 +19,18 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 from igpt import files
+from igpt.app.ending import page as sweep_page
+from igpt.app.summary import summary
 from igpt.arguments import check
 from igpt.launch import launch
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.report import page as page_module
 from igpt.report.facts import command, read_run
 from igpt.report.folder import RunFolder
-from igpt.report.page import Row, Table, comparison_page, page_of, write_page
+from igpt.report.page import page_of, write_page
 from igpt.report.pictures import Picture, embedded
 from igpt.report.plots import MOST_POINTS, plots, thinned
+from tests.app.test_compare import loss, made
 from tests.test_conf import CONF
 
 WEB = Path(page_module.__file__).parent / "web"
@@ -136,13 +139,14 @@ def test_a_long_curve_keeps_its_ends_and_extremes(tmp_path: Path) -> None:
     assert f"({len(kept):,} of 30,000 points drawn)" in page.text
 
 
+@pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # 99 names below a plot
 def test_many_curves_leave_the_page_small(tmp_path: Path) -> None:
-    """Invariant: below 5 MB, whatever is compared."""
+    """Invariant: below 5 MB, however many there are."""
     x = [float(step) for step in range(3000)]
     curves = {
         f"run {i}": Curve(x, np.random.default_rng(i).normal(size=3000).tolist(), "step", "nats") for i in range(99)
     }
-    assert comparison_page(tmp_path / "c.html", "99 runs", [], curves=curves).stat().st_size < 5_000_000
+    assert page_of(finished(tmp_path / "run", Result(curves=curves)).path).stat().st_size < 5_000_000
 
 
 def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
@@ -168,14 +172,11 @@ def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
     assert len(page.all("script")) == 1
     known = {key for tag in Page(plain).tags for key in tag[1]} | {"open", "class", "href", "id"}
     assert {key for tag in page.tags for key in tag[1]} <= known
-    compared = Page(
-        comparison_page(
-            tmp_path / "c.html", HOSTILE, [Table([HOSTILE], [Row([HOSTILE])], HOSTILE, HOSTILE)], summary=HOSTILE,
-            pictures=[(HOSTILE, tmp_path / "none.png")], commands=[(HOSTILE, HOSTILE)], environment={HOSTILE: HOSTILE},
-            curves=result.curves,
-        )
-    )  # fmt: skip
-    assert compared.text.count(HOSTILE) >= 12
+    numbers = {HOSTILE: Number(1.5, HOSTILE, 3)}
+    runs = [made(tmp_path / name, numbers, model__name=name) for name in ("<b>", "&lt;")]
+    compared = Page(sweep_page(tmp_path / "c.html", summary([*runs, tmp_path / "<i>"], HOSTILE), command=HOSTILE))
+    assert compared.text.count(HOSTILE) == 2 + 3 + 1 + 1  # title and heading, table, picture, command
+    assert all(compared.text.count(name) for name in ("model=<b>", "model=&lt;", "<i>"))
     assert len(compared.all("script")) == 1
     assert not compared.all("img")
 
@@ -291,7 +292,7 @@ def test_large_pictures_are_shrunk_and_that_is_said(tmp_path: Path) -> None:
     )
     assert page.text.count("is shown smaller than it is") == sum(width < 1100 for width, _ in sizes) >= 3
     (left_out,) = embedded([Picture("Samples", "", tmp_path / "0.png", "0.png")], budget=1000)
-    assert left_out.data == ""
+    assert left_out.png == b""
     assert "left out" in left_out.said
 
 
@@ -412,33 +413,46 @@ def test_a_network_of_masked_pixels_is_asked_for_no_images(tmp_path: Path) -> No
     assert "cifar10 at 16×16" in run.images
 
 
+@pytest.mark.parametrize(
+    ("task", "sentence"),
+    [
+        (
+            {"name": "pretrain", "steps": 12_345, "batch_size": 128},
+            "igpt_nano learns to predict the next pixel of digits at 8×8, in 12,345 steps of 128 images.",
+        ),
+        (
+            {"name": "finetune", "steps": 200, "batch_size": 64},
+            "igpt_nano learns the classes of digits at 8×8, in at most 200 steps of 64 images.",
+        ),
+        ({"name": "sample", "count": 2000}, "2,000 images drawn from igpt_nano, which was trained on digits."),
+        ({"name": "pretrain"}, "A run of task=pretrain."),  # settings of another release
+        ({"name": "later"}, "A run of task=later."),
+    ],
+)  # fmt: skip
+def test_a_run_in_a_sentence(tmp_path: Path, task: dict[str, Any], sentence: str) -> None:
+    """By hand."""
+    folder = finished(tmp_path / "run", Result(), {"task": {"needs": [], **task}}, task["name"])
+    assert sentence in Page(page_of(folder.path)).text
+
+
+def test_numbers_to_be_seen_first(tmp_path: Path) -> None:
+    """By hand: shares as percent, with their interval, standard error or deviation; what it was measured on."""
+    for number, text in (
+        (Number(0.917, "share", 1300, 0.01, (0.9, 0.95)), "91.7%test/accuracy95 %: 90.0 to 95.0, n = 1,300"),
+        (Number(0.5, "share", 3, deviation=0.02), "50.0%test/accuracy± 2.0 (std), n = 3"),
+        (Number(0.5, "nats", 1, 0.0136), "0.5000natstest/accuracy± 0.0136"),
+        (Number(400_640, "weights", 1), "400,640weightstest/accuracy\n"),
+    ):
+        page = page_of(finished(tmp_path / number.unit / text[:3], Result(numbers={"test/accuracy": number})).path)
+        assert text in Page(page).text
+
+
 def test_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
     result = Result(numbers={"test/accuracy": Number(0.471, "share", 10_000, 0.005, (0.4612, 0.4808))})
     config = {"published": ["test/accuracy 0.963: iGPT-L (Chen et al. 2020)", "BERT: below AR"]}
     page = Page(page_of(finished(tmp_path / "run", result, config).path))
     assert "test/accuracy 0.963: iGPT-L (Chen et al. 2020)0.4710 [0.4612, 0.4808] share" in page.text
     assert "BERT: below AR–" in page.text
-
-
-def test_a_comparison_links_to_its_runs(tmp_path: Path) -> None:
-    """Invariant: relative links, where there is a page; numbers with their intervals."""
-    run = finished(tmp_path / "runs" / "a run", Result(numbers={"val/accuracy": Number(0.5, "share", 4)})).path
-    page_of(run)
-    number = Number(0.5, "share", 4, None, (0.25, 0.75))
-    rows = [Row(["igpt_nano", number], run), Row(["igpt_micro", "–"], tmp_path / "runs" / "gone")]
-    path = comparison_page(
-        tmp_path / "sweeps" / "x" / "comparison.html", "Two sizes", [Table(["model", "accuracy"], rows, note="on val")],
-        summary="Side by side.", pictures=[("gone", tmp_path / "gone.png")], environment={"commit": "abc"},
-        curves={"a": Curve([1.0, 2.0], [1.0, 2.0], "x", "y")}, commands=[("again", "python train.py -m seed=0,1")],
-    )  # fmt: skip
-    page = Page(path)
-    (link,) = page.all("a")
-    assert link["href"] == "../../runs/a%20run/report.html"
-    assert (path.parent / unquote(link["href"])).is_file()
-    assert "0.5000 [0.2500, 0.7500] share" in page.text
-    assert "gone.png is not there any more." in page.text
-    with pytest.raises(ValueError, match="has 1 cells, its table 2"):
-        comparison_page(path, "Two sizes", [Table(["model", "accuracy"], [Row(["igpt_nano"])])])
 
 
 def test_colours_are_told_apart_in_light_and_dark() -> None:
@@ -522,9 +536,8 @@ def test_a_browser_shows_it_on_a_phone(pipeline: Path, tmp_path: Path) -> None:
 
     The same without JavaScript, but for the hovering.
     """
-    compared = comparison_page(
-        tmp_path / "comparison.html", "Runs", [Table([f"column {i}" for i in range(12)], [Row(["0.1234"] * 12)] * 3)]
-    )
+    runs = [made(tmp_path / name, loss(2.0), model__name=f"{name}{'0123456789' * 4}") for name in "ab"]
+    compared = sweep_page(tmp_path / "comparison.html", summary(runs, "val/loss_gen"), command="again " * 99)
     named = page_of(classified(tmp_path / "named", NAMES).path)
     shown = [pipeline / "report.html", *sorted(pipeline.glob("[267]_*/report.html")), compared, named]
     look = tmp_path / "look.html"

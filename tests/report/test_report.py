@@ -15,9 +15,9 @@ from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.report import folder as folder_module
 from igpt.report.figures import (
     AROUND_COLOURS,
-    BACKGROUND,
     CELLS,
     GAP,
+    WHITE,
     curves_figure,
     draw_grid,
     drawn_name,
@@ -25,7 +25,7 @@ from igpt.report.figures import (
     palette_picture,
 )
 from igpt.report.folder import RunFolder, differences, result_of
-from igpt.report.table import closing_table
+from igpt.report.text import closing_table
 
 
 def test_the_log_is_utf_8_whatever_the_locale_is(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_every_image_of_a_grid_is_where_it_belongs() -> None:
             tile = picture[top : top + 96, left : left + 96]
             assert np.array_equal(tile[::scale, ::scale], images[row, column])
             assert np.array_equal(tile[scale - 1 :: scale, scale - 1 :: scale], images[row, column])
-            assert picture[top - 1, left - 1].tolist() == list(BACKGROUND)
+            assert picture[top - 1, left - 1].tolist() == [WHITE] * 3
 
 
 @pytest.mark.parametrize("side", [8, 48, 64, 100])

@@ -13,7 +13,7 @@ from igpt.metric.result import Number
 from igpt.report.paper import PUBLISHED, Published
 from igpt.report.protocols import N_COLOUR, PRECISION, RECIPES, SIZES, TEST_IMAGES
 from igpt.report.runs import Run, nearest_path, objective_of, read_run
-from igpt.report.table import readable
+from igpt.report.text import readable
 
 LENGTH = ("steps", "batch_size")  # of pretraining
 SUBSTITUTES = {"test/": ("val/", "cv/"), "val/": ("cv/",)}  # what is taken where a run has not read a split

@@ -2,42 +2,27 @@
 
 import importlib.util
 import logging
-import signal
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 
 from igpt.app.nearest import TrainingFeatures
-from igpt.app.workbench import MEBIBYTE, Uploads, Workbench
+from igpt.app.workbench import Workbench
 from igpt.checkpoint.native import Weights
 from igpt.components import Components
-from igpt.global_state import num_threads, signal_handler
+from igpt.global_state import num_threads
 from igpt.metric.result import Result
-from igpt.report.folder import RunFolder, result_of
+from igpt.report.facts import read_run
 from igpt.settings.generation import DemoSettings
+from igpt.stopping import StopRequest
 from igpt.task.complete import prompt_rows
 
 log = logging.getLogger(__name__)
 
 INSTALL = "task=demo needs Gradio, which is not installed here: pip install gradio==6.31.0 (or igpt[demo])"
 LOCAL = ("127.0.0.1", "localhost", "::1")
-
-
-@contextmanager
-def computing_with(threads: int | None) -> Iterator[None]:
-    """So many threads for PyTorch, while the block lasts; None: one fewer than it would take.
-
-    The threads that share a product wait for each other in a loop, so one that has to share its core with a browser
-    holds up all of them: on two cores, two threads then draw several times slower than one (docs/demo.md).
-    """
-    with num_threads(max(1, torch.get_num_threads() - 1) if threads is None else threads):
-        yield
 
 
 def about(weights: Weights) -> dict[str, str]:
@@ -55,35 +40,14 @@ def about(weights: Weights) -> dict[str, str]:
 
 def validation_loss(weights: Weights) -> float | None:
     """Nats per token that the run of these weights reports of its validation images; None where it says nothing."""
-    run = RunFolder(weights.folder.parent)
-    if weights.folder.name != "model" or not run.finished:  # a checkpoint on the way is not what was scored
-        return None
+    folder = weights.folder.parent
+    scored = weights.folder.name == "model" and (folder / "result.json").is_file()  # not a checkpoint on the way
     try:
-        number = result_of(run.read_result()).numbers.get("val/loss_gen")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        log.warning("%s/result.json cannot be read (%s): the page does not state its loss", run.path, error)
+        number = read_run(folder).result.numbers.get("val/loss_gen") if scored else None
+    except ValueError as error:
+        log.warning("%s: the page does not state its loss", error)
         return None
     return None if number is None else number.value
-
-
-class Ending:
-    """Whether Ctrl-C or SIGTERM has asked the demo to end; a second one leaves at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """While the block lasts, the two signals are requests."""
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.getsignal(number) for number in numbers}
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self.asked = True
-            signal.signal(number, before[signal.Signals(number)])
-
-        with signal_handler(numbers, ask):
-            yield
 
 
 def run(components: Components, settings: DemoSettings) -> Result:
@@ -94,52 +58,41 @@ def run(components: Components, settings: DemoSettings) -> Result:
     """
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(INSTALL)
-    weights, machine, host = components.trained_weights, components.hardware, settings.host
+    weights, machine = components.trained_weights, components.hardware
     if not weights.metadata.network.causal:
         raise ValueError(
             f"task=demo draws images, pixel after pixel; {weights.path} predicts masked pixels "
             f"({weights.metadata.objective['name']}) and draws none: choose weights of objective=ar. What these know: "
             "task=probe"
         )
-    from igpt.app import page  # which imports Gradio
+    from igpt.app.demo_page import serving  # which imports Gradio
 
-    data = components.build_datamodule()
-    depth = weights.metadata.network.n_layer
+    data, depth = components.build_datamodule(), weights.metadata.network.n_layer
     layer = depth // 2 if settings.layer is None else settings.layer
     if layer > depth:
         raise ValueError(f"task.layer must lie in 0 (the embedding) … {depth}, or be null; got {layer}")
-    given = prompt_rows(0.5, settings.rows, data.tokenizer.side)
+    rows = prompt_rows(0.5, settings.rows, data.tokenizer.side)
+    settings = settings.model_copy(update={"layer": layer, "rows": rows})
+    # The threads that share a product wait for each other in a loop, so one that has to share its core with a browser
+    # holds up all of them: on two cores, two threads then draw several times slower than one (docs/demo.md).
     with (
-        computing_with(settings.threads),
+        num_threads(settings.threads or max(1, torch.get_num_threads() - 1)),
         machine.inference(weights.net()) as net,
-        tempfile.TemporaryDirectory(prefix="igpt-demo-") as place,
+        tempfile.TemporaryDirectory(prefix="igpt-demo-") as uploads,
     ):
         training = TrainingFeatures(
-            net=net, machine=machine, data=data, cache=components.cache_dir, weights=weights.sha256,
-            made_by=components.cache_key, norm=settings.norm, dtype=settings.dtype, among=settings.among,
-            batch_size=settings.batch_size,
-        )  # fmt: skip
-        bench = Workbench(
-            net=net, machine=machine, data=data, training=training, seed=components.seed, split=settings.split,
-            at_most=settings.at_most,
-            uploads=Uploads(
-                components.evaluation_crop, round(settings.upload_mb * MEBIBYTE), settings.upload_pixels
-            ),
-        )  # fmt: skip
-        start = page.Start(
-            choices=settings.choices, rows=given, completions=settings.completions, temperature=settings.temperature,
-            top_k=settings.top_k, seed=components.seed, nearest=settings.nearest, layer=layer,
-        )  # fmt: skip
-        ending = Ending()
+            net, machine, data, components.cache_dir, settings, weights=weights.sha256, made_by=components.cache_key
+        )
+        bench = Workbench(training, components.evaluation_crop, settings)
+        request = StopRequest("ending the demo")
         try:
-            at: dict[str, Any] = {"host": host, "port": settings.port, "place": Path(place)}
-            with ending.listening(), page.serving(bench, about(weights), start, **at) as url:
+            with request.listening(), serving(bench, about(weights), Path(uploads)) as url:
                 log.info("the page is at %s; Ctrl-C ends it", url)
-                if host not in LOCAL:
-                    log.warning("task.host=%s: whoever reaches this machine can open it, there is no password", host)
-                while not ending.asked:
+                if settings.host not in LOCAL:
+                    warning = "task.host=%s: whoever reaches this machine can open it, there is no password"
+                    log.warning(warning, settings.host)
+                while not request.number:
                     time.sleep(0.1)
-                log.info("ending the demo")
                 bench.stop()
         finally:
             bench.stop()

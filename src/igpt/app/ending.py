@@ -1,15 +1,16 @@
 """What a sweep ends in: its runs side by side as a table, a picture and a page."""
 
-import json
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from igpt import files
 from igpt.app.summary import NothingFoundError, Summary, draw, headings, summary, table
 from igpt.metric.result import Number
-from igpt.report.page import Row, Table, comparison_page
-from igpt.report.table import columns
+from igpt.report.page import link_to, write_html
+from igpt.report.pictures import Picture
+from igpt.report.text import columns
 
 log = logging.getLogger(__name__)
 
@@ -28,44 +29,23 @@ def side_by_side(place: Path, folders: Sequence[Path], *, metric: str, command: 
             return
         draw(place / PICTURE, found)
         page(place / PAGE, found, command=command)
-        record = {"metric": metric, "unit": found.unit, "rows": [_record(row) for row in found.rows]}
-        files.write_json(place / ROWS, record)
+        rows = [asdict(row) | {"folders": [str(folder) for folder in row.folders]} for row in found.rows]
+        files.write_json(place / ROWS, {"metric": metric, "unit": found.unit, "rows": rows})
     except NothingFoundError as error:
         log.info("nothing to compare: %s", error)
-        return
     except Exception:  # whatever it is: the sweep has ended well
         log.warning("the comparison of this sweep could not be written")
         log.debug("traceback", exc_info=True)
-        return
-    caution = f"\n{found.caution}" if found.caution else ""
-    log.info("%s%s\n%s\n%s", columns([headings(found), *table(found)]), caution, place / PICTURE, place / PAGE)
+    else:
+        caution = f"\n{found.caution}" if found.caution else ""
+        log.info("%s%s\n%s\n%s", columns([headings(found), *table(found)]), caution, place / PICTURE, place / PAGE)
 
 
 def page(path: Path, found: Summary, *, command: str) -> Path:
-    """The page of a comparison: a row for each setting, linked to its first run's page."""
-    rows = [
-        Row(
-            (row.name, Number(row.mean, found.unit, row.n, interval=row.interval, deviation=row.deviation), str(row.n)),
-            row.folders[0],
-        )
-        for row in found.rows
-    ]
-    left = [Row((folder.name, reason), None) for folder, reason in found.left_out.items()]
-    tables = [Table(("settings", found.metric, "seeds"), rows, note=found.caution)]
-    if left:
-        tables.append(Table(("run", "why"), left, title="Left out"))
-    best = found.rows[0]
-    return comparison_page(
-        path,
-        f"Sweep: {found.metric}",
-        tables,
-        summary="" if found.caution or len(found.rows) == 1 else f"Best of {len(found.rows)}: {best.name}.",
-        pictures=[(f"{found.metric} of each setting", path.parent / PICTURE)],
-        commands=[("the sweep again, which goes on with what is left", command)],
-    )
-
-
-def _record(row: object) -> dict[str, object]:
-    values = vars(row) | {"folders": [str(folder) for folder in getattr(row, "folders", [])]}
-    kept: dict[str, object] = json.loads(json.dumps(values))
-    return kept
+    """Writes the page of a sweep: a row for each setting, linked to its first run's page; its path."""
+    rows = []
+    for row in found.rows:
+        number = Number(row.mean, found.unit, row.n, interval=row.interval, deviation=row.deviation)
+        rows.append((row.name, number, link_to(path, row.folders[0])))
+    picture = Picture("Pictures", f"{found.metric} of each setting", path.parent / PICTURE, PICTURE)
+    return write_html(path, "comparison.html", [picture], found=found, rows=rows, command=command)

@@ -12,7 +12,7 @@ from igpt.app.summary import Summary, over_seeds, shortened
 from igpt.metric.result import Number
 from igpt.report.paper import TABLES
 from igpt.report.runs import Run
-from igpt.report.table import columns, readable
+from igpt.report.text import columns, readable
 
 HEADINGS = ("paper", "ours", "setting", "command")
 FIELDS = (

@@ -1,110 +1,60 @@
 """What a person does with a trained network: choose or bring an image, complete it, find what is like it."""
 
 import hashlib
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from igpt import keyed
-from igpt.app.nearest import Neighbour, TrainingFeatures
+from igpt.app.nearest import TrainingFeatures
 from igpt.data.classes import format_class_name
 from igpt.data.crop import Crop
 from igpt.data.decode import BadImageError, opened, read_image_file
 from igpt.data.source import plain_pixels
 from igpt.model.generate import Sampling, generate_stream
-from igpt.model.gpt import GPT
+from igpt.settings.generation import DemoSettings
 from igpt.task.complete import HIDDEN, prompt_rows
-from igpt.task.machine import Machine
-from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.tokenizer import whole_rows
 
 MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The image that a person works on."""
+class DemoImage:
+    """An image that a person works on, or that is found for it."""
 
     pixels: np.ndarray  # (R, R, 3) uint8
-    index: int  # of the held-out split; of an uploaded one, a number that its pixels decide
+    index: int  # of its split; of an uploaded one, a number that its pixels decide
     name: str
     label: int = -1  # -1: it has none
+    cosine: float | None = None  # of one that was found
 
 
-@dataclass(frozen=True)
-class Drawing:
+class Drawing(NamedTuple):
     """Completions on the way."""
 
     pixels: np.ndarray  # (N, R, R, 3) uint8, grey where nothing is drawn yet
-    rows: float  # as many pixels as so many rows have are there
-    finished: bool
-
-
-@dataclass(frozen=True)
-class Uploads:
-    """What an uploaded file may be."""
-
-    crop: Crop
-    max_bytes: int
-    max_pixels: int
-
-    def read(self, path: Path) -> np.ndarray:
-        """The image in a file, cut out as the data's are for evaluation: (R, R, 3) uint8.
-
-        It may be of every format that data may have (`igpt.data.decode.FORMATS`).
-
-        Raises:
-            ValueError: too many bytes or pixels, no image, one of another format, or a damaged one.
-        """
-        size = path.stat().st_size
-        if size > self.max_bytes:
-            raise ValueError(
-                f"The file has {size / MEBIBYTE:.1f} MB, at most {self.max_bytes / MEBIBYTE:g} MB are taken."
-            )
-        try:
-            data = read_image_file(path)
-            image = opened(data)
-            width, height = image.size
-            if width * height > self.max_pixels:
-                raise ValueError(
-                    f"The image has {width:,}×{height:,} pixels, at most {self.max_pixels / 1e6:g} million are taken."
-                )
-            return self.crop(data, 0).copy()  # Pillow's own cannot be written on, of which PyTorch warns
-        except BadImageError as error:
-            raise ValueError(f"The file cannot be read as an image: {error}.") from error
+    rows: float  # as many pixels as so many rows have are there; R: all
 
 
 class Workbench:
     """A network, the images it is shown, and what can be done with them. R is its resolution."""
 
-    def __init__(
-        self,
-        *,
-        net: GPT,
-        machine: Machine,
-        data: TokenDataModule,
-        uploads: Uploads,
-        training: TrainingFeatures,
-        seed: int,
-        split: str,
-        at_most: int,
-    ) -> None:
-        self.net, self.machine, self.data = net, machine, data
-        self.uploads, self.training, self.seed, self.at_most = uploads, training, seed, at_most
-        self.split_name, self.split = split, data.source.split(split)
+    def __init__(self, training: TrainingFeatures, crop: Crop, settings: DemoSettings) -> None:
+        self.training, self.stopping, self.crop, self.settings = training, training.stopping, crop, settings
+        self.net, self.machine, self.data = training.net, training.machine, training.data
+        self.split = self.data.source.split(settings.split)
         if not len(self.split):
-            raise ValueError(f"{data.source.name} has no images in its {split} split: choose another, task.split=…")
-        self.stopping = threading.Event()
-        self._order = keyed.generator(seed, "demo").permutation(len(self.split))
-
-    @property
-    def side(self) -> int:
-        """R, pixels a side."""
-        return self.data.tokenizer.side
+            what = f"{self.data.source.name} has no images in its {settings.split} split"
+            raise ValueError(f"{what}: choose another, task.split=…")
+        self.side = self.data.tokenizer.side  # R, pixels
+        self._order = keyed.generator(self.data.seed, "demo").permutation(len(self.split))
+        self._reader = ThreadPoolExecutor(1)  # of training images
 
     def class_name(self, label: int) -> str:
         """What is said of a label: its class by name, else its number; nothing where an image has none."""
@@ -115,30 +65,39 @@ class Workbench:
             return f"label\N{NO-BREAK SPACE}{label}"
         return f"class\N{NO-BREAK SPACE}{format_class_name(names[label])}"
 
-    def choices(self, page: int, count: int) -> list[Chosen]:
-        """`count` held-out images; the next page has the next ones, and after the last come the first again."""
-        n = len(self.split)
-        count = min(count, n)
-        rows = [int(self._order[(page * count + i) % n]) for i in range(count)]
-        pixels, labels = plain_pixels(self.split, rows), self.split.labels
-        return [
-            Chosen(image, row, f"{self.split_name} image {row}", int(labels[row]))
-            for image, row in zip(pixels, rows, strict=True)
-        ]
+    def choices(self, page: int, count: int | None = None) -> list[DemoImage]:
+        """`count` held-out images, or as many as are shown at a time; after the last come the first again."""
+        count = min(count or self.settings.choices, len(self.split))
+        rows = self._order.take(range(page * count, (page + 1) * count), mode="wrap").tolist()
+        labels = self.split.labels[rows].tolist()
+        names = [f"{self.settings.split} image {row}" for row in rows]
+        return list(map(DemoImage, plain_pixels(self.split, rows), rows, names, labels))
 
-    def uploaded(self, path: Path) -> Chosen:
-        """The image in an uploaded file. Raises ValueError, as `Uploads.read`."""
-        pixels = self.uploads.read(path)
+    def uploaded(self, path: Path) -> DemoImage:
+        """The image in an uploaded file, cut out as the data's are for evaluation.
+
+        It may be of every format that data may have (`igpt.data.decode.FORMATS`).
+
+        Raises:
+            ValueError: too many bytes or pixels, no image, one of another format, or a damaged one.
+        """
+        size = path.stat().st_size / MEBIBYTE
+        if size > self.settings.upload_mb:
+            raise ValueError(f"The file has {size:.1f} MB, at most {self.settings.upload_mb:g} MB are taken.")
+        try:
+            data = read_image_file(path)
+            width, height = opened(data).size
+            if width * height > self.settings.upload_pixels:
+                most = f"{self.settings.upload_pixels / 1e6:g} million"
+                raise ValueError(f"The image has {width:,}×{height:,} pixels, at most {most} are taken.")
+            pixels = self.crop(data, 0).copy()  # Pillow's own cannot be written on, of which PyTorch warns
+        except BadImageError as error:
+            raise ValueError(f"The file cannot be read as an image: {error}.") from error
         digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
-        return Chosen(pixels, int.from_bytes(digest, "little") >> 1, "your image")
+        return DemoImage(pixels, int.from_bytes(digest, "little") >> 1, "your image")
 
-    def quantised(self, chosen: Chosen) -> np.ndarray:
-        """What the network is shown, the image as its tokens are decoded: (R, R, 3) uint8."""
-        shown: np.ndarray = self.data.decode(self._tokens(chosen))[0]
-        return shown
-
-    def given(self, chosen: Chosen, rows: int) -> np.ndarray:
-        """The same, grey where it is to be completed."""
+    def given(self, chosen: DemoImage, rows: int) -> np.ndarray:
+        """What the network is shown of an image's top `rows`, as their tokens are decoded, grey below: (R, R, 3)."""
         known = self.data.tokenizer.known_tokens(prompt_rows(0, rows, self.side))
         shown: np.ndarray = self._shown(self._tokens(chosen), known)[0]
         return shown
@@ -149,7 +108,7 @@ class Workbench:
 
     def complete(
         self,
-        chosen: Chosen,
+        chosen: DemoImage,
         *,
         rows: int,
         completions: int,
@@ -167,44 +126,48 @@ class Workbench:
             ValueError: a setting that cannot be, before anything is drawn.
         """
         sampling = Sampling(temperature, top_k, None)
-        if not 1 <= completions <= self.at_most:
-            raise ValueError(f"1 to {self.at_most} completions can be drawn at once, got {completions}")
+        if not 1 <= completions <= self.settings.at_most:
+            raise ValueError(f"1 to {self.settings.at_most} completions can be drawn at once, got {completions}")
         known = self.data.tokenizer.known_tokens(prompt_rows(0, rows, self.side))
         image = torch.full((completions,), chosen.index)
         keys = keyed.item_keys(keyed.item_keys(keyed.key(seed, "complete"), image), torch.arange(completions))
-        device = self.net.wte.device
-        uniforms = keyed.uniform(keys, self.net.n_ctx).to(device)
+        device, n_ctx = self.net.wte.device, self.net.n_ctx
         given = self._tokens(chosen).expand(completions, -1).to(device)
-        steps = generate_stream(self.net, uniforms, sampling, given=given, known=known)
-        n_known, n_ctx = int(known.sum()), self.net.n_ctx
-        for drawn in range(n_ctx - n_known + 1):
+        steps = generate_stream(self.net, keyed.uniform(keys, n_ctx).to(device), sampling, given=given, known=known)
+        n_known, row = int(known.sum()), n_ctx // self.data.tokenizer.grid.rows
+        for there in range(n_known, n_ctx + 1):
             if self.stopping.is_set() or not wanted():
                 return
             with self.machine.autocast():  # of this thread: each row may be asked for by another
                 tokens, settled = next(steps)
-            if drawn % (n_ctx // self.data.tokenizer.grid.rows) == 0 or drawn == n_ctx - n_known:
-                there = known | (torch.arange(n_ctx) < settled)
-                rows_there = (n_known + drawn) * self.side / n_ctx
-                yield Drawing(self._shown(tokens, there), rows_there, drawn == n_ctx - n_known)
+            if (there - n_known) % row == 0 or there == n_ctx:
+                visible = known | (torch.arange(n_ctx) < settled)
+                yield Drawing(self._shown(tokens, visible), there * self.side / n_ctx)
 
-    def nearest(self, chosen: Chosen, *, layer: int, k: int) -> Iterator[tuple[int, int] | list[Neighbour]]:
+    def nearest(self, chosen: DemoImage, *, layer: int, k: int) -> Iterator[tuple[int, int] | list[DemoImage]]:
         """While the training images are read, how many of how many are; last, unless the demo ends, the k nearest.
 
         Raises:
             ValueError: a layer that is not there, or training images that cannot be read.
         """
-        while not self.training.ready(wait=0.5):
-            if self.stopping.is_set():
-                return
+        if self.stopping.is_set():
+            return
+        reading = self._reader.submit(self.training.read)
+        while not wait([reading], timeout=0.5).done:
             yield self.training.done, self.training.total
-        yield self.training.find(self._tokens(chosen), layer=layer, k=k)
+        reading.result()
+        if not self.stopping.is_set():
+            rows, cosines = self.training.find(self._tokens(chosen), layer=layer, k=k)
+            split = self.data.source.split("train")
+            names, labels = [f"training image {row}" for row in rows], split.labels[rows].tolist()
+            yield list(map(DemoImage, plain_pixels(split, rows.tolist()), rows.tolist(), names, labels, cosines))
 
     def stop(self) -> None:
         """Ends what is being drawn and read, after its step."""
         self.stopping.set()
-        self.training.stop()
+        self._reader.shutdown()
 
-    def _tokens(self, chosen: Chosen) -> torch.Tensor:
+    def _tokens(self, chosen: DemoImage) -> torch.Tensor:
         return self.data.encode(torch.from_numpy(chosen.pixels[None]))
 
     def _shown(self, tokens: torch.Tensor, there: torch.Tensor) -> np.ndarray:

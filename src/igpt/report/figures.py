@@ -2,13 +2,14 @@
 
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
@@ -20,7 +21,7 @@ from igpt.metric.result import Bars, Curve, Grid
 
 CELL = 96  # pixels a side that an image is shown at, at least
 GAP = 6
-BACKGROUND = (255, 255, 255)
+WHITE = 255  # of every channel
 INK = (60, 60, 60)
 AROUND_COLOURS = (200, 215, 235)
 DPI = 130
@@ -31,26 +32,22 @@ CELLS = "cells"  # in a picture of a matrix: left, top, width and height of its 
 
 def draw_grid(grid: Grid) -> Image.Image:
     """The images of a grid with white between them and titles above, each pixel enlarged to a whole square."""
-    rows, columns, side = grid.images.shape[:3]
+    side = grid.images.shape[2]
     scale = 2 * -(-CELL // (2 * side))  # even: at half the size each pixel is a whole square still
-    cell = side * scale
-    head = 22 if grid.titles else 0
-    size = (columns * (cell + GAP) + GAP, rows * (cell + GAP) + GAP + head)
-    picture = Image.new("RGB", size, BACKGROUND)
-    for row in range(rows):
-        for column in range(columns):
-            tile = Image.fromarray(grid.images[row, column]).resize((cell, cell), Image.Resampling.NEAREST)
-            picture.paste(tile, (GAP + column * (cell + GAP), GAP + head + row * (cell + GAP)))
+    cell, head = side * scale, 22 if grid.titles else 0
+    cells = grid.images.repeat(scale, axis=2).repeat(scale, axis=3)
+    pixels = _mosaic(np.pad(cells, ((0, 0), (0, 0), (GAP, 0), (GAP, 0), (0, 0)), constant_values=WHITE))
+    picture = Image.fromarray(np.pad(pixels, ((head, GAP), (0, GAP), (0, 0)), constant_values=WHITE))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for column, title in enumerate(grid.titles):
-        middle = GAP + column * (cell + GAP) + cell // 2
-        pen.text((middle, 5), title, fill=INK, font=font, anchor="ma")
+        pen.text((GAP + column * (cell + GAP) + cell // 2, 5), title, fill=INK, font=font, anchor="ma")
     return picture
 
 
 def grid_picture(path: Path, grid: Grid) -> None:
     """Writes `draw_grid` as PNG."""
-    _save(path, draw_grid(grid))
+    with files.atomic_path(path) as temporary:
+        draw_grid(grid).save(temporary, format="PNG")
 
 
 def palette_picture(path: Path, colours: np.ndarray) -> None:
@@ -59,35 +56,42 @@ def palette_picture(path: Path, colours: np.ndarray) -> None:
     Lines between the squares, and no square where there is no colour, tell a white one from none.
     """
     columns = int(np.ceil(np.sqrt(len(colours))))
-    rows = -(-len(colours) // columns)
-    scale = max(6, 384 // columns)
-    picture = Image.new("RGB", (columns * scale, rows * scale), AROUND_COLOURS)
-    pen = ImageDraw.Draw(picture)
-    for token, colour in enumerate(colours.tolist()):
-        top, left = token // columns * scale, token % columns * scale
-        pen.rectangle((left + 1, top + 1, left + scale - 2, top + scale - 2), fill=tuple(colour))
-    _save(path, picture)
+    rows, side = -(-len(colours) // columns), max(6, 384 // columns)
+    squares = np.full((rows * columns, side, side, 3), AROUND_COLOURS, dtype=np.uint8)
+    squares[: len(colours), 1:-1, 1:-1] = colours[:, None, None]
+    with files.atomic_path(path) as temporary:
+        Image.fromarray(_mosaic(squares.reshape(rows, columns, side, side, 3))).save(temporary, format="PNG")
 
 
-def curves_figure(path: Path, curves: dict[str, Curve]) -> None:
-    """Writes a plot for each pair of units, below each other; curves of one point are left to the numbers."""
-    plots: dict[tuple[str, str], dict[str, Curve]] = {}
+def _mosaic(tiles: np.ndarray) -> np.ndarray:
+    """Pictures (rows, columns, height, width, 3) as one."""
+    rows, columns, height, width, _ = tiles.shape
+    return tiles.swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+
+
+def by_units(curves: Mapping[str, Curve], *, least: int = 1) -> dict[tuple[str, str], dict[str, Curve]]:
+    """The curves of at least so many points, those of one pair of units together: (of x, of y) → name → curve."""
+    groups: dict[tuple[str, str], dict[str, Curve]] = {}
     for name, curve in curves.items():
-        if len(curve.x) > 1:
-            plots.setdefault((curve.x_unit, curve.y_unit), {})[name] = curve
-    figure = Figure(figsize=(7, 4 * max(1, len(plots))), layout="constrained")
-    for place, ((x_unit, y_unit), lines) in enumerate(plots.items(), start=1):
-        axes = figure.add_subplot(len(plots), 1, place)
+        if len(curve.x) >= least:
+            groups.setdefault((curve.x_unit, curve.y_unit), {})[name] = curve
+    return groups
+
+
+def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
+    """Writes a plot for each pair of units, below each other; curves of one point are left to the numbers."""
+    groups = by_units(curves, least=2)
+    figure = Figure(figsize=(7, 4 * max(1, len(groups))), layout="constrained")
+    for place, ((x_unit, y_unit), lines) in enumerate(groups.items(), start=1):
+        axes = figure.add_subplot(len(groups), 1, place)
         for name, curve in lines.items():
             axes.plot(curve.x, curve.y, label=name, linewidth=1.4, marker="o" if len(curve.x) <= 65 else None, ms=3)
-        axes.set_xlabel(x_unit)
-        axes.set_ylabel(y_unit)
+        axes.set(xlabel=x_unit, ylabel=y_unit)
         if all(float(x).is_integer() for curve in lines.values() for x in curve.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
-        figure.savefig(temporary, format="png", dpi=DPI)
+    _save(path, figure)
 
 
 def bars_figure(path: Path, bars: Bars) -> None:
@@ -95,25 +99,21 @@ def bars_figure(path: Path, bars: Bars) -> None:
     series = list(dict.fromkeys(name for group in bars.heights.values() for name in group))
     figure = Figure(figsize=(max(4.5, 2.2 * len(bars.heights)), 4), layout="constrained")
     axes = figure.add_subplot()
-    width, named = 0.8 / len(series), set[str]()
+    width = 0.8 / len(series)
     for place, name in enumerate(series):
-        for column, group in enumerate(bars.heights.values()):
-            if name not in group:
-                continue
-            number, x = group[name], column + (place - (len(series) - 1) / 2) * width
-            axes.bar(x, number.value, 0.92 * width, color=f"C{place}", label=None if name in named else name)
-            named.add(name)
-            low, high = number.interval or (number.value, number.value)
-            axes.errorbar(
-                x, number.value, [[number.value - low], [high - number.value]], color="black", capsize=3, lw=1
-            )
-            axes.text(x, 0, f"{number.value:.3f}", ha="center", va="bottom", color="white", fontsize=9)
+        numbers = {i: group[name] for i, group in enumerate(bars.heights.values()) if name in group}
+        x = [i + (place - (len(series) - 1) / 2) * width for i in numbers]
+        heights = [number.value for number in numbers.values()]
+        reach = _reach(heights, [number.interval for number in numbers.values()])
+        lines = {"lw": 1, "capsize": 3}
+        axes.bar(x, heights, 0.92 * width, yerr=reach, color=f"C{place}", label=name, error_kw=lines)
+        for middle, height in zip(x, heights, strict=True):
+            axes.text(middle, 0, f"{height:.3f}", ha="center", va="bottom", color="white", fontsize=9)
     axes.set_xticks(range(len(bars.heights)), list(bars.heights))
     axes.set_ylabel(bars.y_unit)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
-    with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
-        figure.savefig(temporary, format="png", dpi=DPI)
+    _save(path, figure)
 
 
 @dataclass(frozen=True)
@@ -134,23 +134,26 @@ def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
     figure = Figure(figsize=(8, height), layout="constrained")
     axes = figure.add_subplot()
     kinds = list(dict.fromkeys(point.kind for point in points))
+    for kind in kinds:
+        rows = [row for row, point in enumerate(points) if point.kind == kind]
+        values = [points[row].value for row in rows]
+        reach = _reach(values, [points[row].interval for row in rows])
+        axes.errorbar(values, rows, xerr=reach, fmt="o", ms=6, capsize=4, lw=1.6, label=kind)
     for row, point in enumerate(points):
-        colour = f"C{kinds.index(point.kind)}"
-        low, high = point.interval or (point.value, point.value)
-        axes.errorbar(
-            point.value, row, xerr=[[point.value - low], [high - point.value]], fmt="o", ms=6, capsize=4, lw=1.6,
-            color=colour, label=point.kind if point.kind not in [p.kind for p in points[:row]] else None,
-        )  # fmt: skip
         if len(point.single) > 1:
             axes.plot(point.single, [row] * len(point.single), "|", ms=9, color="black", lw=1)
     axes.set_yticks(range(len(points)), names, fontsize=8)
-    axes.set_ylim(len(points) - 0.4, -0.6)
-    axes.set_xlabel(label)
+    axes.set(ylim=(len(points) - 0.4, -0.6), xlabel=label)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper right", frameon=False, fontsize=8, ncols=len(kinds))
-    with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
-        figure.savefig(temporary, format="png", dpi=DPI)
+    _save(path, figure)
+
+
+def _reach(values: Sequence[float], intervals: Sequence[tuple[float, float] | None]) -> np.ndarray:
+    """How far each interval goes below and above its value, (2, n); nowhere, where there is none."""
+    ends = [interval or (value, value) for value, interval in zip(values, intervals, strict=True)]
+    return np.transpose(np.abs(np.array(ends) - np.array(values)[:, None]))
 
 
 def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | None = None) -> None:
@@ -179,15 +182,9 @@ def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | N
             if matrix[row, column]:
                 ink = "white" if share > 0.5 else "black"
                 axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8, color=ink)
-    axes.set_xlabel("taken for class")
-    axes.set_ylabel("class")
+    axes.set(xlabel="taken for class", ylabel="class")
     axes.spines[:].set_visible(False)
-    with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
-        figure.draw_without_rendering()  # lays it out, from here on the cells stay where they are
-        figure.set_layout_engine("none")
-        box = axes.get_position()
-        cells = f"{box.x0:.6f} {1 - box.y1:.6f} {box.width:.6f} {box.height:.6f}"
-        figure.savefig(temporary, format="png", metadata={CELLS: cells})
+    _save(path, figure, cells=axes)
 
 
 def drawn_name(name: str, number: int) -> str:
@@ -204,6 +201,13 @@ def _characters() -> frozenset[int]:
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
-def _save(path: Path, image: Image.Image) -> None:
-    with files.atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+def _save(path: Path, figure: Figure, *, cells: Axes | None = None) -> None:
+    """Writes a figure as PNG; of a matrix, the file says where in it the cells lie."""
+    with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
+        metadata = {}
+        if cells is not None:
+            figure.draw_without_rendering()  # lays it out, from here on the cells stay where they are
+            figure.set_layout_engine("none")
+            box = cells.get_position()
+            metadata = {CELLS: f"{box.x0:.6f} {1 - box.y1:.6f} {box.width:.6f} {box.height:.6f}"}
+        figure.savefig(temporary, format="png", dpi=DPI, metadata=metadata)

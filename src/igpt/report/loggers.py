@@ -16,6 +16,7 @@ from igpt.data.classes import format_class_name
 from igpt.global_state import kept_environment
 from igpt.metric.result import Curve, Result
 from igpt.processes import SWEEP
+from igpt.report.figures import by_units
 
 log = logging.getLogger(__name__)
 
@@ -140,10 +141,7 @@ def _charts(curves: dict[str, Curve]) -> dict[str, Any]:
     """One chart for each pair of units, of the curves that are not over the steps of training."""
     import wandb as library
 
-    plots: dict[tuple[str, str], dict[str, Curve]] = {}
-    for name, curve in curves.items():
-        if curve.x_unit != STEPS and len(curve.x) > 1:
-            plots.setdefault((curve.x_unit, curve.y_unit), {})[name] = curve
+    plots = by_units({name: curve for name, curve in curves.items() if curve.x_unit != STEPS}, least=2)
     return {
         f"{y_unit} over {x_unit}": library.plot.line_series(
             [curve.x for curve in lines.values()],

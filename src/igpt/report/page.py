@@ -1,55 +1,34 @@
-"""One self-contained page: of a run (`report.html` in its folder), or of several side by side."""
+"""A self-contained page, as that of a run: `report.html` in its folder."""
 
 import base64
 import hashlib
 import logging
 import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from igpt import files
-from igpt.metric.result import Curve, Number, Result
-from igpt.report.cells import Cells, read_cells
-from igpt.report.facts import OTHER, Run, flat, kind_of, read_run
-from igpt.report.pictures import Picture, embedded
+from igpt.metric.result import Result
+from igpt.report.facts import FinishedRun, as_typed, heading_of, read_run
+from igpt.report.pictures import Picture, data_uri, embedded, read_cells
 from igpt.report.plots import plots
-from igpt.report.table import REPORT, shown
+from igpt.report.runs import flat
+from igpt.report.text import REPORT, shown
 from igpt.settings.reading import ReportSettings
 
 log = logging.getLogger(__name__)
 
 LARGEST = 4_900_000  # bytes of a page: below 5 MB, pictures included
 WHILE = "Samples while it trained"
-ORDER = ("Samples", "Completions", OTHER[0], WHILE, "Confusion matrix", "Palette")
-FIRST = ORDER[:3]  # above the curves
+ABOVE_CURVES = ("Samples", "Completions", "Pictures")  # headings, in their order
+BELOW_CURVES = (WHILE, "Confusion matrix", "Palette")
 TRAINING_SAMPLES = 8  # pictures of that, at most
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of a comparison's table, and the run it is about: its first cell links to that run's page."""
-
-    cells: Sequence[str | Number]  # a Number is shown with its interval and unit
-    run: Path | None = None  # the run's folder
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of a comparison, each row as long as `columns`."""
-
-    columns: Sequence[str]
-    rows: Sequence[Row]
-    title: str = ""
-    note: str = ""  # below it
 
 
 def write_page(folder: Path) -> None:
@@ -68,61 +47,10 @@ def page_of(folder: Path) -> Path:
         ValueError: no finished run is there, or its result.json is damaged or of another version.
     """
     run, path = read_run(folder), folder / REPORT
-    found = [_picture(run, key, file) for key, file in run.pictures.items()]
-    return _write(
-        path,
-        "report.html",
-        pictures=[*found, *_training_samples(folder)],
-        cells=_cells(run),
-        run=run,
-        stages=[(stage, _link(path, stage.folder)) for stage in run.stages],
-        above=f"../{REPORT}" if run.is_stage else None,  # there once the pipeline has ended
-        plots=plots(run.result.curves),
-        texts={key: _text(run.folder / file) for key, file in run.result.files.items() if file.suffix == ".txt"},
-        configuration={group: list(flat(of, group)) for group, of in run.config.items()},
-        provenance=list(flat(run.record.get("provenance", {}))),
-    )
-
-
-def comparison_page(
-    path: Path,
-    title: str,
-    tables: Sequence[Table],
-    *,
-    summary: str = "",
-    pictures: Sequence[tuple[str, Path]] = (),
-    curves: Mapping[str, Curve] | None = None,
-    commands: Sequence[tuple[str, str]] = (),
-    environment: Mapping[str, Any] | None = None,
-) -> Path:
-    """Writes a page about several runs at `path`, as `page_of` writes that of one; its path.
-
-    `summary` is one or a few sentences below the title. `pictures` are (caption, PNG file): a missing or damaged one is
-    named as such. `curves` are drawn as in a run's page, one plot for each pair of units. `commands` are (what it does,
-    command). `environment` is what `report.folder.environment()` gives. A row whose run has no page is not a link.
-
-    Raises:
-        ValueError: a row with another number of cells than its table has columns.
-    """
-    for table in tables:
-        for row in table.rows:
-            if len(row.cells) != len(table.columns):
-                raise ValueError(
-                    f"a row of {table.title or title!r} has {len(row.cells)} cells, its table {len(table.columns)}"
-                )
-    found = [Picture(OTHER[0], caption, file, _relative(path, file)) for caption, file in pictures]
-    links = {str(row.run): _link(path, row.run) for table in tables for row in table.rows if row.run is not None}
-    return _write(
-        path,
-        "comparison.html",
-        pictures=found,
-        title=title,
-        summary=summary,
-        tables=tables,
-        links=links,
-        plots=plots(curves or {}),
-        commands=commands,
-        environment=list(flat(environment)) if environment else [],
+    texts = {key: _text(folder / file) for key, file in run.result.files.items() if file.suffix == ".txt"}
+    links = {stage.name: link_to(path, stage.folder) for stage in run.stages}
+    return write_html(
+        path, "report.html", [*_pictures(run), *_training_samples(folder)], run=run, texts=texts, links=links
     )
 
 
@@ -150,11 +78,12 @@ def run(settings: ReportSettings) -> Result:
     return Result()
 
 
-def _write(path: Path, template: str, *, pictures: Sequence[Picture], **known: Any) -> Path:
-    """Renders a page twice: without pictures, to know what room they have, and with them."""
+def write_html(path: Path, template: str, pictures: Sequence[Picture], **known: Any) -> Path:
+    """Writes a page, its pictures in it; its path. It is rendered twice: without them, to know what room they have."""
     page = templates().get_template(template)
-    room = LARGEST - len(page.render(blocks=_blocks(pictures), **known).encode(errors="backslashreplace"))
-    whole = page.render(blocks=_blocks(embedded(pictures, budget=max(0, room))), **known)
+    pictures = sorted(pictures, key=lambda picture: (*ABOVE_CURVES, *BELOW_CURVES).index(picture.title))
+    room = LARGEST - len(page.render(pictures=pictures, **known).encode(errors="backslashreplace"))
+    whole = page.render(pictures=embedded(pictures, budget=max(0, 3 * room // 4)), **known)  # 4 characters of 3 bytes
     with files.atomic_write(path) as file:
         file.write(whole.encode(errors="backslashreplace"))
     return path
@@ -170,84 +99,33 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    web = resources.files("igpt.report") / "web"
-    script = (web / "hover.js").read_text(encoding="utf-8").strip()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    made.globals.update(
-        style=Markup((web / "style.css").read_text(encoding="utf-8").strip()),
-        script=Markup(script),
-        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
-    )
-    made.filters.update(shown=shown, duration=duration, large=large, anchor=anchor, breakable=breakable)
-    made.globals["first"] = FIRST
-    made.filters["heading"] = lambda key: kind_of(key)[0]
-    made.tests["numeric"] = lambda value: isinstance(value, Number)
+    given = (shown, as_typed, sha256, data_uri, heading_of, flat, plots)
+    made.filters.update({function.__name__: function for function in given})
+    made.globals["above_curves"] = ABOVE_CURVES
     return made
 
 
-def duration(seconds: float) -> str:
-    """`3 min 56 s`, `2 h 5 min`, `4.2 s`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
+def sha256(text: str) -> str:
+    """The SHA-256 of a text as a Content-Security-Policy names it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def large(number: Number) -> tuple[str, str, str]:
-    """Value, unit and how sure it is, to be shown large: shares as percent."""
-    value, share = number.value, number.unit == "share"
-    scale, digits = (100, 1) if share else (1, 4)
-    digits = 0 if not share and (float(value).is_integer() or abs(value) >= 1e4) else digits
-    text = f"{scale * value:,.{digits}f}"
-    if number.interval is not None:
-        low, high = (f"{scale * end:.{digits}f}" for end in number.interval)
-        sure = f"95 %: {low} to {high}"
-    elif number.deviation is not None or number.stderr is not None:
-        spread = number.stderr if number.deviation is None else number.deviation
-        sure = f"± {scale * (spread or 0):.{digits}f}" + (" (std)" if number.deviation is not None else "")
-    else:
-        sure = ""
-    return text, "%" if share else number.unit, sure
-
-
-def breakable(key: str) -> Markup:
-    """A key that may go over to the next line after each of its parts."""
-    return Markup("<wbr>").join(part for part in re.split(r"(?<=[/_.])", key) if part)
-
-
-def anchor(title: str) -> str:
-    """The name that a link on the page uses for a heading."""
-    return title.lower().replace(" ", "-")
-
-
-def _blocks(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
-    """The pictures under their headings, what a network draws first."""
-    titles = sorted(dict.fromkeys(picture.title for picture in pictures), key=ORDER.index)
-    return {title: [picture for picture in pictures if picture.title == title] for title in titles}
-
-
-def _picture(run: Run, key: str, file: Path) -> Picture:
-    title, seen = kind_of(key)
-    stage = key.rpartition("/")[0]
-    caption = f"{stage}: {seen}" if stage and seen else seen or key
-    return Picture(title, caption, run.folder / file, str(file), whole=key.endswith(("completions", "images")))
-
-
-def _cells(run: Run) -> dict[str, Cells]:
-    """What lies under the pointer on each picture of a confusion matrix, by the picture's path as the page names it."""
-    found = {}
+def _pictures(run: FinishedRun) -> list[Picture]:
+    """Those that a run's result names, what lies under the pointer on a confusion matrix with it."""
+    found = []
     for key, file in run.pictures.items():
-        counts = run.result.files.get(f"{key}_counts")
-        if counts is not None:
-            found[str(file)] = read_cells(run.folder / file, run.folder / counts, run.result.class_names.get(key))
-    return {path: cells for path, cells in found.items() if cells is not None}
+        stage, (title, seen) = key.rpartition("/")[0], heading_of(key)
+        caption = f"{stage}: {seen}" if stage and seen else seen or key
+        counts, path = run.result.files.get(f"{key}_counts"), run.folder / file
+        cells = counts and read_cells(path, run.folder / counts, run.result.class_names.get(key))
+        found.append(Picture(title, caption, path, str(file), cells or None))
+    return found
 
 
 def _training_samples(folder: Path) -> list[Picture]:
     """What the network drew while it trained: the first grid, the last, and some between."""
     found = sorted((folder / "samples").glob("step_*.png"))
-    some = min(len(found), TRAINING_SAMPLES)
-    kept = [found[i * (len(found) - 1) // max(1, some - 1)] for i in range(some)]
+    kept = [found[i] for i in np.linspace(0, len(found) - 1, min(len(found), TRAINING_SAMPLES), dtype=int)]
     return [
         Picture(WHILE, f"step {int(path.stem.removeprefix('step_')):,}", path, str(path.relative_to(folder)))
         for path in kept
@@ -262,11 +140,8 @@ def _text(file: Path) -> str:
         return f"{file.name} cannot be read: {error.strerror}"
 
 
-def _link(page: Path, run: Path) -> str | None:
+def link_to(page: Path, run: Path) -> str | None:
     """The address of a run's page from another page, where there is one."""
     target = run / REPORT
-    return quote(os.fsencode(_relative(page, target))) if target.is_file() else None
-
-
-def _relative(page: Path, target: Path) -> str:
-    return Path(os.path.relpath(target.absolute(), page.absolute().parent)).as_posix()
+    relative = Path(os.path.relpath(target.absolute(), page.absolute().parent)).as_posix()
+    return quote(os.fsencode(relative)) if target.is_file() else None

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from igpt.app.page import serving
+from igpt.app.demo_page import serving
 from igpt.app.workbench import Workbench
 from igpt.model.generate import Sampling
-from tests.app.test_demo import START, bench_of, built_demo
+from tests.app.test_demo import bench_of, built_demo
 from tests.data.conftest import encoded, photo
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -r requirements-dev.txt")
@@ -51,9 +51,9 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
         return draw(*given)
 
     monkeypatch.setattr(Sampling, "draw", slowly)
-    bench = bench_of(built_demo(tmp_path), tmp_path)
+    bench = bench_of(built_demo(tmp_path))
     about = {"weights": "here/<b>model</b>"}
-    with serving(bench, about, START, host="127.0.0.1", port=None, place=tmp_path / "uploads") as url:
+    with serving(bench, about, tmp_path / "uploads") as url:
         yield url, bench
         bench.stop()
 

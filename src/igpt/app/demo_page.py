@@ -1,0 +1,229 @@
+"""The page of `task=demo`, made with Gradio: what is seen and clicked. What it does is in `workbench`."""
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from igpt.app.workbench import MEBIBYTE, DemoImage, Workbench
+from igpt.global_state import environment
+from igpt.report.page import templates
+
+INTRO = (
+    "The network draws an image pixel by pixel, row by row from the top. Choose an image, say how many of its rows are "
+    "given, and watch it draw the rest; or see which training images a layer finds most like it."
+)
+THEME = gr.themes.Default(
+    primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+)
+AT_MOST = 10.0  # seconds that a click waits for a pixel to be finished
+PIECES: Any = templates().get_template("demo.html").module  # HTML, in which whatever it is given is escaped
+
+
+class Turn:
+    """One drawing for one visitor, from another thread to be stopped."""
+
+    def __init__(self) -> None:
+        self.wanted = True
+        self.over = threading.Event()
+
+
+class DemoPage:
+    """What happens when something is clicked: every answer is what the parts of the page are to show."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.turns: dict[str | None, Turn] = {}  # of each visitor, the drawing that is under way
+
+    def stop(self, request: gr.Request) -> None:
+        """Ends the visitor's drawing after its pixel."""
+        if turn := self.turns.get(request.session_hash):
+            turn.wanted = False
+
+    def leave(self, request: gr.Request) -> None:
+        """The same, and waits until nothing of it can come any more."""
+        self.stop(request)
+        if turn := self.turns.pop(request.session_hash, None):
+            turn.over.wait(AT_MOST)
+
+    def others(self, page: int) -> tuple[int, Any]:
+        """The next held-out images."""
+        return page + 1, gr.Gallery([image.pixels for image in self.bench.choices(page + 1)], selected_index=None)
+
+    def held_out(self, page: int, rows: float, event: gr.SelectData, request: gr.Request) -> tuple[Any, ...]:
+        """One of them was clicked."""
+        self.leave(request)
+        chosen = self.bench.choices(page)[event.index]
+        return chosen, self.given(chosen, rows), "", "", PIECES.note(f"{chosen.name} is chosen.")
+
+    def uploaded(self, file: str | None, rows: float, request: gr.Request) -> tuple[Any, ...]:
+        """A file has come."""
+        self.leave(request)
+        try:
+            if file is None:
+                raise ValueError("No file has come.")
+            chosen = self.bench.uploaded(Path(file))
+        except (ValueError, OSError) as error:
+            return *[gr.skip()] * 4, PIECES.note(str(error), problem=True)
+        finally:
+            if file is not None:
+                Path(file).unlink(missing_ok=True)
+        return (
+            chosen,
+            self.given(chosen, rows),
+            "",
+            "",
+            PIECES.note("Your image was cut and resized as the data's are."),
+        )
+
+    def given(self, chosen: DemoImage, rows: float) -> str:
+        """The image as the network is shown it, and what of it is given."""
+        there = self.bench.given_rows(round(rows))
+        whole = self.bench.given(chosen, self.bench.side)
+        shown = (whole, chosen.name, self.labelled("as its tokens show it", chosen.label))
+        cut = (self.bench.given(chosen, round(rows)), "given", f"{there} of {self.bench.side} rows")
+        return str(PIECES.tiles("the image", [shown, cut]))
+
+    def labelled(self, text: str, label: int) -> str:
+        """The text, and the class if there is one."""
+        return ", ".join(filter(None, (text, self.bench.class_name(label))))
+
+    def complete(
+        self, chosen: DemoImage, rows: float, completions: float, temperature: float, top_k: float,
+        seed: float | None, request: gr.Request,
+    ) -> Iterator[tuple[Any, str]]:  # fmt: skip
+        """Completions and a line about them, row by row."""
+        self.leave(request)
+        turn = self.turns[request.session_hash] = Turn()
+        side, begun, there = self.bench.side, time.perf_counter(), 0.0
+        try:
+            steps = self.bench.complete(
+                chosen, rows=round(rows), completions=round(completions), seed=round(seed or 0),
+                temperature=temperature, top_k=round(top_k) or None, wanted=lambda: turn.wanted,
+            )  # fmt: skip
+            for pixels, there in steps:
+                seconds = time.perf_counter() - begun
+                pace = f", {seconds / (there - rows):.2f} s a row" if there > rows else ""
+                finished = f"All {side} rows are there, drawn in {seconds:.1f} s{pace}."
+                said = finished if there == side else f"Row {there:g} of {side}{pace}."
+                made = [(image, f"completion {i}", "") for i, image in enumerate(pixels, start=1)]
+                yield PIECES.tiles("completions", made), PIECES.note(said)
+            if there < side:
+                yield gr.skip(), PIECES.note("Stopped.")
+        except ValueError as error:
+            yield gr.skip(), PIECES.note(str(error), problem=True)
+        finally:
+            turn.over.set()
+
+    def nearest(self, chosen: DemoImage, layer: float) -> Iterator[tuple[Any, str]]:
+        """The training images most like the chosen one, and a line about them; while they are read, how far that is."""
+        try:
+            for found in self.bench.nearest(chosen, layer=round(layer), k=self.bench.settings.nearest):
+                if isinstance(found, tuple):
+                    yield gr.skip(), PIECES.note(f"Reading training images, this once: {found[0]:,} of {found[1]:,}.")
+                else:
+                    made = [(of.pixels, of.name, self.labelled(f"cosine {of.cosine:.3f}", of.label)) for of in found]
+                    said = f"Layer {layer:g}, among {len(self.bench.training.rows):,} training images."
+                    yield PIECES.tiles("nearest training images", made), PIECES.note(said)
+        except ValueError as error:
+            yield gr.skip(), PIECES.note(str(error), problem=True)
+
+
+def build(bench: Workbench, about: Mapping[str, str]) -> gr.Blocks:
+    """The page, its parts tied to what they do."""
+    page, settings, side, depth = DemoPage(bench), bench.settings, bench.side, bench.net.n_layer
+    first, rows, layer = bench.choices(0), settings.rows or 0, settings.layer or 0
+    limit = f"An upload has at most {settings.upload_mb:g} MB, and is cut to the square the network reads."
+    with gr.Blocks(title="igpt demo", analytics_enabled=False) as blocks:
+        chosen, shelf = gr.State(first[0]), gr.State(0)
+        gr.HTML(PIECES.facts("Image GPT", INTRO, about))
+        with gr.Row(elem_classes="sides"):
+            with gr.Column(scale=4, min_width=320):
+                gr.HTML(f'<h2 class="part">Held-out images ({settings.split})</h2>')
+                gallery = gr.Gallery(
+                    [image.pixels for image in first], show_label=False, columns=6, allow_preview=False,
+                    height="auto", object_fit="contain", buttons=[], interactive=False, elem_classes="choices",
+                    elem_id="choices", format="png", selected_index=0,
+                )  # fmt: skip
+                with gr.Row():
+                    small: dict[str, Any] = {"size": "sm", "min_width": 120}
+                    others = gr.Button("Other images", **small)
+                    upload = gr.UploadButton("Upload an image", file_types=["image"], elem_id="upload", **small)
+                gr.HTML(f'<p class="hint">{limit}</p>')
+                given_rows = gr.Slider(0, side, rows, step=1, label="Rows given, from the top", elem_id="rows")
+                completions = gr.Slider(1, settings.at_most, settings.completions, step=1, label="Completions")
+                warmth = {"label": "Temperature", "info": "below 1: safer; above: wilder"}
+                temperature = gr.Slider(0.1, 2, settings.temperature, step=0.05, **warmth)
+                likely = {"label": "Top-k", "info": "likeliest colours only; 0: any"}
+                top_k = gr.Slider(0, bench.net.n_vocab, settings.top_k or 0, step=1, **likely)
+                seed = gr.Number(bench.data.seed, label="Seed", precision=0, info="the same seed draws the same")
+            with gr.Column(scale=5, min_width=320):
+                gr.HTML('<h2 class="part">Completion</h2>')
+                with gr.Row():
+                    complete = gr.Button("Complete", variant="primary", min_width=120, elem_id="complete")
+                    stop = gr.Button("Stop", min_width=120, elem_id="stop")
+                said = gr.HTML(PIECES.note(""), elem_id="said")
+                given = gr.HTML(page.given(first[0], rows), elem_id="given")
+                drawn = gr.HTML("", elem_id="drawn")
+                gr.HTML('<h2 class="part">Nearest training images</h2>')
+                layers = gr.Slider(0, depth, layer, step=1, label="Layer", info=f"0: the embedding; {depth}: the last")
+                look = gr.Button("Find", elem_id="find")
+                about_found = gr.HTML(PIECES.note(""), elem_id="about-found")
+                found = gr.HTML("", elem_id="found")
+
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        asked = [chosen, given_rows, completions, temperature, top_k, seed]
+        complete.click(page.complete, asked, [drawn, said], concurrency_limit=1, **quiet)
+        stop.click(page.stop, None, None, **quiet)
+        look.click(page.nearest, [chosen, layers], [found, about_found], concurrency_limit=None, **quiet)
+        others.click(page.others, shelf, [shelf, gallery], **quiet)
+        of_choice = [chosen, given, drawn, found, said]
+        gallery.select(page.held_out, [shelf, given_rows], of_choice, **quiet)
+        upload.upload(page.uploaded, [upload, given_rows], of_choice, **quiet)
+        given_rows.release(page.given, [chosen, given_rows], given, **quiet)
+        blocks.unload(page.leave)
+    return blocks
+
+
+@contextmanager
+def serving(bench: Workbench, about: Mapping[str, str], uploads: Path) -> Iterator[str]:
+    """The address of the page, which is there while the block lasts. Uploaded files are kept in the folder `uploads`.
+
+    Nothing is told to anybody: no analytics, no share link, no address but this one.
+
+    Raises:
+        ValueError: a host that is not this machine's, or a port that is taken.
+    """
+    host, port = bench.settings.host, bench.settings.port
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port or 0), family=family).close()
+    except OSError as error:
+        raise ValueError(
+            f"no page can be served at task.host={host} task.port={port} ({error.strerror or error}): choose another "
+            "port, or null for a free one; the host is an address of this machine"
+        ) from error
+    # what Gradio can be told in no other way, and what it then sets itself
+    told = {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "True"}
+    with environment(**told):
+        blocks = build(bench, about)
+        blocks.queue(max_size=32, api_open=False)
+        try:
+            _, url, _ = blocks.launch(
+                server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
+                max_file_size=round(bench.settings.upload_mb * MEBIBYTE), footer_links=[], run_history=False, pwa=False,
+                mcp_server=False, ssr_mode=False, enable_monitoring=False, theme=THEME,
+                css_paths=Path(__file__).with_suffix(".css"),
+            )  # fmt: skip
+            yield url
+        finally:
+            if blocks.is_running:  # an open page would hold up the end for many seconds, and end in complaints
+                blocks.server.config.timeout_graceful_shutdown = 1
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            blocks.close(verbose=False)

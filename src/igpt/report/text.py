@@ -1,0 +1,66 @@
+"""Numbers and tables as text: in a terminal, and in the cells of a page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from igpt.metric.result import Number, Result
+
+REPORT = "report.html"  # of a run folder
+
+
+def closing_table(result: Result, folder: Path, seconds: float, *, published: Sequence[str] = ()) -> str:
+    """Numbers with unit, standard error and count, what others report, then what to open: the page first.
+
+    Above them the text that a task has written, where there is one.
+    """
+    lines = _align([(key, shown(of), of.unit, f"n = {of.n:,}") for key, of in result.numbers.items()], "<><<")
+    rule = "─" * max((len(line) for line in lines), default=20)
+    theirs = ["published:", *(f"  {line}" for line in published), rule] if published else []
+    page = [Path(REPORT)] if (folder / REPORT).is_file() else []
+    to_open = [*page, *(path for path in result.files.values() if path.suffix in {".png", ".html"})]
+    places = [str(folder / path) for path in to_open]
+    texts = [folder / path for path in result.files.values() if path.suffix == ".txt"]
+    told = [text.read_text(encoding="utf-8").rstrip() for text in texts]
+    return "\n".join([*told, rule, *lines, rule, *theirs, *places, f"{folder}  ({seconds:.0f} s)"])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows below one another, each column as wide as it must be; the first row is the heading."""
+    heading, *lines = _align(rows, "<" * len(rows[0]))
+    return "\n".join([heading, "─" * max(map(len, [heading, *lines])), *lines])
+
+
+def _align(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """A line for each row; each column stands at its side, `<` or `>`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def readable(number: Number) -> str:
+    """A number as one says it, with how sure it is: shares in per cent, counts with their commas."""
+    if number.unit != "share":
+        return shown(number) if float(number.value).is_integer() else f"{shown(number)} {number.unit}"
+    text, around = _rounded(number, 100, 1)
+    if number.deviation is not None:
+        return f"{text}{around} % (std of {number.n})"
+    return f"{text} %{around}" if number.interval is not None else f"{text}{around} %"
+
+
+def shown(number: Number) -> str:
+    """The value with how sure it is: the deviation of what it is the mean of, its 95 % interval, or standard error."""
+    text, around = _rounded(number, 1, 4)
+    if abs(number.value) >= 1e4 or (float(number.value).is_integer() and not around):
+        text = f"{round(number.value):,}"
+    return text + around + (" (std)" if number.deviation is not None else "")
+
+
+def _rounded(number: Number, scale: int, digits: int) -> tuple[str, str]:
+    """The value, and ` ± deviation`, ` [low, high]`, ` ± standard error` or nothing: the first that is known."""
+    spread = number.stderr if number.deviation is None else number.deviation
+    around = "" if spread is None else f" ± {scale * spread:.{digits}f}"
+    if number.deviation is None and number.interval is not None:
+        around = " [{:.{d}f}, {:.{d}f}]".format(*(scale * end for end in number.interval), d=digits)
+    return f"{scale * number.value:,.{digits}f}", around
