@@ -29,7 +29,7 @@ from igpt.report.logs import log_file, set_up_logging
 from igpt.report.page import write_page
 from igpt.report.table import closing_table, columns
 from igpt.settings import factory
-from igpt.stages import OF_LAUNCH, RUN, check_given, check_task, stage_config
+from igpt.stages import OF_LAUNCH, RUN, check_given, check_paper_key, check_task, stage_config
 from igpt.stopping import STOPPED, StoppedError, pass_on
 from igpt.task.guard import NonFiniteLossError
 from igpt.task.machine import Machine
@@ -120,6 +120,7 @@ def launch(
     expand_home(cfg)
     if not cfg.task.needs:
         return without_folder(cfg)
+    check_paper_key(cfg.task, "task")
     build = Build(cfg, choices)
     if build.machine.plan:
         return plan_of(build)

@@ -11,12 +11,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from igpt.arguments import suggestion
 from igpt.build import CHECKPOINT, Build
 from igpt.report.folder import RunFolder, changes
+from igpt.report.paper import load_paper
 from igpt.settings import check_settings
 from igpt.task.pipeline import FROM
 
 CHOSEN = ("model", "objective")  # groups that a stage of a pipeline may choose from for itself
 DATA = "data"  # of a stage: settings of the data that are its own
-OF_LAUNCH = ("name", "needs", "run_folder")  # settings of a task that are no arguments of what it runs
+OF_LAUNCH = ("name", "needs", "run_folder", "paper")  # settings of a task that are no arguments of what it runs
 RUN = "run"  # of a stage: the folder of a finished run that stands for it
 
 
@@ -60,6 +61,7 @@ def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictCon
             cfg.task[key] = value
     spec = OmegaConf.to_container(cfg.task, resolve=True)
     assert isinstance(spec, dict)
+    check_paper_key(cfg.task, f"task.stages.{name}")
     settled = {str(key): value for key, value in spec.items() if key not in OF_LAUNCH}
     check_settings(get_object(cfg.task["_target_"]), settled, f"task.stages.{name}")
     check_task(settled)
@@ -76,6 +78,16 @@ def check_given(name: str, place: RunFolder, cfg: DictConfig) -> None:
     differs, _ = changes(place.read_run()["config"], {str(key): value for key, value in asked.items()})
     if differs:
         raise ValueError(f"task.stages.{name}.run={place.path}: that run is another: {'; '.join(differs)}")
+
+
+def check_paper_key(task: DictConfig, where: str) -> None:
+    """Raises ValueError unless the key of a published number that a task names, if it does, is one."""
+    key, keys = task.get("paper"), load_paper().keys
+    if key is not None and key not in keys:
+        raise ValueError(
+            f"{where}.paper={key}: no published number has this key{suggestion(str(key), keys)}; "
+            f"there are {', '.join(keys)}"
+        )
 
 
 def check_task(spec: Mapping[str, Any]) -> None:

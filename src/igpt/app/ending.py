@@ -1,12 +1,11 @@
 """What a sweep ends in: its runs side by side as a table, a picture and a page."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from igpt import files
-from igpt.app.summary import NothingFoundError, Summary, draw, headings, summary, table
+from igpt.app.summary import NothingFoundError, SeedGroup, Summary, draw, summary, table
 from igpt.metric.result import Number
 from igpt.report.page import Row, Table, comparison_page
 from igpt.report.table import columns
@@ -38,7 +37,7 @@ def side_by_side(place: Path, folders: Sequence[Path], *, metric: str, command: 
         log.debug("traceback", exc_info=True)
         return
     caution = f"\n{found.caution}" if found.caution else ""
-    log.info("%s%s\n%s\n%s", columns([headings(found), *table(found)]), caution, place / PICTURE, place / PAGE)
+    log.info("%s%s\n%s\n%s", columns(table(found)), caution, place / PICTURE, place / PAGE)
 
 
 def page(path: Path, found: Summary, *, command: str) -> Path:
@@ -65,7 +64,6 @@ def page(path: Path, found: Summary, *, command: str) -> Path:
     )
 
 
-def _record(row: object) -> dict[str, object]:
-    values = vars(row) | {"folders": [str(folder) for folder in getattr(row, "folders", [])]}
-    kept: dict[str, object] = json.loads(json.dumps(values))
-    return kept
+def _record(row: SeedGroup) -> dict[str, object]:
+    keys = ("settings", "mean", "deviation", "interval", "values")
+    return {key: getattr(row, key) for key in keys} | {"folders": [str(folder) for folder in row.folders]}

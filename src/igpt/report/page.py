@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import logging
 import os
 import re
@@ -18,10 +19,12 @@ from markupsafe import Markup
 
 from igpt import files
 from igpt.metric.result import Curve, Number, Result
+from igpt.report import facts
 from igpt.report.cells import Cells, read_cells
-from igpt.report.facts import OTHER, Run, flat, kind_of, read_run
+from igpt.report.facts import OTHER, kind_of
 from igpt.report.pictures import Picture, embedded
 from igpt.report.plots import plots
+from igpt.report.runs import RunRecord, flat, read_run
 from igpt.report.table import REPORT, shown
 
 log = logging.getLogger(__name__)
@@ -67,7 +70,7 @@ def page_of(folder: Path) -> Path:
         ValueError: no finished run is there, or its result.json is damaged or of another version.
     """
     run, path = read_run(folder), folder / REPORT
-    found = [_picture(run, key, file) for key, file in run.pictures.items()]
+    found = [_picture(run, key, file) for key, file in facts.pictures_of(run).items()]
     return _write(
         path,
         "report.html",
@@ -78,8 +81,8 @@ def page_of(folder: Path) -> Path:
         above=f"../{REPORT}" if run.is_stage else None,  # there once the pipeline has ended
         plots=plots(run.result.curves),
         texts={key: _text(run.folder / file) for key, file in run.result.files.items() if file.suffix == ".txt"},
-        configuration={group: list(flat(of, group)) for group, of in run.config.items()},
-        provenance=list(flat(run.record.get("provenance", {}))),
+        configuration={group: typed(of, group) for group, of in run.config.items()},
+        provenance=typed(run.result.provenance),
     )
 
 
@@ -121,7 +124,7 @@ def comparison_page(
         links=links,
         plots=plots(curves or {}),
         commands=commands,
-        environment=list(flat(environment)) if environment else [],
+        environment=typed(dict(environment)) if environment else [],
     )
 
 
@@ -134,7 +137,7 @@ def check(*, runs: list[str]) -> None:
         try:
             read_run(Path(run))
         except (ValueError, OSError) as error:
-            said.append(str(error))
+            said.append(f"{run}: {error}")
     if said:
         raise ValueError(f"task.runs: {'; '.join(said)}")
 
@@ -178,10 +181,19 @@ def templates() -> Environment:
         policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
     )
     made.filters.update(shown=shown, duration=duration, large=large, anchor=anchor, breakable=breakable)
+    for of_run in (facts.names_of, facts.names_of_stages, facts.images_of, facts.describe, facts.main_numbers,
+                   facts.pictures_of, facts.published_numbers, facts.repeat_command, facts.next_commands):  # fmt: skip
+        made.filters[of_run.__name__] = of_run
     made.globals["first"] = FIRST
     made.filters["heading"] = lambda key: kind_of(key)[0]
     made.tests["numeric"] = lambda value: isinstance(value, Number)
     return made
+
+
+def typed(settings: Any, group: str = "") -> list[tuple[str, str]]:
+    """Every setting by its full key, values as they would be typed."""
+    values = flat(settings, group).items()
+    return [(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) for key, value in values]
 
 
 def duration(seconds: float) -> str:
@@ -225,17 +237,17 @@ def _blocks(pictures: Sequence[Picture]) -> dict[str, list[Picture]]:
     return {title: [picture for picture in pictures if picture.title == title] for title in titles}
 
 
-def _picture(run: Run, key: str, file: Path) -> Picture:
+def _picture(run: RunRecord, key: str, file: Path) -> Picture:
     title, seen = kind_of(key)
     stage = key.rpartition("/")[0]
     caption = f"{stage}: {seen}" if stage and seen else seen or key
     return Picture(title, caption, run.folder / file, str(file), whole=key.endswith(("completions", "images")))
 
 
-def _cells(run: Run) -> dict[str, Cells]:
+def _cells(run: RunRecord) -> dict[str, Cells]:
     """What lies under the pointer on each picture of a confusion matrix, by the picture's path as the page names it."""
     found = {}
-    for key, file in run.pictures.items():
+    for key, file in facts.pictures_of(run).items():
         counts = run.result.files.get(f"{key}_counts")
         if counts is not None:
             found[str(file)] = read_cells(run.folder / file, run.folder / counts, run.result.class_names.get(key))
