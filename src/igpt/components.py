@@ -22,6 +22,7 @@ from igpt.objective import registry
 from igpt.objective.base import Objective
 from igpt.report.folder import RunFolder
 from igpt.report.loggers import About
+from igpt.report.paper import check_paper_key
 from igpt.report.runs import Found
 from igpt.run_config import RunConfig
 from igpt.settings.base import parse_settings
@@ -50,6 +51,7 @@ class Components:
 
     def check_settings(self) -> None:
         """Raises ValueError, naming the setting, for one that cannot be right; nothing is built for that."""
+        check_paper_key(self.run.config["task"], "task")
         task_settings(self.run.cfg.task["_target_"], self.run.task_settings)
         config = self.run.config
         groups: dict[str, Any] = {

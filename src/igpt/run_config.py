@@ -16,7 +16,7 @@ from igpt.settings.base import parse_settings
 from igpt.settings.run import RunSettings
 
 CHECKPOINT = "checkpoint"  # the option of model, tokens and objective that says: as in the weights of init=
-OF_LAUNCH = ("_target_", "name", "requires", "run_folder")  # of a task: what is no setting of what it runs
+OF_LAUNCH = ("_target_", "name", "requires", "run_folder", "paper")  # of a task: what is no setting of what it runs
 
 
 class RunConfig:

@@ -9,6 +9,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from igpt.report.folder import RunFolder, changes
+from igpt.report.paper import check_paper_key
 from igpt.run_config import OF_LAUNCH, RunConfig
 from igpt.settings.reading import FROM
 from igpt.spelling import suggestion
@@ -100,6 +101,7 @@ def compose_stage(run: RunConfig, name: str, settings: DictConfig) -> StageConfi
     stage = StageConfig(name, cfg, choices, None if stand_in is None else Path(stand_in))
     spec = OmegaConf.to_container(cfg.task, resolve=True)
     assert isinstance(spec, dict)
+    check_paper_key(spec, where)
     task_settings(cfg.task["_target_"], {str(k): v for k, v in spec.items() if k not in OF_LAUNCH}, where)
     return stage
 

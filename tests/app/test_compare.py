@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from hydra import initialize_config_dir
 from PIL import Image
 
 from igpt.app import compare
-from igpt.app.against import rows
+from igpt.app.against import PaperComparison, compare_with_paper
 from igpt.app.compare import summary, table
 from igpt.launch import launch
 from igpt.metric.result import Number, Result
 from igpt.report.folder import RunFolder
-from igpt.report.protocols import LBFGS, RECIPES
+from igpt.report.paper import load_paper
 from igpt.report.runs import found, read_run
 from tests.test_conf import CONF, built
 
@@ -56,7 +57,8 @@ def loss(value: float, stderr: float | None = None) -> dict[str, Number]:
 
 def large(tmp_path: Path, **settings: Any) -> Path:
     """iGPT-L, pretrained as the paper's, on paper."""
-    recipe = RECIPES["pretrain_l"].expects | {f"model.{key}": value for key, value in LARGE.items()}
+    sizes = {f"model.{key}": value for key, value in LARGE.items()}
+    recipe = load_paper().recipes["pretrain_l"].expects | sizes | {"data.resolution": 32}
     given = {
         **recipe, "model.name": "igpt_l", "data.n_colour": 512,
         "tokens.palette._target_": "igpt.tokens.palette.from_file", **settings,
@@ -78,8 +80,10 @@ def large(tmp_path: Path, **settings: Any) -> Path:
 
 def probe(tmp_path: Path, key: str = "test/accuracy", n: int = 10_000, **settings: Any) -> Path:
     """A probe of it by the paper's protocol, on paper."""
+    lbfgs = next(row.expects for row in load_paper().rows if row.key == "probe_cifar100")
     given = {
-        **LBFGS, "task.name": "probe", "data.name": "cifar10", "data.resolution": 32, "data.n_colour": 512,
+        **lbfgs, "task.name": "probe", "task.paper": "probe_cifar10", "data.name": "cifar10",
+        "data.resolution": 32, "data.n_colour": 512,
         "tokens.order": None, "model.name": "checkpoint", "objective.name": "checkpoint",
         "init": f"{RUNS}/pretrain-l", **settings,
     }  # fmt: skip
@@ -87,10 +91,15 @@ def probe(tmp_path: Path, key: str = "test/accuracy", n: int = 10_000, **setting
     return made(tmp_path / RUNS / "probe-l", {key: number}, said={"weights": "f" * 64}, **given)
 
 
+def beside(*folders: Path) -> list[PaperComparison]:
+    """The rows of the paper that have runs."""
+    return [row for row in compare_with_paper([read_run(folder) for folder in folders]) if row.runs]
+
+
 def test_a_run_as_the_papers_differs_in_nothing(tmp_path: Path) -> None:
     """Invariant: what is said of the runs below is said of what was changed in them, and of nothing else."""
     large(tmp_path)
-    (row,) = [row for row in rows([read_run(probe(tmp_path))]) if row.runs]
+    (row,) = beside(probe(tmp_path))
     assert row.published.value == 0.963
     assert row.differs == []
     assert isinstance(row.ours, Number)
@@ -100,25 +109,23 @@ def test_a_run_as_the_papers_differs_in_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("of_probe", "of_pretraining", "said"),
     [
-        ({"data.resolution": 16}, {}, "16×16 pixels (paper: 32×32)"),
+        ({"data.resolution": 16}, {}, "data.resolution 16 (paper: 32)"),
+        ({"data.name": "digits"}, {}, "data.name digits (paper: cifar10)"),
         ({"data.labels_per_class": 100}, {}, "data.labels_per_class 100 (paper: null)"),
         ({"task.norm": "raw"}, {}, "task.norm raw (paper: ln_1)"),
         ({"task.solver": "sgd"}, {}, "task.solver sgd (paper: lbfgs)"),
-        ({"trainer.precision": "bf16-mixed"}, {}, "precision bf16-mixed (paper: float32)"),
+        ({"trainer.precision": "bf16-mixed"}, {}, "trainer.precision bf16-mixed (paper: 32-true)"),
         ({"data.path": "/copies/cifar"}, {}, "images from a copy, cifar"),
         ({"n": 500}, {}, "on 500 images (paper: 10,000)"),
         ({"key": "val/accuracy"}, {}, "measured on val, not test"),
-        ({}, {"data.n_colour": 128}, "128 tokens (paper: 512 colours)"),
-        ({}, {"kind": "patches"}, "tokens are patches (paper: colours)"),
-        ({}, {"model.positions": "rope"}, "positions rope (paper: learned)"),
-        (
-            {},
-            {"task.steps": 3000},
-            "pretrained on 384,000 images of imagenet, 32×32, in 3,000 steps of 128 (paper: 128",
-        ),
-        ({}, {"data.name": "cifar10"}, "pretrained on 128,000,000 images of cifar10, 32×32"),
-        ({}, {"task.learning_rate": 0.01}, "task.learning_rate 0.01 (paper, from memory: 0.001)"),
-        ({}, {"trainer.precision": "bf16-mixed"}, "in pretraining precision bf16-mixed (paper: float32)"),
+        ({}, {"data.n_colour": 128}, "n_vocab 128 (paper: 512)"),
+        ({}, {"kind": "patches"}, "tokenizer patches (paper: palette)"),
+        ({}, {"model.positions": "rope"}, "model.positions rope (paper: learned)"),
+        ({}, {"task.steps": 3000}, "pretraining.task.steps 3,000 (paper: 1,000,000)"),
+        ({}, {"task.steps": 3000}, "pretraining.images 384,000 (paper: 128,000,000)"),
+        ({}, {"data.name": "cifar10"}, "pretraining.data.name cifar10 (paper: imagenet)"),
+        ({}, {"task.learning_rate": 0.01}, "pretraining.task.learning_rate 0.01 (paper, from memory: 0.001)"),
+        ({}, {"trainer.precision": "bf16-mixed"}, "pretraining.trainer.precision bf16-mixed (paper: 32-true)"),
         ({"init": "elsewhere/model"}, {}, "not known: how its weights were trained (elsewhere/model is not there"),
     ],
 )
@@ -127,14 +134,18 @@ def test_what_differs_is_said(
 ) -> None:
     """Invariant: each setting that is not the paper's is in its row."""
     large(tmp_path, **of_pretraining)
-    (row,) = [row for row in rows([read_run(probe(tmp_path, **of_probe))]) if row.runs and row.published.value]
-    assert [line for line in row.differs if said in line], row.differs
+    rows = [row for row in beside(probe(tmp_path, **of_probe)) if row.published.value]
+    assert rows[0].published.value == 0.963
+    assert all(any(said in line for line in row.differs) for row in rows), rows[0].differs
 
 
 def test_a_record_without_its_length_is_not_known(tmp_path: Path) -> None:
     large(tmp_path, **{"task.steps": None})
-    (row,) = [row for row in rows([read_run(probe(tmp_path))]) if row.runs]
-    assert row.differs == ["not known: how long its weights were trained (pretrain-l does not say)"]
+    (row,) = beside(probe(tmp_path))
+    assert row.differs == [
+        "pretraining.task.steps null (paper: 1,000,000)",
+        "pretraining.images not known (paper: 128,000,000)",
+    ]
 
 
 def test_settings_of_older_runs_are_read_by_their_names_of_now(tmp_path: Path) -> None:
@@ -149,8 +160,8 @@ def test_a_small_network_of_a_large_name_is_small(tmp_path: Path) -> None:
     origin = json.loads((folder / "model" / "config.json").read_text())
     origin["network"] |= {"n_layer": 2, "n_embd": 16}
     (folder / "model" / "config.json").write_text(json.dumps(origin))
-    (row,) = [row for row in rows([read_run(probe(tmp_path))]) if row.runs]
-    assert row.differs == ["igpt_l, 2 blocks of width 16 (paper: iGPT-L, 48 of 1,536)"]
+    (row,) = beside(probe(tmp_path))
+    assert row.differs == ["model.n_layer 2 (paper: 48)", "model.n_embd 16 (paper: 1,536)"]
 
 
 def test_a_checkpoint_read_training_checkpoint_has_seen_less(tmp_path: Path) -> None:
@@ -160,8 +171,8 @@ def test_a_checkpoint_read_training_checkpoint_has_seen_less(tmp_path: Path) -> 
     place.parent.mkdir()
     place.touch()
     init = f"{RUNS}/pretrain-l/checkpoints/{place.name}"
-    (row,) = [row for row in rows([read_run(probe(tmp_path, init=init))]) if row.runs]
-    assert [line.split(" of ")[0] for line in row.differs] == ["pretrained on 16,768,000 images"]
+    (row,) = beside(probe(tmp_path, init=init))
+    assert row.differs == ["pretraining.images 16,768,000 (paper: 128,000,000)"]
 
 
 def test_weights_that_were_exchanged_are_not_described(tmp_path: Path) -> None:
@@ -169,36 +180,68 @@ def test_weights_that_were_exchanged_are_not_described(tmp_path: Path) -> None:
     folder = large(tmp_path)
     origin = json.loads((folder / "model" / "config.json").read_text())
     (folder / "model" / "config.json").write_text(json.dumps(origin | {"weights_sha256": "0" * 64}))
-    (row,) = [row for row in rows([read_run(probe(tmp_path))]) if row.runs]
+    row, of_bert = beside(probe(tmp_path))  # of which objective it is, is not known
+    assert (row.published.objective, of_bert.published.objective) == ("ar", "bert")
     assert any("holds others now" in line for line in row.differs)
-    assert {"objective not known (paper: AR)", "size of the network not known (paper: iGPT-L)"} <= {*row.differs}
+    assert {"objective.name not known (paper: ar)", "model.n_layer not known (paper: 48)"} <= {*row.differs}
 
 
-def test_nearest_published_number(tmp_path: Path) -> None:
-    """By hand: by protocol first, then by resolution, then by size; BERT beside BERT; digits beside nothing."""
+def test_a_run_belongs_to_the_numbers_it_names(tmp_path: Path) -> None:
+    """By hand: of a key's rows those of its own objective and size, where there are; without a key none."""
     large(tmp_path)
-    last = read_run(probe(tmp_path, **{"task.layer": 48}))
-    assert [row.published.value for row in rows([last]) if row.runs] == [0.939]
-    made(tmp_path / RUNS / "digits", loss(1.0), **{"task.name": "probe"})
-    assert rows([read_run(tmp_path / RUNS / "digits")]) == []
+    folder = probe(tmp_path, **{"task.paper": None})
+    assert beside(folder) == []
+    shutil.rmtree(folder)
+    (last,) = beside(probe(tmp_path, **{"task.paper": "probe_cifar10_last_layer"}))
+    assert last.published.value == 0.939
+    assert "task.layer null (paper: 48)" in last.differs
     sizes = {"model.n_layer": 24, "model.n_embd": 512, "model.n_head": 8, "model.name": "igpt_s"}
-    tuned = made(
-        tmp_path / RUNS / "tuned",
-        {"test/accuracy": Number(0.4, "share", 50_000), "test/accuracy_one_mask": Number(0.38, "share", 50_000)},
-        said={"from": "scratch"},
-        **{**sizes, "task.name": "finetune", "data.name": "imagenet", "objective.name": "bert", "data.resolution": 32},
-    )
-    assert not [row for row in rows([read_run(tuned)]) if row.runs]  # no BERT was fine-tuned from scratch
-    tuned = made(
-        tmp_path / RUNS / "tuned_2",
-        {"test/accuracy": Number(0.4, "share", 50_000), "test/accuracy_one_mask": Number(0.38, "share", 50_000)},
-        said={"from": "f" * 64},
-        **{**sizes, "task.name": "finetune", "data.name": "imagenet", "objective.name": "bert", "data.resolution": 32},
-    )
-    found_rows = [row for row in rows([read_run(tuned)]) if row.runs]
+    tuned = {
+        **sizes, "task.name": "finetune", "task.paper": "finetune_imagenet32", "data.name": "imagenet",
+        "objective.name": "bert", "data.resolution": 32,
+    }  # fmt: skip
+    numbers = {name: Number(value, "share", 50_000) for name, value in
+               (("test/accuracy", 0.4), ("test/accuracy_one_mask", 0.38))}  # fmt: skip
+    found_rows = beside(made(tmp_path / RUNS / "tuned", numbers, said={"from": "scratch"}, **tuned))
     values = [row.ours.value for row in found_rows if isinstance(row.ours, Number)]
     assert [row.published.value for row in found_rows] == [0.665, 0.01]
     assert values == pytest.approx([0.4, 0.02])
+    assert all("from weights that were never trained" in row.differs for row in found_rows)
+    losses = {"test/loss_gen": Number(3.0, "nats/token", 50_000)}
+    scored = {"task.name": "evaluate", "task.paper": "loss_imagenet32", "data.name": "imagenet"}
+    (of_its_size,) = beside(made(tmp_path / RUNS / "s", losses, **scored, **sizes))
+    assert of_its_size.published.value == 2.0895
+    of_none = beside(made(tmp_path / RUNS / "nano", losses, **scored, **{"model.n_layer": 8, "model.n_embd": 64}))
+    assert [row.published.method for row in of_none] == ["iGPT-S", "iGPT-M", "iGPT-L"]
+
+
+def test_an_older_run_belongs_to_the_numbers_of_its_experiment(tmp_path: Path) -> None:
+    """Round trip: its record has no `task.paper`, but the command that made it."""
+    large(tmp_path)
+    folder = probe(tmp_path)
+    for name in ("run.json", "result.json"):
+        record = json.loads((folder / name).read_text())
+        del record["config"]["task"]["paper"]
+        (folder / name).write_text(json.dumps(record | {"overrides": ["experiment=paper/probe_cifar10", "init=x"]}))
+    assert [row.published.value for row in beside(folder)] == [0.963]
+    begun = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(begun | {"overrides": ["task=probe"]}))
+    assert beside(folder) == []
+
+
+def test_a_key_is_a_label(tmp_path: Path) -> None:
+    """Invariant: neither a run's name nor a pipeline's depends on it; one that is none is refused, with the nearest."""
+    assert built("task.paper=pretrain_s").run.name == built().run.name
+    stages = "task.stages={pretrain: {steps: 5PAPER}}"
+    whole = [built("task=pipeline", f"++{stages.replace('PAPER', own)}") for own in ("", ", paper: pretrain_s")]
+    assert whole[0].run.name == whole[1].run.name
+    for overrides, where in ((["task.paper=pretrain_x"], "task"),
+                             (["task=pipeline", "++task.stages={pretrain: {paper: pretrain_x}}"],
+                              "task.stages.pretrain")):  # fmt: skip
+        build = built(*overrides, f"paths.runs={tmp_path}")
+        message = rf"{where}\.paper=pretrain_x: no published number has this key, did you mean pretrain_"
+        with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(ValueError, match=message):
+            launch(build.run.cfg, choices=build.run.choices, overrides=overrides)
 
 
 def test_summary_groups_seeds_and_sorts(tmp_path: Path) -> None:
@@ -218,7 +261,7 @@ def test_summary_groups_seeds_and_sorts(tmp_path: Path) -> None:
     assert [row.n for row in of_loss.rows] == [3, 3, 1]
     assert of_loss.rows[0].folders == folders[3:6]
     assert of_loss.lower_is_better
-    assert "1.1000 ± 0.1000 (std)" in table(of_loss)[0][1]
+    assert "1.1000 ± 0.1000 (std)" in table(of_loss)[1][1]
     of_accuracy = summary(folders, "val/accuracy")
     assert not of_accuracy.lower_is_better
     assert [row.mean for row in of_accuracy.rows] == sorted((row.mean for row in of_accuracy.rows), reverse=True)
@@ -366,14 +409,14 @@ def test_all_of_the_paper_without_any_run(tmp_path: Path) -> None:
 def test_a_pipeline_is_taken_apart(quickstart: Path, tmp_path: Path) -> None:
     """A real run: its stages stand for themselves beside the paper, and know the pretraining they came from."""
     (run,) = found([str(quickstart)]).runs
-    stages = {stage.folder.name.partition("_")[2]: stage for stage in run.stages.runs}
+    stages = {stage.name: stage.run for stage in run.stages if stage.run is not None}
     assert {"pretrain", "probe", "finetune", "scratch"} <= stages.keys()
     for name in ("probe", "finetune", "evaluate"):
-        start = stages[name].start
+        start = stages[name].init_history
         assert start.pretraining is not None
         assert start.pretraining.folder.name == "2_pretrain"
         assert start.unknown == ""
-        assert start.origin["network"]["n_layer"] == 2  # also in the run's own record, should the folder go
-        assert stages[name].result.provenance["init"]["network"] == start.origin["network"]
-    assert stages["scratch"].start.runs == ()
-    assert rows(list(stages.values())) == []  # digits
+        assert start.metadata["network"]["n_layer"] == 2  # also in the run's own record, should the folder go
+        assert stages[name].result.provenance["init"]["network"] == start.metadata["network"]
+    assert stages["scratch"].init_history.runs == ()
+    assert compare_with_paper(list(stages.values())) == []  # they name none

@@ -25,11 +25,12 @@ from igpt.arguments import check
 from igpt.launch import launch
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.report import page as page_module
-from igpt.report.facts import command, read_run
+from igpt.report.facts import command, data_overrides, images_of, next_commands, repeat_command
 from igpt.report.folder import RunFolder
 from igpt.report.page import page_of, write_page
 from igpt.report.pictures import Picture, embedded
 from igpt.report.plots import MOST_POINTS, plots, thinned
+from igpt.report.runs import read_run
 from tests.app.test_compare import loss, made
 from tests.test_conf import CONF
 
@@ -371,7 +372,7 @@ def test_task_report_names_every_bad_run(tmp_path: Path) -> None:
     """Invariant: nothing is written when one of them is none."""
     good = finished(tmp_path / "good", Result()).path
     files.write_json(finished(tmp_path / "old", Result()).path / "result.json", {"version": 99})
-    with pytest.raises(ValueError, match=r"nowhere holds no finished run.*; .*old.*another version"):
+    with pytest.raises(ValueError, match=r"nowhere: this is no run folder; .*old.*another version"):
         report_task(good, tmp_path / "nowhere", tmp_path / "old")
     assert not (good / "report.html").exists()
     with pytest.raises(ValueError, match=r"task\.runs=\[RUN_FOLDER"):
@@ -383,11 +384,11 @@ def test_what_to_type_next_is_understood(pipeline: Path) -> None:
     seen, asked = set[str](), set[tuple[str, ...]]()
     for folder in (pipeline, *pipeline.glob("[1-8]_*")):
         run = read_run(folder)
-        for _, text in run.next_commands:
+        for _, text in next_commands(run):
             overrides = text.removeprefix("python train.py ").split()
             seen.add(overrides[0])
             asked.add(tuple(override for override in overrides if not override.startswith(("init=", "resume="))))
-        assert run.repeat.startswith("python train.py experiment=quickstart model.n_layer=2")
+        assert repeat_command(run).startswith("python train.py experiment=quickstart model.n_layer=2")
     for overrides in map(list, asked):
         check(overrides, [CONF])
     assert {"task=sample", "task=complete", "task=probe", "task=finetune", "task=evaluate"} < seen
@@ -408,9 +409,14 @@ def test_a_network_of_masked_pixels_is_asked_for_no_images(tmp_path: Path) -> No
     files.write_json(folder.path / "result.json", record)
     files.write_json(folder.path / "model" / "config.json", {})
     run = read_run(folder.path)
-    assert not any("task=sample" in text or "task=complete" in text for _, text in run.next_commands)
-    assert run.reading == ["data=cifar10", "data.resolution=16", "data.path='/my data'", "data.labels_per_class=25"]
-    assert "cifar10 at 16×16" in run.images
+    assert not any("task=sample" in text or "task=complete" in text for _, text in next_commands(run))
+    assert data_overrides(run) == [
+        "data=cifar10",
+        "data.resolution=16",
+        "data.path='/my data'",
+        "data.labels_per_class=25",
+    ]
+    assert "cifar10 at 16×16" in images_of(run)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +437,7 @@ def test_a_network_of_masked_pixels_is_asked_for_no_images(tmp_path: Path) -> No
 )  # fmt: skip
 def test_a_run_in_a_sentence(tmp_path: Path, task: dict[str, Any], sentence: str) -> None:
     """By hand."""
-    folder = finished(tmp_path / "run", Result(), {"task": {"needs": [], **task}}, task["name"])
+    folder = finished(tmp_path / "run", Result(), {"task": {"requires": [], **task}}, task["name"])
     assert sentence in Page(page_of(folder.path)).text
 
 

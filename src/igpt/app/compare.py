@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from igpt import files, ranks
-from igpt.app import tables
-from igpt.app.against import rows as paper_rows
-from igpt.app.summary import Row, Summary, draw, first_in_all, headings, over_seeds, summary, summary_of, table
+from igpt.app.against import compare_with_paper
+from igpt.app.summary import SeedGroup, Summary, draw, first_in_all, over_seeds, summary, summary_of, table
+from igpt.app.tables import ComparisonText
 from igpt.components import Components
 from igpt.metric.result import Number, Result
-from igpt.report.runs import Found, Run
+from igpt.report.runs import RunRecord
 from igpt.settings.reading import CompareSettings
 
-__all__ = ["Row", "Summary", "draw", "headings", "over_seeds", "run", "summary", "summary_of", "table"]
+__all__ = ["SeedGroup", "Summary", "draw", "over_seeds", "run", "summary", "summary_of", "table"]
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,15 @@ def run(components: Components, settings: CompareSettings) -> Result:
     found, folder, runs = components.finished_runs, components.run_dir, settings.runs
     if not found.runs and not settings.all:
         where = ", ".join([runs] if isinstance(runs, str) else runs) or "paths.runs"
-        raise ValueError("; ".join([f"there is no finished run to compare in {where}", *found.said[:5]]))
-    for line in found.said:
-        log.warning("left out %s", line)
-    single, problems = apart(found)
-    beside = paper_rows(single, every=settings.all)
+        first = [f"{path}: {why}" for path, why in list(found.problems.items())[:5]]
+        raise ValueError("; ".join([f"there is no finished run to compare in {where}", *first]))
+    for path, why in found.problems.items():
+        log.warning("left out %s: %s", path, why)
+    single, problems_of_stages = apart(found.runs)
+    beside = compare_with_paper(single, every=settings.all)
     summaries = among_themselves(found.runs, settings.metric)
-    text = tables.Text(len(found.runs), {**found.problems, **problems}, beside, summaries, settings.numbers, found.runs)
+    problems = found.problems | problems_of_stages
+    text = ComparisonText(found.runs, problems, beside, summaries, settings.numbers)
     result = Result(
         numbers={
             "compare/runs": Number(len(found.runs), "runs", len(found.runs)),
@@ -49,38 +51,34 @@ def run(components: Components, settings: CompareSettings) -> Result:
         provenance={"runs": [str(of.folder) for of in found.runs], "left_out": [*text.said]},
     )
     for task, rows in summaries.items():
-        if rows.caution:  # there is no best among these
-            continue
-        best = rows.rows[0]
-        result.numbers[f"best {task}/{rows.metric}"] = Number(
-            best.mean, rows.unit, best.n, interval=best.interval, deviation=best.deviation
-        )
+        if not rows.caution:  # there is no best among rows that do not compare
+            best = rows.rows[0]
+            result.numbers[f"best {task}/{rows.metric}"] = Number(
+                best.mean, rows.unit, best.n, interval=best.interval, deviation=best.deviation
+            )
+    written = {"txt": text.plain(), "md": text.markdown(), "csv": text.csv()}
+    drawn = {task: rows for task, rows in summaries.items() if len(rows.rows) > 1}
+    result.files |= {f"compare_{task}": Path(f"compare_{task}.png") for task in drawn}
+    result.files |= {f"compare_{suffix}": Path(f"compare.{suffix}") for suffix in written}
     if ranks.this_rank().first:
-        written = {"txt": text.plain(), "md": text.markdown(), "csv": text.csv()}
         for suffix, content in written.items():
             with files.atomic_write(folder / f"compare.{suffix}") as file:
                 file.write(content.encode())
-        for task, rows in summaries.items():
-            if len(rows.rows) > 1:
-                draw(folder / f"compare_{task}.png", rows)
-                result.files[f"compare_{task}"] = Path(f"compare_{task}.png")
-    result.files |= {f"compare_{suffix}": Path(f"compare.{suffix}") for suffix in ("txt", "md", "csv")}
+        for task, rows in drawn.items():
+            draw(folder / f"compare_{task}.png", rows)
     return result
 
 
-def apart(found: Found) -> tuple[list[Run], dict[Path, str]]:
+def apart(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], dict[Path, str]]:
     """Every run once, of a pipeline its stages instead; and stages that could not be read."""
-    here: dict[Path, Run] = {}
-    problems: dict[Path, str] = {}
-    for of in found.runs:
-        stages = of.stages
-        problems |= stages.problems
-        for each in stages.runs or [of]:
-            here.setdefault(each.folder.resolve(), each)
-    return list(here.values()), problems
+    stages = [stage for of in runs for stage in of.stages]
+    single = [each for of in runs for each in [stage.run for stage in of.stages if stage.run is not None] or [of]]
+    return list({each.folder.resolve(): each for each in reversed(single)}.values())[::-1], {
+        stage.folder: stage.problem for stage in stages if stage.run is None
+    }
 
 
-def among_themselves(runs: Sequence[Run], metric: str | None) -> dict[str, Summary]:
+def among_themselves(runs: Sequence[RunRecord], metric: str | None) -> dict[str, Summary]:
     """Task → its runs by `metric`, or by the first number that all of that task have.
 
     Raises:
@@ -91,7 +89,7 @@ def among_themselves(runs: Sequence[Run], metric: str | None) -> dict[str, Summa
     summaries = {}
     for task in dict.fromkeys(of.task for of in runs):
         some = [of for of in runs if of.task == task]
-        chosen = metric or first_in_all(some) or next((key for of in some for key in of.numbers), None)
-        if chosen is not None and any(chosen in of.numbers for of in some):
+        chosen = metric or first_in_all(some) or next((key for of in some for key in of.result.numbers), None)
+        if chosen is not None and any(chosen in of.result.numbers for of in some):
             summaries[task] = summary_of(some, chosen)
     return summaries

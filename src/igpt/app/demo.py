@@ -14,7 +14,7 @@ from igpt.checkpoint.native import Weights
 from igpt.components import Components
 from igpt.global_state import num_threads
 from igpt.metric.result import Result
-from igpt.report.facts import read_run
+from igpt.report.runs import read_run
 from igpt.settings.generation import DemoSettings
 from igpt.stopping import StopRequest
 from igpt.task.complete import prompt_rows

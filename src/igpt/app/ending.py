@@ -2,12 +2,10 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from igpt import files
-from igpt.app.summary import NothingFoundError, Summary, draw, headings, summary, table
-from igpt.metric.result import Number
+from igpt.app.summary import NothingFoundError, Summary, draw, summary, table
 from igpt.report.page import link_to, write_html
 from igpt.report.pictures import Picture
 from igpt.report.text import columns
@@ -15,6 +13,7 @@ from igpt.report.text import columns
 log = logging.getLogger(__name__)
 
 PICTURE, PAGE, ROWS = "comparison.png", "report.html", "comparison.json"
+KEPT = ("settings", "mean", "deviation", "interval", "values")  # of a row, in that file
 
 
 def side_by_side(place: Path, folders: Sequence[Path], *, metric: str, command: str) -> None:
@@ -29,7 +28,7 @@ def side_by_side(place: Path, folders: Sequence[Path], *, metric: str, command: 
             return
         draw(place / PICTURE, found)
         page(place / PAGE, found, command=command)
-        rows = [asdict(row) | {"folders": [str(folder) for folder in row.folders]} for row in found.rows]
+        rows = [{key: getattr(row, key) for key in KEPT} | {"folders": [*map(str, row.folders)]} for row in found.rows]
         files.write_json(place / ROWS, {"metric": metric, "unit": found.unit, "rows": rows})
     except NothingFoundError as error:
         log.info("nothing to compare: %s", error)
@@ -38,14 +37,11 @@ def side_by_side(place: Path, folders: Sequence[Path], *, metric: str, command: 
         log.debug("traceback", exc_info=True)
     else:
         caution = f"\n{found.caution}" if found.caution else ""
-        log.info("%s%s\n%s\n%s", columns([headings(found), *table(found)]), caution, place / PICTURE, place / PAGE)
+        log.info("%s%s\n%s\n%s", columns(table(found)), caution, place / PICTURE, place / PAGE)
 
 
 def page(path: Path, found: Summary, *, command: str) -> Path:
     """Writes the page of a sweep: a row for each setting, linked to its first run's page; its path."""
-    rows = []
-    for row in found.rows:
-        number = Number(row.mean, found.unit, row.n, interval=row.interval, deviation=row.deviation)
-        rows.append((row.name, number, link_to(path, row.folders[0])))
+    rows = [(row, link_to(path, row.folders[0])) for row in found.rows]
     picture = Picture("Pictures", f"{found.metric} of each setting", path.parent / PICTURE, PICTURE)
     return write_html(path, "comparison.html", [picture], found=found, rows=rows, command=command)

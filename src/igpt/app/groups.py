@@ -5,56 +5,45 @@ from typing import Any
 
 from igpt.quoting import format_value
 from igpt.report.folder import deciding
-from igpt.report.runs import Run, flat
+from igpt.report.runs import RunRecord, flat
 
-SEED = "seed"
-INIT = "init"  # the weights a run began with: their run's settings stand under this name
 OF_THE_CODE = ("_target_", "_partial_", "requires")
 CHOSEN = {"model.name": "model", "objective.name": "objective"}  # as one chooses them
 LONGEST = 48  # characters of a value that is shown
 
 
-def settings_of(run: Run, *, deep: int = 3) -> dict[str, Any]:
+def settings_of(run: RunRecord, *, deep: int = 3) -> dict[str, Any]:
     """What decides a run, flat, without seeds: its config, and under `init.` that of the runs its weights are of."""
     own = flat(deciding({"task": {}, "trainer": {"precision": None}} | run.config))
-    found = {key: value for key, value in own.items() if key.rpartition(".")[2] not in OF_THE_CODE and key != SEED}
-    if run.config.get(INIT) is not None:
-        if run.start.runs and deep:
-            before = settings_of(run.start.runs[0], deep=deep - 1)
-            found |= {f"{INIT}.{key}": value for key, value in before.items()}
-            found |= {f"{INIT}.step": run.start.origin.get("step")}
-        else:
-            found[INIT] = run.config[INIT]
-    return found
+    found = {key: value for key, value in own.items() if key.rpartition(".")[2] not in OF_THE_CODE and key != "seed"}
+    history = run.init_history
+    if run.config.get("init") is None:
+        return found
+    if not history.runs or not deep:
+        return found | {"init": run.config["init"]}
+    before = settings_of(history.runs[0], deep=deep - 1) | {"step": history.metadata.get("step")}
+    return found | {f"init.{key}": value for key, value in before.items()}
 
 
-def seeds_of(run: Run) -> tuple[Any, ...]:
-    """The seed of a run and of those its weights are of: with these and `settings_of` it can be repeated."""
-    return (run.config.get(SEED), *(before.config.get(SEED) for before in run.start.runs))
-
-
-def grouped(runs: Sequence[Run]) -> tuple[list[list[Run]], dict[Run, Run]]:
+def grouped(runs: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], dict[RunRecord, RunRecord]]:
     """Runs that differ in seeds alone, together, in the order they came; and repetitions, each with the run it repeats.
 
     A repetition says nothing new of the spread over seeds, so it is in no group. The newest of them counts.
     """
-    groups: dict[str, dict[tuple[Any, ...], Run]] = {}
-    repeated: list[tuple[Run, str, tuple[Any, ...]]] = []
+    same: dict[str, dict[tuple[Any, ...], list[RunRecord]]] = {}  # settings → seeds → repetitions
     for run in runs:
-        name, seeds = repr((run.task, sorted(settings_of(run).items(), key=lambda item: item[0]))), seeds_of(run)
-        group = groups.setdefault(name, {})
-        if seeds in group:
-            newer, older = sorted([group[seeds], run], key=_written, reverse=True)
-            repeated.append((older, name, seeds))
-            run = newer
-        group[seeds] = run
-    return [list(group.values()) for group in groups.values()], {
-        older: groups[name][seeds] for older, name, seeds in repeated
-    }
-
-
-def _written(run: Run) -> float:
-    return (run.folder / "result.json").stat().st_mtime
+        settings = repr((run.task, sorted(settings_of(run).items(), key=lambda item: item[0])))
+        seeds = tuple(of.config.get("seed") for of in (run, *run.init_history.runs))
+        same.setdefault(settings, {}).setdefault(seeds, []).append(run)
+    groups: list[list[RunRecord]] = []
+    repeated: dict[RunRecord, RunRecord] = {}
+    for group in same.values():
+        newest = [max(again, key=lambda run: (run.folder / "result.json").stat().st_mtime) for again in group.values()]
+        groups.append(newest)
+        repeated |= {
+            run: new for again, new in zip(group.values(), newest, strict=True) for run in again if run is not new
+        }
+    return groups, repeated
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -64,7 +53,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     size that is the data's.
     """
     keys = list(dict.fromkeys(key for some in settings for key in some))
-    values = {key: [_shown(some[key]) if key in some else "–" for some in settings] for key in keys}
+    values = {key: [typed(some[key]) if key in some else "–" for some in settings] for key in keys}
     varied = [key for key in keys if len(set(values[key])) > 1]
     shown = [key for key in varied if not any(_follows(key, other, values) for other in varied)]
     return [{CHOSEN.get(key, key): values[key][row] for key in shown} for row in range(len(settings))]
@@ -79,6 +68,7 @@ def _follows(key: str, other: str, values: Mapping[str, Sequence[str]]) -> bool:
     return len(set(zip(values[other], values[key], strict=True))) == len(set(values[other]))
 
 
-def _shown(value: Any) -> str:
+def typed(value: Any) -> str:
+    """A setting as one would type it; of a long one the end."""
     text = format_value(value, quoted=False)
     return text if len(text) <= LONGEST else f"…{text[-LONGEST:]}"

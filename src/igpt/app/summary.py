@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
@@ -11,7 +12,8 @@ from scipy.stats import t as student
 from igpt.app.groups import differing, grouped, settings_of
 from igpt.metric.result import Number
 from igpt.report.figures import Point, points_figure
-from igpt.report.runs import Run, objective_of, read_run
+from igpt.report.runs import RunRecord, objective_of, read_run
+from igpt.report.text import shown
 from igpt.spelling import suggestion
 
 LOWER = ("nats", "bits", "grey levels")  # how units begin of which less is better
@@ -24,15 +26,27 @@ class NothingFoundError(ValueError):
 
 
 @dataclass(frozen=True)
-class Row:
+class SeedGroup:
     """Runs that differ in nothing but their seed."""
 
-    settings: dict[str, str]  # what not all rows have alike, as one would type it
-    mean: float
-    deviation: float | None  # standard deviation over seeds, n - 1 in its denominator; None: one seed
-    interval: tuple[float, float] | None  # 95 %: Student's over seeds; of one seed, over its images where that is known
+    settings: dict[str, str]  # what not all groups have alike, as one would type it
+    number: Number  # the mean over seeds
     values: tuple[float, ...]  # of each seed
     folders: list[Path]  # in the same order
+
+    @property
+    def mean(self) -> float:
+        return self.number.value
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds, n - 1 in its denominator; None: one seed."""
+        return self.number.deviation if self.n > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 %: Student's over seeds; of one seed, over its images where that is known."""
+        return self.number.interval
 
     @property
     def n(self) -> int:
@@ -52,7 +66,7 @@ class Summary:
     metric: str
     unit: str
     lower_is_better: bool
-    rows: list[Row]
+    rows: list[SeedGroup]
     left_out: dict[Path, str]
     caution: str = ""  # why the rows do not compare, where they do not
 
@@ -72,51 +86,43 @@ def summary(folders: Sequence[Path], metric: str) -> Summary:
     return summary_of(runs, metric, left_out)
 
 
-def summary_of(runs: Sequence[Run], metric: str, left_out: dict[Path, str] | None = None) -> Summary:
+def summary_of(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None) -> Summary:
     """The same for runs that have been read."""
-    left_out = dict(left_out or {})
-    having = [run for run in runs if metric in run.numbers]
-    known = list(dict.fromkeys(key for run in runs for key in run.numbers))
-    left_out |= {run.folder: f"it has no {metric}" for run in runs if metric not in run.numbers}
+    left_out = (left_out or {}) | {
+        run.folder: f"it has no {metric}" for run in runs if metric not in run.result.numbers
+    }
+    having = [run for run in runs if metric in run.result.numbers]
     if not having:
+        known = list(dict.fromkeys(key for run in runs for key in run.result.numbers))
         why = "; ".join(f"{folder.name}: {reason}" for folder, reason in list(left_out.items())[:3])
         there = f"{suggestion(metric, known)}; there are {', '.join(known)}" if known else f" ({why})" if why else ""
         raise NothingFoundError(f"no finished run has {metric}{there}")
     groups, repeated = grouped(having)
     left_out |= {older.folder: f"{run.folder.name} is the same run" for older, run in repeated.items()}
-    apart = differing([settings_of(group[0]) for group in groups])
-    unit = having[0].numbers[metric].unit
+    rows = []
+    for group, settings in zip(groups, differing([settings_of(group[0]) for group in groups]), strict=True):
+        numbers = [run.result.numbers[metric] for run in group]
+        values = tuple(number.value for number in numbers)
+        rows.append(SeedGroup(settings, over_seeds(numbers), values, [run.folder for run in group]))
+    unit = rows[0].number.unit
     lower = lower_is_better(metric, unit)
-    rows = [_row(group, metric, settings) for group, settings in zip(groups, apart, strict=True)]
-    return Summary(metric, unit, lower, sorted(rows, key=lambda row: row.mean if lower else -row.mean),
-                   left_out, caution(having, unit))  # fmt: skip
+    rows.sort(key=lambda row: row.mean if lower else -row.mean)
+    return Summary(metric, unit, lower, rows, left_out, caution(having, unit))
 
 
-def _tokenizer_hash(run: Run) -> str:
-    """The hash of a run's tokenizer; older results say that of their palette, which is the same in raster order."""
-    found = run.result.provenance
-    return str(found.get("tokenizer", found.get("palette")))
-
-
-def caution(runs: Sequence[Run], unit: str) -> str:
+def caution(runs: Sequence[RunRecord], unit: str) -> str:
     """What keeps losses per token of several runs from being compared: they are of other tokens, or of other tasks."""
     if not unit.endswith("/token"):
         return ""
-    of_what = {
+    of_what: dict[str, set[Any]] = {
         "objectives": {objective_of(run) for run in runs},
-        "datasets": {run.config["data"].get("name") for run in runs},
-        "resolutions": {run.config["data"].get("resolution") for run in runs},
-        "tokenizers": {_tokenizer_hash(run) for run in runs},
+        "datasets": {run.settings.get("data.name") for run in runs},
+        "resolutions": {run.settings.get("data.resolution") for run in runs},
+        # older results have the hash of their palette, which is the same in raster order
+        "tokenizers": {str((of := run.result.provenance).get("tokenizer", of.get("palette"))) for run in runs},
     }
     several = [name for name, kinds in of_what.items() if len(kinds) > 1]
     return f"these are of several {' and '.join(several)}: such losses do not compare" if several else ""
-
-
-def _row(group: list[Run], metric: str, settings: dict[str, str]) -> Row:
-    number = over_seeds([run.numbers[metric] for run in group])
-    values = tuple(run.numbers[metric].value for run in group)
-    deviation = number.deviation if len(values) > 1 else None
-    return Row(settings, number.value, deviation, number.interval, values, [run.folder for run in group])
 
 
 def over_seeds(numbers: Sequence[Number]) -> Number:
@@ -141,48 +147,35 @@ def lower_is_better(metric: str, unit: str) -> bool:
     return unit.startswith(LOWER) or any(word in metric for word in ("loss", "error", "seconds"))
 
 
-def first_in_all(runs: Sequence[Run]) -> str | None:
+def first_in_all(runs: Sequence[RunRecord]) -> str | None:
     """The first loss or accuracy that all runs have; where there is none, the first number.
 
     None: they have no number in common.
     """
-    common = [key for key in runs[0].numbers if all(key in run.numbers for run in runs)]
-    judged = [key for key in common if runs[0].numbers[key].unit.startswith(("nats", "bits", "share"))]
+    first, *others = (run.result.numbers for run in runs)
+    common = [key for key in first if all(key in numbers for numbers in others)]
+    judged = [key for key in common if first[key].unit.startswith(("nats", "bits", "share"))]
     return next(iter([*judged, *common]), None)
-
-
-def headings(found: Summary) -> tuple[str, ...]:
-    """The first row of `table`."""
-    return "settings", f"{found.metric}, {found.unit} ({better(found)})", "seeds", "run"
 
 
 def better(found: Summary) -> str:
     """Which of its values are the better ones, in words; of a count, how it is sorted."""
-    word = _word(found.metric, found.unit)
-    return f"{word} is better" if word else "from the highest"
-
-
-def _word(metric: str, unit: str) -> str:
-    return "lower" if lower_is_better(metric, unit) else "higher" if unit.startswith(HIGHER) else ""
+    if not found.lower_is_better and not found.unit.startswith(HIGHER):
+        return "from the highest"
+    return f"{'lower' if found.lower_is_better else 'higher'} is better"
 
 
 def table(found: Summary) -> list[tuple[str, ...]]:
-    """A row of text for each row: settings, mean with its spread, seeds, folder."""
-    return [(row.name, spread(row), str(row.n), shortened(row.folders)) for row in found.rows]
-
-
-def spread(row: Row) -> str:
-    """The mean ± its deviation over seeds; of one seed the value and its interval."""
-    if row.deviation is not None:
-        return f"{row.mean:.4f} ± {row.deviation:.4f} (std)"
-    return f"{row.mean:.4f}" + (f" [{row.interval[0]:.4f}, {row.interval[1]:.4f}]" if row.interval else "")
+    """A heading, then a row of text for each row: settings, mean with its spread, seeds, folder."""
+    heading = ("settings", f"{found.metric}, {found.unit} ({better(found)})", "seeds", "run")
+    return [heading, *((row.name, shown(row.number), str(row.n), shortened(row.folders)) for row in found.rows)]
 
 
 def shortened(folders: Sequence[Path]) -> str:
     """The first of some folders as one would type it here, and how many more there are."""
     first, *more = folders
-    shown = os.path.relpath(first) if first.absolute().is_relative_to(Path.cwd()) else first.name
-    return shown + (f" and {len(more)} more" if more else "")
+    place = os.path.relpath(first) if first.absolute().is_relative_to(Path.cwd()) else first.name
+    return place + (f" and {len(more)} more" if more else "")
 
 
 def draw(path: Path, found: Summary) -> None:

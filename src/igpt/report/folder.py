@@ -32,7 +32,16 @@ PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safete
 def deciding(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that decides what a run learns and finds."""
     chosen = {key: value for key, value in config.items() if key not in OUTSIDE_IDENTITY}
-    return chosen | {"trainer": {OF_THE_MACHINE: config["trainer"][OF_THE_MACHINE]}}
+    trainer = {OF_THE_MACHINE: config["trainer"][OF_THE_MACHINE]}
+    return chosen | {"task": _without_paper(config.get("task", {})), "trainer": trainer}
+
+
+def _without_paper(task: dict[str, Any]) -> dict[str, Any]:
+    """A task, and the stages of a pipeline, without `paper`: whose number a run is compared with decides nothing."""
+    own = {key: value for key, value in task.items() if key != "paper"}
+    if isinstance(stages := own.get("stages"), dict):
+        own["stages"] = {name: _without_paper(of) if isinstance(of, dict) else of for name, of in stages.items()}
+    return own
 
 
 def identity(config: dict[str, Any], files_sha256: dict[str, str | None]) -> str:

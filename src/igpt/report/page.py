@@ -15,10 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from igpt import files
 from igpt.metric.result import Result
-from igpt.report.facts import FinishedRun, as_typed, heading_of, read_run
+from igpt.report import facts
 from igpt.report.pictures import Picture, data_uri, embedded, read_cells
 from igpt.report.plots import plots
-from igpt.report.runs import flat
+from igpt.report.runs import RunRecord, flat, read_run
 from igpt.report.text import REPORT, shown
 from igpt.settings.reading import ReportSettings
 
@@ -67,7 +67,7 @@ def run(settings: ReportSettings) -> Result:
         try:
             runs.append(read_run(folder))
         except (ValueError, OSError) as error:
-            unreadable.append(str(error))
+            unreadable.append(f"{folder}: {error}")
     if unreadable:
         raise ValueError(f"task.runs: {'; '.join(unreadable)}")
     for read in runs:
@@ -99,9 +99,9 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    given = (shown, as_typed, sha256, data_uri, heading_of, flat, plots)
+    given = (shown, sha256, data_uri, flat, plots, facts.as_typed, facts.heading_of)
     made.filters.update({function.__name__: function for function in given})
-    made.globals["above_curves"] = ABOVE_CURVES
+    made.globals.update(facts=facts, above_curves=ABOVE_CURVES)
     return made
 
 
@@ -110,11 +110,11 @@ def sha256(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _pictures(run: FinishedRun) -> list[Picture]:
+def _pictures(run: RunRecord) -> list[Picture]:
     """Those that a run's result names, what lies under the pointer on a confusion matrix with it."""
     found = []
-    for key, file in run.pictures.items():
-        stage, (title, seen) = key.rpartition("/")[0], heading_of(key)
+    for key, file in facts.pictures_of(run).items():
+        stage, (title, seen) = key.rpartition("/")[0], facts.heading_of(key)
         caption = f"{stage}: {seen}" if stage and seen else seen or key
         counts, path = run.result.files.get(f"{key}_counts"), run.folder / file
         cells = counts and read_cells(path, run.folder / counts, run.result.class_names.get(key))

@@ -11,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from igpt import files
-from igpt.metric.result import Number, Result
+from igpt.metric.result import Result
 from igpt.older_configs import updated
 from igpt.report.folder import RunFolder, result_of
 
 COMPARE = "compare"  # the task whose own results are never compared
 DEEPEST = 4  # folders between one that is given and a run in it
+LONGEST_CHAIN = 9  # runs, each from the weights of the one before
 CHECKPOINT = re.compile(r"step_(\d+)(?:\.ckpt)?")
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """A run that ended well, and what it says of itself."""
+class RunRecord:
+    """A finished run: its folder, what it wrote when it began (run.json) and when it ended (result.json)."""
 
     folder: Path
+    begun: dict[str, Any]  # run.json; empty where it is gone
     record: dict[str, Any]  # result.json
     result: Result
 
@@ -32,56 +34,88 @@ class Run:
     def task(self) -> str:
         return str(self.record["task"])
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
-        config: dict[str, Any] = self.record["config"]
-        return config
-
-    @property
-    def numbers(self) -> dict[str, Number]:
-        return self.result.numbers
+        """Its settings, those of older runs under the names that they have now."""
+        return updated(self.record["config"])
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The config, flat: `task.steps`; settings of older runs under the names that they have now."""
-        return flat(updated(self.config))
-
-    @cached_property
-    def start(self) -> "Start":
-        return start_of(self)
+        """The config, flat: `task.steps`."""
+        return flat(self.config)
 
     @property
-    def stages(self) -> "Found":
-        """The runs that a pipeline was made of, also those that were made before it; of another task none."""
-        stages = self.config["task"].get("stages")
-        listed = stages if isinstance(stages, dict) else {}
-        given = [own["run"] for own in listed.values() if isinstance(own, dict) and own.get("run")]
-        inside = sorted(path for path in self.folder.glob("*_*") if (path / "run.json").is_file())
-        told = [place for path in given if (place := nearest_path(self.folder, str(path))) is not None]
-        return found([str(path) for path in (*inside, *told)]) if listed else Found()
+    def is_stage(self) -> bool:
+        """Whether it is part of a pipeline, whose folder is the one around it."""
+        return "overrides" in self.begun and self.begun["overrides"] is None
+
+    @cached_property
+    def overrides(self) -> list[str] | None:
+        """Those of the command that made it, a pipeline's where it is a stage of one; None: not known."""
+        begun = _read_mapping(self.folder.absolute().parent / "run.json") if self.is_stage else self.begun
+        overrides = begun.get("overrides")
+        return [str(override) for override in overrides] if isinstance(overrides, list) else None
+
+    @cached_property
+    def init_history(self) -> "InitHistory":
+        """Where its weights came from."""
+        return init_history_of(self)
+
+    @cached_property
+    def stages(self) -> list["Stage"]:
+        """The stages of a pipeline, in their order; of another task none."""
+        asked = self.config.get("task", {}).get("stages", {}) if self.task == "pipeline" else {}
+        folders = {}
+        for position, (name, own) in enumerate(((n, own) for n, own in asked.items() if own is not None), start=1):
+            given = own.get("run")
+            beside = None if given is None else self.folder.absolute().parent / Path(given).name
+            folders[name] = (given and nearest_path(self.folder, given)) or beside or self.folder / f"{position}_{name}"
+        return [Stage(name, folder, *_read_or_reason(folder)) for name, folder in folders.items()]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a pipeline; `run` is None where nothing finished is to be read, and `problem` is why."""
+
+    name: str
+    folder: Path
+    run: RunRecord | None
+    problem: str
+
+
+@dataclass(frozen=True)
+class InitHistory:
+    """The weights that a run began with: what they are, and the runs that made them, the last one first."""
+
+    metadata: dict[str, Any] = field(default_factory=dict)  # as `brief` shortens it
+    runs: tuple[RunRecord, ...] = ()
+    unknown: str = ""  # what is not known of them, and why
+
+    @property
+    def pretraining(self) -> RunRecord | None:
+        """The run that made them from nothing, where its record is there."""
+        return self.runs[-1] if self.runs and self.runs[-1].task == "pretrain" else None
 
 
 @dataclass
 class Found:
     """The runs at some places, and why there are not more."""
 
-    runs: list[Run] = field(default_factory=list)
+    runs: list[RunRecord] = field(default_factory=list)
     problems: dict[Path, str] = field(default_factory=dict)  # folder → what is wrong with it
-
-    @property
-    def said(self) -> list[str]:
-        """One line for each folder that could not be read."""
-        return [f"{path}: {why}" for path, why in self.problems.items()]
 
     @property
     def input_hashes(self) -> dict[str, str | None]:
         """Folder → a hash of its result; also of stages in it and of the runs before it: all that is said of them."""
         hashes: dict[str, str | None] = {str(path): why for path, why in self.problems.items()}
-        for run in self.runs:
-            for part in (run, *run.start.runs):
+        waiting = list(self.runs)
+        while waiting:
+            run = waiting.pop()
+            for part in (run, *run.init_history.runs):
                 hashes[str(part.folder)] = files.sha256(part.folder / "result.json")
-            hashes[f"init of {run.folder}"] = run.start.unknown
-            hashes |= run.stages.input_hashes
+            hashes[f"init of {run.folder}"] = run.init_history.unknown
+            hashes |= {str(stage.folder): stage.problem for stage in run.stages if stage.run is None}
+            waiting += [stage.run for stage in run.stages if stage.run is not None]
         return hashes
 
 
@@ -92,7 +126,7 @@ def flat(settings: Any, key: str = "") -> dict[str, Any]:
     return {k: v for name, part in settings.items() for k, v in flat(part, f"{key}.{name}".strip(".")).items()}
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunRecord:
     """The finished run in a folder.
 
     Raises:
@@ -103,28 +137,45 @@ def read_run(folder: Path) -> Run:
         raise ValueError("it is not finished: it has no result.json yet" if begun else "this is no run folder")
     try:
         record = RunFolder(folder).read_result()
-        result = result_of(record)
-        task, config = record["task"], record["config"]
-        groups = [isinstance(config[group], dict) for group in ("task", "data", "model", "trainer")]
-        if not (isinstance(task, str) and isinstance(result.provenance, dict) and all(groups)):
-            raise TypeError("settings that are none")
-        if not all(_is_number(number) for number in result.numbers.values()):
-            raise TypeError("values that are no numbers")
     except OSError as error:
         raise ValueError(f"its result.json cannot be read ({error.strerror})") from error
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    try:
+        run = RunRecord(folder, _read_mapping(folder / "run.json"), record, result_of(record))
+        _check(run)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"its result.json is damaged ({error!r:.80}): restore it, or repeat the run") from error
-    return Run(folder, record, result)
+    return run
 
 
-def _is_number(number: Number) -> bool:
-    measured = (
-        number.value,
-        *(number.interval or ()),
-        *(x for x in (number.stderr, number.deviation) if x is not None),
-    )
-    finite = all(type(value) in (int, float) and math.isfinite(value) for value in measured)
-    return finite and type(number.n) is int and isinstance(number.unit, str)
+def _check(run: RunRecord) -> None:
+    """Raises one of several errors where the result is not what `RunFolder.finish` writes."""
+    for number in run.result.numbers.values():
+        spread = [x for x in (*(number.interval or ()), number.stderr, number.deviation) if x is not None]
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in (number.value, *spread)):
+            raise ValueError("values that are no numbers")
+        _ = f"{number.n:,}" + number.unit
+    for curve in run.result.curves.values():
+        if len(curve.x) != len(curve.y) or not all(map(math.isfinite, [*curve.x, *curve.y])):
+            raise ValueError("a curve of other lengths, or of no numbers")
+        _ = curve.x_unit + curve.y_unit
+    _ = run.task, dict(run.config), dict(run.result.provenance), dict(run.record["versions"])
+    _ = run.record["commit"] + "", float(run.record["seconds"])
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none, or none that can be read."""
+    try:
+        content = files.read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_or_reason(folder: Path) -> tuple[RunRecord | None, str]:
+    try:
+        return read_run(folder), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def found(places: Sequence[str]) -> Found:
@@ -146,12 +197,10 @@ def found(places: Sequence[str]) -> Found:
             here |= {folder.resolve(): folder for folder in _run_folders(own)}
     all_found = Found()
     for folder in here.values():
-        try:
-            run = read_run(folder)
-        except ValueError as error:
-            all_found.problems[folder] = str(error)
-            continue
-        if run.task != COMPARE:
+        run, problem = _read_or_reason(folder)
+        if run is None:
+            all_found.problems[folder] = problem
+        elif run.task != COMPARE:
             all_found.runs.append(run)
     return all_found
 
@@ -167,82 +216,63 @@ def _run_folders(place: Path, depth: int = 0) -> Iterator[Path]:
                 yield from _run_folders(inside, depth + 1)
 
 
-@dataclass(frozen=True)
-class Start:
-    """The weights that a run began with: what they are, and the runs that made them, the last one first."""
-
-    origin: dict[str, Any] = field(default_factory=dict)  # as in `checkpoint.native.Origin`, without the long lists
-    runs: tuple[Run, ...] = ()
-    unknown: str = ""  # what is not known of them, and why
-
-    @property
-    def pretraining(self) -> Run | None:
-        """The run that made them from nothing, where its record is there."""
-        return self.runs[-1] if self.runs and self.runs[-1].task == "pretrain" else None
-
-
 def nearest_path(folder: Path, path: str) -> Path | None:
     """A path that a run was given, which may be from where that was started: here, or from a folder around the run's.
 
-    None: it is not there, or is no path.
+    None: it is not there.
     """
     place = Path(path).expanduser()
     tried = [place, *(around / place for around in folder.absolute().parents)]
     return next((candidate for candidate in tried if candidate.exists()), None)
 
 
-def start_of(run: Run, depth: int = 0) -> Start:
+def init_history_of(run: RunRecord, depth: int = 0) -> InitHistory:
     """Where a run's weights came from: by its own record, and by those of the runs before it."""
-    said = run.result.provenance.get("init")
-    told: dict[str, Any] = said if isinstance(said, dict) else {}
-    init = run.config.get("init") or next(iter(run.config["task"].get("runs") or []), None)
+    told = run.result.provenance.get("init")
+    told = told if isinstance(told, dict) else {}
+    init = run.config.get("init") or next(iter(run.config.get("task", {}).get("runs") or []), None)
     if not isinstance(init, str):
-        return Start(told)
+        return InitHistory(told)
     place = nearest_path(run.folder, init)
-    before = place and next((p for p in (place, *place.parents[:3]) if (p / "run.json").is_file()), None)
-    if place is None or before is None or depth > 9:
-        there = place and next((p for p in (place / "config.json", place / "model/config.json") if p.is_file()), None)
-        origin = told or (_origin(there) if there else {})
+    around = [place, *place.parents[:3]] if place is not None else []
+    before = next((folder for folder in around if (folder / "run.json").is_file()), None)
+    if place is None or before is None or depth > LONGEST_CHAIN:
         why = "is not there any more" if place is None else "is not a run's"
-        return Start(origin, unknown=f"how its weights were trained ({init} {why})")
-    origin = _origin(before / "model" / "config.json")
+        return InitHistory(
+            told or (_metadata(place) if place else {}), unknown=f"how its weights were trained ({init} {why})"
+        )
+    metadata = _metadata(before)
     began = run.result.provenance.get("from" if run.task == "finetune" else "weights")
-    step = next((int(m[1]) for p in (place, *place.parents[:2]) if (m := CHECKPOINT.fullmatch(p.name))), None)
-    if step is not None:
-        origin["step"] = step
-    elif isinstance(began, str) and origin.get("weights_sha256") not in (began, None):
-        return Start(told, unknown=f"how its weights were trained ({init} holds others now)")
-    try:
-        maker = read_run(before)
-    except ValueError as error:  # a checkpoint of a run that is not finished, say
-        return Start(told or origin, unknown=f"how its weights were trained ({before.name}: {error})")
-    earlier = start_of(maker, depth + 1)
+    if step := next((m for folder in around[:3] if (m := CHECKPOINT.fullmatch(folder.name))), None):
+        metadata["step"] = int(step[1])
+    elif isinstance(began, str) and metadata.get("weights_sha256") not in (began, None):
+        return InitHistory(told, unknown=f"how its weights were trained ({init} holds others now)")
+    maker, problem = _read_or_reason(before)
+    if maker is None:  # a checkpoint of a run that is not finished, say
+        return InitHistory(told or metadata, unknown=f"how its weights were trained ({before.name}: {problem})")
+    earlier = init_history_of(maker, depth + 1)
     made = (maker,) if maker.task != "import" else ()
-    return Start(origin | told, (*made, *earlier.runs), "" if maker.task == "pretrain" else earlier.unknown)
+    return InitHistory(metadata | told, (*made, *earlier.runs), "" if maker.task == "pretrain" else earlier.unknown)
 
 
-def objective_of(run: Run) -> str:
+def objective_of(run: RunRecord) -> str:
     """ar or bert; empty where it is that of weights that are not there any more."""
-    own = str(run.config.get("objective", {}).get("name"))
-    known = run.start.origin.get("objective") or {"name": ""}
+    own = str(run.settings.get("objective.name"))
+    known = run.init_history.metadata.get("objective") or {"name": ""}
     return str(known["name"]) if own == "checkpoint" else own
 
 
-def _origin(path: Path) -> dict[str, Any]:
-    """What a `config.json` of weights says of them, without colours and order; nothing where it is not there."""
-    try:
-        config = files.read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return brief(config) if isinstance(config, dict) else {}
+def _metadata(folder: Path) -> dict[str, Any]:
+    """What the weights in a run's folder, or in a `model/`, say of themselves; nothing where there are none."""
+    return brief(_read_mapping(folder / "config.json") or _read_mapping(folder / "model" / "config.json"))
 
 
-def brief(origin: dict[str, Any]) -> dict[str, Any]:
+def brief(metadata: dict[str, Any]) -> dict[str, Any]:
     """What weights say of themselves, the order of the tokens as `raster` or `other`, without the colours."""
-    said = {key: value for key, value in origin.items() if key not in ("palette", "permutation", "tokenizer")}
-    tokenizer = origin.get("tokenizer")
+    said = {key: value for key, value in metadata.items() if key not in ("palette", "permutation", "tokenizer")}
+    tokenizer = metadata.get("tokenizer")
     of_tokens = tokenizer if isinstance(tokenizer, dict) else {}
     if of_tokens:
         said["tokenizer"] = {key: of_tokens[key] for key in ("kind", "hash", "patch") if key in of_tokens}
-    order = of_tokens.get("permutation", origin.get("permutation"))
+    order = of_tokens.get("permutation", metadata.get("permutation"))
     return said | ({"order": "raster" if order == sorted(order) else "other"} if isinstance(order, list) else {})
