@@ -10,6 +10,7 @@ from igpt import files
 from igpt.checkpoint.find import find
 from igpt.data.listing import ListFiles, hash_files
 from igpt.data.shards import named_files
+from igpt.older_configs import read_record
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def trained_on(folder: Path) -> dict[str, Any]:
     """The data settings of the run that trained the weights in a run folder, also where they were imported into it."""
     for _ in range(10):  # imports of imports
         record = folder / "run.json"
-        config = files.read_json(record)["config"] if record.is_file() else {"task": {"needs": []}}
+        config = read_record(record)["config"] if record.is_file() else {"task": {"needs": []}}
         if "net" in config["task"]["needs"]:
             data: dict[str, Any] = config["data"]
             return data

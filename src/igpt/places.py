@@ -8,7 +8,7 @@ from pathlib import Path
 
 from igpt import files, processes
 from igpt.build import Build
-from igpt.older_configs import updated
+from igpt.older_configs import VERSION
 from igpt.report.folder import RunFolder, changes, identity
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,8 @@ def open_folder(build: Build) -> RunFolder:
             log.info("resuming with other settings, which do not change what is learned: %s", "; ".join(harmless))
         return folder
     folder = RunFolder(Path(cfg.paths.runs) / name)
-    if cfg.resume == "auto" and not folder.started:
-        folder = next(begun_by_older_release(build, folder), folder)
+    if not folder.started and not cfg.force:
+        folder = next(of_older_release(build, folder), folder)
     if cfg.force:
         repeat = 2
         while folder.started:
@@ -67,18 +67,21 @@ def open_folder(build: Build) -> RunFolder:
     return folder
 
 
-def begun_by_older_release(build: Build, folder: RunFolder) -> Iterator[RunFolder]:
-    """Unfinished runs beside a run's folder that are the same run, whose name an older release made otherwise."""
+def of_older_release(build: Build, folder: RunFolder) -> Iterator[RunFolder]:
+    """Runs beside a run's folder that are the same run, whose name an older release made otherwise.
+
+    Those that are finished first, then those that have a checkpoint to go on from.
+    """
     prefix = folder.path.name.rpartition("-")[0]
-    for path in sorted(folder.path.parent.glob(f"{glob.escape(prefix)}-*")):
-        other = RunFolder(path)
-        if other.finished or not other.started or not any(path.rglob("latest")):
+    beside = [RunFolder(path) for path in sorted(folder.path.parent.glob(f"{glob.escape(prefix)}-*"))]
+    for other in sorted(beside, key=lambda other: not other.finished):
+        if not other.started or not (other.finished or any(other.path.rglob("latest"))):
             continue
         try:
             saved = other.read_run()
-            same = identity(updated(saved["config"]), saved["files_sha256"])
+            same = saved["version"] < VERSION and identity(saved["config"], saved["files_sha256"])
         except (ValueError, KeyError, TypeError, AttributeError):  # what is no record of a run
             continue
         if same == identity(build.config, build.files_sha256):
-            log.info("%s was begun by an older release: it goes on", path)
+            log.info("%s is this run, %s by an older release", other.path, "made" if other.finished else "begun")
             yield other

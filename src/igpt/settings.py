@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from hydra.utils import get_object, instantiate
 
 from igpt.arguments import suggestion
+from igpt.older_configs import answer
 
 
 def factory(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
@@ -31,7 +32,7 @@ def check_settings(target: Any, settings: Mapping[str, Any], where: str) -> None
         if key.startswith("_"):
             continue
         if key not in parameters and not takes_any:
-            raise ValueError(f"{where} has no setting {key!r}{suggestion(key, parameters)}")
+            raise ValueError(answer(f"{where}.{key}") or f"{where} has no setting {key!r}{suggestion(key, parameters)}")
         for name, part in value.items() if isinstance(value, Mapping) else ():
             if isinstance(part, Mapping) and "_target_" in part:
                 check_settings(get_object(part["_target_"]), part, f"{where}.{key}.{name}")

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from igpt.arguments import suggestion
 from igpt.build import CHECKPOINT, Build
+from igpt.older_configs import answer
 from igpt.report.folder import RunFolder, changes
 from igpt.settings import check_settings
 from igpt.task.pipeline import FROM
@@ -50,7 +51,8 @@ def stage_config(build: Build, name: str, settings: DictConfig) -> tuple[DictCon
             continue
         if key not in cfg.task:
             raise ValueError(
-                f"task.stages.{name} has no setting {key!r}{suggestion(str(key), [str(k) for k in cfg.task])}"
+                answer(f"task.stages.{name}.{key!s}")
+                or f"task.stages.{name} has no setting {key!r}{suggestion(str(key), [str(k) for k in cfg.task])}"
             )
         if OmegaConf.is_dict(value) and OmegaConf.is_dict(cfg.task[key]) and len(cfg.task[key]):
             cfg.task[key] = OmegaConf.merge(

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from igpt import files
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Weights
 from igpt.metric.result import Curve, Number, Result
 from igpt.model.features import NORMS
 from igpt.objective.base import Objective
+from igpt.older_configs import read_record
 from igpt.probe.choice import chosen, searched
 from igpt.probe.features import Dtype
 from igpt.task.classify import check_classes
@@ -72,7 +72,7 @@ def run(
         metadata = found[-1].metadata
         if (metadata.tokenizer.hash, metadata.objective) != (tokenizer, made_by["objective"]):
             raise ValueError(f"task.runs: {path} has another tokenizer or objective: losses cannot be compared")
-        data = files.read_json(Path(path) / "run.json")["config"].get("data", {})
+        data = read_record(Path(path) / "run.json")["config"].get("data", {})
         if other := [key for key in HELD_OUT if data.get(key) != made_by["data"].get(key)]:
             raise ValueError(f"task.runs: {path} held out other images (data.{', data.'.join(other)})")
     names = {path: found[-1].metadata.model for path, found in every.items()}
@@ -88,7 +88,7 @@ def run(
     device = runner.machine.device
     for path, found in every.items():
         name = names[path]
-        size = int(files.read_json(Path(path) / "run.json")["config"]["task"]["batch_size"])
+        size = int(read_record(Path(path) / "run.json")["config"]["task"]["batch_size"])
         losses, shares, images = [], [], []
         for weights in found:
             net = weights.net()
