@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from igpt import files
 from igpt.metric.result import Number, Result
+from igpt.older_configs import read_record
 from igpt.quoting import quote_for_shell, quote_text
 from igpt.report.folder import RunFolder, result_of
 from igpt.report.text import shown
@@ -193,10 +193,9 @@ def _check(run: FinishedRun) -> None:
 def begun_of(folder: Path) -> dict[str, Any]:
     """What run.json says; nothing where there is none, or none that can be read."""
     try:
-        begun = files.read_json(folder / "run.json")
+        return read_record(folder / "run.json")
     except (OSError, ValueError):
         return {}
-    return begun if isinstance(begun, dict) else {}
 
 
 def heading_of(picture: str) -> tuple[str, str]:

@@ -12,7 +12,6 @@ from typing import Any
 
 from igpt import files
 from igpt.metric.result import Number, Result
-from igpt.older_configs import updated
 from igpt.report.folder import RunFolder, result_of
 
 COMPARE = "compare"  # the task whose own results are never compared
@@ -43,8 +42,8 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The config, flat: `task.steps`; settings of older runs under the names that they have now."""
-        return flat(updated(self.config))
+        """The config, flat: `task.steps`."""
+        return flat(self.config)
 
     @cached_property
     def start(self) -> "Start":
