@@ -134,7 +134,7 @@ def test_other_images_are_another_run(tmp_path: Path) -> None:
     settings = ("task=palette", "data=folder", f"data.path={root}", *SMALL, f"paths.runs={tmp_path / 'runs'}")
     names = [built(*settings).run.name]
     folder = find_run_dir(built(*settings).run)
-    folder.start(built(*settings).config, [], built(*settings).files_sha256)
+    folder.start(built(*settings).run.config, [], built(*settings).run.input_hashes)
     (root / "train" / "a" / "0.jpg").write_bytes(encoded(photo(50)))
     names.append(built(*settings).run.name)
     with pytest.raises(ValueError, match=r"the file of data\.path has changed"):

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from igpt.older_configs import NOW_SCRIPTS, RENAMED
+from igpt.older_configs import NOW_SCRIPTS, answer, read_record
 from igpt.quoting import format_value, in_quotes, printable, quote_for_shell, quote_path, quote_text
 from igpt.spelling import suggestion
 
@@ -98,7 +98,7 @@ def saved_overrides(folder: Path) -> list[str]:
     if not record.is_file():
         raise ValueError(f"resume={folder}: no run.json there; give the folder of a run, as in runs/pretrain-…")
     try:
-        overrides = json.loads(record.read_text())["overrides"]
+        overrides = read_record(record)["overrides"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{record} is damaged ({error!r}): restore it, or start the run anew") from error
     if overrides is None:
@@ -143,10 +143,12 @@ def check(overrides: list[str], folders: list[Path]) -> DictConfig:
         for override in parsed:
             key = override.key_or_group
             added = override.is_add() or override.is_force_add()
-            if override in chosen or added or key.startswith("hydra") or key in keys:
+            if override in chosen or key.startswith("hydra") or key in keys:
                 continue
-            if key in RENAMED:
-                raise ValueError(f"the setting {key} is called {RENAMED[key]} now")
+            if told := answer(key):
+                raise ValueError(told)
+            if added:
+                continue
             near = suggestion(key, [*groups, *keys])
             raise ValueError(f"there is no setting or group {key!r}{near}; a new key needs a + in front")
         return _composed(parsed)

@@ -11,7 +11,7 @@ from igpt.checkpoint.find import find
 from igpt.data.listing import ListFiles, hash_files
 from igpt.data.shards import named_files
 from igpt.data.split import split_differences
-from igpt.older_configs import updated
+from igpt.older_configs import read_record
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def trained_on(folder: Path) -> dict[str, Any]:
     """The data settings of the run that trained the weights in a run folder, also where they were imported into it."""
     for _ in range(10):  # imports of imports
         record = folder / "run.json"
-        config = updated(files.read_json(record)["config"]) if record.is_file() else {"task": {"requires": []}}
+        config = read_record(record)["config"] if record.is_file() else {"task": {"requires": []}}
         if "network" in config["task"]["requires"]:
             data: dict[str, Any] = config["data"]
             return data

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from igpt import files, processes
-from igpt.older_configs import updated
+from igpt.older_configs import VERSION
 from igpt.report.folder import RunFolder, changes, identity
 from igpt.run_config import RunConfig
 
@@ -52,7 +52,7 @@ def find_run_dir(run: RunConfig) -> RunFolder:
             log.info("resuming with other settings, which do not change what is learned: %s", "; ".join(harmless))
         return folder
     folder = RunFolder(Path(cfg.paths.runs) / name)
-    if cfg.resume == "auto" and not folder.started:
+    if not folder.started and not cfg.force:
         folder = next(find_older_runs(run, folder), folder)
     if cfg.force:
         repeat = 2
@@ -68,17 +68,20 @@ def find_run_dir(run: RunConfig) -> RunFolder:
 
 
 def find_older_runs(run: RunConfig, folder: RunFolder) -> Iterator[RunFolder]:
-    """Unfinished runs beside a run's folder that are the same run, whose name an older release made otherwise."""
+    """Runs beside a run's folder that are the same run, whose name an older release made otherwise.
+
+    Those that are finished first, then those that have a checkpoint to go on from.
+    """
     prefix = folder.path.name.rpartition("-")[0]
-    for path in sorted(folder.path.parent.glob(f"{glob.escape(prefix)}-*")):
-        other = RunFolder(path)
-        if other.finished or not other.started or not any(path.rglob("latest")):
+    beside = [RunFolder(path) for path in sorted(folder.path.parent.glob(f"{glob.escape(prefix)}-*"))]
+    for other in sorted(beside, key=lambda other: not other.finished):
+        if not other.started or not (other.finished or any(other.path.rglob("latest"))):
             continue
         try:
             saved = other.read_run()
-            same = identity(updated(saved["config"]), saved["files_sha256"])
+            same = saved["version"] < VERSION and identity(saved["config"], saved["files_sha256"])
         except (ValueError, KeyError, TypeError, AttributeError):  # what is no record of a run
             continue
         if same == identity(run.config, run.input_hashes):
-            log.info("%s was begun by an older release: it goes on", path)
+            log.info("%s is this run, %s by an older release", other.path, "made" if other.finished else "begun")
             yield other

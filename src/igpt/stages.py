@@ -8,6 +8,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from igpt.older_configs import answer
 from igpt.report.folder import RunFolder, changes
 from igpt.report.paper import check_paper_key
 from igpt.run_config import OF_LAUNCH, RunConfig
@@ -111,7 +112,8 @@ def _merge(config: DictConfig, settings: Mapping[Any, Any], where: str) -> DictC
     merged = config.copy()
     for key, value in settings.items():
         if key not in config:
-            raise ValueError(f"{where} has no setting {key!r}{suggestion(str(key), map(str, config))}")
+            near = suggestion(str(key), map(str, config))
+            raise ValueError(answer(f"{where}.{key}") or f"{where} has no setting {key!r}{near}")
         if OmegaConf.is_dict(value) and OmegaConf.is_dict(config[key]) and len(config[key]):
             merged[key] = _merge(config[key], value, f"{where}.{key}")
         else:

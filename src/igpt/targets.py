@@ -1,11 +1,13 @@
 """From the settings of a config to what their `_target_` makes: checked against its signature before it is called."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, get_type_hints
 
 from hydra.utils import get_object
 
+from igpt.older_configs import answer
 from igpt.settings.base import Settings, parse_arguments, parse_settings
 
 
@@ -19,6 +21,7 @@ def checked_partial(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
     """
     target = get_object(spec["_target_"])
     settings = {str(key): value for key, value in spec.items() if not str(key).startswith("_")}
+    _refuse_renamed(settings, inspect.signature(target).parameters, where)
     nested = {key: _build_nested(value, f"{where}.{key}") for key, value in settings.items() if _has_target(value)}
     return partial(target, **parse_arguments(target, settings, where, built=nested))
 
@@ -26,6 +29,7 @@ def checked_partial(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
 def task_settings(target: str, settings: Mapping[str, Any], where: str = "task") -> Settings:
     """The settings of a task, as its `run` takes them (`settings`). Raises ValueError as `parse_settings`."""
     model: type[Settings] = get_type_hints(get_object(target))["settings"]
+    _refuse_renamed(settings, model.model_fields, where)
     return parse_settings(model, settings, where)
 
 
@@ -36,6 +40,13 @@ def without(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
         for key, value in settings.items()
         if key != name
     }
+
+
+def _refuse_renamed(settings: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError, with its new name, for a setting that an older release had."""
+    for key in settings.keys() - known.keys():
+        if message := answer(f"{where}.{key}"):
+            raise ValueError(message)
 
 
 def _has_target(value: Any) -> bool:

@@ -149,7 +149,10 @@ def test_a_record_without_its_length_is_not_known(tmp_path: Path) -> None:
 
 
 def test_settings_of_older_runs_are_read_by_their_names_of_now(tmp_path: Path) -> None:
-    settings = read_run(made(tmp_path / "tuned", loss(1.0), task__gen=0.0, task__clf=1.0)).settings
+    folder = made(tmp_path / "tuned", loss(1.0), task__gen=0.0, task__clf=1.0)
+    record = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**record, "version": 1}))
+    settings = read_run(folder).settings
     assert (settings["task.loss_weights.gen"], settings["task.loss_weights.clf"]) == (0.0, 1.0)
     assert "task.gen" not in settings
 

@@ -110,7 +110,7 @@ def test_more_labels_than_there_are(tmp_path: Path, few: Arrays, palette: Palett
         ({"per_class": [1]}, r"task\.per_class\.0 must be at least 2, got 1"),
         ({"per_class": []}, r"task\.per_class must be a list of at least 1"),
         ({"subsets": 1}, r"task\.subsets must be at least 2"),
-        ({"strengths": [0.0]}, r"task\.strengths\.0 must be at least 1e-38, got 0"),
+        ({"strengths": [0.0]}, r"task\.strengths\.0 must be at least 1e-100, got 0"),
         ({"norm": "ln_2"}, "task.norm must be one of"),
         ({"layer": 3}, r"must lie in 0 … 2"),
     ],

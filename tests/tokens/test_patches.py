@@ -222,7 +222,7 @@ def test_the_demo_shows_them(trained: tuple[Result, Path], tmp_path: Path) -> No
     """Completions grow by rows of patches, and are those of the task."""
     _, folder = trained
     build = built("task=demo", f"init={folder}", f"paths.cache={folder.parents[1] / 'cache'}", "trainer=cpu")
-    bench: Workbench = bench_of(build, tmp_path)
+    bench: Workbench = bench_of(build)
     chosen = bench.choices(0, 1)[0]
     assert (bench.given(chosen, 5)[4:] == 127).all()
     drawings = list(bench.complete(chosen, rows=4, completions=1, seed=0, temperature=1.0, top_k=None))

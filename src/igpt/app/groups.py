@@ -7,7 +7,7 @@ from igpt.quoting import format_value
 from igpt.report.folder import deciding
 from igpt.report.runs import RunRecord, flat
 
-OF_THE_CODE = ("_target_", "_partial_", "requires")
+OF_THE_CODE = ("_target_", "_partial_")
 CHOSEN = {"model.name": "model", "objective.name": "objective"}  # as one chooses them
 LONGEST = 48  # characters of a value that is shown
 

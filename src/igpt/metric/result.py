@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-VERSION = 1  # of result.json
-
 
 @dataclass(frozen=True)
 class Number:

@@ -17,12 +17,13 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from igpt import files
-from igpt.metric.result import VERSION, Curve, Number, Result
-from igpt.older_configs import updated
+from igpt.metric.result import Curve, Number, Result
+from igpt.older_configs import VERSION, read_record
 from igpt.report.figures import bars_figure, curves_figure, grid_picture, matrix_figure, palette_picture
 
 # Settings that say where and whether to run, not what: they do not change a run's identity.
 OUTSIDE_IDENTITY = ("paths", "resume", "force", "init", "logger", "callbacks", "published")
+OUTSIDE_TASK = ("requires", "run_folder", "paper")  # of a task: what follows from what it is, and a label
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep")
 OF_THE_MACHINE = "precision"  # the one setting of the trainer that counts: the others change nothing but rounding
 LOCK_SECONDS = 10  # the image readers of a killed run, which hold its lock, are gone after five
@@ -33,14 +34,14 @@ def deciding(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that decides what a run learns and finds."""
     chosen = {key: value for key, value in config.items() if key not in OUTSIDE_IDENTITY}
     trainer = {OF_THE_MACHINE: config["trainer"][OF_THE_MACHINE]}
-    return chosen | {"task": _without_paper(config.get("task", {})), "trainer": trainer}
+    return chosen | {"task": _task_settings(config["task"]), "trainer": trainer}
 
 
-def _without_paper(task: dict[str, Any]) -> dict[str, Any]:
-    """A task, and the stages of a pipeline, without `paper`: whose number a run is compared with decides nothing."""
-    own = {key: value for key, value in task.items() if key != "paper"}
+def _task_settings(task: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide something, of a task and of the stages of a pipeline."""
+    own = {key: value for key, value in task.items() if key not in OUTSIDE_TASK}
     if isinstance(stages := own.get("stages"), dict):
-        own["stages"] = {name: _without_paper(of) if isinstance(of, dict) else of for name, of in stages.items()}
+        own["stages"] = {name: _task_settings(of) if isinstance(of, dict) else of for name, of in stages.items()}
     return own
 
 
@@ -54,12 +55,12 @@ def changes(saved: dict[str, Any], asked: dict[str, Any]) -> tuple[list[str], li
     """What differs between a run's config and the one it is to go on with: what may not, and what may.
 
     How often to look and to save, and on what machine, decides nothing that is learned, though it may decide a run's
-    name; `resume` and `force` are no settings of a run. One that an older release saved is read as this one means it.
+    name; `resume` and `force` are no settings of a run.
     """
-    saved = updated(saved)
     refused = [line for line in differences(deciding(saved), deciding(asked)) if not line.split(" ")[0].endswith(OFTEN)]
     outside = {"resume": None, "force": None, "init": None}
-    every = differences(saved | outside, asked | outside)
+    whole = [{**config, **outside, "task": _task_settings(config)} for config in (saved, asked)]
+    every = differences(whole[0], whole[1])
     return refused, [line for line in every if line not in refused]
 
 
@@ -134,20 +135,14 @@ class RunFolder:
             files.write_json(self.path / "run.json", record)
 
     def read_run(self) -> dict[str, Any]:
-        """What `start` wrote. Raises ValueError when this is no run folder, or one of another version."""
+        """What `start` wrote, in the names of now. Raises ValueError when it is no run folder, or one of later."""
         if not self.started:
             raise ValueError(f"{self.path} is no run folder: it has no run.json")
-        return self._versioned("run.json")
+        return read_record(self.path / "run.json")
 
     def read_result(self) -> dict[str, Any]:
-        """The finished run's result.json. Raises ValueError on another version."""
-        return self._versioned("result.json")
-
-    def _versioned(self, name: str) -> dict[str, Any]:
-        record = files.read_json(self.path / name)
-        if not isinstance(record, dict) or record.get("version") != VERSION:
-            raise ValueError(f"{self.path / name} is of another version than {VERSION}: use the release that wrote it")
-        return record
+        """The finished run's result.json, its config in the names of now. Raises ValueError on another version."""
+        return read_record(self.path / "result.json", oldest=1)
 
     def finish(self, task: str, result: Result, *, seconds: float) -> None:
         """Writes pictures and arrays, then `result.json`."""

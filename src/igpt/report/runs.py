@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from glob import glob
@@ -12,7 +12,7 @@ from typing import Any
 
 from igpt import files
 from igpt.metric.result import Result
-from igpt.older_configs import updated
+from igpt.older_configs import read_record
 from igpt.report.folder import RunFolder, result_of
 
 COMPARE = "compare"  # the task whose own results are never compared
@@ -34,10 +34,10 @@ class RunRecord:
     def task(self) -> str:
         return str(self.record["task"])
 
-    @cached_property
+    @property
     def config(self) -> dict[str, Any]:
-        """Its settings, those of older runs under the names that they have now."""
-        return updated(self.record["config"])
+        config: dict[str, Any] = self.record["config"]
+        return config
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class RunRecord:
     @cached_property
     def overrides(self) -> list[str] | None:
         """Those of the command that made it, a pipeline's where it is a stage of one; None: not known."""
-        begun = _read_mapping(self.folder.absolute().parent / "run.json") if self.is_stage else self.begun
+        begun = _read_mapping(self.folder.absolute().parent / "run.json", read_record) if self.is_stage else self.begun
         overrides = begun.get("overrides")
         return [str(override) for override in overrides] if isinstance(overrides, list) else None
 
@@ -140,7 +140,7 @@ def read_run(folder: Path) -> RunRecord:
     except OSError as error:
         raise ValueError(f"its result.json cannot be read ({error.strerror})") from error
     try:
-        run = RunRecord(folder, _read_mapping(folder / "run.json"), record, result_of(record))
+        run = RunRecord(folder, _read_mapping(folder / "run.json", read_record), record, result_of(record))
         _check(run)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"its result.json is damaged ({error!r:.80}): restore it, or repeat the run") from error
@@ -162,10 +162,10 @@ def _check(run: RunRecord) -> None:
     _ = run.record["commit"] + "", float(run.record["seconds"])
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path, read: Callable[[Path], Any] = files.read_json) -> dict[str, Any]:
     """What a JSON file holds; nothing where there is none, or none that can be read."""
     try:
-        content = files.read_json(path)
+        content = read(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -16,7 +16,7 @@ from igpt.spelling import suggestion
 # Types of fields. NaN and infinity are refused everywhere.
 Count = Annotated[int, Field(ge=1, le=10**12)]  # at least one of something
 WholeNumber = Annotated[int, Field(ge=0, le=10**12)]
-Positive = Annotated[float, Field(ge=1e-38, le=1e38)]  # in float32, too
+Positive = Annotated[float, Field(ge=1e-100, le=1e38)]
 NonNegative = Annotated[float, Field(ge=0, le=1e38)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a moving average: beta1, beta2, momentum

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from igpt import ranks
 from igpt.checkpoint.head import HeadOrigin, save_head
-from igpt.checkpoint.native import FORMAT, ORIGIN, check_same, save_model, weights_sha256
+from igpt.checkpoint.native import (
+    FORMAT,
+    ORIGIN,
+    check_format,
+    save_model,
+    weights_sha256,
+)
 from igpt.checkpoint.resume import AtomicCheckpointIO, read_best
 from igpt.components import Components
 from igpt.metric.result import Number, Result
@@ -95,7 +101,7 @@ class FinetuneModule(TrainedModule):
         checkpoint[ORIGIN] = self.components.checkpoint_metadata(step=self.global_step).to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_same("format", checkpoint.get("format"), FORMAT, Path(self.trainer.ckpt_path or ""))
+        check_format(checkpoint.get("format"), Path(self.trainer.ckpt_path or ""))
         super().on_load_checkpoint(checkpoint)
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from igpt import files
 from igpt.checkpoint.find import find
 from igpt.checkpoint.native import Weights
 from igpt.components import Components
 from igpt.data.split import split_differences
 from igpt.metric.result import Curve, Number, Result
+from igpt.older_configs import read_record
 from igpt.probe.choice import chosen, searched
 from igpt.settings.probing import ScalingSettings
 from igpt.task.classify import check_classes
@@ -44,7 +44,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
         metadata = found[-1].metadata
         if (metadata.tokenizer.hash, metadata.objective) != (tokenizer, cache_key["objective"]):
             raise ValueError(f"task.runs: {path} has another tokenizer or objective: losses cannot be compared")
-        data = files.read_json(Path(path) / "run.json")["config"].get("data", {})
+        data = read_record(Path(path) / "run.json")["config"].get("data", {})
         if other := split_differences(cache_key["data"], data):
             raise ValueError(f"task.runs: {path} held out other images (data.{', data.'.join(other)})")
     names = {path: found[-1].metadata.model for path, found in every.items()}
@@ -58,7 +58,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
     n_val = len(source.split("val"))
     for path, found in every.items():
         name = names[path]
-        size = int(files.read_json(Path(path) / "run.json")["config"]["task"]["batch_size"])
+        size = int(read_record(Path(path) / "run.json")["config"]["task"]["batch_size"])
         losses, shares, images = [], [], []
         for weights in found:
             net = weights.net()

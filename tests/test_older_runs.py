@@ -1,0 +1,121 @@
+"""Run folders that an older release left (`tests/older_runs/make.py` made them): they go on to the bit, and count."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from igpt import files
+from igpt.launch import run
+from igpt.older_configs import VERSION, read_record
+from tests.conftest import ROOT
+from tests.older_runs.make import arithmetic
+
+KEPT = ROOT / "tests" / "older_runs" / "2dc1449"
+CONF = ROOT / "conf"
+KINDS = ("pretrain", "finetune", "pipeline")
+SAME_BITS = files.read_json(KEPT / "made_on.json") == arithmetic()
+
+
+def given(kind: str, how: str, place: Path) -> tuple[Path, list[str]]:
+    """A copy of a run as the older release left it, and what its command needs where it is now."""
+    (kept,) = (KEPT / how).glob(f"{kind}-*")
+    (before,) = (KEPT / "finished").glob("pretrain-*")
+    shutil.copytree(before, place / "pretrained")
+    copy = shutil.copytree(kept, place / "runs" / kept.name)
+    return copy, [f"init={place / 'pretrained'}"] if kind == "finetune" else []
+
+
+def command_of(folder: Path) -> list[str]:
+    """What is typed today to have that run."""
+    return [override for override in read_record(folder / "run.json")["overrides"] if not override.startswith("init=")]
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor that a run left, also those in stages of it, and those of its last checkpoint."""
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        found |= {f"{path.relative_to(folder)} {name}": tensor for name, tensor in load_file(path).items()}
+    for path in sorted((folder / "checkpoints").glob("*_0000012.ckpt")):
+        checkpoint = torch.load(path, weights_only=True)
+        found |= checkpoint["state_dict"]
+        for position, state in checkpoint["optimizer_states"][0]["state"].items():
+            found |= {f"Adam's {name} of weight {position}": state[name] for name in ("exp_avg", "exp_avg_sq")}
+    return found
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], kind: str) -> None:
+    """To the bit; where floats round otherwise, nearly: probes and fine-tuning, in steps of 0.05, only roughly."""
+    assert len(theirs) > 5
+    assert theirs.keys() <= ours.keys()
+    for name, tensor in theirs.items():
+        if SAME_BITS:
+            assert torch.equal(ours[name], tensor), name
+        else:
+            near = kind == "pretrain" or name.startswith("2_pretrain")
+            torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5 if near else 0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_goes_on_to_the_bit(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: resumed here, it ends as the older release ended it, and as this one does without a stop.
+
+    Where floats round otherwise than where it was made, nearly so.
+    """
+    monkeypatch.chdir(tmp_path)
+    folder, init = given(kind, "stopped", tmp_path)
+    (theirs,) = (KEPT / "finished").glob(f"{kind}-*")
+    before = {path.name for path in folder.rglob("*.ckpt")}
+    result, resumed = run(f"resume={folder}", *init, conf=CONF)
+    assert before == {"step_0000004.ckpt"}
+    assert resumed == folder
+    assert_same(tensors_of(folder), tensors_of(theirs), kind)
+    numbers = read_record(theirs / "result.json")["numbers"]
+    near = 0 if SAME_BITS else 0.05
+    assert {key: number.value for key, number in result.numbers.items()} == pytest.approx(
+        {key: number["value"] for key, number in numbers.items()}, rel=near, abs=near
+    )
+    assert read_record(folder / "result.json")["version"] == VERSION
+    _, whole = run(*command_of(folder), *init, f"paths.runs={tmp_path / 'whole'}", conf=CONF)
+    assert whole is not None
+    assert whole.parent.name == "whole"
+    assert_same(tensors_of(folder), tensors_of(whole), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_finished_one_is_recognised(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: by its command, by `resume=auto` and by `resume=`, a finished run is not repeated: no file changes."""
+    monkeypatch.chdir(tmp_path)
+    folder, init = given(kind, "finished", tmp_path)
+    before = state_of(folder)
+    command = [*command_of(folder), *init]
+    for asked in (command, [*command, "resume=auto"], [f"resume={folder}", *init]):
+        result, found = run(*asked, conf=CONF)
+        assert found is not None
+        assert found.resolve() == folder
+        numbers = files.read_json(folder / "result.json")["numbers"]
+        assert {key: number.value for key, number in result.numbers.items()} == {
+            key: number["value"] for key, number in numbers.items()
+        }
+    assert state_of(folder) == before
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    files_in = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (files.sha256(path), path.stat().st_mtime_ns) for path in files_in}
+
+
+def test_an_unfinished_one_is_not_begun_anew_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: as with a run of this release, its command alone neither repeats it nor goes on by itself."""
+    monkeypatch.chdir(tmp_path)
+    folder, _ = given("pretrain", "stopped", tmp_path)
+    with pytest.raises(ValueError, match=rf"{folder.name} was begun and is not finished: .*resume="):
+        run(*command_of(folder), conf=CONF)
+    _, repeated = run(*command_of(folder), "force=true", conf=CONF)
+    assert repeated is not None
+    assert repeated.resolve() != folder
+    assert not (folder / "result.json").exists()
