@@ -6,8 +6,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,9 @@ def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path | None
     Raises:
         ValueError: whatever the command would say in one line.
     """
-    cfg, choices, arguments = _compose(overrides, conf)
     folders: list[Path] = []
-    result = launch(cfg, choices=choices, overrides=arguments, tell=folders.append)
+    with _composed(overrides, conf) as (cfg, choices, arguments):
+        result = launch(cfg, choices=choices, overrides=arguments, tell=folders.append)
     return result, folders[0] if folders else None
 
 
@@ -109,19 +109,19 @@ def build_components(*overrides: str, conf: Path | str = "conf") -> Components:
     Raises:
         ValueError: whatever the command would say in one line.
     """
-    cfg, choices, _ = _compose(overrides, conf)
-    return Components(RunConfig(cfg, choices))
+    with _composed(overrides, conf) as (cfg, choices, _):
+        return Components(RunConfig(cfg, choices))
 
 
-def _compose(overrides: Sequence[str], conf: Path | str) -> tuple[DictConfig, dict[str, Any], list[str]]:
-    """The config, the option that was chosen in each group, and the overrides that made them."""
+@contextmanager
+def _composed(overrides: Sequence[str], conf: Path | str) -> Iterator[tuple[DictConfig, dict[str, Any], list[str]]]:
+    """The config, the option that was chosen in each group, the overrides that made them; Hydra stays initialised."""
     folder = Path(conf).resolve()
     arguments = prepare(list(overrides), folder)
     with initialize_config_dir(str(folder), version_base="1.3"):
         cfg = hydra.compose("config", overrides=arguments, return_hydra_config=True)
         choices = dict(cfg.hydra.runtime.choices)
-        cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        return cfg, choices, arguments
+        yield OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), choices, arguments
 
 
 def launch(
