@@ -59,7 +59,7 @@ def changes(saved: dict[str, Any], asked: dict[str, Any]) -> tuple[list[str], li
     """
     refused = [line for line in differences(deciding(saved), deciding(asked)) if not line.split(" ")[0].endswith(OFTEN)]
     outside = {"resume": None, "force": None, "init": None}
-    whole = [{**config, **outside, "task": _task_settings(config)} for config in (saved, asked)]
+    whole = [{**config, **outside, "task": _task_settings(config["task"])} for config in (saved, asked)]
     every = differences(whole[0], whole[1])
     return refused, [line for line in every if line not in refused]
 
