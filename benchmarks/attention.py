@@ -13,10 +13,10 @@ from typing import Any
 import machine
 import torch
 
-from igpt.global_state import float32_matmul_precision
-from igpt.model import native
+from igpt.distributed.process_state import float32_matmul_precision
+from igpt.model import c_library
 from igpt.model.attention import self_attention
-from igpt.task.machine import hold_memory
+from igpt.training.hardware import hold_memory
 
 WAYS = ("native", "sdpa", "blocks", "bmm")
 N_HEAD = 4
@@ -25,7 +25,7 @@ WITHIN = {"fp32": 1e-4, "fp32+medium": 1e-4, "tf32-products": 5e-3, "bf16-produc
 
 
 def ways(device: str) -> tuple[str, ...]:
-    return WAYS if device == "cpu" and native.available() else WAYS[1:]
+    return WAYS if device == "cpu" and c_library.available() else WAYS[1:]
 
 
 def rows(t: int, d: int, precision: str, device: str) -> dict[str, machine.Run]:

@@ -18,7 +18,7 @@ from train_step import step_of
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
-from igpt.task.machine import hold_memory
+from igpt.training.hardware import hold_memory
 
 LENGTHS = [256, 512, 1024, 2048, 4096]
 WIDTHS = [128, 256, 512, 1024]

@@ -27,12 +27,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from train_step import step_of
 
-from igpt.cores import count_cores
 from igpt.data.crop import FILTERS, Crop, Resize
-from igpt.task.machine import hold_memory
+from igpt.distributed.cores import count_cores
 from igpt.tokens import lookup
 from igpt.tokens.kmeans import fit
 from igpt.tokens.lookup import Encoder
+from igpt.training.hardware import hold_memory
 
 PAPER: dict[str, Any] = {"short_side": (256, 384), "size": 224}
 K = 512

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
-from igpt import keyed
-from igpt.global_state import num_threads
+from igpt.distributed.process_state import num_threads
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate_stream
 from igpt.model.gpt import GPT
+from igpt.utils import keyed
 
 SIDE, GIVEN = 32, 16
 

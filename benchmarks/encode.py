@@ -18,7 +18,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from igpt.data.images import Images
-from igpt.targets import checked_partial
+from igpt.run.targets import checked_partial
 from igpt.tokens.kmeans import fit
 from igpt.tokens.lookup import Encoder
 from igpt.tokens.palette import Palette

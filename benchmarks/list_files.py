@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from igpt.data.classes import imagenet
 from igpt.data.images import Images
 from igpt.data.listing import list_files
-from igpt.targets import checked_partial, without
+from igpt.run.targets import checked_partial, without
 
 CONF = Path(__file__).parents[1] / "conf"
 OF_VAL = 50_000 / 1_331_167  # of all images of ILSVRC 2012

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from igpt.cores import count_cores
-from igpt.global_state import float32_matmul_precision
+from igpt.distributed.cores import count_cores
+from igpt.distributed.process_state import float32_matmul_precision
 from igpt.model.cpu import inductor_cache, medium_format
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from igpt.model.features import layer_features
 from igpt.probe.lbfgs import Heads, logistic_regression
-from igpt.task.machine import matmul_precision
+from igpt.training.hardware import matmul_precision
 
 TOLERANCES = (1e-4, 1e-5, 1e-6, 1e-7)  # from its default on
 DTYPES = ("float64", "float32")

@@ -17,10 +17,10 @@ import torch
 from networks import SIZES, hugging_face, our_net
 from torch import Tensor
 
-from igpt import keyed
 from igpt.model import dispatch
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
+from igpt.utils import keyed
 
 GREEDY = 64  # tokens that are compared, of the first two images
 

@@ -14,12 +14,12 @@ from functools import partial
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from igpt import ranks
+from igpt.distributed import ranks
+from igpt.distributed.launcher import is_rank, run_ranks
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
-from igpt.processes import is_rank, run_ranks
-from igpt.task.machine import Machine
-from igpt.task.optim import adam
+from igpt.training.hardware import Machine
+from igpt.training.optimizers import adam
 
 GB = 1e9
 

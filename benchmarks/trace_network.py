@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from igpt import files
 from igpt.checkpoint.find import find
-from igpt.checkpoint.head import has_head, read_head
+from igpt.checkpoint.head_files import has_head, read_head
 from igpt.objective import registry
+from igpt.utils import files
 
 
 def load_array(path: Path, *, kinds: str, shape: tuple[int | None, ...]) -> torch.Tensor:

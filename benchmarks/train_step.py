@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from networks import SIZES, HuggingFace, our_net, plain_net, step_flops, token_ids
 from torch import Tensor, nn
 
-from igpt.global_state import float32_matmul_precision
+from igpt.distributed.process_state import float32_matmul_precision
 from igpt.model import dispatch
-from igpt.task.machine import hold_memory
+from igpt.training.hardware import hold_memory
 
 ROUNDED = (1e-2, 3e-2)  # nats, of the losses of the first two steps
 TOLERANCE = {"bf16": ROUNDED, "bf16-products": ROUNDED}  # of the others:

@@ -14,14 +14,14 @@ import pytest
 import torch
 from filelock import FileLock
 
-from igpt.components import Components
-from igpt.model import cpu, native
+from igpt.model import c_library, cpu
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
+from igpt.run.components import Components
 from tests.process_state import Restorer, RoundedProducts
 
 ROOT = Path(__file__).parents[1]
-needs_compiler = pytest.mark.skipif(native.found_compiler() is None, reason="no C compiler (cc, or CC) is here")
+needs_compiler = pytest.mark.skipif(c_library.found_compiler() is None, reason="no C compiler (cc, or CC) is here")
 SHARED = ROOT.parent / "shared"
 
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import save_model
-from igpt.model import native
+from igpt.checkpoint.igpt_format import save_model
+from igpt.model import c_library
 from igpt.objective.ar import AR
-from tests.checkpoint.test_native import metadata_of
+from tests.checkpoint.test_igpt_format import metadata_of
 from tests.conftest import attention_in_graph, small_net
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -158,8 +158,8 @@ def test_sampling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
     few = ["--size", "tiny", "--batch", "3", "--ways", "columns", "layers", *ONCE]
     report = sampling.main(few)
-    names = [f"igpt ({'native' if native.available() else 'columns'})", "igpt columns", "igpt layers", "hf"]
-    assert list(report["batches"][3]["rows"]) == (names if native.available() else [names[0], *names[2:]])
+    names = [f"igpt ({'native' if c_library.available() else 'columns'})", "igpt columns", "igpt layers", "hf"]
+    assert list(report["batches"][3]["rows"]) == (names if c_library.available() else [names[0], *names[2:]])
     shapes = [row.result.shape for row in report["batches"][3]["rows"].values()]
     assert shapes == [(3, 16)] * len(shapes)
     assert "greedy tokens of all rows are the same" in capsys.readouterr().out

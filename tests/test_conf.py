@@ -17,23 +17,23 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from igpt.arguments import absolute, check, parse, prepare
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import CheckpointMetadata, save_model
-from igpt.components import Components
-from igpt.execute import run_and_report, stage_runner
-from igpt.launch import launch, lost_worker, out_of_memory
+from igpt.checkpoint.igpt_format import CheckpointMetadata, save_model
 from igpt.metric.result import Number, Result
 from igpt.model.config import GPTConfig
+from igpt.report.closing_table import closing_table
 from igpt.report.folder import RunFolder
-from igpt.report.text import closing_table
-from igpt.run_config import CHECKPOINT, RunConfig
-from igpt.run_dir import find_run_dir
-from igpt.task import machine as machines
-from igpt.task.zero import ZeRO
+from igpt.run.arguments import absolute, check, parse, prepare
+from igpt.run.components import Components
+from igpt.run.execute import run_and_report, stage_runner
+from igpt.run.launch import launch, lost_worker, out_of_memory
+from igpt.run.run_config import CHECKPOINT, RunConfig
+from igpt.run.run_dir import find_run_dir
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
+from igpt.training import hardware as machines
+from igpt.training.deepspeed import ZeRO
 from tests.conftest import small_net
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from igpt import files
-from igpt.launch import run
-from igpt.older_configs import VERSION, read_record
+from igpt.run.launch import run
+from igpt.settings.older_configs import VERSION, read_record
+from igpt.utils import files
 from tests.conftest import ROOT
 from tests.older_runs.make import arithmetic
 

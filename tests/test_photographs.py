@@ -9,10 +9,10 @@ import torch
 from hydra import initialize_config_dir
 
 from igpt.data.classes import imagenet
-from igpt.launch import launch
 from igpt.metric.result import Result
 from igpt.report.folder import RunFolder
-from igpt.run_dir import find_run_dir
+from igpt.run.launch import launch
+from igpt.run.run_dir import find_run_dir
 from tests.conftest import TINY
 from tests.data.conftest import class_folders, encoded, parquet_shards, photo, tar_shards
 from tests.test_conf import CONF, built

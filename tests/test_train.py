@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from igpt.launch import run as run_command
 from igpt.report.folder import RunFolder
+from igpt.run.launch import run as run_command
 from tests.conftest import ROOT, TINY, train_py
 from tests.offline import offline_runs
 from tests.test_photographs import run as run_here

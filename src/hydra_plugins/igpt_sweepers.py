@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 
 class _Search(Sweeper):
-    """Asks for jobs, learns what came of them, asks for more; see `igpt.search`."""
+    """Asks for jobs, learns what came of them, asks for more; see `igpt.run.search`."""
 
     kind: str
 
@@ -25,7 +25,7 @@ class _Search(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from igpt import search  # only where there is a search: Hydra reads this file at every start
+        from igpt.run import search  # only where there is a search: Hydra reads this file at every start
 
         assert self.config is not None
         compose = partial(self.context.config_loader.load_sweep_config, self.config)

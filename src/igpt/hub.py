@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt import keyed
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import CheckpointMetadata, Weights
+from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights
 from igpt.model.features import layer_features
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
+from igpt.utils import keyed
 
 Images = np.ndarray | Tensor | Sequence[Any]
 

@@ -15,11 +15,11 @@ from PIL import Image
 from igpt.app import compare
 from igpt.app.against import PaperComparison, compare_with_paper
 from igpt.app.compare import summary, table
-from igpt.launch import launch
 from igpt.metric.result import Number, Result
 from igpt.report.folder import RunFolder
 from igpt.report.paper import load_paper
 from igpt.report.runs import found, read_run
+from igpt.run.launch import launch
 from tests.test_conf import CONF, built
 
 LARGE = {"n_layer": 48, "n_embd": 1536, "n_head": 16}

@@ -22,20 +22,20 @@ from igpt.app import demo, nearest
 from igpt.app.demo_page import DemoPage
 from igpt.app.nearest import TrainingFeatures
 from igpt.app.workbench import MEBIBYTE, Workbench
-from igpt.components import Components
 from igpt.data.crop import Crop
-from igpt.execute import stage_runner
-from igpt.launch import launch
 from igpt.metric.result import Number, Result
 from igpt.model.features import layer_features
 from igpt.model.generate import Sampling
 from igpt.report.folder import RunFolder
+from igpt.run.components import Components
+from igpt.run.execute import stage_runner
+from igpt.run.launch import launch
 from igpt.settings.generation import CompleteSettings, DemoSettings
 from igpt.settings.probing import FeatureSettings
 from igpt.task import complete
 from igpt.task.complete import HIDDEN
-from igpt.task.features import Reader
-from igpt.task.fit import Runner
+from igpt.training.feature_extraction import Reader
+from igpt.training.trainer import Runner
 from tests.data.conftest import claimed_png, encoded, photo
 from tests.test_conf import CONF, built, save_small
 

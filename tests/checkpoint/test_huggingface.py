@@ -14,13 +14,13 @@ from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGP
 
 from igpt.checkpoint import huggingface, tensors
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import Weights, save_model
+from igpt.checkpoint.igpt_format import Weights, save_model
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
-from tests.checkpoint.test_native import metadata_of
+from tests.checkpoint.test_igpt_format import metadata_of
 from tests.conftest import Planted, perturbed, small_net
 
 K, R = 11, 4

@@ -14,11 +14,11 @@ from transformers import ImageGPTForCausalImageModeling
 
 from igpt.checkpoint import huggingface
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import save_model
-from igpt.launch import run as run_command
+from igpt.checkpoint.igpt_format import save_model
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
+from igpt.run.launch import run as run_command
 from tests.conftest import ROOT, small_net
 from tests.oracle import released
 from tests.oracle.names import from_openai

@@ -12,13 +12,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
-from igpt import files
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import FORMAT, save_model
+from igpt.checkpoint.igpt_format import FORMAT, save_model
 from igpt.checkpoint.resume import checksum_path
 from igpt.checkpoint.sharded import _check_cover, _Piece, read_state
 from igpt.model.gpt import GPT
-from tests.checkpoint.test_native import metadata_of
+from igpt.utils import files
+from tests.checkpoint.test_igpt_format import metadata_of
 from tests.conftest import Planted, perturbed
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from igpt.data.images import Images
 from igpt.data.mixture import Mixture
-from igpt.targets import checked_partial
+from igpt.run.targets import checked_partial
 
 SETTINGS: dict[str, Any] = {
     "name": "made",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from igpt.data import cache
-from igpt.data.decode import BadImageError
+from igpt.data.image_decoding import BadImageError
 
 ROWS = np.arange(0, 1300, 2)  # more than this process makes alone
 

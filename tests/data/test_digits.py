@@ -5,7 +5,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from igpt.data.digits import Digits
-from igpt.targets import checked_partial
+from igpt.run.targets import checked_partial
 
 SETTINGS = {
     "name": "digits",

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
 
 from igpt.data.classes import CIFAR10
-from igpt.data.decode import BadImageError
+from igpt.data.image_decoding import BadImageError
 from igpt.data.image_splits import CachedSplit, DecodedSplit
 from tests.data.conftest import RANDOM_CROP, SETTINGS, Shop, class_folders, encoded, photo
 

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from igpt.data import parquet_files
-from igpt.data.decode import BadImageError
+from igpt.data.image_decoding import BadImageError
 from igpt.data.images import Images
 from igpt.data.listing import hash_files, list_files
 from igpt.data.shards import BadShardError, named_files

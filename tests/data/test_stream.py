@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from igpt.data.decode import BadImageError
+from igpt.data.image_decoding import BadImageError
 from igpt.data.shards import BadShardError, named_files
 from igpt.data.source import Stream
 from igpt.data.stream import ImageStream, Record, hashed

@@ -109,9 +109,9 @@ def test_kernels_of_each_kind_of_cpu_lie_apart(monkeypatch: pytest.MonkeyPatch) 
 @needs_compiler
 def test_c_for_another_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: `CC` may name the CPU that the C is compiled for; each is a file of its own."""
-    from igpt.model import native
+    from igpt.model import c_library
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compilers = [["cc"], ["cc", "-march=x86-64-v3"], ["cc", "-march=x86-64-v2"], ["cc", "-mno-avx512f"]]
-    assert [native.target(compiler) for compiler in compilers] == [["-march=native"], [], [], ["-march=native"]]
-    assert len({native.library_path(compiler) for compiler in compilers}) == 4
+    assert [c_library.target(compiler) for compiler in compilers] == [["-march=native"], [], [], ["-march=native"]]
+    assert len({c_library.library_path(compiler) for compiler in compilers}) == 4

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from igpt.model import decode, dispatch, gpt, graphs, native, native_attention
+from igpt.model import c_attention, c_library, decode, dispatch, gpt, graphs
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT, Attention, Cache
@@ -174,7 +174,7 @@ def test_a_way_that_computes_another_network_is_not_used(
 ) -> None:
     """Invariant: after an edit of the block alone, tokens are drawn from the network that was trained, and that is
     said; the network as it was is drawn from the fast way."""
-    if backend == "native" and not native.available():
+    if backend == "native" and not c_library.available():
         pytest.skip("no C compiler")
     monkeypatch.setattr(gpt, "Attention", edited)
     net = small_net()
@@ -239,17 +239,17 @@ def test_attention_in_c_that_differs_is_not_used(
     net: GPT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Invariant: another result of the C than PyTorch's gives it up, for all blocks; an equal one does not."""
-    if not native.available():
+    if not c_library.available():
         pytest.skip("no C compiler")
     verify_attention(net)
     assert {block.attn.backend for block in net.blocks} == {"auto"}
-    attend = native_attention.attend
+    attend = c_attention.attend
 
     def wrong(qkv: torch.Tensor, n_head: int, causal: bool) -> Any:
         out, lse = attend(qkv, n_head, causal)
         return torch.cat([out[:, :-1], out[:, -1:] * 1.01], 1), lse
 
-    monkeypatch.setattr(native_attention, "attend", wrong)
+    monkeypatch.setattr(c_attention, "attend", wrong)
     verify_attention(net)
     assert {block.attn.backend for block in net.blocks} == {"sdpa"}
     assert "attention in C is not used" in caplog.text
@@ -290,21 +290,21 @@ def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if platform.machine() in dispatch.X86:
         monkeypatch.setenv("CC", "cc -mno-avx512f")
-    native.library.cache_clear()
+    c_library.library.cache_clear()
     try:
-        assert native.library() is not None
+        assert c_library.library() is not None
         (kept,) = (tmp_path / "igpt").iterdir()
         assert kept.parent.stat().st_mode & 0o077 == 0
-        monkeypatch.setattr(native, "compile_to", None)  # must not be called again
-        native.library.cache_clear()
-        assert native.library() is not None
+        monkeypatch.setattr(c_library, "compile_to", None)  # must not be called again
+        c_library.library.cache_clear()
+        assert c_library.library() is not None
         for n_ctx, depth, causal in ((64, 16, True), (37, 24, False), (200, 12, True)):
             qkv = torch.randn(2, n_ctx, 9 * depth, generator=torch.Generator().manual_seed(0))
             exact = attended(qkv.double(), 3, causal, "sdpa")
             for one, same in zip(attended(qkv, 3, causal, "native"), exact, strict=True):
                 assert (one - same).abs().max() < 1e-5 * same.abs().max()
     finally:
-        native.library.cache_clear()
+        c_library.library.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["nowhere-to-be-found", "false", "true"])
@@ -315,7 +315,7 @@ def test_without_a_compiler(
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     caplog.set_level("INFO")
-    native.library.cache_clear()
+    c_library.library.cache_clear()
     try:
         assert dispatch.decode_backend(net.wte, n_embd=net.n_embd, n_head=net.n_head) == "columns"
         assert dispatch.attention_backend(torch.device("cpu"), torch.float32, t=64, causal=True) == "bmm"
@@ -325,7 +325,7 @@ def test_without_a_compiler(
         with pytest.raises(ValueError, match="needs a C compiler"):
             decode.make_decode_step(net, net.new_cache(1), "native")
     finally:
-        native.library.cache_clear()
+        c_library.library.cache_clear()
 
 
 def test_compiling_pays_where_training_is_long() -> None:

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from igpt import keyed
 from igpt.model import decode
 from igpt.model.generate import Sampling, generate, generate_stream
 from igpt.model.gpt import GPT
+from igpt.utils import keyed
 from tests.conftest import small_net
 
 PLAIN = Sampling(1.0, None, None)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt.global_state import num_threads
-from igpt.model import native_attention
+from igpt.distributed.process_state import num_threads
+from igpt.model import c_attention
 from igpt.model.attention import attend, self_attention
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
@@ -287,12 +287,12 @@ def test_c_has_room_under_any_default(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_c_as_an_operator() -> None:
     """Independent source: PyTorch's own checks of an operator's schema and shapes; strides may be as they come."""
     qkv = torch.randn(3, 20, 72, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    torch.library.opcheck(native_attention.attend, (qkv, 3, True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(c_attention.attend, (qkv, 3, True), test_utils=("test_schema", "test_faketensor"))
     apart = qkv.detach().transpose(0, 1).contiguous().transpose(0, 1)
     assert not apart.is_contiguous()
     assert all(map(torch.equal, attended(apart, 3, True, "native"), attended(qkv, 3, True, "native")))
     with pytest.raises(ValueError, match="3 heads cannot be 70 numbers"):
-        native_attention.attend(torch.randn(1, 2, 70), 3, True)
+        c_attention.attend(torch.randn(1, 2, 70), 3, True)
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from igpt import keyed
 from igpt.objective import registry
 from igpt.objective.bert import BERT
+from igpt.utils import keyed
 from tests.model.test_gpt import openai_case
 
 KEYS = keyed.item_keys(keyed.key(0, "test"), torch.arange(400))

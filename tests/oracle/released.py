@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from igpt.global_state import environment
+from igpt.distributed.process_state import environment
 
 
 def variables(state: Mapping[str, Tensor], n_head: int, wclf: np.ndarray | None = None) -> dict[str, np.ndarray]:

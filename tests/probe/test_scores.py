@@ -8,9 +8,9 @@ import torch
 from scipy.stats import binom
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
-from igpt import keyed
 from igpt.probe import scores as scores_module
 from igpt.probe.scores import accuracy_number, confusion, top_k, vote
+from igpt.utils import keyed
 
 
 @pytest.mark.parametrize(("n", "right"), [(200, 150), (1000, 31), (60, 7)])

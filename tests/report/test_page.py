@@ -18,11 +18,6 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from igpt import files
-from igpt.app.ending import page as sweep_page
-from igpt.app.summary import summary
-from igpt.arguments import check
-from igpt.launch import launch
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.report import page as page_module
 from igpt.report.facts import command, data_overrides, images_of, next_commands, repeat_command
@@ -31,6 +26,11 @@ from igpt.report.page import page_of, write_page
 from igpt.report.pictures import Picture, embedded
 from igpt.report.plots import MOST_POINTS, plots, thinned
 from igpt.report.runs import read_run
+from igpt.report.summary import summary
+from igpt.report.sweep_report import page as sweep_page
+from igpt.run.arguments import check
+from igpt.run.launch import launch
+from igpt.utils import files
 from tests.app.test_compare import loss, made
 from tests.test_conf import CONF
 

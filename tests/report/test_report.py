@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt import files
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.report import folder as folder_module
+from igpt.report.closing_table import closing_table
 from igpt.report.figures import (
     AROUND_COLOURS,
     CELLS,
@@ -25,7 +25,7 @@ from igpt.report.figures import (
     palette_picture,
 )
 from igpt.report.folder import RunFolder, differences, result_of
-from igpt.report.text import closing_table
+from igpt.utils import files
 
 
 def test_the_log_is_utf_8_whatever_the_locale_is(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_the_log_is_utf_8_whatever_the_locale_is(tmp_path: Path) -> None:
     script = f"""
 import logging
 from pathlib import Path
-from igpt.report.logs import log_file, set_up_logging
+from igpt.run.logs import log_file, set_up_logging
 set_up_logging()
 with log_file(Path({str(tmp_path)!r}) / "log.txt"):
     logging.getLogger("igpt").info("写 ² → %s", "\\udcff")

@@ -13,9 +13,9 @@ import wandb
 import yaml
 
 from igpt.metric.result import Curve, Result
-from igpt.report import loggers
-from igpt.report.loggers import axis_of
-from igpt.task.guard import NonFiniteLossError
+from igpt.training import loggers
+from igpt.training.loggers import axis_of
+from igpt.training.nan_guard import NonFiniteLossError
 from tests.conftest import ROOT
 from tests.offline import OfflineRun, offline_runs
 from tests.test_conf import built

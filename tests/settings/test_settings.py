@@ -16,11 +16,11 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 import igpt.settings
-from igpt.launch import run
-from igpt.run_config import OF_LAUNCH
+from igpt.run.launch import run
+from igpt.run.run_config import OF_LAUNCH
 from igpt.settings.base import Settings, format_setting, parse_settings
 from igpt.settings.hardware import HardwareSettings
-from igpt.spelling import suggestion
+from igpt.utils.spelling import suggestion
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"

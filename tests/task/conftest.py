@@ -9,8 +9,7 @@ import pytest
 from hydra.utils import get_object
 
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import CheckpointMetadata, Weights, save_model
-from igpt.components import Components
+from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights, save_model
 from igpt.data.digits import Digits
 from igpt.data.source import ArraySplit
 from igpt.metric.result import Result
@@ -18,15 +17,16 @@ from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
+from igpt.run.components import Components
+from igpt.run.targets import task_settings
 from igpt.settings.base import parse_settings
-from igpt.targets import task_settings
-from igpt.task.fit import Runner
-from igpt.task.machine import Machine
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
+from igpt.training.hardware import Machine
+from igpt.training.trainer import Runner
 from tests.conftest import parts_of_run, perturbed
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_ctx": 64, "n_vocab": 17, "causal": True}

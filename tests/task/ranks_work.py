@@ -11,25 +11,26 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from igpt import files, keyed, ranks
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import FORMAT
+from igpt.checkpoint.igpt_format import FORMAT
 from igpt.checkpoint.resume import AtomicCheckpointIO, step_of
 from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
+from igpt.distributed import ranks
+from igpt.distributed.signals import StoppedError
 from igpt.model.generate import Sampling
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
-from igpt.report.callbacks import SampleGrid
-from igpt.stopping import StoppedError
-from igpt.task import machine as machines
-from igpt.task.guard import NonFiniteLossError
-from igpt.task.machine import Machine
 from igpt.task.sample import draw
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit as fit_palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
+from igpt.training import hardware as machines
+from igpt.training.callbacks import SampleGrid
+from igpt.training.hardware import Machine
+from igpt.training.nan_guard import NonFiniteLossError
+from igpt.utils import files, keyed
 from tests.data.conftest import mixture
 from tests.task.conftest import Lab, machine
 from tests.task.test_stopping import Send

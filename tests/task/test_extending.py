@@ -12,20 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from igpt import keyed
 from igpt.checkpoint import huggingface
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import save_model
+from igpt.checkpoint.igpt_format import save_model
 from igpt.hub import ImageGPT
-from igpt.model import decode, native_attention, positions
+from igpt.model import c_attention, decode, positions
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
-from igpt.tokens import registry
+from igpt.tokens import tokenizer_registry
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
-from tests.checkpoint.test_native import metadata_of
+from igpt.utils import keyed
+from tests.checkpoint.test_igpt_format import metadata_of
 from tests.conftest import ROOT, perturbed
 from tests.data.conftest import photo
 from tests.task.conftest import SIZES, Lab, machine
@@ -138,7 +138,7 @@ def test_attention_in_c_leaves_what_it_does_not_know(monkeypatch: pytest.MonkeyP
     assert not GPT(Config(**SIZES)).blocks[0].attn.not_in_c
     net = perturbed(GPT(Config(**SIZES, window=4)))
     assert net.blocks[0].attn.not_in_c == "window=4"
-    monkeypatch.setattr(native_attention, "attend", None)
+    monkeypatch.setattr(c_attention, "attend", None)
     with torch.no_grad():
         assert net(torch.zeros(1, net.n_ctx, dtype=torch.int64)).isfinite().all()
 
@@ -176,10 +176,10 @@ def test_it_is_chosen_by_its_name(rope: None) -> None:
 
 def test_a_tokenizer(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """It trains, travels inside the weights, and every task reads it there. By hand: levels of brightness."""
-    monkeypatch.setattr(registry, "TOKENIZERS", dict(registry.TOKENIZERS))
+    monkeypatch.setattr(tokenizer_registry, "TOKENIZERS", dict(tokenizer_registry.TOKENIZERS))
     names: dict[str, Any] = {
         "torch": torch, "np": np, "Tensor": Tensor, "NamedTuple": NamedTuple, "Palette": Palette,
-        "PaletteTokenizer": PaletteTokenizer, "PixelOrder": PixelOrder, "TOKENIZERS": registry.TOKENIZERS,
+        "PaletteTokenizer": PaletteTokenizer, "PixelOrder": PixelOrder, "TOKENIZERS": tokenizer_registry.TOKENIZERS,
         "__name__": "luma",
     }  # fmt: skip
     exec(shown_under("A tokenizer"), names)
@@ -201,5 +201,5 @@ def test_a_tokenizer(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match=r"reads .*, Hugging Face's ImageGPT a palette of colours only"):
         huggingface.check_exportable(weights)
     with pytest.raises(ValueError, match="of the kind 'luma', known are palette, patches"):
-        registry.TOKENIZERS.pop("luma")
+        tokenizer_registry.TOKENIZERS.pop("luma")
         find(str(tmp_path / "run"))

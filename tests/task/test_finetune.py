@@ -14,24 +14,24 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from igpt import keyed
 from igpt.checkpoint.find import find
-from igpt.checkpoint.head import find_head, read_head
-from igpt.checkpoint.native import Weights
+from igpt.checkpoint.head_files import find_head, read_head
+from igpt.checkpoint.igpt_format import Weights
 from igpt.checkpoint.resume import read_best
 from igpt.data.order import BatchPlan
 from igpt.data.source import ArraySplit
+from igpt.distributed.signals import StoppedError
 from igpt.metric.result import Result
 from igpt.model.head import ClassHead
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
-from igpt.stopping import StoppedError
-from igpt.targets import task_settings
-from igpt.task.classify import ClassScore, classes_hash
+from igpt.run.targets import task_settings
+from igpt.task.class_score import ClassScore, classes_hash
 from igpt.task.evaluate import trained_head
-from igpt.task.guard import NonFiniteLossError
 from igpt.tokens.batches import Batch
 from igpt.tokens.palette import Palette
+from igpt.training.nan_guard import NonFiniteLossError
+from igpt.utils import keyed
 from tests.task.conftest import FINETUNE, Arrays, Lab, check_bad_settings, drawn, machine
 from tests.task.test_stopping import Send
 

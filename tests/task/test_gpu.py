@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from igpt import keyed
 from igpt.model import decode, graphs
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
+from igpt.utils import keyed
 from tests.conftest import perturbed, small_net
 from tests.task.conftest import Lab, machine
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from igpt.metric.result import Curve, Number, Result
-from igpt.targets import task_settings
+from igpt.run.targets import task_settings
 from igpt.task.pipeline import run
 from tests.conftest import parts_of_run
 

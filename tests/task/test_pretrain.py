@@ -17,17 +17,17 @@ from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
 from igpt.metric.result import Result
-from igpt.model import dispatch, native
+from igpt.model import c_library, dispatch
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.objective.bert import BERT
-from igpt.report.callbacks import SampleGrid
-from igpt.report.loggers import About
-from igpt.report.loggers import csv as csv_logger
-from igpt.task.guard import NonFiniteLossError
-from igpt.task.machine import Machine, matmul_precision
-from igpt.task.optim import warmup_cosine
 from igpt.tokens.palette import Palette
+from igpt.training.callbacks import SampleGrid
+from igpt.training.hardware import Machine, matmul_precision
+from igpt.training.loggers import About
+from igpt.training.loggers import csv as csv_logger
+from igpt.training.nan_guard import NonFiniteLossError
+from igpt.training.optimizers import warmup_cosine
 from tests.conftest import attention_in_graph, needs_compiler, small_net
 from tests.task.conftest import PRETRAIN, SIZES, Lab, check_bad_settings, machine
 
@@ -233,7 +233,7 @@ def test_the_machine_changes_no_loss(
     for name, curve in whole[1].curves.items():
         assert result.curves[name].y == pytest.approx(curve.y, rel=1e-5)
     assert seen.recomputed == {2 if "activation_checkpointing" in changed else 0}
-    assert seen.attention == {changed.get("attention", "native" if native.available() else "bmm")}
+    assert seen.attention == {changed.get("attention", "native" if c_library.available() else "bmm")}
     assert seen.dtypes == {torch.float32}
 
 

@@ -16,24 +16,24 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
-from igpt import keyed
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import Weights, save_model
+from igpt.checkpoint.igpt_format import Weights, save_model
 from igpt.data.order import BatchPlan
 from igpt.data.source import ArraySplit
+from igpt.distributed.signals import StoppedError
 from igpt.metric.result import Result
 from igpt.model.config import GPTConfig
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT, Block
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
-from igpt.probe.choice import folds_of
-from igpt.stopping import StoppedError
-from igpt.targets import task_settings
-from igpt.task.classify import check_classes
-from igpt.task.guard import NonFiniteLossError
+from igpt.probe.selection import folds_of
+from igpt.run.targets import task_settings
+from igpt.task.class_score import check_classes
 from igpt.tokens.palette import Palette
-from tests.checkpoint.test_native import small_disk
+from igpt.training.nan_guard import NonFiniteLossError
+from igpt.utils import keyed
+from tests.checkpoint.test_igpt_format import small_disk
 from tests.task.conftest import PROBE, SGD, SIZES, Arrays, Lab, check_bad_settings, drawn, machine
 from tests.task.test_stopping import Send
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from igpt.checkpoint.find import find
 from igpt.checkpoint.resume import latest_checkpoint
 from igpt.checkpoint.sharded import read_state
-from igpt.metric.plan import plan
+from igpt.distributed.launcher import run_ranks
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
-from igpt.processes import run_ranks
+from igpt.training.cost_estimate import plan
 from tests.conftest import ROOT
 from tests.task.conftest import SIZES, Lab, machine
 from tests.task.ranks_work import DEEPSPEED, SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples

@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from igpt import keyed
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import Weights
+from igpt.checkpoint.igpt_format import Weights
 from igpt.data.digits import Digits
 from igpt.metric.result import Grid
 from igpt.model.generate import Sampling, generate
@@ -19,6 +18,7 @@ from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
 from igpt.task.complete import HIDDEN, prompt_rows
 from igpt.tokens.palette import Palette
+from igpt.utils import keyed
 from tests.task.conftest import Lab, check_bad_settings, machine
 from tests.task.conftest import drawn as random_weights
 

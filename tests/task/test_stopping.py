@@ -17,10 +17,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from igpt import launch
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint, read_best, step_of
-from igpt.stopping import StoppedError, StopRequest, pass_on
-from igpt.task.score import GenerativeScore
+from igpt.distributed.signals import StoppedError, StopRequest, pass_on
+from igpt.run import launch
+from igpt.task.generative_score import GenerativeScore
 from tests.data.conftest import mixture
 from tests.task.conftest import Lab, machine
 
@@ -75,7 +75,7 @@ def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path, lab: Lab) -> 
 def test_a_second_signal_leaves_at_once() -> None:
     """In a process of its own: the first is noted, the second ends it as if nobody listened."""
     code = (
-        "import os, signal, time; from igpt.stopping import StopRequest\n"
+        "import os, signal, time; from igpt.distributed.signals import StopRequest\n"
         "stop = StopRequest()\n"
         "with stop.listening():\n"
         "    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1): os.kill(os.getpid(), number)\n"

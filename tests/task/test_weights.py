@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from igpt import files
 from igpt.checkpoint import tensors
 from igpt.checkpoint.find import find
-from igpt.checkpoint.head import find_head
-from igpt.checkpoint.native import save_model
+from igpt.checkpoint.head_files import find_head
+from igpt.checkpoint.igpt_format import save_model
 from igpt.checkpoint.tensors import Lazy, write
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
-from tests.checkpoint.test_native import metadata_of
+from igpt.utils import files
+from tests.checkpoint.test_igpt_format import metadata_of
 from tests.checkpoint.test_sharded import save_sharded
 from tests.conftest import small_net
 from tests.test_photographs import run

@@ -14,12 +14,12 @@ from hydra import initialize_config_dir
 from igpt.app.workbench import Workbench
 from igpt.checkpoint.find import find
 from igpt.data.digits import Digits
-from igpt.launch import launch
 from igpt.metric.result import Result
+from igpt.run.launch import launch
 from igpt.settings.base import parse_settings
 from igpt.tokens.patches import PatchSettings, PatchTokenizer, cut_patches
 from igpt.tokens.pixel_order import PixelOrder
-from igpt.tokens.registry import tokenizer_from_dict, tokenizer_to_dict
+from igpt.tokens.tokenizer_registry import tokenizer_from_dict, tokenizer_to_dict
 from tests.app.test_demo import bench_of
 from tests.data.conftest import photo
 from tests.test_conf import CONF, built

@@ -6,12 +6,12 @@ from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any
 
-from igpt.app.groups import grouped, typed
-from igpt.app.summary import over_seeds
 from igpt.metric.result import Number
+from igpt.report.closing_table import readable
+from igpt.report.groups import grouped, typed
 from igpt.report.paper import PRETRAINING, PublishedRow, load_paper
 from igpt.report.runs import RunRecord, nearest_path, objective_of, read_run
-from igpt.report.text import readable
+from igpt.report.summary import over_seeds
 
 SPLITS = ("test", "val", "cv")  # a later one is taken where a run has not read an earlier one
 UNKNOWN = "not known"

@@ -7,14 +7,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from igpt import files, ranks
 from igpt.app.against import compare_with_paper
-from igpt.app.summary import SeedGroup, Summary, draw, first_in_all, over_seeds, summary, summary_of, table
-from igpt.app.tables import ComparisonText
-from igpt.components import Components
+from igpt.app.comparison_tables import ComparisonText
+from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
 from igpt.report.runs import RunRecord
+from igpt.report.summary import SeedGroup, Summary, draw, first_in_all, over_seeds, summary, summary_of, table
+from igpt.run.components import Components
 from igpt.settings.reading import CompareSettings
+from igpt.utils import files
 
 __all__ = ["SeedGroup", "Summary", "draw", "over_seeds", "run", "summary", "summary_of", "table"]
 

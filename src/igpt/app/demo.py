@@ -10,13 +10,13 @@ import torch
 
 from igpt.app.nearest import TrainingFeatures
 from igpt.app.workbench import Workbench
-from igpt.checkpoint.native import Weights
-from igpt.components import Components
-from igpt.global_state import num_threads
+from igpt.checkpoint.igpt_format import Weights
+from igpt.distributed.process_state import num_threads
+from igpt.distributed.signals import StopRequest
 from igpt.metric.result import Result
 from igpt.report.runs import read_run
+from igpt.run.components import Components
 from igpt.settings.generation import DemoSettings
-from igpt.stopping import StopRequest
 from igpt.task.complete import prompt_rows
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from igpt.app.workbench import MEBIBYTE, DemoImage, Workbench
-from igpt.global_state import environment
+from igpt.distributed.process_state import environment
 from igpt.report.page import templates
 
 INTRO = (

@@ -15,11 +15,11 @@ from igpt.data.cache import file_lock
 from igpt.data.source import plain_pixels
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
-from igpt.probe.features import Features, FeatureWriter, read_features
+from igpt.probe.feature_files import Features, FeatureWriter, read_features
 from igpt.settings.generation import DemoSettings
-from igpt.task.features import stored_at
-from igpt.task.machine import Machine
 from igpt.tokens.datamodule import TokenDataModule
+from igpt.training.feature_extraction import stored_at
+from igpt.training.hardware import Machine
 
 AT_ONCE = 65536  # rows of features that are compared at a time
 

@@ -10,16 +10,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from igpt import keyed
 from igpt.app.nearest import TrainingFeatures
 from igpt.data.classes import format_class_name
 from igpt.data.crop import Crop
-from igpt.data.decode import BadImageError, opened, read_image_file
+from igpt.data.image_decoding import BadImageError, opened, read_image_file
 from igpt.data.source import plain_pixels
 from igpt.model.generate import Sampling, generate_stream
 from igpt.settings.generation import DemoSettings
 from igpt.task.complete import HIDDEN, prompt_rows
 from igpt.tokens.tokenizer import whole_rows
+from igpt.utils import keyed
 
 MEBIBYTE = 2**20
 
@@ -76,7 +76,7 @@ class Workbench:
     def uploaded(self, path: Path) -> DemoImage:
         """The image in an uploaded file, cut out as the data's are for evaluation.
 
-        It may be of every format that data may have (`igpt.data.decode.FORMATS`).
+        It may be of every format that data may have (`igpt.data.image_decoding.FORMATS`).
 
         Raises:
             ValueError: too many bytes or pixels, no image, one of another format, or a damaged one.

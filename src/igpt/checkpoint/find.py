@@ -4,8 +4,8 @@ import logging
 import re
 from pathlib import Path
 
-from igpt.checkpoint import huggingface, native, openai, sharded, tensors
-from igpt.checkpoint.native import CONFIG, Weights
+from igpt.checkpoint import huggingface, igpt_format, openai, sharded, tensors
+from igpt.checkpoint.igpt_format import CONFIG, Weights
 from igpt.checkpoint.resume import LATEST
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def find(path: str, *, palette: str | None = None, n_head: int | None = None) ->
     if (folder / sharded.METADATA).is_file() or (folder.is_dir() and next(folder.glob(sharded.PIECES), None)):
         return sharded.read(_whole(place, folder))
     if place.is_file() and place.suffix == ".ckpt":
-        return native.read_training_checkpoint(place)
+        return igpt_format.read_training_checkpoint(place)
     if place.is_file() and (prefix := openai.prefix_of(place)) is not None:
         return openai.read(prefix, palette=palette, n_head=n_head)
     if place.is_file() and (place.name not in of_folder and place not in tensors.parts(folder)):
@@ -48,7 +48,7 @@ def find(path: str, *, palette: str | None = None, n_head: int | None = None) ->
         if huggingface.is_folder(candidate):
             return huggingface.read(_whole(place, candidate))
         if (candidate / CONFIG).is_file() and _has_tensors(candidate):
-            return native.read_model(_whole(place, candidate))
+            return igpt_format.read_model(_whole(place, candidate))
     prefix = openai.prefix_of(place)
     if prefix is not None:
         return openai.read(prefix, palette=palette, n_head=n_head)

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from igpt import files
 from igpt.checkpoint import tensors
-from igpt.checkpoint.native import CONFIG, Weights, combined_hash, meta_model, read_metadata, weights_sha256
+from igpt.checkpoint.igpt_format import CONFIG, Weights, combined_hash, meta_model, read_metadata, weights_sha256
 from igpt.checkpoint.sizes import size_name
 from igpt.checkpoint.tensors import Lazy, State
 from igpt.model.config import SIZES, GPTConfig
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
-from igpt.tokens.registry import tokenizer_to_dict
+from igpt.tokens.tokenizer_registry import tokenizer_to_dict
+from igpt.utils import files
 
 PREPROCESSOR, TORCH = "preprocessor_config.json", "pytorch_model.bin"
 MODEL_TYPE = "imagegpt"

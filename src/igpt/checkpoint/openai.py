@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igpt import files
 from igpt.checkpoint import tensors
-from igpt.checkpoint.native import CheckpointMetadata, Weights, combined_hash
+from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights, combined_hash
 from igpt.checkpoint.sizes import size_name
 from igpt.checkpoint.tensors import Lazy, State
-from igpt.global_state import environment
+from igpt.distributed.process_state import environment
 from igpt.model.config import GPTConfig
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from igpt import files
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 

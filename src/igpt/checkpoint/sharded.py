@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from igpt import files
 from igpt.checkpoint import tensors
-from igpt.checkpoint.native import Weights, metadata_in, part
+from igpt.checkpoint.igpt_format import Weights, metadata_in, part
 from igpt.checkpoint.tensors import Lazy, State
+from igpt.utils import files
 
 METADATA, REST, PIECES = ".metadata", "meta.pt", "*.distcp"
 STATE = "state_dict."  # under which Lightning keeps the module, beside its optimizers

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
-from igpt import files, ranks
+from igpt.distributed import ranks
+from igpt.utils import files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 10_000_000_000  # a file's size at most: all of the paper's networks but iGPT-XL are one file

@@ -12,9 +12,9 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from igpt import files
-from igpt.cores import count_cores
 from igpt.data.workers import identity_collate, startable_workers
+from igpt.distributed.cores import count_cores
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from igpt import keyed
-from igpt.data.decode import opened, rgb, size_of
+from igpt.data.image_decoding import opened, rgb, size_of
 from igpt.settings.base import parse_settings
 from igpt.settings.data import AugmentSettings, CropSettings, Resize
+from igpt.utils import keyed
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,

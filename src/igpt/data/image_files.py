@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from igpt.data.classes import describe_classes
-from igpt.data.decode import read_image_file
+from igpt.data.image_decoding import read_image_file
 from igpt.data.image_metadata import number_labels, read_metadata, resolve_name
+from igpt.data.image_table import Cell
 from igpt.data.layout import class_folder, is_nested
 from igpt.data.listing import METADATA, Listing
-from igpt.data.tables import Cell
 
 log = logging.getLogger(__name__)
 

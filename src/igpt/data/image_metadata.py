@@ -9,7 +9,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 
-from igpt.data.tables import WHOLE_NUMBER
+from igpt.data.image_table import WHOLE_NUMBER
 
 MOST_BYTES = 128 << 20  # of one such file: three times what one of ILSVRC takes
 MOST_LINE = 1 << 16  # characters

@@ -9,9 +9,9 @@ import numpy as np
 
 from igpt.data import cache as pixel_cache
 from igpt.data.crop import Crop
-from igpt.data.decode import BadImageError
+from igpt.data.image_decoding import BadImageError
+from igpt.data.image_table import Table
 from igpt.data.source import Pixels
-from igpt.data.tables import Table
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,19 @@ from typing import Any, Literal
 import numpy as np
 import PIL
 
-from igpt import files
 from igpt.data import cache as pixel_cache
 from igpt.data.classes import Classes, describe_classes
 from igpt.data.crop import Crop, Cut, padded_crop
-from igpt.data.decode import BadImageError, opened, rgb
-from igpt.data.hub import HUB_NAME, open_hub
+from igpt.data.hub_datasets import HUB_NAME, open_hub
+from igpt.data.image_decoding import BadImageError, opened, rgb
 from igpt.data.image_splits import CachedSplit, DecodedSplit
+from igpt.data.image_table import Columns, Table
 from igpt.data.listing import ListFiles, list_files
 from igpt.data.local import Open, Opening, open_listed, open_named
 from igpt.data.shards import named_files
 from igpt.data.source import Split, Stream, VariedSplit, check_split_name
 from igpt.data.split import balanced_subset, split_indices
 from igpt.data.stream import Streamed
-from igpt.data.tables import Columns, Table
 from igpt.settings.base import Count, Seed
 from igpt.settings.data import (
     AugmentSettings,
@@ -36,6 +35,7 @@ from igpt.settings.data import (
     SplitNames,
     StreamSettings,
 )
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 

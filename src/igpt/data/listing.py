@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from igpt import files
-from igpt.data.decode import ENDINGS
+from igpt.data.image_decoding import ENDINGS
+from igpt.utils import files
 
 SHARD_ENDINGS = (".parquet", ".tar")
 METADATA = ("metadata.csv", "metadata.jsonl")  # labels of the images beside them

@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from igpt.data.decode import ENDINGS
-from igpt.data.hub import open_saved
+from igpt.data.hub_datasets import open_saved
+from igpt.data.image_decoding import ENDINGS
 from igpt.data.image_files import ImageShards, open_image_files
+from igpt.data.image_table import Columns, Table
 from igpt.data.layout import Splits, split_images, split_shards
 from igpt.data.listing import METADATA, SAVED, Listing, file_extension
 from igpt.data.parquet_files import ParquetShards, ParquetTable, holds_images
 from igpt.data.shards import Shards
-from igpt.data.tables import Columns, Table
 from igpt.data.tar_files import TarShards, TarTable
 
 log = logging.getLogger(__name__)

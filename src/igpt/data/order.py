@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from igpt import keyed
+from igpt.utils import keyed
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from igpt import files
 from igpt.data import cache as pixel_cache
+from igpt.data.image_table import Cell, Columns, class_names, read_cell, split_cell
 from igpt.data.listing import Listing
 from igpt.data.shards import BadShardError, is_remote, open_shard, readable_files, reason_of
-from igpt.data.tables import Cell, Columns, class_names, read_cell, split_cell
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import IO, Any, Protocol
 from datasets.utils.file_utils import xopen
 
 from igpt.data.errors import DataError
+from igpt.data.image_table import Cell
 from igpt.data.listing import SHARD_ENDINGS
-from igpt.data.tables import Cell
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from igpt.data.lanes import Lane, Place
+from igpt.data.shard_reader import Lane, Place
 
 SPLITS = ("train", "val", "test")
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from igpt import keyed
+from igpt.utils import keyed
 
 HELD_OUT = ("val_fraction", "test_fraction", "split_seed", "splits", "streaming")  # settings of data that decide it
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from igpt.data.classes import Classes
 from igpt.data.crop import Crop, Cut, padded_crop
-from igpt.data.decode import BadImageError, opened, rgb
-from igpt.data.lanes import Dealt, Lane, Place
+from igpt.data.image_decoding import BadImageError, opened, rgb
+from igpt.data.image_table import Cell, read_cell
+from igpt.data.shard_reader import Dealt, Lane, Place
 from igpt.data.shards import BadShardError, Shards
 from igpt.data.source import ArraySplit, Pixels
-from igpt.data.tables import Cell, read_cell
 from igpt.settings.data import MixtureStreamSettings, StreamSettings
 
 log = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from igpt.data.decode import ENDINGS, MOST_BYTES, BadImageError
+from igpt.data.image_decoding import ENDINGS, MOST_BYTES, BadImageError
+from igpt.data.image_table import WHOLE_NUMBER, Cell, Columns
 from igpt.data.listing import Listing
 from igpt.data.shards import BadShardError, open_shard, readable_files, reason_of
-from igpt.data.tables import WHOLE_NUMBER, Cell, Columns
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@
  * B images, T positions, H heads, D their size, C = H D. qkv is (B, T, 3, H, D), out (B, T, H, D), lse (B, H, T). A
  * thread takes one head of one image at a time, as float32 in its own `room`, where T and D are rounded up to whole
  * vectors. It takes Q queries at a time against all keys that they see, each query a lane, so that what concerns a query
- * (its largest score, its sum) is found lane by lane. `native_attention.py` calls this. The backward pass follows Dao et
+ * (its largest score, its sum) is found lane by lane. `c_attention.py` calls this. The backward pass follows Dao et
  * al. 2022, "FlashAttention", appendix B.
  */
 #ifdef __AVX512F__

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from igpt.model import dispatch, native_attention
+from igpt.model import c_attention, dispatch
 
 
 def self_attention(qkv: Tensor, n_head: int, *, causal: bool, backend: str = "auto") -> Tensor:
@@ -25,7 +25,7 @@ def self_attention(qkv: Tensor, n_head: int, *, causal: bool, backend: str = "au
     if backend == "auto":
         backend = dispatch.attention_backend(qkv.device, qkv.dtype, t=t, causal=causal)
     if backend == "native":
-        out: Tensor = native_attention.attend(qkv, n_head, causal)[0]
+        out: Tensor = c_attention.attend(qkv, n_head, causal)[0]
         return out
     q, k, v = heads(qkv, n_head)
     return attend(q, k, v, causal=causal, backend=backend).transpose(1, 2).reshape(b, t, width // 3)

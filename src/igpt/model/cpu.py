@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from igpt.global_state import environment, float32_matmul_precision
+from igpt.distributed.process_state import environment, float32_matmul_precision
 
 SIDE = 512  # of the matrices that are multiplied to find out: kernels for small ones may round where these do not
 FPMATH_MODES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # the second is oneDNN's older name

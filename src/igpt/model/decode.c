@@ -3,7 +3,7 @@
  *
  * B images, C width, H heads, D = C / H, V colours, L blocks; D is a multiple of 8. Weights are those of the network,
  * (out, in) row by row. Activations are (B, C). A layer's keys are (B, H, S / 8, D, 8), so that eight positions lie in
- * one vector; its values are (B, H, S, D). `native.py` compiles and loads this, `decode.py` calls it.
+ * one vector; its values are (B, H, S, D). `c_library.py` compiles and loads this, `decode.py` calls it.
  */
 #define W 8
 #include "vector.h"

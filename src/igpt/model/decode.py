@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt.model import dispatch, native
+from igpt.model import c_library, dispatch
+from igpt.model.c_library import VECTOR
 from igpt.model.config import SIZES, GPTConfig
 from igpt.model.gpt import GELU_SLOPE, GPT, NORM_EPS, Cache
 from igpt.model.graphs import make_graphs_step
-from igpt.model.native import VECTOR
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
             f"trainer.decoding=native needs whole float32 weights on a CPU and heads of a multiple of {VECTOR}; these "
             f"are {net.wte.dtype} on {net.wte.device.type}, heads of {net.n_embd // net.n_head}: choose auto"
         )
-    compiled = native.require_library("trainer.decoding=native")
+    compiled = c_library.require_library("trainer.decoding=native")
     now, batch = cache.length, cache.keys[0].shape[0]
     room_for = -(-net.n_ctx // VECTOR) * VECTOR  # positions
     lie: list[Tensor] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from igpt.model import cpu, native
+from igpt.model import c_library, cpu
 from igpt.settings.hardware import AttentionBackend, DecodeBackend
 
 ATTENTION = get_args(AttentionBackend)  # trainer.attention
@@ -35,7 +35,7 @@ def attention_backend(device: torch.device, dtype: torch.dtype, *, t: int, causa
     On a CPU by `attend.c`, which keeps no scores and is mostly one and a half to three times as fast as all else. It
     shares out heads of images: where those are fewer than threads, its backward pass leaves threads idle.
     """
-    if device.type == "cpu" and dtype in DTYPES and native.available():
+    if device.type == "cpu" and dtype in DTYPES and c_library.available():
         return "native"
     return unfused_attention_backend(device, dtype, t=t, causal=causal)
 
@@ -91,7 +91,7 @@ def pays_to_compile(device: torch.device, *, n_embd: int, flops: float, half: bo
     if flops <= rate * seconds:
         return False
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    return device.type != "cpu" or native.compiler_version(compiler) is not None
+    return device.type != "cpu" or c_library.compiler_version(compiler) is not None
 
 
 def decode_backend(weight: Tensor, *, n_embd: int, n_head: int) -> str:
@@ -102,14 +102,14 @@ def decode_backend(weight: Tensor, *, n_embd: int, n_head: int) -> str:
         return "graphs"
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return "layers"
-    native_too = suits_native(weight, n_embd=n_embd, n_head=n_head) and native.available()
+    native_too = suits_native(weight, n_embd=n_embd, n_head=n_head) and c_library.available()
     return "native" if native_too else "columns"
 
 
 def suits_native(weight: Tensor, *, n_embd: int, n_head: int) -> bool:
     """Whether `decode.c` can read these weights where they lie."""
     readable = is_whole(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32
-    return readable and n_embd // n_head % native.VECTOR == 0
+    return readable and n_embd // n_head % c_library.VECTOR == 0
 
 
 def is_whole(weight: Tensor) -> bool:

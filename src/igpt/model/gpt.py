@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from igpt import keyed
-from igpt.model import native_attention
+from igpt.distributed.sharding import put, whole_shape
+from igpt.model import c_attention
 from igpt.model.attention import attend, heads, self_attention
 from igpt.model.config import GPTConfig
-from igpt.model.parts import put, whole_shape
 from igpt.model.positions import POSITIONS, Positions
+from igpt.utils import keyed
 
 NORM_EPS = 1e-5  # added to the mean square, inside the root (`model.py:norm`)
 GELU_SLOPE = 1.702  # quick-GELU: x * sigmoid(1.702 x) (`model.py:gelu2`)
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.causal, self.backend = config.n_head, config.causal, "auto"
         self.rotate = rotate  # queries and keys, by their positions; None: they stay as they are
-        self.not_in_c = native_attention.unsupported(config, rotates=rotate is not None)
+        self.not_in_c = c_attention.unsupported(config, rotates=rotate is not None)
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k, v; in each, heads are blocks of D rows
         self.c_proj = Linear(config.n_embd, config.n_embd)
 

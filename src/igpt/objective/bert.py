@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from igpt import keyed
+from igpt.utils import keyed
 
 _STREAM = 2  # what a mask's random numbers are folded with, so that no other choice shares them
 

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt import keyed
 from igpt.metric.result import Number
+from igpt.utils import keyed
 
 RESAMPLES = 10_000  # of the bootstrap
 VOTE_COUNTS = 1 << 24  # votes counted at a time: images × heads × classes

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from igpt.metric.result import Number
-from igpt.quoting import quote_for_shell, quote_text
 from igpt.report.runs import RunRecord
+from igpt.utils.overrides import quote_for_shell, quote_text
 
 MAIN = ("test/accuracy", "val/loss_gen", "val/accuracy", "loss_gen", "pixels_as_original", "psnr", "mse", "parameters")
 N_MAIN = 4  # numbers shown large: of each of these kinds the first there is

@@ -15,9 +15,9 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
-from igpt import files
 from igpt.data.classes import format_class_name
 from igpt.metric.result import Bars, Curve, Grid
+from igpt.utils import files
 
 CELL = 96  # pixels a side that an image is shown at, at least
 GAP = 6

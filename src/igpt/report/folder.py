@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from igpt import files
 from igpt.metric.result import Curve, Number, Result
-from igpt.older_configs import VERSION, read_record
 from igpt.report.figures import bars_figure, curves_figure, grid_picture, matrix_figure, palette_picture
+from igpt.settings.older_configs import VERSION, read_record
+from igpt.utils import files
 
 # Settings that say where and whether to run, not what: they do not change a run's identity.
 OUTSIDE_IDENTITY = ("paths", "resume", "force", "init", "logger", "callbacks", "published")

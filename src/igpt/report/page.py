@@ -13,14 +13,14 @@ from urllib.parse import quote
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from igpt import files
 from igpt.metric.result import Result
 from igpt.report import facts
+from igpt.report.closing_table import REPORT, shown
 from igpt.report.pictures import Picture, data_uri, embedded, read_cells
 from igpt.report.plots import plots
 from igpt.report.runs import RunRecord, flat, read_run
-from igpt.report.text import REPORT, shown
 from igpt.settings.reading import ReportSettings
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from igpt import files
 from igpt.metric.result import Result
-from igpt.older_configs import read_record
 from igpt.report.folder import RunFolder, result_of
+from igpt.settings.older_configs import read_record
+from igpt.utils import files
 
 COMPARE = "compare"  # the task whose own results are never compared
 DEEPEST = 4  # folders between one that is given and a run in it

@@ -5,14 +5,14 @@ import logging
 import numpy as np
 import torch
 
-from igpt import keyed
-from igpt.components import Components
 from igpt.data.source import plain_pixels
 from igpt.metric.result import Grid, Number, Result
 from igpt.model.generate import Sampling
+from igpt.run.components import Components
 from igpt.settings.generation import CompleteSettings
 from igpt.task.sample import draw
 from igpt.tokens.tokenizer import token_dtype, whole_rows
+from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,8 @@ from typing import Literal
 import lightning as L
 import numpy as np
 
-from igpt.checkpoint.head import find_head, has_head
-from igpt.checkpoint.native import Weights
-from igpt.components import Components
+from igpt.checkpoint.head_files import find_head, has_head
+from igpt.checkpoint.igpt_format import Weights
 from igpt.data.source import Source
 from igpt.metric.likelihood import position_nats, unigram_nats
 from igpt.metric.result import Number, Result
@@ -15,11 +14,12 @@ from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.base import Objective
 from igpt.probe.scores import confusion
+from igpt.run.components import Components
 from igpt.settings.reading import EvaluateSettings
-from igpt.task.classify import ClassScore, classes_hash
-from igpt.task.machine import Machine
-from igpt.task.score import GenerativeScore
+from igpt.task.class_score import ClassScore, classes_hash
+from igpt.task.generative_score import GenerativeScore
 from igpt.tokens.batches import Batch
+from igpt.training.hardware import Machine
 
 
 class EvaluateModule(L.LightningModule):

@@ -3,13 +3,14 @@
 import logging
 from pathlib import Path
 
-from igpt import files, ranks
 from igpt.checkpoint import huggingface
-from igpt.checkpoint.head import copy_head, has_head
-from igpt.checkpoint.native import save_model
-from igpt.components import Components
+from igpt.checkpoint.head_files import copy_head, has_head
+from igpt.checkpoint.igpt_format import save_model
+from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
+from igpt.run.components import Components
 from igpt.settings.reading import ExportSettings
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 

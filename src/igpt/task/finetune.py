@@ -8,9 +8,8 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from igpt import ranks
-from igpt.checkpoint.head import HeadOrigin, save_head
-from igpt.checkpoint.native import (
+from igpt.checkpoint.head_files import HeadOrigin, save_head
+from igpt.checkpoint.igpt_format import (
     FORMAT,
     ORIGIN,
     check_format,
@@ -18,20 +17,21 @@ from igpt.checkpoint.native import (
     weights_sha256,
 )
 from igpt.checkpoint.resume import AtomicCheckpointIO, read_best
-from igpt.components import Components
+from igpt.distributed import ranks
+from igpt.distributed.signals import StopRequest
 from igpt.metric.result import Number, Result
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.joint import JointObjective
 from igpt.probe.scores import confusion
+from igpt.run.components import Components
 from igpt.settings.training import FinetuneSettings
-from igpt.stopping import StopRequest
-from igpt.task.checkpoints import Checkpoints
-from igpt.task.classify import ClassScore, check_classes, classes_hash
-from igpt.task.module import TrainedModule
-from igpt.task.optim import adam
+from igpt.task.class_score import ClassScore, check_classes, classes_hash
 from igpt.tokens.batches import Batch
+from igpt.training.base_module import TrainedModule
+from igpt.training.checkpoint_callback import Checkpoints
+from igpt.training.optimizers import adam
 
 log = logging.getLogger(__name__)
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from igpt import ranks
-from igpt.checkpoint.head import copy_head
-from igpt.checkpoint.native import save_model
-from igpt.components import Components
+from igpt.checkpoint.head_files import copy_head
+from igpt.checkpoint.igpt_format import save_model
+from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
+from igpt.run.components import Components
 from igpt.settings.reading import ImportSettings
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from igpt.components import Components
 from igpt.data.split import balanced_subset
 from igpt.metric.result import Curve, Number, Result
-from igpt.probe.choice import Images, chosen, few_folds, fitted, folds_of, searched
+from igpt.probe.selection import Images, chosen, few_folds, fitted, folds_of, searched
+from igpt.run.components import Components
 from igpt.settings.probing import LowDataSettings
-from igpt.task.classify import check_classes
-from igpt.task.features import Reader
-from igpt.task.machine import matmul_precision
+from igpt.task.class_score import check_classes
+from igpt.training.feature_extraction import Reader
+from igpt.training.hardware import matmul_precision
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from igpt.components import Components
 from igpt.metric.result import Bars, Number, Result
+from igpt.run.components import Components
 from igpt.settings.reading import FROM, PipelineSettings
 
 log = logging.getLogger(__name__)

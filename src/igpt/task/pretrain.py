@@ -7,8 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from igpt import ranks
-from igpt.checkpoint.native import (
+from igpt.checkpoint.igpt_format import (
     FORMAT,
     ORIGIN,
     Weights,
@@ -18,19 +17,20 @@ from igpt.checkpoint.native import (
     read_model,
     save_model,
 )
-from igpt.components import Components
 from igpt.data.source import Stream
+from igpt.distributed import ranks
+from igpt.distributed.signals import StopRequest
 from igpt.metric.result import Number, Result
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model.gpt import GPT
+from igpt.run.components import Components
 from igpt.settings.training import PretrainSettings
-from igpt.stopping import StopRequest
-from igpt.task.checkpoints import Checkpoints
-from igpt.task.module import TrainedModule
-from igpt.task.optim import optimizer_of, scheduled
-from igpt.task.score import GenerativeScore
-from igpt.task.zero import let_go, whole_state
+from igpt.task.generative_score import GenerativeScore
 from igpt.tokens.batches import Batch
+from igpt.training.base_module import TrainedModule
+from igpt.training.checkpoint_callback import Checkpoints
+from igpt.training.deepspeed import let_go, whole_state
+from igpt.training.optimizers import optimizer_of, scheduled
 
 log = logging.getLogger(__name__)
 

@@ -9,17 +9,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from igpt import files, ranks
-from igpt.components import Components
+from igpt.distributed import ranks
 from igpt.metric.result import Curve, Number, Result
 from igpt.model.gpt import GPT
-from igpt.probe.choice import Choice, Images, Table, chosen, few_folds, fitted, folds_of, searched, window_around
 from igpt.probe.scores import accuracy_number, confusion, share_number, top_k
+from igpt.probe.selection import Choice, Images, Table, chosen, few_folds, fitted, folds_of, searched, window_around
+from igpt.run.components import Components
 from igpt.settings.probing import ProbeSettings
-from igpt.task.classify import check_classes
-from igpt.task.features import Reader
-from igpt.task.machine import matmul_precision
-from igpt.task.probe_sgd import trained
+from igpt.task.class_score import check_classes
+from igpt.training.feature_extraction import Reader
+from igpt.training.hardware import matmul_precision
+from igpt.training.linear_heads import trained
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from igpt import keyed, ranks
-from igpt.components import Components
+from igpt.distributed import ranks
 from igpt.metric.result import Grid, Number, Result
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
+from igpt.run.components import Components
 from igpt.settings.generation import SampleSettings
 from igpt.tokens.tokenizer import token_dtype
+from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
 

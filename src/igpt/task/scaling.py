@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 
 from igpt.checkpoint.find import find
-from igpt.checkpoint.native import Weights
-from igpt.components import Components
+from igpt.checkpoint.igpt_format import Weights
 from igpt.data.split import split_differences
 from igpt.metric.result import Curve, Number, Result
-from igpt.older_configs import read_record
-from igpt.probe.choice import chosen, searched
+from igpt.probe.selection import chosen, searched
+from igpt.run.components import Components
+from igpt.settings.older_configs import read_record
 from igpt.settings.probing import ScalingSettings
-from igpt.task.classify import check_classes
+from igpt.task.class_score import check_classes
 from igpt.task.evaluate import EvaluateModule
-from igpt.task.features import Reader
-from igpt.task.machine import matmul_precision
+from igpt.training.feature_extraction import Reader
+from igpt.training.hardware import matmul_precision
 
 log = logging.getLogger(__name__)
 

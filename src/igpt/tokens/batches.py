@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from igpt import keyed, ranks
-from igpt.data.lanes import Place
 from igpt.data.order import Item, Lanes
+from igpt.data.shard_reader import Place
 from igpt.data.source import Split, Stream
+from igpt.distributed import ranks
+from igpt.utils import keyed
 
 
 class Batch(NamedTuple):

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from igpt import keyed
 from igpt.data.cache import in_chunks
 from igpt.data.order import BatchPlan, EndlessBatches, Item, Lanes, OncePerImage
 from igpt.data.source import Source, Split, Stream, plain_pixels
 from igpt.data.workers import identity_collate, startable_workers
-from igpt.stopping import deaf
+from igpt.distributed.signals import deaf
 from igpt.tokens.batches import (
     Batch,
     PixelBatches,
@@ -28,6 +27,7 @@ from igpt.tokens.batches import (
 from igpt.tokens.openai_npy import OpenAITokens
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.tokenizer import Tokenizer, token_dtype
+from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
 

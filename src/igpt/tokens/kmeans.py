@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
-from igpt import files, keyed
 from igpt.data.cache import in_chunks
 from igpt.data.source import Source, Split, plain_pixels
 from igpt.settings.base import Count, Seed
 from igpt.tokens.palette import Palette, PaletteSize
+from igpt.utils import files, keyed
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt import files
 from igpt.data.cache import file_lock
 from igpt.tokens.palette import Palette, colour_codes, colours_of, squares
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 

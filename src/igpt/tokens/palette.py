@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from igpt import files
+from igpt.utils import files
 
 K_MIN, K_MAX = 2, 4096
 PaletteSize = Annotated[int, Field(ge=K_MIN, le=K_MAX)]

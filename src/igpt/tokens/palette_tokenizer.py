@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from igpt import files
 from igpt.data.source import Source
 from igpt.tokens.lookup import Encoder
 from igpt.tokens.palette import Palette
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.tokenizer import TokenGrid
+from igpt.utils import files
 
 
 @dataclass(frozen=True, eq=False)

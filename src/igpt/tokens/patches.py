@@ -17,13 +17,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from igpt import files
 from igpt.data.source import Source
 from igpt.settings.base import Count, Seed, Settings
 from igpt.settings.data import Resolution
 from igpt.tokens.kmeans import dark_to_light, sample_images, weighted_kmeans
 from igpt.tokens.pixel_order import PixelOrder, check_rows
 from igpt.tokens.tokenizer import TokenGrid
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 

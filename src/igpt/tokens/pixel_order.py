@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt import keyed
+from igpt.utils import keyed
 
 ORDERS = ("raster", "random")
 

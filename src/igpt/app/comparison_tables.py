@@ -1,0 +1,169 @@
+"""A comparison as text to read in a terminal, as Markdown, and as rows for other programs."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from igpt.app.against import PaperComparison
+from igpt.metric.result import Number
+from igpt.report import summary
+from igpt.report.closing_table import columns, readable
+from igpt.report.runs import RunRecord
+from igpt.report.summary import Summary, over_seeds, shortened
+
+HEADINGS = ("paper", "ours", "setting", "command")
+FIELDS = (
+    "part", "number", "setting", "paper", "source", "ours", "low", "high", "deviation", "seeds", "differs", "runs",
+    "command", "RUN",
+)  # fmt: skip
+WIDE = 48  # characters of a cell; what is longer stands below its row
+
+
+@dataclass(frozen=True)
+class ComparisonText:
+    """What a comparison found: published numbers with the runs beside them, and the runs of each task by one number."""
+
+    runs: Sequence[RunRecord]
+    problems: Mapping[Path, str]
+    beside: Sequence[PaperComparison]
+    summaries: Mapping[str, Summary]
+    numbers: Sequence[str]  # further columns of the summaries
+
+    @property
+    def said(self) -> list[str]:
+        """A line for each folder that could not be read, after how many there are."""
+        lines = [f"{shortened([path])}: {why}" for path, why in self.problems.items()]
+        return [f"{len(self.runs)} runs read, {len(self.problems)} folders left out" + (":" if lines else ""), *lines]
+
+    def plain(self) -> str:
+        """For a terminal."""
+        blocks = []
+        for title, rows in self._tables().items():
+            cells = [(_paper(row), _short(_ours(row)), row.published.setting) for row in rows]
+            heading, rule, *body = columns([HEADINGS[:3], *cells]).splitlines()
+            below = [_below(row, above) for row, above in zip(rows, [None, *rows], strict=False)]
+            lines = [part for line, more in zip(body, below, strict=True) for part in (line, *more)]
+            blocks.append("\n".join([title, heading, rule, *lines]))
+        for task, found in self.summaries.items():
+            blocks.append("\n".join([f"task={task}", columns(self._summary(found)), *_remarks(found)]))
+        return "\n\n".join([*blocks, "\n  ".join(self.said)]) + "\n"
+
+    def markdown(self) -> str:
+        """For a page: a table for each of the paper's, and one for each task."""
+        blocks = ["# Runs compared"]
+        for title, rows in self._tables().items():
+            cells = [_markdown_row(row, above) for row, above in zip(rows, [None, *rows], strict=False)]
+            blocks.append(f"## {title}\n\n{grid([HEADINGS, *cells])}")
+        for task, found in self.summaries.items():
+            blocks += [f"## task={task}", grid(self._summary(found)), *_remarks(found)]
+            blocks += [f"![{found.metric}](compare_{task}.png)"] if len(found.rows) > 1 else []
+        counted, *lines = self.said
+        return "\n\n".join([*blocks, "\n".join([counted, *(f"- {line}" for line in lines)])]) + "\n"
+
+    def csv(self) -> str:
+        """One line a row, values as they are: shares of 1, losses in nats per token."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, FIELDS, restval="", lineterminator="\n")
+        writer.writeheader()
+        for row in self.beside:
+            of = row.published
+            writer.writerow({
+                "part": f"paper: {of.table}", "number": of.number if of.key else "", "setting": of.setting,
+                "source": of.source, "paper": of.detail if of.value is None else of.value, **_values(row.ours),
+                "seeds": len(row.runs),
+                "differs": "; ".join(row.differs), "runs": " ".join(str(run.folder) for run in row.runs),
+                "command": of.command or of.why_not, "RUN": of.run,
+            })  # fmt: skip
+        for task, found in self.summaries.items():
+            for group in found.rows:
+                writer.writerow({
+                    "part": f"task={task}", "number": found.metric, "setting": group.name, **_values(group.number),
+                    "seeds": group.n, "runs": " ".join(map(str, group.folders)),
+                })  # fmt: skip
+        return text.getvalue()
+
+    def _tables(self) -> dict[str, list[PaperComparison]]:
+        """Title → rows."""
+        titles = dict.fromkeys(row.published.table for row in self.beside)
+        return {title: [row for row in self.beside if row.published.table == title] for title in titles}
+
+    def _summary(self, found: Summary) -> list[tuple[str, ...]]:
+        """The table of a task's runs, with a column for each further number."""
+        of_folder = {run.folder: run.result.numbers for run in self.runs}
+        (settings, metric, *rest), *lines = summary.table(found)
+        keys = [key for key in self.numbers if key != found.metric]
+        table = [(settings, metric, *keys, *rest)]
+        for group, (settings, value, *rest) in zip(found.rows, lines, strict=True):
+            numbers = [of_folder[folder] for folder in group.folders]
+            every = [[own[key] for own in numbers if key in own] for key in keys]
+            more = [readable(over_seeds(each)) if len(each) == len(numbers) else "–" for each in every]
+            table.append((settings, value, *more, *rest))
+        return table
+
+
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is the heading."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _paper(row: PaperComparison) -> str:
+    """The published value, marked where it is from memory."""
+    return row.published.printed + (f" (unconfirmed: {told})" if (told := row.published.unconfirmed) else "")
+
+
+def _ours(row: PaperComparison) -> str:
+    """What the runs found; why there is nothing, where there is not."""
+    if row.ours is not None:
+        return readable(row.ours) if isinstance(row.ours, Number) else row.ours
+    of = row.published
+    return "not run" if of.command else "–" if of.ours else of.why_not
+
+
+def _short(text: str) -> str:
+    return text if len(text) < WIDE else "below"
+
+
+def _differs(row: PaperComparison, above: PaperComparison | None) -> list[str]:
+    """What differs; where that is what the row above says of the same run, only that."""
+    same = above is not None and above.runs == row.runs and above.differs == row.differs
+    return ["as above"] if same and row.differs else row.differs
+
+
+def _below(row: PaperComparison, above: PaperComparison | None) -> list[str]:
+    """The lines under a row in a terminal."""
+    of = row.published
+    lines = [("ours", _ours(row))] if _short(_ours(row)) != _ours(row) else []
+    lines += [("run", shortened([run.folder for run in row.runs]))] if row.runs else []
+    lines += [("" if i else "differs", line) for i, line in enumerate(_differs(row, above))]
+    lines += [("command", of.command + (f"    RUN: {of.run}" if of.run else ""))] if of.command else []
+    lines += [("but" if of.command else "none", of.why_not)] if of.ours and of.why_not else []
+    return [f"    {label:9}{text}" for label, text in lines]
+
+
+def _markdown_row(row: PaperComparison, above: PaperComparison | None) -> tuple[str, ...]:
+    """paper, ours, setting, command."""
+    of = row.published
+    told = "; ".join(filter(None, (of.source, of.unconfirmed and f"from memory: {of.unconfirmed}")))
+    runs = row.runs and shortened([run.folder for run in row.runs])
+    differs = row.differs and f"**differs:** {'; '.join(_differs(row, above))}"
+    command, made_by = of.command and f"`{of.command}`", of.run and f"RUN: `{of.run}`".replace(", or ", "`, or `")
+    cells = ((of.printed, told), (_ours(row), runs), (of.setting, differs), (command, made_by, of.ours and of.why_not))
+    return tuple("<br>".join(str(part) for part in cell if part) for cell in cells)
+
+
+def _values(ours: Number | str | None) -> dict[str, Any]:
+    """The cells of a measured number."""
+    if not isinstance(ours, Number):
+        return {"ours": ours or ""}
+    low, high = ours.interval or ("", "")
+    return {"ours": ours.value, "low": low, "high": high, "deviation": "" if ours.deviation is None else ours.deviation}
+
+
+def _remarks(found: Summary) -> list[str]:
+    """What is to be known of a table of runs."""
+    lines = [f"left out: {shortened([path])}: {why}" for path, why in found.left_out.items()]
+    return [*([found.caution] if found.caution else []), *lines]

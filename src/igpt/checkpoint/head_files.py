@@ -1,0 +1,146 @@
+"""A trained class head beside its network: `model/head.safetensors` and what it is of, in `model/head.json`."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from igpt.checkpoint.igpt_format import Weights, weights_sha256
+from igpt.model.head import ClassHead
+from igpt.utils import files
+
+log = logging.getLogger(__name__)
+
+HEAD, ABOUT = "head.safetensors", "head.json"
+LONGEST_NAME = 255  # characters of a class's name that are kept: as many as a folder's has at most
+ANY = "any"  # in the place of the labels' hash: a head that came with foreign weights does not say what they were
+
+
+@dataclass(frozen=True)
+class HeadOrigin:
+    """What a head was trained on, and with which weights."""
+
+    n_class: int
+    data: str
+    classes: str  # a hash of which labels there were
+    weights: str  # of the network it belongs to
+    class_names: tuple[str, ...] | None = None  # by label; None where they were not known
+
+
+def save_head(folder: Path, weight: Tensor, about: HeadOrigin) -> None:
+    """Writes both files into a run's `model/`, each whole or not at all. Raises ValueError on NaN or infinity."""
+    if not torch.isfinite(weight).all():
+        raise ValueError("the class head holds NaN or infinity: training had broken down, take an earlier one")
+    with files.atomic_path(folder / HEAD) as temporary:
+        save_file({"wclf": weight.detach().to("cpu").contiguous()}, temporary)
+    names = shortened(about.class_names)
+    known = asdict(about) | {"class_names": names, "sha256": files.sha256(folder / HEAD)}
+    files.write_json(folder / ABOUT, {key: value for key, value in known.items() if value is not None})
+
+
+def has_head(weights: Weights) -> bool:
+    """Whether a class head lies beside these weights, or came with them."""
+    return weights.wclf is not None or (weights.folder / ABOUT).is_file()
+
+
+def shortened(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names of classes as a head's file holds them."""
+    return None if names is None else tuple(name[:LONGEST_NAME] for name in names)
+
+
+def find_head(
+    weights: Weights, *, n_class: int | None, classes: str, class_names: Sequence[str] | None
+) -> ClassHead | None:
+    """The class head that was trained with these weights, or None when there is none.
+
+    Where both the head and the data know what their classes are called, these names are the same in the same order.
+
+    Raises:
+        ValueError: one of other weights, of another number of classes or of other labels, or a damaged file.
+    """
+    if not has_head(weights):
+        return None
+    about, weight = read_head(weights)
+    other = _other_names(about.class_names, shortened(class_names))
+    if about.n_class != n_class or about.classes not in (classes, ANY) or other:  # the hash knows the data's name, too
+        raise ValueError(
+            f"{weights.folder} has a head that tells {about.n_class} classes of {about.data} apart, the labels of this "
+            f"data are not those{other}: evaluate it on the data it was trained for, leave it out "
+            "(task.accuracy=false), or fine-tune anew"
+        )
+    if about.classes == ANY:
+        log.warning(
+            "%s does not say which labels its %d classes are: its accuracy is right only if they are this data's",
+            weights.path, about.n_class,
+        )  # fmt: skip
+    head = ClassHead(n_embd=weight.shape[1], n_class=weight.shape[0])
+    head.load_state_dict({"wclf": weight.to(torch.float32)})
+    return head
+
+
+def copy_head(weights: Weights, folder: Path) -> None:
+    """Writes the class head of some weights, if they have one, to where these weights were saved again."""
+    if has_head(weights):
+        about, weight = read_head(weights)
+        save_head(folder, weight, replace(about, weights=weights_sha256(folder)))
+
+
+def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
+    """What a head is of, and its weights, (K, C). Raises ValueError when it is of other weights, or damaged."""
+    if weights.wclf is not None:
+        return HeadOrigin(weights.wclf.shape[0], weights.metadata.data, ANY, weights.sha256), weights.wclf.read()
+    try:
+        written = dict(files.read_json(weights.folder / ABOUT))
+        sha256 = written.pop("sha256")
+        about = _parse_origin(written)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{weights.folder / ABOUT} is damaged ({error}): copy it again") from error
+    where = weights.folder / HEAD
+    if about.weights != weights.sha256:
+        raise ValueError(f"{where} belongs to other weights than lie beside it: restore both from one run")
+    try:
+        if files.sha256(where) != sha256:
+            raise ValueError(f"its SHA-256 is not that in {ABOUT}")
+        (weight,) = load_file(where).values()
+        if weight.shape != (about.n_class, weights.metadata.network.n_embd):
+            raise ValueError(f"its shape is {tuple(weight.shape)}")
+        if not torch.isfinite(weight).all():
+            raise ValueError("it holds NaN or infinity")
+    except (SafetensorError, FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{where} is damaged ({error}): copy it again") from error
+    return about, weight
+
+
+def _parse_origin(written: dict[str, Any]) -> HeadOrigin:
+    """What a description says. Raises TypeError or ValueError where it is none: another field, or of another kind."""
+    names = written.pop("class_names", None)  # not there in older ones, and where they were not known
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in names)
+    ):
+        raise ValueError(f"class_names is no list of names of at most {LONGEST_NAME} characters")
+    about = HeadOrigin(**written, class_names=None if names is None else tuple(names))
+    if type(about.n_class) is not int or not all(
+        isinstance(x, str) for x in (about.data, about.classes, about.weights)
+    ):
+        raise ValueError("a field is of another kind")
+    if names is not None and len(names) != about.n_class:
+        raise ValueError(f"class_names has {len(names)} names, n_class is {about.n_class}")
+    return about
+
+
+def _other_names(of_head: tuple[str, ...] | None, of_data: tuple[str, ...] | None) -> str:
+    """Which class is called otherwise, in brackets; nothing where none is, or the names are not known."""
+    if of_head is None or of_data is None:
+        return ""
+    unlike = [i for i, (ours, theirs) in enumerate(zip(of_head, of_data, strict=False)) if ours != theirs]
+    if not unlike:
+        return ""  # or another number of them, which says it
+    i = unlike[0]
+    how = "in another order: " if sorted(of_head) == sorted(of_data) else ""
+    return f" ({how}class {i} is {of_head[i][:40]!r} to the head, {of_data[i][:40]!r} to the data)"

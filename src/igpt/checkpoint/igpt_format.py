@@ -1,0 +1,279 @@
+"""Our own format: a folder with `model.safetensors` and `config.json`, read back without today's `conf/`.
+
+`config.json` holds all that is needed to use the weights: the network's sizes, the colours themselves, the order of
+the pixels, the objective, the step and the seed. Loading executes nothing that is in a file.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt.checkpoint import tensors
+from igpt.checkpoint.resume import checksum_path
+from igpt.checkpoint.tensors import Lazy, State
+from igpt.distributed import ranks
+from igpt.distributed.sharding import put, whole_shape
+from igpt.model.config import GPTConfig
+from igpt.model.gpt import GPT
+from igpt.tokens.tokenizer import Tokenizer
+from igpt.tokens.tokenizer_registry import tokenizer_from_dict, tokenizer_to_dict
+from igpt.utils import files
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+PALETTE_FORMAT = 1  # older: every tokenizer was a palette, every network the paper's
+CONFIG = "config.json"
+ORIGIN = "origin"  # the key under which a checkpoint of training has it
+NAME = re.compile(r"\w[\w.+-]{0,63}")
+
+
+@dataclass(frozen=True)
+class CheckpointMetadata:
+    """Where weights come from and what their tokens mean: all of `config.json` but the hash of the weights.
+
+    Raises:
+        ValueError: what cannot be, by its field: it may come from a file that somebody sent.
+    """
+
+    network: GPTConfig
+    tokenizer: Tokenizer
+    objective: dict[str, Any]  # name and settings
+    model: str  # names, for run folders and tables
+    data: str
+    step: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        kinds: dict[str, type] = {"objective": dict, "model": str, "data": str, "step": int, "seed": int}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.60}, expected a {kind.__name__}")
+        for name in ("model", "data"):
+            if not NAME.fullmatch(getattr(self, name)):  # it becomes the name of a folder
+                raise ValueError(f"{name} is {getattr(self, name)!r:.60}, expected letters, digits, . + - and _")
+        if not isinstance(self.objective.get("name"), str):
+            raise ValueError(f"objective is {self.objective!r:.60}, expected its name and settings")
+        sizes = (self.network.n_ctx, self.network.n_vocab)
+        if sizes != (self.tokenizer.grid.n_ctx, self.tokenizer.n_vocab):
+            raise ValueError(
+                f"its network reads {sizes[0]} tokens of {sizes[1]}, its tokenizer ({self.tokenizer.describe()}) makes "
+                f"{self.tokenizer.grid.n_ctx} of {self.tokenizer.n_vocab}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, for a file of format `FORMAT`."""
+        own = {"network": self.network.to_dict(), "tokenizer": tokenizer_to_dict(self.tokenizer)}
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, **own}
+
+    @staticmethod
+    def from_dict(saved: Any, format: int) -> "CheckpointMetadata":
+        """What `to_dict` gave, also in an older format. Raises ValueError on anything else."""
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"it is {saved!r:.60}")
+        own = dict(saved)
+        if format == PALETTE_FORMAT:
+            own["tokenizer"] = {
+                "kind": "palette", "centres": own.pop("palette", None), "hash": own.pop("palette_hash", None),
+                "permutation": own.pop("permutation", None),
+            }  # fmt: skip
+        known = {field.name for field in fields(CheckpointMetadata)}
+        for key in sorted(map(str, known ^ own.keys())):
+            raise ValueError(f"{key} is {'missing' if key in known else 'no field of it'}")
+        if not isinstance(own["network"], Mapping):
+            raise ValueError(f"its network is {own['network']!r:.60}")
+        own["network"] = GPTConfig.from_dict(own["network"])
+        own["tokenizer"] = tokenizer_from_dict(own["tokenizer"])
+        return CheckpointMetadata(**own)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network's weights that were found and understood, in whatever format; `load_into` reads the tensors."""
+
+    path: Path  # the file, or the folder of several
+    folder: Path  # what belongs to them lies here: a class head; one above it, the run
+    metadata: CheckpointMetadata
+    sha256: str
+    state: Callable[[], State]  # the tensors by name, each read when it is asked for
+    wclf: Lazy | None = None  # a class head, (K, C), where one is inside
+
+    @property
+    def n_value(self) -> int:
+        """How many numbers the network has."""
+        return sum(tensor.n_value for tensor in self.state().values())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What their tokens mean."""
+        return self.metadata.tokenizer
+
+    def net(self) -> GPT:
+        """The network these weights are of, loaded, on the CPU, in float32."""
+        net = meta_model(self.metadata.network)
+        net.allocate("cpu")
+        self.load_into(net)
+        return net
+
+    @torch.no_grad()
+    def load_into(self, net: GPT) -> None:
+        """Copies every weight into `net`; keys and shapes must be exactly its own.
+
+        Raises:
+            ValueError: a network of other sizes, missing, unexpected or misshapen tensors, or a damaged file.
+        """
+        check_same("network", self.metadata.network.to_dict(), net.config.to_dict(), self.folder)
+        state, own = self.state(), net.state_dict(keep_vars=True)
+        tensors.check_fit(self.path, state, {name: whole_shape(weight) for name, weight in own.items()})
+        for name, weight in own.items():
+            values = state[name].read()
+            if not torch.isfinite(values).all():
+                raise ValueError(
+                    f"{self.path} holds NaN or infinity in {name}: training had broken down, take an earlier one"
+                )
+            put(weight, values)
+
+
+def meta_model(config: GPTConfig) -> GPT:
+    """The network of a config on the meta device: its shapes, without any weights."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def save_model(
+    folder: Path, state: Mapping[str, Tensor] | State, metadata: CheckpointMetadata, *, label: str = "saving"
+) -> None:
+    """Writes `folder/model.safetensors`, then `folder/config.json`, each whole or not at all; by the first process.
+
+    Where the weights are sharded, every process has to call it.
+
+    The config names the hash of its weights, so a folder whose two files are not of one save is recognised.
+
+    Raises:
+        ValueError: names or shapes that are not those of the network, NaN or infinity.
+        OSError: the disk refused.
+    """
+    lazy: State = {}
+    for name, tensor in state.items():
+        lazy |= {name: tensor} if isinstance(tensor, Lazy) else tensors.held({name: tensor})
+    own = {name: tuple(weight.shape) for name, weight in meta_model(metadata.network).state_dict().items()}
+    tensors.check_fit(folder / tensors.WEIGHTS, lazy, own)
+    try:
+        tensors.write(folder, lazy, label=label)
+    except OSError as error:
+        raise OSError(f"{folder / tensors.WEIGHTS} could not be written ({error}): is the disk full?") from error
+    if not ranks.this_rank().first:
+        return
+    files.write_json(
+        folder / CONFIG, {"format": FORMAT, **metadata.to_dict(), "weights_sha256": weights_sha256(folder)}
+    )
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of the file of tensors in a folder, or of all its parts."""
+    sums = [files.sha256(part) for part in tensors.parts(folder)]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def combined_hash(sha256: str, metadata: CheckpointMetadata) -> str:
+    """A hash of foreign weights and of what else decides what they are: network, tokenizer, objective."""
+    return files.hash_json([sha256, metadata.network.to_dict(), metadata.tokenizer.hash, metadata.objective])
+
+
+def read_model(folder: Path) -> Weights:
+    """What `save_model` wrote.
+
+    Raises:
+        ValueError: another format version, a damaged file, or two files that are not of one save.
+    """
+    config = files.read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} holds no settings: copy it again")
+    format = check_format(config.pop("format", None), folder / CONFIG)
+    saved = config.pop("weights_sha256", None)
+    metadata = read_metadata(config, folder / CONFIG, format)
+    if weights_sha256(folder) != saved:
+        raise ValueError(
+            f"{folder}: {tensors.WEIGHTS} is not the file {CONFIG} was written for: damaged or half replaced"
+        )
+    first, *more = tensors.parts(folder)
+    return Weights(folder if more else first, folder, metadata, saved, lambda: tensors.read(folder))
+
+
+def check_format(found: Any, where: Path) -> int:
+    """The format of a file, `FORMAT` or an older one. Raises ValueError on one that this version does not read."""
+    if found not in (PALETTE_FORMAT, FORMAT) or isinstance(found, bool):
+        raise ValueError(
+            f"{where}: format {found!r}, this version reads {PALETTE_FORMAT} and {FORMAT}: use the release that "
+            "wrote it"
+        )
+    return int(found)
+
+
+def read_training_checkpoint(path: Path) -> Weights:
+    """The network inside a checkpoint that training wrote, `checkpoints/step_0001000.ckpt`.
+
+    Raises:
+        ValueError: it is damaged, of another format, or not of a network that generates.
+    """
+    checksum, sha256 = checksum_path(path), files.sha256(path)
+    if not checksum.is_file():
+        raise ValueError(f"{path} has no {checksum.name} beside it, which tells whether it is whole: copy both")
+    if checksum.read_text().strip() != sha256:
+        raise ValueError(f"{path} is damaged or was not written to its end: its SHA-256 is not that beside it")
+    checkpoint = tensors.read_torch(path)
+    metadata, state = metadata_in(checkpoint, path), tensors_in(checkpoint, path)
+    return Weights(path, path.parent, metadata, sha256, lambda: part("net.", state), state.get("head.wclf"))
+
+
+def metadata_in(checkpoint: Any, path: Path) -> CheckpointMetadata:
+    """What a checkpoint that training wrote says of its weights. Raises ValueError when it says nothing of the kind."""
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    if ORIGIN not in found or "format" not in found:
+        raise ValueError(f"{path} is no checkpoint of a network that this project trained: it does not say what it is")
+    return read_metadata(found[ORIGIN], path, check_format(found["format"], path))
+
+
+def read_metadata(found: Any, where: Path, format: int = FORMAT) -> CheckpointMetadata:
+    """What a file says of its weights. Raises ValueError, naming the file, when that is not complete or cannot be."""
+    try:
+        return CheckpointMetadata.from_dict(found, format)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} is not complete ({error}): export the model again") from error
+
+
+def tensors_in(checkpoint: Mapping[str, Any], path: Path) -> State:
+    """A LightningModule's tensors under their plain names. Raises ValueError when there is anything else."""
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no tensors of a network: it is damaged, or something else")
+    return tensors.held({str(name): tensor for name, tensor in state.items()})
+
+
+def part(prefix: str, state: State) -> State:
+    """What belongs to one module of several, under its own names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def check_same(what: str, saved: Any, asked: Any, where: Path) -> None:
+    """Raises ValueError, naming every difference, unless what a checkpoint holds is what the run asks for."""
+    if saved == asked:
+        return
+    if isinstance(saved, dict) and isinstance(asked, dict):
+        keys = sorted(saved.keys() | asked.keys())
+        differs = [f"{k} {saved.get(k)} ≠ {asked.get(k)}" for k in keys if saved.get(k) != asked.get(k)]
+        detail = "; ".join(differs)
+    elif isinstance(saved, list):
+        detail = "too long to print"
+    else:
+        detail = f"{saved} ≠ {asked}"
+    raise ValueError(
+        f"{where}: its {what} is not this run's ({detail}): choose what the checkpoint has, or other weights"
+    )

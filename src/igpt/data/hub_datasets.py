@@ -1,0 +1,183 @@
+"""Datasets that Hugging Face `datasets` holds: from the Hub, or saved by `save_to_disk`."""
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import datasets.config
+import numpy as np
+import pyarrow.compute as pc
+from datasets.exceptions import DatasetNotFoundError
+
+from igpt.data.image_table import Columns, class_names, read_cell
+from igpt.data.listing import Listing
+from igpt.data.shards import BadShardError, reason_of
+from igpt.utils import files
+
+log = logging.getLogger(__name__)
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_MOST = 4096  # shards a stream is cut into; of more files, several are one
+
+
+@dataclass(frozen=True)
+class HubTable:
+    """A `datasets.Dataset` as a `Table`."""
+
+    rows: datasets.Dataset
+    image: str  # its column
+    labels: np.ndarray
+    names: tuple[str, ...] | None
+    where: str
+    fingerprint: str  # of the files it was read from
+    root: Path | None = None  # below which relative paths in its cells may lead
+    unpacked: tuple[Path, ...] = ()  # below which absolute ones may: `datasets` has written those
+
+    @staticmethod
+    def of(rows: datasets.Dataset, columns: Columns, where: str, **more: Any) -> "HubTable":
+        """Raises ValueError when no column can hold an image, or a label column is none."""
+        more = {"fingerprint": str(rows._fingerprint), **more}
+        image, label = columns.find(rows.features, where)
+        rows = rows.with_format(None).select_columns([name for name in (image, label) if name])
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+        if label is None:
+            return HubTable(rows, image, np.full(len(rows), -1, dtype=np.int64), None, where, **more)
+        column = rows.data.column(label)
+        if rows._indices is not None:
+            column = column.take(rows._indices.column(0))
+        labels = pc.fill_null(column, -1).to_numpy().astype(np.int64)
+        return HubTable(rows, image, labels, class_names(rows.features[label]), where, **more)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        for row, cell in zip(rows, self.rows[list(rows)][self.image], strict=True):
+            yield read_cell(cell, f"row {row} of {self.where}", self.root, unpacked=self.unpacked)
+
+
+@dataclass(frozen=True)
+class HubShards:
+    """A `datasets.IterableDataset` as `Shards`."""
+
+    rows: datasets.IterableDataset
+    image: str  # its column
+    label: str | None
+    names: tuple[str, ...] | None
+    where: str
+    root: Path | None = None
+
+    @staticmethod
+    def of(rows: datasets.IterableDataset, columns: Columns, where: str) -> "HubShards":
+        """Raises ValueError when no column can hold an image."""
+        rows = rows if rows.features is not None else rows._resolve_features()
+        image, label = columns.find(rows.features, where)
+        return HubShards(rows, image, label, class_names(rows.features[label]) if label else None, where)
+
+    def __len__(self) -> int:
+        return min(int(self.rows.num_shards), _MOST)
+
+    def name(self, number: int) -> str:
+        held = getattr(self.rows.shard(len(self), number)._ex_iterable, "kwargs", {})
+        for value in held.values():
+            if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+                return str(value[0])
+        return f"shard {number} of {self.where}"
+
+    def read(self, number: int, start: int) -> Iterator[tuple[int, Any, int | None]]:
+        shard = self.rows.shard(len(self), number).cast_column(self.image, datasets.Image(decode=False))
+        row = -1
+        try:
+            # by `iter`: in a worker of a loader, iterating itself would skip what other workers are to read. One at a
+            # time: of a damaged shard, what comes before the damage is kept
+            for row, one in enumerate(shard.iter(1)):
+                if row >= start:
+                    yield row, one[self.image][0], one[self.label][0] if self.label else None
+        except Exception as error:  # pyarrow, fsspec and every network have their own
+            raise BadShardError(
+                f"{self.name(number)} cannot be read after {row + 1} images: {reason_of(error)}"
+            ) from error
+
+
+def open_hub(path: str, *, name: str, columns: Columns, streaming: bool) -> dict[str, Callable[[], Any]]:
+    """What opens each split of a dataset on the Hugging Face Hub.
+
+    Raises:
+        ValueError: no such name, no network, or no right to read it; with what to do instead.
+    """
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    log.info("data: looking for %s on the Hugging Face Hub", path)
+    try:
+        found = dict(datasets.load_dataset(path, streaming=streaming))
+    except DatasetNotFoundError as error:
+        if "gated" in str(error):
+            raise ValueError(
+                f"data.path={path} is gated: accept its terms at https://huggingface.co/datasets/{path}, then "
+                f"`hf auth login` or set HF_TOKEN; or give a copy with data.path=FOLDER"
+            ) from error
+        raise ValueError(_unreachable(path, name, str(error))) from error
+    except Exception as error:  # whatever a network can do: the way out is the same
+        raise ValueError(_unreachable(path, name, str(error.__cause__ or error))) from error
+    repository = Path(datasets.config.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}"
+    unpacked = (repository, Path(datasets.config.HF_DATASETS_CACHE) / "downloads")  # where `datasets` puts image files
+    if streaming:
+        return {split: partial(HubShards.of, rows, columns, f"{path} ({split})") for split, rows in found.items()}
+    return {
+        split: partial(HubTable.of, rows, columns, f"{path} ({split})", unpacked=unpacked)
+        for split, rows in found.items()
+    }
+
+
+def open_saved(listing: Listing, *, columns: Columns, path: str) -> dict[str, Callable[[], Any]]:
+    """What opens each split of a dataset that `save_to_disk` wrote.
+
+    Raises:
+        ValueError: its records name files that are not among those in the folder, or are damaged.
+    """
+    there = set(listing.names)
+    splits = {"": "train"}
+    if "dataset_dict.json" in there:
+        record = files.read_json(listing.root / "dataset_dict.json")
+        named = record.get("splits") if isinstance(record, dict) else None
+        if not isinstance(named, list) or not all(isinstance(split, str) for split in named):
+            raise ValueError(f"data.path={path}: dataset_dict.json names no splits: copy it again")
+        splits = {f"{split}/": split for split in named}
+    for folder in splits:
+        _check_saved(listing.root, folder, there, path)
+    saved = datasets.load_from_disk(str(listing.root))
+    found = saved if isinstance(saved, Mapping) else {"train": saved}
+    return {
+        split: partial(
+            HubTable.of, rows, columns, f"{path} ({split})",
+            fingerprint=f"{listing.fingerprint} {split}", root=listing.root,
+        )
+        for split, rows in found.items()
+    }  # fmt: skip
+
+
+def _check_saved(root: Path, folder: str, there: set[str], path: str) -> None:
+    """Raises ValueError unless the files of a saved split are beside its record."""
+    state = files.read_json(root / f"{folder}state.json") if f"{folder}state.json" in there else None
+    listed = state.get("_data_files") if isinstance(state, dict) else None
+    if not isinstance(listed, list) or f"{folder}dataset_info.json" not in there:
+        raise ValueError(f"data.path={path}: {folder}state.json or dataset_info.json is not there or damaged")
+    for entry in listed:
+        file = entry.get("filename") if isinstance(entry, dict) else None
+        if not isinstance(file, str) or "/" in file or f"{folder}{file}" not in there:
+            raise ValueError(f"data.path={path}: {folder}state.json names {file!r}, which is not a file beside it")
+
+
+def _unreachable(path: str, name: str, reason: str) -> str:
+    return (
+        f"data.path={path} cannot be had from the Hugging Face Hub: {reason.splitlines()[0].rstrip('.')}. "
+        f"Give a copy on this machine: data.path=FOLDER, with the parquet files of {name} or with its images as "
+        "train/<class>/, val/<class>/, test/<class>/ (data.image_column and data.label_column name other columns); "
+        "or data=digits"
+    )

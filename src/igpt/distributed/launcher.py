@@ -1,0 +1,230 @@
+"""Processes this one starts and answers for: signals are passed on to them, and none outlives it."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from igpt.distributed.cores import count_cores
+from igpt.distributed.process_state import signal_handler
+from igpt.distributed.signals import SIGNALS, STOPPED
+
+LIFELINE = "IGPT_LIFELINE"  # a file descriptor that reads nothing as long as the starting process lives
+TELL = "IGPT_TELL"  # a file to write the run folder's path to, for the starting process
+SWEEP = "IGPT_SWEEP"  # the name of the sweep that a process is a job of
+MEETING = "IGPT_MEETING"  # a file by which ranks that were started here find one another
+GRACE_SECONDS = 10  # what ranks have to end by themselves after one of them failed
+SAVE_SECONDS = 60  # what runs have to save and end after an error of the process that started them
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", MEETING)
+
+sweep_code = 0  # what this process is to end with after a sweep: 1 when a job of it failed
+
+
+@dataclass(eq=False)
+class Child:
+    """One process in a session of its own: a Ctrl-C reaches it only through the process that started it."""
+
+    command: Sequence[str]
+    output: IO[bytes] | None  # where it writes; None: where this process does
+    environment: Mapping[str, str] = field(default_factory=dict)  # beside, or instead of, this process's
+    without: Sequence[str] = ()  # what of this process's environment it is not to have
+
+    def __post_init__(self) -> None:
+        inherited = {name: value for name, value in os.environ.items() if name not in self.without}
+        reading, self._lifeline = os.pipe()  # -1: closed
+        self.process = subprocess.Popen(
+            self.command,
+            stdout=self.output,
+            stderr=self.output,
+            stdin=subprocess.DEVNULL,
+            env={**inherited, **self.environment, LIFELINE: str(reading)},
+            pass_fds=(reading,),
+            start_new_session=True,
+        )
+        os.close(reading)
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, minus the signal that ended it, or None while it runs."""
+        return self.process.poll()
+
+    def send(self, number: int) -> None:
+        """Gives it a signal, if it still runs."""
+        if self.code is None:
+            self.process.send_signal(number)
+
+    def end(self) -> None:
+        """Ends it at once, with all it has started."""
+        if self.code is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+
+def hold_lifeline() -> None:
+    """Ends this process and all it started as soon as the one that started it is gone, however that ended."""
+    descriptor = os.environ.pop(LIFELINE, None)
+    if descriptor is None:
+        return
+
+    def wait() -> None:
+        os.read(int(descriptor), 1)  # returns when the other end is closed
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Children:
+    """Runs processes side by side. Signals to this process are passed on, all of them have ended when the block does.
+
+    `heard` is the first signal that came.
+    """
+
+    def __init__(self) -> None:
+        self.running: list[Child] = []
+        self.heard: str | None = None
+
+    def start(self, child: Child) -> Child:
+        """Answers for a process that was started just now."""
+        self.running.append(child)
+        if self.heard is not None:  # while it was started
+            child.send(signal.Signals[self.heard])
+        return child
+
+    def wait(self) -> tuple[Child, int]:
+        """The next one that ends, and its exit code (minus the signal that ended it)."""
+        while True:
+            for child in self.running:
+                if (code := child.code) is not None:
+                    self.running.remove(child)
+                    child.end()
+                    return child, code
+            time.sleep(0.02)
+
+    @contextmanager
+    def together(self) -> Iterator["Children"]:
+        with signal_handler(SIGNALS, self._pass_on):
+            try:
+                yield self
+            except BaseException:
+                for child in self.running:
+                    child.send(signal.SIGTERM)  # an error of ours is no reason to lose what they have learnt
+                _wait(self.running, SAVE_SECONDS)
+                raise
+            finally:
+                for child in self.running:
+                    child.end()
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.heard = self.heard or signal.Signals(number).name
+        for child in self.running:
+            child.send(number)
+
+
+def is_rank() -> bool:
+    """Whether this process is one of several that carry one run: started here, by torchrun or by srun."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def devices_of(trainer: Mapping[str, Any]) -> int:
+    """How many processes a run needs on this machine: `trainer.devices`.
+
+    `auto` is one for each GPU; without GPUs it is two, which is enough to try things out.
+    """
+    if trainer.get("plan") is True:
+        return 1
+    devices = trainer["devices"]
+    if devices != "auto":
+        return devices if isinstance(devices, int) else 1  # what is no number is refused where settings are checked
+    import torch  # takes seconds: only where it is needed
+
+    return (torch.cuda.device_count() if trainer["accelerator"] != "cpu" else 0) or 2
+
+
+def run_ranks(command: Sequence[str], n: int) -> int:
+    """Runs `command` as `n` ranks on this machine and returns the exit code: the first that is not 0.
+
+    Rank 0 writes where this process does, the others to files that are shown when something went wrong. As soon as one
+    fails, by itself or because it is killed, the others have `GRACE_SECONDS` to end, and the reason is written to the
+    run's log.
+    """
+    with tempfile.TemporaryDirectory(prefix="igpt-ranks-") as name, Children().together() as children:
+        place = Path(name)
+        tell = Path(os.environ.get(TELL, place / "folder"))
+        common = {
+            "WORLD_SIZE": str(n),
+            "LOCAL_WORLD_SIZE": str(n),
+            MEETING: str(place / "meeting"),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, count_cores() // n))),
+            TELL: str(tell),
+        }
+        ranks: list[Child] = []
+        for rank in range(n):
+            output = (place / f"rank_{rank}").open("wb") if rank else None
+            environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(children.start(Child(command, output, environment)))
+            if output:
+                output.close()
+        code = 0
+        while children.running:
+            ended, its_code = children.wait()
+            if its_code in (0, STOPPED):
+                code = code or its_code
+                continue
+            _wait(children.running, GRACE_SECONDS)
+            codes = [child.code for child in ranks]
+            while children.running:
+                children.running.pop().end()
+            asked = children.heard is not None and -its_code in SIGNALS  # before it could listen, or once more
+            all_bad_input = codes[0] == 2 and its_code == 2  # which rank 0 has said
+            if not asked and not all_bad_input:
+                said = [
+                    f"rank {rank} wrote:\n{text}"
+                    for rank, code in enumerate(codes)
+                    if rank
+                    and code not in (0, None, STOPPED)
+                    and (text := (place / f"rank_{rank}").read_text(errors="replace").strip())
+                ]
+                first = f"rank {ranks.index(ended)} of {n} {how_it_ended(its_code)}; the others were ended"
+                _report("\n".join([first, *said]), tell)
+            return _shell_code(its_code)
+        return code
+
+
+def _shell_code(code: int) -> int:
+    """An exit code as shells count: 128 and the number of the signal that ended the process."""
+    return code if code >= 0 else 128 - code
+
+
+def _wait(children: Sequence[Child], seconds: float) -> None:
+    """Until all of them have ended, or so long."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(child.code is None for child in children):
+        time.sleep(0.02)
+
+
+def _report(what: str, tell: Path) -> None:
+    """Shows why ranks ended, and adds it to the run's log where there is one."""
+    head, *rest = what.splitlines()
+    text = "\n".join([head, *(f"    {line}" for line in rest[-60:])])
+    sys.stderr.write(f"error: {text}\n")
+    log = Path(os.fsdecode(tell.read_bytes())) / "log.txt" if tell.is_file() else None
+    if log is not None and log.is_file():
+        with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR igpt.distributed.launcher: {text}\n")
+
+
+def how_it_ended(code: int) -> str:
+    """`ended with exit code 2`, `was killed by SIGKILL`."""
+    return f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"

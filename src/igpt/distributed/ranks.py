@@ -1,0 +1,195 @@
+"""The processes that carry one run together, called ranks: which one this is, and what they tell one another.
+
+With one process everything here is as if it were not.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from torch import Tensor, nn
+
+from igpt.distributed.launcher import MEETING
+from igpt.distributed.process_state import environment
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process's place among those of its run."""
+
+    index: int  # over all machines
+    local: int  # on this machine: also the number of its GPU
+    count: int  # processes of the run
+    n_local: int  # on this machine
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.index == 0
+
+
+def this_rank() -> Rank:
+    """As whoever started the process says: this package or torchrun (RANK, …), srun (SLURM_…), or nobody."""
+    said = os.environ
+    if "RANK" in said:
+        return Rank(int(said["RANK"]), int(said["LOCAL_RANK"]), int(said["WORLD_SIZE"]), int(said["LOCAL_WORLD_SIZE"]))
+    if int(said.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        n_node = int(said.get("SLURM_STEP_NUM_NODES", "1"))
+        count = int(said["SLURM_STEP_NUM_TASKS"])
+        return Rank(int(said["SLURM_PROCID"]), int(said["SLURM_LOCALID"]), count, count // n_node)
+    return Rank(0, 0, 1, 1)
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Rank]:
+    """While the block lasts, the ranks of this run can talk to one another.
+
+    Tensors on a GPU travel by NCCL, everything else by gloo.
+    """
+    rank = this_rank()
+    if rank.count == 1 or dist.is_initialized():
+        yield rank
+        return
+    address: dict[str, str] = {}
+    meeting = os.environ.get(MEETING)  # a file, where one parent has started all ranks: no port can be taken
+    if meeting is None and "MASTER_ADDR" not in os.environ:
+        first_node = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_NODELIST"])
+        port = 15000 + int(os.environ["SLURM_JOB_ID"]) % 10000  # the same on every node, another for every job
+        address = {"MASTER_ADDR": first_node, "MASTER_PORT": str(port)}
+    on_gpu = device.type == "cuda"
+    with environment(**address):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            init_method=None if meeting is None else f"file://{meeting}",
+            rank=rank.index,
+            world_size=rank.count,
+            device_id=device if on_gpu else None,
+        )
+        yield rank
+    dist.destroy_process_group()  # not after an error: the others may not be there any more to say goodbye to
+
+
+def barrier() -> None:
+    """Waits until every rank is here."""
+    if dist.is_initialized():
+        gathered(None)
+
+
+def gathered(value: T) -> list[T]:
+    """The value of every rank, in their order."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on every rank.
+
+    Raises:
+        ValueError: on every rank, when `make` raised one on rank 0.
+    """
+    if not dist.is_initialized():
+        return make()
+    told: list[Any] = [None]
+    if this_rank().first:
+        try:
+            told = [(make(), None)]
+        except ValueError as error:
+            told = [(None, str(error))]
+    dist.broadcast_object_list(told, src=0)
+    made, reason = told[0]
+    if reason is not None:
+        raise ValueError(reason)
+    value: T = made
+    return value
+
+
+def check_same(what: str, values: Mapping[str, Any]) -> None:
+    """Raises ValueError, on every rank, naming what differs, unless all ranks hold the same values."""
+    everyone = gathered(dict(values))
+    for index, theirs in enumerate(everyone):
+        differs = [
+            f"{key} {everyone[0].get(key)} ≠ {theirs.get(key)}"
+            for key in everyone[0] | theirs
+            if everyone[0].get(key) != theirs.get(key)
+        ]
+        if differs:
+            raise ValueError(
+                f"rank 0 and rank {index} do not agree on the {what}: {'; '.join(differs)}; give every machine the "
+                "same code, settings and files"
+            )
+
+
+def digest(module: nn.Module) -> str:
+    """16 hexadecimal digits of a module's weights, for comparing them between ranks."""
+    sums = [f"{name} {float(weight.detach().double().sum()).hex()}" for name, weight in module.named_parameters()]
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]
+
+
+class Agreement:
+    """Tells every rank, at the same step, the highest number that one of them has said. Nobody waits for it.
+
+    It is heard a step later; with one process at once.
+    """
+
+    def __init__(self) -> None:
+        self._asked: tuple[Tensor, Any] | None = None
+
+    def heard(self, number: int) -> int:
+        """To be called at every step by every rank; 0 says nothing."""
+        if not dist.is_initialized():
+            return number
+        before = self.close()
+        said = torch.tensor([number])
+        self._asked = said, dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True)
+        return before
+
+    def close(self) -> int:
+        """Waits for what is still on its way, and tells it."""
+        if self._asked is None:
+            return 0
+        said, work = self._asked
+        work.wait()
+        self._asked = None
+        return int(said)
+
+
+class Ranks(ClusterEnvironment):
+    """What Lightning asks about the processes, answered by `this_rank`: it starts none and opens no connection."""
+
+    creates_processes_externally = True
+    main_address, main_port = "127.0.0.1", 0  # never used: the ranks have joined before
+
+    @staticmethod
+    def detect() -> bool:
+        return this_rank().count > 1
+
+    def world_size(self) -> int:
+        return this_rank().count
+
+    def global_rank(self) -> int:
+        return this_rank().index
+
+    def local_rank(self) -> int:
+        return this_rank().local
+
+    def node_rank(self) -> int:
+        rank = this_rank()
+        return rank.index // rank.n_local
+
+    def set_world_size(self, size: int) -> None:
+        assert size == self.world_size(), (size, self.world_size())
+
+    def set_global_rank(self, rank: int) -> None:
+        assert rank == self.global_rank(), (rank, self.global_rank())

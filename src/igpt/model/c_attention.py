@@ -1,0 +1,83 @@
+"""Attention in C (`attend.c`) as PyTorch operators, which autograd and the compiler know."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt.model import c_library, dispatch
+from igpt.model.config import SIZES, GPTConfig
+
+KNOWS = (*SIZES, "positions")  # settings of which it computes every value; rotated queries and keys aside
+
+
+def unsupported(config: GPTConfig, *, rotates: bool) -> str:
+    """The settings of a network whose attention it does not compute, `positions=rope`; empty where it does."""
+    beyond = config.choices_beyond(KNOWS) | ({"positions": config.positions} if rotates else {})
+    return ", ".join(f"{name}={value}" for name, value in beyond.items())
+
+
+@torch.library.custom_op("igpt::attend", mutates_args=(), device_types="cpu")
+def attend(qkv: Tensor, n_head: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """(B, T, 3C) float32 or bfloat16 → (B, T, C), and the float32 logarithm of every row's Σ e^score, (B, H, T)."""
+    qkv = qkv.contiguous()
+    out, lse = _empty(qkv, n_head)
+    _call("igpt_attend", qkv, n_head, causal, out, lse, backward=False)
+    return out, lse
+
+
+@attend.register_fake
+def _attend_of_shapes(qkv: Tensor, n_head: int, causal: bool) -> tuple[Tensor, Tensor]:
+    return _empty(qkv, n_head)
+
+
+@torch.library.custom_op("igpt::attend_backward", mutates_args=(), device_types="cpu")
+def attend_backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool) -> Tensor:
+    """The gradient of `qkv`, (B, T, 3C), from that of `out`. It has none of its own."""
+    qkv = qkv.contiguous()
+    d_qkv = torch.empty_like(qkv)
+    given = (out.contiguous(), lse.contiguous(), d_out.to(qkv.dtype).contiguous())
+    _call("igpt_attend_backward", qkv, n_head, causal, *given, d_qkv, backward=True)
+    return d_qkv
+
+
+@attend_backward.register_fake
+def _backward_of_shapes(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, int, bool], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.n_head, ctx.causal = inputs
+    out, lse = output
+    ctx.save_for_backward(qkv, out, lse)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    d_qkv = None if d_out is None else attend_backward(d_out, *ctx.saved_tensors, ctx.n_head, ctx.causal)
+    return d_qkv, None, None
+
+
+attend.register_autograd(_backward, setup_context=_keep)
+
+
+def _empty(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
+    b, t, width = qkv.shape
+    if width % (3 * n_head):
+        raise ValueError(f"queries, keys and values of {n_head} heads cannot be {width} numbers")
+    return qkv.new_empty(b, t, width // 3), qkv.new_empty(b, n_head, t, dtype=torch.float32)
+
+
+def _call(name: str, qkv: Tensor, n_head: int, causal: bool, *others: Tensor, backward: bool) -> None:
+    """Runs a function of `attend.c` over tensors that lie in one piece, with as many threads as PyTorch has."""
+    library = c_library.require_library("attention=native")
+    if qkv.dtype not in dispatch.DTYPES:
+        raise ValueError(f"attention=native reads float32 or bfloat16, got {qkv.dtype}: choose auto")
+    b, t, width = qkv.shape
+    depth, tasks = width // 3 // n_head, b * n_head if backward else b * n_head * t
+    threads = max(1, min(torch.get_num_threads(), tasks))
+    floats = threads * library.igpt_attend_room(t, depth, int(backward))
+    room = torch.empty(floats, dtype=torch.float32, device="cpu")  # whatever the defaults are
+    sizes = (b, t, n_head, depth, int(causal), int(qkv.dtype == torch.bfloat16), threads)
+    getattr(library, name)(*sizes, *(given.data_ptr() for given in (qkv, *others, room)))

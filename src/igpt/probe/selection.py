@@ -1,0 +1,215 @@
+"""Which layer and which regularisation: heads of every layer at every strength, judged on images they have not seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from igpt.data.cache import in_chunks
+from igpt.data.source import Split, plain_pixels
+from igpt.metric.result import Curve, Number
+from igpt.probe.feature_files import Features
+from igpt.probe.lbfgs import Heads, logistic_regression
+from igpt.probe.scores import share_number, vote
+from igpt.utils import keyed
+
+CPU_BYTES = 1 << 30  # features that are fitted together at most, on a CPU; on a GPU a sixth of what is free
+
+
+@dataclass(frozen=True)
+class Images:
+    """The features of some images, once for each mask they were seen under."""
+
+    under: list[Features]
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.under[0].labels
+
+    @property
+    def n_layer(self) -> int:
+        """Layers there are features of, the embedding among them."""
+        return len(self.under[0].values)
+
+    def layer(self, which: int) -> "Images":
+        """Only one layer; from then on it is layer 0."""
+        return Images([Features(features.values[which : which + 1], features.labels) for features in self.under])
+
+    def some(self, rows: np.ndarray) -> "Images":
+        """Only the images `rows` (M,)."""
+        return Images([Features(features.values[:, rows], features.labels[rows]) for features in self.under])
+
+    @staticmethod
+    def of_pixels(split: Split) -> "Images":
+        """The pixels themselves as the features of one layer, in [-1, 1]."""
+        split.prepare()
+        parts = in_chunks(lambda rows: plain_pixels(split, rows), np.arange(len(split)), "reading pixels")
+        pixels = np.concatenate([part.reshape(len(part), -1) for part in parts])
+        return Images([Features((pixels / np.float32(127.5) - 1)[None].astype(np.float32), split.labels)])
+
+    def side_by_side(self, layers: Sequence[int], device: torch.device, mask: int = 0) -> Tensor:
+        """Some layers as one, (1, N, P · C) float32."""
+        features = self.under[mask].layers(list(layers), dtype=torch.float32, device=device)  # (P, N, C)
+        return torch.cat(list(features), dim=-1)[None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The layers whose features are taken together, and the strength C."""
+
+    layers: list[int]
+    strength: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Accuracy of every layer (or window of layers) at every strength: (P, S)."""
+
+    accuracy: np.ndarray
+    one_mask: np.ndarray  # without the vote
+    windows: list[list[int]]
+    strengths: list[float]
+    n_image: int
+
+    def curve(self) -> Curve:
+        """The best accuracy of each layer."""
+        return Curve([float(window[0]) for window in self.windows], self.accuracy.max(axis=1).tolist(), "layer",
+                     "accuracy")  # fmt: skip
+
+    def number(self, choice: Choice, *, one_mask: bool = False) -> Number:
+        row, column = self.windows.index(choice.layers), self.strengths.index(choice.strength)
+        share = float((self.one_mask if one_mask else self.accuracy)[row, column])
+        return share_number(share, self.n_image, seed=0)
+
+
+def chosen(table: Table, *, layer: int | None) -> Choice:
+    """The best of a table, or of one layer of it; among equals the lowest layer, then the strongest regularisation."""
+    rows = range(len(table.windows)) if layer is None else [layer]
+    order = np.argsort(table.strengths)
+    _, row, column = max((table.accuracy[r, c], -r, -i) for r in rows for i, c in enumerate(order))
+    return Choice(table.windows[-row], table.strengths[int(order[-column])])
+
+
+FOLDS = 5
+
+
+def few_folds(per_class: int) -> int:
+    """Into how many folds so many images of each class are cut.
+
+    Raises:
+        ValueError: there is one image of each, which cannot be judged by another.
+    """
+    if per_class < 2:
+        raise ValueError("one label per class leaves nothing to choose on: take two or more")
+    return min(FOLDS, per_class)
+
+
+def window_around(layer: int, size: int, n_layer: int) -> list[int]:
+    """`size` adjacent layers of 0 … n_layer, centred on one; moved inside where it lies too near an end."""
+    first = min(max(0, layer - size // 2), n_layer + 1 - size)
+    return list(range(first, first + size))
+
+
+def folds_of(labels: np.ndarray, n: int, *, seed: int) -> np.ndarray:
+    """A number from 0 to n - 1 for each image, every class shared out evenly: (N,) → (N,).
+
+    Raises:
+        ValueError: a class with fewer images than folds.
+    """
+    folds = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels).tolist():
+        (of_class,) = np.nonzero(labels == label)
+        if len(of_class) < n:
+            raise ValueError(f"class {label} has {len(of_class)} images, too few for task.folds={n}: take fewer folds")
+        folds[keyed.generator(seed, "folds", label).permutation(of_class)] = np.arange(len(of_class)) % n
+    return folds
+
+
+def searched(
+    train: Images,
+    val: Images,
+    strengths: list[float],
+    *,
+    n_class: int,
+    device: torch.device,
+    seed: int,
+    folds: np.ndarray | None = None,
+    windows: list[list[int]] | None = None,
+) -> Table:
+    """Heads fitted on train and judged on val; or, where `folds` (N,) are given, on each fold of train in turn.
+
+    `windows`: layers to take side by side; each one alone when none are given.
+    """
+    windows = windows or [[layer] for layer in range(train.n_layer)]
+    shape = len(windows), len(strengths)
+    right, right_one = np.zeros(shape), np.zeros(shape)
+    labels = torch.from_numpy(train.labels).to(device)
+    judged_labels = val.labels if folds is None else train.labels
+    for group in _groups(windows, train, device):
+        some = [windows[i] for i in group]
+        x = torch.cat([train.side_by_side(window, device) for window in some])  # (P, N, D)
+        names = ["+".join(map(str, window)) for window in some]
+        if folds is None:
+            heads = logistic_regression(x, labels, n_class=n_class, strengths=strengths, names=names)
+            del x
+            said, one = _voted(heads, val, some, n_class, device, seed)  # (P, S, N)
+            right[group] = (said == torch.from_numpy(val.labels).to(device)).sum(dim=-1).cpu().numpy()
+            right_one[group] = (one == torch.from_numpy(val.labels).to(device)).sum(dim=-1).cpu().numpy()
+            continue
+        for fold in range(int(folds.max()) + 1):
+            inside = torch.from_numpy(folds != fold).to(device)
+            heads = logistic_regression(x[:, inside], labels[inside], n_class=n_class, strengths=strengths, names=names)
+            correct = heads.scores(x[:, ~inside]).argmax(dim=-1) == labels[~inside]
+            right[group] += correct.sum(dim=-1).cpu().numpy()
+        right_one[group] = right[group]
+    n = len(judged_labels)
+    return Table(right / n, right_one / n, windows, list(strengths), n)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One head, to be applied."""
+
+    heads: Heads
+    choice: Choice
+    n_class: int
+    device: torch.device
+    seed: int
+
+    def predict(self, images: Images) -> tuple[np.ndarray, Tensor]:
+        """The classes (N,), by vote where there are several masks, and the scores (N, K) under the first mask."""
+        said, _ = _voted(self.heads, images, [self.choice.layers], self.n_class, self.device, self.seed)
+        scores = self.heads.scores(images.side_by_side(self.choice.layers, self.device))[0, 0]
+        return said[0, 0].cpu().numpy(), scores
+
+
+def fitted(images: list[Images], choice: Choice, *, n_class: int, device: torch.device, seed: int) -> Fitted:
+    """The chosen head, on all of `images` (as they look under the first mask)."""
+    x = torch.cat([some.side_by_side(choice.layers, device) for some in images], dim=1)
+    labels = torch.from_numpy(np.concatenate([some.labels for some in images])).to(device)
+    heads = logistic_regression(x, labels, n_class=n_class, strengths=[choice.strength])
+    return Fitted(heads, choice, n_class, device, seed)
+
+
+def _voted(
+    heads: Heads, images: Images, windows: list[list[int]], n_class: int, device: torch.device, seed: int
+) -> tuple[Tensor, Tensor]:
+    """What the heads of some windows say, (P, S, N): by vote of all masks, and under the first alone."""
+    under = [
+        heads.scores(torch.cat([images.side_by_side(window, device, mask) for window in windows])).argmax(dim=-1)
+        for mask in range(len(images.under))
+    ]
+    if len(under) == 1:
+        return under[0], under[0]
+    keys = keyed.item_keys(keyed.key(seed, "vote"), torch.arange(len(images.labels)))
+    return vote(torch.stack(under, dim=-2), n_class=n_class, keys=keys), under[0]
+
+
+def _groups(windows: list[list[int]], train: Images, device: torch.device) -> list[list[int]]:
+    """Which windows are fitted together: as many as memory allows."""
+    budget = CPU_BYTES if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] // 6
+    _, n, width = train.under[0].values.shape
+    size = max(1, int(budget // (4 * n * width * max(len(window) for window in windows))))
+    return [list(range(first, min(first + size, len(windows)))) for first in range(0, len(windows), size)]

@@ -1,0 +1,47 @@
+"""What a sweep ends in: its runs side by side as a table, a picture and a page."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from igpt.report.closing_table import columns
+from igpt.report.page import link_to, write_html
+from igpt.report.pictures import Picture
+from igpt.report.summary import NothingFoundError, Summary, draw, summary, table
+from igpt.utils import files
+
+log = logging.getLogger(__name__)
+
+PICTURE, PAGE, ROWS = "comparison.png", "report.html", "comparison.json"
+KEPT = ("settings", "mean", "deviation", "interval", "values")  # of a row, in that file
+
+
+def side_by_side(place: Path, folders: Sequence[Path], *, metric: str, command: str) -> None:
+    """Shows what some runs found for `metric`, over seeds, the best first, and leaves it in `place`.
+
+    Runs without a result are left out, and named on the page. A sweep of fewer than two finished runs has nothing to
+    compare. Nothing that goes wrong here ends a sweep: its runs are whole.
+    """
+    try:
+        found = summary(list(dict.fromkeys(folders)), metric)
+        if sum(row.n for row in found.rows) < 2:
+            return
+        draw(place / PICTURE, found)
+        page(place / PAGE, found, command=command)
+        rows = [{key: getattr(row, key) for key in KEPT} | {"folders": [*map(str, row.folders)]} for row in found.rows]
+        files.write_json(place / ROWS, {"metric": metric, "unit": found.unit, "rows": rows})
+    except NothingFoundError as error:
+        log.info("nothing to compare: %s", error)
+    except Exception:  # whatever it is: the sweep has ended well
+        log.warning("the comparison of this sweep could not be written")
+        log.debug("traceback", exc_info=True)
+    else:
+        caution = f"\n{found.caution}" if found.caution else ""
+        log.info("%s%s\n%s\n%s", columns(table(found)), caution, place / PICTURE, place / PAGE)
+
+
+def page(path: Path, found: Summary, *, command: str) -> Path:
+    """Writes the page of a sweep: a row for each setting, linked to its first run's page; its path."""
+    rows = [(row, link_to(path, row.folders[0])) for row in found.rows]
+    picture = Picture("Pictures", f"{found.metric} of each setting", path.parent / PICTURE, PICTURE)
+    return write_html(path, "comparison.html", [picture], found=found, rows=rows, command=command)

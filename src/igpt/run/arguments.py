@@ -1,0 +1,286 @@
+"""Command-line arguments, looked at before Hydra composes: `~`, `resume=`, what is misspelt, what is to be quoted."""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from igpt.settings.older_configs import NOW_SCRIPTS, answer, read_record
+from igpt.utils.overrides import format_value, in_quotes, printable, quote_for_shell, quote_path, quote_text
+from igpt.utils.spelling import suggestion
+
+AUTO = "resume=auto"
+
+
+def prepare(arguments: list[str], conf: Path) -> list[str]:
+    """The arguments Hydra is to see: a resumed run's own ones first, then the new ones.
+
+    Raises:
+        ValueError: a group, option or key that does not exist, with the nearest that does; a `resume=` that is no run;
+            a path that has to be quote_path, with how.
+    """
+    arguments = [_argument_with_home(argument) for argument in arguments]
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    several = {"-m", "--multirun"} & {*arguments}
+    if several and not any(override.startswith(("resume=", "force=")) for override in overrides):
+        arguments, overrides = [*arguments, AUTO], [*overrides, AUTO]  # a sweep that was interrupted goes on
+    resumed = [override.value() for override in parse(overrides) if override.key_or_group == "resume"]
+    if resumed and resumed[-1] not in (None, "auto"):
+        saved = saved_overrides(Path(str(resumed[-1])))
+        arguments = [*saved, *arguments]
+        overrides = [*saved, *overrides]
+    _check_paths(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
+    paths = check(overrides, [conf, *_beside(arguments)]).paths
+    at_home = {key: with_home(paths[key]) for key in paths if with_home(paths[key]) != paths[key]}
+    # where a file of settings says so; Hydra makes the folder of a sweep before it asks us
+    return [*arguments, *(f"paths.{key}={format_value(path)}" for key, path in at_home.items())]
+
+
+def _argument_with_home(argument: str) -> str:
+    """An argument whose value, or what its list holds, begins with `~`, with the folder that this stands for."""
+    name, _, value = argument.partition("=")
+    if "~" not in value or (name.startswith("-") and name != "--config-dir"):
+        return argument
+    if name == "--config-dir":
+        return f"{name}={with_home(value)}"
+    if re.fullmatch(r"~[^/,\[\]{}()'\"=\s]*(/[^,\[\]{}()'\"]*)?", value):  # as it is typed, which Hydra would not read
+        home = with_home(value)
+        return argument if home == value else f"{name}={in_quotes(home)}"
+    (override,) = parse([argument])
+    if override.is_sweep_override():  # each job of it comes by here
+        return argument
+    home = with_home(override.value())
+    return argument if home == override.value() else f"{name}={format_value(home)}"
+
+
+def with_home(value: Any) -> Any:
+    """A setting with every text in it that is `~`, or begins with `~/` or `~USER/`, as the path that it stands for."""
+    if isinstance(value, str):
+        return os.path.expanduser(value) if re.match(r"~[^/]*/|~$", value) else value
+    if isinstance(value, list):
+        return [with_home(each) for each in value]
+    return {key: with_home(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def expand_home(cfg: DictConfig | ListConfig) -> None:
+    """The same for all of a composed config, in place: also what stands in its files."""
+    for key in list(cfg) if isinstance(cfg, DictConfig) else range(len(cfg)):
+        if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key):
+            continue
+        value = cfg[key]
+        if OmegaConf.is_config(value):
+            expand_home(value)
+        elif (home := with_home(value)) != value:
+            cfg[key] = home
+
+
+def _beside(arguments: list[str]) -> list[Path]:
+    """Folders of settings that are given beside ours: `--config-dir FOLDER`, `-cd FOLDER`, `--config-dir=FOLDER`."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    named = [after for argument, after in pairs if argument in ("--config-dir", "-cd")]
+    named += [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
+    return [Path(name) for name in named]
+
+
+def saved_overrides(folder: Path) -> list[str]:
+    """The overrides a run was started with. Raises ValueError when `folder` is no run folder."""
+    record = folder / "run.json"
+    if not record.is_file():
+        raise ValueError(f"resume={folder}: no run.json there; give the folder of a run, as in runs/pretrain-…")
+    try:
+        overrides = read_record(record)["overrides"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{record} is damaged ({error!r}): restore it, or start the run anew") from error
+    if overrides is None:
+        raise ValueError(f"resume={folder}: this is a stage of a pipeline; continue that: resume={folder.parent}")
+    return [str(override) for override in overrides if not str(override).startswith(("resume=", "force="))]
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """The overrides as Hydra reads them. Raises ValueError when it cannot."""
+    try:
+        return OverridesParser.create().parse_overrides(overrides)
+    except HydraException as error:
+        if len(overrides) > 1:
+            for override in overrides:
+                parse([override])
+        (text,) = overrides
+        reason = str(error).splitlines()[0]
+        if not reason.isprintable() or "Lexer" in reason:
+            reason = "some character of it has a meaning of its own there"
+        raise ValueError(f"cannot read the arguments: {printable(text)}: {reason}{_how_to_quote(text)}") from error
+
+
+def check(overrides: list[str], folders: list[Path]) -> DictConfig:
+    """The resolved config.
+
+    Raises:
+        ValueError: some override names nothing that is in these folders; with the nearest right name.
+    """
+    parsed = parse(overrides)
+    conf, *beside = folders
+    for folder in beside:
+        if not folder.is_dir():
+            raise ValueError(f"--config-dir {folder}: there is no such folder")
+        parsed += parse([f"hydra.searchpath=[file://{folder.resolve()}]"])
+    groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
+    chosen = [override for override in parsed if _is_group(override, groups)]
+    for override in chosen:
+        _check_options(override, folders)
+    with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
+        where = [override for override in parsed if override.key_or_group == "hydra.searchpath"]
+        keys = list(_flat_keys(_composed([*where, *chosen])))
+        for override in parsed:
+            key = override.key_or_group
+            added = override.is_add() or override.is_force_add()
+            if override in chosen or key.startswith("hydra") or key in keys:
+                continue
+            if told := answer(key):
+                raise ValueError(told)
+            if added:
+                continue
+            near = suggestion(key, [*groups, *keys])
+            raise ValueError(f"there is no setting or group {key!r}{near}; a new key needs a + in front")
+        return _composed(parsed)
+
+
+def _composed(overrides: list[Override]) -> DictConfig:
+    """The resolved config of the overrides that are no sweep. Raises ValueError where they do not fit together."""
+    lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    try:
+        cfg = compose("config", overrides=lines)
+        OmegaConf.resolve(cfg)
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).splitlines()[0].split())
+        paths = [line for line in lines if "${" in line and _is_path(line.lstrip("+").partition("=")[0])]
+        how = _how_to_quote(re.sub(r"=(['\"])(.*)\1$", r"=\2", paths[0])) if paths else ""
+        raise ValueError(f"these settings do not fit together: {reason}{how}") from error
+    return cfg
+
+
+def _is_group(override: Override, groups: list[str]) -> bool:
+    return override.key_or_group in groups and not override.is_delete()
+
+
+def _check_options(override: Override, folders: list[Path]) -> None:
+    group = override.key_or_group
+    places = [folder / group for folder in folders]
+    found = {p.relative_to(place).with_suffix("").as_posix() for place in places for p in place.rglob("*.yaml")}
+    options = sorted(name for name in found if not name.rpartition("/")[2].startswith("_"))
+    asked: list[Any] = []
+    if override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP):
+        asked = list(override.sweep_string_iterator())
+    elif override.is_sweep_override():
+        return  # a glob or a range: Hydra knows what it means
+    elif (value := override.value()) is not None:
+        asked = value if isinstance(value, list) else [value]
+    for option in asked:
+        name = str(option).strip("'\"")
+        if name not in ("null", "[]") and not name.startswith("[") and name not in options:
+            if f"{group}={name}" in NOW_SCRIPTS:
+                raise ValueError(f"{group}={name} is a script now: {NOW_SCRIPTS[f'{group}={name}']}")
+            near = suggestion(name, options)
+            raise ValueError(f"{group}={name}: there is no such option{near}; there are {', '.join(options)}")
+
+
+READ = re.compile(  # settings that name files or folders to read
+    r"init|resume|tokens\.path|data(\.streams\.\w+)?\.(path|clusters)|task\.(palette|runs|beside)|"
+    r"task\.stages\.\w+\.(run|palette|beside|data\.path)"
+)
+HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # may be names on the Hub instead
+LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|beside)")  # of which there may be several
+WRITTEN = re.compile(r"paths\.(runs|cache)")
+
+
+def _is_path(key: str) -> bool:
+    return bool(READ.fullmatch(key) or WRITTEN.fullmatch(key))
+
+
+def _check_paths(overrides: list[str], *, sweeps: bool) -> None:
+    """Raises ValueError, with how to quote it, for the path of a setting that Hydra reads as something else."""
+    for text, override in zip(overrides, parse(overrides), strict=True):
+        key = override.key_or_group
+        if override.is_delete() or not _is_path(key):
+            continue
+        if override.is_sweep_override():
+            if override.value_type == ValueType.SIMPLE_CHOICE_SWEEP and not sweeps:
+                raise ValueError(f"{printable(text)}: this is several values, for a sweep (-m){_how_to_quote(text)}")
+            continue
+        value = override.value()
+        values = value if isinstance(value, list) and LISTS.fullmatch(key) else [value]
+        if not all(each is None or isinstance(each, str) for each in values):
+            kind = next(type(each).__name__ for each in values if not isinstance(each, str))
+            raise ValueError(f"{printable(text)}: a path is expected, this is read as {kind}{_how_to_quote(text)}")
+
+
+def _how_to_quote(text: str) -> str:
+    """`; …` with an override whose value is quote_path, as it is to be typed in a shell; nothing when there is none."""
+    key, _, value = text.partition("=")
+    if not value or not re.fullmatch(r"[+~]*[\w.@/:-]+", key):
+        return ""
+    listed = re.fullmatch(r"\[(.*)\]", value, re.DOTALL)
+    if listed and LISTS.fullmatch(key.lstrip("+")):
+        override = f"{key}=[{','.join(quote_text(each.strip()) for each in listed[1].split(','))}]"
+    else:
+        override = f"{key}={quote_text(value)}"
+    return f"; where that is the name of something, quote it: {quote_for_shell(override)}"
+
+
+def absolute(overrides: list[str]) -> list[str]:
+    """Overrides that mean the same from another working directory: paths of files to read become absolute.
+
+    Where a name on the Hub may stand instead, only what is here; nothing that refers to another setting (`${…}`).
+    """
+    whole = []
+    for text, override in zip(overrides, parse(overrides), strict=True):
+        key, value = override.key_or_group, None if override.is_sweep_override() else override.value()
+        if not READ.fullmatch(key) or key == "resume":
+            whole.append(text)
+            continue
+        plain = [_plain(each) for each in (value if isinstance(value, list) else [value])]
+        paths = [path for path in plain if path is not None and (is_here(path) or not HUB.fullmatch(key))]
+        if not paths or len(paths) < len(plain):
+            whole.append(text)
+            continue
+        name = text.partition("=")[0]
+        if isinstance(value, list):
+            whole.append(f"{name}=[{','.join(map(quote_path, paths))}]")
+        else:
+            whole.append(f"{name}={quote_path(paths[0])}")
+    return whole
+
+
+def _plain(value: Any) -> str | None:
+    """The text of an override's value, where it is one and refers to no other setting."""
+    if not isinstance(value, str):
+        return None
+    try:
+        text = OmegaConf.create({"value": value})["value"] if "${" in value else value
+    except OmegaConfBaseException:
+        return None
+    return str(text)
+
+
+def is_here(path: str) -> bool:
+    """Whether something on this machine has this path, or (a checkpoint of OpenAI's) begins with it."""
+    place = Path(path)
+    return place.exists() or next(place.parent.glob(f"{glob.escape(place.name)}.*"), None) is not None
+
+
+def _flat_keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
+    for key in map(str, cfg):
+        path = f"{prefix}{key}"
+        yield path
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not OmegaConf.is_missing(cfg, key) and not node._is_none():
+            yield from _flat_keys(node, f"{path}.")

@@ -1,0 +1,258 @@
+"""What a task is given: every part of a run, built from its config when it is first asked for."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from igpt.checkpoint import igpt_format
+from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights
+from igpt.checkpoint.resume import step_of
+from igpt.data.crop import Crop, evaluation_crop
+from igpt.data.order import BatchPlan
+from igpt.data.source import Source
+from igpt.metric.result import Result
+from igpt.model.config import GPTConfig
+from igpt.model.gpt import GPT
+from igpt.objective import registry
+from igpt.objective.base import Objective
+from igpt.report.folder import RunFolder
+from igpt.report.paper import check_paper_key
+from igpt.report.runs import Found
+from igpt.run.fingerprint import compare_splits
+from igpt.run.run_config import RunConfig
+from igpt.run.targets import checked_partial, task_settings, without
+from igpt.settings.base import parse_settings
+from igpt.tokens.datamodule import ONE_BY_ONE, TokenDataModule
+from igpt.tokens.tokenizer import Tokenizer, TokenizerSettings
+from igpt.training.hardware import Machine, hold_memory
+from igpt.training.loggers import About
+from igpt.training.trainer import Runner
+
+NOT_OF_FEATURES = ("n_colour", "augment", "shift", "shift_share")  # settings of the data
+
+
+class Components:
+    """The parts of one run. What one part knows, the next is given.
+
+    Positions and vocabulary come from the tokenizer, causality from the objective. Where weights are given, they must
+    agree with what the run chooses, and are taken where it chooses nothing.
+    """
+
+    run_dir: Path  # set when it is known; a plan has none
+    run_stage: Callable[..., tuple[Result, Path]]  # (name, folder=, init=) → its result and folder; of a pipeline only
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.seed, self.cache_dir, self.weights = run.seed, run.cache_dir, run.weights
+
+    def check_settings(self) -> None:
+        """Raises ValueError, naming the setting, for one that cannot be right; nothing is built for that."""
+        check_paper_key(self.run.config["task"], "task")
+        task_settings(self.run.cfg.task["_target_"], self.run.task_settings)
+        config = self.run.config
+        groups: dict[str, Any] = {
+            f"{group}.{key}": spec
+            for group in ("callbacks", "logger")
+            for key, spec in (config.get(group) or {}).items()
+        }
+        if "tokens" in self.run.requires:
+            groups |= {"data": without(config["data"], "n_colour")}
+        for where, spec in groups.items():
+            checked_partial(spec, where)
+        if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
+            _ = self.planned_network
+
+    @property
+    def trained_weights(self) -> Weights:
+        """The weights of `init=`, of a task that requires them."""
+        assert self.weights is not None, "RunConfig has seen to it"
+        return self.weights
+
+    @property
+    def init(self) -> str | None:
+        """The setting `init`."""
+        init: str | None = self.run.cfg.init
+        return init
+
+    @property
+    def finished_runs(self) -> Found:
+        """The runs that a comparison is of."""
+        return self.run.finished_runs
+
+    @cached_property
+    def hardware(self) -> Machine:
+        settings = {key: value for key, value in self.run.config["trainer"].items() if key != "_target_"}
+        return parse_settings(Machine, settings, "trainer")
+
+    @cached_property
+    def runner(self) -> Runner:
+        """The Trainer calls, with the callbacks and loggers of the run where it trains."""
+        watching = (self.run.config.get("callbacks") or {}) if self.run.trains else {}
+        callbacks = [checked_partial(spec, f"callbacks.{key}")() for key, spec in watching.items()]
+        if self.hardware.device.type == "cpu":
+            hold_memory()
+        runner = Runner(machine=self.hardware, folder=self.run_dir, callbacks=callbacks)
+        if self.run.trains:
+            runner.loggers.extend(self.build_loggers(step_of(runner.resume_from) if runner.resume_from else 0))
+        return runner
+
+    def build_loggers(self, first_step: int = 0) -> list[Logger]:
+        """The loggers that the run chooses, started; a pipeline has none of its own, its stages have.
+
+        `first_step`: the optimiser step that this process goes on from.
+        """
+        if not self.hardware.rank.first or "stages" in self.run.requires:
+            return []
+        folder = RunFolder(self.run_dir)
+        about = About(
+            task=self.run.task,
+            model=self.run.model_name,
+            data=self.run.data_name,
+            objective=self.run.objective_settings["name"],
+            run_id=f"{self.run.name}-{folder.read_run()['id']}",
+            first_step=first_step,
+            trains=self.run.trains,
+            pipeline=self.run_dir.parent.name if (self.run_dir.parent / "run.json").is_file() else None,
+        )
+        chosen = self.run.config.get("logger") or {}
+        started = [checked_partial(spec, f"logger.{key}")(self.run_dir, about) for key, spec in chosen.items()]
+        loggers = [logger for logger in started if logger is not None]
+        for logger in loggers:
+            logger.log_hyperparams(self.run.config)
+        return loggers
+
+    @cached_property
+    def source(self) -> Source:
+        """The images."""
+        build = checked_partial(without(self.run.config["data"], "n_colour"), "data")
+        source: Source = build(cache=self.cache_dir, list_files=self.run.list_files)
+        return source
+
+    @cached_property
+    def evaluation_crop(self) -> Crop:
+        """How an image is cut for evaluation."""
+        return evaluation_crop(self.run.config["data"])
+
+    @cached_property
+    def tokenizer_settings(self) -> TokenizerSettings:
+        settings: TokenizerSettings = checked_partial(self.run.config["tokens"], "tokens")()
+        return settings
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own, or that of its weights. Raises ValueError where the weights read other tokens or images."""
+        theirs = self.weights.tokenizer if self.weights is not None else None
+        data = self.run.cfg.data
+        if self.weights is not None and theirs is not None and theirs.side != data.resolution:
+            raise ValueError(
+                f"{self.weights.folder} reads {theirs.side}×{theirs.side} pixels ({self.weights.metadata.data}), "
+                f"data={data.name} gives {data.resolution}×{data.resolution}"
+            )
+        if self.run.takes_from_weights("tokens"):
+            assert theirs is not None, "RunConfig has seen to it"
+            return theirs
+        ours = self.tokenizer_settings.build(self.source, self.cache_dir)
+        if self.weights is not None and theirs is not None and ours.hash != theirs.hash:
+            raise ValueError(
+                f"{self.weights.folder} was trained on other tokens ({theirs.describe()}, {theirs.hash}) than this "
+                f"run's ({ours.describe()}, {ours.hash}): tokens=checkpoint takes the checkpoint's"
+            )
+        return ours
+
+    def build_datamodule(self, *, plan: BatchPlan = ONE_BY_ONE, eval_split: str = "val") -> TokenDataModule:
+        """Tokens of the images in batches. `plan`: how a step's images are shared out."""
+        return TokenDataModule(
+            source=self.source,
+            tokenizer=self.tokenizer,
+            seed=self.seed,
+            num_workers=self.hardware.readers,
+            cache=self.cache_dir,
+            plan=plan,
+            eval_split=eval_split,
+        )
+
+    @cached_property
+    def objective(self) -> Objective:
+        """L_GEN: what pretraining minimises."""
+        return registry.build(**self.run.objective_settings)
+
+    @cached_property
+    def network(self) -> GPTConfig:
+        """The network: the run's own, or that of its weights."""
+        n_ctx, n_vocab = self.tokenizer.grid.n_ctx, self.tokenizer.n_vocab
+        if self.weights is not None and self.run.takes_from_weights("model"):
+            saved = self.weights.metadata.network
+            return replace(saved, n_ctx=n_ctx, n_vocab=n_vocab, causal=self.objective.causal)
+        return self._network(n_ctx=n_ctx, n_vocab=n_vocab)
+
+    @property
+    def planned_network(self) -> GPTConfig:
+        """The network, of settings alone: no image is read and nothing is fitted to any.
+
+        Of a tokenizer that is fitted, V is an upper bound.
+        """
+        if self.weights is not None and self.run.takes_from_weights("model"):
+            return self.weights.metadata.network
+        if self.weights is not None and self.run.takes_from_weights("tokens"):
+            return self.network
+        n_ctx, n_vocab = self.tokenizer_settings.sizes(self.run.cfg.data.resolution)
+        return self._network(n_ctx=n_ctx, n_vocab=n_vocab)
+
+    def _network(self, *, n_ctx: int, n_vocab: int) -> GPTConfig:
+        """The network of `conf/model/`, with what it is given by tokens and objective."""
+        spec = {key: value for key, value in self.run.config["model"].items() if key != "name"}
+        causal = self.objective.causal
+        network: GPTConfig = checked_partial(spec, "model")(n_ctx=n_ctx, n_vocab=n_vocab, causal=causal)
+        return network
+
+    def build_network(self) -> GPT:
+        """The network, its weights not yet drawn."""
+        return GPT(self.network)
+
+    def checkpoint_metadata(self, *, step: int) -> CheckpointMetadata:
+        """What weights that this run makes say of themselves."""
+        return CheckpointMetadata(
+            network=self.network,
+            tokenizer=self.tokenizer,
+            objective=self.run.objective_settings,
+            model=self.run.model_name,
+            data=self.run.data_name,
+            seed=self.seed,
+            step=step,
+        )
+
+    @cached_property
+    def cache_key(self) -> dict[str, Any]:
+        """What decides the features of an image, beside the weights."""
+        hashes = self.run.input_hashes.items()
+        return {
+            "data": {key: value for key, value in self.run.config["data"].items() if key not in NOT_OF_FEATURES},
+            "images": {key: sha for key, sha in hashes if key.endswith(".path") and key != "tokens.path"},
+            "precision": self.hardware.precision,
+            "objective": self.run.objective_settings,
+            "seed": self.seed,
+        }
+
+    def check_weights(self) -> None:
+        """Raises ValueError where the run chooses another network, palette or objective than its weights have."""
+        if self.weights is None:
+            return
+        metadata, folder, takes = self.weights.metadata, self.weights.folder, self.run.takes_from_weights
+        if not takes("model"):
+            saved = metadata.network
+            own = self._network(n_ctx=saved.n_ctx, n_vocab=saved.n_vocab)
+            igpt_format.check_same("network", saved.to_dict(), {**own.to_dict(), "causal": saved.causal}, folder)
+        if not takes("objective"):
+            igpt_format.check_same("objective", metadata.objective, self.run.objective_settings, folder)
+        if takes("tokens"):
+            stated = [key for key, value in self.run.config["tokens"].items() if value is not None]
+            if stated:
+                raise ValueError(f"tokens=checkpoint takes the checkpoint's {' and '.join(stated)}: state no other")
+        if not takes("tokens") or "tokens" in self.run.requires:
+            assert self.tokenizer  # which compares itself with that of the weights
+        if "tokens" in self.run.requires:
+            compare_splits(self.run.config["data"], folder.parent)

@@ -1,0 +1,101 @@
+"""Executes one run, or one stage of a pipeline, in its folder: its task, its result, its page, its loggers."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra.utils import get_object
+from omegaconf import DictConfig
+
+from igpt.distributed import ranks
+from igpt.distributed.signals import StoppedError
+from igpt.metric.result import Result
+from igpt.report.closing_table import closing_table
+from igpt.report.folder import RunFolder, result_of
+from igpt.report.page import write_page
+from igpt.run.components import Components
+from igpt.run.pipeline_stages import stage_configs
+from igpt.run.run_config import RunConfig
+from igpt.run.targets import task_settings
+from igpt.training import loggers
+from igpt.training.hardware import Machine
+
+log = logging.getLogger(__name__)
+
+
+def run_and_report(components: Components) -> Result:
+    """Executes the task, writes its result into the run's folder, shows it."""
+    run, folder = components.run, RunFolder(components.run_dir)
+    start = time.perf_counter()
+    failed = True
+    try:
+        if not run.trains:
+            components.build_loggers()
+        result = execute_task(components)
+        seconds = time.perf_counter() - start
+        if run.weights is not None:
+            result.provenance["init"] = run.init_provenance
+        if components.hardware.rank.first:
+            folder.finish(run.task, result, seconds=seconds)
+            write_page(folder.path)
+            loggers.show(result, folder.path)
+        failed = False
+    except StoppedError:
+        failed = False
+        raise
+    finally:
+        loggers.close(failed)
+    ranks.barrier()  # the next stage of a pipeline reads what this one left
+    table = closing_table(result, folder.path, seconds, published=run.config["published"])
+    log.info("%s\n%s", run.task, table)
+    return result
+
+
+def execute_task(components: Components) -> Result:
+    """Checks the settings and the weights of a task, and runs it."""
+    target = components.run.cfg.task["_target_"]
+    settings = task_settings(target, components.run.task_settings)
+    components.check_weights()
+    if "stages" in components.run.requires:
+        components.run_stage = stage_runner(components)
+    task: Callable[..., Result] = get_object(target)
+    return task(components, settings)
+
+
+def check_batch(hardware: Machine, task: DictConfig) -> None:
+    """Raises ValueError when the processes of this run cannot share out the images of a step."""
+    if "network" in task.requires and isinstance(task.get("batch_size"), int):
+        hardware.training_plan(task.batch_size)
+
+
+def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
+    """What runs one stage of a pipeline; every stage's settings are checked before the first one starts.
+
+    Raises:
+        ValueError: a stage that is none, settings that it does not have, a run to stand in for it that is another.
+    """
+    stages = stage_configs(pipeline.run)
+    for stage in stages.values():
+        check_batch(pipeline.hardware, stage.cfg.task)
+
+    def run_stage(name: str, *, folder: Path, init: str | list[str] | None) -> tuple[Result, Path]:
+        stage = stages[name]
+        stage_dir = RunFolder(folder if stage.stand_in is None else stage.stand_in)
+        if isinstance(init, list):
+            stage.cfg.task.runs = init
+        else:
+            stage.cfg.init = init
+        components = Components(RunConfig(stage.cfg, stage.choices))
+        components.run_dir = stage_dir.path
+        if ranks.from_first(lambda: stage_dir.finished):
+            if stage.stand_in is not None:
+                stage.check_stand_in_files(components.run.input_hashes)
+            log.info("%s is finished", stage_dir.path)
+            return result_of(stage_dir.read_result()), stage_dir.path
+        if components.hardware.rank.first:
+            stage_dir.start(components.run.config, None, components.run.input_hashes, components.run.subject)
+        ranks.barrier()
+        return run_and_report(components), stage_dir.path
+
+    return run_stage

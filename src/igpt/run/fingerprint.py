@@ -1,0 +1,80 @@
+"""The files a run begins from: what is in them, and whether its weights have seen what it holds out."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from igpt.checkpoint.find import find
+from igpt.data.listing import ListFiles, hash_files
+from igpt.data.shards import named_files
+from igpt.data.split import split_differences
+from igpt.settings.older_configs import read_record
+from igpt.utils import files
+
+log = logging.getLogger(__name__)
+
+Hashes = dict[str, str | None]  # of each file by the setting that names it; None: there is none
+
+
+def input_hashes(config: Mapping[str, Any], *, init: str | None, found: Hashes | None, list_files: ListFiles) -> Hashes:
+    """Hashes of the files that decide a run: starting weights, palettes, and (by name and size) images.
+
+    `init`: that of the weights it starts from. `found`: those of the runs it compares, for a task that reads runs.
+    """
+    path = config["tokens"].get("path")
+    palette = files.sha256(Path(path)) if path is not None and Path(path).is_file() else None
+    found_out: Hashes = {"init": init, "tokens.path": palette}
+    for of, settings in {"data": config["data"], **config["data"].get("streams", {})}.items():
+        images = settings.get("path")
+        if images is not None and Path(images).exists():
+            found_out[f"{of}.path"] = hash_files(Path(images), list_files)
+        elif images is not None and (named := [Path(file) for file in named_files(images) or ()]):
+            listed = [f"{file} {file.stat().st_size}" for file in named if file.is_file()]
+            found_out[f"{of}.path"] = hashlib.sha256("\n".join(listed).encode()).hexdigest()
+    if found is not None:
+        return found_out | found
+    for run in config["task"].get("runs", []):
+        found_out[f"task.runs {Path(run).name}"] = find(run).sha256
+    for group, key in (("task", "palette"), ("data", "clusters")):
+        file = config[group].get(key)
+        if file is not None and Path(file).expanduser().is_file():
+            found_out[f"{group}.{key}"] = files.sha256(Path(file).expanduser())
+    for file in config["task"].get("beside", []):
+        found_out[f"task.beside {Path(file).name}"] = files.sha256(Path(file)) if Path(file).is_file() else None
+    return found_out
+
+
+def trained_on(folder: Path) -> dict[str, Any]:
+    """The data settings of the run that trained the weights in a run folder, also where they were imported into it."""
+    for _ in range(10):  # imports of imports
+        record = folder / "run.json"
+        config = read_record(record)["config"] if record.is_file() else {"task": {"requires": []}}
+        if "network" in config["task"]["requires"]:
+            data: dict[str, Any] = config["data"]
+            return data
+        if config.get("init") is None:
+            break
+        place = Path(config["init"])
+        folder = next((p for p in (place, *place.parents[:2]) if (p / "run.json").is_file()), place)
+        if folder == place and not (place / "run.json").is_file():
+            break
+    return {}
+
+
+def compare_splits(ours: Mapping[str, Any], run: Path) -> None:
+    """Says so when the run that the weights are of held out other images: they may have been trained on ours.
+
+    `ours`: the data settings of this run.
+    """
+    theirs = trained_on(run)
+    if theirs.get("name") != ours["name"]:
+        return
+    differ = split_differences(ours, theirs)
+    other = [f"data.{key} {theirs.get(key)} ≠ {ours.get(key)}" for key in differ]
+    if other:
+        log.warning(
+            "%s held out other images than this run does (%s): it may have been trained on what is held out here",
+            run, "; ".join(other),
+        )  # fmt: skip

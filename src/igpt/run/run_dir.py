@@ -1,0 +1,88 @@
+"""The directory of a run, resolved before anything starts: by the run's name, or the run that it resumes."""
+
+import glob
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from igpt.distributed import launcher
+from igpt.report.folder import RunFolder, changes, identity
+from igpt.run.run_config import RunConfig
+from igpt.settings.older_configs import VERSION
+from igpt.utils import files
+
+log = logging.getLogger(__name__)
+
+
+def resolve_run_dir(run: RunConfig) -> tuple[RunFolder, bool]:
+    """Resolves the run directory; writes its path to `$IGPT_TELL` for the parent. Returns (folder, finished)."""
+    folder = find_run_dir(run)
+    tell = os.environ.get(launcher.TELL)
+    if tell is not None:
+        with files.atomic_write(Path(tell)) as file:
+            file.write(os.fsencode(folder.path.absolute()))
+    return folder, folder.finished
+
+
+def find_run_dir(run: RunConfig) -> RunFolder:
+    """The directory of a run: that of `resume=`, or a name below `paths.runs`.
+
+    Raises:
+        ValueError: an unfinished run of this name that has checkpoints, or a `resume=` that is another run.
+    """
+    cfg = run.cfg
+    name = run.name
+    if cfg.resume is not None and cfg.force:
+        raise ValueError("resume= continues a run, force=true repeats one: choose one of them")
+    if cfg.resume not in (None, "auto"):
+        folder = RunFolder(Path(cfg.resume))
+        saved = folder.read_run()
+        differs, harmless = changes(saved["config"], run.config)
+        now = run.input_hashes
+        differs += [
+            f"the file of {key} has changed" for key, sha in saved["files_sha256"].items() if sha != now.get(key)
+        ]
+        if differs:
+            raise ValueError(
+                f"resume={cfg.resume}: this is another run than the one that was begun: {'; '.join(differs)}"
+            )
+        if not any(folder.path.rglob("latest")):
+            log.info("%s has no checkpoint yet: it starts from the first step", folder.path)
+        if harmless:
+            log.info("resuming with other settings, which do not change what is learned: %s", "; ".join(harmless))
+        return folder
+    folder = RunFolder(Path(cfg.paths.runs) / name)
+    if not folder.started and not cfg.force:
+        folder = next(find_older_runs(run, folder), folder)
+    if cfg.force:
+        repeat = 2
+        while folder.started:
+            folder = RunFolder(Path(cfg.paths.runs) / f"{name}-{repeat}")
+            repeat += 1
+    elif cfg.resume is None and folder.started and not folder.finished and any(folder.path.rglob("latest")):
+        raise ValueError(
+            f"{folder.path} was begun and is not finished: continue it with `python train.py resume={folder.path}`, "
+            f"or repeat it in a new folder with force=true"
+        )
+    return folder
+
+
+def find_older_runs(run: RunConfig, folder: RunFolder) -> Iterator[RunFolder]:
+    """Runs beside a run's folder that are the same run, whose name an older release made otherwise.
+
+    Those that are finished first, then those that have a checkpoint to go on from.
+    """
+    prefix = folder.path.name.rpartition("-")[0]
+    beside = [RunFolder(path) for path in sorted(folder.path.parent.glob(f"{glob.escape(prefix)}-*"))]
+    for other in sorted(beside, key=lambda other: not other.finished):
+        if not other.started or not (other.finished or any(other.path.rglob("latest"))):
+            continue
+        try:
+            saved = other.read_run()
+            same = saved["version"] < VERSION and identity(saved["config"], saved["files_sha256"])
+        except (ValueError, KeyError, TypeError, AttributeError):  # what is no record of a run
+            continue
+        if same == identity(run.config, run.input_hashes):
+            log.info("%s is this run, %s by an older release", other.path, "made" if other.finished else "begun")
+            yield other

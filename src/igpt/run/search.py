@@ -1,0 +1,196 @@
+"""Sweeps that choose what to try next: one value after another until it gets worse, or what Optuna proposes."""
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from filelock import FileLock, Timeout
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, flag_override
+
+from igpt.distributed.launcher import SWEEP
+from igpt.distributed.process_state import environment
+from igpt.report.sweep_report import side_by_side
+from igpt.run.logs import set_up_logging
+from igpt.run.sweep import typed
+from igpt.utils import files
+from igpt.utils.overrides import format_value
+
+log = logging.getLogger(__name__)
+
+Launch = Callable[[Sequence[Sequence[str]], int], Sequence[JobReturn]]
+Compose = Callable[[Sequence[str]], DictConfig]
+LOWER, HIGHER = "minimize", "maximize"
+FOLDER = "folder"  # of a trial's run, noted when it has ended
+INSTALL = "hydra/sweeper=optuna needs Optuna, which is not installed: pip install optuna"
+
+
+def in_turn(
+    config: DictConfig, arguments: list[str], *, launch: Launch, compose: Compose, key: str, values: list[Any],
+    direction: str,
+) -> list[JobReturn]:  # fmt: skip
+    """Tries the values of a setting in their order, and stops where the sweep's metric is worse than at the last.
+
+    With other settings swept, does so for each combination of them. Source of the values and of stopping: Chen et al.
+    2020, §3.3, who search the learning rate from large to small. A job that failed counts as worse than any, and as no
+    reason to stop before one has succeeded.
+
+    Raises:
+        SystemExit: 2 when the search cannot begin.
+    """
+    set_up_logging()
+    own, *_ = _combinations(arguments, lambda name: name == key)
+    combinations = _combinations(arguments, lambda name: name != key)
+    if own:  # `task.learning_rate=0.01,0.003` on the command line
+        values = [value.split("=", 1)[1] for (value,) in _combinations(arguments, lambda name: name == key)]
+    if not values:
+        _refuse("hydra.sweeper.values names one value or more, from the first to be tried to the last")
+    what = {"in_turn": [key, values, direction, arguments, config.hydra.launcher.metric]}
+    found: list[JobReturn] = []
+    with _search(config, what, direction, compose, [*combinations[0], f"{key}={values[0]}"]) as tried:
+        for chosen in combinations:
+            best = math.inf
+            for value in values:
+                log.info("%s=%s", key, value)
+                found += launch([[*chosen, f"{key}={value}"]], len(found))
+                loss = _loss(config, found[-1], direction)
+                tried.append(found[-1].working_dir)
+                if math.isfinite(best) and loss >= best:
+                    log.info("%s=%s is no better than the last: what follows is not tried", key, value)
+                    break
+                best = min(best, loss)
+    return found
+
+
+def optuna(
+    config: DictConfig, arguments: list[str], *, launch: Launch, compose: Compose, space: Mapping[str, Any],
+    n_trials: int, at_once: int, direction: str, seed: int,
+) -> list[JobReturn]:  # fmt: skip
+    """Tries what Optuna's TPE proposes, `at_once` jobs side by side, until `n_trials` are done.
+
+    The study is `study.db` (SQLite) in the sweep's folder; the same command goes on with it. A trial that was
+    interrupted is taken up again, its run goes on where it was.
+
+    Raises:
+        SystemExit: 2 when the search cannot begin.
+    """
+    set_up_logging()
+    try:
+        import optuna as library
+        from optuna.trial import Trial, TrialState
+    except ImportError:
+        _refuse(INSTALL)
+    fixed, *more = _combinations(arguments)
+    if more:
+        _refuse(f"{' '.join(arguments)}: Optuna proposes what is in hydra.sweeper.space, several values go there")
+    distributions = {key: _distribution(library.distributions, key, spec) for key, spec in space.items()}
+    if n_trials < 1 or at_once < 1 or not distributions:
+        _refuse("hydra.sweeper.n_trials and at_once start at 1, and space names one setting or more")
+    example = [f"{key}={spec['choices'][0] if 'choices' in spec else spec['low']}" for key, spec in space.items()]
+    what = {"optuna": [dict(space), direction, seed, fixed, config.hydra.launcher.metric]}
+    library.logging.set_verbosity(library.logging.WARNING)
+    found: list[JobReturn] = []
+    with _search(config, what, direction, compose, [*fixed, *example]) as tried:
+        place = Path(config.hydra.sweep.dir)
+        study = library.create_study(
+            storage=f"sqlite:///{(place / 'study.db').absolute()}", study_name=place.name, load_if_exists=True,
+            direction=cast(Any, direction),
+        )  # fmt: skip
+        # another seed whenever it goes on: the same would propose the same again
+        study.sampler = library.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
+        begun = [Trial(study, trial._trial_id) for trial in study.get_trials(states=(TrialState.RUNNING,))]
+        ended = [trial.user_attrs[FOLDER] for trial in study.trials if FOLDER in trial.user_attrs]
+        while (left := n_trials - len(ended)) > 0:
+            trials = [begun.pop(0) if begun else study.ask(distributions) for _ in range(min(at_once, left))]
+            jobs = [
+                (*fixed, *(f"{key}={format_value(trial.params[key], quoted=False)}" for key in space))
+                for trial in trials
+            ]
+            different = list(dict.fromkeys(jobs))  # what it proposes twice is one run
+            returned = dict(zip(different, launch(different, trials[0].number), strict=True))
+            for trial, job in zip(trials, [returned[job] for job in jobs], strict=True):
+                good = math.isfinite(_loss(config, job, direction))
+                trial.set_user_attr(FOLDER, job.working_dir)
+                study.tell(trial, job.return_value if good else None, state=None if good else TrialState.FAIL)
+                ended.append(job.working_dir)
+                found.append(job)
+        tried += ended
+    if study.get_trials(states=(TrialState.COMPLETE,)):
+        best = study.best_trial
+        log.info(
+            "best of %d: %s %.4f with %s", len(ended), config.hydra.launcher.metric, best.value,
+            " ".join(f"{key}={value}" for key, value in best.params.items()),
+        )  # fmt: skip
+    return found
+
+
+def _distribution(kinds: Any, key: str, spec: Mapping[str, Any]) -> Any:
+    """What Optuna draws a setting from: {choices: […]}, or {low: , high: } with `log` and, of whole numbers, `int`."""
+    try:
+        if set(spec) == {"choices"}:
+            return kinds.CategoricalDistribution(list(spec["choices"]))
+        kind = kinds.IntDistribution if spec.get("int") else kinds.FloatDistribution
+        return kind(**{name: value for name, value in spec.items() if name != "int"})
+    except (TypeError, ValueError) as error:
+        expected = "{choices: […]} or {low: , high: } with log, step, int"
+        _refuse(f"hydra.sweeper.space.{key} is {expected}; got {dict(spec)} ({error})")
+
+
+def _combinations(arguments: list[str], wanted: Callable[[str], bool] = lambda name: True) -> list[list[str]]:
+    """Every combination of the values of those settings that are wanted, each `key=value`; [[]] of none."""
+    parsed = OverridesParser.create().parse_overrides(arguments)
+    (combinations,) = BasicSweeper.split_arguments([each for each in parsed if wanted(each.key_or_group)], None)
+    return combinations
+
+
+@contextmanager
+def _search(
+    config: DictConfig, what: Mapping[str, Any], direction: str, compose: Compose, example: Sequence[str]
+) -> Iterator[list[str | None]]:
+    """Runs the block in the folder of a search, and compares at its end the runs whose folders were put in the list.
+
+    What it searches names the folder, so that the same command goes on with it. One of the jobs to come is looked at
+    before the first begins. While the block lasts, jobs are told which search they are of.
+    """
+    if direction not in (LOWER, HIGHER):
+        _refuse(f"hydra.sweeper.direction must be {LOWER} or {HIGHER}, got {direction!r}")
+    try:
+        compose(example)
+    except HydraException as error:
+        _refuse(f"{' '.join(example)}: {str(error).splitlines()[0]}")
+    (kind,) = what
+    plain = OmegaConf.to_container(OmegaConf.create({"what": what}))
+    place = Path(config.hydra.sweep.dir) / f"{kind}-{files.hash_json(plain, sort_keys=True, default=str)[:8]}"
+    place.mkdir(parents=True, exist_ok=True)
+    tried: list[str | None] = []
+    try:
+        with FileLock(place / ".lock", timeout=0), environment(**{SWEEP: place.name}):
+            files.write_json(place / "search.json", {"command": sys.argv, "example": list(example)})
+            with flag_override(config, ["readonly", "struct"], False):
+                config.hydra.sweep.dir = str(place)  # where the jobs leave what they say
+            yield tried
+    except Timeout:
+        _refuse(f"{place} is in use: the same search is running")
+    folders = [Path(folder) for folder in tried if folder]
+    side_by_side(place, folders, metric=config.hydra.launcher.metric, command=typed())
+
+
+def _loss(config: DictConfig, job: JobReturn, direction: str) -> float:
+    """What a job has come to, lower is better; infinite where it has failed."""
+    value = job.return_value
+    if value is None:
+        metric = config.hydra.launcher.metric
+        _refuse(f"{job.working_dir} has no {metric}: name one it has, hydra.launcher.metric=…")
+    return math.inf if not math.isfinite(value) else float(value) if direction == LOWER else -float(value)
+
+
+def _refuse(message: str) -> NoReturn:
+    log.error("error: %s", message)
+    sys.exit(2)

@@ -1,0 +1,302 @@
+"""Sweeps on one machine: each job is `python train.py …` in a process of its own, several at a time."""
+
+import logging
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tqdm.auto import tqdm
+
+from igpt.distributed import launcher
+from igpt.distributed.cores import count_cores
+from igpt.distributed.launcher import RANK_VARIABLES, SWEEP, TELL, Child, Children, devices_of, how_it_ended
+from igpt.distributed.signals import STOPPED
+from igpt.report.closing_table import columns
+from igpt.report.sweep_report import side_by_side
+from igpt.run.arguments import expand_home
+from igpt.run.logs import log_file, set_up_logging
+from igpt.run.run_config import RunConfig
+from igpt.utils import files
+
+log = logging.getLogger(__name__)
+
+WAITING, RUNNING, FINISHED, FAILED, INTERRUPTED = "waiting", "running", "finished", "failed", "interrupted"
+
+
+@dataclass
+class Job:
+    """One job of a sweep: what `jobs.json` says of it."""
+
+    number: int
+    overrides: list[str]
+    state: str = WAITING
+    exit_code: int | None = None
+    seconds: float = 0.0
+    folder: str | None = None  # of its run, once that is known
+    value: float | None = None  # of the sweep's metric
+    n_process: int = 1
+    gpus: list[str] = field(default_factory=list)
+
+
+def launch(
+    sweep: DictConfig, configs: Sequence[DictConfig], *, first: int, n_jobs: int | None, metric: str
+) -> list[JobReturn]:
+    """Runs the jobs that are not finished, and shows what became of all of them.
+
+    A sweep that was interrupted is taken up again: what is finished is not repeated, what was begun goes on, what
+    failed is tried again. A failed job stops neither the others nor, where a sweeper asks for more, those that follow;
+    the command ends with 1 then.
+
+    Raises:
+        SystemExit: 75 when a job was stopped by a signal, 2 when the sweep cannot begin.
+    """
+    set_up_logging()
+    for cfg in (sweep, *configs):
+        expand_home(cfg)
+    jobs = [Job(first + i, list(cfg.hydra.overrides.task)) for i, cfg in enumerate(configs)]
+    place = Path(sweep.hydra.sweep.dir) / files.hash_json([job.overrides for job in jobs])[:8]
+    try:
+        _expect(jobs, configs)
+        if n_jobs is not None and n_jobs < 1:
+            raise ValueError(f"hydra.launcher.n_jobs starts at 1, or null, got {n_jobs}")
+        gpus = _share_gpus(jobs, configs)
+        place.mkdir(parents=True, exist_ok=True)
+        with FileLock(place / ".lock", timeout=0), log_file(place / "log.txt"):
+            OmegaConf.save(sweep, place / "multirun.yaml")  # what Hydra was asked
+            _remember(jobs, metric)
+            running = Sweep(place, jobs, gpus=gpus, n_jobs=n_jobs or _at_once(jobs, gpus), metric=metric)
+            heard = running.run(command=_command(configs[0]))
+    except Timeout:
+        log.error("error: %s is in use: the same sweep is running", place)
+        sys.exit(2)
+    except (ValueError, OSError) as error:
+        log.error("error: %s", error)
+        sys.exit(2)
+    if any(job.state in (WAITING, INTERRUPTED) for job in jobs):
+        log.warning("stopped by %s; the same command goes on with what is left", heard or "a signal to a job")
+        sys.exit(STOPPED)
+    if any(job.state == FAILED for job in jobs):
+        launcher.sweep_code = 1
+    return [_returned(job, cfg) for job, cfg in zip(jobs, configs, strict=True)]
+
+
+@dataclass
+class Sweep:
+    """The jobs of one sweep in its folder: `jobs.json`, and `job_000.txt`, what each job wrote."""
+
+    place: Path
+    jobs: list[Job]
+    gpus: list[str]
+    n_jobs: int
+    metric: str
+
+    def run(self, command: Sequence[str]) -> str | None:
+        """Runs every job that is not finished; the signal that came, or None."""
+        waiting = [job for job in self.jobs if job.state != FINISHED]
+        done = len(self.jobs) - len(waiting)
+        log.info(
+            "%d jobs, %d at a time, in %s%s", len(self.jobs), self.n_jobs, self.place,
+            f"; {done} were finished before" if done else "",
+        )  # fmt: skip
+        running: dict[int, tuple[Job, Child, float]] = {}
+        free = list(self.gpus)
+        bar = tqdm(total=len(self.jobs), initial=done, unit="job", disable=None)
+        with Children().together() as children, bar:
+
+            def room() -> bool:
+                enough = not self.gpus or len(free) >= waiting[0].n_process
+                return children.heard is None and len(running) < self.n_jobs and enough
+
+            while running or (waiting and children.heard is None):
+                while waiting and room():
+                    job = waiting.pop(0)
+                    job.gpus = [free.pop(0) for _ in range(job.n_process if self.gpus else 0)]
+                    child = self._start(job, children, command)
+                    running[id(child)] = job, child, time.monotonic()
+                ended, code = children.wait()
+                job, _, since = running.pop(id(ended))
+                free += job.gpus
+                self._ended(job, code, time.monotonic() - since, stopping=children.heard is not None)
+                bar.update()
+        log.info("%s\n%s", self._tally(), self._table())
+        folders = [Path(job.folder) for job in self.jobs if job.folder is not None and job.state in (FINISHED, FAILED)]
+        if SWEEP not in os.environ:  # a search compares at its own end
+            side_by_side(self.place, folders, metric=self.metric, command=typed())
+        return children.heard
+
+    def _start(self, job: Job, children: Children, command: Sequence[str]) -> Child:
+        job.state = RUNNING
+        self._tell_path(job).unlink(missing_ok=True)
+        self._save()
+        environment = {
+            TELL: str(self._tell_path(job).absolute()),
+            SWEEP: os.environ.get(SWEEP, f"sweep-{self.place.name}"),
+        }
+        if job.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
+        if "OMP_NUM_THREADS" not in os.environ:  # else jobs side by side would fight for the cores
+            side_by_side = self.n_jobs * job.n_process
+            environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // side_by_side))
+        log.info("job %d begins: %s", job.number, self._settings(job))
+        with self._output(job).open("ab") as output:
+            return children.start(Child([*command, *job.overrides], output, environment, without=RANK_VARIABLES))
+
+    def _ended(self, job: Job, code: int, seconds: float, *, stopping: bool) -> None:
+        job.exit_code, job.seconds = code, round(seconds, 1)
+        tell = self._tell_path(job)
+        job.folder = os.fsdecode(tell.read_bytes()) if tell.is_file() else None
+        done = job.folder is not None and (Path(job.folder) / "result.json").is_file()
+        failed = INTERRUPTED if stopping or code == STOPPED else FAILED
+        job.state = FINISHED if code == 0 and done else failed
+        tell.unlink(missing_ok=True)
+        job.value = _value(job, self.metric) if job.state == FINISHED else None
+        self._save()
+        if job.state == FAILED:
+            said = [line for line in self._output(job).read_text(errors="replace").splitlines() if line.strip()]
+            errors = [i for i, line in enumerate(said) if line.startswith("error:")]
+            said = said[errors[-1] :][:5] if errors else said[-5:]
+            log.error(
+                "job %d %s after %.0f s; %s says:\n%s", job.number, how_it_ended(code), seconds, self._output(job),
+                "\n".join(f"    {line}" for line in said),
+            )  # fmt: skip
+        else:
+            value = "" if job.value is None else f", {self.metric} {job.value:.4f}"
+            log.info("job %d %s after %.0f s%s: %s", job.number, job.state, seconds, value, _short(job.folder))
+
+    def _save(self) -> None:
+        try:
+            files.write_json(self.place / "jobs.json", {"jobs": [asdict(job) for job in self.jobs]})
+        except OSError as error:  # the runs go on, so does the sweep
+            log.error("%s/jobs.json is not up to date: %s", self.place, error)
+
+    def _output(self, job: Job) -> Path:
+        return self.place / f"job_{job.number:03d}.txt"
+
+    def _tell_path(self, job: Job) -> Path:
+        return self.place / f".job_{job.number:03d}.folder"
+
+    def _tally(self) -> str:
+        states = [job.state for job in self.jobs]
+        return f"{len(states)} jobs: " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+    def _settings(self, job: Job) -> str:
+        """What this job has that not all have."""
+        everywhere = set.intersection(*(set(other.overrides) for other in self.jobs))
+        return " ".join(override for override in job.overrides if override not in everywhere) or "–"
+
+    def _table(self) -> str:
+        """What differs between the jobs, and what came of each."""
+        rows = [
+            (
+                str(job.number),
+                self._settings(job),
+                job.state,
+                "–" if job.value is None else f"{job.value:.4f}",
+                _short(job.folder),
+            )
+            for job in self.jobs
+        ]
+        return columns([("job", "settings", "state", self.metric, "folder"), *rows])
+
+
+def typed() -> str:
+    """The command of this process, as it can be typed again."""
+    return shlex.join(["python", *sys.argv])
+
+
+def _short(folder: str | None) -> str:
+    """A folder as one would type it here."""
+    if folder is None:
+        return "–"
+    return os.path.relpath(folder) if Path(folder).is_relative_to(Path.cwd()) else folder
+
+
+def _command(cfg: DictConfig) -> list[str]:
+    """What runs one job: this script, and the folder of settings that was given beside its own."""
+    given = [source.path for source in cfg.hydra.runtime.config_sources if source.provider == "command-line"]
+    beside = [argument for path in given for argument in ("--config-dir", path)]
+    return [sys.executable, str(Path(sys.argv[0]).absolute()), *beside]
+
+
+def _share_gpus(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> list[str]:
+    """The GPUs of this machine; how many processes each job is, with one each, is noted.
+
+    Raises:
+        ValueError: a job that takes more than there are.
+    """
+    for job, cfg in zip(jobs, configs, strict=True):
+        job.n_process = devices_of(cfg.trainer)
+    if all(cfg.trainer.accelerator == "cpu" for cfg in configs):
+        return []
+    import torch  # takes seconds: only where there may be a GPU
+
+    n_gpu = torch.cuda.device_count()
+    for job in jobs:
+        if n_gpu and job.n_process > n_gpu:
+            raise ValueError(
+                f"job {job.number} asks for trainer.devices={job.n_process}, this machine has {n_gpu} GPUs: lower it"
+            )
+    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpu)))).split(",")[:n_gpu]
+
+
+def _at_once(jobs: Sequence[Job], gpus: Sequence[str]) -> int:
+    return max(1, len(gpus) // max(job.n_process for job in jobs)) if gpus else 1
+
+
+def _expect(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
+    """Notes the folder each run will have, as the run itself will choose it.
+
+    A job whose settings cannot be right has none: it is started, and says why.
+
+    Raises:
+        ValueError: two jobs that are one run.
+    """
+    owners: dict[str, int] = {}
+    for job, cfg in zip(jobs, configs, strict=True):
+        if cfg.force:
+            continue  # a new one
+        try:
+            own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+            run = RunConfig(own, dict(cfg.hydra.runtime.choices))
+            job.folder = str((Path(cfg.paths.runs) / run.name).absolute())
+        except (ValueError, OSError, OmegaConfBaseException):
+            continue
+        if job.folder in owners:
+            raise ValueError(
+                f"jobs {owners[job.folder]} and {job.number} are the same run, {run.name}: what differs between them "
+                "does not change what is learned (the trainer's settings but for precision do not), so sweep something "
+                "else, or set another paths.runs for each"
+            )
+        owners[job.folder] = job.number
+
+
+def _remember(jobs: Sequence[Job], metric: str) -> None:
+    """What is finished already, by this sweep or otherwise."""
+    for job in jobs:
+        if job.folder is not None and (Path(job.folder) / "result.json").is_file():
+            job.state, job.value = FINISHED, _value(job, metric)
+
+
+def _value(job: Job, metric: str) -> float | None:
+    """The job's value of `metric`, if its result has one."""
+    if job.folder is None or not (result := Path(job.folder) / "result.json").is_file():
+        return None
+    number = files.read_json(result)["numbers"].get(metric)
+    return None if number is None else float(number["value"])
+
+
+def _returned(job: Job, cfg: DictConfig) -> JobReturn:
+    """What a sweeper that optimises is given: the value of the metric."""
+    place = job.folder or ""  # none, where it failed before it had one
+    returned = JobReturn(overrides=job.overrides, cfg=cfg, working_dir=place, status=JobStatus.COMPLETED)
+    returned.return_value = math.nan if job.state == FAILED else job.value  # raised, it would end the sweep
+    return returned

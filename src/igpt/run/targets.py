@@ -1,0 +1,62 @@
+"""From the settings of a config to what their `_target_` makes: checked against its signature before it is called."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, get_type_hints
+
+from hydra.utils import get_object
+
+from igpt.settings.base import Settings, parse_arguments, parse_settings
+from igpt.settings.older_configs import answer
+
+
+def checked_partial(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
+    """What a `_target_` names, with its settings given: call it with live objects.
+
+    A setting that is itself a `_target_`, or a mapping of such, is made first; with `_partial_`, it is a partial.
+
+    Raises:
+        ValueError: one line of a setting that the target does not have, of another type than it takes, out of bounds.
+    """
+    target = get_object(spec["_target_"])
+    settings = {str(key): value for key, value in spec.items() if not str(key).startswith("_")}
+    _refuse_renamed(settings, inspect.signature(target).parameters, where)
+    nested = {key: _build_nested(value, f"{where}.{key}") for key, value in settings.items() if _has_target(value)}
+    return partial(target, **parse_arguments(target, settings, where, built=nested))
+
+
+def task_settings(target: str, settings: Mapping[str, Any], where: str = "task") -> Settings:
+    """The settings of a task, as its `run` takes them (`settings`). Raises ValueError as `parse_settings`."""
+    model: type[Settings] = get_type_hints(get_object(target))["settings"]
+    _refuse_renamed(settings, model.model_fields, where)
+    return parse_settings(model, settings, where)
+
+
+def without(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings, and those nested in them, but for one name."""
+    return {
+        key: without(value, name) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key != name
+    }
+
+
+def _refuse_renamed(settings: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError, with its new name, for a setting that an older release had."""
+    for key in settings.keys() - known.keys():
+        if message := answer(f"{where}.{key}"):
+            raise ValueError(message)
+
+
+def _has_target(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return "_target_" in value or any(_has_target(part) for part in value.values())
+
+
+def _build_nested(value: Mapping[str, Any], where: str) -> Any:
+    if "_target_" not in value:
+        return {key: _build_nested(part, f"{where}.{key}") for key, part in value.items()}
+    made = checked_partial(value, where)
+    return made if value.get("_partial_") else made()

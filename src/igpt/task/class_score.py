@@ -1,0 +1,93 @@
+"""What a network with a class head says of a split: loss and accuracy, by vote where inputs are masked."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igpt.data.source import Source
+from igpt.metric.likelihood import likelihood_numbers
+from igpt.metric.result import Number
+from igpt.model.gpt import GPT
+from igpt.model.head import ClassHead
+from igpt.objective.base import Objective
+from igpt.probe.scores import accuracy_number, vote
+from igpt.tokens.batches import Batch
+from igpt.utils import keyed
+
+
+def check_classes(source: Source, splits: Sequence[str]) -> int:
+    """The number of classes. Raises ValueError without labels, or where a class has nothing to learn from."""
+    if source.n_class is None:
+        raise ValueError(f"data={source.name} has no labels (data.n_class=null): a probe needs some")
+    known = set(np.unique(source.split("train").labels).tolist())
+    if -1 in known:
+        raise ValueError(f"data={source.name}: some images have no label, a probe needs them all")
+    for split in splits:
+        if not len(source.split(split)):
+            way_out = "task.test=false, or " if split == "test" else ""
+            raise ValueError(
+                f"data={source.name} has no images in its {split} split: set {way_out}data.{split}_fraction above 0"
+            )
+        if unknown := set(np.unique(source.split(split).labels).tolist()) - known:
+            raise ValueError(
+                f"data={source.name}: class {min(unknown)} is in {split}, but no image of it is in train: "
+                "take other splits, or more images"
+            )
+    return source.n_class
+
+
+def classes_hash(source: Source) -> str:
+    """A hash of the data's name, its number of classes and the labels of its training images: whether a head fits."""
+    labels = np.unique(source.split("train").labels).tolist()
+    return hashlib.sha256(json.dumps([source.name, source.n_class, labels]).encode()).hexdigest()[:16]
+
+
+class ClassScore:
+    """Notes what is said of every image, then gives loss and accuracy over all processes, each image once."""
+
+    def __init__(self, objective: Objective, *, n_class: int, masks: int, seed: int) -> None:
+        self.objective, self.n_class, self.seed = objective, n_class, seed
+        self.masks = 1 if objective.causal else masks
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, net: GPT, head: ClassHead, batch: Batch) -> None:
+        """Under every mask one forward pass; the losses are those of the first."""
+        said = []
+        for mask in range(self.masks):
+            keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
+            visible = self.objective.visible_mask(batch.tokens, keys)
+            hidden = net.trunk(batch.tokens, visible)
+            scores = head(hidden).float()  # (B, K)
+            said.append(scores.argmax(dim=-1))
+            if mask == 0:
+                nats = self.objective.per_example_loss(net.logits(hidden), batch.tokens, visible).double()
+                loss = F.cross_entropy(scores, batch.labels, reduction="none").double()
+        keys = keyed.item_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
+        by_vote = vote(torch.stack(said), n_class=self.n_class, keys=keys) if len(said) > 1 else said[0]
+        one = (said[0] == batch.labels).double()
+        figures = [nats, loss, (by_vote == batch.labels).double(), one, by_vote.double()]
+        self._seen.append((batch.rows, torch.stack([*figures, torch.ones_like(one)])))
+
+    def numbers(self, split: str, trainer: L.Trainer, n_image: int) -> tuple[dict[str, Number], np.ndarray]:
+        """The numbers of the split, and the class each image was taken for, (N,)."""
+        table = torch.zeros(6, n_image, dtype=torch.float64, device=trainer.strategy.root_device)
+        for rows, figures in self._seen:
+            table[:, rows] += figures
+        self._seen = []
+        everywhere = trainer.strategy.reduce(table, reduce_op="sum")
+        assert isinstance(everywhere, Tensor)
+        nats, loss, right, one, said, times = everywhere.cpu()
+        assert (times == 1).all(), "an image was scored twice, or not at all"
+        numbers = likelihood_numbers(split, nats)
+        stderr = float(loss.std()) / n_image**0.5 if n_image > 1 else None
+        numbers[f"{split}/loss_clf"] = Number(float(loss.mean()), "nats/image", n_image, stderr)
+        numbers[f"{split}/accuracy"] = accuracy_number(right.numpy() > 0, seed=self.seed)
+        if self.masks > 1:
+            numbers[f"{split}/accuracy_one_mask"] = accuracy_number(one.numpy() > 0, seed=self.seed)
+        return numbers, said.numpy().astype(np.int64)

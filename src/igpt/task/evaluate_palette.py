@@ -1,0 +1,82 @@
+"""A palette and what it costs: the error of showing images in its colours, beside that of other palettes."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from igpt.data.source import plain_pixels
+from igpt.metric.result import Curve, Grid, Number, Result
+from igpt.run.components import Components
+from igpt.settings.reading import PaletteSettings
+from igpt.tokens.kmeans import colour_distances
+from igpt.tokens.palette import Palette
+from igpt.tokens.palette_tokenizer import PaletteTokenizer
+from igpt.utils import keyed
+
+OURS = "palette"
+SHOWN = 8  # images
+FURTHEST = 40  # grey levels: as far as the curve goes
+
+
+def run(components: Components, settings: PaletteSettings) -> Result:
+    """Leaves `palette.npy` in the released format; reports its error on `count` images, and that of others."""
+    split, run_dir = settings.split, components.run_dir
+    others = {file: Palette.load(Path(file)) for file in settings.beside}
+    data = components.build_datamodule()
+    if not isinstance(data.tokenizer, PaletteTokenizer):
+        raise ValueError(
+            f"task=palette looks at colours, this run's tokens are {data.tokenizer.describe()}: tokens=fitted"
+        )
+    own = data.tokenizer.palette
+    source = data.source.split(split)
+    n = min(settings.count, len(source))
+    if n < 1:
+        raise ValueError(f"the {split} split is empty: choose another with task.split")
+    rows = np.sort(keyed.generator(components.seed, "palette images").permutation(len(source))[:n])
+    pixels = plain_pixels(source, rows.tolist())  # (N, R, R, 3)
+    path = run_dir / "palette.npy"
+    if components.hardware.rank.first:
+        own.save(path)
+
+    palettes = {OURS: own} | named(others)
+    numbers, curves, columns = {}, {}, [pixels[:SHOWN]]
+    for name, palette in palettes.items():
+        distance = colour_distances(palette, pixels)  # (N, R, R), grey levels
+        mse = float(np.mean(distance**2)) / 3
+        numbers[f"{name}/colours"] = Number(palette.k, "colours", 1)
+        numbers[f"{split}/{name}_mse"] = Number(mse, "grey levels²", n)
+        if mse > 0:
+            numbers[f"{split}/{name}_psnr"] = Number(10 * math.log10(255**2 / mse), "dB", n)
+        levels = np.arange(FURTHEST + 1.0)
+        share = np.searchsorted(np.sort(distance, axis=None), levels, side="right") / distance.size
+        curves[name] = Curve(
+            levels.tolist(), share.tolist(), "distance from the original colour, grey levels", "share of pixels"
+        )
+        columns.append(palette.decode(palette.encode(torch.from_numpy(pixels[:SHOWN]))))
+    return Result(
+        numbers=numbers,
+        curves=curves,
+        grids={"palette_images": Grid(np.stack(columns, axis=1), ("original", *palettes))},
+        palettes={name: palette.colours for name, palette in palettes.items()},
+        files={"palette": path.relative_to(run_dir)},
+        provenance={
+            "palette": own.hash,
+            "beside": {name: p.hash for name, p in palettes.items()},
+            "split": split,
+        },
+    )
+
+
+def named(of_files: dict[str, Palette]) -> dict[str, Palette]:
+    """The same by the names of the files: with their folder's name or a number where the name is taken."""
+    names: dict[str, Palette] = {}
+    for file, palette in of_files.items():
+        path = Path(file).absolute().with_suffix("")
+        name, parent, number = path.name, path.parent, 2
+        while name in {*names, OURS}:
+            name = f"{parent.name}_{name}" if parent.name else f"{path.name}_{number}"
+            parent, number = parent.parent, number + (not parent.name)
+        names[name] = palette
+    return names

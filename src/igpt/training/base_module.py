@@ -1,0 +1,186 @@
+"""What every LightningModule that trains shares: its losses over a step, curves, speed, logs."""
+
+import logging
+import time
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from igpt.distributed.sharding import whole_shape
+from igpt.metric.result import Curve, Number
+from igpt.metric.throughput import Meter
+from igpt.run.components import Components
+from igpt.settings.training import TrainingSettings
+from igpt.tokens.batches import Batch
+from igpt.training.nan_guard import FiniteGuard
+
+log = logging.getLogger(__name__)
+
+UNTIMED, TIMED = 3, 5  # steps at the start that are not timed, and steps after them that are
+UNITS = {"loss_gen": "nats/token", "loss_clf": "nats/image", "accuracy": "share", "loss": "nats"}
+
+
+class TrainedModule(L.LightningModule):
+    """Notes the mean of named figures over the passes and processes of each optimiser step; says so every `log_every`.
+
+    A subclass calls `tally` in its training step, and `validated` when a validation is over.
+    """
+
+    def __init__(
+        self, components: Components, settings: TrainingSettings, *, flops_per_image: float, n_ctx: int
+    ) -> None:
+        super().__init__()
+        self.components, self.settings, self.machine = components, settings, components.hardware
+        self.steps, self.log_every, self.batch_size = settings.steps, settings.log_every, settings.batch_size
+        self.flops_per_image, self.n_ctx = flops_per_image, n_ctx
+        self.guard = FiniteGuard()
+        self.history: dict[str, list[tuple[int, float]]] = {}  # name → (step, value), kept in checkpoints
+        self.numbers: dict[str, Number] = {}  # of the last validation
+        self._step: dict[str, Tensor] = {}  # of the passes of this optimiser step, so far
+        self._passes = 0
+
+    @property
+    def flops_here(self) -> float:
+        """Operations of the whole training on each device."""
+        return self.steps * self.batch_size * self.flops_per_image / self.machine.rank.count
+
+    def tally(self, loss: Tensor, figures: Mapping[str, Tensor]) -> Tensor:
+        """Adds one pass: the loss that is minimised, and the figures (scalars) to be shown; returns the loss."""
+        passes = self.trainer.accumulate_grad_batches
+        self._passes += 1
+        for name, value in {"minimised": loss, **figures}.items():
+            share = value.detach().float() / passes
+            self._step[name] = self._step[name] + share if name in self._step else share
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Looks at the loss (on a CPU before it can change a weight) and notes the figures every `log_every` steps."""
+        if self._passes < self.trainer.accumulate_grad_batches:  # DeepSpeed asks at every pass
+            return
+        step, self._passes = self.global_step + 1, 0
+        self.rate = float(optimizer.param_groups[0]["lr"])  # the schedule moves on before it is logged
+        names = sorted(self._step)
+        values = self.trainer.strategy.reduce(torch.stack([self._step[name] for name in names]), reduce_op="mean")
+        assert isinstance(values, Tensor)
+        self._step = {}
+        self.guard.see(values[names.index("minimised")], step)
+        if step % self.log_every == 0:
+            self.guard.check()
+            for name, value in zip(names, values.tolist(), strict=True):
+                if name != "minimised":
+                    self.note(f"train/{name}", step, value)
+
+    def note(self, name: str, step: int, value: float) -> None:
+        """Adds a point to the curve `name`."""
+        self.history.setdefault(name, []).append((step, value))
+
+    def on_train_start(self) -> None:
+        peak = self.machine.peak_tflops
+        self.meter = Meter(
+            flops_per_image=self.flops_per_image,
+            n_ctx=self.n_ctx,
+            peak_flops=peak * 1e12 * self.machine.rank.count if peak else None,
+        )
+        self.logged_step = self.begun = self.global_step
+        self.timed_since: float | None = None
+        self.timed_out = False
+        n_weight = sum(prod(whole_shape(p)) for p in self.parameters() if p.requires_grad)
+        log.info("%s weights, steps %d to %d", f"{n_weight:,}", self.global_step + 1, self.steps)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        step = self.global_step
+        self._expect(step)
+        if step % self.log_every or step == self.logged_step:
+            return
+        self.meter.add((step - self.logged_step) * self.batch_size)
+        self.logged_step = step
+        shown = {name: points[-1][1] for name, points in self.history.items() if points[-1][0] == step}
+        figures = self.meter.read()
+        images = step * self.batch_size
+        seen = {"images_seen": images, "tokens_seen": images * self.n_ctx}
+        train = {name: value for name, value in shown.items() if name.startswith("train/")}
+        self.publish({**train, "lr": self.rate, **figures, **seen}, step)
+        speed = f"{figures['images_per_s']:,.0f} images/s, {figures['tokens_per_s']:,.0f} tokens/s"
+        if "flop_utilisation" in figures:
+            speed += f", {figures['flop_utilisation']:.1%} of the stated peak"
+        if step < self.steps:
+            speed += f", {duration((self.steps - step) * self.batch_size / figures['images_per_s'])} left"
+        said = self.say({name.removeprefix("train/"): value for name, value in train.items()})
+        log.info("step %d/%d: %s, %s", step, self.steps, said, speed, extra={"progress": True})
+
+    def _expect(self, step: int) -> None:
+        """Says once, a few steps after the start, how long the run will take; the first steps are slower."""
+        begun, timed = self.begun + UNTIMED, self.begun + UNTIMED + TIMED
+        if step == begun and self.timed_since is None:
+            self.timed_since = _now()
+        elif step == timed and self.timed_since is not None and not self.timed_out:
+            self.timed_out = True
+            seconds = (_now() - self.timed_since) / TIMED
+            log.info("%.3g s a step: %s to go, validation aside", seconds, duration((self.steps - step) * seconds))
+
+    def say(self, figures: Mapping[str, float]) -> str:
+        """Figures in words: `1.2345 nats/token`, or each by its name where there are several."""
+        if len(figures) == 1:
+            ((name, value),) = figures.items()
+            return f"{value:.4f} {UNITS.get(name, name)}"
+        return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+    def publish(self, figures: dict[str, float], step: int) -> None:
+        """Gives numbers to every logger, exactly, under the step they are of, and to callbacks by their names."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(figures, step=step)
+        self.log_dict(figures, logger=False, sync_dist=True)  # every process holds the same values
+
+    def validated(self, numbers: dict[str, Number], shown: list[str]) -> None:
+        """To be called at the end of a validation, with what it found and the names to show."""
+        self.numbers = numbers
+        if self.trainer.state.fn != "fit":
+            return
+        images = self.global_step * self.batch_size
+        seen = {"images_seen": images, "tokens_seen": images * self.n_ctx}
+        self.publish({**{name: numbers[name].value for name in shown}, **seen}, self.global_step)
+        for name in shown:
+            self.note(name, self.global_step, numbers[name].value)
+        said = self.say({name.removeprefix("val/"): numbers[name].value for name in shown})
+        log.info("step %d/%d: val %s", self.global_step, self.steps, said)
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "fit":
+            self.meter.pause()
+
+    def on_validation_end(self) -> None:
+        if self.trainer.state.fn == "fit":
+            self.meter.resume()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["history"] = {name: [list(point) for point in points] for name, points in self.history.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.history = {name: [(int(x), float(y)) for x, y in points] for name, points in checkpoint["history"].items()}
+
+    def curves(self) -> dict[str, Curve]:
+        """What was noted, as curves over the optimiser steps."""
+        return {
+            name: Curve([float(x) for x, _ in points], [y for _, y in points], "optimiser step",
+                        UNITS.get(name.rpartition("/")[2], name))
+            for name, points in self.history.items()
+        }  # fmt: skip
+
+
+def _now() -> float:
+    """Seconds, with what a GPU was asked for done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 40 s, 12 min, 3.5 h, 2.1 days."""
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
+    return f"{seconds:.0f} s"

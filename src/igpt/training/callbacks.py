@@ -1,0 +1,86 @@
+"""What people watch while a network trains: a bar, and pictures it makes."""
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+
+from igpt.metric.result import Grid
+from igpt.model.generate import Sampling, generate
+from igpt.model.gpt import GPT
+from igpt.report.figures import grid_picture
+from igpt.settings.base import Count, Temperature
+from igpt.tokens.datamodule import TokenDataModule
+from igpt.utils import keyed
+
+log = logging.getLogger(__name__)
+
+
+class ProgressBar(L.Callback):
+    """One bar over the optimiser steps of the whole run, on a terminal; a log file gets lines instead."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        hidden = not (sys.stderr.isatty() and trainer.is_global_zero)
+        size = shutil.get_terminal_size()  # 80 × 24 where a terminal states none, on which tqdm would draw nothing
+        self.bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            disable=hidden,
+            leave=False,
+            ncols=size.columns,
+            nrows=size.lines,
+        )
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if self.bar.disable:
+            return
+        self.bar.update(trainer.global_step - self.bar.n)
+        curves = getattr(pl_module, "history", {})  # plain numbers: showing them makes no GPU wait
+        self.bar.set_postfix({name: f"{points[-1][1]:.4g}" for name, points in curves.items()}, refresh=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+class SampleGrid(L.Callback):
+    """A grid of samples every so many validations, always of the same draws, so that one sees them form."""
+
+    def __init__(self, *, count: Count, every: Count, temperature: Temperature) -> None:
+        self.count, self.every = count, every
+        self.sampling = Sampling(temperature, None, None)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        net, data = pl_module.net, getattr(trainer, "datamodule", None)
+        assert isinstance(data, TokenDataModule)
+        assert isinstance(net, GPT)
+        passes = trainer.global_step * trainer.accumulate_grad_batches
+        due = trainer.state.fn == "fit" and passes // int(trainer.val_check_interval or 1) % self.every == 0
+        together = isinstance(net.wte, DTensor)  # sharded: every process takes part in each draw
+        if not (due and net.causal and (together or trainer.is_global_zero)):
+            return
+        if hasattr(net.wte, "ds_shape"):
+            log.warning("no samples are drawn while ZeRO 3 holds the network in parts: task=sample does, afterwards")
+            self.every = trainer.max_steps + 1  # said once
+            return
+        keys = keyed.item_keys(keyed.key(0, "sample grid"), torch.arange(self.count))
+        tokens = generate(net, keyed.uniform(keys, net.n_ctx).to(pl_module.device), self.sampling)
+        if not trainer.is_global_zero:
+            return
+        images = data.decode(tokens)  # (N, R, R, 3)
+        path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
+        grid_picture(path, Grid.square(images))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("samples", [str(path)], step=trainer.global_step)

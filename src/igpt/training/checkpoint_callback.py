@@ -1,0 +1,146 @@
+"""Saving while training: every so many steps, at the best validation, when asked to stop; never a broken state."""
+
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.distributed.tensor import DTensor
+
+from igpt.checkpoint.resume import AtomicCheckpointIO, checkpoint_path, mark_best, mark_latest, read_best
+from igpt.distributed import ranks
+from igpt.distributed.signals import StoppedError, StopRequest
+from igpt.metric.result import Number
+from igpt.training.nan_guard import FiniteGuard, NonFiniteLossError
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoints(L.Callback):
+    """Saves every `every` steps, at the best validation and at the end; keeps the newest `keep` and the best.
+
+    Best is the highest or lowest of the module's `numbers[monitor]`. After `patience` validations without a better one,
+    training ends. When a signal has asked to stop, the state is saved after the optimiser step that is going on, and
+    after its validation.
+
+    Raises:
+        StoppedError: then.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        guard: FiniteGuard,
+        *,
+        every: int,
+        keep: int,
+        val_every: int,
+        stop: StopRequest,
+        monitor: str = "val/loss_gen",
+        highest: bool = False,
+        patience: int | None = None,
+        finite: bool = True,
+    ) -> None:
+        self.finite = finite  # whether all weights have to be: heads of too high a rate need not
+        self.monitor, self.sign, self.patience = monitor, -1.0 if highest else 1.0, patience
+        self.guard, self.stop = guard, stop
+        self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
+        self.stopping = ranks.Agreement()
+        self._saved = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved = trainer.global_step  # nothing new yet
+        self.recall(pl_module, trainer.global_step)
+        if self._waited(trainer.global_step) and trainer.global_step > 0:
+            trainer.should_stop = True  # it had ended so when it was last saved
+
+    def recall(self, module: L.LightningModule, step: int) -> None:
+        """Finds out what the best is, at `step`: what was noted, or what a kill left saved but not noted."""
+        best = ranks.from_first(lambda: read_best(self.folder))
+        whole = best is not None and best["step"] <= step  # not one of a future that was lost
+        self._best = self.sign * float(best["value"]) if best is not None and whole else float("inf")
+        self._best_step = best["step"] if best is not None and whole else 0
+        points = getattr(module, "history", {}).get(self.monitor, [])
+        if not points or points[-1][0] != step or self.sign * points[-1][1] >= self._best:
+            return
+        self._best, self._best_step = self.sign * points[-1][1], step
+        path = checkpoint_path(self.folder, step)
+        if ranks.this_rank().first and path.exists():
+            mark_best(path, name=self.monitor, value=points[-1][1])
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        if not (self.val_every and trainer.global_step % self.val_every == 0):
+            self._step_ends(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            return
+        module: Any = pl_module  # one of those that train
+        numbers: dict[str, Number] = module.numbers  # of the last validation
+        value = numbers[self.monitor].value
+        if self.sign * value < self._best and self._save(trainer, pl_module, best=value):
+            self._best, self._best_step = self.sign * value, trainer.global_step
+        if self._waited(trainer.global_step):
+            log.info(
+                "no better %s in %d validations: step %d stays the best", self.monitor, self.patience, self._best_step
+            )
+            self._save(trainer, pl_module, needed=True)
+            trainer.should_stop = True
+        self._step_ends(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.stopping.close()
+        self._save(trainer, pl_module, needed=True)
+
+    def _waited(self, step: int) -> bool:
+        """Whether so many validations have brought nothing better that training ends."""
+        waited = (step - self._best_step) // self.val_every if self.val_every else 0
+        return self.patience is not None and waited >= self.patience
+
+    def _step_ends(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        stop = self.stopping.heard(self.stop.number)
+        if trainer.global_step % self.every == 0 or stop:
+            self._save(trainer, module, needed=stop > 0)
+        if stop and trainer.global_step < trainer.max_steps:
+            raise StoppedError(signal.Signals(stop), trainer.global_step)
+
+    def _save(
+        self, trainer: L.Trainer, module: L.LightningModule, *, best: float | None = None, needed: bool = False
+    ) -> bool:
+        """Saves, unless this step's state is; False when the disk refused, which ends no run unless it is `needed`."""
+        step = trainer.global_step
+        path = checkpoint_path(self.folder, step)
+        if step == self._saved:
+            return True
+        self.guard.check()
+        parts = [getattr(p, "ds_tensor", p) for p in module.parameters()]  # of ZeRO 3, what is here of each
+        here = [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in parts]
+        finite = bool(torch.stack([part.isfinite().all() for part in here]).all())
+        if self.finite and not all(ranks.gathered(finite)):
+            raise NonFiniteLossError(
+                f"the weights after step {step} are not finite: nothing was saved, lower task.learning_rate"
+            )
+        written = trainer.strategy.checkpoint_io
+        assert isinstance(written, AtomicCheckpointIO)
+        trainer.save_checkpoint(path)  # by every rank: some strategies gather the state from all of them
+        if trainer.is_global_zero and written.refused is None:
+            try:
+                if best is not None:
+                    mark_best(path, name=self.monitor, value=best)
+                mark_latest(path, keep=self.keep)
+            except OSError as error:
+                written.refused = error
+        refused = ranks.from_first(lambda: None if written.refused is None else str(written.refused))
+        if refused is not None:
+            if step >= trainer.max_steps or needed:
+                raise OSError(refused)
+            log.error("step %d is not saved, the run goes on: %s", step, refused)
+            return False
+        self._saved = step
+        return True

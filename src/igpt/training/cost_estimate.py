@@ -1,0 +1,178 @@
+"""What a training run will take, before anything is made: memory on each device, operations, days.
+
+Counted from the network's sizes alone. What is held for the backward pass is counted for this project's own layers,
+tensor by tensor (`tests/training/test_cost_estimate.py` holds it against what autograd saves).
+"""
+
+from dataclasses import dataclass
+
+from igpt.metric.throughput import train_flops_per_image
+from igpt.model.config import GPTConfig
+
+GB = 1e9
+WIDE, NARROW = 4, 2  # bytes of a float32, of a bfloat16
+SECONDS_A_DAY = 86_400
+ADAM = 2  # numbers kept beside each weight
+BUCKET = 200_000_000  # numbers that DeepSpeed sends at once
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run on one device of `devices`. All memory in bytes on each device; nothing is rounded up."""
+
+    n_weight: int
+    weights: float
+    gradients: float
+    optimiser: float
+    host: float  # in the memory of the machine instead, for each device on it
+    activations: float  # what the forward pass keeps for the backward pass
+    working: float  # weights that are put together while they are used, and gradients before they are shared out
+    flops_per_image: float
+    images_per_step: int
+    steps: int
+    devices: int
+    peak_flops: float | None  # of one device
+    utilisation: float  # the share of it that is expected
+
+    @property
+    def memory(self) -> float:
+        return self.weights + self.gradients + self.optimiser + self.activations + self.working
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Expected, at the stated share of the stated peak; None where no peak is stated."""
+        if self.peak_flops is None:
+            return None
+        return self.flops_per_image * self.images_per_step / (self.peak_flops * self.utilisation * self.devices)
+
+    @property
+    def days(self) -> float | None:
+        return None if self.step_seconds is None else self.step_seconds * self.steps / SECONDS_A_DAY
+
+
+def parameters(network: GPTConfig) -> dict[str, int]:
+    """Weights of the network: in one block, and in all that is no block."""
+    c, t, v = network.n_embd, network.n_ctx, network.n_vocab
+    return {"block": 12 * c**2 + 2 * c, "rest": (2 * v + t) * c + c + (c if network.causal else 0)}
+
+
+def plan(
+    network: GPTConfig,
+    *,
+    batch_size: int,
+    micro_batch: int,
+    steps: int,
+    devices: int,
+    strategy: str,
+    precision: str,
+    recompute: bool,
+    scores: int,
+    fused_norm: bool,
+    peak_flops: float | None = None,
+    utilisation: float = 0.4,
+) -> Plan:
+    """The plan of a run: `micro_batch` images a forward pass on each device, `batch_size` a step over all of them.
+
+    `strategy`: ddp (all on each device), fsdp, deepspeed_2, deepspeed_3 or deepspeed_3_offload.
+    `scores`: how many attention keeps of each head of each image, 0 where it is fused. `fused_norm`: norms keep their
+    input alone, in any precision.
+    """
+    sizes = parameters(network)
+    n_layer = network.n_layer
+    n = n_layer * sizes["block"] + sizes["rest"]
+    stage = int(strategy.split("_")[1]) if strategy.startswith("deepspeed") else 0
+    kept = NARROW if precision == "bf16-true" or (stage and precision == "bf16-mixed") else WIDE  # bytes of a weight
+    parts = 1 if strategy == "ddp" else devices
+    on_device, in_host = n * kept / (1 if stage == 2 else parts), 0.0
+    gradients, optimiser = n * kept / parts, ADAM * n * kept / parts
+    working = 0.0
+    if stage:  # float32 weights beside the moments, whatever the others are
+        optimiser = (ADAM + 1) * n * WIDE / parts
+        working = 2 * kept * min(BUCKET, n)  # gradients on their way
+        precision = "bf16-true" if kept == NARROW else precision
+    if strategy.endswith("offload"):
+        in_host, on_device, gradients, optimiser = on_device + gradients + optimiser, 0.0, 0.0, 0.0
+    if strategy == "fsdp" or stage == 3:  # the rest stays together through a pass; of blocks, those in use and next
+        working += kept * (2 * sizes["rest"] + 3 * sizes["block"])
+    return Plan(
+        n_weight=n,
+        weights=on_device,
+        gradients=gradients,
+        optimiser=optimiser,
+        host=in_host,
+        activations=held(
+            network, micro_batch, precision=precision, recompute=recompute, scores=scores,
+            fused_norm=fused_norm,
+        ),
+        working=working,
+        flops_per_image=train_flops_per_image(network) * (4 / 3 if recompute else 1),
+        images_per_step=batch_size,
+        steps=steps,
+        devices=devices,
+        peak_flops=peak_flops,
+        utilisation=utilisation,
+    )  # fmt: skip
+
+
+def held(
+    network: GPTConfig,
+    images: int,
+    *,
+    precision: str,
+    recompute: bool,
+    scores: int,
+    fused_norm: bool,
+) -> float:
+    """Bytes that the forward pass of so many images keeps, at the moment it ends (with `recompute`: of the backward
+    pass's first block, which has computed its own again)."""
+    c, t, h, v = network.n_embd, network.n_ctx, network.n_head, network.n_vocab
+    tokens = images * t
+    product = WIDE if precision == "32-true" else NARROW  # bytes of what matrix products read
+    stream = NARROW if precision == "bf16-true" else WIDE  # of the residual stream
+    normed = 2 * stream  # its two norms' inputs
+    if precision == "bf16-true" and not fused_norm:
+        normed = 2 * 2 * WIDE  # each computes in float32, and keeps the input and what it was divided by so
+    block = tokens * c * (14 * product + normed)  # two normed inputs, q, k, v, attention's output, 4 + 4 in the MLP
+    block += images * h * (scores * product if scores else t * WIDE)
+    block += 8 * c**2 * product  # the MLP's matrices times the constants of quick-GELU
+    if precision == "bf16-mixed":
+        block += 4 * c**2 * product  # the other matrices, narrowed; autocast keeps them for the backward pass
+    head = tokens * (c * (product + (stream if fused_norm or precision != "bf16-true" else 2 * WIDE)) + v * WIDE)
+    layers: int = network.n_layer
+    if recompute:
+        return layers * tokens * c * stream + block + head
+    return layers * block + head
+
+
+def lines(found: Plan, *, memory: float | None) -> list[tuple[str, str]]:
+    """The plan as rows of a table, what and how much; `memory`: bytes of one device, to say whether it fits."""
+    rows = [
+        ("weights", f"{found.n_weight:,}"),
+        ("memory on each device: weights", gigabytes(found.weights)),
+        ("  gradients", gigabytes(found.gradients)),
+        ("  optimiser", gigabytes(found.optimiser)),
+        ("  activations", gigabytes(found.activations)),
+        ("  put together while in use", gigabytes(found.working)),
+        ("  all of it", gigabytes(found.memory)),
+        *([("memory of the machine, for each device", gigabytes(found.host))] if found.host else []),
+        ("operations an image", f"{found.flops_per_image:.3g} FLOP"),
+        ("operations a step", f"{found.flops_per_image * found.images_per_step:.3g} FLOP"),
+        ("images in all", f"{found.images_per_step * found.steps:,}"),
+    ]
+    if found.step_seconds is None or found.days is None:
+        rows.append(("time", "state trainer.peak_tflops, of one device at this precision"))
+    else:
+        assert found.peak_flops is not None
+        share = f"at {found.utilisation:.0%} of {found.peak_flops / 1e12:,.0f} TFLOP/s on {found.devices} device(s)"
+        rows.append(("a step", f"{found.step_seconds:,.2f} s {share}"))
+        rows.append(("all steps", f"{found.days:,.2f} days, {found.days * found.devices:,.1f} device-days"))
+    if memory is None:
+        rows.append(("fits", "state trainer.memory_gb, of one device"))
+    else:
+        verdict = "yes" if found.memory < 0.9 * memory else "hardly" if found.memory < memory else "no"
+        rows.append(("fits", f"{verdict}: {gigabytes(found.memory)} of {gigabytes(memory)}, without libraries"))
+    return rows
+
+
+def gigabytes(n_byte: float) -> str:
+    return f"{n_byte / GB:,.2f} GB"

@@ -1,0 +1,182 @@
+"""Training in parts by DeepSpeed: ZeRO's stages under Lightning, with this project's own checkpoints.
+
+DeepSpeed's own checkpoints are pickles that are read freely, and only by as many processes as wrote them. Here they are
+written as `trainer=fsdp` writes its pieces, each process some whole tensors: any number of processes of either strategy
+resumes them, without running anything in them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies.deepspeed import remove_module_hooks
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+
+from igpt.checkpoint import sharded, tensors
+from igpt.checkpoint.tensors import Lazy, State
+from igpt.distributed import ranks
+from igpt.distributed.sharding import put, whole_shape
+from igpt.training.cost_estimate import BUCKET
+from igpt.training.fsdp import write_folder
+
+INSTALL = "trainer=deepspeed_… needs DeepSpeed, which is not installed here: pip install deepspeed; or trainer=fsdp"
+STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")  # what Adam keeps of each weight
+
+
+class ZeRO(DeepSpeedStrategy):
+    """DeepSpeed's stage 2 (optimiser and gradients in parts) or 3 (weights, too); `offload`: into the host's memory.
+
+    Source: Rajbhandari et al. 2020 (ZeRO), Ren et al. 2021 (offload).
+
+    Raises:
+        ValueError: DeepSpeed is not installed.
+    """
+
+    def __init__(self, *, stage: int, offload: bool, n_weight: int) -> None:
+        bucket = min(BUCKET, n_weight)  # more than there are would only take memory
+        try:
+            super().__init__(
+                stage=stage,
+                offload_optimizer=offload,
+                offload_parameters=offload and stage == 3,
+                reduce_bucket_size=bucket,
+                allgather_bucket_size=bucket,
+                logging_batch_size_per_gpu=1,
+            )
+        except (ImportError, MisconfigurationException) as error:
+            raise ValueError(INSTALL) from error
+        assert isinstance(self.config, dict)
+        self.config["zero_force_ds_cpu_optimizer"] = False  # PyTorch's fused Adam, as everywhere else
+
+    # How it starts: the processes have met already, and whether this is a GPU was asked before.
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)
+
+    @property
+    def root_device(self) -> torch.device:
+        device: torch.device = super().root_device
+        return device if device.index is not None else torch.device(device.type, 0)  # DeepSpeed wants a number
+
+    def setup_distributed(self) -> None:
+        assert dist.is_initialized(), "DeepSpeed is for several processes"
+        import deepspeed
+
+        reset_seed()
+        self.set_world_ranks()
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning has divided the loss by the passes of a step: DeepSpeed is not to do it again."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def _make_room(self) -> dict[Any, dict[str, Tensor]]:
+        """What Adam keeps, where no step was taken yet that would have made it: of the parts of many weights here."""
+        zero: Any = self.optimizers[0]
+        parts = zero.fp32_partitioned_groups_flat if self.zero_stage_3 else zero.single_partition_of_fp32_groups
+        state: dict[Any, dict[str, Tensor]] = zero.optimizer.state
+        for part in parts:
+            empty = {key: torch.zeros_like(part, requires_grad=False) for key in MOMENTS}
+            state[part] = {STEP: torch.zeros((), dtype=torch.float32, device=part.device), **empty}
+        if not self.zero_stage_3:
+            zero._lazy_init_hp_params_optimizer_state()  # which weight lies where in them
+        return state
+
+    # What it saves and reads.
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Writes the folder whole or not at all: whole tensors in float32, dealt out to the processes."""
+        rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        write_folder(Path(filepath), self.checkpoint_io, lambda folder: self._save(folder, rest))
+
+    def _save(self, folder: Path, rest: Mapping[str, Any]) -> None:
+        rank = ranks.this_rank()
+        zero: Any = self.optimizers[0]
+        step = next(iter(zero.optimizer.state.values()))[STEP]
+        groups = [{**group, "params": [name for name, _ in self._named()]} for group in zero.param_groups]
+        mine: dict[str, Any] = {"optimizer_0": {"param_groups": groups}} if rank.first else {}
+        for index, (name, weight) in enumerate(self._named()):
+            whole = full(weight)
+            moments = {key: full(weight, key) for key in MOMENTS}
+            if index % rank.count == rank.index:
+                mine[f"{sharded.STATE}{name}"] = whole.cpu()
+                for key, value in {**moments, STEP: torch.as_tensor(step, dtype=torch.float32)}.items():
+                    mine[f"{sharded.MOMENTS}{name}.{key}"] = value.cpu()
+        save(mine, checkpoint_id=folder)
+        if rank.first:
+            torch.save(dict(rest), folder / sharded.REST)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads what this or `trainer=fsdp` has written in pieces, of any number of processes."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        folder = Path(checkpoint_path)
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder} is one file, as trainer=ddp and fsdp write it: resume with one of those, or begin a run "
+                f"with its weights, init={folder}"
+            )
+        state, kept = sharded.read_state(folder), self._make_room()
+        steps = set()
+        for name, weight in self._named():
+            values = _read(state, f"{sharded.STATE}{name}", folder).to(self.root_device)
+            with torch.no_grad():
+                put(weight, values)
+            safe_set_full_fp32_param(weight, values)
+            for key in MOMENTS:
+                moment = _read(state, f"{sharded.MOMENTS}{name}.{key}", folder)
+                safe_set_full_optimizer_state(weight, moment.to(self.root_device), key)
+            steps.add(float(_read(state, f"{sharded.MOMENTS}{name}.{STEP}", folder)))
+        (step,) = steps
+        for part in kept.values():
+            part[STEP].fill_(step)
+        rest: dict[str, Any] = tensors.read_torch(folder / sharded.REST)
+        for group, rate in zip(self.optimizers[0].param_groups, rest["lr_schedulers"][0]["_last_lr"], strict=True):
+            group["lr"] = rate  # a schedule does not set the rate that it had come to
+        return rest
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        assert self.lightning_module is not None
+        return list(self.lightning_module.named_parameters())
+
+
+def full(weight: nn.Parameter, moment: str | None = None) -> Tensor:
+    """A whole weight in float32, or what Adam keeps of it: every process has to ask for it."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found = safe_get_full_fp32_param(weight) if moment is None else safe_get_full_optimizer_state(weight, moment)
+    assert isinstance(found, Tensor), moment
+    return found.detach().float().reshape(whole_shape(weight))
+
+
+def whole_state(net: nn.Module) -> State:
+    """A network's weights while DeepSpeed holds them in parts, each put together when it is read, by all processes."""
+
+    def one(weight: nn.Parameter) -> Lazy:
+        return Lazy(whole_shape(weight), torch.float32, lambda: full(weight).cpu())
+
+    return {name: one(weight) for name, weight in net.named_parameters()}
+
+
+def let_go(module: nn.Module) -> None:
+    """Removes what DeepSpeed has hung on a module, so that it can be used without."""
+    remove_module_hooks(module)
+
+
+def _read(state: State, name: str, folder: Path) -> Tensor:
+    if name not in state:
+        raise ValueError(f"{folder} holds no {name}: it is of another network, or damaged")
+    return state[name].read()

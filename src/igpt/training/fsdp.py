@@ -1,0 +1,118 @@
+"""Training in parts: FSDP2 under Lightning, its checkpoints whole or in pieces, written and read as all others are."""
+
+import pickle
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from igpt.checkpoint import sharded, tensors
+from igpt.checkpoint.resume import AtomicCheckpointIO
+from igpt.distributed import ranks
+from igpt.utils import files
+
+
+class Sharded(ModelParallelStrategy):
+    """Every process holds an equal part of weights, gradients and optimiser, over all processes.
+
+    `in_pieces`: each writes its own part of a checkpoint, which is a folder then; else the first writes it whole.
+    """
+
+    def __init__(self, *, count: int, in_pieces: bool) -> None:
+        super().__init__(data_parallel_size=count, tensor_parallel_size=1, save_distributed_checkpoint=in_pieces)
+        self.in_pieces = in_pieces
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Writes the folder whole or not at all."""
+        if not self.in_pieces:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        write_folder(
+            Path(filepath), self.checkpoint_io, lambda folder: super(Sharded, self).save_checkpoint(checkpoint, folder)
+        )
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint, whole or in pieces, of any number of processes, without running what is in it."""
+        folder = Path(checkpoint_path)
+        if not folder.is_dir():
+            return super().load_checkpoint(checkpoint_path, weights_only=True)
+        module = self.model
+        assert module is not None
+        state = {"state_dict": get_model_state_dict(module)}
+        _load(state, folder)
+        set_model_state_dict(module, state["state_dict"])
+        for index, optimizer in enumerate(self.optimizers):
+            name = f"optimizer_{index}"
+            moments = {name: get_optimizer_state_dict(module, optimizer)}
+            _load(moments, folder)
+            set_optimizer_state_dict(module, optimizer, optim_state_dict=moments[name])
+        rest: dict[str, Any] = tensors.read_torch(folder / sharded.REST)
+        return rest
+
+
+def write_folder(path: Path, checkpoint_io: Any, write: Callable[[Path], None]) -> None:
+    """Lets every process write its part of a folder under another name, then renames it, its checksum beside it.
+
+    A disk that refuses is noted, as `AtomicCheckpointIO` notes it.
+    """
+    first = ranks.this_rank().first
+    assert isinstance(checkpoint_io, AtomicCheckpointIO)
+    checkpoint_io.refused = None
+    unfinished = path.with_name(f".{path.name}.part")
+    if first:
+        files.remove(unfinished)
+    ranks.barrier()
+    try:
+        write(unfinished)
+        refused = None
+    except (OSError, RuntimeError, CheckpointException) as error:
+        refused = tensors.first_line(error)
+    failed = [said for said in ranks.gathered(refused) if said is not None]
+    if first and not failed:
+        checkpoint_io.replace(unfinished, path)
+    if failed:
+        checkpoint_io.refused = OSError(f"{path} could not be written ({failed[0]}): is the disk full?")
+        if first:
+            files.remove(unfinished)
+    ranks.barrier()
+
+
+def _load(state: dict[str, Any], folder: Path) -> None:
+    """Reads into `state` what it has places for."""
+    try:
+        load(state, storage_reader=_Reader(folder), planner=_Planner())
+    except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folder} is damaged or of another network ({tensors.first_line(error)})") from error
+
+
+class _Reader(FileSystemReader):
+    """PyTorch's reader with metadata that are read by ours: its own unpickles them freely."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return sharded.read_metadata(Path(self.path))
+
+
+class _Planner(DefaultLoadPlanner):
+    """PyTorch's planner; what is no tensor is read without running anything in it."""
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        *way, last = self.mappings[read_item.dest_index.fqn]
+        place: Any = self.original_state_dict
+        for key in way:
+            place = place[key]
+        place[last] = torch.load(value, weights_only=True)

@@ -1,0 +1,164 @@
+"""The paper's ImageNet probe: heads for every layer and learning rate, trained at once on one frozen forward pass."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from igpt.distributed.signals import StopRequest
+from igpt.metric.result import Number
+from igpt.model.features import layer_features
+from igpt.model.gpt import GPT
+from igpt.probe.scores import vote
+from igpt.probe.selection import Table
+from igpt.run.components import Components
+from igpt.settings.probing import ProbeSettings
+from igpt.tokens.batches import Batch
+from igpt.training.base_module import TrainedModule
+from igpt.training.checkpoint_callback import Checkpoints
+from igpt.training.nan_guard import FiniteGuard
+from igpt.training.optimizers import warmup_cosine
+from igpt.utils import keyed
+
+log = logging.getLogger(__name__)
+
+
+class SGDProbeModule(TrainedModule):
+    """P windows of layers × R rates of linear heads, zero at the start; momentum SGD, each its rate, a cosine to 0.
+
+    Source: Chen et al. 2020, §3.2 (ImageNet: SGD, momentum 0.9, rates from 30 down, cosine). A head whose rate is too
+    high breaks down alone.
+    """
+
+    def __init__(
+        self, components: Components, settings: ProbeSettings, *, net: GPT, windows: list[list[int]], n_class: int
+    ) -> None:
+        super().__init__(components, settings.sgd, flops_per_image=0.0, n_ctx=net.n_ctx)
+        self.machine.prepare(net)
+        self.guard = FiniteGuard(way_out="lower task.sgd.rates: every head broke down")
+        self.net, self.objective, self.norm = net.requires_grad_(False), components.objective, settings.norm
+        self.masks, self.n_class, self.seed = settings.masks, n_class, components.seed
+        self.rates, self.windows = settings.sgd.rates, windows
+        self.momentum, self.weight_decay = settings.sgd.momentum, settings.sgd.weight_decay
+        self.split, self.n_image = "val", len(components.source.split("val"))
+        shape = (len(windows), n_class, net.n_embd * len(windows[0]))
+        self.weights = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for _ in self.rates)  # (P, K, D) each
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for _ in self.rates)
+        self.strict_loading = False  # the frozen network is not in checkpoints
+        self._right: Tensor | None = None  # (3, P, R): by vote; under the first mask, and among its five
+        self._said: list[tuple[Tensor, Tensor]] = []
+        self.right: np.ndarray = np.empty((3, 0, 0))
+        self.said: np.ndarray = np.empty((0, 0, 0))
+
+    def pooled(self, batch: Batch, mask: int) -> Tensor:
+        """The features under one mask, those of each window's layers side by side: (P, B, D) float32."""
+        keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
+        with torch.no_grad():
+            visible = self.objective.visible_mask(batch.tokens, keys)
+            layers = layer_features(self.net, batch.tokens, visible, norm=self.norm).float()  # (L + 1, B, C)
+            return torch.stack([torch.cat(list(layers[window]), dim=-1) for window in self.windows])
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(P, B, D) → (P, R, B, K)"""
+        weight, bias = torch.stack(list(self.weights), 1), torch.stack(list(self.biases), 1)  # (P, R, K, D)
+        scores: Tensor = torch.einsum("pbd,prkd->prbk", features, weight) + bias[:, :, None]
+        return scores
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        groups = [
+            {"params": [weight, bias], "lr": rate}
+            for weight, bias, rate in zip(self.weights, self.biases, self.rates, strict=True)
+        ]
+        optimizer = torch.optim.SGD(groups, lr=self.rates[0], momentum=self.momentum, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, warmup_steps=0, steps=self.steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        features = self.pooled(batch, 0)
+        with torch.autocast(self.device.type, enabled=False):
+            scores = self.scores(features)  # (P, R, B, K)
+            labels = batch.labels.expand(*scores.shape[:2], -1)
+            losses = F.cross_entropy(scores.flatten(0, 2), labels.flatten(), reduction="none")
+            losses = losses.view(labels.shape).mean(dim=-1)  # (P, R): nothing is shared, their sum is minimised
+        self.tally(least := losses.detach().nan_to_num(torch.inf).min(), {"loss_clf": least})
+        return losses.sum()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        every = []
+        for mask in range(self.masks):
+            features = self.pooled(batch, mask)
+            with torch.autocast(self.device.type, enabled=False):
+                scores = self.scores(features)  # (P, R, B, K)
+            every.append(scores.argmax(dim=-1))
+            if mask == 0:
+                of_five = scores.topk(min(5, self.n_class), dim=-1).indices == batch.labels[:, None]
+        said = torch.stack(every, dim=-2)
+        keys = keyed.item_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
+        by_vote = vote(said, n_class=self.n_class, keys=keys) if self.masks > 1 else said[..., 0, :]  # (P, R, B)
+        rights = [by_vote == batch.labels, said[..., 0, :] == batch.labels, of_five.any(dim=-1)]
+        right = torch.stack(rights).double().sum(dim=-1)
+        self._right = right if self._right is None else self._right + right
+        self._said.append((batch.rows, by_vote))
+
+    def on_validation_epoch_end(self) -> None:
+        assert self._right is not None
+        right = self.trainer.strategy.reduce(self._right, reduce_op="sum")  # whole numbers: exact in any order
+        assert isinstance(right, Tensor)
+        heads = len(self.weights[0]), len(self.rates)
+        said = torch.zeros((*heads, self.n_image), dtype=torch.int64, device=right.device)
+        for rows, by_vote in self._said:
+            said[:, :, rows] = by_vote
+        together = self.trainer.strategy.reduce(said, reduce_op="sum")
+        assert isinstance(together, Tensor)
+        self._right, self._said = None, []
+        self.right, self.said = right.cpu().numpy() / self.n_image, together.cpu().numpy()
+        best = float(self.right[0].max())
+        self.validated({f"{self.split}/accuracy": Number(best, "share", self.n_image)}, [f"{self.split}/accuracy"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        heads = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("net.")}
+        checkpoint["state_dict"] = heads
+
+    def table(self) -> Table:
+        """What the last validation found; heads that have broken down tell nothing."""
+        whole = [weight.isfinite().flatten(1).all(dim=1) for weight in self.weights]  # R of (P,)
+        self.right = self.right * torch.stack(whole, dim=1).cpu().numpy()
+        return Table(self.right[0], self.right[1], self.windows, list(self.rates), self.n_image)
+
+
+def trained(
+    components: Components, settings: ProbeSettings, *, net: GPT, windows: list[list[int]], n_class: int
+) -> tuple[SGDProbeModule, Callable[[str], None]]:
+    """Trains the heads; then the module, validated on val, and a function that validates it on another split.
+
+    Raises:
+        ValueError: a precision that would round the heads.
+    """
+    runner, hardware, sgd = components.runner, components.hardware, settings.sgd
+    if hardware.precision == "bf16-true":
+        raise ValueError("task.solver=sgd keeps its heads in float32: choose trainer.precision=bf16-mixed")
+    data = components.build_datamodule(plan=hardware.training_plan(sgd.batch_size))
+    module = SGDProbeModule(components, settings, net=net, windows=windows, n_class=n_class)
+    stop = StopRequest()
+    saving = Checkpoints(
+        runner.folder, module.guard, every=sgd.checkpoint_every, keep=1, val_every=sgd.val_every, stop=stop,
+        monitor="val/accuracy", highest=True, finite=False,
+    )  # fmt: skip
+    runner.fit(module, data, sgd, val_every=sgd.val_every, callbacks=[saving], stop=stop)
+    reading = hardware.reading_plan(sgd.batch_size)
+    # at the end, where all rates have come to 0
+    runner.validate(module, components.build_datamodule(plan=reading, eval_split="val"))
+
+    def read(split: str) -> None:
+        module.split, module.n_image = split, len(components.source.split(split))
+        runner.validate(module, components.build_datamodule(plan=reading, eval_split=split))
+
+    return module, read

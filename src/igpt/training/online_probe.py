@@ -1,0 +1,94 @@
+"""A callback that probes a few layers while the network pretrains: loss and representation in the same log."""
+
+from typing import Annotated, Any
+
+import lightning as L
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from igpt.model.features import layer_features
+from igpt.model.gpt import GPT
+from igpt.probe.lbfgs import logistic_regression
+from igpt.settings.base import Count, Norm, Positive, Share
+from igpt.tokens.datamodule import TokenDataModule
+from igpt.utils import keyed
+
+
+class ProbeWhileTraining(L.Callback):
+    """Logistic regression on `train_images`, its accuracy on `val_images`, for layers at some depths of the network.
+
+    Always the same images, drawn by the run's seed; one strength C, so that the points of a curve compare. A look, not
+    a result: `task=probe` searches C, layer and all images.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: Count,
+        depths: Annotated[list[Share], Field(min_length=1)],
+        train_images: Count,
+        val_images: Count,
+        strength: Positive,
+        batch_size: Count,
+        norm: Norm,
+    ) -> None:
+        self.every, self.depths, self.batch_size = every, depths, batch_size
+        self.counts = {"train": train_images, "val": val_images}
+        self.strength, self.norm = strength, norm
+        self._images: dict[str, tuple[Tensor, np.ndarray]] = {}  # split → tokens (N, T), labels (N,)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        assert isinstance(data, TokenDataModule)
+        if data.source.n_class is None:
+            raise ValueError(f"callbacks=probe needs labels, data={data.source.name} has none")
+        module: Any = pl_module  # one of those that pretrain
+        if isinstance(module.net.wte, DTensor) or hasattr(module.net.wte, "ds_shape"):
+            raise ValueError(
+                "callbacks=probe reads every layer of a whole network: leave it out under trainer=fsdp and DeepSpeed's"
+            )
+        if not trainer.limit_val_batches:
+            raise ValueError("callbacks=probe looks at every validation: set task.val_every above 0")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        passes = trainer.global_step * trainer.accumulate_grad_batches
+        due = trainer.state.fn == "fit" and passes // int(trainer.val_check_interval or 1) % self.every == 0
+        if not (due and trainer.is_global_zero):
+            return
+        module: Any = pl_module  # one of those that pretrain: it has a network, an objective, and notes curves
+        data: Any = getattr(trainer, "datamodule", None)
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            found = self.accuracies(module.net, module.objective, data)
+        for name, value in found.items():
+            module.note(name, trainer.global_step, value)
+        for logger in trainer.loggers:
+            logger.log_metrics(found, step=trainer.global_step)
+
+    def accuracies(self, net: GPT, objective: Any, data: TokenDataModule) -> dict[str, float]:
+        """`probe/layer_4/accuracy` → share of the val images, for every depth."""
+        layers = sorted({round(depth * net.n_layer) for depth in self.depths})
+        x, labels = {}, {}
+        device = net.wte.device
+        for split, count in self.counts.items():
+            if split not in self._images:
+                rows = data.some_rows(split, at_most=count)
+                self._images[split] = data.tokens_of(split, rows), data.source.split(split).labels[rows]
+            tokens, of_split = self._images[split]
+            keys = keyed.item_keys(keyed.key(data.seed, f"probe {split}"), torch.arange(len(tokens))).to(device)
+            parts = []
+            for some, some_keys in zip(*(torch.split(of, self.batch_size) for of in (tokens, keys)), strict=True):
+                batch = some.long().to(device)
+                features = layer_features(net, batch, objective.visible_mask(batch, some_keys), norm=self.norm)
+                parts.append(features[layers].float())
+            x[split] = torch.cat(parts, dim=1)  # (P, N, C)
+            labels[split] = torch.from_numpy(of_split).to(device)
+        assert data.source.n_class is not None
+        with torch.autocast(device.type, enabled=False):
+            heads = logistic_regression(
+                x["train"], labels["train"], n_class=data.source.n_class, strengths=[self.strength]
+            )
+            right = (heads.scores(x["val"]).argmax(dim=-1)[:, 0] == labels["val"]).double().mean(dim=-1)
+        return {f"probe/layer_{layer}/accuracy": share for layer, share in zip(layers, right.tolist(), strict=True)}

@@ -1,0 +1,68 @@
+"""`trainer.plan=true`: what a run would take on the machine it names, which need not be this one."""
+
+import os
+
+import torch
+
+from igpt.model import c_library, dispatch
+from igpt.model.config import GPTConfig
+from igpt.training import cost_estimate as counted
+from igpt.training.hardware import Machine
+
+MEMORY = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
+
+
+def planned(machine: Machine, network: GPTConfig, *, batch_size: int, steps: int) -> list[tuple[str, str]]:
+    """The rows of the plan. Nothing is allocated.
+
+    Raises:
+        ValueError: a batch that the devices cannot share, or a share of the peak outside (0, 1].
+    """
+    if not 0 < machine.utilisation <= 1:
+        raise ValueError(f"trainer.utilisation must lie in (0, 1], got {machine.utilisation}")
+    on_cpu = machine.accelerator == "cpu" or (machine.accelerator == "auto" and not torch.cuda.is_available())
+    here = 2 if on_cpu else max(1, torch.cuda.device_count())
+    devices = (here if machine.devices == "auto" else machine.devices) * machine.nodes
+    if devices < 1 or batch_size % devices:
+        raise ValueError(f"task.batch_size {batch_size} cannot be shared by {devices} devices: take a multiple")
+    per_device = batch_size // devices
+    micro_batch = machine.micro_batch or per_device
+    if per_device % micro_batch:
+        raise ValueError(f"trainer.micro_batch {micro_batch} does not divide the {per_device} images of a device")
+    found = counted.plan(
+        network,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        steps=steps,
+        devices=devices,
+        strategy=machine.strategy if devices > 1 or machine.zero_stage else "ddp",
+        precision=machine.precision,
+        recompute=machine.activation_checkpointing,
+        scores=_scores(machine, network, on_cpu),
+        fused_norm=not on_cpu,
+        peak_flops=None if machine.peak_tflops is None else machine.peak_tflops * 1e12,
+        utilisation=machine.utilisation,
+    )
+    return counted.lines(found, memory=_memory(machine, on_cpu, devices))
+
+
+def _scores(machine: Machine, network: GPTConfig, on_cpu: bool) -> int:
+    """Attention scores that each head of each image keeps for the backward pass."""
+    dtype = torch.float32 if machine.precision == "32-true" else torch.bfloat16
+    t, causal = network.n_ctx, network.causal
+    path: str = machine.attention
+    device = torch.device("cpu" if on_cpu else "cuda")
+    if path == "auto":  # nothing is compiled for a plan
+        in_c = on_cpu and c_library.found_compiler() is not None
+        path = "native" if in_c else dispatch.unfused_attention_backend(device, dtype, t=t, causal=causal)
+    return dispatch.scores_kept(dtype, path, t=t, causal=causal)
+
+
+def _memory(machine: Machine, on_cpu: bool, devices: int) -> float | None:
+    """Bytes of one device: as stated, else of what is here; processes on a CPU share its memory."""
+    if machine.memory_gb is not None:
+        return machine.memory_gb * counted.GB
+    if on_cpu:
+        page, pages = (os.sysconf(name) for name in MEMORY)
+        return page * pages / devices
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None

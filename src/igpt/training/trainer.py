@@ -1,0 +1,122 @@
+"""The Trainer calls that all tasks share."""
+
+import logging
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
+from igpt.distributed.ranks import Ranks, from_first
+from igpt.distributed.signals import StopRequest
+from igpt.settings.training import TrainingSettings
+from igpt.training.deepspeed import ZeRO
+from igpt.training.fsdp import Sharded
+from igpt.training.hardware import Machine, matmul_precision
+
+log = logging.getLogger(__name__)
+
+IN_PIECES = 2_000_000_000  # weights: above, no process could hold a whole checkpoint
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs LightningModules in one run folder: the shared Trainer calls."""
+
+    machine: Machine
+    folder: Path
+    loggers: list[Logger] = field(default_factory=list)
+    callbacks: list[L.Callback] = field(default_factory=list)
+
+    @cached_property
+    def resume_from(self) -> Path | None:
+        """The checkpoint that training goes on from, looked for once: reading it through takes a while."""
+        return from_first(lambda: latest_checkpoint(self.folder))
+
+    def fit(
+        self,
+        module: L.LightningModule,
+        data: L.LightningDataModule,
+        settings: TrainingSettings,
+        *,
+        val_every: int,
+        callbacks: list[L.Callback],
+        stop: StopRequest,
+    ) -> None:
+        """Trains for `settings.steps` optimiser steps, from the folder's newest checkpoint when it has one.
+
+        The whole run is one Lightning epoch over an endless loader. `val_every` 0: no validation on the way. While it
+        lasts, signals are requests to `stop`, which a callback is to answer.
+        """
+        if self.machine.shards and getattr(module, "n_shardable", None) is None:
+            raise ValueError(
+                f"trainer={self.machine.strategy} shares out the network of task=pretrain only: choose trainer=ddp here"
+            )
+        plan = self.machine.training_plan(settings.batch_size)
+        if self.resume_from is not None:
+            log.info("resuming from %s", self.resume_from)
+        trainer = self._trainer(
+            module,
+            max_steps=settings.steps,
+            max_epochs=-1,
+            accumulate_grad_batches=plan.accumulate,
+            val_check_interval=val_every * plan.accumulate if val_every else None,
+            check_val_every_n_epoch=None if val_every else 1,
+            limit_val_batches=1.0 if val_every else 0,
+            num_sanity_val_steps=0,
+            log_every_n_steps=settings.log_every,
+            logger=self.loggers,
+            callbacks=[*callbacks, *self.callbacks],
+        )
+        with stop.listening(), matmul_precision(self.machine.matmul_precision, self.machine.device):
+            trainer.fit(module, data, ckpt_path=self.resume_from, weights_only=True)
+
+    def validate(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
+        """One pass of the module's validation over the data's evaluation split."""
+        with matmul_precision(self.machine.matmul_precision, self.machine.device):
+            self._trainer(module, logger=False).validate(module, datamodule=data, verbose=False)
+
+    def predict(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
+        """One pass of the module's `predict_step` over the data's evaluation split; what it returns is not kept."""
+        with matmul_precision(self.machine.matmul_precision, self.machine.device), warnings.catch_warnings():
+            # the sampler shares images out itself, and writers keep what is predicted: both are meant
+            warnings.filterwarnings("ignore", message=".*custom batch sampler.*|.*predict returned None.*")
+            self._trainer(module, logger=False).predict(module, datamodule=data, return_predictions=False)
+
+    def _strategy(self, module: L.LightningModule) -> Strategy | str:
+        count = self.machine.rank.count
+        n_weight = getattr(module, "n_shardable", None)  # None: a network that is read only, or has parts beside it
+        if self.machine.zero_stage and n_weight is not None:
+            return ZeRO(stage=self.machine.zero_stage, offload=self.machine.offload, n_weight=n_weight)
+        if self.machine.shards and n_weight is not None:
+            asked = self.machine.checkpoint_in_pieces
+            return Sharded(count=count, in_pieces=n_weight > IN_PIECES if asked == "auto" else asked)
+        return DDPStrategy(gradient_as_bucket_view=True) if count > 1 else "auto"
+
+    def _trainer(self, module: L.LightningModule, **options: Any) -> L.Trainer:
+        machine = self.machine
+        several = machine.rank.count > 1
+        trainer = L.Trainer(
+            accelerator=machine.device.type,
+            devices=machine.rank.n_local,
+            num_nodes=machine.nodes,
+            strategy=self._strategy(module),
+            precision=machine.precision,
+            default_root_dir=self.folder,
+            plugins=[AtomicCheckpointIO(), Ranks() if several else LightningEnvironment()],
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **options,
+        )
+        # Lightning's own answer to SIGTERM ends a run with code 0, and talks to other processes from inside the
+        # handler. There is no switch for it, so the method is replaced
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # as said
+        return trainer

@@ -1,0 +1,66 @@
+"""What a sweep ends in, on made-up runs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from igpt.report import sweep_report
+from igpt.report.page import page_of
+from igpt.report.summary import summary
+from igpt.report.sweep_report import PAGE, PICTURE, ROWS, side_by_side
+from tests.app.test_compare import loss, made
+
+
+def test_a_sweep_over_seeds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By hand: means and deviations of two settings with two seeds each, the better first; a failed run is left out."""
+    folders = [
+        made(tmp_path / f"{model}-{seed}", loss(value), model__name=model, seed=seed)
+        for model, seed, value in (("small", 0, 2.0), ("small", 1, 2.2), ("large", 0, 1.5), ("large", 1, 1.7))
+    ]
+    failed = tmp_path / "failed"
+    failed.mkdir()
+    place = tmp_path / "sweep"
+    place.mkdir()
+    with caplog.at_level("INFO"):
+        side_by_side(place, [*folders, failed], metric="val/loss_gen", command="python train.py -m seed=0,1")
+    rows = json.loads((place / ROWS).read_text())["rows"]
+    assert [row["settings"] for row in rows] == [{"model": "large"}, {"model": "small"}]
+    assert [row["mean"] for row in rows] == pytest.approx([1.6, 2.1])
+    assert [row["deviation"] for row in rows] == pytest.approx([0.02**0.5, 0.02**0.5])
+    page = (place / PAGE).read_text()
+    assert "1.6000 ± 0.1414" in page
+    assert "failed" in page
+    assert "python train.py -m seed=0,1" in page
+    assert Image.open(place / PICTURE).size[0] > 300
+    assert "model=large" in caplog.text
+
+
+def test_its_page_links_to_its_runs(tmp_path: Path) -> None:
+    """Invariant: relative links, where there is a page; a picture that is gone is named."""
+    folders = [made(tmp_path / "runs" / name, loss(value), model__name=name) for name, value in (("a b", 1), ("c", 2))]
+    page_of(folders[0])
+    path = sweep_report.page(
+        tmp_path / "sweeps" / "x" / "report.html", summary(folders, "val/loss_gen"), command="again"
+    )
+    text = path.read_text()
+    assert re.findall(r'href="(.*?)"', text) == ["../../runs/a%20b/report.html"]
+    assert (path.parent / "../../runs/a b/report.html").is_file()
+    assert "Best of 2: model=a b." in text
+    assert "comparison.png is not there any more." in text
+
+
+def test_nothing_to_compare(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither one run nor none leaves anything; a page that cannot be written is only said."""
+    one = made(tmp_path / "one", loss(2.0))
+    with caplog.at_level("INFO"):
+        for folders in ([one], [one, one], [tmp_path / "gone"], []):
+            side_by_side(tmp_path, folders, metric="val/loss_gen", command="")
+    assert not (tmp_path / PAGE).exists()
+    other = made(tmp_path / "other", loss(1.0), model__name="b")
+    (tmp_path / "no folder").write_text("")
+    side_by_side(tmp_path / "no folder", [one, other], metric="val/loss_gen", command="")
+    assert "could not be written" in caplog.text
+    assert sweep_report.PAGE == "report.html"

@@ -1,0 +1,224 @@
+"""The plan of a run, held against the bytes that PyTorch keeps, and against published sizes."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from igpt.model import c_library, dispatch
+from igpt.model.config import GPTConfig
+from igpt.model.gpt import GPT
+from igpt.objective.ar import AR
+from igpt.objective.bert import BERT
+from igpt.training.cost_estimate import ADAM, held, lines, parameters, plan
+from igpt.training.optimizers import adam
+from igpt.training.plan import planned
+from tests.conftest import attention_in_graph, needs_compiler, small_net
+from tests.task.conftest import machine
+
+SMALL = GPTConfig(n_layer=3, n_embd=96, n_head=4, n_ctx=144, n_vocab=50, causal=True)
+USUAL: dict[str, Any] = {"strategy": "ddp", "recompute": False, "scores": 0, "fused_norm": True}
+
+
+def kept_for_backward(network: GPTConfig, images: int, *, path: str, precision: str, recompute: bool) -> int:
+    """The bytes of every storage that autograd saves in one forward pass, weights aside, each counted once."""
+    net = GPT(network)
+    net.init_weights(0)
+    net.checkpointing = recompute
+    for block in net.blocks:
+        block.attn.backend = path
+    if precision == "bf16-true":
+        net.to(torch.bfloat16)
+    own = {weight.untyped_storage().data_ptr() for weight in net.parameters()}
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    objective = AR() if network.causal else BERT(mask_probability=0.15)
+    tokens = torch.randint(network.n_vocab, (images, network.n_ctx))
+    visible = objective.visible_mask(tokens, torch.arange(images))
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mixed:
+        objective.loss(net(tokens, visible), tokens, visible)
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("path", [pytest.param("native", marks=needs_compiler), "sdpa", "bmm", "blocks"])
+def test_activations(path: str, precision: str, causal: bool) -> None:
+    """Independent source: what autograd keeps, within 15 %, at two widths and batches."""
+    for changed, images in (({}, 3), ({"n_embd": 64, "n_ctx": 400, "n_layer": 2}, 2)):
+        network = replace(SMALL, causal=causal, **changed)
+        measured = kept_for_backward(network, images, path=path, precision=precision, recompute=False)
+        dtype = torch.float32 if precision == "32-true" else torch.bfloat16
+        scores = dispatch.scores_kept(dtype, path, t=network.n_ctx, causal=causal)
+        counted = held(network, images, precision=precision, recompute=False, scores=scores, fused_norm=False)
+        assert counted == pytest.approx(measured, rel=0.15)
+
+
+def test_recomputed_activations() -> None:
+    """Independent source: what autograd keeps of all blocks, and of one block when it computes it again."""
+    network = SMALL
+    at_the_end = kept_for_backward(network, 3, path="sdpa", precision="32-true", recompute=True)
+    one, none = (
+        kept_for_backward(replace(network, n_layer=n), 3, path="sdpa", precision="32-true", recompute=False)
+        for n in (2, 1)
+    )
+    counted = held(network, 3, precision="32-true", recompute=True, scores=0, fused_norm=False)
+    assert counted == pytest.approx(at_the_end + one - none, rel=0.15)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_weights_gradients_and_optimiser(precision: str) -> None:
+    """Independent source: the bytes of all three after one step of training."""
+    net = GPT(SMALL)
+    net.init_weights(0)
+    if precision == "bf16-true":
+        net.to(torch.bfloat16)
+    optimizer = adam(net.parameters(), learning_rate=0.1, beta1=0.9, beta2=0.95, weight_decay=0.0)
+    tokens = torch.randint(50, (2, 144))
+    AR().loss(net(tokens), tokens, None).backward()
+    optimizer.step()
+    found = plan(SMALL, batch_size=2, micro_batch=2, steps=1, devices=1, precision=precision, **USUAL)
+    weights = list(net.parameters())
+    assert found.weights == sum(w.nbytes for w in weights)
+    assert found.gradients == sum(w.grad.nbytes for w in weights if w.grad is not None)
+    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+    assert found.optimiser == moments == ADAM * found.weights
+
+
+@pytest.mark.parametrize(
+    ("sizes", "millions"), [((24, 512, 8), 76), ((36, 1024, 8), 455), ((48, 1536, 16), 1362), ((60, 3072, 24), 6801)]
+)
+def test_the_papers_sizes(sizes: tuple[int, int, int], millions: int) -> None:
+    """Independent source: Chen et al. 2020, Table 1 (XL at 64×64: 6,801 M), in millions of weights."""
+    n_layer, n_embd, n_head = sizes
+    n_ctx = 64 * 64 if n_layer == 60 else 1024
+    network = GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=512, causal=True)
+    count = parameters(network)
+    assert round((n_layer * count["block"] + count["rest"]) / 1e6) == pytest.approx(millions, abs=20)
+    with torch.device("meta"):
+        net = GPT(network)
+    assert n_layer * count["block"] + count["rest"] == sum(weight.numel() for weight in net.parameters())
+
+
+def test_time_by_hand() -> None:
+    """By hand: 100 images a step of 1e12 operations at half of 1e14 a second on each of two devices."""
+    network = SMALL
+    found = plan(
+        network, batch_size=100, micro_batch=50, steps=86_400, devices=2, precision="32-true", peak_flops=1e14,
+        utilisation=0.5, **USUAL,
+    )  # fmt: skip
+    seconds = found.flops_per_image * 100 / 1e14
+    assert found.step_seconds == pytest.approx(seconds)
+    assert found.days == pytest.approx(seconds)  # 86,400 steps: as many days as a step has seconds
+    assert dict(lines(found, memory=1e12))["fits"].startswith("yes")
+    assert dict(lines(found, memory=1e6))["fits"].startswith("no")
+    no_peak = plan(network, batch_size=1, micro_batch=1, steps=1, devices=1, precision="32-true", **USUAL)
+    assert "peak_tflops" in dict(lines(no_peak, memory=None))["time"]
+
+
+def test_sharding_divides_all_but_what_is_in_use() -> None:
+    """Invariant: over 8 devices an eighth each of weights, gradients and optimiser; activations are their own."""
+    network = SMALL
+    shared: dict[str, Any] = {"batch_size": 8, "micro_batch": 1, "steps": 1, "precision": "32-true"}
+    alone = plan(network, devices=1, **shared, **USUAL)
+    parts = plan(network, devices=8, **shared, **{**USUAL, "strategy": "fsdp"})
+    for name in ("weights", "gradients", "optimiser"):
+        assert getattr(parts, name) == getattr(alone, name) / 8
+    assert parts.activations == alone.activations
+    assert parts.working > 0 == alone.working
+
+
+@pytest.mark.parametrize(
+    ("strategy", "weights", "gradients", "optimiser", "host"),
+    [
+        ("fsdp", 4 / 8, 4 / 8, 8 / 8, 0),
+        ("deepspeed_2", 2, 2 / 8, 12 / 8, 0),
+        ("deepspeed_3", 2 / 8, 2 / 8, 12 / 8, 0),
+        ("deepspeed_3_offload", 0, 0, 0, 16 / 8),
+    ],
+)
+def test_bytes_of_a_weight(strategy: str, weights: float, gradients: float, optimiser: float, host: float) -> None:
+    """Independent source: Rajbhandari et al. 2020, figure 1: 2 + 2 + 12 bytes of a weight in mixed precision."""
+    found = plan(
+        SMALL, batch_size=8, micro_batch=1, steps=1, devices=8, precision="bf16-mixed",
+        **{**USUAL, "strategy": strategy},
+    )  # fmt: skip
+    planned = [found.weights, found.gradients, found.optimiser, found.host]
+    assert [part / found.n_weight for part in planned] == [weights, gradients, optimiser, host]
+
+
+@pytest.mark.parametrize("in_c", [pytest.param(True, marks=needs_compiler), False])
+@pytest.mark.parametrize(
+    ("t", "causal", "precision", "unfused"),
+    [
+        (1024, True, "32-true", "sdpa"),
+        (1024, True, "bf16-true", "blocks"),
+        (512, True, "32-true", "blocks"),
+        (512, False, "32-true", "bmm"),
+        (64, True, "32-true", "bmm"),
+    ],
+)
+def test_attention_is_planned_as_it_is_computed(
+    t: int, causal: bool, precision: str, unfused: str, in_c: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Independent source: what autograd notes of a network with attention=auto; the plan is the one of that way.
+
+    By hand: that is C, or, without a compiler, what keeps no scores at 1,024 positions and products at few.
+    """
+    if not in_c:
+        monkeypatch.setattr(c_library, "available", lambda: False)
+        monkeypatch.setattr(c_library, "found_compiler", lambda: None)
+    network = GPTConfig(n_layer=1, n_embd=8, n_head=1, n_ctx=t, n_vocab=5, causal=causal)
+    net = GPT(network)
+    net.init_weights(0)
+    if precision == "bf16-true":
+        net.to(torch.bfloat16)
+    (way,) = attention_in_graph(net(torch.zeros(1, t, dtype=torch.int64)))
+    assert way == ("native" if in_c else unfused)
+    rows = {
+        attention: dict(planned(machine(attention=attention, precision=precision), network, batch_size=5000, steps=1))
+        for attention in ("auto", "sdpa", "blocks", "bmm")
+    }
+    assert rows["auto"] == rows["sdpa" if way == "native" else way]  # neither keeps scores
+    assert rows["bmm"]["  activations"] != rows["sdpa"]["  activations"]
+
+
+def test_attention_of_float64_is_not_computed_in_c() -> None:
+    """Independent source: what autograd notes of a network in float64, which the C cannot read."""
+    net = small_net().double()
+    assert attention_in_graph(net(torch.zeros(1, 16, dtype=torch.int64))) == {"bmm"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "by_hand"),
+    [
+        ({}, {}),
+        ({"activation_checkpointing": True}, {"recompute": True}),
+        ({"precision": "bf16-mixed"}, {"precision": "bf16-mixed"}),
+        ({"micro_batch": 100}, {"micro_batch": 100}),
+        ({"devices": 4, "nodes": 2}, {"devices": 8, "micro_batch": 500}),
+        ({"devices": 8, "strategy": "fsdp"}, {"devices": 8, "micro_batch": 500, "strategy": "fsdp"}),
+        ({"peak_tflops": 100.0, "utilisation": 0.5}, {"peak_flops": 1e14, "utilisation": 0.5}),
+    ],
+)
+def test_the_plan_is_that_of_the_settings(changed: dict[str, Any], by_hand: dict[str, Any]) -> None:
+    """By hand: what each setting of the trainer is to the count; attention is fused, memory as it was stated."""
+    network = replace(SMALL, n_layer=12, n_embd=960)
+    on = machine(plan=True, attention="sdpa", memory_gb=24.0, **changed)
+    counted: dict[str, Any] = {
+        "micro_batch": 4000, "devices": 1, "precision": "32-true", "peak_flops": 1e12, "utilisation": 0.4
+    }  # fmt: skip
+    counted |= {**USUAL, "fused_norm": False}
+    found = planned(on, network, batch_size=4000, steps=1000)
+    assert found == lines(plan(network, batch_size=4000, steps=1000, **{**counted, **by_hand}), memory=24e9)
+    if changed:
+        assert found != planned(
+            machine(plan=True, attention="sdpa", memory_gb=24.0), network, batch_size=4000, steps=1000
+        )
