@@ -34,7 +34,7 @@ from igpt.settings.generation import CompleteSettings, DemoSettings
 from igpt.settings.probing import FeatureSettings
 from igpt.task import complete
 from igpt.task.complete import HIDDEN
-from igpt.training.feature_extraction import Reader
+from igpt.task.feature_reader import Reader
 from igpt.training.trainer import Runner
 from tests.data.conftest import claimed_png, encoded, photo
 from tests.test_conf import CONF, built, save_small

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from igpt.data.crop import FILTERS, Crop, Cut, padded_crop
-from igpt.settings.base import parse_settings
 from igpt.settings.data import AugmentSettings, CropSettings
+from igpt.settings.fields import parse_settings
 from tests.data.conftest import SETTINGS, encoded, photo
 
 PAPER: dict[str, Any] = {"resolution": 32, "short_side": (256, 384), "size": 224, "filter": "bilinear"}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from igpt.probe.feature_files import FeatureWriter, features_path, labels_path, read_features
-from igpt.settings.base import FeatureDtype
+from igpt.settings.fields import FeatureDtype
 from tests.checkpoint.test_igpt_format import small_disk
 
 N_LAYER, N_IMAGE, WIDTH = 2, 11, 5

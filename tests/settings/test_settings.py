@@ -18,9 +18,9 @@ from pydantic import BaseModel
 import igpt.settings
 from igpt.run.launch import run
 from igpt.run.run_config import OF_LAUNCH
-from igpt.settings.base import Settings, format_setting, parse_settings
-from igpt.settings.hardware import HardwareSettings
-from igpt.utils.spelling import suggestion
+from igpt.settings.devices import HardwareSettings
+from igpt.settings.fields import Settings, format_setting, parse_settings
+from igpt.utils.overrides import suggestion
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"

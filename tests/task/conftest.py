@@ -19,7 +19,7 @@ from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.run.components import Components
 from igpt.run.targets import task_settings
-from igpt.settings.base import parse_settings
+from igpt.settings.fields import parse_settings
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit
 from igpt.tokens.palette import Palette

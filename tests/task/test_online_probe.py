@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from igpt.checkpoint.find import find
 from igpt.model.features import layer_features
-from igpt.settings.base import parse_arguments
+from igpt.settings.fields import parse_arguments
 from igpt.tokens.palette import Palette
 from igpt.training.online_probe import ProbeWhileTraining
 from tests.task.conftest import Arrays, Lab

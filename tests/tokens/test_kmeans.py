@@ -7,7 +7,7 @@ import pytest
 from sklearn.cluster import KMeans
 
 from igpt.data.digits import Digits
-from igpt.settings.base import parse_arguments
+from igpt.settings.fields import parse_arguments
 from igpt.tokens.kmeans import fit, fit_cached, reconstruction_error
 
 RNG = np.random.default_rng(0)

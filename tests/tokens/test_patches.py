@@ -16,7 +16,7 @@ from igpt.checkpoint.find import find
 from igpt.data.digits import Digits
 from igpt.metric.result import Result
 from igpt.run.launch import launch
-from igpt.settings.base import parse_settings
+from igpt.settings.fields import parse_settings
 from igpt.tokens.patches import PatchSettings, PatchTokenizer, cut_patches
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.tokenizer_registry import tokenizer_from_dict, tokenizer_to_dict

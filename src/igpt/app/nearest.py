@@ -17,8 +17,8 @@ from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
 from igpt.probe.feature_files import Features, FeatureWriter, read_features
 from igpt.settings.generation import DemoSettings
+from igpt.task.feature_reader import stored_at
 from igpt.tokens.datamodule import TokenDataModule
-from igpt.training.feature_extraction import stored_at
 from igpt.training.hardware import Machine
 
 AT_ONCE = 65536  # rows of features that are compared at a time

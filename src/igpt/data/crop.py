@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from igpt.data.image_decoding import opened, rgb, size_of
-from igpt.settings.base import parse_settings
 from igpt.settings.data import AugmentSettings, CropSettings, Resize
+from igpt.settings.fields import parse_settings
 from igpt.utils import keyed
 
 FILTERS = {

@@ -12,8 +12,8 @@ from igpt.data.crop import shifted
 from igpt.data.listing import ListFiles
 from igpt.data.source import ArraySplit, Split, VariedSplit, check_split_name
 from igpt.data.split import balanced_subset, split_indices
-from igpt.settings.base import Seed, Share
 from igpt.settings.data import Fraction, LabelsPerClass
+from igpt.settings.fields import Seed, Share
 
 LEVELS = 16  # scikit-learn's digits count 0 … 16
 

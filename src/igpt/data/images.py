@@ -24,7 +24,6 @@ from igpt.data.shards import named_files
 from igpt.data.source import Split, Stream, VariedSplit, check_split_name
 from igpt.data.split import balanced_subset, split_indices
 from igpt.data.stream import Streamed
-from igpt.settings.base import Count, Seed
 from igpt.settings.data import (
     AugmentSettings,
     CropSettings,
@@ -35,6 +34,7 @@ from igpt.settings.data import (
     SplitNames,
     StreamSettings,
 )
+from igpt.settings.fields import Count, Seed
 from igpt.utils import files
 
 log = logging.getLogger(__name__)

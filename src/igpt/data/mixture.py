@@ -8,8 +8,8 @@ from igpt.data.images import Images
 from igpt.data.listing import ListFiles, list_files
 from igpt.data.source import Split, check_split_name
 from igpt.data.stream import ImageStream
-from igpt.settings.base import NonNegative
 from igpt.settings.data import MixtureStreamSettings, Resolution
+from igpt.settings.fields import NonNegative
 
 
 class Mixture:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from igpt.model import c_library, cpu
-from igpt.settings.hardware import AttentionBackend, DecodeBackend
+from igpt.settings.devices import AttentionBackend, DecodeBackend
 
 ATTENTION = get_args(AttentionBackend)  # trainer.attention
 DECODING = get_args(DecodeBackend)[1:]  # trainer.decoding, generate(backend=)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from igpt.model.gpt import GPT
-from igpt.settings.base import Norm
+from igpt.settings.fields import Norm
 
 NORMS = get_args(Norm)
 

@@ -6,7 +6,7 @@ from typing import Any
 from igpt.objective.ar import AR
 from igpt.objective.base import Objective
 from igpt.objective.bert import BERT
-from igpt.settings.base import parse_arguments
+from igpt.settings.fields import parse_arguments
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"ar": AR, "bert": BERT}
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from igpt.data.cache import digest, unwritable
 from igpt.distributed import ranks
-from igpt.settings.base import FeatureDtype
+from igpt.settings.fields import FeatureDtype
 from igpt.utils import files
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from igpt.utils.spelling import suggestion
+from igpt.utils.overrides import suggestion
 
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "stl10": "STL-10", "imagenet": "ImageNet"}
 PRETRAINING = "pretraining."  # before the settings of the run that trained the weights

@@ -14,7 +14,7 @@ from igpt.report.closing_table import shown
 from igpt.report.figures import Point, points_figure
 from igpt.report.groups import differing, grouped, settings_of
 from igpt.report.runs import RunRecord, objective_of, read_run
-from igpt.utils.spelling import suggestion
+from igpt.utils.overrides import suggestion
 
 LOWER = ("nats", "bits", "grey levels")  # how units begin of which less is better
 HIGHER = ("share", "dB", "Spearman", "images/s", "tokens/s", "pixels/s")  # more

@@ -16,8 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt.settings.older_configs import NOW_SCRIPTS, answer, read_record
-from igpt.utils.overrides import format_value, in_quotes, printable, quote_for_shell, quote_path, quote_text
-from igpt.utils.spelling import suggestion
+from igpt.utils.overrides import format_value, in_quotes, printable, quote_for_shell, quote_path, quote_text, suggestion
 
 AUTO = "resume=auto"
 

@@ -25,7 +25,7 @@ from igpt.report.runs import Found
 from igpt.run.fingerprint import compare_splits
 from igpt.run.run_config import RunConfig
 from igpt.run.targets import checked_partial, task_settings, without
-from igpt.settings.base import parse_settings
+from igpt.settings.fields import parse_settings
 from igpt.tokens.datamodule import ONE_BY_ONE, TokenDataModule
 from igpt.tokens.tokenizer import Tokenizer, TokenizerSettings
 from igpt.training.hardware import Machine, hold_memory

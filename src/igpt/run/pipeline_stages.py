@@ -14,7 +14,7 @@ from igpt.run.run_config import OF_LAUNCH, RunConfig
 from igpt.run.targets import task_settings
 from igpt.settings.older_configs import answer
 from igpt.settings.reading import FROM
-from igpt.utils.spelling import suggestion
+from igpt.utils.overrides import suggestion
 
 GROUPS = ("model", "objective")  # that a stage may choose from for itself
 DATA = "data"  # of a stage: settings of the data that are its own

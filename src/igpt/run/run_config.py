@@ -12,7 +12,7 @@ from igpt.data.listing import list_files
 from igpt.report.folder import identity
 from igpt.report.runs import Found, brief, found
 from igpt.run import fingerprint
-from igpt.settings.base import parse_settings
+from igpt.settings.fields import parse_settings
 from igpt.settings.run import RunSettings
 
 CHECKPOINT = "checkpoint"  # the option of model, tokens and objective that says: as in the weights of init=

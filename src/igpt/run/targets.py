@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from hydra.utils import get_object
 
-from igpt.settings.base import Settings, parse_arguments, parse_settings
+from igpt.settings.fields import Settings, parse_arguments, parse_settings
 from igpt.settings.older_configs import answer
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from igpt.settings.base import Count, Settings
+from igpt.settings.fields import Count, Settings
 
 Resolution = Annotated[int, Field(ge=1, le=4096)]  # R, pixels a side
 Pixels = Annotated[int, Field(ge=1, le=65536)]  # a length

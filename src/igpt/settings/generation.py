@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from igpt.settings.base import (
+from igpt.settings.fields import (
     Count,
     FeatureDtype,
     Norm,

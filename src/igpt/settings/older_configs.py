@@ -58,6 +58,11 @@ TABLE: dict[int, Changes] = {
             "igpt.model.gpt.GPT": "igpt.model.config.GPTConfig",
             "igpt.tokens.kmeans.fitted": "igpt.tokens.kmeans.fit_cached",
             "igpt.tokens.palette.given": "igpt.tokens.palette.from_file",
+            "igpt.probe.watch": "igpt.training.online_probe",
+            "igpt.report.callbacks": "igpt.training.callbacks",
+            "igpt.report.loggers": "igpt.training.loggers",
+            "igpt.task.machine": "igpt.training.hardware",
+            "igpt.task.palette": "igpt.task.evaluate_palette",
         },
         values={"task.needs": {"net": "network", "found": "finished_runs", "stage": "stages"}},
         renamed={

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from igpt.settings.base import (
+from igpt.settings.fields import (
     Count,
     Decay,
     FeatureDtype,

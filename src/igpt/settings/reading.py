@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from igpt.settings.base import Count, Settings, Split, WholeNumber
+from igpt.settings.fields import Count, Settings, Split, WholeNumber
 
 FROM = "from"  # of a stage: the earlier stage whose weights it takes, several of them (a task with `runs`), or none
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from igpt.settings.base import Seed, Settings
+from igpt.settings.fields import Seed, Settings
 
 
 class PathSettings(Settings):

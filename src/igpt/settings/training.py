@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from igpt.settings.base import Count, Decay, NonNegative, Positive, Settings, WeightDecay, WholeNumber
+from igpt.settings.fields import Count, Decay, NonNegative, Positive, Settings, WeightDecay, WholeNumber
 
 
 class LossWeights(Settings):

@@ -49,7 +49,10 @@ class FinetuneModule(TrainedModule):
         self, components: Components, settings: FinetuneSettings, *, n_class: int, split: str, n_image: int
     ) -> None:
         network = components.network
-        super().__init__(components, settings, flops_per_image=train_flops_per_image(network), n_ctx=network.n_ctx)
+        super().__init__(
+            components.hardware, settings, flops_per_image=train_flops_per_image(network), n_ctx=network.n_ctx
+        )
+        self.components = components
         self.objective, self.weights, self.n_class = components.objective, components.weights, n_class
         self.joint = JointObjective(self.objective, settings.loss_weights)
         self.split, self.n_image = split, n_image  # what validation reads, and how many images that is

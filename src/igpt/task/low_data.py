@@ -12,7 +12,7 @@ from igpt.probe.selection import Images, chosen, few_folds, fitted, folds_of, se
 from igpt.run.components import Components
 from igpt.settings.probing import LowDataSettings
 from igpt.task.class_score import check_classes
-from igpt.training.feature_extraction import Reader
+from igpt.task.feature_reader import Reader
 from igpt.training.hardware import matmul_precision
 
 log = logging.getLogger(__name__)

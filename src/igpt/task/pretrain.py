@@ -42,10 +42,13 @@ class PretrainModule(TrainedModule):
 
     def __init__(self, components: Components, settings: PretrainSettings, *, n_val: int) -> None:
         network = components.network
-        super().__init__(components, settings, flops_per_image=train_flops_per_image(network), n_ctx=network.n_ctx)
+        super().__init__(
+            components.hardware, settings, flops_per_image=train_flops_per_image(network), n_ctx=network.n_ctx
+        )
+        self.components = components
         self.objective, self.weights = components.objective, components.weights
         self.n_val = n_val  # images to validate on
-        self.n_weight = sum(weight.numel() for weight in meta_model(network).parameters())
+        self.n_weight = sum(weight.numel() for weight in meta_model(components.network).parameters())
         self.n_shardable: int | None = self.n_weight
         self.score = GenerativeScore(self.objective)
         self.net: GPT | None = None

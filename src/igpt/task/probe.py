@@ -17,9 +17,9 @@ from igpt.probe.selection import Choice, Images, Table, chosen, few_folds, fitte
 from igpt.run.components import Components
 from igpt.settings.probing import ProbeSettings
 from igpt.task.class_score import check_classes
-from igpt.training.feature_extraction import Reader
+from igpt.task.feature_reader import Reader
+from igpt.task.sgd_probe import trained
 from igpt.training.hardware import matmul_precision
-from igpt.training.linear_heads import trained
 from igpt.utils import files
 
 log = logging.getLogger(__name__)

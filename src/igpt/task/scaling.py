@@ -15,7 +15,7 @@ from igpt.settings.older_configs import read_record
 from igpt.settings.probing import ScalingSettings
 from igpt.task.class_score import check_classes
 from igpt.task.evaluate import EvaluateModule
-from igpt.training.feature_extraction import Reader
+from igpt.task.feature_reader import Reader
 from igpt.training.hardware import matmul_precision
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 
 from igpt.data.cache import in_chunks
 from igpt.data.source import Source, Split, plain_pixels
-from igpt.settings.base import Count, Seed
+from igpt.settings.fields import Count, Seed
 from igpt.tokens.palette import Palette, PaletteSize
 from igpt.utils import files, keyed
 

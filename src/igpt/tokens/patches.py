@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from igpt.data.source import Source
-from igpt.settings.base import Count, Seed, Settings
 from igpt.settings.data import Resolution
+from igpt.settings.fields import Count, Seed, Settings
 from igpt.tokens.kmeans import dark_to_light, sample_images, weighted_kmeans
 from igpt.tokens.pixel_order import PixelOrder, check_rows
 from igpt.tokens.tokenizer import TokenGrid

@@ -13,9 +13,9 @@ from torch import Tensor
 from igpt.distributed.sharding import whole_shape
 from igpt.metric.result import Curve, Number
 from igpt.metric.throughput import Meter
-from igpt.run.components import Components
 from igpt.settings.training import TrainingSettings
 from igpt.tokens.batches import Batch
+from igpt.training.hardware import Machine
 from igpt.training.nan_guard import FiniteGuard
 
 log = logging.getLogger(__name__)
@@ -30,11 +30,9 @@ class TrainedModule(L.LightningModule):
     A subclass calls `tally` in its training step, and `validated` when a validation is over.
     """
 
-    def __init__(
-        self, components: Components, settings: TrainingSettings, *, flops_per_image: float, n_ctx: int
-    ) -> None:
+    def __init__(self, hardware: Machine, settings: TrainingSettings, *, flops_per_image: float, n_ctx: int) -> None:
         super().__init__()
-        self.components, self.settings, self.machine = components, settings, components.hardware
+        self.settings, self.machine = settings, hardware
         self.steps, self.log_every, self.batch_size = settings.steps, settings.log_every, settings.batch_size
         self.flops_per_image, self.n_ctx = flops_per_image, n_ctx
         self.guard = FiniteGuard()

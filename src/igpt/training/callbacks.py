@@ -16,7 +16,7 @@ from igpt.metric.result import Grid
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.report.figures import grid_picture
-from igpt.settings.base import Count, Temperature
+from igpt.settings.fields import Count, Temperature
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.utils import keyed
 

@@ -19,7 +19,7 @@ from igpt.distributed.ranks import Rank, this_rank
 from igpt.model import c_library, cpu, dispatch
 from igpt.model.gpt import GPT
 from igpt.model.verify import verify_attention
-from igpt.settings.hardware import HardwareSettings
+from igpt.settings.devices import HardwareSettings
 from igpt.training.deepspeed import INSTALL
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
 from igpt.probe.lbfgs import logistic_regression
-from igpt.settings.base import Count, Norm, Positive, Share
+from igpt.settings.fields import Count, Norm, Positive, Share
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.utils import keyed
 

@@ -1,9 +1,13 @@
-"""How values are written so that Hydra, or a shell, reads them back as they are."""
+"""Overrides as they are typed: values written so that Hydra, or a shell, reads them back; the nearest right name."""
 
 import re
 import shlex
+from collections.abc import Iterable
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
+
+NEAR = 0.72  # of a name's letters that are to agree in their order (Ratcliff and Obershelp's measure)
 
 
 def quote_path(path: str) -> str:
@@ -52,3 +56,24 @@ def quote_for_shell(argument: str) -> str:
 def printable(text: str) -> str:
     """A text, in one line of an error whatever is in it."""
     return text if text.isprintable() else repr(text)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`, did you mean …?` with the nearest known name, or nothing where none is near.
+
+    Names with dots are compared by their last part; of several that are as near, the whole name
+    decides, then whether only the last letter differs.
+    """
+
+    def likeness(key: str) -> tuple[float, float, bool]:
+        last, whole = _ratio(name.rpartition(".")[2], key.rpartition(".")[2]), _ratio(name, key)
+        return last, whole, key.startswith(name[:-1])
+
+    nearest = max(map(str, known), key=likeness, default=None)
+    if nearest is None or likeness(nearest)[0] < NEAR:
+        return ""
+    return f", did you mean {nearest}?"
+
+
+def _ratio(first: str, second: str) -> float:
+    return SequenceMatcher(None, first, second).ratio()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from igpt.utils.spelling import suggestion
+from igpt.utils.overrides import suggestion
 
 # Types of fields. NaN and infinity are refused everywhere.
 Count = Annotated[int, Field(ge=1, le=10**12)]  # at least one of something

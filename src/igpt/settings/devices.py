@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from igpt.settings.base import Count, Settings
+from igpt.settings.fields import Count, Settings
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 Strategy = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_3", "deepspeed_3_offload"]

@@ -20,7 +20,7 @@ from igpt.objective.base import Objective
 from igpt.probe.feature_files import Features, FeatureWriter, features_path, read_features
 from igpt.probe.selection import Images
 from igpt.run.components import Components
-from igpt.settings.base import FeatureDtype
+from igpt.settings.fields import FeatureDtype
 from igpt.settings.probing import FeatureSettings
 from igpt.tokens.batches import Batch
 from igpt.training.hardware import Machine
