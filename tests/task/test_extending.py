@@ -1,15 +1,20 @@
 """What docs/extending.md shows is run: a tokenizer and a positional encoding, from training to samples."""
 
+import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from igpt.checkpoint import huggingface
@@ -20,10 +25,13 @@ from igpt.model import c_attention, decode, positions
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
+from igpt.run.launch import run
+from igpt.settings.fields import Count
 from igpt.tokens import tokenizer_registry
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
+from igpt.training.loggers import About
 from igpt.utils import keyed
 from tests.checkpoint.test_igpt_format import metadata_of
 from tests.conftest import ROOT, perturbed
@@ -203,3 +211,38 @@ def test_a_tokenizer(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="of the kind 'luma', known are palette, patches"):
         tokenizer_registry.TOKENIZERS.pop("luma")
         find(str(tmp_path / "run"))
+
+
+@pytest.fixture
+def extensions(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module with the callback and the logger of the page, where a config can name them."""
+    module = ModuleType("extensions")
+    vars(module).update(L=L, torch=torch, Count=Count, Logger=Logger, Path=Path, json=json, About=About)
+    for heading in ("A callback", "A logger"):
+        exec(shown_under(heading), vars(module))
+    monkeypatch.setitem(sys.modules, "extensions", module)
+    return module
+
+
+@pytest.mark.usefixtures("extensions")
+def test_a_callback_and_a_logger(tmp_path: Path) -> None:
+    """Invariant: what the logger is told is what the run's own curve says; the callback sees every second step."""
+    settings = ["model.n_layer=1", "model.n_embd=8", "model.n_head=2", "task.steps=4", "task.batch_size=8",
+                "task.warmup_steps=1", "task.val_every=0", "task.log_every=2", "task.checkpoint_every=4",
+                "trainer=cpu", f"paths.runs={tmp_path}", f"paths.cache={tmp_path / 'cache'}", "callbacks=none",
+                "logger=none"]  # fmt: skip
+    added = ["+callbacks.norm={_target_: extensions.GradientNorm, every: 2}",
+             "+logger.json={_target_: extensions.json_lines, file: metrics.jsonl}"]  # fmt: skip
+    _, folder = run(*settings, *added, conf=ROOT / "conf")
+    assert folder is not None
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    norms = {line["step"]: line["gradient_norm"] for line in lines if "gradient_norm" in line}
+    assert list(norms) == [0, 2]
+    assert all(0 < norm < 100 for norm in norms.values())
+    losses = {line["step"]: line["train/loss_gen"] for line in lines if "train/loss_gen" in line}
+    _, again = run(*settings, "force=true", conf=ROOT / "conf")
+    assert again is not None
+    curve = json.loads((again / "result.json").read_text())["curves"]["train/loss_gen"]
+    assert losses == dict(zip(map(int, curve["x"]), curve["y"], strict=True))
+    with pytest.raises(ValueError, match=r"callbacks\.norm\.every must be at least 1, got 0"):
+        run(*settings, "+callbacks.norm={_target_: extensions.GradientNorm, every: 0}", conf=ROOT / "conf")
