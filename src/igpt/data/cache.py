@@ -1,4 +1,4 @@
-"""Images decoded once, by all cores: a memory-mapped uint8 file, whole or not there."""
+"""The cache of decoded pixels: memory-mapped uint8 files, written once by all cores and atomically."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +18,15 @@ from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # goes up when the same settings make other pixels
-_CHUNK = 64  # images a worker makes at a time
-_ALONE = 512  # so few images are made in this process: starting others would take longer
+FORMAT = 2  # version of the cache; raise it when the same settings decode to other pixels
+_CHUNK = 64  # rows per DataLoader item
+_ALONE = 512  # up to this many rows, starting worker processes costs more than it saves
 
 T = TypeVar("T")
 
 
 class _Chunks(Dataset[Any]):
-    """Something made of rows, a chunk at a time."""
+    """A map-style dataset whose item i is `make` of the i-th chunk of rows."""
 
     def __init__(self, make: Callable[[Sequence[int]], Any], rows: np.ndarray) -> None:
         self.make, self.rows = make, rows
@@ -39,38 +39,38 @@ class _Chunks(Dataset[Any]):
 
 
 def in_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -> Iterator[T]:
-    """`make` of all rows in order, in chunks, by as many processes as there are cores, with a progress bar.
+    """Yields `make(chunk)` for consecutive chunks of `rows`, computed by one worker per core, with a progress bar.
 
     Raises:
-        DataError: the first that `make` raised.
+        DataError: the first error of `make`.
     """
     n_process = startable_workers(count_cores()) if len(rows) > _ALONE else 0
     chunks: DataLoader[Any] = DataLoader(
         _Chunks(make, rows), batch_size=None, num_workers=n_process, collate_fn=identity_collate,
-        generator=torch.Generator(),  # not the process's own, of which a draw would be taken
+        generator=torch.Generator(),  # the DataLoader draws a seed: not from the global generator
     )  # fmt: skip
     with tqdm(total=len(rows), desc=what, unit="image", disable=None) as bar:
-        with torch.device("cpu"):  # also where a network is being laid out on the meta device
+        with torch.device("cpu"):  # the caller may have the meta device as default
             parts = iter(chunks)
         try:
             for made in parts:
                 yield made
                 bar.update(min(_CHUNK, len(rows) - bar.n))
         finally:
-            del parts  # ends the other processes now, also where an error keeps this frame
+            del parts  # shuts the workers down now, even if a traceback keeps this frame alive
 
 
 def digest(made_by: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits of everything that decides a file's content, the format of the file included."""
+    """The 16 hexadecimal digits of the cache key: a hash of `made_by` and the cache format."""
     return files.hash_json({"format": FORMAT, **made_by}, sort_keys=True)[:16]
 
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """While the block lasts, no other process of this machine is in such a block for `path`.
+    """Holds the lock file `<path>.lock` during the block: one process of this machine at a time.
 
     Raises:
-        ValueError: `path`'s folder cannot be written to.
+        ValueError: the folder of `path` is not writable.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def file_lock(path: Path) -> Iterator[None]:
 
 
 def unwritable(path: Path, error: OSError, what: str = "the cache", *, why: str = "") -> ValueError:
-    """What to say where a file below the cache cannot be written; `what` it is, and `why` it is needed."""
+    """The error for a file below the cache that cannot be written. `what`: its name; `why`: a reason, placed first."""
     reason = error.strerror or str(error)
     return ValueError(
         f"{path} cannot be written ({reason}): {why}make room, or keep {what} elsewhere, paths.cache=FOLDER"
@@ -97,23 +97,23 @@ def unwritable(path: Path, error: OSError, what: str = "the cache", *, why: str 
 
 
 def pixels(path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequence[int]], np.ndarray]) -> np.ndarray:
-    """The pixels of `rows`, memory-mapped: (len(rows), R, R, 3) uint8; made by `make(rows)` when `path` is not there.
+    """The decoded pixels of `rows`, memory-mapped: (len(rows), R, R, 3) uint8. Writes `path` by `make` if missing.
 
-    Another process that wants the same file waits for it. What a kill left half built is thrown away.
+    A lock keeps other processes from writing the same file. Partial files of killed processes are deleted.
 
     Raises:
-        BadImageError: as `make` does.
-        ValueError: no room for the file, or no right to write it; nothing of it is left.
+        BadImageError: from `make`.
+        ValueError: the disk is full or not writable; no partial file is left.
     """
     shape = (len(rows), resolution, resolution, 3)
     known = _mapped(path, shape)
-    if known is not None:  # also where nothing may be written
+    if known is not None:  # needs no lock, so a read-only cache works
         return known
     with file_lock(path):
         known = _mapped(path, shape)
         if known is not None:
             return known
-        for part in path.parent.glob(f".{path.name}.*.part"):  # nobody else writes it: we are alone
+        for part in path.parent.glob(f".{path.name}.*.part"):  # left by a killed process: the lock is ours
             part.unlink()
         try:
             with files.atomic_write(path) as file:
@@ -131,7 +131,7 @@ def pixels(path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequen
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The file, when it is there and whole."""
+    """The memory-mapped file; None if it is missing, damaged or of another shape."""
     if not path.is_file():
         return None
     try:

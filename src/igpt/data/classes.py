@@ -1,4 +1,4 @@
-"""Which class a label is: names and indices, checked before an image is read."""
+"""Class names and label indices, checked before any image is read."""
 
 import csv
 import re
@@ -14,21 +14,21 @@ import numpy as np
 from igpt.data.errors import DataError
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-LISTED = 12  # names that a line of the log has, at most
-_JOINERS = "\u200c\u200d"  # the two invisible characters that scripts and emoji are written with
+LISTED = 12  # most names in one log line
+_JOINERS = "\u200c\u200d"  # zero-width (non-)joiner: parts of some scripts and of emoji
 _WNID = re.compile(r"n\d{8}")
 
 
 @cache
 def imagenet() -> dict[str, tuple[int, str]]:
-    """The 1,000 classes of ILSVRC 2012: wnid → (index, name). Two names occur twice (crane, maillot): wnids do not."""
+    """The 1,000 classes of ILSVRC 2012: wnid → (index, name). Two names occur twice (crane, maillot), no wnid does."""
     with resources.files("igpt.data").joinpath("imagenet_classes.csv").open() as file:
         return {row["wnid"]: (int(row["index"]), row["name"]) for row in csv.DictReader(file)}
 
 
 @cache
 def imagenet_names() -> tuple[str, ...]:
-    """WordNet's names of the 1,000 classes by their index; the two that occur twice with their wnid in brackets."""
+    """WordNet's names of the 1,000 classes, by index. The two duplicate names have their wnid in brackets."""
     classes = sorted((index, name, wnid) for wnid, (index, name) in imagenet().items())
     count = Counter(name for _, name, _ in classes)
     return tuple(name if count[name] == 1 else f"{name} ({wnid})" for _, name, wnid in classes)
@@ -36,24 +36,24 @@ def imagenet_names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Classes:
-    """How the labels of a dataset's splits are read: by the names of classes, or (`scheme="imagenet"`) of ILSVRC's.
+    """Maps the labels of each split to the project's: by class name, or to ILSVRC 2012 indices (`scheme="imagenet"`).
 
-    A label is the index of its class among the training split's. Splits and files number their classes each in their
-    own way, so that labels are looked up by name wherever there are names.
+    A label is the index of its class in the training split. Splits and files may number classes differently, so
+    labels are matched by name if names are known.
     """
 
     scheme: str | None
-    n_class: int | None  # None: any labels, or none
-    by_label: tuple[str, ...] | None = None  # names of the classes; None: labels are numbers without
+    n_class: int | None  # None: labels are optional and unchecked
+    by_label: tuple[str, ...] | None = None  # class names; None: labels are plain numbers
 
     @staticmethod
     def of(scheme: str | None, n_class: int | None, names: Sequence[tuple[str, ...] | None]) -> "Classes":
-        """`names`: of the classes of every split, the training split's first.
+        """The mapping for splits with these class names, the training split first.
 
-        Where labels are asked for, the training split has all classes; where not, others are added behind them.
+        With `n_class`, the training split defines all classes; without, classes of other splits are appended.
 
         Raises:
-            ValueError: two classes of one name, but for capitals and blanks.
+            ValueError: two class names differ only in case or surrounding blanks.
         """
         if scheme == "imagenet":
             return Classes(scheme, n_class)
@@ -67,12 +67,12 @@ class Classes:
         return Classes(scheme, n_class, (*first, *more))
 
     def __call__(self, labels: np.ndarray, names: Sequence[str] | None, where: str) -> np.ndarray:
-        """The labels as this project counts them: (N,) int64 → (N,) int64.
+        """Maps the labels of one split to the project's indices: (N,) int64 → (N,) int64.
 
-        `names`: of the classes that these labels count.
+        `names`: the class names that `labels` index; None if they are plain numbers.
 
         Raises:
-            DataError: a name that is no class, a label outside the classes, or no labels at all.
+            DataError: an unknown class name, a label outside 0 … n_class - 1, or no labels at all.
         """
         if self.n_class is not None and len(labels) and (labels == -1).all():
             raise DataError(f"{where}: there are no labels (data.label_column, or a folder for each class); "
@@ -113,7 +113,7 @@ class Classes:
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """The name of every class by its label; None where one is not known."""
+        """The class names by label; None if any is unknown."""
         if self.scheme == "imagenet":
             return imagenet_names() if self.n_class == len(imagenet_names()) else None
         named = self.by_label
@@ -122,10 +122,10 @@ class Classes:
 
 @cache
 def _wnid_index(names: tuple[str, ...]) -> np.ndarray:
-    """The ILSVRC index of every class. Raises ValueError on a name that is no wnid."""
+    """The ILSVRC index of every class: (n,) int64. Raises ValueError on a name that is not a wnid."""
     known = imagenet()
     if len(names) == len(known) and not any(_WNID.fullmatch(name) for name in names):
-        return np.arange(len(names))  # the Hub's copy: names in words, in the order of ILSVRC
+        return np.arange(len(names))  # the Hub's copy has names in words, in ILSVRC order
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
@@ -148,7 +148,7 @@ def check_labels(labels: np.ndarray, n_class: int, where: str) -> None:
 
 
 def check_names(names: Sequence[str], where: str) -> None:
-    """Raises ValueError when two classes have one name, be it in capitals or with blanks around it."""
+    """Raises ValueError if two class names differ only in case or surrounding blanks."""
     twice = [name for name, count in Counter(name.strip().lower() for name in names).items() if count > 1]
     if twice:
         same = [name for name in names if name.strip().lower() == twice[0]]
@@ -156,10 +156,10 @@ def check_names(names: Sequence[str], where: str) -> None:
 
 
 def format_class_name(name: str, *, most: int = 40) -> str:
-    """A class's name as one line of at most `most` characters, whatever the folder or file it came from called it.
+    """A class name as one printable line of at most `most` characters.
 
-    Blanks and line ends become one blank each; control characters, those that turn the direction of the text around
-    them, and halves of characters become U+FFFD; what is cut ends in "…". A name of nothing is shown as ''.
+    Runs of whitespace become one blank; control, format (text direction) and surrogate characters become U+FFFD; a
+    truncated name ends in "…"; an empty name becomes ''.
     """
     start = " ".join(name[: 4 * most].split())
     plain = "".join(
@@ -171,7 +171,7 @@ def format_class_name(name: str, *, most: int = 40) -> str:
 
 
 def describe_classes(names: Sequence[str]) -> str:
-    """The number of classes and their names, of many the first: `10 classes: airplane, automobile, bird, …`."""
+    """The number of classes and the first names: `10 classes: airplane, automobile, bird, …`."""
     listed = [format_class_name(name) for name in names[:LISTED]]
     if more := len(names) - len(listed):
         listed.append(f"… and {more:,} more")

@@ -1,4 +1,4 @@
-"""What is done to an image on the way to (R, R, 3): every random choice a function of the image's key."""
+"""Crops and augmentations from an encoded image to (R, R, 3) uint8. Random choices are keyed by image."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -40,22 +40,22 @@ class Crop:
     size: int | None  # pixels
     filter: str
     resize: Resize
-    draft: float | None  # a JPEG is decoded no smaller than so many pixels for one of the next size; None: whole
+    draft: float | None  # JPEG scaled decoding: source pixels per pixel of the next resize, at least; None: full size
 
     @property
     def is_random(self) -> bool:
         return self.short_side is not None and self.short_side[0] < self.short_side[1]
 
     def __call__(self, data: bytes, key: int) -> np.ndarray:
-        """The image in `data`, cut out by its key: → (R, R, 3) uint8. Raises BadImageError."""
+        """Decodes `data` and crops it, at random by `key`: → (R, R, 3) uint8. Raises BadImageError."""
         image = opened(data)
         box, scale = self.box(*size_of(image), key)
         side = box[2] - box[0]
         two_steps = self.size is not None and self.resize == "twice"
         first = self.size if two_steps and self.size is not None else self.resolution
         image = rgb(image, shrink=1.0 if self.draft is None else self.draft * first / side)
-        across, down = image.size[0] / scale[0], image.size[1] / scale[1]  # 1, or less where a JPEG was drafted
-        right, bottom = min(box[2] * across, image.size[0]), min(box[3] * down, image.size[1])  # rounding may exceed
+        across, down = image.size[0] / scale[0], image.size[1] / scale[1]  # 1; below 1 after JPEG scaled decoding
+        right, bottom = min(box[2] * across, image.size[0]), min(box[3] * down, image.size[1])  # against rounding
         within = (box[0] * across, box[1] * down, right, bottom)
         method = FILTERS[self.filter]
         if two_steps:
@@ -65,9 +65,9 @@ class Crop:
         return np.asarray(image.resize((self.resolution, self.resolution), method, box=within))
 
     def box(self, width: int, height: int, key: int) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
-        """The square (left, top, right, bottom) in pixels of a file of that size, and the size itself.
+        """The crop (left, top, right, bottom) in pixels of the original image, and the size (width, height).
 
-        It is cut on the grid of the image resized to `short_side`, whole pixels there.
+        Its edges are whole pixels of the image resized to `short_side`.
         """
         short = min(width, height)
         if self.short_side is None or self.size is None:
@@ -87,19 +87,19 @@ class Crop:
 
 @dataclass(frozen=True)
 class Cut:
-    """How the images of a dataset are cut: for evaluation, for training, and what is done to the pixels after that."""
+    """The crops of a dataset for evaluation and for training, and the augmentation of the training pixels."""
 
     evaluation: Crop
     training: Crop
-    pad: int  # pixels reflected at the border before a random crop; 0: no such crop
-    flip: bool  # mirror half of the images
+    pad: int  # pixels of reflection padding before a random R×R crop; 0: no such crop
+    flip: bool  # mirror images with probability 1/2
 
     @staticmethod
     def of(resolution: int, crop: CropSettings, augment: AugmentSettings) -> "Cut":
         """From the settings `data.crop` and `data.augment`.
 
         Raises:
-            ValueError: more padding than the images have pixels.
+            ValueError: padding as large as the image or larger.
         """
         if augment.pad >= resolution:
             raise ValueError(
@@ -119,7 +119,7 @@ class Cut:
 
 
 def evaluation_crop(data: Mapping[str, Any]) -> Crop:
-    """How a dataset's settings cut an image for evaluation; where they cut none, the largest square in the centre."""
+    """The evaluation crop of a dataset's settings; by default the central square."""
     data = data["streams"][data["held_out"]] if "held_out" in data else data
     if "crop" in data:
         crop = parse_settings(CropSettings, data["crop"], "data.crop")
@@ -129,9 +129,9 @@ def evaluation_crop(data: Mapping[str, Any]) -> Crop:
 
 
 def padded_crop(pixels: np.ndarray, keys: Sequence[int], *, pad: int, flip: bool) -> np.ndarray:
-    """A random R×R part of each image after reflecting `pad` pixels at its borders: (B, R, R, 3) → the same.
+    """A random R×R crop of each image after reflection padding by `pad` pixels: (B, R, R, 3) → the same shape.
 
-    With `flip`, half of the images are mirrored first. Source: Chen et al. 2020, §3.1 (CIFAR, full fine-tuning).
+    With `flip`, images are mirrored first with probability 1/2. Source: Chen et al. 2020, §3.1 (CIFAR, full fine-tuning).
     """
     u = keyed.uniform(keyed.fold(torch.tensor(list(keys), dtype=torch.int64), 3), 3).numpy()  # (B, 3)
     if flip:
@@ -144,9 +144,9 @@ def padded_crop(pixels: np.ndarray, keys: Sequence[int], *, pad: int, flip: bool
 
 
 def shifted(pixels: np.ndarray, keys: Sequence[int], *, by: int, share: float) -> np.ndarray:
-    """Images moved by up to `by` pixels each way, `share` of them, the rest as they were: (B, R, R, 3) → the same.
+    """Translates a `share` of the images by up to `by` pixels per axis: (B, R, R, 3) → the same shape.
 
-    All (2·by + 1)² moves are equally likely, staying put among them. What comes into view is 0.
+    All (2·by + 1)² translations are equally likely, the identity included. Uncovered pixels are 0.
     """
     u = keyed.uniform(keyed.fold(torch.tensor(keys, dtype=torch.int64), 1), 3).numpy()  # (B, 3)
     moves = np.floor(u[:, 1:] * (2 * by + 1)).astype(np.int64)  # (B, 2) in 0 … 2·by

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits, 8×8 in 17 grey levels: the dataset that needs no download."""
+"""scikit-learn's 1,797 handwritten digits, 8×8 in 17 grey levels: a dataset without a download."""
 
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,15 @@ from igpt.data.split import balanced_subset, split_indices
 from igpt.settings.data import Fraction, LabelsPerClass
 from igpt.settings.fields import Seed, Share
 
-LEVELS = 16  # scikit-learn's digits count 0 … 16
+LEVELS = 16  # the largest grey level: 0 … 16
 
 
 class Digits:
     """The digits as a `Source`: grey level g becomes the pixel rint(255 g / 16), in three equal channels.
 
-    They come without a test split, so one is drawn first, then `val_fraction` of the rest, by `split_seed`, which is
-    not the seed of the run: what one run trained on, another must not call held out. For training, `shift_share` of
-    the images are moved by up to `shift` pixels: 1,347 images are soon learnt by heart. `labels_per_class` leaves so
-    many training images of each digit, drawn by `subset_seed`.
+    The test split is drawn first, then `val_fraction` of the rest, by `split_seed`; it is not the run's seed, so all
+    runs hold out the same images. Training translates `shift_share` of the images by up to `shift` pixels, against
+    overfitting on 1,347 images. `labels_per_class` keeps that many training images per digit, drawn by `subset_seed`.
 
     Raises:
         ValueError: a resolution other than 8, a negative shift, or a share outside [0, 1].
@@ -36,8 +35,8 @@ class Digits:
     def __init__(
         self,
         *,
-        cache: Path | None = None,  # nothing is kept there: the digits are in memory
-        list_files: ListFiles | None = None,  # they have no files
+        cache: Path | None = None,  # unused: the digits are in memory
+        list_files: ListFiles | None = None,  # unused: no files
         name: str,
         resolution: int,
         val_fraction: Fraction,

@@ -1,4 +1,4 @@
-"""Datasets that Hugging Face `datasets` holds: from the Hub, or saved by `save_to_disk`."""
+"""Hugging Face datasets as tables or shards: from the Hub, or written by `save_to_disk`."""
 
 import logging
 import re
@@ -23,7 +23,7 @@ from igpt.utils import files
 log = logging.getLogger(__name__)
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_MOST = 4096  # shards a stream is cut into; of more files, several are one
+_MOST = 4096  # most shards of a stream; with more files, several form one shard
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class HubTable:
     """A `datasets.Dataset` as a `Table`."""
 
     rows: datasets.Dataset
-    image: str  # its column
+    image: str  # name of the image column
     labels: np.ndarray
     names: tuple[str, ...] | None
     where: str
-    fingerprint: str  # of the files it was read from
-    root: Path | None = None  # below which relative paths in its cells may lead
-    unpacked: tuple[Path, ...] = ()  # below which absolute ones may: `datasets` has written those
+    fingerprint: str  # hash of the source files
+    root: Path | None = None  # relative paths in cells must lie below it
+    unpacked: tuple[Path, ...] = ()  # absolute paths must lie below one of these, which `datasets` wrote
 
     @staticmethod
     def of(rows: datasets.Dataset, columns: Columns, where: str, **more: Any) -> "HubTable":
-        """Raises ValueError when no column can hold an image, or a label column is none."""
+        """The table of a dataset. Raises ValueError without an image column, or if the label column holds no labels."""
         more = {"fingerprint": str(rows._fingerprint), **more}
         image, label = columns.find(rows.features, where)
         rows = rows.with_format(None).select_columns([name for name in (image, label) if name])
@@ -67,7 +67,7 @@ class HubShards:
     """A `datasets.IterableDataset` as `Shards`."""
 
     rows: datasets.IterableDataset
-    image: str  # its column
+    image: str  # name of the image column
     label: str | None
     names: tuple[str, ...] | None
     where: str
@@ -75,7 +75,7 @@ class HubShards:
 
     @staticmethod
     def of(rows: datasets.IterableDataset, columns: Columns, where: str) -> "HubShards":
-        """Raises ValueError when no column can hold an image."""
+        """The shards of a streamed dataset. Raises ValueError without an image column."""
         rows = rows if rows.features is not None else rows._resolve_features()
         image, label = columns.find(rows.features, where)
         return HubShards(rows, image, label, class_names(rows.features[label]) if label else None, where)
@@ -94,22 +94,22 @@ class HubShards:
         shard = self.rows.shard(len(self), number).cast_column(self.image, datasets.Image(decode=False))
         row = -1
         try:
-            # by `iter`: in a worker of a loader, iterating itself would skip what other workers are to read. One at a
-            # time: of a damaged shard, what comes before the damage is kept
+            # `iter(1)`, since `__iter__` in a DataLoader worker skips the rows of other workers. One row at a time
+            # keeps the rows before the damage in a damaged shard
             for row, one in enumerate(shard.iter(1)):
                 if row >= start:
                     yield row, one[self.image][0], one[self.label][0] if self.label else None
-        except Exception as error:  # pyarrow, fsspec and every network have their own
+        except Exception as error:  # pyarrow, fsspec and network clients raise many types
             raise BadShardError(
                 f"{self.name(number)} cannot be read after {row + 1} images: {reason_of(error)}"
             ) from error
 
 
 def open_hub(path: str, *, name: str, columns: Columns, streaming: bool) -> dict[str, Callable[[], Any]]:
-    """What opens each split of a dataset on the Hugging Face Hub.
+    """Split name → function that opens the split, for a dataset on the Hugging Face Hub.
 
     Raises:
-        ValueError: no such name, no network, or no right to read it; with what to do instead.
+        ValueError: no such dataset, no network or no access; the message gives a way out.
     """
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -123,10 +123,10 @@ def open_hub(path: str, *, name: str, columns: Columns, streaming: bool) -> dict
                 f"`hf auth login` or set HF_TOKEN; or give a copy with data.path=FOLDER"
             ) from error
         raise ValueError(_unreachable(path, name, str(error))) from error
-    except Exception as error:  # whatever a network can do: the way out is the same
+    except Exception as error:  # network errors of many types; the advice is the same
         raise ValueError(_unreachable(path, name, str(error.__cause__ or error))) from error
     repository = Path(datasets.config.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}"
-    unpacked = (repository, Path(datasets.config.HF_DATASETS_CACHE) / "downloads")  # where `datasets` puts image files
+    unpacked = (repository, Path(datasets.config.HF_DATASETS_CACHE) / "downloads")  # image files of `datasets`
     if streaming:
         return {split: partial(HubShards.of, rows, columns, f"{path} ({split})") for split, rows in found.items()}
     return {
@@ -136,10 +136,10 @@ def open_hub(path: str, *, name: str, columns: Columns, streaming: bool) -> dict
 
 
 def open_saved(listing: Listing, *, columns: Columns, path: str) -> dict[str, Callable[[], Any]]:
-    """What opens each split of a dataset that `save_to_disk` wrote.
+    """Split name → function that opens the split, for a dataset written by `save_to_disk`.
 
     Raises:
-        ValueError: its records name files that are not among those in the folder, or are damaged.
+        ValueError: its JSON records are damaged or name files that are not in the folder.
     """
     there = set(listing.names)
     splits = {"": "train"}
@@ -163,7 +163,7 @@ def open_saved(listing: Listing, *, columns: Columns, path: str) -> dict[str, Ca
 
 
 def _check_saved(root: Path, folder: str, there: set[str], path: str) -> None:
-    """Raises ValueError unless the files of a saved split are beside its record."""
+    """Raises ValueError unless every file named in a split's state.json lies beside it."""
     state = files.read_json(root / f"{folder}state.json") if f"{folder}state.json" in there else None
     listed = state.get("_data_files") if isinstance(state, dict) else None
     if not isinstance(listed, list) or f"{folder}dataset_info.json" not in there:

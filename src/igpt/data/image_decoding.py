@@ -1,7 +1,6 @@
-"""An encoded image → RGB. What every kind of file becomes is stated here, and nothing is guessed.
+"""Decodes image files to RGB: the accepted formats, the size limits and the conversion of every pixel mode.
 
-Files may come from anywhere: which formats are decoded, and how much one image may take, is stated here, too, for
-training data and for what is uploaded to the demo.
+Files are untrusted. The same limits apply to training data and to uploads in the demo.
 """
 
 import io
@@ -16,11 +15,11 @@ from PIL import Image, UnidentifiedImageError
 from igpt.data import metadata
 from igpt.data.errors import DataError
 
-# By Pillow's names, the likeliest first. All are decoded in this process, of bytes alone: EPS and WMF start other
-# programs, PDF and MPEG are no images, FITS, HDF5 and GRIB hold measurements without a white. MPO is read as the JPEG
-# it begins with.
+# Pillow's format names, the most frequent first. All decode in this process and from bytes alone. Left out: EPS and
+# WMF (start other programs), PDF and MPEG (no images), FITS, HDF5 and GRIB (no defined white). MPO is read as its
+# first JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI", "ICO", "PCX", "TGA")
-MOST_BYTES = 256 << 20  # of one encoded image: the most pixels that are decoded (below) take 256 MiB as raw RGB
+MOST_BYTES = 256 << 20  # of one encoded image: Pillow's limit of pixels takes 256 MiB as raw RGB
 
 
 def _endings() -> frozenset[str]:
@@ -28,16 +27,16 @@ def _endings() -> frozenset[str]:
     return frozenset(ending.lower() for ending, of in registered.items() if of in (*FORMATS, "MPO"))
 
 
-ENDINGS = _endings()  # of the names of files in these formats, in lower case, each with its dot
+ENDINGS = _endings()  # file extensions of these formats: lower case, with the dot
 
 WHITE = (255, 255, 255)
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 _EIGHT_BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
-_ORIENTATION = "orientation of the file"  # where an image that was opened carries it, in its `info`
-_WHITE_IS_ZERO = 0  # a TIFF's photometric interpretation
+_ORIENTATION = "orientation of the file"  # key in `Image.info`, set by `opened`
+_WHITE_IS_ZERO = 0  # value of a TIFF's PhotometricInterpretation
 _COLOURS_OF_16_BITS = b"\x10\x02"  # bit depth and colour type in the header of a PNG
 
-_UPRIGHT = {  # what turns an image of each orientation upright
+_UPRIGHT = {  # EXIF orientation → the transpose that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -49,14 +48,14 @@ _UPRIGHT = {  # what turns an image of each orientation upright
 
 
 class BadImageError(DataError):
-    """An image that cannot be read; the message names its row or its file."""
+    """An image that cannot be read; the message names its row or file."""
 
 
 def read_image_file(path: Path) -> bytes:
-    """The content of an image file; of one that is no regular file, nothing is read.
+    """The bytes of an image file. Reads regular files only.
 
     Raises:
-        BadImageError: there is none, it cannot be read, is a folder, pipe, socket or device, or has too many bytes.
+        BadImageError: a missing or unreadable file, a folder, pipe, socket or device, or too many bytes.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -65,10 +64,10 @@ def read_image_file(path: Path) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise BadImageError(f"{path}: it is no regular file")
             _check_size(f"{path}: it has", status.st_size)
-            data = file.read(MOST_BYTES + 1)  # it may have grown
+            data = file.read(MOST_BYTES + 1)  # the file may have grown since fstat
     except BadImageError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: a name that holds a zero byte
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         raise BadImageError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     _check_size(f"{path}: it has", len(data))
     return data
@@ -80,11 +79,10 @@ def _check_size(what: str, size: int) -> None:
 
 
 def opened(data: bytes) -> Image.Image:
-    """The image in `data`, its header read and its pixels not yet.
+    """Opens the image in `data`: reads the header, not yet the pixels.
 
     Raises:
-        BadImageError: no image in one of `FORMATS`, or one of more bytes or pixels than are safe to decode (a
-            decompression bomb).
+        BadImageError: not an image in one of `FORMATS`, or too many bytes or pixels (a decompression bomb).
     """
     _check_size("it has", len(data))
     pixels, orientation = metadata.separate(data)
@@ -92,7 +90,7 @@ def opened(data: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(pixels), formats=FORMATS)
-        if image.format == "AVIF":  # which is laid out so: Pillow knows it from the box that says it
+        if image.format == "AVIF":  # its orientation is a container property, which Pillow reports as EXIF
             orientation = image.getexif().get(metadata.ORIENTATION, metadata.UPRIGHT)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImageError(f"it would unpack to more than {Image.MAX_IMAGE_PIXELS:,} pixels: {error}") from error
@@ -100,7 +98,7 @@ def opened(data: bytes) -> Image.Image:
         raise BadImageError(
             f"its {len(data):,} bytes are no image in one of the formats {', '.join(FORMATS)}"
         ) from error
-    except Exception as error:  # its readers answer damage with OSError, SyntaxError, RuntimeError, struct.error …
+    except Exception as error:  # Pillow raises OSError, SyntaxError, RuntimeError, struct.error … on damage
         raise BadImageError(f"it is damaged: {error}") from error
     if image.format == "PNG" and pixels[24:26] == _COLOURS_OF_16_BITS and "transparency" in image.info:
         raise BadImageError("one of its 16-bit colours is transparent, which 8 bits cannot tell from its neighbours")
@@ -109,23 +107,23 @@ def opened(data: bytes) -> Image.Image:
 
 
 def size_of(image: Image.Image) -> tuple[int, int]:
-    """Width and height of what `opened` gave, as it is to be seen, after the turn that its camera noted."""
+    """Width and height of an image from `opened`, after applying its EXIF orientation."""
     width, height = image.size
     return (height, width) if image.info[_ORIENTATION] >= 5 else (width, height)
 
 
 def rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
-    """What `opened` gave, whole, in RGB, decoded and turned upright.
+    """Decodes an image from `opened` to upright RGB.
 
-    Grey becomes three equal channels; a palette its colours; CMYK and YCbCr are converted by Pillow; what is
-    transparent lies on white; 16-bit grey is divided by 257, so that 65,535 is white; of 16-bit colours Pillow takes
-    the upper 8 bits. Of an animation, the first image.
+    Grey becomes three equal channels; palette indices become their colours; Pillow converts CMYK and YCbCr;
+    transparent pixels are composited on white; 16-bit grey is divided by 257, so that 65,535 is white; Pillow keeps
+    the upper 8 bits of 16-bit colours. An animation gives its first frame.
 
-    A JPEG may be decoded at a half, a quarter or an eighth of its size, as long as `shrink` of it is left along each
-    side: this is several times faster, and how its colours differ is measured in docs/data.md.
+    With `shrink` below 1, a JPEG is decoded at 1/2, 1/4 or 1/8 size if at least `shrink` of each side remains. This
+    is several times faster; docs/data.md measures the difference in colour.
 
     Raises:
-        BadImageError: damaged or cut short, or of a kind that has no stated meaning in 8 bits.
+        BadImageError: a damaged or truncated file, or a pixel mode without a defined conversion to 8 bits.
     """
     turn = _UPRIGHT.get(image.info[_ORIENTATION])
     try:
@@ -144,7 +142,7 @@ def rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format == "PPM"):  # whose largest number is white
+    if image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format == "PPM"):  # Pillow scales it to 16 bits
         return _of_sixteen_bits(image)
     if image.mode in ("F", "I"):
         kind = "floating-point" if image.mode == "F" else "32-bit whole"
@@ -161,9 +159,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _of_sixteen_bits(image: Image.Image) -> Image.Image:
     levels = np.asarray(image).astype(np.int64)
     pixels = np.rint(levels / 257).astype(np.uint8)
-    if getattr(image, "tag_v2", {}).get(metadata.PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits alone
+    if getattr(image, "tag_v2", {}).get(metadata.PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8-bit images only
         pixels = 255 - pixels
-    clear = image.info.get("transparency")  # of a PNG: the level that is
+    clear = image.info.get("transparency")  # the transparent grey level of a PNG
     if clear is not None:
         pixels[levels == clear] = WHITE[0]
     return Image.fromarray(pixels).convert("RGB")

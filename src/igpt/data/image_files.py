@@ -1,4 +1,4 @@
-"""Image files as a table or as shards: classes are the folders they lie in, or stand in a metadata.csv beside them."""
+"""Image files as a table or as shards. Classes are folder names, or labels in a metadata.csv or .jsonl."""
 
 import logging
 import os
@@ -18,15 +18,15 @@ from igpt.data.listing import METADATA, Listing
 
 log = logging.getLogger(__name__)
 
-_MOST_SHARDS = 4096  # of more files, several are one
+_MOST_SHARDS = 4096  # most shards; with more files, several form one shard
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files below a folder, in the order of their names: a `Table`, and as a stream `Shards`."""
+    """Image files below a folder as a `Table`, sorted by name."""
 
     root: Path
-    paths: pa.Array  # relative, as bytes, in one piece, which processes that are forked share
+    paths: pa.Array  # relative paths as bytes, in one buffer that forked workers share
     labels: np.ndarray  # (N,) int64
     names: tuple[str, ...] | None
     where: str
@@ -34,7 +34,7 @@ class ImageFiles:
 
     @staticmethod
     def of(listing: Listing, labels: np.ndarray, names: tuple[str, ...] | None, where: str) -> "ImageFiles":
-        """The files of a listing, with their labels."""
+        """The table of the files in a listing."""
         paths = pa.array(map(os.fsencode, listing.names), pa.large_binary())
         return ImageFiles(listing.root, paths, labels, names, where, listing.fingerprint)
 
@@ -52,7 +52,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class ImageShards:
-    """The same files as a stream: so many consecutive ones are a shard."""
+    """Image files as `Shards`: each shard is a run of consecutive files."""
 
     files: ImageFiles
 
@@ -94,14 +94,14 @@ def open_image_files(
     n_class: int | None,
     where: str,
 ) -> ImageFiles:
-    """Some image files of a listing, with their classes.
+    """The table of the image files at `index` in a listing, with their labels.
 
-    `depth`: leading folders of a name that are not those of a class. A metadata.csv or .jsonl that has a column of
-    labels gives those of the files it names; else the first folder below `depth` is the class.
+    `depth`: number of leading folders before the class folder. Labels come from metadata.csv or .jsonl files with a
+    label column, else from the first folder below `depth`.
 
     Raises:
-        ValueError: metadata that names no image, or some of those in class folders; where `n_class` asks for labels, an
-            image that has none, or folders below those of classes which leave it unclear what the classes are.
+        ValueError: metadata that names a missing image, or labels only part of the images in class folders; with
+            `n_class`, an unlabelled image, or nested folders whose number does not match it.
     """
     files = listing.select(index)
     folders = [class_folder(name, depth) for name in files.names]
@@ -135,7 +135,7 @@ def open_image_files(
 
 
 def _check_all_labelled(files: Listing, labels: np.ndarray, n_class: int | None, where: str, why: str) -> None:
-    """Raises ValueError, naming a file, where some images have labels and others do not."""
+    """Raises ValueError, naming a file, if only some of the images have labels."""
     lacking = np.flatnonzero(labels < 0)
     if n_class is not None and 0 < len(lacking) < len(labels):
         raise ValueError(
@@ -145,7 +145,7 @@ def _check_all_labelled(files: Listing, labels: np.ndarray, n_class: int | None,
 
 
 def _metadata(listing: Listing, files: Listing, label_columns: Sequence[str]) -> dict[int, str]:
-    """Row → label, by the metadata files that have labels; nothing where there is none."""
+    """Row in `files` → label text, from all metadata files with a label column; empty if there are none."""
     found = [name for name in listing.names if name.rpartition("/")[2] in METADATA]
     if not found or not label_columns:
         return {}

@@ -1,4 +1,4 @@
-"""metadata.csv and metadata.jsonl beside images: `file_name` and a column of labels, line by line."""
+"""Readers of metadata.csv and metadata.jsonl beside images: a `file_name` and a label column."""
 
 import csv
 import json
@@ -11,12 +11,12 @@ import numpy as np
 
 from igpt.data.image_table import WHOLE_NUMBER
 
-MOST_BYTES = 128 << 20  # of one such file: three times what one of ILSVRC takes
+MOST_BYTES = 128 << 20  # of one metadata file: three times the size of one for ILSVRC
 MOST_LINE = 1 << 16  # characters
 
 
 class Line(NamedTuple):
-    """What one line says of an image: its name as from the metadata's folder, and its label."""
+    """One line of a metadata file: the image's name relative to the metadata's folder, and its label."""
 
     number: int
     file_name: str
@@ -24,10 +24,10 @@ class Line(NamedTuple):
 
 
 def read_metadata(path: Path, label_columns: Sequence[str]) -> list[Line] | None:
-    """The lines of a metadata file; None: it does not say of images what they show.
+    """The lines of a metadata file; None if it has no image names or no label column.
 
     Raises:
-        ValueError: it is damaged, or larger than such a file can be.
+        ValueError: a damaged file, or one larger than MOST_BYTES.
     """
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path} has more than {MOST_BYTES:,} bytes, too many to be read: remove it")
@@ -43,7 +43,7 @@ def read_metadata(path: Path, label_columns: Sequence[str]) -> list[Line] | None
                     return None
                 label = record.get(column)
                 lines.append(Line(number, name, None if label is None or label == "" else _as_text(label)))
-    except (OSError, ValueError, csv.Error, RecursionError) as error:  # ValueError: no UTF-8, no JSON
+    except (OSError, ValueError, csv.Error, RecursionError) as error:  # ValueError: not UTF-8, not JSON
         raise ValueError(f"{path} cannot be read ({error}): correct it, or remove it") from error
     return lines or None
 
@@ -74,15 +74,15 @@ def _as_text(label: object) -> str:
 
 
 def resolve_name(folder: str, name: str) -> str:
-    """The name of a file as from the data's root, of what metadata in `folder` calls it."""
+    """A file name in the metadata of `folder`, as a normalised path relative to the data root."""
     return os.path.normpath(PurePosixPath(folder, name).as_posix())
 
 
 def number_labels(given: Mapping[int, str], n: int, where: str) -> tuple[np.ndarray, tuple[str, ...] | None]:
-    """Labels (N,) and the names of the classes: whole numbers are labels, words are names, numbered as sorted.
+    """Labels (N,) and class names from label texts: integers are labels; names are numbered in sorted order.
 
     Raises:
-        ValueError: both of them, or numbers that are not whole.
+        ValueError: a mixture of integers and names, or numbers that are not integers.
     """
     values = set(given.values())
     numbers = {value for value in values if WHOLE_NUMBER.fullmatch(value)}

@@ -1,4 +1,4 @@
-"""Splits of a table: its images decoded and cut when they are read, or kept as pixels, or varied for training."""
+"""Splits of a table: decoded on every read, or read from the pixel cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,10 +16,10 @@ from igpt.data.source import Pixels
 
 @dataclass(frozen=True)
 class DecodedSplit:
-    """Rows of a table, decoded and cut whenever they are read."""
+    """Rows of a table as a split; every read decodes and crops."""
 
     table: Table
-    of_table: np.ndarray  # labels, (len(table),) int64
+    of_table: np.ndarray  # labels of all rows of the table, (len(table),) int64
     rows: np.ndarray  # (N,) int64
     crop: Crop
 
@@ -39,10 +39,10 @@ class DecodedSplit:
 
 
 def read_pixels(table: Table, crop: Crop, rows: Sequence[int], keys: Sequence[int] | None = None) -> np.ndarray:
-    """Some rows of a table, cut out by their keys (0 without): → (len(rows), R, R, 3) uint8.
+    """Decodes and crops rows of a table, at random by `keys` (default 0): → (len(rows), R, R, 3) uint8.
 
     Raises:
-        BadImageError: it names the row or the file.
+        BadImageError: an unreadable image; the message names the row or the file.
     """
     out = np.empty((len(rows), crop.resolution, crop.resolution, 3), dtype=np.uint8)
     for i, (place, data) in enumerate(table.encoded(rows)):
@@ -55,11 +55,11 @@ def read_pixels(table: Table, crop: Crop, rows: Sequence[int], keys: Sequence[in
 
 @dataclass
 class CachedSplit:
-    """The same with nothing random, kept as pixels on disk once `prepare` was called."""
+    """A `DecodedSplit` without randomness, read from the pixel cache after `prepare`."""
 
     decoded: DecodedSplit
-    path: Path  # of the cache
-    cached: np.ndarray  # rows of the table that the cache holds, ascending
+    path: Path  # the cache file
+    cached: np.ndarray  # table rows in the cache file, ascending
     _pixels: np.ndarray | None = field(default=None, repr=False)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""Tables: one split of a dataset, read by row; its images encoded as they lie in their files, its labels known."""
+"""The table protocol: encoded images of one split by row, with all labels in memory; reading of image cells."""
 
 import os
 import re
@@ -13,21 +13,21 @@ import numpy as np
 
 from igpt.data.image_decoding import BadImageError, read_image_file
 
-# {bytes, path}, bytes, a path that a file names, a listed file, the reason why there is none
+# {bytes, path}; bytes; an untrusted path from a file; a listed file; the reason for a missing image
 Cell = Mapping[str, Any] | bytes | str | Path | BadImageError | None
-WHOLE_NUMBER = re.compile(r"-?\d{1,18}")  # fits into 64 bits
+WHOLE_NUMBER = re.compile(r"-?\d{1,18}")  # fits into int64
 BINARY = ("binary", "large_binary")
 
 
 class Table(Protocol):
-    """Encoded images by row, with labels (N,) int64 (-1 where there are none)."""
+    """Encoded images by row, with labels (N,) int64 (-1: no label)."""
 
     @property
     def labels(self) -> np.ndarray: ...
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """Of the classes, by label; None where labels are numbers alone, or there are none."""
+        """Class names by label; None if labels are plain numbers or missing."""
         ...
 
     @property
@@ -37,28 +37,28 @@ class Table(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the files it is read from do."""
+        """A hash that changes with the source files."""
         ...
 
     def __len__(self) -> int: ...
 
     def encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
-        """The name and the encoded image of every row asked for. Raises BadImageError when a file cannot be read."""
+        """Yields the name and the encoded image of each row. Raises BadImageError on an unreadable file."""
         ...
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names that the columns of image and label may have: copies of one dataset differ in them."""
+    """Candidate names of the image and the label column, in order of preference: copies of a dataset differ."""
 
     image: Sequence[str]
     label: Sequence[str]
 
     def find(self, features: Mapping[str, Any], where: str) -> tuple[str, str | None]:
-        """The image column and, when there is one, the label column: the first of each that is present.
+        """The names of the image column and of the label column (or None): the first candidates that are present.
 
         Raises:
-            ValueError: no image column, or columns that cannot hold images and classes.
+            ValueError: no image column, or columns of unsuitable types.
         """
         image = next((name for name in self.image if name in features), None)
         label = next((name for name in self.label if name in features), None)
@@ -72,7 +72,7 @@ class Columns:
 
 
 def _check_types(features: Mapping[str, Any], image: str, label: str | None, where: str) -> None:
-    """Raises ValueError unless these columns can hold images and classes."""
+    """Raises ValueError unless the columns have types of images and of classes."""
     held = features[image]
     plain = getattr(held, "dtype", None) in (*BINARY, "string")
     within = isinstance(held, dict) and getattr(held.get("bytes"), "dtype", None) in (*BINARY, "null")
@@ -89,25 +89,25 @@ def _check_types(features: Mapping[str, Any], image: str, label: str | None, whe
 
 
 def class_names(feature: Any) -> tuple[str, ...] | None:
-    """The names of the classes that a label column knows, or None."""
+    """The class names of a `ClassLabel` column; None for other columns."""
     return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 
 def split_cell(cell: Any) -> tuple[bytes | None, str | None]:
-    """The bytes and the path of a cell of an image column, where it has them."""
+    """The bytes and the path in a cell of an image column; None where missing."""
     if isinstance(cell, Mapping):
         return cell.get("bytes"), cell.get("path")
     return (None, cell) if isinstance(cell, str) else (cell, None)
 
 
 def read_cell(cell: Cell, place: str, root: Path | None, *, unpacked: Sequence[Path] = ()) -> tuple[str, bytes]:
-    """The name and the bytes of one cell of an image column.
+    """The name and the bytes of the image in one cell of an image column.
 
-    A path in a cell was written by whoever made the file: it is followed only to a regular file below `root`, and only
-    when it is relative, or when it leads below one of `unpacked`, folders that a library filled itself.
+    Paths in cells are untrusted. A relative path is followed to a regular file below `root`, an absolute one to a
+    regular file below one of `unpacked`, folders written by a library.
 
     Raises:
-        BadImageError: no image in the cell, or a path that is not followed, by its name.
+        BadImageError: no image in the cell, or a path outside these folders.
     """
     if isinstance(cell, BadImageError):
         raise cell
@@ -126,7 +126,7 @@ def read_cell(cell: Cell, place: str, root: Path | None, *, unpacked: Sequence[P
 
 
 def file_below(root: Path | None, name: str, *, absolute: bool = False) -> Path | None:
-    """The regular file of a name that something untrusted gave, if it lies below `root`, links resolved; else None."""
+    """The regular file of an untrusted name if it lies below `root` after resolving links; else None."""
     if root is None or "\0" in name or (os.path.isabs(name) and not absolute):
         return None
     top, file = os.path.realpath(root), os.path.realpath(os.path.join(root, name))

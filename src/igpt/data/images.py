@@ -1,4 +1,4 @@
-"""Real images as a `Source`: of this machine or of the Hub, cut, resized and split as the paper does."""
+"""Image datasets as a `Source`: local files, remote shards or the Hub; cropped, resized and split as in the paper."""
 
 import hashlib
 import logging
@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 
 
 class Images:
-    """A dataset of images as a `Source`. Every setting is explained beside its value in `conf/data/_images.yaml`.
+    """A dataset of images as a `Source`. `conf/data/_images.yaml` explains every setting.
 
     Raises:
-        ValueError: settings that do not fit together, nothing to read, or labels that are no classes.
+        ValueError: contradictory settings, no images, or labels outside the classes.
     """
 
     def __init__(
@@ -151,10 +151,10 @@ class Images:
 
 
 def _find_splits(how: Opening, name: str, list_files: ListFiles) -> Mapping[str, Open]:
-    """What opens each split of what `data.path` names: on this machine, at an address, or on the Hub.
+    """Split name → function that opens it, for `data.path`: a local path, remote shards or a Hub dataset.
 
     Raises:
-        ValueError: there is nothing of that name, or no image in it.
+        ValueError: `data.path` does not exist or holds no image.
     """
     place = Path(how.path)
     if place.exists():
@@ -172,7 +172,7 @@ def _find_splits(how: Opening, name: str, list_files: ListFiles) -> Mapping[str,
 
 
 def _present(ours: str, theirs: Sequence[str], found: Mapping[str, Open], path: str) -> str | None:
-    """The first of their names of a split that is there. Raises ValueError when training images are not."""
+    """The first of the names `theirs` that exists, or None. Raises ValueError if the training split is missing."""
     for name in theirs:
         if name in found:
             return name
@@ -186,11 +186,11 @@ def _present(ours: str, theirs: Sequence[str], found: Mapping[str, Open], path: 
 
 @dataclass(frozen=True)
 class _PixelCacheDir:
-    """The folder of decoded pixels. A file's name is a hash of (table, rows, crop, Pillow's version)."""
+    """The folder of decoded pixels. File name = hash of (table, rows, crop, Pillow version)."""
 
     folder: Path
     name: str
-    skip: bool  # leave corrupt images out
+    skip: bool  # leave out corrupt images
 
     def path(self, table: Table, rows: np.ndarray, crop: Crop) -> Path:
         made_by = {
@@ -202,7 +202,7 @@ class _PixelCacheDir:
         return self.folder / f"{self.name}-{pixel_cache.digest(made_by)}.npy"
 
     def corrupt_rows(self, table: Table) -> np.ndarray:
-        """The rows whose image cannot be read, when those are to be left out: found once, counted every time."""
+        """Rows with an unreadable image, ascending, if `skip`; else none. Checked once, then read from the cache."""
         if not self.skip:
             return np.empty(0, dtype=np.int64)
         digest = pixel_cache.digest({"table": table.fingerprint, "pillow": PIL.__version__})
@@ -234,17 +234,17 @@ def _unreadable(table: Table, rows: Sequence[int]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Part:
-    """One of our splits, and the table that it is in."""
+    """One split (train, val or test) and its table."""
 
     table: Table
     labels: np.ndarray  # (len(table),) int64
-    rows: np.ndarray  # of this split, ascending
-    good: np.ndarray  # of the whole table: those whose image can be read
+    rows: np.ndarray  # rows of this split, ascending
+    good: np.ndarray  # all rows of the table with a readable image, ascending
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """The splits of a dataset that can be read at any position."""
+    """The splits of a dataset with random access."""
 
     parts: dict[str, _Part]
     cut: Cut
@@ -253,9 +253,9 @@ class _Tables:
     def split(self, name: str) -> Split:
         part = self.parts[name]
         decoded = DecodedSplit(part.table, part.labels, part.rows, self.cut.evaluation)
-        if not self.cut.training.is_random:  # one cache for all splits of a table
+        if not self.cut.training.is_random:  # all splits of a table share one cache file
             return self._cached(decoded, part.good)
-        if name == "train":  # for training they are cut anew each time; few are read as they are
+        if name == "train":  # training crops are random, and few images are read in the evaluation crop: no cache
             return decoded
         return self._cached(decoded, part.rows)
 

@@ -1,4 +1,4 @@
-"""From the names of files to splits and classes: by the first folders below the data's path, nothing is guessed."""
+"""Splits and classes from file names: the first folders below the data path. Ambiguous names are errors."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,26 +9,26 @@ SPLIT_NAMES = {  # folder → split
     "val": "validation", "valid": "validation", "validation": "validation", "dev": "validation",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-_SHARD_OF_SEVERAL = re.compile(r"(?P<split>\w[\w.-]*?)-\d+-of-\d+")  # as the Hub names them
+_SHARD_OF_SEVERAL = re.compile(r"(?P<split>\w[\w.-]*?)-\d+-of-\d+")  # the Hub's file names
 _NUMBERED = re.compile(r"(?P<split>[^\W\d_]+)(?:[-_.]?\d[-\d_.]*)?")
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Which files are of which split, by index, and how many of their folders name it."""
+    """File indices by split, and the number of leading folders that name the split."""
 
     files: dict[str, list[int]]
-    unread: list[int]  # of no split
-    depth: int  # leading folders of a name that say the split: 1 or 0
+    unread: list[int]  # indices of files in no split
+    depth: int  # leading folders that name the split: 1 or 0
 
 
 def split_images(names: Sequence[str], *, named: Iterable[str], layout: str, where: str) -> Splits:
-    """The splits of image files by the first folder of each name: train/…, val/…, test/…; all are train without.
+    """Assigns image files to splits by their first folder: train/…, val/…, test/…; without such folders, all to train.
 
-    `named`: names of splits that the settings give, which stand for themselves.
+    `named`: split names from the settings, accepted as they are.
 
     Raises:
-        ValueError: folders of which some are called as splits and some are not, with how to say what they are.
+        ValueError: split folders and other folders side by side.
     """
     folders = _first_folders(names)
     splits = _assign_splits(folders, named, where) if layout != "classes" else {}
@@ -47,12 +47,12 @@ def split_images(names: Sequence[str], *, named: Iterable[str], layout: str, whe
 
 
 def split_shards(names: Sequence[str], *, named: Iterable[str], layout: str, where: str) -> Splits:
-    """The splits of parquet or tar files: by the first folder as for images, else by how the file's name begins.
+    """Assigns parquet or tar files to splits: by the first folder as for images, else by the start of the file name.
 
-    `train-00000-of-00005`, `train-3`, `train_3` and `train` are of train; where no name begins so, all are.
+    `train-00000-of-00005`, `train-3`, `train_3` and `train` belong to train; without any split name, all files do.
 
     Raises:
-        ValueError: names that hold a split's name in another place, so that it is not clear what they are of.
+        ValueError: a split name elsewhere in a file name, or only some files with a split name.
     """
     named = [*named]
     by_folder = split_images(names, named=named, layout=layout, where=where)
@@ -84,13 +84,13 @@ def split_shards(names: Sequence[str], *, named: Iterable[str], layout: str, whe
 
 
 def class_folder(name: str, depth: int) -> str | None:
-    """The class of an image file, its first folder below that of its split; None where it lies in none."""
+    """The class of an image file: its first folder below the split folder; None without one."""
     parts = name.split("/", depth + 1)
     return parts[depth] if len(parts) > depth + 1 else None
 
 
 def is_nested(name: str, depth: int) -> bool:
-    """Whether an image lies in a folder below that of its class."""
+    """Whether an image lies in a folder below its class folder."""
     return name.count("/") > depth + 1
 
 
@@ -103,7 +103,7 @@ def _first_folders(names: Sequence[str]) -> list[str]:
 
 
 def _assign_splits(folders: Sequence[str], named: Iterable[str], where: str) -> dict[str, str]:
-    """Folder → split, of the folders that are called as one. Raises ValueError when two stand for the same."""
+    """Folder → split, for folders with a split name. Raises ValueError if two folders name the same split."""
     named = [*named]
     splits: dict[str, str] = {}
     for folder in folders:
@@ -132,7 +132,7 @@ def _by_folder(names: Sequence[str], splits: Mapping[str, str]) -> Splits:
 
 
 def _check_deeper(names: Sequence[str], named: Iterable[str], where: str) -> None:
-    """Raises ValueError when a folder further down is called as a split."""
+    """Raises ValueError if a folder below the first level has a split name."""
     seen = set()
     for name in names:
         folder = name.rpartition("/")[0]

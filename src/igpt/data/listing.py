@@ -1,4 +1,4 @@
-"""The files below a folder, listed once: splits, classes, counts and the hash of the data all come from this."""
+"""The listing of data files below a folder, the single source of splits, classes, counts and the data hash."""
 
 import hashlib
 import os
@@ -16,49 +16,49 @@ from igpt.utils import files
 SHARD_ENDINGS = (".parquet", ".tar")
 METADATA = ("metadata.csv", "metadata.jsonl")  # labels of the images beside them
 ARRAYS = (".arrow", ".npy")  # saved by `datasets`; OpenAI's tokens
-SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # of `datasets.save_to_disk`, beside .arrow files
-SYSTEM_FOLDERS = ("__MACOSX", "__pycache__")  # that programs leave behind, and that hold no data
-MOST_VISITS = 64  # of one folder, by as many links: folders that link to one another would never end
-NOT_REGULAR = -1  # stands for the size of a link to nothing, a pipe, a device
+SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # `datasets.save_to_disk`, beside .arrow files
+SYSTEM_FOLDERS = ("__MACOSX", "__pycache__")  # created by other programs, without data
+MOST_VISITS = 64  # most links to one folder: mutual links would multiply without end
+NOT_REGULAR = -1  # as size: a broken link, a pipe or a device
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The data files below `root`: images, shards, their metadata; sorted by name, each once.
+    """The data files below `root`: images, shards and metadata; sorted by name, without duplicates.
 
-    A link counts as what it points to. Hidden files and folders, and what programs leave behind, are left out.
+    Links are resolved. Hidden files and folders and SYSTEM_FOLDERS are left out.
     """
 
     root: Path
     names: list[str]  # relative to `root`, with "/" between folders
     sizes: np.ndarray  # (N,) int64 bytes, or NOT_REGULAR
     mtimes: np.ndarray  # (N,) int64 nanoseconds
-    unread: Counter[str]  # ending → how many other files there are
-    dangling: tuple[str, ...] = ()  # links to nothing that do not say what they would be, a folder or a file
+    unread: Counter[str]  # extension → number of other files
+    dangling: tuple[str, ...] = ()  # broken links without a file extension: possibly folders
 
     def __len__(self) -> int:
         return len(self.names)
 
     def select(self, index: Sequence[int]) -> "Listing":
-        """Some of the files, in the order of `index`."""
+        """The listing of the files at `index`, in that order."""
         rows = np.asarray(index, dtype=np.int64)
         names = [self.names[i] for i in rows.tolist()]
         return Listing(self.root, names, self.sizes[rows], self.mtimes[rows], Counter())
 
     def with_ending(self, *endings: str) -> list[int]:
-        """The indices of the files with one of these endings, in lower or upper case."""
+        """Indices of the files with one of these extensions, in any case."""
         return [i for i, name in enumerate(self.names) if file_extension(name) in endings]
 
     @property
     def sha256(self) -> str:
-        """A hash of names and sizes: it decides whether two runs have the same data."""
+        """The hash of names and sizes by which runs are compared: equal for the same data."""
         every = list(zip(self.names, self.sizes.tolist(), strict=True))
-        images = [each for each in every if file_extension(each[0]) not in ARRAYS]  # arrays beside images are not read
+        images = [each for each in every if file_extension(each[0]) not in ARRAYS]  # arrays beside images are ignored
         return files.hash_json(images or every)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of place, names, sizes and times of change: what was made of these files is kept under it."""
+        """The hash of root, names, sizes and modification times: the cache key of derived files."""
         digest = hashlib.sha256(os.fsencode(self.root.resolve()))
         for array in (self.sizes, self.mtimes):
             digest.update(array.astype("<i8").tobytes())
@@ -66,7 +66,7 @@ class Listing:
         return digest.hexdigest()
 
     def describe_unread(self) -> str:
-        """The files that are not read, counted by ending: `3 .heic, 1 without an ending`; empty when there are none."""
+        """Counts of ignored files by extension: `3 .heic, 1 without an ending`; empty if there are none."""
         return ", ".join(f"{count:,} {ending or 'without an ending'}" for ending, count in self.unread.most_common())
 
 
@@ -74,22 +74,22 @@ ListFiles = Callable[[Path], Listing]
 
 
 def hash_files(path: Path, list_files: ListFiles) -> str:
-    """A hash of the names and sizes of the data files of a folder; of a file, of its size, for it may be renamed."""
+    """The hash of a folder's data files by name and size; of a single file by size alone, so that it may be renamed."""
     return files.hash_json(path.stat().st_size) if path.is_file() else list_files(path).sha256
 
 
 def file_extension(name: str) -> str:
-    """The ending of a file's name in lower case, `.jpg`; empty where it has none."""
+    """The extension of a file name in lower case, `.jpg`; empty without one."""
     return os.path.splitext(name.rpartition("/")[2])[1].lower()
 
 
 def list_files(path: Path) -> Listing:
-    """Lists the data files below a folder, at any depth; of a file, that file alone.
+    """Lists the data files below a folder, at any depth; for a file, that file alone.
 
-    Links are followed; one that leads back to a folder it lies in is not.
+    Links are followed, except to a folder that contains them.
 
     Raises:
-        ValueError: a folder that cannot be listed.
+        ValueError: an unreadable folder, or more than MOST_VISITS links to one folder.
     """
     if path.is_file():
         found = path.stat()
@@ -116,16 +116,16 @@ def list_files(path: Path) -> Listing:
 def _is_data(name: str, size: int) -> bool:
     last = name.rpartition("/")[2]
     ending = file_extension(last)
-    if ending in ENDINGS or ending in SHARD_ENDINGS:  # read or refused by name
+    if ending in ENDINGS or ending in SHARD_ENDINGS:  # kept even if not regular: reading reports the file by name
         return True
     return size != NOT_REGULAR and (ending in ARRAYS or last in METADATA or last in SAVED)
 
 
 def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
-    """Every file that is not hidden, as (relative name, size, time of change)."""
+    """Yields every visible file as (relative name, size, modification time in ns)."""
     top = os.fspath(root)
     found = os.stat(top)
-    # path, relative, the identity of it and those around it
+    # path, relative prefix, (device, inode) of the folder and its parents
     folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(top, "", ((found.st_dev, found.st_ino),))]
     visits: Counter[tuple[int, int]] = Counter()
     while folders:
@@ -141,7 +141,7 @@ def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
                     continue
                 try:
                     found = entry.stat()
-                except OSError:  # a link to nothing, or in a circle
+                except OSError:  # a broken or circular link
                     yield prefix + name, NOT_REGULAR, 0
                     continue
                 if stat.S_ISDIR(found.st_mode):

@@ -1,4 +1,4 @@
-"""Datasets on this machine: which files are images or shards, of which split, and what opens them."""
+"""Local datasets: finds the images or shards of each split and returns functions that open them."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,32 +19,32 @@ from igpt.data.tar_files import TarShards, TarTable
 
 log = logging.getLogger(__name__)
 
-Open = Callable[[], Any]  # a split, when it is asked for: `Table` or `Shards`
+Open = Callable[[], Any]  # opens one split as a `Table` or `Shards`
 EXPECTED = "expected a folder of images, of class folders, of parquet or of tar files, or one such file"
 
 
 @dataclass(frozen=True)
 class Opening:
-    """How the files of a dataset are opened."""
+    """Options for opening the files of a dataset."""
 
     path: str  # data.path, for messages
     columns: Columns
     n_class: int | None  # None: images need no labels
-    named: Sequence[str]  # the names of splits in the settings
+    named: Sequence[str]  # split names in the settings
     layout: str
     streaming: bool
-    skip: bool  # leave shards out that cannot be read
+    skip: bool  # leave out unreadable shards
     cache: Path
 
 
 def open_listed(listing: Listing, how: Opening) -> Mapping[str, Open]:
-    """What opens each split of the files below a folder: as a table, or as shards for a stream.
+    """Split name → function that opens it, as a table or as shards (`how.streaming`), for the files of a listing.
 
-    Each file is read in one split or none. Parquet files are read where one of them holds images, else image files,
-    else tar files; what is not read is counted in a warning.
+    A file belongs to at most one split. One kind of file is read: parquet files if one of them holds images, else
+    image files, else tar files. A warning counts the files that are ignored.
 
     Raises:
-        ValueError: nothing to read, or names that do not say which split or class they are of.
+        ValueError: no images, or file names with an ambiguous split or class.
     """
     if listing.dangling:
         said = f"{listing.root / listing.dangling[0]} is a link to nothing ({len(listing.dangling)} such links)"
@@ -79,7 +79,7 @@ def open_listed(listing: Listing, how: Opening) -> Mapping[str, Open]:
 
 
 def open_named(files: Sequence[str], how: Opening) -> Mapping[str, Open]:
-    """Shard files that are named one by one, here or elsewhere, as the training images of a stream."""
+    """The training split of a stream from an explicit list of shard files, local or remote."""
     return {"train": partial(_shards_of, files, "train", how, root=None)}
 
 
@@ -109,7 +109,7 @@ def _shards_of(files: Sequence[str], name: str, how: Opening, *, root: Path | No
 
 
 def _warn_unread(listing: Listing, read: Sequence[int], splits: Splits, path: str) -> None:
-    """Says what lies there and is not read: other kinds of files by ending, and files of no split by their number."""
+    """Warns of ignored files: other kinds by extension, and the number of files in no split."""
     kinds = listing.unread.copy()
     taken = set(read)
     for i, name in enumerate(listing.names):

@@ -1,7 +1,7 @@
-"""What an image file says beside its pixels, taken out before anything decodes it: only the orientation is kept.
+"""Removes the metadata of an image file before decoding and returns the orientation.
 
-Cameras and editors leave metadata (EXIF, XMP, comments, colour profiles, thumbnails) that is damaged more often than
-the pixels are, and that can unpack to much more than it takes in the file. None of it changes a decoded pixel.
+Metadata (EXIF, XMP, comments, colour profiles, thumbnails) is damaged more often than pixels and may decompress to
+much more than its size in the file. None of it changes a decoded pixel.
 """
 
 import re
@@ -9,12 +9,12 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-UPRIGHT = 1  # the orientation of an image that is stored as it is to be seen
-ORIENTATION, PHOTOMETRIC, _XMP = 0x0112, 0x0106, 0x02BC  # tags of TIFF, and so of EXIF
-_SHORT = 3  # the type of a tag: 16 bits
-_MOST_TEXT = 1 << 20  # bytes that XMP or EXIF in a PNG's text may unpack to
+UPRIGHT = 1  # the orientation of an image stored upright
+ORIENTATION, PHOTOMETRIC, _XMP = 0x0112, 0x0106, 0x02BC  # TIFF and EXIF tags
+_SHORT = 3  # TIFF type SHORT: 16 bits
+_MOST_TEXT = 1 << 20  # most bytes of XMP or EXIF after decompression
 _EXIF, _XMP_APP1, _XMP_TEXT = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"XML:com.adobe.xmp"
-_TIFF_PIXELS = {  # the tags of a TIFF that decide its pixels, by TIFF 6.0 and its supplements
+_TIFF_PIXELS = {  # TIFF tags that affect pixels, by TIFF 6.0 and its supplements
     *(254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 332),
     *(338, 339, 340, 341, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532),
 }
@@ -23,9 +23,9 @@ _TIFF_PIXELS = {  # the tags of a TIFF that decide its pixels, by TIFF 6.0 and i
 def separate(data: bytes) -> tuple[bytes, int]:
     """The image file without its metadata, and its orientation, 1 … 8 (EXIF's; 1: as stored).
 
-    JPEG, PNG, WebP, TIFF and AVIF; another file, or what is not laid out as its format says, comes back as it was. A
-    note of the orientation counts when it is one whole number in 1 … 8 of 16 bits, as EXIF says; XMP's where EXIF has
-    none. The orientation of an AVIF is no metadata (it turns while it is decoded): 1 is given.
+    For JPEG, PNG, WebP, TIFF and AVIF; other or malformed files are returned unchanged. An EXIF orientation is valid
+    if it is a single 16-bit integer in 1 … 8; XMP's is used if EXIF has none. An AVIF's orientation is a container
+    property and not metadata: the result is 1.
     """
     if data[:2] == b"\xff\xd8":
         return _jpeg(data)
@@ -41,27 +41,27 @@ def separate(data: bytes) -> tuple[bytes, int]:
 
 
 def _first(*found: int) -> int:
-    """The first orientation that was found; `UPRIGHT` where none was (0)."""
+    """The first non-zero orientation, else `UPRIGHT`. 0 means that none was found."""
     return next((orientation for orientation in found if orientation), UPRIGHT)
 
 
 def _jpeg(data: bytes) -> tuple[bytes, int]:
-    """Of the segments before the pixels, JFIF's and Adobe's own (APP0, APP14) stay: they say how colours are coded."""
+    """Drops APPn and comment segments except APP0 (JFIF) and APP14 (Adobe), which define the colour coding."""
     kept, place, exif, xmp = [data[:2]], 2, 0, 0
     while True:
-        while data[place : place + 2] == b"\xff\xff":  # bytes that fill up
+        while data[place : place + 2] == b"\xff\xff":  # fill bytes
             place += 1
         head = data[place : place + 4]
         if len(head) < 4 or head[0] != 0xFF or head[1] < 0xC0:
             break
         marker, end = head[1], place + 2 + int.from_bytes(head[2:4], "big")
-        if marker in (0xD8, 0xD9, 0xDA) or end < place + 4 or end > len(data):  # the pixels, or no segment
+        if marker in (0xD8, 0xD9, 0xDA) or end < place + 4 or end > len(data):  # pixel data, or not a segment
             break
         if marker == 0xE1:
             content = data[place + 4 : end]
             exif = exif or (_exif(content) if content.startswith(_EXIF) else 0)
             xmp = xmp or (_xmp(content[len(_XMP_APP1) :]) if content.startswith(_XMP_APP1) else 0)
-        short_adobe = marker == 0xEE and end - place < 16  # libjpeg does not read it either
+        short_adobe = marker == 0xEE and end - place < 16  # libjpeg ignores it, too
         if marker in (0xE0, 0xEE) or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             kept += [] if short_adobe else [data[place:end]]
         place = end
@@ -70,11 +70,11 @@ def _jpeg(data: bytes) -> tuple[bytes, int]:
 
 
 def _png(data: bytes) -> tuple[bytes, int]:
-    """Critical chunks stay, and tRNS, which says what is transparent."""
+    """Keeps the critical chunks and tRNS (transparency)."""
     kept, place, exif, text, xmp = [data[:8]], 8, 0, 0, 0
     while place + 12 <= len(data):
         kind, end = data[place + 4 : place + 8], place + 12 + int.from_bytes(data[place : place + 4], "big")
-        if end > len(data) or not kind.isalpha():  # cut short or damaged: the decoder will say so
+        if end > len(data) or not kind.isalpha():  # truncated or damaged: the decoder reports it
             kept.append(data[place:])
             break
         if kind == b"tRNS" or not kind[0] & 0x20:
@@ -82,7 +82,7 @@ def _png(data: bytes) -> tuple[bytes, int]:
         else:
             content = data[place + 8 : end - 4]
             exif = exif or (_exif(content) if kind == b"eXIf" else 0)
-            if kind in (b"tEXt", b"zTXt") and content.startswith(b"Raw profile type exif\0"):  # ImageMagick's
+            if kind in (b"tEXt", b"zTXt") and content.startswith(b"Raw profile type exif\0"):  # written by ImageMagick
                 text = text or _raw_profile(content, packed=kind == b"zTXt")
             if kind == b"iTXt" and content.startswith(_XMP_TEXT + b"\0"):
                 xmp = xmp or _xmp_chunk(content)
@@ -95,7 +95,7 @@ def _png(data: bytes) -> tuple[bytes, int]:
 
 
 def _raw_profile(content: bytes, *, packed: bool) -> int:
-    """The orientation in EXIF that is written as a line of its kind, a line of its length and hexadecimal digits."""
+    """The orientation in EXIF as ImageMagick writes it: a line with its kind, its length, then hexadecimal digits."""
     _, _, text = content.partition(b"\0")
     digits = b"".join((_unpacked(text[1:]) if packed else text).split()[2:])
     try:
@@ -105,14 +105,14 @@ def _raw_profile(content: bytes, *, packed: bool) -> int:
 
 
 def _xmp_chunk(content: bytes) -> int:
-    """The orientation in a PNG's iTXt chunk: keyword, packed or not, method, language, keyword again, text."""
+    """The orientation in a PNG's iTXt chunk: keyword, compression flag, method, language, translated keyword, text."""
     fields = content[len(_XMP_TEXT) + 1 :]
     packed, rest = fields[:1] == b"\1", fields[2:].split(b"\0", 2)
     return 0 if len(rest) < 3 else _xmp(_unpacked(rest[2]) if packed else rest[2])
 
 
 def _unpacked(text: bytes) -> bytes:
-    """At most so many bytes of a deflated text; nothing of one that is damaged."""
+    """The first _MOST_TEXT bytes of a deflated text; empty if it is damaged."""
     try:
         return zlib.decompressobj().decompress(text, _MOST_TEXT)
     except zlib.error:
@@ -121,7 +121,7 @@ def _unpacked(text: bytes) -> bytes:
 
 def _webp(data: bytes) -> tuple[bytes, int]:
     kept, place, exif, xmp = [], 12, 0, 0
-    data = data[: 8 + int.from_bytes(data[4:8], "little")]  # what follows is not read
+    data = data[: 8 + int.from_bytes(data[4:8], "little")]  # decoders ignore trailing bytes
     while place + 8 <= len(data):
         kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
         end = place + 8 + size + size % 2
@@ -130,7 +130,7 @@ def _webp(data: bytes) -> tuple[bytes, int]:
             exif = exif or _exif(content)
         elif kind == b"XMP ":
             xmp = xmp or _xmp(content)
-        elif kind == b"VP8X" and content:  # whose first byte says which chunks there are: neither ICCP, EXIF nor XMP
+        elif kind == b"VP8X" and content:  # clear the flags of the ICCP, EXIF and XMP chunks
             kept.append(data[place : place + 8] + bytes([content[0] & ~0x2C]) + data[place + 9 : end])
         elif kind != b"ICCP":
             kept.append(data[place:end])
@@ -140,7 +140,7 @@ def _webp(data: bytes) -> tuple[bytes, int]:
 
 
 def _tiff(data: bytes) -> tuple[bytes, int]:
-    """Its first page alone, and of that the tags that decide the pixels."""
+    """Keeps the first page and its pixel tags only."""
     form = _Form.of(data)
     if form is None:
         return data, UPRIGHT
@@ -155,14 +155,14 @@ def _tiff(data: bytes) -> tuple[bytes, int]:
             kept.append(form.packed(tag, kind, count) + value)
     if not kept:
         return data, UPRIGHT
-    directory = form.counted(len(kept)) + b"".join(kept) + bytes(form.pointer)  # the pointer to the next page: none
+    directory = form.counted(len(kept)) + b"".join(kept) + bytes(form.pointer)  # no next page
     out = bytearray(data)
     out[form.place : form.place + len(directory)] = directory
     return bytes(out), _first(exif, xmp)
 
 
 def _avif(data: bytes) -> bytes:
-    """With the kind of its EXIF and XMP items changed to one that nobody reads, in the box that lists the items."""
+    """The file with its EXIF and XMP items renamed to type `free`, in the `meta` box."""
     place = int.from_bytes(data[:4], "big")
     while place + 8 <= len(data):
         size, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
@@ -176,7 +176,7 @@ def _avif(data: bytes) -> bytes:
 
 
 def _exif(exif: bytes) -> int:
-    """The orientation in EXIF, which is laid out as a TIFF; 0: none that can be read."""
+    """The orientation in EXIF data (TIFF layout); 0 if there is none."""
     exif = exif.removeprefix(_EXIF)
     form = _Form.of(exif)
     if form is None:
@@ -187,7 +187,7 @@ def _exif(exif: bytes) -> int:
 
 
 def _xmp(xmp: bytes) -> int:
-    """The orientation in XMP; 0: none, or no text in UTF-8."""
+    """The orientation in XMP; 0 if there is none or the text is not UTF-8."""
     try:
         text = xmp.decode()
     except UnicodeDecodeError:
@@ -197,16 +197,16 @@ def _xmp(xmp: bytes) -> int:
 
 
 class _Form:
-    """How the numbers of a TIFF are written, and where its first directory is."""
+    """Byte order and integer widths of a TIFF, and the offset of its first directory."""
 
     def __init__(self, order: str, big: bool, place: int) -> None:
         self.order, self.place = order, place
-        self.pointer = 8 if big else 4  # bytes of an offset, and of a value that stands in its entry
+        self.pointer = 8 if big else 4  # bytes of an offset, and of an inline value
         self._count, self._entry = (order + "Q", order + "HHQ") if big else (order + "H", order + "HHL")
 
     @staticmethod
     def of(data: bytes) -> "_Form | None":
-        """None where the header is damaged."""
+        """From the header; None if it is damaged."""
         order = {b"II": "<", b"MM": ">"}.get(data[:2])
         if order is None or len(data) < 8:
             return None
@@ -218,7 +218,7 @@ class _Form:
         return None
 
     def entries(self, data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-        """Tag, type, count and value (or its offset) of the first directory, as far as there are whole ones."""
+        """Yields (tag, type, count, value or its offset) of the complete entries in the first directory."""
         head = struct.calcsize(self._count)
         if self.place < 8 or self.place + head > len(data):
             return
@@ -233,7 +233,7 @@ class _Form:
             place += size + self.pointer
 
     def orientation(self, kind: int, count: int, value: bytes) -> int:
-        """Of an entry's value; 0 where it is none."""
+        """The orientation in an entry; 0 if invalid."""
         (found,) = struct.unpack(self.order + "H", value[:2])
         return found if kind == _SHORT and count == 1 and 1 <= found <= 8 else 0
 

@@ -1,4 +1,4 @@
-"""Several datasets as one stream, each drawn by its weight; what is held out is held out of one of them."""
+"""Several datasets as one training stream, sampled by weight. One of them provides the held-out splits."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,10 +13,10 @@ from igpt.settings.fields import NonNegative
 
 
 class Mixture:
-    """A `Source` whose training images come from several streams. Settings: `conf/data/imagenet64_web.yaml`.
+    """A `Source` with training images from several streams. Settings: `conf/data/imagenet64_web.yaml`.
 
     Raises:
-        ValueError: streams that are none, that differ in resolution, or weights that are not theirs or sum to nothing.
+        ValueError: a dataset that is not streamed, different resolutions, or weights with other names or a sum of 0.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Mixture:
         self.class_names = self._held_out.class_names
 
     def split(self, name: str) -> Split:
-        """A split of the stream that is held out from; train is that stream's own images (the palette is theirs)."""
+        """A split of the `held_out` dataset; train are its own images, to which the palette is fitted."""
         check_split_name(name)
         return self._held_out.split(name)
 

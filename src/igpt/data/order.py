@@ -1,4 +1,4 @@
-"""The order in which a training run sees its images: endless, keyed, and at step s the same wherever it runs."""
+"""Batch samplers: the order of images, keyed by seed and equal at step s for any number of devices."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from igpt.utils import keyed
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one optimiser step's images are shared out: batch_size = n_device × micro_batch × accumulate.
+    """The distribution of one optimiser step's images: batch_size = n_device × micro_batch × accumulate.
 
     Raises:
-        ValueError: a batch size that devices and micro-batch do not divide.
+        ValueError: a batch size that is no multiple of n_device × micro_batch.
     """
 
     batch_size: int  # images per optimiser step, over all devices
@@ -38,17 +38,17 @@ class BatchPlan:
 
 
 class Item(NamedTuple):
-    """Where an image stands in the run: which pass over the data, which image."""
+    """The index that a batch sampler yields: the epoch and the position of the image in its split."""
 
     epoch: int
     image: int
 
 
 class EndlessBatches:
-    """A batch sampler without end: position p of the run is image `order(epoch)[p mod n]`, epoch = p div n.
+    """Infinite batch sampler: position p of the run is image `order(epoch)[p mod n]`, epoch = p div n.
 
-    Optimiser step s takes positions s·batch_size … (s+1)·batch_size, whatever the number of devices or accumulated
-    passes; only their sharing out differs. There is no state: a resumed run states the step it starts from.
+    Optimiser step s takes positions s·batch_size … (s+1)·batch_size - 1 for any number of devices and accumulated
+    passes; only their distribution differs. There is no state: a resumed run passes its `first_step`.
     """
 
     def __init__(self, n_image: int, *, plan: BatchPlan, seed: int, first_step: int) -> None:
@@ -64,7 +64,7 @@ class EndlessBatches:
             start += plan.n_device * plan.micro_batch
 
     def item(self, position: int) -> Item:
-        """The image at one position of the run."""
+        """The epoch and image at a position of the run."""
         epoch, offset = divmod(position, self.n_image)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, keyed.generator(self.seed, "order", epoch).permutation(self.n_image)
@@ -72,15 +72,15 @@ class EndlessBatches:
 
 
 class OncePerImage:
-    """A batch sampler for evaluation: every image exactly once over all ranks, none repeated to fill a batch.
+    """Evaluation batch sampler: every image exactly once over all ranks, without padding.
 
-    Whole batches are dealt out in turn, so that an image meets the same others however many ranks there are. All ranks
-    have equally many, since a sharded network is put together by all of them for each: the last may be empty.
+    Batches are assigned to ranks in turn, so that their content does not depend on the number of ranks. All ranks get
+    equally many batches, since a sharded model needs all ranks in every forward pass: the last batch may be empty.
     """
 
     def __init__(self, n_image: int, *, plan: BatchPlan) -> None:
         self.n_image, self.plan = n_image, plan
-        turn = plan.n_device * plan.micro_batch  # images of one batch each
+        turn = plan.n_device * plan.micro_batch  # images of one batch on every rank
         self.starts = [start + plan.rank * plan.micro_batch for start in range(0, n_image, turn)]
 
     def __iter__(self) -> Iterator[list[Item]]:
@@ -93,12 +93,12 @@ class OncePerImage:
 
 @dataclass(frozen=True)
 class Lanes:
-    """From which lane of a stream each micro-batch is read: from each in turn, over all devices.
+    """The lane (reader) of each micro-batch of a stream: round robin over all devices.
 
-    A lane is read by one device, and by one worker of it, so that nobody reads what another does.
+    A lane belongs to one worker of one device, so that no image is read twice.
 
     Raises:
-        ValueError: lanes that the devices cannot share.
+        ValueError: a number of lanes that n_device does not divide.
     """
 
     plan: BatchPlan
@@ -114,12 +114,12 @@ class Lanes:
             )
 
     def workers(self, at_most: int) -> int:
-        """How many workers of one device can share its lanes: as many as there are, or the next number that divides."""
+        """The largest number of workers, up to `at_most`, that divides the lanes of one device."""
         mine = self.count // self.plan.n_device
         return max((n for n in range(1, min(at_most, mine) + 1) if mine % n == 0), default=0)
 
     def mine(self, worker: int, n_worker: int) -> Iterator[int]:
-        """The lanes of this device's micro-batches, of every `n_worker`-th from `worker` on, without end."""
+        """Yields without end the lane of every `n_worker`-th micro-batch of this device, from number `worker` on."""
         plan = self.plan
         batch = self.first + plan.rank + worker * plan.n_device
         while True:

@@ -1,4 +1,4 @@
-"""Parquet files as shards of a stream, or as a table: an Arrow copy of their images below the cache, read by row."""
+"""Parquet files as shards of a stream, or as a table over an Arrow copy in the cache."""
 
 import logging
 from bisect import bisect_right
@@ -21,17 +21,17 @@ from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
-_MOST_ROWS = 64  # read at a time
-_MOST_BYTES = 1 << 30  # that so many rows may take, as far as the file says what it unpacks to
+_MOST_ROWS = 64  # most rows per read
+_MOST_BYTES = 1 << 30  # most uncompressed bytes per read, by the file's own metadata
 
 
 @dataclass(frozen=True)
 class ParquetShards:
-    """Parquet files of one split as `Shards`. Labels count as those of the first file, by the names of the classes."""
+    """Parquet files of one split as `Shards`. Labels are mapped by class name to those of the first file."""
 
     files: tuple[str, ...]
     columns: Columns
-    image: str  # its column
+    image: str  # name of the image column
     label: str | None
     names: tuple[str, ...] | None
     where: str
@@ -39,11 +39,11 @@ class ParquetShards:
 
     @staticmethod
     def of(paths: Sequence[str], columns: Columns, where: str, root: Path | None, *, skip: bool) -> "ParquetShards":
-        """Files whose first one says which columns they have.
+        """The shards of some files; the first one defines the columns.
 
         Raises:
-            BadShardError: a file that is none, or that differs from the first in its columns or classes.
-            ValueError: no column can hold an image.
+            BadShardError: an invalid parquet file.
+            ValueError: no image column.
         """
         good = readable_files(paths, where, check=_read_schema, skip=skip)
         first = _read_schema(good[0])
@@ -85,18 +85,18 @@ class ParquetShards:
                             row += 1
         except BadShardError:
             raise
-        except Exception as error:  # pyarrow, fsspec and every network have their own
+        except Exception as error:  # pyarrow, fsspec and network clients raise many types
             raise BadShardError(f"{file} cannot be read after {row} images: {reason_of(error)}") from error
 
     def _at_once(self, parquet: pq.ParquetFile, group: int) -> int:
-        """How many rows are read at a time, so that they fit into memory."""
+        """The number of rows per read of a row group that keeps the images below _MOST_BYTES."""
         row_group = parquet.metadata.row_group(group)
         chunks = [row_group.column(i) for i in range(row_group.num_columns)]
         unpacked = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] == self.image)
         return max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, int(unpacked))))
 
     def _translation(self, schema: pa.Schema, file: str) -> Any:
-        """From the labels of one file to those of the split; None where they are the same."""
+        """A function from the labels of a file to those of the split; None if they are equal."""
         features = datasets.Features.from_arrow_schema(schema)
         if self.label is None:
             return None
@@ -117,18 +117,18 @@ class ParquetShards:
 
 
 def _read_schema(file: str) -> datasets.Features:
-    """The columns of a parquet file. Raises BadShardError when it is none."""
+    """The columns of a parquet file. Raises BadShardError if it is invalid or unreadable."""
     try:
         with open_shard(file) as opened:
             return datasets.Features.from_arrow_schema(pq.read_schema(opened))
     except pa.ArrowInvalid as error:
         raise BadShardError(f"{file} is no parquet file, or is cut short ({reason_of(error)})") from error
-    except Exception as error:  # a schema that `datasets` does not know, a network
+    except Exception as error:  # a schema unknown to `datasets`, or a network error
         raise BadShardError(f"{file} cannot be read ({reason_of(error)})") from error
 
 
 def holds_images(file: Path, columns: Columns) -> bool:
-    """Whether a parquet file can be read and has a column of images."""
+    """Whether a parquet file is readable and has an image column."""
     try:
         columns.find(_read_schema(str(file)), str(file))
     except ValueError:
@@ -138,7 +138,7 @@ def holds_images(file: Path, columns: Columns) -> bool:
 
 @dataclass(frozen=True)
 class ParquetTable:
-    """The images of parquet files as a `Table`, in an Arrow file that is mapped into memory."""
+    """The images of parquet files as a `Table`, read from a memory-mapped Arrow copy."""
 
     copy: Path
     names: tuple[str, ...] | None
@@ -148,14 +148,14 @@ class ParquetTable:
 
     @staticmethod
     def of(shards: ParquetShards, listing: Listing, cache: Path, *, skip: bool) -> "ParquetTable":
-        """Copies the rows of all files, unless that was done before.
+        """The table of all rows; writes the Arrow copy if it is missing.
 
-        `listing`: of the files, and of those that their cells may name. With `skip`, what cannot be read of a file is
-        left out; such a copy is made anew each time, since the file may be mended.
+        `listing`: the files and the image files that cells may name. With `skip`, unreadable rows are left out; such a
+        copy is rewritten each time, since the file may have been repaired.
 
         Raises:
             BadShardError: a damaged file.
-            ValueError: no room for the copy.
+            ValueError: the disk is full or not writable.
         """
         made_of = {"files": [*shards.files], "image": shards.image, "label": shards.label, "names": shards.names}
         digest = pixel_cache.digest({"listing": listing.fingerprint, **made_of})
@@ -163,7 +163,7 @@ class ParquetTable:
         if not _is_whole(copy):
             with pixel_cache.file_lock(copy):
                 if not _is_whole(copy):
-                    for part in copy.parent.glob(f".{copy.stem}*.part"):  # what a kill left: nobody else writes it
+                    for part in copy.parent.glob(f".{copy.stem}*.part"):  # left by a killed process: the lock is ours
                         part.unlink()
                     copy, digest = _copy(shards, copy, digest, skip=skip)
         return ParquetTable(copy, shards.names, shards.where, shards.root, digest)
@@ -172,7 +172,7 @@ class ParquetTable:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is mapped: another process maps it anew."""
+        """The fields without the memory map, which another process opens itself."""
         return {key: value for key, value in vars(self).items() if not key.startswith("_")}
 
     @cached_property
@@ -181,7 +181,7 @@ class ParquetTable:
 
     @cached_property
     def _starts(self) -> list[int]:
-        """The first row of every batch, and the number of all rows."""
+        """The first row of every record batch, then the total number of rows."""
         sizes = [self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)]
         return [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
 
@@ -198,12 +198,12 @@ class ParquetTable:
             yield read_cell(cell, f"row {row} of {self.where}", self.root)
 
 
-_MOST_EXPANSION = 100  # times the files' own size that their images may unpack to, and 64 MiB more
+_MOST_EXPANSION = 100  # images may take this many times the size of the files, plus 64 MiB
 _SCHEMA = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
 
 
 def _is_whole(copy: Path) -> bool:
-    """Whether a copy is there and can be read."""
+    """Whether the Arrow copy exists and is readable."""
     if not copy.is_file():
         return False
     try:
@@ -216,7 +216,7 @@ def _is_whole(copy: Path) -> bool:
 
 
 def _copy(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> tuple[Path, str]:
-    """Copies all rows to a file: its path and digest, which are others where something had to be left out."""
+    """Writes the Arrow copy. Returns its path and digest, which differ from `to` and `digest` if rows were left out."""
     log.info("data: copying the images of %s to %s", shards.where, to)
     left = _MOST_EXPANSION * sum(Path(file).stat().st_size for file in shards.files) + (64 << 20)
     partial, broken = to.with_suffix(".partial.arrow"), []
@@ -247,7 +247,7 @@ def _copy(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> tuple[
 
 
 def _batches(shards: ParquetShards, number: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """The rows of one file as records of the copy, some at a time, each time with the bytes of their images."""
+    """Yields batches of rows of one file as records of the copy, each with the total bytes of its images."""
     rows: list[dict[str, Any]] = []
     held = 0
     try:

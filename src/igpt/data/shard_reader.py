@@ -1,7 +1,7 @@
-"""Lanes: a stream's images shared out so that each is read by one reader only, each lane from any place it was left at.
+"""Lanes: disjoint readers of a stream, resumable at any position.
 
-Every lane draws from several parts by weight, goes through its share of each part's shards once a pass, and shuffles
-within blocks. All of it is keyed, so that a place is a few whole numbers.
+A lane samples several parts by weight, reads its share of each part's shards once per pass and shuffles within
+blocks. All random choices are keyed, so that a position is a few integers.
 """
 
 import logging
@@ -15,36 +15,36 @@ from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
 
-_EMPTY_PASSES = 16  # that a lane goes through before it says that there is nothing for it
+_EMPTY_PASSES = 16  # passes without an image before a lane raises
 
 
 class Place(NamedTuple):
-    """How far a lane has come: where its present block begins, and how many of its images were given."""
+    """The position of a lane: the start of its current block and the number of images taken from it."""
 
     epoch: int
-    block: int  # of this pass
-    draws: int  # choices of a part, before this block
-    shards: tuple[int, ...]  # of each part, the shard it is at, counted in this lane's order
-    rows: tuple[int, ...]  # of each part, the first row of that shard that was not read
-    taken: int  # images of the block that were given
+    block: int  # index of the block in this pass
+    draws: int  # number of part choices before this block
+    shards: tuple[int, ...]  # of each part, the current shard, as an index into this lane's share
+    rows: tuple[int, ...]  # of each part, the next row of that shard
+    taken: int  # images already taken from the block
 
     @staticmethod
     def start(n_part: int, epoch: int = 0) -> "Place":
         return Place(epoch, 0, 0, (0,) * n_part, (0,) * n_part, 0)
 
     def numbers(self) -> list[Any]:
-        """As plain lists, for a checkpoint."""
+        """The position as plain lists, for a checkpoint."""
         return [list(value) if isinstance(value, tuple) else value for value in self]
 
     @staticmethod
     def of(numbers: Sequence[Any]) -> "Place":
-        """The opposite of `numbers`."""
+        """The inverse of `numbers`."""
         epoch, block, draws, shards, rows, taken = numbers
         return Place(epoch, block, draws, tuple(shards), tuple(rows), taken)
 
 
 class Dealt(NamedTuple):
-    """What of a part one lane reads in one pass: every `sharers`-th row, from `turn` on, of some shards in turn."""
+    """A lane's share of a part in one pass: every `sharers`-th row, from `turn` on, of `shards` in this order."""
 
     shards: list[int]
     turn: int
@@ -52,10 +52,10 @@ class Dealt(NamedTuple):
 
 
 def dealt(n_shard: int, *, lane: int, n_lane: int, seed: int, name: str, epoch: int) -> Dealt:
-    """A lane's share of a part's shards: all lanes' together are every row once.
+    """A lane's share of a part's shards in one epoch. The shares of all lanes hold every row exactly once.
 
-    Whole shards where there are as many as lanes; of fewer, each is read by several lanes, which take turns at its
-    rows. They are dealt anew each pass, so that in the long run no lane has more than another.
+    With at least as many shards as lanes, a lane gets whole shards; with fewer, several lanes interleave the rows of
+    a shard. The assignment changes every pass, so that in the long run all lanes read equally much.
     """
     groups = max(d for d in range(1, min(n_shard, n_lane) + 1) if n_lane % d == 0)
     order = keyed.generator(seed, f"shards of {name}", epoch).permutation(n_shard)
@@ -63,7 +63,7 @@ def dealt(n_shard: int, *, lane: int, n_lane: int, seed: int, name: str, epoch: 
 
 
 class Part(Protocol):
-    """One of the sources a lane draws from."""
+    """One of the datasets of a stream."""
 
     @property
     def name(self) -> str: ...
@@ -75,25 +75,25 @@ class Part(Protocol):
     def n_shard(self) -> int: ...
 
     def records(self, share: Dealt, shard: int, row: int) -> Iterator[tuple[Any, int, int]]:
-        """What is in a share from a place on: each record with the shard it is in (in the share) and its next row."""
+        """Yields (record, index of its shard in the share, next row) of a share, from (shard, row) on."""
         ...
 
 
 @dataclass(frozen=True)
 class Lane:
-    """One of `count` readers of some parts; what it gives depends on its number and the seed alone."""
+    """Reader `index` of `count` readers of some parts; its order depends on index, count and seed alone."""
 
     parts: Sequence[Part]
     index: int
     count: int
     seed: int
-    block: int  # records among which each is shuffled
+    block: int  # size of the shuffle buffer, in records
 
     def endless(self, at: Place) -> Iterator[tuple[Any, Place]]:
-        """Pass after pass from a place on: each record, and the place after it.
+        """Yields (record, position after it) from a position on, pass after pass.
 
         Raises:
-            DataError: there is nothing to read.
+            DataError: no image in _EMPTY_PASSES passes.
         """
         epoch, empty = at.epoch, 0
         while empty < _EMPTY_PASSES:
@@ -109,9 +109,9 @@ class Lane:
         )
 
     def one_pass(self, at: Place) -> Iterator[tuple[Any, Place]]:
-        """The rest of one pass, from a place on."""
+        """Yields (record, position after it) from a position to the end of its pass."""
         drawn = self._drawn(at)
-        # the first blocks are of different lengths, so that lanes do not all wait for their next at the same time
+        # first blocks differ in length, so that lanes do not all refill at the same time
         first = max(1, self.block * (self.index + 1) // self.count)
         while block := list(islice(drawn, self.block if at.block else first)):
             order = keyed.generator(self.seed, "block", at.epoch, self.index, at.block).permutation(len(block))
@@ -120,9 +120,9 @@ class Lane:
             at = block[-1][1]._replace(block=at.block + 1)
 
     def _drawn(self, at: Place) -> Iterator[tuple[Any, Place]]:
-        """Records in the order in which their parts are drawn, each with the place after it.
+        """Yields unshuffled (record, position after it), with parts sampled by weight.
 
-        A part that has run out is not drawn again in this pass: no image is left out and none comes twice.
+        An exhausted part is not sampled again in this pass: every image comes exactly once.
         """
         shares = [
             dealt(part.n_shard, lane=self.index, n_lane=self.count, seed=self.seed, name=part.name, epoch=at.epoch)
@@ -152,7 +152,7 @@ class Lane:
             yield record, place
 
     def _chosen(self, live: Sequence[int], place: Place) -> int:
-        """One of the parts that are left, by their weights."""
+        """Samples one of the remaining parts by weight."""
         key = keyed.key(self.seed, "part", place.epoch, self.index, place.draws)
         left = key / 2**63 * sum(self.parts[p].weight for p in live)
         for part in live:

@@ -1,4 +1,4 @@
-"""Shards: the files a stream is read from (parquet, WebDataset tar, images), each by its number and from any row."""
+"""Shards: the files of a stream (parquet, WebDataset tar, images), readable by number from any row."""
 
 import errno
 import glob
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _REMOTE = re.compile(r"[a-z0-9+.-]+://")
-_ASKED_AT_ONCE = 16  # remote files
+_ASKED_AT_ONCE = 16  # remote files checked concurrently
 
 
 class BadShardError(DataError):
@@ -30,11 +30,11 @@ class BadShardError(DataError):
 
 
 class Shards(Protocol):
-    """One split of a stream, as numbered shards of rows whose images are left encoded."""
+    """One split of a stream: numbered shards of rows with encoded images."""
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """Of the classes, by label."""
+        """Class names by label; None if labels are plain numbers or missing."""
         ...
 
     @property
@@ -44,44 +44,44 @@ class Shards(Protocol):
 
     @property
     def root(self) -> Path | None:
-        """The folder below which paths in its cells may lead; None: nowhere."""
+        """The folder that relative paths in cells must lie below; None: no path is followed."""
         ...
 
     def __len__(self) -> int: ...
 
     def name(self, number: int) -> str:
-        """The file of one shard, where it is one."""
+        """The file name of a shard, or a description if it is not a single file."""
         ...
 
     def read(self, number: int, start: int) -> Iterator[tuple[int, Cell, int | None]]:
-        """The rows of one shard from row `start` on: each with its number, its encoded image and its label.
+        """Yields (row, encoded image, label) of one shard from row `start` on.
 
         Raises:
-            BadShardError: the file is missing, or damaged from some row on.
+            BadShardError: a missing file, or one damaged from some row on.
         """
         ...
 
 
 def is_remote(file: str) -> bool:
-    """Whether a name is an address, as https://…"""
+    """Whether a file name is a URL, as https://…"""
     return _REMOTE.match(file) is not None
 
 
 def open_shard(file: str) -> IO[bytes]:
-    """A shard to read and to seek in, here or elsewhere; elsewhere a read that fails is tried again."""
+    """Opens a local or remote shard for reading and seeking. Failed remote reads are retried."""
     if is_remote(file):
         remote: IO[bytes] = xopen(file, "rb")
         return remote
-    if not stat.S_ISREG(os.stat(file).st_mode):  # a pipe would wait for ever
+    if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would block
         raise OSError(errno.EINVAL, "it is no regular file")
     return open(file, "rb")
 
 
 def named_files(path: str) -> list[str] | None:
-    """The shard files that a path with an ending of shards stands for, or None where it is no such path.
+    """The shard files of a path pattern; None if the path has no shard extension.
 
-    `web-{000..099}.tar` and `{a,b}.parquet` are so many files; on this machine `*` and `?` stand for those that are
-    there. Folders that have such a name are themselves.
+    Braces expand (`web-{000..099}.tar`, `{a,b}.parquet`); `*` and `?` match local files. Special characters in
+    existing parent folders are literal.
     """
     if Path(path).suffix not in SHARD_ENDINGS:
         return None
@@ -101,7 +101,7 @@ def named_files(path: str) -> list[str] | None:
 
 
 def _expand_braces(path: str) -> list[str]:
-    """A path with its braces written out: a..b counts in numbers of equal width, commas list."""
+    """All paths of a pattern with braces: {a..b} counts with zero padding, commas list alternatives."""
     choices = []
     for inside in _BRACES.findall(path):
         counted = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
@@ -118,13 +118,11 @@ def _expand_braces(path: str) -> list[str]:
 
 
 def readable_files(files: Sequence[str], path: str, *, check: Any, skip: bool) -> list[str]:
-    """The files that are there and begin as they should.
-
-    `check(file)` raises BadShardError. Without `skip` the first such error ends the run.
+    """The files that pass `check`, which raises BadShardError. Without `skip`, the first failure is raised.
 
     Raises:
-        BadShardError: a file that cannot be read.
-        ValueError: none can.
+        BadShardError: an unreadable file, without `skip`.
+        ValueError: all files are unreadable.
     """
     reasons: dict[str, BadShardError] = {}
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
@@ -154,8 +152,8 @@ def _error_of(check: Any, file: str) -> BadShardError | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
+    """The first line of an error's message, or its type if there is none."""
     said = getattr(error, "strerror", None) or str(error)
-    if isinstance(error, FileNotFoundError) and not error.strerror:  # of a network: it says the name again
+    if isinstance(error, FileNotFoundError) and not error.strerror:  # fsspec: the message repeats the name
         said = "there is no such file"
     return (said.splitlines() or [type(error).__name__])[0]

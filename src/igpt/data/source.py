@@ -1,4 +1,4 @@
-"""A source of labelled images: file → pixels. What every dataset looks like to the rest of the house."""
+"""The interface of datasets: protocols of sources, splits and streams of labelled images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ SPLITS = ("train", "val", "test")
 
 
 class Pixels(NamedTuple):
-    """Some images of a split: pixels (B, R, R, 3) uint8 and labels (B,) int64."""
+    """A batch of images: pixels (B, R, R, 3) uint8 and labels (B,) int64."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -25,56 +25,56 @@ class Split(Protocol):
 
     @property
     def labels(self) -> np.ndarray:
-        """Of every image, (N,) int64, known without reading one."""
+        """The labels of all images, (N,) int64, without reading an image."""
         ...
 
     def prepare(self) -> None:
-        """Makes many reads fast (decodes once, to disk). Nothing else depends on it: `read` gives the same without."""
+        """Builds caches that make reads fast. Optional: `read` returns the same without it."""
         ...
 
     def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
-        """The images at `index`; what is random about them (a crop, a flip) is a function of `keys` alone."""
+        """The images at `index`. Random crops and flips depend on `keys` alone."""
         ...
 
 
 @runtime_checkable
 class Stream(Protocol):
-    """Training images that come one after another, without a length and without positions to read at.
+    """Training images with sequential access only and without a length.
 
-    A record has a `digest`, a number that its content decides.
+    A record has a `digest`, an integer hash of its content.
     """
 
-    lanes: int | None  # into how many shares it is to be cut; None: one a reader
+    lanes: int | None  # number of lanes; None: one per reader
 
     @property
     def contents(self) -> dict[str, int]:
-        """What a place in it is meant by: where this differs, places differ."""
+        """Shards per part; a saved position is valid only for an identical mapping."""
         ...
 
     def lane(self, index: int, count: int, seed: int) -> Lane:
-        """One of `count` shares, in an order that the seed decides; together they are every image once a pass."""
+        """Reader `index` of `count`, in a seeded order. All readers together yield every image once per pass."""
         ...
 
     def start(self) -> Place:
-        """The place where a lane begins."""
+        """The initial position of a lane."""
         ...
 
     def read(self, records: Sequence[Any], keys: Sequence[int]) -> Pixels:
-        """The images of some records; what is random about them is a function of `keys` alone."""
+        """The images of records. Random crops and flips depend on `keys` alone."""
         ...
 
 
 class Source(Protocol):
-    """Images with labels, cut into train, val and test. Grey images have three equal channels."""
+    """Labelled images with splits train, val and test. Grey images have three equal channels."""
 
     name: str
     resolution: int  # R, pixels a side
-    n_class: int | None  # None: the images have no labels, -1 stands for them
-    class_names: tuple[str, ...] | None  # by label, n_class of them; None where they are not known
-    labels_per_class: int | None  # what the training images were cut down to; None: they were not
+    n_class: int | None  # None: labels are optional, -1 for an unlabelled image
+    class_names: tuple[str, ...] | None  # by label, n_class of them; None if unknown
+    labels_per_class: int | None  # size of the balanced training subset; None: all images
 
     def split(self, name: str) -> Split:
-        """The split called `name`, each image in one way.
+        """The split `name`, without augmentation.
 
         Raises:
             ValueError: no split of that name.
@@ -82,18 +82,18 @@ class Source(Protocol):
         ...
 
     def training(self) -> Split | Stream:
-        """The training images as their config says they are varied for training."""
+        """The training images with the configured augmentation."""
         ...
 
 
 def plain_pixels(split: Split, rows: Sequence[int]) -> np.ndarray:
-    """Some images of a split in which nothing is random: → (B, R, R, 3) uint8."""
+    """The images at `rows` of a split without augmentation: → (B, R, R, 3) uint8."""
     return split.read(rows, [0] * len(rows)).pixels
 
 
 @dataclass(frozen=True)
 class ArraySplit:
-    """A split held in memory: pixels (N, R, R, 3) uint8, labels (N,) int64. Nothing about it is random."""
+    """A split in memory: pixels (N, R, R, 3) uint8, labels (N,) int64. Reads are deterministic."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -110,7 +110,7 @@ class ArraySplit:
 
 @dataclass(frozen=True)
 class VariedSplit:
-    """A split whose images are changed for training, each by its key."""
+    """A split with augmentation, keyed by image."""
 
     plain: Split
     vary: Callable[[np.ndarray, Sequence[int]], np.ndarray]  # (B, R, R, 3), keys → the same shape
@@ -131,6 +131,6 @@ class VariedSplit:
 
 
 def check_split_name(name: str) -> None:
-    """Raises ValueError unless `name` is a split every source has."""
+    """Raises ValueError unless `name` is train, val or test."""
     if name not in SPLITS:
         raise ValueError(f"got split {name!r}, expected one of {', '.join(SPLITS)}")

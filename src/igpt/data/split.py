@@ -1,4 +1,4 @@
-"""Seeded splits and subsets, the same on every machine and for every run that states the same seed."""
+"""Seeded splits and subsets, equal on every machine and in every run with the same seed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,21 +7,21 @@ import numpy as np
 
 from igpt.utils import keyed
 
-HELD_OUT = ("val_fraction", "test_fraction", "split_seed", "splits", "streaming")  # settings of data that decide it
+HELD_OUT = ("val_fraction", "test_fraction", "split_seed", "splits", "streaming")  # they decide the held-out images
 
 
 def split_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The settings of two runs' data by which they hold out other images; one that is not there is null, 0 or false."""
+    """Data settings by which two runs hold out different images. A missing setting equals null, 0 and false."""
     return [key for key in HELD_OUT if (ours.get(key) or None) != (theirs.get(key) or None)]
 
 
 def split_indices(n: int, *, val_fraction: float, test_fraction: float, seed: int) -> dict[str, np.ndarray]:
     """Disjoint indices of train, val and test, together 0 … n-1: name → (n_split,) int64, ascending.
 
-    `test_fraction` is taken of all images, `val_fraction` of those that are left, each rounded to whole images.
+    `test_fraction` applies to all images, `val_fraction` to the rest; both are rounded to whole images.
 
     Raises:
-        ValueError: a fraction outside [0, 1), or a training split that would be empty.
+        ValueError: an empty training split.
     """
     order = keyed.generator(seed, "split").permutation(n)
     n_test = round(n * test_fraction)
@@ -39,7 +39,7 @@ def balanced_subset(
 ) -> np.ndarray:
     """`per_class` images of every class present, drawn by `seed`: labels (N,) → indices (M,), ascending.
 
-    A larger subset of the same seed holds the smaller one.
+    Subsets of one seed are nested: a larger one contains a smaller one.
 
     Raises:
         ValueError: a class with fewer images.

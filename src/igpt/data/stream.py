@@ -1,4 +1,4 @@
-"""A stream of images: read in turn, from wherever they are, without a copy on this machine."""
+"""A stream of images from local or remote shards: sequential reads, no local copy."""
 
 import hashlib
 import logging
@@ -22,41 +22,41 @@ log = logging.getLogger(__name__)
 
 
 class Record(NamedTuple):
-    """One image as it comes: where it was read, its encoded bytes, its label, what names it, whose it is."""
+    """One encoded image of a stream, with its label and the name of its part."""
 
-    place: str
+    place: str  # file or row, for messages
     data: bytes
     label: int
-    digest: int  # of its content, in 63 bits: what is random about it depends on this, not on who reads it when
+    digest: int  # 63-bit hash of the content, the key of all randomness: independent of reader and time
     part: str
 
 
 @dataclass(frozen=True)
 class ImagePart:
-    """Images of some shards, or those of them whose content hashes into `share`."""
+    """A `Part`: the images of some shards whose content hash lies in `share`."""
 
     name: str
     weight: float
     shards: Shards
     classes: Classes
     cut: Cut
-    skip: bool  # leave corrupt images and shards out
+    skip: bool  # leave out corrupt images and shards
     split_seed: int
-    share: tuple[float, float]  # from, up to: of [0, 1)
+    share: tuple[float, float]  # interval [low, high) of content hashes in [0, 1)
 
     @property
     def n_shard(self) -> int:
         return len(self.shards)
 
     def records(self, share: Dealt, shard: int, row: int) -> Iterator[tuple[Record, int, int]]:
-        """What of its shards was dealt, from a place on.
+        """Yields (record, shard index in the share, next row) of a share, from (shard, row) on.
 
-        Corrupt images that are to be left out are found here, by decoding every one; how many they and the shards left
-        out were is logged at the end.
+        With `skip`, every image is decoded here to leave out corrupt ones; the numbers of images and shards left out
+        are logged at the end.
 
         Raises:
-            DataError: a label that is no class.
-            BadImageError, BadShardError: no image, or no shard, where one should be.
+            DataError: a label outside the classes.
+            BadImageError, BadShardError: an unreadable image or shard, without `skip`.
         """
         bad = broken = 0
         for index in range(shard, len(share.shards)):
@@ -98,7 +98,7 @@ class ImagePart:
         return Record(place, data, known, _digest(data, 0) >> 1, self.name)
 
     def cut_out(self, crop: Crop, record: Record, key: int) -> np.ndarray:
-        """One image of a record, (R, R, 3) uint8. Raises BadImageError, naming it."""
+        """Decodes and crops a record: → (R, R, 3) uint8. Raises BadImageError, naming the image."""
         try:
             return crop(record.data, key)
         except BadImageError as error:
@@ -106,7 +106,7 @@ class ImagePart:
 
 
 class ImageStream:
-    """Some parts as one stream, each drawn by its weight as long as it lasts: a `Stream`."""
+    """A `Stream` over parts, sampled by weight until each is exhausted."""
 
     def __init__(self, parts: Sequence[ImagePart], settings: MixtureStreamSettings) -> None:
         self.parts = {part.name: part for part in parts}
@@ -114,7 +114,7 @@ class ImageStream:
 
     @property
     def contents(self) -> dict[str, int]:
-        """The shards of each part: by these a place in the stream is meant."""
+        """Number of shards by part."""
         return {part.name: part.n_shard for part in self.parts.values()}
 
     def lane(self, index: int, count: int, seed: int) -> Lane:
@@ -125,7 +125,7 @@ class ImageStream:
         return Place.start(len(self.parts))
 
     def read(self, records: Sequence[Record], keys: Sequence[int]) -> Pixels:
-        """The images of some records, cut for training. Raises BadImageError, naming the image."""
+        """Decodes and crops records for training. Raises BadImageError, naming the image."""
         of = [self.parts[record.part] for record in records]
         cut = [
             part.cut_out(part.cut.training, record, key) for part, record, key in zip(of, records, keys, strict=True)
@@ -139,7 +139,7 @@ class ImageStream:
         return Pixels(pixels, np.array([record.label for record in records], dtype=np.int64))
 
     def first(self, n: int, seed: int) -> list[tuple[np.ndarray, int]]:
-        """The first n images in the order of one reader, as for evaluation, with their labels."""
+        """The first n images in the order of a single reader, in the evaluation crop, with labels."""
         found = islice(self.lane(0, 1, seed).one_pass(self.start()), n)
         of = [(self.parts[record.part], record) for record, _ in found]
         return [(part.cut_out(part.cut.evaluation, record, 0), record.label) for part, record in of]
@@ -148,9 +148,9 @@ class ImageStream:
 class Streamed:
     """The splits of a stream.
 
-    When it has no validation split, validation images are those of the training stream whose content's hash falls in
-    `val_fraction` (copies of an image fall on one side). Of val and test, and of train as the palette reads it, the
-    first `held` images are kept in memory, since a stream can be read only in turn.
+    Without a validation split, training images with a content hash below `val_fraction` are the validation images, so
+    that copies of an image fall on the same side. `split` keeps the first `held` images of a split in memory, since a
+    stream has no random access.
     """
 
     def __init__(
@@ -191,13 +191,13 @@ class Streamed:
 
 
 def kept(images: Sequence[tuple[np.ndarray, int]], side: int) -> ArraySplit:
-    """Some images of `side` pixels, with their labels, in memory."""
+    """An `ArraySplit` of (image, label) pairs; `side`: pixels a side, for an empty split."""
     pixels = np.stack([pixels for pixels, _ in images]) if images else np.empty((0, side, side, 3), np.uint8)
     return ArraySplit(pixels, np.array([label for _, label in images], dtype=np.int64))
 
 
 def hashed(data: bytes, seed: int) -> float:
-    """A number in [0, 1) that content and seed decide."""
+    """A hash of content and seed, uniform in [0, 1)."""
     return _digest(data, seed) / 2**64
 
 

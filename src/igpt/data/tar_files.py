@@ -1,6 +1,6 @@
-"""WebDataset tar files as shards of a stream, or as a table: `0001.jpg` with its class in `0001.cls` beside it.
+"""WebDataset tar files as shards of a stream or as a table: image `0001.jpg`, label `0001.cls`.
 
-Only what a sample's image and label need is read, and every member's header before the member.
+Reads the member headers and the bytes of images and labels only.
 """
 
 import logging
@@ -20,22 +20,22 @@ from igpt.data.shards import BadShardError, open_shard, readable_files, reason_o
 
 log = logging.getLogger(__name__)
 
-ANY_FORMAT = "image"  # a name in `data.image_column` that is no ending: members of every format are images
+ANY_FORMAT = "image"  # as a name in `data.image_column`: accepts members of every image format
 _MOST_LABEL_BYTES = 256
 
 
 class Sample(NamedTuple):
-    """One image of a tar file: where its bytes lie, and its label."""
+    """One image of a tar file: the location of its bytes, and its label."""
 
     name: str  # of the member
-    start: int  # of its bytes in the file
-    size: int  # of them
+    start: int  # offset in the file, bytes
+    size: int  # bytes
     label: int | None
-    problem: str | None  # why it is not read
+    problem: str | None  # reason for not reading it
 
 
 class _BoundedReads:
-    """A file of which nobody reads more than an image may have at once: tarfile believes what headers claim."""
+    """A file that refuses reads above MOST_BYTES, since tarfile trusts the sizes in headers."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -53,19 +53,19 @@ class _BoundedReads:
 
 
 def _samples(file: IO[bytes], columns: Columns, unread: Counter[str] | None = None) -> Iterator[Sample]:
-    """The samples of a tar file in their order: consecutive members whose names are one up to the first dot.
+    """Yields the samples of a tar file: groups of consecutive members with equal names up to the first dot.
 
-    Hidden members and folders are passed over. `unread` counts by ending what is neither an image nor a label.
+    Hidden members and folders are ignored. `unread` counts other members by extension.
 
     Raises:
-        tarfile.TarError, OSError: it is none, or damaged from here on.
+        tarfile.TarError, OSError: not a tar file, or damaged from here on.
     """
     members: dict[str, Any] = {}
     present = None
     with tarfile.open(fileobj=_BoundedReads(file), mode="r:") as tar:  # type: ignore[call-overload]  # reads, seeks, tells
         while True:
             member = tar.next()
-            tar.members = []  # what was passed is not kept
+            tar.members = []  # free the headers already read
             key, ending = _key_of(member.name) if member is not None else (None, "")
             if member is not None and (not key or member.isdir()):
                 continue
@@ -76,13 +76,13 @@ def _samples(file: IO[bytes], columns: Columns, unread: Counter[str] | None = No
             if member is None:
                 break
             members.setdefault(ending, member)
-        file.seek(tar.offset)  # tarfile takes a header that it cannot read for the end
+        file.seek(tar.offset)  # tarfile treats an unreadable header as the end of the archive
         if any(file.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError("it is damaged, or ends in the middle of a header")
 
 
 def _key_of(name: str) -> tuple[str, str]:
-    """What a sample's members share, and the ending that tells them apart: `a/0001.seg.png` → `a/0001`, `seg.png`."""
+    """The sample's key and the member's extension: `a/0001.seg.png` → `a/0001`, `seg.png`; hidden: two empty texts."""
     folder, slash, last = name.rpartition("/")
     stem, dot, ending = last.partition(".")
     return (folder + slash + stem, ending.lower()) if stem and dot else ("", "")
@@ -92,7 +92,7 @@ def _sample(
     members: dict[str, tarfile.TarInfo], file: IO[bytes], columns: Columns, unread: Counter[str] | None
 ) -> Sample | None:
     endings = list(columns.image)
-    if ANY_FORMAT in endings:  # the settings narrow nothing down
+    if ANY_FORMAT in endings:  # any image format
         endings += sorted(ending for ending in members if f".{ending}" in ENDINGS)
     of_image = next((ending for ending in endings if ending in members), None)
     of_label = next((ending for ending in columns.label if ending in members), None)
@@ -134,12 +134,12 @@ class TarShards:
     files: tuple[str, ...]
     columns: Columns
     where: str
-    root: None = None  # no paths are followed
+    root: None = None  # tar files hold no paths to follow
     names: None = None
 
     @staticmethod
     def of(paths: Sequence[str], columns: Columns, where: str, *, skip: bool) -> "TarShards":
-        """Raises BadShardError when a file is no tar file; ValueError when the first holds no image."""
+        """The shards of some files. Raises BadShardError on an invalid file, ValueError if the first has no image."""
         good = readable_files(paths, where, check=_check_tar, skip=skip)
         shards = TarShards(tuple(good), columns, where)
         _check_images(shards, good[0])
@@ -160,23 +160,23 @@ class TarShards:
                         bad = BadImageError(f"{sample.name} in {path}: {sample.problem}") if sample.problem else None
                         yield row, bad or _read_sample(file, sample), sample.label
                     row += 1
-        except Exception as error:  # tarfile, fsspec and every network have their own
+        except Exception as error:  # tarfile, fsspec and network clients raise many types
             raise BadShardError(f"{path} cannot be read after {row} images: {reason_of(error)}") from error
 
 
 def _check_tar(path: str) -> None:
-    """Raises BadShardError unless a file begins as a tar file does."""
+    """Raises BadShardError unless a file begins with a tar header."""
     try:
         with open_shard(path) as file:
             tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), tarfile.ENCODING, "surrogateescape")
     except tarfile.HeaderError as error:
         raise BadShardError(f"{path} is no tar file, or is empty ({error})") from error
-    except Exception as error:  # of a network
+    except Exception as error:  # network errors of many types
         raise BadShardError(f"{path} cannot be read ({reason_of(error)})") from error
 
 
 def _check_images(shards: TarShards, path: str) -> None:
-    """Raises ValueError when a tar file holds members, but no image among them."""
+    """Raises ValueError if a tar file is readable and has no image."""
     try:
         with open_shard(path) as file:
             if next(_samples(file, shards.columns), None) is None:
@@ -185,18 +185,18 @@ def _check_images(shards: TarShards, path: str) -> None:
                     f"(data.image_column) in {path}"
                 )
     except (tarfile.TarError, OSError):
-        return  # it is named when it is read
+        return  # reading reports it
 
 
 @dataclass(frozen=True)
 class TarTable:
-    """The images of tar files as a `Table`: where each lies is noted once, and it is read from there."""
+    """The images of tar files as a `Table`, by an index of byte offsets that is built once."""
 
     files: tuple[str, ...]
-    of: np.ndarray  # (N,) which file
+    of: np.ndarray  # (N,) index into files
     starts: np.ndarray  # (N,)
-    sizes: np.ndarray  # (N,), -1: it is not read
-    members: Any  # Arrow strings, the names
+    sizes: np.ndarray  # (N,) bytes; -1: not readable
+    members: Any  # Arrow strings: member names
     labels: np.ndarray
     where: str
     fingerprint: str
@@ -204,7 +204,7 @@ class TarTable:
 
     @staticmethod
     def of_shards(shards: TarShards, listing: Listing, *, skip: bool) -> "TarTable":
-        """Raises BadShardError when a file is damaged; with `skip`, what cannot be read of it is left out."""
+        """Indexes the shards. Raises BadShardError on a damaged file; with `skip`, unreadable samples are left out."""
         of: list[int] = []
         samples: list[Sample] = []
         unread: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""Processes that read images beside this one: how many can be started here."""
+"""DataLoader workers: an identity collate function, and the number of workers that can be started."""
 
 import logging
 import multiprocessing
@@ -8,21 +8,21 @@ log = logging.getLogger(__name__)
 
 
 def identity_collate(batch: Any) -> Any:
-    """The batch as its dataset made it: there is nothing left to collate."""
+    """Returns the batch unchanged: its dataset already yields batches."""
     return batch
 
 
 def startable_workers(n: int) -> int:
-    """`n`, or 0 where this machine cannot let processes wait for one another: images are then read in this one.
+    """`n`, or 0 with a warning if the semaphores of `n` DataLoader workers cannot be created.
 
-    Processes meet at semaphores, which Linux keeps in /dev/shm; a container may have that read-only or very small.
-    Images themselves go through pipes, so that nothing else is needed of it.
+    Linux keeps semaphores in /dev/shm, which may be read-only or very small in a container. Images go through pipes and
+    need no shared memory.
     """
     if n < 1:
         return 0
     made = []
     try:
-        for _ in range(8 + 3 * n):  # as many as a DataLoader makes: for its results, for its end, for each worker
+        for _ in range(8 + 3 * n):  # as many as a DataLoader creates: for results, for shutdown, and per worker
             made.append(multiprocessing.Semaphore())
     except OSError as error:
         log.warning(

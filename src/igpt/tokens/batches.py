@@ -1,4 +1,4 @@
-"""What a loader gives: batches of pixels, labels and keys, of splits and of streams; and how far a stream was read."""
+"""Datasets of whole batches for DataLoaders, over splits and over streams, and the state of a stream."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,18 +18,18 @@ from igpt.utils import keyed
 
 
 class Batch(NamedTuple):
-    """What a step receives: the image as tokens, its label, and the key of everything random about it."""
+    """The input of a step: tokens, labels, and the keys of all per-image randomness."""
 
     tokens: Tensor  # (B, T) int64; (B, R, R, 3) uint8 pixels until they reach the device
     labels: Tensor  # (B,) int64
     keys: Tensor  # (B,) int64
-    rows: Tensor  # (B,) int64, which image of its split (in a stream: a hash of its content)
+    rows: Tensor  # (B,) int64 position in the split; in a stream, a hash of the content
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickles arrays with their values; PyTorch's own tensors would go through shared memory.
+        """Pickles the tensors as NumPy arrays, by value; PyTorch would send them through shared memory.
 
-        A container may have very little of that, and a worker that finds none leaves the run waiting for ever. Batches
-        of pixels are small: through a pipe they are as fast.
+        A container may have very little of it, and a worker without any would block the run. Batches of pixels are
+        small: a pipe is as fast.
         """
         return _batch_of, tuple(part.numpy() for part in self)
 
@@ -39,7 +39,7 @@ def _batch_of(*arrays: np.ndarray) -> Batch:
 
 
 class PixelBatches(Dataset[Any]):
-    """A split as a map-style dataset of whole batches, so that items need no collating."""
+    """A split as a map-style dataset that fetches whole batches (`__getitems__`)."""
 
     def __init__(self, split: Split, *, seed: int, stream: str) -> None:
         self.split, self.seed, self.stream = split, seed, stream
@@ -56,7 +56,7 @@ class PixelBatches(Dataset[Any]):
 
 
 class StreamBatch(NamedTuple):
-    """A batch of a stream, the lane it was read from, and the place after it."""
+    """A batch of a stream, its lane, and the position of the lane after it."""
 
     batch: Batch
     lane: int
@@ -64,7 +64,7 @@ class StreamBatch(NamedTuple):
 
 
 class StreamBatches(IterableDataset[Any]):
-    """A stream as whole batches, each read from the lane whose turn it is, from where that was left."""
+    """A stream as an iterable dataset of batches, from its lanes in turn."""
 
     def __init__(self, images: Stream, *, seed: int, lanes: Lanes, places: Sequence[Any]) -> None:
         self.images, self.seed, self.lanes, self.places = images, seed, lanes, places
@@ -86,12 +86,12 @@ class StreamBatches(IterableDataset[Any]):
 
 @dataclass
 class StreamState:
-    """How far a stream has been read: the place of every lane, and whose turn it is. A checkpoint holds it."""
+    """The state of a stream in a checkpoint: the position of every lane, and the next lane."""
 
-    contents: dict[str, int]  # what the places are meant by
-    places: list[Place]  # of each lane
+    contents: dict[str, int]  # shards per part, for which the positions are valid
+    places: list[Place]  # position of each lane
     next: int  # the lane of the next micro-batch
-    _here: dict[int, Place] = field(default_factory=dict)  # the lanes that this rank has read from, since it began
+    _here: dict[int, Place] = field(default_factory=dict)  # positions of the lanes that this rank has read from
 
     @staticmethod
     def start(images: Stream, count: int) -> "StreamState":
@@ -99,7 +99,7 @@ class StreamState:
 
     @staticmethod
     def of(saved: Mapping[str, Any]) -> "StreamState":
-        """As `gathered` gave it."""
+        """The state from the result of `gathered`."""
         return StreamState(dict(saved["contents"]), [Place.of(numbers) for numbers in saved["places"]], saved["next"])
 
     @property
@@ -107,7 +107,7 @@ class StreamState:
         return len(self.places)
 
     def check(self, images: Stream) -> None:
-        """Raises ValueError when the stream has other parts or shards than the places are in."""
+        """Raises ValueError if the parts or shards of the stream differ from the saved ones."""
         if images.contents != self.contents:
             there, then = (
                 ", ".join(f"{name} of {n} shard(s)" for name, n in of.items())
@@ -119,12 +119,12 @@ class StreamState:
             )
 
     def read(self, lane: int, place: Place, n_device: int) -> None:
-        """Notes that this rank has used a micro-batch of a lane, as every rank does in turn."""
+        """Advances by one micro-batch on every rank: this rank has read `lane` up to `place`."""
         self.places[lane] = self._here[lane] = place
         self.next = (self.next + n_device) % self.count
 
     def gathered(self) -> dict[str, Any]:
-        """The state of all ranks, as numbers."""
+        """The state over all ranks as plain numbers, for a checkpoint. Collective: all ranks must call it."""
         for theirs in ranks.gathered(self._here):
             for lane, place in theirs.items():
                 self.places[lane] = place

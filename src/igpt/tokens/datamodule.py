@@ -1,4 +1,4 @@
-"""Batches of tokens: a source's pixels, encoded by a palette on the device that will read them."""
+"""The LightningDataModule: batches of pixels from a source, tokenized on the model's device."""
 
 import logging
 from collections.abc import Iterable
@@ -31,12 +31,12 @@ from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
 
-FEW = 30  # images: of so many, the standard error of an accuracy of 90 % is 5 points
-ONE_BY_ONE = BatchPlan(batch_size=1, micro_batch=1)  # for tasks that read images without a loader
+FEW = 30  # images; with so many, the standard error of 90 % accuracy is 5 points
+ONE_BY_ONE = BatchPlan(batch_size=1, micro_batch=1)  # for tasks without a loader
 
 
 class TokenDataModule(L.LightningDataModule):
-    """Endless training batches, and one pass over `eval_split`; tokens are made on the device that reads them."""
+    """Infinite training batches and one pass over `eval_split`, tokenized after the transfer to the device."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class TokenDataModule(L.LightningDataModule):
         cache: Path | None = None,
     ) -> None:
         super().__init__()
-        own = None  # its colours, where a token is the nearest of them and nothing else
+        own = None  # the palette, if tokens are nearest colours and nothing else
         if isinstance(tokenizer, PaletteTokenizer) and tokenizer.kind == PaletteTokenizer.kind:
             own = tokenizer.palette
         if isinstance(source, OpenAITokens) and (own is None or source.palette.hash != own.hash):
@@ -63,13 +63,13 @@ class TokenDataModule(L.LightningDataModule):
         self.plan, self.seed, self.num_workers = plan, seed, num_workers
         self.eval_split = eval_split
         self.stream: StreamState | None = None
-        self._warned: set[str] = set()  # splits
+        self._warned: set[str] = set()  # splits already warned of
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """An endless loader, its position set by the run's step; that of a stream is in its checkpoints."""
+        """An infinite loader that starts at the trainer's step; for a stream, at the position in the checkpoint."""
         first_step = self.trainer.global_step if self.trainer else 0
         images = self.source.training()
-        if isinstance(images, Stream):  # what it holds out is read in turn, so it is not counted here
+        if isinstance(images, Stream):  # held-out images of a stream are not counted here: that would read them
             return self._stream_loader(images, first_step)
         self._warn_of_few("val")
         batches = EndlessBatches(len(images), plan=self.plan, seed=self.seed, first_step=first_step)
@@ -102,14 +102,14 @@ class TokenDataModule(L.LightningDataModule):
         return self._loader(batches, n_worker, batch_size=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the lanes of a stream have been read, by all ranks; nothing where images have positions."""
+        """The position in the stream over all ranks; empty for a source with random access."""
         return {} if self.stream is None else {"stream": self.stream.gathered()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.stream = StreamState.of(state_dict["stream"])
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every image of `eval_split` exactly once. Raises ValueError when there is none."""
+        """A loader of every image of `eval_split` exactly once. Raises ValueError if the split is empty."""
         split = self.source.split(self.eval_split)
         if not len(split):
             raise ValueError(
@@ -123,13 +123,13 @@ class TokenDataModule(L.LightningDataModule):
                 f"{self.source.name}: {n} images of {self.eval_split} cannot be read by {n_device} processes"
             )
         plan = self.plan
-        if (n_device - 1) * plan.micro_batch >= n:  # the last process would have none, and leave the others waiting
+        if (n_device - 1) * plan.micro_batch >= n:  # the last rank would get no image and block the others
             size = (n - 1) // (n_device - 1)
             plan = BatchPlan(n_device * size, size, n_device=n_device, rank=plan.rank)
         return self._split_loader(split, OncePerImage(n, plan=plan), self.eval_split)
 
     def _warn_of_few(self, name: str) -> None:
-        """Says, once a split, that it is empty or too small to measure anything on."""
+        """Warns, once per split, if it is empty or too small for a measurement."""
         n = len(self.source.split(name))
         if n < FEW and name not in self._warned:
             self._warned.add(name)
@@ -140,7 +140,7 @@ class TokenDataModule(L.LightningDataModule):
                         what, name)  # fmt: skip
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The same, for tasks that write something about every image."""
+        """The validation loader, for tasks that write a record per image."""
         return self.val_dataloader()
 
     def _split_loader(self, split: Split, batches: Iterable[list[Item]], stream: str) -> DataLoader[Any]:
@@ -167,22 +167,22 @@ class TokenDataModule(L.LightningDataModule):
         return batch._replace(tokens=self.encode(batch.tokens))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels to the token sequence the network reads: (B, R, R, 3) uint8 → (B, T) int64."""
+        """Pixels to token sequences: (B, R, R, 3) uint8 → (B, T) int64."""
         return self._encoder(pixels)
 
     def some_tokens(self, name: str, *, at_most: int | None = None) -> Tensor:
-        """A split as tokens on the CPU, in order: (N, T) of `token_dtype`; at most so many images, drawn by seed."""
+        """A split as tokens on the CPU, in order: (N, T) of `token_dtype`; `at_most`: sampled by seed."""
         return self.tokens_of(name, self.some_rows(name, at_most=at_most))
 
     def some_rows(self, name: str, *, at_most: int | None = None) -> np.ndarray:
-        """Which images of a split `some_tokens` gives, (N,) ascending."""
+        """The image indices of `some_tokens`, (N,) ascending."""
         n = len(self.source.split(name))
         if at_most is None or at_most >= n:
             return np.arange(n)
         return np.sort(keyed.generator(self.seed, "some", at_most).permutation(n)[:at_most])
 
     def tokens_of(self, name: str, rows: np.ndarray) -> Tensor:
-        """Some images of a split as tokens on the CPU, (N, T) of `token_dtype`."""
+        """The images at `rows` of a split as tokens on the CPU, (N, T) of `token_dtype`."""
         split = self.source.split(name)
         split.prepare()
         dtype = token_dtype(self.tokenizer.n_vocab)

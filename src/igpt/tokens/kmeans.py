@@ -1,4 +1,4 @@
-"""Fitting a palette to pixels: k-means on distinct colours, weighted by how often each occurs."""
+"""Fits a palette to pixels: k-means on distinct colours, weighted by their counts."""
 
 import hashlib
 import logging
@@ -20,18 +20,18 @@ log = logging.getLogger(__name__)
 
 
 def fit(pixels: np.ndarray, *, k: int, iterations: int, restarts: int, seed: int) -> Palette:
-    """The k-means palette of (N, 3) uint8 pixels, colours ordered from dark to light.
+    """The k-means palette of (N, 3) uint8 pixels, colours sorted from dark to light.
 
-    k-means++ and Lloyd on the distinct colours with their counts as weights: the same objective as on all pixels, at
-    a fraction of the cost; the best of `restarts` fits. When there are no more than k distinct colours they are the
-    palette, without error, and it is smaller than k where they are fewer; beside a single colour stands the one that
-    is furthest from it, since a palette has at least two. Grey pixels give a grey palette.
+    k-means++ and Lloyd's algorithm on the distinct colours, weighted by count: the objective on all pixels at a
+    fraction of the cost; the best of `restarts` fits. At most k distinct colours are the palette themselves, which is
+    then exact and possibly smaller than k; a single colour gets the furthest colour beside it, since a palette has at
+    least two. Grey pixels give a grey palette.
     """
     colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)  # (U, 3), (U,)
     if len(colours) == 1:
         colours = np.concatenate([colours, np.where(colours < 128, 255, 0).astype(np.uint8)])
     centres = weighted_kmeans(colours, counts, k=k, iterations=iterations, restarts=restarts, seed=seed)
-    if (colours == colours[:, :1]).all():  # grey: rounding inside k-means must not tint it
+    if (colours == colours[:, :1]).all():  # grey: remove tints from rounding in k-means
         centres = np.repeat(centres[:, :1], 3, axis=1)
     return Palette(dark_to_light(centres))
 
@@ -39,7 +39,7 @@ def fit(pixels: np.ndarray, *, k: int, iterations: int, restarts: int, seed: int
 def weighted_kmeans(
     levels: np.ndarray, counts: np.ndarray, *, k: int, iterations: int, restarts: int, seed: int
 ) -> np.ndarray:
-    """k centres in [-1, 1] of distinct points that occur so often: (U, D) uint8, (U,) → (min(k, U), D) float32."""
+    """k-means centres in [-1, 1] of distinct points with counts: (U, D) uint8, (U,) → (min(k, U), D) float32."""
     points = levels / 127.5 - 1  # (U, D) float64
     if k < len(points):
         random_state = keyed.key(seed, "kmeans") % 2**32
@@ -49,7 +49,7 @@ def weighted_kmeans(
 
 
 def dark_to_light(centres: np.ndarray) -> np.ndarray:
-    """The rows by their sum, equal ones by their numbers from the last on."""
+    """The rows sorted by their sum, ties by their entries from the last to the first."""
     return centres[np.lexsort((*centres.T, centres.sum(axis=1)))]
 
 
@@ -63,7 +63,7 @@ def sample_pixels(split: Split, *, n_pixels: int, seed: int) -> np.ndarray:
 
 
 def sample_images(split: Split, n_image: int, *, seed: int, stream: str) -> Iterator[np.ndarray]:
-    """At most so many images of a split (one at least), drawn by a keyed order: chunks (B, R, R, 3) uint8."""
+    """At most `n_image` (at least one) images of a split, sampled by key: yields chunks (B, R, R, 3) uint8."""
     order = keyed.generator(seed, stream).permutation(len(split))
     rows = np.sort(order[: max(1, min(len(split), n_image))])
     return in_chunks(partial(plain_pixels, split), rows, f"reading images for the {stream}")
@@ -74,7 +74,7 @@ def fit_cached(
 ) -> Palette:
     """The palette of a source's training split, for `tokens=fitted`; fitted once, then read from `cache`.
 
-    The cached file is named by a hash of everything that made it, the pixels included.
+    The file name holds a hash of all arguments and of the pixels.
     """
     pixels = sample_pixels(source.split("train"), n_pixels=n_pixels, seed=seed)
     made_by = {
@@ -114,7 +114,7 @@ def reconstruction_error(palette: Palette, pixels: np.ndarray) -> float:
 
 
 def colour_distances(palette: Palette, pixels: np.ndarray) -> np.ndarray:
-    """How far every pixel's colour moves, in grey levels: (…, 3) uint8 → (…) float64."""
+    """The distance between each pixel and its palette colour, in grey levels: (…, 3) uint8 → (…) float64."""
     decoded = palette.decode(palette.encode(torch.from_numpy(np.ascontiguousarray(pixels))))
     distances: np.ndarray = np.sqrt(((decoded.astype(np.float64) - pixels) ** 2).sum(-1))
     return distances

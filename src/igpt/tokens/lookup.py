@@ -1,4 +1,4 @@
-"""Encoding by a table: the token of each of the 256³ colours, exact, made in seconds and kept on disk."""
+"""Encoding by a lookup table of all 256³ colours: exact, built in seconds and cached on disk."""
 
 import logging
 from pathlib import Path
@@ -13,17 +13,17 @@ from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
-PAYS = 2_000_000  # colours computed one by one, after which the table would have cost less: docs/data.md
-_SIDE = 8  # the colour cube is cut into blocks of so many levels a side
-_AT_ONCE = 1 << 23  # distances computed at a time
+PAYS = 2_000_000  # number of directly encoded colours that costs as much as the table: docs/data.md
+_SIDE = 8  # levels a side of a block of the colour cube
+_AT_ONCE = 1 << 23  # most distances per step
 
 
 def build(palette: Palette) -> np.ndarray:
-    """The token of colour (r, g, b) at place r·256² + g·256 + b: (256³,) int16, equal to `Palette.encode`.
+    """The token of colour (r, g, b) at index r·256² + g·256 + b: (256³,) int16, equal to `Palette.encode`.
 
-    For a block of neighbouring colours most of the palette is out of reach: a colour of the palette is left out when
-    its least distance to the block is above another's greatest. Rounding is monotonic, so that no bound is crossed
-    by it, and what is left is compared as `encode` does.
+    For each block of neighbouring colours, a palette colour is pruned if its least distance to the block exceeds the
+    greatest distance of another one. Rounding is monotonic, so that pruning is exact. The rest is compared as in
+    `encode`.
     """
     channels = [squares(palette, channel) for channel in range(3)]  # each (k, 256) float64
     blocks = [c.view(palette.k, -1, _SIDE) for c in channels]  # (k, 32, 8)
@@ -34,7 +34,7 @@ def build(palette: Palette) -> np.ndarray:
         low, high = (
             ((x[0][:, r, None, None] + x[1][:, :, None]) + x[2][:, None, :]).flatten(1) for x in (least, most)
         )  # (k, 32·32)
-        near = (low <= high.amin(0)).T  # (32·32, k): palette colours that may be nearest to some colour of the block
+        near = (low <= high.amin(0)).T  # (32·32, k): candidates for the nearest colour in each block
         count = near.sum(1)
         slab = table[r].view(n * n, _SIDE, _SIDE, _SIDE)
         order = count.argsort()
@@ -44,7 +44,7 @@ def build(palette: Palette) -> np.ndarray:
             size = max(1, _AT_ONCE // (_SIDE**3 * max(width, 1)))
             some = order[start : start + size]
             width = int(count[some].max())
-            chosen = near[some].byte().topk(width, dim=1).indices.sort(1).values  # (n, width), padded by far ones
+            chosen = near[some].byte().topk(width, dim=1).indices.sort(1).values  # (n, width), padded by pruned colours
             where = torch.stack([some // n, some % n], 1)
             dr = blocks[0][chosen, r]  # (n, width, 8)
             dg = blocks[1][chosen, where[:, :1]]
@@ -57,16 +57,16 @@ def build(palette: Palette) -> np.ndarray:
 
 
 class Encoder:
-    """`Palette.encode`, by a table once that pays: (…, 3) uint8 → (…) int64, on the pixels' device.
+    """`Palette.encode` with a lookup table once that pays: (…, 3) uint8 → (…) int64, on the pixels' device.
 
-    The table is read from `cache` when it is there, and kept there when it is made. On a GPU it is used from the
-    first batch on, since looking for distinct colours makes the GPU wait.
+    The table is cached below `cache`. A GPU uses it from the first batch on, since `torch.unique` synchronises the
+    GPU.
     """
 
     def __init__(self, palette: Palette, cache: Path | None) -> None:
         self.palette = palette
         self.path = cache / "palettes" / f"lookup1-{palette.hash}.npy" if cache else None
-        self.computed = 0  # colours, without a table
+        self.computed = 0  # colours encoded without the table
         self._tables: dict[torch.device, Tensor] = {}
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Encoder:
 
     def _make(self, path: Path) -> None:
         with file_lock(path):
-            if self._is_whole(path):  # by another process, while this one waited
+            if self._is_whole(path):  # written by another process in the meantime
                 return
             with files.atomic_write(path) as file:
                 np.lib.format.write_array(file, build(self.palette), allow_pickle=False)

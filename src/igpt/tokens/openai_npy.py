@@ -1,7 +1,7 @@
-"""OpenAI's ready-made token arrays, `imagenet_trX.npy` and its kin, as a source of images.
+"""OpenAI's released token arrays (`imagenet_trX.npy` and others) as a source of images.
 
-They are centre crops at 32×32, meant for evaluation. A token becomes the pixel that its colour is, and the same palette
-makes the same token of it again, which is checked for every colour.
+The arrays hold centre crops at 32×32 for evaluation. Tokens are decoded to pixels; encoding them with the same palette
+returns the same tokens, which is checked for every colour.
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ from igpt.data.listing import ListFiles
 from igpt.data.source import Pixels, check_split_name
 from igpt.tokens.palette import Palette
 
-FILES = {"train": "tr", "val": "va", "test": "te"}  # split → what the released files call it
-_ROWS = 8192  # labels read at a time
+FILES = {"train": "tr", "val": "va", "test": "te"}  # split → name in the released files
+_ROWS = 8192  # label rows per read
 
 
 class OpenAITokens:
-    """The arrays `<name>_{tr,va,te}{X,Y}.npy` of a folder as a `Source`, read from disk as they are asked for.
+    """The arrays `<name>_{tr,va,te}{X,Y}.npy` of a folder as a `Source`, memory-mapped.
 
-    Only the split that a task reads has to be there. Nothing is varied for training: they are not meant for that.
+    Only the splits that a task reads must exist. Training has no augmentation.
 
     Raises:
-        ValueError: a missing or damaged file, arrays of other shapes or kinds, or a palette that does not fit.
+        ValueError: a missing or damaged file, wrong shapes or dtypes, or a palette with two equal colours.
     """
 
     labels_per_class: int | None = None
@@ -37,7 +37,7 @@ class OpenAITokens:
         self,
         *,
         cache: Path | None = None,
-        list_files: ListFiles | None = None,  # four arrays of known names are all that is read
+        list_files: ListFiles | None = None,  # unused: the file names are fixed
         name: str,
         resolution: int,
         path: str | None,
@@ -76,7 +76,7 @@ class OpenAITokens:
 
 
 class TokenSplit:
-    """One pair of arrays: tokens (N, R²), and labels that are one-hot, (N, K)."""
+    """One pair of arrays as a `Split`: tokens (N, R²) and one-hot labels (N, K)."""
 
     def __init__(self, stem: Path, side: int, palette: Palette) -> None:
         self.stem, self.side, self.palette = stem, side, palette
@@ -90,7 +90,7 @@ class TokenSplit:
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """(N, R²) whole numbers, on disk."""
+        """(N, R²) integers, memory-mapped."""
         tokens = _mapped(self._path("X"))
         if tokens.ndim != 2 or tokens.shape[1] != self.side**2 or tokens.dtype.kind not in "iu":
             raise ValueError(
@@ -100,7 +100,7 @@ class TokenSplit:
 
     @cached_property
     def one_hot(self) -> np.ndarray:
-        """(N, K), on disk."""
+        """(N, K), memory-mapped."""
         one_hot = _mapped(self._path("Y"))
         if one_hot.ndim != 2 or len(one_hot) != len(self):
             raise ValueError(
@@ -110,7 +110,7 @@ class TokenSplit:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """Of every image, (N,) int64."""
+        """The labels of all images, (N,) int64."""
         labels = np.empty(len(self), dtype=np.int64)
         for start in range(0, len(self), _ROWS):
             rows = np.asarray(self.one_hot[start : start + _ROWS])
@@ -122,7 +122,7 @@ class TokenSplit:
     def prepare(self) -> None: ...
 
     def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
-        """Raises DataError, naming the image, on a token that the palette does not have."""
+        """The images at `index`. Raises DataError, naming the image, on a token outside the palette."""
         rows = np.asarray(index, dtype=np.int64)
         tokens = np.asarray(self.tokens[rows]).astype(np.int64)
         if len(bad := np.flatnonzero(((tokens < 0) | (tokens >= self.palette.k)).any(1))):
@@ -138,14 +138,14 @@ class TokenSplit:
 
 
 def _class_names(name: str, n_class: int | None) -> tuple[str, ...] | None:
-    """The files hold none: those of the datasets that OpenAI released arrays of, in their usual order."""
+    """Class names of the datasets that OpenAI released, in the usual order; None for others. The files hold none."""
     if (name, n_class) == ("imagenet", 1000):
         return imagenet_names()
     return CIFAR10 if (name, n_class) == ("cifar10", len(CIFAR10)) else None
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """The array in a `.npy` file, left on disk; nothing in it is run. Raises ValueError when it is missing or none."""
+    """The memory-mapped array of a `.npy` file, without pickle. Raises ValueError on a missing or invalid file."""
     if not path.is_file():
         raise ValueError(f"{path} is not there: download it, too")
     try:

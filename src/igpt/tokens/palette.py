@@ -16,8 +16,8 @@ from igpt.utils import files
 
 K_MIN, K_MAX = 2, 4096
 PaletteSize = Annotated[int, Field(ge=K_MIN, le=K_MAX)]
-_CHUNK = 1 << 20  # distances computed at a time: they stay in a CPU's cache
-_FLOAT32_SLACK = 1e-5  # five times what rounding may add up to: numbers below 16, five operations of 2⁻²⁴ each
+_CHUNK = 1 << 20  # distances per step, to stay in the CPU cache
+_FLOAT32_SLACK = 1e-5  # five times the rounding error bound: values below 16, five operations of 2⁻²⁴ each
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Palette:
     """k colours in [-1, 1], in the released format: `centres` (k, 3) float32.
 
     Raises:
-        ValueError: centres of another shape, dtype or range, or with NaN.
+        ValueError: wrong shape, dtype or range, or NaN.
     """
 
     centres: np.ndarray
@@ -52,13 +52,13 @@ class Palette:
 
     @cached_property
     def hash(self) -> str:
-        """12 hexadecimal digits that change when any colour, or their order, does. Checkpoints carry them."""
+        """12 hexadecimal digits of a hash of the colours in order. Stored in checkpoints."""
         return hashlib.sha256(self.centres.astype("<f4").tobytes()).hexdigest()[:12]
 
     def encode(self, pixels: Tensor) -> Tensor:
         """The index of the nearest colour: (…, 3) uint8 → (…) int64, on the pixels' device.
 
-        Exact: the smallest squared distance in float64, the lowest index on a tie. Each distinct colour is computed
+        Exact: the smallest squared distance in float64, the lowest index on a tie. Each distinct colour is encoded
         once. (OpenAI and Hugging Face expand the square in float32, which differs in about 20 of a million pixels,
         all near-ties.)
         """
@@ -68,8 +68,8 @@ class Palette:
     def nearest(self, colours: Tensor) -> Tensor:
         """The index of the nearest centre of each colour: (U, 3) int64 in 0 … 255 → (U,) int64.
 
-        Distances are first told apart in float32 (without the colour's own square, the same for all centres). Where
-        the two smallest lie closer than its rounding could move them, float64 decides.
+        Distances are compared in float32 first (without the square of the colour, a constant). If the two smallest
+        differ by less than the rounding error, float64 decides.
         """
         device = colours.device
         centres = torch.from_numpy(self.centres).double()
@@ -120,10 +120,10 @@ class Palette:
 
     @staticmethod
     def load(path: Path) -> "Palette":
-        """The palette in a `.npy` file, OpenAI's `kmeans_centers.npy` for one. Runs nothing that is in the file.
+        """The palette in a `.npy` file such as OpenAI's `kmeans_centers.npy`, without pickle.
 
         Raises:
-            ValueError: no `.npy` array, one that holds objects (a pickle), or no palette.
+            ValueError: a missing or invalid `.npy` file, an object array (a pickle), or an invalid palette.
         """
         if not path.is_file():
             raise ValueError(f"no palette at {path}: give a .npy file of shape (k, 3), float32 in [-1, 1]")
@@ -156,7 +156,7 @@ def colours_of(codes: Tensor) -> Tensor:
 def squares(palette: Palette, channel: int) -> Tensor:
     """The squared difference of every centre from every level of one channel: → (k, 256) float64.
 
-    A distance is the sum of three of them, red and green first: whoever adds them so compares as `encode` does.
+    A distance is the sum (red + green) + blue of three of these; this order of additions reproduces `encode` exactly.
     """
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     centres = torch.from_numpy(palette.centres[:, channel]).double()
@@ -164,7 +164,7 @@ def squares(palette: Palette, channel: int) -> Tensor:
 
 
 def from_file(source: object, cache: Path, *, path: str | None) -> Palette:
-    """The palette in a file, for `tokens=openai`. Nothing is fitted, so `source` and `cache` are not looked at."""
+    """The palette in a file, for `tokens=openai`; `source` and `cache` are unused."""
     if path is None:
         raise ValueError("tokens=openai needs the released file: tokens.path=PATH/kmeans_centers.npy")
     return Palette.load(Path(path))

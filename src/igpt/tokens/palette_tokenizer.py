@@ -1,4 +1,4 @@
-"""The paper's tokenizer: a token is the nearest of k colours, pixels follow in raster order or another fixed one."""
+"""The paper's tokenizer: a token is the index of the nearest of k colours; pixels in raster or another fixed order."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class PaletteTokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """The palette's own where pixels follow row by row."""
+        """The palette's hash in raster order; else a hash of kind, palette and permutation."""
         if self.kind == PaletteTokenizer.kind and self.order.is_raster:
             return self.palette.hash
         return files.hash_json([self.kind, self.palette.hash, self.order.permutation])[:12]
@@ -54,7 +54,7 @@ class PaletteTokenizer:
         return self.order.flatten(self.palette.encode(pixels))
 
     def encoder(self, cache: Path | None) -> Callable[[Tensor], Tensor]:
-        if type(self).encode is not PaletteTokenizer.encode:  # of a subclass, which looks at colours otherwise
+        if type(self).encode is not PaletteTokenizer.encode:  # a subclass may encode colours otherwise
             return self.encode
         lookup = Encoder(self.palette, cache)
         return lambda pixels: self.order.flatten(lookup(pixels))
@@ -81,7 +81,7 @@ class PaletteTokenizer:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "PaletteTokenizer":
-        """Raises ValueError on colours that are none or not those their hash is of, or an order that is none."""
+        """The inverse of `to_dict`. Raises ValueError on invalid colours, a wrong hash or an invalid permutation."""
         centres, permutation = saved["centres"], saved["permutation"]
         if not isinstance(centres, list) or not all(isinstance(c, list) and len(c) == 3 for c in centres):
             raise ValueError("the palette has not three numbers for each colour")
@@ -95,14 +95,14 @@ class PaletteTokenizer:
 
 @dataclass(frozen=True)
 class PaletteSettings:
-    """`tokens=fitted` and `tokens=openai`: where the colours come from, and the order of the pixels."""
+    """The settings of `tokens=fitted` and `tokens=openai`: the source of the palette, and the pixel order."""
 
     order: str
-    palette: Callable[[Source, Path], Palette]  # with settings of its own
-    path: str | None = None  # of a palette that is not fitted
+    palette: Callable[[Source, Path], Palette]  # partial with its own settings
+    path: str | None = None  # file of a palette that is not fitted
 
     def sizes(self, resolution: int) -> tuple[int, int]:
-        """A palette that is fitted has fewer colours where the images have: V is an upper bound then."""
+        """T and V. V is an upper bound for a fitted palette, since images may have fewer colours."""
         settings = getattr(self.palette, "keywords", {})
         k = settings.get("k") or (Palette.load(Path(self.path)).k if self.path else 512)
         return resolution**2, k

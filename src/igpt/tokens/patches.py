@@ -1,6 +1,6 @@
-"""Patches as tokens: an image is cut into p × p patches, a token is the nearest of k patches that k-means found.
+"""Patches as tokens: an image is cut into p × p patches; a token is the index of the nearest k-means centre.
 
-At p = 2 a sequence is a quarter as long as with a token a pixel, and a token says what four pixels look like.
+At p = 2 a sequence is a quarter as long as with one token per pixel.
 """
 
 import hashlib
@@ -28,16 +28,16 @@ from igpt.utils import files
 log = logging.getLogger(__name__)
 
 K_MAX = 4096
-_CHUNK = 1 << 22  # numbers of a table of distances
-_DOUBT = 1e-9  # two distances this near are compared anew: far above the rounding of float64 products of numbers near 1
+_CHUNK = 1 << 22  # most distances per step
+_DOUBT = 1e-9  # closer distances are recomputed exactly: far above the rounding of float64 products near 1
 
 
 @dataclass(frozen=True, eq=False)
 class PatchTokenizer:
-    """k patches in [-1, 1], `centres` (k, 3 p²) float32, read row by row; one token a patch, in the order of `order`.
+    """One token per patch. `centres` (k, 3 p²) float32 in [-1, 1]: each patch row by row.
 
     Raises:
-        ValueError: centres of another shape or range, or with NaN.
+        ValueError: wrong shape, dtype or range, or NaN.
     """
 
     centres: np.ndarray
@@ -86,12 +86,12 @@ class PatchTokenizer:
         own = centres.square().sum(1)
         nearest = []
         for some in torch.split(points.flatten(0, 1), max(1, _CHUNK // len(centres))):
-            distances = own - 2 * (some @ centres.T)  # without the patch's own square, the same for all
+            distances = own - 2 * (some @ centres.T)  # without the square of the patch, a constant
             two, index = distances.topk(2, largest=False)
             best = index[:, 0]
             (doubtful,) = (two[:, 1] - two[:, 0] < _DOUBT).nonzero(as_tuple=True)
             step = max(1, _CHUNK // centres.numel())
-            for rows in torch.split(doubtful, step) if len(doubtful) else ():  # products may be rounded otherwise
+            for rows in torch.split(doubtful, step) if len(doubtful) else ():  # a matrix product may round differently
                 exact = (some[rows, None] - centres).square().sum(2)  # (N, k)
                 best[rows] = (exact == exact.amin(1, keepdim=True)).int().argmax(1)
             nearest.append(best)
@@ -132,7 +132,7 @@ class PatchTokenizer:
 
     @staticmethod
     def from_dict(saved: Mapping[str, Any]) -> "PatchTokenizer":
-        """Raises ValueError on patches that are none, or not those their hash is of."""
+        """The inverse of `to_dict`. Raises ValueError on invalid patches or a wrong hash."""
         permutation = saved["permutation"]
         if not isinstance(permutation, list) or not all(type(i) is int for i in [saved["patch"], *permutation]):
             raise ValueError("the patch's size and the permutation are whole numbers")
@@ -152,7 +152,7 @@ def cut_patches(pixels: Tensor, patch: int) -> Tensor:
 
 
 class PatchSettings(Settings):
-    """`tokens=patches`: k-means on the patches of some training images."""
+    """The settings of `tokens=patches`: k-means on patches of training images."""
 
     patch: Resolution  # p, pixels a side
     k: Annotated[int, Field(ge=2, le=K_MAX)]
@@ -169,9 +169,9 @@ class PatchSettings(Settings):
         return (resolution // self.patch) ** 2, self.k
 
     def build(self, source: Source, cache: Path) -> PatchTokenizer:
-        """The tokenizer of a source's training images; fitted once, then read from `cache`.
+        """The tokenizer fitted to a source's training images once, then read from `cache`.
 
-        Where the images have fewer distinct patches than k, those are the tokens, and that is said.
+        Fewer than k distinct patches are the tokens themselves, with a warning.
         """
         self.sizes(source.resolution)
         split = source.split("train")
@@ -193,7 +193,7 @@ class PatchSettings(Settings):
         return PatchTokenizer(centres, self.patch, PixelOrder.of(source.resolution // self.patch, self.order))
 
     def _fit(self, points: np.ndarray) -> np.ndarray:
-        """k-means of (N, 3 p²) uint8, each patch by how often it occurs: (k, 3 p²) float32, from dark to light."""
+        """k-means of patches, weighted by count: (N, 3 p²) uint8 → (k, 3 p²) float32, from dark to light."""
         distinct, counts = np.unique(points, axis=0, return_counts=True)
         if len(distinct) < 2:
             raise ValueError("all patches of the training images are the same: there is nothing to tell apart")

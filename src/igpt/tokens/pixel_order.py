@@ -1,4 +1,4 @@
-"""The order of the cells of a square grid: grid ↔ sequence. Raster order, or any one fixed permutation of it."""
+"""The order of the cells of a square grid, grid ↔ sequence: raster order or any other fixed permutation."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class PixelOrder:
     Source: Chen et al. 2020, §2.1 (any fixed permutation π, the same for every image; theirs is the identity).
 
     Raises:
-        ValueError: a permutation that does not hold each of 0 … side² - 1 once.
+        ValueError: not a permutation of 0 … side² - 1.
     """
 
     side: int  # R, pixels a side
@@ -30,7 +30,7 @@ class PixelOrder:
 
     @staticmethod
     def of(side: int, order: str) -> "PixelOrder":
-        """`raster`: row by row. `random` or `random:SEED`: a seeded permutation, the same everywhere."""
+        """From a setting. `raster`: row by row; `random` or `random:SEED`: a seeded permutation, equal everywhere."""
         name, _, seed = order.partition(":")
         if name not in ORDERS or (seed and (name == "raster" or not seed.isdigit())):
             raise ValueError(f"tokens.order must be raster, random or random:SEED, got {order!r}")
@@ -54,10 +54,10 @@ class PixelOrder:
         return sequence.view(-1, self.side, self.side)
 
     def known(self, rows: int) -> Tensor:
-        """Which positions of the sequence show the top `rows` rows of the image: (T,) bool.
+        """Mask of the positions in the top `rows` rows of the image: (T,) bool.
 
         Raises:
-            ValueError: more rows than the image has, or fewer than none.
+            ValueError: `rows` outside 0 … side.
         """
         check_rows(rows, self.side)
         return torch.as_tensor(np.asarray(self.permutation) < rows * self.side)
@@ -67,6 +67,6 @@ class PixelOrder:
 
 
 def check_rows(rows: int, side: int) -> None:
-    """Raises ValueError unless an image of `side` pixels has so many rows."""
+    """Raises ValueError unless 0 ≤ rows ≤ side."""
     if not 0 <= rows <= side:
         raise ValueError(f"a prompt has 0 to {side} rows, the image's height; got {rows}")

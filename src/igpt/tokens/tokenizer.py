@@ -1,4 +1,4 @@
-"""What a tokenizer is: pixels ↔ tokens. All that the rest of the house knows of tokens is stated here."""
+"""The tokenizer protocol: pixels ↔ tokens. Other packages use tokenizers through it alone."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from igpt.data.source import Source
 
 
 class TokenGrid(NamedTuple):
-    """How the tokens of an image lie: rows × columns, so many of them (channels) at each place."""
+    """The layout of the tokens of an image: rows × columns × channels (tokens per cell)."""
 
     rows: int
     columns: int
@@ -20,13 +20,13 @@ class TokenGrid(NamedTuple):
 
     @property
     def n_ctx(self) -> int:
-        """T, tokens an image."""
+        """T, tokens per image."""
         return self.rows * self.columns * self.channels
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Images of one resolution as sequences of tokens, and back. It travels inside the weights that read its tokens."""
+    """Maps images of one resolution to token sequences and back. Model checkpoints contain their tokenizer."""
 
     kind: str  # its name in `TOKENIZERS`
 
@@ -45,15 +45,15 @@ class Tokenizer(Protocol):
 
     @property
     def hash(self) -> str:
-        """12 hexadecimal digits that differ between tokenizers which make other tokens of some image."""
+        """12 hexadecimal digits; different for tokenizers that encode some image differently."""
         ...
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """(B, R, R, 3) uint8 → (B, T) int64, on the pixels' device: the same whatever images are in the batch."""
+        """(B, R, R, 3) uint8 → (B, T) int64, on the pixels' device; independent of the other images in the batch."""
         ...
 
     def encoder(self, cache: Path | None) -> Callable[[Tensor], Tensor]:
-        """`encode`, by the fastest way for many images; what it prepares may be kept below `cache`."""
+        """A function equal to `encode`, the fastest for many images. It may store files below `cache`."""
         ...
 
     def decode(self, tokens: Tensor) -> np.ndarray:
@@ -61,39 +61,39 @@ class Tokenizer(Protocol):
         ...
 
     def known_tokens(self, rows: int) -> Tensor:
-        """Which tokens the top `rows` rows of pixels decide: (T,) bool. Raises ValueError outside 0 … R."""
+        """Mask of the tokens that the top `rows` pixel rows determine: (T,) bool. Raises ValueError outside 0 … R."""
         ...
 
     def visible_pixels(self, tokens: Tensor) -> Tensor:
-        """Which pixels these tokens decide: (T,) bool → (R, R) bool."""
+        """Mask of the pixels that these tokens determine: (T,) bool → (R, R) bool."""
         ...
 
     def describe(self) -> str:
-        """A few words for people: `512 colours`."""
+        """A short description for people: `512 colours`."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """All that is needed to make it again, for a JSON file, without its kind."""
+        """The tokenizer as JSON values, without its kind; see `tokenizer_registry`."""
         ...
 
 
 def whole_rows(tokenizer: Tokenizer, rows: int) -> int:
-    """How many of the top `rows` rows of pixels their tokens show: fewer where a token shows several rows."""
+    """The number of complete pixel rows among the top `rows`; fewer if a token spans several rows."""
     return int(tokenizer.visible_pixels(tokenizer.known_tokens(rows)).all(1).sum())
 
 
 def token_dtype(n_vocab: int) -> torch.dtype:
-    """The integers in which many tokens are kept: int16 up to 2¹⁵ of them, else int32."""
+    """The dtype for storing tokens: int16 up to a vocabulary of 2¹⁵, else int32."""
     return torch.int16 if n_vocab <= 1 << 15 else torch.int32
 
 
 class TokenizerSettings(Protocol):
-    """The settings of a tokenizer, as a file in `conf/tokens/` has them: they make it of a dataset."""
+    """The settings of a tokenizer, from a file in `conf/tokens/`."""
 
     def sizes(self, resolution: int) -> tuple[int, int]:
-        """T and V at that resolution, of the settings alone. Raises ValueError where they do not fit it."""
+        """T and V at a resolution, from the settings alone. Raises ValueError if they do not fit it."""
         ...
 
     def build(self, source: Source, cache: Path) -> Tokenizer:
-        """The tokenizer of a dataset's training images; what takes long is kept below `cache`."""
+        """The tokenizer for a dataset, fitted to its training images if need be and cached below `cache`."""
         ...

@@ -1,4 +1,4 @@
-"""Every kind of tokenizer by the name that checkpoints call it."""
+"""The registry of tokenizers by `kind`, the name in checkpoints."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ TOKENIZERS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {
 
 
 def tokenizer_from_dict(saved: Any) -> Tokenizer:
-    """The tokenizer that `to_dict` and its kind describe. Raises ValueError on anything else."""
+    """The inverse of `tokenizer_to_dict`. Raises ValueError on invalid input."""
     if not isinstance(saved, Mapping) or not isinstance(saved.get("kind"), str):
         raise ValueError(f"its tokenizer is {saved!r:.60}, expected its kind and settings")
     if saved["kind"] not in TOKENIZERS:
@@ -26,5 +26,5 @@ def tokenizer_from_dict(saved: Any) -> Tokenizer:
 
 
 def tokenizer_to_dict(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The opposite, for a file."""
+    """The tokenizer as JSON values, with its kind."""
     return {"kind": tokenizer.kind, **tokenizer.to_dict()}
