@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -99,44 +99,66 @@ def unwritable(path: Path, error: OSError, what: str = "the cache", *, why: str 
 def pixels(path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequence[int]], np.ndarray]) -> np.ndarray:
     """The decoded pixels of `rows`, memory-mapped: (len(rows), R, R, 3) uint8. Writes `path` by `make` if missing.
 
-    A lock keeps other processes from writing the same file. Partial files of killed processes are deleted.
-
     Raises:
         BadImageError: from `make`.
         ValueError: the disk is full or not writable; no partial file is left.
     """
-    shape = (len(rows), resolution, resolution, 3)
-    known = _mapped(path, shape)
-    if known is not None:  # needs no lock, so a read-only cache works
+
+    def write(file: IO[bytes]) -> None:
+        for made in in_chunks(make, rows, f"decoding to {path.stem}"):
+            file.write(made.tobytes())
+        log.info("data: decoded %d images to %s", len(rows), path)
+
+    return map_array(path, (len(rows), resolution, resolution, 3), np.uint8, write)
+
+
+def map_array(
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: type[np.generic],
+    write: Callable[[IO[bytes]], None],
+    is_valid: Callable[[np.ndarray], bool] = lambda array: True,
+) -> np.ndarray:
+    """The memory-mapped array in the `.npy` file `path`; `write` writes its values if it is missing or invalid.
+
+    A lock keeps other processes from writing the same file. Partial files of killed processes are deleted.
+
+    Raises:
+        ValueError: the disk is full or not writable; no partial file is left.
+    """
+
+    def read() -> np.ndarray | None:
+        found = _mapped(path)
+        fits = found is not None and found.shape == shape and found.dtype == dtype and is_valid(found)
+        return found if fits else None
+
+    if (known := read()) is not None:  # needs no lock, so a read-only cache works
         return known
     with file_lock(path):
-        known = _mapped(path, shape)
-        if known is not None:
+        if (known := read()) is not None:
             return known
         for part in path.parent.glob(f".{path.name}.*.part"):  # left by a killed process: the lock is ours
             part.unlink()
         try:
             with files.atomic_write(path) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                files.reserve(file, int(np.prod(shape)))
-                for made in in_chunks(make, rows, f"decoding to {path.stem}"):
-                    file.write(made.tobytes())
+                files.reserve(file, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+                write(file)
         except OSError as error:
             raise unwritable(path, error) from error
-        log.info("data: decoded %d images to %s", len(rows), path)
-        made_now = _mapped(path, shape)
-    assert made_now is not None
-    return made_now
+        known = read()
+    assert known is not None
+    return known
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The memory-mapped file; None if it is missing, damaged or of another shape."""
-    if not path.is_file():
-        return None
+def _mapped(path: Path) -> np.ndarray | None:
+    """The memory-mapped file; None if it is missing or damaged."""
     try:
-        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        return mapped
+    except FileNotFoundError:
+        return None
     except (ValueError, OSError, EOFError):
         log.warning("data: %s is damaged and is made anew", path)
         return None
-    return found if found.shape == shape and found.dtype == np.uint8 else None

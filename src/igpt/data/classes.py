@@ -78,10 +78,7 @@ class Classes:
             raise DataError(f"{where}: there are no labels (data.label_column, or a folder for each class); "
                              "data.n_class=null reads images without")  # fmt: skip
         if self.scheme == "imagenet" and self.n_class is not None and names is not None:
-            try:
-                index = _wnid_index(tuple(names))
-            except ValueError as error:
-                raise DataError(f"{where}: {error}") from error
+            index = _wnid_index(tuple(names), where)
             check_labels(labels, len(names), where)
             labels = index[labels]
         elif self.scheme != "imagenet":
@@ -101,15 +98,16 @@ class Classes:
             return labels
         number = {name: label for label, name in enumerate(self.by_label)}
         to = np.array([number.get(name, -1) for name in names], dtype=np.int64)
-        used = np.unique(labels[(labels >= 0) & (labels < len(names))])
-        unknown = [names[label] for label in used.tolist() if to[label] < 0]
+        inside = (labels >= 0) & (labels < len(names))
+        unknown = [names[label] for label in np.unique(labels[inside]).tolist() if to[label] < 0]
         if unknown:
             raise DataError(
                 f"{where}: no training image is of the class {unknown[0]!r} ({len(unknown)} classes are not): the "
                 f"training images have {describe_classes(self.by_label)}"
             )
-        inside = (labels >= 0) & (labels < len(names))
-        return np.where(inside, to[np.where(inside, labels, 0)] if len(to) else labels, labels)
+        labels = labels.copy()
+        labels[inside] = to[labels[inside]]
+        return labels
 
     @property
     def names(self) -> tuple[str, ...] | None:
@@ -121,15 +119,15 @@ class Classes:
 
 
 @cache
-def _wnid_index(names: tuple[str, ...]) -> np.ndarray:
-    """The ILSVRC index of every class: (n,) int64. Raises ValueError on a name that is not a wnid."""
+def _wnid_index(names: tuple[str, ...], where: str) -> np.ndarray:
+    """The ILSVRC index of every class: (n,) int64. Raises DataError on a name that is not a wnid."""
     known = imagenet()
     if len(names) == len(known) and not any(_WNID.fullmatch(name) for name in names):
         return np.arange(len(names))  # the Hub's copy has names in words, in ILSVRC order
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(
-            f"class {unknown[0]!r} is no wnid of ILSVRC 2012 ({len(unknown)} of {len(names)} are not): "
+        raise DataError(
+            f"{where}: class {unknown[0]!r} is no wnid of ILSVRC 2012 ({len(unknown)} of {len(names)} are not): "
             "its folders are named as n01440764; other classes are read with data=folder"
         )
     return np.array([known[name][0] for name in names], dtype=np.int64)

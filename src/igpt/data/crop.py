@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,6 @@ from igpt.data.image_decoding import opened, rgb, size_of
 from igpt.settings.data import AugmentSettings, CropSettings, Resize
 from igpt.settings.fields import parse_settings
 from igpt.utils import keyed
-
-FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "box": Image.Resampling.BOX,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class Crop:
     resolution: int  # R
     short_side: tuple[int, int] | None  # pixels, shortest and longest
     size: int | None  # pixels
-    filter: str
+    filter: str  # of Pillow, in lower case
     resize: Resize
     draft: float | None  # JPEG scaled decoding: source pixels per pixel of the next resize, at least; None: full size
 
@@ -51,17 +44,15 @@ class Crop:
         image = opened(data)
         box, scale = self.box(*size_of(image), key)
         side = box[2] - box[0]
-        two_steps = self.size is not None and self.resize == "twice"
-        first = self.size if two_steps and self.size is not None else self.resolution
-        image = rgb(image, shrink=1.0 if self.draft is None else self.draft * first / side)
+        between = self.size if self.resize == "twice" else None  # pixels a side of the first of two steps
+        image = rgb(image, shrink=1.0 if self.draft is None else self.draft * (between or self.resolution) / side)
         across, down = image.size[0] / scale[0], image.size[1] / scale[1]  # 1; below 1 after JPEG scaled decoding
         right, bottom = min(box[2] * across, image.size[0]), min(box[3] * down, image.size[1])  # against rounding
         within = (box[0] * across, box[1] * down, right, bottom)
-        method = FILTERS[self.filter]
-        if two_steps:
-            assert self.size is not None
-            image = image.resize((self.size, self.size), method, box=within)
-            within = (0, 0, self.size, self.size)
+        method = Image.Resampling[self.filter.upper()]
+        if between is not None:
+            image = image.resize((between, between), method, box=within)
+            within = (0, 0, between, between)
         return np.asarray(image.resize((self.resolution, self.resolution), method, box=within))
 
     def box(self, width: int, height: int, key: int) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
@@ -105,10 +96,7 @@ class Cut:
             raise ValueError(
                 f"data.augment.pad must lie in 0 … {resolution - 1}, below data.resolution; got {augment.pad}"
             )
-
-        def build_crop(short_side: tuple[int, int] | None) -> Crop:
-            return Crop(resolution, short_side, crop.size, crop.filter, crop.resize, crop.draft)
-
+        build_crop = partial(Crop, resolution, size=crop.size, filter=crop.filter, resize=crop.resize, draft=crop.draft)
         side, sides = crop.eval_short_side, crop.short_side
         return Cut(
             evaluation=build_crop(None if side is None else (side, side)),
@@ -131,7 +119,7 @@ def evaluation_crop(data: Mapping[str, Any]) -> Crop:
 def padded_crop(pixels: np.ndarray, keys: Sequence[int], *, pad: int, flip: bool) -> np.ndarray:
     """A random R×R crop of each image after reflection padding by `pad` pixels: (B, R, R, 3) → the same shape.
 
-    With `flip`, images are mirrored first with probability 1/2. Source: Chen et al. 2020, §3.1 (CIFAR, full fine-tuning).
+    With `flip`, images are mirrored first with probability 1/2. Source: Chen et al. 2020, §3.1 (CIFAR fine-tuning).
     """
     u = keyed.uniform(keyed.fold(torch.tensor(list(keys), dtype=torch.int64), 3), 3).numpy()  # (B, 3)
     if flip:
@@ -156,7 +144,5 @@ def shifted(pixels: np.ndarray, keys: Sequence[int], *, by: int, share: float) -
 
 def _windows(pixels: np.ndarray, top: np.ndarray, left: np.ndarray, side: int) -> np.ndarray:
     """One side×side window of each image: (B, H, W, 3), (B,), (B,) → (B, side, side, 3)."""
-    along = np.arange(side)
-    rows, columns = top[:, None] + along, left[:, None] + along  # (B, side)
-    windows: np.ndarray = pixels[np.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return windows
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (side, side), axis=(1, 2))  # (B, …, …, 3, side, side)
+    return np.moveaxis(windows[np.arange(len(pixels)), top, left], 1, -1)

@@ -26,7 +26,7 @@ class Digits:
     overfitting on 1,347 images. `labels_per_class` keeps that many training images per digit, drawn by `subset_seed`.
 
     Raises:
-        ValueError: a resolution other than 8, a negative shift, or a share outside [0, 1].
+        ValueError: a resolution other than 8.
     """
 
     n_class: int | None = 10
@@ -49,8 +49,6 @@ class Digits:
     ) -> None:
         if resolution != 8:
             raise ValueError(f"data.resolution={resolution}: the digits are 8×8 and come in no other size")
-        if shift < 0 or not 0 <= shift_share <= 1:
-            raise ValueError(f"data.shift is at least 0 and data.shift_share in [0, 1], got {shift} and {shift_share}")
         self.name, self.resolution, self.labels_per_class = name, resolution, labels_per_class
         digits = load_digits()
         grey = np.rint(digits.images * (255 / LEVELS)).astype(np.uint8)  # (N, 8, 8)

@@ -116,15 +116,19 @@ def open_hub(path: str, *, name: str, columns: Columns, streaming: bool) -> dict
     log.info("data: looking for %s on the Hugging Face Hub", path)
     try:
         found = dict(datasets.load_dataset(path, streaming=streaming))
-    except DatasetNotFoundError as error:
-        if "gated" in str(error):
+    except Exception as error:  # network errors of many types; the advice is the same
+        is_missing = isinstance(error, DatasetNotFoundError)
+        if is_missing and "gated" in str(error):
             raise ValueError(
                 f"data.path={path} is gated: accept its terms at https://huggingface.co/datasets/{path}, then "
                 f"`hf auth login` or set HF_TOKEN; or give a copy with data.path=FOLDER"
             ) from error
-        raise ValueError(_unreachable(path, name, str(error))) from error
-    except Exception as error:  # network errors of many types; the advice is the same
-        raise ValueError(_unreachable(path, name, str(error.__cause__ or error))) from error
+        reason = str(error if is_missing else error.__cause__ or error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"data.path={path} cannot be had from the Hugging Face Hub: {reason}. Give a copy on this machine: "
+            f"data.path=FOLDER, with the parquet files of {name} or with its images as train/<class>/, val/<class>/, "
+            "test/<class>/ (data.image_column and data.label_column name other columns); or data=digits"
+        ) from error
     repository = Path(datasets.config.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}"
     unpacked = (repository, Path(datasets.config.HF_DATASETS_CACHE) / "downloads")  # image files of `datasets`
     if streaming:
@@ -172,12 +176,3 @@ def _check_saved(root: Path, folder: str, there: set[str], path: str) -> None:
         file = entry.get("filename") if isinstance(entry, dict) else None
         if not isinstance(file, str) or "/" in file or f"{folder}{file}" not in there:
             raise ValueError(f"data.path={path}: {folder}state.json names {file!r}, which is not a file beside it")
-
-
-def _unreachable(path: str, name: str, reason: str) -> str:
-    return (
-        f"data.path={path} cannot be had from the Hugging Face Hub: {reason.splitlines()[0].rstrip('.')}. "
-        f"Give a copy on this machine: data.path=FOLDER, with the parquet files of {name} or with its images as "
-        "train/<class>/, val/<class>/, test/<class>/ (data.image_column and data.label_column name other columns); "
-        "or data=digits"
-    )

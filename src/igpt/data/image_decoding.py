@@ -22,12 +22,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "J
 MOST_BYTES = 256 << 20  # of one encoded image: Pillow's limit of pixels takes 256 MiB as raw RGB
 
 
-def _endings() -> frozenset[str]:
-    registered = Image.registered_extensions()
-    return frozenset(ending.lower() for ending, of in registered.items() if of in (*FORMATS, "MPO"))
-
-
-ENDINGS = _endings()  # file extensions of these formats: lower case, with the dot
+# file extensions of these formats: lower case, with the dot
+ENDINGS = frozenset(end.lower() for end, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
 
 WHITE = (255, 255, 255)
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")

@@ -50,26 +50,14 @@ class ImageFiles:
             yield str(path), read_image_file(path)
 
 
-@dataclass(frozen=True)
 class ImageShards:
     """Image files as `Shards`: each shard is a run of consecutive files."""
 
-    files: ImageFiles
+    def __init__(self, files: ImageFiles) -> None:
+        self.files, self.names, self.where, self.root = files, files.names, files.where, files.root
 
     def __len__(self) -> int:
         return min(len(self.files), _MOST_SHARDS)
-
-    @property
-    def names(self) -> tuple[str, ...] | None:
-        return self.files.names
-
-    @property
-    def where(self) -> str:
-        return self.files.where
-
-    @property
-    def root(self) -> Path:
-        return self.files.root
 
     def name(self, number: int) -> str:
         rows = self._rows(number)
@@ -81,8 +69,7 @@ class ImageShards:
                 yield i, self.files.path(row), int(self.files.labels[row])
 
     def _rows(self, number: int) -> range:
-        edges = [len(self.files) * edge // len(self) for edge in (number, number + 1)]
-        return range(*edges)
+        return range(*(len(self.files) * edge // len(self) for edge in (number, number + 1)))
 
 
 def open_image_files(

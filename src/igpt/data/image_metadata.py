@@ -55,9 +55,7 @@ def _csv_records(file: IO[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
 
 
 def _json_records(file: IO[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
-    number = 0
-    while line := file.readline(MOST_LINE):
-        number += 1
+    for number, line in enumerate(iter(lambda: file.readline(MOST_LINE), ""), 1):
         if len(line) == MOST_LINE:
             raise ValueError(f"line {number} has more than {MOST_LINE:,} characters")
         if line.strip():

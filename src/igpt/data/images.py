@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -139,7 +139,7 @@ class Images:
                     raise ValueError(f"{table.where}: some images have no label, data.labels_per_class needs them all")
                 among = balanced_subset(labels[rows], per_class=labels_per_class, seed=subset_seed, where=table.where)
                 rows = rows[among]
-            parts[ours] = _Part(table, labels, rows, good[read_from])
+            parts[ours] = (DecodedSplit(table, labels, rows, cut.evaluation), good[read_from])
         self._parts = _Tables(parts, cut, pixel_caches)
 
     def split(self, name: str) -> Split:
@@ -233,36 +233,25 @@ def _unreadable(table: Table, rows: Sequence[int]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One split (train, val or test) and its table."""
-
-    table: Table
-    labels: np.ndarray  # (len(table),) int64
-    rows: np.ndarray  # rows of this split, ascending
-    good: np.ndarray  # all rows of the table with a readable image, ascending
-
-
-@dataclass(frozen=True)
 class _Tables:
     """The splits of a dataset with random access."""
 
-    parts: dict[str, _Part]
+    parts: dict[str, tuple[DecodedSplit, np.ndarray]]  # evaluation crops, and the readable rows of the table
     cut: Cut
     pixel_caches: _PixelCacheDir
 
     def split(self, name: str) -> Split:
-        part = self.parts[name]
-        decoded = DecodedSplit(part.table, part.labels, part.rows, self.cut.evaluation)
+        decoded, good = self.parts[name]
         if not self.cut.training.is_random:  # all splits of a table share one cache file
-            return self._cached(decoded, part.good)
+            return self._cached(decoded, good)
         if name == "train":  # training crops are random, and few images are read in the evaluation crop: no cache
             return decoded
-        return self._cached(decoded, part.rows)
+        return self._cached(decoded, decoded.rows)
 
     def training(self) -> Split:
-        part, cut = self.parts["train"], self.cut
-        decoded = DecodedSplit(part.table, part.labels, part.rows, cut.training)
-        plain = decoded if cut.training.is_random else self._cached(decoded, part.good)
+        (decoded, good), cut = self.parts["train"], self.cut
+        decoded = replace(decoded, crop=cut.training)
+        plain = decoded if cut.training.is_random else self._cached(decoded, good)
         if not (cut.pad or cut.flip):
             return plain
         return VariedSplit(plain, partial(padded_crop, pad=cut.pad, flip=cut.flip))

@@ -1,7 +1,7 @@
 """Splits and classes from file names: the first folders below the data path. Ambiguous names are errors."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 SPLIT_NAMES = {  # folder → split
@@ -22,7 +22,7 @@ class Splits:
     depth: int  # leading folders that name the split: 1 or 0
 
 
-def split_images(names: Sequence[str], *, named: Iterable[str], layout: str, where: str) -> Splits:
+def split_images(names: Sequence[str], *, named: Sequence[str], layout: str, where: str) -> Splits:
     """Assigns image files to splits by their first folder: train/…, val/…, test/…; without such folders, all to train.
 
     `named`: split names from the settings, accepted as they are.
@@ -30,7 +30,7 @@ def split_images(names: Sequence[str], *, named: Iterable[str], layout: str, whe
     Raises:
         ValueError: split folders and other folders side by side.
     """
-    folders = _first_folders(names)
+    folders = sorted({name.partition("/")[0] for name in names if "/" in name})
     splits = _assign_splits(folders, named, where) if layout != "classes" else {}
     if not splits:
         if layout != "classes":
@@ -43,10 +43,15 @@ def split_images(names: Sequence[str], *, named: Iterable[str], layout: str, whe
             f"{where}: {next(iter(splits))}/ is called as a split, {others[0]}/ beside it is not: "
             "data.layout=classes if all of them are classes, data.layout=splits to read only the splits"
         )
-    return _by_folder(names, splits)
+    files: dict[str, list[int]] = {split: [] for split in splits.values()}
+    unread: list[int] = []
+    for i, name in enumerate(names):
+        folder, slash, _ = name.partition("/")
+        (files[splits[folder]] if slash and folder in splits else unread).append(i)
+    return Splits(files, unread, 1)
 
 
-def split_shards(names: Sequence[str], *, named: Iterable[str], layout: str, where: str) -> Splits:
+def split_shards(names: Sequence[str], *, named: Sequence[str], layout: str, where: str) -> Splits:
     """Assigns parquet or tar files to splits: by the first folder as for images, else by the start of the file name.
 
     `train-00000-of-00005`, `train-3`, `train_3` and `train` belong to train; without any split name, all files do.
@@ -54,7 +59,6 @@ def split_shards(names: Sequence[str], *, named: Iterable[str], layout: str, whe
     Raises:
         ValueError: a split name elsewhere in a file name, or only some files with a split name.
     """
-    named = [*named]
     by_folder = split_images(names, named=named, layout=layout, where=where)
     if by_folder.depth or layout == "classes":
         return by_folder
@@ -94,17 +98,12 @@ def is_nested(name: str, depth: int) -> bool:
     return name.count("/") > depth + 1
 
 
-def _split_name(folder: str, named: Iterable[str]) -> str | None:
+def _split_name(folder: str, named: Sequence[str]) -> str | None:
     return folder if folder in named else SPLIT_NAMES.get(folder.lower())
 
 
-def _first_folders(names: Sequence[str]) -> list[str]:
-    return sorted({name.partition("/")[0] for name in names if "/" in name})
-
-
-def _assign_splits(folders: Sequence[str], named: Iterable[str], where: str) -> dict[str, str]:
+def _assign_splits(folders: Sequence[str], named: Sequence[str], where: str) -> dict[str, str]:
     """Folder → split, for folders with a split name. Raises ValueError if two folders name the same split."""
-    named = [*named]
     splits: dict[str, str] = {}
     for folder in folders:
         if (split := _split_name(folder, named)) is None:
@@ -119,28 +118,11 @@ def _assign_splits(folders: Sequence[str], named: Iterable[str], where: str) -> 
     return splits
 
 
-def _by_folder(names: Sequence[str], splits: Mapping[str, str]) -> Splits:
-    files: dict[str, list[int]] = {split: [] for split in splits.values()}
-    unread = []
-    for i, name in enumerate(names):
-        folder, slash, _ = name.partition("/")
-        if slash and folder in splits:
-            files[splits[folder]].append(i)
-        else:
-            unread.append(i)
-    return Splits(files, unread, 1)
-
-
-def _check_deeper(names: Sequence[str], named: Iterable[str], where: str) -> None:
+def _check_deeper(names: Sequence[str], named: Sequence[str], where: str) -> None:
     """Raises ValueError if a folder below the first level has a split name."""
-    seen = set()
-    for name in names:
-        folder = name.rpartition("/")[0]
-        if folder in seen:
-            continue
-        seen.add(folder)
-        first, _, deeper = folder.partition("/")
-        for part in deeper.split("/") if deeper else ():
+    for folder in {name.rpartition("/")[0]: None for name in names}:
+        first, *deeper = folder.split("/")
+        for part in deeper:
             if _split_name(part, named):
                 raise ValueError(
                     f"{where}: a folder called {part}/ lies below {first}/, and splits are the first folders: "

@@ -40,11 +40,6 @@ def separate(data: bytes) -> tuple[bytes, int]:
     return data, UPRIGHT
 
 
-def _first(*found: int) -> int:
-    """The first non-zero orientation, else `UPRIGHT`. 0 means that none was found."""
-    return next((orientation for orientation in found if orientation), UPRIGHT)
-
-
 def _jpeg(data: bytes) -> tuple[bytes, int]:
     """Drops APPn and comment segments except APP0 (JFIF) and APP14 (Adobe), which define the colour coding."""
     kept, place, exif, xmp = [data[:2]], 2, 0, 0
@@ -66,7 +61,7 @@ def _jpeg(data: bytes) -> tuple[bytes, int]:
             kept += [] if short_adobe else [data[place:end]]
         place = end
     kept.append(data[place:])
-    return b"".join(kept), _first(exif, xmp)
+    return b"".join(kept), exif or xmp or UPRIGHT
 
 
 def _png(data: bytes) -> tuple[bytes, int]:
@@ -91,7 +86,7 @@ def _png(data: bytes) -> tuple[bytes, int]:
             break
     else:
         kept.append(data[place:])
-    return b"".join(kept), _first(exif, text, xmp)
+    return b"".join(kept), exif or text or xmp or UPRIGHT
 
 
 def _raw_profile(content: bytes, *, packed: bool) -> int:
@@ -136,7 +131,7 @@ def _webp(data: bytes) -> tuple[bytes, int]:
             kept.append(data[place:end])
         place = end
     whole = b"WEBP" + b"".join(kept)
-    return b"RIFF" + len(whole).to_bytes(4, "little") + whole, _first(exif, xmp)
+    return b"RIFF" + len(whole).to_bytes(4, "little") + whole, exif or xmp or UPRIGHT
 
 
 def _tiff(data: bytes) -> tuple[bytes, int]:
@@ -149,16 +144,16 @@ def _tiff(data: bytes) -> tuple[bytes, int]:
         if tag == ORIENTATION:
             exif = exif or form.orientation(kind, count, value)
         elif tag == _XMP:
-            place = form.number(value)
+            place = int.from_bytes(value, "little" if form.order == "<" else "big")
             xmp = xmp or _xmp(data[place : place + min(count, _MOST_TEXT)])
         elif tag in _TIFF_PIXELS:
-            kept.append(form.packed(tag, kind, count) + value)
+            kept.append(struct.pack(form.entry_format, tag, kind, count) + value)
     if not kept:
         return data, UPRIGHT
-    directory = form.counted(len(kept)) + b"".join(kept) + bytes(form.pointer)  # no next page
+    directory = struct.pack(form.count_format, len(kept)) + b"".join(kept) + bytes(form.pointer)  # no next page
     out = bytearray(data)
     out[form.place : form.place + len(directory)] = directory
-    return bytes(out), _first(exif, xmp)
+    return bytes(out), exif or xmp or UPRIGHT
 
 
 def _avif(data: bytes) -> bytes:
@@ -202,7 +197,7 @@ class _Form:
     def __init__(self, order: str, big: bool, place: int) -> None:
         self.order, self.place = order, place
         self.pointer = 8 if big else 4  # bytes of an offset, and of an inline value
-        self._count, self._entry = (order + "Q", order + "HHQ") if big else (order + "H", order + "HHL")
+        self.count_format, self.entry_format = (order + "Q", order + "HHQ") if big else (order + "H", order + "HHL")
 
     @staticmethod
     def of(data: bytes) -> "_Form | None":
@@ -219,16 +214,16 @@ class _Form:
 
     def entries(self, data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
         """Yields (tag, type, count, value or its offset) of the complete entries in the first directory."""
-        head = struct.calcsize(self._count)
+        head = struct.calcsize(self.count_format)
         if self.place < 8 or self.place + head > len(data):
             return
-        (n,) = struct.unpack_from(self._count, data, self.place)
-        size = struct.calcsize(self._entry)
+        (n,) = struct.unpack_from(self.count_format, data, self.place)
+        size = struct.calcsize(self.entry_format)
         place = self.place + head
         for _ in range(n):
             if place + size + self.pointer > len(data):
                 return
-            tag, kind, count = struct.unpack_from(self._entry, data, place)
+            tag, kind, count = struct.unpack_from(self.entry_format, data, place)
             yield tag, kind, count, data[place + size : place + size + self.pointer]
             place += size + self.pointer
 
@@ -236,12 +231,3 @@ class _Form:
         """The orientation in an entry; 0 if invalid."""
         (found,) = struct.unpack(self.order + "H", value[:2])
         return found if kind == _SHORT and count == 1 and 1 <= found <= 8 else 0
-
-    def number(self, value: bytes) -> int:
-        return int(struct.unpack(self.order + ("Q" if self.pointer == 8 else "L"), value)[0])
-
-    def packed(self, tag: int, kind: int, count: int) -> bytes:
-        return struct.pack(self._entry, tag, kind, count)
-
-    def counted(self, n: int) -> bytes:
-        return struct.pack(self._count, n)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from igpt.data import cache as pixel_cache
 from igpt.data.image_table import Cell, Columns, class_names, read_cell, split_cell
 from igpt.data.listing import Listing
-from igpt.data.shards import BadShardError, is_remote, open_shard, readable_files, reason_of
+from igpt.data.shards import BadShardError, FileShards, is_remote, open_shard, readable_files, reason_of
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -26,10 +26,9 @@ _MOST_BYTES = 1 << 30  # most uncompressed bytes per read, by the file's own met
 
 
 @dataclass(frozen=True)
-class ParquetShards:
+class ParquetShards(FileShards):
     """Parquet files of one split as `Shards`. Labels are mapped by class name to those of the first file."""
 
-    files: tuple[str, ...]
     columns: Columns
     image: str  # name of the image column
     label: str | None
@@ -56,12 +55,6 @@ class ParquetShards:
             more = sorted({name for names in found for name in names} - set(shards.names))
             shards = replace(shards, names=(*shards.names, *more))
         return shards
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, number: int) -> str:
-        return self.files[number]
 
     def read(self, number: int, start: int) -> Iterator[tuple[int, Cell, int | None]]:
         file, row = self.files[number], 0
@@ -249,7 +242,7 @@ def _copy(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> tuple[
 def _batches(shards: ParquetShards, number: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
     """Yields batches of rows of one file as records of the copy, each with the total bytes of its images."""
     rows: list[dict[str, Any]] = []
-    held = 0
+    held, damage = 0, None
     try:
         for _, cell, label in shards.read(number, 0):
             data, path = split_cell(cell)
@@ -258,9 +251,9 @@ def _batches(shards: ParquetShards, number: int) -> Iterator[tuple[list[dict[str
             if len(rows) == _MOST_ROWS or held > _MOST_BYTES // 4:
                 yield rows, held
                 rows, held = [], 0
-    except BadShardError:
-        if rows:
-            yield rows, held
-        raise
+    except BadShardError as error:
+        damage = error
     if rows:
         yield rows, held
+    if damage is not None:
+        raise damage

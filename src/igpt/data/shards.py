@@ -8,6 +8,8 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -60,6 +62,19 @@ class Shards(Protocol):
             BadShardError: a missing file, or one damaged from some row on.
         """
         ...
+
+
+@dataclass(frozen=True)
+class FileShards:
+    """The base of `Shards` in which every shard is a file."""
+
+    files: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, number: int) -> str:
+        return self.files[number]
 
 
 def is_remote(file: str) -> bool:
@@ -124,11 +139,9 @@ def readable_files(files: Sequence[str], path: str, *, check: Any, skip: bool) -
         BadShardError: an unreadable file, without `skip`.
         ValueError: all files are unreadable.
     """
-    reasons: dict[str, BadShardError] = {}
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        for file, error in zip(files, pool.map(lambda file: _error_of(check, file), files), strict=True):
-            if error is not None:
-                reasons[file] = error
+        errors = pool.map(partial(_error_of, check), files)
+    reasons = {file: error for file, error in zip(files, errors, strict=True) if error is not None}
     if not reasons:
         return [*files]
     first = next(iter(reasons.values()))

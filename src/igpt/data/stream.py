@@ -182,18 +182,13 @@ class Streamed:
     def split(self, name: str) -> ArraySplit:
         if name not in self._kept:
             images = self._streams[name].first(self.held, self.split_seed) if name in self._streams else []
-            self._kept[name] = kept(images, self.side)
+            pixels = np.array([pixels for pixels, _ in images], np.uint8).reshape(-1, self.side, self.side, 3)
+            self._kept[name] = ArraySplit(pixels, np.array([label for _, label in images], dtype=np.int64))
             log.info("data: keeping %d images of the stream as %s", len(images), name)
         return self._kept[name]
 
     def training(self) -> ImageStream:
         return self._streams["train"]
-
-
-def kept(images: Sequence[tuple[np.ndarray, int]], side: int) -> ArraySplit:
-    """An `ArraySplit` of (image, label) pairs; `side`: pixels a side, for an empty split."""
-    pixels = np.stack([pixels for pixels, _ in images]) if images else np.empty((0, side, side, 3), np.uint8)
-    return ArraySplit(pixels, np.array([label for _, label in images], dtype=np.int64))
 
 
 def hashed(data: bytes, seed: int) -> float:

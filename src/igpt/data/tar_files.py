@@ -16,7 +16,7 @@ import pyarrow as pa
 from igpt.data.image_decoding import ENDINGS, MOST_BYTES, BadImageError
 from igpt.data.image_table import WHOLE_NUMBER, Cell, Columns
 from igpt.data.listing import Listing
-from igpt.data.shards import BadShardError, open_shard, readable_files, reason_of
+from igpt.data.shards import BadShardError, FileShards, open_shard, readable_files, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -128,10 +128,9 @@ def _read_sample(file: IO[bytes], sample: Sample) -> bytes:
 
 
 @dataclass(frozen=True)
-class TarShards:
+class TarShards(FileShards):
     """Tar files of one split as `Shards`."""
 
-    files: tuple[str, ...]
     columns: Columns
     where: str
     root: None = None  # tar files hold no paths to follow
@@ -144,12 +143,6 @@ class TarShards:
         shards = TarShards(tuple(good), columns, where)
         _check_images(shards, good[0])
         return shards
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, number: int) -> str:
-        return self.files[number]
 
     def read(self, number: int, start: int) -> Iterator[tuple[int, Cell, int | None]]:
         path, row = self.files[number], 0

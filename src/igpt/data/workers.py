@@ -20,10 +20,8 @@ def startable_workers(n: int) -> int:
     """
     if n < 1:
         return 0
-    made = []
-    try:
-        for _ in range(8 + 3 * n):  # as many as a DataLoader creates: for results, for shutdown, and per worker
-            made.append(multiprocessing.Semaphore())
+    try:  # as many as a DataLoader creates: for results, for shutdown, and per worker
+        _semaphores = [multiprocessing.Semaphore() for _ in range(8 + 3 * n)]
     except OSError as error:
         log.warning(
             "data: images are read in this process, which is slower: no other can be started (%s). /dev/shm has to be "

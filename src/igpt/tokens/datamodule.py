@@ -17,13 +17,7 @@ from igpt.data.order import BatchPlan, EndlessBatches, Item, Lanes, OncePerImage
 from igpt.data.source import Source, Split, Stream, plain_pixels
 from igpt.data.workers import identity_collate, startable_workers
 from igpt.distributed.signals import deaf
-from igpt.tokens.batches import (
-    Batch,
-    PixelBatches,
-    StreamBatch,
-    StreamBatches,
-    StreamState,
-)
+from igpt.tokens.batches import Batch, PixelBatches, StreamBatch, StreamBatches, StreamState
 from igpt.tokens.openai_npy import OpenAITokens
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.tokenizer import Tokenizer, token_dtype
@@ -50,10 +44,10 @@ class TokenDataModule(L.LightningDataModule):
         cache: Path | None = None,
     ) -> None:
         super().__init__()
-        own = None  # the palette, if tokens are nearest colours and nothing else
-        if isinstance(tokenizer, PaletteTokenizer) and tokenizer.kind == PaletteTokenizer.kind:
-            own = tokenizer.palette
-        if isinstance(source, OpenAITokens) and (own is None or source.palette.hash != own.hash):
+        own = (
+            tokenizer.palette.hash if isinstance(tokenizer, PaletteTokenizer) and tokenizer.kind == "palette" else None
+        )
+        if isinstance(source, OpenAITokens) and source.palette.hash != own:
             raise ValueError(
                 f"data={source.name}: its tokens were made with palette {source.palette.hash}, this run's are "
                 f"{tokenizer.describe()} ({tokenizer.hash}): tokens=openai tokens.path=… takes those in data.clusters"
@@ -85,19 +79,12 @@ class TokenDataModule(L.LightningDataModule):
         lanes = Lanes(self.plan, self.stream.count, self.stream.next)
         n_worker = lanes.workers(self.num_workers)
         if n_worker < self.num_workers:
-            log.info(
-                "data: %d lanes of the stream (data.stream.lanes) are read by %d worker(s) on each device",
-                lanes.count,
-                n_worker,
-            )
+            message = "data: %d lanes of the stream (data.stream.lanes) are read by %d worker(s) on each device"
+            log.info(message, lanes.count, n_worker)
         for name, n_shard in images.contents.items():
             if n_shard < lanes.count:
-                log.info(
-                    "data: %s has %d shard(s) for %d readers: several read one shard and share its images",
-                    name,
-                    n_shard,
-                    lanes.count,
-                )
+                message = "data: %s has %d shard(s) for %d readers: several read one shard and share its images"
+                log.info(message, name, n_shard, lanes.count)
         batches = StreamBatches(images, seed=self.seed, lanes=lanes, places=self.stream.places)
         return self._loader(batches, n_worker, batch_size=None)
 
@@ -133,11 +120,10 @@ class TokenDataModule(L.LightningDataModule):
         n = len(self.source.split(name))
         if n < FEW and name not in self._warned:
             self._warned.add(name)
-            what = f"only {n} {name} images: what is measured on them is mostly noise" if n else (
-                f"no {name} images: what is learnt is measured on none"
-            )  # fmt: skip
-            log.warning("data: %s has %s (data.%s_fraction of the training images, or a split)", self.source.name,
-                        what, name)  # fmt: skip
+            few, none = "what is measured on them is mostly noise", "what is learnt is measured on none"
+            what = f"only {n} {name} images: {few}" if n else f"no {name} images: {none}"
+            message = "data: %s has %s (data.%s_fraction of the training images, or a split)"
+            log.warning(message, self.source.name, what, name)
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The validation loader, for tasks that write a record per image."""

@@ -77,20 +77,14 @@ def fit_cached(
     The file name holds a hash of all arguments and of the pixels.
     """
     pixels = sample_pixels(source.split("train"), n_pixels=n_pixels, seed=seed)
-    made_by = {
-        "k": k,
-        "iterations": iterations,
-        "restarts": restarts,
-        "seed": seed,
-        "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
-    }
-    digest = files.hash_json(made_by, sort_keys=True)[:12]
+    how = {"k": k, "iterations": iterations, "restarts": restarts, "seed": seed}
+    digest = files.hash_json({**how, "pixels": hashlib.sha256(pixels.tobytes()).hexdigest()}, sort_keys=True)[:12]
     path = cache / "palettes" / f"{source.name}{source.resolution}-k{k}-{digest}.npy"
     if path.is_file():
         palette = Palette.load(path)
         log.info("palette: read %s", path)
     else:
-        palette = fit(pixels, k=k, iterations=iterations, restarts=restarts, seed=seed)
+        palette = fit(pixels, **how)
         palette.save(path)
         log.info("palette: fitted %d colours to %d pixels, saved as %s", palette.k, len(pixels), path)
     if (pixels == pixels[0]).all():
@@ -106,11 +100,6 @@ def fit_cached(
             k, len(pixels), palette.k,
         )  # fmt: skip
     return palette
-
-
-def reconstruction_error(palette: Palette, pixels: np.ndarray) -> float:
-    """Mean squared error of decode(encode(pixels)) over all channels, in grey levels²: (…, 3) uint8 → float."""
-    return float(np.mean(colour_distances(palette, pixels) ** 2)) / 3
 
 
 def colour_distances(palette: Palette, pixels: np.ndarray) -> np.ndarray:

@@ -2,14 +2,14 @@
 
 import logging
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from igpt.data.cache import file_lock
+from igpt.data.cache import map_array
 from igpt.tokens.palette import Palette, colour_codes, colours_of, squares
-from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Encoder:
                 distinct, inverse = torch.unique(codes, return_inverse=True)
                 self.computed += len(distinct)
                 return self.palette.nearest(colours_of(distinct))[inverse]
-            table = self._tables[pixels.device] = torch.from_numpy(self._table()).to(pixels.device)
+            table = self._tables[pixels.device] = torch.tensor(self._table(), device=pixels.device)
         return table.index_select(0, codes.flatten()).long().view(codes.shape)
 
     def _pays(self, device: torch.device) -> bool:
@@ -88,26 +88,14 @@ class Encoder:
         if self.path is None:
             return build(self.palette)
         try:
-            if not self._is_whole(self.path):
-                self._make(self.path)
+            return map_array(self.path, (256**3,), np.int16, self._write, self._fits)
         except (OSError, ValueError) as error:
             log.warning("palette: the table of colours is not kept: %s", error)
             return build(self.palette)
-        found: np.ndarray = np.load(self.path, mmap_mode="c", allow_pickle=False)
-        return found
 
-    def _make(self, path: Path) -> None:
-        with file_lock(path):
-            if self._is_whole(path):  # written by another process in the meantime
-                return
-            with files.atomic_write(path) as file:
-                np.lib.format.write_array(file, build(self.palette), allow_pickle=False)
-            log.info("palette: the token of every colour is kept in %s", path)
+    def _write(self, file: IO[bytes]) -> None:
+        file.write(build(self.palette).tobytes())
+        log.info("palette: the token of every colour is kept in %s", self.path)
 
-    def _is_whole(self, path: Path) -> bool:
-        try:
-            table = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return False
-        fits = table.shape == (256**3,) and table.dtype == np.int16
-        return fits and bool(table.min() >= 0 and table.max() < self.palette.k)
+    def _fits(self, table: np.ndarray) -> bool:
+        return bool(table.min() >= 0 and table.max() < self.palette.k)

@@ -1,7 +1,6 @@
 """The palette: pixels ↔ tokens. A token is the index of the nearest of k colours ("9 bits" at k = 512)."""
 
 import hashlib
-import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,10 +112,8 @@ class Palette:
 
     def save(self, path: Path) -> None:
         """Writes the released format: a float32 `.npy` of shape (k, 3), atomically."""
-        buffer = io.BytesIO()
-        np.save(buffer, self.centres, allow_pickle=False)
         with files.atomic_write(path) as file:
-            file.write(buffer.getvalue())
+            np.save(file, self.centres, allow_pickle=False)
 
     @staticmethod
     def load(path: Path) -> "Palette":
