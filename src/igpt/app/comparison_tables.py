@@ -1,4 +1,4 @@
-"""A comparison as text to read in a terminal, as Markdown, and as rows for other programs."""
+"""A comparison as text for the terminal, as Markdown, and as CSV."""
 
 import csv
 import io
@@ -19,12 +19,12 @@ FIELDS = (
     "part", "number", "setting", "paper", "source", "ours", "low", "high", "deviation", "seeds", "differs", "runs",
     "command", "RUN",
 )  # fmt: skip
-WIDE = 48  # characters of a cell; what is longer stands below its row
+WIDE = 48  # maximal characters of a cell; longer text goes below its row
 
 
 @dataclass(frozen=True)
 class ComparisonText:
-    """What a comparison found: published numbers with the runs beside them, and the runs of each task by one number."""
+    """The results of a comparison: published numbers with their runs, and a summary of the runs of each task."""
 
     runs: Sequence[RunRecord]
     problems: Mapping[Path, str]
@@ -34,12 +34,12 @@ class ComparisonText:
 
     @property
     def said(self) -> list[str]:
-        """A line for each folder that could not be read, after how many there are."""
+        """The counts of runs and problems, then a line for each problem."""
         lines = [f"{shortened([path])}: {why}" for path, why in self.problems.items()]
         return [f"{len(self.runs)} runs read, {len(self.problems)} folders left out" + (":" if lines else ""), *lines]
 
     def plain(self) -> str:
-        """For a terminal."""
+        """The text for the terminal."""
         blocks = []
         for title, rows in self._tables().items():
             cells = [(_paper(row), _short(_ours(row)), row.published.setting) for row in rows]
@@ -52,7 +52,7 @@ class ComparisonText:
         return "\n\n".join([*blocks, "\n  ".join(self.said)]) + "\n"
 
     def markdown(self) -> str:
-        """For a page: a table for each of the paper's, and one for each task."""
+        """The Markdown: a table for each of the paper's, and one for each task."""
         blocks = ["# Runs compared"]
         for title, rows in self._tables().items():
             cells = [_markdown_row(row, above) for row, above in zip(rows, [None, *rows], strict=False)]
@@ -64,7 +64,7 @@ class ComparisonText:
         return "\n\n".join([*blocks, "\n".join([counted, *(f"- {line}" for line in lines)])]) + "\n"
 
     def csv(self) -> str:
-        """One line a row, values as they are: shares of 1, losses in nats per token."""
+        """The CSV, one line a row; shares of 1, losses in nats per token."""
         text = io.StringIO()
         writer = csv.DictWriter(text, FIELDS, restval="", lineterminator="\n")
         writer.writeheader()
@@ -86,7 +86,7 @@ class ComparisonText:
         return text.getvalue()
 
     def _tables(self) -> dict[str, list[PaperComparison]]:
-        """Title → rows."""
+        """Title of the paper's table → its rows."""
         titles = dict.fromkeys(row.published.table for row in self.beside)
         return {title: [row for row in self.beside if row.published.table == title] for title in titles}
 
@@ -111,12 +111,12 @@ def grid(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _paper(row: PaperComparison) -> str:
-    """The published value, marked where it is from memory."""
+    """The published value, with a mark if it is unconfirmed."""
     return row.published.printed + (f" (unconfirmed: {told})" if (told := row.published.unconfirmed) else "")
 
 
 def _ours(row: PaperComparison) -> str:
-    """What the runs found; why there is nothing, where there is not."""
+    """The measured value, or the reason why there is none."""
     if row.ours is not None:
         return readable(row.ours) if isinstance(row.ours, Number) else row.ours
     of = row.published
@@ -128,13 +128,13 @@ def _short(text: str) -> str:
 
 
 def _differs(row: PaperComparison, above: PaperComparison | None) -> list[str]:
-    """What differs; where that is what the row above says of the same run, only that."""
+    """The differences from the paper; `as above` if they repeat those of the row above."""
     same = above is not None and above.runs == row.runs and above.differs == row.differs
     return ["as above"] if same and row.differs else row.differs
 
 
 def _below(row: PaperComparison, above: PaperComparison | None) -> list[str]:
-    """The lines under a row in a terminal."""
+    """The lines below a row in the terminal."""
     of = row.published
     lines = [("ours", _ours(row))] if _short(_ours(row)) != _ours(row) else []
     lines += [("run", shortened([run.folder for run in row.runs]))] if row.runs else []
@@ -164,6 +164,6 @@ def _values(ours: Number | str | None) -> dict[str, Any]:
 
 
 def _remarks(found: Summary) -> list[str]:
-    """What is to be known of a table of runs."""
+    """The caution and the left-out runs of a summary, a line each."""
     lines = [f"left out: {shortened([path])}: {why}" for path, why in found.left_out.items()]
     return [*([found.caution] if found.caution else []), *lines]

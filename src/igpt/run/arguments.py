@@ -1,4 +1,4 @@
-"""Command-line arguments, looked at before Hydra composes: `~`, `resume=`, what is misspelt, what is to be quoted."""
+"""Command-line arguments before Hydra composes: expands `~` and `resume=`, finds misspelt keys, explains quoting."""
 
 import glob
 import json
@@ -22,11 +22,11 @@ AUTO = "resume=auto"
 
 
 def prepare(arguments: list[str], conf: Path) -> list[str]:
-    """The arguments Hydra is to see: a resumed run's own ones first, then the new ones.
+    """The arguments for Hydra: the saved overrides of a resumed run first, then the new ones.
 
     Raises:
         ValueError: a group, option or key that does not exist, with the nearest that does; a `resume=` that is no run;
-            a path that has to be quote_path, with how.
+            a path that needs quotes, with the quoted form.
     """
     arguments = [_argument_with_home(argument) for argument in arguments]
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
@@ -41,29 +41,29 @@ def prepare(arguments: list[str], conf: Path) -> list[str]:
     _check_paths(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
     paths = check(overrides, [conf, *_beside(arguments)]).paths
     at_home = {key: with_home(paths[key]) for key in paths if with_home(paths[key]) != paths[key]}
-    # where a file of settings says so; Hydra makes the folder of a sweep before it asks us
+    # also a `~` from a config file: Hydra creates the directory of a sweep before the config reaches `expand_home`
     return [*arguments, *(f"paths.{key}={format_value(path)}" for key, path in at_home.items())]
 
 
 def _argument_with_home(argument: str) -> str:
-    """An argument whose value, or what its list holds, begins with `~`, with the folder that this stands for."""
+    """The argument with `~` expanded at the start of its value, or of the items of its list."""
     name, _, value = argument.partition("=")
     if "~" not in value or (name.startswith("-") and name != "--config-dir"):
         return argument
     if name == "--config-dir":
         return f"{name}={with_home(value)}"
-    if re.fullmatch(r"~[^/,\[\]{}()'\"=\s]*(/[^,\[\]{}()'\"]*)?", value):  # as it is typed, which Hydra would not read
+    if re.fullmatch(r"~[^/,\[\]{}()'\"=\s]*(/[^,\[\]{}()'\"]*)?", value):  # unquoted: Hydra cannot parse it
         home = with_home(value)
         return argument if home == value else f"{name}={in_quotes(home)}"
     (override,) = parse([argument])
-    if override.is_sweep_override():  # each job of it comes by here
+    if override.is_sweep_override():  # expanded in each job
         return argument
     home = with_home(override.value())
     return argument if home == override.value() else f"{name}={format_value(home)}"
 
 
 def with_home(value: Any) -> Any:
-    """A setting with every text in it that is `~`, or begins with `~/` or `~USER/`, as the path that it stands for."""
+    """The value with `~`, `~/` and `~USER/` expanded at the start of every string in it, also in lists and dicts."""
     if isinstance(value, str):
         return os.path.expanduser(value) if re.match(r"~[^/]*/|~$", value) else value
     if isinstance(value, list):
@@ -72,7 +72,7 @@ def with_home(value: Any) -> Any:
 
 
 def expand_home(cfg: DictConfig | ListConfig) -> None:
-    """The same for all of a composed config, in place: also what stands in its files."""
+    """Expands `~` in every value of a composed config, in place; also in values that come from config files."""
     for key in list(cfg) if isinstance(cfg, DictConfig) else range(len(cfg)):
         if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key):
             continue
@@ -84,7 +84,7 @@ def expand_home(cfg: DictConfig | ListConfig) -> None:
 
 
 def _beside(arguments: list[str]) -> list[Path]:
-    """Folders of settings that are given beside ours: `--config-dir FOLDER`, `-cd FOLDER`, `--config-dir=FOLDER`."""
+    """Additional config folders: `--config-dir FOLDER`, `-cd FOLDER`, `--config-dir=FOLDER`."""
     pairs = zip(arguments, [*arguments[1:], ""], strict=True)
     named = [after for argument, after in pairs if argument in ("--config-dir", "-cd")]
     named += [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
@@ -92,7 +92,7 @@ def _beside(arguments: list[str]) -> list[Path]:
 
 
 def saved_overrides(folder: Path) -> list[str]:
-    """The overrides a run was started with. Raises ValueError when `folder` is no run folder."""
+    """The overrides that started a run. Raises ValueError when `folder` is no run folder."""
     record = folder / "run.json"
     if not record.is_file():
         raise ValueError(f"resume={folder}: no run.json there; give the folder of a run, as in runs/pretrain-…")
@@ -106,7 +106,7 @@ def saved_overrides(folder: Path) -> list[str]:
 
 
 def parse(overrides: list[str]) -> list[Override]:
-    """The overrides as Hydra reads them. Raises ValueError when it cannot."""
+    """The parsed overrides. Raises ValueError when Hydra cannot parse one."""
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
@@ -121,10 +121,10 @@ def parse(overrides: list[str]) -> list[Override]:
 
 
 def check(overrides: list[str], folders: list[Path]) -> DictConfig:
-    """The resolved config.
+    """The resolved config of these overrides, from these config folders.
 
     Raises:
-        ValueError: some override names nothing that is in these folders; with the nearest right name.
+        ValueError: an override of a group, option or key that does not exist; with the nearest that does.
     """
     parsed = parse(overrides)
     conf, *beside = folders
@@ -154,7 +154,7 @@ def check(overrides: list[str], folders: list[Path]) -> DictConfig:
 
 
 def _composed(overrides: list[Override]) -> DictConfig:
-    """The resolved config of the overrides that are no sweep. Raises ValueError where they do not fit together."""
+    """The resolved config, sweep overrides left out. Raises ValueError where Hydra cannot compose it."""
     lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
     try:
         cfg = compose("config", overrides=lines)
@@ -180,7 +180,7 @@ def _check_options(override: Override, folders: list[Path]) -> None:
     if override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP):
         asked = list(override.sweep_string_iterator())
     elif override.is_sweep_override():
-        return  # a glob or a range: Hydra knows what it means
+        return  # a glob or a range: Hydra expands it
     elif (value := override.value()) is not None:
         asked = value if isinstance(value, list) else [value]
     for option in asked:
@@ -192,12 +192,12 @@ def _check_options(override: Override, folders: list[Path]) -> None:
             raise ValueError(f"{group}={name}: there is no such option{near}; there are {', '.join(options)}")
 
 
-READ = re.compile(  # settings that name files or folders to read
+READ = re.compile(  # settings that are paths to read
     r"init|resume|tokens\.path|data(\.streams\.\w+)?\.(path|clusters)|task\.(palette|runs|beside)|"
     r"task\.stages\.\w+\.(run|palette|beside|data\.path)"
 )
-HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # may be names on the Hub instead
-LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|beside)")  # of which there may be several
+HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # also accept a name on the Hub
+LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|beside)")  # also accept a list
 WRITTEN = re.compile(r"paths\.(runs|cache)")
 
 
@@ -206,7 +206,7 @@ def _is_path(key: str) -> bool:
 
 
 def _check_paths(overrides: list[str], *, sweeps: bool) -> None:
-    """Raises ValueError, with how to quote it, for the path of a setting that Hydra reads as something else."""
+    """Raises ValueError, with the quoted form, for a path that Hydra parses as another type."""
     for text, override in zip(overrides, parse(overrides), strict=True):
         key = override.key_or_group
         if override.is_delete() or not _is_path(key):
@@ -223,7 +223,7 @@ def _check_paths(overrides: list[str], *, sweeps: bool) -> None:
 
 
 def _how_to_quote(text: str) -> str:
-    """`; …` with an override whose value is quote_path, as it is to be typed in a shell; nothing when there is none."""
+    """`; …` with the override quoted for a shell, as the end of an error message; "" where quotes would not help."""
     key, _, value = text.partition("=")
     if not value or not re.fullmatch(r"[+~]*[\w.@/:-]+", key):
         return ""
@@ -236,9 +236,9 @@ def _how_to_quote(text: str) -> str:
 
 
 def absolute(overrides: list[str]) -> list[str]:
-    """Overrides that mean the same from another working directory: paths of files to read become absolute.
+    """The overrides, independent of the working directory: paths to read become absolute.
 
-    Where a name on the Hub may stand instead, only what is here; nothing that refers to another setting (`${…}`).
+    Unchanged: interpolations (`${…}`), and names that may be on the Hub and do not exist on this machine.
     """
     whole = []
     for text, override in zip(overrides, parse(overrides), strict=True):
@@ -260,7 +260,7 @@ def absolute(overrides: list[str]) -> list[str]:
 
 
 def _plain(value: Any) -> str | None:
-    """The text of an override's value, where it is one and refers to no other setting."""
+    """The value as a string; None where it is no string, or an interpolation of another setting."""
     if not isinstance(value, str):
         return None
     try:
@@ -271,7 +271,7 @@ def _plain(value: Any) -> str | None:
 
 
 def is_here(path: str) -> bool:
-    """Whether something on this machine has this path, or (a checkpoint of OpenAI's) begins with it."""
+    """Whether a file of this path exists, or of this prefix (OpenAI's checkpoints: `model.ckpt-1000000.*`)."""
     place = Path(path)
     return place.exists() or next(place.parent.glob(f"{glob.escape(place.name)}.*"), None) is not None
 

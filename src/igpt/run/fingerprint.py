@@ -1,4 +1,4 @@
-"""The files a run begins from: what is in them, and whether its weights have seen what it holds out."""
+"""Hashes of a run's input files; a warning where its weights may have been trained on its held-out images."""
 
 import hashlib
 import logging
@@ -15,13 +15,13 @@ from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
-Hashes = dict[str, str | None]  # of each file by the setting that names it; None: there is none
+Hashes = dict[str, str | None]  # setting → SHA-256 of the file it names; None: no file
 
 
 def input_hashes(config: Mapping[str, Any], *, init: str | None, found: Hashes | None, list_files: ListFiles) -> Hashes:
-    """Hashes of the files that decide a run: starting weights, palettes, and (by name and size) images.
+    """SHA-256 of a run's input files: initial weights, palettes, images (of their names and sizes).
 
-    `init`: that of the weights it starts from. `found`: those of the runs it compares, for a task that reads runs.
+    `init`: the hash of the initial weights. `found`: the hashes of the compared runs, for `task=compare`.
     """
     path = config["tokens"].get("path")
     palette = files.sha256(Path(path)) if path is not None and Path(path).is_file() else None
@@ -47,7 +47,7 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, found: Hashes |
 
 
 def trained_on(folder: Path) -> dict[str, Any]:
-    """The data settings of the run that trained the weights in a run folder, also where they were imported into it."""
+    """The data settings of the run that trained the weights of a run directory, followed through imports."""
     for _ in range(10):  # imports of imports
         record = folder / "run.json"
         config = read_record(record)["config"] if record.is_file() else {"task": {"requires": []}}
@@ -64,7 +64,7 @@ def trained_on(folder: Path) -> dict[str, Any]:
 
 
 def compare_splits(ours: Mapping[str, Any], run: Path) -> None:
-    """Says so when the run that the weights are of held out other images: they may have been trained on ours.
+    """Warns where the run that trained the weights held out other images: it may have trained on held-out ones of ours.
 
     `ours`: the data settings of this run.
     """
