@@ -31,7 +31,7 @@ def run(components: Components, settings: CompareSettings) -> Result:
     Raises:
         ValueError: no readable run, or none with `metric`.
     """
-    found, folder, runs = components.finished_runs, components.run_dir, settings.runs
+    found, folder, runs = components.run.finished_runs, components.run_dir, settings.runs
     if not found.runs and not settings.all:
         where = ", ".join([runs] if isinstance(runs, str) else runs) or "paths.runs"
         first = [f"{path}: {why}" for path, why in list(found.problems.items())[:5]]

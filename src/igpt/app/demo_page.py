@@ -60,7 +60,7 @@ class DemoPage:
         """Chooses the held-out image that was clicked."""
         self.leave(request)
         chosen = self.bench.choices(page)[event.index]
-        return chosen, self.given(chosen, rows), "", "", PIECES.note(f"{chosen.name} is chosen.")
+        return self._choose(chosen, rows, f"{chosen.name} is chosen.")
 
     def uploaded(self, file: str | None, rows: float, request: gr.Request) -> tuple[Any, ...]:
         """Chooses the image of an uploaded file, and deletes the file."""
@@ -74,13 +74,11 @@ class DemoPage:
         finally:
             if file is not None:
                 Path(file).unlink(missing_ok=True)
-        return (
-            chosen,
-            self.given(chosen, rows),
-            "",
-            "",
-            PIECES.note("Your image was cut and resized as the data's are."),
-        )
+        return self._choose(chosen, rows, "Your image was cut and resized as the data's are.")
+
+    def _choose(self, chosen: DemoImage, rows: float, message: str) -> tuple[Any, ...]:
+        """Outputs after a choice: the image, its given rows, no completions, no nearest images, a message."""
+        return chosen, self.given(chosen, rows), "", "", PIECES.note(message)
 
     def given(self, chosen: DemoImage, rows: float) -> str:
         """HTML of the image as decoded from its tokens, and of its given rows."""

@@ -155,11 +155,9 @@ class RunFolder:
         for name, colours in result.palettes.items():
             palette_picture(self._place(result, f"{name}_colours", ".png"), colours)
         for name, array in result.arrays.items():
-            with files.atomic_write(self._place(result, f"{name}_tokens", ".npy")) as file:
-                np.save(file, array, allow_pickle=False)
+            _write_array(self._place(result, f"{name}_tokens", ".npy"), array)
         for name, matrix in result.matrices.items():
-            with files.atomic_write(self._place(result, f"{name}_counts", ".npy")) as file:
-                np.save(file, matrix, allow_pickle=False)
+            _write_array(self._place(result, f"{name}_counts", ".npy"), matrix)
             matrix_figure(self._place(result, name, ".png"), matrix, result.class_names.get(name))
         for name, bars in result.bars.items():
             bars_figure(self._place(result, name, ".png"), bars)
@@ -182,6 +180,11 @@ class RunFolder:
     def _place(self, result: Result, name: str, suffix: str) -> Path:
         result.files[name] = Path(f"{name}{suffix}")
         return self.path / f"{name}{suffix}"
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    with files.atomic_write(path) as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def result_of(record: dict[str, Any]) -> Result:

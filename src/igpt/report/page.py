@@ -18,7 +18,7 @@ from igpt.report import facts
 from igpt.report.closing_table import REPORT, shown
 from igpt.report.pictures import Picture, data_uri, embedded, read_cells
 from igpt.report.plots import plots
-from igpt.report.runs import RunRecord, flat, read_run
+from igpt.report.runs import RunRecord, flat, read_run, read_runs
 from igpt.settings.reading import ReportSettings
 from igpt.utils import files
 
@@ -62,19 +62,14 @@ def run(settings: ReportSettings) -> Result:
     """
     if not settings.runs:
         raise ValueError("task=report writes the pages of finished runs anew: task.runs=[RUN_FOLDER,RUN_FOLDER]")
-    runs, unreadable = [], []
-    for folder in map(Path, settings.runs):
-        try:
-            runs.append(read_run(folder))
-        except (ValueError, OSError) as error:
-            unreadable.append(f"{folder}: {error}")
-    if unreadable:
-        raise ValueError(f"task.runs: {'; '.join(unreadable)}")
-    for read in runs:
-        for stage in read.stages:
-            if stage.run is not None and stage.folder.parent == read.folder:
+    read = read_runs([Path(folder) for folder in settings.runs])
+    if read.problems:
+        raise ValueError(f"task.runs: {'; '.join(f'{folder}: {why}' for folder, why in read.problems.items())}")
+    for each in read.runs:
+        for stage in each.stages:
+            if stage.run is not None and stage.folder.parent == each.folder:
                 page_of(stage.folder)
-        log.info("%s", page_of(read.folder))
+        log.info("%s", page_of(each.folder))
     return Result()
 
 

@@ -174,8 +174,15 @@ def _read_mapping(path: Path, read: Callable[[Path], Any] = files.read_json) -> 
 def _read_or_reason(folder: Path) -> tuple[RunRecord | None, str]:
     try:
         return read_run(folder), ""
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return None, str(error)
+
+
+def read_runs(folders: Sequence[Path]) -> Found:
+    """The finished runs in some directories, and the reasons for the unreadable ones."""
+    read = {folder: _read_or_reason(folder) for folder in folders}
+    problems = {folder: problem for folder, (run, problem) in read.items() if run is None}
+    return Found([run for run, _ in read.values() if run is not None], problems)
 
 
 def found(places: Sequence[str]) -> Found:
@@ -195,14 +202,8 @@ def found(places: Sequence[str]) -> Found:
         for path in named:
             own = path.parent if path.name == "result.json" else path
             here |= {folder.resolve(): folder for folder in _run_folders(own)}
-    all_found = Found()
-    for folder in here.values():
-        run, problem = _read_or_reason(folder)
-        if run is None:
-            all_found.problems[folder] = problem
-        elif run.task != COMPARE:
-            all_found.runs.append(run)
-    return all_found
+    every = read_runs(list(here.values()))
+    return Found([run for run in every.runs if run.task != COMPARE], every.problems)
 
 
 def _run_folders(place: Path, depth: int = 0) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from igpt.metric.result import Number
 from igpt.report.closing_table import shown
 from igpt.report.figures import Point, points_figure
 from igpt.report.groups import differing, grouped, settings_of
-from igpt.report.runs import RunRecord, objective_of, read_run
+from igpt.report.runs import RunRecord, objective_of, read_runs
 from igpt.utils.overrides import suggestion
 
 LOWER = ("nats", "bits", "grey levels")  # prefixes of units where lower is better
@@ -77,13 +77,8 @@ def summary(folders: Sequence[Path], metric: str) -> Summary:
     Raises:
         NothingFoundError: no finished run has the metric; the message lists the ones they have.
     """
-    runs, left_out = [], {}
-    for folder in folders:
-        try:
-            runs.append(read_run(Path(folder)))
-        except ValueError as error:
-            left_out[Path(folder)] = str(error)
-    return summary_of(runs, metric, left_out)
+    read = read_runs([Path(folder) for folder in folders])
+    return summary_of(read.runs, metric, read.problems)
 
 
 def summary_of(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None) -> Summary:

@@ -133,23 +133,21 @@ def check(overrides: list[str], folders: list[Path]) -> DictConfig:
             raise ValueError(f"--config-dir {folder}: there is no such folder")
         parsed += parse([f"hydra.searchpath=[file://{folder.resolve()}]"])
     groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
-    chosen = [override for override in parsed if _is_group(override, groups)]
+    chosen = [override for override in parsed if override.key_or_group in groups and not override.is_delete()]
     for override in chosen:
         _check_options(override, folders)
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         where = [override for override in parsed if override.key_or_group == "hydra.searchpath"]
-        keys = list(_flat_keys(_composed([*where, *chosen])))
+        keys = list(_flat_keys(OmegaConf.to_container(_composed([*where, *chosen]))))
         for override in parsed:
             key = override.key_or_group
-            added = override.is_add() or override.is_force_add()
             if override in chosen or key.startswith("hydra") or key in keys:
                 continue
-            if told := answer(key):
-                raise ValueError(told)
-            if added:
-                continue
-            near = suggestion(key, [*groups, *keys])
-            raise ValueError(f"there is no setting or group {key!r}{near}; a new key needs a + in front")
+            if renamed := answer(key):
+                raise ValueError(renamed)
+            if not (override.is_add() or override.is_force_add()):
+                near = suggestion(key, [*groups, *keys])
+                raise ValueError(f"there is no setting or group {key!r}{near}; a new key needs a + in front")
         return _composed(parsed)
 
 
@@ -165,10 +163,6 @@ def _composed(overrides: list[Override]) -> DictConfig:
         how = _how_to_quote(re.sub(r"=(['\"])(.*)\1$", r"=\2", paths[0])) if paths else ""
         raise ValueError(f"these settings do not fit together: {reason}{how}") from error
     return cfg
-
-
-def _is_group(override: Override, groups: list[str]) -> bool:
-    return override.key_or_group in groups and not override.is_delete()
 
 
 def _check_options(override: Override, folders: list[Path]) -> None:
@@ -243,19 +237,11 @@ def absolute(overrides: list[str]) -> list[str]:
     whole = []
     for text, override in zip(overrides, parse(overrides), strict=True):
         key, value = override.key_or_group, None if override.is_sweep_override() else override.value()
-        if not READ.fullmatch(key) or key == "resume":
-            whole.append(text)
-            continue
         plain = [_plain(each) for each in (value if isinstance(value, list) else [value])]
-        paths = [path for path in plain if path is not None and (is_here(path) or not HUB.fullmatch(key))]
-        if not paths or len(paths) < len(plain):
-            whole.append(text)
-            continue
-        name = text.partition("=")[0]
-        if isinstance(value, list):
-            whole.append(f"{name}=[{','.join(map(quote_path, paths))}]")
-        else:
-            whole.append(f"{name}={quote_path(paths[0])}")
+        paths = [quote_path(path) for path in plain if path is not None and (is_here(path) or not HUB.fullmatch(key))]
+        if READ.fullmatch(key) and key != "resume" and paths and len(paths) == len(plain):
+            text = f"{text.partition('=')[0]}=" + (f"[{','.join(paths)}]" if isinstance(value, list) else paths[0])
+        whole.append(text)
     return whole
 
 
@@ -276,10 +262,8 @@ def is_here(path: str) -> bool:
     return place.exists() or next(place.parent.glob(f"{glob.escape(place.name)}.*"), None) is not None
 
 
-def _flat_keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
-    for key in map(str, cfg):
-        path = f"{prefix}{key}"
-        yield path
-        node = cfg._get_node(key)
-        if isinstance(node, DictConfig) and not OmegaConf.is_missing(cfg, key) and not node._is_none():
-            yield from _flat_keys(node, f"{path}.")
+def _flat_keys(settings: Any, prefix: str = "") -> Iterable[str]:
+    for key, value in settings.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flat_keys(value, f"{prefix}{key}.")

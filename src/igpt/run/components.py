@@ -21,7 +21,6 @@ from igpt.objective import registry
 from igpt.objective.base import Objective
 from igpt.report.folder import RunFolder
 from igpt.report.paper import check_paper_key
-from igpt.report.runs import Found
 from igpt.run.fingerprint import compare_splits
 from igpt.run.run_config import RunConfig
 from igpt.run.targets import checked_partial, task_settings, without
@@ -51,20 +50,23 @@ class Components:
 
     def check_settings(self) -> None:
         """Raises ValueError, with the setting's name, for an invalid setting; builds nothing."""
-        check_paper_key(self.run.config["task"], "task")
-        task_settings(self.run.cfg.task["_target_"], self.run.task_settings)
-        config = self.run.config
-        groups: dict[str, Any] = {
-            f"{group}.{key}": spec
-            for group in ("callbacks", "logger")
-            for key, spec in (config.get(group) or {}).items()
-        }
+        task = self.run.config["task"]
+        check_paper_key(task, "task")
+        task_settings(task["_target_"], task)
+        self._partials("callbacks")
+        self._partials("logger")
         if "tokens" in self.run.requires:
-            groups |= {"data": without(config["data"], "n_colour")}
-        for where, spec in groups.items():
-            checked_partial(spec, where)
-        if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
-            _ = self.planned_network
+            self._source_partial()
+            if not self.run.takes_from_weights("tokens"):
+                _ = self.planned_network
+
+    def _partials(self, group: str) -> list[Callable[..., Any]]:
+        """A checked partial of every entry of `callbacks` or `logger`."""
+        entries = self.run.config.get(group) or {}
+        return [checked_partial(spec, f"{group}.{key}") for key, spec in entries.items()]
+
+    def _source_partial(self) -> Callable[..., Source]:
+        return checked_partial(without(self.run.config["data"], "n_colour"), "data")
 
     @property
     def trained_weights(self) -> Weights:
@@ -78,11 +80,6 @@ class Components:
         init: str | None = self.run.cfg.init
         return init
 
-    @property
-    def finished_runs(self) -> Found:
-        """The finished runs that `task=compare` reads."""
-        return self.run.finished_runs
-
     @cached_property
     def hardware(self) -> Machine:
         settings = {key: value for key, value in self.run.config["trainer"].items() if key != "_target_"}
@@ -91,8 +88,7 @@ class Components:
     @cached_property
     def runner(self) -> Runner:
         """The Trainer calls; with the run's callbacks and loggers, if it trains."""
-        watching = (self.run.config.get("callbacks") or {}) if self.run.trains else {}
-        callbacks = [checked_partial(spec, f"callbacks.{key}")() for key, spec in watching.items()]
+        callbacks = [build() for build in self._partials("callbacks")] if self.run.trains else []
         if self.hardware.device.type == "cpu":
             hold_memory()
         runner = Runner(machine=self.hardware, folder=self.run_dir, callbacks=callbacks)
@@ -118,9 +114,7 @@ class Components:
             trains=self.run.trains,
             pipeline=self.run_dir.parent.name if (self.run_dir.parent / "run.json").is_file() else None,
         )
-        chosen = self.run.config.get("logger") or {}
-        started = [checked_partial(spec, f"logger.{key}")(self.run_dir, about) for key, spec in chosen.items()]
-        loggers = [logger for logger in started if logger is not None]
+        loggers = [logger for build in self._partials("logger") if (logger := build(self.run_dir, about)) is not None]
         for logger in loggers:
             logger.log_hyperparams(self.run.config)
         return loggers
@@ -128,9 +122,7 @@ class Components:
     @cached_property
     def source(self) -> Source:
         """The images."""
-        build = checked_partial(without(self.run.config["data"], "n_colour"), "data")
-        source: Source = build(cache=self.cache_dir, list_files=self.run.list_files)
-        return source
+        return self._source_partial()(cache=self.cache_dir, list_files=self.run.list_files)
 
     @cached_property
     def evaluation_crop(self) -> Crop:

@@ -14,6 +14,7 @@ from igpt.metric.result import Result
 from igpt.report.closing_table import closing_table
 from igpt.report.folder import RunFolder, result_of
 from igpt.report.page import write_page
+from igpt.report.runs import brief
 from igpt.run.components import Components
 from igpt.run.pipeline_stages import stage_configs
 from igpt.run.run_config import RunConfig
@@ -35,7 +36,7 @@ def run_and_report(components: Components) -> Result:
         result = execute_task(components)
         seconds = time.perf_counter() - start
         if run.weights is not None:
-            result.provenance["init"] = run.init_provenance
+            result.provenance["init"] = brief(run.weights.metadata.to_dict())
         if components.hardware.rank.first:
             folder.finish(run.task, result, seconds=seconds)
             write_page(folder.path)
@@ -55,7 +56,7 @@ def run_and_report(components: Components) -> Result:
 def execute_task(components: Components) -> Result:
     """Checks the task's settings and weights, then calls its `run`; returns its result."""
     target = components.run.cfg.task["_target_"]
-    settings = task_settings(target, components.run.task_settings)
+    settings = task_settings(target, components.run.config["task"])
     components.check_weights()
     if "stages" in components.run.requires:
         components.run_stage = stage_runner(components)

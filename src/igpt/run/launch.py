@@ -28,7 +28,7 @@ from igpt.run.arguments import absolute, expand_home, prepare
 from igpt.run.components import Components
 from igpt.run.execute import check_batch, execute_task, run_and_report
 from igpt.run.logs import log_file, set_up_logging
-from igpt.run.run_config import OF_LAUNCH, RunConfig
+from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import resolve_run_dir
 from igpt.run.targets import task_settings
 from igpt.training.nan_guard import NonFiniteLossError
@@ -141,7 +141,7 @@ def launch(
         return show_plan(components)
     components.check_settings()
     check_batch(components.hardware, cfg.task)
-    if not run.keeps_run:
+    if not cfg.task.get("run_folder", True):
         return run_interactive(components)
     with ranks.joined(components.hardware.device) as rank:
         check_ranks(run)
@@ -192,10 +192,8 @@ def describe_run(run: RunConfig) -> str:
 
 def run_without_folder(cfg: DictConfig) -> Result:
     """Runs a task that requires no component (`task=report`): it has no run directory, it writes into finished ones."""
-    spec = OmegaConf.to_container(cfg.task, resolve=True)
-    assert isinstance(spec, dict)
     target = cfg.task["_target_"]
-    settings = task_settings(target, {str(key): value for key, value in spec.items() if key not in OF_LAUNCH})
+    settings = task_settings(target, to_dict(cfg.task))
     task: Callable[..., Result] = get_object(target)
     return task(settings) if ranks.this_rank().first else Result()
 

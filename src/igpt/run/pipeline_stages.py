@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from igpt.report.folder import RunFolder, changes
 from igpt.report.paper import check_paper_key
-from igpt.run.run_config import OF_LAUNCH, RunConfig
+from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.targets import task_settings
 from igpt.settings.older_configs import answer
 from igpt.settings.reading import FROM
@@ -37,9 +37,7 @@ class StageConfig:
         folder = RunFolder(self.stand_in)
         if not folder.finished:
             raise ValueError(f"task.stages.{self.name}.run={folder.path}: no finished run is there")
-        config = OmegaConf.to_container(self.cfg, resolve=True)
-        assert isinstance(config, dict)
-        differs, _ = changes(folder.read_run()["config"], {str(key): value for key, value in config.items()})
+        differs, _ = changes(folder.read_run()["config"], to_dict(self.cfg))
         if differs:
             raise ValueError(f"task.stages.{self.name}.run={folder.path}: that run is another: {'; '.join(differs)}")
 
@@ -100,10 +98,9 @@ def compose_stage(run: RunConfig, name: str, settings: DictConfig) -> StageConfi
     OmegaConf.set_struct(cfg, True)
     stand_in = settings.get(STAND_IN)
     stage = StageConfig(name, cfg, choices, None if stand_in is None else Path(stand_in))
-    spec = OmegaConf.to_container(cfg.task, resolve=True)
-    assert isinstance(spec, dict)
+    spec = to_dict(cfg.task)
     check_paper_key(spec, where)
-    task_settings(cfg.task["_target_"], {str(k): v for k, v in spec.items() if k not in OF_LAUNCH}, where)
+    task_settings(spec["_target_"], spec, where)
     return stage
 
 

@@ -2,7 +2,7 @@
 
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -10,13 +10,17 @@ from igpt.checkpoint.find import find
 from igpt.checkpoint.igpt_format import Weights
 from igpt.data.listing import list_files
 from igpt.report.folder import identity
-from igpt.report.runs import Found, brief, found
+from igpt.report.runs import Found, found
 from igpt.run import fingerprint
 from igpt.settings.fields import parse_settings
 from igpt.settings.run import RunSettings
 
 CHECKPOINT = "checkpoint"  # option of model, tokens and objective: take it from the weights of init=
-OF_LAUNCH = ("_target_", "name", "requires", "run_folder", "paper")  # keys of a task read by `launch`, not by the task
+
+
+def to_dict(cfg: DictConfig) -> dict[str, Any]:
+    """The config as nested dicts and lists, interpolations resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
 class RunConfig:
@@ -60,24 +64,12 @@ class RunConfig:
     @cached_property
     def config(self) -> dict[str, Any]:
         """The whole config, resolved."""
-        resolved = OmegaConf.to_container(self.cfg, resolve=True)
-        assert isinstance(resolved, dict)
-        return {str(key): value for key, value in resolved.items()}
-
-    @property
-    def task_settings(self) -> dict[str, Any]:
-        """The settings of the task's `run`."""
-        return {key: value for key, value in self.config["task"].items() if key not in OF_LAUNCH}
+        return to_dict(self.cfg)
 
     @property
     def trains(self) -> bool:
         """Whether the task takes optimiser steps (for callbacks and loggers)."""
         return "network" in self.requires or self.cfg.task.get("solver") == "sgd"
-
-    @property
-    def keeps_run(self) -> bool:
-        """Whether the task writes a run directory; `task=demo` does not."""
-        return bool(self.cfg.task.get("run_folder", True))
 
     @property
     def model_name(self) -> str:
@@ -121,11 +113,6 @@ class RunConfig:
         compared = self.finished_runs.input_hashes if "finished_runs" in self.requires else None
         init = self.weights.sha256 if self.weights is not None else None
         return fingerprint.input_hashes(self.config, init=init, found=compared, list_files=self.list_files)
-
-    @property
-    def init_provenance(self) -> dict[str, Any]:
-        """The metadata of the weights of `init=`, shortened, for result.json."""
-        return brief(self.weights.metadata.to_dict()) if self.weights is not None else {}
 
     @cached_property
     def finished_runs(self) -> Found:

@@ -4,6 +4,7 @@ import glob
 import logging
 import os
 from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 
 from igpt.distributed import launcher
@@ -55,11 +56,9 @@ def find_run_dir(run: RunConfig) -> RunFolder:
     folder = RunFolder(Path(cfg.paths.runs) / name)
     if not folder.started and not cfg.force:
         folder = next(find_older_runs(run, folder), folder)
+    repeats = (RunFolder(Path(cfg.paths.runs) / f"{name}-{n}") for n in count(2))
     if cfg.force:
-        repeat = 2
-        while folder.started:
-            folder = RunFolder(Path(cfg.paths.runs) / f"{name}-{repeat}")
-            repeat += 1
+        folder = next(each for each in chain([folder], repeats) if not each.started)
     elif cfg.resume is None and folder.started and not folder.finished and any(folder.path.rglob("latest")):
         raise ValueError(
             f"{folder.path} was begun and is not finished: continue it with `python train.py resume={folder.path}`, "

@@ -45,10 +45,9 @@ def in_turn(
         SystemExit: code 2 for an invalid search.
     """
     set_up_logging()
-    own, *_ = _combinations(arguments, lambda name: name == key)
     combinations = _combinations(arguments, lambda name: name != key)
-    if own:  # `task.learning_rate=0.01,0.003` on the command line
-        values = [value.split("=", 1)[1] for (value,) in _combinations(arguments, lambda name: name == key)]
+    own = [text for texts in _combinations(arguments, lambda name: name == key) for text in texts]
+    values = [text.split("=", 1)[1] for text in own] or values  # own: `task.learning_rate=0.01,0.003` as an argument
     if not values:
         _refuse("hydra.sweeper.values names one value or more, from the first to be tried to the last")
     what = {"in_turn": [key, values, direction, arguments, config.hydra.launcher.metric]}

@@ -72,7 +72,8 @@ def launch(
         with FileLock(place / ".lock", timeout=0), log_file(place / "log.txt"):
             OmegaConf.save(sweep, place / "multirun.yaml")  # Hydra's config of the sweep
             _remember(jobs, metric)
-            running = Sweep(place, jobs, gpus=gpus, n_jobs=n_jobs or _at_once(jobs, gpus), metric=metric)
+            at_once = n_jobs or max(1, len(gpus) // max(job.n_process for job in jobs))
+            running = Sweep(place, jobs, gpus=gpus, n_jobs=at_once, metric=metric)
             heard = running.run(command=_command(configs[0]))
     except Timeout:
         log.error("error: %s is in use: the same sweep is running", place)
@@ -194,17 +195,11 @@ class Sweep:
 
     def _table(self) -> str:
         """The table of jobs: differing settings, state, metric, run directory."""
-        rows = [
-            (
-                str(job.number),
-                self._settings(job),
-                job.state,
-                "–" if job.value is None else f"{job.value:.4f}",
-                _short(job.folder),
-            )
-            for job in self.jobs
-        ]
-        return columns([("job", "settings", "state", self.metric, "folder"), *rows])
+        rows = [("job", "settings", "state", self.metric, "folder")]
+        for job in self.jobs:
+            value = "–" if job.value is None else f"{job.value:.4f}"
+            rows.append((str(job.number), self._settings(job), job.state, value, _short(job.folder)))
+        return columns(rows)
 
 
 def typed() -> str:
@@ -245,10 +240,6 @@ def _share_gpus(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> list[str]
                 f"job {job.number} asks for trainer.devices={job.n_process}, this machine has {n_gpu} GPUs: lower it"
             )
     return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpu)))).split(",")[:n_gpu]
-
-
-def _at_once(jobs: Sequence[Job], gpus: Sequence[str]) -> int:
-    return max(1, len(gpus) // max(job.n_process for job in jobs)) if gpus else 1
 
 
 def _expect(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:

@@ -10,6 +10,8 @@ from hydra.utils import get_object
 from igpt.settings.fields import Settings, parse_arguments, parse_settings
 from igpt.settings.older_configs import answer
 
+OF_LAUNCH = ("_target_", "name", "requires", "run_folder", "paper")  # keys of a task read by `launch`, not by the task
+
 
 def checked_partial(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
     """A partial of the `_target_` with its settings, to be called with live objects.
@@ -27,8 +29,9 @@ def checked_partial(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
 
 
 def task_settings(target: str, settings: Mapping[str, Any], where: str = "task") -> Settings:
-    """The typed `settings` argument of a task's `run`. Raises ValueError as `parse_settings`."""
+    """The typed `settings` argument of a task's `run`, without OF_LAUNCH. Raises ValueError as `parse_settings`."""
     model: type[Settings] = get_type_hints(get_object(target))["settings"]
+    settings = {key: value for key, value in settings.items() if key not in OF_LAUNCH}
     _refuse_renamed(settings, model.model_fields, where)
     return parse_settings(model, settings, where)
 
