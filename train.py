@@ -19,12 +19,12 @@ ASKED = sys.argv[1:]
 def main(cfg: DictConfig) -> None:
     n_process = 1 if launcher.is_rank() else launcher.devices_of(cfg.trainer)
     if n_process > 1:
-        hydra_cfg = HydraConfig.get()  # a job of a sweep that is run in this process has arguments of its own
+        hydra_cfg = HydraConfig.get()  # of a sweep's job in this process, the arguments are Hydra's
         arguments = hydra_cfg.overrides.task if hydra_cfg.mode == RunMode.MULTIRUN else ASKED
         if code := launcher.run_ranks([sys.executable, __file__, *arguments], n_process):
             sys.exit(code)
         return
-    from igpt.run.launch import main as run  # the heavy imports, after Hydra has found nothing wrong
+    from igpt.run.launch import main as run  # slow imports, after Hydra has composed the config
 
     run(cfg)
 

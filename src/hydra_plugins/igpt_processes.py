@@ -1,4 +1,4 @@
-"""Registers the sweep launcher with Hydra, which looks for plugins here: `hydra/launcher=processes`, the default."""
+"""Hydra launcher plugin `hydra/launcher=processes`, the default; Hydra finds plugins in this package."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 
 class ProcessesLauncher(Launcher):
-    """Runs every job of a sweep as `python train.py …` in a process of its own; see `igpt.run.sweep`."""
+    """Runs every job of a sweep as a `python train.py …` process; see `igpt.run.sweep`."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
@@ -19,7 +19,7 @@ class ProcessesLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from igpt.run.sweep import launch  # only where there is a sweep: Hydra reads this file at every start
+        from igpt.run.sweep import launch  # lazy: Hydra imports this file at every start
 
         load = self.context.config_loader.load_sweep_config
         configs = [load(self.config, list(overrides)) for overrides in job_overrides]

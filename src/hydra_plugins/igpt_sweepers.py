@@ -1,4 +1,4 @@
-"""Registers the searches with Hydra, which looks for plugins here: `hydra/sweeper=in_turn` and `optuna`."""
+"""Hydra sweeper plugins `hydra/sweeper=in_turn` and `optuna`; Hydra finds plugins in this package."""
 
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 
 class _Search(Sweeper):
-    """Asks for jobs, learns what came of them, asks for more; see `igpt.run.search`."""
+    """Launches jobs, reads their metrics, launches more; see `igpt.run.search`."""
 
     kind: str
 
@@ -25,7 +25,7 @@ class _Search(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from igpt.run import search  # only where there is a search: Hydra reads this file at every start
+        from igpt.run import search  # lazy: Hydra imports this file at every start
 
         assert self.config is not None
         compose = partial(self.context.config_loader.load_sweep_config, self.config)
@@ -34,12 +34,12 @@ class _Search(Sweeper):
 
 
 class InTurnSweeper(_Search):
-    """One value after another, until the metric is worse than the last."""
+    """Tries one value after another until the metric gets worse."""
 
     kind = "in_turn"
 
 
 class OptunaSweeper(_Search):
-    """Values that Optuna proposes from what it has seen."""
+    """Tries values proposed by Optuna's TPE."""
 
     kind = "optuna"

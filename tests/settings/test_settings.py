@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 import igpt.settings
 from igpt.run.launch import run
-from igpt.run.run_config import OF_LAUNCH
+from igpt.run.targets import OF_LAUNCH
 from igpt.settings.devices import HardwareSettings
 from igpt.settings.fields import Settings, format_setting, parse_settings
 from igpt.utils.overrides import suggestion

@@ -1,4 +1,4 @@
-"""Runs beside the published numbers that they name (`task.paper=KEY`), with every setting that differs."""
+"""Compares runs with the published numbers of their `task.paper=KEY`, and lists every setting that differs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,25 +13,25 @@ from igpt.report.paper import PRETRAINING, PublishedRow, load_paper
 from igpt.report.runs import RunRecord, nearest_path, objective_of, read_run
 from igpt.report.summary import over_seeds
 
-SPLITS = ("test", "val", "cv")  # a later one is taken where a run has not read an earlier one
+SPLITS = ("test", "val", "cv")  # in order of preference
 UNKNOWN = "not known"
 SIZE = ("model.n_layer", "model.n_embd")
 
 
 @dataclass(frozen=True)
 class PaperComparison:
-    """A published number, and runs that differ in their seed alone beside it; no runs: not run."""
+    """A published number beside runs that differ only in their seed; no runs: not measured."""
 
     published: PublishedRow
-    ours: Number | str | None  # text: what a figure shows
-    differs: list[str]  # settings that are not the paper's
+    ours: Number | str | None  # str: the numbers of a figure
+    differs: list[str]  # differences from the paper
     runs: list[RunRecord]
 
 
 def compare_with_paper(runs: Sequence[RunRecord], *, every: bool = False) -> list[PaperComparison]:
-    """Each run beside the published numbers it names, in the paper's order; with `every`, also those of no run.
+    """The published numbers with their runs, in the paper's order.
 
-    Where some runs touch a table, its other rows are shown, too, so that it can be read as a whole.
+    All rows of a table if a run has one of them; with `every`, all tables.
     """
     beside: dict[PublishedRow, list[PaperComparison]] = {}
     for group in grouped(runs)[0]:
@@ -45,9 +45,9 @@ def compare_with_paper(runs: Sequence[RunRecord], *, every: bool = False) -> lis
 
 
 def rows_named_by(run: RunRecord) -> list[PublishedRow]:
-    """The published numbers of a run's KEY that it has measured.
+    """The published numbers of the run's KEY that it has measured.
 
-    Of several those of its own objective, and of these those of its own size, where there are any.
+    Of several, those with the run's objective, and of these those with its size, if there are any.
     """
     key, facts, expects = paper_key(run), facts_of(run), load_paper().expects
     rows = [row for row in load_paper().rows if key and row.key == key and measured(row, run) is not None]
@@ -57,7 +57,7 @@ def rows_named_by(run: RunRecord) -> list[PublishedRow]:
 
 
 def paper_key(run: RunRecord) -> str:
-    """KEY of `task.paper=KEY`; of older runs, which do not have that, of `experiment=paper/KEY`; empty: none."""
+    """KEY of `task.paper=KEY`; of `experiment=paper/KEY` for older runs without that setting; "" if there is none."""
     task = run.config.get("task", {})
     if "paper" in task:
         return str(task["paper"] or "")
@@ -67,7 +67,7 @@ def paper_key(run: RunRecord) -> str:
 
 
 def measured(row: PublishedRow, run: RunRecord) -> Number | str | None:
-    """What a run has of a published number; of a figure each of the numbers that belong to it, as text."""
+    """The run's value of a published number; of a figure, its numbers as text; None if it has none."""
     if row.value is None:
         names = [
             name for pattern in row.number.split(", ") for name in matching(run.result.numbers, _name_in(run, pattern))
@@ -81,14 +81,14 @@ def measured(row: PublishedRow, run: RunRecord) -> Number | str | None:
 
 
 def _name_in(run: RunRecord, name: str) -> str:
-    """The number of this name, or the same of the split that is taken instead."""
+    """The key of a number in the run's result: `name`, or the same number on a later one of SPLITS."""
     split, _, of = name.partition("/")
     splits = SPLITS[SPLITS.index(split) :] if split in SPLITS else ()
     return next((f"{other}/{of}" for other in splits if f"{other}/{of}" in run.result.numbers), name)
 
 
 def differences(row: PublishedRow, run: RunRecord) -> list[str]:
-    """Everything in which a run is not what was published, as `task.steps 3,000 (paper: 1,000,000)`."""
+    """Every difference between a run and a published row, as `task.steps 3,000 (paper: 1,000,000)`."""
     if run.task == "scaling":
         return _compared_runs(run)
     ours, theirs, said = facts_of(run), load_paper().expects(row), _measured_otherwise(row, run)
@@ -105,7 +105,7 @@ def differences(row: PublishedRow, run: RunRecord) -> list[str]:
 
 
 def _measured_otherwise(row: PublishedRow, run: RunRecord) -> list[str]:
-    """The split and the images that a number is of, where they are not the paper's."""
+    """Differences in the split, the number of images, and the place of the images."""
     name, number, n = _name_in(run, row.number), measured(row, run), load_paper().images.get(row.dataset or "")
     said = [] if name == row.number else [f"measured on {name.partition('/')[0]}, not {row.number.partition('/')[0]}"]
     if isinstance(number, Number) and number.deviation is None and n not in (None, number.n):
@@ -115,7 +115,7 @@ def _measured_otherwise(row: PublishedRow, run: RunRecord) -> list[str]:
 
 
 def _weights_otherwise(run: RunRecord) -> list[str]:
-    """What is to be said of the weights that a run began with beside the settings of their pretraining."""
+    """Differences in the initial weights beside their pretraining settings: none, fine-tuned, of unknown origin."""
     history = run.init_history
     if run.task == "finetune" and run.result.provenance.get("from") == "scratch":
         return ["from weights that were never trained"]
@@ -129,7 +129,7 @@ def _weights_otherwise(run: RunRecord) -> list[str]:
 
 
 def _compared_runs(run: RunRecord) -> list[str]:
-    """What the runs were that a comparison over checkpoints is of."""
+    """A description of each pretraining run that `task=scaling` compares, and of the paper's."""
     said = []
     for path in run.config["task"].get("runs") or []:
         try:
@@ -144,7 +144,7 @@ def _compared_runs(run: RunRecord) -> list[str]:
 
 
 def facts_of(run: RunRecord) -> dict[str, Any]:
-    """What a run was, by the settings that the paper's numbers state; those of the weights after `pretraining.`."""
+    """The run's values of the settings the paper publishes; of its weights' pretraining with prefix `pretraining.`."""
     settings, metadata = run.settings, run.init_history.metadata
     network = metadata.get("network") or {}
     kind = str(settings.get("tokens._target_") or "palette_tokenizer.").split(".")[-2].removesuffix("_tokenizer")
@@ -169,7 +169,7 @@ def facts_of(run: RunRecord) -> dict[str, Any]:
 
 
 def images_seen(run: RunRecord, first: RunRecord) -> int | str:
-    """How many images the weights saw in pretraining, up to the checkpoint that was taken."""
+    """Number of images seen in pretraining, up to the checkpoint in use."""
     before = run.init_history.runs
     made = [run] if run is first else [each for each in before if each.task == "pretrain"]  # the last one first
     steps: list[Any] = [each.settings.get("task.steps") for each in made]

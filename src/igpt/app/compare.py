@@ -1,6 +1,6 @@
-"""Many runs, one table: beside the published numbers, and among themselves, grouped over seeds.
+"""`task=compare`: tables of many runs, against published numbers and against each other, grouped over seeds.
 
-For sweeps: `summary(folders, metric)` gives the rows, `table` their text and `draw` their picture.
+For use from Python: `summary(folders, metric)` returns the rows, `table` their text; `draw` writes their picture.
 """
 
 import logging
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 
 
 def run(components: Components, settings: CompareSettings) -> Result:
-    """Writes `compare.txt`, which is shown, `compare.md`, `compare.csv`, and a picture for each task of several rows.
+    """Writes `compare.txt` (also logged), `compare.md`, `compare.csv`, and a picture for each task of several rows.
 
-    Runs that cannot be read are named and counted. The runs of a pipeline stand beside the paper each for itself, and
-    among themselves as one.
+    Unreadable runs are listed and counted. Against the paper each stage of a pipeline is a run of its own; against
+    other runs the pipeline is one.
 
     Raises:
-        ValueError: no run is left, or none has the number that was asked for.
+        ValueError: no readable run, or none with `metric`.
     """
-    found, folder, runs = components.finished_runs, components.run_dir, settings.runs
+    found, folder, runs = components.run.finished_runs, components.run_dir, settings.runs
     if not found.runs and not settings.all:
         where = ", ".join([runs] if isinstance(runs, str) else runs) or "paths.runs"
         first = [f"{path}: {why}" for path, why in list(found.problems.items())[:5]]
@@ -52,7 +52,7 @@ def run(components: Components, settings: CompareSettings) -> Result:
         provenance={"runs": [str(of.folder) for of in found.runs], "left_out": [*text.said]},
     )
     for task, rows in summaries.items():
-        if not rows.caution:  # there is no best among rows that do not compare
+        if not rows.caution:  # no best one among rows that are not comparable
             best = rows.rows[0]
             result.numbers[f"best {task}/{rows.metric}"] = Number(
                 best.mean, rows.unit, best.n, interval=best.interval, deviation=best.deviation
@@ -71,7 +71,7 @@ def run(components: Components, settings: CompareSettings) -> Result:
 
 
 def apart(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], dict[Path, str]]:
-    """Every run once, of a pipeline its stages instead; and stages that could not be read."""
+    """(runs, problems): every run once, a pipeline replaced by its stages; directory → reason of unreadable stages."""
     stages = [stage for of in runs for stage in of.stages]
     single = [each for of in runs for each in [stage.run for stage in of.stages if stage.run is not None] or [of]]
     return list({each.folder.resolve(): each for each in reversed(single)}.values())[::-1], {
@@ -80,13 +80,13 @@ def apart(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], dict[Path, str]]:
 
 
 def among_themselves(runs: Sequence[RunRecord], metric: str | None) -> dict[str, Summary]:
-    """Task → its runs by `metric`, or by the first number that all of that task have.
+    """Task → summary of its runs by `metric`, or by the first number that they have in common.
 
     Raises:
-        ValueError: a metric was asked for and no run has it.
+        ValueError: no run has `metric`.
     """
     if metric is not None and runs:
-        summary_of(runs, metric)  # says which numbers there are, where it is none of them
+        summary_of(runs, metric)  # raises, with the numbers there are
     summaries = {}
     for task in dict.fromkeys(of.task for of in runs):
         some = [of for of in runs if of.task == task]

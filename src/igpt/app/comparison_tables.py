@@ -1,9 +1,9 @@
-"""A comparison as text to read in a terminal, as Markdown, and as rows for other programs."""
+"""A comparison as text for the terminal, as Markdown, and as CSV."""
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ FIELDS = (
     "part", "number", "setting", "paper", "source", "ours", "low", "high", "deviation", "seeds", "differs", "runs",
     "command", "RUN",
 )  # fmt: skip
-WIDE = 48  # characters of a cell; what is longer stands below its row
+WIDE = 48  # maximal characters of a cell; longer text goes below its row
 
 
 @dataclass(frozen=True)
 class ComparisonText:
-    """What a comparison found: published numbers with the runs beside them, and the runs of each task by one number."""
+    """The results of a comparison: published numbers with their runs, and a summary of the runs of each task."""
 
     runs: Sequence[RunRecord]
     problems: Mapping[Path, str]
@@ -34,29 +34,27 @@ class ComparisonText:
 
     @property
     def said(self) -> list[str]:
-        """A line for each folder that could not be read, after how many there are."""
+        """The counts of runs and problems, then a line for each problem."""
         lines = [f"{shortened([path])}: {why}" for path, why in self.problems.items()]
         return [f"{len(self.runs)} runs read, {len(self.problems)} folders left out" + (":" if lines else ""), *lines]
 
     def plain(self) -> str:
-        """For a terminal."""
+        """The text for the terminal."""
         blocks = []
         for title, rows in self._tables().items():
             cells = [(_paper(row), _short(_ours(row)), row.published.setting) for row in rows]
             heading, rule, *body = columns([HEADINGS[:3], *cells]).splitlines()
-            below = [_below(row, above) for row, above in zip(rows, [None, *rows], strict=False)]
-            lines = [part for line, more in zip(body, below, strict=True) for part in (line, *more)]
+            lines = [part for line, row in zip(body, rows, strict=True) for part in (line, *_below(row))]
             blocks.append("\n".join([title, heading, rule, *lines]))
         for task, found in self.summaries.items():
             blocks.append("\n".join([f"task={task}", columns(self._summary(found)), *_remarks(found)]))
         return "\n\n".join([*blocks, "\n  ".join(self.said)]) + "\n"
 
     def markdown(self) -> str:
-        """For a page: a table for each of the paper's, and one for each task."""
+        """The Markdown: a table for each of the paper's, and one for each task."""
         blocks = ["# Runs compared"]
         for title, rows in self._tables().items():
-            cells = [_markdown_row(row, above) for row, above in zip(rows, [None, *rows], strict=False)]
-            blocks.append(f"## {title}\n\n{grid([HEADINGS, *cells])}")
+            blocks.append(f"## {title}\n\n{grid([HEADINGS, *map(_markdown_row, rows)])}")
         for task, found in self.summaries.items():
             blocks += [f"## task={task}", grid(self._summary(found)), *_remarks(found)]
             blocks += [f"![{found.metric}](compare_{task}.png)"] if len(found.rows) > 1 else []
@@ -64,7 +62,7 @@ class ComparisonText:
         return "\n\n".join([*blocks, "\n".join([counted, *(f"- {line}" for line in lines)])]) + "\n"
 
     def csv(self) -> str:
-        """One line a row, values as they are: shares of 1, losses in nats per token."""
+        """The CSV, one line a row; shares of 1, losses in nats per token."""
         text = io.StringIO()
         writer = csv.DictWriter(text, FIELDS, restval="", lineterminator="\n")
         writer.writeheader()
@@ -86,9 +84,13 @@ class ComparisonText:
         return text.getvalue()
 
     def _tables(self) -> dict[str, list[PaperComparison]]:
-        """Title → rows."""
-        titles = dict.fromkeys(row.published.table for row in self.beside)
-        return {title: [row for row in self.beside if row.published.table == title] for title in titles}
+        """Title of the paper's table → its rows; differences that repeat those of the row above are `as above`."""
+        tables: dict[str, list[PaperComparison]] = {}
+        for above, row in zip([None, *self.beside], self.beside, strict=False):
+            before = above and (above.published.table, above.runs, above.differs)
+            repeats = row.differs and before == (row.published.table, row.runs, row.differs)
+            tables.setdefault(row.published.table, []).append(replace(row, differs=["as above"]) if repeats else row)
+        return tables
 
     def _summary(self, found: Summary) -> list[tuple[str, ...]]:
         """The table of a task's runs, with a column for each further number."""
@@ -111,12 +113,12 @@ def grid(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _paper(row: PaperComparison) -> str:
-    """The published value, marked where it is from memory."""
+    """The published value, with a mark if it is unconfirmed."""
     return row.published.printed + (f" (unconfirmed: {told})" if (told := row.published.unconfirmed) else "")
 
 
 def _ours(row: PaperComparison) -> str:
-    """What the runs found; why there is nothing, where there is not."""
+    """The measured value, or the reason why there is none."""
     if row.ours is not None:
         return readable(row.ours) if isinstance(row.ours, Number) else row.ours
     of = row.published
@@ -127,29 +129,23 @@ def _short(text: str) -> str:
     return text if len(text) < WIDE else "below"
 
 
-def _differs(row: PaperComparison, above: PaperComparison | None) -> list[str]:
-    """What differs; where that is what the row above says of the same run, only that."""
-    same = above is not None and above.runs == row.runs and above.differs == row.differs
-    return ["as above"] if same and row.differs else row.differs
-
-
-def _below(row: PaperComparison, above: PaperComparison | None) -> list[str]:
-    """The lines under a row in a terminal."""
+def _below(row: PaperComparison) -> list[str]:
+    """The lines below a row in the terminal."""
     of = row.published
     lines = [("ours", _ours(row))] if _short(_ours(row)) != _ours(row) else []
     lines += [("run", shortened([run.folder for run in row.runs]))] if row.runs else []
-    lines += [("" if i else "differs", line) for i, line in enumerate(_differs(row, above))]
+    lines += [("" if i else "differs", line) for i, line in enumerate(row.differs)]
     lines += [("command", of.command + (f"    RUN: {of.run}" if of.run else ""))] if of.command else []
     lines += [("but" if of.command else "none", of.why_not)] if of.ours and of.why_not else []
     return [f"    {label:9}{text}" for label, text in lines]
 
 
-def _markdown_row(row: PaperComparison, above: PaperComparison | None) -> tuple[str, ...]:
+def _markdown_row(row: PaperComparison) -> tuple[str, ...]:
     """paper, ours, setting, command."""
     of = row.published
     told = "; ".join(filter(None, (of.source, of.unconfirmed and f"from memory: {of.unconfirmed}")))
     runs = row.runs and shortened([run.folder for run in row.runs])
-    differs = row.differs and f"**differs:** {'; '.join(_differs(row, above))}"
+    differs = row.differs and f"**differs:** {'; '.join(row.differs)}"
     command, made_by = of.command and f"`{of.command}`", of.run and f"RUN: `{of.run}`".replace(", or ", "`, or `")
     cells = ((of.printed, told), (_ours(row), runs), (of.setting, differs), (command, made_by, of.ours and of.why_not))
     return tuple("<br>".join(str(part) for part in cell if part) for cell in cells)
@@ -164,6 +160,6 @@ def _values(ours: Number | str | None) -> dict[str, Any]:
 
 
 def _remarks(found: Summary) -> list[str]:
-    """What is to be known of a table of runs."""
+    """The caution and the left-out runs of a summary, a line each."""
     lines = [f"left out: {shortened([path])}: {why}" for path, why in found.left_out.items()]
     return [*([found.caution] if found.caution else []), *lines]

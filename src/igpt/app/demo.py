@@ -1,4 +1,4 @@
-"""`task=demo`: what a person does with a trained network on a page. Nothing here knows the page itself."""
+"""`task=demo`: serves a page for completions and nearest images of a trained network. Gradio is in `demo_page`."""
 
 import importlib.util
 import logging
@@ -26,7 +26,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def about(weights: Weights) -> dict[str, str]:
-    """What the page says of the weights it shows."""
+    """The description of the weights on the page."""
     metadata, loss = weights.metadata, validation_loss(weights)
     side = metadata.tokenizer.side
     sizes = f"{metadata.network.n_layer} blocks of {metadata.network.n_embd}, {weights.n_value:,} weights"
@@ -39,9 +39,9 @@ def about(weights: Weights) -> dict[str, str]:
 
 
 def validation_loss(weights: Weights) -> float | None:
-    """Nats per token that the run of these weights reports of its validation images; None where it says nothing."""
+    """val/loss_gen, in nats per token, of the run that made the weights; None if not known."""
     folder = weights.folder.parent
-    scored = weights.folder.name == "model" and (folder / "result.json").is_file()  # not a checkpoint on the way
+    scored = weights.folder.name == "model" and (folder / "result.json").is_file()  # not an intermediate checkpoint
     try:
         number = read_run(folder).result.numbers.get("val/loss_gen") if scored else None
     except ValueError as error:
@@ -51,10 +51,10 @@ def validation_loss(weights: Weights) -> float | None:
 
 
 def run(components: Components, settings: DemoSettings) -> Result:
-    """Serves the page until Ctrl-C or SIGTERM. Its result is empty: nothing is kept of what was done.
+    """Serves the page until Ctrl-C or SIGTERM; returns an empty result.
 
     Raises:
-        ValueError: Gradio is not there, weights that draw no images, a split without images, a port that is taken.
+        ValueError: Gradio is missing, weights that cannot draw images, a split without images, a port in use.
     """
     if importlib.util.find_spec("gradio") is None:
         raise ValueError(INSTALL)
@@ -73,8 +73,8 @@ def run(components: Components, settings: DemoSettings) -> Result:
         raise ValueError(f"task.layer must lie in 0 (the embedding) … {depth}, or be null; got {layer}")
     rows = prompt_rows(0.5, settings.rows, data.tokenizer.side)
     settings = settings.model_copy(update={"layer": layer, "rows": rows})
-    # The threads that share a product wait for each other in a loop, so one that has to share its core with a browser
-    # holds up all of them: on two cores, two threads then draw several times slower than one (docs/demo.md).
+    # The threads of a matrix product wait for each other in a busy loop, so one that shares its core with the browser
+    # delays all: on two cores, two threads draw several times slower than one (docs/demo.md).
     with (
         num_threads(settings.threads or max(1, torch.get_num_threads() - 1)),
         machine.inference(weights.net()) as net,

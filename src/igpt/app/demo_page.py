@@ -1,4 +1,4 @@
-"""The page of `task=demo`, made with Gradio: what is seen and clicked. What it does is in `workbench`."""
+"""The Gradio page of `task=demo`: widgets and event handlers. The operations are in `workbench`."""
 
 import logging
 import socket
@@ -22,12 +22,12 @@ INTRO = (
 THEME = gr.themes.Default(
     primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
 )
-AT_MOST = 10.0  # seconds that a click waits for a pixel to be finished
-PIECES: Any = templates().get_template("demo.html").module  # HTML, in which whatever it is given is escaped
+AT_MOST = 10.0  # maximal seconds a click waits for a running drawing to end
+PIECES: Any = templates().get_template("demo.html").module  # HTML macros with autoescape
 
 
 class Turn:
-    """One drawing for one visitor, from another thread to be stopped."""
+    """A running drawing of one visitor; another thread stops it with `wanted = False`."""
 
     def __init__(self) -> None:
         self.wanted = True
@@ -35,35 +35,35 @@ class Turn:
 
 
 class DemoPage:
-    """What happens when something is clicked: every answer is what the parts of the page are to show."""
+    """The event handlers: each returns the new values of its output widgets."""
 
     def __init__(self, bench: Workbench) -> None:
         self.bench = bench
-        self.turns: dict[str | None, Turn] = {}  # of each visitor, the drawing that is under way
+        self.turns: dict[str | None, Turn] = {}  # session → its running drawing
 
     def stop(self, request: gr.Request) -> None:
-        """Ends the visitor's drawing after its pixel."""
+        """Stops the visitor's drawing after the current pixel."""
         if turn := self.turns.get(request.session_hash):
             turn.wanted = False
 
     def leave(self, request: gr.Request) -> None:
-        """The same, and waits until nothing of it can come any more."""
+        """Stops the visitor's drawing and waits until it has ended, at most AT_MOST seconds."""
         self.stop(request)
         if turn := self.turns.pop(request.session_hash, None):
             turn.over.wait(AT_MOST)
 
     def others(self, page: int) -> tuple[int, Any]:
-        """The next held-out images."""
+        """Shows the next held-out images."""
         return page + 1, gr.Gallery([image.pixels for image in self.bench.choices(page + 1)], selected_index=None)
 
     def held_out(self, page: int, rows: float, event: gr.SelectData, request: gr.Request) -> tuple[Any, ...]:
-        """One of them was clicked."""
+        """Chooses the held-out image that was clicked."""
         self.leave(request)
         chosen = self.bench.choices(page)[event.index]
-        return chosen, self.given(chosen, rows), "", "", PIECES.note(f"{chosen.name} is chosen.")
+        return self._choose(chosen, rows, f"{chosen.name} is chosen.")
 
     def uploaded(self, file: str | None, rows: float, request: gr.Request) -> tuple[Any, ...]:
-        """A file has come."""
+        """Chooses the image of an uploaded file, and deletes the file."""
         self.leave(request)
         try:
             if file is None:
@@ -74,16 +74,14 @@ class DemoPage:
         finally:
             if file is not None:
                 Path(file).unlink(missing_ok=True)
-        return (
-            chosen,
-            self.given(chosen, rows),
-            "",
-            "",
-            PIECES.note("Your image was cut and resized as the data's are."),
-        )
+        return self._choose(chosen, rows, "Your image was cut and resized as the data's are.")
+
+    def _choose(self, chosen: DemoImage, rows: float, message: str) -> tuple[Any, ...]:
+        """Outputs after a choice: the image, its given rows, no completions, no nearest images, a message."""
+        return chosen, self.given(chosen, rows), "", "", PIECES.note(message)
 
     def given(self, chosen: DemoImage, rows: float) -> str:
-        """The image as the network is shown it, and what of it is given."""
+        """HTML of the image as decoded from its tokens, and of its given rows."""
         there = self.bench.given_rows(round(rows))
         whole = self.bench.given(chosen, self.bench.side)
         shown = (whole, chosen.name, self.labelled("as its tokens show it", chosen.label))
@@ -91,14 +89,14 @@ class DemoPage:
         return str(PIECES.tiles("the image", [shown, cut]))
 
     def labelled(self, text: str, label: int) -> str:
-        """The text, and the class if there is one."""
+        """The text, and the class name if there is one."""
         return ", ".join(filter(None, (text, self.bench.class_name(label))))
 
     def complete(
         self, chosen: DemoImage, rows: float, completions: float, temperature: float, top_k: float,
         seed: float | None, request: gr.Request,
     ) -> Iterator[tuple[Any, str]]:  # fmt: skip
-        """Completions and a line about them, row by row."""
+        """Yields the completions and a status line after each row."""
         self.leave(request)
         turn = self.turns[request.session_hash] = Turn()
         side, begun, there = self.bench.side, time.perf_counter(), 0.0
@@ -122,7 +120,7 @@ class DemoPage:
             turn.over.set()
 
     def nearest(self, chosen: DemoImage, layer: float) -> Iterator[tuple[Any, str]]:
-        """The training images most like the chosen one, and a line about them; while they are read, how far that is."""
+        """Yields the progress of reading the training images, then the nearest ones; each with a status line."""
         try:
             for found in self.bench.nearest(chosen, layer=round(layer), k=self.bench.settings.nearest):
                 if isinstance(found, tuple):
@@ -136,7 +134,7 @@ class DemoPage:
 
 
 def build(bench: Workbench, about: Mapping[str, str]) -> gr.Blocks:
-    """The page, its parts tied to what they do."""
+    """The page with its event handlers."""
     page, settings, side, depth = DemoPage(bench), bench.settings, bench.side, bench.net.n_layer
     first, rows, layer = bench.choices(0), settings.rows or 0, settings.layer or 0
     limit = f"An upload has at most {settings.upload_mb:g} MB, and is cut to the square the network reads."
@@ -193,12 +191,12 @@ def build(bench: Workbench, about: Mapping[str, str]) -> gr.Blocks:
 
 @contextmanager
 def serving(bench: Workbench, about: Mapping[str, str], uploads: Path) -> Iterator[str]:
-    """The address of the page, which is there while the block lasts. Uploaded files are kept in the folder `uploads`.
+    """Serves the page for the block; yields its URL. `uploads`: the directory for uploaded files.
 
-    Nothing is told to anybody: no analytics, no share link, no address but this one.
+    No analytics, no share link, no other address.
 
     Raises:
-        ValueError: a host that is not this machine's, or a port that is taken.
+        ValueError: a host that is not this machine's, or a port in use.
     """
     host, port = bench.settings.host, bench.settings.port
     try:
@@ -209,7 +207,7 @@ def serving(bench: Workbench, about: Mapping[str, str], uploads: Path) -> Iterat
             f"no page can be served at task.host={host} task.port={port} ({error.strerror or error}): choose another "
             "port, or null for a free one; the host is an address of this machine"
         ) from error
-    # what Gradio can be told in no other way, and what it then sets itself
+    # settings that Gradio reads only from the environment, or sets there itself
     told = {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "True"}
     with environment(**told):
         blocks = build(bench, about)
@@ -223,7 +221,7 @@ def serving(bench: Workbench, about: Mapping[str, str], uploads: Path) -> Iterat
             )  # fmt: skip
             yield url
         finally:
-            if blocks.is_running:  # an open page would hold up the end for many seconds, and end in complaints
+            if blocks.is_running:  # an open page would delay the shutdown for seconds and log errors
                 blocks.server.config.timeout_graceful_shutdown = 1
                 logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             blocks.close(verbose=False)

@@ -1,4 +1,4 @@
-"""The training images that a layer finds most like an image: cosine of pooled features, which are read or made once."""
+"""Nearest training images of an image by cosine similarity of a layer's pooled features, which are cached."""
 
 import threading
 from collections.abc import Mapping
@@ -21,11 +21,11 @@ from igpt.task.feature_reader import stored_at
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.training.hardware import Machine
 
-AT_ONCE = 65536  # rows of features that are compared at a time
+AT_ONCE = 65536  # rows of features per block
 
 
 def nearest(features: np.ndarray, query: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows most alike by cosine, best first, of equals the first row: (N, C), (C,) → rows (k,), cosines (k,)."""
+    """The k rows of highest cosine similarity, ties by row index: (N, C), (C,) → rows (k,), cosines (k,)."""
     direction = query.astype(np.float64) / max(float(np.linalg.norm(query.astype(np.float64))), 1e-30)
     cosines = np.empty(len(features))
     for start in range(0, len(features), AT_ONCE):
@@ -37,11 +37,11 @@ def nearest(features: np.ndarray, query: np.ndarray, *, k: int) -> tuple[np.ndar
 
 @dataclass(eq=False)
 class TrainingFeatures:
-    """Pooled features of training images, all layers, on disk.
+    """Pooled features of training images, all layers, in the feature cache.
 
-    Those of the whole split that task=probe wrote are taken where they are. Else they are made, of at most `among`
-    images drawn by the seed, the first time that somebody asks, and kept in the same place. They are known by the hash
-    of the network's weights, and by `made_by`: what decides the pixels and tokens.
+    Uses the features of the whole split if `task=probe` has written them. Else computes, at the first request, those of
+    at most `among` images drawn by the seed. The cache key is the hash of the weights and `made_by`, which determines
+    pixels and tokens.
     """
 
     net: GPT
@@ -51,14 +51,14 @@ class TrainingFeatures:
     settings: DemoSettings
     weights: str
     made_by: Mapping[str, Any]
-    done: int = 0  # images read
-    total: int = 0  # of how many
+    done: int = 0  # images processed
+    total: int = 0  # images to process
     rows: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # of the training split
     features: Features | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def find(self, tokens: Tensor, *, layer: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k training rows nearest to one image, tokens (1, T), by one layer, and their cosines; after `read`.
+        """The k nearest training rows of an image, tokens (1, T), by one layer, and their cosines; call `read` first.
 
         Raises:
             ValueError: a layer that the network does not have.
@@ -71,15 +71,15 @@ class TrainingFeatures:
         return self.rows[places], cosines
 
     def read(self) -> None:
-        """Reads or makes the features, unless they are there; nothing is kept where `stopping` is set meanwhile.
+        """Loads the features, or computes and caches them; writes nothing if `stopping` is set meanwhile.
 
         Raises:
-            ValueError: they could not be made.
+            ValueError: the training images could not be read.
         """
         if self.features is None:
             try:
                 self.features = self._read()
-            except Exception as error:  # whatever it is: told to whoever waits
+            except Exception as error:  # shown on the page
                 raise ValueError(f"the training images could not be read: {error}") from error
 
     def _read(self) -> Features | None:
@@ -96,7 +96,7 @@ class TrainingFeatures:
             path = kept(among=self.settings.among, seed=self.data.seed)
             whole = known(path, n_image=len(rows))
         if whole is None:
-            with file_lock(path):  # another process may be making them, and then they are there
+            with file_lock(path):  # another process may have written them meanwhile
                 if known(path, n_image=len(rows)) is None:
                     self._write(path, rows)
             whole = known(path, n_image=len(rows))

@@ -1,4 +1,4 @@
-"""What a person does with a trained network: choose or bring an image, complete it, find what is like it."""
+"""The operations of `task=demo`: choose or upload an image, complete it, find its nearest training images."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -26,24 +26,24 @@ MEBIBYTE = 2**20
 
 @dataclass(frozen=True)
 class DemoImage:
-    """An image that a person works on, or that is found for it."""
+    """The chosen image, or a training image found for it."""
 
     pixels: np.ndarray  # (R, R, 3) uint8
-    index: int  # of its split; of an uploaded one, a number that its pixels decide
+    index: int  # row in its split; for an upload a hash of its pixels
     name: str
-    label: int = -1  # -1: it has none
-    cosine: float | None = None  # of one that was found
+    label: int = -1  # -1: none
+    cosine: float | None = None  # similarity of a found image
 
 
 class Drawing(NamedTuple):
-    """Completions on the way."""
+    """Completions in progress."""
 
     pixels: np.ndarray  # (N, R, R, 3) uint8, grey where nothing is drawn yet
-    rows: float  # as many pixels as so many rows have are there; R: all
+    rows: float  # finished pixels, in rows; R: all
 
 
 class Workbench:
-    """A network, the images it is shown, and what can be done with them. R is its resolution."""
+    """A network with the images of a split, and the operations on them. R is the resolution."""
 
     def __init__(self, training: TrainingFeatures, crop: Crop, settings: DemoSettings) -> None:
         self.training, self.stopping, self.crop, self.settings = training, training.stopping, crop, settings
@@ -57,7 +57,7 @@ class Workbench:
         self._reader = ThreadPoolExecutor(1)  # of training images
 
     def class_name(self, label: int) -> str:
-        """What is said of a label: its class by name, else its number; nothing where an image has none."""
+        """The text for a label: the class name, else its number; "" without a label."""
         if label < 0:
             return ""
         names = self.data.source.class_names
@@ -66,7 +66,7 @@ class Workbench:
         return f"class\N{NO-BREAK SPACE}{format_class_name(names[label])}"
 
     def choices(self, page: int, count: int | None = None) -> list[DemoImage]:
-        """`count` held-out images, or as many as are shown at a time; after the last come the first again."""
+        """Page `page` of the shuffled held-out images, `count` or `task.choices` a page; wraps around at the end."""
         count = min(count or self.settings.choices, len(self.split))
         rows = self._order.take(range(page * count, (page + 1) * count), mode="wrap").tolist()
         labels = self.split.labels[rows].tolist()
@@ -74,12 +74,12 @@ class Workbench:
         return list(map(DemoImage, plain_pixels(self.split, rows), rows, names, labels))
 
     def uploaded(self, path: Path) -> DemoImage:
-        """The image in an uploaded file, cut out as the data's are for evaluation.
+        """The image of an uploaded file, with the evaluation crop of the data.
 
-        It may be of every format that data may have (`igpt.data.image_decoding.FORMATS`).
+        Formats: `igpt.data.image_decoding.FORMATS`.
 
         Raises:
-            ValueError: too many bytes or pixels, no image, one of another format, or a damaged one.
+            ValueError: too many bytes or pixels, no image, another format, or a damaged file.
         """
         size = path.stat().st_size / MEBIBYTE
         if size > self.settings.upload_mb:
@@ -90,20 +90,20 @@ class Workbench:
             if width * height > self.settings.upload_pixels:
                 most = f"{self.settings.upload_pixels / 1e6:g} million"
                 raise ValueError(f"The image has {width:,}×{height:,} pixels, at most {most} are taken.")
-            pixels = self.crop(data, 0).copy()  # Pillow's own cannot be written on, of which PyTorch warns
+            pixels = self.crop(data, 0).copy()  # Pillow's array is read-only, PyTorch warns of that
         except BadImageError as error:
             raise ValueError(f"The file cannot be read as an image: {error}.") from error
         digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
         return DemoImage(pixels, int.from_bytes(digest, "little") >> 1, "your image")
 
     def given(self, chosen: DemoImage, rows: int) -> np.ndarray:
-        """What the network is shown of an image's top `rows`, as their tokens are decoded, grey below: (R, R, 3)."""
+        """The top `rows` of an image as decoded from its tokens, grey below: (R, R, 3) uint8."""
         known = self.data.tokenizer.known_tokens(prompt_rows(0, rows, self.side))
         shown: np.ndarray = self._shown(self._tokens(chosen), known)[0]
         return shown
 
     def given_rows(self, rows: int) -> int:
-        """How many of so many rows are given: fewer where a token shows several."""
+        """`rows` rounded down to whole rows of tokens."""
         return whole_rows(self.data.tokenizer, prompt_rows(0, rows, self.side))
 
     def complete(
@@ -117,13 +117,13 @@ class Workbench:
         top_k: int | None,
         wanted: Callable[[], bool] = lambda: True,
     ) -> Iterator[Drawing]:
-        """`completions` of an image below its top `rows`, as they grow: at the start, and after each row's pixels.
+        """Yields `completions` drawings of an image below its top `rows`: at the start, and after each row.
 
-        Those of a held-out image are what `task=complete` draws of it with this seed. It ends after a pixel that
-        makes `wanted` false, or when the demo ends.
+        Equal to those of `task=complete` for a held-out image and this seed. Ends after the current pixel when `wanted`
+        returns False or the demo ends.
 
         Raises:
-            ValueError: a setting that cannot be, before anything is drawn.
+            ValueError: an invalid setting, before anything is drawn.
         """
         sampling = Sampling(temperature, top_k, None)
         if not 1 <= completions <= self.settings.at_most:
@@ -138,17 +138,17 @@ class Workbench:
         for there in range(n_known, n_ctx + 1):
             if self.stopping.is_set() or not wanted():
                 return
-            with self.machine.autocast():  # of this thread: each row may be asked for by another
+            with self.machine.autocast():  # autocast is per thread, and each row may run in another
                 tokens, settled = next(steps)
             if (there - n_known) % row == 0 or there == n_ctx:
                 visible = known | (torch.arange(n_ctx) < settled)
                 yield Drawing(self._shown(tokens, visible), there * self.side / n_ctx)
 
     def nearest(self, chosen: DemoImage, *, layer: int, k: int) -> Iterator[tuple[int, int] | list[DemoImage]]:
-        """While the training images are read, how many of how many are; last, unless the demo ends, the k nearest.
+        """Yields (done, total) while the training images are read, then the list of the k nearest.
 
         Raises:
-            ValueError: a layer that is not there, or training images that cannot be read.
+            ValueError: a layer that the network does not have, or training images that cannot be read.
         """
         if self.stopping.is_set():
             return
@@ -163,7 +163,7 @@ class Workbench:
             yield list(map(DemoImage, plain_pixels(split, rows.tolist()), rows.tolist(), names, labels, cosines))
 
     def stop(self) -> None:
-        """Ends what is being drawn and read, after its step."""
+        """Stops drawing and reading after the current step."""
         self.stopping.set()
         self._reader.shutdown()
 

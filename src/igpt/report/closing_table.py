@@ -1,17 +1,17 @@
-"""Numbers and tables as text: in a terminal, and in the cells of a page."""
+"""Numbers and tables as text, for the terminal and for pages."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from igpt.metric.result import Number, Result
 
-REPORT = "report.html"  # of a run folder
+REPORT = "report.html"  # in a run directory
 
 
 def closing_table(result: Result, folder: Path, seconds: float, *, published: Sequence[str] = ()) -> str:
-    """Numbers with unit, standard error and count, what others report, then what to open: the page first.
+    """The text logged at the end of a run: its .txt files, its numbers, published numbers, and the files to open.
 
-    Above them the text that a task has written, where there is one.
+    Each number has its unit, uncertainty and count. `seconds`: duration of the run.
     """
     lines = _align([(key, shown(of), of.unit, f"n = {of.n:,}") for key, of in result.numbers.items()], "<><<")
     rule = "─" * max((len(line) for line in lines), default=20)
@@ -25,13 +25,13 @@ def closing_table(result: Result, folder: Path, seconds: float, *, published: Se
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows below one another, each column as wide as it must be; the first row is the heading."""
+    """A text table with aligned columns; the first row is the heading."""
     heading, *lines = _align(rows, "<" * len(rows[0]))
     return "\n".join([heading, "─" * max(map(len, [heading, *lines])), *lines])
 
 
 def _align(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    """A line for each row; each column stands at its side, `<` or `>`."""
+    """A line for each row, columns padded to equal width; `sides`: `<` or `>` for each column."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
@@ -40,7 +40,7 @@ def _align(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
 
 
 def readable(number: Number) -> str:
-    """A number as one says it, with how sure it is: shares in per cent, counts with their commas."""
+    """The value with uncertainty and unit: shares in percent, integers with thousands separators."""
     if number.unit != "share":
         return shown(number) if float(number.value).is_integer() else f"{shown(number)} {number.unit}"
     text, around = _rounded(number, 100, 1)
@@ -50,7 +50,7 @@ def readable(number: Number) -> str:
 
 
 def shown(number: Number) -> str:
-    """The value with how sure it is: the deviation of what it is the mean of, its 95 % interval, or standard error."""
+    """The value with its uncertainty, without unit: standard deviation, else 95 % interval, else standard error."""
     text, around = _rounded(number, 1, 4)
     if abs(number.value) >= 1e4 or (float(number.value).is_integer() and not around):
         text = f"{round(number.value):,}"
@@ -58,7 +58,7 @@ def shown(number: Number) -> str:
 
 
 def _rounded(number: Number, scale: int, digits: int) -> tuple[str, str]:
-    """The value, and ` ± deviation`, ` [low, high]`, ` ± standard error` or nothing: the first that is known."""
+    """(value, uncertainty) as text: the latter is ` ± deviation`, else ` [low, high]`, else ` ± standard error`, ""."""
     spread = number.stderr if number.deviation is None else number.deviation
     around = "" if spread is None else f" ± {scale * spread:.{digits}f}"
     if number.deviation is None and number.interval is not None:

@@ -1,4 +1,4 @@
-"""What the record of a run says of it: who it is, its main numbers, its pictures, the commands around it."""
+"""The contents of a run's page: names, main numbers, pictures, and the commands that repeat or continue the run."""
 
 import json
 import re
@@ -10,8 +10,8 @@ from igpt.report.runs import RunRecord
 from igpt.utils.overrides import quote_for_shell, quote_text
 
 MAIN = ("test/accuracy", "val/loss_gen", "val/accuracy", "loss_gen", "pixels_as_original", "psnr", "mse", "parameters")
-N_MAIN = 4  # numbers shown large: of each of these kinds the first there is
-KINDS = {  # how the name of a picture ends → the heading above it, what is seen
+N_MAIN = 4  # numbers shown large: the first of each kind in MAIN
+KINDS = {  # suffix of a picture's name → (heading, caption)
     "samples": ("Samples", "Drawn from the network, pixel by pixel."),
     "completions": ("Completions", "A held-out image, the part of it that was given, and how the network went on."),
     "palette_images": ("Palette", "Images, and the same in the colours of the palette."),
@@ -24,7 +24,7 @@ NAME = re.compile(r"\w+?-(?P<model>.+)-(?P<data>[^-]+)-(?P<objective>[a-z]+)-s\d
 
 
 def names_of(run: RunRecord) -> dict[str, str]:
-    """Model, data and objective. Of older runs, what the folder's name says."""
+    """The names of model, data and objective; of older runs, parsed from the directory's name."""
     folder = run.folder.absolute()
     named = NAME.fullmatch(folder.name) or NAME.fullmatch(folder.parent.name)
     chosen = {group: run.config.get(group, {}).get("name", "") for group in GROUPS}
@@ -33,13 +33,13 @@ def names_of(run: RunRecord) -> dict[str, str]:
 
 
 def names_of_stages(run: RunRecord) -> dict[str, str]:
-    """The same, of a pipeline that of all its stages."""
+    """The names of model, data and objective; of a pipeline, those of all its stages."""
     each = [names_of(stage.run) for stage in run.stages if stage.run is not None] or [names_of(run)]
     return {group: ", ".join(dict.fromkeys(names[group] for names in each)) for group in GROUPS}
 
 
 def images_of(run: RunRecord) -> str:
-    """The data in words."""
+    """The dataset and its resolution, or the name of the option of `data`."""
     data, option = run.config.get("data", {}), names_of(run)["data"]
     name, side = data.get("name"), data.get("resolution")
     return f"{name} at {side}×{side}" if option in (f"{name}{side}", name) else option
@@ -53,13 +53,13 @@ def main_numbers(run: RunRecord) -> list[tuple[str, Number]]:
 
 
 def pictures_of(run: RunRecord) -> dict[str, Path]:
-    """Every picture it names, as a path from its folder; curves are drawn anew."""
+    """Name → path in the run directory of every picture but `curves`, which the page draws itself."""
     files = run.result.files.items()
     return {key: path for key, path in files if path.suffix == ".png" and key.rpartition("/")[2] != "curves"}
 
 
 def weights_of(run: RunRecord) -> str | None:
-    """What `init=` is to say to go on from it: its own weights, a stage's, or those it began from."""
+    """The value of `init=` to use this run's weights: its own, a stage's, or its initial ones; None without weights."""
     folders = [run.folder, *(stage.folder for stage in run.stages)]
     saved = [str(folder) for folder in folders if (folder / "model" / "config.json").is_file()]
     init = run.config.get("init")
@@ -67,12 +67,12 @@ def weights_of(run: RunRecord) -> str | None:
 
 
 def repeat_command(run: RunRecord) -> str:
-    """The command that made it."""
+    """The command that repeats the run."""
     return str(run.record.get("command", "")) if run.overrides is None else command(*run.overrides)
 
 
 def data_overrides(run: RunRecord) -> list[str]:
-    """The settings that have another task read the same images."""
+    """The overrides that give another task the same images."""
     data = run.config.get("data", {})
     own = [override for override in run.overrides or [] if override.startswith("data.")]
     chosen = {override.partition("=")[0] for override in own}
@@ -82,14 +82,14 @@ def data_overrides(run: RunRecord) -> list[str]:
 
 
 def next_commands(run: RunRecord) -> list[tuple[str, str]]:
-    """What to type to go on from it: (what it does, the command)."""
+    """Commands that continue from a run: (description, command)."""
     weights, whole = weights_of(run), run.folder.parent if run.is_stage else run.folder
     following = [("show the result again; where it was stopped, go on", command(setting("resume", whole)))]
     if weights is None:
         return following
     init, reading, draws = setting("init", weights), data_overrides(run), names_of(run)["objective"] != "bert"
     samples = [("draw images", command("task=sample", init, "task.count=16", "task.temperature=0.9"))]
-    if run.task != "pipeline" and "tokens" not in run.config["task"]["requires"]:  # it read no images
+    if run.task != "pipeline" and "tokens" not in run.config["task"]["requires"]:  # a task without images
         return [*samples, *following] if draws else following
     same = [f"{group}=checkpoint" for group in ("model", "tokens", "objective")]
     completions = ("complete images from their upper half", command("task=complete", init, *reading))
@@ -103,21 +103,21 @@ def next_commands(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def heading_of(picture: str) -> tuple[str, str]:
-    """The heading that a picture belongs under, and what is seen in it."""
+    """(heading, caption) of a picture, by its name."""
     return next(kind for end, kind in KINDS.items() if picture.endswith(end))
 
 
 def command(*overrides: str) -> str:
-    """`python train.py …`, as a shell reads it."""
+    """`python train.py …`, quoted for a shell."""
     return " ".join(["python train.py", *map(quote_for_shell, overrides)])
 
 
 def setting(key: str, value: Any) -> str:
-    """`key=value`, as Hydra reads it back."""
+    """`key=value`, quoted for Hydra."""
     text = str(value)
     return f"{key}={text if re.fullmatch(r'[A-Za-z0-9_./-]+', text) else quote_text(text)}"
 
 
 def as_typed(value: Any) -> str:
-    """A setting's value as it would be typed."""
+    """The value as text: a string unquoted, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

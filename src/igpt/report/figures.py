@@ -1,4 +1,4 @@
-"""Arrays → pictures: grids of images, palettes, curves."""
+"""Arrays → PNG files: grids of images, palettes, curves, bars, points, matrices."""
 
 import textwrap
 import unicodedata
@@ -25,15 +25,15 @@ WHITE = 255  # of every channel
 INK = (60, 60, 60)
 AROUND_COLOURS = (200, 215, 235)
 DPI = 130
-COUNTED, NAMED = 30, 100  # classes of a confusion matrix at most whose cells are counted, and whose rows are named
+COUNTED, NAMED = 30, 100  # maximal classes of a confusion matrix with counts in its cells, with names at its rows
 LONGEST_LABEL = 24  # characters
-CELLS = "cells"  # in a picture of a matrix: left, top, width and height of its cells, as shares of the picture
+CELLS = "cells"  # PNG metadata of a matrix: left, top, width, height of its cells, as shares of the picture
 
 
 def draw_grid(grid: Grid) -> Image.Image:
-    """The images of a grid with white between them and titles above, each pixel enlarged to a whole square."""
+    """The images of a grid on white, titles above, each pixel enlarged by an integer factor."""
     side = grid.images.shape[2]
-    scale = 2 * -(-CELL // (2 * side))  # even: at half the size each pixel is a whole square still
+    scale = 2 * -(-CELL // (2 * side))  # even, so that pixels stay squares at half size
     cell, head = side * scale, 22 if grid.titles else 0
     cells = grid.images.repeat(scale, axis=2).repeat(scale, axis=3)
     pixels = _mosaic(np.pad(cells, ((0, 0), (0, 0), (GAP, 0), (GAP, 0), (0, 0)), constant_values=WHITE))
@@ -53,7 +53,7 @@ def grid_picture(path: Path, grid: Grid) -> None:
 def palette_picture(path: Path, colours: np.ndarray) -> None:
     """Writes every colour of a palette, (k, 3) uint8, as a square, in token order from the top left.
 
-    Lines between the squares, and no square where there is no colour, tell a white one from none.
+    Separated by lines, and with no squares after the last, so that a white colour is visible.
     """
     columns = int(np.ceil(np.sqrt(len(colours))))
     rows, side = -(-len(colours) // columns), max(6, 384 // columns)
@@ -64,13 +64,13 @@ def palette_picture(path: Path, colours: np.ndarray) -> None:
 
 
 def _mosaic(tiles: np.ndarray) -> np.ndarray:
-    """Pictures (rows, columns, height, width, 3) as one."""
+    """One picture of tiles (rows, columns, height, width, 3)."""
     rows, columns, height, width, _ = tiles.shape
     return tiles.swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
 def by_units(curves: Mapping[str, Curve], *, least: int = 1) -> dict[tuple[str, str], dict[str, Curve]]:
-    """The curves of at least so many points, those of one pair of units together: (of x, of y) → name → curve."""
+    """Curves grouped by units, (x unit, y unit) → name → curve; those of fewer than `least` points are left out."""
     groups: dict[tuple[str, str], dict[str, Curve]] = {}
     for name, curve in curves.items():
         if len(curve.x) >= least:
@@ -79,7 +79,7 @@ def by_units(curves: Mapping[str, Curve], *, least: int = 1) -> dict[tuple[str, 
 
 
 def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
-    """Writes a plot for each pair of units, below each other; curves of one point are left to the numbers."""
+    """Writes one plot for each pair of units, stacked; curves of a single point are left out."""
     groups = by_units(curves, least=2)
     figure = Figure(figsize=(7, 4 * max(1, len(groups))), layout="constrained")
     for place, ((x_unit, y_unit), lines) in enumerate(groups.items(), start=1):
@@ -95,7 +95,7 @@ def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
 
 
 def bars_figure(path: Path, bars: Bars) -> None:
-    """Writes groups of bars with their 95 % intervals and their heights in figures."""
+    """Writes a bar chart: groups of bars with 95 % intervals, each height printed."""
     series = list(dict.fromkeys(name for group in bars.heights.values() for name in group))
     figure = Figure(figsize=(max(4.5, 2.2 * len(bars.heights)), 4), layout="constrained")
     axes = figure.add_subplot()
@@ -122,13 +122,13 @@ class Point:
 
     name: str
     value: float
-    single: tuple[float, ...]  # what it is the mean of
+    single: tuple[float, ...]  # the values it is the mean of
     interval: tuple[float, float] | None
-    kind: str  # what the interval is; one colour each
+    kind: str  # description of the interval, for the legend; one colour each
 
 
 def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
-    """Writes values below one another, the first on top, with their intervals and what they are the means of."""
+    """Writes a dot plot, the first point on top: values, intervals, and the single values behind each mean."""
     names = [textwrap.fill(point.name, 44) for point in points]
     height = 1.4 + 0.3 * len(points) + 0.14 * sum(name.count("\n") for name in names)
     figure = Figure(figsize=(8, height), layout="constrained")
@@ -151,15 +151,15 @@ def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
 
 
 def _reach(values: Sequence[float], intervals: Sequence[tuple[float, float] | None]) -> np.ndarray:
-    """How far each interval goes below and above its value, (2, n); nowhere, where there is none."""
+    """Distances from each value to the ends of its interval, (2, n), for matplotlib; 0 without an interval."""
     ends = [interval or (value, value) for value, interval in zip(values, intervals, strict=True)]
     return np.transpose(np.abs(np.array(ends) - np.array(values)[:, None]))
 
 
 def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | None = None) -> None:
-    """Writes counts (K, K), row: the true class, column: what it was taken for, as shares of each row.
+    """Writes a confusion matrix (K, K) of counts, row: true class, column: predicted; coloured by share of the row.
 
-    Classes are named where there is room for names, else numbered. The file says where in it the cells lie.
+    Classes have names where there is room, else numbers. The position of the cells is in the PNG's metadata.
     """
     k = len(matrix)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -174,7 +174,7 @@ def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | N
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if each:
-        upright = room > 0.8 * max(3.0, 0.45 * k) / k  # too wide for a column
+        upright = room > 0.8 * max(3.0, 0.45 * k) / k  # labels wider than a column
         axes.set_xticks(range(k), labels, fontsize=size, rotation=90 if upright else 0, parse_math=False)
         axes.set_yticks(range(k), labels, fontsize=size, parse_math=False)
     if k <= COUNTED:
@@ -188,7 +188,7 @@ def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | N
 
 
 def drawn_name(name: str, number: int) -> str:
-    """A class's name as the figures' font can write it, a square for what it cannot; of nothing else, its number."""
+    """A class's name with □ for characters that the font lacks; its number if only these are left."""
     shown = format_class_name(name, most=LONGEST_LABEL)
     known = _characters()
     drawn = "".join(c if ord(c) in known and unicodedata.bidirectional(c) not in ("R", "AL") else "□" for c in shown)
@@ -197,16 +197,16 @@ def drawn_name(name: str, number: int) -> str:
 
 @cache
 def _characters() -> frozenset[int]:
-    """What the font of the figures can write."""
+    """Code points of the figures' font."""
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def _save(path: Path, figure: Figure, *, cells: Axes | None = None) -> None:
-    """Writes a figure as PNG; of a matrix, the file says where in it the cells lie."""
+    """Writes a figure as PNG; the position of the axes `cells` goes into its metadata."""
     with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
         metadata = {}
         if cells is not None:
-            figure.draw_without_rendering()  # lays it out, from here on the cells stay where they are
+            figure.draw_without_rendering()  # computes the layout, which is then fixed
             figure.set_layout_engine("none")
             box = cells.get_position()
             metadata = {CELLS: f"{box.x0:.6f} {1 - box.y1:.6f} {box.width:.6f} {box.height:.6f}"}

@@ -1,4 +1,4 @@
-"""The run folder: its name, what is kept in it, and whether it is finished."""
+"""The run directory: its identity hash, its lock, `run.json` and `result.json`."""
 
 import hashlib
 import json
@@ -21,24 +21,24 @@ from igpt.report.figures import bars_figure, curves_figure, grid_picture, matrix
 from igpt.settings.older_configs import VERSION, read_record
 from igpt.utils import files
 
-# Settings that say where and whether to run, not what: they do not change a run's identity.
+# Settings of where and whether to run: not part of a run's identity.
 OUTSIDE_IDENTITY = ("paths", "resume", "force", "init", "logger", "callbacks", "published")
-OUTSIDE_TASK = ("requires", "run_folder", "paper")  # of a task: what follows from what it is, and a label
+OUTSIDE_TASK = ("requires", "run_folder", "paper")  # keys of a task: constants of the task, and a label
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep")
-OF_THE_MACHINE = "precision"  # the one setting of the trainer that counts: the others change nothing but rounding
-LOCK_SECONDS = 10  # the image readers of a killed run, which hold its lock, are gone after five
+OF_THE_MACHINE = "precision"  # the only identity setting of the trainer: the others change only rounding
+LOCK_SECONDS = 10  # DataLoader workers of a killed run hold its lock for up to five
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safetensors")
 
 
 def deciding(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that decides what a run learns and finds."""
+    """The part of a config that determines a run's result."""
     chosen = {key: value for key, value in config.items() if key not in OUTSIDE_IDENTITY}
     trainer = {OF_THE_MACHINE: config["trainer"][OF_THE_MACHINE]}
     return chosen | {"task": _task_settings(config["task"]), "trainer": trainer}
 
 
 def _task_settings(task: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide something, of a task and of the stages of a pipeline."""
+    """The settings of a task that determine its result; recursively for a pipeline's stages."""
     own = {key: value for key, value in task.items() if key not in OUTSIDE_TASK}
     if isinstance(stages := own.get("stages"), dict):
         own["stages"] = {name: _task_settings(of) if isinstance(of, dict) else of for name, of in stages.items()}
@@ -46,16 +46,16 @@ def _task_settings(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def identity(config: dict[str, Any], files_sha256: dict[str, str | None]) -> str:
-    """8 hexadecimal digits of everything that decides a run's outcome: its config, the files it starts from."""
+    """8 hex digits of the SHA-256 of everything that determines a run's result: config and input files."""
     text = json.dumps([deciding(config), files_sha256], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def changes(saved: dict[str, Any], asked: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs between a run's config and the one it is to go on with: what may not, and what may.
+    """Differences between a saved config and the one to resume with: (forbidden, harmless).
 
-    How often to look and to save, and on what machine, decides nothing that is learned, though it may decide a run's
-    name; `resume` and `force` are no settings of a run.
+    Harmless: intervals of logging, validation and checkpoints (though part of the run's name), and hardware settings.
+    `resume`, `force` and `init` are not compared.
     """
     refused = [line for line in differences(deciding(saved), deciding(asked)) if not line.split(" ")[0].endswith(OFTEN)]
     outside = {"resume": None, "force": None, "init": None}
@@ -74,7 +74,7 @@ def differences(saved: Any, asked: Any, key: str = "") -> list[str]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder. `run.json` is written when it starts, `result.json` when it has ended well."""
+    """A run directory: `run.json` is written at the start, `result.json` at a successful end."""
 
     path: Path
 
@@ -88,10 +88,10 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """While the block lasts, no other process runs in this folder. The lock of a process that died counts no more.
+        """Holds the directory's file lock for the block; a dead process holds none.
 
         Raises:
-            ValueError: another process does, or the folder cannot be written to.
+            ValueError: another process holds it, or the directory cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -117,12 +117,12 @@ class RunFolder:
         files_sha256: dict[str, str | None],
         of: dict[str, str] | None = None,
     ) -> None:
-        """Writes what is about to run, unless that was written before. No overrides: it is a stage of another run.
+        """Writes `run.json` unless it exists. `overrides`: None for a stage of a pipeline.
 
-        `of` is what it is done with, for its page: the names of model, data and objective.
+        `of`: names of model, data and objective, for the page.
         """
         if not self.started:
-            run_id = uuid.uuid4().hex[:8]  # tells a repeated run from the first; nothing that is learned depends on it
+            run_id = uuid.uuid4().hex[:8]  # distinguishes repetitions of a run in loggers
             record = {
                 "version": VERSION,
                 "id": run_id,
@@ -135,13 +135,17 @@ class RunFolder:
             files.write_json(self.path / "run.json", record)
 
     def read_run(self) -> dict[str, Any]:
-        """What `start` wrote, in the names of now. Raises ValueError when it is no run folder, or one of later."""
+        """The content of `run.json`, with current setting names.
+
+        Raises:
+            ValueError: no run directory, or one of a later release.
+        """
         if not self.started:
             raise ValueError(f"{self.path} is no run folder: it has no run.json")
         return read_record(self.path / "run.json")
 
     def read_result(self) -> dict[str, Any]:
-        """The finished run's result.json, its config in the names of now. Raises ValueError on another version."""
+        """The content of `result.json`, with current setting names. Raises ValueError on another version."""
         return read_record(self.path / "result.json", oldest=1)
 
     def finish(self, task: str, result: Result, *, seconds: float) -> None:
@@ -151,11 +155,9 @@ class RunFolder:
         for name, colours in result.palettes.items():
             palette_picture(self._place(result, f"{name}_colours", ".png"), colours)
         for name, array in result.arrays.items():
-            with files.atomic_write(self._place(result, f"{name}_tokens", ".npy")) as file:
-                np.save(file, array, allow_pickle=False)
+            _write_array(self._place(result, f"{name}_tokens", ".npy"), array)
         for name, matrix in result.matrices.items():
-            with files.atomic_write(self._place(result, f"{name}_counts", ".npy")) as file:
-                np.save(file, matrix, allow_pickle=False)
+            _write_array(self._place(result, f"{name}_counts", ".npy"), matrix)
             matrix_figure(self._place(result, name, ".png"), matrix, result.class_names.get(name))
         for name, bars in result.bars.items():
             bars_figure(self._place(result, name, ".png"), bars)
@@ -180,8 +182,13 @@ class RunFolder:
         return self.path / f"{name}{suffix}"
 
 
+def _write_array(path: Path, array: np.ndarray) -> None:
+    with files.atomic_write(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
 def result_of(record: dict[str, Any]) -> Result:
-    """The numbers, curves, files and names of classes of a `result.json`, as they were returned by the task."""
+    """The task's `Result` read back from a `result.json`: numbers, curves, files, class names, provenance."""
     return Result(
         numbers={key: _number(number) for key, number in record["numbers"].items()},
         curves={key: Curve(**curve) for key, curve in record["curves"].items()},
@@ -203,7 +210,7 @@ def _number(fields: dict[str, Any]) -> Number:
 
 
 def environment() -> dict[str, Any]:
-    """The commit, versions and command of this process."""
+    """Git commit, package versions and command line of this process."""
     root = Path(__file__).parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed are one thing, measured several times; what sets the others apart."""
+"""Groups runs that differ only in their seed, and finds the settings that differ between groups."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from igpt.report.runs import RunRecord, flat
 from igpt.utils.overrides import format_value
 
 OF_THE_CODE = ("_target_", "_partial_")
-CHOSEN = {"model.name": "model", "objective.name": "objective"}  # as one chooses them
-LONGEST = 48  # characters of a value that is shown
+CHOSEN = {"model.name": "model", "objective.name": "objective"}  # setting → its name on the command line
+LONGEST = 48  # characters shown of a value
 
 
 def settings_of(run: RunRecord, *, deep: int = 3) -> dict[str, Any]:
-    """What decides a run, flat, without seeds: its config, and under `init.` that of the runs its weights are of."""
+    """The flat settings that determine a run, without seeds; under `init.` those of the runs that made its weights."""
     own = flat(deciding({"task": {}, "trainer": {"precision": None}} | run.config))
     found = {key: value for key, value in own.items() if key.rpartition(".")[2] not in OF_THE_CODE and key != "seed"}
     history = run.init_history
@@ -26,9 +26,9 @@ def settings_of(run: RunRecord, *, deep: int = 3) -> dict[str, Any]:
 
 
 def grouped(runs: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], dict[RunRecord, RunRecord]]:
-    """Runs that differ in seeds alone, together, in the order they came; and repetitions, each with the run it repeats.
+    """Groups of runs that differ only in seeds, in input order; and repetitions, older run → newest of the same seed.
 
-    A repetition says nothing new of the spread over seeds, so it is in no group. The newest of them counts.
+    Only the newest repetition is in a group: the others add nothing to the spread over seeds.
     """
     same: dict[str, dict[tuple[Any, ...], list[RunRecord]]] = {}  # settings → seeds → repetitions
     for run in runs:
@@ -47,10 +47,9 @@ def grouped(runs: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], dict[RunR
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Of several settings those that are not the same everywhere, as they would be typed.
+    """For each of several settings, the values that not all have in common, as text.
 
-    What follows from a name that differs too (`model.n_layer` from `model.name`) is left out, and so is a palette's
-    size that is the data's.
+    Implied settings are left out: `model.n_layer` where `model.name` differs, a palette's size equal to the data's.
     """
     keys = list(dict.fromkeys(key for some in settings for key in some))
     values = {key: [typed(some[key]) if key in some else "–" for some in settings] for key in keys}
@@ -60,7 +59,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def _follows(key: str, other: str, values: Mapping[str, Sequence[str]]) -> bool:
-    """Whether `other` is the name of what `key` is a part of, and tells it."""
+    """Whether `other` determines `key` in `values`: the name of its group, or the palette size of the data."""
     names = other.endswith(".name") and key.startswith(other.removesuffix("name"))
     colours = key.endswith("tokens.palette.k") and other == f"{key.removesuffix('tokens.palette.k')}data.n_colour"
     if key == other or not (names or colours):
@@ -69,6 +68,6 @@ def _follows(key: str, other: str, values: Mapping[str, Sequence[str]]) -> bool:
 
 
 def typed(value: Any) -> str:
-    """A setting as one would type it; of a long one the end."""
+    """A setting's value as on the command line; of a long one the end."""
     text = format_value(value, quoted=False)
     return text if len(text) <= LONGEST else f"…{text[-LONGEST:]}"

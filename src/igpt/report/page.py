@@ -1,4 +1,4 @@
-"""A self-contained page, as that of a run: `report.html` in its folder."""
+"""Writes self-contained HTML pages, such as `report.html` in a run directory."""
 
 import base64
 import hashlib
@@ -18,33 +18,33 @@ from igpt.report import facts
 from igpt.report.closing_table import REPORT, shown
 from igpt.report.pictures import Picture, data_uri, embedded, read_cells
 from igpt.report.plots import plots
-from igpt.report.runs import RunRecord, flat, read_run
+from igpt.report.runs import RunRecord, flat, read_run, read_runs
 from igpt.settings.reading import ReportSettings
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
-LARGEST = 4_900_000  # bytes of a page: below 5 MB, pictures included
+LARGEST = 4_900_000  # bytes of a page with its pictures: below 5 MB
 WHILE = "Samples while it trained"
-ABOVE_CURVES = ("Samples", "Completions", "Pictures")  # headings, in their order
+ABOVE_CURVES = ("Samples", "Completions", "Pictures")  # headings, in page order
 BELOW_CURVES = (WHILE, "Confusion matrix", "Palette")
-TRAINING_SAMPLES = 8  # pictures of that, at most
+TRAINING_SAMPLES = 8  # maximal number of pictures under WHILE
 
 
 def write_page(folder: Path) -> None:
-    """`page_of`, at the end of a run, which has its result by then: a page that cannot be written is only logged."""
+    """`page_of` at the end of a run; an error is only logged, as the result is saved already."""
     try:
         page_of(folder)
-    except Exception:  # whatever it is: the run has ended well
+    except Exception:  # the run has succeeded, whatever happens here
         log.warning("%s was not written (log.txt says why); the result is whole", folder / REPORT)
         log.debug("traceback", exc_info=True)
 
 
 def page_of(folder: Path) -> Path:
-    """Writes `report.html` of a finished run, from its result.json, run.json and pictures; its path.
+    """Writes `report.html` of a finished run from its result.json, run.json and pictures; returns its path.
 
     Raises:
-        ValueError: no finished run is there, or its result.json is damaged or of another version.
+        ValueError: no finished run, or a result.json that is damaged or of another version.
     """
     run, path = read_run(folder), folder / REPORT
     texts = {key: _text(folder / file) for key, file in run.result.files.items() if file.suffix == ".txt"}
@@ -55,31 +55,29 @@ def page_of(folder: Path) -> Path:
 
 
 def run(settings: ReportSettings) -> Result:
-    """Writes the page of every run anew, of a pipeline's own stages first.
+    """Rewrites the page of every run in `task.runs`; of a pipeline, those of its stages first.
 
     Raises:
-        ValueError: no runs, or some that are no finished runs, each of them named; nothing is written then.
+        ValueError: no runs, or unreadable ones (all are listed); nothing is written then.
     """
     if not settings.runs:
         raise ValueError("task=report writes the pages of finished runs anew: task.runs=[RUN_FOLDER,RUN_FOLDER]")
-    runs, unreadable = [], []
-    for folder in map(Path, settings.runs):
-        try:
-            runs.append(read_run(folder))
-        except (ValueError, OSError) as error:
-            unreadable.append(f"{folder}: {error}")
-    if unreadable:
-        raise ValueError(f"task.runs: {'; '.join(unreadable)}")
-    for read in runs:
-        for stage in read.stages:
-            if stage.run is not None and stage.folder.parent == read.folder:
+    read = read_runs([Path(folder) for folder in settings.runs])
+    if read.problems:
+        raise ValueError(f"task.runs: {'; '.join(f'{folder}: {why}' for folder, why in read.problems.items())}")
+    for each in read.runs:
+        for stage in each.stages:
+            if stage.run is not None and stage.folder.parent == each.folder:
                 page_of(stage.folder)
-        log.info("%s", page_of(read.folder))
+        log.info("%s", page_of(each.folder))
     return Result()
 
 
 def write_html(path: Path, template: str, pictures: Sequence[Picture], **known: Any) -> Path:
-    """Writes a page, its pictures in it; its path. It is rendered twice: without them, to know what room they have."""
+    """Renders a template with embedded pictures to `path`; returns it.
+
+    Rendered first without the pictures, to find the bytes left for them.
+    """
     page = templates().get_template(template)
     pictures = sorted(pictures, key=lambda picture: (*ABOVE_CURVES, *BELOW_CURVES).index(picture.title))
     room = LARGEST - len(page.render(pictures=pictures, **known).encode(errors="backslashreplace"))
@@ -91,7 +89,7 @@ def write_html(path: Path, template: str, pictures: Sequence[Picture], **known: 
 
 @cache
 def templates() -> Environment:
-    """The templates, which escape whatever they are given."""
+    """The Jinja environment of `report/web`, with autoescape."""
     made = Environment(
         loader=PackageLoader("igpt.report", "web"),
         autoescape=True,
@@ -106,12 +104,12 @@ def templates() -> Environment:
 
 
 def sha256(text: str) -> str:
-    """The SHA-256 of a text as a Content-Security-Policy names it."""
+    """The SHA-256 of a text in base64, as a Content-Security-Policy expects it."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _pictures(run: RunRecord) -> list[Picture]:
-    """Those that a run's result names, what lies under the pointer on a confusion matrix with it."""
+    """The pictures of a run's result; a confusion matrix with its counts, to show under the pointer."""
     found = []
     for key, file in facts.pictures_of(run).items():
         stage, (title, seen) = key.rpartition("/")[0], facts.heading_of(key)
@@ -123,7 +121,7 @@ def _pictures(run: RunRecord) -> list[Picture]:
 
 
 def _training_samples(folder: Path) -> list[Picture]:
-    """What the network drew while it trained: the first grid, the last, and some between."""
+    """Sample grids drawn during training, at most TRAINING_SAMPLES, evenly spaced from first to last."""
     found = sorted((folder / "samples").glob("step_*.png"))
     kept = [found[i] for i in np.linspace(0, len(found) - 1, min(len(found), TRAINING_SAMPLES), dtype=int)]
     return [
@@ -133,7 +131,7 @@ def _training_samples(folder: Path) -> list[Picture]:
 
 
 def _text(file: Path) -> str:
-    """What a task has written to be read, or that it is gone."""
+    """The content of a text file, or a message that it cannot be read."""
     try:
         return file.read_text(encoding="utf-8", errors="replace").rstrip()
     except OSError as error:
@@ -141,7 +139,7 @@ def _text(file: Path) -> str:
 
 
 def link_to(page: Path, run: Path) -> str | None:
-    """The address of a run's page from another page, where there is one."""
+    """The relative URL from a page to a run's page; None if that does not exist."""
     target = run / REPORT
     relative = Path(os.path.relpath(target.absolute(), page.absolute().parent)).as_posix()
     return quote(os.fsencode(relative)) if target.is_file() else None

@@ -16,28 +16,28 @@ PRETRAINING = "pretraining."  # before the settings of the run that trained the 
 
 @dataclass(frozen=True, eq=False)
 class PublishedRow:
-    """One number, what it is of, and what measures it here. Shares are of 1; losses in nats per token."""
+    """A published number, its setting, and the command that measures it. Shares are of 1; losses in nats per token."""
 
-    table: str  # its title
-    method: str  # iGPT-S, M, L, XL; or somebody else's
+    table: str  # title of its table
+    method: str  # iGPT-S, M, L, XL; or another paper's
     source: str
-    value: float | None = None  # None: a figure, by what it shows
+    value: float | None = None  # None: a figure, whose claim is in `detail`
     unit: str = "share"
-    dataset: str | None = None  # as in conf/data; None: whatever it is measured on
-    objective: str | None = None  # ar, bert; None: others' methods, or either
-    resolution: int | None = None  # pixels a side, where it is stated
+    dataset: str | None = None  # as in conf/data; None: any
+    objective: str | None = None  # ar, bert; None: another method, or either
+    resolution: int | None = None  # pixels a side, if published
     features: int | None = None
-    detail: str = ""  # what else sets it apart; of a figure the claim
-    relation: str = ""  # what stands before the value: ≈, <, almost
-    spread: float | None = None  # standard deviation, where one is printed
-    unconfirmed: str = ""  # the part that is from memory of the paper
-    number: str = ""  # in result.json; `a - b`: the difference of two; of a figure several, or patterns
+    detail: str = ""  # further description; of a figure its claim
+    relation: str = ""  # prefix of the value: ≈, <, almost
+    spread: float | None = None  # standard deviation, if published
+    unconfirmed: str = ""  # the part quoted from memory
+    number: str = ""  # key in result.json; `a - b`: a difference; of a figure several keys or glob patterns
     key: str = ""  # task.paper=KEY; made by experiment=paper/KEY
-    instead: str = ""  # what measures it where there is no such experiment
-    init: str | None = None  # the recipe of the weights it is of
-    more: str = ""  # what is to be given beside init=RUN
-    expects: dict[str, Any] = field(default_factory=dict)  # settings that the paper states
-    why_not: str = ""  # why nothing measures it here, or not all of it
+    instead: str = ""  # overrides of the command where experiment=paper/KEY does not exist
+    init: str | None = None  # recipe of the initial weights
+    more: str = ""  # overrides beside init=RUN
+    expects: dict[str, Any] = field(default_factory=dict)  # published settings
+    why_not: str = ""  # reason why it cannot be measured here, or only in part
 
     @property
     def ours(self) -> bool:
@@ -46,7 +46,7 @@ class PublishedRow:
 
     @property
     def command(self) -> str:
-        """What measures it, RUN being the folder of its pretraining; empty where nothing does."""
+        """The command that measures it, with RUN for the directory of its pretraining; "" if there is none."""
         experiment = self.instead or (self.key and f"experiment=paper/{self.key}")
         return experiment and " ".join(
             filter(None, ("python train.py", experiment, self.init and "init=RUN", self.more))
@@ -54,7 +54,7 @@ class PublishedRow:
 
     @property
     def run(self) -> str:
-        """What RUN stands for in the command; empty where there is no RUN."""
+        """The experiment or released weights that RUN stands for; "" without RUN."""
         if self.init is None:
             return ""
         released = load_paper().recipes[self.init].released
@@ -119,13 +119,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Paper:
-    """All that is published."""
+    """All published numbers, networks and recipes."""
 
     sizes: Mapping[str, Size]
     recipes: Mapping[str, Recipe]
     rows: tuple[PublishedRow, ...]  # in the order they are shown
     images: Mapping[str, int]  # dataset → images of its test split
-    everywhere: dict[str, Any]  # settings that every network and run has
+    everywhere: dict[str, Any]  # published settings of every network and run
 
     @property
     def keys(self) -> list[str]:
@@ -133,7 +133,7 @@ class Paper:
         return list(dict.fromkeys(row.key for row in self.rows if row.key))
 
     def expects(self, row: PublishedRow) -> dict[str, Any]:
-        """Every setting that the paper states of a row, those of the weights' pretraining after `pretraining.`."""
+        """The published settings of a row; those of the pretraining of its weights have the prefix `pretraining.`."""
         own = {"data.name": row.dataset, "data.resolution": row.resolution, "objective.name": row.objective}
         expected = {key: value for key, value in own.items() if value is not None} | self.sizes[row.method].expects
         expected |= self.everywhere | row.expects
@@ -150,7 +150,7 @@ class Paper:
 
 @cache
 def load_paper() -> Paper:
-    """What `paper.yaml` holds."""
+    """The content of `paper.yaml`."""
     data: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml")))
     return Paper(
         {name: Size(**size) for name, size in data["sizes"].items()},
@@ -164,7 +164,7 @@ def load_paper() -> Paper:
 
 
 def check_paper_key(task: Mapping[Any, Any], where: str) -> None:
-    """Raises ValueError unless the key of a published number that a task names, if it does, is one."""
+    """Raises ValueError if `task.paper` is not null and no key of a published number."""
     key, keys = task.get("paper"), load_paper().keys
     if key is not None and key not in keys:
         raise ValueError(

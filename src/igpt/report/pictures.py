@@ -1,4 +1,4 @@
-"""Picture files → what a page carries of them: checked, within a size, or a word on why not."""
+"""Picture files → data embedded in a page: checked, reduced to a size limit, or replaced by a message."""
 
 import base64
 import io
@@ -17,11 +17,11 @@ from igpt.report.figures import CELLS
 
 log = logging.getLogger(__name__)
 
-SMALLEST = 160  # pixels of the shorter side: no picture is shrunk below
-WIDE, HIGH = 460, 560  # pixels: what is larger is shown at half its size, so that one sees all of it at once
+SMALLEST = 160  # pixels of the shorter side: minimum after shrinking
+WIDE, HIGH = 460, 560  # pixels: a larger picture is shown at half its size, to fit the screen
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-MOST_CLASSES = 2000  # of a confusion matrix, whose cells are told apart
-MOST_COUNTS = 100_000  # cells that are not empty: more would make the page heavy
+MOST_CLASSES = 2000  # maximal classes of a confusion matrix with counts under the pointer
+MOST_COUNTS = 100_000  # maximal non-empty cells, to limit the page's size
 
 
 @dataclass(frozen=True)
@@ -30,30 +30,30 @@ class MatrixCells:
 
     box: list[float]
     k: int
-    counts: str  # rows by ";", in each the cells that are not empty as column:count; "" where there are too many
-    names: list[str]  # of the classes, where they are known
+    counts: str  # rows separated by ";", each the non-empty cells as column:count; "" if there are too many
+    names: list[str]  # class names; empty if not known
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file and what it shows. `png` is the file, empty where it cannot be shown: `said` is why."""
+    """A picture file with title and caption. `png` is the file's content, empty if it cannot be shown (see `said`)."""
 
     title: str
     caption: str
     path: Path
-    shown_path: str  # as the page names it
+    shown_path: str  # path shown on the page
     cells: MatrixCells | None = None
     png: bytes = b""
     width: int = 0
     height: int = 0
-    pixels: bool = True  # images pixel by pixel, not a diagram
-    said: str = ""
+    pixels: bool = True  # images, as opposed to a diagram
+    said: str = ""  # message if it is missing, damaged or shrunk
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height on the page: the picture's, or exactly half, so that its pixels stay squares.
+        """(width, height) on the page: the picture's, or exactly half if it is large, so that pixels stay squares.
 
-        Never half where there are words in it: of completions, and of images beside their palette's.
+        Never half for diagrams and pictures with text: completions, images beside their palette version.
         """
         whole = not self.pixels or self.path.stem.endswith(("completions", "images"))
         by = 1 if whole or (self.width <= WIDE and self.height <= HIGH) else 2
@@ -61,20 +61,20 @@ class Picture:
 
 
 def data_uri(picture: bytes | np.ndarray) -> str:
-    """An address that holds a picture whole: of a PNG file's content, or of pixels (R, R, 3) uint8."""
+    """A data: URI of a PNG file's content, or of pixels (R, R, 3) uint8."""
     png = picture if isinstance(picture, bytes) else encode_png(Image.fromarray(picture))
     return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
 def encode_png(image: Image.Image, **how: bool) -> bytes:
-    """A picture as a PNG file's content."""
+    """A picture encoded as PNG."""
     file = io.BytesIO()
     image.save(file, format="PNG", **how)
     return file.getvalue()
 
 
 def embedded(pictures: Sequence[Picture], *, budget: int) -> list[Picture]:
-    """The pictures with their data, together at most `budget` bytes: the largest are halved, or left out last."""
+    """The pictures with their data, at most `budget` bytes in total: the largest is halved, and in the end dropped."""
     read = [_read(picture) for picture in pictures]
     while sum(len(picture.png) for picture in read) > budget:
         place = max(range(len(read)), key=lambda i: len(read[i].png))
@@ -87,7 +87,7 @@ def _read(picture: Picture) -> Picture:
         return replace(picture, said="is not there any more")
     try:
         with Image.open(picture.path, formats=("PNG",)) as image:
-            image.load()  # a file cut short is met here
+            image.load()  # raises on a truncated file
             diagram = str(image.info.get("Software", "")).startswith("Matplotlib")
             width, height = image.size
         return replace(picture, png=picture.path.read_bytes(), width=width, height=height, pixels=not diagram)
@@ -96,7 +96,7 @@ def _read(picture: Picture) -> Picture:
 
 
 def _halved(picture: Picture) -> Picture:
-    """At half its size each way, and once more if it was that before; without data where it would be too small."""
+    """The picture at half its width and height; without data if that is below SMALLEST."""
     width, height = picture.width // 2, picture.height // 2
     if min(width, height) < SMALLEST:
         return replace(picture, png=b"", said="is left out, so that this page stays small")
@@ -109,9 +109,9 @@ def _halved(picture: Picture) -> Picture:
 
 
 def read_cells(picture: Path, counts: Path, names: Sequence[str] | None) -> MatrixCells | None:
-    """The cells of a picture that `matrix_figure` drew, and the counts beside it.
+    """The cells of a picture of `matrix_figure`, with the counts of the .npy file beside it.
 
-    None where the picture does not say where they lie (an older one), or one of the two files is no such file.
+    None for an older picture without cell positions, and if one of the files cannot be read.
     """
     try:
         with Image.open(picture, formats=("PNG",)) as image:

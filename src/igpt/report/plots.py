@@ -1,4 +1,4 @@
-"""Curves → where their lines and ticks lie in a page's plot, as shares of its width and height."""
+"""Curves → coordinates of lines and ticks in a page's SVG plots."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from matplotlib.ticker import MaxNLocator
 from igpt.metric.result import Curve
 from igpt.report.figures import by_units
 
-SIDE = 1000  # units of the drawing, each way: the page stretches it to the room there is
-MOST_POINTS = 2000  # of a line: more is not to be seen, and makes the page heavy
-MOST_TOGETHER = 40_000  # of all lines of a page
+SIDE = 1000  # width and height of the drawing, in units that the page scales
+MOST_POINTS = 2000  # maximal points of a line
+MOST_TOGETHER = 40_000  # maximal points of all lines of a page
 
 Ends = tuple[float, float]
-Tick = tuple[float, str]  # percent of the way, text
+Tick = tuple[float, str]  # position in percent of the axis, text
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class PlotLine:
     """One curve of a plot: its points in the drawing, and its values as text."""
 
     name: str
-    points: list[tuple[float, float]]  # from the top left
+    points: list[tuple[float, float]]  # (x, y) from the top left
     x: list[str]
     y: list[str]
-    n_point: int  # of the curve; where they are many, not all are drawn
+    n_point: int  # points of the curve before thinning
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Plot:
 
     @property
     def rows(self) -> list[tuple[str, list[str]]]:
-        """Every x at which there is a point, and each line's y there."""
+        """A table of the points: (x, y of each line), "" where a line has no point."""
         values = [dict(zip(line.x, line.y, strict=True)) for line in self.lines]
         return [(x, [of.get(x, "") for of in values]) for x in sorted(set().union(*values), key=float)]
 
 
 def plots(curves: Mapping[str, Curve]) -> list[Plot]:
-    """A plot for each pair of units, that with most lines first; where no line has two points, the numbers say it."""
+    """A plot for each pair of units, most lines first; units without a line of two points are left out."""
     most = max(2, min(MOST_POINTS, MOST_TOGETHER // max(1, len(curves))))
     groups = [(units, of) for units, of in by_units(curves).items() if any(len(curve.x) > 1 for curve in of.values())]
     return [_plot(*units, of, most) for units, of in sorted(groups, key=lambda group: -len(group[1]))]
@@ -69,7 +69,7 @@ def _plot(x_unit: str, y_unit: str, curves: Mapping[str, Curve], most: int) -> P
 
 
 def thinned(y: list[float], most: int) -> list[int]:
-    """The places of at most `most` + 2 values: all of them, or the first, the last, and every part's extremes."""
+    """Indices of at most `most` + 2 values: all, or the first, the last, and the extremes of equal parts."""
     n = len(y)
     if n <= most:
         return list(range(n))
@@ -86,7 +86,7 @@ def _range(values: np.ndarray, *, margin: float) -> Ends:
 
 
 def _along(values: np.ndarray, within: Ends, sides: Ends, digits: int) -> list[float]:
-    """Where values lie on the way from one side of the drawing to the other."""
+    """Coordinates of values: `within` is mapped linearly to `sides`, rounded to `digits`."""
     places: list[float] = np.interp(values, within, sides).round(digits).tolist()
     return places
 

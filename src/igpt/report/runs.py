@@ -1,4 +1,4 @@
-"""Finished runs, read back from their folders; and where the weights came from that each began with."""
+"""Reads finished runs from their directories, and traces the history of their initial weights."""
 
 import math
 import os
@@ -15,18 +15,18 @@ from igpt.report.folder import RunFolder, result_of
 from igpt.settings.older_configs import read_record
 from igpt.utils import files
 
-COMPARE = "compare"  # the task whose own results are never compared
-DEEPEST = 4  # folders between one that is given and a run in it
-LONGEST_CHAIN = 9  # runs, each from the weights of the one before
+COMPARE = "compare"  # the task whose results are never compared
+DEEPEST = 4  # maximal depth of a run directory below a given one
+LONGEST_CHAIN = 9  # maximal runs in a chain of initial weights
 CHECKPOINT = re.compile(r"step_(\d+)(?:\.ckpt)?")
 
 
 @dataclass(frozen=True, eq=False)
 class RunRecord:
-    """A finished run: its folder, what it wrote when it began (run.json) and when it ended (result.json)."""
+    """A finished run: its directory, the content of run.json and of result.json."""
 
     folder: Path
-    begun: dict[str, Any]  # run.json; empty where it is gone
+    begun: dict[str, Any]  # run.json; empty if that is missing
     record: dict[str, Any]  # result.json
     result: Result
 
@@ -46,24 +46,24 @@ class RunRecord:
 
     @property
     def is_stage(self) -> bool:
-        """Whether it is part of a pipeline, whose folder is the one around it."""
+        """Whether it is a stage of a pipeline, whose directory is the parent."""
         return "overrides" in self.begun and self.begun["overrides"] is None
 
     @cached_property
     def overrides(self) -> list[str] | None:
-        """Those of the command that made it, a pipeline's where it is a stage of one; None: not known."""
+        """The overrides of the command that made it (a stage: of its pipeline's command); None: not known."""
         begun = _read_mapping(self.folder.absolute().parent / "run.json", read_record) if self.is_stage else self.begun
         overrides = begun.get("overrides")
         return [str(override) for override in overrides] if isinstance(overrides, list) else None
 
     @cached_property
     def init_history(self) -> "InitHistory":
-        """Where its weights came from."""
+        """The history of its initial weights."""
         return init_history_of(self)
 
     @cached_property
     def stages(self) -> list["Stage"]:
-        """The stages of a pipeline, in their order; of another task none."""
+        """The stages of a pipeline, in order; empty for other tasks."""
         asked = self.config.get("task", {}).get("stages", {}) if self.task == "pipeline" else {}
         folders = {}
         for position, (name, own) in enumerate(((n, own) for n, own in asked.items() if own is not None), start=1):
@@ -75,7 +75,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a pipeline; `run` is None where nothing finished is to be read, and `problem` is why."""
+    """A stage of a pipeline; `run` is None if it cannot be read, and `problem` is the reason."""
 
     name: str
     folder: Path
@@ -85,28 +85,28 @@ class Stage:
 
 @dataclass(frozen=True)
 class InitHistory:
-    """The weights that a run began with: what they are, and the runs that made them, the last one first."""
+    """The initial weights of a run: their metadata, and the runs that made them, the last one first."""
 
     metadata: dict[str, Any] = field(default_factory=dict)  # as `brief` shortens it
     runs: tuple[RunRecord, ...] = ()
-    unknown: str = ""  # what is not known of them, and why
+    unknown: str = ""  # description of a gap in the history, and its reason
 
     @property
     def pretraining(self) -> RunRecord | None:
-        """The run that made them from nothing, where its record is there."""
+        """The pretraining run at the start of the history; None if its record is missing."""
         return self.runs[-1] if self.runs and self.runs[-1].task == "pretrain" else None
 
 
 @dataclass
 class Found:
-    """The runs at some places, and why there are not more."""
+    """The readable runs of some paths, and the reasons for the unreadable ones."""
 
     runs: list[RunRecord] = field(default_factory=list)
-    problems: dict[Path, str] = field(default_factory=dict)  # folder → what is wrong with it
+    problems: dict[Path, str] = field(default_factory=dict)  # directory → reason
 
     @property
     def input_hashes(self) -> dict[str, str | None]:
-        """Folder → a hash of its result; also of stages in it and of the runs before it: all that is said of them."""
+        """Directory → SHA-256 of its result.json, or its problem; with stages and the runs in the weights' history."""
         hashes: dict[str, str | None] = {str(path): why for path, why in self.problems.items()}
         waiting = list(self.runs)
         while waiting:
@@ -120,17 +120,17 @@ class Found:
 
 
 def flat(settings: Any, key: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names; a list is one value."""
+    """Nested settings as a flat dict of dotted names; a list is one value."""
     if not isinstance(settings, dict) or not settings:
         return {key: settings}
     return {k: v for name, part in settings.items() for k, v in flat(part, f"{key}.{name}".strip(".")).items()}
 
 
 def read_run(folder: Path) -> RunRecord:
-    """The finished run in a folder.
+    """The finished run in a directory.
 
     Raises:
-        ValueError: there is none, it is not finished, or its result.json is damaged or of another version.
+        ValueError: no run, an unfinished one, or a result.json that is damaged or of another version.
     """
     if not (folder / "result.json").is_file():
         begun = (folder / "run.json").is_file()
@@ -148,7 +148,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _check(run: RunRecord) -> None:
-    """Raises one of several errors where the result is not what `RunFolder.finish` writes."""
+    """Raises LookupError, TypeError, ValueError or AttributeError for a result not written by `RunFolder.finish`."""
     for number in run.result.numbers.values():
         spread = [x for x in (*(number.interval or ()), number.stderr, number.deviation) if x is not None]
         if not all(type(x) in (int, float) and math.isfinite(x) for x in (number.value, *spread)):
@@ -163,7 +163,7 @@ def _check(run: RunRecord) -> None:
 
 
 def _read_mapping(path: Path, read: Callable[[Path], Any] = files.read_json) -> dict[str, Any]:
-    """What a JSON file holds; nothing where there is none, or none that can be read."""
+    """The object in a JSON file; {} if the file is missing, unreadable or no object."""
     try:
         content = read(path)
     except (OSError, ValueError):
@@ -174,17 +174,24 @@ def _read_mapping(path: Path, read: Callable[[Path], Any] = files.read_json) -> 
 def _read_or_reason(folder: Path) -> tuple[RunRecord | None, str]:
     try:
         return read_run(folder), ""
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return None, str(error)
 
 
-def found(places: Sequence[str]) -> Found:
-    """Every finished run at some places, each once: run folders, globs, and folders that hold run folders.
+def read_runs(folders: Sequence[Path]) -> Found:
+    """The finished runs in some directories, and the reasons for the unreadable ones."""
+    read = {folder: _read_or_reason(folder) for folder in folders}
+    problems = {folder: problem for folder, (run, problem) in read.items() if run is None}
+    return Found([run for run, _ in read.values() if run is not None], problems)
 
-    What cannot be used is noted, not fatal. Comparisons that were made before are passed over.
+
+def found(places: Sequence[str]) -> Found:
+    """Every finished run of some paths, each once. A path: a run directory, a glob, or a directory that contains runs.
+
+    Unreadable runs go into `problems`. Results of `task=compare` are skipped.
 
     Raises:
-        ValueError: a place where there is nothing.
+        ValueError: a path that matches nothing.
     """
     here: dict[Path, Path] = {}
     for place in places:
@@ -195,18 +202,12 @@ def found(places: Sequence[str]) -> Found:
         for path in named:
             own = path.parent if path.name == "result.json" else path
             here |= {folder.resolve(): folder for folder in _run_folders(own)}
-    all_found = Found()
-    for folder in here.values():
-        run, problem = _read_or_reason(folder)
-        if run is None:
-            all_found.problems[folder] = problem
-        elif run.task != COMPARE:
-            all_found.runs.append(run)
-    return all_found
+    every = read_runs(list(here.values()))
+    return Found([run for run in every.runs if run.task != COMPARE], every.problems)
 
 
 def _run_folders(place: Path, depth: int = 0) -> Iterator[Path]:
-    """Folders of runs at or below a place; what is inside a run belongs to it."""
+    """Yields the run directories at or below a path; directories inside a run are not searched."""
     if any((place / name).is_file() for name in ("run.json", "result.json")):
         if not place.name.startswith(f"{COMPARE}-") or (place / "result.json").is_file():
             yield place
@@ -217,9 +218,9 @@ def _run_folders(place: Path, depth: int = 0) -> Iterator[Path]:
 
 
 def nearest_path(folder: Path, path: str) -> Path | None:
-    """A path that a run was given, which may be from where that was started: here, or from a folder around the run's.
+    """Resolves a path from a run's config relative to the working directory, else to a parent of the run directory.
 
-    None: it is not there.
+    None if neither exists.
     """
     place = Path(path).expanduser()
     tried = [place, *(around / place for around in folder.absolute().parents)]
@@ -227,7 +228,7 @@ def nearest_path(folder: Path, path: str) -> Path | None:
 
 
 def init_history_of(run: RunRecord, depth: int = 0) -> InitHistory:
-    """Where a run's weights came from: by its own record, and by those of the runs before it."""
+    """The history of a run's initial weights, from its own record and from those of the runs that made them."""
     told = run.result.provenance.get("init")
     told = told if isinstance(told, dict) else {}
     init = run.config.get("init") or next(iter(run.config.get("task", {}).get("runs") or []), None)
@@ -248,7 +249,7 @@ def init_history_of(run: RunRecord, depth: int = 0) -> InitHistory:
     elif isinstance(began, str) and metadata.get("weights_sha256") not in (began, None):
         return InitHistory(told, unknown=f"how its weights were trained ({init} holds others now)")
     maker, problem = _read_or_reason(before)
-    if maker is None:  # a checkpoint of a run that is not finished, say
+    if maker is None:  # for example a checkpoint of an unfinished run
         return InitHistory(told or metadata, unknown=f"how its weights were trained ({before.name}: {problem})")
     earlier = init_history_of(maker, depth + 1)
     made = (maker,) if maker.task != "import" else ()
@@ -256,19 +257,19 @@ def init_history_of(run: RunRecord, depth: int = 0) -> InitHistory:
 
 
 def objective_of(run: RunRecord) -> str:
-    """ar or bert; empty where it is that of weights that are not there any more."""
+    """ar or bert; "" with `objective=checkpoint` and missing weights."""
     own = str(run.settings.get("objective.name"))
     known = run.init_history.metadata.get("objective") or {"name": ""}
     return str(known["name"]) if own == "checkpoint" else own
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    """What the weights in a run's folder, or in a `model/`, say of themselves; nothing where there are none."""
+    """The shortened metadata of the weights in a run directory or a `model/`; {} without weights."""
     return brief(_read_mapping(folder / "config.json") or _read_mapping(folder / "model" / "config.json"))
 
 
 def brief(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What weights say of themselves, the order of the tokens as `raster` or `other`, without the colours."""
+    """The metadata of weights without the palette; the permutation of tokens becomes `order`, `raster` or `other`."""
     said = {key: value for key, value in metadata.items() if key not in ("palette", "permutation", "tokenizer")}
     tokenizer = metadata.get("tokenizer")
     of_tokens = tokenizer if isinstance(tokenizer, dict) else {}

@@ -1,4 +1,4 @@
-"""One number over many runs: mean and spread over seeds, the best first, beside what sets the runs apart."""
+"""One number over many runs: mean and spread over seeds, the best first, with the settings that differ."""
 
 import os
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ from igpt.metric.result import Number
 from igpt.report.closing_table import shown
 from igpt.report.figures import Point, points_figure
 from igpt.report.groups import differing, grouped, settings_of
-from igpt.report.runs import RunRecord, objective_of, read_run
+from igpt.report.runs import RunRecord, objective_of, read_runs
 from igpt.utils.overrides import suggestion
 
-LOWER = ("nats", "bits", "grey levels")  # how units begin of which less is better
-HIGHER = ("share", "dB", "Spearman", "images/s", "tokens/s", "pixels/s")  # more
-MOST = 40  # rows that a picture shows
+LOWER = ("nats", "bits", "grey levels")  # prefixes of units where lower is better
+HIGHER = ("share", "dB", "Spearman", "images/s", "tokens/s", "pixels/s")  # where higher is better
+MOST = 40  # maximal rows of a picture
 
 
 class NothingFoundError(ValueError):
-    """No finished run has the number that was asked for."""
+    """No finished run has the metric."""
 
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """Runs that differ in nothing but their seed."""
+    """Runs that differ only in their seed."""
 
-    settings: dict[str, str]  # what not all groups have alike, as one would type it
-    number: Number  # the mean over seeds
+    settings: dict[str, str]  # the settings that differ between groups, as on the command line
+    number: Number  # mean over seeds
     values: tuple[float, ...]  # of each seed
     folders: list[Path]  # in the same order
 
@@ -45,12 +45,12 @@ class SeedGroup:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 %: Student's over seeds; of one seed, over its images where that is known."""
+        """95 % confidence interval: Student's t over seeds; for one seed over images, if known."""
         return self.number.interval
 
     @property
     def n(self) -> int:
-        """How many seeds."""
+        """Number of seeds."""
         return len(self.values)
 
     @property
@@ -61,33 +61,28 @@ class SeedGroup:
 
 @dataclass(frozen=True)
 class Summary:
-    """The runs that have a number, grouped over seeds, the best first; and those left out, with the reason."""
+    """The runs that have a metric, grouped over seeds, the best first; and those left out, with the reason."""
 
     metric: str
     unit: str
     lower_is_better: bool
     rows: list[SeedGroup]
     left_out: dict[Path, str]
-    caution: str = ""  # why the rows do not compare, where they do not
+    caution: str = ""  # reason why the rows are not comparable, if they are not
 
 
 def summary(folders: Sequence[Path], metric: str) -> Summary:
-    """What the runs in some folders found for `metric`, a key of `numbers` in their result.json, as `val/loss_gen`.
+    """The runs of some directories by `metric`, a key of `numbers` in result.json such as `val/loss_gen`.
 
     Raises:
-        NothingFoundError: no run of them is finished and has that number; the message says what they have.
+        NothingFoundError: no finished run has the metric; the message lists the ones they have.
     """
-    runs, left_out = [], {}
-    for folder in folders:
-        try:
-            runs.append(read_run(Path(folder)))
-        except ValueError as error:
-            left_out[Path(folder)] = str(error)
-    return summary_of(runs, metric, left_out)
+    read = read_runs([Path(folder) for folder in folders])
+    return summary_of(read.runs, metric, read.problems)
 
 
 def summary_of(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None) -> Summary:
-    """The same for runs that have been read."""
+    """`summary` for runs that have been read; `left_out`: directory → reason for those that could not be."""
     left_out = (left_out or {}) | {
         run.folder: f"it has no {metric}" for run in runs if metric not in run.result.numbers
     }
@@ -111,14 +106,14 @@ def summary_of(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str]
 
 
 def caution(runs: Sequence[RunRecord], unit: str) -> str:
-    """What keeps losses per token of several runs from being compared: they are of other tokens, or of other tasks."""
+    """The reason why losses per token are not comparable: several objectives, datasets, resolutions or tokenizers."""
     if not unit.endswith("/token"):
         return ""
     of_what: dict[str, set[Any]] = {
         "objectives": {objective_of(run) for run in runs},
         "datasets": {run.settings.get("data.name") for run in runs},
         "resolutions": {run.settings.get("data.resolution") for run in runs},
-        # older results have the hash of their palette, which is the same in raster order
+        # older results have only the palette's hash, equal to the tokenizer's in raster order
         "tokenizers": {str((of := run.result.provenance).get("tokenizer", of.get("palette"))) for run in runs},
     }
     several = [name for name, kinds in of_what.items() if len(kinds) > 1]
@@ -126,9 +121,9 @@ def caution(runs: Sequence[RunRecord], unit: str) -> str:
 
 
 def over_seeds(numbers: Sequence[Number]) -> Number:
-    """The mean of a number over seeds with its deviation and 95 % interval (Student's); one alone as it is.
+    """The mean over seeds with standard deviation and 95 % confidence interval (Student's t).
 
-    One that has a standard error and no interval is given one, 1.96 standard errors to each side.
+    A single number is returned as it is; if it has only a standard error, with the interval ± 1.96 standard errors.
     """
     first = numbers[0]
     if len(numbers) == 1:
@@ -143,15 +138,12 @@ def over_seeds(numbers: Sequence[Number]) -> Number:
 
 
 def lower_is_better(metric: str, unit: str) -> bool:
-    """Whether less of a number is better: of a loss, an error, a time."""
+    """Whether lower is better: for losses, errors and times."""
     return unit.startswith(LOWER) or any(word in metric for word in ("loss", "error", "seconds"))
 
 
 def first_in_all(runs: Sequence[RunRecord]) -> str | None:
-    """The first loss or accuracy that all runs have; where there is none, the first number.
-
-    None: they have no number in common.
-    """
+    """The first loss or accuracy that all runs have, else the first number; None if they have none in common."""
     first, *others = (run.result.numbers for run in runs)
     common = [key for key in first if all(key in numbers for numbers in others)]
     judged = [key for key in common if first[key].unit.startswith(("nats", "bits", "share"))]
@@ -159,29 +151,29 @@ def first_in_all(runs: Sequence[RunRecord]) -> str | None:
 
 
 def better(found: Summary) -> str:
-    """Which of its values are the better ones, in words; of a count, how it is sorted."""
+    """`lower is better` or `higher is better`; for other units the sort order."""
     if not found.lower_is_better and not found.unit.startswith(HIGHER):
         return "from the highest"
     return f"{'lower' if found.lower_is_better else 'higher'} is better"
 
 
 def table(found: Summary) -> list[tuple[str, ...]]:
-    """A heading, then a row of text for each row: settings, mean with its spread, seeds, folder."""
+    """Rows of text, the heading first: settings, mean with spread, number of seeds, run directory."""
     heading = ("settings", f"{found.metric}, {found.unit} ({better(found)})", "seeds", "run")
     return [heading, *((row.name, shown(row.number), str(row.n), shortened(row.folders)) for row in found.rows)]
 
 
 def shortened(folders: Sequence[Path]) -> str:
-    """The first of some folders as one would type it here, and how many more there are."""
+    """The first path, relative to the working directory if it lies in it, and the number of others."""
     first, *more = folders
     place = os.path.relpath(first) if first.absolute().is_relative_to(Path.cwd()) else first.name
     return place + (f" and {len(more)} more" if more else "")
 
 
 def draw(path: Path, found: Summary) -> None:
-    """Writes the rows as a picture, the best on top: mean and deviation over seeds, with a point for each seed.
+    """Writes the rows as a dot plot, the best on top: mean and standard deviation over seeds, and each seed's value.
 
-    Where there is one seed, its bar is the 95 % interval over its images, where that is known.
+    For one seed the bar is the 95 % confidence interval over images, if known.
     """
     points = [
         Point(

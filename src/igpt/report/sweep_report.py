@@ -1,4 +1,4 @@
-"""What a sweep ends in: its runs side by side as a table, a picture and a page."""
+"""The comparison at the end of a sweep: its runs as a table, a picture and a page."""
 
 import logging
 from collections.abc import Sequence
@@ -13,14 +13,14 @@ from igpt.utils import files
 log = logging.getLogger(__name__)
 
 PICTURE, PAGE, ROWS = "comparison.png", "report.html", "comparison.json"
-KEPT = ("settings", "mean", "deviation", "interval", "values")  # of a row, in that file
+KEPT = ("settings", "mean", "deviation", "interval", "values")  # fields of a row in ROWS
 
 
 def side_by_side(place: Path, folders: Sequence[Path], *, metric: str, command: str) -> None:
-    """Shows what some runs found for `metric`, over seeds, the best first, and leaves it in `place`.
+    """Logs a table of the runs by `metric`, the best first; writes picture, page and JSON into `place`.
 
-    Runs without a result are left out, and named on the page. A sweep of fewer than two finished runs has nothing to
-    compare. Nothing that goes wrong here ends a sweep: its runs are whole.
+    Unfinished runs are left out and listed on the page. Does nothing for fewer than two finished runs. Errors are only
+    logged, as the runs are saved.
     """
     try:
         found = summary(list(dict.fromkeys(folders)), metric)
@@ -32,7 +32,7 @@ def side_by_side(place: Path, folders: Sequence[Path], *, metric: str, command: 
         files.write_json(place / ROWS, {"metric": metric, "unit": found.unit, "rows": rows})
     except NothingFoundError as error:
         log.info("nothing to compare: %s", error)
-    except Exception:  # whatever it is: the sweep has ended well
+    except Exception:  # the sweep has succeeded, whatever happens here
         log.warning("the comparison of this sweep could not be written")
         log.debug("traceback", exc_info=True)
     else:
@@ -41,7 +41,7 @@ def side_by_side(place: Path, folders: Sequence[Path], *, metric: str, command: 
 
 
 def page(path: Path, found: Summary, *, command: str) -> Path:
-    """Writes the page of a sweep: a row for each setting, linked to its first run's page; its path."""
+    """Writes the page of a sweep, each row linked to the page of its first run; returns its path."""
     rows = [(row, link_to(path, row.folders[0])) for row in found.rows]
     picture = Picture("Pictures", f"{found.metric} of each setting", path.parent / PICTURE, PICTURE)
     return write_html(path, "comparison.html", [picture], found=found, rows=rows, command=command)

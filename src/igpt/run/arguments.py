@@ -1,4 +1,4 @@
-"""Command-line arguments, looked at before Hydra composes: `~`, `resume=`, what is misspelt, what is to be quoted."""
+"""Command-line arguments before Hydra composes: expands `~` and `resume=`, finds misspelt keys, explains quoting."""
 
 import glob
 import json
@@ -22,11 +22,11 @@ AUTO = "resume=auto"
 
 
 def prepare(arguments: list[str], conf: Path) -> list[str]:
-    """The arguments Hydra is to see: a resumed run's own ones first, then the new ones.
+    """The arguments for Hydra: the saved overrides of a resumed run first, then the new ones.
 
     Raises:
         ValueError: a group, option or key that does not exist, with the nearest that does; a `resume=` that is no run;
-            a path that has to be quote_path, with how.
+            a path that needs quotes, with the quoted form.
     """
     arguments = [_argument_with_home(argument) for argument in arguments]
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
@@ -41,29 +41,29 @@ def prepare(arguments: list[str], conf: Path) -> list[str]:
     _check_paths(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
     paths = check(overrides, [conf, *_beside(arguments)]).paths
     at_home = {key: with_home(paths[key]) for key in paths if with_home(paths[key]) != paths[key]}
-    # where a file of settings says so; Hydra makes the folder of a sweep before it asks us
+    # also a `~` from a config file: Hydra creates the directory of a sweep before the config reaches `expand_home`
     return [*arguments, *(f"paths.{key}={format_value(path)}" for key, path in at_home.items())]
 
 
 def _argument_with_home(argument: str) -> str:
-    """An argument whose value, or what its list holds, begins with `~`, with the folder that this stands for."""
+    """The argument with `~` expanded at the start of its value, or of the items of its list."""
     name, _, value = argument.partition("=")
     if "~" not in value or (name.startswith("-") and name != "--config-dir"):
         return argument
     if name == "--config-dir":
         return f"{name}={with_home(value)}"
-    if re.fullmatch(r"~[^/,\[\]{}()'\"=\s]*(/[^,\[\]{}()'\"]*)?", value):  # as it is typed, which Hydra would not read
+    if re.fullmatch(r"~[^/,\[\]{}()'\"=\s]*(/[^,\[\]{}()'\"]*)?", value):  # unquoted: Hydra cannot parse it
         home = with_home(value)
         return argument if home == value else f"{name}={in_quotes(home)}"
     (override,) = parse([argument])
-    if override.is_sweep_override():  # each job of it comes by here
+    if override.is_sweep_override():  # expanded in each job
         return argument
     home = with_home(override.value())
     return argument if home == override.value() else f"{name}={format_value(home)}"
 
 
 def with_home(value: Any) -> Any:
-    """A setting with every text in it that is `~`, or begins with `~/` or `~USER/`, as the path that it stands for."""
+    """The value with `~`, `~/` and `~USER/` expanded at the start of every string in it, also in lists and dicts."""
     if isinstance(value, str):
         return os.path.expanduser(value) if re.match(r"~[^/]*/|~$", value) else value
     if isinstance(value, list):
@@ -72,7 +72,7 @@ def with_home(value: Any) -> Any:
 
 
 def expand_home(cfg: DictConfig | ListConfig) -> None:
-    """The same for all of a composed config, in place: also what stands in its files."""
+    """Expands `~` in every value of a composed config, in place; also in values that come from config files."""
     for key in list(cfg) if isinstance(cfg, DictConfig) else range(len(cfg)):
         if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key):
             continue
@@ -84,7 +84,7 @@ def expand_home(cfg: DictConfig | ListConfig) -> None:
 
 
 def _beside(arguments: list[str]) -> list[Path]:
-    """Folders of settings that are given beside ours: `--config-dir FOLDER`, `-cd FOLDER`, `--config-dir=FOLDER`."""
+    """Additional config folders: `--config-dir FOLDER`, `-cd FOLDER`, `--config-dir=FOLDER`."""
     pairs = zip(arguments, [*arguments[1:], ""], strict=True)
     named = [after for argument, after in pairs if argument in ("--config-dir", "-cd")]
     named += [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
@@ -92,7 +92,7 @@ def _beside(arguments: list[str]) -> list[Path]:
 
 
 def saved_overrides(folder: Path) -> list[str]:
-    """The overrides a run was started with. Raises ValueError when `folder` is no run folder."""
+    """The overrides that started a run. Raises ValueError when `folder` is no run folder."""
     record = folder / "run.json"
     if not record.is_file():
         raise ValueError(f"resume={folder}: no run.json there; give the folder of a run, as in runs/pretrain-…")
@@ -106,7 +106,7 @@ def saved_overrides(folder: Path) -> list[str]:
 
 
 def parse(overrides: list[str]) -> list[Override]:
-    """The overrides as Hydra reads them. Raises ValueError when it cannot."""
+    """The parsed overrides. Raises ValueError when Hydra cannot parse one."""
     try:
         return OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
@@ -121,10 +121,10 @@ def parse(overrides: list[str]) -> list[Override]:
 
 
 def check(overrides: list[str], folders: list[Path]) -> DictConfig:
-    """The resolved config.
+    """The resolved config of these overrides, from these config folders.
 
     Raises:
-        ValueError: some override names nothing that is in these folders; with the nearest right name.
+        ValueError: an override of a group, option or key that does not exist; with the nearest that does.
     """
     parsed = parse(overrides)
     conf, *beside = folders
@@ -133,28 +133,26 @@ def check(overrides: list[str], folders: list[Path]) -> DictConfig:
             raise ValueError(f"--config-dir {folder}: there is no such folder")
         parsed += parse([f"hydra.searchpath=[file://{folder.resolve()}]"])
     groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
-    chosen = [override for override in parsed if _is_group(override, groups)]
+    chosen = [override for override in parsed if override.key_or_group in groups and not override.is_delete()]
     for override in chosen:
         _check_options(override, folders)
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         where = [override for override in parsed if override.key_or_group == "hydra.searchpath"]
-        keys = list(_flat_keys(_composed([*where, *chosen])))
+        keys = list(_flat_keys(OmegaConf.to_container(_composed([*where, *chosen]))))
         for override in parsed:
             key = override.key_or_group
-            added = override.is_add() or override.is_force_add()
             if override in chosen or key.startswith("hydra") or key in keys:
                 continue
-            if told := answer(key):
-                raise ValueError(told)
-            if added:
-                continue
-            near = suggestion(key, [*groups, *keys])
-            raise ValueError(f"there is no setting or group {key!r}{near}; a new key needs a + in front")
+            if renamed := answer(key):
+                raise ValueError(renamed)
+            if not (override.is_add() or override.is_force_add()):
+                near = suggestion(key, [*groups, *keys])
+                raise ValueError(f"there is no setting or group {key!r}{near}; a new key needs a + in front")
         return _composed(parsed)
 
 
 def _composed(overrides: list[Override]) -> DictConfig:
-    """The resolved config of the overrides that are no sweep. Raises ValueError where they do not fit together."""
+    """The resolved config, sweep overrides left out. Raises ValueError where Hydra cannot compose it."""
     lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
     try:
         cfg = compose("config", overrides=lines)
@@ -167,10 +165,6 @@ def _composed(overrides: list[Override]) -> DictConfig:
     return cfg
 
 
-def _is_group(override: Override, groups: list[str]) -> bool:
-    return override.key_or_group in groups and not override.is_delete()
-
-
 def _check_options(override: Override, folders: list[Path]) -> None:
     group = override.key_or_group
     places = [folder / group for folder in folders]
@@ -180,7 +174,7 @@ def _check_options(override: Override, folders: list[Path]) -> None:
     if override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP):
         asked = list(override.sweep_string_iterator())
     elif override.is_sweep_override():
-        return  # a glob or a range: Hydra knows what it means
+        return  # a glob or a range: Hydra expands it
     elif (value := override.value()) is not None:
         asked = value if isinstance(value, list) else [value]
     for option in asked:
@@ -192,12 +186,12 @@ def _check_options(override: Override, folders: list[Path]) -> None:
             raise ValueError(f"{group}={name}: there is no such option{near}; there are {', '.join(options)}")
 
 
-READ = re.compile(  # settings that name files or folders to read
+READ = re.compile(  # settings that are paths to read
     r"init|resume|tokens\.path|data(\.streams\.\w+)?\.(path|clusters)|task\.(palette|runs|beside)|"
     r"task\.stages\.\w+\.(run|palette|beside|data\.path)"
 )
-HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # may be names on the Hub instead
-LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|beside)")  # of which there may be several
+HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # also accept a name on the Hub
+LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|beside)")  # also accept a list
 WRITTEN = re.compile(r"paths\.(runs|cache)")
 
 
@@ -206,7 +200,7 @@ def _is_path(key: str) -> bool:
 
 
 def _check_paths(overrides: list[str], *, sweeps: bool) -> None:
-    """Raises ValueError, with how to quote it, for the path of a setting that Hydra reads as something else."""
+    """Raises ValueError, with the quoted form, for a path that Hydra parses as another type."""
     for text, override in zip(overrides, parse(overrides), strict=True):
         key = override.key_or_group
         if override.is_delete() or not _is_path(key):
@@ -223,7 +217,7 @@ def _check_paths(overrides: list[str], *, sweeps: bool) -> None:
 
 
 def _how_to_quote(text: str) -> str:
-    """`; …` with an override whose value is quote_path, as it is to be typed in a shell; nothing when there is none."""
+    """`; …` with the override quoted for a shell, as the end of an error message; "" where quotes would not help."""
     key, _, value = text.partition("=")
     if not value or not re.fullmatch(r"[+~]*[\w.@/:-]+", key):
         return ""
@@ -236,31 +230,23 @@ def _how_to_quote(text: str) -> str:
 
 
 def absolute(overrides: list[str]) -> list[str]:
-    """Overrides that mean the same from another working directory: paths of files to read become absolute.
+    """The overrides, independent of the working directory: paths to read become absolute.
 
-    Where a name on the Hub may stand instead, only what is here; nothing that refers to another setting (`${…}`).
+    Unchanged: interpolations (`${…}`), and names that may be on the Hub and do not exist on this machine.
     """
     whole = []
     for text, override in zip(overrides, parse(overrides), strict=True):
         key, value = override.key_or_group, None if override.is_sweep_override() else override.value()
-        if not READ.fullmatch(key) or key == "resume":
-            whole.append(text)
-            continue
         plain = [_plain(each) for each in (value if isinstance(value, list) else [value])]
-        paths = [path for path in plain if path is not None and (is_here(path) or not HUB.fullmatch(key))]
-        if not paths or len(paths) < len(plain):
-            whole.append(text)
-            continue
-        name = text.partition("=")[0]
-        if isinstance(value, list):
-            whole.append(f"{name}=[{','.join(map(quote_path, paths))}]")
-        else:
-            whole.append(f"{name}={quote_path(paths[0])}")
+        paths = [quote_path(path) for path in plain if path is not None and (is_here(path) or not HUB.fullmatch(key))]
+        if READ.fullmatch(key) and key != "resume" and paths and len(paths) == len(plain):
+            text = f"{text.partition('=')[0]}=" + (f"[{','.join(paths)}]" if isinstance(value, list) else paths[0])
+        whole.append(text)
     return whole
 
 
 def _plain(value: Any) -> str | None:
-    """The text of an override's value, where it is one and refers to no other setting."""
+    """The value as a string; None where it is no string, or an interpolation of another setting."""
     if not isinstance(value, str):
         return None
     try:
@@ -271,15 +257,13 @@ def _plain(value: Any) -> str | None:
 
 
 def is_here(path: str) -> bool:
-    """Whether something on this machine has this path, or (a checkpoint of OpenAI's) begins with it."""
+    """Whether a file of this path exists, or of this prefix (OpenAI's checkpoints: `model.ckpt-1000000.*`)."""
     place = Path(path)
     return place.exists() or next(place.parent.glob(f"{glob.escape(place.name)}.*"), None) is not None
 
 
-def _flat_keys(cfg: DictConfig, prefix: str = "") -> Iterable[str]:
-    for key in map(str, cfg):
-        path = f"{prefix}{key}"
-        yield path
-        node = cfg._get_node(key)
-        if isinstance(node, DictConfig) and not OmegaConf.is_missing(cfg, key) and not node._is_none():
-            yield from _flat_keys(node, f"{path}.")
+def _flat_keys(settings: Any, prefix: str = "") -> Iterable[str]:
+    for key, value in settings.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flat_keys(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""What a task is given: every part of a run, built from its config when it is first asked for."""
+"""The parts of a run (data, tokenizer, network, Trainer …), each built from the config at its first use."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,6 @@ from igpt.objective import registry
 from igpt.objective.base import Objective
 from igpt.report.folder import RunFolder
 from igpt.report.paper import check_paper_key
-from igpt.report.runs import Found
 from igpt.run.fingerprint import compare_splits
 from igpt.run.run_config import RunConfig
 from igpt.run.targets import checked_partial, task_settings, without
@@ -36,39 +35,42 @@ NOT_OF_FEATURES = ("n_colour", "augment", "shift", "shift_share")  # settings of
 
 
 class Components:
-    """The parts of one run. What one part knows, the next is given.
+    """The parts of one run, built lazily and passed to its task.
 
-    Positions and vocabulary come from the tokenizer, causality from the objective. Where weights are given, they must
-    agree with what the run chooses, and are taken where it chooses nothing.
+    n_ctx and n_vocab come from the tokenizer, `causal` from the objective. `model=checkpoint`, `tokens=checkpoint` and
+    `objective=checkpoint` take that part from the weights of `init=`; any other choice must agree with them.
     """
 
-    run_dir: Path  # set when it is known; a plan has none
-    run_stage: Callable[..., tuple[Result, Path]]  # (name, folder=, init=) → its result and folder; of a pipeline only
+    run_dir: Path  # set by `launch`; unset for `trainer.plan=true`
+    run_stage: Callable[..., tuple[Result, Path]]  # (name, folder=, init=) → (result, folder); set for a pipeline only
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
         self.seed, self.cache_dir, self.weights = run.seed, run.cache_dir, run.weights
 
     def check_settings(self) -> None:
-        """Raises ValueError, naming the setting, for one that cannot be right; nothing is built for that."""
-        check_paper_key(self.run.config["task"], "task")
-        task_settings(self.run.cfg.task["_target_"], self.run.task_settings)
-        config = self.run.config
-        groups: dict[str, Any] = {
-            f"{group}.{key}": spec
-            for group in ("callbacks", "logger")
-            for key, spec in (config.get(group) or {}).items()
-        }
+        """Raises ValueError, with the setting's name, for an invalid setting; builds nothing."""
+        task = self.run.config["task"]
+        check_paper_key(task, "task")
+        task_settings(task["_target_"], task)
+        self._partials("callbacks")
+        self._partials("logger")
         if "tokens" in self.run.requires:
-            groups |= {"data": without(config["data"], "n_colour")}
-        for where, spec in groups.items():
-            checked_partial(spec, where)
-        if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
-            _ = self.planned_network
+            self._source_partial()
+            if not self.run.takes_from_weights("tokens"):
+                _ = self.planned_network
+
+    def _partials(self, group: str) -> list[Callable[..., Any]]:
+        """A checked partial of every entry of `callbacks` or `logger`."""
+        entries = self.run.config.get(group) or {}
+        return [checked_partial(spec, f"{group}.{key}") for key, spec in entries.items()]
+
+    def _source_partial(self) -> Callable[..., Source]:
+        return checked_partial(without(self.run.config["data"], "n_colour"), "data")
 
     @property
     def trained_weights(self) -> Weights:
-        """The weights of `init=`, of a task that requires them."""
+        """The weights of `init=`, for a task that requires them."""
         assert self.weights is not None, "RunConfig has seen to it"
         return self.weights
 
@@ -78,11 +80,6 @@ class Components:
         init: str | None = self.run.cfg.init
         return init
 
-    @property
-    def finished_runs(self) -> Found:
-        """The runs that a comparison is of."""
-        return self.run.finished_runs
-
     @cached_property
     def hardware(self) -> Machine:
         settings = {key: value for key, value in self.run.config["trainer"].items() if key != "_target_"}
@@ -90,9 +87,8 @@ class Components:
 
     @cached_property
     def runner(self) -> Runner:
-        """The Trainer calls, with the callbacks and loggers of the run where it trains."""
-        watching = (self.run.config.get("callbacks") or {}) if self.run.trains else {}
-        callbacks = [checked_partial(spec, f"callbacks.{key}")() for key, spec in watching.items()]
+        """The Trainer calls; with the run's callbacks and loggers, if it trains."""
+        callbacks = [build() for build in self._partials("callbacks")] if self.run.trains else []
         if self.hardware.device.type == "cpu":
             hold_memory()
         runner = Runner(machine=self.hardware, folder=self.run_dir, callbacks=callbacks)
@@ -101,9 +97,9 @@ class Components:
         return runner
 
     def build_loggers(self, first_step: int = 0) -> list[Logger]:
-        """The loggers that the run chooses, started; a pipeline has none of its own, its stages have.
+        """The started loggers of the config group `logger`; none on ranks > 0 or for a pipeline, whose stages log.
 
-        `first_step`: the optimiser step that this process goes on from.
+        `first_step`: the optimiser step this process resumes from.
         """
         if not self.hardware.rank.first or "stages" in self.run.requires:
             return []
@@ -118,9 +114,7 @@ class Components:
             trains=self.run.trains,
             pipeline=self.run_dir.parent.name if (self.run_dir.parent / "run.json").is_file() else None,
         )
-        chosen = self.run.config.get("logger") or {}
-        started = [checked_partial(spec, f"logger.{key}")(self.run_dir, about) for key, spec in chosen.items()]
-        loggers = [logger for logger in started if logger is not None]
+        loggers = [logger for build in self._partials("logger") if (logger := build(self.run_dir, about)) is not None]
         for logger in loggers:
             logger.log_hyperparams(self.run.config)
         return loggers
@@ -128,13 +122,11 @@ class Components:
     @cached_property
     def source(self) -> Source:
         """The images."""
-        build = checked_partial(without(self.run.config["data"], "n_colour"), "data")
-        source: Source = build(cache=self.cache_dir, list_files=self.run.list_files)
-        return source
+        return self._source_partial()(cache=self.cache_dir, list_files=self.run.list_files)
 
     @cached_property
     def evaluation_crop(self) -> Crop:
-        """How an image is cut for evaluation."""
+        """The crop of an image for evaluation."""
         return evaluation_crop(self.run.config["data"])
 
     @cached_property
@@ -144,7 +136,11 @@ class Components:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The run's own, or that of its weights. Raises ValueError where the weights read other tokens or images."""
+        """The tokenizer of the config or of the weights.
+
+        Raises:
+            ValueError: weights of another tokenizer or resolution.
+        """
         theirs = self.weights.tokenizer if self.weights is not None else None
         data = self.run.cfg.data
         if self.weights is not None and theirs is not None and theirs.side != data.resolution:
@@ -164,7 +160,7 @@ class Components:
         return ours
 
     def build_datamodule(self, *, plan: BatchPlan = ONE_BY_ONE, eval_split: str = "val") -> TokenDataModule:
-        """Tokens of the images in batches. `plan`: how a step's images are shared out."""
+        """The DataModule of token batches. `plan`: the distribution of a step's images over ranks and micro batches."""
         return TokenDataModule(
             source=self.source,
             tokenizer=self.tokenizer,
@@ -177,12 +173,12 @@ class Components:
 
     @cached_property
     def objective(self) -> Objective:
-        """L_GEN: what pretraining minimises."""
+        """L_GEN, the pretraining loss."""
         return registry.build(**self.run.objective_settings)
 
     @cached_property
     def network(self) -> GPTConfig:
-        """The network: the run's own, or that of its weights."""
+        """The network's config: of the group `model`, or of the weights (`model=checkpoint`)."""
         n_ctx, n_vocab = self.tokenizer.grid.n_ctx, self.tokenizer.n_vocab
         if self.weights is not None and self.run.takes_from_weights("model"):
             saved = self.weights.metadata.network
@@ -191,9 +187,9 @@ class Components:
 
     @property
     def planned_network(self) -> GPTConfig:
-        """The network, of settings alone: no image is read and nothing is fitted to any.
+        """The network's config from the settings alone: reads no image and fits no tokenizer.
 
-        Of a tokenizer that is fitted, V is an upper bound.
+        n_vocab is an upper bound where the tokenizer has to be fitted.
         """
         if self.weights is not None and self.run.takes_from_weights("model"):
             return self.weights.metadata.network
@@ -203,18 +199,18 @@ class Components:
         return self._network(n_ctx=n_ctx, n_vocab=n_vocab)
 
     def _network(self, *, n_ctx: int, n_vocab: int) -> GPTConfig:
-        """The network of `conf/model/`, with what it is given by tokens and objective."""
+        """The network's config of `conf/model/`, with these sizes and `causal` of the objective."""
         spec = {key: value for key, value in self.run.config["model"].items() if key != "name"}
         causal = self.objective.causal
         network: GPTConfig = checked_partial(spec, "model")(n_ctx=n_ctx, n_vocab=n_vocab, causal=causal)
         return network
 
     def build_network(self) -> GPT:
-        """The network, its weights not yet drawn."""
+        """The network, its weights not yet initialised."""
         return GPT(self.network)
 
     def checkpoint_metadata(self, *, step: int) -> CheckpointMetadata:
-        """What weights that this run makes say of themselves."""
+        """The metadata saved with this run's weights."""
         return CheckpointMetadata(
             network=self.network,
             tokenizer=self.tokenizer,
@@ -227,7 +223,7 @@ class Components:
 
     @cached_property
     def cache_key(self) -> dict[str, Any]:
-        """What decides the features of an image, beside the weights."""
+        """Everything but the weights that determines the features of an image; part of their cache key."""
         hashes = self.run.input_hashes.items()
         return {
             "data": {key: value for key, value in self.run.config["data"].items() if key not in NOT_OF_FEATURES},
@@ -238,7 +234,7 @@ class Components:
         }
 
     def check_weights(self) -> None:
-        """Raises ValueError where the run chooses another network, palette or objective than its weights have."""
+        """Raises ValueError where the config's network, tokenizer or objective differs from that of the weights."""
         if self.weights is None:
             return
         metadata, folder, takes = self.weights.metadata, self.weights.folder, self.run.takes_from_weights
@@ -253,6 +249,6 @@ class Components:
             if stated:
                 raise ValueError(f"tokens=checkpoint takes the checkpoint's {' and '.join(stated)}: state no other")
         if not takes("tokens") or "tokens" in self.run.requires:
-            assert self.tokenizer  # which compares itself with that of the weights
+            assert self.tokenizer  # the property compares its hash with that of the weights
         if "tokens" in self.run.requires:
             compare_splits(self.run.config["data"], folder.parent)

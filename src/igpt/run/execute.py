@@ -1,4 +1,4 @@
-"""Executes one run, or one stage of a pipeline, in its folder: its task, its result, its page, its loggers."""
+"""Executes a task in its run directory, writes its result and page, and logs the result; also a pipeline's stages."""
 
 import logging
 import time
@@ -14,6 +14,7 @@ from igpt.metric.result import Result
 from igpt.report.closing_table import closing_table
 from igpt.report.folder import RunFolder, result_of
 from igpt.report.page import write_page
+from igpt.report.runs import brief
 from igpt.run.components import Components
 from igpt.run.pipeline_stages import stage_configs
 from igpt.run.run_config import RunConfig
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def run_and_report(components: Components) -> Result:
-    """Executes the task, writes its result into the run's folder, shows it."""
+    """Executes the task; writes the result and the page into the run directory, logs the closing table."""
     run, folder = components.run, RunFolder(components.run_dir)
     start = time.perf_counter()
     failed = True
@@ -35,7 +36,7 @@ def run_and_report(components: Components) -> Result:
         result = execute_task(components)
         seconds = time.perf_counter() - start
         if run.weights is not None:
-            result.provenance["init"] = run.init_provenance
+            result.provenance["init"] = brief(run.weights.metadata.to_dict())
         if components.hardware.rank.first:
             folder.finish(run.task, result, seconds=seconds)
             write_page(folder.path)
@@ -46,16 +47,16 @@ def run_and_report(components: Components) -> Result:
         raise
     finally:
         loggers.close(failed)
-    ranks.barrier()  # the next stage of a pipeline reads what this one left
+    ranks.barrier()  # the next stage of a pipeline reads this one's files
     table = closing_table(result, folder.path, seconds, published=run.config["published"])
     log.info("%s\n%s", run.task, table)
     return result
 
 
 def execute_task(components: Components) -> Result:
-    """Checks the settings and the weights of a task, and runs it."""
+    """Checks the task's settings and weights, then calls its `run`; returns its result."""
     target = components.run.cfg.task["_target_"]
-    settings = task_settings(target, components.run.task_settings)
+    settings = task_settings(target, components.run.config["task"])
     components.check_weights()
     if "stages" in components.run.requires:
         components.run_stage = stage_runner(components)
@@ -64,16 +65,16 @@ def execute_task(components: Components) -> Result:
 
 
 def check_batch(hardware: Machine, task: DictConfig) -> None:
-    """Raises ValueError when the processes of this run cannot share out the images of a step."""
+    """Raises ValueError when `batch_size` cannot be divided over the ranks and micro batches of this run."""
     if "network" in task.requires and isinstance(task.get("batch_size"), int):
         hardware.training_plan(task.batch_size)
 
 
 def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
-    """What runs one stage of a pipeline; every stage's settings are checked before the first one starts.
+    """A function that runs one stage of a pipeline. All stages' settings are checked here, before the first starts.
 
     Raises:
-        ValueError: a stage that is none, settings that it does not have, a run to stand in for it that is another.
+        ValueError: a task that cannot be a stage, an unknown setting, a stand-in run that differs from its stage.
     """
     stages = stage_configs(pipeline.run)
     for stage in stages.values():

@@ -1,4 +1,4 @@
-"""The files a run begins from: what is in them, and whether its weights have seen what it holds out."""
+"""Hashes of a run's input files; a warning where its weights may have been trained on its held-out images."""
 
 import hashlib
 import logging
@@ -15,17 +15,15 @@ from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
-Hashes = dict[str, str | None]  # of each file by the setting that names it; None: there is none
+Hashes = dict[str, str | None]  # setting → SHA-256 of the file it names; None: no file
 
 
 def input_hashes(config: Mapping[str, Any], *, init: str | None, found: Hashes | None, list_files: ListFiles) -> Hashes:
-    """Hashes of the files that decide a run: starting weights, palettes, and (by name and size) images.
+    """SHA-256 of a run's input files: initial weights, palettes, images (of their names and sizes).
 
-    `init`: that of the weights it starts from. `found`: those of the runs it compares, for a task that reads runs.
+    `init`: the hash of the initial weights. `found`: the hashes of the compared runs, for `task=compare`.
     """
-    path = config["tokens"].get("path")
-    palette = files.sha256(Path(path)) if path is not None and Path(path).is_file() else None
-    found_out: Hashes = {"init": init, "tokens.path": palette}
+    found_out: Hashes = {"init": init, "tokens.path": _hash_file(config["tokens"].get("path"))}
     for of, settings in {"data": config["data"], **config["data"].get("streams", {})}.items():
         images = settings.get("path")
         if images is not None and Path(images).exists():
@@ -38,19 +36,22 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, found: Hashes |
     for run in config["task"].get("runs", []):
         found_out[f"task.runs {Path(run).name}"] = find(run).sha256
     for group, key in (("task", "palette"), ("data", "clusters")):
-        file = config[group].get(key)
-        if file is not None and Path(file).expanduser().is_file():
-            found_out[f"{group}.{key}"] = files.sha256(Path(file).expanduser())
-    for file in config["task"].get("beside", []):
-        found_out[f"task.beside {Path(file).name}"] = files.sha256(Path(file)) if Path(file).is_file() else None
-    return found_out
+        if (sha := _hash_file(config[group].get(key))) is not None:
+            found_out[f"{group}.{key}"] = sha
+    return found_out | {f"task.beside {Path(file).name}": _hash_file(file) for file in config["task"].get("beside", [])}
+
+
+def _hash_file(path: str | None) -> str | None:
+    file = None if path is None else Path(path).expanduser()
+    return files.sha256(file) if file is not None and file.is_file() else None
 
 
 def trained_on(folder: Path) -> dict[str, Any]:
-    """The data settings of the run that trained the weights in a run folder, also where they were imported into it."""
+    """The data settings of the run that trained the weights of a run directory, followed through imports."""
     for _ in range(10):  # imports of imports
-        record = folder / "run.json"
-        config = read_record(record)["config"] if record.is_file() else {"task": {"requires": []}}
+        if not (folder / "run.json").is_file():
+            break
+        config = read_record(folder / "run.json")["config"]
         if "network" in config["task"]["requires"]:
             data: dict[str, Any] = config["data"]
             return data
@@ -58,13 +59,11 @@ def trained_on(folder: Path) -> dict[str, Any]:
             break
         place = Path(config["init"])
         folder = next((p for p in (place, *place.parents[:2]) if (p / "run.json").is_file()), place)
-        if folder == place and not (place / "run.json").is_file():
-            break
     return {}
 
 
 def compare_splits(ours: Mapping[str, Any], run: Path) -> None:
-    """Says so when the run that the weights are of held out other images: they may have been trained on ours.
+    """Warns where the run that trained the weights held out other images: it may have trained on held-out ones of ours.
 
     `ours`: the data settings of this run.
     """

@@ -1,4 +1,4 @@
-"""From a composed config to a finished run folder: one command, or one call from Python."""
+"""Runs a composed config in its run directory; from the command line (`main`) or from Python (`run`)."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ from igpt.run.arguments import absolute, expand_home, prepare
 from igpt.run.components import Components
 from igpt.run.execute import check_batch, execute_task, run_and_report
 from igpt.run.logs import log_file, set_up_logging
-from igpt.run.run_config import OF_LAUNCH, RunConfig
+from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import resolve_run_dir
 from igpt.run.targets import task_settings
 from igpt.training.nan_guard import NonFiniteLossError
@@ -41,7 +41,7 @@ REQUEUE_SECONDS = 60
 
 
 def main(cfg: DictConfig) -> None:
-    """One command: exit code 2 and one line when the input was bad, 75 when a signal stopped it and it saved."""
+    """Runs the composed config; exits with 2 and a one-line error on bad input, with 75 when a signal stopped it."""
     set_up_logging(quiet=not ranks.this_rank().first)
     choices = dict(HydraConfig.get().runtime.choices)
     overrides = list(HydraConfig.get().overrides.task)
@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
         launch(cfg, choices=choices, overrides=overrides)
     except StoppedError as error:
         if pass_on(error.number) and not ranks.this_rank().first:
-            time.sleep(REQUEUE_SECONDS)  # whoever was told has the first rank queue the job again, and ends us all
+            time.sleep(REQUEUE_SECONDS)  # submitit requeues from rank 0, then kills the job; wait for that
         sys.exit(STOPPED)
     except (ValueError, NonFiniteLossError, OSError, OmegaConfBaseException) as error:
         log.debug("traceback", exc_info=True)
@@ -64,7 +64,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What to do about an error, where it says that memory ran out: PyTorch has several that do."""
+    """A message with remedies if the error means that memory ran out (PyTorch raises several kinds); else None."""
     said = str(error)
     if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in said:
         return None
@@ -77,8 +77,8 @@ def out_of_memory(error: BaseException) -> str | None:
 
 
 def lost_worker(error: BaseException) -> str | None:
-    """What to do about an error, where it says that a process that reads images has died."""
-    said = f"{error.__cause__ or error.__context__} {error}"  # by which signal, PyTorch says in the first
+    """A message with remedies if the error means that a DataLoader worker died; else None."""
+    said = f"{error.__cause__ or error.__context__} {error}"  # PyTorch names the signal in the cause
     if re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)", said) is None:
         return None
     found = re.search(r"killed by signal: [\w ]+", said)
@@ -90,13 +90,13 @@ def lost_worker(error: BaseException) -> str | None:
 
 
 def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path | None]:
-    """One run from Python, in this process, as `python train.py OVERRIDES` does it: its result and its folder
-    (None where it leaves none: a plan, a page).
+    """Runs `python train.py OVERRIDES` in this process; returns (result, run directory).
 
-    `conf`: the folder of settings, of a clone of this repository. Paths are seen from the current folder.
+    The run directory is None for a plan or a page, which write none. `conf`: the config folder of a clone of this
+    repository. Relative paths are relative to the working directory.
 
     Raises:
-        ValueError: whatever the command would say in one line.
+        ValueError: bad input, with the command's one-line message.
     """
     folders: list[Path] = []
     with _composed(overrides, conf) as (cfg, choices, arguments):
@@ -105,10 +105,10 @@ def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path | None
 
 
 def build_components(*overrides: str, conf: Path | str = "conf") -> Components:
-    """The parts of a run (its images, tokenizer, network …) from Python, each built when it is asked for.
+    """The parts of a run (images, tokenizer, network …) for use from Python, each built at its first use.
 
     Raises:
-        ValueError: whatever the command would say in one line.
+        ValueError: bad input, with the command's one-line message.
     """
     with _composed(overrides, conf) as (cfg, choices, _):
         return Components(RunConfig(cfg, choices))
@@ -116,7 +116,7 @@ def build_components(*overrides: str, conf: Path | str = "conf") -> Components:
 
 @contextmanager
 def _composed(overrides: Sequence[str], conf: Path | str) -> Iterator[tuple[DictConfig, dict[str, Any], list[str]]]:
-    """The config, the option that was chosen in each group, the overrides that made them; Hydra stays initialised."""
+    """Yields (config, chosen option of each group, overrides); Hydra stays initialised inside the block."""
     folder = Path(conf).resolve()
     arguments = prepare(list(overrides), folder)
     with initialize_config_dir(str(folder), version_base="1.3"):
@@ -128,9 +128,9 @@ def _composed(overrides: Sequence[str], conf: Path | str) -> Iterator[tuple[Dict
 def launch(
     cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str], tell: Callable[[Path], None] | None = None
 ) -> Result:
-    """Runs a composed config in its run folder; a finished identical run is not repeated, its result is returned.
+    """Runs a composed config in its run directory; returns the saved result where an identical run is finished.
 
-    `tell` is given the run's folder.
+    `tell`: called with the run directory once it is known.
     """
     expand_home(cfg)
     if not cfg.task.requires:
@@ -141,7 +141,7 @@ def launch(
         return show_plan(components)
     components.check_settings()
     check_batch(components.hardware, cfg.task)
-    if not run.keeps_run:
+    if not cfg.task.get("run_folder", True):
         return run_interactive(components)
     with ranks.joined(components.hardware.device) as rank:
         check_ranks(run)
@@ -160,13 +160,13 @@ def launch(
         with ExitStack() as while_it_runs:
             if rank.first:
                 while_it_runs.enter_context(folder.lock())
-            if ranks.from_first(lambda: folder.finished):  # by the process that held the lock until now
+            if ranks.from_first(lambda: folder.finished):  # finished by the previous holder of the lock
                 return result_of(folder.read_result())
             if rank.first:
                 folder.start(run.config, absolute(overrides), run.input_hashes, run.subject)
                 files.remove_parts(folder.path)
                 while_it_runs.enter_context(log_file(folder.path / "log.txt"))
-            ranks.barrier()  # from here on the others may read what is there
+            ranks.barrier()  # the other ranks may read the directory from here on
             components.run_dir = folder.path
             components.hardware.warn_of_rounding()
             processes_text = f", {rank.count} processes" if rank.count > 1 else ""
@@ -180,7 +180,7 @@ def launch(
 
 
 def describe_run(run: RunConfig) -> str:
-    """What a run is about to do, in a line."""
+    """The run in a line: task, model, data, objective, steps and batch size."""
     if "finished_runs" in run.requires:
         return run.task
     task = run.config["task"]
@@ -191,17 +191,15 @@ def describe_run(run: RunConfig) -> str:
 
 
 def run_without_folder(cfg: DictConfig) -> Result:
-    """Runs a task that requires nothing, and so has no folder of its own: it adds to those of finished runs."""
-    spec = OmegaConf.to_container(cfg.task, resolve=True)
-    assert isinstance(spec, dict)
+    """Runs a task that requires no component (`task=report`): it has no run directory, it writes into finished ones."""
     target = cfg.task["_target_"]
-    settings = task_settings(target, {str(key): value for key, value in spec.items() if key not in OF_LAUNCH})
+    settings = task_settings(target, to_dict(cfg.task))
     task: Callable[..., Result] = get_object(target)
     return task(settings) if ranks.this_rank().first else Result()
 
 
 def show_plan(components: Components) -> Result:
-    """Logs what a training run would take, of its settings alone; nothing is made.
+    """Logs the memory and time that a training run would take, from its settings alone; builds and trains nothing.
 
     Raises:
         ValueError: a task that trains no network.
@@ -215,10 +213,10 @@ def show_plan(components: Components) -> Result:
 
 
 def run_interactive(components: Components) -> Result:
-    """Runs a task that leaves no run folder, until the person who started it ends it.
+    """Runs a task without a run directory (`task=demo`) until the user ends it.
 
     Raises:
-        ValueError: it is to be resumed or repeated, is a job of a sweep, or was given several processes.
+        ValueError: `resume=`, `force=true`, a sweep, or several processes.
     """
     run = components.run
     if run.cfg.force or run.cfg.resume is not None or launcher.TELL in os.environ:
@@ -233,7 +231,7 @@ def run_interactive(components: Components) -> Result:
 
 
 def check_ranks(run: RunConfig) -> None:
-    """Raises ValueError unless every process of this run has the same settings, files and libraries."""
+    """Raises ValueError unless all ranks have the same settings, input files and library versions."""
     settings = {key: json.dumps(value, sort_keys=True, default=str) for key, value in run.config.items()}
     ranks.check_same("settings", settings)
     ranks.check_same("files", run.input_hashes)

@@ -1,4 +1,4 @@
-"""Messages: in plain words on the terminal, with their time in a file."""
+"""Logging: plain messages on the terminal, with timestamps in a file."""
 
 import logging
 import sys
@@ -11,35 +11,33 @@ from tqdm.auto import tqdm
 
 
 class Console(logging.Handler):
-    """Writes messages above a progress bar, if there is one, instead of through it."""
+    """Logging handler that writes above a tqdm progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def set_up_logging(*, quiet: bool = False) -> None:
-    """Messages to the terminal; libraries, and this package where it is to be quiet, speak only when something is
-    wrong.
-    """
+    """Sends log records to the terminal: INFO of this package, WARNING of libraries; with `quiet`, only errors."""
     console = Console()
     console.setLevel(logging.ERROR if quiet else logging.INFO)
     console.setFormatter(logging.Formatter("%(message)s"))
-    # a bar shows the same on a terminal
+    # on a terminal the progress bar shows the same
     console.addFilter(lambda record: not (getattr(record, "progress", False) and sys.stderr.isatty()))
     root = logging.getLogger()
     root.handlers = [console]
     root.setLevel(logging.WARNING)
     logging.getLogger("igpt").setLevel(logging.DEBUG)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Lightning's own use of PyTorch, nothing a user can mend
+    # caused by Lightning's own code
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*", module="lightning.*")
 
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Everything logged while the block lasts, appended to a file with its time."""
+    """Appends all log records of the block, with timestamps, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")  # whatever the locale is
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")  # independent of the locale
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     try:

@@ -1,4 +1,4 @@
-"""The stages of a pipeline: each is the pipeline's config with another task, and settings of its own."""
+"""The stages of a pipeline: the pipeline's config with another task and the stage's own settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,41 +10,39 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from igpt.report.folder import RunFolder, changes
 from igpt.report.paper import check_paper_key
-from igpt.run.run_config import OF_LAUNCH, RunConfig
+from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.targets import task_settings
 from igpt.settings.older_configs import answer
 from igpt.settings.reading import FROM
 from igpt.utils.overrides import suggestion
 
-GROUPS = ("model", "objective")  # that a stage may choose from for itself
-DATA = "data"  # of a stage: settings of the data that are its own
-STAND_IN = "run"  # of a stage: the folder of a finished run that stands in for it
+GROUPS = ("model", "objective")  # config groups with an option of a stage's own
+DATA = "data"  # key of a stage: overrides of its data settings
+STAND_IN = "run"  # key of a stage: the directory of a finished run to use instead of running it
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """The composed config of one stage, and the options it chose."""
+    """The composed config of one stage, and the chosen option of each group."""
 
     name: str
     cfg: DictConfig
     choices: dict[str, Any]
-    stand_in: Path | None  # the folder of a finished run
+    stand_in: Path | None  # the directory of a finished run to use instead
 
     def check_stand_in(self) -> None:
-        """Raises ValueError unless the run that stands in is finished, and is what the stage would have been."""
+        """Raises ValueError unless the stand-in run is finished and has the config of this stage."""
         if self.stand_in is None:
             return
         folder = RunFolder(self.stand_in)
         if not folder.finished:
             raise ValueError(f"task.stages.{self.name}.run={folder.path}: no finished run is there")
-        config = OmegaConf.to_container(self.cfg, resolve=True)
-        assert isinstance(config, dict)
-        differs, _ = changes(folder.read_run()["config"], {str(key): value for key, value in config.items()})
+        differs, _ = changes(folder.read_run()["config"], to_dict(self.cfg))
         if differs:
             raise ValueError(f"task.stages.{self.name}.run={folder.path}: that run is another: {'; '.join(differs)}")
 
     def check_stand_in_files(self, input_hashes: Mapping[str, str | None]) -> None:
-        """Raises ValueError unless the run that stands in began from the files that the stage would begin from."""
+        """Raises ValueError unless the stand-in run has the input files of this stage."""
         assert self.stand_in is not None
         saved = RunFolder(self.stand_in).read_run()["files_sha256"]
         if differs := [key for key in saved if saved[key] != input_hashes.get(key)]:
@@ -54,10 +52,10 @@ class StageConfig:
 
 
 def stage_configs(run: RunConfig) -> dict[str, StageConfig]:
-    """Every stage that is to run, by its name, all of their settings checked.
+    """Name → config of every stage that is not null, all settings checked.
 
     Raises:
-        ValueError: settings that a stage does not have or take, a stage that leaves no run, a stand-in that is another.
+        ValueError: an unknown or invalid setting, a task without a run directory, a stand-in run of another config.
     """
     stages = {}
     for name, settings in run.cfg.task.stages.items():
@@ -76,10 +74,10 @@ def stage_configs(run: RunConfig) -> dict[str, StageConfig]:
 
 
 def compose_stage(run: RunConfig, name: str, settings: DictConfig) -> StageConfig:
-    """The pipeline's config with a stage's task, what that takes from a checkpoint, and what the stage chooses.
+    """The pipeline's config with the task, groups and settings of a stage.
 
     Raises:
-        ValueError: a setting that the stage does not have, or that its task does not take.
+        ValueError: a setting that the stage or its task does not have.
     """
     where = f"task.stages.{name}"
     chosen = {"task": settings.get("task", name)} | {group: settings[group] for group in GROUPS if group in settings}
@@ -100,15 +98,14 @@ def compose_stage(run: RunConfig, name: str, settings: DictConfig) -> StageConfi
     OmegaConf.set_struct(cfg, True)
     stand_in = settings.get(STAND_IN)
     stage = StageConfig(name, cfg, choices, None if stand_in is None else Path(stand_in))
-    spec = OmegaConf.to_container(cfg.task, resolve=True)
-    assert isinstance(spec, dict)
+    spec = to_dict(cfg.task)
     check_paper_key(spec, where)
-    task_settings(cfg.task["_target_"], {str(k): v for k, v in spec.items() if k not in OF_LAUNCH}, where)
+    task_settings(spec["_target_"], spec, where)
     return stage
 
 
 def _merge(config: DictConfig, settings: Mapping[Any, Any], where: str) -> DictConfig:
-    """A copy of `config` with other values; a mapping that is not empty is merged. Raises ValueError for a new name."""
+    """A copy of `config` with `settings` merged in, recursively. Raises ValueError for a key that `config` lacks."""
     merged = config.copy()
     for key, value in settings.items():
         if key not in config:

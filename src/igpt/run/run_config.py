@@ -1,8 +1,8 @@
-"""One run as its config describes it: what it requires, what it is called, which files decide it."""
+"""A run's config with everything derived from it: requirements, name, initial weights, input hashes."""
 
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -10,25 +10,29 @@ from igpt.checkpoint.find import find
 from igpt.checkpoint.igpt_format import Weights
 from igpt.data.listing import list_files
 from igpt.report.folder import identity
-from igpt.report.runs import Found, brief, found
+from igpt.report.runs import Found, found
 from igpt.run import fingerprint
 from igpt.settings.fields import parse_settings
 from igpt.settings.run import RunSettings
 
-CHECKPOINT = "checkpoint"  # the option of model, tokens and objective that says: as in the weights of init=
-OF_LAUNCH = ("_target_", "name", "requires", "run_folder", "paper")  # of a task: what is no setting of what it runs
+CHECKPOINT = "checkpoint"  # option of model, tokens and objective: take it from the weights of init=
+
+
+def to_dict(cfg: DictConfig) -> dict[str, Any]:
+    """The config as nested dicts and lists, interpolations resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
 class RunConfig:
-    """A composed config with the options that were chosen in each group.
+    """A composed config with the chosen option of each group.
 
     Raises:
-        ValueError: weights that are required and not given, or that cannot be found.
+        ValueError: weights that are required and missing.
     """
 
     def __init__(self, cfg: DictConfig, choices: dict[str, Any]) -> None:
         self.cfg, self.choices = cfg, choices
-        self.list_files = cache(list_files)  # once for the run's name and for the images; anew for every run
+        self.list_files = cache(list_files)  # one listing per run, for its name and its images
         self.task: str = cfg.task.name
         self.requires = frozenset(cfg.task.requires)
         settings = parse_settings(RunSettings, {name: self.config[name] for name in RunSettings.model_fields}, "")
@@ -37,12 +41,12 @@ class RunConfig:
 
     def _find_weights(self) -> Weights | None:
         cfg = self.cfg
-        reads_runs = "runs" in cfg.task and "finished_runs" not in self.requires  # their weights, not their numbers
+        reads_runs = "runs" in cfg.task and "finished_runs" not in self.requires  # the weights, not the numbers
         if reads_runs and not cfg.task.runs:
             raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
         start = cfg.task.runs[0] if reads_runs and cfg.init is None else cfg.init
         if start is not None:
-            settings = cfg.task.get("stages", {}).get("import") or cfg.task  # what OpenAI's checkpoints do not say
+            settings = cfg.task.get("stages", {}).get("import") or cfg.task  # not stored in OpenAI's checkpoints
             palette = settings.get("palette") or cfg.data.get("clusters")
             return find(start, palette=palette, n_head=settings.get("n_head"))
         from_weights = [group for group in ("model", "tokens", "objective") if self.takes_from_weights(group)]
@@ -54,30 +58,18 @@ class RunConfig:
         return None
 
     def takes_from_weights(self, group: str) -> bool:
-        """Whether `model`, `tokens` or `objective` is that of the weights of `init=`."""
+        """Whether `model`, `tokens` or `objective` comes from the weights of `init=`."""
         return bool(self.choices.get(group) == CHECKPOINT)
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The whole config, resolved."""
-        resolved = OmegaConf.to_container(self.cfg, resolve=True)
-        assert isinstance(resolved, dict)
-        return {str(key): value for key, value in resolved.items()}
-
-    @property
-    def task_settings(self) -> dict[str, Any]:
-        """The settings of the task that its code is given."""
-        return {key: value for key, value in self.config["task"].items() if key not in OF_LAUNCH}
+        return to_dict(self.cfg)
 
     @property
     def trains(self) -> bool:
-        """Whether there are optimiser steps to watch."""
+        """Whether the task takes optimiser steps (for callbacks and loggers)."""
         return "network" in self.requires or self.cfg.task.get("solver") == "sgd"
-
-    @property
-    def keeps_run(self) -> bool:
-        """Whether the task leaves a run folder; if not, it is for a person to look at, and nothing is a result."""
-        return bool(self.cfg.task.get("run_folder", True))
 
     @property
     def model_name(self) -> str:
@@ -91,7 +83,7 @@ class RunConfig:
 
     @property
     def objective_settings(self) -> dict[str, Any]:
-        """The objective's name and numbers: the run's own, or those of its weights."""
+        """The objective's name and numbers, of the config or of the weights (`objective=checkpoint`)."""
         if self.weights is not None and self.takes_from_weights("objective"):
             return self.weights.metadata.objective
         settings: dict[str, Any] = self.config["objective"]
@@ -99,7 +91,7 @@ class RunConfig:
 
     @property
     def subject(self) -> dict[str, str]:
-        """What the task is done with: the names of model, data and objective, and the option of `data`."""
+        """The names of model, data and objective, and the chosen option of `data`."""
         data = self.data_name
         if self.weights is not None and "tokens" not in self.requires:  # a task that reads no images
             data = self.weights.metadata.data
@@ -108,7 +100,7 @@ class RunConfig:
 
     @property
     def name(self) -> str:
-        """The run folder's name: what is done with what, and 8 digits of the config's hash."""
+        """The run directory's name: task, model, data, objective, seed, and 8 hex digits of the config's hash."""
         digest = identity(self.config, self.input_hashes)
         if "finished_runs" in self.requires:
             return f"{self.task}-{digest}"
@@ -117,19 +109,14 @@ class RunConfig:
 
     @cached_property
     def input_hashes(self) -> dict[str, str | None]:
-        """What is in the files that decide the run: starting weights, palettes, and (by name and size) images."""
+        """SHA-256 of the input files: initial weights, palettes, images (of their names and sizes)."""
         compared = self.finished_runs.input_hashes if "finished_runs" in self.requires else None
         init = self.weights.sha256 if self.weights is not None else None
         return fingerprint.input_hashes(self.config, init=init, found=compared, list_files=self.list_files)
 
-    @property
-    def init_provenance(self) -> dict[str, Any]:
-        """What the weights of init= say of themselves, for the record of this run."""
-        return brief(self.weights.metadata.to_dict()) if self.weights is not None else {}
-
     @cached_property
     def finished_runs(self) -> Found:
-        """The finished runs that `task.runs` names; where it names none, those below `paths.runs`."""
+        """The finished runs of `task.runs`; of `paths.runs` where that is empty."""
         places = self.config["task"]["runs"]
         if not places:
             return found([self.cfg.paths.runs]) if Path(self.cfg.paths.runs).is_dir() else Found()

@@ -1,9 +1,10 @@
-"""The directory of a run, resolved before anything starts: by the run's name, or the run that it resumes."""
+"""Resolves the directory of a run: `paths.runs`/NAME, or that of `resume=`."""
 
 import glob
 import logging
 import os
 from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 
 from igpt.distributed import launcher
@@ -26,10 +27,10 @@ def resolve_run_dir(run: RunConfig) -> tuple[RunFolder, bool]:
 
 
 def find_run_dir(run: RunConfig) -> RunFolder:
-    """The directory of a run: that of `resume=`, or a name below `paths.runs`.
+    """The directory of a run: that of `resume=`, or `paths.runs`/NAME; with `force=true`, a new NAME-2, NAME-3 ….
 
     Raises:
-        ValueError: an unfinished run of this name that has checkpoints, or a `resume=` that is another run.
+        ValueError: an unfinished run of this name with checkpoints, or a `resume=` of another config or input files.
     """
     cfg = run.cfg
     name = run.name
@@ -55,11 +56,9 @@ def find_run_dir(run: RunConfig) -> RunFolder:
     folder = RunFolder(Path(cfg.paths.runs) / name)
     if not folder.started and not cfg.force:
         folder = next(find_older_runs(run, folder), folder)
+    repeats = (RunFolder(Path(cfg.paths.runs) / f"{name}-{n}") for n in count(2))
     if cfg.force:
-        repeat = 2
-        while folder.started:
-            folder = RunFolder(Path(cfg.paths.runs) / f"{name}-{repeat}")
-            repeat += 1
+        folder = next(each for each in chain([folder], repeats) if not each.started)
     elif cfg.resume is None and folder.started and not folder.finished and any(folder.path.rglob("latest")):
         raise ValueError(
             f"{folder.path} was begun and is not finished: continue it with `python train.py resume={folder.path}`, "
@@ -69,9 +68,9 @@ def find_run_dir(run: RunConfig) -> RunFolder:
 
 
 def find_older_runs(run: RunConfig, folder: RunFolder) -> Iterator[RunFolder]:
-    """Runs beside a run's folder that are the same run, whose name an older release made otherwise.
+    """Yields directories of the same run, named with another hash by an older release.
 
-    Those that are finished first, then those that have a checkpoint to go on from.
+    Finished runs first, then those with a checkpoint to resume from.
     """
     prefix = folder.path.name.rpartition("-")[0]
     beside = [RunFolder(path) for path in sorted(folder.path.parent.glob(f"{glob.escape(prefix)}-*"))]
@@ -81,7 +80,7 @@ def find_older_runs(run: RunConfig, folder: RunFolder) -> Iterator[RunFolder]:
         try:
             saved = other.read_run()
             same = saved["version"] < VERSION and identity(saved["config"], saved["files_sha256"])
-        except (ValueError, KeyError, TypeError, AttributeError):  # what is no record of a run
+        except (ValueError, KeyError, TypeError, AttributeError):  # a damaged run.json
             continue
         if same == identity(run.config, run.input_hashes):
             log.info("%s is this run, %s by an older release", other.path, "made" if other.finished else "begun")

@@ -1,4 +1,4 @@
-"""Sweeps that choose what to try next: one value after another until it gets worse, or what Optuna proposes."""
+"""Adaptive sweeps: one value after another until the metric gets worse (`in_turn`), or Optuna's TPE (`optuna`)."""
 
 import logging
 import math
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Launch = Callable[[Sequence[Sequence[str]], int], Sequence[JobReturn]]
 Compose = Callable[[Sequence[str]], DictConfig]
 LOWER, HIGHER = "minimize", "maximize"
-FOLDER = "folder"  # of a trial's run, noted when it has ended
+FOLDER = "folder"  # user attribute of an ended trial: its run directory
 INSTALL = "hydra/sweeper=optuna needs Optuna, which is not installed: pip install optuna"
 
 
@@ -36,20 +36,18 @@ def in_turn(
     config: DictConfig, arguments: list[str], *, launch: Launch, compose: Compose, key: str, values: list[Any],
     direction: str,
 ) -> list[JobReturn]:  # fmt: skip
-    """Tries the values of a setting in their order, and stops where the sweep's metric is worse than at the last.
+    """Tries the values of a setting in order; stops at the first whose metric is no better than the best before it.
 
-    With other settings swept, does so for each combination of them. Source of the values and of stopping: Chen et al.
-    2020, §3.3, who search the learning rate from large to small. A job that failed counts as worse than any, and as no
-    reason to stop before one has succeeded.
+    Repeated for each combination of other swept settings. Values and stopping follow Chen et al. 2020, §3.3, who search
+    the learning rate from large to small. A failed job counts as infinitely bad; it stops nothing before a success.
 
     Raises:
-        SystemExit: 2 when the search cannot begin.
+        SystemExit: code 2 for an invalid search.
     """
     set_up_logging()
-    own, *_ = _combinations(arguments, lambda name: name == key)
     combinations = _combinations(arguments, lambda name: name != key)
-    if own:  # `task.learning_rate=0.01,0.003` on the command line
-        values = [value.split("=", 1)[1] for (value,) in _combinations(arguments, lambda name: name == key)]
+    own = [text for texts in _combinations(arguments, lambda name: name == key) for text in texts]
+    values = [text.split("=", 1)[1] for text in own] or values  # own: `task.learning_rate=0.01,0.003` as an argument
     if not values:
         _refuse("hydra.sweeper.values names one value or more, from the first to be tried to the last")
     what = {"in_turn": [key, values, direction, arguments, config.hydra.launcher.metric]}
@@ -73,13 +71,13 @@ def optuna(
     config: DictConfig, arguments: list[str], *, launch: Launch, compose: Compose, space: Mapping[str, Any],
     n_trials: int, at_once: int, direction: str, seed: int,
 ) -> list[JobReturn]:  # fmt: skip
-    """Tries what Optuna's TPE proposes, `at_once` jobs side by side, until `n_trials` are done.
+    """Runs `n_trials` trials proposed by Optuna's TPE, `at_once` in parallel.
 
-    The study is `study.db` (SQLite) in the sweep's folder; the same command goes on with it. A trial that was
-    interrupted is taken up again, its run goes on where it was.
+    The study is `study.db` (SQLite) in the sweep's directory; the same command continues it, and resumes interrupted
+    trials from their checkpoints.
 
     Raises:
-        SystemExit: 2 when the search cannot begin.
+        SystemExit: code 2 for an invalid search.
     """
     set_up_logging()
     try:
@@ -103,7 +101,7 @@ def optuna(
             storage=f"sqlite:///{(place / 'study.db').absolute()}", study_name=place.name, load_if_exists=True,
             direction=cast(Any, direction),
         )  # fmt: skip
-        # another seed whenever it goes on: the same would propose the same again
+        # another seed at each continuation: the same one would propose the same values again
         study.sampler = library.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
         begun = [Trial(study, trial._trial_id) for trial in study.get_trials(states=(TrialState.RUNNING,))]
         ended = [trial.user_attrs[FOLDER] for trial in study.trials if FOLDER in trial.user_attrs]
@@ -113,7 +111,7 @@ def optuna(
                 (*fixed, *(f"{key}={format_value(trial.params[key], quoted=False)}" for key in space))
                 for trial in trials
             ]
-            different = list(dict.fromkeys(jobs))  # what it proposes twice is one run
+            different = list(dict.fromkeys(jobs))  # identical proposals share a run
             returned = dict(zip(different, launch(different, trials[0].number), strict=True))
             for trial, job in zip(trials, [returned[job] for job in jobs], strict=True):
                 good = math.isfinite(_loss(config, job, direction))
@@ -132,7 +130,7 @@ def optuna(
 
 
 def _distribution(kinds: Any, key: str, spec: Mapping[str, Any]) -> Any:
-    """What Optuna draws a setting from: {choices: […]}, or {low: , high: } with `log` and, of whole numbers, `int`."""
+    """Optuna's distribution of a setting: {choices: […]}, or {low: , high: } with `log`, `step`, `int`."""
     try:
         if set(spec) == {"choices"}:
             return kinds.CategoricalDistribution(list(spec["choices"]))
@@ -144,7 +142,7 @@ def _distribution(kinds: Any, key: str, spec: Mapping[str, Any]) -> Any:
 
 
 def _combinations(arguments: list[str], wanted: Callable[[str], bool] = lambda name: True) -> list[list[str]]:
-    """Every combination of the values of those settings that are wanted, each `key=value`; [[]] of none."""
+    """Every combination (a list of `key=value`) of the swept settings whose name passes `wanted`; [[]] if none does."""
     parsed = OverridesParser.create().parse_overrides(arguments)
     (combinations,) = BasicSweeper.split_arguments([each for each in parsed if wanted(each.key_or_group)], None)
     return combinations
@@ -154,10 +152,10 @@ def _combinations(arguments: list[str], wanted: Callable[[str], bool] = lambda n
 def _search(
     config: DictConfig, what: Mapping[str, Any], direction: str, compose: Compose, example: Sequence[str]
 ) -> Iterator[list[str | None]]:
-    """Runs the block in the folder of a search, and compares at its end the runs whose folders were put in the list.
+    """Yields a list for the run directories of a search, and compares these runs after the block.
 
-    What it searches names the folder, so that the same command goes on with it. One of the jobs to come is looked at
-    before the first begins. While the block lasts, jobs are told which search they are of.
+    The directory's name holds a hash of `what`, so that the same command continues the search. `example`, the overrides
+    of one job, is composed first to find errors. In the block, the variable SWEEP names the search for its jobs.
     """
     if direction not in (LOWER, HIGHER):
         _refuse(f"hydra.sweeper.direction must be {LOWER} or {HIGHER}, got {direction!r}")
@@ -174,7 +172,7 @@ def _search(
         with FileLock(place / ".lock", timeout=0), environment(**{SWEEP: place.name}):
             files.write_json(place / "search.json", {"command": sys.argv, "example": list(example)})
             with flag_override(config, ["readonly", "struct"], False):
-                config.hydra.sweep.dir = str(place)  # where the jobs leave what they say
+                config.hydra.sweep.dir = str(place)  # for the jobs' output
             yield tried
     except Timeout:
         _refuse(f"{place} is in use: the same search is running")
@@ -183,7 +181,7 @@ def _search(
 
 
 def _loss(config: DictConfig, job: JobReturn, direction: str) -> float:
-    """What a job has come to, lower is better; infinite where it has failed."""
+    """The job's metric, negated if higher is better; infinite for a failed job."""
     value = job.return_value
     if value is None:
         metric = config.hydra.launcher.metric

@@ -1,4 +1,4 @@
-"""Sweeps on one machine: each job is `python train.py …` in a process of its own, several at a time."""
+"""Sweeps on one machine: each job is a `python train.py …` process, several in parallel."""
 
 import logging
 import math
@@ -34,15 +34,15 @@ WAITING, RUNNING, FINISHED, FAILED, INTERRUPTED = "waiting", "running", "finishe
 
 @dataclass
 class Job:
-    """One job of a sweep: what `jobs.json` says of it."""
+    """One job of a sweep, as saved in `jobs.json`."""
 
     number: int
     overrides: list[str]
     state: str = WAITING
     exit_code: int | None = None
     seconds: float = 0.0
-    folder: str | None = None  # of its run, once that is known
-    value: float | None = None  # of the sweep's metric
+    folder: str | None = None  # run directory, once it is known
+    value: float | None = None  # the sweep's metric
     n_process: int = 1
     gpus: list[str] = field(default_factory=list)
 
@@ -50,14 +50,13 @@ class Job:
 def launch(
     sweep: DictConfig, configs: Sequence[DictConfig], *, first: int, n_jobs: int | None, metric: str
 ) -> list[JobReturn]:
-    """Runs the jobs that are not finished, and shows what became of all of them.
+    """Runs the unfinished jobs of a sweep, logs a table of all jobs, and returns their metrics.
 
-    A sweep that was interrupted is taken up again: what is finished is not repeated, what was begun goes on, what
-    failed is tried again. A failed job stops neither the others nor, where a sweeper asks for more, those that follow;
-    the command ends with 1 then.
+    The same command continues an interrupted sweep: finished jobs are skipped, started ones resume, failed ones run
+    again. A failed job does not stop the sweep or a sweeper's later jobs; the command's exit code is 1 then.
 
     Raises:
-        SystemExit: 75 when a job was stopped by a signal, 2 when the sweep cannot begin.
+        SystemExit: code 75 when a signal stopped a job, 2 for an invalid sweep.
     """
     set_up_logging()
     for cfg in (sweep, *configs):
@@ -71,9 +70,10 @@ def launch(
         gpus = _share_gpus(jobs, configs)
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / ".lock", timeout=0), log_file(place / "log.txt"):
-            OmegaConf.save(sweep, place / "multirun.yaml")  # what Hydra was asked
+            OmegaConf.save(sweep, place / "multirun.yaml")  # Hydra's config of the sweep
             _remember(jobs, metric)
-            running = Sweep(place, jobs, gpus=gpus, n_jobs=n_jobs or _at_once(jobs, gpus), metric=metric)
+            at_once = n_jobs or max(1, len(gpus) // max(job.n_process for job in jobs))
+            running = Sweep(place, jobs, gpus=gpus, n_jobs=at_once, metric=metric)
             heard = running.run(command=_command(configs[0]))
     except Timeout:
         log.error("error: %s is in use: the same sweep is running", place)
@@ -91,7 +91,7 @@ def launch(
 
 @dataclass
 class Sweep:
-    """The jobs of one sweep in its folder: `jobs.json`, and `job_000.txt`, what each job wrote."""
+    """The jobs of one sweep, with its directory: `jobs.json`, and each job's output in `job_000.txt`."""
 
     place: Path
     jobs: list[Job]
@@ -100,7 +100,7 @@ class Sweep:
     metric: str
 
     def run(self, command: Sequence[str]) -> str | None:
-        """Runs every job that is not finished; the signal that came, or None."""
+        """Runs every unfinished job; returns the name of the signal that stopped the sweep, or None."""
         waiting = [job for job in self.jobs if job.state != FINISHED]
         done = len(self.jobs) - len(waiting)
         log.info(
@@ -129,7 +129,7 @@ class Sweep:
                 bar.update()
         log.info("%s\n%s", self._tally(), self._table())
         folders = [Path(job.folder) for job in self.jobs if job.folder is not None and job.state in (FINISHED, FAILED)]
-        if SWEEP not in os.environ:  # a search compares at its own end
+        if SWEEP not in os.environ:  # a search compares its jobs at its end
             side_by_side(self.place, folders, metric=self.metric, command=typed())
         return children.heard
 
@@ -143,7 +143,7 @@ class Sweep:
         }
         if job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
-        if "OMP_NUM_THREADS" not in os.environ:  # else jobs side by side would fight for the cores
+        if "OMP_NUM_THREADS" not in os.environ:  # parallel jobs would compete for the cores
             side_by_side = self.n_jobs * job.n_process
             environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // side_by_side))
         log.info("job %d begins: %s", job.number, self._settings(job))
@@ -175,7 +175,7 @@ class Sweep:
     def _save(self) -> None:
         try:
             files.write_json(self.place / "jobs.json", {"jobs": [asdict(job) for job in self.jobs]})
-        except OSError as error:  # the runs go on, so does the sweep
+        except OSError as error:  # not fatal for the jobs
             log.error("%s/jobs.json is not up to date: %s", self.place, error)
 
     def _output(self, job: Job) -> Path:
@@ -189,55 +189,49 @@ class Sweep:
         return f"{len(states)} jobs: " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
     def _settings(self, job: Job) -> str:
-        """What this job has that not all have."""
+        """The overrides of this job that not all jobs share."""
         everywhere = set.intersection(*(set(other.overrides) for other in self.jobs))
         return " ".join(override for override in job.overrides if override not in everywhere) or "–"
 
     def _table(self) -> str:
-        """What differs between the jobs, and what came of each."""
-        rows = [
-            (
-                str(job.number),
-                self._settings(job),
-                job.state,
-                "–" if job.value is None else f"{job.value:.4f}",
-                _short(job.folder),
-            )
-            for job in self.jobs
-        ]
-        return columns([("job", "settings", "state", self.metric, "folder"), *rows])
+        """The table of jobs: differing settings, state, metric, run directory."""
+        rows = [("job", "settings", "state", self.metric, "folder")]
+        for job in self.jobs:
+            value = "–" if job.value is None else f"{job.value:.4f}"
+            rows.append((str(job.number), self._settings(job), job.state, value, _short(job.folder)))
+        return columns(rows)
 
 
 def typed() -> str:
-    """The command of this process, as it can be typed again."""
+    """The command line of this process, quoted for a shell."""
     return shlex.join(["python", *sys.argv])
 
 
 def _short(folder: str | None) -> str:
-    """A folder as one would type it here."""
+    """The path relative to the working directory if it lies in it; – for None."""
     if folder is None:
         return "–"
     return os.path.relpath(folder) if Path(folder).is_relative_to(Path.cwd()) else folder
 
 
 def _command(cfg: DictConfig) -> list[str]:
-    """What runs one job: this script, and the folder of settings that was given beside its own."""
+    """The command of one job without its overrides: Python, this script, `--config-dir`."""
     given = [source.path for source in cfg.hydra.runtime.config_sources if source.provider == "command-line"]
     beside = [argument for path in given for argument in ("--config-dir", path)]
     return [sys.executable, str(Path(sys.argv[0]).absolute()), *beside]
 
 
 def _share_gpus(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> list[str]:
-    """The GPUs of this machine; how many processes each job is, with one each, is noted.
+    """Sets each job's `n_process` (one GPU each); returns the ids of this machine's GPUs.
 
     Raises:
-        ValueError: a job that takes more than there are.
+        ValueError: a job that needs more GPUs than there are.
     """
     for job, cfg in zip(jobs, configs, strict=True):
         job.n_process = devices_of(cfg.trainer)
     if all(cfg.trainer.accelerator == "cpu" for cfg in configs):
         return []
-    import torch  # takes seconds: only where there may be a GPU
+    import torch  # slow import, only for GPU jobs
 
     n_gpu = torch.cuda.device_count()
     for job in jobs:
@@ -248,22 +242,16 @@ def _share_gpus(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> list[str]
     return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpu)))).split(",")[:n_gpu]
 
 
-def _at_once(jobs: Sequence[Job], gpus: Sequence[str]) -> int:
-    return max(1, len(gpus) // max(job.n_process for job in jobs)) if gpus else 1
-
-
 def _expect(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
-    """Notes the folder each run will have, as the run itself will choose it.
-
-    A job whose settings cannot be right has none: it is started, and says why.
+    """Sets each job's `folder`, the future run directory; None for invalid settings, which the job reports.
 
     Raises:
-        ValueError: two jobs that are one run.
+        ValueError: two jobs that are the same run.
     """
     owners: dict[str, int] = {}
     for job, cfg in zip(jobs, configs, strict=True):
         if cfg.force:
-            continue  # a new one
+            continue  # a new directory
         try:
             own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
             run = RunConfig(own, dict(cfg.hydra.runtime.choices))
@@ -280,14 +268,14 @@ def _expect(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
 
 
 def _remember(jobs: Sequence[Job], metric: str) -> None:
-    """What is finished already, by this sweep or otherwise."""
+    """Sets state and metric of the jobs whose runs are finished, by this sweep or another command."""
     for job in jobs:
         if job.folder is not None and (Path(job.folder) / "result.json").is_file():
             job.state, job.value = FINISHED, _value(job, metric)
 
 
 def _value(job: Job, metric: str) -> float | None:
-    """The job's value of `metric`, if its result has one."""
+    """The `metric` of the job's result.json, or None."""
     if job.folder is None or not (result := Path(job.folder) / "result.json").is_file():
         return None
     number = files.read_json(result)["numbers"].get(metric)
@@ -295,8 +283,8 @@ def _value(job: Job, metric: str) -> float | None:
 
 
 def _returned(job: Job, cfg: DictConfig) -> JobReturn:
-    """What a sweeper that optimises is given: the value of the metric."""
-    place = job.folder or ""  # none, where it failed before it had one
+    """The job's metric for the sweeper; NaN if it failed."""
+    place = job.folder or ""  # "": failed before its directory was known
     returned = JobReturn(overrides=job.overrides, cfg=cfg, working_dir=place, status=JobStatus.COMPLETED)
-    returned.return_value = math.nan if job.state == FAILED else job.value  # raised, it would end the sweep
+    returned.return_value = math.nan if job.state == FAILED else job.value  # an exception would end the sweep
     return returned

@@ -1,4 +1,4 @@
-"""From the settings of a config to what their `_target_` makes: checked against its signature before it is called."""
+"""Config sections with a `_target_` → partials, with their settings checked against the target's signature."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -10,14 +10,16 @@ from hydra.utils import get_object
 from igpt.settings.fields import Settings, parse_arguments, parse_settings
 from igpt.settings.older_configs import answer
 
+OF_LAUNCH = ("_target_", "name", "requires", "run_folder", "paper")  # keys of a task read by `launch`, not by the task
+
 
 def checked_partial(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
-    """What a `_target_` names, with its settings given: call it with live objects.
+    """A partial of the `_target_` with its settings, to be called with live objects.
 
-    A setting that is itself a `_target_`, or a mapping of such, is made first; with `_partial_`, it is a partial.
+    A nested `_target_` is built first; with `_partial_: true` it stays a partial.
 
     Raises:
-        ValueError: one line of a setting that the target does not have, of another type than it takes, out of bounds.
+        ValueError: a setting that the target does not have, of a wrong type, or out of bounds.
     """
     target = get_object(spec["_target_"])
     settings = {str(key): value for key, value in spec.items() if not str(key).startswith("_")}
@@ -27,14 +29,15 @@ def checked_partial(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
 
 
 def task_settings(target: str, settings: Mapping[str, Any], where: str = "task") -> Settings:
-    """The settings of a task, as its `run` takes them (`settings`). Raises ValueError as `parse_settings`."""
+    """The typed `settings` argument of a task's `run`, without OF_LAUNCH. Raises ValueError as `parse_settings`."""
     model: type[Settings] = get_type_hints(get_object(target))["settings"]
+    settings = {key: value for key, value in settings.items() if key not in OF_LAUNCH}
     _refuse_renamed(settings, model.model_fields, where)
     return parse_settings(model, settings, where)
 
 
 def without(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The settings, and those nested in them, but for one name."""
+    """A copy of the settings without the key `name`, at any depth."""
     return {
         key: without(value, name) if isinstance(value, dict) else value
         for key, value in settings.items()
@@ -43,7 +46,7 @@ def without(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _refuse_renamed(settings: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError, with its new name, for a setting that an older release had."""
+    """Raises ValueError, with the new name, for a setting that was renamed."""
     for key in settings.keys() - known.keys():
         if message := answer(f"{where}.{key}"):
             raise ValueError(message)
