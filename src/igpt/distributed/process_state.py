@@ -1,4 +1,4 @@
-"""Settings of the whole process that are changed while a block lasts, and are afterwards what they were before."""
+"""Context managers that change process-wide state and restore it: precision, threads, environment, signal handlers."""
 
 import os
 import signal
@@ -9,8 +9,8 @@ from types import FrameType
 
 @contextmanager
 def float32_matmul_precision(precision: str) -> Iterator[None]:
-    """float32 matrix products at `precision` (highest, high, medium), while the block lasts."""
-    import torch  # takes seconds, and a process that starts others does without
+    """Sets the float32 matmul precision (highest, high, medium) in the block."""
+    import torch  # slow, and not needed by a process that only starts others
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -22,7 +22,7 @@ def float32_matmul_precision(precision: str) -> Iterator[None]:
 
 @contextmanager
 def num_threads(count: int) -> Iterator[None]:
-    """So many threads for PyTorch's operators, while the block lasts."""
+    """Sets the number of PyTorch's intra-op threads in the block."""
     import torch
 
     before = torch.get_num_threads()
@@ -35,7 +35,7 @@ def num_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Environment variables, while the block lasts."""
+    """Sets environment variables in the block."""
     with kept_environment(*variables):
         os.environ.update(variables)
         yield
@@ -43,7 +43,7 @@ def environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def kept_environment(*names: str) -> Iterator[None]:
-    """Environment variables that the block may change, and that are afterwards what they were."""
+    """Restores environment variables that the block may change."""
     before = {name: os.environ.get(name) for name in names}
     try:
         yield
@@ -59,7 +59,7 @@ def kept_environment(*names: str) -> Iterator[None]:
 def signal_handler(
     numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
-    """One answer to some signals, while the block lasts."""
+    """Installs one handler for several signals in the block."""
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         for number in before:

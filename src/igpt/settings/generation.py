@@ -1,4 +1,4 @@
-"""Settings of the tasks that draw images."""
+"""Settings of the tasks that sample images."""
 
 from typing import Annotated
 
@@ -22,7 +22,7 @@ class SampleSettings(Settings):
     """`task=sample`."""
 
     count: Count
-    batch_size: Count  # images drawn at a time
+    batch_size: Count  # images sampled at a time
     temperature: Temperature
     top_k: Count | None
     top_p: TopP | None

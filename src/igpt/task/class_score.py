@@ -1,4 +1,4 @@
-"""What a network with a class head says of a split: loss and accuracy, by vote where inputs are masked."""
+"""Classification score of a network with a class head on a split: loss and accuracy, by vote over masks."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from igpt.utils import keyed
 
 
 def check_classes(source: Source, splits: Sequence[str]) -> int:
-    """The number of classes. Raises ValueError without labels, or where a class has nothing to learn from."""
+    """The number of classes. Raises ValueError without labels, or if a class has no training images."""
     if source.n_class is None:
         raise ValueError(f"data={source.name} has no labels (data.n_class=null): a probe needs some")
     known = set(np.unique(source.split("train").labels).tolist())
@@ -43,13 +43,13 @@ def check_classes(source: Source, splits: Sequence[str]) -> int:
 
 
 def classes_hash(source: Source) -> str:
-    """A hash of the data's name, its number of classes and the labels of its training images: whether a head fits."""
+    """A hash of dataset name, number of classes and training labels, to check that a class head fits the data."""
     labels = np.unique(source.split("train").labels).tolist()
     return hashlib.sha256(json.dumps([source.name, source.n_class, labels]).encode()).hexdigest()[:16]
 
 
 class ClassScore:
-    """Notes what is said of every image, then gives loss and accuracy over all processes, each image once."""
+    """Accumulates predictions per image, then computes loss and accuracy over all ranks, each image counted once."""
 
     def __init__(self, objective: Objective, *, n_class: int, masks: int, seed: int) -> None:
         self.objective, self.n_class, self.seed = objective, n_class, seed
@@ -57,7 +57,7 @@ class ClassScore:
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def add(self, net: GPT, head: ClassHead, batch: Batch) -> None:
-        """Under every mask one forward pass; the losses are those of the first."""
+        """Scores a batch: one forward pass per mask; losses are those of the first mask."""
         said = []
         for mask in range(self.masks):
             keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
@@ -75,7 +75,7 @@ class ClassScore:
         self._seen.append((batch.rows, torch.stack([*figures, torch.ones_like(one)])))
 
     def numbers(self, split: str, trainer: L.Trainer, n_image: int) -> tuple[dict[str, Number], np.ndarray]:
-        """The numbers of the split, and the class each image was taken for, (N,)."""
+        """The numbers of the split, and the predicted class of each image, (N,). Clears what was added."""
         table = torch.zeros(6, n_image, dtype=torch.float64, device=trainer.strategy.root_device)
         for rows, figures in self._seen:
             table[:, rows] += figures

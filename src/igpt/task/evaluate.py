@@ -1,4 +1,4 @@
-"""The loss of a trained network on a split, beside what its tokens alone would tell; with a class head, accuracy."""
+"""`task=evaluate`: loss of a trained network on a split, histogram baselines, and accuracy with a class head."""
 
 from typing import Literal
 
@@ -23,7 +23,7 @@ from igpt.training.hardware import Machine
 
 
 class EvaluateModule(L.LightningModule):
-    """Scores a frozen network; it trains nothing."""
+    """Scores a frozen network by its generative loss."""
 
     def __init__(self, *, net: GPT, objective: Objective, machine: Machine, split: str, n_image: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class ClassifyModule(L.LightningModule):
 def run(components: Components, settings: EvaluateSettings) -> Result:
     """Nats and bits per token on `split`, and those of two histograms of `baseline_images` training images.
 
-    Accuracy where a class head was trained with these weights.
+    With accuracy if a class head was trained with these weights.
     """
     weights, objective, split = components.trained_weights, components.objective, settings.split
     runner, hardware = components.runner, components.hardware
@@ -93,10 +93,10 @@ def run(components: Components, settings: EvaluateSettings) -> Result:
 
 
 def trained_head(weights: Weights, source: Source, *, asked: bool | Literal["auto"]) -> ClassHead | None:
-    """The head to judge with, or None where there is none, or no labels, and none was asked for.
+    """The trained class head; None if `asked` is False, or `auto` and there is no head or no labels.
 
     Raises:
-        ValueError: accuracy was asked for and no head was trained, or the one there is knows other classes.
+        ValueError: accuracy is required but there is no trained head, or the head has other classes.
     """
     if asked is False or (asked == "auto" and (source.n_class is None or not has_head(weights))):
         return None

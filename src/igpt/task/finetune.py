@@ -1,4 +1,4 @@
-"""Joint fine-tuning: L_GEN + L_CLF, all weights trained, a linear head on the last hidden states."""
+"""`task=finetune`: trains all weights and a linear class head on gen · L_GEN + clf · L_CLF."""
 
 import logging
 from pathlib import Path
@@ -55,9 +55,9 @@ class FinetuneModule(TrainedModule):
         self.components = components
         self.objective, self.weights, self.n_class = components.objective, components.weights, n_class
         self.joint = JointObjective(self.objective, settings.loss_weights)
-        self.split, self.n_image = split, n_image  # what validation reads, and how many images that is
+        self.split, self.n_image = split, n_image  # of the validation
         self.score = ClassScore(self.objective, n_class=n_class, masks=settings.masks, seed=components.seed)
-        self.said = torch.empty(0).numpy()  # the class each image of the last validation was taken for
+        self.said = torch.empty(0).numpy()  # (N,) predicted classes of the last validation
         self.net: GPT | None = None
 
     def configure_model(self) -> None:
@@ -109,7 +109,7 @@ class FinetuneModule(TrainedModule):
 
 
 def run(components: Components, settings: FinetuneSettings) -> Result:
-    """Trains network and head, goes back to the best validation accuracy, and reads test once with that."""
+    """Trains network and head, restores the step of best val accuracy, and evaluates test once with it."""
     runner, hardware, weights = components.runner, components.hardware, components.weights
     data = components.build_datamodule(plan=hardware.training_plan(settings.batch_size))
     source = data.source

@@ -1,4 +1,4 @@
-"""Generative pretraining: the paper's recipe, from tokens to weights."""
+"""`task=pretrain`: generative pretraining with the paper's recipe."""
 
 import logging
 from pathlib import Path
@@ -47,7 +47,7 @@ class PretrainModule(TrainedModule):
         )
         self.components = components
         self.objective, self.weights = components.objective, components.weights
-        self.n_val = n_val  # images to validate on
+        self.n_val = n_val  # validation images
         self.n_weight = sum(weight.numel() for weight in meta_model(components.network).parameters())
         self.n_shardable: int | None = self.n_weight
         self.score = GenerativeScore(self.objective)
@@ -62,7 +62,7 @@ class PretrainModule(TrainedModule):
             ranks.check_same("weights to begin with", {"digest": ranks.digest(self.net)})
 
     def whole_again(self, weights: Weights) -> None:
-        """After training in parts: the network as it was saved, whole in every process, to be read."""
+        """After ZeRO training: replaces the sharded net by the full one, reloaded from disk on every rank."""
         let_go(self)
         self.net, self.n_shardable = weights.net(), None
         self.machine.prepare(self.net)
@@ -82,7 +82,7 @@ class PretrainModule(TrainedModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.net is not None
         tokens, keys = batch.tokens, batch.keys  # (B, T), (B,)
-        visible = self.objective.visible_mask(tokens, keys)  # (B, T) pixels the net may see; None: all
+        visible = self.objective.visible_mask(tokens, keys)  # (B, T) tokens the net may see; None: all
         loss = self.objective.loss(self.net(tokens, visible), tokens, visible)  # nats per token
         return self.tally(loss, {"loss_gen": loss})
 
@@ -108,7 +108,7 @@ class PretrainModule(TrainedModule):
 
 
 def run(components: Components, settings: PretrainSettings) -> Result:
-    """Trains a network and leaves `model/` and `checkpoints/` in the run folder."""
+    """Trains a network; writes `model/` and `checkpoints/` to the run directory."""
     runner, hardware, steps = components.runner, components.hardware, settings.steps
     if hardware.shards and settings.optimizer == "muon":
         raise ValueError(
@@ -133,7 +133,7 @@ def run(components: Components, settings: PretrainSettings) -> Result:
     state = whole_state(module.net) if hardware.zero_stage else module.net.state_dict()
     save_model(runner.folder / "model", state, components.checkpoint_metadata(step=steps))
     if hardware.zero_stage:
-        ranks.barrier()  # the first has written it
+        ranks.barrier()  # until rank 0 has written it
         module.whole_again(read_model(runner.folder / "model"))
     if n_val:
         runner.validate(module, data)

@@ -1,4 +1,4 @@
-"""Does a better generative loss go with better features? Checkpoints of several runs, each scored and probed."""
+"""`task=scaling`: generative loss against probe accuracy, over the checkpoints of several runs."""
 
 import logging
 from pathlib import Path
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def checkpoints_of(run: str) -> list[Weights]:
-    """Every checkpoint that a pretraining run has kept, oldest first.
+    """All checkpoints of a pretraining run, oldest first.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     found = sorted((Path(run) / "checkpoints").glob("step_*.ckpt"))
     if not found:
@@ -36,7 +36,7 @@ def checkpoints_of(run: str) -> list[Weights]:
 
 
 def run(components: Components, settings: ScalingSettings) -> Result:
-    """Validation loss and best-layer probe accuracy, on val, of each checkpoint of each run (the paper's Figure 3)."""
+    """Loss and best-layer probe accuracy on val, for each checkpoint of each run (Chen et al. 2020, Figure 3)."""
     runner, hardware, source, seed = components.runner, components.hardware, components.source, components.seed
     every = {run: checkpoints_of(run) for run in settings.runs}
     tokenizer, cache_key = components.tokenizer.hash, components.cache_key
@@ -102,7 +102,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
 
 
 def rank_correlation(x: list[float], y: list[float]) -> float:
-    """Spearman's: the correlation of the ranks, equal values sharing theirs."""
+    """Spearman's rank correlation; ties have their mean rank."""
     return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
 
 

@@ -1,4 +1,4 @@
-"""`trainer.plan=true`: what a run would take on the machine it names, which need not be this one."""
+"""`trainer.plan=true`: the cost estimate of a run on the hardware of its settings, which need not be this machine."""
 
 import os
 
@@ -13,10 +13,10 @@ MEMORY = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
 
 
 def planned(machine: Machine, network: GPTConfig, *, batch_size: int, steps: int) -> list[tuple[str, str]]:
-    """The rows of the plan. Nothing is allocated.
+    """The cost estimate as table rows (label, value). Nothing is allocated.
 
     Raises:
-        ValueError: a batch that the devices cannot share, or a share of the peak outside (0, 1].
+        ValueError: the batch does not divide over the devices, or `utilisation` is outside (0, 1].
     """
     if not 0 < machine.utilisation <= 1:
         raise ValueError(f"trainer.utilisation must lie in (0, 1], got {machine.utilisation}")
@@ -47,7 +47,7 @@ def planned(machine: Machine, network: GPTConfig, *, batch_size: int, steps: int
 
 
 def _scores(machine: Machine, network: GPTConfig, on_cpu: bool) -> int:
-    """Attention scores that each head of each image keeps for the backward pass."""
+    """Attention scores saved per head and image for the backward pass."""
     dtype = torch.float32 if machine.precision == "32-true" else torch.bfloat16
     t, causal = network.n_ctx, network.causal
     path: str = machine.attention
@@ -59,7 +59,7 @@ def _scores(machine: Machine, network: GPTConfig, on_cpu: bool) -> int:
 
 
 def _memory(machine: Machine, on_cpu: bool, devices: int) -> float | None:
-    """Bytes of one device: as stated, else of what is here; processes on a CPU share its memory."""
+    """Bytes of one device: `memory_gb`, else those of this machine, shared by the processes on a CPU; None: unknown."""
     if machine.memory_gb is not None:
         return machine.memory_gb * counted.GB
     if on_cpu:
