@@ -198,13 +198,8 @@ def run_ranks(command: Sequence[str], n: int) -> int:
                 ]
                 first = f"rank {ranks.index(ended)} of {n} {how_it_ended(its_code)}; the others were ended"
                 _report("\n".join([first, *said]), tell)
-            return _shell_code(its_code)
+            return its_code if its_code >= 0 else 128 - its_code  # as in shells: 128 + the signal's number
         return code
-
-
-def _shell_code(code: int) -> int:
-    """An exit code as in shells: 128 + the signal's number for a killed process."""
-    return code if code >= 0 else 128 - code
 
 
 def _wait(children: Sequence[Child], seconds: float) -> None:

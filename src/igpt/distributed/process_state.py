@@ -3,34 +3,35 @@
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @contextmanager
-def float32_matmul_precision(precision: str) -> Iterator[None]:
+def _setting(read: Callable[[], T], write: Callable[[T], None], value: T) -> Iterator[None]:
+    before = read()
+    write(value)
+    try:
+        yield
+    finally:
+        write(before)
+
+
+def float32_matmul_precision(precision: str) -> AbstractContextManager[None]:
     """Sets the float32 matmul precision (highest, high, medium) in the block."""
     import torch  # slow, and not needed by a process that only starts others
 
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return _setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, precision)
 
 
-@contextmanager
-def num_threads(count: int) -> Iterator[None]:
+def num_threads(count: int) -> AbstractContextManager[None]:
     """Sets the number of PyTorch's intra-op threads in the block."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return _setting(torch.get_num_threads, torch.set_num_threads, count)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from igpt.distributed.process_state import signal_handler
 
@@ -81,11 +80,6 @@ def deaf(worker: int) -> None:
 
     A signal to the whole group (Ctrl-C, scancel) would otherwise end them during the step that is still to finish.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave_soon)
-
-
-def _leave_soon(*_: Any) -> None:
-    signal.alarm(10)  # SIGALRM ends it if the parent does not
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))  # SIGALRM ends it if the parent does not

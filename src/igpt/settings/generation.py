@@ -4,16 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from igpt.settings.fields import (
-    Count,
-    FeatureDtype,
-    Norm,
-    Settings,
-    Share,
-    Split,
-    Temperature,
-    WholeNumber,
-)
+from igpt.settings.fields import Count, FeatureDtype, Norm, Settings, Share, Split, Temperature, WholeNumber
 
 TopP = Annotated[float, Field(gt=0, le=1)]
 

@@ -42,12 +42,7 @@ class AdamSettings(TrainingSettings):
     @property
     def adam(self) -> dict[str, float]:
         """Keyword arguments of the optimiser."""
-        return {
-            "learning_rate": self.learning_rate,
-            "beta1": self.beta1,
-            "beta2": self.beta2,
-            "weight_decay": self.weight_decay,
-        }
+        return self.model_dump(include={"learning_rate", "beta1", "beta2", "weight_decay"})
 
 
 class PretrainSettings(AdamSettings):

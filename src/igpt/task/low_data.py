@@ -24,12 +24,8 @@ def run(components: Components, settings: LowDataSettings) -> Result:
     Only the drawn labels are used: C is chosen by cross-validation among them. The layer is `layer`, or the best on val
     of a probe with all labels; the result's provenance states which.
     """
-    weights, hardware, source, seed = (
-        components.trained_weights,
-        components.hardware,
-        components.source,
-        components.seed,
-    )
+    weights, hardware = components.trained_weights, components.hardware
+    source, seed = components.source, components.seed
     split, layer, strengths = settings.split, settings.layer, settings.strengths
     if source.labels_per_class is not None:
         raise ValueError("task=low_data draws its subsets itself, task.per_class: leave data.labels_per_class=null")

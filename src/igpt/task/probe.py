@@ -96,12 +96,8 @@ def by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n_class
 
 def by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT, n_class: int) -> Result:
     """L-BFGS: logistic regression on cached features, every layer at every C."""
-    weights, hardware, source, seed = (
-        components.trained_weights,
-        components.hardware,
-        components.source,
-        components.seed,
-    )
+    weights, hardware = components.trained_weights, components.hardware
+    source, seed = components.source, components.seed
     n_layer, layer, folds, strengths = net.n_layer, settings.layer, settings.folds, settings.strengths
     assert folds != "auto", "run has chosen"
     how: dict[str, Any] = {"n_class": n_class, "device": hardware.device, "seed": seed}

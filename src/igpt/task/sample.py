@@ -49,7 +49,7 @@ def draw(
                 sampling,
                 given=None if given is None else given[rows].to(device),
                 known=known,
-                on_token=partial(_advance, bar, len(uniforms)),
+                on_token=partial(_advance, bar, len(rows)),
             )
             drawn.append(tokens.cpu())
     everyone = ranks.gathered(torch.cat(drawn))

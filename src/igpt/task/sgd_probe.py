@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from igpt.distributed.signals import StopRequest
 from igpt.metric.result import Number
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
@@ -22,7 +21,7 @@ from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.nan_guard import FiniteGuard
-from igpt.training.optimizers import warmup_cosine
+from igpt.training.optimizers import every_step, scheduled
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
@@ -75,10 +74,7 @@ class SGDProbeModule(TrainedModule):
             for weight, bias, rate in zip(self.weights, self.biases, self.rates, strict=True)
         ]
         optimizer = torch.optim.SGD(groups, lr=self.rates[0], momentum=self.momentum, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, warmup_steps=0, steps=self.steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return every_step(scheduled(optimizer, warmup_steps=0, steps=self.steps))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         features = self.pooled(batch, 0)
@@ -147,18 +143,16 @@ def trained(
         raise ValueError("task.solver=sgd keeps its heads in float32: choose trainer.precision=bf16-mixed")
     data = components.build_datamodule(plan=hardware.training_plan(sgd.batch_size))
     module = SGDProbeModule(components, settings, net=net, windows=windows, n_class=n_class)
-    stop = StopRequest()
     saving = Checkpoints(
-        runner.folder, module.guard, every=sgd.checkpoint_every, keep=1, val_every=sgd.val_every, stop=stop,
-        monitor="val/accuracy", highest=True, finite=False,
+        runner.folder, sgd, module.guard, keep=1, val_every=sgd.val_every, monitor="val/accuracy", highest=True,
+        finite=False,
     )  # fmt: skip
-    runner.fit(module, data, sgd, val_every=sgd.val_every, callbacks=[saving], stop=stop)
+    runner.fit(module, data, sgd, saving)
     reading = hardware.reading_plan(sgd.batch_size)
-    # with the final weights, after all rates have reached 0
-    runner.validate(module, components.build_datamodule(plan=reading, eval_split="val"))
 
     def read(split: str) -> None:
         module.split, module.n_image = split, len(components.source.split(split))
         runner.validate(module, components.build_datamodule(plan=reading, eval_split=split))
 
+    read("val")  # with the final weights, after all rates have reached 0
     return module, read

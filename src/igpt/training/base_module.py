@@ -85,7 +85,6 @@ class TrainedModule(L.LightningModule):
         )
         self.logged_step = self.begun = self.global_step
         self.timed_since: float | None = None
-        self.timed_out = False
         n_weight = sum(prod(whole_shape(p)) for p in self.parameters() if p.requires_grad)
         log.info("%s weights, steps %d to %d", f"{n_weight:,}", self.global_step + 1, self.steps)
 
@@ -98,10 +97,8 @@ class TrainedModule(L.LightningModule):
         self.logged_step = step
         shown = {name: points[-1][1] for name, points in self.history.items() if points[-1][0] == step}
         figures = self.meter.read()
-        images = step * self.batch_size
-        seen = {"images_seen": images, "tokens_seen": images * self.n_ctx}
         train = {name: value for name, value in shown.items() if name.startswith("train/")}
-        self.publish({**train, "lr": self.rate, **figures, **seen}, step)
+        self.publish({**train, "lr": self.rate, **figures}, step)
         speed = f"{figures['images_per_s']:,.0f} images/s, {figures['tokens_per_s']:,.0f} tokens/s"
         if "flop_utilisation" in figures:
             speed += f", {figures['flop_utilisation']:.1%} of the stated peak"
@@ -115,9 +112,8 @@ class TrainedModule(L.LightningModule):
         begun, timed = self.begun + UNTIMED, self.begun + UNTIMED + TIMED
         if step == begun and self.timed_since is None:
             self.timed_since = _now()
-        elif step == timed and self.timed_since is not None and not self.timed_out:
-            self.timed_out = True
-            seconds = (_now() - self.timed_since) / TIMED
+        elif step == timed and self.timed_since is not None:
+            seconds, self.timed_since = (_now() - self.timed_since) / TIMED, None
             log.info("%.3g s a step: %s to go, validation aside", seconds, duration((self.steps - step) * seconds))
 
     def say(self, figures: Mapping[str, float]) -> str:
@@ -128,7 +124,9 @@ class TrainedModule(L.LightningModule):
         return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
     def publish(self, figures: dict[str, float], step: int) -> None:
-        """Sends numbers to every logger at `step`, unrounded, and to callbacks by name."""
+        """Sends numbers, and the images and tokens seen, to every logger at `step`, unrounded, and to callbacks."""
+        images = step * self.batch_size
+        figures = {**figures, "images_seen": images, "tokens_seen": images * self.n_ctx}
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=step)
         self.log_dict(figures, logger=False, sync_dist=True)  # the values are equal on all ranks
@@ -138,9 +136,7 @@ class TrainedModule(L.LightningModule):
         self.numbers = numbers
         if self.trainer.state.fn != "fit":
             return
-        images = self.global_step * self.batch_size
-        seen = {"images_seen": images, "tokens_seen": images * self.n_ctx}
-        self.publish({**{name: numbers[name].value for name in shown}, **seen}, self.global_step)
+        self.publish({name: numbers[name].value for name in shown}, self.global_step)
         for name in shown:
             self.note(name, self.global_step, numbers[name].value)
         said = self.say({name.removeprefix("val/"): numbers[name].value for name in shown})

@@ -13,13 +13,14 @@ from igpt.checkpoint.resume import AtomicCheckpointIO, checkpoint_path, mark_bes
 from igpt.distributed import ranks
 from igpt.distributed.signals import StoppedError, StopRequest
 from igpt.metric.result import Number
+from igpt.settings.training import TrainingSettings
 from igpt.training.nan_guard import FiniteGuard, NonFiniteLossError
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints(L.Callback):
-    """Saves every `every` steps, at the best validation and at the end; keeps the newest `keep` and the best.
+    """Saves every `checkpoint_every` steps, at the best validation and at the end; keeps the best and `keep` newest.
 
     Best is the highest or lowest of the module's `numbers[monitor]`. Training ends after `patience` validations without
     an improvement. After a stop signal, the current optimiser step and its validation are finished, then the state is
@@ -32,12 +33,11 @@ class Checkpoints(L.Callback):
     def __init__(
         self,
         folder: Path,
+        settings: TrainingSettings,
         guard: FiniteGuard,
         *,
-        every: int,
         keep: int,
         val_every: int,
-        stop: StopRequest,
         monitor: str = "val/loss_gen",
         highest: bool = False,
         patience: int | None = None,
@@ -45,8 +45,8 @@ class Checkpoints(L.Callback):
     ) -> None:
         self.finite = finite  # require finite weights; False where heads of too high a rate may diverge
         self.monitor, self.sign, self.patience = monitor, -1.0 if highest else 1.0, patience
-        self.guard, self.stop = guard, stop
-        self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
+        self.guard, self.stop = guard, StopRequest()
+        self.folder, self.every, self.keep, self.val_every = folder, settings.checkpoint_every, keep, val_every
         self.stopping = ranks.Agreement()
         self._saved = -1
 

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
@@ -169,11 +168,6 @@ def whole_state(net: nn.Module) -> State:
         return Lazy(whole_shape(weight), torch.float32, lambda: full(weight).cpu())
 
     return {name: one(weight) for name, weight in net.named_parameters()}
-
-
-def let_go(module: nn.Module) -> None:
-    """Removes DeepSpeed's hooks from a module, so that it works without DeepSpeed."""
-    remove_module_hooks(module)
 
 
 def _read(state: State, name: str, folder: Path) -> Tensor:

@@ -36,18 +36,24 @@ class Machine(HardwareSettings):
 
     @model_validator(mode="after")
     def _check(self) -> "Machine":
-        self._check_attention()
-        self._check_decoding()
-        if self.zero_stage and not self.plan:
+        if self.plan:
+            return self
+        if self.attention == "native":
+            if self.device.type != "cpu":
+                raise ValueError(
+                    f"trainer.attention=native is for a CPU, this would run on {self.device.type}: choose auto"
+                )
+            c_library.require_library("trainer.attention=native")
+        if self.decoding not in ("auto", "layers"):
+            self._check_decoding()
+        if self.zero_stage:
             self._check_deepspeed()
-        if self.strategy == "fsdp" and self.rank.count < 2 and not self.plan:
+        if self.strategy == "fsdp" and self.rank.count < 2:
             raise ValueError(
                 "trainer=fsdp shares a network out over several processes: trainer.devices=auto, or more than 1"
             )
-        if self.accelerator == "gpu" and not self.plan and not torch.cuda.is_available():
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise ValueError("trainer=gpu, but PyTorch sees no GPU here: choose trainer=cpu, or install a CUDA build")
-        if self.plan:
-            return self
         n_local = self.rank.n_local if self.devices == "auto" else self.devices
         if n_local * self.nodes != self.rank.count:
             raise ValueError(
@@ -113,18 +119,7 @@ class Machine(HardwareSettings):
             if compiled:
                 block.compile()
 
-    def _check_attention(self) -> None:
-        if self.attention != "native" or self.plan:
-            return
-        if self.device.type != "cpu":
-            raise ValueError(
-                f"trainer.attention=native is for a CPU, this would run on {self.device.type}: choose auto"
-            )
-        c_library.require_library("trainer.attention=native")
-
     def _check_decoding(self) -> None:
-        if self.decoding in ("auto", "layers") or self.plan:
-            return
         if self.shards:
             raise ValueError(
                 f"trainer.decoding={self.decoding} reads whole weights, trainer={self.strategy} shares them out: "
@@ -212,13 +207,9 @@ class Machine(HardwareSettings):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
 
-@contextmanager
-def matmul_precision(setting: str, device: torch.device) -> Iterator[None]:
+def matmul_precision(setting: str, device: torch.device) -> AbstractContextManager[None]:
     """Context manager: float32 matmul precision `setting`; `auto`: that of `dispatch.matmul_precision`."""
-    if setting == "auto":
-        setting = dispatch.matmul_precision(device)
-    with float32_matmul_precision(setting):
-        yield
+    return float32_matmul_precision(dispatch.matmul_precision(device) if setting == "auto" else setting)
 
 
 def hold_memory() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Adam, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -65,3 +66,8 @@ def optimizer_of(name: str, net: nn.Module, **settings: float) -> Optimizer:
 def scheduled(optimizer: Optimizer, *, warmup_steps: int, steps: int) -> LambdaLR:
     """A scheduler that multiplies the optimiser's rate by `warmup_cosine`."""
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup_steps, steps=steps))
+
+
+def every_step(schedule: LambdaLR) -> OptimizerLRScheduler:
+    """Optimiser and schedule as `configure_optimizers` returns them: a scheduler step per optimiser step."""
+    return {"optimizer": schedule.optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

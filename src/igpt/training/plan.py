@@ -9,21 +9,17 @@ from igpt.model.config import GPTConfig
 from igpt.training import cost_estimate as counted
 from igpt.training.hardware import Machine
 
-MEMORY = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
-
 
 def planned(machine: Machine, network: GPTConfig, *, batch_size: int, steps: int) -> list[tuple[str, str]]:
     """The cost estimate as table rows (label, value). Nothing is allocated.
 
     Raises:
-        ValueError: the batch does not divide over the devices, or `utilisation` is outside (0, 1].
+        ValueError: the batch does not divide over the devices.
     """
-    if not 0 < machine.utilisation <= 1:
-        raise ValueError(f"trainer.utilisation must lie in (0, 1], got {machine.utilisation}")
     on_cpu = machine.accelerator == "cpu" or (machine.accelerator == "auto" and not torch.cuda.is_available())
     here = 2 if on_cpu else max(1, torch.cuda.device_count())
     devices = (here if machine.devices == "auto" else machine.devices) * machine.nodes
-    if devices < 1 or batch_size % devices:
+    if batch_size % devices:
         raise ValueError(f"task.batch_size {batch_size} cannot be shared by {devices} devices: take a multiple")
     per_device = batch_size // devices
     micro_batch = machine.micro_batch or per_device
@@ -63,6 +59,5 @@ def _memory(machine: Machine, on_cpu: bool, devices: int) -> float | None:
     if machine.memory_gb is not None:
         return machine.memory_gb * counted.GB
     if on_cpu:
-        page, pages = (os.sysconf(name) for name in MEMORY)
-        return page * pages / devices
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None

@@ -14,8 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.distributed.ranks import Ranks, from_first
-from igpt.distributed.signals import StopRequest
 from igpt.settings.training import TrainingSettings
+from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import ZeRO
 from igpt.training.fsdp import Sharded
 from igpt.training.hardware import Machine, matmul_precision
@@ -44,21 +44,18 @@ class Runner:
         module: L.LightningModule,
         data: L.LightningDataModule,
         settings: TrainingSettings,
-        *,
-        val_every: int,
-        callbacks: list[L.Callback],
-        stop: StopRequest,
+        saving: Checkpoints,
     ) -> None:
         """Trains for `settings.steps` optimiser steps, resuming from the newest checkpoint of the run directory if any.
 
-        The run is one Lightning epoch over an infinite loader. `val_every` 0: no validation during training. Signals
-        are recorded in `stop` meanwhile, which a callback must check.
+        The run is one Lightning epoch over an infinite loader. `saving.val_every` 0: no validation during training.
+        Signals are recorded in `saving.stop` meanwhile.
         """
         if self.machine.shards and getattr(module, "n_shardable", None) is None:
             raise ValueError(
                 f"trainer={self.machine.strategy} shares out the network of task=pretrain only: choose trainer=ddp here"
             )
-        plan = self.machine.training_plan(settings.batch_size)
+        plan, val_every = self.machine.training_plan(settings.batch_size), saving.val_every
         if self.resume_from is not None:
             log.info("resuming from %s", self.resume_from)
         trainer = self._trainer(
@@ -72,9 +69,9 @@ class Runner:
             num_sanity_val_steps=0,
             log_every_n_steps=settings.log_every,
             logger=self.loggers,
-            callbacks=[*callbacks, *self.callbacks],
+            callbacks=[saving, *self.callbacks],
         )
-        with stop.listening(), matmul_precision(self.machine.matmul_precision, self.machine.device):
+        with saving.stop.listening(), matmul_precision(self.machine.matmul_precision, self.machine.device):
             trainer.fit(module, data, ckpt_path=self.resume_from, weights_only=True)
 
     def validate(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
