@@ -45,15 +45,13 @@ def environment(**variables: str) -> Iterator[None]:
 @contextmanager
 def kept_environment(*names: str) -> Iterator[None]:
     """Restores environment variables that the block may change."""
-    before = {name: os.environ.get(name) for name in names}
+    before = {name: os.environ[name] for name in names if name in os.environ}
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @contextmanager

@@ -55,16 +55,13 @@ def run(components: Components, settings: ScalingSettings) -> Result:
     result = Result()
     n_class = check_classes(source, ["val"])
     reader = Reader(components, settings)
-    n_val = len(source.split("val"))
     for path, found in every.items():
         name = names[path]
         size = int(read_record(Path(path) / "run.json")["config"]["task"]["batch_size"])
         losses, shares, images = [], [], []
         for weights in found:
             net = weights.net()
-            scored = EvaluateModule(
-                net=net, objective=components.objective, machine=hardware, split="val", n_image=n_val
-            )
+            scored = EvaluateModule(components, net, split="val")
             plan = hardware.reading_plan(settings.batch_size)
             runner.validate(scored, components.build_datamodule(plan=plan, eval_split="val"))
             train, val = (reader.images(net, weights.sha256, split, masks=1) for split in ("train", "val"))

@@ -40,11 +40,7 @@ class Runner:
         return from_first(lambda: latest_checkpoint(self.folder))
 
     def fit(
-        self,
-        module: L.LightningModule,
-        data: L.LightningDataModule,
-        settings: TrainingSettings,
-        saving: Checkpoints,
+        self, module: L.LightningModule, data: L.LightningDataModule, settings: TrainingSettings, saving: Checkpoints
     ) -> None:
         """Trains for `settings.steps` optimiser steps, resuming from the newest checkpoint of the run directory if any.
 
