@@ -1,4 +1,4 @@
-"""Processes this one starts and answers for: signals are passed on to them, and none outlives it."""
+"""Starts child processes and ranks, forwards signals to them, and ends them with this process."""
 
 import os
 import signal
@@ -18,25 +18,25 @@ from igpt.distributed.cores import count_cores
 from igpt.distributed.process_state import signal_handler
 from igpt.distributed.signals import SIGNALS, STOPPED
 
-LIFELINE = "IGPT_LIFELINE"  # a file descriptor that reads nothing as long as the starting process lives
-TELL = "IGPT_TELL"  # a file to write the run folder's path to, for the starting process
-SWEEP = "IGPT_SWEEP"  # the name of the sweep that a process is a job of
-MEETING = "IGPT_MEETING"  # a file by which ranks that were started here find one another
-GRACE_SECONDS = 10  # what ranks have to end by themselves after one of them failed
-SAVE_SECONDS = 60  # what runs have to save and end after an error of the process that started them
+LIFELINE = "IGPT_LIFELINE"  # a file descriptor that stays open as long as the parent lives
+TELL = "IGPT_TELL"  # a file in which a run writes its directory, for the parent
+SWEEP = "IGPT_SWEEP"  # the name of the sweep of this job
+MEETING = "IGPT_MEETING"  # rendezvous file of the ranks that were started here
+GRACE_SECONDS = 10  # for the other ranks to exit after one has failed
+SAVE_SECONDS = 60  # for runs to save and exit after an error of the parent
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", MEETING)
 
-sweep_code = 0  # what this process is to end with after a sweep: 1 when a job of it failed
+sweep_code = 0  # exit code of this process after a sweep: 1 if a job failed
 
 
 @dataclass(eq=False)
 class Child:
-    """One process in a session of its own: a Ctrl-C reaches it only through the process that started it."""
+    """A child process in its own session, so that a Ctrl-C reaches it only through its parent."""
 
     command: Sequence[str]
-    output: IO[bytes] | None  # where it writes; None: where this process does
-    environment: Mapping[str, str] = field(default_factory=dict)  # beside, or instead of, this process's
-    without: Sequence[str] = ()  # what of this process's environment it is not to have
+    output: IO[bytes] | None  # its stdout and stderr; None: inherited
+    environment: Mapping[str, str] = field(default_factory=dict)  # added to this process's
+    without: Sequence[str] = ()  # variables of this process that are not inherited
 
     def __post_init__(self) -> None:
         inherited = {name: value for name, value in os.environ.items() if name not in self.without}
@@ -54,16 +54,16 @@ class Child:
 
     @property
     def code(self) -> int | None:
-        """Its exit code, minus the signal that ended it, or None while it runs."""
+        """The exit code, negative for a signal; None while it runs."""
         return self.process.poll()
 
     def send(self, number: int) -> None:
-        """Gives it a signal, if it still runs."""
+        """Sends it a signal if it still runs."""
         if self.code is None:
             self.process.send_signal(number)
 
     def end(self) -> None:
-        """Ends it at once, with all it has started."""
+        """Kills it and its process group."""
         if self.code is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
@@ -73,7 +73,7 @@ class Child:
 
 
 def hold_lifeline() -> None:
-    """Ends this process and all it started as soon as the one that started it is gone, however that ended."""
+    """Kills this process group as soon as the parent process is gone, however it ended."""
     descriptor = os.environ.pop(LIFELINE, None)
     if descriptor is None:
         return
@@ -86,9 +86,9 @@ def hold_lifeline() -> None:
 
 
 class Children:
-    """Runs processes side by side. Signals to this process are passed on, all of them have ended when the block does.
+    """Runs child processes in parallel. In a `together` block signals are forwarded to them; its end kills those left.
 
-    `heard` is the first signal that came.
+    `heard`: name of the first signal.
     """
 
     def __init__(self) -> None:
@@ -96,14 +96,14 @@ class Children:
         self.heard: str | None = None
 
     def start(self, child: Child) -> Child:
-        """Answers for a process that was started just now."""
+        """Adds a started process; forwards the signal to it if one has arrived."""
         self.running.append(child)
-        if self.heard is not None:  # while it was started
+        if self.heard is not None:  # a signal arrived during its start
             child.send(signal.Signals[self.heard])
         return child
 
     def wait(self) -> tuple[Child, int]:
-        """The next one that ends, and its exit code (minus the signal that ended it)."""
+        """Waits for the next child to end; returns it and its exit code (negative for a signal)."""
         while True:
             for child in self.running:
                 if (code := child.code) is not None:
@@ -119,7 +119,7 @@ class Children:
                 yield self
             except BaseException:
                 for child in self.running:
-                    child.send(signal.SIGTERM)  # an error of ours is no reason to lose what they have learnt
+                    child.send(signal.SIGTERM)  # let them save before they end
                 _wait(self.running, SAVE_SECONDS)
                 raise
             finally:
@@ -133,31 +133,30 @@ class Children:
 
 
 def is_rank() -> bool:
-    """Whether this process is one of several that carry one run: started here, by torchrun or by srun."""
+    """Whether this process is a rank of a distributed run, started by this package, torchrun or srun."""
     return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def devices_of(trainer: Mapping[str, Any]) -> int:
-    """How many processes a run needs on this machine: `trainer.devices`.
+    """Number of processes of a run on this machine: `trainer.devices`.
 
-    `auto` is one for each GPU; without GPUs it is two, which is enough to try things out.
+    `auto`: one per GPU; two without GPUs, to try things out.
     """
     if trainer.get("plan") is True:
         return 1
     devices = trainer["devices"]
     if devices != "auto":
-        return devices if isinstance(devices, int) else 1  # what is no number is refused where settings are checked
-    import torch  # takes seconds: only where it is needed
+        return devices if isinstance(devices, int) else 1  # other types are refused when settings are parsed
+    import torch  # slow: imported only if needed
 
     return (torch.cuda.device_count() if trainer["accelerator"] != "cpu" else 0) or 2
 
 
 def run_ranks(command: Sequence[str], n: int) -> int:
-    """Runs `command` as `n` ranks on this machine and returns the exit code: the first that is not 0.
+    """Runs `command` as `n` ranks on this machine; returns the first nonzero exit code, else 0.
 
-    Rank 0 writes where this process does, the others to files that are shown when something went wrong. As soon as one
-    fails, by itself or because it is killed, the others have `GRACE_SECONDS` to end, and the reason is written to the
-    run's log.
+    Rank 0 inherits this process's output, the others write to files that are shown after a failure. When a rank fails
+    or is killed, the others have `GRACE_SECONDS` to exit, and the reason is written to the run's log.
     """
     with tempfile.TemporaryDirectory(prefix="igpt-ranks-") as name, Children().together() as children:
         place = Path(name)
@@ -186,8 +185,9 @@ def run_ranks(command: Sequence[str], n: int) -> int:
             codes = [child.code for child in ranks]
             while children.running:
                 children.running.pop().end()
-            asked = children.heard is not None and -its_code in SIGNALS  # before it could listen, or once more
-            all_bad_input = codes[0] == 2 and its_code == 2  # which rank 0 has said
+            # a forwarded signal ended it: before its handler was installed, or sent twice
+            asked = children.heard is not None and -its_code in SIGNALS
+            all_bad_input = codes[0] == 2 and its_code == 2  # rank 0 has printed the error
             if not asked and not all_bad_input:
                 said = [
                     f"rank {rank} wrote:\n{text}"
@@ -198,24 +198,19 @@ def run_ranks(command: Sequence[str], n: int) -> int:
                 ]
                 first = f"rank {ranks.index(ended)} of {n} {how_it_ended(its_code)}; the others were ended"
                 _report("\n".join([first, *said]), tell)
-            return _shell_code(its_code)
+            return its_code if its_code >= 0 else 128 - its_code  # as in shells: 128 + the signal's number
         return code
 
 
-def _shell_code(code: int) -> int:
-    """An exit code as shells count: 128 and the number of the signal that ended the process."""
-    return code if code >= 0 else 128 - code
-
-
 def _wait(children: Sequence[Child], seconds: float) -> None:
-    """Until all of them have ended, or so long."""
+    """Waits until all children have ended, at most `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(child.code is None for child in children):
         time.sleep(0.02)
 
 
 def _report(what: str, tell: Path) -> None:
-    """Shows why ranks ended, and adds it to the run's log where there is one."""
+    """Prints why ranks ended, and appends it to the run's log if there is one."""
     head, *rest = what.splitlines()
     text = "\n".join([head, *(f"    {line}" for line in rest[-60:])])
     sys.stderr.write(f"error: {text}\n")

@@ -1,41 +1,42 @@
-"""Settings of the whole process that are changed while a block lasts, and are afterwards what they were before."""
+"""Context managers that change process-wide state and restore it: precision, threads, environment, signal handlers."""
 
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @contextmanager
-def float32_matmul_precision(precision: str) -> Iterator[None]:
-    """float32 matrix products at `precision` (highest, high, medium), while the block lasts."""
-    import torch  # takes seconds, and a process that starts others does without
-
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+def _setting(read: Callable[[], T], write: Callable[[T], None], value: T) -> Iterator[None]:
+    before = read()
+    write(value)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        write(before)
 
 
-@contextmanager
-def num_threads(count: int) -> Iterator[None]:
-    """So many threads for PyTorch's operators, while the block lasts."""
+def float32_matmul_precision(precision: str) -> AbstractContextManager[None]:
+    """Sets the float32 matmul precision (highest, high, medium) in the block."""
+    import torch  # slow, and not needed by a process that only starts others
+
+    return _setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, precision)
+
+
+def num_threads(count: int) -> AbstractContextManager[None]:
+    """Sets the number of PyTorch's intra-op threads in the block."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return _setting(torch.get_num_threads, torch.set_num_threads, count)
 
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Environment variables, while the block lasts."""
+    """Sets environment variables in the block."""
     with kept_environment(*variables):
         os.environ.update(variables)
         yield
@@ -43,23 +44,21 @@ def environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def kept_environment(*names: str) -> Iterator[None]:
-    """Environment variables that the block may change, and that are afterwards what they were."""
-    before = {name: os.environ.get(name) for name in names}
+    """Restores environment variables that the block may change."""
+    before = {name: os.environ[name] for name in names if name in os.environ}
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @contextmanager
 def signal_handler(
     numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
-    """One answer to some signals, while the block lasts."""
+    """Installs one handler for several signals in the block."""
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         for number in before:

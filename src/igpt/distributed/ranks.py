@@ -1,6 +1,6 @@
-"""The processes that carry one run together, called ranks: which one this is, and what they tell one another.
+"""Ranks, the processes of one run: this process's rank and collective operations between ranks.
 
-With one process everything here is as if it were not.
+With one process no operation communicates.
 """
 
 import hashlib
@@ -24,21 +24,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rank:
-    """This process's place among those of its run."""
+    """The rank of this process in its run."""
 
     index: int  # over all machines
-    local: int  # on this machine: also the number of its GPU
+    local: int  # on this machine; also the index of its GPU
     count: int  # processes of the run
     n_local: int  # on this machine
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is rank 0, which writes."""
         return self.index == 0
 
 
 def this_rank() -> Rank:
-    """As whoever started the process says: this package or torchrun (RANK, …), srun (SLURM_…), or nobody."""
+    """The rank from the environment: of this package or torchrun (RANK, …), else srun (SLURM_…), else one process."""
     said = os.environ
     if "RANK" in said:
         return Rank(int(said["RANK"]), int(said["LOCAL_RANK"]), int(said["WORLD_SIZE"]), int(said["LOCAL_WORLD_SIZE"]))
@@ -51,19 +51,19 @@ def this_rank() -> Rank:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Rank]:
-    """While the block lasts, the ranks of this run can talk to one another.
+    """Context manager: the process group of the run's ranks.
 
-    Tensors on a GPU travel by NCCL, everything else by gloo.
+    Backends: NCCL for tensors on a GPU, gloo for all else.
     """
     rank = this_rank()
     if rank.count == 1 or dist.is_initialized():
         yield rank
         return
     address: dict[str, str] = {}
-    meeting = os.environ.get(MEETING)  # a file, where one parent has started all ranks: no port can be taken
+    meeting = os.environ.get(MEETING)  # a file if one parent started all ranks: no port can be in use
     if meeting is None and "MASTER_ADDR" not in os.environ:
         first_node = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_NODELIST"])
-        port = 15000 + int(os.environ["SLURM_JOB_ID"]) % 10000  # the same on every node, another for every job
+        port = 15000 + int(os.environ["SLURM_JOB_ID"]) % 10000  # equal on every node, different for every job
         address = {"MASTER_ADDR": first_node, "MASTER_PORT": str(port)}
     on_gpu = device.type == "cuda"
     with environment(**address):
@@ -75,17 +75,17 @@ def joined(device: torch.device) -> Iterator[Rank]:
             device_id=device if on_gpu else None,
         )
         yield rank
-    dist.destroy_process_group()  # not after an error: the others may not be there any more to say goodbye to
+    dist.destroy_process_group()  # not after an error: other ranks may be gone
 
 
 def barrier() -> None:
-    """Waits until every rank is here."""
+    """Waits until every rank has called it."""
     if dist.is_initialized():
         gathered(None)
 
 
 def gathered(value: T) -> list[T]:
-    """The value of every rank, in their order."""
+    """The values of all ranks, in rank order."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -94,10 +94,10 @@ def gathered(value: T) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, on every rank.
+    """Calls `make` on rank 0 and returns its value on every rank.
 
     Raises:
-        ValueError: on every rank, when `make` raised one on rank 0.
+        ValueError: on every rank, if `make` raised one on rank 0.
     """
     if not dist.is_initialized():
         return make()
@@ -116,7 +116,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def check_same(what: str, values: Mapping[str, Any]) -> None:
-    """Raises ValueError, on every rank, naming what differs, unless all ranks hold the same values."""
+    """Raises ValueError on every rank, naming the differences, unless all ranks have the same values."""
     everyone = gathered(dict(values))
     for index, theirs in enumerate(everyone):
         differs = [
@@ -132,22 +132,22 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
 
 
 def digest(module: nn.Module) -> str:
-    """16 hexadecimal digits of a module's weights, for comparing them between ranks."""
+    """A hash of a module's weights, 16 hexadecimal digits, to compare them between ranks."""
     sums = [f"{name} {float(weight.detach().double().sum()).hex()}" for name, weight in module.named_parameters()]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]
 
 
 class Agreement:
-    """Tells every rank, at the same step, the highest number that one of them has said. Nobody waits for it.
+    """Asynchronous all-reduce MAX of an integer per step; every rank gets the same value.
 
-    It is heard a step later; with one process at once.
+    The value is that of one step earlier; with one process of this step.
     """
 
     def __init__(self) -> None:
         self._asked: tuple[Tensor, Any] | None = None
 
     def heard(self, number: int) -> int:
-        """To be called at every step by every rank; 0 says nothing."""
+        """Submits this rank's number; returns the maximum of the previous step. Every rank calls it at every step."""
         if not dist.is_initialized():
             return number
         before = self.close()
@@ -156,7 +156,7 @@ class Agreement:
         return before
 
     def close(self) -> int:
-        """Waits for what is still on its way, and tells it."""
+        """Waits for the pending all-reduce and returns its value; 0 without one."""
         if self._asked is None:
             return 0
         said, work = self._asked
@@ -166,10 +166,10 @@ class Agreement:
 
 
 class Ranks(ClusterEnvironment):
-    """What Lightning asks about the processes, answered by `this_rank`: it starts none and opens no connection."""
+    """Lightning's cluster environment, from `this_rank`; Lightning starts no processes and opens no connection."""
 
     creates_processes_externally = True
-    main_address, main_port = "127.0.0.1", 0  # never used: the ranks have joined before
+    main_address, main_port = "127.0.0.1", 0  # never used: the process group exists already
 
     @staticmethod
     def detect() -> bool:

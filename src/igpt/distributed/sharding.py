@@ -1,4 +1,4 @@
-"""Where a weight lies: whole, or in parts on several processes, of FSDP2 or of DeepSpeed."""
+"""Access to weights that may be sharded, by FSDP2 or DeepSpeed."""
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -7,9 +7,9 @@ from igpt.distributed import ranks
 
 
 def put(weight: Tensor, values: Tensor) -> None:
-    """Writes the values of a whole weight into it, or, where it is sharded, into the part that is here.
+    """Copies the values of a full weight into it; of a sharded weight, into the local shard.
 
-    Under DeepSpeed's ZeRO 3 every process has to call it; the values are the first one's.
+    Under ZeRO 3 every rank must call it; the values of rank 0 are used.
     """
     if isinstance(weight, DTensor):
         mesh, placements = weight.device_mesh, weight.placements
@@ -25,5 +25,5 @@ def put(weight: Tensor, values: Tensor) -> None:
 
 
 def whole_shape(weight: Tensor) -> tuple[int, ...]:
-    """A weight's shape, also where DeepSpeed's ZeRO 3 has taken it apart."""
+    """The full shape of a weight, also under ZeRO 3."""
     return tuple(getattr(weight, "ds_shape", weight.shape))

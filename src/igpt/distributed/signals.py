@@ -1,4 +1,4 @@
-"""Stopping well: a signal asks, the optimiser step is finished, the state saved."""
+"""Graceful stop: on a signal the optimiser step is finished and the state saved."""
 
 import logging
 import os
@@ -8,20 +8,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from igpt.distributed.process_state import signal_handler
 
 log = logging.getLogger(__name__)
 
-# the last two are what SLURM warns with (--signal=USR1@120), submitit by its own default (USR2)
+# the last two are warnings of SLURM (--signal=USR1@120) and, by default, submitit (USR2)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 AGAIN_SECONDS = 1.0
-STOPPED = 75  # exit code "try again later" (sysexits.h): what a scheduler may start again
+STOPPED = 75  # exit code EX_TEMPFAIL (sysexits.h): a scheduler may restart the job
 
 
 class StoppedError(RuntimeError):
-    """A signal, to this process or to another of the run, has stopped it after a step; its state is saved."""
+    """A signal to some rank has stopped the run after a step; its state is saved."""
 
     def __init__(self, number: signal.Signals, step: int) -> None:
         super().__init__(f"stopped by {number.name} after step {step}")
@@ -29,22 +28,22 @@ class StoppedError(RuntimeError):
 
 
 class StopRequest:
-    """Remembers the first signal that asked to stop; a second SIGINT or SIGTERM leaves at once.
+    """Records the first stop signal; a second SIGINT or SIGTERM ends the process at once.
 
-    Not one that comes within a second of the first: who signals a whole group reaches a process more than once. Nor a
-    SIGTERM after a scheduler's warning, nor the other way round: schedulers send both.
+    A second one within `AGAIN_SECONDS` is ignored, as a signal to a whole group can arrive twice; so is a SIGTERM after
+    a scheduler's warning and the reverse, as schedulers send both.
     """
 
     def __init__(self, answer: str = "finishing this step, then saving") -> None:
-        self.answer = answer  # what is said to be done
-        self.number = 0  # of the signal; 0: nobody has asked
+        self.answer = answer  # logged on the first signal
+        self.number = 0  # of the first signal; 0: none
         self._since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While the block lasts, signals are requests. What answered them before does so again afterwards.
+        """Context manager: records stop signals, then restores the previous handlers.
 
-        Outside of a process's main thread, which alone may answer signals, nothing asks.
+        No effect outside the main thread, which alone can install handlers.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -65,9 +64,9 @@ class StopRequest:
 
 
 def pass_on(number: signal.Signals) -> bool:
-    """Gives a scheduler's warning to whoever listened before us: submitit, say, which queues the job again.
+    """Forwards a scheduler's warning to the previous handler, e.g. submitit's, which requeues the job.
 
-    True when somebody did.
+    Returns whether there was one.
     """
     handler = signal.getsignal(number)
     if number not in (signal.SIGUSR1, signal.SIGUSR2) or not callable(handler):
@@ -77,15 +76,10 @@ def pass_on(number: signal.Signals) -> bool:
 
 
 def deaf(worker: int) -> None:
-    """For a process that reads images: it leaves stopping to the one that trains, which ends it when it is done.
+    """Worker initialisation of a DataLoader: ignores stop signals, as the training process ends its workers.
 
-    A signal to the whole group (Ctrl-C, scancel) would else take the images from under a step that is to be finished.
+    A signal to the whole group (Ctrl-C, scancel) would otherwise end them during the step that is still to finish.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave_soon)
-
-
-def _leave_soon(*_: Any) -> None:
-    signal.alarm(10)  # should nobody end it
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))  # SIGALRM ends it if the parent does not

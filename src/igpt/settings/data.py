@@ -1,4 +1,4 @@
-"""Settings of images: how they are split, cut, changed and streamed (`conf/data/`)."""
+"""Settings of the data: splits, crops, augmentation, streams (`conf/data/`)."""
 
 from typing import Annotated, Literal
 
@@ -10,12 +10,12 @@ Resolution = Annotated[int, Field(ge=1, le=4096)]  # R, pixels a side
 Pixels = Annotated[int, Field(ge=1, le=65536)]  # a length
 Fraction = Annotated[float, Field(ge=0, lt=1)]  # of the images, held out
 LabelsPerClass = Count | None  # None: all
-Layout = Literal["auto", "splits", "classes"]  # what the first folders below data.path are
+Layout = Literal["auto", "splits", "classes"]  # meaning of the folders directly below data.path
 Resize = Literal["once", "twice"]
 
 
 class SplitNames(Settings):
-    """For each split, the names that it may have in a dataset; the first that is there is taken."""
+    """For each split, its possible names in a dataset; the first that exists is used."""
 
     train: Annotated[list[str], Field(min_length=1)]
     val: list[str]
@@ -23,14 +23,14 @@ class SplitNames(Settings):
 
 
 class CropSettings(Settings):
-    """The square that is cut from an image. Source: Chen et al. 2020, §3.1."""
+    """The square crop of an image. Source: Chen et al. 2020, §3.1."""
 
     short_side: Annotated[list[Pixels], Field(min_length=2, max_length=2)] | None  # shortest, longest
     eval_short_side: Pixels | None
     size: Pixels | None
     filter: Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
     resize: Resize
-    draft: Annotated[float, Field(ge=1, le=1000)] | None  # decoded pixels for one of the next size
+    draft: Annotated[float, Field(ge=1, le=1000)] | None  # least JPEG decode size / resized size; None: full size
 
     @model_validator(mode="after")
     def _check_square(self) -> "CropSettings":
@@ -49,20 +49,20 @@ class CropSettings(Settings):
 
 
 class AugmentSettings(Settings):
-    """What is done to training images, at R pixels."""
+    """Augmentation of training images, at R pixels."""
 
     pad: Annotated[int, Field(ge=0, le=4095)]  # pixels
     flip: bool
 
 
 class MixtureStreamSettings(Settings):
-    """How streams are read together."""
+    """How a mixture of streams is read."""
 
-    buffer: Count  # images among which each is shuffled
-    lanes: Count | None  # readers the shards are dealt to; None: one for each worker of each process
+    buffer: Count  # size of the shuffle buffer, images
+    lanes: Count | None  # readers that the shards are assigned to; None: one per worker of each rank
 
 
 class StreamSettings(MixtureStreamSettings):
     """How a stream is read."""
 
-    held: Count  # images kept in memory of val, of test, and of train for the palette
+    held: Count  # images held in memory: of val, of test, and of train for the palette

@@ -1,7 +1,6 @@
-"""Settings of a config as typed, frozen objects: every field with its bounds, every error in one line.
+"""Field types and parsing of settings: typed, frozen Pydantic models with bounds, and one-line errors.
 
-Pydantic, because it is what people know for this, and because it says of each value what is wrong with it. Nothing in
-this package imports PyTorch or Lightning.
+Nothing in this package imports PyTorch or Lightning.
 """
 
 import inspect
@@ -13,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from igpt.utils.overrides import suggestion
 
-# Types of fields. NaN and infinity are refused everywhere.
-Count = Annotated[int, Field(ge=1, le=10**12)]  # at least one of something
+# Field types. NaN and infinity are refused everywhere.
+Count = Annotated[int, Field(ge=1, le=10**12)]  # at least one
 WholeNumber = Annotated[int, Field(ge=0, le=10**12)]
 Positive = Annotated[float, Field(ge=1e-100, le=1e38)]
 NonNegative = Annotated[float, Field(ge=0, le=1e38)]
@@ -24,7 +23,7 @@ WeightDecay = Annotated[float, Field(ge=0, le=100)]
 Temperature = Annotated[float, Field(ge=0.001, le=1000)]  # softmax(logits / temperature)
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Split = Literal["train", "val", "test"]
-Norm = Literal["ln_1", "raw"]  # of hidden states before they are pooled
+Norm = Literal["ln_1", "raw"]  # of hidden states before pooling
 FeatureDtype = Literal["float16", "float32"]  # of features on disk
 
 STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -33,16 +32,16 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Settings(BaseModel):
-    """Settings of one part of a config."""
+    """Base class of the settings of one part of a config."""
 
     model_config = STRICT
 
 
 def parse_settings(model: type[Model], settings: Mapping[str, Any], where: str) -> Model:
-    """The settings as an object of `model`; `where`: the part of the config that they are, as `task`.
+    """Validates settings into an object of `model`; `where`: their key in the config, e.g. `task`.
 
     Raises:
-        ValueError: one line, of the first setting that is unknown, missing, of another type or out of its bounds.
+        ValueError: one line on the first setting that is unknown, missing, of another type or out of bounds.
     """
     try:
         return model.model_validate(dict(settings))
@@ -57,10 +56,9 @@ def parse_arguments(
     *,
     built: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Settings as arguments of `target`, by the types and bounds (`Annotated`) of its signature.
+    """Validates settings as arguments of `target`, by the types and bounds (`Annotated`) of its signature.
 
-    Parameters that are not among the settings are live objects, given later. `built`: arguments that were made from
-    settings already.
+    Parameters missing in the settings are live objects, passed later. `built`: arguments already made from settings.
 
     Raises:
         ValueError: as `parse_settings`.
@@ -79,7 +77,7 @@ def parse_arguments(
 
 
 def describe_error(error: ValidationError, model: type[BaseModel], settings: Mapping[str, Any], where: str) -> str:
-    """One line: the first setting that is wrong, what was expected of it, what came instead."""
+    """One line: the first invalid setting, the expected value and the actual one."""
     details = error.errors(include_url=False)
     first = next((each for each in details if each["type"] == "extra_forbidden"), details[0])
     path, value = _locate(settings, first["loc"], missing=first["type"] == "missing")
@@ -99,27 +97,27 @@ def describe_error(error: ValidationError, model: type[BaseModel], settings: Map
 
 
 def format_setting(value: Any) -> str:
-    """A value as a config writes it: null, true, 'text'."""
+    """A value as written in a config: null, true, 'text'."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return repr(value)
 
 
 def _locate(settings: Any, location: tuple[int | str, ...], *, missing: bool = False) -> tuple[list[str], Any]:
-    """The names along a location of an error, and the value there; names of a union's options are left out."""
+    """Keys along an error's location, without Pydantic's names of union members, and the value there."""
     path: list[str] = []
     value: Any = settings
     for position, part in enumerate(location):
         if (isinstance(value, Mapping) and part in value) or (isinstance(value, list) and isinstance(part, int)):
             path.append(str(part))
-            value = value[part]  # type: ignore[index]  # of a list: an int, as just asked
+            value = value[part]  # type: ignore[index]  # a list has an int index, checked above
         elif missing and position == len(location) - 1:
             path.append(str(part))
     return path, value
 
 
 def _annotation_at(model: type[BaseModel], path: list[str]) -> Any:
-    """The type of the field at a path of names; None where the path leads into no field of a model."""
+    """The type of the field at a path of names; None if there is no such field."""
     annotation: Any = model
     for name in path:
         fields = getattr(annotation, "model_fields", {})
@@ -136,7 +134,7 @@ _KINDS = {
 
 
 def _expectation(detail: Any) -> str:
-    """What a value must be, of one error of Pydantic's."""
+    """The expected value, in words, from the details of a Pydantic error."""
     kind, context = detail["type"], detail.get("ctx", {})
     match kind:
         case "greater_than_equal":

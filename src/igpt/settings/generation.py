@@ -1,19 +1,10 @@
-"""Settings of the tasks that draw images."""
+"""Settings of the tasks that sample images."""
 
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from igpt.settings.fields import (
-    Count,
-    FeatureDtype,
-    Norm,
-    Settings,
-    Share,
-    Split,
-    Temperature,
-    WholeNumber,
-)
+from igpt.settings.fields import Count, FeatureDtype, Norm, Settings, Share, Split, Temperature, WholeNumber
 
 TopP = Annotated[float, Field(gt=0, le=1)]
 
@@ -22,7 +13,7 @@ class SampleSettings(Settings):
     """`task=sample`."""
 
     count: Count
-    batch_size: Count  # images drawn at a time
+    batch_size: Count  # images sampled at a time
     temperature: Temperature
     top_k: Count | None
     top_p: TopP | None

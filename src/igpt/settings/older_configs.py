@@ -1,6 +1,6 @@
-"""Records of saved runs (`run.json`, `result.json`), read by the names of now: one table of what older releases said.
+"""Reads records of saved runs (`run.json`, `result.json`) and updates older setting names by one table.
 
-`version` in a record says which lines of the table it needs: those of every later version, in turn.
+A record is updated by the table's entries for all versions after its own `version`, in turn.
 """
 
 import re
@@ -15,10 +15,10 @@ from hydra.errors import HydraException
 from igpt.utils import files
 from igpt.utils.overrides import format_value
 
-Keys = tuple[str, ...]  # of one setting, from the outermost group to its name
+Keys = tuple[str, ...]  # path of a setting, from the outermost group to its name
 Flat = dict[Keys, Any]
 
-# Where the settings of a group stand; of any other, under its own name. *: any one name
+# Paths at which the settings of a group occur; other groups occur under their own name. *: any name
 PLACES: dict[str, tuple[Keys, ...]] = {
     "task": (("task",), ("task", "stages", "*")),
     "data": (
@@ -32,24 +32,24 @@ PLACES: dict[str, tuple[Keys, ...]] = {
 
 @dataclass(frozen=True)
 class Joined:
-    """Switches that became one list: entry → switch. What a stage of a pipeline does not say is on by `default`."""
+    """Switches that became one list. A stage of a pipeline has the entries of `default` on unless it sets them."""
 
-    entries: Mapping[str, str]
-    default: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # task → entries that were on unless said
+    entries: Mapping[str, str]  # entry → key of its old switch
+    default: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # task → entries on by default
 
 
 @dataclass(frozen=True)
 class Changes:
-    """The settings that one version of the records names otherwise than those before it. Keys are dotted, and hold in
-    stages of a pipeline, too (`PLACES`); values, targets and joined are looked up under the old keys, before `renamed`.
+    """Changes of setting names in one version of the records. Keys are dotted and apply to pipeline stages, too
+    (`PLACES`); `targets`, `values` and `joined` use the old keys, before `renamed` is applied.
     """
 
-    targets: Mapping[str, str] = field(default_factory=dict)  # `_target_`, or a module and all in it → the new name
-    values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)  # key → old value, or entry of a list → new
-    joined: Mapping[str, Joined] = field(default_factory=dict)  # new list → the switches that became its entries
-    renamed: Mapping[str, str | None] = field(default_factory=dict)  # old key → new key; None: there is none any more
+    targets: Mapping[str, str] = field(default_factory=dict)  # `_target_`, or a module with its contents → new name
+    values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)  # key → {old value or list entry: new one}
+    joined: Mapping[str, Joined] = field(default_factory=dict)  # key of the new list → its old switches
+    renamed: Mapping[str, str | None] = field(default_factory=dict)  # old key → new key; None: removed
     added: Mapping[str, tuple[str, Any, Any]] = field(default_factory=dict)
-    # new key → (another key, its value or ..., what a config with that meant)
+    # new key → (another key, its value or ...: any, value of the new key in such a config)
 
 
 TABLE: dict[int, Changes] = {
@@ -78,14 +78,14 @@ TABLE: dict[int, Changes] = {
     ),
 }
 NOW_SCRIPTS = {"task=trace": "python benchmarks/trace_network.py INIT TOKENS.npy"}
-VERSION = max(TABLE)  # of the records that this release writes
+VERSION = max(TABLE)  # of records written by this release
 
 
 def read_record(path: Path, *, oldest: int = 0) -> dict[str, Any]:
-    """A `run.json` or `result.json`, its settings named as now; `version` stays that of the file, 0 where it has none.
+    """A `run.json` or `result.json` with current setting names; `version` stays that of the file, 0 if it has none.
 
     Raises:
-        ValueError: it is of a version before `oldest`, or of one that this release does not know yet.
+        ValueError: the version is below `oldest` or above `VERSION`.
     """
     record = files.read_json(path)
     version = record.get("version", 0) if isinstance(record, dict) else None
@@ -95,7 +95,7 @@ def read_record(path: Path, *, oldest: int = 0) -> dict[str, Any]:
 
 
 def updated_record(record: Mapping[str, Any], table: Mapping[int, Changes] = TABLE) -> dict[str, Any]:
-    """A record with its config, overrides and hashes of files under the names of now; what is none of these stays."""
+    """A record with config, overrides and file hashes under current names; other entries are unchanged."""
     lines = [table[version] for version in sorted(table) if version > record["version"]]
     now = dict(record)
     if isinstance(config := record.get("config"), dict):
@@ -108,7 +108,7 @@ def updated_record(record: Mapping[str, Any], table: Mapping[int, Changes] = TAB
 
 
 def updated(config: Mapping[str, Any], lines: Iterable[Changes] = tuple(TABLE.values())) -> dict[str, Any]:
-    """A run's config as this release would write it; one of this release is itself."""
+    """A run's config under current names; a current config is unchanged."""
     settings = flat(config)
     for changes in lines:
         settings = _changed(settings, changes)
@@ -116,9 +116,9 @@ def updated(config: Mapping[str, Any], lines: Iterable[Changes] = tuple(TABLE.va
 
 
 def updated_overrides(overrides: list[Any], config: Mapping[str, Any], lines: list[Changes]) -> list[str]:
-    """The overrides of a run in the names of now: `config`, its updated one, says what is in a list that was switches.
+    """A run's overrides under current names; `config`: its updated config, with the values of lists that were switches.
 
-    One that cannot be read, or names nothing that has changed, stays as it was typed.
+    An override that cannot be parsed, or whose setting is unchanged, stays as it was typed.
     """
     known = flat(config)
     now: list[str] = []
@@ -150,7 +150,7 @@ def updated_overrides(overrides: list[Any], config: Mapping[str, Any], lines: li
 
 
 def answer(key: str, table: Mapping[int, Changes] = TABLE) -> str | None:
-    """What to say to who types a key that an older release had, in one sentence; None: none had it."""
+    """One sentence on the current name of an older key; None if no older release had that key."""
     new = key
     for version in sorted(table):
         for name, joined in table[version].joined.items():
@@ -164,7 +164,7 @@ def answer(key: str, table: Mapping[int, Changes] = TABLE) -> str | None:
 
 
 def flat(settings: Any, keys: Keys = ()) -> Flat:
-    """Nested settings, each under all of its keys; an empty group is a value."""
+    """Nested settings as path → value; an empty group is a value."""
     if not isinstance(settings, dict) or (keys and not settings):
         return {keys: settings}
     return {path: value for key, part in settings.items() for path, value in flat(part, (*keys, key)).items()}
@@ -182,7 +182,7 @@ def nested(settings: Flat) -> dict[str, Any]:
 
 
 def _changed(settings: Flat, changes: Changes) -> Flat:
-    """The settings after one version's changes, which leave those that are named as now as they are."""
+    """The settings after one version's changes; settings under current names are unchanged."""
     joined = dict(_joined(settings, changes))
     switches = [switch for each in changes.joined.values() for switch in each.entries.values()]
     kept = {path: value for path, value in settings.items() if not any(_is(path, switch) for switch in switches)}
@@ -214,11 +214,11 @@ def _one(value: Any, new: Mapping[Any, Any]) -> Any:
 
 
 def _joined(settings: Flat, changes: Changes) -> Iterator[tuple[Keys, list[str]]]:
-    """The lists of which a switch is said, wherever one is."""
+    """Path and entries of every list that has an old switch in the settings."""
     for name, joined in changes.joined.items():
         found = [(key, at[0]) for path in settings for key in joined.entries.values() if (at := _found(path, key))]
         for switch, place in {place: (key, place) for key, place in found}.values():
-            task = settings.get((*place, "task"), place[-1])  # of a stage, which says no more than what is its own
+            task = settings.get((*place, "task"), place[-1])  # a stage lists only its own settings
             unsaid = () if (*place, "_target_") in settings else joined.default.get(task, ())
             is_on = {
                 entry: settings.get(_beside(switch, key, place), entry in unsaid)
@@ -242,13 +242,13 @@ def _renamed_key(key: str, lines: Iterable[Changes]) -> str | None:
 
 
 def _renamed_file(name: str, lines: Iterable[Changes]) -> str:
-    """The name of a file's hash, `task.palette` or `task.runs NAME`, which begins with the key that names the file."""
+    """The current name of a file hash, `KEY` or `KEY NAME` (`task.palette`, `task.runs NAME`)."""
     key, space, rest = name.partition(" ")
     return f"{_renamed_key(key, lines)}{space}{rest}"
 
 
 def _found(path: Keys, key: str) -> tuple[Keys, Keys] | None:
-    """Where the group of a dotted key stands in a path, and what of the path is inside that setting, if it is."""
+    """Splits a path that lies at or below a dotted key: (path of the key's group, path below the key); else None."""
     group, *names = key.split(".")
     for place in PLACES.get(group, ((group,),)):
         whole = (*place, *names)
@@ -262,6 +262,6 @@ def _is(path: Keys, key: str) -> bool:
 
 
 def _beside(key: str, other: str, place: Keys) -> Keys:
-    """Where another dotted key stands that is of the same group as one whose group is at `place`; else at its own."""
+    """The path of dotted key `other`: below `place`, the group of `key`, if both have one group, else at its own."""
     group, *names = other.split(".")
     return (*(place if group == key.split(".")[0] else (group,)), *names)

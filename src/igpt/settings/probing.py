@@ -1,4 +1,4 @@
-"""Settings of the tasks that read the features of a network."""
+"""Settings of the tasks that use a network's features."""
 
 from typing import Annotated, Literal
 
@@ -37,7 +37,7 @@ class SGDProbeSettings(TrainingSettings):
 
 
 class FeatureSettings(Settings):
-    """Which features are read, and how."""
+    """Features and the C values of their probes."""
 
     norm: Norm
     dtype: FeatureDtype
@@ -74,7 +74,7 @@ class LowDataSettings(FeatureSettings):
     """`task=low_data`. Protocol: Chen et al. 2020, Table 4."""
 
     per_class: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)]  # labels of each class
-    subsets: Annotated[int, Field(ge=2)]  # two at least have a standard deviation
+    subsets: Annotated[int, Field(ge=2)]  # at least two, for a standard deviation
     subset_seed: Seed
     layer: WholeNumber | None
     masks: Count

@@ -1,4 +1,4 @@
-"""Settings of the tasks that train nothing and draw nothing."""
+"""Settings of the tasks that neither train nor sample."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -7,7 +7,7 @@ from pydantic import model_validator
 
 from igpt.settings.fields import Count, Settings, Split, WholeNumber
 
-FROM = "from"  # of a stage: the earlier stage whose weights it takes, several of them (a task with `runs`), or none
+FROM = "from"  # key of a stage: the earlier stage it takes weights from; a list for a task with `runs`; null: none
 
 
 class EvaluateSettings(Settings):
@@ -58,14 +58,14 @@ class ReportSettings(Settings):
 
 
 class PipelineSettings(Settings):
-    """`task=pipeline`: stage → its settings (null: left out), and bars: picture → group → series → stage/number."""
+    """`task=pipeline`: `stages`: name → settings (null: omitted); `bars`: picture → group → series → stage/number."""
 
     stages: dict[str, dict[str, Any] | None]
     bars: dict[str, dict[str, dict[str, str]]]
 
     @property
     def listed(self) -> dict[str, Mapping[str, Any]]:
-        """The stages that run."""
+        """The stages that are not omitted, in order."""
         return {name: settings for name, settings in self.stages.items() if settings is not None}
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Settings of a run that belong to no group: the keys of `conf/config.yaml`."""
+"""Top-level settings of a run: the keys of `conf/config.yaml` outside the groups."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from igpt.settings.fields import Seed, Settings
 
 
 class PathSettings(Settings):
-    """Folders of this machine that are written."""
+    """Output folders."""
 
     runs: str
     cache: str
 
 
 class RunSettings(Settings):
-    """What a run starts from and where it goes."""
+    """Seed, initial weights and output of a run."""
 
     seed: Seed
     init: str | None

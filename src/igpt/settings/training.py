@@ -15,7 +15,7 @@ class LossWeights(Settings):
 
 
 class TrainingSettings(Settings):
-    """What every task with optimiser steps says of them; its recipe is in `conf/task/`."""
+    """Settings of every task with optimiser steps; recipes are in `conf/task/`."""
 
     steps: Count  # optimiser steps
     batch_size: Count  # images per optimiser step, over all devices
@@ -24,7 +24,7 @@ class TrainingSettings(Settings):
 
 
 class AdamSettings(TrainingSettings):
-    """Of Adam, its schedule, and the checkpoints that stay."""
+    """Settings of Adam, its schedule and the number of checkpoints."""
 
     learning_rate: Positive
     beta1: Decay
@@ -41,13 +41,8 @@ class AdamSettings(TrainingSettings):
 
     @property
     def adam(self) -> dict[str, float]:
-        """The arguments of the optimiser."""
-        return {
-            "learning_rate": self.learning_rate,
-            "beta1": self.beta1,
-            "beta2": self.beta2,
-            "weight_decay": self.weight_decay,
-        }
+        """Keyword arguments of the optimiser."""
+        return self.model_dump(include={"learning_rate", "beta1", "beta2", "weight_decay"})
 
 
 class PretrainSettings(AdamSettings):

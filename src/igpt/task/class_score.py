@@ -1,7 +1,5 @@
-"""What a network with a class head says of a split: loss and accuracy, by vote where inputs are masked."""
+"""Classification score of a network with a class head on a split: loss and accuracy, by vote over masks."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 
 import lightning as L
@@ -17,12 +15,13 @@ from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.base import Objective
 from igpt.probe.scores import accuracy_number, vote
+from igpt.task.generative_score import table_of_images
 from igpt.tokens.batches import Batch
-from igpt.utils import keyed
+from igpt.utils import files, keyed
 
 
 def check_classes(source: Source, splits: Sequence[str]) -> int:
-    """The number of classes. Raises ValueError without labels, or where a class has nothing to learn from."""
+    """The number of classes. Raises ValueError without labels, or if a class has no training images."""
     if source.n_class is None:
         raise ValueError(f"data={source.name} has no labels (data.n_class=null): a probe needs some")
     known = set(np.unique(source.split("train").labels).tolist())
@@ -43,13 +42,13 @@ def check_classes(source: Source, splits: Sequence[str]) -> int:
 
 
 def classes_hash(source: Source) -> str:
-    """A hash of the data's name, its number of classes and the labels of its training images: whether a head fits."""
+    """A hash of dataset name, number of classes and training labels, to check that a class head fits the data."""
     labels = np.unique(source.split("train").labels).tolist()
-    return hashlib.sha256(json.dumps([source.name, source.n_class, labels]).encode()).hexdigest()[:16]
+    return files.hash_json([source.name, source.n_class, labels])[:16]
 
 
 class ClassScore:
-    """Notes what is said of every image, then gives loss and accuracy over all processes, each image once."""
+    """Accumulates predictions per image, then computes loss and accuracy over all ranks, each image counted once."""
 
     def __init__(self, objective: Objective, *, n_class: int, masks: int, seed: int) -> None:
         self.objective, self.n_class, self.seed = objective, n_class, seed
@@ -57,7 +56,7 @@ class ClassScore:
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def add(self, net: GPT, head: ClassHead, batch: Batch) -> None:
-        """Under every mask one forward pass; the losses are those of the first."""
+        """Scores a batch: one forward pass per mask; losses are those of the first mask."""
         said = []
         for mask in range(self.masks):
             keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
@@ -71,19 +70,13 @@ class ClassScore:
         keys = keyed.item_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
         by_vote = vote(torch.stack(said), n_class=self.n_class, keys=keys) if len(said) > 1 else said[0]
         one = (said[0] == batch.labels).double()
-        figures = [nats, loss, (by_vote == batch.labels).double(), one, by_vote.double()]
-        self._seen.append((batch.rows, torch.stack([*figures, torch.ones_like(one)])))
+        right = (by_vote == batch.labels).double()
+        self._seen.append((batch.rows, torch.stack([nats, loss, right, one, by_vote.double()])))
 
     def numbers(self, split: str, trainer: L.Trainer, n_image: int) -> tuple[dict[str, Number], np.ndarray]:
-        """The numbers of the split, and the class each image was taken for, (N,)."""
-        table = torch.zeros(6, n_image, dtype=torch.float64, device=trainer.strategy.root_device)
-        for rows, figures in self._seen:
-            table[:, rows] += figures
+        """The numbers of the split, and the predicted class of each image, (N,). Clears what was added."""
+        nats, loss, right, one, said = table_of_images(self._seen, trainer, 5, n_image)
         self._seen = []
-        everywhere = trainer.strategy.reduce(table, reduce_op="sum")
-        assert isinstance(everywhere, Tensor)
-        nats, loss, right, one, said, times = everywhere.cpu()
-        assert (times == 1).all(), "an image was scored twice, or not at all"
         numbers = likelihood_numbers(split, nats)
         stderr = float(loss.std()) / n_image**0.5 if n_image > 1 else None
         numbers[f"{split}/loss_clf"] = Number(float(loss.mean()), "nats/image", n_image, stderr)

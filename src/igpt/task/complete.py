@@ -1,4 +1,4 @@
-"""Completions: the top of real images is given, the model continues it, several times."""
+"""`task=complete`: the model completes real images from their top rows, several times each."""
 
 import logging
 
@@ -16,14 +16,14 @@ from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
 
-HIDDEN = 127  # grey of the part that was not given
+HIDDEN = 127  # grey level of the hidden part
 
 
 def prompt_rows(fraction: float, rows: int | None, side: int) -> int:
-    """How many rows are given: `rows` when stated, else `fraction` of the image in whole rows.
+    """Number of rows of the prompt: `rows`, else `fraction` of the image rounded to rows.
 
     Raises:
-        ValueError: more rows than the image has.
+        ValueError: `rows` exceeds the image height.
     """
     n_row = round(fraction * side) if rows is None else rows
     if n_row > side:
@@ -32,7 +32,7 @@ def prompt_rows(fraction: float, rows: int | None, side: int) -> int:
 
 
 def run(components: Components, settings: CompleteSettings) -> Result:
-    """Each of `count` images of `split` beside what was given and `completions` continuations, as one picture."""
+    """One picture of `count` images of `split`, each with its prompt and `completions` completions."""
     weights, seed, split = components.trained_weights, components.seed, settings.split
     count, completions = settings.count, settings.completions
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)

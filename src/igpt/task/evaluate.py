@@ -1,4 +1,4 @@
-"""The loss of a trained network on a split, beside what its tokens alone would tell; with a class head, accuracy."""
+"""`task=evaluate`: loss of a trained network on a split, histogram baselines, and accuracy with a class head."""
 
 from typing import Literal
 
@@ -12,69 +12,54 @@ from igpt.metric.likelihood import position_nats, unigram_nats
 from igpt.metric.result import Number, Result
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
-from igpt.objective.base import Objective
 from igpt.probe.scores import confusion
 from igpt.run.components import Components
 from igpt.settings.reading import EvaluateSettings
 from igpt.task.class_score import ClassScore, classes_hash
 from igpt.task.generative_score import GenerativeScore
 from igpt.tokens.batches import Batch
-from igpt.training.hardware import Machine
 
 
 class EvaluateModule(L.LightningModule):
-    """Scores a frozen network; it trains nothing."""
-
-    def __init__(self, *, net: GPT, objective: Objective, machine: Machine, split: str, n_image: int) -> None:
-        super().__init__()
-        machine.prepare(net)
-        self.net, self.split, self.n_image = net, split, n_image
-        self.score = GenerativeScore(objective)
-        self.numbers: dict[str, Number] = {}
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.score.add(self.net, batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self.numbers = self.score.numbers(self.split, self.trainer, self.n_image)
-
-
-class ClassifyModule(L.LightningModule):
-    """Scores a frozen network with its class head."""
+    """Scores a frozen network by its generative loss; with a class head also by its predictions."""
 
     def __init__(
-        self, *, net: GPT, head: ClassHead, score: ClassScore, machine: Machine, split: str, n_image: int
+        self, components: Components, net: GPT, *, split: str, head: ClassHead | None = None, masks: int = 1
     ) -> None:
         super().__init__()
-        machine.prepare(net)
-        self.net, self.head, self.score, self.split, self.n_image = net, head, score, split, n_image
+        components.hardware.prepare(net)
+        self.net, self.head, self.split = net, head, split
+        self.n_image = len(components.source.split(split))
+        self.generative_score = GenerativeScore(components.objective)
+        if head is not None:
+            n_class = len(head.wclf)
+            self.class_score = ClassScore(components.objective, n_class=n_class, masks=masks, seed=components.seed)
         self.numbers: dict[str, Number] = {}
-        self.said: np.ndarray = np.empty(0)
+        self.said = np.empty(0)  # (N,) predicted classes
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.score.add(self.net, self.head, batch)
+        if self.head is None:
+            self.generative_score.add(self.net, batch)
+        else:
+            self.class_score.add(self.net, self.head, batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.numbers, self.said = self.score.numbers(self.split, self.trainer, self.n_image)
+        if self.head is None:
+            self.numbers = self.generative_score.numbers(self.split, self.trainer, self.n_image)
+        else:
+            self.numbers, self.said = self.class_score.numbers(self.split, self.trainer, self.n_image)
 
 
 def run(components: Components, settings: EvaluateSettings) -> Result:
     """Nats and bits per token on `split`, and those of two histograms of `baseline_images` training images.
 
-    Accuracy where a class head was trained with these weights.
+    With accuracy if a class head was trained with these weights.
     """
-    weights, objective, split = components.trained_weights, components.objective, settings.split
-    runner, hardware = components.runner, components.hardware
+    weights, hardware, split = components.trained_weights, components.hardware, settings.split
     data = components.build_datamodule(plan=hardware.reading_plan(settings.batch_size), eval_split=split)
-    n_image, net = len(data.source.split(split)), weights.net()
-    head = trained_head(weights, data.source, asked=settings.accuracy)
-    module: EvaluateModule | ClassifyModule
-    if head is None:
-        module = EvaluateModule(net=net, objective=objective, machine=hardware, split=split, n_image=n_image)
-    else:
-        score = ClassScore(objective, n_class=len(head.wclf), masks=settings.masks, seed=components.seed)
-        module = ClassifyModule(net=net, head=head, score=score, machine=hardware, split=split, n_image=n_image)
-    runner.validate(module, data)
+    net, head = weights.net(), trained_head(weights, data.source, asked=settings.accuracy)
+    module = EvaluateModule(components, net, split=split, head=head, masks=settings.masks)
+    components.runner.validate(module, data)
     numbers = dict(module.numbers)
     if settings.baseline_images:
         train = data.some_tokens("train", at_most=settings.baseline_images).numpy()
@@ -85,18 +70,17 @@ def run(components: Components, settings: EvaluateSettings) -> Result:
     found = Result(
         numbers=numbers, provenance={"weights": weights.sha256, "tokenizer": data.tokenizer.hash, "split": split}
     )
-    if isinstance(module, ClassifyModule):
-        labels = data.source.split(split).labels
-        counts = confusion(labels, module.said, module.score.n_class)
+    if head is not None:
+        counts = confusion(data.source.split(split).labels, module.said, len(head.wclf))
         found.add_confusion(counts, data.source.class_names)
     return found
 
 
 def trained_head(weights: Weights, source: Source, *, asked: bool | Literal["auto"]) -> ClassHead | None:
-    """The head to judge with, or None where there is none, or no labels, and none was asked for.
+    """The trained class head; None if `asked` is False, or `auto` and there is no head or no labels.
 
     Raises:
-        ValueError: accuracy was asked for and no head was trained, or the one there is knows other classes.
+        ValueError: accuracy is required but there is no trained head, or the head has other classes.
     """
     if asked is False or (asked == "auto" and (source.n_class is None or not has_head(weights))):
         return None

@@ -1,4 +1,4 @@
-"""A palette and what it costs: the error of showing images in its colours, beside that of other palettes."""
+"""`task=palette`: the quantisation error of a palette on images, compared with other palettes."""
 
 import math
 from pathlib import Path
@@ -17,11 +17,11 @@ from igpt.utils import keyed
 
 OURS = "palette"
 SHOWN = 8  # images
-FURTHEST = 40  # grey levels: as far as the curve goes
+FURTHEST = 40  # grey levels: upper end of the curve
 
 
 def run(components: Components, settings: PaletteSettings) -> Result:
-    """Leaves `palette.npy` in the released format; reports its error on `count` images, and that of others."""
+    """Writes `palette.npy` in the released format; returns the error of all palettes on `count` images."""
     split, run_dir = settings.split, components.run_dir
     others = {file: Palette.load(Path(file)) for file in settings.beside}
     data = components.build_datamodule()
@@ -70,7 +70,7 @@ def run(components: Components, settings: PaletteSettings) -> Result:
 
 
 def named(of_files: dict[str, Palette]) -> dict[str, Palette]:
-    """The same by the names of the files: with their folder's name or a number where the name is taken."""
+    """The palettes by file stem; a duplicate is prefixed with its folder, or numbered at the root."""
     names: dict[str, Palette] = {}
     for file, palette in of_files.items():
         path = Path(file).absolute().with_suffix("")

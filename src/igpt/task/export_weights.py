@@ -1,4 +1,4 @@
-"""Weights for elsewhere: a folder that Hugging Face's `from_pretrained` opens, or one in our own plain format."""
+"""`task=export`: writes weights as a Hugging Face folder (`from_pretrained`) or in this project's own format."""
 
 import logging
 from pathlib import Path
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def run(components: Components, settings: ExportSettings) -> Result:
-    """Writes `huggingface/` or `igpt/` in the run's folder, whole or not at all.
+    """Writes `huggingface/` or `igpt/` in the run directory, atomically.
 
     Raises:
-        ValueError: what Hugging Face's format cannot hold: masked pixels, another order of pixels, a class head.
+        ValueError: Hugging Face's format cannot hold the model: masked pixels, another pixel order, a class head.
     """
     weights, format, class_head = components.trained_weights, settings.format, settings.class_head
     if format == "huggingface":

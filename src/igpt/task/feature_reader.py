@@ -1,4 +1,4 @@
-"""The features of a frozen network on any split: written in one pass under `Trainer.predict`, or read from disk."""
+"""Features of a frozen network on any split: computed in one pass with `Trainer.predict`, or read from the cache."""
 
 import logging
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
 
-OF_TRAINING_ALONE = ("labels_per_class", "subset_seed")  # settings of the data that val and test know nothing of
+OF_TRAINING_ALONE = ("labels_per_class", "subset_seed")  # data settings that do not affect val and test
 
 
 def stored_at(
@@ -43,7 +43,7 @@ def stored_at(
     mask: int = 0,
     **of_some: Any,
 ) -> Path:
-    """Where the features of a split are kept; `weights` is their network's hash, `of_some` tells a part of a split."""
+    """Cache path of the features of a split; `weights`: hash of the network, `of_some`: names a part of the split."""
     made_by = {**made_by, **of_some}
     if split != "train":
         made_by["data"] = {k: v for k, v in made_by.get("data", {}).items() if k not in OF_TRAINING_ALONE}
@@ -52,7 +52,7 @@ def stored_at(
 
 
 class ProbeModule(L.LightningModule):
-    """A frozen network whose pooled features are handed on: one forward pass an image and mask, for all layers."""
+    """Writes the pooled features of a frozen network, all layers in one forward pass per image and mask."""
 
     def __init__(self, *, net: GPT, objective: Objective, machine: Machine, norm: str, masks: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class ProbeModule(L.LightningModule):
         self.writers: list[FeatureWriter] = []
 
     def pooled(self, batch: Batch, mask: int) -> Tensor:
-        """The features under one mask, (L + 1, B, C)."""
+        """The pooled features under one mask, (L + 1, B, C)."""
         keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
         return layer_features(self.net, batch.tokens, self.objective.visible_mask(batch.tokens, keys), norm=self.norm)
 
@@ -72,13 +72,13 @@ class ProbeModule(L.LightningModule):
 
 @dataclass(frozen=True)
 class Reader:
-    """Gives the features of a network on any split, from disk where they are, else written in one pass."""
+    """Reads the features of a network on any split from the cache, or computes them in one pass."""
 
     components: Components
     settings: FeatureSettings
 
     def read(self, net: GPT, name: str, split: str, *, masks: int) -> list[Features]:
-        """One `Features` for each mask; `name` is that of the network: the hash of its weights."""
+        """One `Features` per mask; `name`: identifies the network, e.g. the hash of its weights."""
         components, norm, dtype = self.components, self.settings.norm, self.settings.dtype
         plan = components.hardware.reading_plan(self.settings.batch_size)
         data = components.build_datamodule(plan=plan, eval_split=split)
@@ -114,5 +114,5 @@ class Reader:
         return [features for features in found if features is not None]
 
     def images(self, net: GPT, name: str, split: str, *, masks: int) -> Images:
-        """The same, training images under one mask only."""
+        """The features as `Images`; training images under one mask only."""
         return Images(self.read(net, name, split, masks=1 if split == "train" else masks))

@@ -1,4 +1,4 @@
-"""Joint fine-tuning: L_GEN + L_CLF, all weights trained, a linear head on the last hidden states."""
+"""`task=finetune`: trains all weights and a linear class head on gen · L_GEN + clf · L_CLF."""
 
 import logging
 from pathlib import Path
@@ -7,18 +7,12 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from igpt.checkpoint.head_files import HeadOrigin, save_head
-from igpt.checkpoint.igpt_format import (
-    FORMAT,
-    ORIGIN,
-    check_format,
-    save_model,
-    weights_sha256,
-)
+from igpt.checkpoint.igpt_format import FORMAT, ORIGIN, check_format, save_model, weights_sha256
 from igpt.checkpoint.resume import AtomicCheckpointIO, read_best
 from igpt.distributed import ranks
-from igpt.distributed.signals import StopRequest
 from igpt.metric.result import Number, Result
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model.gpt import GPT
@@ -31,7 +25,7 @@ from igpt.task.class_score import ClassScore, check_classes, classes_hash
 from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
-from igpt.training.optimizers import adam
+from igpt.training.optimizers import adam, every_step
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +49,9 @@ class FinetuneModule(TrainedModule):
         self.components = components
         self.objective, self.weights, self.n_class = components.objective, components.weights, n_class
         self.joint = JointObjective(self.objective, settings.loss_weights)
-        self.split, self.n_image = split, n_image  # what validation reads, and how many images that is
+        self.split, self.n_image = split, n_image  # of the validation
         self.score = ClassScore(self.objective, n_class=n_class, masks=settings.masks, seed=components.seed)
-        self.said = torch.empty(0).numpy()  # the class each image of the last validation was taken for
+        self.said = torch.empty(0).numpy()  # (N,) predicted classes of the last validation
         self.net: GPT | None = None
 
     def configure_model(self) -> None:
@@ -77,8 +71,7 @@ class FinetuneModule(TrainedModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = adam([p for p in self.parameters() if p.requires_grad], **self.settings.adam)
         warmup = self.settings.warmup_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return every_step(LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1))))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.net is not None
@@ -109,7 +102,7 @@ class FinetuneModule(TrainedModule):
 
 
 def run(components: Components, settings: FinetuneSettings) -> Result:
-    """Trains network and head, goes back to the best validation accuracy, and reads test once with that."""
+    """Trains network and head, restores the step of best val accuracy, and evaluates test once with it."""
     runner, hardware, weights = components.runner, components.hardware, components.weights
     data = components.build_datamodule(plan=hardware.training_plan(settings.batch_size))
     source = data.source
@@ -119,12 +112,12 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
     def build_module(split: str) -> FinetuneModule:
         return FinetuneModule(components, settings, n_class=n_class, split=split, n_image=len(source.split(split)))
 
-    trained, stop = build_module("val"), StopRequest()
+    trained = build_module("val")
     saving = Checkpoints(
-        runner.folder, trained.guard, every=settings.checkpoint_every, keep=settings.checkpoint_keep,
-        val_every=settings.val_every, stop=stop, monitor="val/accuracy", highest=True, patience=settings.patience,
+        runner.folder, settings, trained.guard, keep=settings.checkpoint_keep, val_every=settings.val_every,
+        monitor="val/accuracy", highest=True, patience=settings.patience,
     )  # fmt: skip
-    runner.fit(trained, data, settings, val_every=settings.val_every, callbacks=[saving], stop=stop)
+    runner.fit(trained, data, settings, saving)
     saving.recall(trained, trained.history["val/accuracy"][-1][0])
     best = ranks.from_first(lambda: read_best(runner.folder))
     assert best is not None, "FinetuneSettings has seen to it that a validation is reached"

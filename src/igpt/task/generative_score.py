@@ -1,4 +1,4 @@
-"""The generative loss of a split: one number an image, so that neither batch size nor process count changes the sum."""
+"""Generative loss of a split, accumulated per image, so that it depends on neither batch size nor ranks."""
 
 import lightning as L
 import torch
@@ -12,25 +12,31 @@ from igpt.tokens.batches import Batch
 
 
 class GenerativeScore:
-    """Notes the loss of every image, then gives `split/loss_gen` and `split/bits_per_token` over all processes."""
+    """Accumulates the loss of every image, then computes `split/loss_gen` and `split/bits_per_token` over all ranks."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
-        self._seen: list[tuple[Tensor, Tensor]] = []  # rows and nats per token of each batch
+        self._seen: list[tuple[Tensor, Tensor]] = []  # of each batch: rows (B,) and nats per token (1, B)
 
     def add(self, net: GPT, batch: Batch) -> None:
         visible = self.objective.visible_mask(batch.tokens, batch.keys)  # (B, T) or None
         nats = self.objective.per_example_loss(net(batch.tokens, visible), batch.tokens, visible)  # (B,)
-        self._seen.append((batch.rows, nats.double()))
+        self._seen.append((batch.rows, nats.double()[None]))
 
     def numbers(self, split: str, trainer: L.Trainer, n_image: int) -> dict[str, Number]:
-        """The numbers of all `n_image` images of the split, each of which was added once since the last call."""
-        nats = torch.zeros(2, n_image, dtype=torch.float64, device=trainer.strategy.root_device)
-        for rows, values in self._seen:
-            nats[0, rows] = values
-            nats[1, rows] += 1
+        """The numbers over the `n_image` images of the split, each added exactly once since the last call."""
+        (nats,) = table_of_images(self._seen, trainer, 1, n_image)
         self._seen = []
-        everywhere = trainer.strategy.reduce(nats, reduce_op="sum")  # each column is one process's: nothing is rounded
-        assert isinstance(everywhere, Tensor)
-        assert (everywhere[1] == 1).all(), "an image was scored twice, or not at all"
-        return likelihood_numbers(split, everywhere[0].cpu())
+        return likelihood_numbers(split, nats)
+
+
+def table_of_images(seen: list[tuple[Tensor, Tensor]], trainer: L.Trainer, n_figure: int, n_image: int) -> Tensor:
+    """Figures of all images, from those of each rank's batches: rows (B,) and figures (F, B) → (F, N) on the CPU."""
+    table = torch.zeros(n_figure + 1, n_image, dtype=torch.float64, device=trainer.strategy.root_device)
+    for rows, figures in seen:
+        table[:-1, rows] += figures
+        table[-1, rows] += 1
+    everywhere = trainer.strategy.reduce(table, reduce_op="sum")  # exact: each column is nonzero on one rank only
+    assert isinstance(everywhere, Tensor)
+    assert (everywhere[-1] == 1).all(), "an image was scored twice, or not at all"
+    return everywhere[:-1].cpu()

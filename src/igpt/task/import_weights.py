@@ -1,4 +1,4 @@
-"""Weights from elsewhere, OpenAI's or Hugging Face's, a sharded checkpoint or a step of a run, as a run's `model/`."""
+"""`task=import`: converts OpenAI's, Hugging Face's or sharded weights, or a step of a run, to a run's `model/`."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from igpt.settings.reading import ImportSettings
 
 
 def run(components: Components, settings: ImportSettings) -> Result:
-    """Writes the weights in our format, tensor by tensor, with the class head that came with them.
+    """Writes the weights in this project's format, tensor by tensor, with their class head if any.
 
-    The settings are for OpenAI's checkpoints and were looked at when the weights were found.
+    The settings concern OpenAI's checkpoints and are applied when the weights are opened.
     """
     weights = components.trained_weights
     place = components.run_dir / "model"

@@ -1,4 +1,4 @@
-"""Probes on a few labels of each class: several subsets, mean and standard deviation (Chen et al. 2020)."""
+"""`task=low_data`: probes on few labels per class; mean and standard deviation over subsets (Chen et al. 2020)."""
 
 import logging
 from functools import partial
@@ -19,17 +19,13 @@ log = logging.getLogger(__name__)
 
 
 def run(components: Components, settings: LowDataSettings) -> Result:
-    """Accuracy on `split` with so many labels a class, over subsets that are drawn anew.
+    """Accuracy on `split` for each `per_class` number of labels, over random subsets.
 
-    Only the labels that were drawn are fitted, and C is chosen by cross-validation among them. The layer is `layer`, or
-    the best of a probe with all labels, on val: the result says which.
+    Only the drawn labels are used: C is chosen by cross-validation among them. The layer is `layer`, or the best on val
+    of a probe with all labels; the result's provenance states which.
     """
-    weights, hardware, source, seed = (
-        components.trained_weights,
-        components.hardware,
-        components.source,
-        components.seed,
-    )
+    weights, hardware = components.trained_weights, components.hardware
+    source, seed = components.source, components.seed
     split, layer, strengths = settings.split, settings.layer, settings.strengths
     if source.labels_per_class is not None:
         raise ValueError("task=low_data draws its subsets itself, task.per_class: leave data.labels_per_class=null")
@@ -37,7 +33,7 @@ def run(components: Components, settings: LowDataSettings) -> Result:
     masks = settings.masks if not components.objective.causal else 1
     labels = source.split("train").labels
     draw = partial(balanced_subset, labels, where=source.name, setting="task.per_class")
-    rows_of = {  # before anything is read: too few images of a class are found at once
+    rows_of = {  # before features are read, so that a class with too few images fails at once
         n: [draw(per_class=n, seed=settings.subset_seed + i) for i in range(settings.subsets)]
         for n in settings.per_class
     }
@@ -83,7 +79,7 @@ def run(components: Components, settings: LowDataSettings) -> Result:
 
 
 def one_subset(few: Images, judged: Images, strengths: list[float], per_class: int, *, seed: int, **how: Any) -> float:
-    """The accuracy on `judged` of a head fitted on `few` images of one layer, C by cross-validation among them."""
+    """Accuracy on `judged` of a head fitted on the `few` images of one layer, C by cross-validation among them."""
     folds = folds_of(few.labels, few_folds(per_class), seed=seed)
     table = searched(few, few, strengths, folds=folds, seed=seed, **how)
     said, _ = fitted([few], chosen(table, layer=None), seed=seed, **how).predict(judged)

@@ -1,4 +1,4 @@
-"""Several tasks in turn, each from the weights that an earlier one left."""
+"""`task=pipeline`: runs several tasks in turn, each starting from the weights of an earlier one."""
 
 import logging
 import math
@@ -16,9 +16,9 @@ Value = TypeVar("Value")
 
 
 def run(components: Components, settings: PipelineSettings) -> Result:
-    """Runs every stage in a folder of its own inside the run's, and gathers what they found out.
+    """Runs every stage in its own folder inside the run directory and merges their results.
 
-    A stage starts from the weights of the stage named in `from`; where nothing is said, of the last that left some.
+    A stage starts from the weights of the stage named in `from`; by default from those of the last that wrote some.
     """
     folder, init, stages = components.run_dir, components.init, settings.listed
     results: dict[str, Result] = {}
@@ -57,7 +57,7 @@ def run(components: Components, settings: PipelineSettings) -> Result:
 
 
 def named(of_stages: Mapping[str, Mapping[str, Value]], same: Callable[[Value, Value], bool]) -> dict[str, Value]:
-    """What the stages found under names of their own; where two say different things, `stage/name` for each of them."""
+    """The values of all stages by name; a name with different values becomes `stage/name` for each of them."""
     found: dict[str, list[tuple[str, Value]]] = {}
     for stage, values in of_stages.items():
         for key, value in values.items():
@@ -70,7 +70,7 @@ def named(of_stages: Mapping[str, Mapping[str, Value]], same: Callable[[Value, V
 
 
 def same(ours: Number, theirs: Number) -> bool:
-    """Whether two stages have measured one thing: equal but for rounding. Shares of few images are equal by chance."""
+    """Whether two numbers are one measurement: equal but for rounding. Shares can be equal by chance: never."""
     return ours.unit != "share" and math.isclose(ours.value, theirs.value, rel_tol=1e-6)
 
 

@@ -1,25 +1,17 @@
-"""Generative pretraining: the paper's recipe, from tokens to weights."""
+"""`task=pretrain`: generative pretraining with the paper's recipe."""
 
 import logging
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from igpt.checkpoint.igpt_format import (
-    FORMAT,
-    ORIGIN,
-    Weights,
-    check_same,
-    meta_model,
-    metadata_in,
-    read_model,
-    save_model,
-)
+from igpt.checkpoint import igpt_format
+from igpt.checkpoint.igpt_format import Weights, check_same, meta_model, read_model, save_model
 from igpt.data.source import Stream
 from igpt.distributed import ranks
-from igpt.distributed.signals import StopRequest
 from igpt.metric.result import Number, Result
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model.gpt import GPT
@@ -29,8 +21,8 @@ from igpt.task.generative_score import GenerativeScore
 from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
-from igpt.training.deepspeed import let_go, whole_state
-from igpt.training.optimizers import optimizer_of, scheduled
+from igpt.training.deepspeed import whole_state
+from igpt.training.optimizers import every_step, optimizer_of, scheduled
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +39,7 @@ class PretrainModule(TrainedModule):
         )
         self.components = components
         self.objective, self.weights = components.objective, components.weights
-        self.n_val = n_val  # images to validate on
+        self.n_val = n_val  # validation images
         self.n_weight = sum(weight.numel() for weight in meta_model(components.network).parameters())
         self.n_shardable: int | None = self.n_weight
         self.score = GenerativeScore(self.objective)
@@ -62,8 +54,8 @@ class PretrainModule(TrainedModule):
             ranks.check_same("weights to begin with", {"digest": ranks.digest(self.net)})
 
     def whole_again(self, weights: Weights) -> None:
-        """After training in parts: the network as it was saved, whole in every process, to be read."""
-        let_go(self)
+        """After ZeRO training: replaces the sharded net by the full one, reloaded from disk on every rank."""
+        remove_module_hooks(self)  # DeepSpeed's
         self.net, self.n_shardable = weights.net(), None
         self.machine.prepare(self.net)
 
@@ -76,13 +68,12 @@ class PretrainModule(TrainedModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.net is not None
         optimizer = optimizer_of(self.settings.optimizer, self.net, **self.settings.adam)
-        schedule = scheduled(optimizer, warmup_steps=self.settings.warmup_steps, steps=self.steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return every_step(scheduled(optimizer, warmup_steps=self.settings.warmup_steps, steps=self.steps))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.net is not None
         tokens, keys = batch.tokens, batch.keys  # (B, T), (B,)
-        visible = self.objective.visible_mask(tokens, keys)  # (B, T) pixels the net may see; None: all
+        visible = self.objective.visible_mask(tokens, keys)  # (B, T) tokens the net may see; None: all
         loss = self.objective.loss(self.net(tokens, visible), tokens, visible)  # nats per token
         return self.tally(loss, {"loss_gen": loss})
 
@@ -95,12 +86,12 @@ class PretrainModule(TrainedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["format"] = FORMAT
-        checkpoint[ORIGIN] = self.components.checkpoint_metadata(step=self.global_step).to_dict()
+        checkpoint["format"] = igpt_format.FORMAT
+        checkpoint[igpt_format.ORIGIN] = self.components.checkpoint_metadata(step=self.global_step).to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         path = Path(self.trainer.ckpt_path or "")
-        theirs, ours = metadata_in(checkpoint, path), self.components.checkpoint_metadata(step=0)
+        theirs, ours = igpt_format.metadata_in(checkpoint, path), self.components.checkpoint_metadata(step=0)
         check_same("network", theirs.network.to_dict(), ours.network.to_dict(), path)
         check_same("objective", theirs.objective, ours.objective, path)
         check_same("tokenizer", theirs.tokenizer.hash, ours.tokenizer.hash, path)
@@ -108,7 +99,7 @@ class PretrainModule(TrainedModule):
 
 
 def run(components: Components, settings: PretrainSettings) -> Result:
-    """Trains a network and leaves `model/` and `checkpoints/` in the run folder."""
+    """Trains a network; writes `model/` and `checkpoints/` to the run directory."""
     runner, hardware, steps = components.runner, components.hardware, settings.steps
     if hardware.shards and settings.optimizer == "muon":
         raise ValueError(
@@ -123,17 +114,15 @@ def run(components: Components, settings: PretrainSettings) -> Result:
     n_train = "a stream" if isinstance(images, Stream) else len(images)
     ranks.check_same("images", {"train": n_train, "val": n_val, "tokenizer": data.tokenizer.hash})
     module = PretrainModule(components, settings, n_val=n_val)
-    stop = StopRequest()
     saving = Checkpoints(
-        runner.folder, module.guard, every=settings.checkpoint_every, keep=settings.checkpoint_keep,
-        val_every=settings.val_every, stop=stop,
-    )  # fmt: skip
-    runner.fit(module, data, settings, val_every=settings.val_every, callbacks=[saving], stop=stop)
+        runner.folder, settings, module.guard, keep=settings.checkpoint_keep, val_every=settings.val_every
+    )
+    runner.fit(module, data, settings, saving)
     assert module.net is not None
     state = whole_state(module.net) if hardware.zero_stage else module.net.state_dict()
     save_model(runner.folder / "model", state, components.checkpoint_metadata(step=steps))
     if hardware.zero_stage:
-        ranks.barrier()  # the first has written it
+        ranks.barrier()  # until rank 0 has written it
         module.whole_again(read_model(runner.folder / "model"))
     if n_val:
         runner.validate(module, data)

@@ -1,4 +1,4 @@
-"""Linear probes: what a linear classifier can read from the pooled features of every layer."""
+"""`task=probe`: linear classifiers on the pooled features of every layer."""
 
 import logging
 from functools import partial
@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 
 def run(components: Components, settings: ProbeSettings) -> Result:
-    """Accuracy of every layer on val, of the best on test, and of what it has to beat.
+    """Val accuracy of every layer, test accuracy of the best, and the baselines.
 
-    Where layer and strength are chosen by cross-validation inside train, `cv/` stands for `val/` in the names.
+    Names start with `cv/` instead of `val/` if layer and C are chosen by cross-validation inside train.
     """
     weights, objective = components.trained_weights, components.objective
     layer, concat, folds, refit = settings.layer, settings.concat, settings.folds, settings.refit
@@ -39,7 +39,7 @@ def run(components: Components, settings: ProbeSettings) -> Result:
     if concat is not None and concat > n_layer + 1:
         raise ValueError(f"task.concat={concat}: the network has {n_layer + 1} layers to take together")
     source = components.source
-    if source.labels_per_class is not None:  # only those labels are there to be used
+    if source.labels_per_class is not None:  # no other labels may be used
         refit = False
         if folds == "auto" and settings.solver == "sgd":
             raise ValueError(
@@ -49,7 +49,7 @@ def run(components: Components, settings: ProbeSettings) -> Result:
         folds = few_folds(source.labels_per_class) if folds == "auto" else folds
     folds = None if folds == "auto" else folds
     splits = [*(["val"] if folds is None or refit else []), *(["test"] if settings.test else [])]
-    masks = settings.masks if not objective.causal else 1  # only a masked objective has any
+    masks = settings.masks if not objective.causal else 1  # an autoregressive objective has no masks
     settings = settings.model_copy(update={"folds": folds, "refit": refit, "masks": masks})
     n_class = check_classes(source, splits)
     solve = by_sgd if settings.solver == "sgd" else by_lbfgs
@@ -63,7 +63,7 @@ def run(components: Components, settings: ProbeSettings) -> Result:
 
 
 def by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n_class: int) -> Result:
-    """Heads of every layer (or of the one that is given, with its neighbours) and rate, trained at once."""
+    """SGD: trains heads for every layer (or `layer` with its neighbours) and learning rate at once."""
     n_layer, layer, masks, seed = net.n_layer, settings.layer, settings.masks, components.seed
     if layer is None:
         windows = [[single] for single in range(n_layer + 1)]
@@ -95,20 +95,16 @@ def by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n_class
 
 
 def by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT, n_class: int) -> Result:
-    """Logistic regression on features on disk, every layer at every strength."""
-    weights, hardware, source, seed = (
-        components.trained_weights,
-        components.hardware,
-        components.source,
-        components.seed,
-    )
+    """L-BFGS: logistic regression on cached features, every layer at every C."""
+    weights, hardware = components.trained_weights, components.hardware
+    source, seed = components.source, components.seed
     n_layer, layer, folds, strengths = net.n_layer, settings.layer, settings.folds, settings.strengths
     assert folds != "auto", "run has chosen"
     how: dict[str, Any] = {"n_class": n_class, "device": hardware.device, "seed": seed}
     judged = "val" if folds is None else "cv"
     images = partial(Reader(components, settings).images, masks=settings.masks)
     train = images(net, weights.sha256, "train")
-    val = images(net, weights.sha256, "val") if folds is None or settings.refit else train  # folds look at train alone
+    val = images(net, weights.sha256, "val") if folds is None or settings.refit else train  # folds need train only
     with matmul_precision(hardware.matmul_precision, hardware.device):
         fold = None if folds is None else folds_of(train.labels, folds, seed=seed)
         table = searched(train, val, strengths, folds=fold, **how)
@@ -162,7 +158,7 @@ def by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT, n_cla
 
 
 def report(table: Table, best: Choice, *, n_layer: int, layer: int | None, masks: int, judged: str) -> Result:
-    """The numbers and the curve of the search; the embedding and the last layer are what the best has to beat."""
+    """Numbers and curve of the search: the best, and the embedding and the last layer as baselines."""
     result = Result()
     result.numbers[f"{judged}/accuracy"] = table.number(best)
     if masks > 1 and judged == "val":
@@ -177,7 +173,7 @@ def report(table: Table, best: Choice, *, n_layer: int, layer: int | None, masks
 
 
 def save_head(path: Path, weight: Tensor, bias: Tensor, layers: list[int]) -> None:
-    """Writes weight (K, D) and bias (K,), and which layers they read side by side."""
+    """Writes weight (K, D) and bias (K,), and the layers whose concatenated features they read."""
     tensors = {"weight": weight.detach().cpu().contiguous(), "bias": bias.detach().cpu().contiguous()}
     with files.atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"layers": " ".join(map(str, layers))})

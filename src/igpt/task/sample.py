@@ -1,4 +1,4 @@
-"""Images drawn from the model, unconditionally."""
+"""`task=sample`: unconditional samples from the model."""
 
 import logging
 import time
@@ -29,10 +29,10 @@ def draw(
     given: Tensor | None = None,
     known: Tensor | None = None,
 ) -> Tensor:
-    """One image a key, `batch_size` at a time, with a bar of pixels: keys (N,) → tokens (N, T) on the CPU.
+    """Samples one image per key, `batch_size` at a time, with a progress bar: keys (N,) → tokens (N, T) on the CPU.
 
-    Image i depends on its key and its row of `given` (N, T) alone, not on the batch it was drawn in, nor on the
-    process: several share the images out, and each returns all of them.
+    Image i depends only on its key and its row of `given` (N, T), not on its batch or rank. Ranks divide the images
+    among them, and each returns all.
     """
     device, rank = net.wte.device, ranks.this_rank()
     drawn = [torch.empty(0, net.n_ctx, dtype=torch.int64)]
@@ -49,7 +49,7 @@ def draw(
                 sampling,
                 given=None if given is None else given[rows].to(device),
                 known=known,
-                on_token=partial(_advance, bar, len(uniforms)),
+                on_token=partial(_advance, bar, len(rows)),
             )
             drawn.append(tokens.cpu())
     everyone = ranks.gathered(torch.cat(drawn))
@@ -66,7 +66,7 @@ def _advance(bar: "tqdm[None]", images: int, position: int) -> None:
 
 
 def run(components: Components, settings: SampleSettings) -> Result:
-    """`count` samples as one picture, and as tokens in `samples_tokens.npy`."""
+    """`count` samples as one picture, and their tokens in `samples_tokens.npy`."""
     weights, hardware, seed, count = components.trained_weights, components.hardware, components.seed, settings.count
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
     tokenizer = weights.tokenizer

@@ -1,4 +1,4 @@
-"""Does a better generative loss go with better features? Checkpoints of several runs, each scored and probed."""
+"""`task=scaling`: generative loss against probe accuracy, over the checkpoints of several runs."""
 
 import logging
 from pathlib import Path
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def checkpoints_of(run: str) -> list[Weights]:
-    """Every checkpoint that a pretraining run has kept, oldest first.
+    """All checkpoints of a pretraining run, oldest first.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     found = sorted((Path(run) / "checkpoints").glob("step_*.ckpt"))
     if not found:
@@ -36,7 +36,7 @@ def checkpoints_of(run: str) -> list[Weights]:
 
 
 def run(components: Components, settings: ScalingSettings) -> Result:
-    """Validation loss and best-layer probe accuracy, on val, of each checkpoint of each run (the paper's Figure 3)."""
+    """Loss and best-layer probe accuracy on val, for each checkpoint of each run (Chen et al. 2020, Figure 3)."""
     runner, hardware, source, seed = components.runner, components.hardware, components.source, components.seed
     every = {run: checkpoints_of(run) for run in settings.runs}
     tokenizer, cache_key = components.tokenizer.hash, components.cache_key
@@ -55,16 +55,13 @@ def run(components: Components, settings: ScalingSettings) -> Result:
     result = Result()
     n_class = check_classes(source, ["val"])
     reader = Reader(components, settings)
-    n_val = len(source.split("val"))
     for path, found in every.items():
         name = names[path]
         size = int(read_record(Path(path) / "run.json")["config"]["task"]["batch_size"])
         losses, shares, images = [], [], []
         for weights in found:
             net = weights.net()
-            scored = EvaluateModule(
-                net=net, objective=components.objective, machine=hardware, split="val", n_image=n_val
-            )
+            scored = EvaluateModule(components, net, split="val")
             plan = hardware.reading_plan(settings.batch_size)
             runner.validate(scored, components.build_datamodule(plan=plan, eval_split="val"))
             train, val = (reader.images(net, weights.sha256, split, masks=1) for split in ("train", "val"))
@@ -102,7 +99,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
 
 
 def rank_correlation(x: list[float], y: list[float]) -> float:
-    """Spearman's: the correlation of the ranks, equal values sharing theirs."""
+    """Spearman's rank correlation; ties have their mean rank."""
     return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
 
 

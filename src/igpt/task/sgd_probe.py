@@ -1,4 +1,4 @@
-"""The paper's ImageNet probe: heads for every layer and learning rate, trained at once on one frozen forward pass."""
+"""The paper's ImageNet probe: heads for every layer and learning rate, trained together on frozen features."""
 
 import logging
 from collections.abc import Callable
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from igpt.distributed.signals import StopRequest
 from igpt.metric.result import Number
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
@@ -22,17 +21,17 @@ from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.nan_guard import FiniteGuard
-from igpt.training.optimizers import warmup_cosine
+from igpt.training.optimizers import every_step, scheduled
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
 
 
 class SGDProbeModule(TrainedModule):
-    """P windows of layers × R rates of linear heads, zero at the start; momentum SGD, each its rate, a cosine to 0.
+    """P × R linear heads (windows of layers × learning rates), zero at init; momentum SGD, cosine schedule to 0.
 
-    Source: Chen et al. 2020, §3.2 (ImageNet: SGD, momentum 0.9, rates from 30 down, cosine). A head whose rate is too
-    high breaks down alone.
+    Source: Chen et al. 2020, §3.2 (ImageNet: SGD, momentum 0.9, rates from 30 down, cosine). A head that diverges does
+    not affect the others.
     """
 
     def __init__(
@@ -50,13 +49,13 @@ class SGDProbeModule(TrainedModule):
         self.weights = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for _ in self.rates)  # (P, K, D) each
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for _ in self.rates)
         self.strict_loading = False  # the frozen network is not in checkpoints
-        self._right: Tensor | None = None  # (3, P, R): by vote; under the first mask, and among its five
+        self._right: Tensor | None = None  # (3, P, R) correct: by vote, under the first mask, in its top five
         self._said: list[tuple[Tensor, Tensor]] = []
         self.right: np.ndarray = np.empty((3, 0, 0))
         self.said: np.ndarray = np.empty((0, 0, 0))
 
     def pooled(self, batch: Batch, mask: int) -> Tensor:
-        """The features under one mask, those of each window's layers side by side: (P, B, D) float32."""
+        """The features under one mask, concatenated over the layers of each window: (P, B, D) float32."""
         keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
         with torch.no_grad():
             visible = self.objective.visible_mask(batch.tokens, keys)
@@ -64,7 +63,7 @@ class SGDProbeModule(TrainedModule):
             return torch.stack([torch.cat(list(layers[window]), dim=-1) for window in self.windows])
 
     def scores(self, features: Tensor) -> Tensor:
-        """(P, B, D) → (P, R, B, K)"""
+        """Class scores: (P, B, D) → (P, R, B, K)."""
         weight, bias = torch.stack(list(self.weights), 1), torch.stack(list(self.biases), 1)  # (P, R, K, D)
         scores: Tensor = torch.einsum("pbd,prkd->prbk", features, weight) + bias[:, :, None]
         return scores
@@ -75,10 +74,7 @@ class SGDProbeModule(TrainedModule):
             for weight, bias, rate in zip(self.weights, self.biases, self.rates, strict=True)
         ]
         optimizer = torch.optim.SGD(groups, lr=self.rates[0], momentum=self.momentum, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, warmup_steps=0, steps=self.steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return every_step(scheduled(optimizer, warmup_steps=0, steps=self.steps))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         features = self.pooled(batch, 0)
@@ -86,7 +82,7 @@ class SGDProbeModule(TrainedModule):
             scores = self.scores(features)  # (P, R, B, K)
             labels = batch.labels.expand(*scores.shape[:2], -1)
             losses = F.cross_entropy(scores.flatten(0, 2), labels.flatten(), reduction="none")
-            losses = losses.view(labels.shape).mean(dim=-1)  # (P, R): nothing is shared, their sum is minimised
+            losses = losses.view(labels.shape).mean(dim=-1)  # (P, R): heads share no weights, so their sum is minimised
         self.tally(least := losses.detach().nan_to_num(torch.inf).min(), {"loss_clf": least})
         return losses.sum()
 
@@ -109,7 +105,7 @@ class SGDProbeModule(TrainedModule):
 
     def on_validation_epoch_end(self) -> None:
         assert self._right is not None
-        right = self.trainer.strategy.reduce(self._right, reduce_op="sum")  # whole numbers: exact in any order
+        right = self.trainer.strategy.reduce(self._right, reduce_op="sum")  # integers: exact in any order
         assert isinstance(right, Tensor)
         heads = len(self.weights[0]), len(self.rates)
         said = torch.zeros((*heads, self.n_image), dtype=torch.int64, device=right.device)
@@ -128,7 +124,7 @@ class SGDProbeModule(TrainedModule):
         checkpoint["state_dict"] = heads
 
     def table(self) -> Table:
-        """What the last validation found; heads that have broken down tell nothing."""
+        """Val accuracies of the last validation; 0 for diverged heads."""
         whole = [weight.isfinite().flatten(1).all(dim=1) for weight in self.weights]  # R of (P,)
         self.right = self.right * torch.stack(whole, dim=1).cpu().numpy()
         return Table(self.right[0], self.right[1], self.windows, list(self.rates), self.n_image)
@@ -137,28 +133,26 @@ class SGDProbeModule(TrainedModule):
 def trained(
     components: Components, settings: ProbeSettings, *, net: GPT, windows: list[list[int]], n_class: int
 ) -> tuple[SGDProbeModule, Callable[[str], None]]:
-    """Trains the heads; then the module, validated on val, and a function that validates it on another split.
+    """Trains the heads; returns the module, validated on val, and a function to validate it on another split.
 
     Raises:
-        ValueError: a precision that would round the heads.
+        ValueError: bf16-true, which would round the heads.
     """
     runner, hardware, sgd = components.runner, components.hardware, settings.sgd
     if hardware.precision == "bf16-true":
         raise ValueError("task.solver=sgd keeps its heads in float32: choose trainer.precision=bf16-mixed")
     data = components.build_datamodule(plan=hardware.training_plan(sgd.batch_size))
     module = SGDProbeModule(components, settings, net=net, windows=windows, n_class=n_class)
-    stop = StopRequest()
     saving = Checkpoints(
-        runner.folder, module.guard, every=sgd.checkpoint_every, keep=1, val_every=sgd.val_every, stop=stop,
-        monitor="val/accuracy", highest=True, finite=False,
+        runner.folder, sgd, module.guard, keep=1, val_every=sgd.val_every, monitor="val/accuracy", highest=True,
+        finite=False,
     )  # fmt: skip
-    runner.fit(module, data, sgd, val_every=sgd.val_every, callbacks=[saving], stop=stop)
+    runner.fit(module, data, sgd, saving)
     reading = hardware.reading_plan(sgd.batch_size)
-    # at the end, where all rates have come to 0
-    runner.validate(module, components.build_datamodule(plan=reading, eval_split="val"))
 
     def read(split: str) -> None:
         module.split, module.n_image = split, len(components.source.split(split))
         runner.validate(module, components.build_datamodule(plan=reading, eval_split=split))
 
+    read("val")  # with the final weights, after all rates have reached 0
     return module, read

@@ -1,4 +1,4 @@
-"""What every LightningModule that trains shares: its losses over a step, curves, speed, logs."""
+"""Base class of the LightningModules that train: losses per optimiser step, curves, throughput, logging."""
 
 import logging
 import time
@@ -20,14 +20,14 @@ from igpt.training.nan_guard import FiniteGuard
 
 log = logging.getLogger(__name__)
 
-UNTIMED, TIMED = 3, 5  # steps at the start that are not timed, and steps after them that are
+UNTIMED, TIMED = 3, 5  # warm-up steps that are not timed; steps timed after them
 UNITS = {"loss_gen": "nats/token", "loss_clf": "nats/image", "accuracy": "share", "loss": "nats"}
 
 
 class TrainedModule(L.LightningModule):
-    """Notes the mean of named figures over the passes and processes of each optimiser step; says so every `log_every`.
+    """Averages named figures over micro-batches and ranks of each optimiser step; logs them every `log_every` steps.
 
-    A subclass calls `tally` in its training step, and `validated` when a validation is over.
+    A subclass calls `tally` in its training step and `validated` at the end of each validation.
     """
 
     def __init__(self, hardware: Machine, settings: TrainingSettings, *, flops_per_image: float, n_ctx: int) -> None:
@@ -36,18 +36,18 @@ class TrainedModule(L.LightningModule):
         self.steps, self.log_every, self.batch_size = settings.steps, settings.log_every, settings.batch_size
         self.flops_per_image, self.n_ctx = flops_per_image, n_ctx
         self.guard = FiniteGuard()
-        self.history: dict[str, list[tuple[int, float]]] = {}  # name → (step, value), kept in checkpoints
+        self.history: dict[str, list[tuple[int, float]]] = {}  # name → (step, value); saved in checkpoints
         self.numbers: dict[str, Number] = {}  # of the last validation
-        self._step: dict[str, Tensor] = {}  # of the passes of this optimiser step, so far
+        self._step: dict[str, Tensor] = {}  # running means over the micro-batches of this optimiser step
         self._passes = 0
 
     @property
     def flops_here(self) -> float:
-        """Operations of the whole training on each device."""
+        """Floating-point operations per device over the whole training."""
         return self.steps * self.batch_size * self.flops_per_image / self.machine.rank.count
 
     def tally(self, loss: Tensor, figures: Mapping[str, Tensor]) -> Tensor:
-        """Adds one pass: the loss that is minimised, and the figures (scalars) to be shown; returns the loss."""
+        """Returns the loss; accumulates it and the scalar `figures` of one micro-batch for logging."""
         passes = self.trainer.accumulate_grad_batches
         self._passes += 1
         for name, value in {"minimised": loss, **figures}.items():
@@ -56,11 +56,11 @@ class TrainedModule(L.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Looks at the loss (on a CPU before it can change a weight) and notes the figures every `log_every` steps."""
-        if self._passes < self.trainer.accumulate_grad_batches:  # DeepSpeed asks at every pass
+        """Checks that the loss is finite (on a CPU before weights change); records figures every `log_every` steps."""
+        if self._passes < self.trainer.accumulate_grad_batches:  # DeepSpeed calls this hook for every micro-batch
             return
         step, self._passes = self.global_step + 1, 0
-        self.rate = float(optimizer.param_groups[0]["lr"])  # the schedule moves on before it is logged
+        self.rate = float(optimizer.param_groups[0]["lr"])  # read here: the scheduler steps before the rate is logged
         names = sorted(self._step)
         values = self.trainer.strategy.reduce(torch.stack([self._step[name] for name in names]), reduce_op="mean")
         assert isinstance(values, Tensor)
@@ -73,7 +73,7 @@ class TrainedModule(L.LightningModule):
                     self.note(f"train/{name}", step, value)
 
     def note(self, name: str, step: int, value: float) -> None:
-        """Adds a point to the curve `name`."""
+        """Appends a point to the curve `name`."""
         self.history.setdefault(name, []).append((step, value))
 
     def on_train_start(self) -> None:
@@ -85,7 +85,6 @@ class TrainedModule(L.LightningModule):
         )
         self.logged_step = self.begun = self.global_step
         self.timed_since: float | None = None
-        self.timed_out = False
         n_weight = sum(prod(whole_shape(p)) for p in self.parameters() if p.requires_grad)
         log.info("%s weights, steps %d to %d", f"{n_weight:,}", self.global_step + 1, self.steps)
 
@@ -98,10 +97,8 @@ class TrainedModule(L.LightningModule):
         self.logged_step = step
         shown = {name: points[-1][1] for name, points in self.history.items() if points[-1][0] == step}
         figures = self.meter.read()
-        images = step * self.batch_size
-        seen = {"images_seen": images, "tokens_seen": images * self.n_ctx}
         train = {name: value for name, value in shown.items() if name.startswith("train/")}
-        self.publish({**train, "lr": self.rate, **figures, **seen}, step)
+        self.publish({**train, "lr": self.rate, **figures}, step)
         speed = f"{figures['images_per_s']:,.0f} images/s, {figures['tokens_per_s']:,.0f} tokens/s"
         if "flop_utilisation" in figures:
             speed += f", {figures['flop_utilisation']:.1%} of the stated peak"
@@ -111,36 +108,35 @@ class TrainedModule(L.LightningModule):
         log.info("step %d/%d: %s, %s", step, self.steps, said, speed, extra={"progress": True})
 
     def _expect(self, step: int) -> None:
-        """Says once, a few steps after the start, how long the run will take; the first steps are slower."""
+        """Logs the expected duration once, a few steps after the start, since the first steps are slower."""
         begun, timed = self.begun + UNTIMED, self.begun + UNTIMED + TIMED
         if step == begun and self.timed_since is None:
             self.timed_since = _now()
-        elif step == timed and self.timed_since is not None and not self.timed_out:
-            self.timed_out = True
-            seconds = (_now() - self.timed_since) / TIMED
+        elif step == timed and self.timed_since is not None:
+            seconds, self.timed_since = (_now() - self.timed_since) / TIMED, None
             log.info("%.3g s a step: %s to go, validation aside", seconds, duration((self.steps - step) * seconds))
 
     def say(self, figures: Mapping[str, float]) -> str:
-        """Figures in words: `1.2345 nats/token`, or each by its name where there are several."""
+        """Figures as text: `1.2345 nats/token`, or `name value, …` when there are several."""
         if len(figures) == 1:
             ((name, value),) = figures.items()
             return f"{value:.4f} {UNITS.get(name, name)}"
         return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
     def publish(self, figures: dict[str, float], step: int) -> None:
-        """Gives numbers to every logger, exactly, under the step they are of, and to callbacks by their names."""
+        """Sends numbers, and the images and tokens seen, to every logger at `step`, unrounded, and to callbacks."""
+        images = step * self.batch_size
+        figures = {**figures, "images_seen": images, "tokens_seen": images * self.n_ctx}
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=step)
-        self.log_dict(figures, logger=False, sync_dist=True)  # every process holds the same values
+        self.log_dict(figures, logger=False, sync_dist=True)  # the values are equal on all ranks
 
     def validated(self, numbers: dict[str, Number], shown: list[str]) -> None:
-        """To be called at the end of a validation, with what it found and the names to show."""
+        """Finishes a validation: stores `numbers`; during training also logs and records those named in `shown`."""
         self.numbers = numbers
         if self.trainer.state.fn != "fit":
             return
-        images = self.global_step * self.batch_size
-        seen = {"images_seen": images, "tokens_seen": images * self.n_ctx}
-        self.publish({**{name: numbers[name].value for name in shown}, **seen}, self.global_step)
+        self.publish({name: numbers[name].value for name in shown}, self.global_step)
         for name in shown:
             self.note(name, self.global_step, numbers[name].value)
         said = self.say({name.removeprefix("val/"): numbers[name].value for name in shown})
@@ -161,7 +157,7 @@ class TrainedModule(L.LightningModule):
         self.history = {name: [(int(x), float(y)) for x, y in points] for name, points in checkpoint["history"].items()}
 
     def curves(self) -> dict[str, Curve]:
-        """What was noted, as curves over the optimiser steps."""
+        """The recorded points as curves over optimiser steps."""
         return {
             name: Curve([float(x) for x, _ in points], [y for _, y in points], "optimiser step",
                         UNITS.get(name.rpartition("/")[2], name))
@@ -170,14 +166,14 @@ class TrainedModule(L.LightningModule):
 
 
 def _now() -> float:
-    """Seconds, with what a GPU was asked for done."""
+    """Wall-clock seconds, after pending GPU work has finished."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: 40 s, 12 min, 3.5 h, 2.1 days."""
+    """A human-readable duration: 40 s, 12 min, 3.5 h, 2.1 days."""
     for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"

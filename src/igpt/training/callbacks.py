@@ -1,4 +1,4 @@
-"""What people watch while a network trains: a bar, and pictures it makes."""
+"""Lightning callbacks to watch a training: a progress bar and grids of samples."""
 
 import logging
 import shutil
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 
 class ProgressBar(L.Callback):
-    """One bar over the optimiser steps of the whole run, on a terminal; a log file gets lines instead."""
+    """One bar over all optimiser steps of the run; only on a terminal, log files get lines instead."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         hidden = not (sys.stderr.isatty() and trainer.is_global_zero)
-        size = shutil.get_terminal_size()  # 80 × 24 where a terminal states none, on which tqdm would draw nothing
+        size = shutil.get_terminal_size()  # 80 × 24 if the terminal reports no size, where tqdm would draw nothing
         self.bar = tqdm(
             total=trainer.max_steps,
             initial=trainer.global_step,
@@ -43,7 +43,7 @@ class ProgressBar(L.Callback):
         if self.bar.disable:
             return
         self.bar.update(trainer.global_step - self.bar.n)
-        curves = getattr(pl_module, "history", {})  # plain numbers: showing them makes no GPU wait
+        curves = getattr(pl_module, "history", {})  # Python floats: no GPU synchronisation
         self.bar.set_postfix({name: f"{points[-1][1]:.4g}" for name, points in curves.items()}, refresh=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -55,7 +55,7 @@ class ProgressBar(L.Callback):
 
 
 class SampleGrid(L.Callback):
-    """A grid of samples every so many validations, always of the same draws, so that one sees them form."""
+    """Saves a grid of samples every `every` validations, always from the same random numbers, so grids compare."""
 
     def __init__(self, *, count: Count, every: Count, temperature: Temperature) -> None:
         self.count, self.every = count, every
@@ -67,12 +67,12 @@ class SampleGrid(L.Callback):
         assert isinstance(net, GPT)
         passes = trainer.global_step * trainer.accumulate_grad_batches
         due = trainer.state.fn == "fit" and passes // int(trainer.val_check_interval or 1) % self.every == 0
-        together = isinstance(net.wte, DTensor)  # sharded: every process takes part in each draw
+        together = isinstance(net.wte, DTensor)  # sharded: every rank takes part in each forward pass
         if not (due and net.causal and (together or trainer.is_global_zero)):
             return
         if hasattr(net.wte, "ds_shape"):
             log.warning("no samples are drawn while ZeRO 3 holds the network in parts: task=sample does, afterwards")
-            self.every = trainer.max_steps + 1  # said once
+            self.every = trainer.max_steps + 1  # warn once
             return
         keys = keyed.item_keys(keyed.key(0, "sample grid"), torch.arange(self.count))
         tokens = generate(net, keyed.uniform(keys, net.n_ctx).to(pl_module.device), self.sampling)

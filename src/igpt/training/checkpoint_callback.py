@@ -1,4 +1,4 @@
-"""Saving while training: every so many steps, at the best validation, when asked to stop; never a broken state."""
+"""Checkpoint callback: saves periodically, at the best validation and on a stop signal; never non-finite weights."""
 
 import logging
 import signal
@@ -13,53 +13,53 @@ from igpt.checkpoint.resume import AtomicCheckpointIO, checkpoint_path, mark_bes
 from igpt.distributed import ranks
 from igpt.distributed.signals import StoppedError, StopRequest
 from igpt.metric.result import Number
+from igpt.settings.training import TrainingSettings
 from igpt.training.nan_guard import FiniteGuard, NonFiniteLossError
 
 log = logging.getLogger(__name__)
 
 
 class Checkpoints(L.Callback):
-    """Saves every `every` steps, at the best validation and at the end; keeps the newest `keep` and the best.
+    """Saves every `checkpoint_every` steps, at the best validation and at the end; keeps the best and `keep` newest.
 
-    Best is the highest or lowest of the module's `numbers[monitor]`. After `patience` validations without a better one,
-    training ends. When a signal has asked to stop, the state is saved after the optimiser step that is going on, and
-    after its validation.
+    Best is the highest or lowest of the module's `numbers[monitor]`. Training ends after `patience` validations without
+    an improvement. After a stop signal, the current optimiser step and its validation are finished, then the state is
+    saved.
 
     Raises:
-        StoppedError: then.
+        StoppedError: the run was stopped by a signal.
     """
 
     def __init__(
         self,
         folder: Path,
+        settings: TrainingSettings,
         guard: FiniteGuard,
         *,
-        every: int,
         keep: int,
         val_every: int,
-        stop: StopRequest,
         monitor: str = "val/loss_gen",
         highest: bool = False,
         patience: int | None = None,
         finite: bool = True,
     ) -> None:
-        self.finite = finite  # whether all weights have to be: heads of too high a rate need not
+        self.finite = finite  # require finite weights; False where heads of too high a rate may diverge
         self.monitor, self.sign, self.patience = monitor, -1.0 if highest else 1.0, patience
-        self.guard, self.stop = guard, stop
-        self.folder, self.every, self.keep, self.val_every = folder, every, keep, val_every
+        self.guard, self.stop = guard, StopRequest()
+        self.folder, self.every, self.keep, self.val_every = folder, settings.checkpoint_every, keep, val_every
         self.stopping = ranks.Agreement()
         self._saved = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved = trainer.global_step  # nothing new yet
+        self._saved = trainer.global_step  # this step is already saved
         self.recall(pl_module, trainer.global_step)
         if self._waited(trainer.global_step) and trainer.global_step > 0:
-            trainer.should_stop = True  # it had ended so when it was last saved
+            trainer.should_stop = True  # early stopping had ended the run before it was resumed
 
     def recall(self, module: L.LightningModule, step: int) -> None:
-        """Finds out what the best is, at `step`: what was noted, or what a kill left saved but not noted."""
+        """Restores the best value at `step` from the best marker; marks a checkpoint that a kill left unmarked."""
         best = ranks.from_first(lambda: read_best(self.folder))
-        whole = best is not None and best["step"] <= step  # not one of a future that was lost
+        whole = best is not None and best["step"] <= step  # ignore a best of later steps, which were lost
         self._best = self.sign * float(best["value"]) if best is not None and whole else float("inf")
         self._best_step = best["step"] if best is not None and whole else 0
         points = getattr(module, "history", {}).get(self.monitor, [])
@@ -81,7 +81,7 @@ class Checkpoints(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
-        module: Any = pl_module  # one of those that train
+        module: Any = pl_module  # a TrainedModule or similar
         numbers: dict[str, Number] = module.numbers  # of the last validation
         value = numbers[self.monitor].value
         if self.sign * value < self._best and self._save(trainer, pl_module, best=value):
@@ -99,7 +99,7 @@ class Checkpoints(L.Callback):
         self._save(trainer, pl_module, needed=True)
 
     def _waited(self, step: int) -> bool:
-        """Whether so many validations have brought nothing better that training ends."""
+        """Whether `patience` validations have passed without an improvement."""
         waited = (step - self._best_step) // self.val_every if self.val_every else 0
         return self.patience is not None and waited >= self.patience
 
@@ -113,13 +113,13 @@ class Checkpoints(L.Callback):
     def _save(
         self, trainer: L.Trainer, module: L.LightningModule, *, best: float | None = None, needed: bool = False
     ) -> bool:
-        """Saves, unless this step's state is; False when the disk refused, which ends no run unless it is `needed`."""
+        """Saves this step unless it is saved. Returns False on a disk error, which is raised only if `needed`."""
         step = trainer.global_step
         path = checkpoint_path(self.folder, step)
         if step == self._saved:
             return True
         self.guard.check()
-        parts = [getattr(p, "ds_tensor", p) for p in module.parameters()]  # of ZeRO 3, what is here of each
+        parts = [getattr(p, "ds_tensor", p) for p in module.parameters()]  # ZeRO 3: the local shard
         here = [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in parts]
         finite = bool(torch.stack([part.isfinite().all() for part in here]).all())
         if self.finite and not all(ranks.gathered(finite)):
@@ -128,7 +128,7 @@ class Checkpoints(L.Callback):
             )
         written = trainer.strategy.checkpoint_io
         assert isinstance(written, AtomicCheckpointIO)
-        trainer.save_checkpoint(path)  # by every rank: some strategies gather the state from all of them
+        trainer.save_checkpoint(path)  # on every rank: sharded strategies gather the state from all
         if trainer.is_global_zero and written.refused is None:
             try:
                 if best is not None:

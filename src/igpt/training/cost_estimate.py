@@ -1,7 +1,7 @@
-"""What a training run will take, before anything is made: memory on each device, operations, days.
+"""Cost estimate of a training run before it starts: memory per device, FLOPs, days.
 
-Counted from the network's sizes alone. What is held for the backward pass is counted for this project's own layers,
-tensor by tensor (`tests/training/test_cost_estimate.py` holds it against what autograd saves).
+Computed from the network's sizes alone. Activations saved for the backward pass are counted tensor by tensor for this
+project's layers (`tests/training/test_cost_estimate.py` compares them with what autograd saves).
 """
 
 from dataclasses import dataclass
@@ -10,29 +10,29 @@ from igpt.metric.throughput import train_flops_per_image
 from igpt.model.config import GPTConfig
 
 GB = 1e9
-WIDE, NARROW = 4, 2  # bytes of a float32, of a bfloat16
+WIDE, NARROW = 4, 2  # bytes per float32, per bfloat16
 SECONDS_A_DAY = 86_400
-ADAM = 2  # numbers kept beside each weight
-BUCKET = 200_000_000  # numbers that DeepSpeed sends at once
+ADAM = 2  # moments per weight
+BUCKET = 200_000_000  # elements per DeepSpeed communication bucket
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run on one device of `devices`. All memory in bytes on each device; nothing is rounded up."""
+    """The cost of a run on `devices` devices. Memory in bytes per device, not rounded."""
 
     n_weight: int
     weights: float
     gradients: float
     optimiser: float
-    host: float  # in the memory of the machine instead, for each device on it
-    activations: float  # what the forward pass keeps for the backward pass
-    working: float  # weights that are put together while they are used, and gradients before they are shared out
+    host: float  # offloaded to host memory, per device
+    activations: float  # saved by the forward pass for the backward pass
+    working: float  # gathered weights in use and gradients before reduce-scatter
     flops_per_image: float
     images_per_step: int
     steps: int
     devices: int
     peak_flops: float | None  # of one device
-    utilisation: float  # the share of it that is expected
+    utilisation: float  # expected share of `peak_flops`
 
     @property
     def memory(self) -> float:
@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float | None:
-        """Expected, at the stated share of the stated peak; None where no peak is stated."""
+        """Expected seconds per step, at `utilisation` of `peak_flops`; None without `peak_flops`."""
         if self.peak_flops is None:
             return None
         return self.flops_per_image * self.images_per_step / (self.peak_flops * self.utilisation * self.devices)
@@ -51,7 +51,7 @@ class Plan:
 
 
 def parameters(network: GPTConfig) -> dict[str, int]:
-    """Weights of the network: in one block, and in all that is no block."""
+    """Number of weights in one block (`block`) and outside the blocks (`rest`)."""
     c, t, v = network.n_embd, network.n_ctx, network.n_vocab
     return {"block": 12 * c**2 + 2 * c, "rest": (2 * v + t) * c + c + (c if network.causal else 0)}
 
@@ -71,28 +71,27 @@ def plan(
     peak_flops: float | None = None,
     utilisation: float = 0.4,
 ) -> Plan:
-    """The plan of a run: `micro_batch` images a forward pass on each device, `batch_size` a step over all of them.
+    """The cost of a run: `micro_batch` images per forward pass of a device, `batch_size` per step over all.
 
-    `strategy`: ddp (all on each device), fsdp, deepspeed_2, deepspeed_3 or deepspeed_3_offload.
-    `scores`: how many attention keeps of each head of each image, 0 where it is fused. `fused_norm`: norms keep their
-    input alone, in any precision.
+    `strategy`: ddp (replicated), fsdp, deepspeed_2, deepspeed_3 or deepspeed_3_offload. `scores`: attention scores
+    saved per head and image, 0 for fused attention. `fused_norm`: norms save only their input, in any precision.
     """
     sizes = parameters(network)
     n_layer = network.n_layer
     n = n_layer * sizes["block"] + sizes["rest"]
     stage = int(strategy.split("_")[1]) if strategy.startswith("deepspeed") else 0
-    kept = NARROW if precision == "bf16-true" or (stage and precision == "bf16-mixed") else WIDE  # bytes of a weight
+    kept = NARROW if precision == "bf16-true" or (stage and precision == "bf16-mixed") else WIDE  # bytes per weight
     parts = 1 if strategy == "ddp" else devices
     on_device, in_host = n * kept / (1 if stage == 2 else parts), 0.0
     gradients, optimiser = n * kept / parts, ADAM * n * kept / parts
     working = 0.0
-    if stage:  # float32 weights beside the moments, whatever the others are
+    if stage:  # float32 master weights beside the moments
         optimiser = (ADAM + 1) * n * WIDE / parts
-        working = 2 * kept * min(BUCKET, n)  # gradients on their way
+        working = 2 * kept * min(BUCKET, n)  # gradient buckets in flight
         precision = "bf16-true" if kept == NARROW else precision
     if strategy.endswith("offload"):
         in_host, on_device, gradients, optimiser = on_device + gradients + optimiser, 0.0, 0.0, 0.0
-    if strategy == "fsdp" or stage == 3:  # the rest stays together through a pass; of blocks, those in use and next
+    if strategy == "fsdp" or stage == 3:  # gathered: the rest for a whole pass, of the blocks the current and the next
         working += kept * (2 * sizes["rest"] + 3 * sizes["block"])
     return Plan(
         n_weight=n,
@@ -123,20 +122,22 @@ def held(
     scores: int,
     fused_norm: bool,
 ) -> float:
-    """Bytes that the forward pass of so many images keeps, at the moment it ends (with `recompute`: of the backward
-    pass's first block, which has computed its own again)."""
+    """Bytes of activations saved at the end of the forward pass of `images` images.
+
+    With `recompute`: during the backward pass of the first block, after its activations were recomputed.
+    """
     c, t, h, v = network.n_embd, network.n_ctx, network.n_head, network.n_vocab
     tokens = images * t
-    product = WIDE if precision == "32-true" else NARROW  # bytes of what matrix products read
-    stream = NARROW if precision == "bf16-true" else WIDE  # of the residual stream
+    product = WIDE if precision == "32-true" else NARROW  # bytes per element of matmul inputs
+    stream = NARROW if precision == "bf16-true" else WIDE  # bytes per element of the residual stream
     normed = 2 * stream  # its two norms' inputs
     if precision == "bf16-true" and not fused_norm:
-        normed = 2 * 2 * WIDE  # each computes in float32, and keeps the input and what it was divided by so
+        normed = 2 * 2 * WIDE  # computed in float32: the input and the normalised input are saved
     block = tokens * c * (14 * product + normed)  # two normed inputs, q, k, v, attention's output, 4 + 4 in the MLP
     block += images * h * (scores * product if scores else t * WIDE)
     block += 8 * c**2 * product  # the MLP's matrices times the constants of quick-GELU
     if precision == "bf16-mixed":
-        block += 4 * c**2 * product  # the other matrices, narrowed; autocast keeps them for the backward pass
+        block += 4 * c**2 * product  # bfloat16 copies of the other matrices, which autocast saves for the backward pass
     head = tokens * (c * (product + (stream if fused_norm or precision != "bf16-true" else 2 * WIDE)) + v * WIDE)
     layers: int = network.n_layer
     if recompute:
@@ -145,7 +146,7 @@ def held(
 
 
 def lines(found: Plan, *, memory: float | None) -> list[tuple[str, str]]:
-    """The plan as rows of a table, what and how much; `memory`: bytes of one device, to say whether it fits."""
+    """The plan as table rows (label, value); `memory`: bytes of one device, to state whether it fits."""
     rows = [
         ("weights", f"{found.n_weight:,}"),
         ("memory on each device: weights", gigabytes(found.weights)),

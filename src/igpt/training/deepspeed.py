@@ -1,8 +1,8 @@
-"""Training in parts by DeepSpeed: ZeRO's stages under Lightning, with this project's own checkpoints.
+"""DeepSpeed strategy: ZeRO stages 2 and 3 under Lightning, with this project's own sharded checkpoints.
 
-DeepSpeed's own checkpoints are pickles that are read freely, and only by as many processes as wrote them. Here they are
-written as `trainer=fsdp` writes its pieces, each process some whole tensors: any number of processes of either strategy
-resumes them, without running anything in them.
+DeepSpeed's own checkpoints are unrestricted pickles and load only with the same number of processes. These are
+written in the sharded format of `trainer=fsdp`, each rank saving some complete tensors: any number of processes of
+either strategy resumes them, and no code in them is executed.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,6 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
@@ -27,11 +26,11 @@ from igpt.training.cost_estimate import BUCKET
 from igpt.training.fsdp import write_folder
 
 INSTALL = "trainer=deepspeed_… needs DeepSpeed, which is not installed here: pip install deepspeed; or trainer=fsdp"
-STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")  # what Adam keeps of each weight
+STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")  # Adam's state per weight
 
 
 class ZeRO(DeepSpeedStrategy):
-    """DeepSpeed's stage 2 (optimiser and gradients in parts) or 3 (weights, too); `offload`: into the host's memory.
+    """DeepSpeed stage 2 (optimiser state and gradients sharded) or 3 (weights, too); `offload`: to host memory.
 
     Source: Rajbhandari et al. 2020 (ZeRO), Ren et al. 2021 (offload).
 
@@ -40,7 +39,7 @@ class ZeRO(DeepSpeedStrategy):
     """
 
     def __init__(self, *, stage: int, offload: bool, n_weight: int) -> None:
-        bucket = min(BUCKET, n_weight)  # more than there are would only take memory
+        bucket = min(BUCKET, n_weight)  # no larger than the network
         try:
             super().__init__(
                 stage=stage,
@@ -53,9 +52,9 @@ class ZeRO(DeepSpeedStrategy):
         except (ImportError, MisconfigurationException) as error:
             raise ValueError(INSTALL) from error
         assert isinstance(self.config, dict)
-        self.config["zero_force_ds_cpu_optimizer"] = False  # PyTorch's fused Adam, as everywhere else
+        self.config["zero_force_ds_cpu_optimizer"] = False  # keep PyTorch's fused Adam
 
-    # How it starts: the processes have met already, and whether this is a GPU was asked before.
+    # Setup: the process group exists already, and `Machine` has checked the device.
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)
@@ -63,7 +62,7 @@ class ZeRO(DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         device: torch.device = super().root_device
-        return device if device.index is not None else torch.device(device.type, 0)  # DeepSpeed wants a number
+        return device if device.index is not None else torch.device(device.type, 0)  # DeepSpeed needs an index
 
     def setup_distributed(self) -> None:
         assert dist.is_initialized(), "DeepSpeed is for several processes"
@@ -74,11 +73,11 @@ class ZeRO(DeepSpeedStrategy):
         deepspeed.init_distributed(auto_mpi_discovery=False)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning has divided the loss by the passes of a step: DeepSpeed is not to do it again."""
+        """Lightning has divided the loss by the accumulation steps already, so DeepSpeed must not."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def _make_room(self) -> dict[Any, dict[str, Tensor]]:
-        """What Adam keeps, where no step was taken yet that would have made it: of the parts of many weights here."""
+        """Allocates and returns Adam's state of the local flat partitions, which the first step would create."""
         zero: Any = self.optimizers[0]
         parts = zero.fp32_partitioned_groups_flat if self.zero_stage_3 else zero.single_partition_of_fp32_groups
         state: dict[Any, dict[str, Tensor]] = zero.optimizer.state
@@ -86,10 +85,10 @@ class ZeRO(DeepSpeedStrategy):
             empty = {key: torch.zeros_like(part, requires_grad=False) for key in MOMENTS}
             state[part] = {STEP: torch.zeros((), dtype=torch.float32, device=part.device), **empty}
         if not self.zero_stage_3:
-            zero._lazy_init_hp_params_optimizer_state()  # which weight lies where in them
+            zero._lazy_init_hp_params_optimizer_state()  # maps weights to slices of the partitions
         return state
 
-    # What it saves and reads.
+    # Checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         return {}
@@ -98,7 +97,7 @@ class ZeRO(DeepSpeedStrategy):
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes the folder whole or not at all: whole tensors in float32, dealt out to the processes."""
+        """Writes the checkpoint folder atomically: complete float32 tensors, distributed over the ranks."""
         rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         write_folder(Path(filepath), self.checkpoint_io, lambda folder: self._save(folder, rest))
 
@@ -120,7 +119,7 @@ class ZeRO(DeepSpeedStrategy):
             torch.save(dict(rest), folder / sharded.REST)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads what this or `trainer=fsdp` has written in pieces, of any number of processes."""
+        """Loads a sharded checkpoint of this strategy or `trainer=fsdp`, written by any number of processes."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         folder = Path(checkpoint_path)
@@ -145,7 +144,7 @@ class ZeRO(DeepSpeedStrategy):
             part[STEP].fill_(step)
         rest: dict[str, Any] = tensors.read_torch(folder / sharded.REST)
         for group, rate in zip(self.optimizers[0].param_groups, rest["lr_schedulers"][0]["_last_lr"], strict=True):
-            group["lr"] = rate  # a schedule does not set the rate that it had come to
+            group["lr"] = rate  # loading a scheduler does not restore the optimiser's current rate
         return rest
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
@@ -154,7 +153,7 @@ class ZeRO(DeepSpeedStrategy):
 
 
 def full(weight: nn.Parameter, moment: str | None = None) -> Tensor:
-    """A whole weight in float32, or what Adam keeps of it: every process has to ask for it."""
+    """A complete weight, or one of its Adam moments, in float32. A collective: every rank must call it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     found = safe_get_full_fp32_param(weight) if moment is None else safe_get_full_optimizer_state(weight, moment)
@@ -163,17 +162,12 @@ def full(weight: nn.Parameter, moment: str | None = None) -> Tensor:
 
 
 def whole_state(net: nn.Module) -> State:
-    """A network's weights while DeepSpeed holds them in parts, each put together when it is read, by all processes."""
+    """The weights of a network sharded by DeepSpeed, each gathered when read. A collective: all ranks must read."""
 
     def one(weight: nn.Parameter) -> Lazy:
         return Lazy(whole_shape(weight), torch.float32, lambda: full(weight).cpu())
 
     return {name: one(weight) for name, weight in net.named_parameters()}
-
-
-def let_go(module: nn.Module) -> None:
-    """Removes what DeepSpeed has hung on a module, so that it can be used without."""
-    remove_module_hooks(module)
 
 
 def _read(state: State, name: str, folder: Path) -> Tensor:

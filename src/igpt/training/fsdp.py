@@ -1,4 +1,4 @@
-"""Training in parts: FSDP2 under Lightning, its checkpoints whole or in pieces, written and read as all others are."""
+"""FSDP2 strategy under Lightning; checkpoints as one file or sharded, written and read like all others."""
 
 import pickle
 from collections.abc import Callable
@@ -28,9 +28,9 @@ from igpt.utils import files
 
 
 class Sharded(ModelParallelStrategy):
-    """Every process holds an equal part of weights, gradients and optimiser, over all processes.
+    """Shards weights, gradients and optimiser state evenly over all ranks.
 
-    `in_pieces`: each writes its own part of a checkpoint, which is a folder then; else the first writes it whole.
+    `in_pieces`: each rank writes its shard of a checkpoint, which is a folder; else rank 0 writes one file.
     """
 
     def __init__(self, *, count: int, in_pieces: bool) -> None:
@@ -38,7 +38,7 @@ class Sharded(ModelParallelStrategy):
         self.in_pieces = in_pieces
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Writes the folder whole or not at all."""
+        """Writes a checkpoint atomically: one file, or a folder of shards."""
         if not self.in_pieces:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -47,7 +47,7 @@ class Sharded(ModelParallelStrategy):
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint, whole or in pieces, of any number of processes, without running what is in it."""
+        """Loads a checkpoint, one file or sharded over any number of ranks, without executing code in it."""
         folder = Path(checkpoint_path)
         if not folder.is_dir():
             return super().load_checkpoint(checkpoint_path, weights_only=True)
@@ -66,9 +66,9 @@ class Sharded(ModelParallelStrategy):
 
 
 def write_folder(path: Path, checkpoint_io: Any, write: Callable[[Path], None]) -> None:
-    """Lets every process write its part of a folder under another name, then renames it, its checksum beside it.
+    """Has every rank write its part of a temporary folder, then renames it and writes its checksum beside it.
 
-    A disk that refuses is noted, as `AtomicCheckpointIO` notes it.
+    A disk error is stored in `checkpoint_io.refused`, as by `AtomicCheckpointIO`.
     """
     first = ranks.this_rank().first
     assert isinstance(checkpoint_io, AtomicCheckpointIO)
@@ -93,7 +93,7 @@ def write_folder(path: Path, checkpoint_io: Any, write: Callable[[Path], None]) 
 
 
 def _load(state: dict[str, Any], folder: Path) -> None:
-    """Reads into `state` what it has places for."""
+    """Loads, in place, the tensors whose names are in `state`."""
     try:
         load(state, storage_reader=_Reader(folder), planner=_Planner())
     except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
@@ -101,14 +101,14 @@ def _load(state: dict[str, Any], folder: Path) -> None:
 
 
 class _Reader(FileSystemReader):
-    """PyTorch's reader with metadata that are read by ours: its own unpickles them freely."""
+    """PyTorch's reader with our restricted metadata reader; PyTorch's unpickles without restriction."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return sharded.read_metadata(Path(self.path))
 
 
 class _Planner(DefaultLoadPlanner):
-    """PyTorch's planner; what is no tensor is read without running anything in it."""
+    """PyTorch's planner; non-tensor values are loaded with `weights_only=True`."""
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
         *way, last = self.mappings[read_item.dest_index.fqn]

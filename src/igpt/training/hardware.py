@@ -1,4 +1,4 @@
-"""The machine a run uses: device, processes, precision, and what all of that means for a network."""
+"""Hardware of a run: device, processes, precision, and how a network is built and prepared for them."""
 
 import ctypes
 import importlib.util
@@ -24,30 +24,36 @@ from igpt.training.deepspeed import INSTALL
 
 log = logging.getLogger(__name__)
 
-DEEPSPEED_RUNS_ON = ("cuda",)  # its CPU accelerator is for tests
+DEEPSPEED_RUNS_ON = ("cuda",)  # tests add its CPU accelerator
 
 
 class Machine(HardwareSettings):
-    """The hardware that a run uses, and what its settings mean for a network.
+    """Hardware settings, checked against this machine and applied to networks.
 
     Raises:
-        ValueError: hardware, processes or a library that are not there, or settings that do not go together.
+        ValueError: missing hardware, processes or library, or settings that exclude each other.
     """
 
     @model_validator(mode="after")
     def _check(self) -> "Machine":
-        self._check_attention()
-        self._check_decoding()
-        if self.zero_stage and not self.plan:
+        if self.plan:
+            return self
+        if self.attention == "native":
+            if self.device.type != "cpu":
+                raise ValueError(
+                    f"trainer.attention=native is for a CPU, this would run on {self.device.type}: choose auto"
+                )
+            c_library.require_library("trainer.attention=native")
+        if self.decoding not in ("auto", "layers"):
+            self._check_decoding()
+        if self.zero_stage:
             self._check_deepspeed()
-        if self.strategy == "fsdp" and self.rank.count < 2 and not self.plan:
+        if self.strategy == "fsdp" and self.rank.count < 2:
             raise ValueError(
                 "trainer=fsdp shares a network out over several processes: trainer.devices=auto, or more than 1"
             )
-        if self.accelerator == "gpu" and not self.plan and not torch.cuda.is_available():
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
             raise ValueError("trainer=gpu, but PyTorch sees no GPU here: choose trainer=cpu, or install a CUDA build")
-        if self.plan:
-            return self
         n_local = self.rank.n_local if self.devices == "auto" else self.devices
         if n_local * self.nodes != self.rank.count:
             raise ValueError(
@@ -64,24 +70,24 @@ class Machine(HardwareSettings):
 
     @property
     def device(self) -> torch.device:
-        """The device everything runs on: a GPU unless there is none or the CPU was asked for."""
+        """The device of this rank: a GPU, or the CPU if chosen or if there is no GPU."""
         on_gpu = self.accelerator != "cpu" and torch.cuda.is_available()
         return torch.device("cuda", self.rank.local) if on_gpu else torch.device("cpu")
 
     @property
     def rank(self) -> Rank:
-        """This process among those that carry the run."""
+        """The rank of this process."""
         return this_rank()
 
     @property
     def readers(self) -> int:
-        """Processes that read images while this one trains."""
+        """Number of DataLoader workers."""
         if self.num_workers is not None:
             return self.num_workers
         return min(4, count_cores()) if self.device.type == "cuda" else 0
 
     def training_plan(self, batch_size: int) -> BatchPlan:
-        """How `batch_size` images a step are shared out. Raises ValueError when they cannot be."""
+        """How `batch_size` images per step are split over devices. Raises ValueError if they do not divide evenly."""
         n = self.rank.count
         if batch_size % n:
             raise ValueError(
@@ -91,14 +97,14 @@ class Machine(HardwareSettings):
         return BatchPlan(batch_size, self.micro_batch or batch_size // n, n_device=n, rank=self.rank.index)
 
     def reading_plan(self, batch_size: int) -> BatchPlan:
-        """The same where nothing is learned: `batch_size` images at a time on each device, or fewer for its memory."""
+        """How evaluation reads images: `batch_size` per device and batch, or `micro_batch` if that is smaller."""
         size, n = min(batch_size, self.micro_batch or batch_size), self.rank.count
         return BatchPlan(n * size, size, n_device=n, rank=self.rank.index)
 
     def prepare(self, net: GPT, *, flops: float = 0.0) -> None:
-        """Applies what concerns the network: attention path, decoding, activation checkpointing, compilation.
+        """Sets the network's attention backend, decoding, activation checkpointing and compilation.
 
-        `flops`: of the training that is to come, on each device.
+        `flops`: operations per device of the training to come, by which `compile=auto` decides.
         """
         compiled = self.compile
         if compiled == "auto":
@@ -113,18 +119,7 @@ class Machine(HardwareSettings):
             if compiled:
                 block.compile()
 
-    def _check_attention(self) -> None:
-        if self.attention != "native" or self.plan:
-            return
-        if self.device.type != "cpu":
-            raise ValueError(
-                f"trainer.attention=native is for a CPU, this would run on {self.device.type}: choose auto"
-            )
-        c_library.require_library("trainer.attention=native")
-
     def _check_decoding(self) -> None:
-        if self.decoding in ("auto", "layers") or self.plan:
-            return
         if self.shards:
             raise ValueError(
                 f"trainer.decoding={self.decoding} reads whole weights, trainer={self.strategy} shares them out: "
@@ -156,13 +151,13 @@ class Machine(HardwareSettings):
     def made(
         self, build: Callable[[], GPT], fill: Callable[[GPT], None], mesh: DeviceMesh | None, *, flops: float
     ) -> GPT:
-        """The network to train: `build` makes it, `fill` gives it its weights; `flops` as `prepare`.
+        """The network to train: `build` creates it, `fill` sets its weights; `flops` as in `prepare`.
 
-        Sharded, it is made without memory, each block and the rest are cut into equal parts, one a process, and only
-        the part that is here is given memory: no process ever holds it whole. Source: PyTorch's FSDP2.
+        Under FSDP it is created on the meta device and sharded block by block, and only the local shard is allocated:
+        no process ever holds the full network. Source: PyTorch's FSDP2.
         """
         if not self.shards or self.zero_stage:
-            net = build()  # under ZeRO 3, DeepSpeed takes each weight apart as it is made
+            net = build()  # under ZeRO 3, DeepSpeed shards each weight at creation
             fill(net)
             self.prepare(net, flops=flops)
             if not self.zero_stage:
@@ -184,7 +179,7 @@ class Machine(HardwareSettings):
 
     @contextmanager
     def inference(self, net: GPT) -> Iterator[GPT]:
-        """The network on this machine's device, at its precision, to draw from or to read, while the block lasts."""
+        """Context manager: the network in eval mode on this device, at the run's precision."""
         self.prepare(net)
         net = net.to(self.device).eval()
         if self.precision == "bf16-true":
@@ -194,11 +189,11 @@ class Machine(HardwareSettings):
             yield net
 
     def kernel_cache(self) -> AbstractContextManager[None]:
-        """What keeps compiled kernels apart by kind of CPU while a block lasts, where any may be compiled."""
+        """Context manager: a cache of compiled kernels per CPU type, unless `compile` is false."""
         return nullcontext() if self.compile is False else cpu.inductor_cache()
 
     def warn_of_rounding(self) -> None:
-        """Warns, on the first rank, where an environment variable makes oneDNN round float32 at any setting."""
+        """Warns, on rank 0, if an environment variable makes oneDNN compute float32 at lower precision."""
         setting = cpu.rounding_setting() if self.device.type == "cpu" else None
         if setting is not None and self.rank.first:
             log.warning(
@@ -208,27 +203,20 @@ class Machine(HardwareSettings):
             )
 
     def autocast(self) -> torch.autocast:
-        """What makes `bf16-mixed` of a block, in the thread it runs in."""
+        """Context manager: autocast to bfloat16 under `bf16-mixed`, in the current thread; else no effect."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
 
-@contextmanager
-def matmul_precision(setting: str, device: torch.device) -> Iterator[None]:
-    """float32 matrix products as `setting` says, while the block lasts.
-
-    `auto`: `dispatch.matmul_precision`.
-    """
-    if setting == "auto":
-        setting = dispatch.matmul_precision(device)
-    with float32_matmul_precision(setting):
-        yield
+def matmul_precision(setting: str, device: torch.device) -> AbstractContextManager[None]:
+    """Context manager: float32 matmul precision `setting`; `auto`: that of `dispatch.matmul_precision`."""
+    return float32_matmul_precision(dispatch.matmul_precision(device) if setting == "auto" else setting)
 
 
 def hold_memory() -> None:
-    """Keeps freed memory in this process instead of returning it to the system after every step (glibc only).
+    """Keeps freed memory in this process instead of returning it to the system (glibc only).
 
-    The activations of each step are as large as those of the last; asking for them anew costs 2 to 16 % of a step on
-    a CPU (`docs/performance.md`).
+    Every step needs as much memory for activations as the last; allocating it anew costs 2 to 16 % of a step on a CPU
+    (`docs/performance.md`).
     """
     if platform.libc_ver()[0] == "glibc":
         m_trim_threshold, m_mmap_max = -1, -4  # <malloc.h>

@@ -1,4 +1,4 @@
-"""Where metrics go while a run goes on: a CSV file, Weights & Biases; and, at its end, what it found."""
+"""Loggers: a CSV file and Weights & Biases for metrics during a run; W&B also for its result."""
 
 import logging
 import os
@@ -20,26 +20,26 @@ from igpt.report.figures import by_units
 
 log = logging.getLogger(__name__)
 
-STEPS = "optimiser step"  # curves over it were logged while the run went on
-MOST_CLASSES = 100  # of which a confusion matrix is shown cell by cell
+STEPS = "optimiser step"  # x unit of curves that were logged during training
+MOST_CLASSES = 100  # largest confusion matrix shown cell by cell
 
 
 @dataclass(frozen=True)
 class About:
-    """What a run is, as loggers are told."""
+    """Description of a run for loggers."""
 
     task: str
     model: str
     data: str
     objective: str
-    run_id: str  # its folder's name and own number: the same when it is resumed, another when it is repeated
-    first_step: int  # that this process takes
-    trains: bool  # and so has figures to log on the way
-    pipeline: str | None  # of which it is a stage
+    run_id: str  # run directory name and a number: unchanged by a resume, new for a repetition
+    first_step: int  # of this process
+    trains: bool  # has metrics during the run
+    pipeline: str | None  # the pipeline that it is a stage of
 
 
 def csv(folder: Path, about: About) -> Logger | None:
-    """`metrics/from_0000000/metrics.csv`: one file for each step a run went on from, written row by row."""
+    """A CSV logger to `metrics/from_0000000/metrics.csv`: one file per start or resume; None if nothing trains."""
     if not about.trains:
         return None
     return CSVLogger(folder, name="metrics", version=f"from_{about.first_step:07d}", flush_logs_every_n_steps=1)
@@ -56,12 +56,12 @@ def wandb(
     tags: list[str],
     timeout: Annotated[float, Field(ge=1, le=86400)],  # seconds
 ) -> Logger:
-    """A W&B run of the run's own id, so that a resumed run goes on in it and a repeated one does not.
+    """A W&B logger with the run's id, so that a resumed run continues its W&B run and a repetition starts another.
 
-    Its group is `group`, or the sweep or the pipeline it belongs to. A W&B agent's own id is kept.
+    The group is `group`, else the sweep or pipeline. The id of a W&B agent (`WANDB_RUN_ID`) takes precedence.
 
     Raises:
-        ValueError: W&B is out of reach, or does not let this account write.
+        ValueError: W&B cannot be reached, or refuses write access.
     """
     import wandb as library
 
@@ -83,8 +83,8 @@ def wandb(
         settings=settings,
     )
     try:
-        with kept_environment("WANDB_MODE"):  # Lightning says offline by it, which would hold for later runs, too
-            _ = logger.experiment  # begins it
+        with kept_environment("WANDB_MODE"):  # Lightning sets it when offline, which would affect later runs
+            _ = logger.experiment  # starts the W&B run
     except library.errors.Error as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
@@ -95,9 +95,9 @@ def wandb(
 
 
 def show(result: Result, folder: Path) -> None:
-    """Adds what a run has found to its W&B run, if it has one: numbers, pictures, curves over layers, confusion.
+    """Adds a result to the current W&B run, if any: numbers, pictures, curves over layers, confusion matrices.
 
-    A W&B that fails now ends no run: everything is in the run's folder.
+    W&B errors are only logged: the result is in the run directory already.
     """
     if (run := _run()) is None:
         return
@@ -124,12 +124,12 @@ def show(result: Result, folder: Path) -> None:
                 )
         if shown:
             run.log(shown)
-    except Exception as error:  # whatever it is: the run has ended well
+    except Exception as error:  # any error: the run itself has succeeded
         log.warning("W&B was not told all that was found: %s", error)
 
 
 def axis_of(k: int, class_names: Sequence[str] | None) -> Sequence[str | int]:
-    """What K classes are called on a chart that tells them apart by that alone: their names, or else their numbers."""
+    """Unique axis labels of K classes: their names, numbered where two are equal; without names their indices."""
     if class_names is None:
         return range(k)
     shown = [format_class_name(name) for name in class_names]
@@ -138,7 +138,7 @@ def axis_of(k: int, class_names: Sequence[str] | None) -> Sequence[str | int]:
 
 
 def _charts(curves: dict[str, Curve]) -> dict[str, Any]:
-    """One chart for each pair of units, of the curves that are not over the steps of training."""
+    """One chart per pair of units, of the curves that are not over optimiser steps."""
     import wandb as library
 
     plots = by_units({name: curve for name, curve in curves.items() if curve.x_unit != STEPS}, least=2)
@@ -155,12 +155,12 @@ def _charts(curves: dict[str, Curve]) -> dict[str, Any]:
 
 
 def close(failed: bool) -> None:
-    """Ends the W&B run of this process, if there is one, so that the next one starts its own."""
+    """Finishes the W&B run of this process, if any, so that the next run starts its own."""
     if _run() is None:
         return
     try:
         sys.modules["wandb"].finish(exit_code=int(failed))
-    except Exception as error:  # it must not take the place of the run's own
+    except Exception as error:  # must not mask an error of the run itself
         log.warning("the W&B run could not be closed: %s", error)
 
 

@@ -1,4 +1,4 @@
-"""A non-finite loss stops the run before it can overwrite anything good."""
+"""Stops a run at a non-finite loss, before a good checkpoint is overwritten."""
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ class NonFiniteLossError(RuntimeError):
 
 
 class FiniteGuard:
-    """Remembers the first step whose loss was not finite, without making a GPU wait at every step.
+    """Stores the first step with a non-finite loss, without a GPU synchronisation at every step.
 
-    On the CPU, where looking costs nothing, `see` raises at once; elsewhere `check` does, which is called at every
-    logged step and before every checkpoint.
+    On a CPU `see` raises at once; on a GPU `check` does, which is called at every logged step and before every
+    checkpoint.
     """
 
     def __init__(self, *, way_out: str = "a lower task.learning_rate or more task.warmup_steps") -> None:
@@ -20,7 +20,7 @@ class FiniteGuard:
         self._first_bad: Tensor | None = None
 
     def see(self, loss: Tensor, step: int) -> None:
-        """Notes the loss, a scalar, of optimiser step `step` (counted from 1)."""
+        """Records the scalar loss of optimiser step `step` (counted from 1)."""
         if self._first_bad is None:
             self._first_bad = torch.zeros((), dtype=torch.int64, device=loss.device)
         newly_bad = ~loss.isfinite() & (self._first_bad == 0)
@@ -29,7 +29,7 @@ class FiniteGuard:
             self.check()
 
     def check(self) -> None:
-        """Raises NonFiniteLossError when some loss seen so far was not finite."""
+        """Raises NonFiniteLossError if any recorded loss was not finite."""
         if self._first_bad is not None and (step := int(self._first_bad.item())):
             raise NonFiniteLossError(
                 f"the loss of step {step} is not finite: the run is stopped and its last checkpoint kept; "

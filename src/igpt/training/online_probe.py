@@ -1,4 +1,4 @@
-"""A callback that probes a few layers while the network pretrains: loss and representation in the same log."""
+"""Callback: linear probes of a few layers during pretraining."""
 
 from typing import Annotated, Any
 
@@ -18,10 +18,10 @@ from igpt.utils import keyed
 
 
 class ProbeWhileTraining(L.Callback):
-    """Logistic regression on `train_images`, its accuracy on `val_images`, for layers at some depths of the network.
+    """Logs the val accuracy of logistic regression on the features of layers at relative `depths` in [0, 1].
 
-    Always the same images, drawn by the run's seed; one strength C, so that the points of a curve compare. A look, not
-    a result: `task=probe` searches C, layer and all images.
+    The images are the same at every validation, drawn by the run's seed, and C is fixed, so the points of a curve
+    compare. For a result to report use `task=probe`, which searches layer and C on all images.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ProbeWhileTraining(L.Callback):
         assert isinstance(data, TokenDataModule)
         if data.source.n_class is None:
             raise ValueError(f"callbacks=probe needs labels, data={data.source.name} has none")
-        module: Any = pl_module  # one of those that pretrain
+        module: Any = pl_module  # a PretrainModule
         if isinstance(module.net.wte, DTensor) or hasattr(module.net.wte, "ds_shape"):
             raise ValueError(
                 "callbacks=probe reads every layer of a whole network: leave it out under trainer=fsdp and DeepSpeed's"
@@ -58,7 +58,7 @@ class ProbeWhileTraining(L.Callback):
         due = trainer.state.fn == "fit" and passes // int(trainer.val_check_interval or 1) % self.every == 0
         if not (due and trainer.is_global_zero):
             return
-        module: Any = pl_module  # one of those that pretrain: it has a network, an objective, and notes curves
+        module: Any = pl_module  # a PretrainModule
         data: Any = getattr(trainer, "datamodule", None)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             found = self.accuracies(module.net, module.objective, data)
@@ -68,7 +68,7 @@ class ProbeWhileTraining(L.Callback):
             logger.log_metrics(found, step=trainer.global_step)
 
     def accuracies(self, net: GPT, objective: Any, data: TokenDataModule) -> dict[str, float]:
-        """`probe/layer_4/accuracy` → share of the val images, for every depth."""
+        """Metric name (`probe/layer_4/accuracy`) → share of val images classified correctly, for every depth."""
         layers = sorted({round(depth * net.n_layer) for depth in self.depths})
         x, labels = {}, {}
         device = net.wte.device

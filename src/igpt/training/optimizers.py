@@ -1,17 +1,18 @@
-"""The paper's optimiser and schedule, and a later optimiser beside it."""
+"""Optimisers (the paper's Adam, and Muon) and the learning-rate schedule."""
 
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Adam, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
-    """The share of the peak learning rate at a step: linear up to step `warmup_steps`, then a cosine to 0 at `steps`.
+    """Share of the peak learning rate at a step: linear warm-up over `warmup_steps`, then a cosine to 0 at `steps`.
 
     Source: Chen et al. 2020, §3.1 (one epoch of warm-up, then cosine to zero; linear is the usual reading).
     """
@@ -24,16 +25,16 @@ def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
 def adam(
     parameters: Iterable[nn.Parameter], *, learning_rate: float, beta1: float, beta2: float, weight_decay: float
 ) -> Adam:
-    """Adam as in Chen et al. 2020, §3.1, in PyTorch's fused form."""
+    """Adam as in Chen et al. 2020, §3.1, PyTorch's fused implementation."""
     return Adam(parameters, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
 
 
 class MuonAdam(Optimizer):
     """Muon (Jordan et al. 2024) for the matrices of the blocks, Adam for all else: `task.optimizer=muon`.
 
-    PyTorch's own of both, as one optimiser with one learning rate: Muon's steps are scaled to the size of Adam's, so
-    that a rate found for Adam serves (Liu et al. 2025, "Muon is scalable for LLM training"). It keeps one moment of a
-    matrix where Adam keeps two. Matrices must be whole.
+    Combines PyTorch's Muon and Adam as one optimiser with one learning rate: Muon's updates are scaled to the RMS of
+    Adam's, so that a rate tuned for Adam fits (Liu et al. 2025, "Muon is scalable for LLM training"). Muon stores one
+    moment per weight, Adam two. Weights must not be sharded.
     """
 
     def __init__(
@@ -48,20 +49,25 @@ class MuonAdam(Optimizer):
         super().__init__([*self._muon.param_groups, *self._adam.param_groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both; what a closure returns."""
+        """Takes a step of both; returns the closure's loss."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for part, groups in ((self._muon, self.param_groups[:1]), (self._adam, self.param_groups[1:])):
-            part.state, part.param_groups = self.state, groups  # a checkpoint puts others in their place
+            part.state, part.param_groups = self.state, groups  # loading a checkpoint replaces them
             step: Callable[[], Any] = part.step
             step()
         return loss
 
 
 def optimizer_of(name: str, net: nn.Module, **settings: float) -> Optimizer:
-    """`adam` or `muon`, of all weights."""
+    """The optimiser `name` (`adam` or `muon`) of all weights of `net`."""
     return MuonAdam(net, **settings) if name == "muon" else adam(net.parameters(), **settings)
 
 
 def scheduled(optimizer: Optimizer, *, warmup_steps: int, steps: int) -> LambdaLR:
-    """`warmup_cosine` of the optimiser's rate."""
+    """A scheduler that multiplies the optimiser's rate by `warmup_cosine`."""
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup_steps, steps=steps))
+
+
+def every_step(schedule: LambdaLR) -> OptimizerLRScheduler:
+    """Optimiser and schedule as `configure_optimizers` returns them: a scheduler step per optimiser step."""
+    return {"optimizer": schedule.optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,4 +1,4 @@
-"""`trainer.plan=true`: what a run would take on the machine it names, which need not be this one."""
+"""`trainer.plan=true`: the cost estimate of a run on the hardware of its settings, which need not be this machine."""
 
 import os
 
@@ -9,21 +9,17 @@ from igpt.model.config import GPTConfig
 from igpt.training import cost_estimate as counted
 from igpt.training.hardware import Machine
 
-MEMORY = "SC_PAGE_SIZE", "SC_PHYS_PAGES"
-
 
 def planned(machine: Machine, network: GPTConfig, *, batch_size: int, steps: int) -> list[tuple[str, str]]:
-    """The rows of the plan. Nothing is allocated.
+    """The cost estimate as table rows (label, value). Nothing is allocated.
 
     Raises:
-        ValueError: a batch that the devices cannot share, or a share of the peak outside (0, 1].
+        ValueError: the batch does not divide over the devices.
     """
-    if not 0 < machine.utilisation <= 1:
-        raise ValueError(f"trainer.utilisation must lie in (0, 1], got {machine.utilisation}")
     on_cpu = machine.accelerator == "cpu" or (machine.accelerator == "auto" and not torch.cuda.is_available())
     here = 2 if on_cpu else max(1, torch.cuda.device_count())
     devices = (here if machine.devices == "auto" else machine.devices) * machine.nodes
-    if devices < 1 or batch_size % devices:
+    if batch_size % devices:
         raise ValueError(f"task.batch_size {batch_size} cannot be shared by {devices} devices: take a multiple")
     per_device = batch_size // devices
     micro_batch = machine.micro_batch or per_device
@@ -47,7 +43,7 @@ def planned(machine: Machine, network: GPTConfig, *, batch_size: int, steps: int
 
 
 def _scores(machine: Machine, network: GPTConfig, on_cpu: bool) -> int:
-    """Attention scores that each head of each image keeps for the backward pass."""
+    """Attention scores saved per head and image for the backward pass."""
     dtype = torch.float32 if machine.precision == "32-true" else torch.bfloat16
     t, causal = network.n_ctx, network.causal
     path: str = machine.attention
@@ -59,10 +55,9 @@ def _scores(machine: Machine, network: GPTConfig, on_cpu: bool) -> int:
 
 
 def _memory(machine: Machine, on_cpu: bool, devices: int) -> float | None:
-    """Bytes of one device: as stated, else of what is here; processes on a CPU share its memory."""
+    """Bytes of one device: `memory_gb`, else those of this machine, shared by the processes on a CPU; None: unknown."""
     if machine.memory_gb is not None:
         return machine.memory_gb * counted.GB
     if on_cpu:
-        page, pages = (os.sysconf(name) for name in MEMORY)
-        return page * pages / devices
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None

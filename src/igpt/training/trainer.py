@@ -1,4 +1,4 @@
-"""The Trainer calls that all tasks share."""
+"""Lightning Trainer calls: fit, validate, predict."""
 
 import logging
 import warnings
@@ -14,20 +14,20 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.distributed.ranks import Ranks, from_first
-from igpt.distributed.signals import StopRequest
 from igpt.settings.training import TrainingSettings
+from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import ZeRO
 from igpt.training.fsdp import Sharded
 from igpt.training.hardware import Machine, matmul_precision
 
 log = logging.getLogger(__name__)
 
-IN_PIECES = 2_000_000_000  # weights: above, no process could hold a whole checkpoint
+IN_PIECES = 2_000_000_000  # weights; above it checkpoints are sharded by default, too large for one process
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs LightningModules in one run folder: the shared Trainer calls."""
+    """Runs LightningModules in one run directory."""
 
     machine: Machine
     folder: Path
@@ -36,29 +36,22 @@ class Runner:
 
     @cached_property
     def resume_from(self) -> Path | None:
-        """The checkpoint that training goes on from, looked for once: reading it through takes a while."""
+        """The checkpoint to resume from; cached, as verifying it takes a while."""
         return from_first(lambda: latest_checkpoint(self.folder))
 
     def fit(
-        self,
-        module: L.LightningModule,
-        data: L.LightningDataModule,
-        settings: TrainingSettings,
-        *,
-        val_every: int,
-        callbacks: list[L.Callback],
-        stop: StopRequest,
+        self, module: L.LightningModule, data: L.LightningDataModule, settings: TrainingSettings, saving: Checkpoints
     ) -> None:
-        """Trains for `settings.steps` optimiser steps, from the folder's newest checkpoint when it has one.
+        """Trains for `settings.steps` optimiser steps, resuming from the newest checkpoint of the run directory if any.
 
-        The whole run is one Lightning epoch over an endless loader. `val_every` 0: no validation on the way. While it
-        lasts, signals are requests to `stop`, which a callback is to answer.
+        The run is one Lightning epoch over an infinite loader. `saving.val_every` 0: no validation during training.
+        Signals are recorded in `saving.stop` meanwhile.
         """
         if self.machine.shards and getattr(module, "n_shardable", None) is None:
             raise ValueError(
                 f"trainer={self.machine.strategy} shares out the network of task=pretrain only: choose trainer=ddp here"
             )
-        plan = self.machine.training_plan(settings.batch_size)
+        plan, val_every = self.machine.training_plan(settings.batch_size), saving.val_every
         if self.resume_from is not None:
             log.info("resuming from %s", self.resume_from)
         trainer = self._trainer(
@@ -72,26 +65,26 @@ class Runner:
             num_sanity_val_steps=0,
             log_every_n_steps=settings.log_every,
             logger=self.loggers,
-            callbacks=[*callbacks, *self.callbacks],
+            callbacks=[saving, *self.callbacks],
         )
-        with stop.listening(), matmul_precision(self.machine.matmul_precision, self.machine.device):
+        with saving.stop.listening(), matmul_precision(self.machine.matmul_precision, self.machine.device):
             trainer.fit(module, data, ckpt_path=self.resume_from, weights_only=True)
 
     def validate(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
-        """One pass of the module's validation over the data's evaluation split."""
+        """Runs the module's validation over the evaluation split once."""
         with matmul_precision(self.machine.matmul_precision, self.machine.device):
             self._trainer(module, logger=False).validate(module, datamodule=data, verbose=False)
 
     def predict(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
-        """One pass of the module's `predict_step` over the data's evaluation split; what it returns is not kept."""
+        """Runs the module's `predict_step` over the evaluation split once; its return values are discarded."""
         with matmul_precision(self.machine.matmul_precision, self.machine.device), warnings.catch_warnings():
-            # the sampler shares images out itself, and writers keep what is predicted: both are meant
+            # both are intended: the sampler shards images itself, and writers store the predictions
             warnings.filterwarnings("ignore", message=".*custom batch sampler.*|.*predict returned None.*")
             self._trainer(module, logger=False).predict(module, datamodule=data, return_predictions=False)
 
     def _strategy(self, module: L.LightningModule) -> Strategy | str:
         count = self.machine.rank.count
-        n_weight = getattr(module, "n_shardable", None)  # None: a network that is read only, or has parts beside it
+        n_weight = getattr(module, "n_shardable", None)  # None: a module that cannot be sharded
         if self.machine.zero_stage and n_weight is not None:
             return ZeRO(stage=self.machine.zero_stage, offload=self.machine.offload, n_weight=n_weight)
         if self.machine.shards and n_weight is not None:
@@ -116,7 +109,7 @@ class Runner:
             enable_model_summary=False,
             **options,
         )
-        # Lightning's own answer to SIGTERM ends a run with code 0, and talks to other processes from inside the
-        # handler. There is no switch for it, so the method is replaced
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # as said
+        # Lightning's SIGTERM handler ends a run with exit code 0 and communicates with other ranks inside the handler.
+        # No option disables it, so the method is replaced
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written under a temporary name, then renamed."""
+"""Atomic writes (temporary file, then rename), JSON and hashes of files."""
 
 import errno
 import hashlib
@@ -14,9 +14,9 @@ from typing import IO, Any
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes that name only when the block ends well.
+    """Context manager: a temporary path beside `path`, renamed to `path` if the block succeeds.
 
-    A full disk or a kill in the middle leaves the old file as it was.
+    A full disk or a kill leaves the old file unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -33,10 +33,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` to fill; it takes that name only when the block ends well.
+    """Context manager: a temporary folder beside `path`, renamed to `path` if the block succeeds.
 
     Raises:
-        ValueError: there is something at `path`, which is never overwritten.
+        ValueError: `path` exists; it is never overwritten.
     """
     if path.exists():
         raise ValueError(f"{path} is there already: remove it, or choose another")
@@ -52,15 +52,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write, which appears at `path` as `atomic_path` does."""
+    """Context manager: a binary file to write, renamed to `path` as in `atomic_path`."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         yield file
 
 
 def reserve(file: IO[bytes], size: int) -> None:
-    """Claims the room for what is to come at once: a full disk is met now, not after an hour of work.
+    """Allocates disk space for `size` bytes at the file position, so that a full disk raises OSError now, not later.
 
-    Nothing on systems that cannot (macOS).
+    No effect on systems without `posix_fallocate` (macOS).
     """
     file.flush()
     if not hasattr(os, "posix_fallocate"):
@@ -68,18 +68,18 @@ def reserve(file: IO[bytes], size: int) -> None:
     try:
         os.posix_fallocate(file.fileno(), file.tell(), size)
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system that cannot: it is met when it is met
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # not supported by the file system: no early error then
             raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as readable JSON, written atomically. Raises ValueError on NaN and infinity."""
+    """Writes `value` as indented JSON, atomically. Raises ValueError on NaN and infinity."""
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with all that is in it; nothing when there is neither."""
+    """Removes a file, or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -87,13 +87,13 @@ def remove(path: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Removes what a kill left half written at any depth."""
+    """Removes the temporary files of killed writes, at any depth."""
     for part in list(folder.rglob(".*.part")):
         remove(part)
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in a file. Raises ValueError, naming the file, when it is none."""
+    """The JSON value in a file. Raises ValueError, naming the file, if it is not JSON."""
     try:
         return json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -101,12 +101,12 @@ def read_json(path: Path) -> Any:
 
 
 def hash_json(value: Any, **how: Any) -> str:
-    """The SHA-256 of a value as JSON, in hexadecimal; `how`: as `json.dumps` has it."""
+    """The SHA-256 of a value as JSON, in hexadecimal; `how`: options of `json.dumps`."""
     return hashlib.sha256(json.dumps(value, **how).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal; of a folder, that of the names and sums of its files."""
+    """The SHA-256 of a file's content, in hexadecimal; of a folder: of its files' names and hashes."""
     if path.is_dir():
         sums = [f"{file.name} {sha256(file)}\n" for file in sorted(path.iterdir()) if file.is_file()]
         return hashlib.sha256("".join(sums).encode()).hexdigest()

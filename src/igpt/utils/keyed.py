@@ -1,8 +1,8 @@
-"""Keyed randomness: what is drawn depends on what it is for, never on who draws it or when.
+"""Keyed randomness: random numbers as pure functions of a key, independent of process and time.
 
 Every random choice of a run (crop, mask, order of the images, sampled pixel) is a pure function of
-(seed, name of the stream, epoch or step, image index). Neither rank, worker, batch size nor a restart can
-change it, and there is no generator state to save.
+(seed, name of the stream, epoch or step, image index). Rank, worker, batch size and restarts do not change it, and
+there is no generator state to save.
 """
 
 import hashlib
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Finaliser constants of splitmix64 (Steele, Lea & Flood 2014), as the signed integers torch multiplies with.
+# Finaliser constants of splitmix64 (Steele, Lea & Flood 2014), as signed integers for torch.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def key(seed: int, stream: str, *counters: int) -> int:
-    """A 63-bit key for one stream of random numbers: the hash of all that names it."""
+    """A 63-bit key of one stream of random numbers: the hash of seed, name and counters."""
     text = "/".join([str(seed), stream, *map(str, counters)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
@@ -29,19 +29,19 @@ def generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
 
 
 def fold(keys: Tensor, salt: int) -> Tensor:
-    """New keys from old ones and a number: (B,) int64 → (B,) int64, the same on every device."""
+    """New keys from keys and a number: (B,) int64 → (B,) int64, equal on every device."""
     return _mix(keys ^ key(salt, "fold"))
 
 
 def item_keys(stream_key: int | Tensor, index: Tensor) -> Tensor:
-    """One key per image: its stream's key, or one each (B,), folded with its index: (B,) int64 → (B,) int64."""
+    """One key per image: a stream's key (or one per image, (B,)) folded with the index: (B,) int64 → (B,) int64."""
     return _mix(_mix(index * _GAMMA) ^ stream_key)
 
 
 def uniform(keys: Tensor, n: int) -> Tensor:
-    """Uniform numbers in [0, 1), row i a function of keys[i] alone: (B,) int64 → (B, n) float64.
+    """Uniform numbers in [0, 1): (B,) int64 → (B, n) float64.
 
-    Column j is a function of (keys[i], j) alone, so a longer row begins with the shorter one.
+    Entry (i, j) is a function of (keys[i], j) only, so a longer row begins with the shorter one.
     """
     counter = torch.arange(1, n + 1, device=keys.device, dtype=torch.int64)
     bits = _mix(keys[:, None] + counter * _GAMMA)  # (B, n)
@@ -49,7 +49,7 @@ def uniform(keys: Tensor, n: int) -> Tensor:
 
 
 def _mix(z: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 with wrap-around; shifts are logical, as on unsigned numbers."""
+    """The splitmix64 finaliser on int64 with wrap-around; shifts are logical (unsigned)."""
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX_1
     z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _MIX_2
     return z ^ ((z >> 31) & ((1 << 33) - 1))

@@ -1,4 +1,4 @@
-"""Overrides as they are typed: values written so that Hydra, or a shell, reads them back; the nearest right name."""
+"""Quoting of override values for Hydra and for a shell; suggestions for misspelt names."""
 
 import re
 import shlex
@@ -7,32 +7,32 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-NEAR = 0.72  # of a name's letters that are to agree in their order (Ratcliff and Obershelp's measure)
+NEAR = 0.72  # least similarity of a suggestion (Ratcliff-Obershelp ratio)
 
 
 def quote_path(path: str) -> str:
-    """A path, absolute, as Hydra reads it back."""
+    """The absolute path, quoted for Hydra if needed."""
     path = str(Path(path).absolute())
     return path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else quote_text(path)
 
 
 def quote_text(text: str) -> str:
-    """A text, any characters, in quotes: Hydra and OmegaConf read it back as it is."""
-    # `${` refers to another setting, but for a backslash before it; then two are read as one
+    """A text in quotes, which Hydra and OmegaConf parse back to itself, whatever its characters."""
+    # `${` starts an interpolation unless a backslash precedes it; backslashes before it are doubled
     return in_quotes(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
 
 
 def in_quotes(value: str) -> str:
-    """A text in quotes of Hydra's grammar, where a backslash counts before a quote alone."""
+    """A text in quotes for Hydra's grammar, in which a backslash escapes only before a quote."""
     quote = "'" if '"' in value and "'" not in value else '"'
     text = re.sub(rf"(\\*){quote}", rf"\1\1\\{quote}", value)
     return quote + re.sub(r"(\\+)\Z", r"\1\1", text) + quote
 
 
 def format_value(value: Any, *, quoted: bool = True) -> str:
-    """A value as `override.value()` gives it, as an override is written: what refers to another setting still does.
+    """A value of `override.value()` in override syntax; interpolations are preserved.
 
-    Without `quoted`, texts are as they are: what is read by people, and names without special characters.
+    Without `quoted`, texts are not quoted: for display, and for names without special characters.
     """
     if isinstance(value, list):
         return "[" + ",".join(format_value(each, quoted=quoted) for each in value) + "]"
@@ -44,7 +44,7 @@ def format_value(value: Any, *, quoted: bool = True) -> str:
 
 
 def quote_for_shell(argument: str) -> str:
-    """An argument as it is typed in a shell, in one line; with a line end in it, as bash and zsh read it."""
+    """An argument quoted for a shell, in one line; unprintable characters as $'…' of bash and zsh."""
     if argument.isprintable():
         return shlex.quote(argument)
     shown = (
@@ -54,15 +54,14 @@ def quote_for_shell(argument: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text, in one line of an error whatever is in it."""
+    """A text for a one-line error: its repr if it has unprintable characters."""
     return text if text.isprintable() else repr(text)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """`, did you mean …?` with the nearest known name, or nothing where none is near.
+    """`, did you mean …?` with the most similar known name, or an empty text if none is similar.
 
-    Names with dots are compared by their last part; of several that are as near, the whole name
-    decides, then whether only the last letter differs.
+    Dotted names are compared by their last part; ties by the whole name, then by whether only the last letter differs.
     """
 
     def likeness(key: str) -> tuple[float, float, bool]:
