@@ -27,7 +27,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from train_step import step_of
 
-from igpt.data.crop import FILTERS, Crop, Resize
+from igpt.data.crop import Crop, Resize
 from igpt.distributed.cores import count_cores
 from igpt.tokens import lookup
 from igpt.tokens.kmeans import fit
@@ -40,7 +40,7 @@ K = 512
 
 def plain(crop: Crop) -> Callable[[bytes, int], np.ndarray]:
     """As a reader of the paper writes it: decode, resize the whole image, crop, resize."""
-    method = FILTERS[crop.filter]
+    method = Image.Resampling[crop.filter.upper()]
 
     def cut(data: bytes, key: int) -> np.ndarray:
         image = Image.open(io.BytesIO(data)).convert("RGB")
