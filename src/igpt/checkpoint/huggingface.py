@@ -1,7 +1,7 @@
 """Hugging Face's ImageGPT folders, read and written: `config.json`, `model.safetensors`, `preprocessor_config.json`.
 
-Its network has biases, which OpenAI's and ours have not; its token table has a last row more, the start vector; its
-matrices are stored transposed. Source: transformers 5.23, `models/imagegpt`.
+Unlike OpenAI's and ours, its network has biases, its token table has the start vector as an additional last row, and
+its matrices are stored transposed. Source: transformers 5.23, `models/imagegpt`.
 """
 
 import json
@@ -24,8 +24,8 @@ from igpt.utils import files
 
 PREPROCESSOR, TORCH = "preprocessor_config.json", "pytorch_model.bin"
 MODEL_TYPE = "imagegpt"
-OURS = "igpt"  # the key of config.json under which an export of ours says where the weights come from
-# What the format can choose and Image GPT does not: setting → the one value that is its own.
+OURS = "igpt"  # key in config.json of our exports for the weights' model, data, step and seed
+# Settings of the format that Image GPT fixes: setting → the only supported value.
 FIXED: dict[str, Any] = {
     "activation_function": "quick_gelu",
     "layer_norm_epsilon": 1e-5,
@@ -35,12 +35,12 @@ FIXED: dict[str, Any] = {
     "add_cross_attention": False,
     "tie_word_embeddings": False,
 }
-BUFFER = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # causal masks, which older releases saved
+BUFFER = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # causal masks, saved by older releases
 LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 def is_folder(folder: Path) -> bool:
-    """Whether this is a folder as `transformers` writes them: of any of its models."""
+    """Whether `transformers` wrote this folder, for any of its models."""
     if not (folder / CONFIG).is_file():
         return False
     try:
@@ -51,11 +51,11 @@ def is_folder(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Weights:
-    """The weights in a folder of Hugging Face's.
+    """The weights in a Hugging Face folder.
 
     Raises:
-        ValueError: another model, sizes or settings that Image GPT has not, missing, misshapen or damaged tensors,
-            biases that are not zero (named), or no palette.
+        ValueError: another model, unsupported sizes or settings, missing, misshapen or damaged tensors, nonzero biases
+            (named), or no palette.
     """
     config = read_config(folder / CONFIG)
     if config.get("model_type") != MODEL_TYPE:
@@ -93,7 +93,7 @@ def read(folder: Path) -> Weights:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file. Raises ValueError when it is none, or holds something else."""
+    """The settings in a JSON file. Raises ValueError if it is missing or does not hold an object."""
     found = files.read_json(path) if path.is_file() else None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is missing or is not a JSON file of settings: copy the whole folder")
@@ -101,7 +101,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _open(folder: Path) -> tuple[State, Path, str]:
-    """The tensors, where they lie, and the hash of that."""
+    """Returns (tensors, path of their file or folder, its SHA-256)."""
     if not (folder / tensors.WEIGHTS).is_file() and not (folder / tensors.INDEX).is_file():
         if not (path := folder / TORCH).is_file():
             raise ValueError(f"{folder} has a {CONFIG} and no {tensors.WEIGHTS}: the download was not finished")
@@ -115,7 +115,7 @@ def _open(folder: Path) -> tuple[State, Path, str]:
 
 
 def _palette(folder: Path, k: int) -> Palette:
-    """The colours, `clusters` of the image processor."""
+    """The palette: `clusters` of the image processor."""
     where = folder / PREPROCESSOR
     if not where.is_file():
         raise ValueError(f"{folder} has no {PREPROCESSOR}: it holds the colours that the tokens stand for, copy it too")
@@ -130,10 +130,10 @@ def _palette(folder: Path, k: int) -> Palette:
 
 
 def converted(theirs: State, network: GPTConfig, where: Path) -> State:
-    """Their tensors as ours.
+    """Converts their tensors to our names and layout.
 
     Raises:
-        ValueError: missing, unexpected or misshapen ones, or biases that are not zero: we have none to put them in.
+        ValueError: missing, unexpected or misshapen tensors, or nonzero biases, which our network does not have.
     """
     if "lm_head.weight" not in theirs:
         raise ValueError(
@@ -167,7 +167,7 @@ def converted(theirs: State, network: GPTConfig, where: Path) -> State:
 
 
 def exported(ours: State, network: GPTConfig) -> State:
-    """Our tensors as theirs, with the biases that they expect, which are zero."""
+    """Converts our tensors to their names and layout, with zero biases."""
     ours = {name: tensor.as_float32() for name, tensor in ours.items()}
     wte, sos = ours["wte"], ours["sos"]
     theirs = {
@@ -197,10 +197,10 @@ def _zeros(n: int) -> Lazy:
 
 
 def write(folder: Path, weights: Weights) -> None:
-    """Writes a folder that `from_pretrained` opens, model and image processor, without a class head; whole, or not.
+    """Writes model and image processor, without a class head, for `from_pretrained`; the folder appears atomically.
 
     Raises:
-        ValueError: what the format cannot hold (`check_exportable`), or a folder that is there.
+        ValueError: a network that the format cannot hold (`check_exportable`), or `folder` exists.
     """
     palette = check_exportable(weights)
     metadata = weights.metadata
@@ -208,7 +208,7 @@ def write(folder: Path, weights: Weights) -> None:
     config = {
         "architectures": ["ImageGPTForCausalImageModeling"],
         "model_type": MODEL_TYPE,
-        "vocab_size": network.n_vocab + 1,  # and the start of the sequence
+        "vocab_size": network.n_vocab + 1,  # with the start token
         "n_positions": network.n_ctx,
         "n_embd": network.n_embd,
         "n_layer": network.n_layer,
@@ -238,10 +238,10 @@ def write(folder: Path, weights: Weights) -> None:
 
 
 def check_exportable(weights: Weights) -> Palette:
-    """The palette of weights that Hugging Face's format can hold.
+    """Checks that Hugging Face's format can hold these weights; returns their palette.
 
     Raises:
-        ValueError: it cannot: another network than the paper's, another tokenizer than a palette row by row, BERT.
+        ValueError: a network other than the paper's, a tokenizer other than a palette in raster order, or BERT.
     """
     metadata, own = weights.metadata, "export it as task.format=igpt instead"
     tokenizer = metadata.tokenizer
