@@ -60,14 +60,10 @@ class ImageGPT:
         Raises:
             ValueError: another shape or dtype. The caller crops and resizes images of other sizes.
         """
-        if isinstance(images, Tensor):
-            pixels = images
-        else:
+        if not isinstance(images, Tensor):
             rows = images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
-            pixels = torch.from_numpy(np.ascontiguousarray(rows))
-        if pixels.ndim == 3:
-            pixels = pixels[None]
-        r = self.resolution
+            images = torch.from_numpy(np.ascontiguousarray(rows))
+        pixels, r = images[None] if images.ndim == 3 else images, self.resolution
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (r, r, 3):
             raise ValueError(
                 f"images are uint8 of shape (B, {r}, {r}, 3), got {pixels.dtype} {tuple(pixels.shape)}: convert to RGB "
@@ -103,8 +99,7 @@ class ImageGPT:
         top_p: float | None = None,
     ) -> np.ndarray:
         """`count` new images, (count, R, R, 3) uint8: the same as `task=sample` draws with this seed."""
-        uniforms = keyed.uniform(self._keys(count, seed), self.net.n_ctx).to(self.device)
-        return self.decode(generate(self.net, uniforms, Sampling(temperature, top_k, top_p)))
+        return self.decode(generate(self.net, self._uniforms(count, seed), Sampling(temperature, top_k, top_p)))
 
     def complete(
         self,
@@ -118,14 +113,14 @@ class ImageGPT:
     ) -> np.ndarray:
         """Completions that keep the top `rows` of each image: (B, R, R, 3) uint8 → the same shape."""
         tokens = self.encode(images)
-        known = self.tokenizer.known_tokens(rows)
-        uniforms = keyed.uniform(self._keys(len(tokens), seed), self.net.n_ctx).to(self.device)
+        known, uniforms = self.tokenizer.known_tokens(rows), self._uniforms(len(tokens), seed)
         drawn = generate(self.net, uniforms, Sampling(temperature, top_k, top_p), given=tokens, known=known)
         return self.decode(drawn)
 
-    @staticmethod
-    def _keys(count: int, seed: int) -> Tensor:
-        return keyed.item_keys(keyed.key(seed, "sample"), torch.arange(count))
+    def _uniforms(self, count: int, seed: int) -> Tensor:
+        """One uniform number in [0, 1) per image and position, (count, T)."""
+        keys = keyed.item_keys(keyed.key(seed, "sample"), torch.arange(count))
+        return keyed.uniform(keys, self.net.n_ctx).to(self.device)
 
 
 def load(path: str | Path, *, palette: str | None = None, n_head: int | None = None) -> ImageGPT:

@@ -6,6 +6,7 @@ its matrices are stored transposed. Source: transformers 5.23, `models/imagegpt`
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ FIXED: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 BUFFER = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # causal masks, saved by older releases
-LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 def is_folder(folder: Path) -> bool:
@@ -149,21 +149,12 @@ def converted(theirs: State, network: GPTConfig, where: Path) -> State:
             "give another network (logits off by up to 9), so it is refused"
         )
     theirs = {name: tensor.as_float32() for name, tensor in theirs.items()}
-    n, c, v = network.n_layer, network.n_embd, network.n_vocab
-    table = theirs["transformer.wte.weight"]
-    ours = {
-        "wte": table.reshaped((v, c), lambda rows: rows[:-1]),
-        "sos": table.reshaped((c,), lambda rows: rows[-1]),
-        "wpe": theirs["transformer.wpe.weight"],
-        "ln_f.g": theirs["transformer.ln_f.weight"],
-        "wtet": theirs["lm_head.weight"],
+    table, names = theirs["transformer.wte.weight"], _names(network)
+    return {
+        "wte": table.reshaped((network.n_vocab, network.n_embd), lambda rows: rows[:-1]),
+        "sos": table.reshaped((network.n_embd,), lambda rows: rows[-1]),
+        **{own: _turned(theirs[name]) if _is_linear(own) else theirs[name] for own, name in names.items()},
     }
-    for block in range(n):
-        for norm in ("ln_1", "ln_2"):
-            ours[f"h.{block}.{norm}.g"] = theirs[f"transformer.h.{block}.{norm}.weight"]
-        for linear in LINEAR:
-            ours[f"h.{block}.{linear}.weight"] = _turned(theirs[f"transformer.h.{block}.{linear}.weight"])
-    return ours
 
 
 def exported(ours: State, network: GPTConfig) -> State:
@@ -174,26 +165,29 @@ def exported(ours: State, network: GPTConfig) -> State:
         "transformer.wte.weight": Lazy(
             (wte.shape[0] + 1, wte.shape[1]), torch.float32, lambda: torch.cat([wte.read(), sos.read()[None]])
         ),
-        "transformer.wpe.weight": ours["wpe"],
-        "transformer.ln_f.weight": ours["ln_f.g"],
-        "lm_head.weight": ours["wtet"],
     }
-    for block in range(network.n_layer):
-        for norm in ("ln_1", "ln_2"):
-            theirs[f"transformer.h.{block}.{norm}.weight"] = ours[f"h.{block}.{norm}.g"]
-        for linear in LINEAR:
-            matrix = ours[f"h.{block}.{linear}.weight"]
-            theirs[f"transformer.h.{block}.{linear}.weight"] = _turned(matrix)
-            theirs[f"transformer.h.{block}.{linear}.bias"] = _zeros(matrix.shape[0])
+    for own, name in _names(network).items():
+        theirs[name] = _turned(ours[own]) if _is_linear(own) else ours[own]
+        if _is_linear(own):
+            n_out = ours[own].shape[0]
+            theirs[name.replace(".weight", ".bias")] = Lazy((n_out,), torch.float32, partial(torch.zeros, n_out))
     return theirs
+
+
+def _names(network: GPTConfig) -> dict[str, str]:
+    """Our name → theirs, of every tensor but `wte` and `sos`, which are one table of theirs."""
+    names = {"wpe": "transformer.wpe.weight", "wtet": "lm_head.weight", "wte": "", "sos": ""}
+    for own in meta_model(network).state_dict():
+        names.setdefault(own, f"transformer.{own.removesuffix('.g').removesuffix('.weight')}.weight")
+    return {own: name for own, name in names.items() if name}
+
+
+def _is_linear(own: str) -> bool:
+    return own.startswith("h.") and own.endswith(".weight")
 
 
 def _turned(matrix: Lazy) -> Lazy:
     return matrix.reshaped((matrix.shape[1], matrix.shape[0]), lambda w: w.t().contiguous())
-
-
-def _zeros(n: int) -> Lazy:
-    return Lazy((n,), torch.float32, lambda: torch.zeros(n))
 
 
 def write(folder: Path, weights: Weights) -> None:
@@ -245,9 +239,8 @@ def check_exportable(weights: Weights) -> Palette:
     """
     metadata, own = weights.metadata, "export it as task.format=igpt instead"
     tokenizer = metadata.tokenizer
-    if beyond := metadata.network.choices_beyond(SIZES):
-        said = ", ".join(f"{name}={value}" for name, value in beyond.items())
-        raise ValueError(f"{weights.path} has {said}, which Hugging Face's ImageGPT does not know: {own}")
+    if unsupported := metadata.network.unsupported(SIZES):
+        raise ValueError(f"{weights.path} has {unsupported}, which Hugging Face's ImageGPT does not know: {own}")
     if not isinstance(tokenizer, PaletteTokenizer) or tokenizer.kind != PaletteTokenizer.kind:
         raise ValueError(
             f"{weights.path} reads {tokenizer.describe()}, Hugging Face's ImageGPT a palette of colours only: {own}"

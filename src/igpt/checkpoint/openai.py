@@ -93,18 +93,17 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
     known = {name.removeprefix(SCOPE): shape for name, shape in reader.shapes.items() if name.startswith(SCOPE)}
     network = sizes(prefix, known, n_head)
     wanted = variables(network)
-    head = known.get(HEAD)
-    optional = {HEAD: (head[0] if head else 1, network.n_embd)} if head is not None else {}
-    check(prefix, known, wanted | optional)
-    n_class = optional[HEAD][0] if optional else 0
-    wclf = reader.lazy(SCOPE + HEAD) if optional else None
-    has_head = wclf is not None and bool(wclf.read().any())
-    skipped = sorted(reader.shapes.keys() - {SCOPE + name for name in wanted | optional})
+    head = {HEAD: (*known[HEAD][:1], network.n_embd)} if HEAD in known else {}
+    check(prefix, known, wanted | head)
+    wclf = reader.lazy(SCOPE + HEAD) if head else None
+    if wclf is not None and not wclf.read().any():
+        wclf = None
+    skipped = sorted(reader.shapes.keys() - {SCOPE + name for name in wanted | head})
     log.info(
         "%s: %s, %d blocks of width %d, %d heads, %d positions, %d colours, %s",
         prefix, "next pixels" if network.causal else "masked pixels", network.n_layer, network.n_embd,
         network.n_head, network.n_ctx, network.n_vocab,
-        f"a head of {n_class} classes" if has_head else "no trained class head",
+        f"a head of {wclf.shape[0]} classes" if wclf else "no trained class head",
     )  # fmt: skip
     if skipped:
         shown = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
@@ -123,7 +122,7 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
     index = Path(f"{prefix}.index")  # holds a checksum of every variable
     state = converted({name: reader.lazy(SCOPE + name) for name in wanted}, network)
     sha256 = combined_hash(files.sha256(index), metadata)
-    return Weights(prefix, prefix.parent, metadata, sha256, lambda: state, wclf if has_head else None)
+    return Weights(prefix, prefix.parent, metadata, sha256, lambda: state, wclf)
 
 
 def sizes(where: Path, known: Shapes, n_head: int | None) -> GPTConfig:
@@ -273,16 +272,15 @@ class _Reader:
             at = f", at {name}" if name else ""
             raise ValueError(f"{self.prefix} is damaged or not downloaded to its end{at} ({said})") from error
 
-    def read(self, name: str) -> Tensor:
-        """One variable as a tensor; bfloat16 as float32."""
-        found = self._tried(lambda: self.reader.get_tensor(name), name)
-        values: Tensor = torch.from_numpy(found.astype("f4") if self.dtypes[name] is torch.bfloat16 else found)
-        return values
-
     def lazy(self, name: str) -> Lazy:
-        """One variable, read on demand. Raises ValueError if it is not floating point."""
+        """One variable, read on demand, bfloat16 as float32. Raises ValueError if it is not floating point."""
         dtype = self.dtypes[name]
         if dtype not in tensors.DTYPES:
             raise ValueError(f"{self.prefix}: {name} does not hold floating-point numbers")
         wide = torch.float32 if dtype is torch.bfloat16 else dtype
-        return Lazy(self.shapes[name], wide, lambda: self.read(name))
+
+        def read() -> Tensor:
+            found = self._tried(lambda: self.reader.get_tensor(name), name)
+            return torch.from_numpy(found.astype("f4") if dtype is torch.bfloat16 else found)
+
+        return Lazy(self.shapes[name], wide, read)

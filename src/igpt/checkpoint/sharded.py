@@ -10,6 +10,7 @@ import pickle
 import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,11 @@ def read_metadata(folder: Path) -> Metadata:
 
 def read_state(folder: Path) -> State:
     """All tensors of a sharded checkpoint, by their names in it."""
-
-    def one(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Piece]) -> Lazy:
-        return Lazy(shape, dtype, lambda: _whole(shape, dtype, pieces))
-
-    return {name: one(*described) for name, described in _read(folder)[1].items()}
+    described = _read(folder)[1]
+    return {
+        name: Lazy(shape, dtype, partial(_whole, shape, dtype, pieces))
+        for name, (shape, dtype, pieces) in described.items()
+    }
 
 
 def _read(folder: Path) -> tuple[Any, dict[str, Described]]:
@@ -164,7 +165,7 @@ def _read(folder: Path) -> tuple[Any, dict[str, Described]]:
 
 
 def _records(content: bytes) -> Any:
-    """A pickle as plain records, after a look at whether it asks for more room than it takes itself."""
+    """Unpickles plain records. Raises ValueError on a memo index beyond the pickle's size, which would fill memory."""
     for operation, argument, _ in pickletools.genops(content):
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
             raise ValueError("it counts more objects than it holds")
@@ -172,7 +173,7 @@ def _records(content: bytes) -> Any:
 
 
 def _tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, Described]]:
-    """What the metadata says of each tensor."""
+    """Yields (name, (shape, dtype, pieces)) of each tensor in the metadata."""
     places = {}
     for index, info in metadata.fields["storage_data"].items():
         at, where = index.fields, info.fields

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -206,11 +207,10 @@ def read_safetensors(path: Path, *, ignore: str = "(?!)") -> State:
         raise ValueError(f"{path} is damaged ({error}): copy, download or export it again") from error
     if odd:
         raise ValueError(f"{path}: {next(iter(odd))} is {next(iter(odd.values()))}, expected floating point")
-
-    def one(name: str) -> Lazy:
-        return Lazy(tuple(slices[name].get_shape()), known[slices[name].get_dtype()], lambda: file.get_tensor(name))
-
-    return {name: one(name) for name in slices}
+    return {
+        name: Lazy(tuple(part.get_shape()), known[part.get_dtype()], partial(file.get_tensor, name))
+        for name, part in slices.items()
+    }
 
 
 def read_torch(path: Path) -> Any:

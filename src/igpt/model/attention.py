@@ -53,19 +53,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, backend: str = "aut
     if backend == "blocks" and causal:
         out: Tensor = _CausalBlocks.apply(q, k, v)  # type: ignore[no-untyped-call]  # PyTorch has no type for it
         return out.view(b, h, t, d)
-    return _in_one_piece(q, k, v, causal=causal).view(b, h, t, d)
-
-
-def _in_one_piece(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """All scores at once: (B·H, T, D), 2 × (B·H, S, D) → (B·H, T, D)."""
-    scale = 1 / math.sqrt(q.shape[-1])
-    mask = _future(q.shape[1], q, k.shape[1]) if causal else None
-    if mask is not None and not torch.compiler.is_compiling():
-        scores = torch.baddbmm(mask, q, k.mT, alpha=scale)  # (B·H, T, S)
+    scale = 1 / math.sqrt(d)
+    if causal and not torch.compiler.is_compiling():
+        scores = torch.baddbmm(_future(t, q, s), q, k.mT, alpha=scale)  # (B·H, T, S)
     else:  # the compiler fuses scale and mask with the softmax
         scores = torch.bmm(q, k.mT) * scale
-        scores = scores if mask is None else scores + mask
-    return torch.bmm(scores.softmax(-1), v)
+        scores = scores + _future(t, q, s) if causal else scores
+    return torch.bmm(scores.softmax(-1), v).view(b, h, t, d)
 
 
 def _future(t: int, like: Tensor, s: int | None = None) -> Tensor:

@@ -6,15 +6,6 @@ import torch
 from torch import Tensor
 
 from igpt.model import c_library, dispatch
-from igpt.model.config import SIZES, GPTConfig
-
-KNOWS = (*SIZES, "positions")  # supported with every value, except positions that rotate queries and keys
-
-
-def unsupported(config: GPTConfig, *, rotates: bool) -> str:
-    """Unsupported settings of a network, as `positions=rope`; empty if `attend.c` computes its attention."""
-    beyond = config.choices_beyond(KNOWS) | ({"positions": config.positions} if rotates else {})
-    return ", ".join(f"{name}={value}" for name, value in beyond.items())
 
 
 @torch.library.custom_op("igpt::attend", mutates_args=(), device_types="cpu")

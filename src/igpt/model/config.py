@@ -55,13 +55,10 @@ class GPTConfig:
         """All settings as plain values, to save."""
         return asdict(self)
 
-    def choices_beyond(self, known: Iterable[str]) -> dict[str, Any]:
-        """Settings that differ from the paper's and are not in `known`: code written for the paper lacks them."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name not in known and getattr(self, field.name) != field.default
-        }
+    def unsupported(self, known: Iterable[str]) -> str:
+        """Settings that code with the paper's values but for `known` does not support, as `positions=rope`; else ""."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in known}
+        return ", ".join(f"{name}={x}" for name, x in values.items() if x != self.__dataclass_fields__[name].default)
 
 
 SIZES = ("n_layer", "n_embd", "n_head", "n_ctx", "n_vocab", "causal")  # supported by code for the paper's network

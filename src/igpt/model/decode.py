@@ -11,6 +11,8 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +23,7 @@ from igpt.model import c_library, dispatch
 from igpt.model.c_library import VECTOR
 from igpt.model.config import SIZES, GPTConfig
 from igpt.model.gpt import GELU_SLOPE, GPT, NORM_EPS, Cache
-from igpt.model.graphs import make_graphs_step
+from igpt.model.graphs import Recorded
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +41,6 @@ class DecodeBackend:
     make: Callable[[GPT, Cache], Step]
     knows: tuple[str, ...]
 
-    def unsupported(self, config: GPTConfig) -> str:
-        """Unsupported settings of a network, as `positions=rope`; empty if all are supported."""
-        return ", ".join(f"{name}={value}" for name, value in config.choices_beyond(self.knows).items())
-
 
 def make_decode_step(net: GPT, cache: Cache, backend: str = "auto") -> Step:
     """The decode step with one of the backends `dispatch.DECODING`; auto: `net.decoding`, or the fastest.
@@ -58,7 +56,7 @@ def make_decode_step(net: GPT, cache: Cache, backend: str = "auto") -> Step:
     if name == "auto":
         weight = net.blocks[0].mlp.c_fc.weight  # a block's weight: under FSDP, wte may be gathered for a while
         name = dispatch.decode_backend(weight, n_embd=net.n_embd, n_head=net.n_head)
-    if lacking := BACKENDS[name].unsupported(net.config):
+    if lacking := net.config.unsupported(BACKENDS[name].knows):
         if asked != "auto":
             raise ValueError(f"trainer.decoding={name} does not compute {lacking}: choose auto")
         name = "layers"
@@ -122,11 +120,6 @@ def verified(net: GPT, name: str) -> bool:
     return False
 
 
-def make_layers_step(net: GPT, cache: Cache) -> Step:
-    """The network's own step: any device, any precision, sharded weights."""
-    return lambda tokens: net.step(tokens, cache)
-
-
 def make_columns_step(net: GPT, cache: Cache) -> Step:
     """PyTorch only, for unsharded float32 weights on a CPU. Activations are columns, (C, B).
 
@@ -134,11 +127,8 @@ def make_columns_step(net: GPT, cache: Cache) -> Step:
     """
     heads = net.n_head
 
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # PyTorch has no type for it
     def step(tokens: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return exactly(tokens)
-
-    def exactly(tokens: Tensor) -> Tensor:
         assert tokens.shape[1] == 1, "one new token for each image"
         now = cache.length
         x = (F.embedding(tokens[:, 0], net.wte) + net.wpe[now]).t().contiguous()  # (C, B)
@@ -157,7 +147,7 @@ def make_columns_step(net: GPT, cache: Cache) -> Step:
         cache.length = now + 1
         return torch.mm(net.wtet, _laid_out(_normed(x, net.ln_f.g))).t()
 
-    return step
+    return cast("Step", step)
 
 
 def make_c_step(net: GPT, cache: Cache) -> Step:
@@ -227,6 +217,7 @@ def _normed(x: Tensor, g: Tensor) -> Tensor:
 BACKENDS = {
     "native": DecodeBackend(make_c_step, SIZES),
     "columns": DecodeBackend(make_columns_step, SIZES),
-    "graphs": DecodeBackend(make_graphs_step, SIZES),
-    "layers": DecodeBackend(make_layers_step, tuple(GPTConfig.__dataclass_fields__)),
+    "graphs": DecodeBackend(Recorded, SIZES),
+    # the network's own step: any device, any precision, sharded weights
+    "layers": DecodeBackend(lambda net, cache: partial(net.step, cache=cache), tuple(GPTConfig.__dataclass_fields__)),
 }

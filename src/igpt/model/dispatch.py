@@ -83,12 +83,8 @@ def pays_to_compile(device: torch.device, *, n_embd: int, flops: float, half: bo
     On a CPU, bfloat16 and narrow float32 networks gain up to a quarter, because element-wise operations bound them;
     wide float32 networks gain nothing. On a GPU all gain.
     """
-    if device.type == "cpu":
-        gains = half or n_embd <= NARROW
-        if not gains:
-            return False
     rate, seconds = WAIT.get(device.type, WAIT["cpu"])
-    if flops <= rate * seconds:
+    if flops <= rate * seconds or (device.type == "cpu" and not half and n_embd > NARROW):
         return False
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     return device.type != "cpu" or c_library.compiler_version(compiler) is not None
@@ -100,10 +96,9 @@ def decode_backend(weight: Tensor, *, n_embd: int, n_head: int) -> str:
         return "layers"
     if weight.device.type == "cuda":
         return "graphs"
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return "layers"
-    native_too = suits_native(weight, n_embd=n_embd, n_head=n_head) and c_library.available()
-    return "native" if native_too else "columns"
+    if suits_native(weight, n_embd=n_embd, n_head=n_head) and c_library.available():
+        return "native"
+    return "columns" if weight.device.type == "cpu" and weight.dtype == torch.float32 else "layers"
 
 
 def suits_native(weight: Tensor, *, n_embd: int, n_head: int) -> bool:

@@ -8,7 +8,7 @@ weights have to load here. Names of parameters are those of the released checkpo
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from igpt.distributed.sharding import put, whole_shape
-from igpt.model import c_attention
 from igpt.model.attention import attend, heads, self_attention
-from igpt.model.config import GPTConfig
+from igpt.model.config import SIZES, GPTConfig
 from igpt.model.positions import POSITIONS, Positions
 from igpt.utils import keyed
 
@@ -45,7 +44,7 @@ class Cache:
 
     keys: list[Tensor]
     values: list[Tensor]
-    length: int = field(default=0)
+    length: int = 0
 
 
 class Attention(nn.Module):
@@ -55,7 +54,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.causal, self.backend = config.n_head, config.causal, "auto"
         self.rotate = rotate  # rotates queries and keys by position; None: no rotation
-        self.not_in_c = c_attention.unsupported(config, rotates=rotate is not None)
+        self.not_in_c = config.unsupported(SIZES if rotate else (*SIZES, "positions"))  # settings `attend.c` lacks
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k, v; in each, heads are blocks of D rows
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
@@ -281,11 +280,8 @@ class GPT(nn.Module):
         """An empty key/value cache for `batch` images, in the network's dtype and on its device."""
         shape = (batch, self.n_head, self.n_ctx, self.n_embd // self.n_head)
         dtype, device = self.wte.dtype, self.wte.device  # plain tensors, also where wte is sharded
-
-        def empty() -> list[Tensor]:
-            return [torch.empty(shape, dtype=dtype, device=device) for _ in self.h]
-
-        return Cache(empty(), empty())
+        keys, values = ([torch.empty(shape, dtype=dtype, device=device) for _ in self.h] for _ in range(2))
+        return Cache(keys, values)
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Logits (B, V) of the next position from the tokens (B, t) added since the last call.

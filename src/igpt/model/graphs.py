@@ -19,7 +19,7 @@ class Recorded:
     """A network's decode step with fixed shapes: new tokens (B, 1) → logits (B, V).
 
     Under autocast, weights and cache are cast once instead of at every step. On a CPU the same step runs without a
-    graph, for tests. Keys and values are copied from the cache.
+    graph, for tests. Takes the keys and values over, emptying the cache.
     """
 
     def __init__(self, net: GPT, cache: Cache) -> None:
@@ -29,6 +29,8 @@ class Recorded:
         self.net, self.now = net, cache.length
         self.keys = [keys.to(self.dtype) for keys in cache.keys]  # (B, H, n_ctx, D)
         self.values = [values.to(self.dtype) for values in cache.values]
+        cache.keys.clear()
+        cache.values.clear()
         for unwritten in (*self.keys, *self.values):  # masked, but uninitialised memory may hold NaN
             unwritten[:, :, self.now :] = 0
         self.weights = [
@@ -108,11 +110,3 @@ class Recorded:
 
     def _normed(self, x: Tensor, g: Tensor) -> Tensor:
         return F.rms_norm(x, g.shape, g, NORM_EPS).to(self.dtype)
-
-
-def make_graphs_step(net: GPT, cache: Cache) -> Callable[[Tensor], Tensor]:
-    """A `Recorded` step; clears the cache, which it has copied. `decode.verified` compares its logits."""
-    step = Recorded(net, cache)
-    cache.keys.clear()
-    cache.values.clear()
-    return step

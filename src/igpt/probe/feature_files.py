@@ -12,6 +12,7 @@ from torch import Tensor
 
 from igpt.data.cache import digest, unwritable
 from igpt.distributed import ranks
+from igpt.probe.lbfgs import check_finite
 from igpt.settings.fields import FeatureDtype
 from igpt.utils import files
 
@@ -50,32 +51,22 @@ class FeatureWriter:
     def add(self, features: Tensor, rows: Tensor, labels: Tensor) -> None:
         """Appends features (L + 1, B, C) of the images `rows` (B,). Raises ValueError on NaN or infinity."""
         plain = features.to("cpu", torch.float16 if self.dtype == "float16" else torch.float32)
-        if not (finite := plain.isfinite().flatten(1).all(dim=1)).all():
-            raise ValueError(
-                f"the features of layer(s) {', '.join(map(str, (~finite).nonzero().flatten().tolist()))} hold NaN or "
-                "infinity: the weights have broken down, or the precision is too low (try task.dtype=float32 and "
-                "trainer.precision=32-true)"
-            )
+        check_finite(plain.isfinite().flatten(1).all(dim=1))
         values = plain.numpy()
         if self.part is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             shape = (len(values), self.room, values.shape[2])
-            self.part = self._reserved(shape, values.dtype)
+            try:
+                self.part = np.lib.format.open_memmap(self.mine, mode="w+", dtype=values.dtype, shape=shape)
+                with self.mine.open("r+b") as file:  # allocated at once: a full disk under a map kills the process
+                    files.reserve(file, self.mine.stat().st_size)
+            except OSError as error:
+                raise unwritable(self.path, error, "features") from error
         stop = self.end + values.shape[1]
         self.part[:, self.end : stop] = values
         self.end = stop
         self.rows.append(rows.cpu().numpy())
         self.labels.append(labels.cpu().numpy())
-
-    def _reserved(self, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> np.ndarray:
-        """Memory-mapped part file. Disk space is allocated at once: a full disk under a map kills the process."""
-        try:
-            mapped = np.lib.format.open_memmap(self.mine, mode="w+", dtype=dtype, shape=shape)
-            with self.mine.open("r+b") as file:
-                files.reserve(file, self.mine.stat().st_size)
-        except OSError as error:
-            raise unwritable(self.path, error, "features") from error
-        return mapped
 
     def discard(self) -> None:
         """Deletes this rank's part file; finished files stay."""
@@ -97,8 +88,7 @@ class FeatureWriter:
         assert np.array_equal(np.sort(every), np.arange(self.n_image)), "an image has no features, or twice"
         labels = np.empty(self.n_image, dtype=np.int64)
         opened = [(np.load(place, mmap_mode="r"), rows) for place, rows, _ in parts if len(rows)]
-        for _, rows, theirs in parts:
-            labels[rows] = theirs
+        labels[every] = np.concatenate([part_labels for _, _, part_labels in parts])
         n_layer, _, width = opened[0][0].shape
         with files.atomic_path(labels_path(self.path)) as temporary, temporary.open("wb") as file:
             np.save(file, labels, allow_pickle=False)

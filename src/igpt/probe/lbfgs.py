@@ -73,15 +73,19 @@ def logistic_regression(
 
 def check_features(features: Tensor, labels: Tensor, n_class: int, *, names: Sequence[str] | None = None) -> None:
     """Raises ValueError unless features (P, N, D) are finite and labels (N,) lie in 0 … K - 1."""
-    finite = features.sum(dim=(1, 2)).isfinite()  # (P,)
+    check_finite(features.sum(dim=(1, 2)).isfinite(), names)
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < n_class):
+        raise ValueError(f"labels must lie in 0 … {n_class - 1}, found {int(labels.min())} … {int(labels.max())}")
+
+
+def check_finite(finite: Tensor, names: Sequence[str] | None = None) -> None:
+    """Raises ValueError, naming layers, unless all of (P,) bool are True: whether each layer's features are finite."""
     if not finite.all():
         layers = [names[i] if names else str(i) for i in (~finite).nonzero().flatten().tolist()]
         raise ValueError(
             f"the features of layer(s) {', '.join(layers)} hold NaN or infinity: the weights have broken down, or the "
             "precision is too low (try task.dtype=float32 and trainer.precision=32-true)"
         )
-    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < n_class):
-        raise ValueError(f"labels must lie in 0 … {n_class - 1}, found {int(labels.min())} … {int(labels.max())}")
 
 
 @dataclass

@@ -145,8 +145,7 @@ def searched(
     windows = windows or [[layer] for layer in range(train.n_layer)]
     shape = len(windows), len(strengths)
     right, right_one = np.zeros(shape), np.zeros(shape)
-    labels = torch.from_numpy(train.labels).to(device)
-    judged_labels = val.labels if folds is None else train.labels
+    labels, val_labels = (torch.from_numpy(images.labels).to(device) for images in (train, val))
     for group in _groups(windows, train, device):
         some = [windows[i] for i in group]
         x = torch.cat([train.side_by_side(window, device) for window in some])  # (P, N, D)
@@ -154,9 +153,10 @@ def searched(
         if folds is None:
             heads = logistic_regression(x, labels, n_class=n_class, strengths=strengths, names=names)
             del x
-            said, one = _voted(heads, val, some, n_class, device, seed)  # (P, S, N)
-            right[group] = (said == torch.from_numpy(val.labels).to(device)).sum(dim=-1).cpu().numpy()
-            right_one[group] = (one == torch.from_numpy(val.labels).to(device)).sum(dim=-1).cpu().numpy()
+            for table, predicted in zip(
+                (right, right_one), _voted(heads, val, some, n_class, device, seed), strict=True
+            ):
+                table[group] = (predicted == val_labels).sum(dim=-1).cpu().numpy()  # (P, S, N) → (P, S)
             continue
         for fold in range(int(folds.max()) + 1):
             inside = torch.from_numpy(folds != fold).to(device)
@@ -164,7 +164,7 @@ def searched(
             correct = heads.scores(x[:, ~inside]).argmax(dim=-1) == labels[~inside]
             right[group] += correct.sum(dim=-1).cpu().numpy()
         right_one[group] = right[group]
-    n = len(judged_labels)
+    n = len(val.labels if folds is None else train.labels)
     return Table(right / n, right_one / n, windows, list(strengths), n)
 
 
