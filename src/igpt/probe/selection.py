@@ -153,10 +153,8 @@ def searched(
         if folds is None:
             heads = logistic_regression(x, labels, n_class=n_class, strengths=strengths, names=names)
             del x
-            for table, predicted in zip(
-                (right, right_one), _voted(heads, val, some, n_class, device, seed), strict=True
-            ):
-                table[group] = (predicted == val_labels).sum(dim=-1).cpu().numpy()  # (P, S, N) → (P, S)
+            predicted = _voted(heads, val, some, n_class, device, seed)  # 2 × (P, S, N)
+            right[group], right_one[group] = ((each == val_labels).sum(dim=-1).cpu().numpy() for each in predicted)
             continue
         for fold in range(int(folds.max()) + 1):
             inside = torch.from_numpy(folds != fold).to(device)
