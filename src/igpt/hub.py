@@ -19,9 +19,9 @@ Images = np.ndarray | Tensor | Sequence[Any]
 
 
 class ImageGPT:
-    """A network, what its tokens mean, and what it was trained on. R is its resolution, T its positions.
+    """A network with its tokenizer and metadata. R is its resolution, T its number of positions.
 
-    Nothing random is hidden: what is drawn depends on `seed` alone, image by image.
+    Samples depend only on `seed` and the image's index, not on global random state or batch size.
     """
 
     def __init__(self, net: GPT, metadata: CheckpointMetadata, path: Path) -> None:
@@ -30,7 +30,7 @@ class ImageGPT:
 
     @staticmethod
     def of(weights: Weights) -> "ImageGPT":
-        """The network of weights that were found, loaded."""
+        """Loads the network of some weights."""
         return ImageGPT(weights.net(), weights.metadata, weights.path)
 
     def __repr__(self) -> str:
@@ -55,19 +55,15 @@ class ImageGPT:
         return self
 
     def encode(self, images: Images) -> Tensor:
-        """Images to tokens: (B, R, R, 3) uint8, one (R, R, 3), or a list of PIL images → (B, T) int64.
+        """Tokens (B, T) int64 of images: (B, R, R, 3) uint8, one (R, R, 3), or a list of PIL images.
 
         Raises:
-            ValueError: another shape or kind. Pictures of other sizes are for the caller to crop and resize.
+            ValueError: another shape or dtype. The caller crops and resizes images of other sizes.
         """
-        if isinstance(images, Tensor):
-            pixels = images
-        else:
+        if not isinstance(images, Tensor):
             rows = images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
-            pixels = torch.from_numpy(np.ascontiguousarray(rows))
-        if pixels.ndim == 3:
-            pixels = pixels[None]
-        r = self.resolution
+            images = torch.from_numpy(np.ascontiguousarray(rows))
+        pixels, r = images[None] if images.ndim == 3 else images, self.resolution
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (r, r, 3):
             raise ValueError(
                 f"images are uint8 of shape (B, {r}, {r}, 3), got {pixels.dtype} {tuple(pixels.shape)}: convert to RGB "
@@ -76,20 +72,20 @@ class ImageGPT:
         return self.tokenizer.encode(pixels.to(self.device))
 
     def decode(self, tokens: Tensor) -> np.ndarray:
-        """Tokens to images: (B, T) → (B, R, R, 3) uint8."""
+        """Images of tokens: (B, T) → (B, R, R, 3) uint8."""
         return self.tokenizer.decode(tokens.cpu())
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Scores of every token at every position: (B, T) → (B, T, V). `visible` (B, T): which pixels BERT is shown."""
+        """Logits of every token at every position: (B, T) → (B, T, V). `visible` (B, T): mask of pixels BERT sees."""
         logits: Tensor = self.net(tokens.to(self.device), visible)
         return logits
 
     @torch.inference_mode()
     def features(self, tokens: Tensor, *, norm: str = "ln_1") -> Tensor:
-        """What every layer knows, averaged over positions: (B, T) → (L + 1, B, C), the embedding first.
+        """Hidden states of every layer, averaged over positions: (B, T) → (L + 1, B, C), the embedding first.
 
-        Of a masked-pixel network, with every pixel shown. `norm`: as `layer_features` has it.
+        A BERT network sees every pixel. `norm`: as in `layer_features`.
         """
         return layer_features(self.net, tokens.to(self.device), norm=norm)
 
@@ -102,9 +98,8 @@ class ImageGPT:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> np.ndarray:
-        """`count` new images, (count, R, R, 3) uint8: those that `task=sample` draws with this seed."""
-        uniforms = keyed.uniform(self._keys(count, seed), self.net.n_ctx).to(self.device)
-        return self.decode(generate(self.net, uniforms, Sampling(temperature, top_k, top_p)))
+        """`count` new images, (count, R, R, 3) uint8: the same as `task=sample` draws with this seed."""
+        return self.decode(generate(self.net, self._uniforms(count, seed), Sampling(temperature, top_k, top_p)))
 
     def complete(
         self,
@@ -116,25 +111,25 @@ class ImageGPT:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> np.ndarray:
-        """The images with all below their top `rows` drawn anew: (B, R, R, 3) uint8 → the same shape."""
+        """Completions that keep the top `rows` of each image: (B, R, R, 3) uint8 → the same shape."""
         tokens = self.encode(images)
-        known = self.tokenizer.known_tokens(rows)
-        uniforms = keyed.uniform(self._keys(len(tokens), seed), self.net.n_ctx).to(self.device)
+        known, uniforms = self.tokenizer.known_tokens(rows), self._uniforms(len(tokens), seed)
         drawn = generate(self.net, uniforms, Sampling(temperature, top_k, top_p), given=tokens, known=known)
         return self.decode(drawn)
 
-    @staticmethod
-    def _keys(count: int, seed: int) -> Tensor:
-        return keyed.item_keys(keyed.key(seed, "sample"), torch.arange(count))
+    def _uniforms(self, count: int, seed: int) -> Tensor:
+        """One uniform number in [0, 1) per image and position, (count, T)."""
+        keys = keyed.item_keys(keyed.key(seed, "sample"), torch.arange(count))
+        return keyed.uniform(keys, self.net.n_ctx).to(self.device)
 
 
 def load(path: str | Path, *, palette: str | None = None, n_head: int | None = None) -> ImageGPT:
     """A trained network with its tokenizer, on the CPU.
 
-    `path`: a run folder of this project, a checkpoint of it; a folder of Hugging Face's ImageGPT or a name on the Hub
-    (`openai/imagegpt-small`); a checkpoint of OpenAI's, with its `palette` (`kmeans_centers.npy`).
+    `path`: a run directory of this project or a checkpoint in it; a Hugging Face ImageGPT folder or a name on the Hub
+    (`openai/imagegpt-small`); an OpenAI checkpoint, with its `palette` (`kmeans_centers.npy`).
 
     Raises:
-        ValueError: nothing there, or nothing that can be understood.
+        ValueError: nothing at that path, or an unknown format.
     """
     return ImageGPT.of(find(str(path), palette=palette, n_head=n_head))

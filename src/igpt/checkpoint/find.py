@@ -1,4 +1,4 @@
-"""Weights by the name that a user has for them: a path, in any format that is known, or a name on the Hub."""
+"""Weights by path, in any known format, or by name on the Hub."""
 
 import logging
 import re
@@ -10,21 +10,21 @@ from igpt.checkpoint.resume import LATEST
 
 log = logging.getLogger(__name__)
 
-EXPORTS = ("huggingface", "igpt")  # what task=export leaves in its run's folder
+EXPORTS = ("huggingface", "igpt")  # folders that task=export writes into its run directory
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = [CONFIG, huggingface.PREPROCESSOR, tensors.WEIGHTS, tensors.INDEX, "model-*.safetensors"]
 
 
 def find(path: str, *, palette: str | None = None, n_head: int | None = None) -> Weights:
-    """The weights that `init=` names.
+    """The weights named by `init=`, from any format.
 
-    Ours: a run folder, its `model/`, either file in it; a checkpoint on the way, a sharded one, or a part of it.
-    Hugging Face's ImageGPT: its folder, a file in it, or a name on the Hub. OpenAI's: the prefix, any one of its
-    files, or their folder; `palette` (else looked for beside them) and, where shapes do not tell, `n_head` are for
-    these alone.
+    Ours: a run directory, its `model/`, a file in that; a training checkpoint, sharded or not, or a file of a sharded
+    one. Hugging Face's ImageGPT: its folder, a file in it, or a name on the Hub. OpenAI's: the prefix, any one of its
+    files, or their folder. `palette` (default: searched beside the files) and `n_head` (if the shapes do not tell it)
+    apply to OpenAI's only.
 
     Raises:
-        ValueError: nothing there, or nothing that can be understood; the message says what was looked for.
+        ValueError: nothing at that path, or an unknown format; the message names the likely fix.
     """
     try:
         place = Path(path).expanduser()
@@ -58,7 +58,7 @@ def find(path: str, *, palette: str | None = None, n_head: int | None = None) ->
 
 
 def _whole(place: Path, folder: Path) -> Path:
-    """The folder that a path means, which is said where it is another."""
+    """Returns `folder`; logs it if it is neither `place` nor its `model/`."""
     if folder not in (place, place / "model"):
         log.info("%s: %s is taken", place, folder)
     return folder
@@ -69,7 +69,7 @@ def _has_tensors(folder: Path) -> bool:
 
 
 def _what_is_there(place: Path) -> str:
-    """Why there are no weights at a path, and which was meant."""
+    """Error message: the reason why a path holds no weights, and the path probably meant."""
     if place.is_file():
         if place.suffix == ".safetensors" and (place.parent / CONFIG).is_file():
             return (
@@ -105,17 +105,17 @@ def _what_is_there(place: Path) -> str:
 
 
 def downloaded(name: str) -> Path:
-    """The folder of a model on the Hub, downloaded if it is not on this machine; what was begun is continued.
+    """Local folder of a model on the Hub, downloaded unless cached; an interrupted download is continued.
 
     Raises:
-        ValueError: there is none of that name, or the Hub cannot be reached.
+        ValueError: no model of that name, its licence not accepted, or no connection to the Hub.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=HUB_FILES))
-        if not _has_tensors(folder):  # the first models of this kind were only saved by PyTorch
+        if not _has_tensors(folder):  # early models have no safetensors file
             folder = Path(snapshot_download(name, allow_patterns=[*HUB_FILES, huggingface.TORCH]))
     except GatedRepoError as error:
         raise ValueError(f"{name} asks for its licence to be accepted on the Hub, and a token (HF_TOKEN)") from error

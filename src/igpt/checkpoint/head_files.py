@@ -1,4 +1,4 @@
-"""A trained class head beside its network: `model/head.safetensors` and what it is of, in `model/head.json`."""
+"""Files of a trained class head beside its network: `model/head.safetensors` and its metadata, `model/head.json`."""
 
 import logging
 from collections.abc import Sequence
@@ -18,23 +18,23 @@ from igpt.utils import files
 log = logging.getLogger(__name__)
 
 HEAD, ABOUT = "head.safetensors", "head.json"
-LONGEST_NAME = 255  # characters of a class's name that are kept: as many as a folder's has at most
-ANY = "any"  # in the place of the labels' hash: a head that came with foreign weights does not say what they were
+LONGEST_NAME = 255  # characters of a class name, longer ones are cut; folder names are no longer
+ANY = "any"  # instead of the labels' hash: heads in foreign formats do not record their labels
 
 
 @dataclass(frozen=True)
 class HeadOrigin:
-    """What a head was trained on, and with which weights."""
+    """Metadata of a class head: its training data and the weights it belongs to."""
 
     n_class: int
     data: str
-    classes: str  # a hash of which labels there were
-    weights: str  # of the network it belongs to
-    class_names: tuple[str, ...] | None = None  # by label; None where they were not known
+    classes: str  # hash of the labels
+    weights: str  # SHA-256 of the network's weights
+    class_names: tuple[str, ...] | None = None  # by label; None: unknown
 
 
 def save_head(folder: Path, weight: Tensor, about: HeadOrigin) -> None:
-    """Writes both files into a run's `model/`, each whole or not at all. Raises ValueError on NaN or infinity."""
+    """Writes both files into a run's `model/`, each atomically. Raises ValueError on NaN or infinity."""
     if not torch.isfinite(weight).all():
         raise ValueError("the class head holds NaN or infinity: training had broken down, take an earlier one")
     with files.atomic_path(folder / HEAD) as temporary:
@@ -45,30 +45,29 @@ def save_head(folder: Path, weight: Tensor, about: HeadOrigin) -> None:
 
 
 def has_head(weights: Weights) -> bool:
-    """Whether a class head lies beside these weights, or came with them."""
+    """Whether these weights include a class head or have one beside them."""
     return weights.wclf is not None or (weights.folder / ABOUT).is_file()
 
 
 def shortened(names: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names of classes as a head's file holds them."""
+    """Class names, cut to `LONGEST_NAME` characters, as saved with a head."""
     return None if names is None else tuple(name[:LONGEST_NAME] for name in names)
 
 
 def find_head(
     weights: Weights, *, n_class: int | None, classes: str, class_names: Sequence[str] | None
 ) -> ClassHead | None:
-    """The class head that was trained with these weights, or None when there is none.
-
-    Where both the head and the data know what their classes are called, these names are the same in the same order.
+    """The class head trained with these weights; None if there is none.
 
     Raises:
-        ValueError: one of other weights, of another number of classes or of other labels, or a damaged file.
+        ValueError: a head of other weights, another number of classes, other labels or other class names (compared
+            only if both head and data have names), or a damaged file.
     """
     if not has_head(weights):
         return None
     about, weight = read_head(weights)
     other = _other_names(about.class_names, shortened(class_names))
-    if about.n_class != n_class or about.classes not in (classes, ANY) or other:  # the hash knows the data's name, too
+    if about.n_class != n_class or about.classes not in (classes, ANY) or other:  # the hash includes the data's name
         raise ValueError(
             f"{weights.folder} has a head that tells {about.n_class} classes of {about.data} apart, the labels of this "
             f"data are not those{other}: evaluate it on the data it was trained for, leave it out "
@@ -85,14 +84,14 @@ def find_head(
 
 
 def copy_head(weights: Weights, folder: Path) -> None:
-    """Writes the class head of some weights, if they have one, to where these weights were saved again."""
+    """Copies the class head of some weights, if any, into `folder`, a folder with the same weights saved again."""
     if has_head(weights):
         about, weight = read_head(weights)
         save_head(folder, weight, replace(about, weights=weights_sha256(folder)))
 
 
 def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
-    """What a head is of, and its weights, (K, C). Raises ValueError when it is of other weights, or damaged."""
+    """Metadata and weight (K, C) of a head. Raises ValueError if it belongs to other weights or is damaged."""
     if weights.wclf is not None:
         return HeadOrigin(weights.wclf.shape[0], weights.metadata.data, ANY, weights.sha256), weights.wclf.read()
     try:
@@ -118,8 +117,8 @@ def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
 
 
 def _parse_origin(written: dict[str, Any]) -> HeadOrigin:
-    """What a description says. Raises TypeError or ValueError where it is none: another field, or of another kind."""
-    names = written.pop("class_names", None)  # not there in older ones, and where they were not known
+    """Parses `head.json`. Raises TypeError or ValueError on a missing or unknown field, or one of another type."""
+    names = written.pop("class_names", None)  # missing in older files, and if unknown
     if names is not None and not (
         isinstance(names, list) and all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in names)
     ):
@@ -135,12 +134,12 @@ def _parse_origin(written: dict[str, Any]) -> HeadOrigin:
 
 
 def _other_names(of_head: tuple[str, ...] | None, of_data: tuple[str, ...] | None) -> str:
-    """Which class is called otherwise, in brackets; nothing where none is, or the names are not known."""
+    """The first class with different names, in brackets; empty if names agree or are unknown."""
     if of_head is None or of_data is None:
         return ""
     unlike = [i for i, (ours, theirs) in enumerate(zip(of_head, of_data, strict=False)) if ours != theirs]
     if not unlike:
-        return ""  # or another number of them, which says it
+        return ""  # or another number of classes, which the caller's message tells
     i = unlike[0]
     how = "in another order: " if sorted(of_head) == sorted(of_data) else ""
     return f" ({how}class {i} is {of_head[i][:40]!r} to the head, {of_data[i][:40]!r} to the data)"

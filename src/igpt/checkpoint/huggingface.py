@@ -1,11 +1,12 @@
 """Hugging Face's ImageGPT folders, read and written: `config.json`, `model.safetensors`, `preprocessor_config.json`.
 
-Its network has biases, which OpenAI's and ours have not; its token table has a last row more, the start vector; its
-matrices are stored transposed. Source: transformers 5.23, `models/imagegpt`.
+Unlike OpenAI's and ours, its network has biases, its token table has the start vector as an additional last row, and
+its matrices are stored transposed. Source: transformers 5.23, `models/imagegpt`.
 """
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from igpt.utils import files
 
 PREPROCESSOR, TORCH = "preprocessor_config.json", "pytorch_model.bin"
 MODEL_TYPE = "imagegpt"
-OURS = "igpt"  # the key of config.json under which an export of ours says where the weights come from
-# What the format can choose and Image GPT does not: setting → the one value that is its own.
+OURS = "igpt"  # key in config.json of our exports for the weights' model, data, step and seed
+# Settings of the format that Image GPT fixes: setting → the only supported value.
 FIXED: dict[str, Any] = {
     "activation_function": "quick_gelu",
     "layer_norm_epsilon": 1e-5,
@@ -35,12 +36,11 @@ FIXED: dict[str, Any] = {
     "add_cross_attention": False,
     "tie_word_embeddings": False,
 }
-BUFFER = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # causal masks, which older releases saved
-LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+BUFFER = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # causal masks, saved by older releases
 
 
 def is_folder(folder: Path) -> bool:
-    """Whether this is a folder as `transformers` writes them: of any of its models."""
+    """Whether `transformers` wrote this folder, for any of its models."""
     if not (folder / CONFIG).is_file():
         return False
     try:
@@ -51,11 +51,11 @@ def is_folder(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Weights:
-    """The weights in a folder of Hugging Face's.
+    """The weights in a Hugging Face folder.
 
     Raises:
-        ValueError: another model, sizes or settings that Image GPT has not, missing, misshapen or damaged tensors,
-            biases that are not zero (named), or no palette.
+        ValueError: another model, unsupported sizes or settings, missing, misshapen or damaged tensors, nonzero biases
+            (named), or no palette.
     """
     config = read_config(folder / CONFIG)
     if config.get("model_type") != MODEL_TYPE:
@@ -93,7 +93,7 @@ def read(folder: Path) -> Weights:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file. Raises ValueError when it is none, or holds something else."""
+    """The settings in a JSON file. Raises ValueError if it is missing or does not hold an object."""
     found = files.read_json(path) if path.is_file() else None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is missing or is not a JSON file of settings: copy the whole folder")
@@ -101,7 +101,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _open(folder: Path) -> tuple[State, Path, str]:
-    """The tensors, where they lie, and the hash of that."""
+    """Returns (tensors, path of their file or folder, its SHA-256)."""
     if not (folder / tensors.WEIGHTS).is_file() and not (folder / tensors.INDEX).is_file():
         if not (path := folder / TORCH).is_file():
             raise ValueError(f"{folder} has a {CONFIG} and no {tensors.WEIGHTS}: the download was not finished")
@@ -115,7 +115,7 @@ def _open(folder: Path) -> tuple[State, Path, str]:
 
 
 def _palette(folder: Path, k: int) -> Palette:
-    """The colours, `clusters` of the image processor."""
+    """The palette: `clusters` of the image processor."""
     where = folder / PREPROCESSOR
     if not where.is_file():
         raise ValueError(f"{folder} has no {PREPROCESSOR}: it holds the colours that the tokens stand for, copy it too")
@@ -130,10 +130,10 @@ def _palette(folder: Path, k: int) -> Palette:
 
 
 def converted(theirs: State, network: GPTConfig, where: Path) -> State:
-    """Their tensors as ours.
+    """Converts their tensors to our names and layout.
 
     Raises:
-        ValueError: missing, unexpected or misshapen ones, or biases that are not zero: we have none to put them in.
+        ValueError: missing, unexpected or misshapen tensors, or nonzero biases, which our network does not have.
     """
     if "lm_head.weight" not in theirs:
         raise ValueError(
@@ -149,58 +149,52 @@ def converted(theirs: State, network: GPTConfig, where: Path) -> State:
             "give another network (logits off by up to 9), so it is refused"
         )
     theirs = {name: tensor.as_float32() for name, tensor in theirs.items()}
-    n, c, v = network.n_layer, network.n_embd, network.n_vocab
-    table = theirs["transformer.wte.weight"]
-    ours = {
-        "wte": table.reshaped((v, c), lambda rows: rows[:-1]),
-        "sos": table.reshaped((c,), lambda rows: rows[-1]),
-        "wpe": theirs["transformer.wpe.weight"],
-        "ln_f.g": theirs["transformer.ln_f.weight"],
-        "wtet": theirs["lm_head.weight"],
+    table, names = theirs["transformer.wte.weight"], _names(network)
+    return {
+        "wte": table.reshaped((network.n_vocab, network.n_embd), lambda rows: rows[:-1]),
+        "sos": table.reshaped((network.n_embd,), lambda rows: rows[-1]),
+        **{own: _turned(theirs[name]) if _is_linear(own) else theirs[name] for own, name in names.items()},
     }
-    for block in range(n):
-        for norm in ("ln_1", "ln_2"):
-            ours[f"h.{block}.{norm}.g"] = theirs[f"transformer.h.{block}.{norm}.weight"]
-        for linear in LINEAR:
-            ours[f"h.{block}.{linear}.weight"] = _turned(theirs[f"transformer.h.{block}.{linear}.weight"])
-    return ours
 
 
 def exported(ours: State, network: GPTConfig) -> State:
-    """Our tensors as theirs, with the biases that they expect, which are zero."""
+    """Converts our tensors to their names and layout, with zero biases."""
     ours = {name: tensor.as_float32() for name, tensor in ours.items()}
     wte, sos = ours["wte"], ours["sos"]
     theirs = {
         "transformer.wte.weight": Lazy(
             (wte.shape[0] + 1, wte.shape[1]), torch.float32, lambda: torch.cat([wte.read(), sos.read()[None]])
         ),
-        "transformer.wpe.weight": ours["wpe"],
-        "transformer.ln_f.weight": ours["ln_f.g"],
-        "lm_head.weight": ours["wtet"],
     }
-    for block in range(network.n_layer):
-        for norm in ("ln_1", "ln_2"):
-            theirs[f"transformer.h.{block}.{norm}.weight"] = ours[f"h.{block}.{norm}.g"]
-        for linear in LINEAR:
-            matrix = ours[f"h.{block}.{linear}.weight"]
-            theirs[f"transformer.h.{block}.{linear}.weight"] = _turned(matrix)
-            theirs[f"transformer.h.{block}.{linear}.bias"] = _zeros(matrix.shape[0])
+    for own, name in _names(network).items():
+        theirs[name] = _turned(ours[own]) if _is_linear(own) else ours[own]
+        if _is_linear(own):
+            n_out = ours[own].shape[0]
+            theirs[name.replace(".weight", ".bias")] = Lazy((n_out,), torch.float32, partial(torch.zeros, n_out))
     return theirs
+
+
+def _names(network: GPTConfig) -> dict[str, str]:
+    """Our name → theirs, of every tensor but `wte` and `sos`, which are one table of theirs."""
+    names = {"wpe": "transformer.wpe.weight", "wtet": "lm_head.weight", "wte": "", "sos": ""}
+    for own in meta_model(network).state_dict():
+        names.setdefault(own, f"transformer.{own.removesuffix('.g').removesuffix('.weight')}.weight")
+    return {own: name for own, name in names.items() if name}
+
+
+def _is_linear(own: str) -> bool:
+    return own.startswith("h.") and own.endswith(".weight")
 
 
 def _turned(matrix: Lazy) -> Lazy:
     return matrix.reshaped((matrix.shape[1], matrix.shape[0]), lambda w: w.t().contiguous())
 
 
-def _zeros(n: int) -> Lazy:
-    return Lazy((n,), torch.float32, lambda: torch.zeros(n))
-
-
 def write(folder: Path, weights: Weights) -> None:
-    """Writes a folder that `from_pretrained` opens, model and image processor, without a class head; whole, or not.
+    """Writes model and image processor, without a class head, for `from_pretrained`; the folder appears atomically.
 
     Raises:
-        ValueError: what the format cannot hold (`check_exportable`), or a folder that is there.
+        ValueError: a network that the format cannot hold (`check_exportable`), or `folder` exists.
     """
     palette = check_exportable(weights)
     metadata = weights.metadata
@@ -208,7 +202,7 @@ def write(folder: Path, weights: Weights) -> None:
     config = {
         "architectures": ["ImageGPTForCausalImageModeling"],
         "model_type": MODEL_TYPE,
-        "vocab_size": network.n_vocab + 1,  # and the start of the sequence
+        "vocab_size": network.n_vocab + 1,  # with the start token
         "n_positions": network.n_ctx,
         "n_embd": network.n_embd,
         "n_layer": network.n_layer,
@@ -238,16 +232,15 @@ def write(folder: Path, weights: Weights) -> None:
 
 
 def check_exportable(weights: Weights) -> Palette:
-    """The palette of weights that Hugging Face's format can hold.
+    """Checks that Hugging Face's format can hold these weights; returns their palette.
 
     Raises:
-        ValueError: it cannot: another network than the paper's, another tokenizer than a palette row by row, BERT.
+        ValueError: a network other than the paper's, a tokenizer other than a palette in raster order, or BERT.
     """
     metadata, own = weights.metadata, "export it as task.format=igpt instead"
     tokenizer = metadata.tokenizer
-    if beyond := metadata.network.choices_beyond(SIZES):
-        said = ", ".join(f"{name}={value}" for name, value in beyond.items())
-        raise ValueError(f"{weights.path} has {said}, which Hugging Face's ImageGPT does not know: {own}")
+    if unsupported := metadata.network.unsupported(SIZES):
+        raise ValueError(f"{weights.path} has {unsupported}, which Hugging Face's ImageGPT does not know: {own}")
     if not isinstance(tokenizer, PaletteTokenizer) or tokenizer.kind != PaletteTokenizer.kind:
         raise ValueError(
             f"{weights.path} reads {tokenizer.describe()}, Hugging Face's ImageGPT a palette of colours only: {own}"

@@ -1,7 +1,7 @@
-"""Our own format: a folder with `model.safetensors` and `config.json`, read back without today's `conf/`.
+"""Our own format: a folder with `model.safetensors` and `config.json`, independent of the current `conf/`.
 
-`config.json` holds all that is needed to use the weights: the network's sizes, the colours themselves, the order of
-the pixels, the objective, the step and the seed. Loading executes nothing that is in a file.
+`config.json` holds everything needed to use the weights: the network's config, the tokenizer (palette and pixel order
+included), the objective, the step and the seed. Loading never executes code from a file.
 """
 
 import hashlib
@@ -31,16 +31,16 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 PALETTE_FORMAT = 1  # older: every tokenizer was a palette, every network the paper's
 CONFIG = "config.json"
-ORIGIN = "origin"  # the key under which a checkpoint of training has it
+ORIGIN = "origin"  # key of the metadata in a training checkpoint
 NAME = re.compile(r"\w[\w.+-]{0,63}")
 
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """Where weights come from and what their tokens mean: all of `config.json` but the hash of the weights.
+    """Network, tokenizer, objective and origin of weights: `config.json` without the hash of the weights.
 
     Raises:
-        ValueError: what cannot be, by its field: it may come from a file that somebody sent.
+        ValueError: an invalid field, named; the file may come from a stranger.
     """
 
     network: GPTConfig
@@ -69,13 +69,13 @@ class CheckpointMetadata:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for a file of format `FORMAT`."""
+        """All fields as plain values, in format `FORMAT`."""
         own = {"network": self.network.to_dict(), "tokenizer": tokenizer_to_dict(self.tokenizer)}
         return {**{field.name: getattr(self, field.name) for field in fields(self)}, **own}
 
     @staticmethod
     def from_dict(saved: Any, format: int) -> "CheckpointMetadata":
-        """What `to_dict` gave, also in an older format. Raises ValueError on anything else."""
+        """Inverse of `to_dict`, also for the older format. Raises ValueError on anything else."""
         if not isinstance(saved, Mapping):
             raise ValueError(f"it is {saved!r:.60}")
         own = dict(saved)
@@ -96,27 +96,27 @@ class CheckpointMetadata:
 
 @dataclass(frozen=True)
 class Weights:
-    """A network's weights that were found and understood, in whatever format; `load_into` reads the tensors."""
+    """Weights of a network, from any format; tensors are read by `load_into`."""
 
     path: Path  # the file, or the folder of several
-    folder: Path  # what belongs to them lies here: a class head; one above it, the run
+    folder: Path  # the folder that also holds the class head; its parent is the run directory
     metadata: CheckpointMetadata
     sha256: str
-    state: Callable[[], State]  # the tensors by name, each read when it is asked for
-    wclf: Lazy | None = None  # a class head, (K, C), where one is inside
+    state: Callable[[], State]  # lazy tensors by name
+    wclf: Lazy | None = None  # class head (K, C), if the same file has one
 
     @property
     def n_value(self) -> int:
-        """How many numbers the network has."""
+        """Number of parameters."""
         return sum(tensor.n_value for tensor in self.state().values())
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What their tokens mean."""
+        """The tokenizer saved with the weights."""
         return self.metadata.tokenizer
 
     def net(self) -> GPT:
-        """The network these weights are of, loaded, on the CPU, in float32."""
+        """The network with these weights, on the CPU, in float32."""
         net = meta_model(self.metadata.network)
         net.allocate("cpu")
         self.load_into(net)
@@ -124,10 +124,10 @@ class Weights:
 
     @torch.no_grad()
     def load_into(self, net: GPT) -> None:
-        """Copies every weight into `net`; keys and shapes must be exactly its own.
+        """Copies every weight into `net`; names and shapes must match exactly.
 
         Raises:
-            ValueError: a network of other sizes, missing, unexpected or misshapen tensors, or a damaged file.
+            ValueError: another config, missing, unexpected or misshapen tensors, NaN or infinity, or a damaged file.
         """
         check_same("network", self.metadata.network.to_dict(), net.config.to_dict(), self.folder)
         state, own = self.state(), net.state_dict(keep_vars=True)
@@ -142,7 +142,7 @@ class Weights:
 
 
 def meta_model(config: GPTConfig) -> GPT:
-    """The network of a config on the meta device: its shapes, without any weights."""
+    """The network of a config on the meta device: shapes without memory."""
     with torch.device("meta"):
         return GPT(config)
 
@@ -150,14 +150,12 @@ def meta_model(config: GPTConfig) -> GPT:
 def save_model(
     folder: Path, state: Mapping[str, Tensor] | State, metadata: CheckpointMetadata, *, label: str = "saving"
 ) -> None:
-    """Writes `folder/model.safetensors`, then `folder/config.json`, each whole or not at all; by the first process.
+    """Writes `folder/model.safetensors`, then `folder/config.json`, each atomically, on rank 0.
 
-    Where the weights are sharded, every process has to call it.
-
-    The config names the hash of its weights, so a folder whose two files are not of one save is recognised.
+    Sharded weights: every rank must call it. The config holds the weights' hash, so a mix of two saves is detected.
 
     Raises:
-        ValueError: names or shapes that are not those of the network, NaN or infinity.
+        ValueError: names or shapes other than the network's, NaN or infinity.
         OSError: the disk refused.
     """
     lazy: State = {}
@@ -177,21 +175,21 @@ def save_model(
 
 
 def weights_sha256(folder: Path) -> str:
-    """Of the file of tensors in a folder, or of all its parts."""
+    """SHA-256 of the safetensors file in a folder, or of the hashes of all its parts."""
     sums = [files.sha256(part) for part in tensors.parts(folder)]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def combined_hash(sha256: str, metadata: CheckpointMetadata) -> str:
-    """A hash of foreign weights and of what else decides what they are: network, tokenizer, objective."""
+    """Hash of foreign weights with their network, tokenizer and objective."""
     return files.hash_json([sha256, metadata.network.to_dict(), metadata.tokenizer.hash, metadata.objective])
 
 
 def read_model(folder: Path) -> Weights:
-    """What `save_model` wrote.
+    """Reads a folder written by `save_model`.
 
     Raises:
-        ValueError: another format version, a damaged file, or two files that are not of one save.
+        ValueError: another format version, a damaged file, or files of two different saves.
     """
     config = files.read_json(folder / CONFIG)
     if not isinstance(config, dict):
@@ -208,7 +206,7 @@ def read_model(folder: Path) -> Weights:
 
 
 def check_format(found: Any, where: Path) -> int:
-    """The format of a file, `FORMAT` or an older one. Raises ValueError on one that this version does not read."""
+    """The format version of a file, `FORMAT` or an older one. Raises ValueError on any other."""
     if found not in (PALETTE_FORMAT, FORMAT) or isinstance(found, bool):
         raise ValueError(
             f"{where}: format {found!r}, this version reads {PALETTE_FORMAT} and {FORMAT}: use the release that "
@@ -218,10 +216,10 @@ def check_format(found: Any, where: Path) -> int:
 
 
 def read_training_checkpoint(path: Path) -> Weights:
-    """The network inside a checkpoint that training wrote, `checkpoints/step_0001000.ckpt`.
+    """The network in a training checkpoint, `checkpoints/step_0001000.ckpt`.
 
     Raises:
-        ValueError: it is damaged, of another format, or not of a network that generates.
+        ValueError: a damaged file, a missing checksum, another format, or no network in it.
     """
     checksum, sha256 = checksum_path(path), files.sha256(path)
     if not checksum.is_file():
@@ -234,7 +232,7 @@ def read_training_checkpoint(path: Path) -> Weights:
 
 
 def metadata_in(checkpoint: Any, path: Path) -> CheckpointMetadata:
-    """What a checkpoint that training wrote says of its weights. Raises ValueError when it says nothing of the kind."""
+    """The metadata in a training checkpoint. Raises ValueError if it has none."""
     found = checkpoint if isinstance(checkpoint, dict) else {}
     if ORIGIN not in found or "format" not in found:
         raise ValueError(f"{path} is no checkpoint of a network that this project trained: it does not say what it is")
@@ -242,7 +240,7 @@ def metadata_in(checkpoint: Any, path: Path) -> CheckpointMetadata:
 
 
 def read_metadata(found: Any, where: Path, format: int = FORMAT) -> CheckpointMetadata:
-    """What a file says of its weights. Raises ValueError, naming the file, when that is not complete or cannot be."""
+    """The metadata in a file. Raises ValueError, naming the file, if it is incomplete or invalid."""
     try:
         return CheckpointMetadata.from_dict(found, format)
     except (TypeError, ValueError) as error:
@@ -250,7 +248,7 @@ def read_metadata(found: Any, where: Path, format: int = FORMAT) -> CheckpointMe
 
 
 def tensors_in(checkpoint: Mapping[str, Any], path: Path) -> State:
-    """A LightningModule's tensors under their plain names. Raises ValueError when there is anything else."""
+    """A LightningModule's tensors under their plain names. Raises ValueError on anything but tensors."""
     state = checkpoint.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no tensors of a network: it is damaged, or something else")
@@ -258,12 +256,12 @@ def tensors_in(checkpoint: Mapping[str, Any], path: Path) -> State:
 
 
 def part(prefix: str, state: State) -> State:
-    """What belongs to one module of several, under its own names."""
+    """The tensors with a prefix in their names, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def check_same(what: str, saved: Any, asked: Any, where: Path) -> None:
-    """Raises ValueError, naming every difference, unless what a checkpoint holds is what the run asks for."""
+    """Raises ValueError, naming every difference, unless the checkpoint's value equals the run's."""
     if saved == asked:
         return
     if isinstance(saved, dict) and isinstance(asked, dict):

@@ -1,7 +1,7 @@
 """OpenAI's released checkpoints: TensorFlow variables in shards, read one at a time.
 
-TensorFlow (version 2, the extra `openai`) is needed to read the shards and for nothing else. Names, shapes and layouts
-are those of `openai/image-gpt`, `src/model.py`.
+TensorFlow (version 2, the extra `openai`) only reads the shards. Names, shapes and layouts: `openai/image-gpt`,
+`src/model.py`.
 """
 
 import glob
@@ -30,18 +30,18 @@ log = logging.getLogger(__name__)
 
 SCOPE = "model/"
 PALETTE = "kmeans_centers.npy"
-BERT_MASKED = 0.15  # the share that OpenAI's BERT models were trained with (Chen et al. 2020, §2.2)
-HEAD = "clf/wclf"  # the class head, trained where `--clf` was given; zeros in what was released
+BERT_MASKED = 0.15  # mask probability of OpenAI's BERT models (Chen et al. 2020, §2.2)
+HEAD = "clf/wclf"  # class head, trained only with `--clf`; zeros in the released checkpoints
 SHARD = re.compile(r"(?P<prefix>.+)\.data-(?P<which>\d{5})-of-(?P<of>\d{5})")
 INSTALL = "TensorFlow reads OpenAI's shards and is not installed: pip install tensorflow-cpu"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def prefix_of(place: Path) -> Path | None:
-    """The prefix that TensorFlow wants, from itself, any one of its files, or their folder; None: nothing of the kind.
+    """TensorFlow's checkpoint prefix, from the prefix itself, one of its files, or their folder; None: no checkpoint.
 
     Raises:
-        ValueError: several checkpoints in the folder, or shards without an index, or an index without shards.
+        ValueError: several checkpoints in the folder, a missing index or shard, or shards of two downloads.
     """
     if place.is_dir():
         found = {path.with_suffix("") for path in place.glob("*.index") if path.is_file()}
@@ -53,7 +53,7 @@ def prefix_of(place: Path) -> Path | None:
         prefix = found.pop()
     elif place.is_file():
         shard = SHARD.fullmatch(str(place))
-        if place.name == "checkpoint":  # TensorFlow's note of which is the newest
+        if place.name == "checkpoint":  # TensorFlow's pointer to the newest
             return prefix_of(place.parent)
         if shard is None and place.suffix not in (".index", ".meta"):
             return None
@@ -84,27 +84,26 @@ def prefix_of(place: Path) -> Path | None:
 
 
 def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
-    """The weights of a checkpoint, AR or BERT; its sizes are those of its variables.
+    """The weights of a checkpoint, AR or BERT, with sizes inferred from its variables.
 
     Raises:
-        ValueError: no TensorFlow, no palette, a variable that is missing or misshapen (named), or a damaged file.
+        ValueError: no TensorFlow, no palette, a missing or misshapen variable (named), or a damaged file.
     """
     reader = _Reader(prefix)
     known = {name.removeprefix(SCOPE): shape for name, shape in reader.shapes.items() if name.startswith(SCOPE)}
     network = sizes(prefix, known, n_head)
     wanted = variables(network)
-    head = known.get(HEAD)
-    optional = {HEAD: (head[0] if head else 1, network.n_embd)} if head is not None else {}
-    check(prefix, known, wanted | optional)
-    n_class = optional[HEAD][0] if optional else 0
-    wclf = reader.lazy(SCOPE + HEAD) if optional else None
-    has_head = wclf is not None and bool(wclf.read().any())
-    skipped = sorted(reader.shapes.keys() - {SCOPE + name for name in wanted | optional})
+    head = {HEAD: (*known[HEAD][:1], network.n_embd)} if HEAD in known else {}
+    check(prefix, known, wanted | head)
+    wclf = reader.lazy(SCOPE + HEAD) if head else None
+    if wclf is not None and not wclf.read().any():
+        wclf = None
+    skipped = sorted(reader.shapes.keys() - {SCOPE + name for name in wanted | head})
     log.info(
         "%s: %s, %d blocks of width %d, %d heads, %d positions, %d colours, %s",
         prefix, "next pixels" if network.causal else "masked pixels", network.n_layer, network.n_embd,
         network.n_head, network.n_ctx, network.n_vocab,
-        f"a head of {n_class} classes" if has_head else "no trained class head",
+        f"a head of {wclf.shape[0]} classes" if wclf else "no trained class head",
     )  # fmt: skip
     if skipped:
         shown = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
@@ -123,11 +122,15 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
     index = Path(f"{prefix}.index")  # holds a checksum of every variable
     state = converted({name: reader.lazy(SCOPE + name) for name in wanted}, network)
     sha256 = combined_hash(files.sha256(index), metadata)
-    return Weights(prefix, prefix.parent, metadata, sha256, lambda: state, wclf if has_head else None)
+    return Weights(prefix, prefix.parent, metadata, sha256, lambda: state, wclf)
 
 
 def sizes(where: Path, known: Shapes, n_head: int | None) -> GPTConfig:
-    """The network, as far as shapes tell; the heads are asked for where they do not."""
+    """The network's config, inferred from the variables' shapes; `n_head` is needed if they have no head dimension.
+
+    Raises:
+        ValueError: no such network, an unknown or contradicting number of heads, or positions that are no square.
+    """
     blocks = {int(m[1]) for name in known if (m := re.match(r"h(\d+)/", name))}
     if not blocks or not {"wte", "wpe"} <= known.keys():
         raise ValueError(
@@ -156,7 +159,7 @@ def sizes(where: Path, known: Shapes, n_head: int | None) -> GPTConfig:
 
 
 def variables(network: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """The variables of a network, without their scope, and their shapes in the released files."""
+    """Variable names (without scope) and shapes of a network in the released files."""
     c, t, v, h = network.n_embd, network.n_ctx, network.n_vocab, network.n_head
     found: dict[str, tuple[int, ...]] = {"wpe": (t, c), "wte": (v, c), "wtet": (v, c), "ln_f/g": (c,)}
     if network.causal:
@@ -170,7 +173,7 @@ def variables(network: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check(where: Path, known: Shapes, wanted: Shapes) -> None:
-    """Raises ValueError, naming them, when variables are missing or have other shapes than the network's sizes say."""
+    """Raises ValueError, naming them, if variables are missing or misshapen."""
     missing = sorted(wanted.keys() - known.keys())
     wrong = [
         f"{SCOPE}{name}: {known[name]} in the file, expected {shape}"
@@ -184,12 +187,12 @@ def check(where: Path, known: Shapes, wanted: Shapes) -> None:
 
 
 def _flat(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether an attention matrix is saved with its heads put together."""
+    """Whether this is an attention matrix saved with its head dimensions merged."""
     return "/attn/" in name and found == (shape[0] * shape[1], shape[2])
 
 
 def converted(theirs: State, network: GPTConfig) -> State:
-    """Their variables as our weights, a block's q, k and v as one."""
+    """Converts their variables to our names and layout; q, k and v of a block become one matrix."""
     c = network.n_embd
 
     def rows(tensor: Lazy) -> Lazy:  # [H, D, in] in the order of the output: no transpose (`bsf,hef->bhse`)
@@ -216,7 +219,11 @@ def _stacked(parts: list[Lazy]) -> Lazy:
 
 
 def find_palette(prefix: Path, given: str | None, k: int) -> Palette:
-    """The colours of the tokens: the checkpoint has none. From the path that is given, else from beside it."""
+    """The palette, which OpenAI's checkpoints lack: from the path `given`, else from a folder beside or above.
+
+    Raises:
+        ValueError: no palette, or one of another number of colours.
+    """
     places = [prefix.absolute().parent, *prefix.absolute().parent.parents[:3]]
     beside = [folder / sub / PALETTE for folder in places for sub in (".", "color-clusters")]
     path = Path(given).expanduser() if given is not None else next((p for p in beside if p.is_file()), None)
@@ -233,7 +240,7 @@ def find_palette(prefix: Path, given: str | None, k: int) -> Palette:
 
 
 class _Reader:
-    """TensorFlow's reader: the shapes of all variables, and each as a tensor.
+    """TensorFlow's checkpoint reader: shapes and dtypes of all variables, and each as a tensor.
 
     Raises:
         ValueError: TensorFlow is not installed, or the checkpoint is damaged.
@@ -265,16 +272,15 @@ class _Reader:
             at = f", at {name}" if name else ""
             raise ValueError(f"{self.prefix} is damaged or not downloaded to its end{at} ({said})") from error
 
-    def read(self, name: str) -> Tensor:
-        """One variable."""
-        found = self._tried(lambda: self.reader.get_tensor(name), name)
-        values: Tensor = torch.from_numpy(found.astype("f4") if self.dtypes[name] is torch.bfloat16 else found)
-        return values
-
     def lazy(self, name: str) -> Lazy:
-        """One variable, when it is asked for. Raises ValueError when it holds no floating-point numbers."""
+        """One variable, read on demand, bfloat16 as float32. Raises ValueError if it is not floating point."""
         dtype = self.dtypes[name]
         if dtype not in tensors.DTYPES:
             raise ValueError(f"{self.prefix}: {name} does not hold floating-point numbers")
         wide = torch.float32 if dtype is torch.bfloat16 else dtype
-        return Lazy(self.shapes[name], wide, lambda: self.read(name))
+
+        def read() -> Tensor:
+            found = self._tried(lambda: self.reader.get_tensor(name), name)
+            return torch.from_numpy(found.astype("f4") if dtype is torch.bfloat16 else found)
+
+        return Lazy(self.shapes[name], wide, read)

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: `checkpoints/step_0001000.ckpt`, each with its checksum, and which is newest and best."""
+"""Training checkpoints: `checkpoints/step_0001000.ckpt`, each with a checksum; pointers to the newest and the best."""
 
 import json
 import logging
@@ -14,18 +14,17 @@ from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
-LATEST = "latest"  # the name of the newest
-BEST = "best.json"  # the name of the one with the best validation, its step and what makes it the best
+LATEST = "latest"  # file with the name of the newest checkpoint
+BEST = "best.json"  # file with name, step and metric of the checkpoint with the best validation
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes a checkpoint and its checksum whole or not at all; reads it without executing anything that is in it.
+    """Writes a checkpoint and its checksum atomically; reads it without executing code from it.
 
-    A disk that refuses is noted in `refused`, not raised: the other processes of the run, which do not write, are to
-    hear of it first.
+    A failed write is stored in `refused` instead of raised, so that all ranks can be told before the run ends.
     """
 
-    refused: OSError | None = None  # of the last save
+    refused: OSError | None = None  # error of the last save
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         self.refused = None
@@ -35,20 +34,20 @@ class AtomicCheckpointIO(CheckpointIO):
             self.refused = error
 
     def write(self, checkpoint: dict[str, Any], path: Path) -> None:
-        """Raises OSError when the disk refuses; then there is neither."""
+        """Writes checkpoint and checksum. Raises OSError if the disk refuses."""
         try:
             with files.atomic_path(path) as temporary:
                 torch.save(checkpoint, temporary)
                 checksum = files.sha256(temporary)
             with files.atomic_write(checksum_path(path)) as file:
                 file.write(f"{checksum}\n".encode())
-        except RuntimeError as error:  # how PyTorch's writer says that the disk refused
+        except RuntimeError as error:  # PyTorch's writer raises it when the disk refuses
             raise OSError(
                 f"{path} could not be written ({error}): is the disk full? Older ones are untouched"
             ) from error
 
     def replace(self, unfinished: Path, path: Path) -> None:
-        """Gives a folder that was written whole its name, with its checksum; a disk that refuses is noted."""
+        """Renames a completely written folder to `path`, with its checksum; stores a disk error in `refused`."""
         try:
             for file in unfinished.iterdir():
                 with file.open("rb") as written:
@@ -79,22 +78,22 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is kept: `folder/checkpoints/step_0001000.ckpt`."""
+    """Path of the checkpoint of a step: `folder/checkpoints/step_0001000.ckpt`."""
     return folder / "checkpoints" / f"step_{step:07d}.ckpt"
 
 
 def checksum_path(path: Path) -> Path:
-    """Where a checkpoint's SHA-256 is kept: beside it."""
+    """Path of a checkpoint's SHA-256: beside it."""
     return path.with_suffix(".sha256")
 
 
 def step_of(path: Path) -> int:
-    """The optimiser step that a checkpoint is of."""
+    """The optimiser step in a checkpoint's file name."""
     return int(path.stem.removeprefix("step_"))
 
 
 def mark_latest(path: Path, *, keep: int) -> None:
-    """Makes `path` the one to resume from, then removes all but the newest `keep` of its folder and the best."""
+    """Makes `path` the checkpoint to resume from; deletes all in its folder but the newest `keep` and the best."""
     with files.atomic_write(path.parent / LATEST) as file:
         file.write(f"{path.name}\n".encode())
     best = read_best(path.parent.parent)
@@ -104,29 +103,28 @@ def mark_latest(path: Path, *, keep: int) -> None:
 
 
 def mark_best(path: Path, *, name: str, value: float) -> None:
-    """Notes that `path` has the best validation so far, by its number called `name`, which keeps it."""
+    """Marks `path` as the checkpoint with the best validation so far, by the metric `name`; it is not deleted."""
     best = {"checkpoint": path.name, "step": step_of(path), "name": name, "value": value}
     files.write_json(path.parent / BEST, best)
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """What `mark_best` noted last in a run folder, or None."""
+    """The last record of `mark_best` in a run directory; None if missing or damaged."""
     path = folder / "checkpoints" / BEST
     try:
         best: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
-        return None  # of no use when it is damaged: the next validation writes it anew
+        return None  # the next validation writes it again
     return best
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest good checkpoint of a run folder, or None when it has none yet.
+    """The newest checkpoint of a run directory with a correct checksum; None if there are no checkpoints yet.
 
-    Good is one whose content has the checksum beside it. A newer one that has not, half written or damaged since, is
-    passed over, and that is said.
+    Newer ones with a wrong or missing checksum (half written, or damaged) are skipped with a warning.
 
     Raises:
-        ValueError: there are checkpoints, and none is good.
+        ValueError: there are checkpoints, all damaged.
     """
     pointer = folder / "checkpoints" / LATEST
     if not pointer.is_file():

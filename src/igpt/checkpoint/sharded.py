@@ -1,8 +1,8 @@
-"""Checkpoints that several processes wrote in pieces (PyTorch's distributed format), put together tensor by tensor.
+"""Sharded checkpoints (PyTorch's distributed format), read tensor by tensor.
 
-A folder holds `.metadata`, a pickle that says which piece of which tensor lies where; `*.distcp`, the pieces; and
-Lightning's `meta.pt`, all that is no tensor. PyTorch's own reader unpickles `.metadata` freely, which runs whatever
-was put there. Here its classes are only ever made into inert records.
+A folder holds `.metadata`, a pickle with the file and offset of each piece of each tensor; `*.distcp`, the pieces; and
+Lightning's `meta.pt`, everything else. PyTorch's own reader unpickles `.metadata` without restriction, which can run
+code. Here its objects become inert records.
 """
 
 import io
@@ -10,6 +10,7 @@ import pickle
 import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,13 @@ from igpt.checkpoint.tensors import Lazy, State
 from igpt.utils import files
 
 METADATA, REST, PIECES = ".metadata", "meta.pt", "*.distcp"
-STATE = "state_dict."  # under which Lightning keeps the module, beside its optimizers
-MOMENTS = "optimizer_0.state."  # and what the optimiser keeps of each weight
+STATE = "state_dict."  # Lightning's prefix of the module's tensors
+MOMENTS = "optimizer_0.state."  # its prefix of the optimiser's tensors
 _STORES = "torch.distributed.checkpoint."
 
 
 class _Record:
-    """What stands for an object of a class that is known: its arguments and its fields, none of its behaviour."""
+    """Inert substitute for an object of a known class: its arguments and fields, none of its code."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -49,11 +50,11 @@ class _Record:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Its fields by name; {} when it was pickled without."""
+        """Fields by name; {} if pickled without any."""
         state = getattr(self, "state", None)
         return state if isinstance(state, dict) else {}
 
-    def __hash__(self) -> int:  # a record is the key of a mapping before its fields are set
+    def __hash__(self) -> int:  # records are used as dictionary keys before their fields are set
         return id(self)
 
 
@@ -70,11 +71,11 @@ _INERT = {
 
 
 class _RefusedError(Exception):
-    """A pickle wants something else than records."""
+    """A pickle refers to a class or function outside the allow-list."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes plain values and records, and refuses everything else before any of it is called."""
+    """Unpickles plain values and records; refuses everything else before calling any of it."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch", "Size"):
@@ -84,29 +85,29 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(kind := getattr(torch, name, None), torch.dtype):
             return kind
         if (module, name) in _INERT:
-            return type(name, (_Record,), {})  # a new one each time: nothing that a file does to it lasts
+            return type(name, (_Record,), {})  # a new class each time, so a file cannot alter later ones
         raise _RefusedError(f"it wants {module}.{name}")
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Where a part of a tensor lies."""
+    """File and byte range of a piece of a tensor."""
 
-    offsets: tuple[int, ...]  # of its first element in the whole
+    offsets: tuple[int, ...]  # of its first element in the full tensor
     sizes: tuple[int, ...]
     file: Path
     start: int  # bytes
     length: int
 
 
-Described = tuple[tuple[int, ...], torch.dtype, list[_Piece]]  # a tensor: its shape, its kind and its pieces
+Described = tuple[tuple[int, ...], torch.dtype, list[_Piece]]  # a tensor's shape, dtype and pieces
 
 
 def read(folder: Path) -> Weights:
-    """The network in a sharded checkpoint of a run of ours.
+    """The network in a sharded training checkpoint of ours.
 
     Raises:
-        ValueError: a missing or damaged part, metadata that holds more than plain data, or a checkpoint of no run.
+        ValueError: a missing or damaged file, metadata with code in it, or a checkpoint of another program.
     """
     state = read_state(folder)
     if not (folder / REST).is_file():
@@ -118,7 +119,7 @@ def read(folder: Path) -> Weights:
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The metadata as PyTorch's reader wants them, made of what was read as plain records."""
+    """The metadata as PyTorch's own classes, rebuilt from inert records, for PyTorch's reader."""
     record, tensors_there = _read(folder)
     described: dict[str, Any] = {}
     for name, (shape, dtype, pieces) in tensors_there.items():
@@ -135,16 +136,16 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def read_state(folder: Path) -> State:
-    """Every tensor of a sharded checkpoint, by its name there."""
-
-    def one(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Piece]) -> Lazy:
-        return Lazy(shape, dtype, lambda: _whole(shape, dtype, pieces))
-
-    return {name: one(*described) for name, described in _read(folder)[1].items()}
+    """All tensors of a sharded checkpoint, by their names in it."""
+    described = _read(folder)[1]
+    return {
+        name: Lazy(shape, dtype, partial(_whole, shape, dtype, pieces))
+        for name, (shape, dtype, pieces) in described.items()
+    }
 
 
 def _read(folder: Path) -> tuple[Any, dict[str, Described]]:
-    """The metadata, and what they say of each tensor, whose pieces are all there."""
+    """Returns (metadata record, shape, dtype and pieces of each tensor). Raises ValueError if a file is missing."""
     try:
         metadata = _records((folder / METADATA).read_bytes())
         described = dict(_tensors(folder, metadata))
@@ -164,7 +165,7 @@ def _read(folder: Path) -> tuple[Any, dict[str, Described]]:
 
 
 def _records(content: bytes) -> Any:
-    """A pickle as plain records, after a look at whether it asks for more room than it takes itself."""
+    """Unpickles plain records. Raises ValueError on a memo index beyond the pickle's size, which would fill memory."""
     for operation, argument, _ in pickletools.genops(content):
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
             raise ValueError("it counts more objects than it holds")
@@ -172,18 +173,18 @@ def _records(content: bytes) -> Any:
 
 
 def _tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, Described]]:
-    """What the metadata says of each tensor."""
+    """Yields (name, (shape, dtype, pieces)) of each tensor in the metadata."""
     places = {}
     for index, info in metadata.fields["storage_data"].items():
         at, where = index.fields, info.fields
         if at.get("offset") is None:
-            continue  # of bytes, not of a tensor
+            continue  # bytes, not a tensor
         if where.get("transform_descriptors"):
             raise ValueError("its pieces are compressed or otherwise transformed")
         places[at["fqn"], at["offset"]] = where["relative_path"], where["offset"], where["length"]
     for name, described in metadata.fields["state_dict_metadata"].items():
         if type(described).__name__ != "TensorStorageMetadata":
-            continue  # bytes: a pickle of its own, which nobody here needs
+            continue  # bytes: another pickle, not needed here
         pieces = []
         for chunk in described.fields["chunks"]:
             offsets, sizes = chunk.fields["offsets"], chunk.fields["sizes"]
@@ -199,7 +200,7 @@ def _tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, Described]]:
 
 
 def _check_cover(name: str, shape: tuple[int, ...], pieces: list[_Piece]) -> None:
-    """Raises ValueError unless the pieces of a tensor fill it and do not overlap."""
+    """Raises ValueError unless the pieces of a tensor fill it without overlap."""
     inside = all(
         o >= 0 and n >= 0 and o + n <= size
         for piece in pieces

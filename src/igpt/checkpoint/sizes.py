@@ -1,4 +1,4 @@
-"""What the networks of the paper are called, for weights that come without a name."""
+"""Names of the paper's networks, for weights without a name."""
 
 from igpt.model.config import GPTConfig
 
@@ -7,6 +7,6 @@ NAMES = {(24, 512): "igpt_s", (36, 1024): "igpt_m", (48, 1536): "igpt_l", (60, 3
 
 
 def size_name(network: GPTConfig) -> str:
-    """`igpt_s` for 24 blocks of width 512, …; else both numbers: `igpt_12x256`."""
+    """`igpt_s` for 24 blocks of width 512, …; other sizes by both numbers: `igpt_12x256`."""
     size = (network.n_layer, network.n_embd)
     return NAMES.get(size, f"igpt_{size[0]}x{size[1]}")

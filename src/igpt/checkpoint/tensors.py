@@ -1,6 +1,6 @@
-"""Weights in files, one tensor at a time, so that no process ever holds a network whole to read, convert or write it.
+"""Weight files, read, converted and written one tensor at a time: the whole network is never in memory.
 
-Reading executes nothing that is in a file.
+Reading never executes code from a file.
 """
 
 import json
@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,19 +26,19 @@ from igpt.distributed import ranks
 from igpt.utils import files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 10_000_000_000  # a file's size at most: all of the paper's networks but iGPT-XL are one file
+SHARD_BYTES = 10_000_000_000  # largest file; all of the paper's networks but iGPT-XL fit in one
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-# What reading a file that is not what it was may raise.
+# Exceptions raised when reading a damaged file.
 DAMAGE = (
     pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError,
     ImportError, ArithmeticError, MemoryError, RecursionError, zlib.error, zipfile.BadZipFile,
 )  # fmt: skip
-_ALIGNED = 8  # bytes: where safetensors has the first tensor begin
+_ALIGNED = 8  # bytes: alignment of the first tensor in a safetensors file
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is read from where it lies each time it is asked for."""
+    """A tensor on disk or in a module, read anew at each call of `read`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -52,11 +53,11 @@ class Lazy:
         return self.n_value * self.dtype.itemsize
 
     def reshaped(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> "Lazy":
-        """What `change` makes of it, which is of this shape."""
+        """The tensor after `change`, which must give this shape."""
         return Lazy(shape, self.dtype, lambda: change(self.read()))
 
     def as_float32(self) -> "Lazy":
-        """The same in single precision: exact, but for float64, in which nobody trains."""
+        """The tensor as float32; exact, unless it is float64."""
         return Lazy(self.shape, torch.float32, lambda: self.read().float())
 
 
@@ -65,10 +66,10 @@ WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 
 
 def held(state: Mapping[str, Tensor]) -> State:
-    """The tensors of a module under their plain names: those that compilers and strategies put around it are cut.
+    """A module's tensors under their plain names, without the prefixes of compiler and strategy wrappers.
 
     Raises:
-        ValueError: a tensor of a network that is not dense floating point.
+        ValueError: a tensor that is not dense floating point.
     """
 
     def one(tensor: Tensor) -> Lazy:
@@ -81,21 +82,21 @@ def held(state: Mapping[str, Tensor]) -> State:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor, gathered where it is sharded: every process has to call it at the same time."""
+    """The full tensor; a sharded one is gathered, so every rank must call this at the same time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def plain_name(name: str) -> str:
-    """A weight's name without what wraps the module that holds it: `_orig_mod.h.0.ln_1.g` → `h.0.ln_1.g`."""
+    """A weight's name without the prefixes of module wrappers: `_orig_mod.h.0.ln_1.g` → `h.0.ln_1.g`."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def write(folder: Path, state: State, *, label: str) -> list[Path]:
-    """Writes `folder/model.safetensors`, whole or not at all, with a bar; in parts with an index above `SHARD_BYTES`.
+    """Writes `folder/model.safetensors` atomically, with a progress bar; above `SHARD_BYTES`, parts and an index.
 
-    Returns the files, in order. At any time one tensor is in memory.
+    Returns the files, in order. Only one tensor at a time is in memory.
 
     Raises:
         ValueError: a tensor with NaN or infinity, named.
@@ -107,7 +108,7 @@ def write(folder: Path, state: State, *, label: str) -> list[Path]:
         parts[-1][name] = tensor
     n = len(parts)
     paths = [folder / (WEIGHTS if n == 1 else f"model-{i:05d}-of-{n:05d}.safetensors") for i in range(1, n + 1)]
-    if not ranks.this_rank().first:  # the first writes; what is sharded is put together by all, in its order
+    if not ranks.this_rank().first:  # rank 0 writes; the others take part in gathering, in the same order
         for part in parts:
             for _, tensor in _ordered(part):
                 tensor.read()
@@ -120,12 +121,12 @@ def write(folder: Path, state: State, *, label: str) -> list[Path]:
     if n > 1:
         of = {name: path.name for path, part in zip(paths, parts, strict=True) for name in part}
         files.write_json(folder / INDEX, {"metadata": {"total_size": n_byte}, "weight_map": of})
-        (folder / WEIGHTS).unlink(missing_ok=True)  # of an earlier network, that fitted in one
+        (folder / WEIGHTS).unlink(missing_ok=True)  # of an earlier, smaller network
     return paths
 
 
 def _write_one(path: Path, state: State, done: Callable[[float], object]) -> None:
-    """One safetensors file: the length of a JSON header (8 bytes), the header, the tensors in its order."""
+    """Writes one safetensors file: length of the JSON header (8 bytes), header, tensors in its order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     ordered = _ordered(state)
@@ -147,16 +148,17 @@ def _write_one(path: Path, state: State, done: Callable[[float], object]) -> Non
 
 
 def _ordered(state: State) -> list[tuple[str, Lazy]]:
-    """As they lie in a file: the widest numbers first, so that all are aligned."""
+    """Tensors in file order: widest dtype first, so that all are aligned."""
     return sorted(state.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
 
 def read(folder: Path, *, ignore: str = "(?!)") -> State:
-    """The tensors in a folder: in one safetensors file, or in the parts that an index names; without those whose whole
-    name the pattern `ignore` matches.
+    """The tensors in a folder, from one safetensors file or the parts listed in an index.
+
+    Names that fully match the pattern `ignore` are left out.
 
     Raises:
-        ValueError: neither is there, a part is missing (named), or a file is damaged.
+        ValueError: no such files, a missing part (named), or a damaged file.
     """
     if (folder / WEIGHTS).is_file():
         return read_safetensors(folder / WEIGHTS, ignore=ignore)
@@ -173,14 +175,14 @@ def read(folder: Path, *, ignore: str = "(?!)") -> State:
 
 
 def parts(folder: Path) -> list[Path]:
-    """The files that `read` would read, in order."""
+    """The files that `read` reads, in order."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return [folder / WEIGHTS]
     return [folder / part for part in sorted(set(weight_map(folder / INDEX).values()))]
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """Which part holds which tensor. Raises ValueError when that is not said, or a part is missing or elsewhere."""
+    """Tensor name → file name, from an index. Raises ValueError on a damaged index, or a missing or distant part."""
     found = files.read_json(index)
     listed = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(listed, dict) or not listed:
@@ -194,7 +196,7 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def read_safetensors(path: Path, *, ignore: str = "(?!)") -> State:
-    """The tensors of one file, as `read` has it. Raises ValueError when its header is wrong, or it was cut short."""
+    """The tensors of one file; `ignore` as in `read`. Raises ValueError on a wrong header, dtype or file length."""
     known = {text: dtype for dtype, text in DTYPES.items()}
     try:
         file = safe_open(path, framework="pt")
@@ -205,20 +207,19 @@ def read_safetensors(path: Path, *, ignore: str = "(?!)") -> State:
         raise ValueError(f"{path} is damaged ({error}): copy, download or export it again") from error
     if odd:
         raise ValueError(f"{path}: {next(iter(odd))} is {next(iter(odd.values()))}, expected floating point")
-
-    def one(name: str) -> Lazy:
-        return Lazy(tuple(slices[name].get_shape()), known[slices[name].get_dtype()], lambda: file.get_tensor(name))
-
-    return {name: one(name) for name in slices}
+    return {
+        name: Lazy(tuple(part.get_shape()), known[part.get_dtype()], partial(file.get_tensor, name))
+        for name, part in slices.items()
+    }
 
 
 def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote, if it is tensors and plain values; tensors stay on disk until they are read.
+    """Content of a `torch.save` file: tensors, memory-mapped, and plain values.
 
-    Files of PyTorch before 1.6, which are no zip archives, are read whole.
+    Files of PyTorch before 1.6, which are no zip archives, are read into memory.
 
     Raises:
-        ValueError: a damaged file, or one with anything else in it: nothing of it was run.
+        ValueError: a damaged file, or one with other objects, none of which are executed.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -232,12 +233,12 @@ def read_torch(path: Path) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, shortly; its kind when it says nothing."""
+    """First line of an exception's message; its class name if that is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_fit(where: Path, state: Mapping[str, Lazy], own: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError, naming every difference, unless the tensors are exactly a network's: names and shapes."""
+    """Raises ValueError, naming differences, unless names and shapes of the tensors are exactly the network's."""
     wrong = [
         f"{name}: {tensor.shape} in the file, {own[name]} in the network"
         for name, tensor in state.items()

@@ -1,4 +1,4 @@
-"""Generative loss in nats and bits, and the two baselines a network has to beat."""
+"""Generative loss in nats and bits, and two baselines that a network has to beat."""
 
 import math
 
@@ -9,7 +9,7 @@ from igpt.metric.result import Number
 
 
 def likelihood_numbers(split: str, image_nats: Tensor) -> dict[str, Number]:
-    """`split/loss_gen` and `split/bits_per_token`, with standard errors, from each image's nats per token, (N,)."""
+    """`split/loss_gen` and `split/bits_per_token` with standard errors; image_nats (N,) in nats per token."""
     nats, n = image_nats.double(), len(image_nats)
     mean = float(nats.mean())
     stderr = float(nats.std()) / math.sqrt(n) if n > 1 else None
@@ -18,13 +18,13 @@ def likelihood_numbers(split: str, image_nats: Tensor) -> dict[str, Number]:
 
 
 def unigram_nats(train: np.ndarray, held_out: np.ndarray, n_vocab: int) -> float:
-    """Nats per held-out token under the training tokens' histogram, one count added to each: what colour tells."""
+    """Nats per held-out token under the training tokens' histogram (add-one smoothing)."""
     counts = np.bincount(train.reshape(-1), minlength=n_vocab) + 1.0
     return float(-np.log(counts / counts.sum())[held_out].mean())
 
 
 def position_nats(train: np.ndarray, held_out: np.ndarray, n_vocab: int) -> float:
-    """The same with one histogram for every position: what colour and place tell. (N, T) int64 arrays."""
+    """Nats per held-out token under one histogram per position (add-one smoothing); both arrays (N, T) int64."""
     n_ctx = train.shape[1]
     counts = np.ones((n_ctx, n_vocab))
     np.add.at(counts, (np.broadcast_to(np.arange(n_ctx), train.shape), train), 1.0)

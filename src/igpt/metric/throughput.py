@@ -1,4 +1,4 @@
-"""What training costs: floating-point operations counted from the network's sizes, and how fast they go."""
+"""Cost and speed of training: floating-point operations from the network's sizes, images and tokens per second."""
 
 import time
 
@@ -8,8 +8,8 @@ from igpt.model.config import GPTConfig
 def train_flops_per_image(network: GPTConfig) -> float:
     """Floating-point operations of one image's forward and backward pass.
 
-    6 per weight of a matrix product and token (2 forward, 4 backward) plus the attention's two products, half of
-    them when causal. Norms, embeddings and recomputed activations do not count.
+    6 per weight matrix element and token (2 forward, 4 backward) plus the attention's two products, half of these if
+    causal. Norms, embeddings and recomputed activations do not count.
     """
     n_embd, n_ctx = network.n_embd, network.n_ctx
     matrix_weights = 12 * network.n_layer * n_embd**2 + n_embd * network.n_vocab
@@ -18,10 +18,10 @@ def train_flops_per_image(network: GPTConfig) -> float:
 
 
 class Meter:
-    """Images and tokens a second, and the share of a stated peak, over the time since the last reading.
+    """Images and tokens per second, and FLOP utilisation, since the last reading.
 
-    Time between `pause` and `resume`, spent on validation say, does not count. `peak_flops` is of all devices
-    together, in FLOP/s; None: no share is given.
+    Time between `pause` and `resume`, e.g. of validation, does not count. `peak_flops`: FLOP/s of all devices
+    together; None: no utilisation.
     """
 
     def __init__(self, *, flops_per_image: float, n_ctx: int, peak_flops: float | None) -> None:
@@ -39,7 +39,7 @@ class Meter:
         self._images += images
 
     def read(self) -> dict[str, float]:
-        """The figures since the last reading, which starts the next one."""
+        """The figures since the last reading; resets the meter."""
         self.pause()
         images_per_s = self._images / max(self._elapsed, 1e-9)
         self._images, self._elapsed = 0, 0.0

@@ -1,4 +1,4 @@
-"""Softmax attention in four ways that agree but for rounding; `dispatch.attention_backend` says which is used.
+"""Softmax attention with four backends, equal but for rounding; `dispatch.attention_backend` picks one.
 
 Sizes: B images, H heads, T queries, S keys, D the size of a head. Source: `model.py:attn`; its -1e10 for masked scores
 and -inf give the same float32 softmax.
@@ -16,10 +16,10 @@ from igpt.model import c_attention, dispatch
 
 
 def self_attention(qkv: Tensor, n_head: int, *, causal: bool, backend: str = "auto") -> Tensor:
-    """Softmax attention of every position over all, or, `causal`, over itself and those before it.
+    """Softmax self-attention over all positions; with `causal`, each sees itself and earlier ones only.
 
-    qkv (B, T, 3C): queries, keys, values; in each, heads are contiguous blocks of D. → (B, T, C). `backend` is one of
-    `dispatch.ATTENTION`: `native` (C, on a CPU), else as `attend`.
+    qkv (B, T, 3C): queries, keys, values, each with its heads as contiguous blocks of D. → (B, T, C). `backend`: one of
+    `dispatch.ATTENTION`; `native` is the C code on a CPU, the others as in `attend`.
     """
     b, t, width = qkv.shape
     if backend == "auto":
@@ -32,7 +32,7 @@ def self_attention(qkv: Tensor, n_head: int, *, causal: bool, backend: str = "au
 
 
 def heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values by heads, views of (B, T, 3C): 3 × (B, H, T, D)."""
+    """Queries, keys and values split into heads, as views: (B, T, 3C) → 3 × (B, H, T, D)."""
     b, t, width = qkv.shape
     return qkv.view(b, t, 3, n_head, width // 3 // n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -40,8 +40,8 @@ def heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, backend: str = "auto") -> Tensor:
     """Softmax attention of q over k and v: (B, H, T, D), 2 × (B, H, S, D) → (B, H, T, D), scaled by 1/√D.
 
-    With `causal`, position i sees positions 0 … i. `backend` is how: `sdpa` (PyTorch's fused kernels), `bmm` (batched
-    products), `blocks` (such products, of what causal attention sees; elsewhere as `bmm`), or the fastest.
+    With `causal`, position i sees positions 0 … i. `backend`: `sdpa` (PyTorch's fused kernels), `bmm` (batched matrix
+    products), `blocks` (matrix products that skip most masked keys; without `causal` the same as `bmm`), or `auto`.
     """
     if backend in ("auto", "native"):
         backend = dispatch.unfused_attention_backend(q.device, q.dtype, t=q.shape[2], causal=causal)
@@ -53,30 +53,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, backend: str = "aut
     if backend == "blocks" and causal:
         out: Tensor = _CausalBlocks.apply(q, k, v)  # type: ignore[no-untyped-call]  # PyTorch has no type for it
         return out.view(b, h, t, d)
-    return _in_one_piece(q, k, v, causal=causal).view(b, h, t, d)
-
-
-def _in_one_piece(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
-    """All scores at once: (B·H, T, D), 2 × (B·H, S, D) → (B·H, T, D)."""
-    scale = 1 / math.sqrt(q.shape[-1])
-    mask = _future(q.shape[1], q, k.shape[1]) if causal else None
-    if mask is not None and not torch.compiler.is_compiling():
-        scores = torch.baddbmm(mask, q, k.mT, alpha=scale)  # (B·H, T, S)
-    else:  # what the compiler fuses with the softmax
+    scale = 1 / math.sqrt(d)
+    if causal and not torch.compiler.is_compiling():
+        scores = torch.baddbmm(_future(t, q, s), q, k.mT, alpha=scale)  # (B·H, T, S)
+    else:  # the compiler fuses scale and mask with the softmax
         scores = torch.bmm(q, k.mT) * scale
-        scores = scores if mask is None else scores + mask
-    return torch.bmm(scores.softmax(-1), v)
+        scores = scores + _future(t, q, s) if causal else scores
+    return torch.bmm(scores.softmax(-1), v).view(b, h, t, d)
 
 
 def _future(t: int, like: Tensor, s: int | None = None) -> Tensor:
-    """-∞ where a query would look at what comes after it, (t, s), else 0."""
+    """Additive causal mask (t, s): -∞ where the key comes after the query, else 0."""
     return torch.full((t, s or t), -math.inf, dtype=like.dtype, device=like.device).triu(1)
 
 
 class _CausalBlocks(torch.autograd.Function):
-    """Some queries at a time against the keys that they see, which on the whole are little more than half.
+    """Causal attention, one block of queries at a time against keys 0 … the block's end: about half of all products.
 
-    Products of plain matrices, where CPUs are at their best. The softmax is kept for the backward pass.
+    Plain matrix products, which CPUs compute fastest. The softmax of every block is saved for the backward pass.
     """
 
     @staticmethod

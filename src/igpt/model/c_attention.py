@@ -1,4 +1,4 @@
-"""Attention in C (`attend.c`) as PyTorch operators, which autograd and the compiler know."""
+"""Attention in C (`attend.c`) as custom PyTorch operators, registered with autograd and `torch.compile`."""
 
 from typing import Any
 
@@ -6,20 +6,11 @@ import torch
 from torch import Tensor
 
 from igpt.model import c_library, dispatch
-from igpt.model.config import SIZES, GPTConfig
-
-KNOWS = (*SIZES, "positions")  # settings of which it computes every value; rotated queries and keys aside
-
-
-def unsupported(config: GPTConfig, *, rotates: bool) -> str:
-    """The settings of a network whose attention it does not compute, `positions=rope`; empty where it does."""
-    beyond = config.choices_beyond(KNOWS) | ({"positions": config.positions} if rotates else {})
-    return ", ".join(f"{name}={value}" for name, value in beyond.items())
 
 
 @torch.library.custom_op("igpt::attend", mutates_args=(), device_types="cpu")
 def attend(qkv: Tensor, n_head: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """(B, T, 3C) float32 or bfloat16 → (B, T, C), and the float32 logarithm of every row's Σ e^score, (B, H, T)."""
+    """Attention output (B, T, C) and float32 logsumexp of the scores (B, H, T), of (B, T, 3C) float32 or bfloat16."""
     qkv = qkv.contiguous()
     out, lse = _empty(qkv, n_head)
     _call("igpt_attend", qkv, n_head, causal, out, lse, backward=False)
@@ -33,7 +24,7 @@ def _attend_of_shapes(qkv: Tensor, n_head: int, causal: bool) -> tuple[Tensor, T
 
 @torch.library.custom_op("igpt::attend_backward", mutates_args=(), device_types="cpu")
 def attend_backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool) -> Tensor:
-    """The gradient of `qkv`, (B, T, 3C), from that of `out`. It has none of its own."""
+    """Gradient of `qkv`, (B, T, 3C), from the gradient of `out`. Not differentiable a second time."""
     qkv = qkv.contiguous()
     d_qkv = torch.empty_like(qkv)
     given = (out.contiguous(), lse.contiguous(), d_out.to(qkv.dtype).contiguous())
@@ -70,7 +61,7 @@ def _empty(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
 
 
 def _call(name: str, qkv: Tensor, n_head: int, causal: bool, *others: Tensor, backward: bool) -> None:
-    """Runs a function of `attend.c` over tensors that lie in one piece, with as many threads as PyTorch has."""
+    """Calls a function of `attend.c` on contiguous tensors, with at most PyTorch's number of threads."""
     library = c_library.require_library("attention=native")
     if qkv.dtype not in dispatch.DTYPES:
         raise ValueError(f"attention=native reads float32 or bfloat16, got {qkv.dtype}: choose auto")
@@ -78,6 +69,6 @@ def _call(name: str, qkv: Tensor, n_head: int, causal: bool, *others: Tensor, ba
     depth, tasks = width // 3 // n_head, b * n_head if backward else b * n_head * t
     threads = max(1, min(torch.get_num_threads(), tasks))
     floats = threads * library.igpt_attend_room(t, depth, int(backward))
-    room = torch.empty(floats, dtype=torch.float32, device="cpu")  # whatever the defaults are
+    room = torch.empty(floats, dtype=torch.float32, device="cpu")  # explicit: the default dtype and device may differ
     sizes = (b, t, n_head, depth, int(causal), int(qkv.dtype == torch.bfloat16), threads)
     getattr(library, name)(*sizes, *(given.data_ptr() for given in (qkv, *others, room)))

@@ -1,4 +1,4 @@
-"""What is written in C (`attend.c`, `decode.c`): compiled for this CPU when first wanted, kept on disk, loaded."""
+"""The C library (`attend.c`, `decode.c`): compiled for this CPU at first use, cached on disk, loaded with ctypes."""
 
 import ctypes
 import functools
@@ -26,13 +26,13 @@ FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", 
 
 
 def found_compiler() -> list[str] | None:
-    """`CC`, with what it may say behind the name, else `cc`; None where there is none (`CC=false`)."""
+    """The C compiler's command: `CC` with its options, else `cc`; None if it does not run (`CC=false`)."""
     command = shlex.split(os.environ.get("CC", "")) or ["cc"]
     return None if compiler_version(command) is None else command
 
 
 def compiler_version(command: list[str]) -> str | None:
-    """What a compiler says of itself; None where it is not there, or fails."""
+    """Output of `--version`; None if the compiler is missing or fails."""
     try:
         return subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -41,7 +41,7 @@ def compiler_version(command: list[str]) -> str | None:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The functions in C, or None where there is no C compiler (`CC`, else `cc`) or it cannot: PyTorch serves then."""
+    """The loaded C library; None without a working C compiler (`CC`, else `cc`), PyTorch computes instead."""
     compiler = found_compiler()
     if compiler is None:
         log.info("no C compiler (cc) is here: attention and samples are up to three times slower on this CPU")
@@ -65,12 +65,12 @@ def library() -> ctypes.CDLL | None:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch has no type for it
 def available() -> bool:
-    """Whether the functions in C can be had; a constant to `torch.compile`."""
+    """Whether the C library can be loaded; a constant to `torch.compile`."""
     return library() is not None
 
 
 def require_library(setting: str) -> ctypes.CDLL:
-    """The functions in C. Raises ValueError: `setting` asks for them, and there is no C compiler, or it cannot."""
+    """The loaded C library. Raises ValueError naming `setting` if there is no working C compiler."""
     found = library()
     if found is None:
         raise ValueError(f"{setting} needs a C compiler (cc, or what CC names): choose auto")
@@ -82,7 +82,10 @@ def _declare(function: Any, returned: type | None, taken: list[Any]) -> None:
 
 
 def library_path(compiler: list[str]) -> Path:
-    """Where the compiled file is kept: one for each source, compiler and kind of CPU, so that a shared home serves."""
+    """Path of the compiled library in the user's cache. File name = hash of (sources, options, compiler, CPU features).
+
+    Machines of different CPUs can therefore share one home directory.
+    """
     texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
     options = [*compiler[1:], *target(compiler), *FLAGS]
     made_of = "\0".join([*texts, *options, compiler_version(compiler) or "", platform.machine(), cpu.features()])
@@ -92,12 +95,16 @@ def library_path(compiler: list[str]) -> Path:
 
 
 def target(compiler: list[str]) -> list[str]:
-    """The option that asks for code for this CPU, unless `CC` names another (`cc -march=x86-64-v3`)."""
+    """`-march=native`, unless `CC` already names a CPU (`cc -march=x86-64-v3`)."""
     return [] if any(word.startswith(("-march=", "-mcpu=")) for word in compiler[1:]) else ["-march=native"]
 
 
 def compile_to(place: Path, compiler: list[str]) -> None:
-    """Compiles beside `place`, then renames: another process never loads half a file. Raises CalledProcessError."""
+    """Compiles to a temporary folder, then renames to `place`, so no process loads half a file.
+
+    Raises:
+        CalledProcessError: the compiler fails.
+    """
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         made = Path(folder) / "native.so"

@@ -1,4 +1,4 @@
-"""The one description of a network: it is built by it, saved with it, compared, planned and dispatched by it."""
+"""GPTConfig: the sizes and choices of a network, saved with every checkpoint."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -8,16 +8,16 @@ from pydantic import Field
 
 from igpt.model.positions import POSITIONS
 
-LARGEST = 1 << 24  # of a network's sizes: what is above was never meant
+LARGEST = 1 << 24  # upper bound of every size: larger values are typing errors
 Size = Annotated[int, Field(ge=1, le=LARGEST)]
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Sizes and choices of a network. Choices have the paper's as their default, which a missing key means in a file.
+    """Sizes and choices of a network. Each choice defaults to the paper's, also for a key missing in a saved file.
 
     Raises:
-        ValueError: a size that is no whole number from 1 on, a width that the heads do not divide, an unknown choice.
+        ValueError: a size that is not a positive integer, n_embd not divisible by n_head, an unknown choice.
     """
 
     n_layer: Size  # L, blocks
@@ -26,7 +26,7 @@ class GPTConfig:
     n_ctx: Size  # T, positions
     n_vocab: Size  # V, tokens
     causal: bool  # position i sees 0 … i-1 (AR); else all that are visible (BERT)
-    positions: str = "learned"  # how the network knows where a token is: a table (Chen et al. 2020), or `POSITIONS`
+    positions: str = "learned"  # position encoding: a learned table (Chen et al. 2020) or a name in `POSITIONS`
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_embd", "n_head", "n_ctx", "n_vocab"):
@@ -42,7 +42,7 @@ class GPTConfig:
 
     @staticmethod
     def from_dict(saved: Mapping[str, Any]) -> "GPTConfig":
-        """The config that a file holds. Raises ValueError on a setting that this version does not know, or none."""
+        """The config saved in a file. Raises ValueError on an unknown, missing or invalid setting."""
         known = {field.name for field in fields(GPTConfig)}
         if unknown := sorted(map(str, saved.keys() - known)):
             raise ValueError(f"its network has the setting {unknown[0]!r}, which this version does not know")
@@ -52,16 +52,13 @@ class GPTConfig:
             raise ValueError(f"its network is not described whole ({error})") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, for a file."""
+        """All settings as plain values, to save."""
         return asdict(self)
 
-    def choices_beyond(self, known: Iterable[str]) -> dict[str, Any]:
-        """The settings that are not the paper's, but for those in `known`: what code for the paper's network lacks."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name not in known and getattr(self, field.name) != field.default
-        }
+    def unsupported(self, known: Iterable[str]) -> str:
+        """Settings that code with the paper's values but for `known` does not support, as `positions=rope`; else ""."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in known}
+        return ", ".join(f"{name}={x}" for name, x in values.items() if x != self.__dataclass_fields__[name].default)
 
 
-SIZES = ("n_layer", "n_embd", "n_head", "n_ctx", "n_vocab", "causal")  # that code for the paper's network computes
+SIZES = ("n_layer", "n_embd", "n_head", "n_ctx", "n_vocab", "causal")  # supported by code for the paper's network

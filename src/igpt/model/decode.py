@@ -1,9 +1,9 @@
-"""One more token for a batch of images, in four ways that agree but for rounding; `dispatch.py` says which is used.
+"""Decode step (the next token of a batch of images) in four backends, equal but for rounding; `dispatch.py` picks one.
 
-A step reads every weight and every cached key and value once and computes little with each, so that reading them is
-what takes time: a network's own layers, made for whole images, take many times as long (`docs/performance.md`). The
-other ways write the paper's block again, so that each says which networks it computes, and is compared with the network
-itself before the first token is drawn (`verified`).
+A step is bound by memory: it reads every weight and every cached key and value once and computes little with each.
+The network's own layers, made for whole images, take many times as long (`docs/performance.md`). The other backends
+reimplement the paper's block, so each lists the settings it supports and is compared with the network itself before
+the first token is drawn (`verified`).
 """
 
 import ctypes
@@ -11,6 +11,8 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,12 +23,12 @@ from igpt.model import c_library, dispatch
 from igpt.model.c_library import VECTOR
 from igpt.model.config import SIZES, GPTConfig
 from igpt.model.gpt import GELU_SLOPE, GPT, NORM_EPS, Cache
-from igpt.model.graphs import make_graphs_step
+from igpt.model.graphs import Recorded
 
 log = logging.getLogger(__name__)
 
-Step = Callable[[Tensor], Tensor]  # one new token each, (B, 1) → logits (B, V) of the next position
-FEW = 16  # images; measured at 256 wide
+Step = Callable[[Tensor], Tensor]  # the new token of each image, (B, 1) → logits (B, V) of the next position
+FEW = 16  # images; measured at n_embd 256
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of logits, as a share of the largest
 
 _verified: "WeakKeyDictionary[GPT, dict[tuple[str, torch.dtype], bool]]" = WeakKeyDictionary()
@@ -34,31 +36,27 @@ _verified: "WeakKeyDictionary[GPT, dict[tuple[str, torch.dtype], bool]]" = WeakK
 
 @dataclass(frozen=True)
 class DecodeBackend:
-    """A way of computing one more token. Of settings that are not in `knows`, it computes the paper's value only."""
+    """A decode step's constructor. Settings that are not in `knows` are supported with the paper's value only."""
 
     make: Callable[[GPT, Cache], Step]
     knows: tuple[str, ...]
 
-    def unsupported(self, config: GPTConfig) -> str:
-        """The settings of a network that it does not compute, `positions=rope`; empty where it computes all."""
-        return ", ".join(f"{name}={value}" for name, value in config.choices_beyond(self.knows).items())
-
 
 def make_decode_step(net: GPT, cache: Cache, backend: str = "auto") -> Step:
-    """What computes the next tokens from here on, in one of `dispatch.DECODING`; auto: its own, or the fastest.
+    """The decode step with one of the backends `dispatch.DECODING`; auto: `net.decoding`, or the fastest.
 
-    A way that does not compute this network is not taken, and one whose logits differ from the network's is given up
-    with a warning.
+    Falls back to `layers` when the fastest backend does not support the network, and, with a warning, when a backend's
+    logits differ from the network's.
 
     Raises:
-        ValueError: a way that was asked for by name and does not compute this network.
+        ValueError: a backend chosen by name does not support this network.
     """
     asked = backend if backend != "auto" else net.decoding
     name = asked
     if name == "auto":
-        weight = net.blocks[0].mlp.c_fc.weight  # of a block: sharded, wte alone may be whole for a while
+        weight = net.blocks[0].mlp.c_fc.weight  # a block's weight: under FSDP, wte may be gathered for a while
         name = dispatch.decode_backend(weight, n_embd=net.n_embd, n_head=net.n_head)
-    if lacking := BACKENDS[name].unsupported(net.config):
+    if lacking := net.config.unsupported(BACKENDS[name].knows):
         if asked != "auto":
             raise ValueError(f"trainer.decoding={name} does not compute {lacking}: choose auto")
         name = "layers"
@@ -71,14 +69,14 @@ def make_decode_step(net: GPT, cache: Cache, backend: str = "auto") -> Step:
 
 @torch.inference_mode()
 def verified(net: GPT, name: str) -> bool:
-    """Whether a way of decoding gives the logits of the network itself: looked at once for each network and precision.
+    """Whether a decode backend gives the network's own logits; checked once per network and precision.
 
-    One image of drawn tokens goes through the network whole; the way then computes the logits of three positions, in
-    the first, a middle and the last row, after caches that the network's own step has filled. A network whose weights
-    lie in parts is not looked at.
+    One image of random tokens goes through the full forward pass; the backend then computes the logits of three
+    positions, in the first, a middle and the last row, from caches filled by the network's own step. Networks with
+    sharded weights are not checked.
 
     Raises:
-        ValueError: it is the network's own step that differs, in float32, so that nothing is left to draw by.
+        ValueError: the network's own step differs in float32, so no backend is left.
     """
     if not dispatch.is_whole(net.blocks[0].mlp.c_fc.weight):
         return True
@@ -93,7 +91,7 @@ def verified(net: GPT, name: str) -> bool:
     with torch.compiler.set_stance("force_eager"):
         expected = net(tokens)[0].float()  # (T, V)
         largest = float(expected.abs().max())
-        if not 0 < largest < math.inf:  # a head that was not trained says nothing of what is below: looked at later
+        if not 0 < largest < math.inf:  # an untrained (zero) head hides all differences: check again later
             return True
         row = max(1, math.isqrt(t))
         differences = []
@@ -122,28 +120,22 @@ def verified(net: GPT, name: str) -> bool:
     return False
 
 
-def make_layers_step(net: GPT, cache: Cache) -> Step:
-    """The network's own step: any device, any precision, weights in parts."""
-    return lambda tokens: net.step(tokens, cache)
-
-
 def make_columns_step(net: GPT, cache: Cache) -> Step:
-    """PyTorch alone, for whole float32 weights on a CPU: activations are columns, (C, B), because weight matrices lie
-    row by row, and W @ x streams through them, where x @ Wᵀ does not."""
+    """PyTorch only, for unsharded float32 weights on a CPU. Activations are columns, (C, B).
+
+    Weight matrices are stored by rows, so W @ x reads them in order, where x @ Wᵀ does not.
+    """
     heads = net.n_head
 
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # PyTorch has no type for it
     def step(tokens: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return exactly(tokens)
-
-    def exactly(tokens: Tensor) -> Tensor:
         assert tokens.shape[1] == 1, "one new token for each image"
         now = cache.length
         x = (F.embedding(tokens[:, 0], net.wte) + net.wpe[now]).t().contiguous()  # (C, B)
         c, b = x.shape
         for block, keys, values in zip(net.blocks, cache.keys, cache.values, strict=True):
             qkv = torch.mm(block.attn.c_attn.weight, _laid_out(_normed(x, block.ln_1.g)))
-            # in one piece: the fused attention takes no other, and without it every key would be copied
+            # contiguous: the fused kernel needs it, the unfused one would copy every key
             q, k, v = qkv.view(3, heads, c // heads, b).permute(0, 3, 1, 2).contiguous().unbind(0)  # 3 × (B, H, D)
             keys[:, :, now] = k
             values[:, :, now] = v
@@ -155,14 +147,14 @@ def make_columns_step(net: GPT, cache: Cache) -> Step:
         cache.length = now + 1
         return torch.mm(net.wtet, _laid_out(_normed(x, net.ln_f.g))).t()
 
-    return step
+    return cast("Step", step)
 
 
 def make_c_step(net: GPT, cache: Cache) -> Step:
-    """`decode.c`, for whole float32 weights on a CPU. What the cache holds is laid out anew; the cache is used up.
+    """`decode.c`, for unsharded float32 weights on a CPU. Moves keys and values to its own layout, emptying the cache.
 
     Raises:
-        ValueError: it cannot work on this network, or there is no C compiler.
+        ValueError: a dtype, device or head size that `decode.c` does not read, or no C compiler.
     """
     if not dispatch.suits_native(net.blocks[0].mlp.c_fc.weight, n_embd=net.n_embd, n_head=net.n_head):
         raise ValueError(
@@ -173,7 +165,7 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
     now, batch = cache.length, cache.keys[0].shape[0]
     room_for = -(-net.n_ctx // VECTOR) * VECTOR  # positions
     lie: list[Tensor] = []
-    while cache.keys:  # one layer at a time is held twice
+    while cache.keys:  # only one layer at a time is in memory twice
         lie += _streamed(cache.keys.pop(0), cache.values.pop(0), room_for)
     weights = [
         weight.detach().contiguous()
@@ -192,8 +184,8 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
         nonlocal now
         assert tokens.shape == (batch, 1), "one new token for each image"
         assert now < net.n_ctx, "the cache is full"
-        assert weights  # they stay while this function does,
-        assert lie  # and so do these
+        assert weights  # the closure keeps them alive: C reads their addresses
+        assert lie  # the same
         x = F.embedding(tokens[:, 0], net.wte) + net.wpe[now]  # (B, C)
         logits = torch.empty(batch, net.n_vocab, dtype=torch.float32, device="cpu")
         ends = (x.data_ptr(), room.data_ptr(), logits.data_ptr())
@@ -205,19 +197,19 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
 
 
 def _streamed(keys: Tensor, values: Tensor, room_for: int) -> tuple[Tensor, Tensor]:
-    """2 × (B, H, S, D) as decode.c reads them: (B, H, S / 8, D, 8) and (B, H, S, D), S rounded up to eights."""
+    """Keys (B, H, S / 8, D, 8) and values (B, H, S, D) in decode.c's layout, S padded to a multiple of 8."""
     short = room_for - keys.shape[2]
     keys = F.pad(keys, (0, 0, 0, short)).view(*keys.shape[:2], -1, VECTOR, keys.shape[3]).mT.contiguous()
     return keys, F.pad(values, (0, 0, 0, short)).contiguous()
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    """The same columns, each in one piece where they are few: products of a CPU's library are twice as fast so."""
+    """The same (C, B) matrix; below `FEW` columns each is made contiguous, which makes CPU products twice as fast."""
     return x.t().contiguous().t() if x.shape[1] < FEW else x
 
 
 def _normed(x: Tensor, g: Tensor) -> Tensor:
-    """`Norm` of columns: (C, B) → (C, B)."""
+    """`Norm` of each column: (C, B) → (C, B)."""
     r = torch.rsqrt(x.square().mean(0) + NORM_EPS)  # (B,)
     return (x * r).mul_(g[:, None])
 
@@ -225,6 +217,7 @@ def _normed(x: Tensor, g: Tensor) -> Tensor:
 BACKENDS = {
     "native": DecodeBackend(make_c_step, SIZES),
     "columns": DecodeBackend(make_columns_step, SIZES),
-    "graphs": DecodeBackend(make_graphs_step, SIZES),
-    "layers": DecodeBackend(make_layers_step, tuple(GPTConfig.__dataclass_fields__)),
+    "graphs": DecodeBackend(Recorded, SIZES),
+    # the network's own step: any device, any precision, sharded weights
+    "layers": DecodeBackend(lambda net, cache: partial(net.step, cache=cache), tuple(GPTConfig.__dataclass_fields__)),
 }

@@ -1,7 +1,7 @@
-"""Which way of computing is the fastest, by shape and device: every such choice of this project, in one place.
+"""The fastest backend by shape and device: attention, decoding, matmul precision, compilation.
 
-The ways of each choice agree but for rounding (tests compare them), and every choice can be overridden by a setting.
-What they rest on is measured in `docs/performance.md`.
+Backends are equal but for rounding (tests compare them), and a setting overrides each choice. Measurements:
+`docs/performance.md`.
 """
 
 import os
@@ -21,19 +21,19 @@ DECODING = get_args(DecodeBackend)[1:]  # trainer.decoding, generate(backend=)
 
 X86 = ("x86_64", "AMD64")
 SHORT = 128  # positions: one block
-LONG = 512  # positions: beyond, scores that are kept in float32 cost more memory than they save time
+LONG = 512  # positions: beyond, float32 scores saved for the backward pass cost more memory than they save time
 BLOCK = {torch.float32: 128, torch.bfloat16: 256}  # queries
-DTYPES = (torch.float32, torch.bfloat16)  # that `attend.c` reads
-NARROW = 128  # width
-# FLOP/s that a step reaches at least there, and the seconds of training from which compiling pays
+DTYPES = (torch.float32, torch.bfloat16)  # supported by `attend.c`
+NARROW = 128  # n_embd
+# lower bound of a training step's FLOP/s, and seconds of training from which compiling pays
 WAIT = {"cpu": (4e10, 900.0), "cuda": (1e14, 120.0)}
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, *, t: int, causal: bool) -> str:
-    """How attention of T positions over themselves is computed: one of `ATTENTION`.
+    """Backend of self-attention over T positions: one of `ATTENTION`.
 
-    On a CPU by `attend.c`, which keeps no scores and is mostly one and a half to three times as fast as all else. It
-    shares out heads of images: where those are fewer than threads, its backward pass leaves threads idle.
+    On a CPU `attend.c`, which saves no scores and is mostly 1.5 to 3 times as fast as the others. Its backward pass
+    runs one thread per image and head, so with fewer of these than threads some stay idle.
     """
     if device.type == "cpu" and dtype in DTYPES and c_library.available():
         return "native"
@@ -41,11 +41,11 @@ def attention_backend(device: torch.device, dtype: torch.dtype, *, t: int, causa
 
 
 def unfused_attention_backend(device: torch.device, dtype: torch.dtype, *, t: int, causal: bool) -> str:
-    """The same of T queries where they, keys and values lie apart: `sdpa` (fused), `blocks` or `bmm` (products).
+    """Backend for separate q, k, v tensors (not the fused qkv) of T positions: `sdpa`, `blocks` or `bmm`.
 
-    On a CPU, PyTorch's fused kernel is 3 to 8 times slower up to 128 positions in bfloat16 or with the float32 products
-    of oneDNN that training uses, and in bfloat16 slower than `blocks` at any length that was measured. Products keep
-    the scores for the backward pass: where those are many, in float32 or with all T × T of them, `sdpa` goes without.
+    On a CPU, PyTorch's fused kernel (`sdpa`) is 3 to 8 times slower up to 128 positions in bfloat16 or with oneDNN's
+    float32 products, which training uses, and in bfloat16 slower than `blocks` at every measured length. `blocks` and
+    `bmm` save scores for the backward pass; when these take much memory (float32, or all T × T), `sdpa` saves none.
     """
     if device.type != "cpu":
         return "sdpa"
@@ -55,12 +55,12 @@ def unfused_attention_backend(device: torch.device, dtype: torch.dtype, *, t: in
 
 
 def block(dtype: torch.dtype) -> int:
-    """Queries that `blocks` takes at a time."""
+    """Queries per block of the backend `blocks`."""
     return BLOCK.get(dtype, SHORT)
 
 
 def scores_kept(dtype: torch.dtype, path: str, *, t: int, causal: bool) -> int:
-    """Scores that attention of T positions keeps for the backward pass, of one head of one image."""
+    """Number of scores saved for the backward pass, per image and head, by attention over T positions."""
     size = block(dtype)
     if path == "blocks" and causal:
         return sum((min(start + size, t) - start) * min(start + size, t) for start in range(0, t, size))
@@ -68,50 +68,45 @@ def scores_kept(dtype: torch.dtype, path: str, *, t: int, causal: bool) -> int:
 
 
 def matmul_precision(device: torch.device) -> str:
-    """How float32 matrices are multiplied (`torch.set_float32_matmul_precision`): the fastest that computes in float32.
+    """Fastest setting of `torch.set_float32_matmul_precision` that does not round float32 operands.
 
-    `medium` on an x86 CPU without AMX only picks oneDNN's kernels, up to twice as fast as the default. With AMX, and on
-    GPUs, it rounds the operands.
+    On an x86 CPU without AMX, `medium` only selects oneDNN's kernels, up to twice as fast as the default. With AMX, and
+    on GPUs, it would round the operands.
     """
     x86 = device.type == "cpu" and platform.machine() in X86
     return "medium" if x86 and cpu.medium_format(device) == "fp32" else "highest"
 
 
 def pays_to_compile(device: torch.device, *, n_embd: int, flops: float, half: bool) -> bool:
-    """Whether compiling blocks pays in a training that takes `flops` operations on each device, `half`: in bfloat16.
+    """Whether compiling the blocks pays in a training of `flops` operations per device; `half`: in bfloat16.
 
-    On a CPU narrow networks gain up to a quarter, being bound by what lies between the products, as all do in bfloat16;
-    in float32 wide ones gain nothing. On a GPU all do.
+    On a CPU, bfloat16 and narrow float32 networks gain up to a quarter, because element-wise operations bound them;
+    wide float32 networks gain nothing. On a GPU all gain.
     """
-    if device.type == "cpu":
-        gains = half or n_embd <= NARROW
-        if not gains:
-            return False
     rate, seconds = WAIT.get(device.type, WAIT["cpu"])
-    if flops <= rate * seconds:
+    if flops <= rate * seconds or (device.type == "cpu" and not half and n_embd > NARROW):
         return False
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     return device.type != "cpu" or c_library.compiler_version(compiler) is not None
 
 
 def decode_backend(weight: Tensor, *, n_embd: int, n_head: int) -> str:
-    """How a network with such a weight draws tokens: `native` (C) or `columns` on a CPU, `graphs`, `layers`."""
+    """Decode backend for a network with such a weight: `native` (C) or `columns` on a CPU, `graphs` or `layers`."""
     if not is_whole(weight):
         return "layers"
     if weight.device.type == "cuda":
         return "graphs"
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return "layers"
-    native_too = suits_native(weight, n_embd=n_embd, n_head=n_head) and c_library.available()
-    return "native" if native_too else "columns"
+    if suits_native(weight, n_embd=n_embd, n_head=n_head) and c_library.available():
+        return "native"
+    return "columns" if weight.device.type == "cpu" and weight.dtype == torch.float32 else "layers"
 
 
 def suits_native(weight: Tensor, *, n_embd: int, n_head: int) -> bool:
-    """Whether `decode.c` can read these weights where they lie."""
+    """Whether `decode.c` supports these weights: unsharded float32 on a CPU, head size a multiple of `VECTOR`."""
     readable = is_whole(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32
     return readable and n_embd // n_head % c_library.VECTOR == 0
 
 
 def is_whole(weight: Tensor) -> bool:
-    """Whether a weight lies in one piece: neither FSDP nor DeepSpeed has shared it out."""
+    """Whether a weight is unsharded, neither by FSDP nor by DeepSpeed."""
     return not isinstance(weight, DTensor) and not hasattr(weight, "ds_shape")

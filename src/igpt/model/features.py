@@ -12,11 +12,11 @@ NORMS = get_args(Norm)
 
 
 def layer_features(net: GPT, tokens: Tensor, visible: Tensor | None = None, *, norm: str = "ln_1") -> Tensor:
-    """The mean over positions of all L + 1 layers' hidden states: tokens (B, T) → (L + 1, B, C).
+    """Hidden states of all L + 1 layers, averaged over positions: tokens (B, T) → (L + 1, B, C).
 
-    Layer 0 is the embedding, layer l the stream after l blocks. With `ln_1`, layer l < L is normed by the norm its
-    next block's attention reads through, and layer L by `ln_f` (Chen et al. 2020, §3.2). With `raw`, nothing is
-    normed (the first author's answer in openai/image-gpt#12). Memory for one layer's stream at a time is held.
+    Layer 0 is the embedding, layer l the residual stream after l blocks. With `ln_1`, layer l < L goes through `ln_1`
+    of the next block, and layer L through `ln_f` (Chen et al. 2020, §3.2). With `raw`, no norm is applied (the first
+    author's answer in openai/image-gpt#12). Only one layer's stream is in memory at a time.
 
     Raises:
         ValueError: another `norm`.

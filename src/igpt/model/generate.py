@@ -1,4 +1,4 @@
-"""Sampling images token by token, with a key/value cache that is allocated once."""
+"""Image sampling token by token, with a key/value cache that is allocated once."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from igpt.model.gpt import GPT, Cache
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from its distribution. The paper's samples: temperature 1, neither k nor p.
+    """Temperature, top-k and top-p of token sampling. The paper's samples: temperature 1, neither k nor p.
 
     Raises:
-        ValueError: a temperature that is not above 0, top_k below 1, top_p outside (0, 1].
+        ValueError: a temperature below 0.001, top_k below 1, top_p outside (0, 1].
     """
 
     temperature: float
     top_k: int | None  # only the k most likely tokens; 1 is greedy
-    top_p: float | None  # only the likeliest tokens that together hold p
+    top_p: float | None  # only the fewest most likely tokens with a total probability of at least p
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0.001:
@@ -33,10 +33,10 @@ class Sampling:
             raise ValueError(f"top_p must lie in (0, 1], or be null for no limit; got {self.top_p}")
 
     def draw(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """One token a row by inverting the cumulative distribution: logits (B, V), uniforms (B,) → (B,) int64.
+        """One token per row by inverse CDF sampling: logits (B, V), uniforms (B,) → (B,) int64.
 
-        In float64, so that the same uniform gives the same token whatever batch the row is in, but for ties within
-        the rounding of the logits themselves.
+        In float64: the same uniform gives the same token in any batch, unless two tokens tie within the rounding of
+        the logits.
         """
         scores = logits.double() / self.temperature
         if self.top_k is not None and self.top_k < scores.shape[-1]:
@@ -45,7 +45,7 @@ class Sampling:
         p = scores.softmax(-1)  # (B, V)
         if self.top_p is not None and self.top_p < 1:
             ranked, order = p.sort(descending=True, stable=True)
-            before = ranked.cumsum(-1) - ranked  # what the likelier tokens hold
+            before = ranked.cumsum(-1) - ranked  # total probability of the more likely tokens
             p = p.scatter(-1, order, ranked.where(before < self.top_p, 0.0))
         cumulative = p.cumsum(-1)
         target = uniforms.to(p)[:, None] * cumulative[:, -1:]
@@ -63,13 +63,12 @@ def generate(
     backend: str = "auto",
     on_token: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Images drawn from the network: uniforms (B, T) in [0, 1) → tokens (B, T) int64.
+    """Images sampled from the network: uniforms (B, T) in [0, 1) → tokens (B, T) int64.
 
-    Where `known` (T,) is True the token of `given` (B, T) is taken instead of a drawn one. In raster order that is
-    a prompt and what follows is conditioned on it; in another order a known token conditions only what comes later
-    in that order. Row i depends on row i of its arguments alone. `on_token` hears which position was drawn.
-    `backend`: how one more token is computed (`dispatch.DECODING`); auto: as `net.decoding` says, or the fastest.
-    `cached=False` runs a whole forward pass for every token, as OpenAI's sampler does: slow, for tests.
+    Where `known` (T,) is True, the token of `given` (B, T) replaces the drawn one. It conditions the tokens after it in
+    the pixel order: in raster order, known first rows are a prompt. Row i depends on row i of the arguments alone.
+    `on_token` is called with each drawn position. `backend`: one of `dispatch.DECODING`; auto: `net.decoding`, or the
+    fastest. `cached=False` runs a full forward pass per token, as OpenAI's sampler does: slow, for tests.
 
     Raises:
         ValueError: a network that is not causal, or arguments whose shapes do not fit.
@@ -93,13 +92,13 @@ def generate_stream(
     cached: bool = True,
     backend: str = "auto",
 ) -> Iterator[tuple[Tensor, int]]:
-    """The same images while they grow: before the first token is drawn, and after each.
+    """Yields the images of `generate` as they grow: before the first token is drawn and after each.
 
-    Every time the tokens (B, T) so far, one tensor that is written on, and how many of them from the first are settled.
-    What is not yet drawn is 0. Between two steps it may be left, or go on in another thread.
+    Yields (tokens (B, T), number of leading tokens that are final). The tensor is the same each time and written in
+    place; positions not yet drawn are 0. The generator may be closed early or continued in another thread.
 
     Raises:
-        ValueError: as `generate`, when the first step is asked for.
+        ValueError: as `generate`, at the first `next()`.
     """
     if not net.causal:
         raise ValueError("this network was trained with a bidirectional objective: only causal (ar) ones generate")
@@ -112,11 +111,11 @@ def generate_stream(
     shown = [False] * n_ctx if known is None else known.tolist()
     if given is not None and known is not None:
         tokens = torch.where(known.to(given.device), given, 0).to(uniforms.device)
-    start = shown.index(False) if False in shown else n_ctx  # the leading known run is read in one pass
+    start = shown.index(False) if False in shown else n_ctx  # one pass reads all leading known tokens
     yield tokens, start
     step: decode.Step | None = None
     for i in range(start, n_ctx):
-        with torch.compiler.set_stance("force_eager"):  # positions differ at every step: compiling would not end
+        with torch.compiler.set_stance("force_eager"):  # shapes change at every step: each would be compiled anew
             if not cached:
                 logits = net(tokens)[:, i]  # (B, V)
             elif step is None:
@@ -130,7 +129,7 @@ def generate_stream(
 
 
 def prefill(net: GPT, prompts: Tensor) -> tuple[Tensor, Cache]:
-    """The logits after each prompt, (B, t) → (B, V), and a cache that is filled with it. Equal ones are read once."""
+    """Logits after each prompt, (B, t) → (B, V), and the filled cache. Equal prompts are computed once."""
     batch, t = prompts.shape
     cache = net.new_cache(batch)
     distinct, which = torch.unique(prompts, dim=0, return_inverse=True) if t else (prompts, None)

@@ -1,14 +1,14 @@
 """The Image GPT network: tokens → logits over the vocabulary, exactly as OpenAI's `model.py` computes them.
 
 Sizes: B images, T tokens (n_ctx), C width (n_embd), H heads, D = C / H, V vocabulary (n_vocab), L blocks (n_layer).
-Where the paper's text and the released code differ (norm, initialisation), the code is followed: its weights are
-what has to load here. Names of parameters are those of the released checkpoints.
+Where the paper's text and the released code differ (norm, initialisation), we follow the code, because the released
+weights have to load here. Names of parameters are those of the released checkpoints.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from igpt.distributed.sharding import put, whole_shape
-from igpt.model import c_attention
 from igpt.model.attention import attend, heads, self_attention
-from igpt.model.config import GPTConfig
+from igpt.model.config import SIZES, GPTConfig
 from igpt.model.positions import POSITIONS, Positions
 from igpt.utils import keyed
 
@@ -45,7 +44,7 @@ class Cache:
 
     keys: list[Tensor]
     values: list[Tensor]
-    length: int = field(default=0)
+    length: int = 0
 
 
 class Attention(nn.Module):
@@ -54,8 +53,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, rotate: Callable[[Tensor, int], Tensor] | None = None) -> None:
         super().__init__()
         self.n_head, self.causal, self.backend = config.n_head, config.causal, "auto"
-        self.rotate = rotate  # queries and keys, by their positions; None: they stay as they are
-        self.not_in_c = c_attention.unsupported(config, rotates=rotate is not None)
+        self.rotate = rotate  # rotates queries and keys by position; None: no rotation
+        self.not_in_c = config.unsupported(SIZES if rotate else (*SIZES, "positions"))  # settings `attend.c` lacks
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k, v; in each, heads are blocks of D rows
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
@@ -74,12 +73,12 @@ class Attention(nn.Module):
         return projected
 
     def _heads(self, qkv: Tensor, start: int) -> tuple[Tensor, ...]:
-        """Queries, keys and values of positions start, start + 1, …, turned where they are: 3 × (B, H, T, D)."""
+        """Queries, keys (both rotated) and values of positions start, start + 1, …: 3 × (B, H, T, D)."""
         q, k, v = heads(qkv, self.n_head)
         return (q, k, v) if self.rotate is None else (self.rotate(q, start), self.rotate(k, start), v)
 
     def _update_kv_cache(self, qkv: Tensor, cache: Cache, layer: int) -> tuple[Tensor, ...]:
-        """Adds the keys and values of these positions to the cache; what `_heads` gives of them."""
+        """Writes the keys and values of these positions to the cache; returns `_heads`: 3 × (B, H, T, D)."""
         t = qkv.shape[1]
         start, end = cache.length, cache.length + t
         assert t == 1 or start == 0, "a cache is filled by one prompt, then by single positions"
@@ -89,7 +88,7 @@ class Attention(nn.Module):
         return q, k, v
 
     def _decode_step(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
-        """Of one more position, (B, 1, C): it sees all before it, so that there is nothing to mask."""
+        """Attention of one new position, (B, 1, C), over all cached ones: nothing to mask."""
         q, end = self._update_kv_cache(qkv, cache, layer)[0], cache.length + 1
         k, v = cache.keys[layer][:, :, :end], cache.values[layer][:, :, :end]
         return attend(q, k, v, causal=False, backend=self.backend).transpose(1, 2).flatten(2)
@@ -98,8 +97,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """C → 4C → C with quick-GELU between.
 
-    quick_gelu(x) = x·sigmoid(1.702 x) = silu(1.702 x) / 1.702, so both factors go into the weights, which are
-    small, and the activations, which are large, see one fused kernel that keeps only its input.
+    quick_gelu(x) = x·sigmoid(1.702 x) = silu(1.702 x) / 1.702. Both factors are multiplied into the (smaller) weights,
+    so the activations need one fused kernel, which saves only its input for the backward pass.
     """
 
     def __init__(self, n_embd: int) -> None:
@@ -109,7 +108,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor
-        if torch.compiler.is_compiling():  # it makes one kernel of this by itself
+        if torch.compiler.is_compiling():  # the compiler fuses this itself
             x = self.c_fc(x)
             out = self.c_proj(x * torch.sigmoid(GELU_SLOPE * x))
         else:
@@ -118,7 +117,7 @@ class MLP(nn.Module):
 
 
 class _CPUNorm(torch.autograd.Function):
-    """The norm in half the passes over memory that autograd's own backward takes, keeping only its input."""
+    """`Norm` with half the passes over memory of autograd's own backward; saves only its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor) -> Tensor:
@@ -134,12 +133,12 @@ class _CPUNorm(torch.autograd.Function):
         x, g, r = ctx.saved_tensors
         product = (dy * x).flatten(0, -2)  # (N, C)
         dg = r.flatten() @ product  # Σ_n dy x r
-        along = (product @ g).view(r.shape) * r**3 / x.shape[-1]  # how much of dy only stretches x
+        along = (product @ g).view(r.shape) * r**3 / x.shape[-1]  # the gradient through r, along x
         return (dy * g).mul_(r).addcmul_(x, along, value=-1), dg
 
 
 class Norm(nn.Module):
-    """x / √(mean(x²) + 1e-5) · g: no mean is subtracted and nothing is added (RMS norm, whatever its name says)."""
+    """RMS norm, x / √(mean(x²) + 1e-5) · g: no mean is subtracted and no bias added, despite OpenAI's name `ln`."""
 
     def __init__(self, n_embd: int) -> None:
         super().__init__()
@@ -182,7 +181,7 @@ class GPT(nn.Module):
         self.n_layer, self.n_embd, self.n_head = config.n_layer, config.n_embd, config.n_head
         self.n_ctx, self.n_vocab, self.causal = config.n_ctx, config.n_vocab, config.causal
         self.checkpointing = False
-        self.decoding = "auto"  # `dispatch.DECODING`: how `generate` draws from it
+        self.decoding = "auto"  # decode backend of `generate`, one of `dispatch.DECODING`
         self.wte = nn.Parameter(torch.full((self.n_vocab, self.n_embd), math.nan))  # input tokens
         self.positions: Positions | None = None
         if config.positions == "learned":
@@ -198,7 +197,7 @@ class GPT(nn.Module):
         self.wtet = nn.Parameter(torch.full((self.n_vocab, self.n_embd), math.nan))  # output head, not tied to wte
 
     def allocate(self, device: torch.device | str) -> None:
-        """Memory for every weight of a network that was made on the meta device; tables that no file holds are full."""
+        """Allocates every weight of a network on the meta device, uninitialised, and computes its buffers."""
         self.to_empty(device=device)
         if self.positions is not None:
             made = type(self.positions)(self.config)
@@ -207,15 +206,15 @@ class GPT(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """`h`, with its type known."""
+        """`h`, typed."""
         return [block for block in self.h if isinstance(block, Block)]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draws every weight in place, each keyed by its name, so neither order nor sharding changes it.
+        """Draws every weight in place, keyed by its name: independent of order, sharding and device.
 
         The head starts at zero, so the first loss is exactly ln V. Only the attention's output projection depends
-        on depth: the paper says "as in Sparse Transformer", the code does this (`model.py`, initialisers).
+        on depth, as in the code (`model.py`, initialisers); the paper says "as in Sparse Transformer".
         """
         for name, weight in self.named_parameters():
             std = self._init_std(name)
@@ -223,7 +222,7 @@ class GPT(nn.Module):
             if std:
                 draw = torch.Generator().manual_seed(keyed.key(seed, "init", 0) ^ keyed.key(0, name))
                 drawn.normal_(0, std, generator=draw)
-            put(weight, drawn)  # drawn on the CPU, so that every device gets the same weights
+            put(weight, drawn)  # drawn on the CPU: every device gets the same weights
 
     def _init_std(self, name: str) -> float:
         if name.endswith("attn.c_attn.weight"):
@@ -247,7 +246,7 @@ class GPT(nn.Module):
         return self._place(content, 0)
 
     def _place(self, content: Tensor, start: int) -> Tensor:
-        """The embeddings of positions start, start + 1, …, with what tells where they are: (B, T, C) → (B, T, C)."""
+        """Token embeddings with the encodings of positions start, start + 1, … added: (B, T, C) → (B, T, C)."""
         if self.positions is not None:
             return self.positions.add(content, start)
         end = start + content.shape[1]
@@ -265,8 +264,8 @@ class GPT(nn.Module):
             yield h
 
     def trunk(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
-        """The last hidden states, normed by `ln_f`: (B, T) → (B, T, C). What the token and class heads read."""
-        last = deque(self.hidden_states(tokens, visible), maxlen=1).pop()  # no other is kept
+        """The last hidden states after `ln_f`, input of the token and class heads: (B, T) → (B, T, C)."""
+        last = deque(self.hidden_states(tokens, visible), maxlen=1).pop()  # the others are freed
         normed: Tensor = self.ln_f(last)
         return normed
 
@@ -278,19 +277,16 @@ class GPT(nn.Module):
         return self.logits(self.trunk(tokens, visible))
 
     def new_cache(self, batch: int) -> Cache:
-        """An empty key/value cache for `batch` images, of the network's dtype and device."""
+        """An empty key/value cache for `batch` images, in the network's dtype and on its device."""
         shape = (batch, self.n_head, self.n_ctx, self.n_embd // self.n_head)
         dtype, device = self.wte.dtype, self.wte.device  # plain tensors, also where wte is sharded
-
-        def empty() -> list[Tensor]:
-            return [torch.empty(shape, dtype=dtype, device=device) for _ in self.h]
-
-        return Cache(empty(), empty())
+        keys, values = ([torch.empty(shape, dtype=dtype, device=device) for _ in self.h] for _ in range(2))
+        return Cache(keys, values)
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Logits (B, V) of the next position, given the tokens (B, t) that are new since the last call.
+        """Logits (B, V) of the next position from the tokens (B, t) added since the last call.
 
-        The first call takes the prompt, (B, 0) when there is none, and puts `sos` in front; later ones take (B, 1).
+        The first call takes the prompt, (B, 0) without one, and puts `sos` in front; later calls take (B, 1).
         """
         assert self.causal, "only a causal network predicts a next token"
         content = F.embedding(tokens, self.wte)

@@ -1,5 +1,4 @@
-"""One more token on a GPU: the whole step is recorded as a CUDA graph and replayed, so that the GPU never waits for
-Python to ask for the next of some hundred small kernels."""
+"""Decode step on a GPU, recorded as a CUDA graph and replayed: Python does not launch its hundred small kernels."""
 
 import logging
 import math
@@ -13,14 +12,14 @@ from igpt.model.gpt import GELU_SLOPE, GPT, NORM_EPS, Cache
 
 log = logging.getLogger(__name__)
 
-SPAN = 128  # positions: a graph is recorded for every so many, and reads as many keys as its last one sees
+SPAN = 128  # positions per graph; each graph reads all keys up to its last position
 
 
 class Recorded:
-    """A network's next step with every shape fixed: (B, 1) new tokens → logits (B, V).
+    """A network's decode step with fixed shapes: new tokens (B, 1) → logits (B, V).
 
-    Where autocast is on, weights and cache are narrowed once instead of at every step. On a CPU the same step runs
-    without being recorded, so that tests can look at it. The cache is taken over.
+    Under autocast, weights and cache are cast once instead of at every step. On a CPU the same step runs without a
+    graph, for tests. Takes the keys and values over, emptying the cache.
     """
 
     def __init__(self, net: GPT, cache: Cache) -> None:
@@ -30,7 +29,9 @@ class Recorded:
         self.net, self.now = net, cache.length
         self.keys = [keys.to(self.dtype) for keys in cache.keys]  # (B, H, n_ctx, D)
         self.values = [values.to(self.dtype) for values in cache.values]
-        for unwritten in (*self.keys, *self.values):  # masked; but what lies there by chance may not be a number
+        cache.keys.clear()
+        cache.values.clear()
+        for unwritten in (*self.keys, *self.values):  # masked, but uninitialised memory may hold NaN
             unwritten[:, :, self.now :] = 0
         self.weights = [
             [self._narrow(weight) for weight in
@@ -40,11 +41,11 @@ class Recorded:
         self.head = self._narrow(net.wtet)
         self.tokens = torch.zeros(self.keys[0].shape[0], dtype=torch.int64, device=device)
         self.position = torch.tensor([self.now], device=device)
-        self.mask = torch.zeros(net.n_ctx, dtype=self.dtype, device=device)  # 0 for what is seen
+        self.mask = torch.zeros(net.n_ctx, dtype=self.dtype, device=device)  # additive: 0 for positions seen
         self.mask[self.now :] = -math.inf
         self.logits = torch.empty(0)
         self._replay: Callable[[], None] = lambda: None
-        self._end = 0  # positions the recorded step reads
+        self._end = 0  # positions that the recorded step reads
         self._device = device if device.type == "cuda" else -1  # -1: leave the current one
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
@@ -57,7 +58,7 @@ class Recorded:
                 self._end = min(self.net.n_ctx, (self.now // SPAN + 1) * SPAN)
                 try:
                     self._record()
-                except RuntimeError as error:  # of a GPU that others use, too
+                except RuntimeError as error:  # e.g. too little memory on a shared GPU
                     log.warning("a step is not recorded, tokens are drawn more slowly: %s", error)
                     self._replay = self._step
             self._replay()
@@ -75,12 +76,12 @@ class Recorded:
         beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # PyTorch has no type for it
         beside.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(beside):  # what kernels allocate at their first call must not be recorded
+            with torch.cuda.stream(beside):  # warm-up: allocations of the first call must not be recorded
                 for _ in range(2):
                     self._step()
         finally:
             torch.cuda.current_stream().wait_stream(beside)
-            self.position.copy_(position)  # the keys it wrote are written again
+            self.position.copy_(position)  # the replay writes the same keys again
             self.mask.copy_(mask)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -88,7 +89,7 @@ class Recorded:
         self._replay = graph.replay
 
     def _step(self) -> None:
-        """The step at `position`, which moves on by itself: recorded, nothing here is decided again."""
+        """The step at `position`, which it increments. Branches of this code are fixed once it is recorded."""
         net, end = self.net, self._end
         b, c, h = len(self.tokens), net.n_embd, net.n_head
         self.mask.index_fill_(0, self.position, 0.0)
@@ -109,11 +110,3 @@ class Recorded:
 
     def _normed(self, x: Tensor, g: Tensor) -> Tensor:
         return F.rms_norm(x, g.shape, g, NORM_EPS).to(self.dtype)
-
-
-def make_graphs_step(net: GPT, cache: Cache) -> Callable[[Tensor], Tensor]:
-    """`Recorded`, whose logits `decode.verified` has compared with the network's own."""
-    step = Recorded(net, cache)
-    cache.keys.clear()
-    cache.values.clear()
-    return step

@@ -1,4 +1,4 @@
-"""Ways of telling the network where a token is, beside the paper's learned table: `GPTConfig.positions` names one."""
+"""Position encodings other than the paper's learned table, by the name in `GPTConfig.positions`."""
 
 from typing import TYPE_CHECKING
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class Positions(nn.Module):
-    """Where a token is, without a table: this one does not tell. Subclasses add to embeddings, turn queries and keys.
+    """Base class: no position information. Subclasses add to the embeddings, or rotate queries and keys.
 
-    Weights of it are drawn with standard deviation 0.02, as the other embeddings are. Buffers, tables of sines say, are
-    computed in `__init__`, and nowhere else: a network that is loaded computes them so.
+    Parameters are initialised with standard deviation 0.02, as the other embeddings are. Buffers (e.g. tables of
+    sines) are computed in `__init__` only: they are not saved, loading a network runs it again.
     """
 
     def __init__(self, config: "GPTConfig") -> None:
@@ -20,12 +20,12 @@ class Positions(nn.Module):
         self.config = config
 
     def add(self, content: Tensor, start: int) -> Tensor:
-        """The embeddings of positions start, start + 1, …, with what tells where they are: (B, T, C) → (B, T, C)."""
+        """Token embeddings with the encodings of positions start, start + 1, … added: (B, T, C) → (B, T, C)."""
         return content
 
     def rotate(self, x: Tensor, start: int) -> Tensor:
-        """Queries or keys of positions start, start + 1, …: (B, H, T, D) → (B, H, T, D)."""
+        """Queries or keys of positions start, start + 1, …, rotated: (B, H, T, D) → (B, H, T, D)."""
         return x
 
 
-POSITIONS: dict[str, type[Positions]] = {}  # name → class; `learned` is in `gpt.py`, as OpenAI has it
+POSITIONS: dict[str, type[Positions]] = {}  # name → class; `learned` is OpenAI's and in `gpt.py`

@@ -1,4 +1,4 @@
-"""Attention in C is held against PyTorch's on a network's own queries, keys and values, before it is used."""
+"""Check of attention in C against PyTorch's, on a network's own queries, keys and values, before its first use."""
 
 import logging
 
@@ -9,14 +9,14 @@ from igpt.model.gpt import GPT
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of outputs, as a share of the largest
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # largest difference, relative to the largest output
 
 
 @torch.no_grad()
 def verify_attention(net: GPT) -> None:
-    """Gives attention in C up, with a warning, where it differs from PyTorch's in the first block, for one image.
+    """Switches the network to `sdpa`, with a warning, if attention in C differs from it in the first block.
 
-    All positions are looked at. A network whose weights lie in parts is not looked at.
+    Compares all positions of one image of random tokens. Networks with attention that C does not support are skipped.
     """
     block, device = net.blocks[0], net.wte.device
     mixed = torch.is_autocast_enabled(device.type)

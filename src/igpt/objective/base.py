@@ -1,4 +1,4 @@
-"""What an objective is: what the network may see, and what its logits cost."""
+"""The protocol of an objective: visible tokens and the loss of the logits."""
 
 from typing import Protocol
 
@@ -9,10 +9,10 @@ class Objective(Protocol):
     """A generative objective over the tokens of an image."""
 
     name: str
-    causal: bool  # whether position i of the network sees only what comes before it
+    causal: bool  # whether position i of the network sees earlier positions only
 
     def visible_mask(self, tokens: Tensor, keys: Tensor) -> Tensor | None:
-        """The pixels the network may see, (B, T) bool, drawn from `keys` (B,) alone; None: all of them."""
+        """Mask of tokens the network sees, (B, T) bool, a function of the random keys (B,) alone; None: all."""
         ...
 
     def per_example_loss(self, logits: Tensor, tokens: Tensor, visible: Tensor | None) -> Tensor:
@@ -20,5 +20,5 @@ class Objective(Protocol):
         ...
 
     def loss(self, logits: Tensor, tokens: Tensor, visible: Tensor | None) -> Tensor:
-        """The mean of `per_example_loss` over the images, a scalar: what is minimised."""
+        """The training loss, a scalar: mean of `per_example_loss` over the images."""
         ...

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from igpt.utils import keyed
 
-_STREAM = 2  # what a mask's random numbers are folded with, so that no other choice shares them
+_STREAM = 2  # random stream of the masks, folded into each key; no other random choice uses it
 
 
 class BERT:
-    """Each pixel is hidden with probability p, on its own; only hidden ones are predicted, in nats per hidden token.
+    """Each token is masked independently with probability p; the loss counts masked tokens, in nats per masked token.
 
-    The loss is the mean over each image's hidden pixels, then over images, as the released code computes it; the
-    paper writes a sum (Chen et al. 2020, §2.2; `model.py:model`). Every image hides at least one pixel: the one most
-    likely to be hidden, where chance hid none, since the mean of nothing is not a number.
+    It is the mean over each image's masked tokens, then over images, as in the released code; the paper writes a sum
+    (Chen et al. 2020, §2.2; `model.py:model`). At least one token per image is masked, the one with the smallest
+    random number, because the mean of an empty set is NaN.
     """
 
     name = "bert"
@@ -27,7 +27,7 @@ class BERT:
         self.mask_probability = mask_probability
 
     def visible_mask(self, tokens: Tensor, keys: Tensor) -> Tensor:
-        """Which pixels are shown, (B, T) bool: a function of each image's key alone."""
+        """Mask of visible tokens, (B, T) bool: a function of each image's key alone."""
         u = keyed.uniform(keyed.fold(keys, _STREAM), tokens.shape[1])  # (B, T)
         threshold = torch.clamp(u.amin(dim=1, keepdim=True), min=self.mask_probability)
         return u > threshold

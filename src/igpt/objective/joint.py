@@ -1,4 +1,4 @@
-"""The joint objective of fine-tuning: generation and classification of the same images, from the same hidden states."""
+"""The joint objective of fine-tuning: generative and classification loss of the same images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,19 +24,19 @@ class JointObjective:
 
     @property
     def generates(self) -> bool:
-        """Whether L_GEN counts: where it does not, the token head is neither read nor trained."""
+        """Whether L_GEN has a weight above 0; otherwise the token head is neither computed nor trained."""
         return self.weights.gen > 0
 
     def losses(
         self, logits: Tensor | None, scores: Tensor, tokens: Tensor, labels: Tensor, visible: Tensor | None
     ) -> dict[str, Tensor]:
-        """`loss_clf`, and `loss_gen` where it counts: logits (B, T, V), scores (B, K), tokens (B, T), labels (B,)."""
+        """`loss_clf`, and `loss_gen` if there are logits (B, T, V); scores (B, K), tokens (B, T), labels (B,)."""
         found = {"loss_clf": classification_loss(scores, labels)}
         if logits is not None:
             found["loss_gen"] = self.generative.loss(logits, tokens, visible)
         return found
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The sum that is minimised, of what `losses` gave."""
+        """The training loss, a scalar: the weighted sum of `losses`."""
         loss = self.weights.clf * losses["loss_clf"]
         return loss + self.weights.gen * losses["loss_gen"] if self.generates else loss

@@ -1,4 +1,4 @@
-"""Objectives by name, for configs and checkpoints: a name and numbers build one, never code from a file."""
+"""Objectives by name, for configs and checkpoints; a file holds a name and numbers, never code."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {"ar": AR, "bert": BERT}
 
 
 def build(*, name: str, **settings: Any) -> Objective:
-    """The objective called `name`. Raises ValueError when there is none, or a setting of it is none."""
+    """The objective of that name. Raises ValueError on an unknown name or setting."""
     if name not in OBJECTIVES:
         raise ValueError(f"no objective called {name!r}; there are {', '.join(sorted(OBJECTIVES))}")
     return OBJECTIVES[name](**parse_arguments(OBJECTIVES[name], settings, "objective"))

@@ -1,4 +1,4 @@
-"""Pooled features of every layer on disk: written in one pass, memory-mapped, named by a hash of all that made them."""
+"""Feature files: pooled features of every layer, written in one pass, memory-mapped, named by a hash of the inputs."""
 
 import logging
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from igpt.data.cache import digest, unwritable
 from igpt.distributed import ranks
+from igpt.probe.lbfgs import check_finite
 from igpt.settings.fields import FeatureDtype
 from igpt.utils import files
 
@@ -20,21 +21,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Features:
-    """One split's features: values (L + 1, N, C), memory-mapped, and labels (N,) int64."""
+    """Features of one split: values (L + 1, N, C), memory-mapped, and labels (N,) int64."""
 
     values: np.ndarray
     labels: np.ndarray
 
     def layers(self, which: list[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Some layers as a tensor, (P, N, C)."""
+        """The layers `which` as a tensor, (P, N, C)."""
         return torch.from_numpy(np.ascontiguousarray(self.values[which])).to(device=device, dtype=dtype)
 
 
 class FeatureWriter:
-    """Takes the features of a split a batch at a time, in any order of rows, on every rank its own.
+    """Writes the features of a split to disk, batch by batch, rows in any order, on every rank its own rows.
 
-    Each rank writes a file of its own; the first puts them together and gives the whole its name, so that a file with
-    that name is complete. Nothing is kept in memory.
+    Each rank writes a part file; rank 0 merges them and renames the result, so a file with the final name is complete.
+    Only labels and row numbers stay in memory.
     """
 
     def __init__(self, path: Path, *, n_image: int, dtype: FeatureDtype) -> None:
@@ -45,45 +46,35 @@ class FeatureWriter:
         self.part: np.ndarray | None = None
         rank = ranks.this_rank()
         self.mine = path.parent / f".{path.name}.{rank.index}.part"
-        self.room = -(-n_image // rank.count) + 4096  # ranks' shares differ by less than a batch
+        self.room = -(-n_image // rank.count) + 4096  # rows; the ranks' numbers differ by less than a batch
 
     def add(self, features: Tensor, rows: Tensor, labels: Tensor) -> None:
-        """Features (L + 1, B, C) of the images `rows` (B,)."""
+        """Appends features (L + 1, B, C) of the images `rows` (B,). Raises ValueError on NaN or infinity."""
         plain = features.to("cpu", torch.float16 if self.dtype == "float16" else torch.float32)
-        if not (finite := plain.isfinite().flatten(1).all(dim=1)).all():
-            raise ValueError(
-                f"the features of layer(s) {', '.join(map(str, (~finite).nonzero().flatten().tolist()))} hold NaN or "
-                "infinity: the weights have broken down, or the precision is too low (try task.dtype=float32 and "
-                "trainer.precision=32-true)"
-            )
+        check_finite(plain.isfinite().flatten(1).all(dim=1))
         values = plain.numpy()
         if self.part is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             shape = (len(values), self.room, values.shape[2])
-            self.part = self._reserved(shape, values.dtype)
+            try:
+                self.part = np.lib.format.open_memmap(self.mine, mode="w+", dtype=values.dtype, shape=shape)
+                with self.mine.open("r+b") as file:  # allocated at once: a full disk under a map kills the process
+                    files.reserve(file, self.mine.stat().st_size)
+            except OSError as error:
+                raise unwritable(self.path, error, "features") from error
         stop = self.end + values.shape[1]
         self.part[:, self.end : stop] = values
         self.end = stop
         self.rows.append(rows.cpu().numpy())
         self.labels.append(labels.cpu().numpy())
 
-    def _reserved(self, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> np.ndarray:
-        """A file of that shape, mapped; its room is claimed at once, for a full disk under a map ends the process."""
-        try:
-            mapped = np.lib.format.open_memmap(self.mine, mode="w+", dtype=dtype, shape=shape)
-            with self.mine.open("r+b") as file:
-                files.reserve(file, self.mine.stat().st_size)
-        except OSError as error:
-            raise unwritable(self.path, error, "features") from error
-        return mapped
-
     def discard(self) -> None:
-        """Leaves nothing of this process behind; what is whole stays."""
+        """Deletes this rank's part file; finished files stay."""
         self.part = None
         self.mine.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Puts the parts together. To be called on every rank."""
+        """Merges the part files of all ranks. Must be called on every rank."""
         rows = np.concatenate(self.rows) if self.rows else np.empty(0, dtype=np.int64)
         labels = np.concatenate(self.labels) if self.labels else np.empty(0, dtype=np.int64)
         parts = ranks.gathered((str(self.mine), rows, labels))
@@ -97,8 +88,7 @@ class FeatureWriter:
         assert np.array_equal(np.sort(every), np.arange(self.n_image)), "an image has no features, or twice"
         labels = np.empty(self.n_image, dtype=np.int64)
         opened = [(np.load(place, mmap_mode="r"), rows) for place, rows, _ in parts if len(rows)]
-        for _, rows, theirs in parts:
-            labels[rows] = theirs
+        labels[every] = np.concatenate([part_labels for _, _, part_labels in parts])
         n_layer, _, width = opened[0][0].shape
         with files.atomic_path(labels_path(self.path)) as temporary, temporary.open("wb") as file:
             np.save(file, labels, allow_pickle=False)
@@ -116,17 +106,17 @@ class FeatureWriter:
 
 
 def labels_path(path: Path) -> Path:
-    """Where the labels that belong to a file of features are kept."""
+    """Path of the labels of a feature file: beside it."""
     return path.with_suffix(".labels.npy")
 
 
 def features_path(cache: Path, name: str, made_by: Mapping[str, Any]) -> Path:
-    """Where features are kept: `cache/features/<name>-<hash of everything that made them>.npy`."""
+    """Path of a feature file: `cache/features/<name>-<hash of made_by>.npy`."""
     return cache / "features" / f"{name}-{digest(made_by)}.npy"
 
 
 def read_features(path: Path, *, n_layer: int, n_image: int) -> Features | None:
-    """What is on disk under that name, or None when it is not there or not whole."""
+    """The features in a file; None, with a warning if it is there, when it is missing, damaged or of another shape."""
     if not (path.is_file() and labels_path(path).is_file()):
         return None
     try:

@@ -10,22 +10,22 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-HISTORY = 8  # pairs of steps that the quasi-Newton direction is made of
-ARMIJO = 1e-4  # of the decrease that the slope promises
+HISTORY = 8  # step pairs of the L-BFGS direction
+ARMIJO = 1e-4  # sufficient decrease, as a share of the decrease predicted by the slope
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Linear classifiers of P layers at S strengths: weight (P, S, K, D), bias (P, S, K)."""
+    """Linear classifiers of P layers at S regularisation strengths: weight (P, S, K, D), bias (P, S, K)."""
 
     weight: Tensor
     bias: Tensor
     objective: Tensor  # (P, S) mean nats per image plus the penalty, at the end
-    remaining: Tensor  # (P, S) how much lower it could still get, estimated
+    remaining: Tensor  # (P, S) estimated distance of the objective to its minimum, in nats per image
     iterations: int
 
     def scores(self, features: Tensor) -> Tensor:
-        """Class scores of every image by every head: (P, N, D) → (P, S, N, K)."""
+        """Class scores of every image from every head: (P, N, D) → (P, S, N, K)."""
         return torch.einsum("pnd,pskd->psnk", features, self.weight) + self.bias[:, :, None]
 
 
@@ -40,19 +40,19 @@ def logistic_regression(
     max_iterations: int = 500,
     names: Sequence[str] | None = None,
 ) -> Heads:
-    """Minimises Σ_i -log p(y_i | x_i) · C + ½ ‖W‖², the intercept free, for each layer and each C of `strengths`.
+    """Minimises Σ_i -log p(y_i | x_i) · C + ½ ‖W‖², the intercept free, for each layer and each C in `strengths`.
 
-    The objective is that of scikit-learn's LogisticRegression(C) (for two classes, where that fits one vector and not
-    two, that of its 2 C). Features (P, N, D), labels (N,) int64. It ends when every objective, in nats per image, is
-    within `tolerance` of its minimum by estimate.
+    The objective is that of scikit-learn's LogisticRegression(C); for two classes, where scikit-learn fits one vector
+    instead of two, that of its C doubled. Features (P, N, D), labels (N,) int64. Stops when the estimated distance of
+    every objective to its minimum is below `tolerance`, in nats per image.
 
-    How: features are centred, which changes only the intercept. L-BFGS starts from the inverse of their covariance, as
-    much of the Hessian as does not depend on the heads: tens of steps do where plain L-BFGS takes hundreds. All layers
-    are fitted together, each with its own step lengths; a step is two passes over the features, however often its
-    length is tried. The strengths follow one another, each from the heads of the one before.
+    Method: features are centred, which changes only the intercept. L-BFGS is preconditioned by the inverse of their
+    covariance, the part of the Hessian that does not depend on the heads: tens of steps instead of hundreds. All layers
+    are fitted together, each with its own step lengths; a step takes two passes over the features, however many step
+    lengths its line search tries. Strengths are fitted in ascending order, each starting from the previous heads.
 
     Raises:
-        ValueError: features that are not finite, or labels that are no classes. `names` are what to call the layers.
+        ValueError: non-finite features or labels outside 0 … K - 1; layers are called by `names`.
     """
     check_features(features, labels, n_class, names=names)
     mean = features.mean(dim=1, keepdim=True)  # (P, 1, D)
@@ -72,25 +72,29 @@ def logistic_regression(
 
 
 def check_features(features: Tensor, labels: Tensor, n_class: int, *, names: Sequence[str] | None = None) -> None:
-    """Raises ValueError unless features (P, N, D) are finite and labels (N,) are classes."""
-    finite = features.sum(dim=(1, 2)).isfinite()  # (P,)
+    """Raises ValueError unless features (P, N, D) are finite and labels (N,) lie in 0 … K - 1."""
+    check_finite(features.sum(dim=(1, 2)).isfinite(), names)
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < n_class):
+        raise ValueError(f"labels must lie in 0 … {n_class - 1}, found {int(labels.min())} … {int(labels.max())}")
+
+
+def check_finite(finite: Tensor, names: Sequence[str] | None = None) -> None:
+    """Raises ValueError, naming layers, unless all of (P,) bool are True: whether each layer's features are finite."""
     if not finite.all():
         layers = [names[i] if names else str(i) for i in (~finite).nonzero().flatten().tolist()]
         raise ValueError(
             f"the features of layer(s) {', '.join(layers)} hold NaN or infinity: the weights have broken down, or the "
             "precision is too low (try task.dtype=float32 and trainer.precision=32-true)"
         )
-    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < n_class):
-        raise ValueError(f"labels must lie in 0 … {n_class - 1}, found {int(labels.min())} … {int(labels.max())}")
 
 
 @dataclass
 class _Problem:
-    """The objectives of P layers at one strength, of θ (P, D + 1, K), whose last row is the intercept."""
+    """Objectives of P layers at one strength, as functions of θ (P, D + 1, K); its last row is the intercept."""
 
     x: Tensor  # (P, N, D), centred
-    hot: Tensor  # (N, K), the labels
-    penalty: float  # of ½ ‖W‖², beside the mean over images
+    hot: Tensor  # (N, K), one-hot labels
+    penalty: float  # factor of ½ ‖W‖²; the loss is the mean over images
     covariance: Tensor  # (P, D, D)
 
     def logits(self, theta: Tensor) -> Tensor:
@@ -98,17 +102,17 @@ class _Problem:
         return torch.baddbmm(theta[:, -1:], self.x, theta[:, :-1])
 
     def nats(self, logits: Tensor) -> Tensor:
-        """The mean loss alone: → (P,) float64"""
+        """The mean loss without the penalty: → (P,) float64"""
         return (logits.logsumexp(dim=-1) - (logits * self.hot).sum(dim=-1)).double().mean(dim=1)
 
     def gradient(self, theta: Tensor, probabilities: Tensor) -> Tensor:
         """→ (P, D + 1, K)"""
         error = (probabilities - self.hot) / len(self.hot)  # (P, N, K)
-        of_weight = (error.mT @ self.x).mT + self.penalty * theta[:, :-1]  # so turned, x is read as it lies
+        of_weight = (error.mT @ self.x).mT + self.penalty * theta[:, :-1]  # in this order x is not transposed
         return torch.cat([of_weight, error.sum(dim=1, keepdim=True)], dim=1)
 
     def minimise(self, theta: Tensor, tolerance: float, max_iterations: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """L-BFGS from θ: the minimum, the objectives (P,), how much lower each could still get (P,), iterations."""
+        """L-BFGS starting at θ. Returns (θ, objectives (P,), estimated distance of each to its minimum (P,), steps)."""
         x = self.x
         logits = self.logits(theta)
         probabilities = logits.softmax(dim=-1)
@@ -121,14 +125,14 @@ class _Problem:
             guess.look(probabilities)
             direction = -_two_loops(gradient, steps, guess)
             slope = _dot(gradient, direction)
-            remaining = -slope / 2  # of a quadratic, this is the distance to its minimum
+            remaining = -slope / 2  # the exact distance to the minimum of a quadratic
             done = bool((remaining <= tolerance).all())
             if iteration == max_iterations and not done:
                 log.warning("logistic regression: %d iterations leave up to %.1e nats", iteration, remaining.max())
             if done or iteration == max_iterations:
                 return theta, objective, remaining, iteration
             iteration += 1
-            along = self.logits(direction)  # logits are linear in θ: no length that is tried costs another pass
+            along = self.logits(direction)  # logits are linear in θ: the line search needs no further pass
             w, d = theta[:, :-1], direction[:, :-1]
             squares = _dot(w, w), _dot(w, d), _dot(d, d)
             length = torch.ones_like(objective)  # (P,)
@@ -154,24 +158,24 @@ class _Problem:
 
 
 class _Guess:
-    """The inverse Hessian, if how sure a head is of an image had nothing to do with the image's features.
+    """Preconditioner (h·Σ + penalty)⁻¹ of each layer, the same for every class, with Σ the features' covariance.
 
-    Then it is (h Σ + penalty)⁻¹ for every class, with Σ the covariance and h the mean of p (1 - p) over images and
-    classes.
+    It is the inverse Hessian with p (1 - p) replaced by its mean h over images and classes.
     """
 
     def __init__(self, covariance: Tensor, penalty: float) -> None:
         self.covariance, self.penalty = covariance, penalty
-        self.h = torch.zeros_like(covariance[:, 0, 0])  # (P,) that the inverse is of
+        self.h = torch.zeros_like(covariance[:, 0, 0])  # (P,) of the current inverse
         self.inverse = torch.empty_like(covariance)
 
     def look(self, probabilities: Tensor) -> None:
-        """Inverts anew where heads have become half as sure, or twice."""
+        """Recomputes the inverse of layers where h has halved or doubled."""
         h = (probabilities * (1 - probabilities)).mean(dim=(1, 2)).clamp(min=1e-7)
         (old,) = torch.where((h < self.h / 2) | (h > self.h * 2))
         if len(old):
             matrix = h[old, None, None] * self.covariance[old]
-            diagonal = matrix.diagonal(dim1=1, dim2=2)  # a view: rounding must not make the matrix indefinite
+            diagonal = matrix.diagonal(dim1=1, dim2=2)  # a view
+            # keeps the matrix positive definite in spite of rounding
             rounding = 10 * torch.finfo(matrix.dtype).eps * diagonal.sum(dim=1, keepdim=True)
             diagonal.add_(self.penalty + rounding)
             self.inverse[old] = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
@@ -182,12 +186,12 @@ class _Guess:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each layer's: (P, …), (P, …) → (P,) float64"""
+    """Inner product per layer: (P, …), (P, …) → (P,) float64"""
     return (a * b).sum(dim=-1).double().sum(dim=-1)
 
 
 def _two_loops(gradient: Tensor, steps: list[tuple[Tensor, Tensor, Tensor]], guess: "_Guess") -> Tensor:
-    """The inverse Hessian, as the steps so far let one guess it, times the gradient (Nocedal & Wright, alg. 7.4)."""
+    """L-BFGS two-loop recursion: approximate inverse Hessian times the gradient (Nocedal & Wright, alg. 7.4)."""
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(dim=(1, 2), keepdim=True)

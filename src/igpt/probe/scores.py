@@ -1,4 +1,4 @@
-"""What predictions are worth: accuracy with its interval, votes, confusion."""
+"""Scores of predictions: accuracy with its confidence interval, majority vote, confusion matrix, top k."""
 
 import numpy as np
 import torch
@@ -7,17 +7,17 @@ from torch import Tensor
 from igpt.metric.result import Number
 from igpt.utils import keyed
 
-RESAMPLES = 10_000  # of the bootstrap
-VOTE_COUNTS = 1 << 24  # votes counted at a time: images × heads × classes
+RESAMPLES = 10_000  # bootstrap resamples
+VOTE_COUNTS = 1 << 24  # size of the table of counts at a time: images × heads × classes
 
 
 def accuracy_number(correct: np.ndarray, *, seed: int) -> Number:
-    """The share of (N,) bool that is true, with the 95 % interval of a bootstrap over the images."""
+    """The share of True in (N,) bool, with a 95 % bootstrap interval over images."""
     return share_number(float(np.mean(correct)), len(correct), seed=seed)
 
 
 def share_number(share: float, n: int, *, seed: int) -> Number:
-    """The same for a share of n images that was counted: resampling them draws from Binomial(n, share) / n."""
+    """A share of n images with its 95 % bootstrap interval: resampled shares are Binomial(n, share) / n."""
     share = float(share)
     drawn = keyed.generator(seed, "bootstrap").binomial(n, share, size=RESAMPLES) / n
     low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
@@ -25,7 +25,7 @@ def share_number(share: float, n: int, *, seed: int) -> Number:
 
 
 def vote(predictions: Tensor, *, n_class: int, keys: Tensor) -> Tensor:
-    """The class that most masks say, of each image: (…, M, N) int64, keys (N,) → (…, N); ties are broken by the keys.
+    """Majority vote of M masks per image: (…, M, N) int64, keys (N,) → (…, N). The random keys break ties.
 
     Source: Chen et al. 2020, §4.6 (BERT: "ensembling 5 masks").
     """
@@ -38,13 +38,13 @@ def vote(predictions: Tensor, *, n_class: int, keys: Tensor) -> Tensor:
         counts = torch.zeros((*some.shape[:-1], n_class), device=some.device)
         counts.scatter_add_(-1, some, torch.ones_like(some, dtype=counts.dtype))
         draw = keyed.uniform(keyed.fold(keys[rows], 5), n_class).to(counts)  # (n, K) in [0, 1]
-        # a draw decides between equal counts alone
+        # below one count: decides ties only
         voted[..., rows] = (counts + 0.5 * draw).argmax(dim=-1)
     return voted
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, n_class: int) -> np.ndarray:
-    """How often class i (row) was called j (column): (N,), (N,) → (K, K) int64."""
+    """Confusion matrix: number of images of class i (row) predicted as j (column), (N,), (N,) → (K, K) int64."""
     return np.bincount(labels * n_class + predictions, minlength=n_class**2).reshape(n_class, n_class)
 
 

@@ -1,4 +1,4 @@
-"""Which layer and which regularisation: heads of every layer at every strength, judged on images they have not seen."""
+"""Selection of layer and regularisation strength: grid search on validation images or by cross-validation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from igpt.probe.lbfgs import Heads, logistic_regression
 from igpt.probe.scores import share_number, vote
 from igpt.utils import keyed
 
-CPU_BYTES = 1 << 30  # features that are fitted together at most, on a CPU; on a GPU a sixth of what is free
+CPU_BYTES = 1 << 30  # bytes of features fitted together on a CPU; on a GPU, a sixth of its free memory
 
 
 @dataclass(frozen=True)
 class Images:
-    """The features of some images, once for each mask they were seen under."""
+    """Features of a set of images, one `Features` per mask (BERT) or just one (AR)."""
 
     under: list[Features]
 
@@ -30,34 +30,34 @@ class Images:
 
     @property
     def n_layer(self) -> int:
-        """Layers there are features of, the embedding among them."""
+        """Number of layers, the embedding included: L + 1."""
         return len(self.under[0].values)
 
     def layer(self, which: int) -> "Images":
-        """Only one layer; from then on it is layer 0."""
+        """The features of one layer, which becomes layer 0."""
         return Images([Features(features.values[which : which + 1], features.labels) for features in self.under])
 
     def some(self, rows: np.ndarray) -> "Images":
-        """Only the images `rows` (M,)."""
+        """The images `rows` (M,)."""
         return Images([Features(features.values[:, rows], features.labels[rows]) for features in self.under])
 
     @staticmethod
     def of_pixels(split: Split) -> "Images":
-        """The pixels themselves as the features of one layer, in [-1, 1]."""
+        """Raw pixels in [-1, 1] as the features of one layer, (1, N, R·R·3): a baseline."""
         split.prepare()
         parts = in_chunks(lambda rows: plain_pixels(split, rows), np.arange(len(split)), "reading pixels")
         pixels = np.concatenate([part.reshape(len(part), -1) for part in parts])
         return Images([Features((pixels / np.float32(127.5) - 1)[None].astype(np.float32), split.labels)])
 
     def side_by_side(self, layers: Sequence[int], device: torch.device, mask: int = 0) -> Tensor:
-        """Some layers as one, (1, N, P · C) float32."""
+        """Concatenated features of P layers under one mask, (1, N, P · C) float32."""
         features = self.under[mask].layers(list(layers), dtype=torch.float32, device=device)  # (P, N, C)
         return torch.cat(list(features), dim=-1)[None]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The layers whose features are taken together, and the strength C."""
+    """The selected layers (their features are concatenated) and strength C."""
 
     layers: list[int]
     strength: float
@@ -65,10 +65,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Table:
-    """Accuracy of every layer (or window of layers) at every strength: (P, S)."""
+    """Result of a grid search: accuracy of every window of layers at every strength, (P, S)."""
 
     accuracy: np.ndarray
-    one_mask: np.ndarray  # without the vote
+    one_mask: np.ndarray  # (P, S) accuracy under the first mask alone, without the vote
     windows: list[list[int]]
     strengths: list[float]
     n_image: int
@@ -85,7 +85,7 @@ class Table:
 
 
 def chosen(table: Table, *, layer: int | None) -> Choice:
-    """The best of a table, or of one layer of it; among equals the lowest layer, then the strongest regularisation."""
+    """The best choice in a table, or in one row of it. Ties: the lowest layer, then the strongest regularisation."""
     rows = range(len(table.windows)) if layer is None else [layer]
     order = np.argsort(table.strengths)
     _, row, column = max((table.accuracy[r, c], -r, -i) for r in rows for i, c in enumerate(order))
@@ -96,10 +96,10 @@ FOLDS = 5
 
 
 def few_folds(per_class: int) -> int:
-    """Into how many folds so many images of each class are cut.
+    """Number of cross-validation folds for `per_class` images of each class: at most `FOLDS`.
 
     Raises:
-        ValueError: there is one image of each, which cannot be judged by another.
+        ValueError: fewer than two images per class.
     """
     if per_class < 2:
         raise ValueError("one label per class leaves nothing to choose on: take two or more")
@@ -107,13 +107,13 @@ def few_folds(per_class: int) -> int:
 
 
 def window_around(layer: int, size: int, n_layer: int) -> list[int]:
-    """`size` adjacent layers of 0 … n_layer, centred on one; moved inside where it lies too near an end."""
+    """`size` adjacent layers in 0 … n_layer, centred on `layer`, or shifted to fit near either end."""
     first = min(max(0, layer - size // 2), n_layer + 1 - size)
     return list(range(first, first + size))
 
 
 def folds_of(labels: np.ndarray, n: int, *, seed: int) -> np.ndarray:
-    """A number from 0 to n - 1 for each image, every class shared out evenly: (N,) → (N,).
+    """Stratified random folds: a number from 0 to n - 1 for each image, (N,) → (N,).
 
     Raises:
         ValueError: a class with fewer images than folds.
@@ -138,15 +138,14 @@ def searched(
     folds: np.ndarray | None = None,
     windows: list[list[int]] | None = None,
 ) -> Table:
-    """Heads fitted on train and judged on val; or, where `folds` (N,) are given, on each fold of train in turn.
+    """Grid search: fits heads on train and scores them on val; with `folds` (N,), by cross-validation on train.
 
-    `windows`: layers to take side by side; each one alone when none are given.
+    `windows`: sets of layers to concatenate; None: each layer alone.
     """
     windows = windows or [[layer] for layer in range(train.n_layer)]
     shape = len(windows), len(strengths)
     right, right_one = np.zeros(shape), np.zeros(shape)
-    labels = torch.from_numpy(train.labels).to(device)
-    judged_labels = val.labels if folds is None else train.labels
+    labels, val_labels = (torch.from_numpy(images.labels).to(device) for images in (train, val))
     for group in _groups(windows, train, device):
         some = [windows[i] for i in group]
         x = torch.cat([train.side_by_side(window, device) for window in some])  # (P, N, D)
@@ -154,9 +153,8 @@ def searched(
         if folds is None:
             heads = logistic_regression(x, labels, n_class=n_class, strengths=strengths, names=names)
             del x
-            said, one = _voted(heads, val, some, n_class, device, seed)  # (P, S, N)
-            right[group] = (said == torch.from_numpy(val.labels).to(device)).sum(dim=-1).cpu().numpy()
-            right_one[group] = (one == torch.from_numpy(val.labels).to(device)).sum(dim=-1).cpu().numpy()
+            predicted = _voted(heads, val, some, n_class, device, seed)  # 2 × (P, S, N)
+            right[group], right_one[group] = ((each == val_labels).sum(dim=-1).cpu().numpy() for each in predicted)
             continue
         for fold in range(int(folds.max()) + 1):
             inside = torch.from_numpy(folds != fold).to(device)
@@ -164,13 +162,13 @@ def searched(
             correct = heads.scores(x[:, ~inside]).argmax(dim=-1) == labels[~inside]
             right[group] += correct.sum(dim=-1).cpu().numpy()
         right_one[group] = right[group]
-    n = len(judged_labels)
+    n = len(val.labels if folds is None else train.labels)
     return Table(right / n, right_one / n, windows, list(strengths), n)
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """One head, to be applied."""
+    """One fitted head."""
 
     heads: Heads
     choice: Choice
@@ -179,14 +177,14 @@ class Fitted:
     seed: int
 
     def predict(self, images: Images) -> tuple[np.ndarray, Tensor]:
-        """The classes (N,), by vote where there are several masks, and the scores (N, K) under the first mask."""
+        """Predicted classes (N,), by vote over several masks, and scores (N, K) under the first mask."""
         said, _ = _voted(self.heads, images, [self.choice.layers], self.n_class, self.device, self.seed)
         scores = self.heads.scores(images.side_by_side(self.choice.layers, self.device))[0, 0]
         return said[0, 0].cpu().numpy(), scores
 
 
 def fitted(images: list[Images], choice: Choice, *, n_class: int, device: torch.device, seed: int) -> Fitted:
-    """The chosen head, on all of `images` (as they look under the first mask)."""
+    """Fits the chosen head on all of `images`, under the first mask."""
     x = torch.cat([some.side_by_side(choice.layers, device) for some in images], dim=1)
     labels = torch.from_numpy(np.concatenate([some.labels for some in images])).to(device)
     heads = logistic_regression(x, labels, n_class=n_class, strengths=[choice.strength])
@@ -196,7 +194,7 @@ def fitted(images: list[Images], choice: Choice, *, n_class: int, device: torch.
 def _voted(
     heads: Heads, images: Images, windows: list[list[int]], n_class: int, device: torch.device, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """What the heads of some windows say, (P, S, N): by vote of all masks, and under the first alone."""
+    """Predictions of the heads of P windows, each (P, S, N): by vote over all masks, and under the first mask alone."""
     under = [
         heads.scores(torch.cat([images.side_by_side(window, device, mask) for window in windows])).argmax(dim=-1)
         for mask in range(len(images.under))
@@ -208,7 +206,7 @@ def _voted(
 
 
 def _groups(windows: list[list[int]], train: Images, device: torch.device) -> list[list[int]]:
-    """Which windows are fitted together: as many as memory allows."""
+    """Indices of windows, in groups that are fitted together: as many per group as memory allows."""
     budget = CPU_BYTES if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] // 6
     _, n, width = train.under[0].values.shape
     size = max(1, int(budget // (4 * n * width * max(len(window) for window in windows))))
