@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from igpt.distributed import launcher
-from igpt.run.arguments import prepare
+from igpt.run.arguments import prepare_arguments
 
 CONF = Path(__file__).parent / "conf"
 ASKED = sys.argv[1:]
@@ -17,7 +17,7 @@ ASKED = sys.argv[1:]
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
-    n_process = 1 if launcher.is_rank() else launcher.devices_of(cfg.trainer)
+    n_process = 1 if launcher.is_rank() else launcher.count_devices(cfg.trainer)
     if n_process > 1:
         hydra_cfg = HydraConfig.get()  # of a sweep's job in this process, the arguments are Hydra's
         arguments = hydra_cfg.overrides.task if hydra_cfg.mode == RunMode.MULTIRUN else ASKED
@@ -30,9 +30,9 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    launcher.hold_lifeline()
+    launcher.die_with_parent()
     try:
-        sys.argv[1:] = prepare(sys.argv[1:], CONF)
+        sys.argv[1:] = prepare_arguments(sys.argv[1:], CONF)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

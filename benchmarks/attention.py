@@ -16,7 +16,7 @@ import torch
 from igpt.distributed.process_state import float32_matmul_precision
 from igpt.model import c_library
 from igpt.model.attention import self_attention
-from igpt.training.hardware import hold_memory
+from igpt.training.hardware import disable_malloc_trim
 
 WAYS = ("native", "sdpa", "blocks", "bmm")
 N_HEAD = 4
@@ -25,7 +25,7 @@ WITHIN = {"fp32": 1e-4, "fp32+medium": 1e-4, "tf32-products": 5e-3, "bf16-produc
 
 
 def ways(device: str) -> tuple[str, ...]:
-    return WAYS if device == "cpu" and c_library.available() else WAYS[1:]
+    return WAYS if device == "cpu" and c_library.is_available() else WAYS[1:]
 
 
 def rows(t: int, d: int, precision: str, device: str) -> dict[str, machine.Run]:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hold_memory()
+    disable_malloc_trim()
     print(f"{machine.about()}\n{' / '.join(ways(device))} in ms")
     precisions = ("fp32", machine.medium(device), "bf16")
     print("| T | " + " | ".join(f"{p} D={d}" for p in precisions for d in args.heads) + " |")

@@ -18,7 +18,7 @@ from train_step import step_of
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
-from igpt.training.hardware import hold_memory
+from igpt.training.hardware import disable_malloc_trim
 
 LENGTHS = [256, 512, 1024, 2048, 4096]
 WIDTHS = [128, 256, 512, 1024]
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hold_memory()
+    disable_malloc_trim()
     limits = machine.limits(device)
     label = machine.training(device)
     print(f"{machine.about()}\n{limits}; rows are {label}")

@@ -30,9 +30,9 @@ from train_step import step_of
 from igpt.data.crop import Crop, Resize
 from igpt.distributed.cores import count_cores
 from igpt.tokens import lookup
-from igpt.tokens.kmeans import fit
-from igpt.tokens.lookup import Encoder
-from igpt.training.hardware import hold_memory
+from igpt.tokens.kmeans import fit_palette
+from igpt.tokens.lookup import LookupEncoder
+from igpt.training.hardware import disable_malloc_trim
 
 PAPER: dict[str, Any] = {"short_side": (256, 384), "size": 224}
 K = 512
@@ -78,15 +78,15 @@ def crops(photos: list[bytes], rounds: int) -> dict[str, float]:
     print("|---|---|---|---|---|---|")
     rates: dict[str, float] = {}
     for resolution in (32, 48, 64):
-        made, speeds = {}, {name: [] for name in ways(resolution)}
+        result, speeds = {}, {name: [] for name in ways(resolution)}
         for _ in range(rounds):
             for name, cut in ways(resolution).items():
                 start = time.perf_counter()
-                made[name] = np.stack([cut(data, key) for key, data in enumerate(photos)]).astype(float)
+                result[name] = np.stack([cut(data, key) for key, data in enumerate(photos)]).astype(float)
                 speeds[name].append(len(photos) / (time.perf_counter() - start))
-        reference = next(iter(made.values()))
+        reference = next(iter(result.values()))
         contrast = np.abs(np.diff(reference, axis=2)).mean()
-        for name, pixels in made.items():
+        for name, pixels in result.items():
             difference = np.sqrt(((pixels - reference) ** 2).mean())
             change = np.abs(np.diff(pixels, axis=2)).mean() / contrast - 1
             speed = speeds[name]
@@ -98,18 +98,18 @@ def crops(photos: list[bytes], rounds: int) -> dict[str, float]:
 
 def encoding(pixels: np.ndarray, rounds: int) -> dict[str, float]:
     """Tokens of (N, R, R, 3) uint8 images with 512 fitted colours, on all cores."""
-    palette = fit(pixels.reshape(-1, 3)[:250_000], k=K, iterations=20, restarts=1, seed=0)
+    palette = fit_palette(pixels.reshape(-1, 3)[:250_000], k=K, iterations=20, restarts=1, seed=0)
     images, n = torch.from_numpy(pixels), len(pixels)
     build, unique, table = [], [], []
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(rounds):
             start = time.perf_counter()
-            lookup.build(palette)
+            lookup.build_table(palette)
             build.append(time.perf_counter() - start)
             start = time.perf_counter()
             tokens = palette.encode(images)
             unique.append(n / (time.perf_counter() - start))
-        encoder = Encoder(palette, Path(cache))
+        encoder = LookupEncoder(palette, Path(cache))
         encoder.computed = lookup.PAYS + 1
         encoder(images[:1])
         for _ in range(rounds):
@@ -150,8 +150,8 @@ def loading(photos: list[bytes], workers: Sequence[int], size: str, device: str)
     print(f"\ntraining of size {size} takes {takes:,.1f} images/s on this {device}")
     print("| workers | images/s at R = 32, as tokens on the device | of what training takes |\n|---|---|---|")
     crop = Crop(resolution=32, resize="twice", draft=3, filter="bilinear", **PAPER)
-    palette = fit(np.stack([crop(data, 0) for data in photos[:64]]), k=K, iterations=5, restarts=1, seed=0)
-    encoder, rates = Encoder(palette, None), {"takes": takes}
+    palette = fit_palette(np.stack([crop(data, 0) for data in photos[:64]]), k=K, iterations=5, restarts=1, seed=0)
+    encoder, rates = LookupEncoder(palette, None), {"takes": takes}
     for count in workers:
         start, n = time.perf_counter(), 0
         pinned = device == "cuda"
@@ -164,7 +164,7 @@ def loading(photos: list[bytes], workers: Sequence[int], size: str, device: str)
 
 def appetite(size: str, device: str) -> float:
     """Images/s of a training step alone, at this device's best setting."""
-    hold_memory()
+    disable_malloc_trim()
     net = our_net(size, compiled=device == "cuda").to(device)
     run = step_of(net, token_ids(size, device), "bf16")
     run()

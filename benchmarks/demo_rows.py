@@ -36,10 +36,10 @@ def compare(completions: Sequence[int]) -> None:
     known = torch.arange(SIDE**2) < GIVEN * SIDE
     print("| completions at once | first row | the others, mean | the longest of them |\n|---|---|---|---|")
     for n in completions:
-        uniforms = keyed.uniform(keyed.item_keys(keyed.key(0, "sample"), torch.arange(n)), SIDE**2)
+        uniforms = keyed.uniform(keyed.per_example_keys(keyed.key(0, "sample"), torch.arange(n)), SIDE**2)
         given = torch.randint(512, (1, SIDE**2)).expand(n, -1)
         rows, since = [], time.perf_counter()
-        for _, settled in generate_stream(net, uniforms, Sampling(1.0, None, None), given=given, known=known):
+        for _, settled in generate_stream(net, uniforms, Sampling(1.0, None, None), prompts=given, known=known):
             if settled > GIVEN * SIDE and settled % SIDE == 0:
                 rows.append(time.perf_counter() - since)
                 since = time.perf_counter()

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from igpt.data.images import Images
 from igpt.run.targets import checked_partial
-from igpt.tokens.kmeans import fit
-from igpt.tokens.lookup import Encoder
+from igpt.tokens.kmeans import fit_palette
+from igpt.tokens.lookup import LookupEncoder
 from igpt.tokens.palette import Palette
 
 SETTINGS = {
@@ -41,7 +41,7 @@ SETTINGS = {
     "crop": {
         "short_side": None, "eval_short_side": None, "size": None, "filter": "bilinear", "resize": "once", "draft": None
     },
-    "stream": {"buffer": 1, "held": 1, "lanes": None},
+    "stream": {"buffer": 1, "held_in_memory": 1, "num_readers": None},
 }  # fmt: skip
 
 
@@ -58,19 +58,19 @@ def peer(palette: Palette, pixels: np.ndarray, *, resize: bool) -> Callable[[], 
     from transformers import ImageGPTImageProcessor
 
     size = {"height": pixels.shape[1], "width": pixels.shape[2]}
-    made = ImageGPTImageProcessor(
+    result = ImageGPTImageProcessor(
         clusters=palette.centres.tolist(), size=size, do_resize=resize, do_color_quantize=True
     )
     images = list(pixels)
-    return lambda: np.asarray(made(images, return_tensors="np")["input_ids"])
+    return lambda: np.asarray(result(images, return_tensors="np")["input_ids"])
 
 
 def encoding(pixels: np.ndarray, palette: Palette, cache: Path, rounds: int) -> dict[str, machine.Timed]:
     """Rows in turn. Ours must be the exact ids; how many of theirs are not, and by how little, is printed."""
     batch = torch.from_numpy(pixels)
     exact = palette.encode(batch)
-    without, with_table = Encoder(palette, None), Encoder(palette, cache)
-    with_table._make(with_table.path)  # on disk, as after two million distinct colours
+    without, with_table = LookupEncoder(palette, None), LookupEncoder(palette, cache)
+    with_table._load_table()  # on disk, as after two million distinct colours
 
     def once_a_colour() -> Tensor:
         without.computed = 0  # it would change over to the table
@@ -115,7 +115,7 @@ def clustering(pixels: np.ndarray, k: int, n: int, rounds: int) -> dict[str, mac
         "scikit-learn, raw pixels": lambda: (
             KMeans(k, n_init=1, max_iter=60, random_state=0).fit(points).cluster_centers_
         ),
-        "igpt, distinct colours": lambda: fit(flat, k=k, iterations=60, restarts=1, seed=0).centres,
+        "igpt, distinct colours": lambda: fit_palette(flat, k=k, iterations=60, restarts=1, seed=0).centres,
     }
     times = machine.interleaved({name: machine.timed(run) for name, run in rows.items()}, rounds, warm_up=0)
     for row in times.values():
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     print(machine.about())
     pixels = pixels_of(args.images, args.count, args.cache)
-    palette = fit(pixels, k=args.colours, iterations=20, restarts=1, seed=0)
+    palette = fit_palette(pixels, k=args.colours, iterations=20, restarts=1, seed=0)
     times = encoding(pixels, palette, args.cache, args.rounds)
     fits = clustering(pixels, args.colours, args.pixels, args.rounds)
     inertia = {name: row.result for name, row in fits.items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from igpt.checkpoint.openai import variables
+from igpt.checkpoint.openai import list_variables
 from igpt.tokens.palette import Palette
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ def make(place: Path, model: str, n_shard: int) -> None:
             shape = wanted[name]
             return torch.empty(shape).normal_(0, 0.02, generator=draw).numpy()
 
-    wanted = {f"model/{name}": shape for name, shape in variables(network).items()}
+    wanted = {f"model/{name}": shape for name, shape in list_variables(network).items()}
     released.save(place / "openai" / "model.ckpt-1000000", Drawn(dict.fromkeys(wanted, np.empty(0))), n_shard)
     colours = np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32)
     Palette(colours).save(place / "openai" / "kmeans_centers.npy")
@@ -62,11 +62,11 @@ def main() -> None:
     parser.add_argument("--model", choices=SIZES, default="igpt_l")
     parser.add_argument("--shards", type=int, default=64)
     parser.add_argument("--folder", default=None, help="where to put them while it lasts")
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
+    requested = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=requested.folder) as folder:
         place = Path(folder)
         if not (child := os.fork()):  # TensorFlow's writer stays out of this process
-            make(place, asked.model, asked.shards)
+            make(place, requested.model, requested.shards)
             os._exit(0)
         os.waitpid(child, 0)
         size = sum(path.stat().st_size for path in (place / "openai").iterdir())
@@ -83,7 +83,7 @@ def main() -> None:
             print(
                 f"{what:22} {seconds:7.1f} s  peak {peak / 2**30:5.2f} GiB = {peak / size:.2f} × the file", flush=True
             )
-        print(json.dumps({"model": asked.model, "file_bytes": size, "rows": rows}))
+        print(json.dumps({"model": requested.model, "file_bytes": size, "rows": rows}))
 
 
 if __name__ == "__main__":

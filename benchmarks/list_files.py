@@ -19,7 +19,7 @@ import machine
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from igpt.data.classes import imagenet
+from igpt.data.classes import imagenet_classes
 from igpt.data.images import Images
 from igpt.data.listing import list_files
 from igpt.run.targets import checked_partial, without
@@ -30,7 +30,7 @@ OF_VAL = 50_000 / 1_331_167  # of all images of ILSVRC 2012
 
 def make_files(root: Path, n: int) -> None:
     """Empty image files in the layout and of the names of ILSVRC 2012."""
-    wnids = list(imagenet())
+    wnids = list(imagenet_classes())
     for split, count in (("train", n - round(n * OF_VAL)), ("val", round(n * OF_VAL))):
         for c, wnid in enumerate(wnids):
             (root / split / wnid).mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def open_ours(root: Path, cache: Path) -> int:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = OmegaConf.to_container(compose("config", overrides=["data=imagenet32"]).data, resolve=True)
     assert isinstance(settings, dict)
-    settings = {**without(settings, "n_colour"), "path": str(root)}
+    settings = {**without(settings, "palette_size"), "path": str(root)}
     source: Images = checked_partial(settings, "data")(cache=cache)
     return sum(len(source.split(name)) for name in ("train", "val", "test"))
 

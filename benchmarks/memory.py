@@ -57,19 +57,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         alone = one(args.row, args.size, args.precision)
         print(json.dumps(alone))
         return alone
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for row in ROWS:
         command = [sys.executable, __file__, "--size", args.size, "--precision", args.precision, "--row", row]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[row] = json.loads(done.stdout.splitlines()[-1])
-    losses = {row: machine.Timed(result=figures["losses"]) for row, figures in found.items()}
+        by_name[row] = json.loads(done.stdout.splitlines()[-1])
+    losses = {row: machine.Timed(result=figures["losses"]) for row, figures in by_name.items()}
     machine.agree("the loss", losses, lambda _: TOLERANCE.get(args.precision, EXACT))
     print(f"{machine.about()}\nsize {args.size}, {args.precision}\n| row | peak GiB | of hf's alike |\n|---|---|---|")
-    for row, figures in found.items():
-        figures["of_hf"] = figures["peak_gib"] / found["hf recomputed" if "recomputed" in row else "hf"]["peak_gib"]
+    for row, figures in by_name.items():
+        figures["of_hf"] = figures["peak_gib"] / by_name["hf recomputed" if "recomputed" in row else "hf"]["peak_gib"]
         print(f"| {row} | {figures['peak_gib']:.2f} | {figures['of_hf']:.2f} |")
-    machine.write(args.out, {"size": args.size, "rows": found})
-    return found
+    machine.write(args.out, {"size": args.size, "rows": by_name})
+    return by_name
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from plain import PlainGPT
 from torch import Tensor, nn
 
 from igpt.checkpoint import tensors
-from igpt.checkpoint.huggingface import exported
+from igpt.checkpoint.huggingface import export_state
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
@@ -41,15 +41,15 @@ def our_net(size: str, *, compiled: bool = False, attention: str = "auto") -> GP
 def plain_net(size: str, *, compiled: bool = False) -> PlainGPT:
     n_ctx = SIZES[size][3]
     net = PlainGPT(*SIZES[size][:5], bmm=n_ctx <= 128 and not torch.cuda.is_available())
-    ours = our_net(size).state_dict()
+    own = our_net(size).state_dict()
     names = {"ln_1.g": "norm_1.weight", "ln_2.g": "norm_2.weight", "attn.c_attn": "qkv", "attn.c_proj": "proj",
              "mlp.c_fc": "fc", "mlp.c_proj": "out", "ln_f.g": "ln_f.weight", "wtet": "head.weight"}  # fmt: skip
-    theirs = {}
-    for name, weight in ours.items():
+    reference = {}
+    for name, weight in own.items():
         for our, their in names.items():
             name = name.replace(our, their)
-        theirs["wte.weight" if name == "wte" else name] = weight
-    net.load_state_dict(theirs)
+        reference["wte.weight" if name == "wte" else name] = weight
+    net.load_state_dict(reference)
     if compiled:
         for block in net.h:
             block.compile()
@@ -66,9 +66,11 @@ def hugging_face(size: str, *, use_cache: bool = False) -> Any:
         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=use_cache,
     )  # fmt: skip
     net = ImageGPTForCausalImageModeling(config)
-    ours = our_net(size)
-    theirs = {name: lazy.read() for name, lazy in exported(tensors.held(ours.state_dict()), ours.config).items()}
-    net.load_state_dict(theirs)
+    own = our_net(size)
+    reference = {
+        name: lazy.read() for name, lazy in export_state(tensors.unwrapped_state(own.state_dict()), own.config).items()
+    }
+    net.load_state_dict(reference)
     return net
 
 

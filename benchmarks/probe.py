@@ -38,21 +38,21 @@ def features(size: str, images: int, rounds: int) -> dict[str, machine.Timed]:
     shifted = F.pad(tokens[:, :-1], (1, 0), value=SIZES[size][4])
 
     @torch.inference_mode()
-    def ours() -> Tensor:
+    def own() -> Tensor:
         with matmul_precision("auto", tokens.device):
             return layer_features(net, tokens)
 
     @torch.inference_mode()
-    def theirs() -> Tensor:
+    def reference() -> Tensor:
         *hidden, last = peer.transformer(input_ids=shifted, output_hidden_states=True).hidden_states
         normed = (block.ln_1(h) for block, h in zip(peer.transformer.h, hidden, strict=True))
         return torch.stack([*(h.mean(dim=1) for h in normed), last.mean(dim=1)])
 
     def with_medium() -> Tensor:
         with matmul_precision("auto", tokens.device):
-            return theirs()
+            return reference()
 
-    rows = {"igpt": ours, "hf as shipped": theirs, "hf with our matrix products": with_medium}
+    rows = {"igpt": own, "hf as shipped": reference, "hf with our matrix products": with_medium}
     times = machine.interleaved({name: machine.timed(run) for name, run in rows.items()}, rounds)
     machine.agree("features", times, lambda _: 1e-4)
     return times
@@ -84,12 +84,12 @@ def fits(x: Tensor, y: Tensor, strength: float, rounds: int) -> dict[str, machin
 
     least = [objective(x[i], y, m.coef_, m.intercept_, strength) for i, m in enumerate(sklearn(x[:2], "float64", 1e-9))]
 
-    def above(found: list[tuple[Any, Any]]) -> float:
-        return max(objective(x[i], y, *found[i], strength) - low for i, low in enumerate(least))
+    def above(items: list[tuple[Any, Any]]) -> float:
+        return max(objective(x[i], y, *items[i], strength) - low for i, low in enumerate(least))
 
     def our_fit() -> Heads:
         with matmul_precision("auto", x.device):  # as `task=probe` does
-            return logistic_regression(x, y, n_class=classes, strengths=[strength])
+            return logistic_regression(x, y, n_class=classes, C_grid=[strength])
 
     def ours_above(fit: Heads) -> float:
         return above([(fit.weight[i, 0], fit.bias[i, 0]) for i in range(2)])
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--layers", type=int, default=25)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--strengths", type=float, nargs="+", default=[0.01, 1.0])
+    parser.add_argument("--C_grid", type=float, nargs="+", default=[0.01, 1.0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
@@ -133,12 +133,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     limits = machine.limits("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{machine.about()}\n{limits}")
     report: dict[str, Any] = {"limits": limits, "fits": {}}
-    found = report["features"] = features(args.size, args.batch, args.rounds)
+    by_name = report["features"] = features(args.size, args.batch, args.rounds)
     print(f"\nfeatures of all layers, size {args.size}, {args.batch} images")
-    unit = machine.table(found, unit=lambda s: f"{args.batch / s:,.1f} images/s", against="hf as shipped")
+    unit = machine.table(by_name, unit=lambda s: f"{args.batch / s:,.1f} images/s", against="hf as shipped")
     print("\n".join(unit), flush=True)
     x, y = made_up(args.layers, args.images, args.width, 10)
-    for strength in args.strengths:
+    for strength in args.C_grid:
         times = report["fits"][strength] = fits(x, y, strength, args.rounds)
         peers = [name for name in times if name != "igpt"]
         as_near = min(peers, key=lambda name, times=times: ("as near" not in name, times[name].median))

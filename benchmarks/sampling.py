@@ -25,14 +25,14 @@ from igpt.utils import keyed
 GREEDY = 64  # tokens that are compared, of the first two images
 
 
-def ours(net: GPT, batch: int, way: str, *, greedy: bool = False) -> Callable[[], Tensor]:
-    keys = keyed.item_keys(keyed.key(0, "sample"), torch.arange(batch))
-    uniforms = keyed.uniform(keys, net.n_ctx).to(net.wte.device)
+def igpt_samples(net: GPT, batch: int, way: str, *, greedy: bool = False) -> Callable[[], Tensor]:
+    rng_keys = keyed.per_example_keys(keyed.key(0, "sample"), torch.arange(batch))
+    uniforms = keyed.uniform(rng_keys, net.n_ctx).to(net.wte.device)
     sampling = Sampling(1.0, 1 if greedy else None, None)
     return lambda: generate(net, uniforms, sampling, backend=way)
 
 
-def theirs(net: Any, size: str, batch: int, *, greedy: bool = False) -> Callable[[], Tensor]:
+def peer_samples(net: Any, size: str, batch: int, *, greedy: bool = False) -> Callable[[], Tensor]:
     """Their `generate` with its key/value cache, as its documentation calls it."""
     n_ctx, n_vocab = SIZES[size][3:5]
     start = torch.full((batch, 1), n_vocab, device=net.device)
@@ -66,15 +66,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     usual = dispatch.decode_backend(net.wte, n_embd=net.n_embd, n_head=net.n_head)
     ways = {"auto": f"igpt ({usual})"} | {way: f"igpt {way}" for way in args.ways if way != usual}
 
-    same = theirs(peer, args.size, 2, greedy=True)()[:, :GREEDY]
+    same = peer_samples(peer, args.size, 2, greedy=True)()[:, :GREEDY]
     for way in ways:
-        if not torch.equal(ours(net, 2, way, greedy=True)()[:, :GREEDY], same):
+        if not torch.equal(igpt_samples(net, 2, way, greedy=True)()[:, :GREEDY], same):
             raise SystemExit(f"greedy tokens of {way} and of Hugging Face differ: no figures")
     print(f"{machine.about()}\n{limits}; the first {GREEDY} greedy tokens of all rows are the same")
     report: dict[str, Any] = {"size": args.size, "limits": limits, "batches": {}}
     for batch in args.batch:
-        rows = {name: machine.timed(ours(net, batch, way)) for way, name in ways.items()}
-        rows["hf"] = machine.timed(theirs(peer, args.size, batch))
+        rows = {name: machine.timed(igpt_samples(net, batch, way)) for way, name in ways.items()}
+        rows["hf"] = machine.timed(peer_samples(peer, args.size, batch))
         times = machine.interleaved(rows, args.rounds, warm_up=0)  # a thousand steps warm up by themselves
         read = (
             4 * (n_weight + batch * n_layer * n_ctx * n_embd) / 2**30

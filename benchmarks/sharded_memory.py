@@ -18,8 +18,8 @@ from igpt.distributed import ranks
 from igpt.distributed.launcher import is_rank, run_ranks
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
-from igpt.training.hardware import Machine
-from igpt.training.optimizers import adam
+from igpt.training.hardware import HardwareConfig
+from igpt.training.optimizers import make_adam
 
 GB = 1e9
 
@@ -33,23 +33,25 @@ def peak() -> int:
 def work(rank: ranks.Rank, width: int) -> None:
     sizes = {"n_layer": 2, "n_embd": width, "n_head": 24, "n_ctx": 256, "n_vocab": 512, "causal": True}
     mesh = init_device_mesh("cpu", (rank.count, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    machine = Machine(
-        accelerator="cpu", devices="auto", nodes=1, strategy="fsdp", checkpoint_in_pieces="auto", precision="32-true",
-        micro_batch=None, compile=False, activation_checkpointing=False, attention="auto", matmul_precision="auto",
+    machine = HardwareConfig(
+        accelerator="cpu", devices="auto", nodes=1, strategy="fsdp", sharded_checkpoint="auto", precision="32-true",
+        micro_batch=None, compile=False, activation_checkpointing=False, attention_backend="auto",
+        matmul_precision="auto",
         num_workers=0, peak_tflops=None,
     )  # fmt: skip
     with torch.device("meta"):
-        whole = sum(weight.numel() * 4 for weight in GPT(GPTConfig(**sizes)).parameters())
+        total = sum(weight.numel() * 4 for weight in GPT(GPTConfig(**sizes)).parameters())
     before = peak()
-    net = machine.made(partial(GPT, **sizes), lambda made: made.init_weights(0), mesh)
-    made = peak() - before
-    optimizer = adam(net.parameters(), learning_rate=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.0)
+    net = machine.build_model(partial(GPT, **sizes), lambda result: result.init_weights(0), mesh)
+    result = peak() - before
+    optimizer = make_adam(net.parameters(), learning_rate=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.0)
     net(torch.randint(512, (1, 256))).logsumexp(-1).mean().backward()
     optimizer.step()
     stepped = peak() - before
     print(
-        f"rank {rank.index}: {whole / GB:.2f} GB of weights in all; {made / GB:.2f} GB at most while its part is made "
-        f"({made / whole:.2f}), {stepped / GB:.2f} GB after a step ({stepped / whole / 4:.2f} of weights, "
+        f"rank {rank.index}: {total / GB:.2f} GB of weights in all; {result / GB:.2f} GB at most while its part is "
+        "made "
+        f"({result / total:.2f}), {stepped / GB:.2f} GB after a step ({stepped / total / 4:.2f} of weights, "
         "gradients and Adam together)",
         flush=True,
     )
@@ -59,11 +61,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=3072)
     parser.add_argument("--processes", type=int, default=2)
-    asked = parser.parse_args()
+    requested = parser.parse_args()
     if not is_rank():
-        sys.exit(run_ranks([sys.executable, *sys.argv], asked.processes))
-    with ranks.joined(torch.device("cpu")) as rank:
-        work(rank, asked.width)
+        sys.exit(run_ranks([sys.executable, *sys.argv], requested.processes))
+    with ranks.process_group(torch.device("cpu")) as rank:
+        work(rank, requested.width)
     os._exit(0)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.head_files import has_head, read_head
 from igpt.objective import registry
 from igpt.utils import files
@@ -45,7 +45,7 @@ def trace(model: str, tokens: Path, visible: Path | None, batch: int) -> dict[st
     Raises:
         SystemExit: arrays that do not go with the network.
     """
-    weights = find(model)
+    weights = find_weights(model)
     network = weights.metadata.network
     given = load_array(tokens, kinds="iu", shape=(None, network.n_ctx))
     if given.min() < 0 or given.max() >= network.n_vocab:
@@ -53,7 +53,7 @@ def trace(model: str, tokens: Path, visible: Path | None, batch: int) -> dict[st
     if (visible is None) != network.causal:
         raise SystemExit("--visible is for networks of masked pixels, which need it, and for no others")
     shown = None if visible is None else load_array(visible, kinds="b", shape=tuple(given.shape))
-    objective = registry.build(**weights.metadata.objective)
+    objective = registry.build_objective(**weights.metadata.objective)
     head = read_head(weights)[1].float() if has_head(weights) else torch.empty(0, network.n_embd)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = weights.net().to(device).eval()
@@ -65,8 +65,8 @@ def trace(model: str, tokens: Path, visible: Path | None, batch: int) -> dict[st
         logits = net.logits(hidden)
         nats = objective.per_example_loss(logits, some, mask)
         parts.append((logits, torch.stack(outputs, 1), nats, hidden.mean(1) @ head.T.to(device)))
-    whole = [torch.cat([part.float().cpu() for part in of_all]).numpy() for of_all in zip(*parts, strict=True)]
-    traced = dict(zip(("logits", "block_outputs", "image_nats", "class_scores"), whole, strict=True))
+    full = [torch.cat([part.float().cpu() for part in of_all]).numpy() for of_all in zip(*parts, strict=True)]
+    traced = dict(zip(("logits", "block_outputs", "image_nats", "class_scores"), full, strict=True))
     return traced | {"block_outputs": traced["block_outputs"].swapaxes(0, 1)}
 
 

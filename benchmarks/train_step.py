@@ -5,7 +5,8 @@
 Every row has the same weights to begin with, token ids, batch, loss over all positions and fused Adam; all must have
 the same losses in the first two steps, or there are no figures. Rows take turns, round by round, so that a machine that
 speeds up or slows down does so for all; the first round is a warm-up for all and is not counted. Each side is a process
-of its own: ours keeps freed memory (`hold_memory`), as our training does, Hugging Face's is as it ships (`--hold-peer`:
+of its own: ours keeps freed memory (`disable_malloc_trim`), as our training does, Hugging Face's is as it ships
+(`--hold-peer`:
 with our setting, too). `fp32+medium` is `torch.set_float32_matmul_precision("medium")`, which users of any side can
 set; where that rounds what is multiplied, rows are called `bf16-products` (CPUs with AMX) or `tf32-products` (GPUs).
 """
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from igpt.distributed.process_state import float32_matmul_precision
 from igpt.model import dispatch
-from igpt.training.hardware import hold_memory
+from igpt.training.hardware import disable_malloc_trim
 
 ROUNDED = (1e-2, 3e-2)  # nats, of the losses of the first two steps
 TOLERANCE = {"bf16": ROUNDED, "bf16-products": ROUNDED}  # of the others:
@@ -63,7 +64,7 @@ def labels(precisions: Sequence[str], device: str) -> list[str]:
 def our_rows(size: str, precisions: list[str], options: dict[str, Any]) -> dict[str, machine.Run]:
     """This project's rows, eager and compiled, as its training runs; with `plain` the plain rewrite's too."""
     if options["hold"]:
-        hold_memory()
+        disable_malloc_trim()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, rows = token_ids(size, device, options["batch"]), {}
     for label in labels(precisions, device):
@@ -79,7 +80,7 @@ def our_rows(size: str, precisions: list[str], options: dict[str, Any]) -> dict[
 def peer_rows(size: str, precisions: list[str], options: dict[str, Any], hold: bool) -> dict[str, machine.Run]:
     """Hugging Face's rows; `hold`: with freed memory kept by the process, as ours."""
     if hold:
-        hold_memory()
+        disable_malloc_trim()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = token_ids(size, device, options["batch"])
     return {

@@ -21,7 +21,7 @@ from igpt.run.components import Components
 from tests.process_state import Restorer, RoundedProducts
 
 ROOT = Path(__file__).parents[1]
-needs_compiler = pytest.mark.skipif(c_library.found_compiler() is None, reason="no C compiler (cc, or CC) is here")
+needs_compiler = pytest.mark.skipif(c_library.find_compiler() is None, reason="no C compiler (cc, or CC) is here")
 SHARED = ROOT.parent / "shared"
 
 

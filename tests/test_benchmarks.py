@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import save_model
 from igpt.model import c_library
 from igpt.objective.ar import AR
@@ -96,7 +96,7 @@ def test_training_step(medium: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """
     import train_step
 
-    monkeypatch.setattr(train_step, "hold_memory", lambda: None)
+    monkeypatch.setattr(train_step, "disable_malloc_trim", lambda: None)
     out = tmp_path / "out.json"
     train_step.main(["--size", "tiny", "--no-compiled", "--plain", "--hold-peer", "--out", str(out), *ONCE])
     report = json.loads(out.read_text())
@@ -104,9 +104,9 @@ def test_training_step(medium: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(rows) == {
         f"{who} {how}" for who in ("igpt", "plain", "hf", "hf held") for how in ("fp32", medium, "bf16")
     }
-    ours, hf = rows["igpt bf16"], rows["hf bf16"]
-    assert ours["against_hf"] == pytest.approx(hf["seconds"][0] / ours["seconds"][0])
-    assert ours["against_shipped"] == pytest.approx(rows["hf fp32"]["seconds"][0] / ours["seconds"][0])
+    own, hf = rows["igpt bf16"], rows["hf bf16"]
+    assert own["against_hf"] == pytest.approx(hf["seconds"][0] / own["seconds"][0])
+    assert own["against_shipped"] == pytest.approx(rows["hf fp32"]["seconds"][0] / own["seconds"][0])
     assert {"command", "commit", "torch", "cpu", "limits"} <= set(report)
 
 
@@ -158,8 +158,8 @@ def test_sampling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
     few = ["--size", "tiny", "--batch", "3", "--ways", "columns", "layers", *ONCE]
     report = sampling.main(few)
-    names = [f"igpt ({'native' if c_library.available() else 'columns'})", "igpt columns", "igpt layers", "hf"]
-    assert list(report["batches"][3]["rows"]) == (names if c_library.available() else [names[0], *names[2:]])
+    names = [f"igpt ({'native' if c_library.is_available() else 'columns'})", "igpt columns", "igpt layers", "hf"]
+    assert list(report["batches"][3]["rows"]) == (names if c_library.is_available() else [names[0], *names[2:]])
     shapes = [row.result.shape for row in report["batches"][3]["rows"].values()]
     assert shapes == [(3, 16)] * len(shapes)
     assert "greedy tokens of all rows are the same" in capsys.readouterr().out
@@ -178,7 +178,7 @@ def test_attention(medium: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Independent source: what autograd notes of each way, and PyTorch's attention in float64 of what they all give."""
     import attention
 
-    monkeypatch.setattr(attention, "hold_memory", lambda: None)
+    monkeypatch.setattr(attention, "disable_malloc_trim", lambda: None)
     computed: dict[str, set[str]] = {}
     exact: list[torch.Tensor] = []
     attend = attention.self_attention
@@ -207,7 +207,7 @@ def test_attention(medium: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_attention_that_differs_gives_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     import attention
 
-    monkeypatch.setattr(attention, "hold_memory", lambda: None)
+    monkeypatch.setattr(attention, "disable_malloc_trim", lambda: None)
     attend = attention.self_attention
 
     def wrong(qkv: torch.Tensor, n_head: int, *, causal: bool, backend: str) -> torch.Tensor:
@@ -224,7 +224,7 @@ def test_rounded_products_are_not_taken_for_float32(monkeypatch: pytest.MonkeyPa
     """Invariant: what is called float32 is held to float32; the precision is put back also where that ends it."""
     import attention
 
-    monkeypatch.setattr(attention, "hold_memory", lambda: None)
+    monkeypatch.setattr(attention, "disable_malloc_trim", lambda: None)
     monkeypatch.setattr(shared, "medium", lambda device: "fp32+medium")
     with pytest.raises(SystemExit, match="no figures"):
         attention.main(["--lengths", "16", "--heads", "8", *ONCE])
@@ -238,7 +238,7 @@ def test_cost(shared: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     """
     import cost
 
-    monkeypatch.setattr(cost, "hold_memory", lambda: None)
+    monkeypatch.setattr(cost, "disable_malloc_trim", lambda: None)
     monkeypatch.setattr(shared, "time", Clock(2**-20))
     runs: list[Any] = []
     step_of = cost.step_of
@@ -265,8 +265,8 @@ def test_encoding_and_kmeans(photos: Path, tmp_path: Path) -> None:
 
     few = ["--count", "4", "--colours", "8", "--pixels", "4000", "--cache", str(tmp_path)]
     report = encode.main(["--images", str(photos), *few, *ONCE])
-    theirs, ours = report["inertia"].values()
-    assert ours == pytest.approx(theirs, rel=0.05)
+    reference, own = report["inertia"].values()
+    assert own == pytest.approx(reference, rel=0.05)
 
 
 @pytest.mark.usefixtures("medium")
@@ -274,7 +274,7 @@ def test_probe() -> None:
     """Invariant: features equal Hugging Face's (the benchmark says so or ends), and fits end near the minimum."""
     import probe
 
-    few = ["--layers", "3", "--images", "60", "--width", "8", "--strengths", "0.1"]
+    few = ["--layers", "3", "--images", "60", "--width", "8", "--C_grid", "0.1"]
     report = probe.main(["--size", "tiny", "--batch", "2", *few, *ONCE])
     assert report["fits"][0.1]["igpt"].result < 1e-6
 
@@ -295,7 +295,7 @@ def test_data_path(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     """
     import data_path
 
-    monkeypatch.setattr(data_path, "hold_memory", lambda: None)
+    monkeypatch.setattr(data_path, "disable_malloc_trim", lambda: None)
     monkeypatch.setattr(data_path, "K", 8)
     monkeypatch.setattr(data_path.Photographs, "__len__", lambda self: 1)
     monkeypatch.setattr(data_path, "time", Clock(2.0))
@@ -313,15 +313,15 @@ def test_data_path(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert [row[1] for row in rows] == ways * 3
     differences = {name: [float(row[4]) for row in rows if row[1] == name] for name in ways}  # grey levels
     assert differences.pop("plain: whole image, crop, resize") == [0, 0, 0]
-    for name, found in differences.items():
-        assert max(found) < 0.2 if name.startswith("resize=twice") else min(found) > 0.4, name
+    for name, items in differences.items():
+        assert max(items) < 0.2 if name.startswith("resize=twice") else min(items) > 0.4, name
 
 
 def test_the_trace_of_a_network(small_weights: Path, tmp_path: Path) -> None:
     """Independent source: the network itself, its residual stream and the objective's loss."""
     import trace_network
 
-    net = find(str(small_weights)).net()
+    net = find_weights(str(small_weights)).net()
     tokens = torch.randint(net.n_vocab, (5, net.n_ctx), generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "ids.npy", tokens.numpy().astype(np.uint8))
     out = tmp_path / "trace.npz"

@@ -17,16 +17,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import CheckpointMetadata, save_model
 from igpt.metric.result import Number, Result
 from igpt.model.config import GPTConfig
 from igpt.report.closing_table import closing_table
 from igpt.report.folder import RunFolder
-from igpt.run.arguments import absolute, check, parse, prepare
+from igpt.run.arguments import check_overrides, make_paths_absolute, parse_overrides, prepare_arguments
 from igpt.run.components import Components
 from igpt.run.execute import run_and_report, stage_runner
-from igpt.run.launch import launch, lost_worker, out_of_memory
+from igpt.run.launch import explain_lost_worker, explain_out_of_memory, launch
 from igpt.run.run_config import CHECKPOINT, RunConfig
 from igpt.run.run_dir import find_run_dir
 from igpt.tokens.palette import Palette
@@ -113,9 +113,9 @@ def test_the_papers_sizes_are_the_configs(tmp_path: Path) -> None:
 )
 def test_did_you_mean(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check([override], [CONF])
+        check_overrides([override], [CONF])
     with pytest.raises(ValueError, match=message):
-        prepare([override], CONF)
+        prepare_arguments([override], CONF)
 
 
 @pytest.mark.parametrize(
@@ -134,14 +134,14 @@ def test_did_you_mean(override: str, message: str) -> None:
 )
 def test_good_arguments_pass(override: str, setting: str, values: list[Any]) -> None:
     """Independent source: Hydra, which takes what is passed on to it, and makes the settings of it that are meant."""
-    (passed,) = prepare([override], CONF)
+    (passed,) = prepare_arguments([override], CONF)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         options = GlobalHydra.instance().config_loader()
         (parsed,) = OverridesParser.create(options).parse_overrides([passed])
         sweep = parsed.is_sweep_override()
         jobs = [f"{parsed.key_or_group}={value}" for value in parsed.sweep_string_iterator()] if sweep else [passed]
-        made = [compose("config", overrides=[job], return_hydra_config=True) for job in jobs]
-        assert [OmegaConf.select(cfg, setting) for cfg in made] == values
+        result = [compose("config", overrides=[job], return_hydra_config=True) for job in jobs]
+        assert [OmegaConf.select(cfg, setting) for cfg in result] == values
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_weights_that_agree_are_taken(tmp_path: Path) -> None:
     init = save_small(tmp_path / "run")
     for overrides in (["task=pretrain", *SMALL], ["task=evaluate"]):
         build = built(*overrides, f"init={init}", f"paths.cache={tmp_path}")
-        assert build.build_network().config == find(str(init)).metadata.network
+        assert build.build_network().config == find_weights(str(init)).metadata.network
 
 
 @pytest.mark.parametrize("task", ["sample", "complete", "evaluate"])
@@ -266,9 +266,9 @@ def test_bad_values_are_found_before_work_starts(tmp_path: Path, override: str, 
 
 def test_the_network_has_as_many_colours_as_were_found(tmp_path: Path) -> None:
     """By hand: the digits have 17; nothing else of the network follows from what was asked for."""
-    asked = built("tokens.palette.k=512", f"paths.cache={tmp_path}").build_network()
-    assert asked.n_vocab == 17
-    assert asked.config == built(f"paths.cache={tmp_path}").build_network().config
+    requested = built("tokens.palette.k=512", f"paths.cache={tmp_path}").build_network()
+    assert requested.n_vocab == 17
+    assert requested.config == built(f"paths.cache={tmp_path}").build_network().config
 
 
 def test_what_decides_a_run_decides_its_name(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_what_decides_a_run_decides_its_name(tmp_path: Path) -> None:
     for i, path in enumerate(palettes):
         np.save(path, np.linspace(-1, 1, 51).reshape(17, 3).astype(np.float32)[:: 1 - 2 * i])
     name = built().run.name
-    same = ["paths.cache=x", "paths.runs=y", "force=true", "trainer=cpu", "trainer.micro_batch=8", "callbacks=none"]
+    same = ["paths.cache=x", "paths.runs=y", "rerun=true", "trainer=cpu", "trainer.micro_batch=8", "callbacks=none"]
     for override in [*same, "trainer.num_workers=3", "logger=[csv,wandb]"]:
         assert built(override).run.name == name
     others = ["seed=1", "task.steps=7", "trainer.precision=bf16-mixed", "data.shift=0", "tokens.order=random"]
@@ -311,7 +311,7 @@ def test_a_stopped_pipeline_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
         (folder,) = (tmp_path / runs).iterdir()
         return {key: number.value for key, number in result.numbers.items() if "per_s" not in key}, folder
 
-    whole, _ = start(runs="whole")
+    full, _ = start(runs="whole")
     again: list[str] = []
     for stage in ("igpt.task.pretrain.run", "igpt.task.complete.run"):  # stopped, resumed, stopped again
         with monkeypatch.context() as patch:
@@ -323,7 +323,7 @@ def test_a_stopped_pipeline_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
     done = [folder / stage / "result.json" for stage in ("1_palette", "2_pretrain")]
     written = [path.stat().st_mtime_ns for path in done]
     resumed, _ = start(*again, runs="stopped")
-    assert resumed == whole
+    assert resumed == full
     assert [path.stat().st_mtime_ns for path in done] == written
 
 
@@ -339,7 +339,7 @@ def failing(task: Any) -> Any:
 
 def test_resume_and_force_together() -> None:
     with pytest.raises(ValueError, match="choose one of them"):
-        find_run_dir(built("resume=x", "force=true").run)
+        find_run_dir(built("resume=x", "rerun=true").run)
 
 
 def test_a_resumed_run_with_other_settings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -379,9 +379,9 @@ def test_resume_auto_takes_the_folder_this_command_has_begun(tmp_path: Path) -> 
 
 
 def test_a_sweep_goes_on_by_itself() -> None:
-    assert prepare(["-m", "seed=0,1"], CONF) == ["-m", "seed=0,1", "resume=auto"]
-    assert prepare(["-m", "seed=0,1", "force=true"], CONF) == ["-m", "seed=0,1", "force=true"]
-    assert prepare(["seed=0"], CONF) == ["seed=0"]
+    assert prepare_arguments(["-m", "seed=0,1"], CONF) == ["-m", "seed=0,1", "resume=auto"]
+    assert prepare_arguments(["-m", "seed=0,1", "rerun=true"], CONF) == ["-m", "seed=0,1", "rerun=true"]
+    assert prepare_arguments(["seed=0"], CONF) == ["seed=0"]
 
 
 def hydra_of(*overrides: str) -> Any:
@@ -406,13 +406,13 @@ def test_launchers_compose() -> None:
 def test_resume_reads_the_saved_arguments(tmp_path: Path) -> None:
     """Round trip: saved overrides come first, in front of new ones; quotes and another directory do no harm."""
     folder = RunFolder(tmp_path / "a run")
-    folder.start({}, ["task.steps=7", "force=true"], {})
+    folder.start({}, ["task.steps=7", "rerun=true"], {})
     arguments = [f"resume='{folder.path}'", "trainer.num_workers=1"]
-    assert prepare(arguments, CONF) == ["task.steps=7", *arguments]
+    assert prepare_arguments(arguments, CONF) == ["task.steps=7", *arguments]
     stage = RunFolder(folder.path / "2_pretrain")
     stage.start({}, None, {})
     with pytest.raises(ValueError, match=r"stage of a pipeline; continue that: resume=.*a run"):
-        prepare([f"resume='{stage.path}'"], CONF)
+        prepare_arguments([f"resume='{stage.path}'"], CONF)
 
 
 def test_settings_of_ones_own_beside_ours(tmp_path: Path) -> None:
@@ -420,11 +420,11 @@ def test_settings_of_ones_own_beside_ours(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 7\n")
     arguments = ["--config-dir", str(tmp_path), "experiment=mine", "task.steps=5"]
-    assert prepare(arguments, CONF) == arguments
+    assert prepare_arguments(arguments, CONF) == arguments
     with pytest.raises(ValueError, match=r"experiment=mime: there is no such option, did you mean mine\?"):
-        prepare([*arguments[:2], "experiment=mime"], CONF)
+        prepare_arguments([*arguments[:2], "experiment=mime"], CONF)
     with pytest.raises(ValueError, match="there is no such folder"):
-        prepare(["--config-dir=nowhere", "seed=1"], CONF)
+        prepare_arguments(["--config-dir=nowhere", "seed=1"], CONF)
 
 
 def test_files_to_read_are_remembered_by_their_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,14 +434,14 @@ def test_files_to_read_are_remembered_by_their_whole_path(tmp_path: Path, monkey
         Path(folder).mkdir(parents=True)
     Path("openai/model.ckpt-1.index").touch()
     here = Path.cwd()
-    assert absolute(["seed=1", "tokens.path=/p.npy"]) == ["seed=1", "tokens.path=/p.npy"]
-    (with_blank,) = absolute(["init='runs/a b'"])
-    assert parse([with_blank])[0].value() == f"{here}/runs/a b"
+    assert make_paths_absolute(["seed=1", "tokens.path=/p.npy"]) == ["seed=1", "tokens.path=/p.npy"]
+    (with_blank,) = make_paths_absolute(["init='runs/a b'"])
+    assert parse_overrides([with_blank])[0].value() == f"{here}/runs/a b"
     for key in ("data.path=conf", "init=openai", "init=openai/model.ckpt-1", "task.palette=p.npy", "data.clusters=c"):
         name, _, value = key.partition("=")
-        assert absolute([key]) == [f"{name}={here / value}"]
+        assert make_paths_absolute([key]) == [f"{name}={here / value}"]
     for unchanged in ("data.path=uoft-cs/cifar10", "init=openai/imagegpt-small", "init=null"):
-        assert absolute([unchanged]) == [unchanged]
+        assert make_paths_absolute([unchanged]) == [unchanged]
 
 
 def planned(caplog: pytest.LogCaptureFixture, *overrides: str) -> str:
@@ -456,16 +456,16 @@ def test_the_plan_of_a_run(caplog: pytest.LogCaptureFixture, tmp_path: Path, mon
     """By hand: iGPT-L on eight machines of eight; no image, palette, folder or process is needed for it."""
     monkeypatch.chdir(tmp_path)
     eight = ("trainer=fsdp", "trainer.accelerator=gpu", "trainer.devices=8", "trainer.nodes=8", "task.batch_size=128")
-    said = planned(
+    message = planned(
         caplog, "model=igpt_l", "data=imagenet32", *eight, "trainer.memory_gb=80", "trainer.peak_tflops=100",
         "task.steps=1000",
     )  # fmt: skip
-    assert re.search(r"weights +1,362,250,752", said)
-    assert re.search(r"device: weights +0\.09 GB", said)  # 4 bytes each, of 64 devices one
-    assert re.search(r"optimiser +0\.17 GB", said)
-    assert re.search(r"images in all +128,000", said)
-    assert re.search(r"a step .* at 40% of 100 TFLOP/s on 64 device", said)
-    assert re.search(r"fits +yes: .* of 80\.00 GB", said)
+    assert re.search(r"weights +1,362,250,752", message)
+    assert re.search(r"device: weights +0\.09 GB", message)  # 4 bytes each, of 64 devices one
+    assert re.search(r"optimiser +0\.17 GB", message)
+    assert re.search(r"images in all +128,000", message)
+    assert re.search(r"a step .* at 40% of 100 TFLOP/s on 64 device", message)
+    assert re.search(r"fits +yes: .* of 80\.00 GB", message)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -487,10 +487,10 @@ def test_memory_that_ran_out() -> None:
     """What PyTorch raises when it is asked for 2^60 bytes names the plan; any other error is left as it is."""
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
-    said = out_of_memory(raised.value)
-    assert said is not None
-    assert "trainer.plan=true" in said
-    assert out_of_memory(RuntimeError("shape mismatch")) is None
+    message = explain_out_of_memory(raised.value)
+    assert message is not None
+    assert "trainer.plan=true" in message
+    assert explain_out_of_memory(RuntimeError("shape mismatch")) is None
 
 
 def test_a_worker_that_was_lost() -> None:
@@ -506,14 +506,14 @@ def test_a_worker_that_was_lost() -> None:
 
     with pytest.raises(RuntimeError) as caught:
         list(torch.utils.data.DataLoader(Killed(), num_workers=1))
-    said = lost_worker(caught.value)
-    assert said is not None
-    assert said.startswith("a process that reads images has died (killed by signal: Bus error)")
-    assert "trainer.num_workers=0" in said
-    waited = lost_worker(RuntimeError("DataLoader worker (pid(s) 48, 49) exited unexpectedly"))
+    message = explain_lost_worker(caught.value)
+    assert message is not None
+    assert message.startswith("a process that reads images has died (killed by signal: Bus error)")
+    assert "trainer.num_workers=0" in message
+    waited = explain_lost_worker(RuntimeError("DataLoader worker (pid(s) 48, 49) exited unexpectedly"))
     assert waited is not None
     assert "(it ended unexpectedly)" in waited
-    assert lost_worker(RuntimeError("shapes differ")) is None
+    assert explain_lost_worker(RuntimeError("shapes differ")) is None
 
 
 def test_sharding_needs_several_processes(tmp_path: Path) -> None:
@@ -535,9 +535,9 @@ def test_deepspeed(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ("trainer.accelerator=cpu", "trainer.devices=2", f"trainer={trainer}")
     machine = built(*settings).hardware
     stage = {"deepspeed_2": 2}.get(trainer, 3)
-    made = ZeRO(stage=machine.zero_stage, offload=machine.offload, n_weight=1000)
-    assert made.config["zero_optimization"]["stage"] == machine.zero_stage == stage
-    assert ("offload_param" in made.config["zero_optimization"]) == (trainer == "deepspeed_3_offload")
+    result = ZeRO(zero_stage=machine.zero_stage, offload=machine.is_offloaded, n_weight=1000)
+    assert result.config["zero_optimization"]["stage"] == machine.zero_stage == stage
+    assert ("offload_param" in result.config["zero_optimization"]) == (trainer == "deepspeed_3_offload")
     for wrong in ("trainer.compile=true", "trainer.precision=bf16-true"):
         with pytest.raises(ValueError, match=f"does not go with {wrong}"):
             _ = built(*settings, wrong).hardware
@@ -552,7 +552,7 @@ PAPER = sorted(path.stem for path in (CONF / "experiment" / "paper").glob("*.yam
 @pytest.mark.parametrize("name", PAPER)
 def test_a_protocol_of_the_paper_starts_and_carries_its_number(name: str) -> None:
     """Round trip: what the file says is what is printed; only pretraining that the paper has no number of has none."""
-    assert prepare([f"experiment=paper/{name}"], CONF) == [f"experiment=paper/{name}"]
+    assert prepare_arguments([f"experiment=paper/{name}"], CONF) == [f"experiment=paper/{name}"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=[f"experiment=paper/{name}"])
     text = (CONF / "experiment" / "paper" / f"{name}.yaml").read_text()
@@ -588,8 +588,8 @@ def test_a_finished_run_stands_for_a_stage(tmp_path: Path) -> None:
             return launch(build.run.cfg, choices=build.run.choices, overrides=[])
 
     first = start(STAGES)
-    (whole,) = (tmp_path / "runs").iterdir()
-    given = STAGES.replace("steps: 2", f"run: '{whole / '1_pretrain'}', steps: 2")
+    (full_path,) = (tmp_path / "runs").iterdir()
+    given = STAGES.replace("steps: 2", f"run: '{full_path / '1_pretrain'}', steps: 2")
     second = start(given)
     assert second.numbers["val/loss_gen"] == first.numbers["val/loss_gen"]
     assert [path.name for folder in (tmp_path / "runs").iterdir() for path in folder.glob("1_*")] == ["1_pretrain"]
@@ -598,10 +598,10 @@ def test_a_finished_run_stands_for_a_stage(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no finished run is there"):
         start(given.replace("1_pretrain", "2_pretrain"))
     other = start(
-        STAGES.replace("sample: {count: 1}", f"again: {{task: sample, count: 1, run: '{whole / '2_sample'}'}}")
+        STAGES.replace("sample: {count: 1}", f"again: {{task: sample, count: 1, run: '{full_path / '2_sample'}'}}")
     )
     assert other.numbers.keys() == first.numbers.keys()
     swapped = "{pretrain: {steps: 3, warmup_steps: 1, val_every: 0, checkpoint_every: 2}, "
-    swapped += f"sample: {{count: 1, run: '{whole / '2_sample'}'}}}}"
+    swapped += f"sample: {{count: 1, run: '{full_path / '2_sample'}'}}}}"
     with pytest.raises(ValueError, match=r"task\.stages\.sample\.run=.*: it began from other files \(init\)"):
         start(f"++task.stages={swapped}")

@@ -43,30 +43,30 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def files_of(room: str) -> list[Path]:
-    return [SRC / f"{room}.py"] if (SRC / f"{room}.py").is_file() else sorted((SRC / room).rglob("*.py"))
+def files_of(package: str) -> list[Path]:
+    return [SRC / f"{package}.py"] if (SRC / f"{package}.py").is_file() else sorted((SRC / package).rglob("*.py"))
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_rooms_it_may(room: str) -> None:
+@pytest.mark.parametrize("package", ROOMS)
+def test_a_room_imports_only_rooms_it_may(package: str) -> None:
     """Invariant: data flows one way."""
-    assert files_of(room)
-    for path in files_of(room):
-        strangers = imports_of(path) - ROOMS[room] - {room}
+    assert files_of(package)
+    for path in files_of(package):
+        strangers = imports_of(path) - ROOMS[package] - {package}
         assert not strangers, f"{path.relative_to(SRC)} imports {strangers}"
 
 
 def test_the_rooms_are_in_order() -> None:
     """Invariant: no room may import one that stands below it, so there is no cycle."""
     order = list(ROOMS)
-    for room, allowed in ROOMS.items():
-        assert allowed <= set(order[: order.index(room)]), room
+    for package, allowed in ROOMS.items():
+        assert allowed <= set(order[: order.index(package)]), package
 
 
 def test_every_room_is_listed() -> None:
     """Invariant: a new room states what it may import; no module lies beside the rooms but `hub.py`."""
-    rooms = {path.name for path in SRC.iterdir() if path.name not in ("__init__.py", "__pycache__")}
-    assert rooms == {"hub.py", *ROOMS} - {"hub"}
+    packages = {path.name for path in SRC.iterdir() if path.name not in ("__init__.py", "__pycache__")}
+    assert packages == {"hub.py", *ROOMS} - {"hub"}
 
 
 def test_a_file_name_is_used_once() -> None:

@@ -36,22 +36,22 @@ def command_of(folder: Path) -> list[str]:
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor that a run left, also those in stages of it, and those of its last checkpoint."""
-    found = {}
+    by_name = {}
     for path in sorted(folder.rglob("*.safetensors")):
-        found |= {f"{path.relative_to(folder)} {name}": tensor for name, tensor in load_file(path).items()}
+        by_name |= {f"{path.relative_to(folder)} {name}": tensor for name, tensor in load_file(path).items()}
     for path in sorted((folder / "checkpoints").glob("*_0000012.ckpt")):
         checkpoint = torch.load(path, weights_only=True)
-        found |= checkpoint["state_dict"]
+        by_name |= checkpoint["state_dict"]
         for position, state in checkpoint["optimizer_states"][0]["state"].items():
-            found |= {f"Adam's {name} of weight {position}": state[name] for name in ("exp_avg", "exp_avg_sq")}
-    return found
+            by_name |= {f"Adam's {name} of weight {position}": state[name] for name in ("exp_avg", "exp_avg_sq")}
+    return by_name
 
 
-def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], kind: str) -> None:
+def assert_same(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], kind: str) -> None:
     """To the bit; where floats round otherwise, nearly: probes and fine-tuning, in steps of 0.05, only roughly."""
-    assert len(theirs) > 5
-    assert theirs.keys() <= ours.keys()
-    for name, tensor in theirs.items():
+    assert len(reference) > 5
+    assert reference.keys() <= ours.keys()
+    for name, tensor in reference.items():
         if SAME_BITS:
             assert torch.equal(ours[name], tensor), name
         else:
@@ -67,22 +67,22 @@ def test_it_goes_on_to_the_bit(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
     """
     monkeypatch.chdir(tmp_path)
     folder, init = given(kind, "stopped", tmp_path)
-    (theirs,) = (KEPT / "finished").glob(f"{kind}-*")
+    (reference,) = (KEPT / "finished").glob(f"{kind}-*")
     before = {path.name for path in folder.rglob("*.ckpt")}
     result, resumed = run(f"resume={folder}", *init, conf=CONF)
     assert before == {"step_0000004.ckpt"}
     assert resumed == folder
-    assert_same(tensors_of(folder), tensors_of(theirs), kind)
-    numbers = read_record(theirs / "result.json")["numbers"]
+    assert_same(tensors_of(folder), tensors_of(reference), kind)
+    numbers = read_record(reference / "result.json")["numbers"]
     near = 0 if SAME_BITS else 0.05
     assert {key: number.value for key, number in result.numbers.items()} == pytest.approx(
         {key: number["value"] for key, number in numbers.items()}, rel=near, abs=near
     )
     assert read_record(folder / "result.json")["version"] == VERSION
-    _, whole = run(*command_of(folder), *init, f"paths.runs={tmp_path / 'whole'}", conf=CONF)
-    assert whole is not None
-    assert whole.parent.name == "whole"
-    assert_same(tensors_of(folder), tensors_of(whole), kind)
+    _, full_path = run(*command_of(folder), *init, f"paths.runs={tmp_path / 'whole'}", conf=CONF)
+    assert full_path is not None
+    assert full_path.parent.name == "whole"
+    assert_same(tensors_of(folder), tensors_of(full_path), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,8 +92,8 @@ def test_a_finished_one_is_recognised(kind: str, tmp_path: Path, monkeypatch: py
     folder, init = given(kind, "finished", tmp_path)
     before = state_of(folder)
     command = [*command_of(folder), *init]
-    for asked in (command, [*command, "resume=auto"], [f"resume={folder}", *init]):
-        result, found = run(*asked, conf=CONF)
+    for requested in (command, [*command, "resume=auto"], [f"resume={folder}", *init]):
+        result, found = run(*requested, conf=CONF)
         assert found is not None
         assert found.resolve() == folder
         numbers = files.read_json(folder / "result.json")["numbers"]
@@ -115,7 +115,7 @@ def test_an_unfinished_one_is_not_begun_anew_unasked(tmp_path: Path, monkeypatch
     folder, _ = given("pretrain", "stopped", tmp_path)
     with pytest.raises(ValueError, match=rf"{folder.name} was begun and is not finished: .*resume="):
         run(*command_of(folder), conf=CONF)
-    _, repeated = run(*command_of(folder), "force=true", conf=CONF)
+    _, repeated = run(*command_of(folder), "rerun=true", conf=CONF)
     assert repeated is not None
     assert repeated.resolve() != folder
     assert not (folder / "result.json").exists()

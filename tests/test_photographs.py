@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import initialize_config_dir
 
-from igpt.data.classes import imagenet
+from igpt.data.classes import imagenet_classes
 from igpt.metric.result import Result
 from igpt.report.folder import RunFolder
 from igpt.run.launch import launch
@@ -43,7 +43,7 @@ PIPELINE = (
 def ilsvrc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few photographs in ILSVRC's layout: train/<wnid> and val/<wnid>."""
     root = tmp_path_factory.mktemp("ilsvrc")
-    wnids = list(imagenet())[10:14]
+    wnids = list(imagenet_classes())[10:14]
     class_folders(root, wnids, 13)
     return class_folders(root, wnids[1:3], 3, split="val", seed=900)
 
@@ -82,7 +82,7 @@ def test_next_pixel(ilsvrc: Path, tmp_path: Path, more: tuple[str, ...]) -> None
     again = built("task=complete", f"init={folder / '2_pretrain'}", "data=imagenet48", f"data.path={ilsvrc}",
                   *data_as_before, f"paths.cache={tmp_path / 'cache'}")  # fmt: skip
     data = again.build_datamodule()
-    given = data.some_tokens("val")[record["provenance"]["images"]].repeat_interleave(4, 0)
+    given = data.sample_tokens("val")[record["provenance"]["images"]].repeat_interleave(4, 0)
     known = data.tokenizer.known_tokens(4)
     assert known.sum() == 32
     assert torch.equal(torch.from_numpy(completed)[:, known], given[:, known])
@@ -114,7 +114,7 @@ def test_a_palette_beside_others(ilsvrc: Path, tmp_path: Path) -> None:
     """Independent source: the error by hand in numpy; more colours err less; every palette has its picture."""
     for k in (2, 512):
         random_palette(k).save(tmp_path / str(k) / "colours.npy")
-    beside = f"task.beside=[{tmp_path / '2' / 'colours.npy'},{tmp_path / '512' / 'colours.npy'}]"
+    beside = f"task.compare_with=[{tmp_path / '2' / 'colours.npy'},{tmp_path / '512' / 'colours.npy'}]"
     result, folder = run(tmp_path, "task=palette", beside, "task.split=test", "data=imagenet48", *SMALL,
                          f"data.path={ilsvrc}")  # fmt: skip
     errors = [result.numbers[f"test/{name}_mse"].value for name in ("colours", "512_colours", "palette")]
@@ -148,10 +148,10 @@ def test_a_corrupt_photograph_ends_a_run_in_one_line(
     ilsvrc: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The row or file is named before or while training; with skip the run goes on, and says how many it left out."""
-    root = class_folders(tmp_path / "photos", list(imagenet())[:2], 12)
-    bad = root / "train" / next(iter(imagenet())) / "3.jpg"
-    whole = encoded(photo(0))
-    bad.write_bytes(whole[: len(whole) // 2])
+    root = class_folders(tmp_path / "photos", list(imagenet_classes())[:2], 12)
+    bad = root / "train" / next(iter(imagenet_classes())) / "3.jpg"
+    body = encoded(photo(0))
+    bad.write_bytes(body[: len(body) // 2])
     settings = ["task=pretrain", "data=imagenet48", *SMALL, f"data.path={root}", "data.val_fraction=0.1"]
     settings += ["task.steps=3", "task.batch_size=8", "task.warmup_steps=1", "task.val_every=0", "task.log_every=1"]
     with pytest.raises(ValueError, match=r"3.jpg: it is damaged or cut short"):
@@ -168,7 +168,7 @@ def test_a_mixture_of_streams(tmp_path: Path) -> None:
     streams = (
         "data=imagenet64_web", "data.resolution=8", f"data.streams.imagenet.path={tmp_path}/parquet",
         f"data.streams.web.path='{tmp_path}/tar/web-{{000..001}}.tar'", "data.streams.imagenet.val_fraction=0.3",
-        "data.stream.buffer=8", "model=igpt_nano", "data.n_colour=8", "task.steps=4", "task.batch_size=8",
+        "data.stream.buffer=8", "model=igpt_nano", "data.palette_size=8", "task.steps=4", "task.batch_size=8",
         "task.warmup_steps=1", "task.val_every=0", "trainer=cpu", "logger=none", "callbacks=none",
     )  # fmt: skip
     result, _ = run(tmp_path, *streams)

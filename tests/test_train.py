@@ -93,14 +93,14 @@ def test_accuracy_needs_a_head_that_was_trained(quickstart: Path, tmp_path: Path
 def test_a_finished_run_is_not_repeated_and_force_repeats_it_to_the_bit(
     quickstart: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Invariant: the same command prints the result; with force=true a second folder holds the same weights."""
+    """Invariant: the same command prints the result; with rerun=true a second folder holds the same weights."""
     place = quickstart.parents[1]
     monkeypatch.chdir(place)
     caplog.set_level("INFO")
     run_command("experiment=quickstart", *TINY, conf=ROOT / "conf")
-    assert "is finished; force=true repeats it" in caplog.text
+    assert "is finished; rerun=true repeats it" in caplog.text
     assert "pretrain/val/loss_gen" in caplog.text
-    run_here(place, "experiment=quickstart", *TINY, "force=true")
+    run_here(place, "experiment=quickstart", *TINY, "rerun=true")
     first, second = sorted((place / "runs").iterdir())
     assert second.name == f"{first.name}-2"
     weights = [load_file(run / "2_pretrain" / "model" / "model.safetensors") for run in (first, second)]
@@ -144,16 +144,16 @@ SIXTY = ("task=pretrain", *PRETRAIN, "task.steps=60", "task.checkpoint_every=5",
 def test_a_stopped_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: SIGTERM ends it well and says how to go on; resume= ends as never stopped."""
     settings = [*SIXTY, "task.val_every=20"]
-    code, said = interrupted(tmp_path, 5, signal.SIGTERM, *settings, whom=int)
+    code, message = interrupted(tmp_path, 5, signal.SIGTERM, *settings, whom=int)
     (run,) = (tmp_path / "runs").iterdir()
     assert code == 75
-    assert f"continue with `python train.py resume=runs/{run.name}`" in said
+    assert f"continue with `python train.py resume=runs/{run.name}`" in message
     monkeypatch.chdir(tmp_path)
     run_command(f"resume=runs/{run.name}", conf=ROOT / "conf")
-    _, whole = run_here(tmp_path / "whole", *settings)
-    files = [load_file(folder / "model" / "model.safetensors") for folder in (run, whole)]
+    _, full_path = run_here(tmp_path / "whole", *settings)
+    files = [load_file(folder / "model" / "model.safetensors") for folder in (run, full_path)]
     assert all(np.array_equal(files[0][name], files[1][name]) for name in files[0])
-    curves = [RunFolder(folder).read_result()["curves"] for folder in (run, whole)]
+    curves = [RunFolder(folder).read_result()["curves"] for folder in (run, full_path)]
     assert curves[0] == curves[1]
     assert len(curves[0]["train/loss_gen"]["x"]) == 60
 
@@ -168,19 +168,19 @@ def test_a_killed_rank_ends_the_run_which_one_process_goes_on_with(tmp_path: Pat
         ranks.extend(children_of(pid))
         return ranks[1]
 
-    code, said = interrupted(tmp_path, 5, signal.SIGKILL, *settings, whom=second)
+    code, message = interrupted(tmp_path, 5, signal.SIGKILL, *settings, whom=second)
     assert code == 128 + signal.SIGKILL
     assert len(ranks) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     (run,) = (tmp_path / "runs").iterdir()
-    for told in (said, (run / "log.txt").read_text()):
-        assert "rank 1 of 2 was killed by SIGKILL" in told
-    assert not RunFolder(run).finished
+    for text in (message, (run / "log.txt").read_text()):
+        assert "rank 1 of 2 was killed by SIGKILL" in text
+    assert not RunFolder(run).is_finished
     train_py(f"resume=runs/{run.name}", "trainer=cpu", cwd=tmp_path)
-    told = (run / "log.txt").read_text()
-    assert "resuming with other settings" in told
-    assert "trainer.devices auto ≠ 1" in told
-    assert RunFolder(run).finished
+    text = (run / "log.txt").read_text()
+    assert "resuming with other settings" in text
+    assert "trainer.devices auto ≠ 1" in text
+    assert RunFolder(run).is_finished
 
 
 def test_a_sweep(tmp_path: Path) -> None:
@@ -219,13 +219,13 @@ def test_a_sweep_of_runs_of_two_processes_one_of_them_killed(tmp_path: Path) -> 
             time.sleep(0.01)
         started = children_of(process.pid)
         os.kill(children_of(started[1])[0], signal.SIGKILL)  # the first rank of seed 1
-        said = process.communicate(timeout=150)[1]
+        message = process.communicate(timeout=150)[1]
     assert process.returncode == 1
     folders = [path for path in (tmp_path / "runs").iterdir() if path.name != "sweeps"]
     assert len(folders) == 4
-    assert sorted(RunFolder(path).finished for path in folders) == [False, True, True, True]
-    assert "4 jobs: 3 finished, 1 failed" in said
-    assert "rank 0 of 2 was killed by SIGKILL" in said
+    assert sorted(RunFolder(path).is_finished for path in folders) == [False, True, True, True]
+    assert "4 jobs: 3 finished, 1 failed" in message
+    assert "rank 0 of 2 was killed by SIGKILL" in message
     mine = [path for path in Path("/proc").glob("[0-9]*/cwd") if path.exists() and path.resolve() == tmp_path]
     assert not mine
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights
 from igpt.model.features import layer_features
 from igpt.model.generate import Sampling, generate
@@ -29,7 +29,7 @@ class ImageGPT:
         self.metadata, self.tokenizer, self.path = metadata, metadata.tokenizer, path
 
     @staticmethod
-    def of(weights: Weights) -> "ImageGPT":
+    def from_weights(weights: Weights) -> "ImageGPT":
         """Loads the network of some weights."""
         return ImageGPT(weights.net(), weights.metadata, weights.path)
 
@@ -113,14 +113,14 @@ class ImageGPT:
     ) -> np.ndarray:
         """Completions that keep the top `rows` of each image: (B, R, R, 3) uint8 → the same shape."""
         tokens = self.encode(images)
-        known, uniforms = self.tokenizer.known_tokens(rows), self._uniforms(len(tokens), seed)
-        drawn = generate(self.net, uniforms, Sampling(temperature, top_k, top_p), given=tokens, known=known)
+        is_given, uniforms = self.tokenizer.known_tokens(rows), self._uniforms(len(tokens), seed)
+        drawn = generate(self.net, uniforms, Sampling(temperature, top_k, top_p), prompts=tokens, known=is_given)
         return self.decode(drawn)
 
     def _uniforms(self, count: int, seed: int) -> Tensor:
         """One uniform number in [0, 1) per image and position, (count, T)."""
-        keys = keyed.item_keys(keyed.key(seed, "sample"), torch.arange(count))
-        return keyed.uniform(keys, self.net.n_ctx).to(self.device)
+        rng_keys = keyed.per_example_keys(keyed.key(seed, "sample"), torch.arange(count))
+        return keyed.uniform(rng_keys, self.net.n_ctx).to(self.device)
 
 
 def load(path: str | Path, *, palette: str | None = None, n_head: int | None = None) -> ImageGPT:
@@ -132,4 +132,4 @@ def load(path: str | Path, *, palette: str | None = None, n_head: int | None = N
     Raises:
         ValueError: nothing at that path, or an unknown format.
     """
-    return ImageGPT.of(find(str(path), palette=palette, n_head=n_head))
+    return ImageGPT.from_weights(find_weights(str(path), palette=palette, n_head=n_head))

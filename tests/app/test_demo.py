@@ -34,7 +34,7 @@ from igpt.settings.generation import CompleteSettings, DemoSettings
 from igpt.settings.probing import FeatureSettings
 from igpt.task import complete
 from igpt.task.complete import HIDDEN
-from igpt.task.feature_reader import Reader
+from igpt.task.feature_reader import FeatureReader
 from igpt.training.trainer import Runner
 from tests.data.conftest import claimed_png, encoded, photo
 from tests.test_conf import CONF, built, save_small
@@ -60,16 +60,16 @@ def bench_of(build: Components) -> Workbench:
     )  # fmt: skip
     training = TrainingFeatures(
         weights.net().eval(), build.hardware, build.build_datamodule(), build.cache_dir, settings,
-        weights=weights.sha256, made_by=build.cache_key,
+        weights=weights.sha256, cache_key=build.cache_key,
     )  # fmt: skip
     return Workbench(training, build.evaluation_crop, settings)
 
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Workbench]:
-    made = bench_of(built_demo(tmp_path))
-    yield made
-    made.stop()
+    result = bench_of(built_demo(tmp_path))
+    yield result
+    result.stop()
 
 
 def test_nearest_is_the_largest_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,13 +83,13 @@ def test_nearest_is_the_largest_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     for row in features.astype(np.float64):
         length = np.sqrt((row**2).sum() * (query.astype(np.float64) ** 2).sum())
         by_hand.append((row * query).sum() / length if length else 0.0)
-    rows, cosines = nearest.nearest(features, query, k=6)
+    rows, cosines = nearest.find_nearest(features, query, k=6)
     assert sorted(rows[:3].tolist()) == [4, 12, 31]
     assert rows.tolist() == sorted(range(50), key=lambda i: (-round(by_hand[i], 12), i))[:6]
     assert cosines == pytest.approx(np.array(by_hand)[rows], abs=1e-12)
 
 
-def found(bench: Workbench, layer: int, k: int = 5) -> Any:
+def neighbours(bench: Workbench, layer: int, k: int = 5) -> Any:
     return list(bench.nearest(bench.choices(0, 3)[2], layer=layer, k=k))[-1]
 
 
@@ -97,7 +97,7 @@ def found(bench: Workbench, layer: int, k: int = 5) -> Any:
 def test_the_nearest_training_images(bench: Workbench, tmp_path: Path, layer: int) -> None:
     """Independent source: features and cosines computed here, image by image; read from disk the second time."""
     data, split = bench.data, bench.data.source.split("train")
-    rows = data.some_rows("train", at_most=40)
+    rows = data.sample_rows("train", at_most=40)
     chosen = bench.choices(0, 3)[2]
 
     def feature(pixels: np.ndarray) -> np.ndarray:
@@ -108,30 +108,30 @@ def test_the_nearest_training_images(bench: Workbench, tmp_path: Path, layer: in
     query = feature(chosen.pixels)
     cosines = of_train @ query / np.linalg.norm(of_train, axis=1) / np.linalg.norm(query)
     best = np.argsort(-cosines)[:5]
-    images = found(bench, layer)
+    images = neighbours(bench, layer)
     assert [image.index for image in images] == rows[best].tolist()
     assert [image.cosine for image in images] == pytest.approx(cosines[best], abs=1e-5)
     assert [image.label for image in images] == split.labels[rows[best]].tolist()
     assert np.array_equal(images[0].pixels, split.read([int(rows[best[0]])], [0]).pixels[0])
     again = bench_of(built_demo(tmp_path))
-    assert [image.index for image in found(again, layer)] == [image.index for image in images]
+    assert [image.index for image in neighbours(again, layer)] == [image.index for image in images]
     assert again.training.done == 0  # none was read anew
 
 
 def test_classes_are_called_by_name(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: a folder's name as text, whatever it is; the number where there is none, nothing without a label."""
     page, chosen = DemoPage(bench), bench.choices(0, 1)[0]
-    assert page.labelled("cosine 0.5", 3) == "cosine 0.5, class\N{NO-BREAK SPACE}3"  # the digits are called so
-    assert page.labelled("cosine 0.5", -1) == "cosine 0.5"
+    assert page.add_label("cosine 0.5", 3) == "cosine 0.5, class\N{NO-BREAK SPACE}3"  # the digits are called so
+    assert page.add_label("cosine 0.5", -1) == "cosine 0.5"
     hostile = "<script>alert(1)</script>\n\u202e" + "x" * 300
     monkeypatch.setattr(type(bench.data.source), "class_names", (hostile,) * 10)
-    shown = page.given(chosen, 4)
+    shown = page.show_prompt(chosen, 4)
     assert "class\N{NO-BREAK SPACE}&lt;script&gt;alert(1)&lt;/script&gt; \ufffdxxxxxxxxxxxx…</small>" in shown
     *_, (found, _) = page.nearest(chosen, 1)
     assert found.count("class\N{NO-BREAK SPACE}&lt;script&gt;") == bench.settings.nearest
     assert "<script" not in shown + found
     monkeypatch.setattr(type(bench.data.source), "class_names", None)
-    assert page.labelled("cosine 0.5", 3) == "cosine 0.5, label\N{NO-BREAK SPACE}3"
+    assert page.add_label("cosine 0.5", 3) == "cosine 0.5, label\N{NO-BREAK SPACE}3"
 
 
 def test_features_that_a_probe_left_are_taken(tmp_path: Path) -> None:
@@ -139,20 +139,20 @@ def test_features_that_a_probe_left_are_taken(tmp_path: Path) -> None:
     build = built_demo(tmp_path)
     assert build.weights is not None
     vars(build)["runner"] = Runner(machine=build.hardware, folder=tmp_path / "probing", callbacks=[])
-    features = FeatureSettings(norm="ln_1", dtype="float32", batch_size=128, strengths=[1.0])
-    reader = Reader(build, features)
-    (whole,) = reader.read(build.weights.net(), build.weights.sha256, "train", masks=1)
+    features = FeatureSettings(norm="ln_1", dtype="float32", batch_size=128, C_grid=[1.0])
+    reader = FeatureReader(build, features)
+    (full,) = reader.read(build.weights.net(), build.weights.sha256, "train", eval_masks=1)
     bench = bench_of(build)
-    found(bench, 1)
+    neighbours(bench, 1)
     assert bench.training.done == 0
     assert bench.training.features is not None
-    assert np.array_equal(bench.training.features.values, whole.values)
+    assert np.array_equal(bench.training.features.values, full.values)
     assert len(bench.training.rows) == 1347
 
 
 def test_a_layer_that_is_not_there(bench: Workbench) -> None:
     with pytest.raises(ValueError, match=r"layers 0 .the embedding. to 3, got 4"):
-        found(bench, LAYERS + 1)
+        neighbours(bench, LAYERS + 1)
 
 
 @pytest.mark.parametrize("permutation", [None, list(range(63, -1, -1))])
@@ -169,8 +169,8 @@ def test_completions_are_those_of_the_task(tmp_path: Path, permutation: list[int
     by_row = {chosen.index: chosen for chosen in bench.choices(0, 1000)}
     for image, row in enumerate(result.provenance["images"]):
         chosen = by_row[row]
-        assert np.array_equal(bench.given(chosen, bench.side), grid[image, 0])
-        assert np.array_equal(bench.given(chosen, 5), grid[image, 1])
+        assert np.array_equal(bench.show_prompt(chosen, bench.side), grid[image, 0])
+        assert np.array_equal(bench.show_prompt(chosen, 5), grid[image, 1])
         drawings = list(bench.complete(chosen, rows=5, completions=3, seed=0, temperature=0.9, top_k=6))
         assert [drawing.rows for drawing in drawings] == [5, 6, 7, 8]
         end = grid[image, 2:]
@@ -224,7 +224,7 @@ def test_choices_go_round(bench: Workbench) -> None:
 
 def upload(bench: Workbench, place: Path, data: bytes) -> np.ndarray:
     (place / "upload").write_bytes(data)
-    return bench.uploaded(place / "upload").pixels
+    return bench.read_upload(place / "upload").pixels
 
 
 def test_an_upload_of_any_shape(bench: Workbench, tmp_path: Path) -> None:
@@ -235,22 +235,22 @@ def test_an_upload_of_any_shape(bench: Workbench, tmp_path: Path) -> None:
         left, top = (image.size[0] - side) / 2, (image.size[1] - side) / 2
         square = image.resize((8, 8), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
         assert np.array_equal(upload(bench, tmp_path, encoded(image, "PNG")), np.asarray(square))
-    chosen = bench.uploaded(tmp_path / "upload")
+    chosen = bench.read_upload(tmp_path / "upload")
     drawings = list(bench.complete(chosen, rows=2, completions=2, seed=0, temperature=1.0, top_k=None))
     assert drawings[-1].rows == 8
-    assert np.array_equal(drawings[-1].pixels[0, :2], bench.given(chosen, bench.side)[:2])
+    assert np.array_equal(drawings[-1].pixels[0, :2], bench.show_prompt(chosen, bench.side)[:2])
 
 
 def test_uploads_that_are_refused(bench: Workbench, tmp_path: Path) -> None:
     """Too many bytes, too many pixels, a decompression bomb, no image, a damaged one, a format that is not taken."""
-    whole = encoded(photo(0), "PNG")
+    body = encoded(photo(0), "PNG")
     for data, message in (
-        (whole + bytes(MEBIBYTE * 11 // 10), r"The file has 1\.1 MB, at most 1 MB are taken"),
+        (body + bytes(MEBIBYTE * 11 // 10), r"The file has 1\.1 MB, at most 1 MB are taken"),
         (claimed_png(400, 300), r"The image has 400×300 pixels, at most 0\.1 million are taken"),
         (claimed_png(30_000, 30_000), "cannot be read as an image: it would unpack to more than"),
         (b"<html>404</html>", "16 bytes are no image"),
         (b"", "0 bytes are no image"),
-        (whole[: len(whole) // 2], "damaged or cut short"),
+        (body[: len(body) // 2], "damaged or cut short"),
         (encoded(photo(0).resize((9, 9)), "EPS"), "no image in one of the formats JPEG, PNG, "),
     ):
         with pytest.raises(ValueError, match=message):
@@ -285,7 +285,7 @@ def start(build: Components) -> Any:
         (("task.split=dev",), "task.split must be one of train, val, test, got 'dev'"),
         (("task.host=192.0.2.1",), r"no page can be served at task\.host=192\.0\.2\.1"),
         (("resume=auto",), "leaves no run: it cannot be resumed"),
-        (("force=true",), "leaves no run: it cannot be resumed"),
+        (("rerun=true",), "leaves no run: it cannot be resumed"),
     ],
 )
 def test_bad_settings(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
@@ -316,15 +316,15 @@ def test_the_loss_of_the_run_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     """By hand; not known where the run says none, or its record is damaged, or the weights are not the run's last."""
     build = built_demo(tmp_path)
     assert build.weights is not None
-    assert demo.about(build.weights)["validation loss"] == "not known"
+    assert demo.describe_weights(build.weights)["validation loss"] == "not known"
     folder = RunFolder(tmp_path / "run")
     folder.start({}, [], {})
     folder.finish("pretrain", Result(numbers={"val/loss_gen": Number(1.25, "nats/token", 9)}), seconds=1.0)
-    said = demo.about(build.weights)
-    assert said["validation loss"] == "1.2500 nats per token"
-    assert said["trained on"] == "toy at 8×8, 1 steps"
+    message = demo.describe_weights(build.weights)
+    assert message["validation loss"] == "1.2500 nats per token"
+    assert message["trained on"] == "toy at 8×8, 1 steps"
     (folder.path / "result.json").write_text("{")
-    assert demo.about(build.weights)["validation loss"] == "not known"
+    assert demo.describe_weights(build.weights)["validation loss"] == "not known"
     assert "does not state its loss" in caplog.text
 
 
@@ -378,10 +378,12 @@ def test_the_command(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypat
     """It says where the page is, serves this machine alone and asks no other, ends by Ctrl-C, and leaves nothing."""
     port, seen, temporary, others = free_port(), {}, tmp_path / "temporary", addresses()
     temporary.mkdir()
-    asked: list[Any] = []
+    requested: list[Any] = []
     connect, look_up = socket.socket.connect, socket.getaddrinfo
-    monkeypatch.setattr(socket.socket, "connect", lambda self, to: asked.append(to[0]) or connect(self, to))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *how, **kw: asked.append(host) or look_up(host, *how, **kw))
+    monkeypatch.setattr(socket.socket, "connect", lambda self, to: requested.append(to[0]) or connect(self, to))
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *how, **kw: requested.append(host) or look_up(host, *how, **kw)
+    )
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
 
     def look() -> None:
@@ -402,8 +404,8 @@ def test_the_command(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypat
         result = start(build)
     thread.join()
     assert seen == {"says": True, "analytics": True, "looked": True}
-    assert asked
-    assert {*asked} <= {"127.0.0.1", *others}
+    assert requested
+    assert {*requested} <= {"127.0.0.1", *others}
     assert result.numbers == {}
     assert f"the page is at http://127.0.0.1:{port}/" in caplog.text
     assert not (tmp_path / "runs").exists()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from igpt.app.demo_page import serving
+from igpt.app.demo_page import serve
 from igpt.app.workbench import Workbench
 from igpt.model.generate import Sampling
 from tests.app.test_demo import bench_of, built_demo
@@ -53,7 +53,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
     monkeypatch.setattr(Sampling, "draw", slowly)
     bench = bench_of(built_demo(tmp_path))
     about = {"weights": "here/<b>model</b>"}
-    with serving(bench, about, tmp_path / "uploads") as url:
+    with serve(bench, about, tmp_path / "uploads") as url:
         yield url, bench
         bench.stop()
 
@@ -96,7 +96,9 @@ def test_the_page(browser: Any, served: tuple[str, Workbench], tmp_path: Path) -
     click("#complete")
     until(lambda: text("#said").startswith("All 8 rows are there"))
     rows = [
-        int(found[1]) for said in browser.execute_script("return window.said") if (found := re.match(r"Row (\d)", said))
+        int(found[1])
+        for message in browser.execute_script("return window.said")
+        if (found := re.match(r"Row (\d)", message))
     ]
     assert rows == sorted(rows)
     assert len({*rows} & {3, 4, 5, 6, 7}) >= 3  # they were seen to appear
@@ -138,7 +140,7 @@ def test_the_page(browser: Any, served: tuple[str, Workbench], tmp_path: Path) -
     assert until(lambda: browser.execute_script("return document.documentElement.scrollWidth")) <= 360
 
     assert [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-    asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    addresses = [a["params"]["request"]["url"] for a in asked if a["method"] == "Network.requestWillBeSent"]
+    requested = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    addresses = [a["params"]["request"]["url"] for a in requested if a["method"] == "Network.requestWillBeSent"]
     assert len(addresses) > 10
     assert [a for a in addresses if not a.startswith((address, "data:", "blob:", "chrome"))] == []

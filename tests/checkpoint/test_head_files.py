@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from igpt.checkpoint.find import find
-from igpt.checkpoint.head_files import HeadOrigin, copy_head, find_head, read_head, save_head
+from igpt.checkpoint.find import find_weights
+from igpt.checkpoint.head_files import HeadMetadata, copy_head, find_head, read_head, save_head
 from igpt.checkpoint.igpt_format import save_model
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
@@ -33,19 +33,19 @@ def saved(tmp_path: Path, net: GPT, weight: torch.Tensor) -> Path:
     """The `model/` of a network with a head for five classes."""
     folder = tmp_path / "model"
     save_model(folder, net.state_dict(), metadata_of(net))
-    save_head(folder, weight, HeadOrigin(5, "toy4", CLASSES, find(str(folder)).sha256, NAMES))
+    save_head(folder, weight, HeadMetadata(5, "toy4", CLASSES, find_weights(str(folder)).sha256, NAMES))
     return folder
 
 
-def found(
+def find_in(
     folder: Path, *, n_class: int | None = 5, classes: str = CLASSES, names: tuple[str, ...] | None = None
 ) -> ClassHead | None:
-    return find_head(find(str(folder)), n_class=n_class, classes=classes, class_names=names)
+    return find_head(find_weights(str(folder)), n_class=n_class, classes=classes, class_names=names)
 
 
 def test_round_trip(saved: Path, weight: torch.Tensor) -> None:
     """Round trip: the weights to the bit; by hand: a score is the mean over positions times a row."""
-    head = found(saved)
+    head = find_in(saved)
     assert head is not None
     assert torch.equal(head.wclf, weight)
     hidden = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(1))
@@ -56,8 +56,8 @@ def test_round_trip(saved: Path, weight: torch.Tensor) -> None:
 
 def test_half_precision_is_read_as_float32(saved: Path, weight: torch.Tensor) -> None:
     """Round trip: as weights of a network are."""
-    save_head(saved, weight.bfloat16(), HeadOrigin(5, "toy4", CLASSES, find(str(saved)).sha256))
-    head = found(saved)
+    save_head(saved, weight.bfloat16(), HeadMetadata(5, "toy4", CLASSES, find_weights(str(saved)).sha256))
+    head = find_in(saved)
     assert head is not None
     assert head.wclf.dtype == torch.float32
     assert torch.equal(head.wclf, weight.bfloat16().float())
@@ -65,55 +65,55 @@ def test_half_precision_is_read_as_float32(saved: Path, weight: torch.Tensor) ->
 
 def test_saving_again_replaces_both(saved: Path, weight: torch.Tensor) -> None:
     """Round trip: the last one is read."""
-    save_head(saved, weight[:3] * 2, HeadOrigin(3, "toy4", "other", find(str(saved)).sha256))
-    head = found(saved, n_class=3, classes="other")
+    save_head(saved, weight[:3] * 2, HeadMetadata(3, "toy4", "other", find_weights(str(saved)).sha256))
+    head = find_in(saved, n_class=3, classes="other")
     assert head is not None
     assert torch.equal(head.wclf, weight[:3] * 2)
 
 
 def test_there_is_none(tmp_path: Path, net: GPT) -> None:
     save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
-    assert found(tmp_path / "model") is None
+    assert find_in(tmp_path / "model") is None
 
 
 def test_beside_other_weights(saved: Path, net: GPT) -> None:
     save_model(saved, perturbed(net, seed=7).state_dict(), metadata_of(net))
     with pytest.raises(ValueError, match=r"head\.safetensors belongs to other weights than lie beside it"):
-        found(saved)
+        find_in(saved)
 
 
 @pytest.mark.parametrize(("n_class", "classes"), [(6, CLASSES), (5, "11ff11ff11ff11ff"), (None, CLASSES)])
 def test_for_other_labels(saved: Path, n_class: int | None, classes: str) -> None:
     with pytest.raises(ValueError, match="tells 5 classes of toy4 apart, the labels of this data are not those"):
-        found(saved, n_class=n_class, classes=classes)
+        find_in(saved, n_class=n_class, classes=classes)
 
 
 def test_names_of_classes_are_kept(saved: Path, weight: torch.Tensor, tmp_path: Path) -> None:
     """Round trip: whatever they are called, and where the head is copied to; it fits data that calls them so."""
-    about, _ = read_head(find(str(saved)))
+    about, _ = read_head(find_weights(str(saved)))
     assert about.class_names == NAMES
-    assert found(saved, names=NAMES) is not None
-    assert found(saved, names=None) is not None
+    assert find_in(saved, names=NAMES) is not None
+    assert find_in(saved, names=None) is not None
     again = tmp_path / "again" / "model"
     shutil.copytree(saved, again, ignore=shutil.ignore_patterns("head.*"))
-    copy_head(find(str(saved)), again)
-    assert read_head(find(str(again)))[0].class_names == NAMES
+    copy_head(find_weights(str(saved)), again)
+    assert read_head(find_weights(str(again)))[0].class_names == NAMES
     long = tuple(f"{i} {'x' * 1000}" for i in range(5))
-    save_head(saved, weight, HeadOrigin(5, "toy4", CLASSES, find(str(saved)).sha256, long))
-    assert found(saved, names=long) is not None
+    save_head(saved, weight, HeadMetadata(5, "toy4", CLASSES, find_weights(str(saved)).sha256, long))
+    assert find_in(saved, names=long) is not None
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         (("cat", "dog\n", "dog", *NAMES[3:]), r"in another order: class 1 is 'dog' to the head, 'dog\\n' to the data"),
         (("cat", "dog", "cow", *NAMES[3:]), r"\(class 2 is 'dog\\n' to the head, 'cow' to the data\)"),
     ],
 )
-def test_for_classes_of_other_names(saved: Path, names: tuple[str, ...], said: str) -> None:
+def test_for_classes_of_other_names(saved: Path, names: tuple[str, ...], message: str) -> None:
     """By hand: as many classes, and labels of the same hash, but another thing is meant by one of them."""
-    with pytest.raises(ValueError, match=rf"the labels of this data are not those .*{said}.*: evaluate it on"):
-        found(saved, names=names)
+    with pytest.raises(ValueError, match=rf"the labels of this data are not those .*{message}.*: evaluate it on"):
+        find_in(saved, names=names)
 
 
 def test_a_head_of_before_classes_had_names(saved: Path) -> None:
@@ -122,8 +122,8 @@ def test_a_head_of_before_classes_had_names(saved: Path) -> None:
     written = json.loads(path.read_text())
     del written["class_names"]
     path.write_text(json.dumps(written))
-    assert read_head(find(str(saved)))[0].class_names is None
-    assert found(saved, names=("a", "b", "c", "d", "e")) is not None
+    assert read_head(find_weights(str(saved)))[0].class_names is None
+    assert find_in(saved, names=("a", "b", "c", "d", "e")) is not None
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_description_of_other_kinds(saved: Path, change: dict[str, Any]) -> No
     path = saved / "head.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=r"head\.json is damaged"):
-        found(saved)
+        find_in(saved)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 40, -1])
@@ -154,28 +154,28 @@ def test_weights_cut_short(saved: Path, kept: int) -> None:
     path = saved / "head.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"head\.safetensors is damaged"):
-        found(saved)
+        find_in(saved)
 
 
 def test_weights_that_are_gone(saved: Path) -> None:
     (saved / "head.safetensors").unlink()
     with pytest.raises(ValueError, match=r"head\.safetensors is damaged"):
-        found(saved)
+        find_in(saved)
 
 
 def test_one_byte_turned_over(saved: Path) -> None:
     """Invariant: as with the network's weights, what is read is what was written, or nothing."""
     path = saved / "head.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 64]) + whole[-1:])
+    body = path.read_bytes()
+    path.write_bytes(body[:-2] + bytes([body[-2] ^ 64]) + body[-1:])
     with pytest.raises(ValueError, match=r"head\.safetensors"):
-        found(saved)
+        find_in(saved)
 
 
 def test_two_tensors(saved: Path, weight: torch.Tensor) -> None:
     save_file({"wclf": weight, "more": weight + 1}, saved / "head.safetensors")
     with pytest.raises(ValueError, match=r"head\.safetensors is damaged"):
-        found(saved)
+        find_in(saved)
 
 
 @pytest.mark.parametrize("shape", [(4, 24), (5, 23), (5, 1, 24), (24,)])
@@ -183,7 +183,7 @@ def test_weights_of_another_shape(saved: Path, shape: tuple[int, ...]) -> None:
     """Five classes are stated, and the network beside it is 24 wide."""
     save_file({"wclf": torch.zeros(shape)}, saved / "head.safetensors")
     with pytest.raises(ValueError, match=r"head\.safetensors"):
-        found(saved)
+        find_in(saved)
 
 
 @pytest.mark.parametrize("text", ["", '{"n_class": 5,', "null", "[5]", '{"n_class": 5}', "more"])
@@ -194,12 +194,12 @@ def test_a_damaged_description(saved: Path, text: str) -> None:
         text = json.dumps(json.loads(path.read_text()) | {"more": 1})
     path.write_text(text)
     with pytest.raises(ValueError, match=r"head\.json"):
-        found(saved)
+        find_in(saved)
 
 
 def test_what_is_written(saved: Path, weight: torch.Tensor) -> None:
     """Round trip: a description that others can read, and one tensor with the released checkpoint's name."""
-    about = HeadOrigin(5, "toy4", CLASSES, find(str(saved)).sha256)
+    about = HeadMetadata(5, "toy4", CLASSES, find_weights(str(saved)).sha256)
     written = json.loads((saved / "head.json").read_text())
     assert asdict(about) | {"class_names": list(NAMES), "sha256": written["sha256"]} == written
     assert list(load_file(saved / "head.safetensors")) == ["wclf"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling, ImageGPTImageProcessor
 
 from igpt.checkpoint import huggingface, tensors
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights, save_model
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
@@ -33,10 +33,10 @@ def palette() -> Palette:
 def native(folder: Path, net: GPT, order: PixelOrder | None = None, **changed: Any) -> Weights:
     """A network saved in our format."""
     colours = palette()
-    tokenizer = PaletteTokenizer(colours, order or PixelOrder.of(4, "raster"))
+    tokenizer = PaletteTokenizer(colours, order or PixelOrder.from_name(4, "raster"))
     metadata = replace(metadata_of(net), tokenizer=tokenizer, **changed)
     save_model(folder, net.state_dict(), metadata)
-    return find(str(folder))
+    return find_weights(str(folder))
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def exported(tmp_path: Path, net: GPT) -> Path:
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random network of Hugging Face's, saved by its own code, with their biases at zero as in what OpenAI gave."""
     folder = tmp_path_factory.mktemp("theirs")
     config = ImageGPTConfig(vocab_size=K + 1, n_positions=R * R, n_embd=24, n_layer=3, n_head=3)
@@ -80,8 +80,8 @@ def test_their_model_computes_the_same(exported: Path, net: GPT, tokens: torch.T
     with torch.no_grad():
         assert (net(tokens) - their_logits(model, tokens)).abs().max() < 1e-5
     drawn = model.generate(torch.full((2, 1), K), max_new_tokens=R * R, do_sample=False, pad_token_id=0)
-    ours = generate(net, torch.zeros(2, R * R), Sampling(1.0, 1, None))
-    assert torch.equal(drawn[:, 1:], ours)
+    own = generate(net, torch.zeros(2, R * R), Sampling(1.0, 1, None))
+    assert torch.equal(drawn[:, 1:], own)
     assert model.config.bos_token_id == K
 
 
@@ -96,49 +96,51 @@ def test_their_processor_makes_the_same_tokens(exported: Path) -> None:
 
 def test_there_and_back_is_bit_exact(exported: Path, tmp_path: Path, net: GPT) -> None:
     """Round trip: ours → theirs → ours, weights and all that is said of them."""
-    before, after = find(str(tmp_path / "ours")), find(str(exported))
+    before, after = find_weights(str(tmp_path / "ours")), find_weights(str(exported))
     assert after.metadata == before.metadata
     assert all(torch.equal(weight, net.state_dict()[name]) for name, weight in after.net().state_dict().items())
 
 
-def test_theirs_is_read(theirs: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
+def test_theirs_is_read(reference_model: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
     """Independent source: the logits of their model; the start vector is the last row of their table."""
-    for place in (theirs, theirs / "config.json", theirs / "model.safetensors"):
-        weights = find(str(place))
+    for place in (reference_model, reference_model / "config.json", reference_model / "model.safetensors"):
+        weights = find_weights(str(place))
         net = weights.net()
         with torch.no_grad():
-            assert (net(tokens) - their_logits(opened(theirs), tokens)).abs().max() < 1e-5
-    table = load_file(theirs / "model.safetensors")["transformer.wte.weight"]
+            assert (net(tokens) - their_logits(opened(reference_model), tokens)).abs().max() < 1e-5
+    table = load_file(reference_model / "model.safetensors")["transformer.wte.weight"]
     assert torch.equal(net.sos, table[K])
     assert torch.equal(net.wte, table[:K])
     assert (weights.metadata.model, weights.metadata.data) == ("igpt_3x24", "huggingface4")
     assert weights.tokenizer.hash == palette().hash
     huggingface.write(tmp_path / "again", weights)
     again = load_file(tmp_path / "again" / "model.safetensors")
-    assert all(torch.equal(tensor, again[name]) for name, tensor in load_file(theirs / "model.safetensors").items())
+    assert all(
+        torch.equal(tensor, again[name]) for name, tensor in load_file(reference_model / "model.safetensors").items()
+    )
 
 
-def copied(theirs: Path, to: Path) -> Path:
+def copied(reference_model: Path, to: Path) -> Path:
     to.mkdir()
-    for path in theirs.iterdir():
+    for path in reference_model.iterdir():
         (to / path.name).write_bytes(path.read_bytes())
     return to
 
 
-def test_what_older_releases_saved(theirs: Path, tmp_path: Path) -> None:
+def test_what_older_releases_saved(reference_model: Path, tmp_path: Path) -> None:
     """Causal masks among the weights, and PyTorch's own file instead of safetensors: as the Hub's first copies."""
-    folder = copied(theirs, tmp_path / "old")
+    folder = copied(reference_model, tmp_path / "old")
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    before = find(str(theirs)).net().state_dict()
+    before = find_weights(str(reference_model)).net().state_dict()
     for kind in (torch.float32, torch.uint8, torch.bool):
         masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, R * R, R * R).tril().to(kind) for i in range(3)}
         masks |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(3)}
         torch.save(state | masks, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind is torch.uint8)
-        after = find(str(folder)).net().state_dict()
+        after = find_weights(str(folder)).net().state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
         save_file(state | masks, folder / "model.safetensors")
-        after = find(str(folder)).net().state_dict()
+        after = find_weights(str(folder)).net().state_dict()
         assert all(torch.equal(before[name], after[name]) for name in before)
         (folder / "model.safetensors").unlink()
 
@@ -216,26 +218,26 @@ def cut(name: str, kept: int) -> Callable[[Path], None]:
         (cut("preprocessor_config.json", 40), "is not a JSON file"),
     ],
 )
-def test_what_is_refused(theirs: Path, tmp_path: Path, fault: Callable[[Path], None], message: str) -> None:
-    folder = copied(theirs, tmp_path / "bad")
+def test_what_is_refused(reference_model: Path, tmp_path: Path, fault: Callable[[Path], None], message: str) -> None:
+    folder = copied(reference_model, tmp_path / "bad")
     fault(folder)
     with pytest.raises(ValueError, match=message):
-        find(str(folder))
+        find_weights(str(folder))
 
 
-def test_not_a_number(theirs: Path, tmp_path: Path) -> None:
-    folder = copied(theirs, tmp_path / "bad")
+def test_not_a_number(reference_model: Path, tmp_path: Path) -> None:
+    folder = copied(reference_model, tmp_path / "bad")
     state(lambda s: s["transformer.wpe.weight"].__setitem__((0, 0), torch.inf))(folder)
     with pytest.raises(ValueError, match="NaN or infinity in wpe"):
-        find(str(folder)).net()
+        find_weights(str(folder)).net()
 
 
-def test_code_in_pytorchs_file_is_not_run(theirs: Path, tmp_path: Path) -> None:
-    folder = copied(theirs, tmp_path / "bad")
+def test_code_in_pytorchs_file_is_not_run(reference_model: Path, tmp_path: Path) -> None:
+    folder = copied(reference_model, tmp_path / "bad")
     (folder / "model.safetensors").unlink()
     torch.save({"lm_head.weight": Planted(tmp_path / "ran")}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match="nothing in it was run"):
-        find(str(folder))
+        find_weights(str(folder))
     assert not (tmp_path / "ran").exists()
 
 
@@ -257,7 +259,7 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path, net: GPT, monkeypatch: 
     weights = native(tmp_path / "ours", net)
     bad = perturbed(small_net())
     bad.wpe.data[3, 1] = torch.nan  # comes late: the writer has written most of the file by then
-    broken = replace(weights, state=lambda: tensors.held(bad.state_dict()))
+    broken = replace(weights, state=lambda: tensors.unwrapped_state(bad.state_dict()))
     with pytest.raises(ValueError, match="NaN"):
         huggingface.write(tmp_path / "hf", broken)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
@@ -281,56 +283,56 @@ def test_in_parts_as_their_own_code_reads_them(
     model.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
     ImageGPTImageProcessor.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "theirs")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
-    again = find(str(tmp_path / "theirs")).net().state_dict()
+    again = find_weights(str(tmp_path / "theirs")).net().state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in net.state_dict().items())
 
 
-def test_what_decides_the_weights_decides_their_hash(theirs: Path, tmp_path: Path) -> None:
+def test_what_decides_the_weights_decides_their_hash(reference_model: Path, tmp_path: Path) -> None:
     """Invariant: other colours or heads over the same tensors are other weights: no result of theirs is taken."""
-    hashes = {find(str(theirs)).sha256}
+    hashes = {find_weights(str(reference_model)).sha256}
     for name, fault in (("a", clusters(palette().centres[::-1].tolist())), ("b", config(n_head=6))):
-        folder = copied(theirs, tmp_path / name)
+        folder = copied(reference_model, tmp_path / name)
         fault(folder)
-        hashes.add(find(str(folder)).sha256)
+        hashes.add(find_weights(str(folder)).sha256)
     assert len(hashes) == 3
 
 
-def test_the_file_that_is_named_is_the_file_that_is_read(theirs: Path, tmp_path: Path) -> None:
+def test_the_file_that_is_named_is_the_file_that_is_read(reference_model: Path, tmp_path: Path) -> None:
     """Another file of weights beside those that the folder is read by: refused, not replaced in silence."""
-    folder = copied(theirs, tmp_path / "two")
+    folder = copied(reference_model, tmp_path / "two")
     for name in ("finetuned.safetensors", "pytorch_model.bin", "notes.txt"):
         (folder / name).write_bytes((folder / "model.safetensors").read_bytes())
         with pytest.raises(ValueError, match=r"give the folder|is no checkpoint"):
-            find(str(folder / name))
+            find_weights(str(folder / name))
 
 
-def test_a_name_on_the_hub(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_on_the_hub(reference_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hub gives a folder, whichever files it has; without a network, that is said."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    folder, asked = copied(theirs, tmp_path / "hub"), []
+    folder, is_requested = copied(reference_model, tmp_path / "hub"), []
 
     def download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append((name, "pytorch_model.bin" in allow_patterns))
+        is_requested.append((name, "pytorch_model.bin" in allow_patterns))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert find("openai/imagegpt-small").metadata.network.n_layer == 3
+    assert find_weights("openai/imagegpt-small").metadata.network.n_layer == 3
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    assert find("openai/imagegpt-small").path == folder / "pytorch_model.bin"
-    assert asked == [("openai/imagegpt-small", which) for which in (False, False, True)]
+    assert find_weights("openai/imagegpt-small").path == folder / "pytorch_model.bin"
+    assert is_requested == [("openai/imagegpt-small", which) for which in (False, False, True)]
 
     def unreachable(name: str, **_: Any) -> str:
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(ValueError, match=r"the Hub, where it might be a model, cannot be reached"):
-        find("openai/imagegpt-small")
+        find_weights("openai/imagegpt-small")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     with pytest.raises(
         ValueError, match="give a finished run folder"
     ):  # a misspelt path of this machine is not asked for
-        find("runs/pretrain-typo")
+        find_weights("runs/pretrain-typo")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import CheckpointMetadata, save_model
 from igpt.checkpoint.resume import (
     AtomicCheckpointIO,
@@ -22,8 +22,8 @@ from igpt.checkpoint.resume import (
     latest_checkpoint,
     mark_best,
     mark_latest,
+    parse_step,
     read_best,
-    step_of,
 )
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
@@ -40,7 +40,7 @@ def metadata_of(net: GPT) -> CheckpointMetadata:
     centres = np.random.default_rng(0).uniform(-1, 1, (net.n_vocab, 3)).astype(np.float32)
     return CheckpointMetadata(
         network=net.config,
-        tokenizer=PaletteTokenizer(Palette(centres), PixelOrder.of(round(net.n_ctx**0.5), "raster")),
+        tokenizer=PaletteTokenizer(Palette(centres), PixelOrder.from_name(round(net.n_ctx**0.5), "raster")),
         objective={"name": "ar"},
         model="small",
         data="toy4",
@@ -58,7 +58,7 @@ def saved(tmp_path: Path, net: GPT) -> Path:
 def test_round_trip_is_bit_exact(saved: Path, net: GPT) -> None:
     """Round trip: weights, colours and all else; from the run folder, its model/ and either file."""
     for place in (saved, saved / "model", saved / "model" / "config.json", saved / "model" / "model.safetensors"):
-        weights = find(str(place))
+        weights = find_weights(str(place))
         again = weights.net()
         assert all(torch.equal(w, net.state_dict()[name]) for name, w in again.state_dict().items())
         assert weights.metadata == metadata_of(net)
@@ -71,7 +71,7 @@ def test_a_checkpoint_of_an_earlier_release(tmp_path: Path) -> None:
 
     Who changes the network or the format finds out here that weights which people have no longer mean the same.
     """
-    weights = find(str(Path(__file__).parent / "format_1"))
+    weights = find_weights(str(Path(__file__).parent / "format_1"))
     tokens = torch.tensor([[0, 1, 2, 3], [4, 4, 0, 1]])
     then = [[0.312840, -0.120220, 0.149330, -0.517536, 2.264876], [1.250521, -0.138385, -0.541394, -1.348086, 1.897740]]
     net = weights.net()
@@ -79,15 +79,15 @@ def test_a_checkpoint_of_an_earlier_release(tmp_path: Path) -> None:
         logits = net(tokens)
     assert (logits[:, -1] - torch.tensor(then)).abs().max() < 1e-5
     plain_weights = {name: weight.double().numpy() for name, weight in net.state_dict().items()}
-    for image, ours in zip(tokens, logits, strict=True):
-        theirs = plain.logits(plain_weights, image.numpy(), None, n_head=2, causal=True)
-        assert np.abs(ours.numpy() - theirs).max() < 1e-5
+    for image, own in zip(tokens, logits, strict=True):
+        reference = plain.logits(plain_weights, image.numpy(), None, n_head=2, causal=True)
+        assert np.abs(own.numpy() - reference).max() < 1e-5
     assert (weights.metadata.model, weights.metadata.step, weights.tokenizer.n_vocab) == ("tiny", 7, 5)
 
 
 def test_a_network_of_another_size(saved: Path) -> None:
     with pytest.raises(ValueError, match="n_layer 3 ≠ 2"):
-        find(str(saved)).load_into(small_net(n_layer=2))
+        find_weights(str(saved)).load_into(small_net(n_layer=2))
 
 
 def edit(saved: Path, **changed: object) -> None:
@@ -98,7 +98,7 @@ def edit(saved: Path, **changed: object) -> None:
 
 SIZES = {"n_layer": 3, "n_embd": 24, "n_head": 3, "n_ctx": 16, "n_vocab": 11, "causal": True}
 BLACK_AND_WHITE = Palette(np.array([[-1] * 3, [1] * 3], dtype=np.float32))
-TWO = tokenizer_to_dict(PaletteTokenizer(BLACK_AND_WHITE, PixelOrder.of(2, "raster")))
+TWO = tokenizer_to_dict(PaletteTokenizer(BLACK_AND_WHITE, PixelOrder.from_name(2, "raster")))
 
 
 @pytest.mark.parametrize(
@@ -122,17 +122,17 @@ TWO = tokenizer_to_dict(PaletteTokenizer(BLACK_AND_WHITE, PixelOrder.of(2, "rast
 def test_a_bad_config(saved: Path, changed: dict[str, object], message: str) -> None:
     edit(saved, **changed)
     with pytest.raises(ValueError, match=message):
-        find(str(saved))
+        find_weights(str(saved))
 
 
 def test_a_truncated_file(saved: Path) -> None:
     path = saved / "model" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged"):
-        find(str(saved))
+        find_weights(str(saved))
     edit(saved, weights_sha256=files.sha256(path))  # even when the hash is right
     with pytest.raises(ValueError, match="is damaged"):
-        find(str(saved)).net()
+        find_weights(str(saved)).net()
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape", "nan"])
@@ -151,12 +151,12 @@ def test_weights_that_do_not_fit(saved: Path, fault: str) -> None:
     edit(saved, weights_sha256=files.sha256(path))
     named = {"missing": "h.1.ln_2.g", "unexpected": "h.9.ln_2.g", "shape": r"wpe: \(15, 24\)", "nan": "NaN .* in wpe"}
     with pytest.raises(ValueError, match=named[fault]):
-        find(str(saved)).net()
+        find_weights(str(saved)).net()
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give a finished run folder"):
-        find(str(tmp_path / "no"))
+        find_weights(str(tmp_path / "no"))
 
 
 def test_code_in_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_code_in_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
     (saved / "model" / "model.safetensors").write_bytes(pickle.dumps(Planted(mark)))
     edit(saved, weights_sha256=files.sha256(saved / "model" / "model.safetensors"))
     with pytest.raises(ValueError, match="damaged"):
-        find(str(saved)).net()
+        find_weights(str(saved)).net()
     torch.save({"state_dict": Planted(mark)}, tmp_path / "bad.ckpt")
     with pytest.raises(ValueError, match="damaged or no checkpoint"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "bad.ckpt")
@@ -197,8 +197,8 @@ def test_a_full_disk_leaves_the_old_model_and_checkpoint(tmp_path: Path, net: GP
         save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
     with pytest.raises(OSError, match="is the disk full"), small_disk():
         AtomicCheckpointIO().write({"state_dict": net.state_dict()}, path)
-    assert find(str(tmp_path)).metadata == metadata_of(small)
-    assert find(str(tmp_path)).net().config == small.config
+    assert find_weights(str(tmp_path)).metadata == metadata_of(small)
+    assert find_weights(str(tmp_path)).net().config == small.config
     assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 5}
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
@@ -226,16 +226,16 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, caplog: pyte
     """One byte turned over, cut short, without its checksum, or gone: the one before is taken, and that is said."""
     paths = [checkpoint_path(tmp_path, step) for step in (1, 2, 3, 4, 5)]
     for path in paths:
-        AtomicCheckpointIO().save_checkpoint({"step": step_of(path)}, path)
+        AtomicCheckpointIO().save_checkpoint({"step": parse_step(path)}, path)
         mark_latest(path, keep=9)
     paths[4].unlink()
-    whole = paths[3].read_bytes()
-    paths[3].write_bytes(whole[:200] + bytes([whole[200] ^ 1]) + whole[201:])
+    body = paths[3].read_bytes()
+    paths[3].write_bytes(body[:200] + bytes([body[200] ^ 1]) + body[201:])
     paths[2].write_bytes(paths[2].read_bytes()[:-50])
     checksum_path(paths[1]).unlink()
     assert latest_checkpoint(tmp_path) == paths[0]
     for path in paths[1:]:
         assert path.name in caplog.text
     paths[0].write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no checkpoint that is whole \(4 are damaged\): .*force=true"):
+    with pytest.raises(ValueError, match=r"no checkpoint that is whole \(4 are damaged\): .*rerun=true"):
         latest_checkpoint(tmp_path)

@@ -13,7 +13,7 @@ import torch
 from transformers import ImageGPTForCausalImageModeling
 
 from igpt.checkpoint import huggingface
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import save_model
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
@@ -101,20 +101,20 @@ def test_there_and_back_is_bit_exact(shared: Path, colours: Callable[[int], Path
     """Round trip: OpenAI's AR → ours → Hugging Face's → ours, and its BERT → ours → ours, against `weights.npz`."""
     for kind in ("ar", "bert"):
         folder, reference = oracle(shared, kind)
-        first = find(str(folder), palette=str(colours(reference["gen_logits"].shape[-1])))
+        first = find_weights(str(folder), palette=str(colours(reference["gen_logits"].shape[-1])))
         expected = from_openai(dict(np.load(folder / "weights.npz")))
         save_model(tmp_path / kind, first.state(), first.metadata)
-        ours = find(str(tmp_path / kind))
+        own = find_weights(str(tmp_path / kind))
         if kind == "ar":
-            huggingface.write(tmp_path / "hf", ours)
+            huggingface.write(tmp_path / "hf", own)
         else:
-            save_model(tmp_path / "hf", ours.state(), ours.metadata)
-        save_model(tmp_path / f"{kind} again", find(str(tmp_path / "hf")).state(), ours.metadata)
-        last = find(str(tmp_path / f"{kind} again"))
+            save_model(tmp_path / "hf", own.state(), own.metadata)
+        save_model(tmp_path / f"{kind} again", find_weights(str(tmp_path / "hf")).state(), own.metadata)
+        last = find_weights(str(tmp_path / f"{kind} again"))
         assert last.metadata == first.metadata
         assert last.net().state_dict().keys() == expected.keys()
         assert all(torch.equal(weight, expected[name]) for name, weight in last.net().state_dict().items())
-        assert last.sha256 == ours.sha256
+        assert last.sha256 == own.sha256
         (tmp_path / "hf").rename(tmp_path / f"hf {kind}")
 
 
@@ -124,14 +124,14 @@ def test_hugging_faces_model_with_openais_weights(shared: Path, colours: Callabl
     k, n_ctx = reference["gen_logits"].shape[-1], reference["tokens"].shape[1]
     _, model = run(tmp_path, "task=import", f"init={folder}", f"task.palette={colours(k)}")
     _, export = run(tmp_path, "task=export", f"init={model}", "task.class_head=false")
-    weights = find(str(model))
-    theirs = ImageGPTForCausalImageModeling.from_pretrained(export / "huggingface").eval()
+    weights = find_weights(str(model))
+    other = ImageGPTForCausalImageModeling.from_pretrained(export / "huggingface").eval()
     tokens = torch.from_numpy(reference["tokens"]).long()
     start = torch.full((len(tokens), 1), k)
     with torch.no_grad():
-        logits = theirs(input_ids=torch.cat([start, tokens[:, :-1]], 1)).logits
+        logits = other(input_ids=torch.cat([start, tokens[:, :-1]], 1)).logits
     assert np.abs(logits.numpy() - reference["gen_logits"]).max() < 1e-5
-    drawn = theirs.generate(start[:1], max_new_tokens=n_ctx, do_sample=False, pad_token_id=0)
+    drawn = other.generate(start[:1], max_new_tokens=n_ctx, do_sample=False, pad_token_id=0)
     assert torch.equal(drawn[:, 1:], generate(weights.net(), torch.zeros(1, n_ctx), Sampling(1.0, 1, None)))
 
 
@@ -142,7 +142,7 @@ def test_every_name_that_is_meant(checkpoint: Path) -> None:
     folder = checkpoint.parent
     names = ["model.ckpt-131000.index", "model.ckpt-131000.data-00007-of-00032", "checkpoint"]
     for place in (checkpoint, folder, *(folder / name for name in names)):
-        weights = find(str(place))
+        weights = find_weights(str(place))
         assert all(torch.equal(weight, expected[name]) for name, weight in weights.net().state_dict().items())
     assert len(list(folder.glob("*.data-*"))) == 32
     assert (weights.metadata.step, weights.metadata.objective, weights.metadata.data) == (
@@ -159,7 +159,7 @@ def test_what_training_left_is_skipped(tmp_path: Path, colours: Callable[[int], 
     more = {f"{name}/Adam": value for name, value in values.items()} | {"global_step": np.int64(7), "beta1_power": 0.5}
     prefix = released.save(tmp_path / "model.ckpt-7", values | more)
     with caplog.at_level("INFO"):
-        net = find(str(prefix), palette=str(colours(11))).net()
+        net = find_weights(str(prefix), palette=str(colours(11))).net()
     assert f"skipped {len(values) + 2} variables that the network does not have" in caplog.text
     assert all(torch.equal(weight, small_net().state_dict()[name]) for name, weight in net.state_dict().items())
 
@@ -170,8 +170,8 @@ def test_heads_that_are_not_told(tmp_path: Path, colours: Callable[[int], Path])
     flat = {name: value.reshape(24, 24) if "/attn/" in name else value for name, value in values.items()}
     prefix = released.save(tmp_path / "model.ckpt-1", flat)
     with pytest.raises(ValueError, match=r"import it with task=import task\.n_head"):
-        find(str(prefix), palette=str(colours(11)))
-    net = find(str(prefix), palette=str(colours(11)), n_head=3).net()
+        find_weights(str(prefix), palette=str(colours(11)))
+    net = find_weights(str(prefix), palette=str(colours(11)), n_head=3).net()
     assert all(torch.equal(weight, small_net().state_dict()[name]) for name, weight in net.state_dict().items())
 
 
@@ -227,14 +227,14 @@ def with_variables(change: Callable[[dict[str, np.ndarray]], object]) -> Callabl
 def test_what_is_refused(checkpoint: Path, fault: Callable[[Path], object], message: str) -> None:
     fault(checkpoint)
     with pytest.raises(ValueError, match=message):
-        find(str(checkpoint.parent))
+        find_weights(str(checkpoint.parent))
 
 
 def test_a_shard_cut_short_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     """It is met in the middle of the import, which is whole or not there."""
     shards = sorted(checkpoint.parent.glob("*.data-*"), key=lambda path: path.stat().st_size)
     halved(shards[-1].name)(checkpoint)
-    weights = find(str(checkpoint))
+    weights = find_weights(str(checkpoint))
     with pytest.raises(ValueError, match="is damaged or not downloaded to its end"):
         save_model(tmp_path / "model", weights.state(), weights.metadata)
     assert list((tmp_path / "model").iterdir()) == []
@@ -242,7 +242,7 @@ def test_a_shard_cut_short_leaves_nothing(checkpoint: Path, tmp_path: Path) -> N
 
 def test_not_a_number(checkpoint: Path, tmp_path: Path) -> None:
     with_variables(lambda v: v["model/wpe"].__setitem__((0, 0), np.nan))(checkpoint)
-    weights = find(str(checkpoint))
+    weights = find_weights(str(checkpoint))
     with pytest.raises(ValueError, match="wpe holds NaN"):
         save_model(tmp_path / "model", weights.state(), weights.metadata)
 
@@ -250,7 +250,7 @@ def test_not_a_number(checkpoint: Path, tmp_path: Path) -> None:
 def test_without_tensorflow(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     with pytest.raises(ValueError, match="pip install tensorflow-cpu"):
-        find(str(checkpoint))
+        find_weights(str(checkpoint))
 
 
 def test_a_head_that_is_not_a_number(checkpoint: Path, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_another_palette_is_another_import(checkpoint: Path, tmp_path: Path) -> 
     random_palette(11, seed=1).save(checkpoint.parent / "kmeans_centers.npy")
     _, second = run(tmp_path, "task=import", f"init={checkpoint}")
     assert first != second
-    assert find(str(second)).tokenizer.hash == random_palette(11, seed=1).hash
+    assert find_weights(str(second)).tokenizer.hash == random_palette(11, seed=1).hash
 
 
 def test_paths_as_people_write_them(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,16 +277,16 @@ def test_paths_as_people_write_them(checkpoint: Path, monkeypatch: pytest.Monkey
     for path in folder.glob("model.ckpt-131000.*"):
         path.rename(folder / "131000" / path.name)
     monkeypatch.chdir(folder / "131000")
-    assert find("model.ckpt-131000").metadata.step == 131000
+    assert find_weights("model.ckpt-131000").metadata.step == 131000
     monkeypatch.chdir(folder)
-    assert find("131000").metadata.step == 131000
+    assert find_weights("131000").metadata.step == 131000
     with pytest.raises(ValueError, match=r"of OpenAI's, choose one: .*131000"):
-        find(str(folder))
+        find_weights(str(folder))
     (folder / "131000").rename(folder / "13[1]")
     with pytest.raises(ValueError, match=r"TensorFlow takes \[ in a name for a pattern"):
-        find("13[1]")
+        find_weights("13[1]")
     with pytest.raises(ValueError, match="init=~nobody"):
-        find("~nobody-of-that-name/x")
+        find_weights("~nobody-of-that-name/x")
 
 
 @pytest.mark.parametrize("kind", ["ar", "bert"])
@@ -298,12 +298,12 @@ def test_imported_weights_do_what_others_do(
     k = reference["gen_logits"].shape[-1]
     _, model = run(tmp_path, "task=import", f"init={folder}", f"task.palette={colours(k)}")
     init = f"init={model}"
-    few = ("data.labels_per_class=4", "task.untrained=false", "task.pixels=false", "task.masks=1", "task.test=false")
-    probed, _ = run(tmp_path, "task=probe", init, *few, "task.strengths=[1.0]")
+    few = ("data.labels_per_class=4", "task.baselines=[]", "task.eval_masks=1", "task.test=false")
+    probed, _ = run(tmp_path, "task=probe", init, *few, "task.C_grid=[1.0]")
     assert all(0 <= number.value <= 1 for name, number in probed.numbers.items() if name.endswith("accuracy"))
     assert "probe/layer" in probed.numbers
     groups = ("model=checkpoint", "tokens=checkpoint", "objective=checkpoint", "logger=none", "callbacks=none")
-    short = ("task.steps=2", "task.val_every=2", "task.checkpoint_every=2", "task.batch_size=8", "task.masks=1")
+    short = ("task.steps=2", "task.val_every=2", "task.checkpoint_every=2", "task.batch_size=8", "task.eval_masks=1")
     tuned, _ = run(tmp_path, "task=finetune", init, *groups, *short, "task.test=false")
     assert tuned.numbers["val/loss_clf"].value > 0
     if kind == "ar":
@@ -316,7 +316,7 @@ def test_imported_weights_do_what_others_do(
 
 def test_a_wrong_number_of_heads(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"has 3 heads, task\.n_head=4 says otherwise"):
-        find(str(checkpoint), n_head=4)
+        find_weights(str(checkpoint), n_head=4)
 
 
 def test_openais_evaluation_as_one_command(
@@ -348,11 +348,11 @@ def test_openais_evaluation_as_one_command(
     assert folder is not None
     assert "2.0895" in caplog.text  # what others report for the same
     numbers = json.loads((folder / "result.json").read_text())["numbers"]
-    huggingface.write(tmp_path / "hf", find(str(folder / "1_import")))
-    theirs = ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "hf").eval()
+    huggingface.write(tmp_path / "hf", find_weights(str(folder / "1_import")))
+    reference = ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "hf").eval()
     for split, ids in (("val", tokens["va"]), ("test", tokens["te"])):
         given = torch.from_numpy(ids)
         with torch.no_grad():
-            logits = theirs(input_ids=torch.cat([torch.full((3, 1), k), given[:, :-1]], 1)).logits
+            logits = reference(input_ids=torch.cat([torch.full((3, 1), k), given[:, :-1]], 1)).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), given.flatten()).item()
         assert numbers[f"{split}/loss_gen"]["value"] == pytest.approx(loss, abs=1e-5)

@@ -12,10 +12,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import FORMAT, save_model
 from igpt.checkpoint.resume import checksum_path
-from igpt.checkpoint.sharded import _check_cover, _Piece, read_state
+from igpt.checkpoint.sharded import _check_cover, _Chunk, read_state
 from igpt.model.gpt import GPT
 from igpt.utils import files
 from tests.checkpoint.test_igpt_format import metadata_of
@@ -42,26 +42,26 @@ def test_it_is_put_together(sharded: Path, net: GPT, tmp_path: Path, caplog: pyt
     """Round trip, of the folder and of a part of it, which is said; consolidated, it is a model of ours."""
     with caplog.at_level("INFO"):
         for place in (sharded, sharded / "__0_0.distcp", sharded / ".metadata", sharded / "meta.pt"):
-            weights = find(str(place))
+            weights = find_weights(str(place))
             again = weights.net().state_dict()
             assert all(torch.equal(weight, again[name]) for name, weight in net.state_dict().items())
             assert weights.metadata == metadata_of(net)
     assert re.search(r"__0_0\.distcp: .*step_0000012\.ckpt is taken", caplog.text)
     save_model(tmp_path / "model", weights.state(), weights.metadata)
-    assert find(str(tmp_path / "model")).net().state_dict().keys() == net.state_dict().keys()
+    assert find_weights(str(tmp_path / "model")).net().state_dict().keys() == net.state_dict().keys()
 
 
 def test_every_tensor_is_what_pytorch_reads(sharded: Path) -> None:
     """Independent source: PyTorch's own conversion of such a folder into one file."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    whole = sharded.parent / "whole.pt"
-    dcp_to_torch_save(sharded, whole)
-    theirs = torch.load(whole, weights_only=True)
-    flat = {f"{part}.{name}": value for part, values in theirs.items() for name, value in values.items()}
-    ours = read_state(sharded)
-    assert ours.keys() == {name for name, value in flat.items() if isinstance(value, torch.Tensor)}
-    assert all(torch.equal(tensor.read(), flat[name]) for name, tensor in ours.items())
+    full_path = sharded.parent / "whole.pt"
+    dcp_to_torch_save(sharded, full_path)
+    reference = torch.load(full_path, weights_only=True)
+    flat = {f"{part}.{name}": value for part, values in reference.items() for name, value in values.items()}
+    own = read_state(sharded)
+    assert own.keys() == {name for name, value in flat.items() if isinstance(value, torch.Tensor)}
+    assert all(torch.equal(tensor.read(), flat[name]) for name, tensor in own.items())
 
 
 class Nested:
@@ -84,7 +84,7 @@ def test_code_in_it_is_not_run(sharded: Path, tmp_path: Path, where: str, plante
     else:
         (sharded / where).write_bytes(pickle.dumps(planted(mark)))
     with pytest.raises(ValueError, match=rf"{where}.*(nothing in it was run|is damaged)"):
-        find(str(sharded)).net()
+        find_weights(str(sharded)).net()
     assert not mark.exists()
     if where == ".metadata" and planted is Planted:
         with pytest.raises(AttributeError):  # the call made no metadata
@@ -98,7 +98,7 @@ def test_what_metadata_may_name(sharded: Path, name: str) -> None:
     module, _, attribute = name.rpartition(".")
     (sharded / ".metadata").write_bytes(f"c{module}\n{attribute}\n.".encode())
     with pytest.raises(ValueError, match=rf"it wants {module}\.{attribute}"):
-        find(str(sharded))
+        find_weights(str(sharded))
 
 
 def test_a_file_does_nothing_to_the_classes_it_names(sharded: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_file_does_nothing_to_the_classes_it_names(sharded: Path) -> None:
     hostile = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n" + field + b"b."  # set on the class
     (sharded / ".metadata").write_bytes(hostile)
     with pytest.raises(ValueError, match=r"\.metadata is damaged"):
-        find(str(sharded))
+        find_weights(str(sharded))
     assert dict(vars(Metadata)) == before
 
 
@@ -148,15 +148,15 @@ def metadata(content: bytes) -> Callable[[Path], object]:
 def test_what_is_refused(sharded: Path, fault: Callable[[Path], object], message: str) -> None:
     fault(sharded)
     with pytest.raises(ValueError, match=message):
-        find(str(sharded)).net()
+        find_weights(str(sharded)).net()
 
 
 def test_pieces_that_do_not_make_a_tensor(tmp_path: Path) -> None:
     """By hand: the same half twice, which is as many numbers as the whole, and one that reaches beyond."""
-    half = _Piece((0, 0), (2, 3), tmp_path / "a", 0, 1)
-    other = _Piece((2, 0), (2, 3), tmp_path / "a", 0, 1)
+    half = _Chunk((0, 0), (2, 3), tmp_path / "a", 0, 1)
+    other = _Chunk((2, 0), (2, 3), tmp_path / "a", 0, 1)
     _check_cover("w", (4, 3), [half, other])
-    for pieces in ([half, half], [half], [half, _Piece((3, 0), (2, 3), tmp_path / "a", 0, 1)], []):
+    for pieces in ([half, half], [half], [half, _Chunk((3, 0), (2, 3), tmp_path / "a", 0, 1)], []):
         with pytest.raises(ValueError, match="the pieces of w do not make"):
             _check_cover("w", (4, 3), pieces)
 
@@ -168,11 +168,11 @@ def test_a_class_head_inside_is_taken_along(tmp_path: Path, net: GPT) -> None:
     dcp.save({"state_dict": state}, checkpoint_id=folder)
     rest = {"format": FORMAT, "origin": metadata_of(net).to_dict()}
     torch.save(rest, folder / "meta.pt")
-    whole = tmp_path / "step_0000012.ckpt"
-    torch.save(rest | {"state_dict": state}, whole)
-    checksum_path(whole).write_text(files.sha256(whole))
-    for place in (folder, whole):
-        weights = find(str(place))
+    full_path = tmp_path / "step_0000012.ckpt"
+    torch.save(rest | {"state_dict": state}, full_path)
+    checksum_path(full_path).write_text(files.sha256(full_path))
+    for place in (folder, full_path):
+        weights = find_weights(str(place))
         assert weights.wclf is not None
         assert torch.equal(weights.wclf.read(), torch.ones(5, 24))
         assert weights.state().keys() == net.state_dict().keys()
@@ -184,4 +184,4 @@ def test_a_network_that_is_not_its_own(sharded: Path, net: GPT) -> None:
     folder = save_sharded(sharded.parent / "other", other)
     (folder / "meta.pt").write_bytes((sharded / "meta.pt").read_bytes())
     with pytest.raises(ValueError, match=r"missing h\.2\.attn"):
-        find(str(folder)).net()
+        find_weights(str(folder)).net()

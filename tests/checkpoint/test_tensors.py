@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from igpt.checkpoint import tensors
-from igpt.checkpoint.tensors import held, plain_name, read, read_safetensors, read_torch, write
+from igpt.checkpoint.tensors import plain_name, read, read_safetensors, read_torch, unwrapped_state, write
 from igpt.model.gpt import GPT
 from tests.conftest import Planted
 
@@ -33,15 +33,15 @@ def values(state: tensors.State) -> dict[str, Tensor]:
     return {name: tensor.read() for name, tensor in state.items()}
 
 
-def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    return ours.keys() == theirs.keys() and all(
-        torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours
+def same(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> bool:
+    return ours.keys() == reference.keys() and all(
+        torch.equal(ours[name], reference[name]) and ours[name].dtype == reference[name].dtype for name in ours
     )
 
 
 def test_safetensors_reads_what_we_write(tmp_path: Path) -> None:
     """Independent source: the library's own reader."""
-    assert write(tmp_path, held(mixed()), label="") == [tmp_path / "model.safetensors"]
+    assert write(tmp_path, unwrapped_state(mixed()), label="") == [tmp_path / "model.safetensors"]
     assert same(load_file(tmp_path / "model.safetensors"), mixed())
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}  # what transformers asks for
@@ -60,12 +60,12 @@ def test_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Round trip; invariant: no part is larger than is allowed unless it is one tensor, and none overlaps."""
     monkeypatch.setattr(tensors, "SHARD_BYTES", 62)
     (tmp_path / "model.safetensors").write_bytes(b"of an earlier, smaller network")
-    paths = write(tmp_path, held(mixed()), label="")
+    paths = write(tmp_path, unwrapped_state(mixed()), label="")
     assert [path.name for path in paths] == [f"model-{i:05d}-of-00002.safetensors" for i in (1, 2)]
     assert same({name: t for path in paths for name, t in load_file(path).items()}, mixed())
     assert sum(len(load_file(path)) for path in paths) == len(mixed())
     assert same(values(read(tmp_path)), mixed())
-    assert tensors.parts(tmp_path) == paths
+    assert tensors.list_part_files(tmp_path) == paths
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in mixed().values())
 
@@ -73,7 +73,7 @@ def test_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_part_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupted download: the part is named."""
     monkeypatch.setattr(tensors, "SHARD_BYTES", 62)
-    write(tmp_path, held(mixed()), label="")
+    write(tmp_path, unwrapped_state(mixed()), label="")
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors missing"):
         read(tmp_path)
@@ -137,7 +137,7 @@ def test_not_a_number_is_not_written(tmp_path: Path) -> None:
     bad = mixed()
     bad["b"][1, 2] = torch.nan
     with pytest.raises(ValueError, match="b holds NaN or infinity"):
-        write(tmp_path, held(bad), label="")
+        write(tmp_path, unwrapped_state(bad), label="")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,8 +163,8 @@ def test_names_are_free_of_wrappers(net: GPT) -> None:
     names = set(net.state_dict())
     compiled = torch.compile(net, backend="eager")
     assert set(compiled.state_dict()) != names
-    assert set(held(compiled.state_dict())) == names
+    assert set(unwrapped_state(compiled.state_dict())) == names
     around = torch.nn.Module()
     around.module = torch.compile(net, backend="eager")  # as DistributedDataParallel keeps it
-    assert set(held(around.state_dict())) == names
+    assert set(unwrapped_state(around.state_dict())) == names
     assert plain_name("_fsdp_wrapped_module.h.0._checkpoint_wrapped_module.ln_1.g") == "h.0.ln_1.g"

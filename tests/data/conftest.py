@@ -43,7 +43,7 @@ SETTINGS: dict[str, Any] = {
     "augment": {"pad": 0, "flip": False},
     "on_corrupt": "raise",
     "streaming": False,
-    "stream": {"buffer": 16, "held": 100, "lanes": None},
+    "stream": {"buffer": 16, "held_in_memory": 100, "num_readers": None},
 }
 RANDOM_CROP = {**SETTINGS["crop"], "short_side": [40, 56], "eval_short_side": 36, "size": 32}
 
@@ -108,41 +108,41 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tar_shards(folder: Path, sizes: Sequence[int], *, first: int = 0) -> list[Path]:
     """WebDataset shards of so many photographs each, with classes 0, 1, 2 in turn: `folder/web-000.tar`, …"""
     folder.mkdir(parents=True, exist_ok=True)
-    paths, made = [], first
+    paths, result = [], first
     for shard, size in enumerate(sizes):
         paths.append(folder / f"web-{shard:03}.tar")
         with tarfile.open(paths[-1], "w") as tar:
-            for number in range(made, made + size):
+            for number in range(result, result + size):
                 for ending, data in (("jpg", encoded(photo(number))), ("cls", str(number % 3).encode())):
                     member = tarfile.TarInfo(f"{number:05}.{ending}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
-        made += size
+        result += size
     return paths
 
 
 def parquet_shards(folder: Path, sizes: Sequence[int], *, first: int = 0) -> list[Path]:
     """The same as parquet files in small row groups: `folder/train-0.parquet`, …"""
     folder.mkdir(parents=True, exist_ok=True)
-    paths, made = [], first
+    paths, result = [], first
     for shard, size in enumerate(sizes):
-        numbers = range(made, made + size)
+        numbers = range(result, result + size)
         cells = [{"bytes": encoded(photo(number)), "path": None} for number in numbers]
         table = pa.table({"image": cells, "label": [number % 3 for number in numbers]})
         paths.append(folder / f"train-{shard}.parquet")
         pq.write_table(table, paths[-1], row_group_size=4)
-        made += size
+        result += size
     return paths
 
 
-def mixture(folder: Path, *, lanes: int | None, buffer: int = 16, **changed: Any) -> Mixture:
+def mixture(folder: Path, *, num_readers: int | None, buffer: int = 16, **changed: Any) -> Mixture:
     """3 tar shards of 23 photographs and 2 parquet files of 15, as one stream; the first call writes them."""
     if not folder.exists():
         tar_shards(folder / "tar", [7, 11, 5])
         parquet_shards(folder / "parquet", [6, 9], first=23)
     settings = {key: value for key, value in SETTINGS.items() if key != "name"}
     settings |= {"streaming": True, "val_fraction": 0.0, "image_column": ["image", "jpg"], "label_column": ["cls"]}
-    whole: dict[str, Any] = {
+    full: dict[str, Any] = {
         "weights": {"web": 3, "photos": 1.5},
         "held_out": "photos",
         "resolution": 8,
@@ -150,8 +150,8 @@ def mixture(folder: Path, *, lanes: int | None, buffer: int = 16, **changed: Any
             name: {"_target_": "igpt.data.images.Images", "_partial_": True, **settings, "path": str(folder / place)}
             for name, place in (("web", "tar"), ("photos", "parquet"))
         },
-        "stream": {"buffer": buffer, "lanes": lanes},
+        "stream": {"buffer": buffer, "num_readers": num_readers},
     }
-    spec = {"_target_": "igpt.data.mixture.Mixture", "name": "mixed", **whole, **changed}
-    made: Mixture = checked_partial(spec, "data")(cache=folder / "cache")
-    return made
+    spec = {"_target_": "igpt.data.mixture.Mixture", "name": "mixed", **full, **changed}
+    result: Mixture = checked_partial(spec, "data")(cache=folder / "cache")
+    return result

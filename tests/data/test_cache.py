@@ -27,29 +27,32 @@ def never(rows: Sequence[int]) -> np.ndarray:
 
 def test_it_is_made_once_by_several_processes(tmp_path: Path) -> None:
     """Round trip: every row in its place; the second time nothing is made."""
-    made = cache.pixels(tmp_path / "p.npy", ROWS, 4, make)
-    assert np.array_equal(made, make(ROWS.tolist()))
-    assert np.array_equal(cache.pixels(tmp_path / "p.npy", ROWS, 4, never), made)
+    result = cache.load_pixels(tmp_path / "p.npy", ROWS, 4, make)
+    assert np.array_equal(result, make(ROWS.tolist()))
+    assert np.array_equal(cache.load_pixels(tmp_path / "p.npy", ROWS, 4, never), result)
 
 
 def test_half_built_and_damaged_files_are_made_anew(tmp_path: Path) -> None:
     """A kill leaves a .part file, a broken disk a short one: neither is read."""
     path = tmp_path / "p.npy"
     (tmp_path / ".p.npy.abc.part").write_bytes(b"half")
-    whole = np.array(cache.pixels(path, ROWS, 4, make))
+    full = np.array(cache.load_pixels(path, ROWS, 4, make))
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
     path.write_bytes(path.read_bytes()[:5000])
-    assert np.array_equal(cache.pixels(path, ROWS, 4, make), whole)
+    assert np.array_equal(cache.load_pixels(path, ROWS, 4, make), full)
     path.write_bytes(b"")
-    assert np.array_equal(cache.pixels(path, ROWS, 4, make), whole)
-    assert len(cache.pixels(path, ROWS[:9], 4, make)) == 9  # another shape under the same name
+    assert np.array_equal(cache.load_pixels(path, ROWS, 4, make), full)
+    assert len(cache.load_pixels(path, ROWS[:9], 4, make)) == 9  # another shape under the same name
 
 
 def test_a_digest_tells_settings_apart() -> None:
     """Invariant: any setting, and the format, changes it; the order in which they are written does not."""
-    first = cache.digest({"filter": "box", "resolution": 8})
-    assert first == cache.digest({"resolution": 8, "filter": "box"})
-    assert len({first, cache.digest({"filter": "box", "resolution": 9}), cache.digest({"filter": "box"})}) == 3
+    first = cache.hash_cache_key({"filter": "box", "resolution": 8})
+    assert first == cache.hash_cache_key({"resolution": 8, "filter": "box"})
+    assert (
+        len({first, cache.hash_cache_key({"filter": "box", "resolution": 9}), cache.hash_cache_key({"filter": "box"})})
+        == 3
+    )
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -58,11 +61,11 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
         with pytest.raises(ValueError, match=r"p.npy cannot be written .*paths.cache="):
-            cache.pixels(tmp_path / "p.npy", ROWS, 4, make)
+            cache.load_pixels(tmp_path / "p.npy", ROWS, 4, make)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["p.npy.lock"]
-    assert len(cache.pixels(tmp_path / "p.npy", ROWS, 4, make)) == len(ROWS)
+    assert len(cache.load_pixels(tmp_path / "p.npy", ROWS, 4, make)) == len(ROWS)
 
 
 def test_it_is_made_where_no_process_can_be_started(
@@ -74,11 +77,11 @@ def test_it_is_made_where_no_process_can_be_started(
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", none)
-    assert np.array_equal(cache.pixels(tmp_path / "p.npy", ROWS, 4, make), make(ROWS.tolist()))
-    (said,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert "read in this process" in said
-    assert "(Read-only file system)" in said
-    assert "trainer.num_workers=0" in said
+    assert np.array_equal(cache.load_pixels(tmp_path / "p.npy", ROWS, 4, make), make(ROWS.tolist()))
+    (message,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "read in this process" in message
+    assert "(Read-only file system)" in message
+    assert "trainer.num_workers=0" in message
 
 
 def bad_row(rows: Sequence[int]) -> np.ndarray:
@@ -89,7 +92,7 @@ def bad_row(rows: Sequence[int]) -> np.ndarray:
 
 def test_a_bad_image_ends_the_building_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(BadImageError, match=r"^row 700 of made: no image$"):
-        cache.pixels(tmp_path / "p.npy", ROWS, 4, bad_row)
+        cache.load_pixels(tmp_path / "p.npy", ROWS, 4, bad_row)
     assert [p.name for p in tmp_path.iterdir()] == ["p.npy.lock"]
 
 
@@ -103,7 +106,7 @@ def build(place: str, path: str, answers: "mp.Queue[int]") -> None:
     import os
 
     os.chdir(place)
-    answers.put(int(cache.pixels(Path(path), ROWS[:300], 4, slowly).sum()))
+    answers.put(int(cache.load_pixels(Path(path), ROWS[:300], 4, slowly).sum()))
 
 
 def test_two_processes_that_build_it_at_once(tmp_path: Path) -> None:

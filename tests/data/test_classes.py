@@ -12,7 +12,7 @@ from igpt.data.classes import (
     check_names,
     describe_classes,
     format_class_name,
-    imagenet,
+    imagenet_classes,
     imagenet_names,
 )
 from igpt.data.split import balanced_subset
@@ -23,9 +23,9 @@ ILSVRC = Classes("imagenet", 1000)
 def test_the_wnids_of_ilsvrc(shared: Path) -> None:
     """Independent source: the list of the 1,000 classes; the first and the last by hand."""
     with (shared / "data" / "imagenet-classes.csv").open() as file:
-        assert imagenet() == {row["wnid"]: (int(row["index"]), row["name"]) for row in csv.DictReader(file)}
-    assert imagenet()["n01440764"] == (0, "tench")
-    assert imagenet()["n15075141"] == (999, "toilet tissue")
+        assert imagenet_classes() == {row["wnid"]: (int(row["index"]), row["name"]) for row in csv.DictReader(file)}
+    assert imagenet_classes()["n01440764"] == (0, "tench")
+    assert imagenet_classes()["n15075141"] == (999, "toilet tissue")
 
 
 def test_names_of_classes_by_their_label() -> None:
@@ -33,11 +33,11 @@ def test_names_of_classes_by_their_label() -> None:
     names = imagenet_names()
     assert len(set(names)) == 1000
     assert (names[0], names[134], names[517]) == ("tench", "crane (n02012849)", "crane (n03126707)")
-    assert Classes.of("imagenet", 1000, [("n01440764",)]).names == names
-    assert Classes.of(None, 2, [("cat", "dog")]).names == ("cat", "dog")
-    assert Classes.of(None, 3, [("cat", "dog")]).names is None
-    assert Classes.of(None, None, [("cat", "dog"), ("ant", "dog")]).names == ("cat", "dog", "ant")
-    assert Classes.of(None, 2, [None]).names is None
+    assert Classes.from_split_names("imagenet", 1000, [("n01440764",)]).names == names
+    assert Classes.from_split_names(None, 2, [("cat", "dog")]).names == ("cat", "dog")
+    assert Classes.from_split_names(None, 3, [("cat", "dog")]).names is None
+    assert Classes.from_split_names(None, None, [("cat", "dog"), ("ant", "dog")]).names == ("cat", "dog", "ant")
+    assert Classes.from_split_names(None, 2, [None]).names is None
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_folders_of_wnids_become_ilsvrc_indices() -> None:
 
 
 def test_the_hubs_copy_counts_as_ilsvrc_does() -> None:
-    names = [name if name not in ("crane", "maillot") else f"{name} {i}" for i, name in imagenet().values()]
+    names = [name if name not in ("crane", "maillot") else f"{name} {i}" for i, name in imagenet_classes().values()]
     assert ILSVRC(np.array([5, 999]), names, "here").tolist() == [5, 999]
     assert ILSVRC(np.array([5, 999]), None, "here").tolist() == [5, 999]
 

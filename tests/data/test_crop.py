@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt.data.crop import Crop, Cut, padded_crop
+from igpt.data.crop import Crop, CropPlan, padded_crop
 from igpt.settings.data import AugmentSettings, CropSettings
 from igpt.settings.fields import parse_settings
 from tests.data.conftest import SETTINGS, encoded, photo
@@ -55,8 +55,8 @@ def test_the_centre_crop_by_hand() -> None:
     crop = Crop(**{**PAPER, "short_side": (224, 224)}, **EXACT)
     box, _ = crop.box(600, 300, key=7)
     assert np.allclose(box, (150, 0, 450, 300))
-    whole = Crop(resolution=8, short_side=None, size=None, filter="box", **EXACT)
-    assert whole.box(64, 48, 0)[0] == (8, 0, 56, 48)
+    full = Crop(resolution=8, short_side=None, size=None, filter="box", **EXACT)
+    assert full.box(64, 48, 0)[0] == (8, 0, 56, 48)
 
 
 def test_shrinking_averages() -> None:
@@ -83,28 +83,30 @@ def test_padded_crops_are_windows_of_the_reflected_image() -> None:
     """Independent source: all 2 · 81 windows of the image padded by hand; half are mirrored; the same for one key."""
     pixels = np.stack([np.asarray(photo(i, 16, 16)) for i in range(100)])
     keys = list(range(100))
-    made = padded_crop(pixels, keys, pad=4, flip=True)
+    result = padded_crop(pixels, keys, pad=4, flip=True)
     mirrored = 0
     for i in range(100):
-        found = []
+        items = []
         for flipped in (False, True):
             image = pixels[i, :, ::-1] if flipped else pixels[i]
             rows = [abs(r) if r < 16 else 30 - r for r in range(-4, 20)]  # 4 3 2 1 | 0 … 15 | 14 13 12 11
             padded = image[rows][:, rows]
-            found += [flipped for y in range(9) for x in range(9) if (padded[y : y + 16, x : x + 16] == made[i]).all()]
-        assert len(found) == 1
-        mirrored += found[0]
+            items += [
+                flipped for y in range(9) for x in range(9) if (padded[y : y + 16, x : x + 16] == result[i]).all()
+            ]
+        assert len(items) == 1
+        mirrored += items[0]
     assert 35 < mirrored < 65
-    assert np.array_equal(padded_crop(pixels[30:40], keys[30:40], pad=4, flip=True), made[30:40])
+    assert np.array_equal(padded_crop(pixels[30:40], keys[30:40], pad=4, flip=True), result[30:40])
     assert np.array_equal(padded_crop(pixels, keys, pad=0, flip=False), pixels)
 
 
 def cut(
     resolution: int = 32, *, crop: dict[str, Any] = SETTINGS["crop"], augment: dict[str, Any] = SETTINGS["augment"]
-) -> Cut:
+) -> CropPlan:
     """From settings, as a config has them."""
     parsed = parse_settings(CropSettings, crop, "data.crop")
-    return Cut.of(resolution, parsed, parse_settings(AugmentSettings, augment, "data.augment"))
+    return CropPlan.from_settings(resolution, parsed, parse_settings(AugmentSettings, augment, "data.augment"))
 
 
 @pytest.mark.parametrize(

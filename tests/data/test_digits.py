@@ -25,8 +25,8 @@ def test_splits_hold_every_digit_once() -> None:
     assert digits.class_names == tuple(map(str, load_digits().target_names))
     assert {name: len(part) for name, part in parts.items()} == {"train": 1347, "val": 150, "test": 300}
     grey = np.concatenate([part.pixels[..., 0] for part in parts.values()]).reshape(1797, 64)
-    theirs = np.rint(load_digits().images.reshape(1797, 64) * 255 / 16)
-    assert sorted(map(tuple, grey)) == sorted(map(tuple, theirs.astype(np.uint8)))
+    reference = np.rint(load_digits().images.reshape(1797, 64) * 255 / 16)
+    assert sorted(map(tuple, grey)) == sorted(map(tuple, reference.astype(np.uint8)))
 
 
 def test_a_known_pixel_and_grey_channels() -> None:

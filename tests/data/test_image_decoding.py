@@ -13,12 +13,20 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from igpt.data import image_decoding
 from igpt.data.crop import Crop
-from igpt.data.image_decoding import ENDINGS, FORMATS, BadImageError, opened, read_image_file, rgb, size_of
+from igpt.data.image_decoding import (
+    EXTENSIONS,
+    FORMATS,
+    BadImageError,
+    decode_rgb,
+    open_image,
+    read_image_file,
+    upright_size,
+)
 from tests.data.conftest import claimed_png, encoded, photo
 
 
 def read(data: bytes) -> np.ndarray:
-    return np.asarray(rgb(opened(data)))
+    return np.asarray(decode_rgb(open_image(data)))
 
 
 def test_rgb_comes_back_exactly() -> None:
@@ -158,7 +166,7 @@ def test_it_is_turned_upright(kind: str) -> None:
         data = encoded(stored, name, exif=exif, **KINDS[kind])
         expected = seen(np.asarray(stored).astype(int))
         upright = encoded(Image.fromarray(expected.astype(np.uint8)), "PNG")
-        assert size_of(opened(data)) == expected.shape[1::-1]
+        assert upright_size(open_image(data)) == expected.shape[1::-1]
         assert np.abs(read(data) - expected).max() <= (8 if lossy else 0)
         assert np.abs(crop(data, 0).astype(int) - crop(upright, 0)).max() <= (4 if lossy else 0)
 
@@ -168,9 +176,11 @@ def test_a_drafted_jpeg_is_turned_upright() -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     data = encoded(photo(2, 640, 480), exif=exif, quality=100)
-    half = rgb(opened(data), shrink=0.5)
+    half = decode_rgb(open_image(data), shrink=0.5)
     assert half.size == (240, 320)
-    assert np.abs(np.asarray(half).astype(float) - np.asarray(rgb(opened(data)).resize((240, 320)))).mean() < 4
+    assert (
+        np.abs(np.asarray(half).astype(float) - np.asarray(decode_rgb(open_image(data)).resize((240, 320)))).mean() < 4
+    )
 
 
 XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="{}"/></x:xmpmeta>'
@@ -215,9 +225,9 @@ def test_damaged_metadata_changes_no_pixel(kind: str, recwarn: pytest.WarningsRe
     exif, xmp = some_exif(), XMP.format("").encode()
     for _ in range(60):
         data = with_metadata(kind, damaged(exif, rng), damaged(xmp, rng) if rng.random() < 0.5 else None)
-        image = opened(data)
-        assert size_of(image) == plain.shape[1::-1]
-        assert np.array_equal(np.asarray(rgb(image)), plain)
+        image = open_image(data)
+        assert upright_size(image) == plain.shape[1::-1]
+        assert np.array_equal(np.asarray(decode_rgb(image)), plain)
     assert not [warning for warning in recwarn if "PIL" in warning.filename]
 
 
@@ -225,10 +235,10 @@ def test_damaged_metadata_of_an_avif_changes_no_pixel() -> None:
     """Invariant, as above; Pillow writes no damaged EXIF there, so that it is turned over in the file."""
     rng = np.random.default_rng(0)
     exif = some_exif()
-    whole = with_metadata("AVIF", exif, XMP.format(1).encode())
-    place = whole.index(exif[:40])
+    body = with_metadata("AVIF", exif, XMP.format(1).encode())
+    place = body.index(exif[:40])
     for how in (exif[:40], rng.bytes(40), bytes(40)):
-        data = whole[:place] + how + whole[place + 40 :]
+        data = body[:place] + how + body[place + 40 :]
         assert np.array_equal(read(data), read(with_metadata("AVIF", None, None)))
 
 
@@ -237,15 +247,15 @@ def test_damaged_metadata_of_a_tiff_changes_no_pixel() -> None:
     exif = Image.Exif()
     exif.load(b"Exif\0\0" + some_exif())
     exif[ExifTags.Base.ImageDescription], exif[700] = "a description", XMP.format(6).encode()
-    whole = encoded(photo(6), "TIFF", exif=exif)
-    (directory,) = struct.unpack_from("<I", whole, 4)
-    (n,) = struct.unpack_from("<H", whole, directory)
+    body = encoded(photo(6), "TIFF", exif=exif)
+    (directory,) = struct.unpack_from("<I", body, 4)
+    (n,) = struct.unpack_from("<H", body, directory)
     entries = [directory + 2 + 12 * i for i in range(n)]
-    beside = [place for place in entries if struct.unpack_from("<H", whole, place)[0] in (270, 271, 700, 34665, 34853)]
+    beside = [place for place in entries if struct.unpack_from("<H", body, place)[0] in (270, 271, 700, 34665, 34853)]
     assert len(beside) == 5
     rng = np.random.default_rng(0)
     for _ in range(60):
-        data = bytearray(whole)
+        data = bytearray(body)
         for place in beside:
             data[place + 2 : place + 12] = rng.bytes(10)
         data[beside[0] + 2 : beside[0] + 4] = b"\2\0"  # a text of 2³⁰ letters, say
@@ -273,13 +283,16 @@ def test_which_notes_of_the_orientation_count() -> None:
     ]
     for kind in ("JPEG", "PNG", "WEBP"):
         for exif, xmp, turned in cases:
-            assert size_of(opened(with_metadata(kind, exif, xmp))) == ((48, 64) if turned else (64, 48)), (kind, exif)
+            assert upright_size(open_image(with_metadata(kind, exif, xmp))) == ((48, 64) if turned else (64, 48)), (
+                kind,
+                exif,
+            )
 
 
 def test_chunks_of_a_png_that_are_damaged_or_unpack_to_much() -> None:
     """Invariant: the image is the same; 100 MB of text in 100 kB take no memory. The pixels' own damage is told."""
-    whole = encoded(photo(6), "PNG")
-    place = whole.index(b"IDAT") - 4
+    body = encoded(photo(6), "PNG")
+    place = body.index(b"IDAT") - 4
     for kind, content in (
         (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000), 1)),
         (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(100_000_000), 1)),
@@ -288,18 +301,18 @@ def test_chunks_of_a_png_that_are_damaged_or_unpack_to_much() -> None:
         (b"iCCP", b"x\0\0notzlib"),
         (b"eXIf", bytes(range(60))),
     ):
-        data = whole[:place] + chunk(kind, content) + whole[place:]
+        data = body[:place] + chunk(kind, content) + body[place:]
         assert np.array_equal(read(data), np.asarray(photo(6)))
-    bad_sum = whole[:place] + chunk(b"tEXt", b"a\0b")[:-4] + bytes(4) + whole[place:]
+    bad_sum = body[:place] + chunk(b"tEXt", b"a\0b")[:-4] + bytes(4) + body[place:]
     assert np.array_equal(read(bad_sum), np.asarray(photo(6)))
-    for cut in (place + 20, len(whole) // 2, len(whole) - 40):
+    for cut in (place + 20, len(body) // 2, len(body) - 40):
         with pytest.raises(BadImageError, match="damaged or cut short"):
-            read(whole[:cut])
+            read(body[:cut])
 
 
 def test_segments_of_a_jpeg_that_are_damaged() -> None:
     """Invariant: as without them."""
-    whole = encoded(photo(6))
+    body = encoded(photo(6))
     for marker, content in (
         (0xED, b"Photoshop 3.0\x008BIM\x04\x04"),
         (0xEE, b"Adobe"),
@@ -307,7 +320,7 @@ def test_segments_of_a_jpeg_that_are_damaged() -> None:
         (0xE2, b"ICC_PROFILE\0\1\2" + bytes(100)),
     ):
         segment = bytes([0xFF, 0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
-        assert np.array_equal(read(whole[:2] + segment + whole[2:]), read(whole))
+        assert np.array_equal(read(body[:2] + segment + body[2:]), read(body))
 
 
 def test_an_animation_gives_its_first_image() -> None:
@@ -319,15 +332,15 @@ def test_a_decompression_bomb_is_refused_before_it_unpacks() -> None:
     """A PNG of some dozen bytes that says it has 30,000 × 30,000 pixels, and one that Pillow would only warn of."""
     for side in (30_000, 10_000):
         with pytest.raises(BadImageError, match="unpack to more than"):
-            opened(claimed_png(side, side))
+            open_image(claimed_png(side, side))
 
 
 def test_what_is_no_image_or_damaged_is_refused() -> None:
-    whole = encoded(photo(3))
+    body = encoded(photo(3))
     with pytest.raises(BadImageError, match="no image in one of the formats"):
-        opened(b"<html>404</html>")
+        open_image(b"<html>404</html>")
     with pytest.raises(BadImageError, match="cut short"):
-        read(whole[: len(whole) // 2])
+        read(body[: len(body) // 2])
     png = bytearray(encoded(photo(3), "PNG"))
     png[60:80] = bytes(20)
     with pytest.raises(BadImageError, match="damaged"):
@@ -338,11 +351,11 @@ def test_what_is_no_image_or_damaged_is_refused() -> None:
 def test_any_damage_is_told_as_such(kind: str) -> None:
     """Cut short, or with bytes turned over, every kind of file is an image or a BadImageError, nothing else."""
     rng = np.random.default_rng(0)
-    whole = encoded(photo(5), kind)
+    body = encoded(photo(5), kind)
     crop = Crop(resolution=8, short_side=None, size=None, filter="bilinear", resize="once", draft=None)
     refused = 0
     for trial in range(60):
-        data = bytearray(whole[: rng.integers(1, len(whole))] if trial % 2 else whole)
+        data = bytearray(body[: rng.integers(1, len(body))] if trial % 2 else body)
         for place in rng.integers(0, len(data), 8):
             data[place] = rng.integers(256)
         try:
@@ -355,9 +368,9 @@ def test_any_damage_is_told_as_such(kind: str) -> None:
 def test_a_drafted_jpeg_keeps_what_was_asked_for() -> None:
     """Invariant: never smaller than asked, and half of it when half is enough."""
     data = encoded(photo(4, 640, 480))
-    assert rgb(opened(data), shrink=0.5).size == (320, 240)
-    assert rgb(opened(data), shrink=0.51).size == (640, 480)
-    assert rgb(opened(data), shrink=0.2).size == (160, 120)
+    assert decode_rgb(open_image(data), shrink=0.5).size == (320, 240)
+    assert decode_rgb(open_image(data), shrink=0.51).size == (640, 480)
+    assert decode_rgb(open_image(data), shrink=0.2).size == (160, 120)
 
 
 def test_content_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,12 +394,12 @@ def test_formats_and_endings() -> None:
     Image.init()
     assert set(FORMATS) <= set(Image.OPEN)
     usual = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".avif"}
-    assert usual <= ENDINGS
-    assert not ENDINGS & {".eps", ".ps", ".pdf", ".psd", ".wmf", ".emf", ".mpg", ".h5", ".fits", ".grib", ".icns"}
+    assert usual <= EXTENSIONS
+    assert not EXTENSIONS & {".eps", ".ps", ".pdf", ".psd", ".wmf", ".emf", ".mpg", ".h5", ".fits", ".grib", ".icns"}
     for ending in sorted(usual - {".apng"}):
         buffer = io.BytesIO()
         photo(0).save(buffer, Image.registered_extensions()[ending])
-        assert opened(buffer.getvalue()).format in FORMATS
+        assert open_image(buffer.getvalue()).format in FORMATS
 
 
 def test_a_file_is_read_only_if_it_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,4 +437,4 @@ def test_a_file_of_too_many_bytes_is_not_read(tmp_path: Path, monkeypatch: pytes
         read_image_file(tmp_path / "sparse.jpg")
     monkeypatch.setattr(image_decoding, "MOST_BYTES", 1000)
     with pytest.raises(BadImageError, match="at most 1,000"):
-        opened(encoded(photo(0)))
+        open_image(encoded(photo(0)))

@@ -125,8 +125,8 @@ def test_one_parquet_file_and_other_columns(images: Shop, tmp_path: Path) -> Non
 
 
 def test_a_saved_dataset(images: Shop, tmp_path: Path) -> None:
-    made = datasets.Dataset.from_list([row(i, i) for i in range(4)]).cast_column("image", datasets.Image())
-    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "saved")
+    result = datasets.Dataset.from_list([row(i, i) for i in range(4)]).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": result}).save_to_disk(tmp_path / "saved")
     assert images(tmp_path / "saved", val_fraction=0.0).split("train").read([2], [0]).labels.tolist() == [2]
 
 

@@ -63,13 +63,13 @@ def make_layout(seed: int) -> tuple[np.random.Generator, str, list[Made]]:
         known.setdefault(name.strip().lower(), name)
     splits = [("train", str(rng.choice(SPLITS["train"])))] if rng.random() < 0.7 else []
     splits += [(split, str(rng.choice(SPLITS[split]))) for split in ("val", "test") if splits and rng.random() < 0.6]
-    made = []
+    result = []
     for split, folder in splits or [(None, "")]:
         for name in known.values():
             for _ in range(rng.integers(2, 4)):
                 pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-                made.append(Made(pixels, name, split, os.path.join(folder, name)))
-    return rng, str(rng.choice(ROOTS)), made
+                result.append(Made(pixels, name, split, os.path.join(folder, name)))
+    return rng, str(rng.choice(ROOTS)), result
 
 
 def write_folder(rng: np.random.Generator, root: Path, made: Sequence[Made]) -> None:
@@ -102,10 +102,10 @@ def write_folder(rng: np.random.Generator, root: Path, made: Sequence[Made]) -> 
 
 
 def by_split(made: Iterable[Made]) -> dict[str, list[Made]]:
-    found: dict[str, list[Made]] = {}
+    by_name: dict[str, list[Made]] = {}
     for image in made:
-        found.setdefault(image.split or "train", []).append(image)
-    return found
+        by_name.setdefault(image.split or "train", []).append(image)
+    return by_name
 
 
 def write_parquet(rng: np.random.Generator, root: Path, made: Sequence[Made]) -> None:
@@ -160,7 +160,7 @@ def read_split(source: Source, split: str, names: Sequence[str]) -> Read:
 def read_stream(source: Source, names: Sequence[str]) -> Read:
     images = source.training()
     assert isinstance(images, ImageStream)
-    records = [record for record, _ in images.lane(0, 1, 0).one_pass(images.start())]
+    records = [record for record, _ in images.make_reader(0, 1, 0).iterate_epoch(images.initial_state())]
     pixels, labels = images.read(records, [0] * len(records)) if records else (np.empty((0, 8, 8, 3)), np.empty(0, int))
     return Counter((one.tobytes(), names[label]) for one, label in zip(pixels, labels.tolist(), strict=True))
 
@@ -172,28 +172,28 @@ def check_source(source: Source, made: Sequence[Made], names: Sequence[str], *, 
         split: Counter((image.pixels.tobytes(), image.name) for image in images)
         for split, images in by_split(made).items()
     }
-    found = {split: read_split(source, split, names) for split in ("train", "val", "test")}
+    by_name = {split: read_split(source, split, names) for split in ("train", "val", "test")}
     if stream:
-        found["train"] = read_stream(source, names)
+        by_name["train"] = read_stream(source, names)
     if "val" not in expected:
-        assert not found["train"] & found["val"]
-        found["train"] += found.pop("val")
-    assert found == {**{split: Counter() for split in found}, **expected}
+        assert not by_name["train"] & by_name["val"]
+        by_name["train"] += by_name.pop("val")
+    assert by_name == {**{split: Counter() for split in by_name}, **expected}
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("LAYOUTS", "15"))))
 def test_what_is_read_is_what_is_there(seed: int, tmp_path: Path) -> None:
     """Invariant: folder, parquet and tar, at once or as streams, give the same images with the classes of their
     folders, each in one split."""
-    rng, name, made = make_layout(seed)
-    names = sorted({image.name for image in made})
+    rng, name, result = make_layout(seed)
+    names = sorted({image.name for image in result})
     images = Shop(tmp_path / "cache")
     for kind in ("folder", "parquet", "tar"):
         root = tmp_path / kind / name
-        write_folder(rng, root, made) if kind == "folder" else None
-        write_parquet(rng, root, made) if kind == "parquet" else None
-        write_tar(root, made, names) if kind == "tar" else None
-        flat = made[0].split is None and any(image.name.lower() in SPLIT_NAMES for image in made)
+        write_folder(rng, root, result) if kind == "folder" else None
+        write_parquet(rng, root, result) if kind == "parquet" else None
+        write_tar(root, result, names) if kind == "tar" else None
+        flat = result[0].split is None and any(image.name.lower() in SPLIT_NAMES for image in result)
         settings: dict[str, Any] = {
             "n_class": len(names),
             "layout": "classes" if flat and kind == "folder" else "auto",
@@ -204,4 +204,4 @@ def test_what_is_read_is_what_is_there(seed: int, tmp_path: Path) -> None:
             source = images(root, streaming=streaming, **settings)
             assert isinstance(source, Images)
             assert source.class_names == (None if kind == "tar" else tuple(names))
-            check_source(source, made, names, stream=streaming)
+            check_source(source, result, names, stream=streaming)

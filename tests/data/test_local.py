@@ -23,7 +23,7 @@ from igpt.data import parquet_files
 from igpt.data.image_decoding import BadImageError
 from igpt.data.images import Images
 from igpt.data.listing import hash_files, list_files
-from igpt.data.shards import BadShardError, named_files
+from igpt.data.shards import BadShardError, expand_shard_path
 from igpt.data.stream import ImageStream
 from igpt.tokens.openai_npy import OpenAITokens
 from tests.data.conftest import Shop, class_folders, encoded, photo
@@ -181,7 +181,7 @@ def test_a_neighbour_is_not_read(images: Shop, tmp_path: Path) -> None:
         assert everything(images(tmp_path / name / "a", val_fraction=0.0))["train"] == n
         shards = images(f"{tmp_path}/{name}/shards/web-*.parquet", val_fraction=0.0, streaming=True)
         assert len(shards.split("train")) == n
-        assert len(named_files(f"{tmp_path}/{name}/shards/web-{{0..1}}.parquet") or ()) == 2
+        assert len(expand_shard_path(f"{tmp_path}/{name}/shards/web-{{0..1}}.parquet") or ()) == 2
 
 
 def test_links(images: Shop, tmp_path: Path) -> None:
@@ -340,9 +340,9 @@ def test_a_readme_names_no_files(images: Shop, tmp_path: Path) -> None:
 
 
 def test_a_saved_dataset_names_no_other_files(images: Shop, tmp_path: Path) -> None:
-    made = datasets.Dataset.from_list([row(i, i) for i in range(2)]).cast_column("image", datasets.Image())
+    result = datasets.Dataset.from_list([row(i, i) for i in range(2)]).cast_column("image", datasets.Image())
     for name in ("mine", "other"):
-        made.save_to_disk(tmp_path / name)
+        result.save_to_disk(tmp_path / name)
     assert len(images(tmp_path / "mine", val_fraction=0.0).split("train")) == 2
     state = json.loads((tmp_path / "mine" / "state.json").read_text())
     other = next((tmp_path / "other").glob("*.arrow"))
@@ -644,7 +644,7 @@ def test_a_stream_of_a_folder_reads_its_files_once(images: Shop, tmp_path: Path)
         training = images(tmp_path, val_fraction=0.0, streaming=True).training()
         assert isinstance(training, ImageStream)
         assert training.contents == {"made": 4}
-        records = [record.place for record, _ in training.lane(0, 1, 0).one_pass(training.start())]
+        records = [record.place for record, _ in training.make_reader(0, 1, 0).iterate_epoch(training.initial_state())]
     assert sorted(records) == [str(path) for path in sorted((tmp_path / "train").rglob("*.jpg"))]
 
 

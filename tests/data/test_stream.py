@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from igpt.data.image_decoding import BadImageError
-from igpt.data.shards import BadShardError, named_files
+from igpt.data.shards import BadShardError, expand_shard_path
 from igpt.data.source import Stream
-from igpt.data.stream import ImageStream, Record, hashed
+from igpt.data.stream import ImageStream, Record, hash_to_unit_interval
 from tests.data.conftest import RANDOM_CROP, SETTINGS, Shop, class_folders, mixture, parquet_shards, tar_shards
 
 
@@ -24,7 +24,7 @@ def stream(source: object) -> ImageStream:
 
 
 def one_pass(images: object, seed: int = 0, epoch: int = 0) -> list[Record]:
-    found = stream(images).lane(0, 1, seed).one_pass(stream(images).start()._replace(epoch=epoch))
+    found = stream(images).make_reader(0, 1, seed).iterate_epoch(stream(images).initial_state()._replace(epoch=epoch))
     return [record for record, _ in found]
 
 
@@ -36,7 +36,7 @@ def test_a_pass_holds_every_image_once_and_passes_differ(images: Shop, folder: P
     assert passes[0] == passes[1] != passes[2]
     assert sorted(passes[0]) == sorted(passes[2])
     files = sorted((folder / "train").rglob("*.jpg"))
-    held = [str(f) for f in files if hashed(f.read_bytes(), 0) < SETTINGS["val_fraction"]]
+    held = [str(f) for f in files if hash_to_unit_interval(f.read_bytes(), 0) < SETTINGS["val_fraction"]]
     assert 0 < len(held) < 20
     assert sorted([*passes[0], *held]) == [str(f) for f in files]
     assert len(source.split("val")) == len(held)
@@ -55,7 +55,7 @@ def test_it_reads_what_a_copy_would(images: Shop, folder: Path) -> None:
 
 
 def test_only_so_many_are_kept(images: Shop, folder: Path) -> None:
-    source = images(folder, streaming=True, stream={"buffer": 4, "held": 7, "lanes": None})
+    source = images(folder, streaming=True, stream={"buffer": 4, "held_in_memory": 7, "num_readers": None})
     assert len(source.split("train")) == 7
     assert len(source.split("test")) == 0
     assert source.split("train") is source.split("train")
@@ -79,7 +79,7 @@ def test_what_a_stream_cannot(images: Shop, folder: Path) -> None:
     with pytest.raises(ValueError, match="which a stream cannot"):
         images(folder, streaming=True, labels_per_class=2)
     with pytest.raises(ValueError, match=r"must be at least 1, got 0"):
-        images(folder, streaming=True, stream={"buffer": 0, "held": 5, "lanes": None})
+        images(folder, streaming=True, stream={"buffer": 0, "held_in_memory": 5, "num_readers": None})
     with pytest.raises(ValueError, match="is no wnid"):
         one_pass(images(folder, streaming=True, classes="imagenet", n_class=1000).training())
 
@@ -88,13 +88,13 @@ TAR: dict[str, Any] = {"streaming": True, "image_column": ["jpg"], "label_column
 
 
 def test_names_of_shards(tmp_path: Path) -> None:
-    assert named_files("/a/web-{008..011}.tar") == [f"/a/web-{n}.tar" for n in ("008", "009", "010", "011")]
-    assert named_files("https://a.b/{x,y}/{0..1}.parquet") == [
+    assert expand_shard_path("/a/web-{008..011}.tar") == [f"/a/web-{n}.tar" for n in ("008", "009", "010", "011")]
+    assert expand_shard_path("https://a.b/{x,y}/{0..1}.parquet") == [
         f"https://a.b/{part}/{n}.parquet" for part in "xy" for n in (0, 1)
     ]
-    assert named_files("imagenet-1k") is None
-    made = tar_shards(tmp_path, [1, 1])
-    assert named_files(f"{tmp_path}/*.tar") == [str(path) for path in made]
+    assert expand_shard_path("imagenet-1k") is None
+    result = tar_shards(tmp_path, [1, 1])
+    assert expand_shard_path(f"{tmp_path}/*.tar") == [str(path) for path in result]
 
 
 def test_tar_and_parquet_shards_hold_the_same_images(images: Shop, tmp_path: Path) -> None:
@@ -170,13 +170,13 @@ def test_shards_that_cannot_be_read(images: Shop, tmp_path: Path, caplog: pytest
 
 def test_a_mixture(tmp_path: Path) -> None:
     """Invariant: all of both once a pass; each is cut as its own settings say; val is that of one of them."""
-    mixed = mixture(tmp_path / "shards", lanes=1)
+    mixed = mixture(tmp_path / "shards", num_readers=1)
     records = one_pass(mixed.training())
     assert len({record.digest for record in records}) == 38
     assert {record.part for record in records} == {"web", "photos"}
     assert mixed.split("train").labels.tolist() == [-1] * 15
     assert mixed.class_names is None
-    without = mixture(tmp_path / "shards", lanes=1, weights={"web": 0, "photos": 1})
+    without = mixture(tmp_path / "shards", num_readers=1, weights={"web": 0, "photos": 1})
     assert {record.part for record in one_pass(without.training())} == {"photos"}
 
 
@@ -193,4 +193,4 @@ def test_a_mixture(tmp_path: Path) -> None:
 )
 def test_mixtures_that_are_none(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mixture(tmp_path / "shards", lanes=1, **changed)
+        mixture(tmp_path / "shards", num_readers=1, **changed)

@@ -72,4 +72,4 @@ def test_without_what_only_linux_has(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert folder is not None
     assert (folder / "result.json").is_file()
     assert 0 < result.numbers["val/loss_gen"].value < 10
-    assert np.array_equal(cache.pixels(tmp_path / "p.npy", ROWS, 4, make), make(ROWS.tolist()))
+    assert np.array_equal(cache.load_pixels(tmp_path / "p.npy", ROWS, 4, make), make(ROWS.tolist()))

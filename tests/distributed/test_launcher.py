@@ -53,7 +53,7 @@ def all_gone(place: Path) -> bool:
 
 @pytest.mark.parametrize("grace", [0.2])
 @pytest.mark.parametrize(
-    ("fault", "code", "said"),
+    ("fault", "code", "message"),
     [
         ("raise RuntimeError('my data is gone')", 1, ["rank 1 of 2 ended with exit code 1", "my data is gone"]),
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, ["rank 1 of 2 was killed by SIGKILL"]),
@@ -66,7 +66,7 @@ def test_a_rank_that_fails_ends_the_others(
     grace: float,
     fault: str,
     code: int,
-    said: list[str],
+    message: list[str],
 ) -> None:
     """Invariant: at once, also those that would have gone on; why is on the terminal and in the run's log."""
     monkeypatch.setattr(launcher, "GRACE_SECONDS", grace)
@@ -76,7 +76,7 @@ def test_a_rank_that_fails_ends_the_others(
     assert all_gone(tmp_path)
     log, terminal = (tmp_path / "log.txt").read_text(), capfd.readouterr().err
     assert log.startswith("begun\n")
-    for line in said:
+    for line in message:
         assert line in log
         assert line in terminal
 
@@ -112,7 +112,7 @@ def send_when(place: Path, there: list[str], number: int) -> None:
 def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
     """The process that started the ranks is killed: they, and what they have started, end."""
     child = (
-        "import igpt.distributed.launcher as p, pathlib, subprocess, sys, time; p.hold_lifeline()\n"
+        "import igpt.distributed.launcher as p, pathlib, subprocess, sys, time; p.die_with_parent()\n"
         "own = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "pathlib.Path(sys.argv[1], 'pid_grandchild').write_text(str(own.pid)); time.sleep(60)\n"
     )
@@ -154,7 +154,7 @@ def a_sweep(place: Path, *settings: str, n_jobs: int = 2, gpus: list[str] | None
         for i, line in enumerate(settings)
     ]
     (place / "sweep").mkdir(exist_ok=True)
-    sweep._remember(jobs, "val/loss_gen")
+    sweep._load_finished(jobs, "val/loss_gen")
     return Sweep(place / "sweep", jobs, gpus=gpus or [], n_jobs=n_jobs, metric="val/loss_gen")
 
 
@@ -209,7 +209,7 @@ def test_ctrl_c_ends_all_and_the_same_sweep_goes_on(tmp_path: Path) -> None:
 
 def test_children_have_ended_when_their_block_has(tmp_path: Path) -> None:
     """Also when it ends by an error: asked to, so that runs can save."""
-    with pytest.raises(ValueError, match="mine"), Children().together() as children:
+    with pytest.raises(ValueError, match="mine"), Children().supervise() as children:
         child = children.start(Child([sys.executable, "-c", "import time; time.sleep(60)"], None))
         raise ValueError("mine")
     assert child.code == -signal.SIGTERM
@@ -225,10 +225,10 @@ def test_jobs_that_are_one_run_are_refused_and_what_is_finished_is_known(tmp_pat
 
     jobs = [Job(0, []), Job(1, [])]
     with pytest.raises(ValueError, match=r"jobs 0 and 1 are the same run, pretrain-.*does not change what is learned"):
-        sweep._expect(jobs, configs("trainer.micro_batch=64", "trainer.micro_batch=128"))
-    sweep._expect(jobs, configs("seed=1", "task.steps=no"))
+        sweep._predict_folders(jobs, configs("trainer.micro_batch=64", "trainer.micro_batch=128"))
+    sweep._predict_folders(jobs, configs("seed=1", "task.steps=no"))
     assert [Path(str(job.folder)).name.startswith("pretrain-igpt_nano-digits8-ar-s1") for job in jobs[:1]] == [True]
     Path(str(jobs[0].folder)).mkdir()
     (Path(str(jobs[0].folder)) / "result.json").write_text('{"numbers": {"val/loss_gen": {"value": 1.5}}}')
-    sweep._remember(jobs, "val/loss_gen")
+    sweep._load_finished(jobs, "val/loss_gen")
     assert [(job.state, job.value) for job in jobs] == [(FINISHED, 1.5), (WAITING, None)]

@@ -11,8 +11,8 @@ import pytest
 from igpt.distributed.process_state import (
     environment,
     float32_matmul_precision,
-    kept_environment,
     num_threads,
+    restore_environment,
     signal_handler,
 )
 from igpt.metric.result import Result
@@ -45,7 +45,7 @@ def test_a_block_that_fails_leaves_nothing_changed(changed: AbstractContextManag
 def test_what_others_set_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IGPT_OLD", "old")
     monkeypatch.delenv("IGPT_NEW", raising=False)
-    with kept_environment("IGPT_OLD", "IGPT_NEW"):
+    with restore_environment("IGPT_OLD", "IGPT_NEW"):
         os.environ |= {"IGPT_OLD": "changed", "IGPT_NEW": "1"}
     assert os.environ["IGPT_OLD"] == "old"
     assert "IGPT_NEW" not in os.environ
@@ -69,7 +69,7 @@ def test_a_run_in_this_process(
     _, folder = launch.run("model=igpt_nano", "trainer=cpu", *places, conf=conftest.ROOT / "conf")
     assert snapshot() == before
     assert folders[0] is not None
-    assert cpu.kind() in folders[0]
+    assert cpu.cpu_fingerprint() in folders[0]
     assert caplog.text.count("ROUNDS=1") == 1
     assert folder is not None
     assert (folder / "log.txt").read_text().count("ROUNDS=1") == 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from igpt.distributed.launcher import RANK_VARIABLES, devices_of, is_rank
+from igpt.distributed.launcher import RANK_VARIABLES, count_devices, is_rank
 from igpt.distributed.ranks import Rank, this_rank
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
@@ -26,8 +26,8 @@ def test_this_rank(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str],
 
 
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices_of({"devices": 3, "accelerator": "auto"}) == 3
-    assert devices_of({"devices": "auto", "accelerator": "cpu"}) == 2
+    assert count_devices({"devices": 3, "accelerator": "auto"}) == 3
+    assert count_devices({"devices": "auto", "accelerator": "cpu"}) == 2
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    assert devices_of({"devices": "auto", "accelerator": "auto"}) == 8
-    assert devices_of({"devices": "auto", "accelerator": "cpu"}) == 2
+    assert count_devices({"devices": "auto", "accelerator": "auto"}) == 8
+    assert count_devices({"devices": "auto", "accelerator": "cpu"}) == 2

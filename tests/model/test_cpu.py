@@ -54,7 +54,7 @@ def test_where_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({}, None),
         ({"ONEDNN_DEFAULT_FPMATH_MODE": "STRICT"}, None),
@@ -64,7 +64,7 @@ def test_where_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_setting_that_rounds_is_said(
-    variables: dict[str, str], said: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    variables: dict[str, str], message: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On the first rank, once."""
     for name in cpu.FPMATH_MODES:
@@ -72,8 +72,8 @@ def test_a_setting_that_rounds_is_said(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     machine().warn_of_rounding()
-    assert len(caplog.records) == (said is not None)
-    assert said is None or said in caplog.text
+    assert len(caplog.records) == (message is not None)
+    assert message is None or message in caplog.text
     for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     caplog.clear()
@@ -90,14 +90,14 @@ def test_kernels_of_each_kind_of_cpu_lie_apart(monkeypatch: pytest.MonkeyPatch) 
         with machine(compile="auto").kernel_cache():
             return Path(os.environ[cpu.INDUCTOR_CACHE])
 
-    found = [folder(), folder()]
-    assert found[0] == found[1]
-    assert found[0].parent == Path(default_cache_dir())
+    items = [folder(), folder()]
+    assert items[0] == items[1]
+    assert items[0].parent == Path(default_cache_dir())
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
-    found.append(folder())
-    monkeypatch.setattr(cpu, "features", lambda: "another")
-    found.append(folder())
-    assert len(set(found)) == 3
+    items.append(folder())
+    monkeypatch.setattr(cpu, "cpu_features", lambda: "another")
+    items.append(folder())
+    assert len(set(items)) == 3
     assert cpu.INDUCTOR_CACHE not in os.environ
     with machine(compile=False).kernel_cache():
         assert cpu.INDUCTOR_CACHE not in os.environ

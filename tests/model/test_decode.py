@@ -23,13 +23,13 @@ from tests.task.conftest import machine
 WAYS = [pytest.param("native", marks=needs_compiler), "columns", "graphs", "layers"]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize(
     ("batch", "n_embd", "n_head", "n_ctx", "n_vocab"),
     [(1, 32, 4, 24, 16), (4, 48, 2, 37, 10), (7, 64, 1, 40, 17), (18, 216, 3, 33, 5), (3, 160, 2, 61, 8)],
 )
 def test_logits_are_those_of_the_whole_network(
-    way: str, batch: int, n_embd: int, n_head: int, n_ctx: int, n_vocab: int
+    backend: str, batch: int, n_embd: int, n_head: int, n_ctx: int, n_vocab: int
 ) -> None:
     """Invariant: at every position those of a forward pass in float64 within 2e-5; heads of 8 to 80, odd counts."""
     net = GPT(GPTConfig(n_layer=3, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal=True))
@@ -41,12 +41,12 @@ def test_logits_are_those_of_the_whole_network(
     tokens = torch.randint(n_vocab, (batch, n_ctx), generator=torch.Generator().manual_seed(1))
     start = 5
     with torch.inference_mode():
-        whole = deepcopy(net).double()(tokens).float()
+        full = deepcopy(net).double()(tokens).float()
         cache = net.new_cache(batch)
         net.step(tokens[:, :start], cache)
-        step = decode.make_decode_step(net, cache, way)
+        step = decode.make_decode_step(net, cache, backend)
         for i in range(start, n_ctx - 1):
-            torch.testing.assert_close(step(tokens[:, i : i + 1]), whole[:, i + 1], rtol=0, atol=2e-5)
+            torch.testing.assert_close(step(tokens[:, i : i + 1]), full[:, i + 1], rtol=0, atol=2e-5)
 
 
 @needs_compiler
@@ -59,25 +59,25 @@ def test_far_from_zero() -> None:
             block.mlp.c_fc.weight.mul_(1000)
     tokens = torch.randint(net.n_vocab, (4, net.n_ctx), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        whole = deepcopy(net).double()(tokens)
+        full = deepcopy(net).double()(tokens)
         cache = net.new_cache(4)
         net.step(tokens[:, :2], cache)
         step = decode.make_decode_step(net, cache, "native")
         for i in range(2, net.n_ctx - 1):
-            torch.testing.assert_close(step(tokens[:, i : i + 1]).double(), whole[:, i + 1], rtol=0, atol=1e-3)
+            torch.testing.assert_close(step(tokens[:, i : i + 1]).double(), full[:, i + 1], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_same_images(net: GPT, way: str) -> None:
+@pytest.mark.parametrize("backend", WAYS)
+def test_the_same_images(net: GPT, backend: str) -> None:
     """Invariant: token by token, drawn and greedy, with a prompt and without, those of whole forward passes."""
     uniforms = torch.rand(6, net.n_ctx, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     given = torch.randint(net.n_vocab, (6, net.n_ctx), generator=torch.Generator().manual_seed(1))
     known = torch.arange(net.n_ctx) < 7
     for sampling in (Sampling(1.0, None, None), Sampling(1.0, 1, None)):
-        prompts: list[dict[str, torch.Tensor]] = [{}, {"given": given, "known": known}]
+        prompts: list[dict[str, torch.Tensor]] = [{}, {"prompts": given, "known": known}]
         for prompt in prompts:
             slow = generate(net, uniforms, sampling, cached=False, **prompt)
-            assert torch.equal(generate(net, uniforms, sampling, backend=way, **prompt), slow)
+            assert torch.equal(generate(net, uniforms, sampling, backend=backend, **prompt), slow)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -90,26 +90,26 @@ def test_a_recorded_step_goes_on_from_span_to_span(n_ctx: int, mixed: bool, monk
     """
     monkeypatch.setattr(graphs, "SPAN", 10)
     ends: list[int] = []
-    record = graphs.Recorded._record
+    record = graphs.RecordedStep._record
 
-    def noted(self: graphs.Recorded) -> None:
+    def noted(self: graphs.RecordedStep) -> None:
         ends.append(self._end)
         for kept in (*self.keys, *self.values):
             kept[:, :, self.now : self._end] = 0
             kept[:, :, self._end :] = torch.nan
         record(self)
 
-    monkeypatch.setattr(graphs.Recorded, "_record", noted)
+    monkeypatch.setattr(graphs.RecordedStep, "_record", noted)
     net = small_net(n_ctx=n_ctx)
     tokens = torch.randint(net.n_vocab, (3, n_ctx), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         exact, own, cache = deepcopy(net).double()(tokens), net(tokens), net.new_cache(3)
         net.step(tokens[:, :4], cache)
-        step = graphs.Recorded(net, cache)
+        step = graphs.RecordedStep(net, cache)
         logits = torch.stack([step(tokens[:, i : i + 1]).clone() for i in range(4, n_ctx - 1)], 1)  # (B, T - 5, V)
     assert ends == [*range(10, n_ctx, 10), n_ctx]
     assert logits.dtype == (torch.bfloat16 if mixed else torch.float32)
-    off, its_own = ((found - exact[:, 5:]).abs() for found in (logits, own[:, 5:]))
+    off, its_own = ((values - exact[:, 5:]).abs() for values in (logits, own[:, 5:]))
     if mixed:
         assert off.max() < 2 * its_own.max()
         assert off.mean() < 1.5 * its_own.mean()
@@ -124,20 +124,20 @@ def test_a_recording_that_fails_costs_speed_only(
     monkeypatch.setattr(graphs, "SPAN", 10)
     net = small_net(n_ctx=24)
     tokens = torch.randint(net.n_vocab, (3, 24), generator=torch.Generator().manual_seed(1))
-    record = graphs.Recorded._record
+    record = graphs.RecordedStep._record
 
-    def fails_later(self: graphs.Recorded) -> None:
+    def fails_later(self: graphs.RecordedStep) -> None:
         if self.now >= 10:
             raise RuntimeError("operation failed due to a previous error during capture")
         record(self)
 
-    monkeypatch.setattr(graphs.Recorded, "_record", fails_later)
+    monkeypatch.setattr(graphs.RecordedStep, "_record", fails_later)
     with torch.inference_mode():
-        whole, cache = net(tokens), net.new_cache(3)
+        full, cache = net(tokens), net.new_cache(3)
         net.step(tokens[:, :4], cache)
-        step = graphs.Recorded(net, cache)
+        step = graphs.RecordedStep(net, cache)
         for i in range(4, 23):
-            torch.testing.assert_close(step(tokens[:, i : i + 1]), whole[:, i + 1], rtol=0, atol=1e-5)
+            torch.testing.assert_close(step(tokens[:, i : i + 1]), full[:, i + 1], rtol=0, atol=1e-5)
     assert "a step is not recorded" in caplog.text
 
 
@@ -158,7 +158,7 @@ class FarAttention(Attention):
     def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
         start = 0 if cache is None else cache.length
         qkv = self.c_attn(x)
-        q, k, v = self._heads(qkv, start) if cache is None else self._update_kv_cache(qkv, cache, layer)
+        q, k, v = self._split_heads(qkv, start) if cache is None else self._update_kv_cache(qkv, cache, layer)
         if cache is not None:
             k, v = (kept[layer][:, :, : start + x.shape[1]] for kept in (cache.keys, cache.values))
         back = torch.arange(start, start + x.shape[1])[:, None] - torch.arange(k.shape[2])
@@ -174,17 +174,17 @@ def test_a_way_that_computes_another_network_is_not_used(
 ) -> None:
     """Invariant: after an edit of the block alone, tokens are drawn from the network that was trained, and that is
     said; the network as it was is drawn from the fast way."""
-    if backend == "native" and not c_library.available():
+    if backend == "native" and not c_library.is_available():
         pytest.skip("no C compiler")
     monkeypatch.setattr(gpt, "Attention", edited)
     net = small_net()
     tokens = torch.randint(net.n_vocab, (2, net.n_ctx), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        whole, cache = net(tokens), net.new_cache(2)
+        full, cache = net(tokens), net.new_cache(2)
         net.step(tokens[:, :0], cache)
         step = decode.make_decode_step(net, cache, backend)
         for i in range(net.n_ctx - 1):
-            torch.testing.assert_close(step(tokens[:, i : i + 1]), whole[:, i + 1], rtol=0, atol=1e-5)
+            torch.testing.assert_close(step(tokens[:, i : i + 1]), full[:, i + 1], rtol=0, atol=1e-5)
     assert "is not used, tokens are drawn more slowly: its logits differ from the network's" in caplog.text
 
 
@@ -211,8 +211,10 @@ def test_a_way_that_gives_nan_is_not_used(
     def broken(net: GPT, cache: Cache) -> decode.Step:
         return lambda tokens: net.step(tokens, cache) * torch.nan
 
-    monkeypatch.setitem(decode.BACKENDS, "columns", decode.DecodeBackend(broken, decode.BACKENDS["columns"].knows))
-    assert not decode.verified(net, "columns")
+    monkeypatch.setitem(
+        decode.BACKENDS, "columns", decode.DecodeBackend(broken, decode.BACKENDS["columns"].supported_settings)
+    )
+    assert not decode.is_verified(net, "columns")
     assert "decoding=columns is not used" in caplog.text
     cache = net.new_cache(1)
     net.step(torch.zeros(1, 0, dtype=torch.int64), cache)
@@ -231,7 +233,7 @@ def test_a_way_is_looked_at_once(net: GPT, monkeypatch: pytest.MonkeyPatch) -> N
     for which, expected in ((net, 1), (zeros, 3)):
         passes.clear()
         for _ in range(3):
-            assert decode.verified(which, "columns")
+            assert decode.is_verified(which, "columns")
         assert len(passes) == expected
 
 
@@ -239,7 +241,7 @@ def test_attention_in_c_that_differs_is_not_used(
     net: GPT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Invariant: another result of the C than PyTorch's gives it up, for all blocks; an equal one does not."""
-    if not c_library.available():
+    if not c_library.is_available():
         pytest.skip("no C compiler")
     verify_attention(net)
     assert {block.attn.backend for block in net.blocks} == {"auto"}
@@ -290,21 +292,21 @@ def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if platform.machine() in dispatch.X86:
         monkeypatch.setenv("CC", "cc -mno-avx512f")
-    c_library.library.cache_clear()
+    c_library.load_library.cache_clear()
     try:
-        assert c_library.library() is not None
+        assert c_library.load_library() is not None
         (kept,) = (tmp_path / "igpt").iterdir()
         assert kept.parent.stat().st_mode & 0o077 == 0
-        monkeypatch.setattr(c_library, "compile_to", None)  # must not be called again
-        c_library.library.cache_clear()
-        assert c_library.library() is not None
+        monkeypatch.setattr(c_library, "compile_library", None)  # must not be called again
+        c_library.load_library.cache_clear()
+        assert c_library.load_library() is not None
         for n_ctx, depth, causal in ((64, 16, True), (37, 24, False), (200, 12, True)):
             qkv = torch.randn(2, n_ctx, 9 * depth, generator=torch.Generator().manual_seed(0))
             exact = attended(qkv.double(), 3, causal, "sdpa")
             for one, same in zip(attended(qkv, 3, causal, "native"), exact, strict=True):
                 assert (one - same).abs().max() < 1e-5 * same.abs().max()
     finally:
-        c_library.library.cache_clear()
+        c_library.load_library.cache_clear()
 
 
 @pytest.mark.parametrize("compiler", ["nowhere-to-be-found", "false", "true"])
@@ -315,17 +317,17 @@ def test_without_a_compiler(
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     caplog.set_level("INFO")
-    c_library.library.cache_clear()
+    c_library.load_library.cache_clear()
     try:
         assert dispatch.decode_backend(net.wte, n_embd=net.n_embd, n_head=net.n_head) == "columns"
         assert dispatch.attention_backend(torch.device("cpu"), torch.float32, t=64, causal=True) == "bmm"
         assert "slower" in caplog.text
-        with pytest.raises(ValueError, match="attention=native needs a C compiler"):
-            machine(attention="native")
+        with pytest.raises(ValueError, match="attention_backend=native needs a C compiler"):
+            machine(attention_backend="native")
         with pytest.raises(ValueError, match="needs a C compiler"):
             decode.make_decode_step(net, net.new_cache(1), "native")
     finally:
-        c_library.library.cache_clear()
+        c_library.load_library.cache_clear()
 
 
 def test_compiling_pays_where_training_is_long() -> None:
@@ -333,7 +335,7 @@ def test_compiling_pays_where_training_is_long() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     for width, half, gains in ((64, False, True), (512, True, True), (512, False, False)):
         if shutil.which("g++"):
-            assert dispatch.pays_to_compile(cpu, n_embd=width, flops=1e14, half=half) is gains
-        assert not dispatch.pays_to_compile(cpu, n_embd=width, flops=1e11, half=half)
-        assert dispatch.pays_to_compile(gpu, n_embd=width, flops=1e17, half=half)
-        assert not dispatch.pays_to_compile(gpu, n_embd=width, flops=1e14, half=half)
+            assert dispatch.is_worth_compiling(cpu, n_embd=width, flops=1e14, half=half) is gains
+        assert not dispatch.is_worth_compiling(cpu, n_embd=width, flops=1e11, half=half)
+        assert dispatch.is_worth_compiling(gpu, n_embd=width, flops=1e17, half=half)
+        assert not dispatch.is_worth_compiling(gpu, n_embd=width, flops=1e14, half=half)

@@ -16,14 +16,14 @@ def test_equal_the_plain_rewrite(net: GPT, tokens: Tensor, norm: str) -> None:
     net = net.double()
     weights = {name: w.numpy() for name, w in net.state_dict().items()}
     with torch.no_grad():
-        ours = layer_features(net, tokens, norm=norm)
-    assert ours.shape == (4, 4, 24)
+        own = layer_features(net, tokens, norm=norm)
+    assert own.shape == (4, 4, 24)
     gains = [*(weights[f"h.{i}.ln_1.g"] for i in range(3)), weights["ln_f.g"]]
     for image in range(4):
         streams = plain.residuals(weights, tokens[image].numpy(), None, 3, True)
         for layer, (h, g) in enumerate(zip(streams, gains, strict=True)):
             expected = (plain.norm(h, g) if norm == "ln_1" else h).mean(0)
-            assert np.abs(ours[layer, image].numpy() - expected).max() < 1e-12
+            assert np.abs(own[layer, image].numpy() - expected).max() < 1e-12
 
 
 def test_an_unknown_norm(net: GPT, tokens: Tensor) -> None:

@@ -17,7 +17,7 @@ PLAIN = Sampling(1.0, None, None)
 
 
 def uniforms(n: int, n_ctx: int = 16) -> Tensor:
-    return keyed.uniform(keyed.item_keys(torch.tensor(keyed.key(0, "test")), torch.arange(n)), n_ctx)
+    return keyed.uniform(keyed.per_example_keys(torch.tensor(keyed.key(0, "test")), torch.arange(n)), n_ctx)
 
 
 def test_cached_logits_equal_uncached(net: GPT, tokens: Tensor) -> None:
@@ -48,26 +48,28 @@ def test_the_batch_changes_no_image(net: GPT) -> None:
 def test_known_tokens_stay_and_condition_the_rest(net: GPT, tokens: Tensor) -> None:
     """Invariant: a prompt is kept; the rest is what drawing on from it gives; a whole image is returned as it is."""
     known = torch.arange(16) < 6
-    drawn = generate(net, uniforms(4), PLAIN, given=tokens, known=known)
+    drawn = generate(net, uniforms(4), PLAIN, prompts=tokens, known=known)
     assert torch.equal(drawn[:, :6], tokens[:, :6])
-    assert torch.equal(drawn, generate(net, uniforms(4), PLAIN, given=tokens, known=known, cached=False))
+    assert torch.equal(drawn, generate(net, uniforms(4), PLAIN, prompts=tokens, known=known, cached=False))
     scattered = torch.arange(16) % 3 == 1
-    mixed = generate(net, uniforms(4), PLAIN, given=tokens, known=scattered)
+    mixed = generate(net, uniforms(4), PLAIN, prompts=tokens, known=scattered)
     assert torch.equal(mixed[:, scattered], tokens[:, scattered])
-    assert torch.equal(mixed, generate(net, uniforms(4), PLAIN, given=tokens, known=scattered, cached=False))
-    assert torch.equal(generate(net, uniforms(4), PLAIN, given=tokens, known=torch.ones(16, dtype=torch.bool)), tokens)
+    assert torch.equal(mixed, generate(net, uniforms(4), PLAIN, prompts=tokens, known=scattered, cached=False))
+    assert torch.equal(
+        generate(net, uniforms(4), PLAIN, prompts=tokens, known=torch.ones(16, dtype=torch.bool)), tokens
+    )
 
 
 def test_equal_prompts_are_read_once(net: GPT, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: each image is what it is alone; by hand: the prompts' pass has two rows of five, the others all."""
     known, given = torch.arange(16) < 6, tokens[[2, 0, 2, 2, 0]]
     pairs = zip(uniforms(5).split(1), given.split(1), strict=True)
-    alone = [generate(net, u, PLAIN, given=g, known=known) for u, g in pairs]
-    assert decode.verified(net, "layers")  # which is looked at once
+    alone = [generate(net, u, PLAIN, prompts=g, known=known) for u, g in pairs]
+    assert decode.is_verified(net, "layers")  # which is looked at once
     read: list[tuple[int, ...]] = []
     step = net.step
     monkeypatch.setattr(net, "step", lambda new, cache: read.append(tuple(new.shape)) or step(new, cache))
-    drawn = generate(net, uniforms(5), PLAIN, given=given, known=known, backend="layers")
+    drawn = generate(net, uniforms(5), PLAIN, prompts=given, known=known, backend="layers")
     assert torch.equal(drawn, torch.cat(alone))
     assert read == [(2, 6), *[(5, 1)] * 9]
     assert len({tuple(row) for row in torch.cat(alone).tolist()}) == 5
@@ -81,8 +83,8 @@ def in_a_thread_of_its_own(steps: Iterator[tuple[Tensor, int]]) -> tuple[Tensor,
 def test_growing_images_are_those_that_are_generated(net: GPT, tokens: Tensor) -> None:
     """Invariant: after each step what is settled is the end's, token by token, whatever thread takes the step."""
     for known in (torch.arange(16) < 6, torch.arange(16) % 3 == 0, torch.ones(16, dtype=torch.bool)):
-        end = generate(net, uniforms(4), PLAIN, given=tokens, known=known)
-        steps = generate_stream(net, uniforms(4), PLAIN, given=tokens, known=known)
+        end = generate(net, uniforms(4), PLAIN, prompts=tokens, known=known)
+        steps = generate_stream(net, uniforms(4), PLAIN, prompts=tokens, known=known)
         seen = []
         while (step := in_a_thread_of_its_own(steps)) is not None:
             so_far, settled = step
@@ -142,4 +144,4 @@ def test_shapes_that_do_not_fit(net: GPT, tokens: Tensor) -> None:
     with pytest.raises(ValueError, match=r"\(B, 16\)"):
         generate(net, uniforms(1, 8), PLAIN)
     with pytest.raises(ValueError, match="come together"):
-        generate(net, uniforms(4), PLAIN, given=tokens)
+        generate(net, uniforms(4), PLAIN, prompts=tokens)

@@ -92,15 +92,15 @@ def test_equals_hugging_face(sizes: tuple[int, ...]) -> None:
         embd_pdrop=0,
         attn_pdrop=0,
     )
-    theirs = ImageGPTForCausalImageModeling(config).eval()
-    to_huggingface(net.state_dict(), theirs)
+    reference = ImageGPTForCausalImageModeling(config).eval()
+    to_huggingface(net.state_dict(), reference)
     tokens = torch.randint(k, (2, n_ctx), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = theirs(input_ids=F.pad(tokens[:, :-1], (1, 0), value=k)).logits
-        ours = net(tokens)
+        expected = reference(input_ids=F.pad(tokens[:, :-1], (1, 0), value=k)).logits
+        own = net(tokens)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rounded = net(tokens).float()
-    assert (ours - expected).abs().max() < 1e-5
+    assert (own - expected).abs().max() < 1e-5
     assert expected.abs().max() > 0.3  # else the next line would say nothing
     # bfloat16 keeps 8 bits: 2^-8 relative in each product, a few of them in a row
     assert (rounded - expected).norm() / expected.norm() < 2e-2
@@ -114,11 +114,11 @@ def test_equals_the_plain_rewrite(causal: bool) -> None:
     visible = None if causal else torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) > 0.3
     weights = {name: w.numpy() for name, w in net.state_dict().items()}
     with torch.no_grad():
-        ours = net(tokens, visible).numpy()
+        own = net(tokens, visible).numpy()
     for i in range(2):
         shown = None if visible is None else visible[i].numpy()
         expected = plain.logits(weights, tokens[i].numpy(), shown, net.n_head, causal)
-        assert np.abs(ours[i] - expected).max() < 1e-12
+        assert np.abs(own[i] - expected).max() < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -305,8 +305,8 @@ def test_compiled_in_bfloat16(net: GPT, tokens: Tensor) -> None:
             for block in net.blocks:
                 block.compile()
         with torch.autocast("cpu", torch.bfloat16):
-            found = gradients(net, tokens)
-        for one, same in zip(found, exact, strict=True):
+            items = gradients(net, tokens)
+        for one, same in zip(items, exact, strict=True):
             assert (one - same).abs().max() < 0.05 * same.abs().max() + 1e-4
 
 
@@ -314,12 +314,12 @@ def test_compiled_in_bfloat16(net: GPT, tokens: Tensor) -> None:
 def test_c_gives_the_same_bits_by_any_number_of_threads() -> None:
     """Invariant: a run repeats itself whatever else the machine does."""
     qkv = torch.randn(5, 50, 72, generator=torch.Generator().manual_seed(0))
-    found = []
+    items = []
     for threads in (1, 4, 40):  # 40: more than there are heads of images
         with num_threads(threads):
-            found.append(attended(qkv, 3, True, "native"))
-    for others in found[1:]:
-        assert all(map(torch.equal, others, found[0]))
+            items.append(attended(qkv, 3, True, "native"))
+    for others in items[1:]:
+        assert all(map(torch.equal, others, items[0]))
 
 
 def gradients(net: GPT, tokens: Tensor) -> list[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from igpt.objective.ar import AR
-from igpt.objective.registry import build
+from igpt.objective.registry import build_objective
 
 
 def test_loss_by_hand() -> None:
@@ -27,4 +27,4 @@ def test_nothing_is_hidden() -> None:
 
 def test_an_unknown_objective() -> None:
     with pytest.raises(ValueError, match="no objective called 'mlm'"):
-        build(name="mlm")
+        build_objective(name="mlm")

@@ -12,7 +12,7 @@ from igpt.objective.bert import BERT
 from igpt.utils import keyed
 from tests.model.test_gpt import openai_case
 
-KEYS = keyed.item_keys(keyed.key(0, "test"), torch.arange(400))
+KEYS = keyed.per_example_keys(keyed.key(0, "test"), torch.arange(400))
 TOKENS = torch.zeros(400, 64, dtype=torch.int64)
 
 
@@ -53,8 +53,8 @@ def test_masks_are_independent_draws(p: float) -> None:
 def test_a_mask_is_its_images_own() -> None:
     """Invariant: neither the batch nor the order changes it."""
     objective = BERT(mask_probability=0.15)
-    whole = objective.visible_mask(TOKENS, KEYS)
-    assert torch.equal(objective.visible_mask(TOKENS[7:9], KEYS[7:9].flip(0)), whole[7:9].flip(0))
+    full = objective.visible_mask(TOKENS, KEYS)
+    assert torch.equal(objective.visible_mask(TOKENS[7:9], KEYS[7:9].flip(0)), full[7:9].flip(0))
 
 
 def test_every_image_hides_a_pixel() -> None:
@@ -67,4 +67,4 @@ def test_every_image_hides_a_pixel() -> None:
 @pytest.mark.parametrize("p", [0.0, 1.0, -0.1])
 def test_bad_probability(p: float) -> None:
     with pytest.raises(ValueError, match=r"objective\.mask_probability must be (above 0|below 1)"):
-        registry.build(name="bert", mask_probability=p)
+        registry.build_objective(name="bert", mask_probability=p)

@@ -18,9 +18,9 @@ def test_the_class_loss_by_hand() -> None:
     """Closed forms: ln K of equal scores; ln(1 + e^-d) of two scores that are d apart; float32 also of bfloat16."""
     assert classification_loss(torch.zeros(4, 10), torch.arange(4)).item() == pytest.approx(math.log(10))
     apart = torch.tensor([[3.0, 1.0], [1.0, 3.0]], dtype=torch.bfloat16)
-    found = classification_loss(apart, torch.tensor([0, 1]))
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(math.log1p(math.exp(-2)))
+    values = classification_loss(apart, torch.tensor([0, 1]))
+    assert values.dtype == torch.float32
+    assert values.item() == pytest.approx(math.log1p(math.exp(-2)))
 
 
 @pytest.mark.parametrize("generative", [AR(), BERT(mask_probability=0.15)], ids=["ar", "bert"])
@@ -43,6 +43,6 @@ def test_the_sum_and_its_gradient(generative: AR | BERT) -> None:
 def test_without_generation_the_token_head_is_not_read() -> None:
     joint = JointObjective(AR(), LossWeights(gen=0, clf=1))
     losses = joint.losses(None, drawn(1, 3, 4), torch.zeros(3, 16, dtype=torch.int64), torch.arange(3), None)
-    assert not joint.generates
+    assert not joint.has_generative_loss
     assert joint.total(losses) == losses["loss_clf"]
     assert set(losses) == {"loss_clf"}

@@ -14,17 +14,19 @@ def variables(state: Mapping[str, Tensor], n_head: int, wclf: np.ndarray | None 
     plain = {name: weight.numpy() for name, weight in state.items()}
     c = plain["wpe"].shape[1]
     d = c // n_head
-    found = {name: plain[name] for name in ("wpe", "wte", "wtet", "sos") if name in plain} | {"ln_f/g": plain["ln_f.g"]}
+    by_name = {name: plain[name] for name in ("wpe", "wte", "wtet", "sos") if name in plain} | {
+        "ln_f/g": plain["ln_f.g"]
+    }
     for i in range(sum(name.endswith("ln_1.g") for name in plain)):
-        ours, theirs = f"h.{i}.", f"h{i}/"
-        found |= {f"{theirs}ln_1/g": plain[f"{ours}ln_1.g"], f"{theirs}ln_2/g": plain[f"{ours}ln_2.g"]}
-        q, k, v = np.split(plain[f"{ours}attn.c_attn.weight"], 3)
-        parts = {"q": q, "k": k, "v": v, "c": plain[f"{ours}attn.c_proj.weight"].T}
-        found |= {f"{theirs}attn/{name}_proj": part.reshape(n_head, d, c) for name, part in parts.items()}
-        found[f"{theirs}mlp/c_fc/w"] = plain[f"{ours}mlp.c_fc.weight"].T
-        found[f"{theirs}mlp/c_proj/w"] = plain[f"{ours}mlp.c_proj.weight"].T
-    found["clf/wclf"] = np.zeros((10, c), np.float32) if wclf is None else wclf
-    return {f"model/{name}": np.ascontiguousarray(value) for name, value in found.items()}
+        own, reference = f"h.{i}.", f"h{i}/"
+        by_name |= {f"{reference}ln_1/g": plain[f"{own}ln_1.g"], f"{reference}ln_2/g": plain[f"{own}ln_2.g"]}
+        q, k, v = np.split(plain[f"{own}attn.c_attn.weight"], 3)
+        parts = {"q": q, "k": k, "v": v, "c": plain[f"{own}attn.c_proj.weight"].T}
+        by_name |= {f"{reference}attn/{name}_proj": part.reshape(n_head, d, c) for name, part in parts.items()}
+        by_name[f"{reference}mlp/c_fc/w"] = plain[f"{own}mlp.c_fc.weight"].T
+        by_name[f"{reference}mlp/c_proj/w"] = plain[f"{own}mlp.c_proj.weight"].T
+    by_name["clf/wclf"] = np.zeros((10, c), np.float32) if wclf is None else wclf
+    return {f"model/{name}": np.ascontiguousarray(value) for name, value in by_name.items()}
 
 
 def save(prefix: Path, values: Mapping[str, np.ndarray], n_shard: int = 1) -> Path:

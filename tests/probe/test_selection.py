@@ -15,7 +15,16 @@ from igpt.data.source import ArraySplit
 from igpt.probe import selection
 from igpt.probe.feature_files import Features
 from igpt.probe.lbfgs import logistic_regression
-from igpt.probe.selection import Choice, Images, Table, chosen, fitted, folds_of, searched, window_around
+from igpt.probe.selection import (
+    Choice,
+    FeatureSet,
+    GridScores,
+    assign_folds,
+    fit_head,
+    grid_search,
+    select_best,
+    window_around,
+)
 
 CPU = torch.device("cpu")
 STRENGTHS = [1.0, 0.01, 0.1]  # in no order
@@ -23,12 +32,12 @@ N_CLASS, N_TRAIN, N_VAL = 4, 90, 60
 OF_VAL, OF_TRAIN = 1.01 / N_VAL, 1.01 / N_TRAIN  # one image: theirs and ours end a little beside the optimum
 
 
-def of(values: np.ndarray, labels: np.ndarray) -> Images:
-    return Images([Features(values.astype(np.float32), labels)])
+def of(values: np.ndarray, labels: np.ndarray) -> FeatureSet:
+    return FeatureSet([Features(values.astype(np.float32), labels)])
 
 
 @pytest.fixture(scope="module")
-def both() -> tuple[Images, Images]:
+def both() -> tuple[FeatureSet, FeatureSet]:
     """Three layers of train and val: six projections of the digits 0 to 3, each layer with more noise."""
     found = load_digits(n_class=N_CLASS)
     generator = np.random.default_rng(0)
@@ -43,61 +52,66 @@ def both() -> tuple[Images, Images]:
     return of(layers[:, :N_TRAIN], labels[:N_TRAIN]), of(layers[:, N_TRAIN:], labels[N_TRAIN:])
 
 
-def theirs(strength: float) -> LogisticRegression:
+def scikit_learn(strength: float) -> LogisticRegression:
     return LogisticRegression(C=strength, tol=1e-8, max_iter=5000)
 
 
-def values(images: Images, window: list[int]) -> np.ndarray:
+def values(images: FeatureSet, window: list[int]) -> np.ndarray:
     """The features of some layers, side by side, as numpy sees them: (N, P · C)"""
-    return np.concatenate([images.under[0].values[layer] for layer in window], axis=1)
+    return np.concatenate([images.by_mask[0].values[layer] for layer in window], axis=1)
 
 
-def test_searched_on_val_is_scikit_learn(both: tuple[Images, Images]) -> None:
+def test_searched_on_val_is_scikit_learn(both: tuple[FeatureSet, FeatureSet]) -> None:
     """Independent source: scikit-learn's accuracy on val for each layer and C, to one image."""
     train, val = both
-    table = searched(train, val, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0)
+    table = grid_search(train, val, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0)
     expected = [
-        [theirs(c).fit(values(train, [layer]), train.labels).score(values(val, [layer]), val.labels) for c in STRENGTHS]
+        [
+            scikit_learn(c).fit(values(train, [layer]), train.labels).score(values(val, [layer]), val.labels)
+            for c in STRENGTHS
+        ]
         for layer in range(3)
     ]
     assert table.accuracy == pytest.approx(np.array(expected), abs=OF_VAL)
     assert np.array_equal(table.one_mask, table.accuracy)
     assert table.accuracy.max() - table.accuracy.min() > 0.1  # or any table would do
-    assert (table.windows, table.strengths, table.n_image) == ([[0], [1], [2]], STRENGTHS, N_VAL)
+    assert (table.windows, table.C_grid, table.n_image) == ([[0], [1], [2]], STRENGTHS, N_VAL)
 
 
-def test_searched_with_folds_is_scikit_learn(both: tuple[Images, Images]) -> None:
+def test_searched_with_folds_is_scikit_learn(both: tuple[FeatureSet, FeatureSet]) -> None:
     """Independent source: scikit-learn's cross-validation on the same folds; val is not looked at."""
     train, val = both
-    folds = folds_of(train.labels, 3, seed=0)
-    blind = of(np.full_like(val.under[0].values, np.nan), val.labels)
-    table = searched(train, blind, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0, folds=folds)
+    folds = assign_folds(train.labels, 3, seed=0)
+    blind = of(np.full_like(val.by_mask[0].values, np.nan), val.labels)
+    table = grid_search(train, blind, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0, folds=folds)
     for layer in range(3):
         for i, c in enumerate(STRENGTHS):
-            said = cross_val_predict(theirs(c), values(train, [layer]), train.labels, cv=PredefinedSplit(folds))
-            assert table.accuracy[layer, i] == pytest.approx(accuracy_score(train.labels, said), abs=OF_TRAIN)
+            message = cross_val_predict(
+                scikit_learn(c), values(train, [layer]), train.labels, cv=PredefinedSplit(folds)
+            )
+            assert table.accuracy[layer, i] == pytest.approx(accuracy_score(train.labels, message), abs=OF_TRAIN)
     assert table.n_image == N_TRAIN
 
 
-def test_a_window_is_its_layers_side_by_side(both: tuple[Images, Images]) -> None:
+def test_a_window_is_its_layers_side_by_side(both: tuple[FeatureSet, FeatureSet]) -> None:
     """Independent source: scikit-learn on numpy's concatenation."""
     train, val = both
     windows = [[0, 1, 2], [2, 1, 0], [1, 1, 2]]
-    table = searched(train, val, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0, windows=windows)
+    table = grid_search(train, val, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0, windows=windows)
     for row, window in enumerate(windows):
         for i, c in enumerate(STRENGTHS):
-            head = theirs(c).fit(values(train, window), train.labels)
+            head = scikit_learn(c).fit(values(train, window), train.labels)
             assert table.accuracy[row, i] == pytest.approx(head.score(values(val, window), val.labels), abs=OF_VAL)
     assert table.accuracy[0] == pytest.approx(table.accuracy[1], abs=OF_VAL)  # the same layers
 
 
 @pytest.mark.parametrize("folded", [False, True])
 def test_little_memory_changes_nothing(
-    both: tuple[Images, Images], monkeypatch: pytest.MonkeyPatch, folded: bool
+    both: tuple[FeatureSet, FeatureSet], monkeypatch: pytest.MonkeyPatch, folded: bool
 ) -> None:
     """Invariant: layers fitted one after another give the table of all together, to one image."""
     train, val = both
-    folds = folds_of(train.labels, 3, seed=0) if folded else None
+    folds = assign_folds(train.labels, 3, seed=0) if folded else None
     tables, sizes = [], []
 
     def noted(features: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
@@ -107,26 +121,26 @@ def test_little_memory_changes_nothing(
     monkeypatch.setattr(selection, "logistic_regression", noted)
     for room in (1 << 30, 2 * 4 * N_TRAIN * 6, 1):  # all, two layers, not even one
         monkeypatch.setattr(selection, "CPU_BYTES", room)
-        tables.append(searched(train, val, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0, folds=folds).accuracy)
+        tables.append(grid_search(train, val, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0, folds=folds).accuracy)
     assert sorted(set(sizes)) == [1, 2, 3]
     for table in tables[1:]:
         assert table == pytest.approx(tables[0], abs=OF_VAL)
 
 
-def test_the_broken_layer_is_named(both: tuple[Images, Images], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_broken_layer_is_named(both: tuple[FeatureSet, FeatureSet], monkeypatch: pytest.MonkeyPatch) -> None:
     """The number is that of the layer, however many are fitted together."""
     train, val = both
-    broken = train.under[0].values.copy()
+    broken = train.by_mask[0].values.copy()
     broken[2, 5, 3] = np.nan
     for room in (1 << 30, 1):
         monkeypatch.setattr(selection, "CPU_BYTES", room)
         with pytest.raises(ValueError, match=r"the features of layer\(s\) 2 hold NaN or infinity"):
-            searched(of(broken, train.labels), val, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0)
+            grid_search(of(broken, train.labels), val, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0)
 
 
-def table_of(accuracy: list[list[float]]) -> Table:
+def table_of(accuracy: list[list[float]]) -> GridScores:
     rows = np.array(accuracy)
-    return Table(rows, rows / 2, [[layer] for layer in range(len(rows))], STRENGTHS, 50)
+    return GridScores(rows, rows / 2, [[layer] for layer in range(len(rows))], STRENGTHS, 50)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +156,7 @@ def table_of(accuracy: list[list[float]]) -> Table:
 )
 def test_the_best_and_its_ties(accuracy: list[list[float]], layer: int | None, best: Choice) -> None:
     """By hand: the highest; among equals the lowest layer, then the strongest regularisation."""
-    assert chosen(table_of(accuracy), layer=layer) == best
+    assert select_best(table_of(accuracy), layer=layer) == best
 
 
 def test_what_a_table_says() -> None:
@@ -158,19 +172,19 @@ def test_what_a_table_says() -> None:
 def test_folds_share_every_class_out() -> None:
     """By hand: of 5 folds, each has ⌊n / 5⌋ or ⌈n / 5⌉ images of a class; which ones, the seed says."""
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 3], [5, 13, 31]))
-    folds = folds_of(labels, 5, seed=0)
+    folds = assign_folds(labels, 5, seed=0)
     assert folds.shape == labels.shape
     for label in (0, 1, 3):
         counts = np.bincount(folds[labels == label], minlength=5)
         assert set(counts.tolist()) <= {len(labels[labels == label]) // 5, -(-len(labels[labels == label]) // 5)}
-    assert np.array_equal(folds_of(labels, 5, seed=0), folds)
-    assert not np.array_equal(folds_of(labels, 5, seed=1), folds)
+    assert np.array_equal(assign_folds(labels, 5, seed=0), folds)
+    assert not np.array_equal(assign_folds(labels, 5, seed=1), folds)
 
 
 def test_a_class_too_small_for_the_folds() -> None:
     with pytest.raises(ValueError, match=r"class 7 has 2 images, too few for task\.folds=3"):
-        folds_of(np.array([0, 0, 0, 7, 7]), 3, seed=0)
-    assert sorted(folds_of(np.array([0, 0, 7, 7]), 2, seed=0).tolist()) == [0, 0, 1, 1]
+        assign_folds(np.array([0, 0, 0, 7, 7]), 3, seed=0)
+    assert sorted(assign_folds(np.array([0, 0, 7, 7]), 2, seed=0).tolist()) == [0, 0, 1, 1]
 
 
 def test_pixels_as_features() -> None:
@@ -179,26 +193,26 @@ def test_pixels_as_features() -> None:
     pixels[3, 0, 1] = [51, 255, 102]
     pixels[69, 1, 1, 2] = 255
     labels = np.arange(70)
-    images = Images.of_pixels(ArraySplit(pixels, labels))
-    found = images.under[0].values
-    assert found.shape == (1, 70, 12)
-    assert found.dtype == np.float32
-    assert found[0, 3].tolist() == pytest.approx([-1, -1, -1, -0.6, 1, -0.2, *[-1] * 6], abs=1e-6)
-    assert found[0, 69].tolist() == [*[-1] * 11, 1]
-    assert (found[0, 4:69] == -1).all()
+    images = FeatureSet.from_pixels(ArraySplit(pixels, labels))
+    array = images.by_mask[0].values
+    assert array.shape == (1, 70, 12)
+    assert array.dtype == np.float32
+    assert array[0, 3].tolist() == pytest.approx([-1, -1, -1, -0.6, 1, -0.2, *[-1] * 6], abs=1e-6)
+    assert array[0, 69].tolist() == [*[-1] * 11, 1]
+    assert (array[0, 4:69] == -1).all()
     assert np.array_equal(images.labels, labels)
     assert images.n_layer == 1
 
 
 @pytest.mark.parametrize("window", [[1], [0, 1]])
-def test_the_chosen_head(both: tuple[Images, Images], window: list[int]) -> None:
+def test_the_chosen_head(both: tuple[FeatureSet, FeatureSet], window: list[int]) -> None:
     """Independent source: scikit-learn on train and val together."""
     train, val = both
-    head = fitted([train, val], Choice(window, 0.1), n_class=N_CLASS, device=CPU, seed=0)
+    head = fit_head([train, val], Choice(window, 0.1), n_class=N_CLASS, device=CPU, seed=0)
     x = np.concatenate([values(train, window), values(val, window)])
-    expected = theirs(0.1).fit(x, np.concatenate([train.labels, val.labels]))
-    said, scores = head.predict(val)
-    assert (said != expected.predict(values(val, window))).sum() <= 1
+    expected = scikit_learn(0.1).fit(x, np.concatenate([train.labels, val.labels]))
+    message, scores = head.predict(val)
+    assert (message != expected.predict(values(val, window))).sum() <= 1
     probabilities = scores.softmax(dim=-1).numpy()
     assert np.abs(probabilities - expected.predict_proba(values(val, window))).max() < 0.01
 
@@ -213,27 +227,27 @@ def test_windows_by_hand(layer: int, size: int, window: Sequence[int]) -> None:
     assert window_around(layer, size, 12) == list(window)
 
 
-def test_masks_vote(both: tuple[Images, Images]) -> None:
+def test_masks_vote(both: tuple[FeatureSet, FeatureSet]) -> None:
     """By hand: with two classes and three masks the vote is the median; alone, the first mask counts.
 
     Of two classes scikit-learn fits one vector where ours are two of half its length: its ½ |w|² is twice theirs.
     """
     train, val = both
-    two = of(train.under[0].values, train.labels % 2)
+    two = of(train.by_mask[0].values, train.labels % 2)
     generator = np.random.default_rng(1)
-    noisy = [val.under[0].values + 2 * generator.normal(size=val.under[0].values.shape) for _ in range(3)]
+    noisy = [val.by_mask[0].values + 2 * generator.normal(size=val.by_mask[0].values.shape) for _ in range(3)]
     seen = [Features(values.astype(np.float32), val.labels % 2) for values in noisy]
     how: dict[str, Any] = {"n_class": 2, "device": CPU, "seed": 0}
-    table = searched(two, Images(seen), STRENGTHS, **how)
-    alone = [searched(two, Images([features]), STRENGTHS, **how).accuracy for features in seen]
+    table = grid_search(two, FeatureSet(seen), STRENGTHS, **how)
+    alone = [grid_search(two, FeatureSet([features]), STRENGTHS, **how).accuracy for features in seen]
     assert np.array_equal(table.one_mask, alone[0])
     assert not np.array_equal(table.accuracy, alone[0])
     for layer in range(3):
         for i, c in enumerate(STRENGTHS):
-            head = theirs(2 * c).fit(values(two, [layer]), two.labels)
+            head = scikit_learn(2 * c).fit(values(two, [layer]), two.labels)
             vote = np.median([head.predict(features.values[layer]) for features in seen], axis=0)
             assert table.accuracy[layer, i] == pytest.approx((vote == val.labels % 2).mean(), abs=OF_VAL)
-    best = fitted([two], Choice([1], 0.1), n_class=2, device=CPU, seed=0)
-    said, scores = best.predict(Images(seen))
-    assert (said == seen[0].labels).mean() == pytest.approx(table.accuracy[1, 2], abs=OF_VAL)
+    best = fit_head([two], Choice([1], 0.1), n_class=2, device=CPU, seed=0)
+    message, scores = best.predict(FeatureSet(seen))
+    assert (message == seen[0].labels).mean() == pytest.approx(table.accuracy[1, 2], abs=OF_VAL)
     assert (scores.argmax(dim=-1).numpy() == seen[0].labels).mean() == pytest.approx(table.one_mask[1, 2], abs=OF_VAL)

@@ -20,15 +20,15 @@ from PIL import Image
 
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.report import page as page_module
-from igpt.report.facts import command, data_overrides, images_of, next_commands, repeat_command
+from igpt.report.facts import data_overrides, describe_images, next_commands, repeat_command, train_command
 from igpt.report.folder import RunFolder
-from igpt.report.page import page_of, write_page
-from igpt.report.pictures import Picture, embedded
-from igpt.report.plots import MOST_POINTS, plots, thinned
+from igpt.report.page import render_page, write_page
+from igpt.report.pictures import Picture, embed
+from igpt.report.plots import MOST_POINTS, build_plots, thin
 from igpt.report.runs import read_run
-from igpt.report.summary import summary
-from igpt.report.sweep_report import page as sweep_page
-from igpt.run.arguments import check
+from igpt.report.summary import summarize
+from igpt.report.sweep_report import write_comparison as sweep_page
+from igpt.run.arguments import check_overrides
 from igpt.run.launch import launch
 from igpt.utils import files
 from tests.app.test_compare import loss, made
@@ -100,8 +100,10 @@ def test_every_number_and_every_point_of_a_curve_is_there(quickstart: Path) -> N
         page = Page(folder / "report.html")
         for key, number in record["numbers"].items():
             assert key in page.text
-            whole = float(number["value"]).is_integer() and number["stderr"] is None and number["interval"] is None
-            value = f"{number['value']:,.0f}" if whole or number["value"] >= 1e4 else f"{number['value']:,.4f}"
+            is_complete = (
+                float(number["value"]).is_integer() and number["stderr"] is None and number["interval"] is None
+            )
+            value = f"{number['value']:,.0f}" if is_complete or number["value"] >= 1e4 else f"{number['value']:,.4f}"
             sure = f" ± {number['stderr']:.4f}" if number["stderr"] is not None else ""
             if number["interval"] is not None:
                 sure = " [{:.4f}, {:.4f}]".format(*number["interval"])
@@ -118,7 +120,7 @@ def test_every_number_and_every_point_of_a_curve_is_there(quickstart: Path) -> N
 
 def test_lines_go_through_their_points() -> None:
     """By hand: the drawing is 1,000 wide and high from the top left, with 2 % and 6 % of room on each side."""
-    (plot,) = plots(
+    (plot,) = build_plots(
         {"a": Curve([0.0, 50.0, 100.0], [1.0, 2.0, 1.5], "step", "nats"), "b": Curve([0.0], [1.0], "s", "")}
     )
     x = [1000 * (place + 0.02) / 1.04 for place in (0, 0.5, 1)]
@@ -132,11 +134,11 @@ def test_a_long_curve_keeps_its_ends_and_extremes(tmp_path: Path) -> None:
     """Invariant: what is left out is said, and no peak is."""
     y = np.random.default_rng(0).normal(size=30_000).tolist()
     y[12_345], y[20_001] = 9.0, -9.0
-    kept = thinned(y, MOST_POINTS)
+    kept = thin(y, MOST_POINTS)
     assert {0, 12_345, 20_001, 29_999} <= set(kept)
     assert len(kept) <= MOST_POINTS + 2
     curve = Curve([float(step) for step in range(30_000)], y, "step", "nats")
-    page = Page(page_of(finished(tmp_path / "run", Result(curves={"train/loss_gen": curve})).path))
+    page = Page(render_page(finished(tmp_path / "run", Result(curves={"train/loss_gen": curve})).path))
     assert f"({len(kept):,} of 30,000 points drawn)" in page.text
 
 
@@ -147,7 +149,7 @@ def test_many_curves_leave_the_page_small(tmp_path: Path) -> None:
     curves = {
         f"run {i}": Curve(x, np.random.default_rng(i).normal(size=3000).tolist(), "step", "nats") for i in range(99)
     }
-    assert page_of(finished(tmp_path / "run", Result(curves=curves)).path).stat().st_size < 5_000_000
+    assert render_page(finished(tmp_path / "run", Result(curves=curves)).path).stat().st_size < 5_000_000
 
 
 def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
@@ -165,8 +167,8 @@ def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
         "task": {"name": "pipeline", "requires": [], "stages": {"a": {"run": "gone", HOSTILE: HOSTILE}}},
         HOSTILE: {HOSTILE: HOSTILE},
     }
-    path = page_of(finished(tmp_path / "run", result, config, task="pipeline").path)
-    plain = page_of(finished(tmp_path / "plain", Result(curves=result.curves)).path)
+    path = render_page(finished(tmp_path / "run", result, config, task="pipeline").path)
+    plain = render_page(finished(tmp_path / "plain", Result(curves=result.curves)).path)
     page = Page(path)
     assert page.text.count(HOSTILE) >= 12
     assert not page.all("img")
@@ -175,7 +177,7 @@ def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
     assert {key for tag in page.tags for key in tag[1]} <= known
     numbers = {HOSTILE: Number(1.5, HOSTILE, 3)}
     runs = [made(tmp_path / name, numbers, model__name=name) for name in ("<b>", "&lt;")]
-    compared = Page(sweep_page(tmp_path / "c.html", summary([*runs, tmp_path / "<i>"], HOSTILE), command=HOSTILE))
+    compared = Page(sweep_page(tmp_path / "c.html", summarize([*runs, tmp_path / "<i>"], HOSTILE), command=HOSTILE))
     assert compared.text.count(HOSTILE) == 2 + 3 + 1 + 1  # title and heading, table, picture, command
     assert all(compared.text.count(name) for name in ("model=<b>", "model=&lt;", "<i>"))
     assert len(compared.all("script")) == 1
@@ -194,7 +196,7 @@ def classified(path: Path, names: tuple[str, ...] | None) -> RunFolder:
 
 def test_cells_of_a_confusion_matrix_have_names(tmp_path: Path) -> None:
     """Round trip: names and counts of every cell are those of the result. Invariant: names are text, one line each."""
-    page = Page(page_of(classified(tmp_path / "run", NAMES).path))
+    page = Page(render_page(classified(tmp_path / "run", NAMES).path))
     (figure,) = (of for of in page.all("figure") if "data-k" in of)
     assert figure["data-k"] == "8"
     cells = [[cell.split(":") for cell in row.split(",")] for row in figure["data-counts"].split(";")]
@@ -203,7 +205,7 @@ def test_cells_of_a_confusion_matrix_have_names(tmp_path: Path) -> None:
     shown = [HOSTILE[:39] + "…", "כלב", "two lines", "\ufffdevil", "x" * 39 + "…", "👩\u200d🌾", "\ufffd", "$x$"]
     assert "Classes" + "".join(shown) in page.text
     assert (len(page.all("bdi")), len(page.all("script")), len(page.all("img"))) == (8, 1, 1)
-    unnamed = Page(page_of(classified(tmp_path / "unnamed", None).path))
+    unnamed = Page(render_page(classified(tmp_path / "unnamed", None).path))
     assert len([of for of in unnamed.all("figure") if "data-k" in of]) == 1
     assert not unnamed.all("bdi")
 
@@ -226,7 +228,7 @@ def test_a_picture_is_shown_without_its_counts(tmp_path: Path, fault: str) -> No
         Image.new("RGB", (50, 50)).save(folder / "confusion.png")
     else:
         np.save(place, np.zeros((8, 7), np.int64) if fault == "shape" else np.float64(1.0))
-    page = Page(page_of(folder))
+    page = Page(render_page(folder))
     assert len(page.all("img")) == 1
     assert not [of for of in page.all("figure") if "data-k" in of]
 
@@ -235,7 +237,7 @@ def test_many_classes_leave_the_page_small(tmp_path: Path) -> None:
     """Invariant: below 5 MB with 1,000 long names and every cell taken; then no counts are told."""
     result = Result()
     result.add_confusion(np.ones((1000, 1000), np.int64), tuple(f"{i} {'<' * 300}" for i in range(1000)))
-    path = page_of(finished(tmp_path / "run", result).path)
+    path = render_page(finished(tmp_path / "run", result).path)
     assert path.stat().st_size < 5_000_000
     (figure,) = (of for of in Page(path).all("figure") if "data-k" in of)
     assert (figure["data-k"], figure["data-counts"]) == ("1000", "")
@@ -280,7 +282,7 @@ def test_the_pictures_of_a_run_are_in_its_page(pipeline: Path) -> None:
 def test_large_pictures_are_shrunk_and_that_is_said(tmp_path: Path) -> None:
     """Invariant: below 5 MB; what is shown smaller or left out is named; a picture keeps its shape."""
     result = Result(files={f"samples_{i}": noise(tmp_path / f"{i}.png", 1100 + i) for i in range(4)})
-    path = page_of(finished(tmp_path / "run", result).path)
+    path = render_page(finished(tmp_path / "run", result).path)
     assert 1_000_000 < path.stat().st_size < 5_000_000
     page = Page(path)
     sizes = [
@@ -292,9 +294,9 @@ def test_large_pictures_are_shrunk_and_that_is_said(tmp_path: Path) -> None:
         for width, height in sizes
     )
     assert page.text.count("is shown smaller than it is") == sum(width < 1100 for width, _ in sizes) >= 3
-    (left_out,) = embedded([Picture("Samples", "", tmp_path / "0.png", "0.png")], budget=1000)
+    (left_out,) = embed([Picture("Samples", "", tmp_path / "0.png", "0.png")], budget=1000)
     assert left_out.png == b""
-    assert "left out" in left_out.said
+    assert "left out" in left_out.note
 
 
 def test_missing_and_damaged_pictures_are_named(tmp_path: Path) -> None:
@@ -302,9 +304,9 @@ def test_missing_and_damaged_pictures_are_named(tmp_path: Path) -> None:
     grid = Grid(np.zeros((2, 2, 4, 4, 3), np.uint8))
     folder = finished(tmp_path / "run", Result(grids={"samples": grid, "completions": grid, "more_samples": grid}))
     (folder.path / "samples.png").unlink()
-    whole = (folder.path / "completions.png").read_bytes()
-    (folder.path / "completions.png").write_bytes(whole[: len(whole) // 2])
-    page = Page(page_of(folder.path))
+    body = (folder.path / "completions.png").read_bytes()
+    (folder.path / "completions.png").write_bytes(body[: len(body) // 2])
+    page = Page(render_page(folder.path))
     assert "samples.png is not there any more." in page.text
     assert re.search(r"completions\.png cannot be read \(\w+\): it is damaged\.", page.text)
     assert len(page.all("img")) == 1
@@ -327,7 +329,7 @@ def test_a_damaged_result_is_an_error_and_no_end_of_a_run(
         content = json.dumps(record)
     place.write_text(content)
     with pytest.raises(ValueError, match=r"result\.json.*(damaged|another version)"):
-        page_of(folder.path)
+        render_page(folder.path)
     with caplog.at_level(logging.WARNING):
         write_page(folder.path)
     assert "report.html was not written" in caplog.text
@@ -338,8 +340,8 @@ def test_a_run_ends_well_without_its_page(
 ) -> None:
     """Invariant: whatever happens while it is written, only that is logged; an older page stays as it was."""
     folder = finished(tmp_path / "run", Result(numbers={"a": Number(1.0, "b", 1)}))
-    before = page_of(folder.path).read_bytes()
-    monkeypatch.setattr(page_module, "embedded", lambda *_, **__: [].pop())
+    before = render_page(folder.path).read_bytes()
+    monkeypatch.setattr(page_module, "embed", lambda *_, **__: [].pop())
     with caplog.at_level(logging.WARNING):
         write_page(folder.path)
     assert "report.html was not written" in caplog.text
@@ -381,20 +383,20 @@ def test_task_report_names_every_bad_run(tmp_path: Path) -> None:
 
 def test_what_to_type_next_is_understood(pipeline: Path) -> None:
     """Round trip: every command of the pages composes, and reads the run's own data."""
-    seen, asked = set[str](), set[tuple[str, ...]]()
+    seen, requested = set[str](), set[tuple[str, ...]]()
     for folder in (pipeline, *pipeline.glob("[1-8]_*")):
         run = read_run(folder)
         for _, text in next_commands(run):
             overrides = text.removeprefix("python train.py ").split()
             seen.add(overrides[0])
-            asked.add(tuple(override for override in overrides if not override.startswith(("init=", "resume="))))
+            requested.add(tuple(override for override in overrides if not override.startswith(("init=", "resume="))))
         assert repeat_command(run).startswith("python train.py experiment=quickstart model.n_layer=2")
-    for overrides in map(list, asked):
-        check(overrides, [CONF])
+    for overrides in map(list, requested):
+        check_overrides(overrides, [CONF])
     assert {"task=sample", "task=complete", "task=probe", "task=finetune", "task=evaluate"} < seen
     (pipeline_resumes,) = (text for text in seen if text.startswith("resume="))
     assert pipeline_resumes == f"resume={pipeline}"
-    assert command("a=b c", "d=[1]") == "python train.py 'a=b c' 'd=[1]'"
+    assert train_command("a=b c", "d=[1]") == "python train.py 'a=b c' 'd=[1]'"
 
 
 def test_a_network_of_masked_pixels_is_asked_for_no_images(tmp_path: Path) -> None:
@@ -416,7 +418,7 @@ def test_a_network_of_masked_pixels_is_asked_for_no_images(tmp_path: Path) -> No
         "data.path='/my data'",
         "data.labels_per_class=25",
     ]
-    assert "cifar10 at 16×16" in images_of(run)
+    assert "cifar10 at 16×16" in describe_images(run)
 
 
 @pytest.mark.parametrize(
@@ -438,7 +440,7 @@ def test_a_network_of_masked_pixels_is_asked_for_no_images(tmp_path: Path) -> No
 def test_a_run_in_a_sentence(tmp_path: Path, task: dict[str, Any], sentence: str) -> None:
     """By hand."""
     folder = finished(tmp_path / "run", Result(), {"task": {"requires": [], **task}}, task["name"])
-    assert sentence in Page(page_of(folder.path)).text
+    assert sentence in Page(render_page(folder.path)).text
 
 
 def test_numbers_to_be_seen_first(tmp_path: Path) -> None:
@@ -449,14 +451,14 @@ def test_numbers_to_be_seen_first(tmp_path: Path) -> None:
         (Number(0.5, "nats", 1, 0.0136), "0.5000natstest/accuracy± 0.0136"),
         (Number(400_640, "weights", 1), "400,640weightstest/accuracy\n"),
     ):
-        page = page_of(finished(tmp_path / number.unit / text[:3], Result(numbers={"test/accuracy": number})).path)
+        page = render_page(finished(tmp_path / number.unit / text[:3], Result(numbers={"test/accuracy": number})).path)
         assert text in Page(page).text
 
 
 def test_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
     result = Result(numbers={"test/accuracy": Number(0.471, "share", 10_000, 0.005, (0.4612, 0.4808))})
     config = {"published": ["test/accuracy 0.963: iGPT-L (Chen et al. 2020)", "BERT: below AR"]}
-    page = Page(page_of(finished(tmp_path / "run", result, config).path))
+    page = Page(render_page(finished(tmp_path / "run", result, config).path))
     assert "test/accuracy 0.963: iGPT-L (Chen et al. 2020)0.4710 [0.4612, 0.4808] share" in page.text
     assert "BERT: below AR–" in page.text
 
@@ -543,8 +545,8 @@ def test_a_browser_shows_it_on_a_phone(pipeline: Path, tmp_path: Path) -> None:
     The same without JavaScript, but for the hovering.
     """
     runs = [made(tmp_path / name, loss(2.0), model__name=f"{name}{'0123456789' * 4}") for name in "ab"]
-    compared = sweep_page(tmp_path / "comparison.html", summary(runs, "val/loss_gen"), command="again " * 99)
-    named = page_of(classified(tmp_path / "named", NAMES).path)
+    compared = sweep_page(tmp_path / "comparison.html", summarize(runs, "val/loss_gen"), command="again " * 99)
+    named = render_page(classified(tmp_path / "named", NAMES).path)
     shown = [pipeline / "report.html", *sorted(pipeline.glob("[267]_*/report.html")), compared, named]
     look = tmp_path / "look.html"
     look.write_text(LOOK % json.dumps([path.as_uri() for path in shown]))

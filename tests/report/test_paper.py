@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from igpt.report.paper import PublishedRow, load_paper
-from igpt.report.runs import flat
+from igpt.report.runs import flatten
 from tests.test_conf import CONF
 
 PAPER = load_paper()
@@ -29,12 +29,12 @@ def cells(text: str, title: str) -> list[list[str]]:
     """The rows of the first table below a title, without its head, bold removed."""
     below = text[text.index(title) :].splitlines()
     first = next(i for i, line in enumerate(below) if line.startswith("|"))
-    found = []
+    items = []
     for line in below[first + 2 :]:
         if not line.startswith("|"):
             break
-        found.append([cell.strip() for cell in line.replace("**", "").strip("|").split("|")])
-    return found
+        items.append([cell.strip() for cell in line.replace("**", "").strip("|").split("|")])
+    return items
 
 
 def of(table: str, **wanted: object) -> list[PublishedRow]:
@@ -118,21 +118,21 @@ def test_few_labels_are_the_digests(digest: str) -> None:
 
 def test_others_numbers_are_the_digests(digest: str) -> None:
     """Independent source: as many as there are, each with its name; none of them has a command."""
-    theirs = []
+    names = []
     for setting, text in cells(digest, "### Others' numbers"):
         for part in text.split(" · "):
             cell = re.match(r"(.+?) (\d\d\.\d)", part)
             assert cell, part
             name, value = cell.groups()
-            theirs.append((setting.split()[0], name.lower(), float(value)))
-    beside = [p for p in PAPER.rows if not p.ours and p not in of("low_data")]
+            names.append((setting.split()[0], name.lower(), float(value)))
+    beside = [p for p in PAPER.rows if not p.is_ours and p not in of("low_data")]
     titles = {value: key for key, value in NAMES.items()}
-    ours = [(titles[str(p.dataset)], p.method.lower(), round(100 * (p.value or 0), 4)) for p in beside]
-    spelt = [(data, "amdim-l" if name == "amdim(-l)" else name, value) for data, name, value in theirs]
-    assert sorted(spelt) == sorted(ours)
+    own = [(titles[str(p.dataset)], p.method.lower(), round(100 * (p.value or 0), 4)) for p in beside]
+    spelt = [(data, "amdim-l" if name == "amdim(-l)" else name, value) for data, name, value in names]
+    assert sorted(spelt) == sorted(own)
     assert "(88.61 at 40, 94.93 at 250)" in digest
     assert [p.value for p in of("low_data", method="FixMatch")] == pytest.approx([0.8861, 0.9493])
-    assert not any(p.command for p in PAPER.rows if not p.ours)
+    assert not any(p.command for p in PAPER.rows if not p.is_ours)
 
 
 def test_every_number_has_a_command_or_a_reason() -> None:
@@ -144,15 +144,15 @@ def test_every_number_has_a_command_or_a_reason() -> None:
             recipe = PAPER.recipes[published.init].network
             assert recipe == {key: getattr(published, key) for key in ("method", "objective", "resolution")}
             assert published.run.startswith(f"experiment=paper/{published.init}")
-    assert {p.method for p in PAPER.rows if p.ours} == set(PAPER.sizes)
+    assert {p.method for p in PAPER.rows if p.is_ours} == set(PAPER.sizes)
 
 
 def composed(name: str) -> dict[str, object]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=[f"experiment=paper/{name}"])
-    whole = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(whole, dict)
-    return {str(key): value for key, value in whole.items()}
+    body = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(body, dict)
+    return {str(key): value for key, value in body.items()}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -168,7 +168,7 @@ def test_an_experiment_file_says_what_is_published(name: str) -> None:
         *(line_of(row) for row in rows if row.value is not None),
         *(f"{line_of(row)}, by experiment=paper/{row.key}" for row in elsewhere),
     ]
-    settings = flat(config)
+    settings = flatten(config)
     assert settings["task.paper"] == (name if rows else None)
     expects = [row.expects for row in rows]
     if name in PAPER.recipes:

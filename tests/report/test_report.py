@@ -20,11 +20,11 @@ from igpt.report.figures import (
     WHITE,
     curves_figure,
     draw_grid,
-    drawn_name,
+    fit_name,
     matrix_figure,
     palette_picture,
 )
-from igpt.report.folder import RunFolder, differences, result_of
+from igpt.report.folder import RunFolder, differences, parse_result
 from igpt.utils import files
 
 
@@ -113,8 +113,8 @@ def test_a_confusion_matrix_says_where_its_cells_are(tmp_path: Path, k: int, nam
 def test_names_that_can_be_drawn() -> None:
     """By hand: DejaVu Sans has no Chinese, Matplotlib turns no text around; then the class is known by its number."""
     drawn = ["$x_1$ $", "two lines", "2", "3", "😀 dog", "x" * 23 + "…", "\ufffd", r"$\frac{$", "''", "cat"]
-    assert [drawn_name(name, i) for i, name in enumerate(NAMES)] == drawn
-    assert drawn_name("犬 dog", 7) == "□ dog"
+    assert [fit_name(name, i) for i, name in enumerate(NAMES)] == drawn
+    assert fit_name("犬 dog", 7) == "□ dog"
 
 
 HOLDS = """
@@ -154,8 +154,8 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_differences_are_named() -> None:
     """By hand."""
     saved = {"task": {"steps": 5, "name": "pretrain"}, "seed": 0}
-    asked = {"task": {"steps": 6, "name": "pretrain"}, "seed": 0, "extra": 1}
-    assert differences(saved, asked) == ["task.steps 5 ≠ 6", "extra None ≠ 1"]
+    requested = {"task": {"steps": 6, "name": "pretrain"}, "seed": 0, "extra": 1}
+    assert differences(saved, requested) == ["task.steps 5 ≠ 6", "extra None ≠ 1"]
     assert differences(saved, saved) == []
 
 
@@ -171,12 +171,12 @@ def test_a_result_is_read_back(tmp_path: Path) -> None:
         provenance={"seed": 0},
     )
     result.add_confusion(np.eye(4, dtype=np.int64), NAMES[:4])
-    assert not folder.finished
+    assert not folder.is_finished
     folder.finish("sample", result, seconds=1.5)
     record = folder.read_result()
-    again = result_of(record)
+    again = parse_result(record)
     assert again.class_names == {"confusion": NAMES[:4]}
-    assert result_of({key: value for key, value in record.items() if key != "class_names"}).class_names == {}
+    assert parse_result({key: value for key, value in record.items() if key != "class_names"}).class_names == {}
     assert (again.numbers, again.curves, again.provenance) == (result.numbers, result.curves, result.provenance)
     assert {"task", "config", "seconds", "versions", "commit", "command"} <= record.keys()
     assert set(again.files) == {"samples", "samples_tokens", "curves", "confusion", "confusion_counts"}

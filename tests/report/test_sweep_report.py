@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from igpt.report import sweep_report
-from igpt.report.page import page_of
-from igpt.report.summary import summary
-from igpt.report.sweep_report import PAGE, PICTURE, ROWS, side_by_side
+from igpt.report.page import render_page
+from igpt.report.summary import summarize
+from igpt.report.sweep_report import PAGE, PICTURE, ROWS, report_sweep
 from tests.app.test_compare import loss, made
 
 
@@ -25,7 +25,7 @@ def test_a_sweep_over_seeds(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     place = tmp_path / "sweep"
     place.mkdir()
     with caplog.at_level("INFO"):
-        side_by_side(place, [*folders, failed], metric="val/loss_gen", command="python train.py -m seed=0,1")
+        report_sweep(place, [*folders, failed], metric="val/loss_gen", command="python train.py -m seed=0,1")
     rows = json.loads((place / ROWS).read_text())["rows"]
     assert [row["settings"] for row in rows] == [{"model": "large"}, {"model": "small"}]
     assert [row["mean"] for row in rows] == pytest.approx([1.6, 2.1])
@@ -41,9 +41,9 @@ def test_a_sweep_over_seeds(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 def test_its_page_links_to_its_runs(tmp_path: Path) -> None:
     """Invariant: relative links, where there is a page; a picture that is gone is named."""
     folders = [made(tmp_path / "runs" / name, loss(value), model__name=name) for name, value in (("a b", 1), ("c", 2))]
-    page_of(folders[0])
-    path = sweep_report.page(
-        tmp_path / "sweeps" / "x" / "report.html", summary(folders, "val/loss_gen"), command="again"
+    render_page(folders[0])
+    path = sweep_report.write_comparison(
+        tmp_path / "sweeps" / "x" / "report.html", summarize(folders, "val/loss_gen"), command="again"
     )
     text = path.read_text()
     assert re.findall(r'href="(.*?)"', text) == ["../../runs/a%20b/report.html"]
@@ -57,10 +57,10 @@ def test_nothing_to_compare(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     one = made(tmp_path / "one", loss(2.0))
     with caplog.at_level("INFO"):
         for folders in ([one], [one, one], [tmp_path / "gone"], []):
-            side_by_side(tmp_path, folders, metric="val/loss_gen", command="")
+            report_sweep(tmp_path, folders, metric="val/loss_gen", command="")
     assert not (tmp_path / PAGE).exists()
     other = made(tmp_path / "other", loss(1.0), model__name="b")
     (tmp_path / "no folder").write_text("")
-    side_by_side(tmp_path / "no folder", [one, other], metric="val/loss_gen", command="")
+    report_sweep(tmp_path / "no folder", [one, other], metric="val/loss_gen", command="")
     assert "could not be written" in caplog.text
     assert sweep_report.PAGE == "report.html"

@@ -14,7 +14,7 @@ import yaml
 
 from igpt.metric.result import Curve, Result
 from igpt.training import loggers
-from igpt.training.loggers import axis_of
+from igpt.training.loggers import class_axis
 from igpt.training.nan_guard import NonFiniteLossError
 from tests.conftest import ROOT
 from tests.offline import OfflineRun, offline_runs
@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OfflineRun]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IGPT_SWEEP", "my-sweep")
         _, folder = run_here(place, *PRETRAIN, *OFFLINE)
-        run_here(place, "task=probe", f"init={folder}", "trainer=cpu", *OFFLINE, "task.strengths=[0.1,1]")
+        run_here(place, "task=probe", f"init={folder}", "trainer=cpu", *OFFLINE, "task.C_grid=[0.1,1]")
     wandb.teardown()  # its own process writes some time later; this waits for that
     return {run.job_type: run for run in offline_runs(place)}
 
@@ -98,8 +98,8 @@ def test_accuracy_over_layers_and_confusion(runs: dict[str, OfflineRun]) -> None
 
 def test_classes_of_a_chart_are_told_apart() -> None:
     """By hand: by name, with the number where two are shown alike; by number where there are no names."""
-    assert axis_of(3, ("cat", "dog\n", "dog")) == ["cat", "dog (1)", "dog (2)"]
-    assert list(axis_of(3, None)) == [0, 1, 2]
+    assert class_axis(3, ("cat", "dog\n", "dog")) == ["cat", "dog (1)", "dog (2)"]
+    assert list(class_axis(3, None)) == [0, 1, 2]
 
 
 def test_a_run_that_fails_is_closed_as_failed(tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from igpt.run.arguments import _argument_with_home, absolute, expand_home, parse, prepare, with_home
+from igpt.run.arguments import (
+    _expand_home_in_argument,
+    expand_home_in_config,
+    expand_home_paths,
+    make_paths_absolute,
+    parse_overrides,
+    prepare_arguments,
+)
 from igpt.run.launch import run
 from igpt.utils.overrides import quote_path
 from tests.conftest import ROOT
@@ -36,7 +43,7 @@ NAMES = (
 
 def read_back(override: str) -> object:
     """What a run sees: Hydra's value, in OmegaConf."""
-    return OmegaConf.create({"value": parse([override])[0].value()})["value"]
+    return OmegaConf.create({"value": parse_overrides([override])[0].value()})["value"]
 
 
 def test_every_name_can_be_quoted() -> None:
@@ -46,29 +53,29 @@ def test_every_name_can_be_quoted() -> None:
         path = "/" + "".join(draw.choice(PIECES) for _ in range(draw.randint(1, 8))).strip("/")
         path = str(Path(path))
         assert read_back(f"data.path={quote_path(path)}") == path
-        (saved,) = absolute([f"tokens.path={quote_path(path)}"])
+        (saved,) = make_paths_absolute([f"tokens.path={quote_path(path)}"])
         assert read_back(saved) == path
 
 
 def test_what_has_to_be_quoted_is_told_how() -> None:
     """Independent source: bash reads the argument that each message names, and it is the name; each is one line."""
-    asked, typed = [], []
+    requested, typed = [], []
     for name in NAMES:
         override = f"data.path=/photos/{name}"
         try:
-            prepare(["data=folder", override], CONF)
+            prepare_arguments(["data=folder", override], CONF)
         except ValueError as error:
             message = str(error)
             assert message.isprintable(), message
-            asked.append(name)
+            requested.append(name)
             typed.append(message.partition("quote it: ")[2])
         else:
             assert read_back(override) == f"/photos/{name}"
-    assert {"a=b", "a,b", "it's", "two\nlines", "${x}", "Süß"} <= set(asked)
+    assert {"a=b", "a,b", "it's", "two\nlines", "${x}", "Süß"} <= set(requested)
     script = f"printf '%s\\0' {' '.join(typed)}"
     given = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout.decode().split("\0")[:-1]
-    assert [read_back(argument) for argument in given] == [f"/photos/{name}" for name in asked]
-    prepare(["data=folder", given[0]], CONF)
+    assert [read_back(argument) for argument in given] == [f"/photos/{name}" for name in requested]
+    prepare_arguments(["data=folder", given[0]], CONF)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +84,12 @@ def test_what_has_to_be_quoted_is_told_how() -> None:
         ("data.path=2019", "a path is expected, this is read as int.* quote it: 'data.path=\"2019\"'"),
         ("data.path=[photos]", "read as list.* quote it: 'data.path=\"\\[photos\\]\"'"),
         ("paths.cache=true", "read as bool.* quote it: 'paths.cache=\"true\"'"),
-        ("task.beside=[a=b,c]", 'quote it: \'task.beside=\\["a=b","c"\\]\''),
+        ("task.compare_with=[a=b,c]", 'quote it: \'task.compare_with=\\["a=b","c"\\]\''),
     ],
 )
 def test_what_hydra_reads_otherwise(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        prepare(["task=palette", "data=folder", override], CONF)
+        prepare_arguments(["task=palette", "data=folder", override], CONF)
 
 
 SETTINGS = ("init", "paths.runs", "paths.cache", "tokens.path", "data.path", "data.clusters", "task.palette",
@@ -98,29 +105,31 @@ def test_home_is_meant_by_a_tilde(setting: str, tmp_path: Path, monkeypatch: pyt
     pipeline = ["task=pipeline"] if "stages" in setting else []
     quote = "'\""[len(setting) % 2]
     arguments = [*groups.get(setting, []), *pipeline, f"{setting}={quote}~/a b{quote}"]
-    assert read_back(prepare(arguments, CONF)[-1]) == f"{tmp_path}/a b"
+    assert read_back(prepare_arguments(arguments, CONF)[-1]) == f"{tmp_path}/a b"
 
 
 def test_home_in_lists_sweeps_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand. What only looks like it (a deletion, a name with ~ within, nobody's home) is left as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for typed in ("data.path=~/photos", "+task.stages.x.run=~/a b", "paths.runs=~"):
-        assert parse([_argument_with_home(typed)])[0].value() == typed.partition("=")[2].replace("~", str(tmp_path), 1)
-    (lists,) = prepare(['task.beside=["~/x","y~/z","${paths.runs}/p"]', "task=palette"], CONF)[:1]
-    assert parse([lists])[0].value() == [f"{tmp_path}/x", "y~/z", "${paths.runs}/p"]
+        assert parse_overrides([_expand_home_in_argument(typed)])[0].value() == typed.partition("=")[2].replace(
+            "~", str(tmp_path), 1
+        )
+    (lists,) = prepare_arguments(['task.compare_with=["~/x","y~/z","${paths.runs}/p"]', "task=palette"], CONF)[:1]
+    assert parse_overrides([lists])[0].value() == [f"{tmp_path}/x", "y~/z", "${paths.runs}/p"]
     for left in ("~logger", '+x="a~/b"', 'data.path="~/a","~/b"'):
-        assert left in prepare([left, "data=folder", "-m"], CONF)
-    assert with_home(["~", "~/", "~nobody_of_this_name/x", "a/~/b", 3, None]) == [
+        assert left in prepare_arguments([left, "data=folder", "-m"], CONF)
+    assert expand_home_paths(["~", "~/", "~nobody_of_this_name/x", "a/~/b", 3, None]) == [
         str(tmp_path), f"{tmp_path}/", "~nobody_of_this_name/x", "a/~/b", 3, None,
     ]  # fmt: skip
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\npaths: {runs: ~/runs}\n")
-    ours = ["-m", f"--config-dir={tmp_path}", "experiment=mine", "seed=0,1"]
-    assert f'paths.runs="{tmp_path}/runs"' in prepare(ours, CONF)
+    own = ["-m", f"--config-dir={tmp_path}", "experiment=mine", "seed=0,1"]
+    assert f'paths.runs="{tmp_path}/runs"' in prepare_arguments(own, CONF)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=["tokens=openai", "+task.beside=['~/x',null]", "tokens.path='~/p.npy'"])
-    expand_home(cfg)
-    assert (cfg.tokens.path, cfg.task.beside[0]) == (f"{tmp_path}/p.npy", f"{tmp_path}/x")
+        cfg = compose("config", overrides=["tokens=openai", "+task.compare_with=['~/x',null]", "tokens.path='~/p.npy'"])
+    expand_home_in_config(cfg)
+    assert (cfg.tokens.path, cfg.task.compare_with[0]) == (f"{tmp_path}/p.npy", f"{tmp_path}/x")
     assert cfg.tokens.palette.path == f"{tmp_path}/p.npy"  # which refers to it
     assert cfg.paths.runs == "runs"
 
@@ -128,7 +137,7 @@ def test_home_in_lists_sweeps_and_files(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_resumed_run_is_found_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.json").write_text('{"overrides": ["seed=7"]}')
-    assert prepare(['resume="~/"'], CONF)[0] == "seed=7"
+    assert prepare_arguments(['resume="~/"'], CONF)[0] == "seed=7"
 
 
 def test_a_palette_at_home_is_read_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,9 +134,9 @@ def test_a_trial_that_failed_is_not_the_best(config: DictConfig, capsys: pytest.
     runs = Runs(lambda job: math.nan if float(job["task.learning_rate"]) > 0.003 else bowl(job))
     optuna(config, runs)
     assert len(runs.jobs) == 12
-    assert "best of 12: val/loss_gen" in (said := capsys.readouterr().err)
+    assert "best of 12: val/loss_gen" in (message := capsys.readouterr().err)
     reached = min(loss for loss in map(runs.reach, runs.jobs) if not math.isnan(loss))
-    assert f"{reached:.4f}" in said
+    assert f"{reached:.4f}" in message
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_overrides_and_hashes_of_files() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "said"),
+    ("key", "message"),
     [
         ("task.masks", "the setting task.masks is called task.votes now"),
         ("task.stages.a.gen", "the setting task.stages.a.gen is called task.stages.a.loss_weights.gen now"),
@@ -192,9 +192,9 @@ def test_overrides_and_hashes_of_files() -> None:
         ("task.steps", None),
     ],
 )
-def test_who_types_an_old_name_is_told_the_new_one(key: str, said: str | None) -> None:
+def test_who_types_an_old_name_is_told_the_new_one(key: str, message: str | None) -> None:
     """A case solved by hand, each kind of change."""
-    assert answer(key, LATER) == said
+    assert answer(key, LATER) == message
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,8 @@ def test_versions_of_records(tmp_path: Path) -> None:
         files.write_json(tmp_path / "run.json", record)
         with pytest.raises(
             ValueError, match=r"run\.json is of another version than 0 to \d+: use the release that wrote"
-        ) as said:
+        ) as message:
             folder.read_run()
-        assert "\n" not in str(said.value)
+        assert "\n" not in str(message.value)
     with pytest.raises(ValueError, match="another version than 1 to"):
         read_record(tmp_path / "run.json", oldest=1)

@@ -20,7 +20,7 @@ from igpt.run.launch import run
 from igpt.run.targets import OF_LAUNCH
 from igpt.settings.devices import HardwareSettings
 from igpt.settings.fields import Settings, format_setting, parse_settings
-from igpt.utils.overrides import suggestion
+from igpt.utils.overrides import suggest_name
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -150,7 +150,7 @@ def test_several_settings_together() -> None:
 )
 def test_only_what_is_near_is_suggested(typed: str, known: list[str], expected: str) -> None:
     """By hand."""
-    assert suggestion(typed, known) == expected
+    assert suggest_name(typed, known) == expected
 
 
 def test_values_are_shown_as_a_config_writes_them() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hydra.utils import get_object
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights, save_model
 from igpt.data.digits import Digits
 from igpt.data.source import ArraySplit
@@ -21,11 +21,11 @@ from igpt.run.components import Components
 from igpt.run.targets import task_settings
 from igpt.settings.fields import parse_settings
 from igpt.tokens.datamodule import TokenDataModule
-from igpt.tokens.kmeans import fit
+from igpt.tokens.kmeans import fit_palette
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
-from igpt.training.hardware import Machine
+from igpt.training.hardware import HardwareConfig
 from igpt.training.trainer import Runner
 from tests.conftest import parts_of_run, perturbed
 
@@ -41,7 +41,7 @@ def digits() -> Digits:
 
 @pytest.fixture(scope="session")
 def palette(digits: Digits) -> Palette:
-    return fit(digits.split("train").pixels, k=17, iterations=10, restarts=1, seed=0)
+    return fit_palette(digits.split("train").pixels, k=17, iterations=10, restarts=1, seed=0)
 
 
 @dataclass
@@ -70,23 +70,23 @@ def few(digits: Digits) -> Arrays:
     return Arrays({name: ArraySplit(of.pixels[a:b], of.labels[a:b]) for name, (of, a, b) in parts.items()})
 
 
-def machine(**changed: Any) -> Machine:
+def machine(**changed: Any) -> HardwareConfig:
     plain: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,
         "nodes": 1,
         "strategy": "ddp",
-        "checkpoint_in_pieces": "auto",
+        "sharded_checkpoint": "auto",
         "precision": "32-true",
         "micro_batch": None,
         "compile": False,
         "activation_checkpointing": False,
-        "attention": "auto",
+        "attention_backend": "auto",
         "matmul_precision": "auto",
         "num_workers": 0,
         "peak_tflops": 1.0,
     }
-    return parse_settings(Machine, {**plain, **changed}, "trainer")
+    return parse_settings(HardwareConfig, {**plain, **changed}, "trainer")
 
 
 PRETRAIN: dict[str, Any] = {
@@ -118,16 +118,15 @@ PROBE: dict[str, Any] = {
     "dtype": "float32",
     "batch_size": 64,
     "solver": "lbfgs",
-    "strengths": [10.0, 0.1],
+    "C_grid": [10.0, 0.1],
     "sgd": SGD,
     "layer": None,
-    "concat": None,
-    "masks": 5,
+    "concat_layers": None,
+    "eval_masks": 5,
     "folds": None,
     "refit": True,
     "test": True,
-    "untrained": False,
-    "pixels": False,
+    "baselines": [],
 }
 FINETUNE: dict[str, Any] = {
     "steps": 6,
@@ -138,7 +137,7 @@ FINETUNE: dict[str, Any] = {
     "weight_decay": 0.0,
     "warmup_steps": 0,
     "loss_weights": {"gen": 1.0, "clf": 1.0},
-    "masks": 3,
+    "eval_masks": 3,
     "val_every": 2,
     "patience": None,
     "log_every": 1,
@@ -151,7 +150,7 @@ EVALUATE: dict[str, Any] = {
     "batch_size": 100,
     "baseline_images": 0,
     "accuracy": "auto",
-    "masks": 5,
+    "eval_masks": 5,
 }
 PARTS = ("on", "callbacks", "loggers", "objective", "cache", "network")  # of `Lab.components`, not settings of a task
 
@@ -164,7 +163,7 @@ class Lab:
 
     @property
     def tokenizer(self) -> PaletteTokenizer:
-        return PaletteTokenizer(self.palette, PixelOrder.of(8, "raster"))
+        return PaletteTokenizer(self.palette, PixelOrder.from_name(8, "raster"))
 
     def tokens(self, seed: int = 0, **settings: Any) -> TokenDataModule:
         return TokenDataModule(source=self.digits, tokenizer=self.tokenizer, seed=seed, num_workers=0, **settings)
@@ -185,7 +184,7 @@ class Lab:
         folder: Path,
         weights: Weights | None = None,
         *,
-        on: Machine | None = None,
+        on: HardwareConfig | None = None,
         callbacks: Any = (),
         loggers: Any = (),
         objective: Any = None,
@@ -258,7 +257,7 @@ def drawn(folder: Path, palette: Palette, objective: Any) -> Weights:
     """A network with every weight drawn: more can be read from it than after a few steps of training."""
     metadata = Lab(Arrays({}), palette).metadata(objective)(step=0)
     save_model(folder / "model", perturbed(GPT(metadata.network)).state_dict(), metadata)
-    return find(str(folder))
+    return find_weights(str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import FORMAT
-from igpt.checkpoint.resume import AtomicCheckpointIO, step_of
+from igpt.checkpoint.resume import AtomicCheckpointIO, parse_step
 from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
 from igpt.distributed import ranks
@@ -21,14 +21,14 @@ from igpt.distributed.signals import StoppedError
 from igpt.model.generate import Sampling
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
-from igpt.task.sample import draw
+from igpt.task.sample import draw_images
 from igpt.tokens.datamodule import TokenDataModule
-from igpt.tokens.kmeans import fit as fit_palette
+from igpt.tokens.kmeans import fit_palette as fit_palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.training import hardware as machines
 from igpt.training.callbacks import SampleGrid
-from igpt.training.hardware import Machine
+from igpt.training.hardware import HardwareConfig
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.utils import files, keyed
 from tests.data.conftest import mixture
@@ -52,35 +52,35 @@ def a_lab() -> Lab:
     return Lab(digits, fit_palette(digits.split("train").pixels, k=17, iterations=10, restarts=1, seed=0))
 
 
-def on_all(**changed: Any) -> Machine:
+def on_all(**changed: Any) -> HardwareConfig:
     return machine(devices="auto", **changed)
 
 
-def evaluated(lab: Lab, run: Path, on: Machine, objective: Any) -> dict[str, Any]:
+def evaluated(lab: Lab, run: Path, on: HardwareConfig, objective: Any) -> dict[str, Any]:
     """The numbers of `task=evaluate`, images 10 at a time."""
-    result = lab.evaluate(run, find(str(run)), on=on, objective=objective, batch_size=10)
+    result = lab.evaluate(run, find_weights(str(run)), on=on, objective=objective, batch_size=10)
     return {name: (number.value, number.stderr, number.n) for name, number in result.numbers.items()}
 
 
-def read_off(lab: Lab, run: Path, folder: Path, on: Machine, objective: Any) -> dict[str, Any]:
+def read_off(lab: Lab, run: Path, folder: Path, on: HardwareConfig, objective: Any) -> dict[str, Any]:
     """The accuracies of both solvers of `task=probe` and of `task=finetune`, and their curves over the steps."""
-    weights = find(str(run))
-    found = {
-        "lbfgs": lab.probe(folder / "lbfgs", weights, on=on, objective=objective, batch_size=16, masks=3),
-        "sgd": lab.probe(folder / "sgd", weights, on=on, objective=objective, solver="sgd", masks=3),
+    weights = find_weights(str(run))
+    by_name = {
+        "lbfgs": lab.probe(folder / "lbfgs", weights, on=on, objective=objective, batch_size=16, eval_masks=3),
+        "sgd": lab.probe(folder / "sgd", weights, on=on, objective=objective, solver="sgd", eval_masks=3),
         "finetune": lab.finetune(folder / "finetune", weights, on=on, objective=objective),
     }
     shares = {
         name: {key: number.value for key, number in result.numbers.items() if number.unit == "share"}
-        for name, result in found.items()
+        for name, result in by_name.items()
     }
-    steps = {f"{name} {key}": curve.y for name in ("finetune", "lbfgs") for key, curve in found[name].curves.items()}
+    steps = {f"{name} {key}": curve.y for name in ("finetune", "lbfgs") for key, curve in by_name[name].curves.items()}
     return {"shares": shares, "curves": steps}
 
 
 def samples(run: Path) -> torch.Tensor:
-    keys = keyed.item_keys(keyed.key(0, "sample"), torch.arange(5))
-    return draw(find(str(run)).net(), Sampling(1.0, None, None), keys=keys, batch_size=2)
+    rng_keys = keyed.per_example_keys(keyed.key(0, "sample"), torch.arange(5))
+    return draw_images(find_weights(str(run)).net(), Sampling(1.0, None, None), rng_keys=rng_keys, batch_size=2)
 
 
 def raised(kind: type[Exception], what: Any, *arguments: Any, **settings: Any) -> str:
@@ -93,7 +93,7 @@ def raised(kind: type[Exception], what: Any, *arguments: Any, **settings: Any) -
 
 def sharded(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     """The run of `TWENTY` steps once more, its network in parts: how it went, and what each rank held of it."""
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
 
     class Held(L.Callback):
         """The bytes here and in all, of weights and of what the optimiser keeps beside them."""
@@ -102,35 +102,35 @@ def sharded(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
             moments = [t for state in trainer.optimizers[0].state.values() for t in state.values() if t.dim()]
             kept = [*pl_module.parameters(), *moments]
             assert all(isinstance(tensor, DTensor) for tensor in kept)
-            found["held"] = sum(t.to_local().nbytes for t in kept) / sum(t.numel() * t.element_size() for t in kept)
+            by_name["held"] = sum(t.to_local().nbytes for t in kept) / sum(t.numel() * t.element_size() for t in kept)
 
     parts = {"on": on_all(micro_batch=25, strategy="fsdp"), **TWENTY}
     run = lab.pretrain(place / "sharded", callbacks=(Held(), SampleGrid(count=3, every=1, temperature=1.0)), **parts)
-    found["curves"] = {name: curve.y for name, curve in run.curves.items()}
-    found["evaluated"] = evaluated(lab, place / "sharded", on_all(strategy="fsdp"), AR())
+    by_name["curves"] = {name: curve.y for name, curve in run.curves.items()}
+    by_name["evaluated"] = evaluated(lab, place / "sharded", on_all(strategy="fsdp"), AR())
     for name, in_pieces in (("whole", False), ("pieces", True)):
-        on = {**parts, "on": on_all(micro_batch=25, strategy="fsdp", checkpoint_in_pieces=in_pieces)}
+        on = {**parts, "on": on_all(micro_batch=25, strategy="fsdp", sharded_checkpoint=in_pieces)}
         term = (Send(signal.SIGTERM, step=6),) if rank.index == 1 else ()
-        found[f"{name} stopped"] = raised(StoppedError, lab.pretrain, place / f"sharded {name}", callbacks=term, **on)
+        by_name[f"{name} stopped"] = raised(StoppedError, lab.pretrain, place / f"sharded {name}", callbacks=term, **on)
         resumed = lab.pretrain(place / f"sharded {name}", **on)
-        found[f"{name} resumed"] = {key: curve.y for key, curve in resumed.curves.items()}
-    begun = find(str(place / "whole"))
+        by_name[f"{name} resumed"] = {key: curve.y for key, curve in resumed.curves.items()}
+    begun = find_weights(str(place / "whole"))
     still = {"steps": 1, "warmup_steps": 0, "val_every": 1, "learning_rate": 1e-30}
     started = lab.pretrain(place / "started", on=on_all(strategy="fsdp"), weights=begun, **still)
-    found["started"] = started.numbers["val/loss_gen"].value
+    by_name["started"] = started.numbers["val/loss_gen"].value
     for name, changed in SHARDED_WITH.items():
         done = lab.pretrain(place / f"sharded {name}", on=on_all(strategy="fsdp", **changed), steps=2, val_every=2)
-        found[f"with {name}"] = done.curves["train/loss_gen"].y
-    found["bert"] = (
+        by_name[f"with {name}"] = done.curves["train/loss_gen"].y
+    by_name["bert"] = (
         lab.pretrain(place / "sharded bert", on=on_all(strategy="fsdp"), objective=BERT(mask_probability=0.15))
         .curves["train/loss_gen"].y
     )  # fmt: skip
-    return found
+    return by_name
 
 
 def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     """The same run by each of DeepSpeed's stages, on its CPU accelerator; stopped, it is resumed by fsdp and back."""
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     machines.DEEPSPEED_RUNS_ON = ("cpu",)
 
     def term(step: int) -> tuple[Send, ...]:
@@ -150,34 +150,34 @@ def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
         on = {"on": on_all(micro_batch=25, strategy=strategy), **TWENTY}
         held: list[int] = []
         run = lab.pretrain(place / strategy, callbacks=(Held(), SampleGrid(count=3, every=1, temperature=1.0)), **on)
-        found[strategy] = {name: curve.y for name, curve in run.curves.items()}
-        found[f"{strategy} validated"] = run.numbers["val/loss_gen"].value
-        found[f"{strategy} held"] = held[-1]
+        by_name[strategy] = {name: curve.y for name, curve in run.curves.items()}
+        by_name[f"{strategy} validated"] = run.numbers["val/loss_gen"].value
+        by_name[f"{strategy} held"] = held[-1]
         if strategy != "deepspeed_2":  # `by turns` stops and resumes the third stage
             continue
         folder = place / f"{strategy} stopped"
-        found[f"{strategy} stopped"] = raised(StoppedError, lab.pretrain, folder, callbacks=term(6), **on)
+        by_name[f"{strategy} stopped"] = raised(StoppedError, lab.pretrain, folder, callbacks=term(6), **on)
         resumed = lab.pretrain(folder, **on)
-        found[f"{strategy} resumed"] = {name: curve.y for name, curve in resumed.curves.items()}
+        by_name[f"{strategy} resumed"] = {name: curve.y for name, curve in resumed.curves.items()}
     three, fsdp = (
-        {"on": on_all(micro_batch=25, strategy=strategy, checkpoint_in_pieces=True), **TWENTY}
+        {"on": on_all(micro_batch=25, strategy=strategy, sharded_checkpoint=True), **TWENTY}
         for strategy in ("deepspeed_3", "fsdp")
     )
-    found["by turns"] = [
+    by_name["by turns"] = [
         raised(StoppedError, lab.pretrain, place / "by turns", callbacks=term(6), **three),
         raised(StoppedError, lab.pretrain, place / "by turns", callbacks=term(12), **fsdp),
     ]
-    found["by turns"] += lab.pretrain(place / "by turns", **three).curves["train/loss_gen"].y
+    by_name["by turns"] += lab.pretrain(place / "by turns", **three).curves["train/loss_gen"].y
     lab.pretrain(place / "whole", on=on_all(micro_batch=25), **TWENTY)
-    found["one file"] = raised(ValueError, lab.pretrain, place / "whole", **{**three, "steps": 21})
+    by_name["one file"] = raised(ValueError, lab.pretrain, place / "whole", **{**three, "steps": 21})
     lab.pretrain(place / "sharded pieces", **fsdp)
     machines.DEEPSPEED_RUNS_ON = ("cuda",)
-    return found
+    return by_name
 
 
 def in_pieces(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     """A run in parts that two ranks begin and are stopped in; as many as there are now go on with it."""
-    on = on_all(micro_batch=25, strategy="fsdp", checkpoint_in_pieces=True)
+    on = on_all(micro_batch=25, strategy="fsdp", sharded_checkpoint=True)
     term = (Send(signal.SIGTERM, step=6),) if rank.index == 1 and rank.count == 2 else ()
     if rank.count == 2:
         return {"stopped": raised(StoppedError, lab.pretrain, place / "pieces", on=on, callbacks=term, **TWENTY)}
@@ -192,7 +192,7 @@ def save_in_pieces(run: Path, folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    weights = find(str(run))
+    weights = find_weights(str(run))
     module = torch.nn.Module()
     module.net = weights.net()
     mesh = init_device_mesh("cpu", (2,))
@@ -200,72 +200,72 @@ def save_in_pieces(run: Path, folder: Path) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
     _distributed_checkpoint_save({"state_dict": get_model_state_dict(module)}, folder)
-    if ranks.this_rank().first:
+    if ranks.this_rank().is_first:
         torch.save({"format": FORMAT, "origin": weights.metadata.to_dict()}, folder / "meta.pt")
 
 
 def streamed(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     """What two workers of each rank read of a stream, image by image: at once, and stopped and resumed on the way."""
-    if rank.first:
-        mixture(place / "shards", lanes=None)
+    if rank.is_first:
+        mixture(place / "shards", num_readers=None)
     ranks.barrier()
 
     def read(data: TokenDataModule, n: int) -> list[tuple[int, int, int]]:
         batches = iter(data.train_dataloader())
-        found = [next(batches) for _ in range(n)]
-        for batch in found:
+        items = [next(batches) for _ in range(n)]
+        for batch in items:
             data.on_after_batch_transfer(batch)
-        return [(batch.lane, batch.place.epoch, int(batch.batch.rows)) for batch in found]
+        return [(batch.reader, batch.state.epoch, int(batch.batch.rows)) for batch in items]
 
     def data() -> TokenDataModule:
-        shards = mixture(place / "shards", lanes=None, buffer=12)
+        shards = mixture(place / "shards", num_readers=None, buffer=12)
         return TokenDataModule(
-            source=shards, tokenizer=PaletteTokenizer(random_palette(32), PixelOrder.of(8, "raster")), seed=3,
+            source=shards, tokenizer=PaletteTokenizer(random_palette(32), PixelOrder.from_name(8, "raster")), seed=3,
             num_workers=2, plan=BatchPlan(4, 1, n_device=2, rank=rank.index),
         )  # fmt: skip
 
     begun, resumed = data(), data()
-    whole, first = read(data(), 60), read(begun, 23)
+    full_list, first = read(data(), 60), read(begun, 23)
     resumed.load_state_dict(begun.state_dict())
-    return {"whole": whole, "first": first, "rest": read(resumed, 37)}
+    return {"whole": full_list, "first": first, "rest": read(resumed, 37)}
 
 
 def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     """Every answer, of which `test_ranks.py` makes its checks."""
     lab = a_lab()
-    found: dict[str, Any] = {}
-    atomic_path, found["written"] = files.atomic_path, []
+    by_name: dict[str, Any] = {}
+    atomic_path, by_name["written"] = files.atomic_path, []
 
     def noted(path: Path) -> Any:
-        found["written"].append(path.name)
+        by_name["written"].append(path.name)
         return atomic_path(path)
 
     files.atomic_path = noted
-    whole = lab.pretrain(place / "whole", on=on_all(micro_batch=25), **TWENTY)
+    full = lab.pretrain(place / "whole", on=on_all(micro_batch=25), **TWENTY)
     files.atomic_path = atomic_path
-    found["curves"] = {name: curve.y for name, curve in whole.curves.items()}
-    found["bert"] = (
+    by_name["curves"] = {name: curve.y for name, curve in full.curves.items()}
+    by_name["bert"] = (
         lab.pretrain(place / "bert", on=on_all(), objective=BERT(mask_probability=0.15)).curves["train/loss_gen"].y
     )
-    found["evaluated"] = evaluated(lab, place / "whole", on_all(), AR())
-    found["evaluated bert"] = evaluated(lab, place / "bert", on_all(), BERT(mask_probability=0.15))
-    found["samples"] = samples(place / "whole")
+    by_name["evaluated"] = evaluated(lab, place / "whole", on_all(), AR())
+    by_name["evaluated bert"] = evaluated(lab, place / "bert", on_all(), BERT(mask_probability=0.15))
+    by_name["samples"] = samples(place / "whole")
     save_in_pieces(place / "whole", place / "in pieces")
     for name, objective in (("whole", AR()), ("bert", BERT(mask_probability=0.15))):
-        found[f"read off {name}"] = read_off(lab, place / name, place / f"of {name}", on_all(), objective)
+        by_name[f"read off {name}"] = read_off(lab, place / name, place / f"of {name}", on_all(), objective)
 
     term = (Send(signal.SIGTERM, step=6),) if rank.index == 1 else ()  # only one of them is asked to stop
     stopped = {"on": on_all(micro_batch=25), **TWENTY}
-    found["stopped"] = raised(StoppedError, lab.pretrain, place / "stopped", callbacks=term, **stopped)
-    found["resumed"] = {name: c.y for name, c in lab.pretrain(place / "stopped", **stopped).curves.items()}
+    by_name["stopped"] = raised(StoppedError, lab.pretrain, place / "stopped", callbacks=term, **stopped)
+    by_name["resumed"] = {name: c.y for name, c in lab.pretrain(place / "stopped", **stopped).curves.items()}
 
-    found["not finite"] = raised(
+    by_name["not finite"] = raised(
         NonFiniteLossError, lab.pretrain, place / "nan", on=on_all(), learning_rate=1e30, warmup_steps=0
     )
     write = AtomicCheckpointIO.write
 
     def refuse(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Path) -> None:
-        if step_of(path) == 4:
+        if parse_step(path) == 4:
             raise OSError("No space left on device")
         write(self, checkpoint, path)
 
@@ -273,25 +273,27 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
         patch.setattr(AtomicCheckpointIO, "write", refuse)  # a disk that is full, for one save
         lab.pretrain(place / "full disk", on=on_all())
 
-    found["streamed"] = streamed(place, rank)
-    found["sharded"] = sharded(lab, place, rank)
+    by_name["streamed"] = streamed(place, rank)
+    by_name["sharded"] = sharded(lab, place, rank)
 
-    found["other settings"] = raised(ValueError, ranks.check_same, "settings", {"seed": rank.index, "data": "digits"})
-    found["from the first"] = raised(ValueError, ranks.from_first, lambda: int("not a number"))
-    yes = ranks.Agreement()
-    found["heard"] = [yes.heard(5 if rank.index == 1 and step == 2 else 0) for step in range(5)]
+    by_name["other settings"] = raised(
+        ValueError, ranks.check_agree, "settings", {"seed": rank.index, "data": "digits"}
+    )
+    by_name["from the first"] = raised(ValueError, ranks.broadcast_from_rank0, lambda: int("not a number"))
+    yes = ranks.AsyncMax()
+    by_name["heard"] = [yes.update(5 if rank.index == 1 and step == 2 else 0) for step in range(5)]
     yes.close()
-    odd = raised(ValueError, on_all().training_plan, 101)
-    found["odd batch"] = odd
-    return found
+    odd = raised(ValueError, on_all().train_batch_layout, 101)
+    by_name["odd batch"] = odd
+    return by_name
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    with ranks.joined(torch.device("cpu")) as rank:
+    with ranks.process_group(torch.device("cpu")) as rank:
         apart = {"deepspeed": by_deepspeed, "pieces": in_pieces}
         found = apart[sys.argv[2]](a_lab(), place, rank) if sys.argv[2:] else work(place, rank)
-        everyone = ranks.gathered(found)
-        if rank.first:
+        everyone = ranks.all_gather_object(found)
+        if rank.is_first:
             torch.save(everyone, place / "answers.pt")
     os._exit(0)  # nothing is left to tidy

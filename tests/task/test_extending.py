@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from igpt.checkpoint import huggingface
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import save_model
 from igpt.hub import ImageGPT
 from igpt.model import c_attention, decode, positions
@@ -31,7 +31,7 @@ from igpt.tokens import tokenizer_registry
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
-from igpt.training.loggers import About
+from igpt.training.loggers import RunInfo
 from igpt.utils import keyed
 from tests.checkpoint.test_igpt_format import metadata_of
 from tests.conftest import ROOT, perturbed
@@ -83,29 +83,31 @@ def test_a_positional_encoding(tmp_path: Path, lab: Lab, monkeypatch: pytest.Mon
     monkeypatch.setattr(Lab, "metadata", lambda self, objective=None: _with(metadata(objective), network))
     result = lab.pretrain(tmp_path / "run", checkpoint_every=4)
     assert result.curves["train/loss_gen"].y[-1] < result.curves["train/loss_gen"].y[0]
-    weights = find(str(tmp_path / "run"))
+    weights = find_weights(str(tmp_path / "run"))
     assert weights.metadata.network == network
     net = weights.net().eval()
     assert not any(name == "wpe" for name in net.state_dict())
     resumed = go_back(tmp_path / "run", tmp_path / "resumed", step=4)
     lab.pretrain(resumed, checkpoint_every=4)
-    after = find(str(resumed)).net().state_dict()
+    after = find_weights(str(resumed)).net().state_dict()
     assert all(torch.equal(weight, after[name]) for name, weight in net.state_dict().items())
 
     net = perturbed(GPT(network))
     tokens = torch.randint(net.n_vocab, (2, net.n_ctx), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        whole, cache = net(tokens), net.new_cache(2)
+        full, cache = net(tokens), net.new_cache(2)
         net.step(tokens[:, :3], cache)
         step = decode.make_decode_step(net, cache)
         for i in range(3, net.n_ctx - 1):
-            torch.testing.assert_close(step(tokens[:, i : i + 1]), whole[:, i + 1], rtol=0, atol=1e-5)
+            torch.testing.assert_close(step(tokens[:, i : i + 1]), full[:, i + 1], rtol=0, atol=1e-5)
     for way in ("native", "columns", "graphs"):
         with pytest.raises(ValueError, match=f"trainer.decoding={way} does not compute positions=rope: choose auto"):
             decode.make_decode_step(net, net.new_cache(2), way)
     on = machine()
-    object.__setattr__(on, "attention", "native")  # with or without a C compiler
-    with pytest.raises(ValueError, match=r"trainer.attention=native does not compute positions=rope: choose auto"):
+    object.__setattr__(on, "attention_backend", "native")  # with or without a C compiler
+    with pytest.raises(
+        ValueError, match=r"trainer.attention_backend=native does not compute positions=rope: choose auto"
+    ):
         on.prepare(net)
     uniforms = keyed.uniform(torch.arange(2), net.n_ctx)
     sampling = Sampling(1.0, None, None)
@@ -130,7 +132,7 @@ def test_a_table_that_no_file_holds_is_computed_anew(tmp_path: Path, monkeypatch
     net = perturbed(GPT(GPTConfig(**SIZES, positions="sines")))
     assert not net.blocks[0].attn.not_in_c  # nothing is turned
     save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
-    loaded = find(str(tmp_path)).net()
+    loaded = find_weights(str(tmp_path)).net()
     tokens = torch.randint(net.n_vocab, (2, net.n_ctx), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(loaded(tokens), net(tokens))
@@ -173,7 +175,7 @@ def test_weights_of_an_encoding_that_is_not_here(tmp_path: Path, rope: None) -> 
     save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
     positions.POSITIONS.clear()
     with pytest.raises(ValueError, match=r"model\.positions must be one of learned"):
-        find(str(tmp_path))
+        find_weights(str(tmp_path))
 
 
 def test_it_is_chosen_by_its_name(rope: None) -> None:
@@ -199,10 +201,10 @@ def test_a_tokenizer(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Lab, "tokenizer", tokenizer)
     lab.pretrain(tmp_path / "run")
-    weights = find(str(tmp_path / "run"))
+    weights = find_weights(str(tmp_path / "run"))
     assert weights.tokenizer == tokenizer
     assert type(weights.tokenizer).__name__ == "Luma"
-    model = ImageGPT.of(weights)
+    model = ImageGPT.from_weights(weights)
     completed = model.complete(pixels.numpy(), rows=4)
     assert np.array_equal(completed[:, :4], tokenizer.decode(tokenizer.encode(pixels))[:, :4])
     assert model.sample(2).shape == (2, 8, 8, 3)
@@ -210,14 +212,14 @@ def test_a_tokenizer(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) 
         huggingface.check_exportable(weights)
     with pytest.raises(ValueError, match="of the kind 'luma', known are palette, patches"):
         tokenizer_registry.TOKENIZERS.pop("luma")
-        find(str(tmp_path / "run"))
+        find_weights(str(tmp_path / "run"))
 
 
 @pytest.fixture
 def extensions(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module with the callback and the logger of the page, where a config can name them."""
     module = ModuleType("extensions")
-    vars(module).update(L=L, torch=torch, Count=Count, Logger=Logger, Path=Path, json=json, About=About)
+    vars(module).update(L=L, torch=torch, Count=Count, Logger=Logger, Path=Path, json=json, About=RunInfo)
     for heading in ("A callback", "A logger"):
         exec(shown_under(heading), vars(module))
     monkeypatch.setitem(sys.modules, "extensions", module)
@@ -240,7 +242,7 @@ def test_a_callback_and_a_logger(tmp_path: Path) -> None:
     assert list(norms) == [0, 2]
     assert all(0 < norm < 100 for norm in norms.values())
     losses = {line["step"]: line["train/loss_gen"] for line in lines if "train/loss_gen" in line}
-    _, again = run(*settings, "force=true", conf=ROOT / "conf")
+    _, again = run(*settings, "rerun=true", conf=ROOT / "conf")
     assert again is not None
     curve = json.loads((again / "result.json").read_text())["curves"]["train/loss_gen"]
     assert losses == dict(zip(map(int, curve["x"]), curve["y"], strict=True))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.head_files import find_head, read_head
 from igpt.checkpoint.igpt_format import Weights
 from igpt.checkpoint.resume import read_best
@@ -27,7 +27,7 @@ from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.run.targets import task_settings
 from igpt.task.class_score import ClassScore, classes_hash
-from igpt.task.evaluate import trained_head
+from igpt.task.evaluate import load_trained_head
 from igpt.tokens.batches import Batch
 from igpt.tokens.palette import Palette
 from igpt.training.nan_guard import NonFiniteLossError
@@ -47,16 +47,18 @@ def lab(few: Arrays, palette: Palette) -> Lab:
 
 @pytest.fixture(scope="module")
 def ar(pretrained: Path) -> Weights:
-    return find(str(pretrained))
+    return find_weights(str(pretrained))
 
 
 @pytest.fixture(scope="module")
 def bert(masked: Path) -> Weights:
-    return find(str(masked))
+    return find_weights(str(masked))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palette, ar: Weights) -> tuple[Path, Result]:
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palette, ar: Weights
+) -> tuple[Path, Result]:
     """Six steps without a break, the reference of the tests below."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, Lab(few, palette).finetune(folder, ar)
@@ -68,8 +70,8 @@ def model(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def equal(a: Path, b: Path) -> bool:
-    ours, theirs = model(a), model(b)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    own, reference = model(a), model(b)
+    return own.keys() == reference.keys() and all(torch.equal(own[name], reference[name]) for name in own)
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -80,7 +82,7 @@ def test_the_first_losses(tmp_path: Path, lab: Lab, ar: Weights, bert: Weights, 
     data = lab.tokens(plan=BatchPlan(50, 50))
     batch = next(iter(data.train_dataloader()))
     tokens = data.encode(batch.tokens)
-    visible = objective.visible_mask(tokens, batch.keys)
+    visible = objective.visible_mask(tokens, batch.rng_keys)
     with torch.no_grad():
         loss = float(objective.loss(weights.net()(tokens, visible), tokens, visible))
     assert result.curves["train/loss_clf"].y[0] == pytest.approx(LN_10, abs=1e-6)
@@ -90,28 +92,28 @@ def test_the_first_losses(tmp_path: Path, lab: Lab, ar: Weights, bert: Weights, 
     assert result.curves["train/loss_clf"].x == [1, 2, 3, 4, 5, 6]
 
 
-def test_what_is_reported_is_what_was_kept(lab: Lab, few: Arrays, whole: tuple[Path, Result]) -> None:
+def test_what_is_reported_is_what_was_kept(lab: Lab, few: Arrays, uninterrupted: tuple[Path, Result]) -> None:
     """Independent source: plain PyTorch with the files in `model/`: accuracy, both losses, confusion, of both splits.
 
     By hand: the best step's, and how many images that took.
     """
-    folder, result = whole
-    weights = find(str(folder))
+    folder, result = uninterrupted
+    weights = find_weights(str(folder))
     net, wclf = weights.net(), load_file(folder / "model" / "head.safetensors")["wclf"]
     for split in ("val", "test"):
         y = torch.from_numpy(lab.digits.split(split).labels)
-        tokens = lab.tokens().some_tokens(split).long()
+        tokens = lab.tokens().sample_tokens(split).long()
         with torch.no_grad():
             hidden = net.trunk(tokens)
             scores = hidden.mean(dim=1) @ wclf.T
             nats = F.cross_entropy((hidden @ net.wtet.T).flatten(0, 1), tokens.flatten())
-        said = scores.argmax(dim=-1)
+        predictions = scores.argmax(dim=-1)
         numbers = {name: result.numbers[f"{split}/{name}"].value for name in ("accuracy", "loss_clf", "loss_gen")}
-        assert numbers["accuracy"] == float((said == y).double().mean())
+        assert numbers["accuracy"] == float((predictions == y).double().mean())
         assert numbers["loss_clf"] == pytest.approx(float(F.cross_entropy(scores, y)), rel=1e-5)
         assert numbers["loss_gen"] == pytest.approx(float(nats), rel=1e-5)
     expected = np.zeros((10, 10), dtype=np.int64)
-    np.add.at(expected, (y.numpy(), said.numpy()), 1)
+    np.add.at(expected, (y.numpy(), predictions.numpy()), 1)
     assert np.array_equal(result.matrices["confusion"], expected)
     assert result.class_names == {"confusion": tuple("0123456789")}
     curve = result.curves["val/accuracy"]
@@ -126,7 +128,7 @@ def test_what_is_reported_is_what_was_kept(lab: Lab, few: Arrays, whole: tuple[P
     assert torch.equal(head.wclf, wclf)
     assert read_head(weights)[0].class_names == tuple("0123456789")
     with pytest.raises(ValueError, match=r"in another order: class 0 is '0' to the head, '9' to the data"):
-        trained_head(weights, replace(few, class_names=tuple("9876543210")), asked=True)
+        load_trained_head(weights, replace(few, class_names=tuple("9876543210")), requested=True)
 
 
 def test_the_losses_are_those_of_a_plain_loop(tmp_path: Path, lab: Lab, ar: Weights) -> None:
@@ -149,23 +151,23 @@ def test_the_losses_are_those_of_a_plain_loop(tmp_path: Path, lab: Lab, ar: Weig
         nats = F.cross_entropy((hidden @ net.wtet.T).flatten(0, 1), tokens.flatten())
         return {"loss_gen": nats, "loss_clf": F.cross_entropy(hidden.mean(dim=1) @ wclf.T, labels)}
 
-    data, found = lab.tokens(plan=BatchPlan(50, 50)), []
+    data, items = lab.tokens(plan=BatchPlan(50, 50)), []
     for rate, batch in zip((0.01 / 3, 0.02 / 3, 0.01, 0.01), data.train_dataloader(), strict=False):
-        found.append(losses(data.encode(batch.tokens), batch.labels))
+        items.append(losses(data.encode(batch.tokens), batch.labels))
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        (0.5 * found[-1]["loss_gen"] + 2.0 * found[-1]["loss_clf"]).backward()
+        (0.5 * items[-1]["loss_gen"] + 2.0 * items[-1]["loss_clf"]).backward()
         optimizer.step()
     labels = torch.from_numpy(lab.digits.split("val").labels)
-    validated = losses(lab.tokens().some_tokens("val").long(), labels)
+    validated = losses(lab.tokens().sample_tokens("val").long(), labels)
     for name in ("loss_gen", "loss_clf"):
-        assert result.curves[f"train/{name}"].y == pytest.approx([float(each[name]) for each in found], rel=1e-5)
+        assert result.curves[f"train/{name}"].y == pytest.approx([float(each[name]) for each in items], rel=1e-5)
         assert result.curves[f"val/{name}"].y == pytest.approx([float(validated[name])], rel=1e-5)
 
 
 @pytest.mark.parametrize("step", [2, 3])
 def test_resumed_equals_uninterrupted(
-    tmp_path: Path, lab: Lab, ar: Weights, whole: tuple[Path, Result], step: int
+    tmp_path: Path, lab: Lab, ar: Weights, uninterrupted: tuple[Path, Result], step: int
 ) -> None:
     """Invariant: 3 + 3 steps, or 4 + 2, are six, to the bit; done twice, nothing changes."""
     with pytest.raises(StoppedError, match=f"after step {step + 1}"):
@@ -173,9 +175,9 @@ def test_resumed_equals_uninterrupted(
     assert not (tmp_path / "model").exists()
     for _ in range(2):
         result = lab.finetune(tmp_path, ar)
-        assert equal(tmp_path, whole[0])
-        assert result.curves == whole[1].curves
-        assert result.numbers == whole[1].numbers
+        assert equal(tmp_path, uninterrupted[0])
+        assert result.curves == uninterrupted[1].curves
+        assert result.numbers == uninterrupted[1].numbers
 
 
 def test_accumulated_equals_one_batch(tmp_path: Path, lab: Lab, bert: Weights) -> None:
@@ -200,10 +202,12 @@ def test_the_vote_by_hand(tmp_path: Path, lab: Lab, palette: Palette) -> None:
     Invariant: neither the order of the images nor how many come at once matters.
     """
     net = drawn(tmp_path, palette, MASKED).net()
-    tokens = lab.tokens().some_tokens("test").long()
+    tokens = lab.tokens().sample_tokens("test").long()
     rows = torch.arange(len(tokens))
-    keys = keyed.item_keys(keyed.key(0, "test", 0), rows)
-    keeps = [MASKED.visible_mask(tokens, keyed.fold(keys, 100 + mask) if mask else keys) for mask in range(3)]
+    rng_keys = keyed.per_example_keys(keyed.key(0, "test", 0), rows)
+    keeps = [
+        MASKED.visible_mask(tokens, keyed.fold_in(rng_keys, 100 + mask) if mask else rng_keys) for mask in range(3)
+    ]
     with torch.no_grad():
         hidden = [net.trunk(tokens, visible) for visible in keeps]
         middle = hidden[0].mean(dim=(0, 1))
@@ -216,20 +220,20 @@ def test_the_vote_by_hand(tmp_path: Path, lab: Lab, palette: Palette) -> None:
     leads = counts == counts.amax(dim=1, keepdim=True)
     head = ClassHead(n_embd=16, n_class=10)
     head.load_state_dict({"wclf": w})
-    found = []
+    items = []
     for order, size in ((rows, 64), (rows.flip(0), 7)):
-        score = ClassScore(MASKED, n_class=10, masks=3, seed=0)
+        score = ClassScore(MASKED, n_class=10, eval_masks=3, seed=0)
         with torch.no_grad():
             for some in (order[start : start + size] for start in range(0, len(order), size)):
-                score.add(net, head, Batch(tokens[some], y[some], keys[some], some))
-        found.append(score.numbers("test", ALONE, len(y)))
-    numbers, said = found[0]
-    assert np.array_equal(said, found[1][1])
-    assert {n: number.value for n, number in found[1][0].items()} == pytest.approx(
+                score.add(net, head, Batch(tokens[some], y[some], rng_keys[some], some))
+        items.append(score.numbers("test", ALONE, len(y)))
+    numbers, message = items[0]
+    assert np.array_equal(message, items[1][1])
+    assert {n: number.value for n, number in items[1][0].items()} == pytest.approx(
         {n: number.value for n, number in numbers.items()}, rel=1e-6
     )
-    assert leads[rows, torch.from_numpy(said)].all()
-    assert numbers["test/accuracy"].value == pytest.approx((said == y.numpy()).mean())
+    assert leads[rows, torch.from_numpy(message)].all()
+    assert numbers["test/accuracy"].value == pytest.approx((message == y.numpy()).mean())
     assert numbers["test/accuracy_one_mask"].value == pytest.approx(float((one == y).double().mean()))
     assert numbers["test/accuracy"].value != numbers["test/accuracy_one_mask"].value  # or the vote would not be seen
     assert numbers["test/loss_clf"].value == pytest.approx(float(F.cross_entropy(scores[0], y)), rel=1e-5)
@@ -263,9 +267,9 @@ def test_one_step_by_hand(tmp_path: Path, lab: Lab, ar: Weights) -> None:
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
-    found = model(tmp_path)
+    by_name = model(tmp_path)
     for name, weight in [*net.state_dict().items(), ("wclf", wclf.detach())]:
-        assert float((found[name] - weight).abs().mean()) < 1e-5, name
+        assert float((by_name[name] - weight).abs().mean()) < 1e-5, name
 
 
 def test_from_scratch(tmp_path: Path, lab: Lab) -> None:
@@ -284,10 +288,10 @@ class Stated:
         stated = self
 
         def numbers(score: Any, split: str, trainer: L.Trainer, n_image: int) -> Any:
-            found, said = stated.numbers(score, split, trainer, n_image)
+            by_name, message = stated.numbers(score, split, trainer, n_image)
             if trainer.state.fn == "fit":
-                found["val/accuracy"] = replace(found["val/accuracy"], value=stated.left.pop(0))
-            return found, said
+                by_name["val/accuracy"] = replace(by_name["val/accuracy"], value=stated.left.pop(0))
+            return by_name, message
 
         monkeypatch.setattr(ClassScore, "numbers", numbers)
 
@@ -383,14 +387,16 @@ def test_patience_is_kept_over_a_stop(tmp_path: Path, lab: Lab, ar: Weights, mon
     assert len(stated.left) == 1
 
 
-def test_test_is_not_read(tmp_path: Path, lab: Lab, few: Arrays, ar: Weights, whole: tuple[Path, Result]) -> None:
+def test_test_is_not_read(
+    tmp_path: Path, lab: Lab, few: Arrays, ar: Weights, uninterrupted: tuple[Path, Result]
+) -> None:
     """Invariant: without `test`, a source that has no such split gives the same model and numbers but for test's."""
     lab.digits = replace(few, splits={name: few.splits[name] for name in ("train", "val")})
     result = lab.finetune(tmp_path, ar, test=False)
-    assert result.numbers == {k: v for k, v in whole[1].numbers.items() if not k.startswith("test/")}
-    assert len(result.numbers) < len(whole[1].numbers)
+    assert result.numbers == {k: v for k, v in uninterrupted[1].numbers.items() if not k.startswith("test/")}
+    assert len(result.numbers) < len(uninterrupted[1].numbers)
     assert result.matrices == {}
-    assert equal(tmp_path, whole[0])
+    assert equal(tmp_path, uninterrupted[0])
     with pytest.raises(KeyError, match="test"):
         lab.finetune(tmp_path / "asked", ar)
 
@@ -415,7 +421,9 @@ def test_what_cannot_be_learnt(tmp_path: Path, lab: Lab, few: Arrays, ar: Weight
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_kill_before_the_best_was_noted(tmp_path: Path, lab: Lab, ar: Weights, whole: tuple[Path, Result]) -> None:
+def test_a_kill_before_the_best_was_noted(
+    tmp_path: Path, lab: Lab, ar: Weights, uninterrupted: tuple[Path, Result]
+) -> None:
     """Round trip: the checkpoint of the only validation is there, its note is not; the end is as without the kill."""
     once = lab.finetune(tmp_path, ar, val_every=6)
     (tmp_path / "checkpoints" / "best.json").unlink()
@@ -451,7 +459,7 @@ def test_which_classes_a_head_knows(few: Arrays) -> None:
         ({"log_every": 0}, r"task\.log_every"),
         ({"checkpoint_every": 0}, r"task\.checkpoint_every"),
         ({"checkpoint_keep": 0}, r"task\.checkpoint_keep"),
-        ({"masks": 0}, r"task\.masks"),
+        ({"eval_masks": 0}, r"task\.eval_masks"),
         ({"loss_weights": {"gen": -0.1, "clf": 1}}, r"task\.loss_weights\.gen must be at least 0, got -0\.1"),
         ({"loss_weights": {"gen": 1, "clf": 0.0}}, r"task\.loss_weights\.clf must be at least 1e-100, got 0"),
         ({"loss_weights": {"gen": math.nan, "clf": 1}}, r"task\.loss_weights\.gen"),

@@ -49,14 +49,14 @@ def test_logits_equal_the_cpus() -> None:
 
 def test_keyed_numbers_equal_the_cpus() -> None:
     """Invariant: to the bit."""
-    keys = keyed.item_keys(keyed.key(0, "test"), torch.arange(100))
-    assert torch.equal(keyed.uniform(keys.cuda(), 64).cpu(), keyed.uniform(keys, 64))
+    rng_keys = keyed.per_example_keys(keyed.key(0, "test"), torch.arange(100))
+    assert torch.equal(keyed.uniform(rng_keys.cuda(), 64).cpu(), keyed.uniform(rng_keys, 64))
 
 
 def test_cached_draws_equal_uncached() -> None:
     """Invariant: on the GPU too."""
     net = perturbed(GPT(GPTConfig(n_layer=2, n_embd=32, n_head=2, n_ctx=64, n_vocab=17, causal=True))).cuda()
-    uniforms = keyed.uniform(keyed.item_keys(keyed.key(0, "test"), torch.arange(8)), 64).cuda()
+    uniforms = keyed.uniform(keyed.per_example_keys(keyed.key(0, "test"), torch.arange(8)), 64).cuda()
     sampling = Sampling(1.0, None, None)
     assert torch.equal(generate(net, uniforms, sampling), generate(net, uniforms, sampling, cached=False))
 
@@ -70,12 +70,12 @@ def test_a_recorded_step_is_taken_from_span_to_span(
     net = perturbed(GPT(GPTConfig(n_layer=2, n_embd=32, n_head=2, n_ctx=64, n_vocab=17, causal=True))).cuda()
     tokens = torch.randint(17, (8, 64), device="cuda")
     with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=mixed):
-        whole, cache = net(tokens).float(), net.new_cache(8)
+        full, cache = net(tokens).float(), net.new_cache(8)
         net.step(tokens[:, :5], cache)
         step = decode.make_decode_step(net, cache)
         for i in range(5, 63):
-            off = (step(tokens[:, i : i + 1]).float() - whole[:, i + 1]).abs().max()
-            assert off < (0.05 * whole.abs().max() if mixed else 1e-4)
+            off = (step(tokens[:, i : i + 1]).float() - full[:, i + 1]).abs().max()
+            assert off < (0.05 * full.abs().max() if mixed else 1e-4)
     assert "a recorded step is not used" not in caplog.text
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.data.source import ArraySplit
 from igpt.data.split import balanced_subset
 from igpt.metric.result import Result
@@ -24,13 +24,13 @@ def few_labels(lab: Lab, pretrained: Path, folder: Path, **changed: Any) -> Resu
         "norm": "ln_1",
         "dtype": "float32",
         "batch_size": 64,
-        "strengths": [1.0],
+        "C_grid": [1.0],
         "layer": 1,
-        "masks": 1,
-        "pixels": True,
+        "eval_masks": 1,
+        "baselines": ["pixels"],
         "split": "test",
     }
-    return lab.execute("low_data", folder, find(str(pretrained)), **{**settings, **changed})
+    return lab.execute("low_data", folder, find_weights(str(pretrained)), **{**settings, **changed})
 
 
 def test_mean_and_deviation_are_those_of_scikit_learn_on_the_same_subsets(
@@ -39,7 +39,7 @@ def test_mean_and_deviation_are_those_of_scikit_learn_on_the_same_subsets(
     """Independent source: scikit-learn's logistic regression and numpy's standard deviation; with one C to take."""
     lab = Lab(few, palette)
     result = few_labels(lab, pretrained, tmp_path)
-    net, train, test = find(str(pretrained)).net(), few.split("train"), few.split("test")
+    net, train, test = find_weights(str(pretrained)).net(), few.split("train"), few.split("test")
     x, judged = (
         layer_features(net, lab.tokens().encode(_tensor(split)))[1].detach().numpy() for split in (train, test)
     )
@@ -66,7 +66,7 @@ def _tensor(split: ArraySplit) -> Any:
 
 def test_no_label_but_the_drawn_ones_is_used(tmp_path: Path, few: Arrays, palette: Palette, pretrained: Path) -> None:
     """Invariant: with all other training images and the labels of val changed, and the layer given, numbers stay."""
-    plain = few_labels(Lab(few, palette), pretrained, tmp_path / "a", strengths=[0.01, 1.0, 100.0])
+    plain = few_labels(Lab(few, palette), pretrained, tmp_path / "a", C_grid=[0.01, 1.0, 100.0])
     train, val = few.split("train"), few.split("val")
     drawn = np.unique([balanced_subset(train.labels, per_class=4, seed=7 + i, where="") for i in range(3)])
     other = train.labels.copy()
@@ -82,7 +82,7 @@ def test_no_label_but_the_drawn_ones_is_used(tmp_path: Path, few: Arrays, palett
             "test": few.split("test"),
         }
     )
-    again = few_labels(Lab(changed, palette), pretrained, tmp_path / "b", strengths=[0.01, 1.0, 100.0])
+    again = few_labels(Lab(changed, palette), pretrained, tmp_path / "b", C_grid=[0.01, 1.0, 100.0])
     assert again.numbers == plain.numbers
 
 
@@ -91,8 +91,8 @@ def test_the_layer_is_that_of_a_probe_with_all_labels(
 ) -> None:
     """Round trip: the layer that task=probe finds best on val; the result says how it was chosen."""
     lab = Lab(few, palette)
-    found = few_labels(lab, pretrained, tmp_path / "a", layer=None, pixels=False, strengths=[1.0, 0.01])
-    probe = lab.probe(tmp_path / "b", find(str(pretrained)), test=False, strengths=[1.0, 0.01])
+    found = few_labels(lab, pretrained, tmp_path / "a", layer=None, baselines=[], C_grid=[1.0, 0.01])
+    probe = lab.probe(tmp_path / "b", find_weights(str(pretrained)), test=False, C_grid=[1.0, 0.01])
     assert found.numbers["probe/layer"].value == probe.numbers["probe/layer"].value
     assert found.provenance["layer_chosen_by"] == "probe with 200 labels, on val"
 
@@ -110,7 +110,7 @@ def test_more_labels_than_there_are(tmp_path: Path, few: Arrays, palette: Palett
         ({"per_class": [1]}, r"task\.per_class\.0 must be at least 2, got 1"),
         ({"per_class": []}, r"task\.per_class must be a list of at least 1"),
         ({"subsets": 1}, r"task\.subsets must be at least 2"),
-        ({"strengths": [0.0]}, r"task\.strengths\.0 must be at least 1e-100, got 0"),
+        ({"C_grid": [0.0]}, r"task\.C_grid\.0 must be at least 1e-100, got 0"),
         ({"norm": "ln_2"}, "task.norm must be one of"),
         ({"layer": 3}, r"must lie in 0 … 2"),
     ],

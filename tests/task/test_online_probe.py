@@ -8,11 +8,11 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.model.features import layer_features
 from igpt.settings.fields import parse_arguments
 from igpt.tokens.palette import Palette
-from igpt.training.online_probe import ProbeWhileTraining
+from igpt.training.online_probe import OnlineLinearProbe
 from tests.task.conftest import Arrays, Lab
 
 SETTINGS: dict[str, Any] = {
@@ -33,15 +33,15 @@ def test_it_notes_what_scikit_learn_finds_at_that_step(
 ) -> None:
     """Independent source: scikit-learn on the features of the checkpoint; the weights are those of a run without it."""
     lab = Lab(few, palette)
-    curves = lab.pretrain(tmp_path / "watched", callbacks=(ProbeWhileTraining(**SETTINGS),)).curves
+    curves = lab.pretrain(tmp_path / "watched", callbacks=(OnlineLinearProbe(**SETTINGS),)).curves
     lab.pretrain(tmp_path / "plain")
-    ours, plain = (find(str(tmp_path / name)).net().state_dict() for name in ("watched", "plain"))
-    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+    own, plain = (find_weights(str(tmp_path / name)).net().state_dict() for name in ("watched", "plain"))
+    assert all(torch.equal(own[name], plain[name]) for name in plain)
 
-    net = find(str(tmp_path / "watched" / "checkpoints" / "step_0000004.ckpt")).net()
+    net = find_weights(str(tmp_path / "watched" / "checkpoints" / "step_0000004.ckpt")).net()
     data, x, y = lab.tokens(), {}, {}
     for split, count in (("train", 150), ("val", 40)):
-        rows = data.some_rows(split, at_most=count)
+        rows = data.sample_rows(split, at_most=count)
         assert len(np.unique(rows)) == count
         x[split] = layer_features(net, data.encode(torch.from_numpy(few.split(split).pixels[rows]))).detach().numpy()
         y[split] = few.split(split).labels[rows]
@@ -55,15 +55,15 @@ def test_it_notes_what_scikit_learn_finds_at_that_step(
 def test_it_survives_a_stop(tmp_path: Path, few: Arrays, palette: Palette) -> None:
     """Round trip: curves of a run that was cut after 4 steps and went on are those of one that was not."""
     lab = Lab(few, palette)
-    whole = lab.pretrain(tmp_path / "whole", callbacks=(ProbeWhileTraining(**SETTINGS),)).curves
+    full = lab.pretrain(tmp_path / "whole", callbacks=(OnlineLinearProbe(**SETTINGS),)).curves
     cut = tmp_path / "cut"
-    lab.pretrain(cut, callbacks=(ProbeWhileTraining(**SETTINGS),), checkpoint_keep=9)
+    lab.pretrain(cut, callbacks=(OnlineLinearProbe(**SETTINGS),), checkpoint_keep=9)
     for name in ("step_0000008.ckpt", "step_0000008.sha256"):
         (cut / "checkpoints" / name).unlink()
-    again = lab.pretrain(cut, callbacks=(ProbeWhileTraining(**SETTINGS),)).curves
-    names = [name for name in whole if name.startswith("probe/")]
+    again = lab.pretrain(cut, callbacks=(OnlineLinearProbe(**SETTINGS),)).curves
+    names = [name for name in full if name.startswith("probe/")]
     assert len(names) == 3
-    assert {name: again[name] for name in names} == {name: whole[name] for name in names}
+    assert {name: again[name] for name in names} == {name: full[name] for name in names}
 
 
 @pytest.mark.parametrize(
@@ -73,11 +73,11 @@ def test_bad_settings(changed: dict[str, Any]) -> None:
     """Invariant: refused before anything starts, by name."""
     (name,) = changed
     with pytest.raises(ValueError, match=rf"callbacks\.probe\.{name}"):
-        parse_arguments(ProbeWhileTraining, {**SETTINGS, **changed}, "callbacks.probe")
+        parse_arguments(OnlineLinearProbe, {**SETTINGS, **changed}, "callbacks.probe")
 
 
 def test_images_without_labels(tmp_path: Path, few: Arrays, palette: Palette) -> None:
     """Invariant: a clear error before the first step."""
     unlabelled = Arrays(few.splits, n_class=None)
     with pytest.raises(ValueError, match="needs labels"):
-        Lab(unlabelled, palette).pretrain(tmp_path, callbacks=(ProbeWhileTraining(**SETTINGS),))
+        Lab(unlabelled, palette).pretrain(tmp_path, callbacks=(OnlineLinearProbe(**SETTINGS),))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
@@ -23,8 +23,8 @@ from igpt.model.gpt import GPT
 from igpt.objective.bert import BERT
 from igpt.tokens.palette import Palette
 from igpt.training.callbacks import SampleGrid
-from igpt.training.hardware import Machine, matmul_precision
-from igpt.training.loggers import About
+from igpt.training.hardware import HardwareConfig, matmul_precision
+from igpt.training.loggers import RunInfo
 from igpt.training.loggers import csv as csv_logger
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.training.optimizers import warmup_cosine
@@ -91,31 +91,31 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, digits: Any, palette: Any) -> tuple[Path, Result]:
+def unbroken(tmp_path_factory: pytest.TempPathFactory, digits: Any, palette: Any) -> tuple[Path, Result]:
     """An uninterrupted run, the reference of the tests below. 270 training images: 8 steps of 100 cross epochs."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, Lab(digits, palette).pretrain(folder)
 
 
-def test_resumed_equals_uninterrupted(tmp_path: Path, lab: Lab, whole: tuple[Path, Result]) -> None:
+def test_resumed_equals_uninterrupted(tmp_path: Path, lab: Lab, unbroken: tuple[Path, Result]) -> None:
     """Invariant: 6 steps lost at a crash, resumed from step 4: weights and every curve equal to the bit."""
     with pytest.raises(KeyError):
         lab.pretrain(tmp_path, callbacks=(StopAfter(6),))
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_0000004.ckpt"
     result = lab.pretrain(tmp_path)
-    expected = weights(whole[0])
+    expected = weights(unbroken[0])
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(tmp_path).items())
-    assert result.curves == whole[1].curves
-    assert result.numbers == whole[1].numbers
+    assert result.curves == unbroken[1].curves
+    assert result.numbers == unbroken[1].numbers
     assert len(result.curves["train/loss_gen"].x) == 8
     kept = [f"step_000000{step}.{kind}" for step in (4, 8) for kind in ("ckpt", "sha256")]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.json", "latest", *kept]
 
 
-def test_accumulated_equals_one_batch(tmp_path: Path, lab: Lab, whole: tuple[Path, Result]) -> None:
+def test_accumulated_equals_one_batch(tmp_path: Path, lab: Lab, unbroken: tuple[Path, Result]) -> None:
     """Invariant: four passes of 25 images give the losses of one of 100, to 1e-5 relative."""
     result = lab.pretrain(tmp_path, on=machine(micro_batch=25))
-    for name, curve in whole[1].curves.items():
+    for name, curve in unbroken[1].curves.items():
         assert result.curves[name].x == curve.x
         assert result.curves[name].y == pytest.approx(curve.y, rel=1e-5)
 
@@ -132,12 +132,12 @@ def test_accumulated_resumes_exactly(tmp_path: Path, lab: Lab) -> None:
 def test_bert_trains_accumulates_and_resumes(tmp_path: Path, lab: Lab) -> None:
     """Invariants: its masks do not depend on the passes; a resumed run is the uninterrupted one, to the bit."""
     bert = BERT(mask_probability=0.15)
-    whole = lab.pretrain(tmp_path / "whole", objective=bert)
+    full = lab.pretrain(tmp_path / "whole", objective=bert)
     parts = lab.pretrain(tmp_path / "parts", objective=bert, on=machine(micro_batch=25))
     with pytest.raises(KeyError):
         lab.pretrain(tmp_path / "resumed", objective=bert, callbacks=(StopAfter(6),))
-    assert lab.pretrain(tmp_path / "resumed", objective=bert).curves == whole.curves
-    train = whole.curves["train/loss_gen"].y
+    assert lab.pretrain(tmp_path / "resumed", objective=bert).curves == full.curves
+    train = full.curves["train/loss_gen"].y
     assert train[0] == pytest.approx(2.833213, abs=1e-6)  # ln 17
     assert train[-1] < train[0] - 0.3
     assert parts.curves["train/loss_gen"].y == pytest.approx(train, rel=1e-5)
@@ -145,18 +145,18 @@ def test_bert_trains_accumulates_and_resumes(tmp_path: Path, lab: Lab) -> None:
 
 def test_muon_trains_and_resumes(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: a resumed run is the uninterrupted one, to the bit; weights in parts are refused."""
-    whole = lab.pretrain(tmp_path / "whole", optimizer="muon")
+    full = lab.pretrain(tmp_path / "whole", optimizer="muon")
     with pytest.raises(KeyError):
         lab.pretrain(tmp_path / "resumed", optimizer="muon", callbacks=(StopAfter(6),))
-    assert lab.pretrain(tmp_path / "resumed", optimizer="muon").curves == whole.curves
-    train = whole.curves["train/loss_gen"].y
+    assert lab.pretrain(tmp_path / "resumed", optimizer="muon").curves == full.curves
+    train = full.curves["train/loss_gen"].y
     assert train[-1] < train[0] - 0.3
-    monkeypatch.setattr(Machine, "shards", True)
+    monkeypatch.setattr(HardwareConfig, "is_sharded", True)
     with pytest.raises(ValueError, match="muon works on whole matrices"):
         lab.pretrain(tmp_path / "parts", optimizer="muon")
 
 
-def test_the_losses_are_those_of_a_plain_loop(lab: Lab, whole: tuple[Path, Result]) -> None:
+def test_the_losses_are_those_of_a_plain_loop(lab: Lab, unbroken: tuple[Path, Result]) -> None:
     """Independent source: ln 17 = 2.8332 of a head of zeros, then a loop of plain PyTorch over the same batches.
 
     With the paper's Adam, two steps of warm-up and a cosine to zero.
@@ -174,20 +174,20 @@ def test_the_losses_are_those_of_a_plain_loop(lab: Lab, whole: tuple[Path, Resul
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = whole[1].curves["train/loss_gen"].y
-    assert found[0] == pytest.approx(2.833213, abs=1e-6)
-    assert found == pytest.approx(losses, rel=1e-5)
-    saved = weights(whole[0])
+    items = unbroken[1].curves["train/loss_gen"].y
+    assert items[0] == pytest.approx(2.833213, abs=1e-6)
+    assert items == pytest.approx(losses, rel=1e-5)
+    saved = weights(unbroken[0])
     for name, weight in net.state_dict().items():
         torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-4)
 
 
-def test_validation_does_not_depend_on_the_batch(tmp_path: Path, lab: Lab, whole: tuple[Path, Result]) -> None:
+def test_validation_does_not_depend_on_the_batch(tmp_path: Path, lab: Lab, unbroken: tuple[Path, Result]) -> None:
     """Invariant: 18 images in passes of 7 give what one pass gives, to 1e-6."""
-    weights = find(str(whole[0]))
+    weights = find_weights(str(unbroken[0]))
     for batch_size in (7, 18, 100):
         result = lab.evaluate(tmp_path, weights, batch_size=batch_size)
-        number, expected = result.numbers["val/loss_gen"], whole[1].numbers["val/loss_gen"]
+        number, expected = result.numbers["val/loss_gen"], unbroken[1].numbers["val/loss_gen"]
         assert number.n == expected.n == 18
         assert number.value == pytest.approx(expected.value, rel=1e-6)
 
@@ -214,15 +214,15 @@ def test_a_rate_too_high_is_stopped(tmp_path: Path, lab: Lab) -> None:
     "changed",
     [
         {"activation_checkpointing": True},
-        pytest.param({"attention": "native"}, marks=needs_compiler),
-        {"attention": "sdpa"},
-        {"attention": "blocks"},
-        {"attention": "bmm"},
+        pytest.param({"attention_backend": "native"}, marks=needs_compiler),
+        {"attention_backend": "sdpa"},
+        {"attention_backend": "blocks"},
+        {"attention_backend": "bmm"},
         {"matmul_precision": "highest"},
     ],
 )
 def test_the_machine_changes_no_loss(
-    tmp_path: Path, lab: Lab, whole: tuple[Path, Result], changed: dict[str, Any]
+    tmp_path: Path, lab: Lab, unbroken: tuple[Path, Result], changed: dict[str, Any]
 ) -> None:
     """Invariant: how it is computed moves no loss by more than rounding. By hand: it is computed as was asked for.
 
@@ -230,10 +230,10 @@ def test_the_machine_changes_no_loss(
     """
     seen = Observed()
     result = lab.pretrain(tmp_path, on=machine(**changed), callbacks=(seen,))
-    for name, curve in whole[1].curves.items():
+    for name, curve in unbroken[1].curves.items():
         assert result.curves[name].y == pytest.approx(curve.y, rel=1e-5)
     assert seen.recomputed == {2 if "activation_checkpointing" in changed else 0}
-    assert seen.attention == {changed.get("attention", "native" if c_library.available() else "bmm")}
+    assert seen.attention == {changed.get("attention_backend", "native" if c_library.is_available() else "bmm")}
     assert seen.dtypes == {torch.float32}
 
 
@@ -249,7 +249,7 @@ def test_matmul_precision_is_that_of_every_step(tmp_path: Path, lab: Lab, settin
 @pytest.mark.parametrize("asked", [True, False, "auto"])
 def test_blocks_are_compiled_where_asked(asked: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: all of them or none; auto asks `dispatch`, with the operations of the training that is to come."""
-    monkeypatch.setattr(dispatch, "pays_to_compile", lambda device, *, n_embd, flops, half: flops > 1e12)
+    monkeypatch.setattr(dispatch, "is_worth_compiling", lambda device, *, n_embd, flops, half: flops > 1e12)
     for flops in (1e11, 1e13):
         net = small_net()
         machine(compile=asked).prepare(net, flops=flops)
@@ -261,7 +261,7 @@ def test_blocks_are_compiled_where_asked(asked: bool | str, monkeypatch: pytest.
     ("precision", "rel", "kept"), [("bf16-mixed", 0.01, torch.float32), ("bf16-true", 0.05, torch.bfloat16)]
 )
 def test_bf16_follows_float32(
-    tmp_path: Path, lab: Lab, whole: tuple[Path, Result], precision: str, rel: float, kept: torch.dtype
+    tmp_path: Path, lab: Lab, unbroken: tuple[Path, Result], precision: str, rel: float, kept: torch.dtype
 ) -> None:
     """Invariant: lower precision stays near the losses; mixed keeps its weights in float32.
 
@@ -269,10 +269,10 @@ def test_bf16_follows_float32(
     """
     seen = Observed()
     result = lab.pretrain(tmp_path, on=machine(precision=precision), callbacks=(seen,))
-    assert result.curves["train/loss_gen"].y == pytest.approx(whole[1].curves["train/loss_gen"].y, rel=rel)
+    assert result.curves["train/loss_gen"].y == pytest.approx(unbroken[1].curves["train/loss_gen"].y, rel=rel)
     assert seen.dtypes == {torch.bfloat16}
     assert {weight.dtype for weight in weights(tmp_path).values()} == {kept}
-    assert find(str(tmp_path)).net().wte.dtype == torch.float32  # whatever was saved is read as float32
+    assert find_weights(str(tmp_path)).net().wte.dtype == torch.float32  # whatever was saved is read as float32
 
 
 def test_matmul_precision_is_put_back() -> None:
@@ -328,7 +328,7 @@ def test_without_a_validation_split(tmp_path: Path, lab: Lab) -> None:
 
 def test_metrics_are_exact_and_under_their_steps(tmp_path: Path, lab: Lab) -> None:
     """By hand: a row of metrics.csv for every second step, with what was seen by then."""
-    about = About("pretrain", "tiny", "digits8", "ar", run_id="x", first_step=0, trains=True, pipeline=None)
+    about = RunInfo("pretrain", "tiny", "digits8", "ar", run_id="x", first_step=0, trains=True, pipeline=None)
     lab.pretrain(tmp_path, log_every=2, loggers=[csv_logger(tmp_path, about)])
     with (tmp_path / "metrics" / "from_0000000" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -353,7 +353,7 @@ def test_samples_are_drawn_while_training_compiled(tmp_path: Path, lab: Lab) -> 
 
 
 @pytest.mark.parametrize(
-    "changed", [{"precision": "fp8"}, {"attention": "flash"}, {"devices": 2}, {"accelerator": "tpu"}]
+    "changed", [{"precision": "fp8"}, {"attention_backend": "flash"}, {"devices": 2}, {"accelerator": "tpu"}]
 )
 def test_bad_machine(changed: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"trainer\."):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights, save_model
 from igpt.data.order import BatchPlan
 from igpt.data.source import ArraySplit
@@ -27,7 +27,7 @@ from igpt.model.features import layer_features
 from igpt.model.gpt import GPT, Block
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
-from igpt.probe.selection import folds_of
+from igpt.probe.selection import assign_folds
 from igpt.run.targets import task_settings
 from igpt.task.class_score import check_classes
 from igpt.tokens.palette import Palette
@@ -59,7 +59,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory, palette: Palette) -> Weights:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palette, ar: Weights) -> tuple[Path, Result]:
+def probed(tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palette, ar: Weights) -> tuple[Path, Result]:
     """A probe with plain settings, its features left on disk."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, Lab(few, palette).probe(folder, ar)
@@ -74,11 +74,11 @@ def sgd(tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palette,
 
 def features(lab: Lab, net: GPT, split: str, *, objective: Any = None, mask: int = 0, norm: str = "ln_1") -> np.ndarray:
     """All images in one plain pass: (L + 1, N, C)"""
-    tokens = lab.tokens().some_tokens(split).long()
+    tokens = lab.tokens().sample_tokens(split).long()
     visible = None
     if objective is not None:
-        keys = keyed.item_keys(keyed.key(0, split, 0), torch.arange(len(tokens)))
-        visible = objective.visible_mask(tokens, keyed.fold(keys, 100 + mask) if mask else keys)
+        rng_keys = keyed.per_example_keys(keyed.key(0, split, 0), torch.arange(len(tokens)))
+        visible = objective.visible_mask(tokens, keyed.fold_in(rng_keys, 100 + mask) if mask else rng_keys)
     with torch.no_grad():
         return layer_features(net, tokens, visible, norm=norm).numpy()
 
@@ -97,10 +97,10 @@ def kept_features(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("refit", [True, False])
 def test_every_accuracy_is_that_of_scikit_learn(
-    tmp_path: Path, lab: Lab, ar: Weights, whole: tuple[Path, Result], refit: bool
+    tmp_path: Path, lab: Lab, ar: Weights, probed: tuple[Path, Result], refit: bool
 ) -> None:
     """Independent source: scikit-learn on the features of one plain pass: every layer, the choice, test, the file."""
-    result = lab.probe(tmp_path, ar, refit=refit, cache=whole[0] / "cache")
+    result = lab.probe(tmp_path, ar, refit=refit, cache=probed[0] / "cache")
     x = {split: features(lab, ar.net(), split) for split in ("train", "val", "test")}
     y = {split: labels(lab, split) for split in x}
     table = np.array(
@@ -123,8 +123,8 @@ def test_every_accuracy_is_that_of_scikit_learn(
     top = np.argsort(fit.predict_proba(x["test"][best]), axis=1)[:, -5:]
     assert numbers["test/top_5"] == pytest.approx((top == y["test"][:, None]).any(axis=1).mean(), abs=OF_TEST)
     head = load_file(tmp_path / "probe.safetensors")
-    said = (x["test"][best] @ head["weight"].numpy().T + head["bias"].numpy()).argmax(axis=1)
-    assert numbers["test/accuracy"] == (said == y["test"]).mean()
+    message = (x["test"][best] @ head["weight"].numpy().T + head["bias"].numpy()).argmax(axis=1)
+    assert numbers["test/accuracy"] == (message == y["test"]).mean()
     with safe_open(tmp_path / "probe.safetensors", "pt") as file:
         assert file.metadata() == {"layers": str(best)}
     matrix = result.matrices["confusion"]
@@ -191,7 +191,7 @@ def perturbed(weights: Weights, *, times: float = 1.01) -> dict[str, torch.Tenso
 
 def of_state(folder: Path, lab: Lab, state: dict[str, torch.Tensor]) -> Weights:
     save_model(folder / "model", state, lab.metadata()(step=0))
-    return find(str(folder))
+    return find_weights(str(folder))
 
 
 def test_a_file_cut_short_is_made_anew(tmp_path: Path, lab: Lab, ar: Weights, caplog: pytest.LogCaptureFixture) -> None:
@@ -221,13 +221,13 @@ def test_other_labels_than_on_disk(tmp_path: Path, lab: Lab, few: Arrays, ar: We
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_one_layer(tmp_path: Path, lab: Lab, ar: Weights, whole: tuple[Path, Result], layer: int) -> None:
+def test_one_layer(tmp_path: Path, lab: Lab, ar: Weights, probed: tuple[Path, Result], layer: int) -> None:
     """Invariant: where it is given, its own best is reported, whatever the others reach."""
-    result = lab.probe(tmp_path, ar, layer=layer, cache=whole[0] / "cache", test=False)
+    result = lab.probe(tmp_path, ar, layer=layer, cache=probed[0] / "cache", test=False)
     assert result.numbers["probe/layer"].value == layer
     assert result.numbers["val/accuracy"].value == result.curves["probe, val"].y[layer]
     assert result.provenance["layers"] == [layer]
-    assert result.curves == whole[1].curves
+    assert result.curves == probed[1].curves
 
 
 @pytest.mark.parametrize("solver", ["lbfgs", "sgd"])
@@ -238,9 +238,9 @@ def test_a_layer_that_is_not_there(tmp_path: Path, lab: Lab, ar: Weights, layer:
         lab.probe(tmp_path, ar, layer=layer, solver=solver)
 
 
-def test_layers_together(tmp_path: Path, lab: Lab, ar: Weights, whole: tuple[Path, Result]) -> None:
+def test_layers_together(tmp_path: Path, lab: Lab, ar: Weights, probed: tuple[Path, Result]) -> None:
     """Independent source: scikit-learn on all three layers side by side, on val and, refitted, on test."""
-    result = lab.probe(tmp_path, ar, concat=3, cache=whole[0] / "cache")
+    result = lab.probe(tmp_path, ar, concat_layers=3, cache=probed[0] / "cache")
     x = {s: np.concatenate(features(lab, ar.net(), s), axis=1) for s in ("train", "val", "test")}
     y = {split: labels(lab, split) for split in x}
     shares = [sklearn(c).fit(x["train"], y["train"]).score(x["val"], y["val"]) for c in STRENGTHS]
@@ -250,27 +250,29 @@ def test_layers_together(tmp_path: Path, lab: Lab, ar: Weights, whole: tuple[Pat
     assert result.numbers["test/accuracy"].value == pytest.approx(fit.score(x["test"], y["test"]), abs=OF_TEST)
     assert result.provenance["layers"] == [0, 1, 2]
     assert load_file(tmp_path / "probe.safetensors")["weight"].shape == (10, 3 * 16)
-    with pytest.raises(ValueError, match=r"task\.concat=5: the network has 3 layers to take together"):
-        lab.probe(tmp_path, ar, concat=5)
+    with pytest.raises(ValueError, match=r"task\.concat_layers=5: the network has 3 layers to take together"):
+        lab.probe(tmp_path, ar, concat_layers=5)
 
 
 def test_folds_look_at_train_alone(
-    tmp_path: Path, lab: Lab, few: Arrays, ar: Weights, whole: tuple[Path, Result]
+    tmp_path: Path, lab: Lab, few: Arrays, ar: Weights, probed: tuple[Path, Result]
 ) -> None:
     """Independent source: scikit-learn's cross-validation. Invariant: a source without val will do.
 
     `auto` is that where training images were cut down, here to no less than three of a class.
     """
     lab.digits = replace(few, splits={name: few.splits[name] for name in ("train", "test")})
-    result = lab.probe(tmp_path / "a", ar, folds=3, refit=False, untrained=True, pixels=True, cache=whole[0] / "cache")
+    result = lab.probe(
+        tmp_path / "a", ar, folds=3, refit=False, baselines=["untrained", "pixels"], cache=probed[0] / "cache"
+    )
     x, y = features(lab, ar.net(), "train"), labels(lab, "train")
-    folds = PredefinedSplit(folds_of(y, 3, seed=0))
+    folds = PredefinedSplit(assign_folds(y, 3, seed=0))
     table = [[(cross_val_predict(sklearn(c), of, y, cv=folds) == y).mean() for c in STRENGTHS] for of in x]
     assert result.curves["probe, cv"].y == pytest.approx([max(row) for row in table], abs=OF_TRAIN)
     assert result.numbers["cv/accuracy"].n == 200
     assert not [name for name in [*result.numbers, *result.curves] if "val" in name]
     lab.digits = replace(lab.digits, labels_per_class=3)
-    again = lab.probe(tmp_path / "b", ar, folds="auto", cache=whole[0] / "cache").numbers
+    again = lab.probe(tmp_path / "b", ar, folds="auto", cache=probed[0] / "cache").numbers
     assert again == {name: result.numbers[name] for name in again}
     heads = [(tmp_path / name / "probe.safetensors").read_bytes() for name in ("a", "b")]
     assert heads[0] == heads[1]
@@ -278,7 +280,7 @@ def test_folds_look_at_train_alone(
 
 def test_what_it_has_to_beat(tmp_path: Path, lab: Lab, ar: Weights) -> None:
     """Independent source: scikit-learn on the pixels, and on the features of a network that was only drawn."""
-    result = lab.probe(tmp_path, ar, untrained=True, pixels=True)
+    result = lab.probe(tmp_path, ar, baselines=["untrained", "pixels"])
     y, splits = labels(lab, "train"), ("train", "val")
     fresh = GPT(GPTConfig(**SIZES))
     fresh.init_weights(0)
@@ -297,7 +299,7 @@ def test_what_it_has_to_beat(tmp_path: Path, lab: Lab, ar: Weights) -> None:
 
 def test_the_untrained_network_reads_this_runs_colours(tmp_path: Path, lab: Lab, ar: Weights) -> None:
     """Invariant: with one cache, weights of another palette get the untrained network of their own tokens."""
-    how: dict[str, Any] = {"untrained": True, "test": False, "strengths": [10.0]}
+    how: dict[str, Any] = {"baselines": ["untrained"], "test": False, "C_grid": [10.0]}
     lab.probe(tmp_path, ar, **how)
     lab.palette = Palette(lab.palette.centres[np.random.default_rng(0).permutation(17)].copy())
     other = of_state(tmp_path / "other", lab, perturbed(ar))
@@ -312,12 +314,12 @@ def test_test_is_not_read(
     lab: Lab,
     few: Arrays,
     ar: Weights,
-    whole: tuple[Path, Result],
+    probed: tuple[Path, Result],
     sgd: tuple[Path, Result],
     solver: str,
 ) -> None:
     """Invariant: without `test`, a source that has no such split will do; asked for, it is read."""
-    expected = (whole if solver == "lbfgs" else sgd)[1].numbers
+    expected = (probed if solver == "lbfgs" else sgd)[1].numbers
     lab.digits = replace(few, splits={name: few.splits[name] for name in ("train", "val")})
     result = lab.probe(tmp_path / "part", ar, solver=solver, test=False)
     left = {name: number for name, number in expected.items() if not name.startswith("test/")}
@@ -380,7 +382,7 @@ def test_features_too_large_for_float16(tmp_path: Path, lab: Lab, ar: Weights) -
     with pytest.raises(ValueError, match=r"layer\(s\) 0, 1, 2 hold NaN or infinity.*task\.dtype=float32"):
         lab.probe(tmp_path, large, norm="raw", dtype="float16")
     assert list((tmp_path / "cache" / "features").glob(".*.part")) == []
-    lab.probe(tmp_path, large, norm="raw", dtype="float32", test=False, strengths=[0.1])
+    lab.probe(tmp_path, large, norm="raw", dtype="float32", test=False, C_grid=[0.1])
 
 
 def test_masks_are_of_the_seed_alone(tmp_path: Path, lab: Lab, bert: Weights) -> None:
@@ -388,14 +390,14 @@ def test_masks_are_of_the_seed_alone(tmp_path: Path, lab: Lab, bert: Weights) ->
     kept, numbers = [], []
     for batch_size, seed in ((64, 0), (23, 0), (64, 1)):
         folder = tmp_path / f"{batch_size} {seed}"
-        result = lab.probe(folder, bert, objective=MASKED, masks=2, batch_size=batch_size, seed=seed)
+        result = lab.probe(folder, bert, objective=MASKED, eval_masks=2, batch_size=batch_size, seed=seed)
         kept.append({name: np.load(folder / "cache" / "features" / name) for name in kept_features(folder)})
         numbers.append(result.numbers)
     assert kept[0].keys() == kept[1].keys()
     assert max(np.abs(kept[1][name] - values).max() for name, values in kept[0].items()) < 1e-5
     for name in ("val/accuracy", "val/accuracy_one_mask", "test/accuracy", "test/accuracy_one_mask"):
         assert numbers[1][name].value == pytest.approx(numbers[0][name].value, abs=OF_VAL)
-    of_train = [values for found in kept[::2] for name, values in found.items() if "-train-" in name]
+    of_train = [values for by_name in kept[::2] for name, values in by_name.items() if "-train-" in name]
     of_masks = [values for name, values in kept[0].items() if "-val-" in name]
     for one, other in (of_train, of_masks):
         assert np.abs(one - other).max() > 0.01
@@ -406,7 +408,7 @@ def test_the_vote_by_hand(tmp_path: Path, lab: Lab, bert: Weights) -> None:
     result = lab.probe(tmp_path, bert, objective=MASKED)
     head = load_file(tmp_path / "probe.safetensors")
     (layer,) = result.provenance["layers"]
-    said = np.stack(
+    message = np.stack(
         [
             (features(lab, bert.net(), "test", objective=MASKED, mask=mask)[layer] @ head["weight"].numpy().T
              + head["bias"].numpy()).argmax(axis=1)
@@ -414,10 +416,10 @@ def test_the_vote_by_hand(tmp_path: Path, lab: Lab, bert: Weights) -> None:
         ]
     )  # fmt: skip
     y = labels(lab, "test")
-    counts = (said[:, :, None] == np.arange(10)).sum(axis=0)  # (N, K)
+    counts = (message[:, :, None] == np.arange(10)).sum(axis=0)  # (N, K)
     leads = counts == counts.max(axis=1, keepdims=True)
     surely = leads[np.arange(100), y] & (leads.sum(axis=1) == 1)
-    assert result.numbers["test/accuracy_one_mask"].value == (said[0] == y).mean()
+    assert result.numbers["test/accuracy_one_mask"].value == (message[0] == y).mean()
     accuracy = result.numbers["test/accuracy"].value
     assert surely.mean() <= accuracy <= leads[np.arange(100), y].mean()
     assert {"val/accuracy", "val/accuracy_one_mask"} <= set(result.numbers)
@@ -427,7 +429,7 @@ def test_the_vote_by_hand(tmp_path: Path, lab: Lab, bert: Weights) -> None:
 def test_without_masks_there_is_no_vote(tmp_path: Path, lab: Lab, ar: Weights, bert: Weights) -> None:
     """By hand: an autoregressive network has none, and one mask is no vote: a file for each split."""
     for name, weights, objective, masks in (("ar", ar, AR(), 5), ("one", bert, MASKED, 1)):
-        numbers = lab.probe(tmp_path / name, weights, objective=objective, masks=masks).numbers
+        numbers = lab.probe(tmp_path / name, weights, objective=objective, eval_masks=masks).numbers
         assert not [number for number in numbers if "one_mask" in number]
         assert len(kept_features(tmp_path / name)) == 3
 
@@ -442,7 +444,7 @@ class LossesOfHeads(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 0:
-            scores = pl_module.scores(pl_module.pooled(batch, 0))
+            scores = pl_module.scores(pl_module.pool_features(batch, 0))
             nats = scores.logsumexp(dim=-1) - scores[..., torch.arange(len(batch.labels)), batch.labels]
             self.losses = nats.mean(dim=-1)
 
@@ -478,7 +480,7 @@ def test_sgd_is_plain_momentum_with_a_cosine(lab: Lab, ar: Weights, sgd: tuple[P
     folder, result = sgd
     data = lab.tokens(plan=BatchPlan(50, 50))
     batches = [batch for _, batch in zip(range(6), data.train_dataloader(), strict=False)]
-    found = heads(folder)
+    by_name = heads(folder)
     net, right = ar.net(), np.zeros((3, 2))
     x_val, y_val = features(lab, net, "val"), labels(lab, "val")
     for r, rate in enumerate((0.1, 1.0)):
@@ -492,17 +494,17 @@ def test_sgd_is_plain_momentum_with_a_cosine(lab: Lab, ar: Weights, sgd: tuple[P
                 p = p / p.sum(axis=1, keepdims=True) - np.eye(10)[batch.labels.numpy()]
                 v = 0.9 * v + x.T @ p / 50
                 w = w - rate * 0.5 * (1 + math.cos(math.pi * step / 6)) * v
-            assert np.abs(found[f"weights.{r}"][layer].numpy().T - w[:16]).max() < 1e-4
-            assert np.abs(found[f"biases.{r}"][layer].numpy() - w[16]).max() < 1e-4
-            said = (x_val[layer] @ w[:16] + w[16]).argmax(axis=1)
-            right[layer, r] = (said == y_val).mean()
+            assert np.abs(by_name[f"weights.{r}"][layer].numpy().T - w[:16]).max() < 1e-4
+            assert np.abs(by_name[f"biases.{r}"][layer].numpy() - w[16]).max() < 1e-4
+            message = (x_val[layer] @ w[:16] + w[16]).argmax(axis=1)
+            right[layer, r] = (message == y_val).mean()
     assert result.curves["probe, val"].y == pytest.approx(right.max(axis=1))
     assert result.numbers["val/accuracy"].value == pytest.approx(right.max())
     layer, r = (int(i) for i in np.unravel_index(right.argmax(), right.shape))
     assert (result.numbers["probe/layer"].value, result.numbers["probe/rate"].value) == (layer, (0.1, 1.0)[r])
     head, y = load_file(folder / "probe.safetensors"), labels(lab, "test")
-    assert torch.equal(head["weight"], found[f"weights.{r}"][layer])
-    assert torch.equal(head["bias"], found[f"biases.{r}"][layer])
+    assert torch.equal(head["weight"], by_name[f"weights.{r}"][layer])
+    assert torch.equal(head["bias"], by_name[f"biases.{r}"][layer])
     scores = features(lab, net, "test")[layer] @ head["weight"].numpy().T + head["bias"].numpy()
     assert result.numbers["test/accuracy"].value == pytest.approx((scores.argmax(axis=1) == y).mean())
     assert result.class_names == {"confusion": tuple("0123456789")}
@@ -534,7 +536,7 @@ def test_sgd_accumulates(tmp_path: Path, lab: Lab, ar: Weights, sgd: tuple[Path,
 def test_sgd_on_a_window(tmp_path: Path, lab: Lab, ar: Weights, sgd: tuple[Path, Result]) -> None:
     """Independent source: the heads of all three layers side by side, after one step in numpy; one layer is itself."""
     settings: dict[str, Any] = {"solver": "sgd", "layer": 1, "test": False}
-    result = lab.probe(tmp_path / "three", ar, **settings, concat=3, sgd={"steps": 1})
+    result = lab.probe(tmp_path / "three", ar, **settings, concat_layers=3, sgd={"steps": 1})
     batch = next(iter((data := lab.tokens(plan=BatchPlan(50, 50))).train_dataloader()))
     with torch.no_grad():
         x = np.concatenate(list(layer_features(ar.net(), data.encode(batch.tokens)).numpy()), axis=1)
@@ -558,11 +560,11 @@ def test_a_rate_too_high_breaks_its_own_heads_only(tmp_path: Path, lab: Lab, lar
         name: lab.probe(tmp_path / name, large, norm="raw", solver="sgd", sgd={"rates": rates}, test=False)
         for name, rates in (("alone", [1e-7, 1e-6]), ("beside", [1e38, 1e-7, 1e-6]))
     }
-    found, expected = heads(tmp_path / "beside"), heads(tmp_path / "alone")
-    assert not found["weights.0"].isfinite().any()
+    by_name, expected = heads(tmp_path / "beside"), heads(tmp_path / "alone")
+    assert not by_name["weights.0"].isfinite().any()
     for r in (0, 1):
         for kind in ("weights", "biases"):
-            assert torch.allclose(found[f"{kind}.{r + 1}"], expected[f"{kind}.{r}"], rtol=1e-4, atol=1e-9)
+            assert torch.allclose(by_name[f"{kind}.{r + 1}"], expected[f"{kind}.{r}"], rtol=1e-4, atol=1e-9)
     assert train_losses(tmp_path / "beside") == pytest.approx(train_losses(tmp_path / "alone"), rel=1e-5)
     for name in ("probe/rate", "probe/layer", "val/accuracy"):
         assert results["beside"].numbers[name] == results["alone"].numbers[name]
@@ -579,14 +581,14 @@ def test_all_rates_too_high(tmp_path: Path, lab: Lab, large: Weights) -> None:
     [
         ({"norm": "ln_2"}, r"task\.norm must be one of ln_1, raw, got 'ln_2'"),
         ({"solver": "adam"}, r"task\.solver must be one of lbfgs, sgd, got 'adam'"),
-        ({"solver": "sgd", "concat": 3}, r"around which layer: task\.layer=N"),
+        ({"solver": "sgd", "concat_layers": 3}, r"around which layer: task\.layer=N"),
         ({"solver": "sgd", "folds": 5}, r"task\.folds=null"),
         ({"batch_size": 0}, r"task\.batch_size must be at least 1, got 0"),
-        ({"masks": 0}, r"task\.masks must be at least 1, got 0"),
-        ({"strengths": []}, r"task\.strengths"),
-        ({"strengths": [1.0, 0.0]}, r"task\.strengths"),
-        ({"concat": 1}, r"task\.concat"),
-        ({"concat": 4}, r"task\.concat"),
+        ({"eval_masks": 0}, r"task\.eval_masks must be at least 1, got 0"),
+        ({"C_grid": []}, r"task\.C_grid"),
+        ({"C_grid": [1.0, 0.0]}, r"task\.C_grid"),
+        ({"concat_layers": 1}, r"task\.concat_layers"),
+        ({"concat_layers": 4}, r"task\.concat_layers"),
         ({"folds": 1}, r"task\.folds"),
         ({"folds": "all"}, r"task\.folds"),
         ({"sgd": SGD | {"rates": []}}, r"task\.sgd"),
@@ -601,7 +603,7 @@ def test_all_rates_too_high(tmp_path: Path, lab: Lab, large: Weights) -> None:
     ],
 )
 def test_bad_settings(changed: dict[str, Any], message: str) -> None:
-    for good in ({}, {"solver": "sgd", "layer": 1, "concat": 3}, {"folds": "auto"}):
+    for good in ({}, {"solver": "sgd", "layer": 1, "concat_layers": 3}, {"folds": "auto"}):
         assert task_settings("igpt.task.probe.run", PROBE | good)
     check_bad_settings("probe", PROBE, changed, message)
 

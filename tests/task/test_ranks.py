@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.resume import latest_checkpoint
 from igpt.checkpoint.sharded import read_state
 from igpt.distributed.launcher import run_ranks
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
-from igpt.training.cost_estimate import plan
+from igpt.training.cost_estimate import estimate_cost
 from tests.conftest import ROOT
 from tests.task.conftest import SIZES, Lab, machine
 from tests.task.ranks_work import DEEPSPEED, SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples
@@ -32,8 +32,8 @@ def worked(place: Path, *part: str, count: int = 2) -> Path:
 
 
 def answers_in(place: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = torch.load(place / "answers.pt", weights_only=True)
-    return found
+    items: list[dict[str, Any]] = torch.load(place / "answers.pt", weights_only=True)
+    return items
 
 
 @pytest.fixture(scope="module")
@@ -91,37 +91,37 @@ def test_a_network_in_parts_learns_as_a_whole_one(answers: list[dict[str, Any]])
 @pytest.mark.parametrize("strategy", DEEPSPEED)
 def test_deepspeed_learns_as_a_whole_one(by_zero: list[dict[str, Any]], reference: Any, strategy: str) -> None:
     """Invariant: 20 losses and the validations as on one process, also when stopped and resumed."""
-    for found in by_zero:
+    for by_name in by_zero:
         for name, curve in reference.curves.items():
-            assert found[strategy][name] == pytest.approx(curve.y, rel=1e-5)
-        assert found[f"{strategy} validated"] == pytest.approx(reference.numbers["val/loss_gen"].value, rel=1e-5)
+            assert by_name[strategy][name] == pytest.approx(curve.y, rel=1e-5)
+        assert by_name[f"{strategy} validated"] == pytest.approx(reference.numbers["val/loss_gen"].value, rel=1e-5)
         if strategy == "deepspeed_2":
-            assert found[f"{strategy} stopped"].startswith("stopped by SIGTERM after step")
-            assert found[f"{strategy} resumed"] == found[strategy]
+            assert by_name[f"{strategy} stopped"].startswith("stopped by SIGTERM after step")
+            assert by_name[f"{strategy} resumed"] == by_name[strategy]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", DEEPSPEED[:2])
 def test_deepspeed_holds_what_was_planned(by_zero: list[dict[str, Any]], strategy: str) -> None:
     """Independent source: the bytes of weights and optimiser in each rank, within 15 %."""
-    planned = plan(
+    planned = estimate_cost(
         SIZES, batch_size=100, micro_batch=25, steps=1, devices=2, strategy=strategy, precision="32-true",
         recompute=False, scores=0, fused_norm=True,
     )  # fmt: skip
-    for found in by_zero:
-        assert found[f"{strategy} held"] == pytest.approx(planned.weights + planned.optimiser, rel=0.15)
+    for by_name in by_zero:
+        assert by_name[f"{strategy} held"] == pytest.approx(planned.weights + planned.optimiser, rel=0.15)
 
 
 @pytest.mark.slow
 def test_what_deepspeed_saves_is_what_fsdp_does(zero_place: Path, by_zero: list[dict[str, Any]]) -> None:
     """Invariant: weights and Adam's moments after 16 steps of either, by name (moments show the gradients' scale)."""
     folders = [zero_place / run / "checkpoints" / "step_0000016.ckpt" for run in ("sharded pieces", *DEEPSPEED)]
-    theirs, *saved = map(read_state, folders)
+    peer, *saved = map(read_state, folders)
     for other in saved:
-        assert set(other) == set(theirs)
-        for name, tensor in theirs.items():
-            whole = tensor.read()
-            torch.testing.assert_close(other[name].read(), whole, rtol=0, atol=1e-4 * float(whole.abs().max()))
+        assert set(other) == set(peer)
+        for name, tensor in peer.items():
+            full = tensor.read()
+            torch.testing.assert_close(other[name].read(), full, rtol=0, atol=1e-4 * float(full.abs().max()))
 
 
 @pytest.mark.slow
@@ -136,12 +136,12 @@ def test_a_checkpoint_in_pieces_is_resumed_by_another_number_of_ranks(tmp_path: 
 @pytest.mark.slow
 def test_a_run_may_change_its_strategy(by_zero: list[dict[str, Any]], reference: Any) -> None:
     """Invariant: begun by DeepSpeed, gone on with by FSDP and ended by DeepSpeed, its losses are those of one."""
-    for found in by_zero:
-        first, second, *losses = found["by turns"]
+    for by_name in by_zero:
+        first, second, *losses = by_name["by turns"]
         assert first.startswith("stopped by SIGTERM after step 8")
         assert second.startswith("stopped by SIGTERM after step 1")
         assert losses == pytest.approx(reference.curves["train/loss_gen"].y, rel=1e-5)
-        assert "is one file, as trainer=ddp and fsdp write it" in found["one file"]
+        assert "is one file, as trainer=ddp and fsdp write it" in by_name["one file"]
 
 
 def test_what_sharding_goes_together_with(answers: list[dict[str, Any]]) -> None:
@@ -163,7 +163,7 @@ def test_a_sharded_run_is_resumed_to_the_bit(place: Path, answers: list[dict[str
     in_pieces = latest_checkpoint(place / "sharded pieces")
     assert in_pieces is not None
     assert len(list(in_pieces.glob("*.distcp"))) == 2
-    weights = find(str(in_pieces))
+    weights = find_weights(str(in_pieces))
     assert all(torch.equal(weight, never[key]) for key, weight in weights.net().state_dict().items())
     assert weights.metadata.step == 20
 
@@ -214,14 +214,14 @@ def test_a_stream_is_read_once_by_two_ranks_of_two_workers(answers: list[dict[st
 
 def test_weights_that_two_ranks_saved_in_pieces(place: Path) -> None:
     """Round trip: sharded by FSDP2, read whole by one process; each piece of a matrix is half of its rows."""
-    folder, whole = place / "in pieces", load_file(place / "whole" / "model" / "model.safetensors")
+    folder, full = place / "in pieces", load_file(place / "whole" / "model" / "model.safetensors")
     assert len(list(folder.glob("*.distcp"))) == 2
-    state = find(str(folder)).state()
-    assert state.keys() == whole.keys()
-    assert all(torch.equal(state[name].read(), weight) for name, weight in whole.items())
+    state = find_weights(str(folder)).state()
+    assert state.keys() == full.keys()
+    assert all(torch.equal(state[name].read(), weight) for name, weight in full.items())
     next(folder.glob("__1_*.distcp")).unlink()
     with pytest.raises(ValueError, match=r"__1_0\.distcp missing"):
-        find(str(folder))
+        find_weights(str(folder))
 
 
 def test_evaluation_is_exactly_that_of_one_process(place: Path, answers: list[dict[str, Any]], alone: Lab) -> None:

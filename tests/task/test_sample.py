@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.data.digits import Digits
 from igpt.metric.result import Grid
@@ -29,7 +29,7 @@ WHOLE = {"temperature": 1.0, "top_k": None, "top_p": None}
 def trained(tmp_path_factory: pytest.TempPathFactory, digits: Digits, palette: Palette) -> Weights:
     folder = tmp_path_factory.mktemp("trained")
     Lab(digits, palette).pretrain(folder)
-    return find(str(folder))
+    return find_weights(str(folder))
 
 
 def test_samples_do_not_depend_on_the_batch(tmp_path: Path, lab: Lab, trained: Weights) -> None:
@@ -134,7 +134,7 @@ def test_samples_at_lower_precision(tmp_path: Path, lab: Lab, palette: Palette, 
         lab.execute("sample", tmp_path, weights, on=on, count=30, batch_size=30, **WHOLE).arrays["samples"]
         for on in (machine(), machine(precision=precision, decoding="layers"))
     )
-    uniforms = keyed.uniform(keyed.item_keys(keyed.key(0, "sample"), torch.arange(30)), 64)
+    uniforms = keyed.uniform(keyed.per_example_keys(keyed.key(0, "sample"), torch.arange(30)), 64)
     with narrowed(weights, precision) as net:
         expected = generate(net, uniforms, Sampling(**WHOLE), backend="layers")
     assert np.array_equal(drawn, expected)
@@ -146,10 +146,10 @@ def test_samples_at_lower_precision(tmp_path: Path, lab: Lab, palette: Palette, 
 def test_a_loss_at_lower_precision(tmp_path: Path, lab: Lab, trained: Weights, precision: str) -> None:
     """Independent source: the loss of a network at PyTorch's bfloat16 on the same images, which is not float32's."""
     exact, found = (
-        lab.evaluate(tmp_path, trained, on=on, batch_size=18, masks=1).numbers["val/loss_gen"].value
+        lab.evaluate(tmp_path, trained, on=on, batch_size=18, eval_masks=1).numbers["val/loss_gen"].value
         for on in (machine(), machine(precision=precision))
     )  # fmt: skip
-    tokens = lab.tokens().some_tokens("val").long()
+    tokens = lab.tokens().sample_tokens("val").long()
     with torch.inference_mode(), narrowed(trained, precision) as net:
         expected = F.cross_entropy(net(tokens).flatten(0, 1).float(), tokens.flatten())
     assert found == pytest.approx(float(expected), rel=1e-6)

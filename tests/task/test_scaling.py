@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from scipy.stats import spearmanr
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.metric.result import Result
 from igpt.objective.bert import BERT
 from igpt.task import scaling
@@ -22,7 +22,7 @@ def scaled(lab: Lab, folder: Path, runs: list[Path], **changed: Any) -> Result:
         "norm": "ln_1",
         "dtype": "float32",
         "batch_size": 64,
-        "strengths": [1.0, 0.01],
+        "C_grid": [1.0, 0.01],
     }
     return lab.execute("scaling", folder, **{**settings, **changed})
 
@@ -41,11 +41,11 @@ def test_every_point_is_what_evaluation_and_probe_say(
     lab.pretrain(tmp_path / "run", val_every=4, steps=8)
     losses = lab.pretrain(tmp_path / "again", val_every=4, steps=8).curves["val/loss_gen"].y
     result = scaled(lab, tmp_path / "scaling", [started(tmp_path / "run")])
-    on_the_way = find(str(tmp_path / "run" / "checkpoints" / "step_0000004.ckpt"))
-    assert on_the_way.metadata.step == 4
+    checkpoint = find_weights(str(tmp_path / "run" / "checkpoints" / "step_0000004.ckpt"))
+    assert checkpoint.metadata.step == 4
     for seen, loss in ((400, losses[0]), (800, losses[1])):
         assert result.numbers[f"tiny/{seen}_images/loss_gen"].value == pytest.approx(loss, rel=1e-6)
-    probe = lab.probe(tmp_path / "probe", on_the_way, test=False, strengths=[1.0, 0.01])
+    probe = lab.probe(tmp_path / "probe", checkpoint, test=False, C_grid=[1.0, 0.01])
     assert result.numbers["tiny/400_images/accuracy"].value == probe.numbers["val/accuracy"].value
     assert result.numbers["tiny/400_images/layer"].value == probe.numbers["probe/layer"].value
     curve = result.curves["tiny"]
@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_no_start(tmp_path: Path, lab: Lab) -> None:
     path = tmp_path / "checkpoints" / "step_0000004.ckpt"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(ValueError, match="its SHA-256 is not that beside it"):
-        find(str(path))
+        find_weights(str(path))
 
 
 def test_rank_correlation_is_spearmans() -> None:

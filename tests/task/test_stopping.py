@@ -17,8 +17,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint, read_best, step_of
-from igpt.distributed.signals import StoppedError, StopRequest, pass_on
+from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint, parse_step, read_best
+from igpt.distributed.signals import StoppedError, StopRequest, forward_signal
 from igpt.run import launch
 from igpt.task.generative_score import GenerativeScore
 from tests.data.conftest import mixture
@@ -44,28 +44,28 @@ def test_a_signal_stops_after_the_step_and_its_validation(tmp_path: Path, lab: L
     """Invariant: with two passes a step, the step is finished and saved; resumed, all is as if nothing had happened."""
     on = machine(micro_batch=50)
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)]
-    whole = lab.pretrain(tmp_path / "whole", on=on)
+    full = lab.pretrain(tmp_path / "whole", on=on)
     with pytest.raises(StoppedError, match=f"stopped by {signal.Signals(number).name} after step {step + 1}"):
         lab.pretrain(tmp_path / "stopped", on=on, callbacks=(Send(number, step=step),))
     saved = latest_checkpoint(tmp_path / "stopped")
     assert saved is not None
-    assert step_of(saved) == step + 1
+    assert parse_step(saved) == step + 1
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)] == handlers
     resumed = lab.pretrain(tmp_path / "stopped", on=on)
-    assert resumed.curves == whole.curves  # step 3's validation (of every 4) is in it too
+    assert resumed.curves == full.curves  # step 3's validation (of every 4) is in it too
     weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_run_over_a_stream_goes_on_in_the_middle_of_a_pass(tmp_path: Path, palette: Any) -> None:
     """Round trip: the same losses, of which none repeats an image, as never stopped."""
-    lab = Lab(mixture(tmp_path / "shards", lanes=4), palette)
+    lab = Lab(mixture(tmp_path / "shards", num_readers=4), palette)
     how: dict[str, Any] = {"on": machine(micro_batch=3), "batch_size": 6, "steps": 10, "val_every": 0}
-    whole = lab.pretrain(tmp_path / "whole", **how)
+    full = lab.pretrain(tmp_path / "whole", **how)
     for step in (3, 7):
         with pytest.raises(StoppedError):
             lab.pretrain(tmp_path / "stopped", callbacks=(Send(signal.SIGTERM, step=step),), **how)
-    assert lab.pretrain(tmp_path / "stopped", **how).curves == whole.curves
+    assert lab.pretrain(tmp_path / "stopped", **how).curves == full.curves
 
 
 def test_a_signal_in_the_last_step_changes_nothing(tmp_path: Path, lab: Lab) -> None:
@@ -77,7 +77,7 @@ def test_a_second_signal_leaves_at_once() -> None:
     code = (
         "import os, signal, time; from igpt.distributed.signals import StopRequest\n"
         "stop = StopRequest()\n"
-        "with stop.listening():\n"
+        "with stop.install_handlers():\n"
         "    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1): os.kill(os.getpid(), number)\n"
         "    print(stop.number, flush=True); time.sleep(1.1)\n"  # the same one twice at once, a warning: not again
         "    os.kill(os.getpid(), signal.SIGUSR2); print('still here', flush=True)\n"
@@ -101,7 +101,7 @@ def test_only_training_answers_signals(tmp_path: Path, lab: Lab, monkeypatch: py
     before = signal.getsignal(signal.SIGTERM)
     lab.pretrain(tmp_path)
     assert answers["TrainerFn.VALIDATING"] == before
-    assert answers["TrainerFn.FITTING"].__func__ is StopRequest._ask
+    assert answers["TrainerFn.FITTING"].__func__ is StopRequest._handle_signal
 
 
 def test_a_run_may_be_started_in_any_thread() -> None:
@@ -109,21 +109,21 @@ def test_a_run_may_be_started_in_any_thread() -> None:
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work() -> None:
-        with StopRequest().listening():
+        with StopRequest().install_handlers():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
     assert seen == [before]
-    with StopRequest().listening():
+    with StopRequest().install_handlers():
         assert signal.getsignal(signal.SIGTERM) != before
 
 
 def test_who_listened_before_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped run ends with 75, after the signal has gone on to a scheduler's own answer to it."""
-    told: list[int] = []
-    before = signal.signal(signal.SIGUSR2, lambda number, _: told.append(number))
+    lines: list[int] = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: lines.append(number))
 
     def stopped(*_: Any, **__: Any) -> None:
         raise StoppedError(signal.SIGUSR2, 5)
@@ -136,14 +136,14 @@ def test_who_listened_before_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert ended.value.code == 75
-    assert told == [signal.SIGUSR2]
-    assert not pass_on(signal.SIGUSR2)  # nobody listens now
-    assert not pass_on(signal.SIGINT)  # Python's own answer would be a KeyboardInterrupt
+    assert lines == [signal.SIGUSR2]
+    assert not forward_signal(signal.SIGUSR2)  # nobody listens now
+    assert not forward_signal(signal.SIGINT)  # Python's own answer would be a KeyboardInterrupt
 
 
 def test_a_clock_set_back(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: what is newest and what is learned depend on no clock; no speed is negative."""
-    whole = lab.pretrain(tmp_path / "whole")
+    full = lab.pretrain(tmp_path / "whole")
     now = itertools.count(1e9, -3600)
     monkeypatch.setattr(time, "time", lambda: next(now))
     with pytest.raises(StoppedError):
@@ -152,8 +152,8 @@ def test_a_clock_set_back(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPa
         os.utime(path, (1e9 - age, 1e9 - age))
     latest = latest_checkpoint(tmp_path / "back")
     assert latest is not None
-    assert step_of(latest) == 5
-    assert lab.pretrain(tmp_path / "back").curves == whole.curves
+    assert parse_step(latest) == 5
+    assert lab.pretrain(tmp_path / "back").curves == full.curves
 
 
 def test_a_disk_that_refuses_once(
@@ -163,7 +163,7 @@ def test_a_disk_that_refuses_once(
     save, steps = AtomicCheckpointIO.write, []
 
     def refuses_step_4(self: Any, checkpoint: dict[str, Any], path: Path) -> None:
-        steps.append(step_of(Path(path)))
+        steps.append(parse_step(Path(path)))
         if steps[-1] == 4:
             assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step_0000002.ckpt"
             raise OSError("No space left on device")

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from igpt.checkpoint import tensors
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.head_files import find_head
 from igpt.checkpoint.igpt_format import save_model
-from igpt.checkpoint.tensors import Lazy, write
+from igpt.checkpoint.tensors import LazyTensor, write
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.utils import files
@@ -28,10 +28,13 @@ def test_a_step_of_a_run_becomes_a_model(quickstart: Path, tmp_path: Path) -> No
     """Round trip: the last step's checkpoint holds what the finished run exported."""
     pretrained = quickstart / "2_pretrain"
     result, folder = run(tmp_path, "task=import", f"init={pretrained / 'checkpoints' / 'step_0000006.ckpt'}")
-    ours, theirs = load_file(folder / "model" / "model.safetensors"), load_file(pretrained / "model/model.safetensors")
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert result.numbers["weights"].value == sum(weight.numel() for weight in theirs.values())
-    assert find(str(folder)).metadata == find(str(pretrained)).metadata
+    own, reference = (
+        load_file(folder / "model" / "model.safetensors"),
+        load_file(pretrained / "model/model.safetensors"),
+    )
+    assert all(torch.equal(own[name], reference[name]) for name in reference)
+    assert result.numbers["weights"].value == sum(weight.numel() for weight in reference.values())
+    assert find_weights(str(folder)).metadata == find_weights(str(pretrained)).metadata
 
 
 def test_a_sharded_checkpoint_is_consolidated(tmp_path: Path) -> None:
@@ -40,7 +43,7 @@ def test_a_sharded_checkpoint_is_consolidated(tmp_path: Path) -> None:
     save_sharded(tmp_path / "sharded", net)
     # the palette of `origin_of` has a made-up hash: tokens are not looked at here
     _, folder = run(tmp_path, "task=import", f"init={tmp_path / 'sharded' / '__0_0.distcp'}")
-    again = find(str(folder)).net().state_dict()
+    again = find_weights(str(folder)).net().state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in net.state_dict().items())
 
 
@@ -51,7 +54,7 @@ def test_our_own_format_is_plain(quickstart: Path, tmp_path: Path) -> None:
     assert names == ["config.json", "model.safetensors"]
     net = GPT(GPTConfig(**json.loads((folder / "igpt" / "config.json").read_text())["network"]))
     net.load_state_dict(load_file(folder / "igpt" / "model.safetensors"))
-    assert find(str(folder / "igpt")).sha256 == find(str(quickstart / "2_pretrain")).sha256
+    assert find_weights(str(folder / "igpt")).sha256 == find_weights(str(quickstart / "2_pretrain")).sha256
 
 
 def test_what_hugging_face_cannot_hold_is_refused_first(quickstart: Path, tmp_path: Path) -> None:
@@ -61,7 +64,9 @@ def test_what_hugging_face_cannot_hold_is_refused_first(quickstart: Path, tmp_pa
         run(tmp_path, "task=export", f"init={tuned}")
     _, folder = run(tmp_path, "task=export", "task.format=igpt", f"init={tuned}")
     about = files.read_json(tuned / "model" / "head.json")
-    head = find_head(find(str(folder / "igpt")), n_class=10, classes=about["classes"], class_names=about["class_names"])
+    head = find_head(
+        find_weights(str(folder / "igpt")), n_class=10, classes=about["classes"], class_names=about["class_names"]
+    )
     assert head is not None
     assert torch.equal(head.wclf, load_file(tuned / "model" / "head.safetensors")["wclf"])
 
@@ -132,7 +137,7 @@ def no_tensors(place: Path) -> Path:
 def test_a_path_that_holds_no_weights(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
     place = make(tmp_path / "place")
     with pytest.raises(ValueError, match=message):
-        find(str(place))
+        find_weights(str(place))
 
 
 def test_only_one_tensor_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,13 +147,13 @@ def test_only_one_tensor_is_in_memory(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def make() -> torch.Tensor:
         nonlocal most
-        made = torch.ones(10, 10)
-        alive.append(weakref.ref(made))
+        result = torch.ones(10, 10)
+        alive.append(weakref.ref(result))
         most = max(most, sum(one() is not None for one in alive))
-        return made
+        return result
 
     monkeypatch.setattr(tensors, "SHARD_BYTES", 1000)
-    write(tmp_path, {f"w{i}": Lazy((10, 10), torch.float32, make) for i in range(9)}, label="")
+    write(tmp_path, {f"w{i}": LazyTensor((10, 10), torch.float32, make) for i in range(9)}, label="")
     assert len(alive) == 9
     assert most <= 2  # the one that is being made, and the one that was written last
     assert len(list(tmp_path.glob("*.safetensors"))) == 5
@@ -177,7 +182,7 @@ def test_a_config_that_cannot_be(tmp_path: Path, field: str) -> None:
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: ORIGIN[field]}))
     with pytest.raises(ValueError, match=r"config\.json is not complete"):
-        find(str(tmp_path))
+        find_weights(str(tmp_path))
 
 
 def test_a_folder_appears_whole(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
 from igpt.tokens.batches import Batch, StreamBatch
 from igpt.tokens.datamodule import TokenDataModule
-from igpt.tokens.kmeans import fit
+from igpt.tokens.kmeans import fit_palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
 from tests.data.conftest import RANDOM_CROP, SETTINGS, Shop, class_folders, mixture, tar_shards
@@ -24,12 +24,12 @@ from tests.tokens.test_palette import random_palette
 SOURCE = Digits(
     name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5
 )
-PALETTE = fit(SOURCE.split("train").pixels, k=17, iterations=10, restarts=1, seed=0)
+PALETTE = fit_palette(SOURCE.split("train").pixels, k=17, iterations=10, restarts=1, seed=0)
 
 
 def module(micro_batch: int = 8, num_workers: int = 0, order: str = "raster") -> TokenDataModule:
     plan = BatchPlan(16, micro_batch)
-    raster = PixelOrder.of(8, order)
+    raster = PixelOrder.from_name(8, order)
     return TokenDataModule(
         source=SOURCE, tokenizer=PaletteTokenizer(PALETTE, raster), plan=plan, seed=3, num_workers=num_workers
     )
@@ -39,7 +39,7 @@ def first_images(data: TokenDataModule, n: int) -> Batch:
     batches, seen = [], 0
     for batch in data.train_dataloader():
         batches.append(data.on_after_batch_transfer(batch))
-        seen += len(batch.keys)
+        seen += len(batch.rng_keys)
         if seen >= n:
             break
     return Batch(*(torch.cat(parts)[:n] for parts in zip(*batches, strict=True)))
@@ -49,8 +49,8 @@ def first_images(data: TokenDataModule, n: int) -> Batch:
 def test_the_same_images_whatever_reads_them(micro_batch: int, num_workers: int) -> None:
     """Invariant: tokens, labels and keys do not depend on batch size or workers."""
     expected = first_images(module(), 64)
-    for ours, theirs in zip(first_images(module(micro_batch, num_workers), 64), expected, strict=True):
-        assert torch.equal(ours, theirs)
+    for own, reference in zip(first_images(module(micro_batch, num_workers), 64), expected, strict=True):
+        assert torch.equal(own, reference)
 
 
 def test_workers_need_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +64,9 @@ def test_workers_need_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = next(iter(module().train_dataloader()))
     with pytest.raises(RuntimeError, match="unable to allocate"):
         ForkingPickler.dumps(batch.tokens)
-    for made in (batch, StreamBatch(batch, 3, ("place", 7))):
-        again = pickle.loads(ForkingPickler.dumps(made))
-        assert type(again) is type(made)
+    for result in (batch, StreamBatch(batch, 3, ("place", 7))):
+        again = pickle.loads(ForkingPickler.dumps(result))
+        assert type(again) is type(result)
         assert all(map(torch.equal, getattr(again, "batch", again), batch))
     assert again[1:] == (3, ("place", 7))
     loader = module(num_workers=1).train_dataloader()
@@ -103,7 +103,7 @@ def test_few_held_out_images_are_said_at_the_start(
     )
     data = TokenDataModule(
         source=source,
-        tokenizer=PaletteTokenizer(PALETTE, PixelOrder.of(8, "raster")),
+        tokenizer=PaletteTokenizer(PALETTE, PixelOrder.from_name(8, "raster")),
         plan=BatchPlan(4, 4),
         seed=0,
         num_workers=0,
@@ -112,9 +112,9 @@ def test_few_held_out_images_are_said_at_the_start(
     if val_fraction:
         data.val_dataloader()
     data.train_dataloader()
-    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len(said) == (message is not None)
-    assert message is None or said[0].startswith(message)
+    lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == (message is not None)
+    assert message is None or lines[0].startswith(message)
 
 
 @pytest.mark.parametrize("order", ["raster", "random"])
@@ -122,7 +122,7 @@ def test_decode_undoes_encode(order: str) -> None:
     """Round trip: the digits' palette is exact, so the pixels come back."""
     data = module(order=order)
     pixels = SOURCE.split("val").pixels
-    assert np.array_equal(data.decode(data.some_tokens("val")), pixels)
+    assert np.array_equal(data.decode(data.sample_tokens("val")), pixels)
 
 
 @pytest.mark.parametrize(("n_device", "micro_batch"), [(2, 200), (3, 64), (8, 128), (2, 10)])
@@ -133,7 +133,7 @@ def test_no_process_is_left_without_an_image(n_device: int, micro_batch: int) ->
         plan = BatchPlan(n_device * micro_batch, micro_batch, n_device=n_device, rank=rank)
         data = TokenDataModule(
             source=SOURCE,
-            tokenizer=PaletteTokenizer(PALETTE, PixelOrder.of(8, "raster")),
+            tokenizer=PaletteTokenizer(PALETTE, PixelOrder.from_name(8, "raster")),
             plan=plan,
             seed=3,
             num_workers=0,
@@ -150,7 +150,7 @@ def test_an_empty_split() -> None:
     )
     data = TokenDataModule(
         source=source,
-        tokenizer=PaletteTokenizer(PALETTE, PixelOrder.of(8, "raster")),
+        tokenizer=PaletteTokenizer(PALETTE, PixelOrder.from_name(8, "raster")),
         plan=BatchPlan(1, 1),
         seed=0,
         num_workers=0,
@@ -163,11 +163,11 @@ def of_photographs(
     folder: Path, *, num_workers: int = 0, plan: BatchPlan | None = None, **changed: Any
 ) -> TokenDataModule:
     """Batches of 6 photographs, cropped at random, from a table or a stream of 15."""
-    stream = {**SETTINGS["stream"], "lanes": 4}  # as many whoever reads them
+    stream = {**SETTINGS["stream"], "num_readers": 4}  # as many whoever reads them
     source = Shop(folder.parent / "cache")(folder, **{"crop": RANDOM_CROP, "stream": stream, **changed})
     return TokenDataModule(
         source=source,
-        tokenizer=PaletteTokenizer(random_palette(32), PixelOrder.of(8, "raster")),
+        tokenizer=PaletteTokenizer(random_palette(32), PixelOrder.from_name(8, "raster")),
         plan=plan or BatchPlan(6, 6),
         seed=3,
         num_workers=num_workers,
@@ -176,13 +176,13 @@ def of_photographs(
 
 def read(data: TokenDataModule, n_batch: int) -> list[Batch]:
     """The first batches; the loader ends its workers here, also after an error, not whenever memory is next tidied."""
-    batches, found = iter(data.train_dataloader()), []
+    batches, items = iter(data.train_dataloader()), []
     try:
         for batch in islice(batches, n_batch):
-            found.append(data.on_after_batch_transfer(batch))
+            items.append(data.on_after_batch_transfer(batch))
     finally:
         del batches
-    return found
+    return items
 
 
 def joined(batches: list[Batch]) -> list[torch.Tensor]:
@@ -200,8 +200,8 @@ def test_the_same_batches_with_any_number_of_workers(photographs: Path, num_work
     """Invariant: random crops and all, over three passes; each batch, not only their union."""
     expected = read(of_photographs(photographs, streaming=streaming), 8)
     given = read(of_photographs(photographs, streaming=streaming, num_workers=num_workers), 8)
-    for ours, theirs in zip(given, expected, strict=True):
-        assert all(map(torch.equal, ours, theirs))
+    for own, reference in zip(given, expected, strict=True):
+        assert all(map(torch.equal, own, reference))
     tokens = torch.cat([batch.tokens for batch in expected])
     assert len(tokens.unique(dim=0)) > 40  # 48 images, nearly all cut differently
 
@@ -230,37 +230,37 @@ def test_a_stream_goes_on_where_it_was_left(tmp_path: Path, num_workers: int) ->
 
     def data(**how: Any) -> TokenDataModule:
         given = {"plan": BatchPlan(3, 3), "num_workers": num_workers, "seed": 3, **how}
-        shards = mixture(tmp_path / "shards", lanes=4)
+        shards = mixture(tmp_path / "shards", num_readers=4)
         return TokenDataModule(
-            source=shards, tokenizer=PaletteTokenizer(random_palette(32), PixelOrder.of(8, "raster")), **given
+            source=shards, tokenizer=PaletteTokenizer(random_palette(32), PixelOrder.from_name(8, "raster")), **given
         )
 
-    whole = read(data(), 24)
+    full = read(data(), 24)
     for n in (1, 6, 15):
         begun = data(num_workers=0)
-        assert all(map(torch.equal, joined(read(begun, n)), joined(whole[:n])))
+        assert all(map(torch.equal, joined(read(begun, n)), joined(full[:n])))
         state = begun.state_dict()
         torch.save(state, tmp_path / "state.pt")
         resumed = data()
         resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        assert all(map(torch.equal, joined(read(resumed, 24 - n)), joined(whole[n:])))
+        assert all(map(torch.equal, joined(read(resumed, 24 - n)), joined(full[n:])))
         halves = []
         for rank in range(2):
             half = data(plan=BatchPlan(6, 3, n_device=2, rank=rank))
             half.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
             halves.append(read(half, 4))
         together = [batch for pair in zip(*halves, strict=True) for batch in pair]
-        assert all(map(torch.equal, joined(together), joined(whole[n : n + 8])))
+        assert all(map(torch.equal, joined(together), joined(full[n : n + 8])))
 
 
 def test_places_in_a_stream_that_is_not_there(tmp_path: Path) -> None:
-    """Another number of shards, of devices that cannot share the lanes, or a checkpoint that has no place."""
+    """Another number of shards, of devices that cannot share the readers, or a checkpoint that has no place."""
 
     def data(plan: BatchPlan) -> TokenDataModule:
-        shards = mixture(tmp_path / "shards", lanes=None)
+        shards = mixture(tmp_path / "shards", num_readers=None)
         return TokenDataModule(
             source=shards,
-            tokenizer=PaletteTokenizer(random_palette(32), PixelOrder.of(8, "raster")),
+            tokenizer=PaletteTokenizer(random_palette(32), PixelOrder.from_name(8, "raster")),
             plan=plan,
             seed=3,
             num_workers=0,
@@ -271,7 +271,7 @@ def test_places_in_a_stream_that_is_not_there(tmp_path: Path) -> None:
     state = begun.state_dict()
     three = data(BatchPlan(3, 1, n_device=3))
     three.load_state_dict(state)
-    with pytest.raises(ValueError, match="3 devices cannot share the 2 lanes"):
+    with pytest.raises(ValueError, match="3 devices cannot share the 2 readers"):
         three.train_dataloader()
     tar_shards(tmp_path / "shards" / "tar", [1, 1, 1, 1])
     more = data(BatchPlan(4, 1, n_device=2))
@@ -298,10 +298,10 @@ def test_a_corrupt_image_is_named_whoever_reads_it(tmp_path: Path, num_workers: 
 def test_a_stream_without_images_for_a_reader(tmp_path: Path, num_workers: int) -> None:
     """Found while reading, not before: one line, whichever process finds it."""
     root = class_folders(tmp_path / "photos", ["a"], 1)
-    stream = {**SETTINGS["stream"], "lanes": 2}
+    stream = {**SETTINGS["stream"], "num_readers": 2}
     data = of_photographs(root, num_workers=num_workers, streaming=True, n_class=1, val_fraction=0.0, stream=stream)
     with pytest.raises(
-        ValueError, match=r"^the training stream holds no image for reader \d of 2: .*data.stream.lanes\)$"
+        ValueError, match=r"^the training stream holds no image for reader \d of 2: .*data.stream.num_readers\)$"
     ):
         read(data, 8)
 
@@ -309,8 +309,8 @@ def test_a_stream_without_images_for_a_reader(tmp_path: Path, num_workers: int) 
 def test_some_tokens_are_some_of_all(photographs: Path) -> None:
     """Invariant: in order, none twice."""
     data = of_photographs(photographs, crop=SETTINGS["crop"])
-    whole, some = data.some_tokens("train"), data.some_tokens("train", at_most=6)
-    assert whole.shape == (15, 64)
-    places = [int((whole == row).all(1).nonzero()[0]) for row in some]
+    full, some = data.sample_tokens("train"), data.sample_tokens("train", at_most=6)
+    assert full.shape == (15, 64)
+    places = [int((full == row).all(1).nonzero()[0]) for row in some]
     assert len(set(places)) == 6
     assert places == sorted(places)

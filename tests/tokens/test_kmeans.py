@@ -8,7 +8,7 @@ from sklearn.cluster import KMeans
 
 from igpt.data.digits import Digits
 from igpt.settings.fields import parse_arguments
-from igpt.tokens.kmeans import colour_distances, fit, fit_cached
+from igpt.tokens.kmeans import colour_distances, fit_cached, fit_palette
 
 RNG = np.random.default_rng(0)
 
@@ -16,7 +16,7 @@ RNG = np.random.default_rng(0)
 def test_distinct_colours_are_their_own_palette() -> None:
     """Invariant: k distinct colours are kept exactly, so nothing is lost; and grey stays grey."""
     grey = np.repeat(RNG.integers(0, 17, (500, 1)) * 15, 3, axis=1).astype(np.uint8)
-    palette = fit(grey, k=17, iterations=10, restarts=1, seed=0)
+    palette = fit_palette(grey, k=17, iterations=10, restarts=1, seed=0)
     assert not colour_distances(palette, grey).any()
     assert palette.colours[:, 0].tolist() == sorted(set(grey[:, 0].tolist()))
 
@@ -24,7 +24,7 @@ def test_distinct_colours_are_their_own_palette() -> None:
 def test_grey_data_gives_a_grey_palette() -> None:
     """Invariant: three equal channels, to the bit."""
     grey = np.repeat(RNG.integers(0, 256, (5000, 1)), 3, axis=1).astype(np.uint8)
-    centres = fit(grey, k=16, iterations=50, restarts=1, seed=0).centres
+    centres = fit_palette(grey, k=16, iterations=50, restarts=1, seed=0).centres
     assert (centres == centres[:, :1]).all()
     assert (np.diff(centres[:, 0]) > 0).all()
 
@@ -33,11 +33,11 @@ def test_distinct_colours_with_weights_equal_all_pixels() -> None:
     """Independent source: scikit-learn on every pixel reaches the same inertia, within 2 %."""
     means = RNG.integers(20, 235, (12, 3))
     pixels = np.clip(means[RNG.integers(0, 12, 6000)] + RNG.normal(0, 6, (6000, 3)), 0, 255).astype(np.uint8)
-    palette = fit(pixels, k=12, iterations=100, restarts=8, seed=0)
+    palette = fit_palette(pixels, k=12, iterations=100, restarts=8, seed=0)
     points = pixels / 127.5 - 1
     inertia = ((points[:, None] - palette.centres) ** 2).sum(-1).min(-1).sum()
-    theirs = min(KMeans(12, n_init=4, random_state=s).fit(points).inertia_ for s in range(2))
-    assert inertia < 1.02 * theirs
+    reference = min(KMeans(12, n_init=4, random_state=s).fit(points).inertia_ for s in range(2))
+    assert inertia < 1.02 * reference
 
 
 @pytest.mark.parametrize(("k", "message"), [(1, "at least 2, got 1"), (5000, "at most 4096, got 5000")])
@@ -50,9 +50,9 @@ def test_bad_k(k: int, message: str) -> None:
 def test_fewer_colours_than_asked_for_are_taken() -> None:
     """Round trip: 8 corners of the cube of colours for k = 512, each itself again; k = 8 gives the same palette."""
     corners = np.array([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)], dtype=np.uint8)
-    palette = fit(np.repeat(corners, 5, axis=0), k=512, iterations=10, restarts=1, seed=0)
+    palette = fit_palette(np.repeat(corners, 5, axis=0), k=512, iterations=10, restarts=1, seed=0)
     assert sorted(palette.colours.tolist()) == corners.tolist()
-    assert palette.hash == fit(corners, k=8, iterations=10, restarts=1, seed=0).hash
+    assert palette.hash == fit_palette(corners, k=8, iterations=10, restarts=1, seed=0).hash
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_one_colour_stands_beside_the_furthest(
     colour: tuple[int, int, int], second: tuple[int, int, int], k: int
 ) -> None:
     """By hand: each channel is 0 or 255, whichever is further; the order is from dark to light."""
-    palette = fit(np.full((50, 3), colour, dtype=np.uint8), k=k, iterations=10, restarts=1, seed=0)
+    palette = fit_palette(np.full((50, 3), colour, dtype=np.uint8), k=k, iterations=10, restarts=1, seed=0)
     assert palette.colours.tolist() == [list(c) for c in sorted((colour, second), key=sum)]
 
 

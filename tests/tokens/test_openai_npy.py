@@ -40,11 +40,14 @@ def test_every_token_comes_back(folder: Path) -> None:
     """Round trip: token → pixel → token, through the data module, for every split; labels are those of the rows."""
     images = source(folder)
     data = TokenDataModule(
-        source=images, tokenizer=PaletteTokenizer(images.palette, PixelOrder.of(R, "raster")), seed=0, num_workers=0
+        source=images,
+        tokenizer=PaletteTokenizer(images.palette, PixelOrder.from_name(R, "raster")),
+        seed=0,
+        num_workers=0,
     )
     for split, short in (("train", "tr"), ("val", "va"), ("test", "te")):
         ids = np.load(folder / f"cifar10_{short}X.npy")
-        assert np.array_equal(data.some_tokens(split).numpy(), ids)
+        assert np.array_equal(data.sample_tokens(split).numpy(), ids)
         one_hot = np.load(folder / f"cifar10_{short}Y.npy")
         assert np.array_equal(np.eye(10)[images.split(split).labels], one_hot)
         read = images.split(split).read([3, 0], [0, 0])
@@ -68,10 +71,10 @@ def test_class_names_are_those_of_the_released_arrays(folder: Path) -> None:
 
 def test_a_permutation_is_applied_to_them(folder: Path) -> None:
     """Invariant: position i of the sequence is pixel π(i) of what the file has row by row."""
-    images, raster = source(folder), PixelOrder.of(R, "random:3")
+    images, raster = source(folder), PixelOrder.from_name(R, "random:3")
     data = TokenDataModule(source=images, tokenizer=PaletteTokenizer(images.palette, raster), seed=0, num_workers=0)
     ids = np.load(folder / "cifar10_vaX.npy")
-    assert np.array_equal(data.some_tokens("val").numpy(), ids[:, np.asarray(raster.permutation)])
+    assert np.array_equal(data.sample_tokens("val").numpy(), ids[:, np.asarray(raster.permutation)])
 
 
 def test_only_the_split_that_is_read_is_needed(folder: Path) -> None:
@@ -87,7 +90,7 @@ def test_tokens_of_another_palette(folder: Path) -> None:
     with pytest.raises(ValueError, match="its tokens were made with palette"):
         TokenDataModule(
             source=source(folder), seed=0, num_workers=0,
-            tokenizer=PaletteTokenizer(random_palette(K, seed=5), PixelOrder.of(R, "raster")),
+            tokenizer=PaletteTokenizer(random_palette(K, seed=5), PixelOrder.from_name(R, "raster")),
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from hydra import initialize_config_dir
 
 from igpt.app.workbench import Workbench
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.data.digits import Digits
 from igpt.metric.result import Result
 from igpt.run.launch import launch
@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {"patch": 2, "k": 24, "n_patches": 4000, "iterations"
 @pytest.fixture(scope="module")
 def tokenizer() -> PatchTokenizer:
     centres = np.random.default_rng(0).uniform(-1, 1, (24, 12)).astype(np.float32)
-    return PatchTokenizer(centres, 2, PixelOrder.of(4, "random:1"))
+    return PatchTokenizer(centres, 2, PixelOrder.from_name(4, "random:1"))
 
 
 def pixels_of(n: int) -> torch.Tensor:
@@ -53,7 +53,9 @@ def test_a_tie_goes_to_the_lowest_index() -> None:
     """Invariant: two centres that are equally far, in any batch."""
     centres = np.zeros((4, 12), np.float32)
     centres[0], centres[1, 0], centres[2, 0] = 1, 0.5, -0.5
-    twins = PatchTokenizer(np.stack([centres[0], centres[1], centres[1], centres[2]]), 2, PixelOrder.of(1, "raster"))
+    twins = PatchTokenizer(
+        np.stack([centres[0], centres[1], centres[1], centres[2]]), 2, PixelOrder.from_name(1, "raster")
+    )
     grey = torch.full((3, 2, 2, 3), 128, dtype=torch.uint8)
     assert twins.encode(grey).flatten().tolist() == [1, 1, 1]
 
@@ -61,7 +63,7 @@ def test_a_tie_goes_to_the_lowest_index() -> None:
 def test_many_ties_at_once() -> None:
     """By hand: the first and the third centre are the same, and the nearest of half the patches."""
     ends = np.stack([np.full(12, 0.2, np.float32), np.full(12, -0.2, np.float32), np.full(12, 0.2, np.float32)])
-    tied = PatchTokenizer(np.concatenate([ends, np.ones((1, 12), np.float32)]), 2, PixelOrder.of(4, "raster"))
+    tied = PatchTokenizer(np.concatenate([ends, np.ones((1, 12), np.float32)]), 2, PixelOrder.from_name(4, "raster"))
     pixels = torch.full((64, 8, 8, 3), 255, dtype=torch.uint8)
     pixels[:, :, :4] = 153  # 0.2 in [-1, 1]: the first and the third centre
     assert tied.encode(pixels).view(64, 4, 4).unique(dim=0).tolist() == [[[0, 0, 3, 3]] * 4]
@@ -76,7 +78,7 @@ def test_there_and_back(tokenizer: PatchTokenizer) -> None:
     again = tokenizer_from_dict(json.loads(json.dumps(tokenizer_to_dict(tokenizer))))
     assert again == tokenizer
     assert np.array_equal(again.decode(tokens), pixels)
-    assert tokenizer != PatchTokenizer(tokenizer.centres, 2, PixelOrder.of(4, "raster"))
+    assert tokenizer != PatchTokenizer(tokenizer.centres, 2, PixelOrder.from_name(4, "raster"))
     with pytest.raises(ValueError, match=r"tokens lie in 0 … 23, got 0 to 24"):
         tokenizer.decode(torch.tensor([[*range(15), 24]]))
 
@@ -116,9 +118,9 @@ def test_it_is_fitted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     )
     first = PatchSettings(**SETTINGS).build(digits, tmp_path)
     assert (first.n_vocab, first.grid.n_ctx, first.side) == (24, 16, 8)
-    made = list((tmp_path / "patches").iterdir())
+    result = list((tmp_path / "patches").iterdir())
     assert PatchSettings(**SETTINGS).build(digits, tmp_path) == first
-    assert list((tmp_path / "patches").iterdir()) == made
+    assert list((tmp_path / "patches").iterdir()) == result
     other = PatchSettings(**{**SETTINGS, "patch": 4}).build(digits, tmp_path)
     assert (other.grid.n_ctx, other.centres.shape[1]) == (4, 48)
     distinct = len(np.unique(cut_patches(torch.from_numpy(digits.split("train").pixels), 1).flatten(0, 1), axis=0))
@@ -158,11 +160,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
 
 def test_the_weights_carry_their_tokenizer(trained: tuple[Result, Path]) -> None:
     result, folder = trained
-    weights = find(str(folder))
+    weights = find_weights(str(folder))
     assert isinstance(weights.tokenizer, PatchTokenizer)
     assert (weights.metadata.network.n_ctx, weights.metadata.network.n_vocab) == (16, 24)
     assert result.provenance["tokenizer"] == weights.tokenizer.hash
-    assert find(str(folder / "checkpoints" / "step_0000002.ckpt")).tokenizer == weights.tokenizer
+    assert find_weights(str(folder / "checkpoints" / "step_0000002.ckpt")).tokenizer == weights.tokenizer
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_the_weights_carry_their_tokenizer(trained: tuple[Result, Path]) -> None
         ("task=sample", "task.count=3"),
         ("task=complete", "task.count=2", "task.completions=2", "task.rows=5"),
         ("task=evaluate", "task.baseline_images=50"),
-        ("task=probe", "task.strengths=[1.0]", "task.untrained=false", "task.pixels=false", "task.test=false"),
+        ("task=probe", "task.C_grid=[1.0]", "task.baselines=[]", "task.test=false"),
     ],
 )
 def test_every_task_reads_them(
@@ -214,7 +216,7 @@ def test_it_goes_on_where_it_stopped(trained: tuple[Result, Path], tmp_path: Pat
     shutil.rmtree(stopped / "model")
     (stopped / "checkpoints" / "latest").write_text("step_0000002.ckpt\n")
     run(tmp_path, *TRAIN, f"resume={stopped}")
-    before, after = (find(str(place)).net().state_dict() for place in (folder, stopped))
+    before, after = (find_weights(str(place)).net().state_dict() for place in (folder, stopped))
     assert all(torch.equal(weight, after[name]) for name, weight in before.items())
 
 
@@ -224,7 +226,7 @@ def test_the_demo_shows_them(trained: tuple[Result, Path], tmp_path: Path) -> No
     build = built("task=demo", f"init={folder}", f"paths.cache={folder.parents[1] / 'cache'}", "trainer=cpu")
     bench: Workbench = bench_of(build)
     chosen = bench.choices(0, 1)[0]
-    assert (bench.given(chosen, 5)[4:] == 127).all()
+    assert (bench.show_prompt(chosen, 5)[4:] == 127).all()
     drawings = list(bench.complete(chosen, rows=4, completions=1, seed=0, temperature=1.0, top_k=None))
     assert [drawing.rows for drawing in drawings] == [4, 6, 8]
     bench.stop()

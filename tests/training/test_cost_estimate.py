@@ -11,9 +11,9 @@ from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
-from igpt.training.cost_estimate import ADAM, held, lines, parameters, plan
-from igpt.training.optimizers import adam
-from igpt.training.plan import planned
+from igpt.training.cost_estimate import ADAM, count_parameters, estimate_activation_bytes, estimate_cost, format_plan
+from igpt.training.optimizers import make_adam
+from igpt.training.plan import plan_run
 from tests.conftest import attention_in_graph, needs_compiler, small_net
 from tests.task.conftest import machine
 
@@ -56,8 +56,10 @@ def test_activations(path: str, precision: str, causal: bool) -> None:
         network = replace(SMALL, causal=causal, **changed)
         measured = kept_for_backward(network, images, path=path, precision=precision, recompute=False)
         dtype = torch.float32 if precision == "32-true" else torch.bfloat16
-        scores = dispatch.scores_kept(dtype, path, t=network.n_ctx, causal=causal)
-        counted = held(network, images, precision=precision, recompute=False, scores=scores, fused_norm=False)
+        scores = dispatch.count_saved_scores(dtype, path, t=network.n_ctx, causal=causal)
+        counted = estimate_activation_bytes(
+            network, images, precision=precision, recompute=False, scores=scores, fused_norm=False
+        )
         assert counted == pytest.approx(measured, rel=0.15)
 
 
@@ -69,7 +71,7 @@ def test_recomputed_activations() -> None:
         kept_for_backward(replace(network, n_layer=n), 3, path="sdpa", precision="32-true", recompute=False)
         for n in (2, 1)
     )
-    counted = held(network, 3, precision="32-true", recompute=True, scores=0, fused_norm=False)
+    counted = estimate_activation_bytes(network, 3, precision="32-true", recompute=True, scores=0, fused_norm=False)
     assert counted == pytest.approx(at_the_end + one - none, rel=0.15)
 
 
@@ -80,11 +82,11 @@ def test_weights_gradients_and_optimiser(precision: str) -> None:
     net.init_weights(0)
     if precision == "bf16-true":
         net.to(torch.bfloat16)
-    optimizer = adam(net.parameters(), learning_rate=0.1, beta1=0.9, beta2=0.95, weight_decay=0.0)
+    optimizer = make_adam(net.parameters(), learning_rate=0.1, beta1=0.9, beta2=0.95, weight_decay=0.0)
     tokens = torch.randint(50, (2, 144))
     AR().loss(net(tokens), tokens, None).backward()
     optimizer.step()
-    found = plan(SMALL, batch_size=2, micro_batch=2, steps=1, devices=1, precision=precision, **USUAL)
+    found = estimate_cost(SMALL, batch_size=2, micro_batch=2, steps=1, devices=1, precision=precision, **USUAL)
     weights = list(net.parameters())
     assert found.weights == sum(w.nbytes for w in weights)
     assert found.gradients == sum(w.grad.nbytes for w in weights if w.grad is not None)
@@ -100,7 +102,7 @@ def test_the_papers_sizes(sizes: tuple[int, int, int], millions: int) -> None:
     n_layer, n_embd, n_head = sizes
     n_ctx = 64 * 64 if n_layer == 60 else 1024
     network = GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=512, causal=True)
-    count = parameters(network)
+    count = count_parameters(network)
     assert round((n_layer * count["block"] + count["rest"]) / 1e6) == pytest.approx(millions, abs=20)
     with torch.device("meta"):
         net = GPT(network)
@@ -110,25 +112,25 @@ def test_the_papers_sizes(sizes: tuple[int, int, int], millions: int) -> None:
 def test_time_by_hand() -> None:
     """By hand: 100 images a step of 1e12 operations at half of 1e14 a second on each of two devices."""
     network = SMALL
-    found = plan(
+    found = estimate_cost(
         network, batch_size=100, micro_batch=50, steps=86_400, devices=2, precision="32-true", peak_flops=1e14,
         utilisation=0.5, **USUAL,
     )  # fmt: skip
     seconds = found.flops_per_image * 100 / 1e14
     assert found.step_seconds == pytest.approx(seconds)
     assert found.days == pytest.approx(seconds)  # 86,400 steps: as many days as a step has seconds
-    assert dict(lines(found, memory=1e12))["fits"].startswith("yes")
-    assert dict(lines(found, memory=1e6))["fits"].startswith("no")
-    no_peak = plan(network, batch_size=1, micro_batch=1, steps=1, devices=1, precision="32-true", **USUAL)
-    assert "peak_tflops" in dict(lines(no_peak, memory=None))["time"]
+    assert dict(format_plan(found, memory=1e12))["fits"].startswith("yes")
+    assert dict(format_plan(found, memory=1e6))["fits"].startswith("no")
+    no_peak = estimate_cost(network, batch_size=1, micro_batch=1, steps=1, devices=1, precision="32-true", **USUAL)
+    assert "peak_tflops" in dict(format_plan(no_peak, memory=None))["time"]
 
 
 def test_sharding_divides_all_but_what_is_in_use() -> None:
     """Invariant: over 8 devices an eighth each of weights, gradients and optimiser; activations are their own."""
     network = SMALL
     shared: dict[str, Any] = {"batch_size": 8, "micro_batch": 1, "steps": 1, "precision": "32-true"}
-    alone = plan(network, devices=1, **shared, **USUAL)
-    parts = plan(network, devices=8, **shared, **{**USUAL, "strategy": "fsdp"})
+    alone = estimate_cost(network, devices=1, **shared, **USUAL)
+    parts = estimate_cost(network, devices=8, **shared, **{**USUAL, "strategy": "fsdp"})
     for name in ("weights", "gradients", "optimiser"):
         assert getattr(parts, name) == getattr(alone, name) / 8
     assert parts.activations == alone.activations
@@ -146,7 +148,7 @@ def test_sharding_divides_all_but_what_is_in_use() -> None:
 )
 def test_bytes_of_a_weight(strategy: str, weights: float, gradients: float, optimiser: float, host: float) -> None:
     """Independent source: Rajbhandari et al. 2020, figure 1: 2 + 2 + 12 bytes of a weight in mixed precision."""
-    found = plan(
+    found = estimate_cost(
         SMALL, batch_size=8, micro_batch=1, steps=1, devices=8, precision="bf16-mixed",
         **{**USUAL, "strategy": strategy},
     )  # fmt: skip
@@ -168,13 +170,14 @@ def test_bytes_of_a_weight(strategy: str, weights: float, gradients: float, opti
 def test_attention_is_planned_as_it_is_computed(
     t: int, causal: bool, precision: str, unfused: str, in_c: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Independent source: what autograd notes of a network with attention=auto; the plan is the one of that way.
+    """Independent source: what autograd notes of a network with attention_backend=auto; the plan is the one of that
+    way.
 
     By hand: that is C, or, without a compiler, what keeps no scores at 1,024 positions and products at few.
     """
     if not in_c:
-        monkeypatch.setattr(c_library, "available", lambda: False)
-        monkeypatch.setattr(c_library, "found_compiler", lambda: None)
+        monkeypatch.setattr(c_library, "is_available", lambda: False)
+        monkeypatch.setattr(c_library, "find_compiler", lambda: None)
     network = GPTConfig(n_layer=1, n_embd=8, n_head=1, n_ctx=t, n_vocab=5, causal=causal)
     net = GPT(network)
     net.init_weights(0)
@@ -183,7 +186,9 @@ def test_attention_is_planned_as_it_is_computed(
     (way,) = attention_in_graph(net(torch.zeros(1, t, dtype=torch.int64)))
     assert way == ("native" if in_c else unfused)
     rows = {
-        attention: dict(planned(machine(attention=attention, precision=precision), network, batch_size=5000, steps=1))
+        attention: dict(
+            plan_run(machine(attention_backend=attention, precision=precision), network, batch_size=5000, steps=1)
+        )
         for attention in ("auto", "sdpa", "blocks", "bmm")
     }
     assert rows["auto"] == rows["sdpa" if way == "native" else way]  # neither keeps scores
@@ -211,14 +216,16 @@ def test_attention_of_float64_is_not_computed_in_c() -> None:
 def test_the_plan_is_that_of_the_settings(changed: dict[str, Any], by_hand: dict[str, Any]) -> None:
     """By hand: what each setting of the trainer is to the count; attention is fused, memory as it was stated."""
     network = replace(SMALL, n_layer=12, n_embd=960)
-    on = machine(plan=True, attention="sdpa", memory_gb=24.0, **changed)
+    on = machine(plan=True, attention_backend="sdpa", memory_gb=24.0, **changed)
     counted: dict[str, Any] = {
         "micro_batch": 4000, "devices": 1, "precision": "32-true", "peak_flops": 1e12, "utilisation": 0.4
     }  # fmt: skip
     counted |= {**USUAL, "fused_norm": False}
-    found = planned(on, network, batch_size=4000, steps=1000)
-    assert found == lines(plan(network, batch_size=4000, steps=1000, **{**counted, **by_hand}), memory=24e9)
+    items = plan_run(on, network, batch_size=4000, steps=1000)
+    assert items == format_plan(
+        estimate_cost(network, batch_size=4000, steps=1000, **{**counted, **by_hand}), memory=24e9
+    )
     if changed:
-        assert found != planned(
-            machine(plan=True, attention="sdpa", memory_gb=24.0), network, batch_size=4000, steps=1000
+        assert items != plan_run(
+            machine(plan=True, attention_backend="sdpa", memory_gb=24.0), network, batch_size=4000, steps=1000
         )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from igpt.model.gpt import GPT
-from igpt.training.optimizers import MuonAdam, adam, scheduled, warmup_cosine
+from igpt.training.optimizers import MuonAdam, make_adam, make_scheduler, warmup_cosine
 from tests.conftest import small_net
 
 
@@ -26,8 +26,8 @@ def test_schedule_in_closed_form() -> None:
 def test_adam_step_by_hand() -> None:
     """By hand: Adam's first two steps on gradients 2 and -1 with β 0.9, 0.95 and rates by the schedule."""
     weight = nn.Parameter(torch.tensor([1.0]))
-    optimizer = adam([weight], learning_rate=0.1, beta1=0.9, beta2=0.95, weight_decay=0.0)
-    schedule = scheduled(optimizer, warmup_steps=2, steps=4)
+    optimizer = make_adam([weight], learning_rate=0.1, beta1=0.9, beta2=0.95, weight_decay=0.0)
+    schedule = make_scheduler(optimizer, warmup_steps=2, steps=4)
     expected, m, v = 1.0, 0.0, 0.0
     for t, (gradient, rate) in enumerate([(2.0, 0.05), (-1.0, 0.1)], start=1):
         weight.grad = torch.tensor([gradient])
@@ -56,7 +56,7 @@ def test_muon_for_matrices_and_adam_for_the_rest() -> None:
     net, same = small_net(), small_net()
     before = {name: weight.detach().clone() for name, weight in net.named_parameters()}
     after = trained(net, MuonAdam(net, **RATES), steps=1, seed=0)
-    adams = trained(same, adam(same.parameters(), **RATES), steps=1, seed=0)
+    adams = trained(same, make_adam(same.parameters(), **RATES), steps=1, seed=0)
     generator = torch.Generator().manual_seed(0)
     for name, weight in before.items():
         gradient = torch.randn(weight.shape, generator=generator)
@@ -73,11 +73,11 @@ def test_muon_is_resumed() -> None:
     """Round trip: stopped, saved, loaded into another, gone on: the same weights to the bit."""
     net, same = small_net(), small_net()
     optimizer = MuonAdam(net, **RATES)
-    schedule = scheduled(optimizer, warmup_steps=2, steps=6)
+    schedule = make_scheduler(optimizer, warmup_steps=2, steps=6)
     same.load_state_dict(trained(net, optimizer, steps=2, seed=1))
     schedule.step()
     resumed = MuonAdam(same, **RATES)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert [group["lr"] for group in resumed.param_groups] == [0.01, 0.01]
-    ours, theirs = trained(net, optimizer, steps=2, seed=2), trained(same, resumed, steps=2, seed=2)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    own, reference = trained(net, optimizer, steps=2, seed=2), trained(same, resumed, steps=2, seed=2)
+    assert all(torch.equal(own[name], reference[name]) for name in own)

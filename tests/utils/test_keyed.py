@@ -14,17 +14,17 @@ def test_the_bits_are_splitmix64s() -> None:
 
 def test_a_row_depends_on_its_key_alone() -> None:
     """Invariant: neither the other rows nor the length of the row change what is drawn."""
-    keys = keyed.item_keys(torch.tensor(keyed.key(3, "mask")), torch.arange(50))
-    whole = keyed.uniform(keys, 64)
-    assert torch.equal(keyed.uniform(keys[17:18], 64)[0], whole[17])
-    assert torch.equal(keyed.uniform(keys, 10), whole[:, :10])
-    assert len(set(keys.tolist())) == 50
+    rng_keys = keyed.per_example_keys(torch.tensor(keyed.key(3, "mask")), torch.arange(50))
+    full = keyed.uniform(rng_keys, 64)
+    assert torch.equal(keyed.uniform(rng_keys[17:18], 64)[0], full[17])
+    assert torch.equal(keyed.uniform(rng_keys, 10), full[:, :10])
+    assert len(set(rng_keys.tolist())) == 50
 
 
 def test_uniform_is_uniform() -> None:
     """Invariant: mean 1/2, variance 1/12 and no correlation between neighbours, within 5 standard errors."""
-    keys = keyed.item_keys(torch.tensor(keyed.key(0, "test")), torch.arange(1000))
-    u = keyed.uniform(keys, 1000)
+    rng_keys = keyed.per_example_keys(torch.tensor(keyed.key(0, "test")), torch.arange(1000))
+    u = keyed.uniform(rng_keys, 1000)
     assert abs(u.mean() - 0.5) < 5 * (1 / 12) ** 0.5 / 1000
     assert abs(u.var() - 1 / 12) < 5e-4
     for shifted in (u[1:] - 0.5, torch.roll(u, 1, dims=1)[1:] - 0.5):

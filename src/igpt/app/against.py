@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from igpt.metric.result import Number
-from igpt.report.closing_table import readable
-from igpt.report.groups import grouped, typed
+from igpt.report.closing_table import format_readable
+from igpt.report.groups import format_typed, group_by_seed
 from igpt.report.paper import PRETRAINING, PublishedRow, load_paper
-from igpt.report.runs import RunRecord, nearest_path, objective_of, read_run
-from igpt.report.summary import over_seeds
+from igpt.report.runs import RunRecord, read_objective, read_run, resolve_nearest
+from igpt.report.summary import average_seeds
 
 SPLITS = ("test", "val", "cv")  # in order of preference
 UNKNOWN = "not known"
@@ -34,23 +34,23 @@ def compare_with_paper(runs: Sequence[RunRecord], *, every: bool = False) -> lis
     All rows of a table if a run has one of them; with `every`, all tables.
     """
     beside: dict[PublishedRow, list[PaperComparison]] = {}
-    for group in grouped(runs)[0]:
-        for row in rows_named_by(group[0]):
-            numbers = [number for run in group if isinstance(number := measured(row, run), Number)]
-            ours = over_seeds(numbers) if numbers else measured(row, group[0])
-            beside.setdefault(row, []).append(PaperComparison(row, ours, differences(row, group[0]), group))
+    for group in group_by_seed(runs)[0]:
+        for row in find_named_rows(group[0]):
+            numbers = [number for run in group if isinstance(number := read_measured(row, run), Number)]
+            own = average_seeds(numbers) if numbers else read_measured(row, group[0])
+            beside.setdefault(row, []).append(PaperComparison(row, own, list_differences(row, group[0]), group))
     tables = {row.table for row in beside}
     shown = [row for row in load_paper().rows if every or row.table in tables]
     return [each for row in shown for each in beside.get(row, [PaperComparison(row, None, [], [])])]
 
 
-def rows_named_by(run: RunRecord) -> list[PublishedRow]:
+def find_named_rows(run: RunRecord) -> list[PublishedRow]:
     """The published numbers of the run's KEY that it has measured.
 
     Of several, those with the run's objective, and of these those with its size, if there are any.
     """
-    key, facts, expects = paper_key(run), facts_of(run), load_paper().expects
-    rows = [row for row in load_paper().rows if key and row.key == key and measured(row, run) is not None]
+    key, facts, expects = paper_key(run), collect_facts(run), load_paper().expects
+    rows = [row for row in load_paper().rows if key and row.key == key and read_measured(row, run) is not None]
     for settings in (("objective.name",), SIZE):
         rows = [row for row in rows if all(expects(row).get(s) == facts[s] for s in settings)] or rows
     return rows
@@ -66,84 +66,88 @@ def paper_key(run: RunRecord) -> str:
     return named[-1] if named else ""
 
 
-def measured(row: PublishedRow, run: RunRecord) -> Number | str | None:
+def read_measured(row: PublishedRow, run: RunRecord) -> Number | str | None:
     """The run's value of a published number; of a figure, its numbers as text; None if it has none."""
     if row.value is None:
         names = [
-            name for pattern in row.number.split(", ") for name in matching(run.result.numbers, _name_in(run, pattern))
+            name
+            for pattern in row.number.split(", ")
+            for name in matching(run.result.numbers, _name_within(run, pattern))
         ]
-        return ", ".join(f"{name} {readable(run.result.numbers[name])}" for name in names) or None
+        return ", ".join(f"{name} {format_readable(run.result.numbers[name])}" for name in names) or None
     minuend, _, subtrahend = row.number.partition(" - ")
-    ours, theirs = (run.result.numbers.get(_name_in(run, name)) for name in (minuend, subtrahend))
-    if ours is None or not subtrahend:
-        return ours
-    return None if theirs is None else Number(ours.value - theirs.value, ours.unit, ours.n)
+    own, reference = (run.result.numbers.get(_name_within(run, name)) for name in (minuend, subtrahend))
+    if own is None or not subtrahend:
+        return own
+    return None if reference is None else Number(own.value - reference.value, own.unit, own.n)
 
 
-def _name_in(run: RunRecord, name: str) -> str:
+def _name_within(run: RunRecord, name: str) -> str:
     """The key of a number in the run's result: `name`, or the same number on a later one of SPLITS."""
     split, _, of = name.partition("/")
     splits = SPLITS[SPLITS.index(split) :] if split in SPLITS else ()
     return next((f"{other}/{of}" for other in splits if f"{other}/{of}" in run.result.numbers), name)
 
 
-def differences(row: PublishedRow, run: RunRecord) -> list[str]:
+def list_differences(row: PublishedRow, run: RunRecord) -> list[str]:
     """Every difference between a run and a published row, as `task.steps 3,000 (paper: 1,000,000)`."""
     if run.task == "scaling":
-        return _compared_runs(run)
-    ours, theirs, said = facts_of(run), load_paper().expects(row), _measured_otherwise(row, run)
-    for key, value in theirs.items():
+        return _list_compared(run)
+    own, reference, lines = collect_facts(run), load_paper().expects(row), _list_measuring_differences(row, run)
+    for key, value in reference.items():
         group = f"{PRETRAINING if key.startswith(PRETRAINING) else ''}data."
-        other_data = theirs.get(f"{group}name") not in (None, ours.get(f"{group}name"))
+        other_data = reference.get(f"{group}name") not in (None, own.get(f"{group}name"))
         follows = other_data and key.startswith(group) and key not in (f"{group}name", f"{group}resolution")
-        if key in ours and ours[key] != value and not follows:
+        if key in own and own[key] != value and not follows:
             from_memory = (
                 key == f"{PRETRAINING}task.learning_rate" and not load_paper().recipes[row.init or ""].confirmed
             )
-            said.append(f"{key} {_shown(ours[key])} (paper{', from memory' * from_memory}: {_shown(value)})")
-    return said + (_weights_otherwise(run) if row.init is not None else [])
+            lines.append(
+                f"{key} {_format_value(own[key])} (paper{', from memory' * from_memory}: {_format_value(value)})"
+            )
+    return lines + (_list_weights_differences(run) if row.init is not None else [])
 
 
-def _measured_otherwise(row: PublishedRow, run: RunRecord) -> list[str]:
+def _list_measuring_differences(row: PublishedRow, run: RunRecord) -> list[str]:
     """Differences in the split, the number of images, and the place of the images."""
-    name, number, n = _name_in(run, row.number), measured(row, run), load_paper().images.get(row.dataset or "")
-    said = [] if name == row.number else [f"measured on {name.partition('/')[0]}, not {row.number.partition('/')[0]}"]
+    name, number, n = _name_within(run, row.number), read_measured(row, run), load_paper().images.get(row.dataset or "")
+    lines = [] if name == row.number else [f"measured on {name.partition('/')[0]}, not {row.number.partition('/')[0]}"]
     if isinstance(number, Number) and number.deviation is None and n not in (None, number.n):
-        said.append(f"on {number.n:,} images (paper: {n:,})")
+        lines.append(f"on {number.n:,} images (paper: {n:,})")
     place = run.settings.get("data.path")
-    return said + ([f"images from a copy, {Path(place).name}"] if place and Path(str(place)).is_absolute() else [])
+    return lines + ([f"images from a copy, {Path(place).name}"] if place and Path(str(place)).is_absolute() else [])
 
 
-def _weights_otherwise(run: RunRecord) -> list[str]:
+def _list_weights_differences(run: RunRecord) -> list[str]:
     """Differences in the initial weights beside their pretraining settings: none, fine-tuned, of unknown origin."""
     history = run.init_history
     if run.task == "finetune" and run.result.provenance.get("from") == "scratch":
         return ["from weights that were never trained"]
     tuned = [before.folder.name for before in history.runs if before.task == "finetune"]
-    said = [f"weights fine-tuned before ({', '.join(tuned)})"] if tuned else []
+    lines = [f"weights fine-tuned before ({', '.join(tuned)})"] if tuned else []
     if history.pretraining is None and run.task != "pretrain":
         step = history.metadata.get("step")
         known = f"; they say step {step:,}" if step else ""
-        said.append(f"{UNKNOWN}: {history.unknown or 'how its weights were trained'}{known}")
-    return said
+        lines.append(f"{UNKNOWN}: {history.unknown or 'how its weights were trained'}{known}")
+    return lines
 
 
-def _compared_runs(run: RunRecord) -> list[str]:
+def _list_compared(run: RunRecord) -> list[str]:
     """A description of each pretraining run that `task=scaling` compares, and of the paper's."""
-    said = []
+    lines = []
     for path in run.config["task"].get("runs") or []:
         try:
-            made = read_run(nearest_path(run.folder, str(path)) or Path(path))
-            seen, of = images_seen(made, made), made.settings
-            said.append(f"{of['model.name']}, pretrained on {_shown(seen)} images of {of['data.name']}, "
+            sources = read_run(resolve_nearest(run.folder, str(path)) or Path(path))
+            seen, of = count_images_seen(sources, sources), sources.settings
+            lines.append(f"{of['model.name']}, pretrained on {_format_value(seen)} images of {of['data.name']}, "
                         f"{of['data.resolution']}×{of['data.resolution']}")  # fmt: skip
         except (ValueError, KeyError):
-            said.append(f"{UNKNOWN}: what {path} was")
+            lines.append(f"{UNKNOWN}: what {path} was")
     images = load_paper().recipes["pretrain_l"].images
-    return [*said, f"paper: iGPT-S, M and L, pretrained on {images:,} images of imagenet, 32×32"]
+    return [*lines, f"paper: iGPT-S, M and L, pretrained on {images:,} images of imagenet, 32×32"]
 
 
-def facts_of(run: RunRecord) -> dict[str, Any]:
+def collect_facts(run: RunRecord) -> dict[str, Any]:
     """The run's values of the settings the paper publishes; of its weights' pretraining with prefix `pretraining.`."""
     settings, metadata = run.settings, run.init_history.metadata
     network = metadata.get("network") or {}
@@ -153,33 +157,33 @@ def facts_of(run: RunRecord) -> dict[str, Any]:
         "model.positions": "learned",
         **{f"model.{key}": value for key, value in network.items()},
         **settings,
-        "objective.name": objective_of(run) or UNKNOWN,
+        "objective.name": read_objective(run) or UNKNOWN,
         "tokens.order": metadata.get("order") or settings.get("tokens.order") or "raster",
         "tokenizer": (metadata.get("tokenizer") or {}).get("kind") or kind,
     }
-    if n_vocab := network.get("n_vocab") or ("model.n_layer" in settings and settings.get("data.n_colour")):
+    if n_vocab := network.get("n_vocab") or ("model.n_layer" in settings and settings.get("data.palette_size")):
         facts["n_vocab"] = n_vocab
     if run.task == "finetune" or settings.get("task.solver") == "sgd":
         facts["retrained with validation images"] = "no"
     first = run if run.task == "pretrain" else run.init_history.pretraining
     if first is not None:
-        of_weights = first.settings | {"images": images_seen(run, first)}
+        of_weights = first.settings | {"images": count_images_seen(run, first)}
         facts |= {f"{PRETRAINING}{key}": value for key, value in of_weights.items()}
     return facts
 
 
-def images_seen(run: RunRecord, first: RunRecord) -> int | str:
+def count_images_seen(run: RunRecord, first: RunRecord) -> int | str:
     """Number of images seen in pretraining, up to the checkpoint in use."""
     before = run.init_history.runs
-    made = [run] if run is first else [each for each in before if each.task == "pretrain"]  # the last one first
-    steps: list[Any] = [each.settings.get("task.steps") for each in made]
-    if run is not first and before[0] is made[0]:
+    sources = [run] if run is first else [each for each in before if each.task == "pretrain"]  # the last one first
+    steps: list[Any] = [each.settings.get("task.steps") for each in sources]
+    if run is not first and before[0] is sources[0]:
         steps[0] = run.init_history.metadata.get("step", steps[0])
     try:
-        return int(sum(n * each.settings["task.batch_size"] for n, each in zip(steps, made, strict=True)))
+        return int(sum(n * each.settings["task.batch_size"] for n, each in zip(steps, sources, strict=True)))
     except (KeyError, TypeError):  # null, or the record of another release
         return UNKNOWN
 
 
-def _shown(value: Any) -> str:
-    return f"{value:,}" if type(value) is int else typed(value)
+def _format_value(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else format_typed(value)

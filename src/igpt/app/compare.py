@@ -12,12 +12,21 @@ from igpt.app.comparison_tables import ComparisonText
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
 from igpt.report.runs import RunRecord
-from igpt.report.summary import SeedGroup, Summary, draw, first_in_all, over_seeds, summary, summary_of, table
+from igpt.report.summary import (
+    SeedGroup,
+    Summary,
+    average_seeds,
+    draw,
+    find_common_metric,
+    summarize,
+    summarize_runs,
+    table,
+)
 from igpt.run.components import Components
 from igpt.settings.reading import CompareSettings
 from igpt.utils import files
 
-__all__ = ["SeedGroup", "Summary", "draw", "over_seeds", "run", "summary", "summary_of", "table"]
+__all__ = ["SeedGroup", "Summary", "average_seeds", "draw", "run", "summarize", "summarize_runs", "table"]
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +47,9 @@ def run(components: Components, settings: CompareSettings) -> Result:
         raise ValueError("; ".join([f"there is no finished run to compare in {where}", *first]))
     for path, why in found.problems.items():
         log.warning("left out %s: %s", path, why)
-    single, problems_of_stages = apart(found.runs)
+    single, problems_of_stages = split_comparable(found.runs)
     beside = compare_with_paper(single, every=settings.all)
-    summaries = among_themselves(found.runs, settings.metric)
+    summaries = summarize_groups(found.runs, settings.metric)
     problems = found.problems | problems_of_stages
     text = ComparisonText(found.runs, problems, beside, summaries, settings.numbers)
     result = Result(
@@ -49,7 +58,7 @@ def run(components: Components, settings: CompareSettings) -> Result:
             "compare/left_out": Number(len(text.problems), "folders", len(text.problems)),
             "compare/published": Number(sum(bool(row.runs) for row in beside), "rows beside the paper", len(beside)),
         },
-        provenance={"runs": [str(of.folder) for of in found.runs], "left_out": [*text.said]},
+        provenance={"runs": [str(other.folder) for other in found.runs], "left_out": [*text.messages]},
     )
     for task, rows in summaries.items():
         if not rows.caution:  # no best one among rows that are not comparable
@@ -61,7 +70,7 @@ def run(components: Components, settings: CompareSettings) -> Result:
     drawn = {task: rows for task, rows in summaries.items() if len(rows.rows) > 1}
     result.files |= {f"compare_{task}": Path(f"compare_{task}.png") for task in drawn}
     result.files |= {f"compare_{suffix}": Path(f"compare.{suffix}") for suffix in written}
-    if ranks.this_rank().first:
+    if ranks.this_rank().is_first:
         for suffix, content in written.items():
             with files.atomic_write(folder / f"compare.{suffix}") as file:
                 file.write(content.encode())
@@ -70,27 +79,31 @@ def run(components: Components, settings: CompareSettings) -> Result:
     return result
 
 
-def apart(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], dict[Path, str]]:
+def split_comparable(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], dict[Path, str]]:
     """(runs, problems): every run once, a pipeline replaced by its stages; directory → reason of unreadable stages."""
-    stages = [stage for of in runs for stage in of.stages]
-    single = [each for of in runs for each in [stage.run for stage in of.stages if stage.run is not None] or [of]]
+    stages = [stage for other in runs for stage in other.stages]
+    single = [
+        each for other in runs for each in [stage.run for stage in other.stages if stage.run is not None] or [other]
+    ]
     return list({each.folder.resolve(): each for each in reversed(single)}.values())[::-1], {
         stage.folder: stage.problem for stage in stages if stage.run is None
     }
 
 
-def among_themselves(runs: Sequence[RunRecord], metric: str | None) -> dict[str, Summary]:
+def summarize_groups(runs: Sequence[RunRecord], metric: str | None) -> dict[str, Summary]:
     """Task → summary of its runs by `metric`, or by the first number that they have in common.
 
     Raises:
         ValueError: no run has `metric`.
     """
     if metric is not None and runs:
-        summary_of(runs, metric)  # raises, with the numbers there are
+        summarize_runs(runs, metric)  # raises, with the numbers there are
     summaries = {}
-    for task in dict.fromkeys(of.task for of in runs):
-        some = [of for of in runs if of.task == task]
-        chosen = metric or first_in_all(some) or next((key for of in some for key in of.result.numbers), None)
-        if chosen is not None and any(chosen in of.result.numbers for of in some):
-            summaries[task] = summary_of(some, chosen)
+    for task in dict.fromkeys(other.task for other in runs):
+        some = [other for other in runs if other.task == task]
+        chosen = (
+            metric or find_common_metric(some) or next((key for other in some for key in other.result.numbers), None)
+        )
+        if chosen is not None and any(chosen in other.result.numbers for other in some):
+            summaries[task] = summarize_runs(some, chosen)
     return summaries

@@ -10,9 +10,9 @@ from typing import Any
 from igpt.app.against import PaperComparison
 from igpt.metric.result import Number
 from igpt.report import summary
-from igpt.report.closing_table import columns, readable
+from igpt.report.closing_table import align_columns, format_readable
 from igpt.report.runs import RunRecord
-from igpt.report.summary import Summary, over_seeds, shortened
+from igpt.report.summary import Summary, average_seeds, shorten_folders
 
 HEADINGS = ("paper", "ours", "setting", "command")
 FIELDS = (
@@ -33,32 +33,32 @@ class ComparisonText:
     numbers: Sequence[str]  # further columns of the summaries
 
     @property
-    def said(self) -> list[str]:
+    def messages(self) -> list[str]:
         """The counts of runs and problems, then a line for each problem."""
-        lines = [f"{shortened([path])}: {why}" for path, why in self.problems.items()]
+        lines = [f"{shorten_folders([path])}: {why}" for path, why in self.problems.items()]
         return [f"{len(self.runs)} runs read, {len(self.problems)} folders left out" + (":" if lines else ""), *lines]
 
     def plain(self) -> str:
         """The text for the terminal."""
         blocks = []
         for title, rows in self._tables().items():
-            cells = [(_paper(row), _short(_ours(row)), row.published.setting) for row in rows]
-            heading, rule, *body = columns([HEADINGS[:3], *cells]).splitlines()
+            cells = [(_format_published(row), _short(_format_ours(row)), row.published.setting) for row in rows]
+            heading, rule, *body = align_columns([HEADINGS[:3], *cells]).splitlines()
             lines = [part for line, row in zip(body, rows, strict=True) for part in (line, *_below(row))]
             blocks.append("\n".join([title, heading, rule, *lines]))
-        for task, found in self.summaries.items():
-            blocks.append("\n".join([f"task={task}", columns(self._summary(found)), *_remarks(found)]))
-        return "\n\n".join([*blocks, "\n  ".join(self.said)]) + "\n"
+        for task, result in self.summaries.items():
+            blocks.append("\n".join([f"task={task}", align_columns(self._summary(result)), *_remarks(result)]))
+        return "\n\n".join([*blocks, "\n  ".join(self.messages)]) + "\n"
 
     def markdown(self) -> str:
         """The Markdown: a table for each of the paper's, and one for each task."""
         blocks = ["# Runs compared"]
         for title, rows in self._tables().items():
             blocks.append(f"## {title}\n\n{grid([HEADINGS, *map(_markdown_row, rows)])}")
-        for task, found in self.summaries.items():
-            blocks += [f"## task={task}", grid(self._summary(found)), *_remarks(found)]
-            blocks += [f"![{found.metric}](compare_{task}.png)"] if len(found.rows) > 1 else []
-        counted, *lines = self.said
+        for task, result in self.summaries.items():
+            blocks += [f"## task={task}", grid(self._summary(result)), *_remarks(result)]
+            blocks += [f"![{result.metric}](compare_{task}.png)"] if len(result.rows) > 1 else []
+        counted, *lines = self.messages
         return "\n\n".join([*blocks, "\n".join([counted, *(f"- {line}" for line in lines)])]) + "\n"
 
     def csv(self) -> str:
@@ -67,18 +67,19 @@ class ComparisonText:
         writer = csv.DictWriter(text, FIELDS, restval="", lineterminator="\n")
         writer.writeheader()
         for row in self.beside:
-            of = row.published
+            entry = row.published
             writer.writerow({
-                "part": f"paper: {of.table}", "number": of.number if of.key else "", "setting": of.setting,
-                "source": of.source, "paper": of.detail if of.value is None else of.value, **_values(row.ours),
+                "part": f"paper: {entry.table}", "number": entry.number if entry.key else "", "setting": entry.setting,
+                "source": entry.source, "paper": entry.detail if entry.value is None else entry.value,
+                **_values(row.ours),
                 "seeds": len(row.runs),
                 "differs": "; ".join(row.differs), "runs": " ".join(str(run.folder) for run in row.runs),
-                "command": of.command or of.why_not, "RUN": of.run,
+                "command": entry.command or entry.why_not, "RUN": entry.run,
             })  # fmt: skip
-        for task, found in self.summaries.items():
-            for group in found.rows:
+        for task, result in self.summaries.items():
+            for group in result.rows:
                 writer.writerow({
-                    "part": f"task={task}", "number": found.metric, "setting": group.name, **_values(group.number),
+                    "part": f"task={task}", "number": result.metric, "setting": group.name, **_values(group.number),
                     "seeds": group.n, "runs": " ".join(map(str, group.folders)),
                 })  # fmt: skip
         return text.getvalue()
@@ -92,16 +93,16 @@ class ComparisonText:
             tables.setdefault(row.published.table, []).append(replace(row, differs=["as above"]) if repeats else row)
         return tables
 
-    def _summary(self, found: Summary) -> list[tuple[str, ...]]:
+    def _summary(self, result: Summary) -> list[tuple[str, ...]]:
         """The table of a task's runs, with a column for each further number."""
         of_folder = {run.folder: run.result.numbers for run in self.runs}
-        (settings, metric, *rest), *lines = summary.table(found)
-        keys = [key for key in self.numbers if key != found.metric]
+        (settings, metric, *rest), *lines = summary.table(result)
+        keys = [key for key in self.numbers if key != result.metric]
         table = [(settings, metric, *keys, *rest)]
-        for group, (settings, value, *rest) in zip(found.rows, lines, strict=True):
+        for group, (settings, value, *rest) in zip(result.rows, lines, strict=True):
             numbers = [of_folder[folder] for folder in group.folders]
             every = [[own[key] for own in numbers if key in own] for key in keys]
-            more = [readable(over_seeds(each)) if len(each) == len(numbers) else "–" for each in every]
+            more = [format_readable(average_seeds(each)) if len(each) == len(numbers) else "–" for each in every]
             table.append((settings, value, *more, *rest))
         return table
 
@@ -112,17 +113,17 @@ def grid(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def _paper(row: PaperComparison) -> str:
+def _format_published(row: PaperComparison) -> str:
     """The published value, with a mark if it is unconfirmed."""
-    return row.published.printed + (f" (unconfirmed: {told})" if (told := row.published.unconfirmed) else "")
+    return row.published.printed + (f" (unconfirmed: {text})" if (text := row.published.unconfirmed) else "")
 
 
-def _ours(row: PaperComparison) -> str:
+def _format_ours(row: PaperComparison) -> str:
     """The measured value, or the reason why there is none."""
     if row.ours is not None:
-        return readable(row.ours) if isinstance(row.ours, Number) else row.ours
-    of = row.published
-    return "not run" if of.command else "–" if of.ours else of.why_not
+        return format_readable(row.ours) if isinstance(row.ours, Number) else row.ours
+    entry = row.published
+    return "not run" if entry.command else "–" if entry.is_ours else entry.why_not
 
 
 def _short(text: str) -> str:
@@ -131,23 +132,31 @@ def _short(text: str) -> str:
 
 def _below(row: PaperComparison) -> list[str]:
     """The lines below a row in the terminal."""
-    of = row.published
-    lines = [("ours", _ours(row))] if _short(_ours(row)) != _ours(row) else []
-    lines += [("run", shortened([run.folder for run in row.runs]))] if row.runs else []
+    entry = row.published
+    lines = [("ours", _format_ours(row))] if _short(_format_ours(row)) != _format_ours(row) else []
+    lines += [("run", shorten_folders([run.folder for run in row.runs]))] if row.runs else []
     lines += [("" if i else "differs", line) for i, line in enumerate(row.differs)]
-    lines += [("command", of.command + (f"    RUN: {of.run}" if of.run else ""))] if of.command else []
-    lines += [("but" if of.command else "none", of.why_not)] if of.ours and of.why_not else []
+    lines += [("command", entry.command + (f"    RUN: {entry.run}" if entry.run else ""))] if entry.command else []
+    lines += [("but" if entry.command else "none", entry.why_not)] if entry.is_ours and entry.why_not else []
     return [f"    {label:9}{text}" for label, text in lines]
 
 
 def _markdown_row(row: PaperComparison) -> tuple[str, ...]:
     """paper, ours, setting, command."""
-    of = row.published
-    told = "; ".join(filter(None, (of.source, of.unconfirmed and f"from memory: {of.unconfirmed}")))
-    runs = row.runs and shortened([run.folder for run in row.runs])
+    entry = row.published
+    text = "; ".join(filter(None, (entry.source, entry.unconfirmed and f"from memory: {entry.unconfirmed}")))
+    runs = row.runs and shorten_folders([run.folder for run in row.runs])
     differs = row.differs and f"**differs:** {'; '.join(row.differs)}"
-    command, made_by = of.command and f"`{of.command}`", of.run and f"RUN: `{of.run}`".replace(", or ", "`, or `")
-    cells = ((of.printed, told), (_ours(row), runs), (of.setting, differs), (command, made_by, of.ours and of.why_not))
+    command, run_text = (
+        entry.command and f"`{entry.command}`",
+        entry.run and f"RUN: `{entry.run}`".replace(", or ", "`, or `"),
+    )
+    cells = (
+        (entry.printed, text),
+        (_format_ours(row), runs),
+        (entry.setting, differs),
+        (command, run_text, entry.is_ours and entry.why_not),
+    )
     return tuple("<br>".join(str(part) for part in cell if part) for cell in cells)
 
 
@@ -159,7 +168,7 @@ def _values(ours: Number | str | None) -> dict[str, Any]:
     return {"ours": ours.value, "low": low, "high": high, "deviation": "" if ours.deviation is None else ours.deviation}
 
 
-def _remarks(found: Summary) -> list[str]:
+def _remarks(result: Summary) -> list[str]:
     """The caution and the left-out runs of a summary, a line each."""
-    lines = [f"left out: {shortened([path])}: {why}" for path, why in found.left_out.items()]
-    return [*([found.caution] if found.caution else []), *lines]
+    lines = [f"left out: {shorten_folders([path])}: {why}" for path, why in result.left_out.items()]
+    return [*([result.caution] if result.caution else []), *lines]

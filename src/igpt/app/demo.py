@@ -25,11 +25,11 @@ INSTALL = "task=demo needs Gradio, which is not installed here: pip install grad
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-def about(weights: Weights) -> dict[str, str]:
+def describe_weights(weights: Weights) -> dict[str, str]:
     """The description of the weights on the page."""
-    metadata, loss = weights.metadata, validation_loss(weights)
+    metadata, loss = weights.metadata, read_validation_loss(weights)
     side = metadata.tokenizer.side
-    sizes = f"{metadata.network.n_layer} blocks of {metadata.network.n_embd}, {weights.n_value:,} weights"
+    sizes = f"{metadata.network.n_layer} blocks of {metadata.network.n_embd}, {weights.n_parameter:,} weights"
     return {
         "weights": str(weights.path),
         "model": f"{metadata.model}: {sizes}, {metadata.tokenizer.describe()}",
@@ -38,7 +38,7 @@ def about(weights: Weights) -> dict[str, str]:
     }
 
 
-def validation_loss(weights: Weights) -> float | None:
+def read_validation_loss(weights: Weights) -> float | None:
     """val/loss_gen, in nats per token, of the run that made the weights; None if not known."""
     folder = weights.folder.parent
     scored = weights.folder.name == "model" and (folder / "result.json").is_file()  # not an intermediate checkpoint
@@ -65,7 +65,7 @@ def run(components: Components, settings: DemoSettings) -> Result:
             f"({weights.metadata.objective['name']}) and draws none: choose weights of objective=ar. What these know: "
             "task=probe"
         )
-    from igpt.app.demo_page import serving  # which imports Gradio
+    from igpt.app.demo_page import serve  # which imports Gradio
 
     data, depth = components.build_datamodule(), weights.metadata.network.n_layer
     layer = depth // 2 if settings.layer is None else settings.layer
@@ -81,12 +81,12 @@ def run(components: Components, settings: DemoSettings) -> Result:
         tempfile.TemporaryDirectory(prefix="igpt-demo-") as uploads,
     ):
         training = TrainingFeatures(
-            net, machine, data, components.cache_dir, settings, weights=weights.sha256, made_by=components.cache_key
+            net, machine, data, components.cache_dir, settings, weights=weights.sha256, cache_key=components.cache_key
         )
         bench = Workbench(training, components.evaluation_crop, settings)
         request = StopRequest("ending the demo")
         try:
-            with request.listening(), serving(bench, about(weights), Path(uploads)) as url:
+            with request.install_handlers(), serve(bench, describe_weights(weights), Path(uploads)) as url:
                 log.info("the page is at %s; Ctrl-C ends it", url)
                 if settings.host not in LOCAL:
                     warning = "task.host=%s: whoever reaches this machine can open it, there is no password"

@@ -56,19 +56,19 @@ class DemoPage:
         """Shows the next held-out images."""
         return page + 1, gr.Gallery([image.pixels for image in self.bench.choices(page + 1)], selected_index=None)
 
-    def held_out(self, page: int, rows: float, event: gr.SelectData, request: gr.Request) -> tuple[Any, ...]:
+    def select_held_out(self, page: int, rows: float, event: gr.SelectData, request: gr.Request) -> tuple[Any, ...]:
         """Chooses the held-out image that was clicked."""
         self.leave(request)
         chosen = self.bench.choices(page)[event.index]
         return self._choose(chosen, rows, f"{chosen.name} is chosen.")
 
-    def uploaded(self, file: str | None, rows: float, request: gr.Request) -> tuple[Any, ...]:
+    def select_upload(self, file: str | None, rows: float, request: gr.Request) -> tuple[Any, ...]:
         """Chooses the image of an uploaded file, and deletes the file."""
         self.leave(request)
         try:
             if file is None:
                 raise ValueError("No file has come.")
-            chosen = self.bench.uploaded(Path(file))
+            chosen = self.bench.read_upload(Path(file))
         except (ValueError, OSError) as error:
             return *[gr.skip()] * 4, PIECES.note(str(error), problem=True)
         finally:
@@ -78,17 +78,17 @@ class DemoPage:
 
     def _choose(self, chosen: DemoImage, rows: float, message: str) -> tuple[Any, ...]:
         """Outputs after a choice: the image, its given rows, no completions, no nearest images, a message."""
-        return chosen, self.given(chosen, rows), "", "", PIECES.note(message)
+        return chosen, self.show_prompt(chosen, rows), "", "", PIECES.note(message)
 
-    def given(self, chosen: DemoImage, rows: float) -> str:
+    def show_prompt(self, chosen: DemoImage, rows: float) -> str:
         """HTML of the image as decoded from its tokens, and of its given rows."""
-        there = self.bench.given_rows(round(rows))
-        whole = self.bench.given(chosen, self.bench.side)
-        shown = (whole, chosen.name, self.labelled("as its tokens show it", chosen.label))
-        cut = (self.bench.given(chosen, round(rows)), "given", f"{there} of {self.bench.side} rows")
+        there = self.bench.prompt_rows(round(rows))
+        full = self.bench.show_prompt(chosen, self.bench.side)
+        shown = (full, chosen.name, self.add_label("as its tokens show it", chosen.label))
+        cut = (self.bench.show_prompt(chosen, round(rows)), "given", f"{there} of {self.bench.side} rows")
         return str(PIECES.tiles("the image", [shown, cut]))
 
-    def labelled(self, text: str, label: int) -> str:
+    def add_label(self, text: str, label: int) -> str:
         """The text, and the class name if there is one."""
         return ", ".join(filter(None, (text, self.bench.class_name(label))))
 
@@ -109,9 +109,9 @@ class DemoPage:
                 seconds = time.perf_counter() - begun
                 pace = f", {seconds / (there - rows):.2f} s a row" if there > rows else ""
                 finished = f"All {side} rows are there, drawn in {seconds:.1f} s{pace}."
-                said = finished if there == side else f"Row {there:g} of {side}{pace}."
-                made = [(image, f"completion {i}", "") for i, image in enumerate(pixels, start=1)]
-                yield PIECES.tiles("completions", made), PIECES.note(said)
+                message = finished if there == side else f"Row {there:g} of {side}{pace}."
+                tiles = [(image, f"completion {i}", "") for i, image in enumerate(pixels, start=1)]
+                yield PIECES.tiles("completions", tiles), PIECES.note(message)
             if there < side:
                 yield gr.skip(), PIECES.note("Stopped.")
         except ValueError as error:
@@ -126,9 +126,9 @@ class DemoPage:
                 if isinstance(found, tuple):
                     yield gr.skip(), PIECES.note(f"Reading training images, this once: {found[0]:,} of {found[1]:,}.")
                 else:
-                    made = [(of.pixels, of.name, self.labelled(f"cosine {of.cosine:.3f}", of.label)) for of in found]
-                    said = f"Layer {layer:g}, among {len(self.bench.training.rows):,} training images."
-                    yield PIECES.tiles("nearest training images", made), PIECES.note(said)
+                    tiles = [(of.pixels, of.name, self.add_label(f"cosine {of.cosine:.3f}", of.label)) for of in found]
+                    message = f"Layer {layer:g}, among {len(self.bench.training.rows):,} training images."
+                    yield PIECES.tiles("nearest training images", tiles), PIECES.note(message)
         except ValueError as error:
             yield gr.skip(), PIECES.note(str(error), problem=True)
 
@@ -166,8 +166,8 @@ def build(bench: Workbench, about: Mapping[str, str]) -> gr.Blocks:
                 with gr.Row():
                     complete = gr.Button("Complete", variant="primary", min_width=120, elem_id="complete")
                     stop = gr.Button("Stop", min_width=120, elem_id="stop")
-                said = gr.HTML(PIECES.note(""), elem_id="said")
-                given = gr.HTML(page.given(first[0], rows), elem_id="given")
+                message = gr.HTML(PIECES.note(""), elem_id="said")
+                given = gr.HTML(page.show_prompt(first[0], rows), elem_id="given")
                 drawn = gr.HTML("", elem_id="drawn")
                 gr.HTML('<h2 class="part">Nearest training images</h2>')
                 layers = gr.Slider(0, depth, layer, step=1, label="Layer", info=f"0: the embedding; {depth}: the last")
@@ -176,21 +176,21 @@ def build(bench: Workbench, about: Mapping[str, str]) -> gr.Blocks:
                 found = gr.HTML("", elem_id="found")
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        asked = [chosen, given_rows, completions, temperature, top_k, seed]
-        complete.click(page.complete, asked, [drawn, said], concurrency_limit=1, **quiet)
+        requested = [chosen, given_rows, completions, temperature, top_k, seed]
+        complete.click(page.complete, requested, [drawn, message], concurrency_limit=1, **quiet)
         stop.click(page.stop, None, None, **quiet)
         look.click(page.nearest, [chosen, layers], [found, about_found], concurrency_limit=None, **quiet)
         others.click(page.others, shelf, [shelf, gallery], **quiet)
-        of_choice = [chosen, given, drawn, found, said]
-        gallery.select(page.held_out, [shelf, given_rows], of_choice, **quiet)
-        upload.upload(page.uploaded, [upload, given_rows], of_choice, **quiet)
-        given_rows.release(page.given, [chosen, given_rows], given, **quiet)
+        of_choice = [chosen, given, drawn, found, message]
+        gallery.select(page.select_held_out, [shelf, given_rows], of_choice, **quiet)
+        upload.upload(page.select_upload, [upload, given_rows], of_choice, **quiet)
+        given_rows.release(page.show_prompt, [chosen, given_rows], given, **quiet)
         blocks.unload(page.leave)
     return blocks
 
 
 @contextmanager
-def serving(bench: Workbench, about: Mapping[str, str], uploads: Path) -> Iterator[str]:
+def serve(bench: Workbench, about: Mapping[str, str], uploads: Path) -> Iterator[str]:
     """Serves the page for the block; yields its URL. `uploads`: the directory for uploaded files.
 
     No analytics, no share link, no other address.
@@ -208,8 +208,8 @@ def serving(bench: Workbench, about: Mapping[str, str], uploads: Path) -> Iterat
             "port, or null for a free one; the host is an address of this machine"
         ) from error
     # settings that Gradio reads only from the environment, or sets there itself
-    told = {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "True"}
-    with environment(**told):
+    env = {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "True"}
+    with environment(**env):
         blocks = build(bench, about)
         blocks.queue(max_size=32, api_open=False)
         try:

@@ -17,14 +17,14 @@ from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
 from igpt.probe.feature_files import Features, FeatureWriter, read_features
 from igpt.settings.generation import DemoSettings
-from igpt.task.feature_reader import stored_at
+from igpt.task.feature_reader import feature_path
 from igpt.tokens.datamodule import TokenDataModule
-from igpt.training.hardware import Machine
+from igpt.training.hardware import HardwareConfig
 
 AT_ONCE = 65536  # rows of features per block
 
 
-def nearest(features: np.ndarray, query: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
+def find_nearest(features: np.ndarray, query: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k rows of highest cosine similarity, ties by row index: (N, C), (C,) → rows (k,), cosines (k,)."""
     direction = query.astype(np.float64) / max(float(np.linalg.norm(query.astype(np.float64))), 1e-30)
     cosines = np.empty(len(features))
@@ -45,12 +45,12 @@ class TrainingFeatures:
     """
 
     net: GPT
-    machine: Machine
+    machine: HardwareConfig
     data: TokenDataModule
     cache: Path
     settings: DemoSettings
     weights: str
-    made_by: Mapping[str, Any]
+    cache_key: Mapping[str, Any]
     done: int = 0  # images processed
     total: int = 0  # images to process
     rows: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # of the training split
@@ -66,8 +66,8 @@ class TrainingFeatures:
         assert self.features is not None
         if not 0 <= layer <= self.net.n_layer:
             raise ValueError(f"there are layers 0 (the embedding) to {self.net.n_layer}, got {layer}")
-        query = self._pooled(tokens)[layer, 0].float().cpu().numpy()
-        places, cosines = nearest(self.features.values[layer], query, k=k)
+        query = self._pool(tokens)[layer, 0].float().cpu().numpy()
+        places, cosines = find_nearest(self.features.values[layer], query, k=k)
         return self.rows[places], cosines
 
     def read(self) -> None:
@@ -87,21 +87,25 @@ class TrainingFeatures:
         if not len(split):
             raise ValueError(f"{self.data.source.name} has none")
         known = partial(read_features, n_layer=self.net.n_layer)
-        decided: dict[str, Any] = {"made_by": self.made_by, "norm": self.settings.norm, "dtype": self.settings.dtype}
-        kept = partial(stored_at, self.cache, self.data.source, "train", weights=self.weights, **decided)
+        decided: dict[str, Any] = {
+            "cache_key": self.cache_key,
+            "norm": self.settings.norm,
+            "dtype": self.settings.dtype,
+        }
+        kept = partial(feature_path, self.cache, self.data.source, "train", weights=self.weights, **decided)
         rows, path = np.arange(len(split)), kept()
-        whole = known(path, n_image=len(rows))
-        if whole is None and len(split) > self.settings.among:
-            rows = self.data.some_rows("train", at_most=self.settings.among)
+        full = known(path, n_image=len(rows))
+        if full is None and len(split) > self.settings.among:
+            rows = self.data.sample_rows("train", at_most=self.settings.among)
             path = kept(among=self.settings.among, seed=self.data.seed)
-            whole = known(path, n_image=len(rows))
-        if whole is None:
+            full = known(path, n_image=len(rows))
+        if full is None:
             with file_lock(path):  # another process may have written them meanwhile
                 if known(path, n_image=len(rows)) is None:
                     self._write(path, rows)
-            whole = known(path, n_image=len(rows))
+            full = known(path, n_image=len(rows))
         self.rows = rows
-        return whole and Features(whole.values, split.labels[rows])
+        return full and Features(full.values, split.labels[rows])
 
     def _write(self, path: Path, rows: np.ndarray) -> None:
         split = self.data.source.split("train")
@@ -113,14 +117,14 @@ class TrainingFeatures:
                     return
                 some = rows[place]
                 tokens = self.data.encode(torch.from_numpy(plain_pixels(split, some.tolist())))
-                writer.add(self._pooled(tokens), place, torch.from_numpy(split.labels[some]))
+                writer.add(self._pool(tokens), place, torch.from_numpy(split.labels[some]))
                 self.done += len(some)
             writer.finish()
         finally:
             writer.discard()
 
     @torch.inference_mode()
-    def _pooled(self, tokens: Tensor) -> Tensor:
+    def _pool(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) → (L + 1, B, C)."""
         with self.machine.autocast():
             return layer_features(self.net, tokens.to(self.net.wte.device), norm=self.settings.norm)

@@ -13,12 +13,12 @@ import torch
 from igpt.app.nearest import TrainingFeatures
 from igpt.data.classes import format_class_name
 from igpt.data.crop import Crop
-from igpt.data.image_decoding import BadImageError, opened, read_image_file
+from igpt.data.image_decoding import BadImageError, open_image, read_image_file
 from igpt.data.source import plain_pixels
 from igpt.model.generate import Sampling, generate_stream
 from igpt.settings.generation import DemoSettings
 from igpt.task.complete import HIDDEN, prompt_rows
-from igpt.tokens.tokenizer import whole_rows
+from igpt.tokens.tokenizer import count_decided_rows
 from igpt.utils import keyed
 
 MEBIBYTE = 2**20
@@ -73,7 +73,7 @@ class Workbench:
         names = [f"{self.settings.split} image {row}" for row in rows]
         return list(map(DemoImage, plain_pixels(self.split, rows), rows, names, labels))
 
-    def uploaded(self, path: Path) -> DemoImage:
+    def read_upload(self, path: Path) -> DemoImage:
         """The image of an uploaded file, with the evaluation crop of the data.
 
         Formats: `igpt.data.image_decoding.FORMATS`.
@@ -86,7 +86,7 @@ class Workbench:
             raise ValueError(f"The file has {size:.1f} MB, at most {self.settings.upload_mb:g} MB are taken.")
         try:
             data = read_image_file(path)
-            width, height = opened(data).size
+            width, height = open_image(data).size
             if width * height > self.settings.upload_pixels:
                 most = f"{self.settings.upload_pixels / 1e6:g} million"
                 raise ValueError(f"The image has {width:,}×{height:,} pixels, at most {most} are taken.")
@@ -96,15 +96,15 @@ class Workbench:
         digest = hashlib.blake2b(pixels.tobytes(), digest_size=8).digest()
         return DemoImage(pixels, int.from_bytes(digest, "little") >> 1, "your image")
 
-    def given(self, chosen: DemoImage, rows: int) -> np.ndarray:
+    def show_prompt(self, chosen: DemoImage, rows: int) -> np.ndarray:
         """The top `rows` of an image as decoded from its tokens, grey below: (R, R, 3) uint8."""
         known = self.data.tokenizer.known_tokens(prompt_rows(0, rows, self.side))
-        shown: np.ndarray = self._shown(self._tokens(chosen), known)[0]
+        shown: np.ndarray = self._render(self._tokens(chosen), known)[0]
         return shown
 
-    def given_rows(self, rows: int) -> int:
+    def prompt_rows(self, rows: int) -> int:
         """`rows` rounded down to whole rows of tokens."""
-        return whole_rows(self.data.tokenizer, prompt_rows(0, rows, self.side))
+        return count_decided_rows(self.data.tokenizer, prompt_rows(0, rows, self.side))
 
     def complete(
         self,
@@ -130,10 +130,14 @@ class Workbench:
             raise ValueError(f"1 to {self.settings.at_most} completions can be drawn at once, got {completions}")
         known = self.data.tokenizer.known_tokens(prompt_rows(0, rows, self.side))
         image = torch.full((completions,), chosen.index)
-        keys = keyed.item_keys(keyed.item_keys(keyed.key(seed, "complete"), image), torch.arange(completions))
+        rng_keys = keyed.per_example_keys(
+            keyed.per_example_keys(keyed.key(seed, "complete"), image), torch.arange(completions)
+        )
         device, n_ctx = self.net.wte.device, self.net.n_ctx
         given = self._tokens(chosen).expand(completions, -1).to(device)
-        steps = generate_stream(self.net, keyed.uniform(keys, n_ctx).to(device), sampling, given=given, known=known)
+        steps = generate_stream(
+            self.net, keyed.uniform(rng_keys, n_ctx).to(device), sampling, prompts=given, known=known
+        )
         n_known, row = int(known.sum()), n_ctx // self.data.tokenizer.grid.rows
         for there in range(n_known, n_ctx + 1):
             if self.stopping.is_set() or not wanted():
@@ -142,7 +146,7 @@ class Workbench:
                 tokens, settled = next(steps)
             if (there - n_known) % row == 0 or there == n_ctx:
                 visible = known | (torch.arange(n_ctx) < settled)
-                yield Drawing(self._shown(tokens, visible), there * self.side / n_ctx)
+                yield Drawing(self._render(tokens, visible), there * self.side / n_ctx)
 
     def nearest(self, chosen: DemoImage, *, layer: int, k: int) -> Iterator[tuple[int, int] | list[DemoImage]]:
         """Yields (done, total) while the training images are read, then the list of the k nearest.
@@ -170,7 +174,7 @@ class Workbench:
     def _tokens(self, chosen: DemoImage) -> torch.Tensor:
         return self.data.encode(torch.from_numpy(chosen.pixels[None]))
 
-    def _shown(self, tokens: torch.Tensor, there: torch.Tensor) -> np.ndarray:
+    def _render(self, tokens: torch.Tensor, there: torch.Tensor) -> np.ndarray:
         pixels = self.data.decode(tokens.cpu())
         grid = self.data.tokenizer.visible_pixels(there).numpy()  # (R, R)
         return np.where(grid[None, :, :, None], pixels, np.uint8(HIDDEN))

@@ -15,7 +15,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = [CONFIG, huggingface.PREPROCESSOR, tensors.WEIGHTS, tensors.INDEX, "model-*.safetensors"]
 
 
-def find(path: str, *, palette: str | None = None, n_head: int | None = None) -> Weights:
+def find_weights(path: str, *, palette: str | None = None, n_head: int | None = None) -> Weights:
     """The weights named by `init=`, from any format.
 
     Ours: a run directory, its `model/`, a file in that; a training checkpoint, sharded or not, or a file of a sharded
@@ -27,40 +27,40 @@ def find(path: str, *, palette: str | None = None, n_head: int | None = None) ->
         ValueError: nothing at that path, or an unknown format; the message names the likely fix.
     """
     try:
-        place = Path(path).expanduser()
+        local = Path(path).expanduser()
     except RuntimeError as error:
         raise ValueError(f"init={path}: {error}") from error
-    folder = place.parent if place.is_file() else place
+    folder = local.parent if local.is_file() else local
     of_folder = (CONFIG, tensors.WEIGHTS, huggingface.PREPROCESSOR, tensors.INDEX, huggingface.TORCH)
     if (folder / sharded.METADATA).is_file() or (folder.is_dir() and next(folder.glob(sharded.PIECES), None)):
-        return sharded.read(_whole(place, folder))
-    if place.is_file() and place.suffix == ".ckpt":
-        return igpt_format.read_training_checkpoint(place)
-    if place.is_file() and (prefix := openai.prefix_of(place)) is not None:
+        return sharded.read(_resolve_folder(local, folder))
+    if local.is_file() and local.suffix == ".ckpt":
+        return igpt_format.read_training_checkpoint(local)
+    if local.is_file() and (prefix := openai.find_prefix(local)) is not None:
         return openai.read(prefix, palette=palette, n_head=n_head)
-    if place.is_file() and (place.name not in of_folder and place not in tensors.parts(folder)):
-        raise ValueError(f"init={path}: {_what_is_there(place)}")
-    if place.name == huggingface.TORCH and place.is_file() and _has_tensors(folder):
+    if local.is_file() and (local.name not in of_folder and local not in tensors.list_part_files(folder)):
+        raise ValueError(f"init={path}: {_explain_missing(local)}")
+    if local.name == huggingface.TORCH and local.is_file() and _has_tensors(folder):
         raise ValueError(
             f"init={path}: {tensors.WEIGHTS} lies beside it and would be read: give the folder to take that"
         )
-    for candidate in (folder, *(place / inside for inside in ("model", *EXPORTS))):
-        if huggingface.is_folder(candidate):
-            return huggingface.read(_whole(place, candidate))
+    for candidate in (folder, *(local / inside for inside in ("model", *EXPORTS))):
+        if huggingface.is_huggingface_folder(candidate):
+            return huggingface.read(_resolve_folder(local, candidate))
         if (candidate / CONFIG).is_file() and _has_tensors(candidate):
-            return igpt_format.read_model(_whole(place, candidate))
-    prefix = openai.prefix_of(place)
+            return igpt_format.read_model(_resolve_folder(local, candidate))
+    prefix = openai.find_prefix(local)
     if prefix is not None:
         return openai.read(prefix, palette=palette, n_head=n_head)
     if HUB_NAME.fullmatch(path) and not Path(Path(path).parts[0]).exists():
-        return find(str(downloaded(path)))
-    raise ValueError(f"init={path}: {_what_is_there(place)}")
+        return find_weights(str(download_from_hub(path)))
+    raise ValueError(f"init={path}: {_explain_missing(local)}")
 
 
-def _whole(place: Path, folder: Path) -> Path:
-    """Returns `folder`; logs it if it is neither `place` nor its `model/`."""
-    if folder not in (place, place / "model"):
-        log.info("%s: %s is taken", place, folder)
+def _resolve_folder(path: Path, folder: Path) -> Path:
+    """Returns `folder`; logs it if it is neither `path` nor its `model/`."""
+    if folder not in (path, path / "model"):
+        log.info("%s: %s is taken", path, folder)
     return folder
 
 
@@ -68,43 +68,43 @@ def _has_tensors(folder: Path) -> bool:
     return (folder / tensors.WEIGHTS).is_file() or (folder / tensors.INDEX).is_file()
 
 
-def _what_is_there(place: Path) -> str:
+def _explain_missing(local: Path) -> str:
     """Error message: the reason why a path holds no weights, and the path probably meant."""
-    if place.is_file():
-        if place.suffix == ".safetensors" and (place.parent / CONFIG).is_file():
+    if local.is_file():
+        if local.suffix == ".safetensors" and (local.parent / CONFIG).is_file():
             return (
                 f"of the weights there {tensors.WEIGHTS} is the one that {CONFIG} is of: give the folder, or that file"
             )
-        if _has_tensors(place.parent) and not (place.parent / CONFIG).is_file():
+        if _has_tensors(local.parent) and not (local.parent / CONFIG).is_file():
             return f"weights without their {CONFIG}, which says what network they are of: copy both"
         return (
             "this file is no checkpoint; give a finished run folder, a model.safetensors beside its config.json, a "
             ".ckpt of a run, or any file of a checkpoint of OpenAI's"
         )
-    stages = sorted(p.parent.parent.name for p in place.glob(f"*/model/{CONFIG}"))
+    stages = sorted(p.parent.parent.name for p in local.glob(f"*/model/{CONFIG}"))
     if stages:
         return (
             f"no {CONFIG} with {tensors.WEIGHTS} there or in its model/; give a finished run folder; did you mean "
-            f"{place / stages[-1]}"
+            f"{local / stages[-1]}"
         )
-    for folder in (place, place / "checkpoints"):
+    for folder in (local, local / "checkpoints"):
         if (folder / LATEST).is_file():
             newest = folder / (folder / LATEST).read_text().strip()
             if (folder.parent / "model" / CONFIG).is_file():
                 return f"these are checkpoints of a finished run: init={folder.parent}, or one of them, init={newest}"
             return f"this run is not finished: resume={newest.parent.parent}, or take what it has so far, init={newest}"
-    if steps := sorted({path.parent.name for path in place.glob("*/*.index")}):
+    if steps := sorted({path.parent.name for path in local.glob("*/*.index")}):
         return (
-            f"it holds {len(steps)} checkpoint(s) of OpenAI's, choose one: {', '.join(str(place / s) for s in steps)}"
+            f"it holds {len(steps)} checkpoint(s) of OpenAI's, choose one: {', '.join(str(local / s) for s in steps)}"
         )
-    if snapshots := sorted(place.glob(f"snapshots/*/{CONFIG}")):
+    if snapshots := sorted(local.glob(f"snapshots/*/{CONFIG}")):
         return f"this is a cache of the Hub's: did you mean {snapshots[-1].parent}"
-    if (place / CONFIG).is_file() or (place / "model" / CONFIG).is_file():
+    if (local / CONFIG).is_file() or (local / "model" / CONFIG).is_file():
         return f"a {CONFIG} without its {tensors.WEIGHTS}: copy both"
     return f"no {CONFIG} with {tensors.WEIGHTS} there or in its model/; give a finished run folder"
 
 
-def downloaded(name: str) -> Path:
+def download_from_hub(name: str) -> Path:
     """Local folder of a model on the Hub, downloaded unless cached; an interrupted download is continued.
 
     Raises:

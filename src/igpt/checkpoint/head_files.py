@@ -23,7 +23,7 @@ ANY = "any"  # instead of the labels' hash: heads in foreign formats do not reco
 
 
 @dataclass(frozen=True)
-class HeadOrigin:
+class HeadMetadata:
     """Metadata of a class head: its training data and the weights it belongs to."""
 
     n_class: int
@@ -33,15 +33,15 @@ class HeadOrigin:
     class_names: tuple[str, ...] | None = None  # by label; None: unknown
 
 
-def save_head(folder: Path, weight: Tensor, about: HeadOrigin) -> None:
+def save_head(folder: Path, weight: Tensor, about: HeadMetadata) -> None:
     """Writes both files into a run's `model/`, each atomically. Raises ValueError on NaN or infinity."""
     if not torch.isfinite(weight).all():
         raise ValueError("the class head holds NaN or infinity: training had broken down, take an earlier one")
     with files.atomic_path(folder / HEAD) as temporary:
         save_file({"wclf": weight.detach().to("cpu").contiguous()}, temporary)
-    names = shortened(about.class_names)
-    known = asdict(about) | {"class_names": names, "sha256": files.sha256(folder / HEAD)}
-    files.write_json(folder / ABOUT, {key: value for key, value in known.items() if value is not None})
+    names = shorten_class_names(about.class_names)
+    fields_saved = asdict(about) | {"class_names": names, "sha256": files.sha256(folder / HEAD)}
+    files.write_json(folder / ABOUT, {key: value for key, value in fields_saved.items() if value is not None})
 
 
 def has_head(weights: Weights) -> bool:
@@ -49,7 +49,7 @@ def has_head(weights: Weights) -> bool:
     return weights.wclf is not None or (weights.folder / ABOUT).is_file()
 
 
-def shortened(names: Sequence[str] | None) -> tuple[str, ...] | None:
+def shorten_class_names(names: Sequence[str] | None) -> tuple[str, ...] | None:
     """Class names, cut to `LONGEST_NAME` characters, as saved with a head."""
     return None if names is None else tuple(name[:LONGEST_NAME] for name in names)
 
@@ -66,7 +66,7 @@ def find_head(
     if not has_head(weights):
         return None
     about, weight = read_head(weights)
-    other = _other_names(about.class_names, shortened(class_names))
+    other = _describe_renamed_class(about.class_names, shorten_class_names(class_names))
     if about.n_class != n_class or about.classes not in (classes, ANY) or other:  # the hash includes the data's name
         raise ValueError(
             f"{weights.folder} has a head that tells {about.n_class} classes of {about.data} apart, the labels of this "
@@ -90,14 +90,14 @@ def copy_head(weights: Weights, folder: Path) -> None:
         save_head(folder, weight, replace(about, weights=weights_sha256(folder)))
 
 
-def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
+def read_head(weights: Weights) -> tuple[HeadMetadata, Tensor]:
     """Metadata and weight (K, C) of a head. Raises ValueError if it belongs to other weights or is damaged."""
     if weights.wclf is not None:
-        return HeadOrigin(weights.wclf.shape[0], weights.metadata.data, ANY, weights.sha256), weights.wclf.read()
+        return HeadMetadata(weights.wclf.shape[0], weights.metadata.data, ANY, weights.sha256), weights.wclf.read()
     try:
         written = dict(files.read_json(weights.folder / ABOUT))
         sha256 = written.pop("sha256")
-        about = _parse_origin(written)
+        about = _parse_metadata(written)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{weights.folder / ABOUT} is damaged ({error}): copy it again") from error
     where = weights.folder / HEAD
@@ -116,14 +116,14 @@ def read_head(weights: Weights) -> tuple[HeadOrigin, Tensor]:
     return about, weight
 
 
-def _parse_origin(written: dict[str, Any]) -> HeadOrigin:
+def _parse_metadata(written: dict[str, Any]) -> HeadMetadata:
     """Parses `head.json`. Raises TypeError or ValueError on a missing or unknown field, or one of another type."""
     names = written.pop("class_names", None)  # missing in older files, and if unknown
     if names is not None and not (
         isinstance(names, list) and all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in names)
     ):
         raise ValueError(f"class_names is no list of names of at most {LONGEST_NAME} characters")
-    about = HeadOrigin(**written, class_names=None if names is None else tuple(names))
+    about = HeadMetadata(**written, class_names=None if names is None else tuple(names))
     if type(about.n_class) is not int or not all(
         isinstance(x, str) for x in (about.data, about.classes, about.weights)
     ):
@@ -133,11 +133,11 @@ def _parse_origin(written: dict[str, Any]) -> HeadOrigin:
     return about
 
 
-def _other_names(of_head: tuple[str, ...] | None, of_data: tuple[str, ...] | None) -> str:
+def _describe_renamed_class(of_head: tuple[str, ...] | None, of_data: tuple[str, ...] | None) -> str:
     """The first class with different names, in brackets; empty if names agree or are unknown."""
     if of_head is None or of_data is None:
         return ""
-    unlike = [i for i, (ours, theirs) in enumerate(zip(of_head, of_data, strict=False)) if ours != theirs]
+    unlike = [i for i, (own, expected) in enumerate(zip(of_head, of_data, strict=False)) if own != expected]
     if not unlike:
         return ""  # or another number of classes, which the caller's message tells
     i = unlike[0]

@@ -15,7 +15,7 @@ import torch
 from igpt.checkpoint import tensors
 from igpt.checkpoint.igpt_format import CONFIG, Weights, combined_hash, meta_model, read_metadata, weights_sha256
 from igpt.checkpoint.sizes import size_name
-from igpt.checkpoint.tensors import Lazy, State
+from igpt.checkpoint.tensors import LazyTensor, State
 from igpt.model.config import SIZES, GPTConfig
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
@@ -39,7 +39,7 @@ FIXED: dict[str, Any] = {
 BUFFER = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"  # causal masks, saved by older releases
 
 
-def is_folder(folder: Path) -> bool:
+def is_huggingface_folder(folder: Path) -> bool:
     """Whether `transformers` wrote this folder, for any of its models."""
     if not (folder / CONFIG).is_file():
         return False
@@ -60,7 +60,7 @@ def read(folder: Path) -> Weights:
     config = read_config(folder / CONFIG)
     if config.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{folder / CONFIG}: model_type {config.get('model_type')!r}, expected {MODEL_TYPE!r}")
-    other = [f"{key} {config[key]!r} ≠ {ours!r}" for key, ours in FIXED.items() if config.get(key, ours) != ours]
+    other = [f"{key} {config[key]!r} ≠ {value!r}" for key, value in FIXED.items() if config.get(key, value) != value]
     try:
         sizes = [config[key] for key in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")]
         if not all(type(size) is int for size in sizes):
@@ -76,45 +76,45 @@ def read(folder: Path) -> Weights:
     side = round(n_ctx**0.5)
     if side**2 != n_ctx:
         raise ValueError(f"{folder / CONFIG}: {n_ctx} positions are no square image")
-    theirs, path, sha256 = _open(folder)
-    state = converted(theirs, network, path)
-    palette = _palette(folder, network.n_vocab)
-    said = config.get(OURS, {})
+    foreign, path, sha256 = _open_tensors(folder)
+    state = import_state(foreign, network, path)
+    palette = _read_palette(folder, network.n_vocab)
+    saved = config.get(OURS, {})
     unknown = {"model": size_name(network), "data": f"huggingface{side}", "step": 0, "seed": 0}
     meaning = {
         "network": network.to_dict(),
-        "tokenizer": tokenizer_to_dict(PaletteTokenizer(palette, PixelOrder.of(side, "raster"))),
+        "tokenizer": tokenizer_to_dict(PaletteTokenizer(palette, PixelOrder.from_name(side, "raster"))),
         "objective": {"name": "ar"},
     }
     metadata = read_metadata(
-        {**unknown, **(said if isinstance(said, dict) else {"said": said}), **meaning}, folder / CONFIG
+        {**unknown, **(saved if isinstance(saved, dict) else {"said": saved}), **meaning}, folder / CONFIG
     )
     return Weights(path, folder, metadata, combined_hash(sha256, metadata), lambda: state)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The settings in a JSON file. Raises ValueError if it is missing or does not hold an object."""
-    found = files.read_json(path) if path.is_file() else None
-    if not isinstance(found, dict):
+    settings = files.read_json(path) if path.is_file() else None
+    if not isinstance(settings, dict):
         raise ValueError(f"{path} is missing or is not a JSON file of settings: copy the whole folder")
-    return found
+    return settings
 
 
-def _open(folder: Path) -> tuple[State, Path, str]:
+def _open_tensors(folder: Path) -> tuple[State, Path, str]:
     """Returns (tensors, path of their file or folder, its SHA-256)."""
     if not (folder / tensors.WEIGHTS).is_file() and not (folder / tensors.INDEX).is_file():
         if not (path := folder / TORCH).is_file():
             raise ValueError(f"{folder} has a {CONFIG} and no {tensors.WEIGHTS}: the download was not finished")
-        found = tensors.read_torch(path)
-        if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        result = tensors.read_torch(path)
+        if not isinstance(result, dict) or not all(isinstance(value, torch.Tensor) for value in result.values()):
             raise ValueError(f"{path} is no plain table of tensors: save the model again with save_pretrained")
-        found = {str(name): tensor for name, tensor in found.items() if not re.fullmatch(BUFFER, str(name))}
-        return tensors.held(found), path, files.sha256(path)
-    state, (first, *more) = tensors.read(folder, ignore=BUFFER), tensors.parts(folder)
+        result = {str(name): tensor for name, tensor in result.items() if not re.fullmatch(BUFFER, str(name))}
+        return tensors.unwrapped_state(result), path, files.sha256(path)
+    state, (first, *more) = tensors.read(folder, ignore=BUFFER), tensors.list_part_files(folder)
     return state, folder if more else first, weights_sha256(folder)
 
 
-def _palette(folder: Path, k: int) -> Palette:
+def _read_palette(folder: Path, k: int) -> Palette:
     """The palette: `clusters` of the image processor."""
     where = folder / PREPROCESSOR
     if not where.is_file():
@@ -129,49 +129,49 @@ def _palette(folder: Path, k: int) -> Palette:
     return palette
 
 
-def converted(theirs: State, network: GPTConfig, where: Path) -> State:
+def import_state(foreign: State, network: GPTConfig, where: Path) -> State:
     """Converts their tensors to our names and layout.
 
     Raises:
         ValueError: missing, unexpected or misshapen tensors, or nonzero biases, which our network does not have.
     """
-    if "lm_head.weight" not in theirs:
+    if "lm_head.weight" not in foreign:
         raise ValueError(
             f"{where} has no lm_head.weight: it is not of ImageGPTForCausalImageModeling, and cannot tell colours"
         )
-    expected = exported(tensors.held(meta_model(network).state_dict()), network)
-    tensors.check_fit(where, theirs, {name: tensor.shape for name, tensor in expected.items()})
-    biases = [name for name in theirs if name.endswith(".bias")]
-    if full := [name for name in biases if bool(theirs[name].read().any())]:
+    expected = export_state(tensors.unwrapped_state(meta_model(network).state_dict()), network)
+    tensors.check_fit(where, foreign, {name: tensor.shape for name, tensor in expected.items()})
+    biases = [name for name in foreign if name.endswith(".bias")]
+    if full := [name for name in biases if bool(foreign[name].read().any())]:
         raise ValueError(
             f"{where}: {', '.join(full[:3])}{f' and {len(full) - 3} more' if len(full) > 3 else ''} not zero: it was "
             "trained on by Hugging Face's code, with biases that OpenAI's network does not have. Dropping them would "
             "give another network (logits off by up to 9), so it is refused"
         )
-    theirs = {name: tensor.as_float32() for name, tensor in theirs.items()}
-    table, names = theirs["transformer.wte.weight"], _names(network)
+    foreign = {name: tensor.to_float32() for name, tensor in foreign.items()}
+    table, names = foreign["transformer.wte.weight"], _names(network)
     return {
-        "wte": table.reshaped((network.n_vocab, network.n_embd), lambda rows: rows[:-1]),
-        "sos": table.reshaped((network.n_embd,), lambda rows: rows[-1]),
-        **{own: _turned(theirs[name]) if _is_linear(own) else theirs[name] for own, name in names.items()},
+        "wte": table.reshape((network.n_vocab, network.n_embd), lambda rows: rows[:-1]),
+        "sos": table.reshape((network.n_embd,), lambda rows: rows[-1]),
+        **{own: _transpose(foreign[name]) if _is_linear(own) else foreign[name] for own, name in names.items()},
     }
 
 
-def exported(ours: State, network: GPTConfig) -> State:
+def export_state(state: State, network: GPTConfig) -> State:
     """Converts our tensors to their names and layout, with zero biases."""
-    ours = {name: tensor.as_float32() for name, tensor in ours.items()}
-    wte, sos = ours["wte"], ours["sos"]
-    theirs = {
-        "transformer.wte.weight": Lazy(
+    state = {name: tensor.to_float32() for name, tensor in state.items()}
+    wte, sos = state["wte"], state["sos"]
+    foreign = {
+        "transformer.wte.weight": LazyTensor(
             (wte.shape[0] + 1, wte.shape[1]), torch.float32, lambda: torch.cat([wte.read(), sos.read()[None]])
         ),
     }
     for own, name in _names(network).items():
-        theirs[name] = _turned(ours[own]) if _is_linear(own) else ours[own]
+        foreign[name] = _transpose(state[own]) if _is_linear(own) else state[own]
         if _is_linear(own):
-            n_out = ours[own].shape[0]
-            theirs[name.replace(".weight", ".bias")] = Lazy((n_out,), torch.float32, partial(torch.zeros, n_out))
-    return theirs
+            n_out = state[own].shape[0]
+            foreign[name.replace(".weight", ".bias")] = LazyTensor((n_out,), torch.float32, partial(torch.zeros, n_out))
+    return foreign
 
 
 def _names(network: GPTConfig) -> dict[str, str]:
@@ -186,8 +186,8 @@ def _is_linear(own: str) -> bool:
     return own.startswith("h.") and own.endswith(".weight")
 
 
-def _turned(matrix: Lazy) -> Lazy:
-    return matrix.reshaped((matrix.shape[1], matrix.shape[0]), lambda w: w.t().contiguous())
+def _transpose(matrix: LazyTensor) -> LazyTensor:
+    return matrix.reshape((matrix.shape[1], matrix.shape[0]), lambda w: w.t().contiguous())
 
 
 def write(folder: Path, weights: Weights) -> None:
@@ -226,7 +226,7 @@ def write(folder: Path, weights: Weights) -> None:
         "clusters": palette.centres.tolist(),
     }
     with files.atomic_folder(folder) as temporary:
-        tensors.write(temporary, exported(weights.state(), network), label="exporting")
+        tensors.write(temporary, export_state(weights.state(), network), label="exporting")
         files.write_json(temporary / CONFIG, config)
         files.write_json(temporary / PREPROCESSOR, processor)
 
@@ -237,16 +237,16 @@ def check_exportable(weights: Weights) -> Palette:
     Raises:
         ValueError: a network other than the paper's, a tokenizer other than a palette in raster order, or BERT.
     """
-    metadata, own = weights.metadata, "export it as task.format=igpt instead"
+    metadata, hint = weights.metadata, "export it as task.format=igpt instead"
     tokenizer = metadata.tokenizer
     if unsupported := metadata.network.unsupported(SIZES):
-        raise ValueError(f"{weights.path} has {unsupported}, which Hugging Face's ImageGPT does not know: {own}")
+        raise ValueError(f"{weights.path} has {unsupported}, which Hugging Face's ImageGPT does not know: {hint}")
     if not isinstance(tokenizer, PaletteTokenizer) or tokenizer.kind != PaletteTokenizer.kind:
         raise ValueError(
-            f"{weights.path} reads {tokenizer.describe()}, Hugging Face's ImageGPT a palette of colours only: {own}"
+            f"{weights.path} reads {tokenizer.describe()}, Hugging Face's ImageGPT a palette of colours only: {hint}"
         )
     if not metadata.network.causal:
-        raise ValueError(f"{weights.path} was trained on masked pixels, Hugging Face's ImageGPT is causal only: {own}")
+        raise ValueError(f"{weights.path} was trained on masked pixels, Hugging Face's ImageGPT is causal only: {hint}")
     if not tokenizer.order.is_raster:
-        raise ValueError(f"{weights.path} reads pixels in another order, Hugging Face's ImageGPT row by row: {own}")
+        raise ValueError(f"{weights.path} reads pixels in another order, Hugging Face's ImageGPT row by row: {hint}")
     return tokenizer.palette

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from igpt.checkpoint import tensors
 from igpt.checkpoint.resume import checksum_path
-from igpt.checkpoint.tensors import Lazy, State
+from igpt.checkpoint.tensors import LazyTensor, State
 from igpt.distributed import ranks
-from igpt.distributed.sharding import put, whole_shape
+from igpt.distributed.sharding import copy_into_sharded, unsharded_shape
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.tokens.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 PALETTE_FORMAT = 1  # older: every tokenizer was a palette, every network the paper's
 CONFIG = "config.json"
-ORIGIN = "origin"  # key of the metadata in a training checkpoint
+METADATA_KEY = "origin"  # key of the metadata in a training checkpoint
 NAME = re.compile(r"\w[\w.+-]{0,63}")
 
 
@@ -70,28 +70,29 @@ class CheckpointMetadata:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, in format `FORMAT`."""
-        own = {"network": self.network.to_dict(), "tokenizer": tokenizer_to_dict(self.tokenizer)}
-        return {**{field.name: getattr(self, field.name) for field in fields(self)}, **own}
+        nested = {"network": self.network.to_dict(), "tokenizer": tokenizer_to_dict(self.tokenizer)}
+        return {**{field.name: getattr(self, field.name) for field in fields(self)}, **nested}
 
     @staticmethod
     def from_dict(saved: Any, format: int) -> "CheckpointMetadata":
         """Inverse of `to_dict`, also for the older format. Raises ValueError on anything else."""
         if not isinstance(saved, Mapping):
             raise ValueError(f"it is {saved!r:.60}")
-        own = dict(saved)
+        fields_given = dict(saved)
         if format == PALETTE_FORMAT:
-            own["tokenizer"] = {
-                "kind": "palette", "centres": own.pop("palette", None), "hash": own.pop("palette_hash", None),
-                "permutation": own.pop("permutation", None),
+            fields_given["tokenizer"] = {
+                "kind": "palette", "centres": fields_given.pop("palette", None),
+                "hash": fields_given.pop("palette_hash", None),
+                "permutation": fields_given.pop("permutation", None),
             }  # fmt: skip
-        known = {field.name for field in fields(CheckpointMetadata)}
-        for key in sorted(map(str, known ^ own.keys())):
-            raise ValueError(f"{key} is {'missing' if key in known else 'no field of it'}")
-        if not isinstance(own["network"], Mapping):
-            raise ValueError(f"its network is {own['network']!r:.60}")
-        own["network"] = GPTConfig.from_dict(own["network"])
-        own["tokenizer"] = tokenizer_from_dict(own["tokenizer"])
-        return CheckpointMetadata(**own)
+        field_names = {field.name for field in fields(CheckpointMetadata)}
+        for key in sorted(map(str, field_names ^ fields_given.keys())):
+            raise ValueError(f"{key} is {'missing' if key in field_names else 'no field of it'}")
+        if not isinstance(fields_given["network"], Mapping):
+            raise ValueError(f"its network is {fields_given['network']!r:.60}")
+        fields_given["network"] = GPTConfig.from_dict(fields_given["network"])
+        fields_given["tokenizer"] = tokenizer_from_dict(fields_given["tokenizer"])
+        return CheckpointMetadata(**fields_given)
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,12 @@ class Weights:
     metadata: CheckpointMetadata
     sha256: str
     state: Callable[[], State]  # lazy tensors by name
-    wclf: Lazy | None = None  # class head (K, C), if the same file has one
+    wclf: LazyTensor | None = None  # class head (K, C), if the same file has one
 
     @property
-    def n_value(self) -> int:
+    def n_parameter(self) -> int:
         """Number of parameters."""
-        return sum(tensor.n_value for tensor in self.state().values())
+        return sum(tensor.n_parameter for tensor in self.state().values())
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -129,16 +130,16 @@ class Weights:
         Raises:
             ValueError: another config, missing, unexpected or misshapen tensors, NaN or infinity, or a damaged file.
         """
-        check_same("network", self.metadata.network.to_dict(), net.config.to_dict(), self.folder)
-        state, own = self.state(), net.state_dict(keep_vars=True)
-        tensors.check_fit(self.path, state, {name: whole_shape(weight) for name, weight in own.items()})
-        for name, weight in own.items():
+        check_equal("network", self.metadata.network.to_dict(), net.config.to_dict(), self.folder)
+        state, weights = self.state(), net.state_dict(keep_vars=True)
+        tensors.check_fit(self.path, state, {name: unsharded_shape(weight) for name, weight in weights.items()})
+        for name, weight in weights.items():
             values = state[name].read()
             if not torch.isfinite(values).all():
                 raise ValueError(
                     f"{self.path} holds NaN or infinity in {name}: training had broken down, take an earlier one"
                 )
-            put(weight, values)
+            copy_into_sharded(weight, values)
 
 
 def meta_model(config: GPTConfig) -> GPT:
@@ -160,14 +161,14 @@ def save_model(
     """
     lazy: State = {}
     for name, tensor in state.items():
-        lazy |= {name: tensor} if isinstance(tensor, Lazy) else tensors.held({name: tensor})
-    own = {name: tuple(weight.shape) for name, weight in meta_model(metadata.network).state_dict().items()}
-    tensors.check_fit(folder / tensors.WEIGHTS, lazy, own)
+        lazy |= {name: tensor} if isinstance(tensor, LazyTensor) else tensors.unwrapped_state({name: tensor})
+    shapes = {name: tuple(weight.shape) for name, weight in meta_model(metadata.network).state_dict().items()}
+    tensors.check_fit(folder / tensors.WEIGHTS, lazy, shapes)
     try:
         tensors.write(folder, lazy, label=label)
     except OSError as error:
         raise OSError(f"{folder / tensors.WEIGHTS} could not be written ({error}): is the disk full?") from error
-    if not ranks.this_rank().first:
+    if not ranks.this_rank().is_first:
         return
     files.write_json(
         folder / CONFIG, {"format": FORMAT, **metadata.to_dict(), "weights_sha256": weights_sha256(folder)}
@@ -176,7 +177,7 @@ def save_model(
 
 def weights_sha256(folder: Path) -> str:
     """SHA-256 of the safetensors file in a folder, or of the hashes of all its parts."""
-    sums = [files.sha256(part) for part in tensors.parts(folder)]
+    sums = [files.sha256(part) for part in tensors.list_part_files(folder)]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
@@ -201,18 +202,18 @@ def read_model(folder: Path) -> Weights:
         raise ValueError(
             f"{folder}: {tensors.WEIGHTS} is not the file {CONFIG} was written for: damaged or half replaced"
         )
-    first, *more = tensors.parts(folder)
+    first, *more = tensors.list_part_files(folder)
     return Weights(folder if more else first, folder, metadata, saved, lambda: tensors.read(folder))
 
 
-def check_format(found: Any, where: Path) -> int:
+def check_format(saved: Any, where: Path) -> int:
     """The format version of a file, `FORMAT` or an older one. Raises ValueError on any other."""
-    if found not in (PALETTE_FORMAT, FORMAT) or isinstance(found, bool):
+    if saved not in (PALETTE_FORMAT, FORMAT) or isinstance(saved, bool):
         raise ValueError(
-            f"{where}: format {found!r}, this version reads {PALETTE_FORMAT} and {FORMAT}: use the release that "
+            f"{where}: format {saved!r}, this version reads {PALETTE_FORMAT} and {FORMAT}: use the release that "
             "wrote it"
         )
-    return int(found)
+    return int(saved)
 
 
 def read_training_checkpoint(path: Path) -> Weights:
@@ -227,51 +228,51 @@ def read_training_checkpoint(path: Path) -> Weights:
     if checksum.read_text().strip() != sha256:
         raise ValueError(f"{path} is damaged or was not written to its end: its SHA-256 is not that beside it")
     checkpoint = tensors.read_torch(path)
-    metadata, state = metadata_in(checkpoint, path), tensors_in(checkpoint, path)
-    return Weights(path, path.parent, metadata, sha256, lambda: part("net.", state), state.get("head.wclf"))
+    metadata, state = extract_metadata(checkpoint, path), extract_tensors(checkpoint, path)
+    return Weights(path, path.parent, metadata, sha256, lambda: select_prefix("net.", state), state.get("head.wclf"))
 
 
-def metadata_in(checkpoint: Any, path: Path) -> CheckpointMetadata:
+def extract_metadata(checkpoint: Any, path: Path) -> CheckpointMetadata:
     """The metadata in a training checkpoint. Raises ValueError if it has none."""
-    found = checkpoint if isinstance(checkpoint, dict) else {}
-    if ORIGIN not in found or "format" not in found:
+    saved = checkpoint if isinstance(checkpoint, dict) else {}
+    if METADATA_KEY not in saved or "format" not in saved:
         raise ValueError(f"{path} is no checkpoint of a network that this project trained: it does not say what it is")
-    return read_metadata(found[ORIGIN], path, check_format(found["format"], path))
+    return read_metadata(saved[METADATA_KEY], path, check_format(saved["format"], path))
 
 
-def read_metadata(found: Any, where: Path, format: int = FORMAT) -> CheckpointMetadata:
+def read_metadata(saved: Any, where: Path, format: int = FORMAT) -> CheckpointMetadata:
     """The metadata in a file. Raises ValueError, naming the file, if it is incomplete or invalid."""
     try:
-        return CheckpointMetadata.from_dict(found, format)
+        return CheckpointMetadata.from_dict(saved, format)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} is not complete ({error}): export the model again") from error
 
 
-def tensors_in(checkpoint: Mapping[str, Any], path: Path) -> State:
+def extract_tensors(checkpoint: Mapping[str, Any], path: Path) -> State:
     """A LightningModule's tensors under their plain names. Raises ValueError on anything but tensors."""
     state = checkpoint.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no tensors of a network: it is damaged, or something else")
-    return tensors.held({str(name): tensor for name, tensor in state.items()})
+    return tensors.unwrapped_state({str(name): tensor for name, tensor in state.items()})
 
 
-def part(prefix: str, state: State) -> State:
+def select_prefix(prefix: str, state: State) -> State:
     """The tensors with a prefix in their names, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def check_same(what: str, saved: Any, asked: Any, where: Path) -> None:
+def check_equal(what: str, saved: Any, expected: Any, where: Path) -> None:
     """Raises ValueError, naming every difference, unless the checkpoint's value equals the run's."""
-    if saved == asked:
+    if saved == expected:
         return
-    if isinstance(saved, dict) and isinstance(asked, dict):
-        keys = sorted(saved.keys() | asked.keys())
-        differs = [f"{k} {saved.get(k)} ≠ {asked.get(k)}" for k in keys if saved.get(k) != asked.get(k)]
+    if isinstance(saved, dict) and isinstance(expected, dict):
+        keys = sorted(saved.keys() | expected.keys())
+        differs = [f"{k} {saved.get(k)} ≠ {expected.get(k)}" for k in keys if saved.get(k) != expected.get(k)]
         detail = "; ".join(differs)
     elif isinstance(saved, list):
         detail = "too long to print"
     else:
-        detail = f"{saved} ≠ {asked}"
+        detail = f"{saved} ≠ {expected}"
     raise ValueError(
         f"{where}: its {what} is not this run's ({detail}): choose what the checkpoint has, or other weights"
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from igpt.checkpoint import tensors
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights, combined_hash
 from igpt.checkpoint.sizes import size_name
-from igpt.checkpoint.tensors import Lazy, State
+from igpt.checkpoint.tensors import LazyTensor, State
 from igpt.distributed.process_state import environment
 from igpt.model.config import GPTConfig
 from igpt.tokens.palette import Palette
@@ -37,29 +37,29 @@ INSTALL = "TensorFlow reads OpenAI's shards and is not installed: pip install te
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def prefix_of(place: Path) -> Path | None:
+def find_prefix(start: Path) -> Path | None:
     """TensorFlow's checkpoint prefix, from the prefix itself, one of its files, or their folder; None: no checkpoint.
 
     Raises:
         ValueError: several checkpoints in the folder, a missing index or shard, or shards of two downloads.
     """
-    if place.is_dir():
-        found = {path.with_suffix("") for path in place.glob("*.index") if path.is_file()}
-        found |= {Path(m["prefix"]) for path in place.iterdir() if (m := SHARD.fullmatch(str(path)))}
-        if not found:
+    if start.is_dir():
+        prefixes = {path.with_suffix("") for path in start.glob("*.index") if path.is_file()}
+        prefixes |= {Path(m["prefix"]) for path in start.iterdir() if (m := SHARD.fullmatch(str(path)))}
+        if not prefixes:
             return None
-        if len(found) > 1:
-            raise ValueError(f"{place} holds several checkpoints, give one of {', '.join(map(str, sorted(found)))}")
-        prefix = found.pop()
-    elif place.is_file():
-        shard = SHARD.fullmatch(str(place))
-        if place.name == "checkpoint":  # TensorFlow's pointer to the newest
-            return prefix_of(place.parent)
-        if shard is None and place.suffix not in (".index", ".meta"):
+        if len(prefixes) > 1:
+            raise ValueError(f"{start} holds several checkpoints, give one of {', '.join(map(str, sorted(prefixes)))}")
+        prefix = prefixes.pop()
+    elif start.is_file():
+        shard = SHARD.fullmatch(str(start))
+        if start.name == "checkpoint":  # TensorFlow's pointer to the newest
+            return find_prefix(start.parent)
+        if shard is None and start.suffix not in (".index", ".meta"):
             return None
-        prefix = Path(shard["prefix"]) if shard else place.with_suffix("")
+        prefix = Path(shard["prefix"]) if shard else start.with_suffix("")
     else:
-        prefix = place
+        prefix = start
     index = Path(f"{prefix}.index")
     shards = [
         m
@@ -89,13 +89,13 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
     Raises:
         ValueError: no TensorFlow, no palette, a missing or misshapen variable (named), or a damaged file.
     """
-    reader = _Reader(prefix)
-    known = {name.removeprefix(SCOPE): shape for name, shape in reader.shapes.items() if name.startswith(SCOPE)}
-    network = sizes(prefix, known, n_head)
-    wanted = variables(network)
-    head = {HEAD: (*known[HEAD][:1], network.n_embd)} if HEAD in known else {}
-    check(prefix, known, wanted | head)
-    wclf = reader.lazy(SCOPE + HEAD) if head else None
+    reader = _VariableReader(prefix)
+    shapes = {name.removeprefix(SCOPE): shape for name, shape in reader.shapes.items() if name.startswith(SCOPE)}
+    network = infer_network(prefix, shapes, n_head)
+    wanted = list_variables(network)
+    head = {HEAD: (*shapes[HEAD][:1], network.n_embd)} if HEAD in shapes else {}
+    check_variables(prefix, shapes, wanted | head)
+    wclf = reader.read_lazily(SCOPE + HEAD) if head else None
     if wclf is not None and not wclf.read().any():
         wclf = None
     skipped = sorted(reader.shapes.keys() - {SCOPE + name for name in wanted | head})
@@ -112,7 +112,7 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
     side = round(network.n_ctx**0.5)
     metadata = CheckpointMetadata(
         network=network,
-        tokenizer=PaletteTokenizer(colours, PixelOrder.of(side, "raster")),
+        tokenizer=PaletteTokenizer(colours, PixelOrder.from_name(side, "raster")),
         objective={"name": "ar"} if network.causal else {"name": "bert", "mask_probability": BERT_MASKED},
         model=size_name(network),
         data=f"imagenet{side}",
@@ -120,26 +120,26 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
         seed=0,
     )
     index = Path(f"{prefix}.index")  # holds a checksum of every variable
-    state = converted({name: reader.lazy(SCOPE + name) for name in wanted}, network)
+    state = import_state({name: reader.read_lazily(SCOPE + name) for name in wanted}, network)
     sha256 = combined_hash(files.sha256(index), metadata)
     return Weights(prefix, prefix.parent, metadata, sha256, lambda: state, wclf)
 
 
-def sizes(where: Path, known: Shapes, n_head: int | None) -> GPTConfig:
+def infer_network(where: Path, shapes: Shapes, n_head: int | None) -> GPTConfig:
     """The network's config, inferred from the variables' shapes; `n_head` is needed if they have no head dimension.
 
     Raises:
         ValueError: no such network, an unknown or contradicting number of heads, or positions that are no square.
     """
-    blocks = {int(m[1]) for name in known if (m := re.match(r"h(\d+)/", name))}
-    if not blocks or not {"wte", "wpe"} <= known.keys():
+    blocks = {int(m[1]) for name in shapes if (m := re.match(r"h(\d+)/", name))}
+    if not blocks or not {"wte", "wpe"} <= shapes.keys():
         raise ValueError(
             f"{where} has no variables {SCOPE}wte, {SCOPE}wpe and {SCOPE}h0/…: it is a checkpoint of something else"
         )
-    if len(known["wte"]) != 2 or len(known["wpe"]) != 2:
-        raise ValueError(f"{where}: {SCOPE}wte is {known['wte']}, {SCOPE}wpe {known['wpe']}, expected two dimensions")
-    n_vocab, n_embd = known["wte"]
-    heads = known.get("h0/attn/q_proj", ())
+    if len(shapes["wte"]) != 2 or len(shapes["wpe"]) != 2:
+        raise ValueError(f"{where}: {SCOPE}wte is {shapes['wte']}, {SCOPE}wpe {shapes['wpe']}, expected two dimensions")
+    n_vocab, n_embd = shapes["wte"]
+    heads = shapes.get("h0/attn/q_proj", ())
     if len(heads) == 3:
         if n_head not in (None, heads[0]):
             raise ValueError(f"{where} has {heads[0]} heads, task.n_head={n_head} says otherwise: leave it out")
@@ -150,35 +150,35 @@ def sizes(where: Path, known: Shapes, n_head: int | None) -> GPTConfig:
         )
     if n_head < 1 or n_embd % n_head:
         raise ValueError(f"{where}: task.n_head={n_head} does not divide its width of {n_embd}")
-    n_ctx = known["wpe"][0]
+    n_ctx = shapes["wpe"][0]
     if round(n_ctx**0.5) ** 2 != n_ctx:
         raise ValueError(f"{where}: {n_ctx} positions are no square image")
     return GPTConfig(
-        n_layer=max(blocks) + 1, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal="sos" in known
+        n_layer=max(blocks) + 1, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal="sos" in shapes
     )
 
 
-def variables(network: GPTConfig) -> dict[str, tuple[int, ...]]:
+def list_variables(network: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Variable names (without scope) and shapes of a network in the released files."""
     c, t, v, h = network.n_embd, network.n_ctx, network.n_vocab, network.n_head
-    found: dict[str, tuple[int, ...]] = {"wpe": (t, c), "wte": (v, c), "wtet": (v, c), "ln_f/g": (c,)}
+    shapes: dict[str, tuple[int, ...]] = {"wpe": (t, c), "wte": (v, c), "wtet": (v, c), "ln_f/g": (c,)}
     if network.causal:
-        found["sos"] = (c,)
+        shapes["sos"] = (c,)
     for block in range(network.n_layer):
         at = f"h{block}"
-        found |= {f"{at}/ln_1/g": (c,), f"{at}/ln_2/g": (c,)}
-        found |= {f"{at}/attn/{name}_proj": (h, c // h, c) for name in "qkvc"}
-        found |= {f"{at}/mlp/c_fc/w": (c, 4 * c), f"{at}/mlp/c_proj/w": (4 * c, c)}
-    return found
+        shapes |= {f"{at}/ln_1/g": (c,), f"{at}/ln_2/g": (c,)}
+        shapes |= {f"{at}/attn/{name}_proj": (h, c // h, c) for name in "qkvc"}
+        shapes |= {f"{at}/mlp/c_fc/w": (c, 4 * c), f"{at}/mlp/c_proj/w": (4 * c, c)}
+    return shapes
 
 
-def check(where: Path, known: Shapes, wanted: Shapes) -> None:
+def check_variables(where: Path, shapes: Shapes, wanted: Shapes) -> None:
     """Raises ValueError, naming them, if variables are missing or misshapen."""
-    missing = sorted(wanted.keys() - known.keys())
+    missing = sorted(wanted.keys() - shapes.keys())
     wrong = [
-        f"{SCOPE}{name}: {known[name]} in the file, expected {shape}"
+        f"{SCOPE}{name}: {shapes[name]} in the file, expected {shape}"
         for name, shape in wanted.items()
-        if name in known and known[name] != shape and not _flat(name, known[name], shape)
+        if name in shapes and shapes[name] != shape and not _has_merged_heads(name, shapes[name], shape)
     ]
     if missing:
         raise ValueError(f"{where} has no {', '.join(SCOPE + name for name in missing[:5])}: it is not complete")
@@ -186,47 +186,49 @@ def check(where: Path, known: Shapes, wanted: Shapes) -> None:
         raise ValueError(f"{where}: {'; '.join(wrong[:5])}")
 
 
-def _flat(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+def _has_merged_heads(name: str, shape_found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Whether this is an attention matrix saved with its head dimensions merged."""
-    return "/attn/" in name and found == (shape[0] * shape[1], shape[2])
+    return "/attn/" in name and shape_found == (shape[0] * shape[1], shape[2])
 
 
-def converted(theirs: State, network: GPTConfig) -> State:
+def import_state(foreign: State, network: GPTConfig) -> State:
     """Converts their variables to our names and layout; q, k and v of a block become one matrix."""
     c = network.n_embd
 
-    def rows(tensor: Lazy) -> Lazy:  # [H, D, in] in the order of the output: no transpose (`bsf,hef->bhse`)
-        return tensor.reshaped((c, c), lambda w: w.reshape(c, c))
+    def rows(tensor: LazyTensor) -> LazyTensor:  # [H, D, in] in the order of the output: no transpose (`bsf,hef->bhse`)
+        return tensor.reshape((c, c), lambda w: w.reshape(c, c))
 
-    def turned(tensor: Lazy, n_out: int, n_in: int) -> Lazy:  # [in, out], with heads or without
-        return tensor.reshaped((n_out, n_in), lambda w: w.reshape(n_in, n_out).t().contiguous())
+    def turned(tensor: LazyTensor, n_out: int, n_in: int) -> LazyTensor:  # [in, out], with heads or without
+        return tensor.reshape((n_out, n_in), lambda w: w.reshape(n_in, n_out).t().contiguous())
 
-    ours: State = {name: theirs[name] for name in ("wte", "wpe", "wtet", "sos") if name in theirs}
-    ours["ln_f.g"] = theirs["ln_f/g"]
+    state: State = {name: foreign[name] for name in ("wte", "wpe", "wtet", "sos") if name in foreign}
+    state["ln_f.g"] = foreign["ln_f/g"]
     for block in range(network.n_layer):
         at, to = f"h{block}/", f"h.{block}."
-        ours |= {f"{to}ln_1.g": theirs[f"{at}ln_1/g"], f"{to}ln_2.g": theirs[f"{at}ln_2/g"]}
-        ours[f"{to}attn.c_attn.weight"] = _stacked([rows(theirs[f"{at}attn/{name}_proj"]) for name in "qkv"])
-        ours[f"{to}attn.c_proj.weight"] = turned(theirs[f"{at}attn/c_proj"], c, c)
-        ours[f"{to}mlp.c_fc.weight"] = turned(theirs[f"{at}mlp/c_fc/w"], 4 * c, c)
-        ours[f"{to}mlp.c_proj.weight"] = turned(theirs[f"{at}mlp/c_proj/w"], c, 4 * c)
-    return {name: tensor.as_float32() for name, tensor in ours.items()}
+        state |= {f"{to}ln_1.g": foreign[f"{at}ln_1/g"], f"{to}ln_2.g": foreign[f"{at}ln_2/g"]}
+        state[f"{to}attn.c_attn.weight"] = _stack([rows(foreign[f"{at}attn/{name}_proj"]) for name in "qkv"])
+        state[f"{to}attn.c_proj.weight"] = turned(foreign[f"{at}attn/c_proj"], c, c)
+        state[f"{to}mlp.c_fc.weight"] = turned(foreign[f"{at}mlp/c_fc/w"], 4 * c, c)
+        state[f"{to}mlp.c_proj.weight"] = turned(foreign[f"{at}mlp/c_proj/w"], c, 4 * c)
+    return {name: tensor.to_float32() for name, tensor in state.items()}
 
 
-def _stacked(parts: list[Lazy]) -> Lazy:
+def _stack(parts: list[LazyTensor]) -> LazyTensor:
     n_row, n_column = parts[0].shape
-    return Lazy((len(parts) * n_row, n_column), parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))
+    return LazyTensor(
+        (len(parts) * n_row, n_column), parts[0].dtype, lambda: torch.cat([part.read() for part in parts])
+    )
 
 
-def find_palette(prefix: Path, given: str | None, k: int) -> Palette:
-    """The palette, which OpenAI's checkpoints lack: from the path `given`, else from a folder beside or above.
+def find_palette(prefix: Path, file: str | None, k: int) -> Palette:
+    """The palette, which OpenAI's checkpoints lack: from the path `file`, else from a folder beside or above.
 
     Raises:
         ValueError: no palette, or one of another number of colours.
     """
-    places = [prefix.absolute().parent, *prefix.absolute().parent.parents[:3]]
-    beside = [folder / sub / PALETTE for folder in places for sub in (".", "color-clusters")]
-    path = Path(given).expanduser() if given is not None else next((p for p in beside if p.is_file()), None)
+    folders = [prefix.absolute().parent, *prefix.absolute().parent.parents[:3]]
+    candidates = [folder / sub / PALETTE for folder in folders for sub in (".", "color-clusters")]
+    path = Path(file).expanduser() if file is not None else next((p for p in candidates if p.is_file()), None)
     if path is None:
         raise ValueError(
             f"{prefix} does not hold the colours its {k} tokens stand for: put OpenAI's {PALETTE} beside it, or import "
@@ -239,7 +241,7 @@ def find_palette(prefix: Path, given: str | None, k: int) -> Palette:
     return palette
 
 
-class _Reader:
+class _VariableReader:
     """TensorFlow's checkpoint reader: shapes and dtypes of all variables, and each as a tensor.
 
     Raises:
@@ -258,21 +260,21 @@ class _Reader:
             except ImportError as error:
                 raise ValueError(INSTALL) from error
             self.prefix, self.errors = prefix, (tf.errors.OpError, ValueError, IndexError, RuntimeError)
-            self.reader = self._tried(lambda: tf.train.load_checkpoint(str(prefix)))
-        shapes = self._tried(self.reader.get_variable_to_shape_map)
+            self.reader = self._read_or_raise(lambda: tf.train.load_checkpoint(str(prefix)))
+        shapes = self._read_or_raise(self.reader.get_variable_to_shape_map)
         self.shapes = {str(name): tuple(shape) for name, shape in shapes.items()}
-        kinds = self._tried(self.reader.get_variable_to_dtype_map)
+        kinds = self._read_or_raise(self.reader.get_variable_to_dtype_map)
         self.dtypes = {str(name): getattr(torch, kind.name, None) for name, kind in kinds.items()}
 
-    def _tried(self, read: Callable[[], Any], name: str = "") -> Any:
+    def _read_or_raise(self, read: Callable[[], Any], name: str = "") -> Any:
         try:
             return read()
         except self.errors as error:
-            said = tensors.first_line(error)
+            message = tensors.first_line(error)
             at = f", at {name}" if name else ""
-            raise ValueError(f"{self.prefix} is damaged or not downloaded to its end{at} ({said})") from error
+            raise ValueError(f"{self.prefix} is damaged or not downloaded to its end{at} ({message})") from error
 
-    def lazy(self, name: str) -> Lazy:
+    def read_lazily(self, name: str) -> LazyTensor:
         """One variable, read on demand, bfloat16 as float32. Raises ValueError if it is not floating point."""
         dtype = self.dtypes[name]
         if dtype not in tensors.DTYPES:
@@ -280,7 +282,7 @@ class _Reader:
         wide = torch.float32 if dtype is torch.bfloat16 else dtype
 
         def read() -> Tensor:
-            found = self._tried(lambda: self.reader.get_tensor(name), name)
+            found = self._read_or_raise(lambda: self.reader.get_tensor(name), name)
             return torch.from_numpy(found.astype("f4") if dtype is torch.bfloat16 else found)
 
-        return Lazy(self.shapes[name], wide, read)
+        return LazyTensor(self.shapes[name], wide, read)

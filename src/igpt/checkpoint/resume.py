@@ -24,14 +24,14 @@ class AtomicCheckpointIO(CheckpointIO):
     A failed write is stored in `refused` instead of raised, so that all ranks can be told before the run ends.
     """
 
-    refused: OSError | None = None  # error of the last save
+    write_error: OSError | None = None  # error of the last save
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        self.refused = None
+        self.write_error = None
         try:
             self.write(checkpoint, Path(path))
         except OSError as error:
-            self.refused = error
+            self.write_error = error
 
     def write(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Writes checkpoint and checksum. Raises OSError if the disk refuses."""
@@ -57,7 +57,7 @@ class AtomicCheckpointIO(CheckpointIO):
             files.remove(path)
             os.replace(unfinished, path)
         except OSError as error:
-            self.refused = error
+            self.write_error = error
 
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
@@ -87,7 +87,7 @@ def checksum_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def step_of(path: Path) -> int:
+def parse_step(path: Path) -> int:
     """The optimiser step in a checkpoint's file name."""
     return int(path.stem.removeprefix("step_"))
 
@@ -104,7 +104,7 @@ def mark_latest(path: Path, *, keep: int) -> None:
 
 def mark_best(path: Path, *, name: str, value: float) -> None:
     """Marks `path` as the checkpoint with the best validation so far, by the metric `name`; it is not deleted."""
-    best = {"checkpoint": path.name, "step": step_of(path), "name": name, "value": value}
+    best = {"checkpoint": path.name, "step": parse_step(path), "name": name, "value": value}
     files.write_json(path.parent / BEST, best)
 
 
@@ -139,5 +139,5 @@ def latest_checkpoint(folder: Path) -> Path | None:
         log.warning("%s is damaged or was not written to its end: it is passed over", path)
     raise ValueError(
         f"{pointer.parent} holds no checkpoint that is whole ({len(newest_first)} are damaged): restore one with its "
-        ".sha256, or repeat the run with force=true"
+        ".sha256, or repeat the run with rerun=true"
     )

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from igpt.checkpoint import tensors
-from igpt.checkpoint.igpt_format import Weights, metadata_in, part
-from igpt.checkpoint.tensors import Lazy, State
+from igpt.checkpoint.igpt_format import Weights, extract_metadata, select_prefix
+from igpt.checkpoint.tensors import LazyTensor, State
 from igpt.utils import files
 
 METADATA, REST, PIECES = ".metadata", "meta.pt", "*.distcp"
@@ -39,7 +39,7 @@ MOMENTS = "optimizer_0.state."  # its prefix of the optimiser's tensors
 _STORES = "torch.distributed.checkpoint."
 
 
-class _Record:
+class _InertObject:
     """Inert substitute for an object of a known class: its arguments and fields, none of its code."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -85,12 +85,12 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(kind := getattr(torch, name, None), torch.dtype):
             return kind
         if (module, name) in _INERT:
-            return type(name, (_Record,), {})  # a new class each time, so a file cannot alter later ones
+            return type(name, (_InertObject,), {})  # a new class each time, so a file cannot alter later ones
         raise _RefusedError(f"it wants {module}.{name}")
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Chunk:
     """File and byte range of a piece of a tensor."""
 
     offsets: tuple[int, ...]  # of its first element in the full tensor
@@ -100,7 +100,7 @@ class _Piece:
     length: int
 
 
-Described = tuple[tuple[int, ...], torch.dtype, list[_Piece]]  # a tensor's shape, dtype and pieces
+Described = tuple[tuple[int, ...], torch.dtype, list[_Chunk]]  # a tensor's shape, dtype and pieces
 
 
 def read(folder: Path) -> Weights:
@@ -112,15 +112,15 @@ def read(folder: Path) -> Weights:
     state = read_state(folder)
     if not (folder / REST).is_file():
         raise ValueError(f"{folder} has no {REST}, which says what network this is: copy the whole folder")
-    metadata = metadata_in(tensors.read_torch(folder / REST), folder / REST)
+    metadata = extract_metadata(tensors.read_torch(folder / REST), folder / REST)
     plain = {tensors.plain_name(name): tensor for name, tensor in state.items()}
-    network, wclf = part(f"{STATE}net.", plain), plain.get(f"{STATE}head.wclf")
+    network, wclf = select_prefix(f"{STATE}net.", plain), plain.get(f"{STATE}head.wclf")
     return Weights(folder, folder, metadata, files.sha256(folder / METADATA), lambda: network, wclf)
 
 
 def read_metadata(folder: Path) -> Metadata:
     """The metadata as PyTorch's own classes, rebuilt from inert records, for PyTorch's reader."""
-    record, tensors_there = _read(folder)
+    record, tensors_there = _read_checked(folder)
     described: dict[str, Any] = {}
     for name, (shape, dtype, pieces) in tensors_there.items():
         chunks = [ChunkStorageMetadata(torch.Size(p.offsets), torch.Size(p.sizes)) for p in pieces]
@@ -137,18 +137,18 @@ def read_metadata(folder: Path) -> Metadata:
 
 def read_state(folder: Path) -> State:
     """All tensors of a sharded checkpoint, by their names in it."""
-    described = _read(folder)[1]
+    described = _read_checked(folder)[1]
     return {
-        name: Lazy(shape, dtype, partial(_whole, shape, dtype, pieces))
+        name: LazyTensor(shape, dtype, partial(_assemble_tensor, shape, dtype, pieces))
         for name, (shape, dtype, pieces) in described.items()
     }
 
 
-def _read(folder: Path) -> tuple[Any, dict[str, Described]]:
+def _read_checked(folder: Path) -> tuple[Any, dict[str, Described]]:
     """Returns (metadata record, shape, dtype and pieces of each tensor). Raises ValueError if a file is missing."""
     try:
-        metadata = _records((folder / METADATA).read_bytes())
-        described = dict(_tensors(folder, metadata))
+        metadata = _unpickle_inert((folder / METADATA).read_bytes())
+        described = dict(_list_tensors(folder, metadata))
     except _RefusedError as error:
         raise ValueError(
             f"{folder / METADATA} holds more than a checkpoint's metadata ({error}): it is not read, and nothing in it "
@@ -164,7 +164,7 @@ def _read(folder: Path) -> tuple[Any, dict[str, Described]]:
     return metadata, described
 
 
-def _records(content: bytes) -> Any:
+def _unpickle_inert(content: bytes) -> Any:
     """Unpickles plain records. Raises ValueError on a memo index beyond the pickle's size, which would fill memory."""
     for operation, argument, _ in pickletools.genops(content):
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
@@ -172,7 +172,7 @@ def _records(content: bytes) -> Any:
     return _Unpickler(io.BytesIO(content)).load()
 
 
-def _tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, Described]]:
+def _list_tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, Described]]:
     """Yields (name, (shape, dtype, pieces)) of each tensor in the metadata."""
     places = {}
     for index, info in metadata.fields["storage_data"].items():
@@ -191,7 +191,7 @@ def _tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, Described]]:
             relative, start, length = places[name, offsets]
             if Path(relative).name != relative:
                 raise ValueError(f"it names {relative}, which is not a file beside it")
-            pieces.append(_Piece(offsets, sizes, folder / relative, int(start), int(length)))
+            pieces.append(_Chunk(offsets, sizes, folder / relative, int(start), int(length)))
         dtype = described.fields["properties"].state[0]
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{name} is of no kind")
@@ -199,7 +199,7 @@ def _tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, Described]]:
         yield name, (described.fields["size"], dtype, pieces)
 
 
-def _check_cover(name: str, shape: tuple[int, ...], pieces: list[_Piece]) -> None:
+def _check_cover(name: str, shape: tuple[int, ...], pieces: list[_Chunk]) -> None:
     """Raises ValueError unless the pieces of a tensor fill it without overlap."""
     inside = all(
         o >= 0 and n >= 0 and o + n <= size
@@ -216,8 +216,8 @@ def _check_cover(name: str, shape: tuple[int, ...], pieces: list[_Piece]) -> Non
         raise ValueError(f"the pieces of {name} do not make {shape}")
 
 
-def _whole(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Piece]) -> Tensor:
-    whole = torch.empty(shape, dtype=dtype)
+def _assemble_tensor(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Chunk]) -> Tensor:
+    full = torch.empty(shape, dtype=dtype)
     for piece in pieces:
         try:
             with piece.file.open("rb") as file:
@@ -226,8 +226,8 @@ def _whole(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Piece]) -> 
             part = torch.load(content, map_location="cpu", weights_only=True)
             if part.dtype != dtype:
                 raise ValueError(f"{part.dtype} instead of {dtype}")
-            place = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))
-            whole[place].copy_(part.view(piece.sizes))
+            slices = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))
+            full[slices].copy_(part.view(piece.sizes))
         except tensors.DAMAGE as error:
             raise ValueError(f"{piece.file} is damaged ({tensors.first_line(error)}): copy it again") from error
-    return whole
+    return full

@@ -37,7 +37,7 @@ _ALIGNED = 8  # bytes: alignment of the first tensor in a safetensors file
 
 
 @dataclass(frozen=True)
-class Lazy:
+class LazyTensor:
     """A tensor on disk or in a module, read anew at each call of `read`."""
 
     shape: tuple[int, ...]
@@ -45,35 +45,35 @@ class Lazy:
     read: Callable[[], Tensor]
 
     @property
-    def n_value(self) -> int:
+    def n_parameter(self) -> int:
         return prod(self.shape)
 
     @property
     def n_byte(self) -> int:
-        return self.n_value * self.dtype.itemsize
+        return self.n_parameter * self.dtype.itemsize
 
-    def reshaped(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> "Lazy":
+    def reshape(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> "LazyTensor":
         """The tensor after `change`, which must give this shape."""
-        return Lazy(shape, self.dtype, lambda: change(self.read()))
+        return LazyTensor(shape, self.dtype, lambda: change(self.read()))
 
-    def as_float32(self) -> "Lazy":
+    def to_float32(self) -> "LazyTensor":
         """The tensor as float32; exact, unless it is float64."""
-        return Lazy(self.shape, torch.float32, lambda: self.read().float())
+        return LazyTensor(self.shape, torch.float32, lambda: self.read().float())
 
 
-State = dict[str, Lazy]  # by name
+State = dict[str, LazyTensor]  # by name
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
 
 
-def held(state: Mapping[str, Tensor]) -> State:
+def unwrapped_state(state: Mapping[str, Tensor]) -> State:
     """A module's tensors under their plain names, without the prefixes of compiler and strategy wrappers.
 
     Raises:
         ValueError: a tensor that is not dense floating point.
     """
 
-    def one(tensor: Tensor) -> Lazy:
-        return Lazy(tuple(tensor.shape), tensor.dtype, lambda: full_tensor(tensor.detach()).to("cpu"))
+    def one(tensor: Tensor) -> LazyTensor:
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: full_tensor(tensor.detach()).to("cpu"))
 
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
@@ -108,9 +108,9 @@ def write(folder: Path, state: State, *, label: str) -> list[Path]:
         parts[-1][name] = tensor
     n = len(parts)
     paths = [folder / (WEIGHTS if n == 1 else f"model-{i:05d}-of-{n:05d}.safetensors") for i in range(1, n + 1)]
-    if not ranks.this_rank().first:  # rank 0 writes; the others take part in gathering, in the same order
+    if not ranks.this_rank().is_first:  # rank 0 writes; the others take part in gathering, in the same order
         for part in parts:
-            for _, tensor in _ordered(part):
+            for _, tensor in _sort_by_width(part):
                 tensor.read()
         return paths
     n_byte = sum(tensor.n_byte for tensor in state.values())
@@ -119,8 +119,8 @@ def write(folder: Path, state: State, *, label: str) -> list[Path]:
             with files.atomic_path(path) as temporary:
                 _write_one(temporary, part, bar.update)
     if n > 1:
-        of = {name: path.name for path, part in zip(paths, parts, strict=True) for name in part}
-        files.write_json(folder / INDEX, {"metadata": {"total_size": n_byte}, "weight_map": of})
+        part_of = {name: path.name for path, part in zip(paths, parts, strict=True) for name in part}
+        files.write_json(folder / INDEX, {"metadata": {"total_size": n_byte}, "weight_map": part_of})
         (folder / WEIGHTS).unlink(missing_ok=True)  # of an earlier, smaller network
     return paths
 
@@ -129,14 +129,14 @@ def _write_one(path: Path, state: State, done: Callable[[float], object]) -> Non
     """Writes one safetensors file: length of the JSON header (8 bytes), header, tensors in its order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    ordered = _ordered(state)
+    ordered = _sort_by_width(state)
     for name, tensor in ordered:
         start, end = end, end + tensor.n_byte
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNED)
     with path.open("wb") as file:
-        files.reserve(file, 8 + len(text) + end)
+        files.reserve_space(file, 8 + len(text) + end)
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in ordered:
             values = tensor.read()
@@ -147,7 +147,7 @@ def _write_one(path: Path, state: State, done: Callable[[float], object]) -> Non
             done(tensor.n_byte)
 
 
-def _ordered(state: State) -> list[tuple[str, Lazy]]:
+def _sort_by_width(state: State) -> list[tuple[str, LazyTensor]]:
     """Tensors in file order: widest dtype first, so that all are aligned."""
     return sorted(state.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
@@ -164,27 +164,27 @@ def read(folder: Path, *, ignore: str = "(?!)") -> State:
         return read_safetensors(folder / WEIGHTS, ignore=ignore)
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder}: there is no {WEIGHTS} and no {INDEX}")
-    listed = {name: part for name, part in weight_map(folder / INDEX).items() if not re.fullmatch(ignore, name)}
-    whole: State = {}
+    listed = {name: part for name, part in read_weight_map(folder / INDEX).items() if not re.fullmatch(ignore, name)}
+    merged: State = {}
     for part in sorted(set(listed.values())):
-        whole |= read_safetensors(folder / part, ignore=ignore)
+        merged |= read_safetensors(folder / part, ignore=ignore)
     for name, part in listed.items():
-        if name not in whole:
+        if name not in merged:
             raise ValueError(f"{folder / part} does not hold {name}, as {INDEX} says: copy both again")
-    return {name: whole[name] for name in listed}
+    return {name: merged[name] for name in listed}
 
 
-def parts(folder: Path) -> list[Path]:
+def list_part_files(folder: Path) -> list[Path]:
     """The files that `read` reads, in order."""
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return [folder / WEIGHTS]
-    return [folder / part for part in sorted(set(weight_map(folder / INDEX).values()))]
+    return [folder / part for part in sorted(set(read_weight_map(folder / INDEX).values()))]
 
 
-def weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name → file name, from an index. Raises ValueError on a damaged index, or a missing or distant part."""
-    found = files.read_json(index)
-    listed = found.get("weight_map") if isinstance(found, dict) else None
+    mapping = files.read_json(index)
+    listed = mapping.get("weight_map") if isinstance(mapping, dict) else None
     if not isinstance(listed, dict) or not listed:
         raise ValueError(f"{index} names no parts of a network: copy it again")
     names = {str(name): str(part) for name, part in listed.items()}
@@ -197,18 +197,18 @@ def weight_map(index: Path) -> dict[str, str]:
 
 def read_safetensors(path: Path, *, ignore: str = "(?!)") -> State:
     """The tensors of one file; `ignore` as in `read`. Raises ValueError on a wrong header, dtype or file length."""
-    known = {text: dtype for dtype, text in DTYPES.items()}
+    dtypes = {text: dtype for dtype, text in DTYPES.items()}
     try:
         file = safe_open(path, framework="pt")
         names = [name for name in file.offset_keys() if not re.fullmatch(ignore, name)]
         slices = {name: file.get_slice(name) for name in names}
-        odd = {name: part.get_dtype() for name, part in slices.items() if part.get_dtype() not in known}
+        odd = {name: part.get_dtype() for name, part in slices.items() if part.get_dtype() not in dtypes}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy, download or export it again") from error
     if odd:
         raise ValueError(f"{path}: {next(iter(odd))} is {next(iter(odd.values()))}, expected floating point")
     return {
-        name: Lazy(tuple(part.get_shape()), known[part.get_dtype()], partial(file.get_tensor, name))
+        name: LazyTensor(tuple(part.get_shape()), dtypes[part.get_dtype()], partial(file.get_tensor, name))
         for name, part in slices.items()
     }
 
@@ -237,7 +237,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def check_fit(where: Path, state: Mapping[str, Lazy], own: Mapping[str, tuple[int, ...]]) -> None:
+def check_fit(where: Path, state: Mapping[str, LazyTensor], own: Mapping[str, tuple[int, ...]]) -> None:
     """Raises ValueError, naming differences, unless names and shapes of the tensors are exactly the network's."""
     wrong = [
         f"{name}: {tensor.shape} in the file, {own[name]} in the network"
@@ -247,9 +247,10 @@ def check_fit(where: Path, state: Mapping[str, Lazy], own: Mapping[str, tuple[in
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected or wrong:
         raise ValueError(
-            f"{where} does not fit: missing {_some(missing)}, unexpected {_some(unexpected)}, misshapen {_some(wrong)}"
+            f"{where} does not fit: missing {_shorten_list(missing)}, unexpected {_shorten_list(unexpected)}, "
+            f"misshapen {_shorten_list(wrong)}"
         )
 
 
-def _some(names: list[str]) -> str:
+def _shorten_list(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "none"

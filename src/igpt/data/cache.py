@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2  # version of the cache; raise it when the same settings decode to other pixels
 _CHUNK = 64  # rows per DataLoader item
-_ALONE = 512  # up to this many rows, starting worker processes costs more than it saves
+_SERIAL_BELOW = 512  # up to this many rows, starting worker processes costs more than it saves
 
 T = TypeVar("T")
 
@@ -38,13 +38,13 @@ class _Chunks(Dataset[Any]):
         return self.make(self.rows[chunk * _CHUNK : (chunk + 1) * _CHUNK].tolist())
 
 
-def in_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -> Iterator[T]:
+def map_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -> Iterator[T]:
     """Yields `make(chunk)` for consecutive chunks of `rows`, computed by one worker per core, with a progress bar.
 
     Raises:
         DataError: the first error of `make`.
     """
-    n_process = startable_workers(count_cores()) if len(rows) > _ALONE else 0
+    n_process = startable_workers(count_cores()) if len(rows) > _SERIAL_BELOW else 0
     chunks: DataLoader[Any] = DataLoader(
         _Chunks(make, rows), batch_size=None, num_workers=n_process, collate_fn=identity_collate,
         generator=torch.Generator(),  # the DataLoader draws a seed: not from the global generator
@@ -53,16 +53,16 @@ def in_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -
         with torch.device("cpu"):  # the caller may have the meta device as default
             parts = iter(chunks)
         try:
-            for made in parts:
-                yield made
+            for chunk in parts:
+                yield chunk
                 bar.update(min(_CHUNK, len(rows) - bar.n))
         finally:
             del parts  # shuts the workers down now, even if a traceback keeps this frame alive
 
 
-def digest(made_by: Mapping[str, Any]) -> str:
-    """The 16 hexadecimal digits of the cache key: a hash of `made_by` and the cache format."""
-    return files.hash_json({"format": FORMAT, **made_by}, sort_keys=True)[:16]
+def hash_cache_key(cache_key: Mapping[str, Any]) -> str:
+    """The 16 hexadecimal digits of the cache key: a hash of `cache_key` and the cache format."""
+    return files.hash_json({"format": FORMAT, **cache_key}, sort_keys=True)[:16]
 
 
 @contextmanager
@@ -96,7 +96,9 @@ def unwritable(path: Path, error: OSError, what: str = "the cache", *, why: str 
     )
 
 
-def pixels(path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequence[int]], np.ndarray]) -> np.ndarray:
+def load_pixels(
+    path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequence[int]], np.ndarray]
+) -> np.ndarray:
     """The decoded pixels of `rows`, memory-mapped: (len(rows), R, R, 3) uint8. Writes `path` by `make` if missing.
 
     Raises:
@@ -105,8 +107,8 @@ def pixels(path: Path, rows: np.ndarray, resolution: int, make: Callable[[Sequen
     """
 
     def write(file: IO[bytes]) -> None:
-        for made in in_chunks(make, rows, f"decoding to {path.stem}"):
-            file.write(made.tobytes())
+        for decoded in map_chunks(make, rows, f"decoding to {path.stem}"):
+            file.write(decoded.tobytes())
         log.info("data: decoded %d images to %s", len(rows), path)
 
     return map_array(path, (len(rows), resolution, resolution, 3), np.uint8, write)
@@ -128,9 +130,9 @@ def map_array(
     """
 
     def read() -> np.ndarray | None:
-        found = _mapped(path)
-        fits = found is not None and found.shape == shape and found.dtype == dtype and is_valid(found)
-        return found if fits else None
+        values = _open_mapped(path)
+        fits = values is not None and values.shape == shape and values.dtype == dtype and is_valid(values)
+        return values if fits else None
 
     if (known := read()) is not None:  # needs no lock, so a read-only cache works
         return known
@@ -143,7 +145,7 @@ def map_array(
             with files.atomic_write(path) as file:
                 header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                files.reserve(file, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+                files.reserve_space(file, int(np.prod(shape)) * np.dtype(dtype).itemsize)
                 write(file)
         except OSError as error:
             raise unwritable(path, error) from error
@@ -152,7 +154,7 @@ def map_array(
     return known
 
 
-def _mapped(path: Path) -> np.ndarray | None:
+def _open_mapped(path: Path) -> np.ndarray | None:
     """The memory-mapped file; None if it is missing or damaged."""
     try:
         mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -20,7 +20,7 @@ _WNID = re.compile(r"n\d{8}")
 
 
 @cache
-def imagenet() -> dict[str, tuple[int, str]]:
+def imagenet_classes() -> dict[str, tuple[int, str]]:
     """The 1,000 classes of ILSVRC 2012: wnid → (index, name). Two names occur twice (crane, maillot), no wnid does."""
     with resources.files("igpt.data").joinpath("imagenet_classes.csv").open() as file:
         return {row["wnid"]: (int(row["index"]), row["name"]) for row in csv.DictReader(file)}
@@ -29,7 +29,7 @@ def imagenet() -> dict[str, tuple[int, str]]:
 @cache
 def imagenet_names() -> tuple[str, ...]:
     """WordNet's names of the 1,000 classes, by index. The two duplicate names have their wnid in brackets."""
-    classes = sorted((index, name, wnid) for wnid, (index, name) in imagenet().items())
+    classes = sorted((index, name, wnid) for wnid, (index, name) in imagenet_classes().items())
     count = Counter(name for _, name, _ in classes)
     return tuple(name if count[name] == 1 else f"{name} ({wnid})" for _, name, wnid in classes)
 
@@ -47,7 +47,7 @@ class Classes:
     by_label: tuple[str, ...] | None = None  # class names; None: labels are plain numbers
 
     @staticmethod
-    def of(scheme: str | None, n_class: int | None, names: Sequence[tuple[str, ...] | None]) -> "Classes":
+    def from_split_names(scheme: str | None, n_class: int | None, names: Sequence[tuple[str, ...] | None]) -> "Classes":
         """The mapping for splits with these class names, the training split first.
 
         With `n_class`, the training split defines all classes; without, classes of other splits are appended.
@@ -78,21 +78,21 @@ class Classes:
             raise DataError(f"{where}: there are no labels (data.label_column, or a folder for each class); "
                              "data.n_class=null reads images without")  # fmt: skip
         if self.scheme == "imagenet" and self.n_class is not None and names is not None:
-            index = _wnid_index(tuple(names), where)
+            index = _index_of_wnid(tuple(names), where)
             check_labels(labels, len(names), where)
             labels = index[labels]
         elif self.scheme != "imagenet":
-            labels = self._by_name(labels, names, where)
+            labels = self._map_by_name(labels, names, where)
         if self.n_class is not None:
             check_labels(labels, self.n_class, where)
         return labels
 
-    def _by_name(self, labels: np.ndarray, names: Sequence[str] | None, where: str) -> np.ndarray:
+    def _map_by_name(self, labels: np.ndarray, names: Sequence[str] | None, where: str) -> np.ndarray:
         if names is None or self.by_label is None:
             if self.n_class is not None and (names is None) != (self.by_label is None) and (labels >= 0).any():
-                ours, train = ("names", "numbers") if self.by_label is None else ("numbers", "names")
+                split, train = ("names", "numbers") if self.by_label is None else ("numbers", "names")
                 raise DataError(
-                    f"{where}: its classes are {ours}, those of the training images are {train}: no label can be told "
+                    f"{where}: its classes are {split}, those of the training images are {train}: no label can be told "
                     "from another; give both names, or data.splits reads other splits"
                 )
             return labels
@@ -119,18 +119,18 @@ class Classes:
 
 
 @cache
-def _wnid_index(names: tuple[str, ...], where: str) -> np.ndarray:
+def _index_of_wnid(names: tuple[str, ...], where: str) -> np.ndarray:
     """The ILSVRC index of every class: (n,) int64. Raises DataError on a name that is not a wnid."""
-    known = imagenet()
-    if len(names) == len(known) and not any(_WNID.fullmatch(name) for name in names):
+    classes = imagenet_classes()
+    if len(names) == len(classes) and not any(_WNID.fullmatch(name) for name in names):
         return np.arange(len(names))  # the Hub's copy has names in words, in ILSVRC order
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in classes]
     if unknown:
         raise DataError(
             f"{where}: class {unknown[0]!r} is no wnid of ILSVRC 2012 ({len(unknown)} of {len(names)} are not): "
             "its folders are named as n01440764; other classes are read with data=folder"
         )
-    return np.array([known[name][0] for name in names], dtype=np.int64)
+    return np.array([classes[name][0] for name in names], dtype=np.int64)
 
 
 def check_labels(labels: np.ndarray, n_class: int, where: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from igpt.data.image_decoding import opened, rgb, size_of
+from igpt.data.image_decoding import decode_rgb, open_image, upright_size
 from igpt.settings.data import AugmentSettings, CropSettings, Resize
 from igpt.settings.fields import parse_settings
 from igpt.utils import keyed
@@ -41,11 +41,13 @@ class Crop:
 
     def __call__(self, data: bytes, key: int) -> np.ndarray:
         """Decodes `data` and crops it, at random by `key`: → (R, R, 3) uint8. Raises BadImageError."""
-        image = opened(data)
-        box, scale = self.box(*size_of(image), key)
+        image = open_image(data)
+        box, scale = self.box(*upright_size(image), key)
         side = box[2] - box[0]
         between = self.size if self.resize == "twice" else None  # pixels a side of the first of two steps
-        image = rgb(image, shrink=1.0 if self.draft is None else self.draft * (between or self.resolution) / side)
+        image = decode_rgb(
+            image, shrink=1.0 if self.draft is None else self.draft * (between or self.resolution) / side
+        )
         across, down = image.size[0] / scale[0], image.size[1] / scale[1]  # 1; below 1 after JPEG scaled decoding
         right, bottom = min(box[2] * across, image.size[0]), min(box[3] * down, image.size[1])  # against rounding
         within = (box[0] * across, box[1] * down, right, bottom)
@@ -65,7 +67,7 @@ class Crop:
             left, top = (width - short) / 2, (height - short) / 2
             return (left, top, left + short, top + short), (width, height)
         low, high = self.short_side
-        u = keyed.uniform(keyed.fold(torch.tensor([key]), 2), 3)[0].tolist() if self.is_random else None
+        u = keyed.uniform(keyed.fold_in(torch.tensor([key]), 2), 3)[0].tolist() if self.is_random else None
         side = low + math.floor(u[0] * (high - low + 1)) if u else low
         wide, tall = max(self.size, round(width * side / short)), max(self.size, round(height * side / short))
         if u:
@@ -77,7 +79,7 @@ class Crop:
 
 
 @dataclass(frozen=True)
-class Cut:
+class CropPlan:
     """The crops of a dataset for evaluation and for training, and the augmentation of the training pixels."""
 
     evaluation: Crop
@@ -86,7 +88,7 @@ class Cut:
     flip: bool  # mirror images with probability 1/2
 
     @staticmethod
-    def of(resolution: int, crop: CropSettings, augment: AugmentSettings) -> "Cut":
+    def from_settings(resolution: int, crop: CropSettings, augment: AugmentSettings) -> "CropPlan":
         """From the settings `data.crop` and `data.augment`.
 
         Raises:
@@ -98,7 +100,7 @@ class Cut:
             )
         build_crop = partial(Crop, resolution, size=crop.size, filter=crop.filter, resize=crop.resize, draft=crop.draft)
         side, sides = crop.eval_short_side, crop.short_side
-        return Cut(
+        return CropPlan(
             evaluation=build_crop(None if side is None else (side, side)),
             training=build_crop(None if sides is None else (sides[0], sides[1])),
             pad=augment.pad,
@@ -112,37 +114,37 @@ def evaluation_crop(data: Mapping[str, Any]) -> Crop:
     if "crop" in data:
         crop = parse_settings(CropSettings, data["crop"], "data.crop")
         augment = parse_settings(AugmentSettings, data["augment"], "data.augment")
-        return Cut.of(data["resolution"], crop, augment).evaluation
+        return CropPlan.from_settings(data["resolution"], crop, augment).evaluation
     return Crop(data["resolution"], short_side=None, size=None, filter="bilinear", resize="once", draft=None)
 
 
-def padded_crop(pixels: np.ndarray, keys: Sequence[int], *, pad: int, flip: bool) -> np.ndarray:
+def padded_crop(pixels: np.ndarray, rng_keys: Sequence[int], *, pad: int, flip: bool) -> np.ndarray:
     """A random R×R crop of each image after reflection padding by `pad` pixels: (B, R, R, 3) → the same shape.
 
     With `flip`, images are mirrored first with probability 1/2. Source: Chen et al. 2020, §3.1 (CIFAR fine-tuning).
     """
-    u = keyed.uniform(keyed.fold(torch.tensor(list(keys), dtype=torch.int64), 3), 3).numpy()  # (B, 3)
+    u = keyed.uniform(keyed.fold_in(torch.tensor(list(rng_keys), dtype=torch.int64), 3), 3).numpy()  # (B, 3)
     if flip:
         pixels = np.where((u[:, 0] < 0.5)[:, None, None, None], pixels[:, :, ::-1], pixels)
     if not pad:
         return pixels
     padded = np.pad(pixels, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
     top, left = np.floor(u[:, 1:] * (2 * pad + 1)).astype(np.int64).T  # (B,) in 0 … 2·pad
-    return _windows(padded, top, left, pixels.shape[1])
+    return _cut_windows(padded, top, left, pixels.shape[1])
 
 
-def shifted(pixels: np.ndarray, keys: Sequence[int], *, by: int, share: float) -> np.ndarray:
+def shift_images(pixels: np.ndarray, rng_keys: Sequence[int], *, by: int, share: float) -> np.ndarray:
     """Translates a `share` of the images by up to `by` pixels per axis: (B, R, R, 3) → the same shape.
 
     All (2·by + 1)² translations are equally likely, the identity included. Uncovered pixels are 0.
     """
-    u = keyed.uniform(keyed.fold(torch.tensor(keys, dtype=torch.int64), 1), 3).numpy()  # (B, 3)
+    u = keyed.uniform(keyed.fold_in(torch.tensor(rng_keys, dtype=torch.int64), 1), 3).numpy()  # (B, 3)
     moves = np.floor(u[:, 1:] * (2 * by + 1)).astype(np.int64)  # (B, 2) in 0 … 2·by
     top, left = np.where(u[:, :1] < share, moves, by).T  # (B,)
-    return _windows(np.pad(pixels, ((0, 0), (by, by), (by, by), (0, 0))), top, left, pixels.shape[1])
+    return _cut_windows(np.pad(pixels, ((0, 0), (by, by), (by, by), (0, 0))), top, left, pixels.shape[1])
 
 
-def _windows(pixels: np.ndarray, top: np.ndarray, left: np.ndarray, side: int) -> np.ndarray:
+def _cut_windows(pixels: np.ndarray, top: np.ndarray, left: np.ndarray, side: int) -> np.ndarray:
     """One side×side window of each image: (B, H, W, 3), (B,), (B,) → (B, side, side, 3)."""
     windows = np.lib.stride_tricks.sliding_window_view(pixels, (side, side), axis=(1, 2))  # (B, …, …, 3, side, side)
     return np.moveaxis(windows[np.arange(len(pixels)), top, left], 1, -1)

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 from sklearn.datasets import load_digits
 
-from igpt.data.crop import shifted
+from igpt.data.crop import shift_images
 from igpt.data.listing import ListFiles
 from igpt.data.source import ArraySplit, Split, VariedSplit, check_split_name
 from igpt.data.split import balanced_subset, split_indices
@@ -60,7 +60,7 @@ class Digits:
             rows = balanced_subset(of_train, per_class=labels_per_class, seed=subset_seed, where="digits")
             indices["train"] = indices["train"][rows]
         self._splits = {name: ArraySplit(pixels[rows], labels[rows]) for name, rows in indices.items()}
-        self._moved = VariedSplit(self._splits["train"], partial(shifted, by=shift, share=shift_share))
+        self._moved = VariedSplit(self._splits["train"], partial(shift_images, by=shift, share=shift_share))
 
     def split(self, name: str) -> ArraySplit:
         check_split_name(name)

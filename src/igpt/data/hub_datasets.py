@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from igpt.data.image_table import Columns, class_names, read_cell
 from igpt.data.listing import Listing
-from igpt.data.shards import BadShardError, reason_of
+from igpt.data.shards import BadShardError, format_reason
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class HubTable:
     unpacked: tuple[Path, ...] = ()  # absolute paths must lie below one of these, which `datasets` wrote
 
     @staticmethod
-    def of(rows: datasets.Dataset, columns: Columns, where: str, **more: Any) -> "HubTable":
+    def from_hub(rows: datasets.Dataset, columns: Columns, where: str, **more: Any) -> "HubTable":
         """The table of a dataset. Raises ValueError without an image column, or if the label column holds no labels."""
         more = {"fingerprint": str(rows._fingerprint), **more}
         image, label = columns.find(rows.features, where)
@@ -57,7 +57,7 @@ class HubTable:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+    def read_encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         for row, cell in zip(rows, self.rows[list(rows)][self.image], strict=True):
             yield read_cell(cell, f"row {row} of {self.where}", self.root, unpacked=self.unpacked)
 
@@ -74,7 +74,7 @@ class HubShards:
     root: Path | None = None
 
     @staticmethod
-    def of(rows: datasets.IterableDataset, columns: Columns, where: str) -> "HubShards":
+    def from_hub(rows: datasets.IterableDataset, columns: Columns, where: str) -> "HubShards":
         """The shards of a streamed dataset. Raises ValueError without an image column."""
         rows = rows if rows.features is not None else rows._resolve_features()
         image, label = columns.find(rows.features, where)
@@ -84,8 +84,8 @@ class HubShards:
         return min(int(self.rows.num_shards), _MOST)
 
     def name(self, number: int) -> str:
-        held = getattr(self.rows.shard(len(self), number)._ex_iterable, "kwargs", {})
-        for value in held.values():
+        kwargs = getattr(self.rows.shard(len(self), number)._ex_iterable, "kwargs", {})
+        for value in kwargs.values():
             if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
                 return str(value[0])
         return f"shard {number} of {self.where}"
@@ -101,7 +101,7 @@ class HubShards:
                     yield row, one[self.image][0], one[self.label][0] if self.label else None
         except Exception as error:  # pyarrow, fsspec and network clients raise many types
             raise BadShardError(
-                f"{self.name(number)} cannot be read after {row + 1} images: {reason_of(error)}"
+                f"{self.name(number)} cannot be read after {row + 1} images: {format_reason(error)}"
             ) from error
 
 
@@ -115,7 +115,7 @@ def open_hub(path: str, *, name: str, columns: Columns, streaming: bool) -> dict
         datasets.disable_progress_bars()
     log.info("data: looking for %s on the Hugging Face Hub", path)
     try:
-        found = dict(datasets.load_dataset(path, streaming=streaming))
+        splits = dict(datasets.load_dataset(path, streaming=streaming))
     except Exception as error:  # network errors of many types; the advice is the same
         is_missing = isinstance(error, DatasetNotFoundError)
         if is_missing and "gated" in str(error):
@@ -132,10 +132,12 @@ def open_hub(path: str, *, name: str, columns: Columns, streaming: bool) -> dict
     repository = Path(datasets.config.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}"
     unpacked = (repository, Path(datasets.config.HF_DATASETS_CACHE) / "downloads")  # image files of `datasets`
     if streaming:
-        return {split: partial(HubShards.of, rows, columns, f"{path} ({split})") for split, rows in found.items()}
+        return {
+            split: partial(HubShards.from_hub, rows, columns, f"{path} ({split})") for split, rows in splits.items()
+        }
     return {
-        split: partial(HubTable.of, rows, columns, f"{path} ({split})", unpacked=unpacked)
-        for split, rows in found.items()
+        split: partial(HubTable.from_hub, rows, columns, f"{path} ({split})", unpacked=unpacked)
+        for split, rows in splits.items()
     }
 
 
@@ -156,13 +158,13 @@ def open_saved(listing: Listing, *, columns: Columns, path: str) -> dict[str, Ca
     for folder in splits:
         _check_saved(listing.root, folder, there, path)
     saved = datasets.load_from_disk(str(listing.root))
-    found = saved if isinstance(saved, Mapping) else {"train": saved}
+    dataset = saved if isinstance(saved, Mapping) else {"train": saved}
     return {
         split: partial(
-            HubTable.of, rows, columns, f"{path} ({split})",
+            HubTable.from_hub, rows, columns, f"{path} ({split})",
             fingerprint=f"{listing.fingerprint} {split}", root=listing.root,
         )
-        for split, rows in found.items()
+        for split, rows in dataset.items()
     }  # fmt: skip
 
 

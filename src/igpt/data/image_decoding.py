@@ -23,7 +23,7 @@ MOST_BYTES = 256 << 20  # of one encoded image: Pillow's limit of pixels takes 2
 
 
 # file extensions of these formats: lower case, with the dot
-ENDINGS = frozenset(end.lower() for end, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
+EXTENSIONS = frozenset(end.lower() for end, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
 
 WHITE = (255, 255, 255)
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
@@ -74,14 +74,14 @@ def _check_size(what: str, size: int) -> None:
         raise BadImageError(f"{what} {size:,} bytes, at most {MOST_BYTES:,} are read of one image")
 
 
-def opened(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     """Opens the image in `data`: reads the header, not yet the pixels.
 
     Raises:
         BadImageError: not an image in one of `FORMATS`, or too many bytes or pixels (a decompression bomb).
     """
     _check_size("it has", len(data))
-    pixels, orientation = metadata.separate(data)
+    pixels, orientation = metadata.strip_metadata(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -102,13 +102,13 @@ def opened(data: bytes) -> Image.Image:
     return image
 
 
-def size_of(image: Image.Image) -> tuple[int, int]:
+def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of an image from `opened`, after applying its EXIF orientation."""
     width, height = image.size
     return (height, width) if image.info[_ORIENTATION] >= 5 else (width, height)
 
 
-def rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
+def decode_rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
     """Decodes an image from `opened` to upright RGB.
 
     Grey becomes three equal channels; palette indices become their colours; Pillow converts CMYK and YCbCr;
@@ -139,7 +139,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in _SIXTEEN_BIT or (image.mode == "I" and image.format == "PPM"):  # Pillow scales it to 16 bits
-        return _of_sixteen_bits(image)
+        return _convert_16_bit(image)
     if image.mode in ("F", "I"):
         kind = "floating-point" if image.mode == "F" else "32-bit whole"
         raise BadImageError(f"its pixels are {kind} numbers, whose white is not known: convert it to 8 or 16 bits")
@@ -152,7 +152,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _of_sixteen_bits(image: Image.Image) -> Image.Image:
+def _convert_16_bit(image: Image.Image) -> Image.Image:
     levels = np.asarray(image).astype(np.int64)
     pixels = np.rint(levels / 257).astype(np.uint8)
     if getattr(image, "tag_v2", {}).get(metadata.PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8-bit images only

@@ -33,7 +33,7 @@ class ImageFiles:
     fingerprint: str
 
     @staticmethod
-    def of(listing: Listing, labels: np.ndarray, names: tuple[str, ...] | None, where: str) -> "ImageFiles":
+    def from_listing(listing: Listing, labels: np.ndarray, names: tuple[str, ...] | None, where: str) -> "ImageFiles":
         """The table of the files in a listing."""
         paths = pa.array(map(os.fsencode, listing.names), pa.large_binary())
         return ImageFiles(listing.root, paths, labels, names, where, listing.fingerprint)
@@ -44,7 +44,7 @@ class ImageFiles:
     def path(self, row: int) -> Path:
         return self.root / os.fsdecode(self.paths[row].as_py())
 
-    def encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+    def read_encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         for row in rows:
             path = self.path(row)
             yield str(path), read_image_file(path)
@@ -92,33 +92,33 @@ def open_image_files(
     """
     files = listing.select(index)
     folders = [class_folder(name, depth) for name in files.names]
-    known = sorted({folder for folder in folders if folder is not None})
-    given = _metadata(listing, files, label_columns)
-    if given and len(known) > 1 and len(given) < len(files):
+    classes = sorted({folder for folder in folders if folder is not None})
+    texts = _read_labels(listing, files, label_columns)
+    if texts and len(classes) > 1 and len(texts) < len(files):
         raise ValueError(
-            f"{where}: the images lie in class folders ({', '.join(known[:3])}, …) and a metadata file gives labels, "
+            f"{where}: the images lie in class folders ({', '.join(classes[:3])}, …) and a metadata file gives labels, "
             "too: remove one, or data.label_column=[] to take the folders"
         )
-    if given:
-        labels, names = number_labels(given, len(files), where)
+    if texts:
+        labels, names = number_labels(texts, len(files), where)
         _check_all_labelled(files, labels, n_class, where, "has no line in the metadata")
-        return ImageFiles.of(files, labels, names, where)
+        return ImageFiles.from_listing(files, labels, names, where)
     nested = next((name for name in files.names if is_nested(name, depth)), None)
-    if nested is not None and n_class is not None and len(known) != n_class:
+    if nested is not None and n_class is not None and len(classes) != n_class:
         raise ValueError(
             f"{where}: images lie in folders below others, as {nested}: the first folders would be "
-            f"{describe_classes(known)}; data.n_class={n_class}: give the folder that holds those of the classes as "
+            f"{describe_classes(classes)}; data.n_class={n_class}: give the folder that holds those of the classes as "
             "data.path, or move them up"
         )
     if nested is not None:
         log.warning(
             "data: %s: images lie in folders below others, as %s: the first folders are %s",
-            where, nested, describe_classes(known),
+            where, nested, describe_classes(classes),
         )  # fmt: skip
-    number = {name: label for label, name in enumerate(known)}
+    number = {name: label for label, name in enumerate(classes)}
     labels = np.fromiter((-1 if folder is None else number[folder] for folder in folders), np.int64, len(folders))
     _check_all_labelled(files, labels, n_class, where, "lies in no class folder")
-    return ImageFiles.of(files, labels, tuple(known) or None, where)
+    return ImageFiles.from_listing(files, labels, tuple(classes) or None, where)
 
 
 def _check_all_labelled(files: Listing, labels: np.ndarray, n_class: int | None, where: str, why: str) -> None:
@@ -131,15 +131,15 @@ def _check_all_labelled(files: Listing, labels: np.ndarray, n_class: int | None,
         )
 
 
-def _metadata(listing: Listing, files: Listing, label_columns: Sequence[str]) -> dict[int, str]:
+def _read_labels(listing: Listing, files: Listing, label_columns: Sequence[str]) -> dict[int, str]:
     """Row in `files` → label text, from all metadata files with a label column; empty if there are none."""
-    found = [name for name in listing.names if name.rpartition("/")[2] in METADATA]
-    if not found or not label_columns:
+    labelled = [name for name in listing.names if name.rpartition("/")[2] in METADATA]
+    if not labelled or not label_columns:
         return {}
     row_of = {name: row for row, name in enumerate(files.names)}
     others = set(listing.names)
-    given: dict[int, str] = {}
-    for metadata in found:
+    texts: dict[int, str] = {}
+    for metadata in labelled:
         lines = read_metadata(listing.root / metadata, label_columns)
         if lines is None:
             log.warning("data: %s has no labels of images: it is not read", listing.root / metadata)
@@ -154,9 +154,9 @@ def _metadata(listing: Listing, files: Listing, label_columns: Sequence[str]) ->
                 )
             if row is None or line.label is None:
                 continue
-            if given.setdefault(row, line.label) != line.label:
+            if texts.setdefault(row, line.label) != line.label:
                 raise ValueError(
                     f"{listing.root / metadata}, line {line.number}: {line.file_name!r} is {line.label!r:.40} here and "
-                    f"{given[row]!r:.40} elsewhere: remove one of the lines"
+                    f"{texts[row]!r:.40} elsewhere: remove one of the lines"
                 )
-    return given
+    return texts

@@ -35,26 +35,26 @@ def read_metadata(path: Path, label_columns: Sequence[str]) -> list[Line] | None
     column = None
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, record in _csv_records(file) if path.suffix == ".csv" else _json_records(file):
+            for number, record in _read_csv(file) if path.suffix == ".csv" else _read_json(file):
                 if column is None:
                     column = next((name for name in label_columns if name in record), None)
                 name = record.get("file_name")
                 if column is None or not isinstance(name, str) or not name:
                     return None
                 label = record.get(column)
-                lines.append(Line(number, name, None if label is None or label == "" else _as_text(label)))
+                lines.append(Line(number, name, None if label is None or label == "" else _label_text(label)))
     except (OSError, ValueError, csv.Error, RecursionError) as error:  # ValueError: not UTF-8, not JSON
         raise ValueError(f"{path} cannot be read ({error}): correct it, or remove it") from error
     return lines or None
 
 
-def _csv_records(file: IO[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
+def _read_csv(file: IO[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
     table = csv.DictReader(file)
     for record in table:
         yield table.line_num, {str(key): value for key, value in record.items()}
 
 
-def _json_records(file: IO[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
+def _read_json(file: IO[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
     for number, line in enumerate(iter(lambda: file.readline(MOST_LINE), ""), 1):
         if len(line) == MOST_LINE:
             raise ValueError(f"line {number} has more than {MOST_LINE:,} characters")
@@ -65,7 +65,7 @@ def _json_records(file: IO[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
             yield number, record
 
 
-def _as_text(label: object) -> str:
+def _label_text(label: object) -> str:
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         raise ValueError(f"a label is {label!r:.40}, expected a whole number or a name")
     return str(label)
@@ -76,13 +76,13 @@ def resolve_name(folder: str, name: str) -> str:
     return os.path.normpath(PurePosixPath(folder, name).as_posix())
 
 
-def number_labels(given: Mapping[int, str], n: int, where: str) -> tuple[np.ndarray, tuple[str, ...] | None]:
+def number_labels(label_texts: Mapping[int, str], n: int, where: str) -> tuple[np.ndarray, tuple[str, ...] | None]:
     """Labels (N,) and class names from label texts: integers are labels; names are numbered in sorted order.
 
     Raises:
         ValueError: a mixture of integers and names, or numbers that are not integers.
     """
-    values = set(given.values())
+    values = set(label_texts.values())
     numbers = {value for value in values if WHOLE_NUMBER.fullmatch(value)}
     odd = sorted(value for value in values - numbers if numbers or _is_number(value))
     if odd:
@@ -90,10 +90,10 @@ def number_labels(given: Mapping[int, str], n: int, where: str) -> tuple[np.ndar
             f"{where}: the metadata's label {odd[0]!r:.60} is neither a whole number nor a name as the others are"
         )
     names = None if numbers else tuple(sorted(values))
-    of = {value: int(value) for value in numbers} if names is None else {name: i for i, name in enumerate(names)}
+    index = {value: int(value) for value in numbers} if names is None else {name: i for i, name in enumerate(names)}
     labels = np.full(n, -1, dtype=np.int64)
-    for row, value in given.items():
-        labels[row] = of[value]
+    for row, value in label_texts.items():
+        labels[row] = index[value]
     return labels, names
 
 

@@ -33,23 +33,23 @@ class DecodedSplit:
 
     def prepare(self) -> None: ...
 
-    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+    def read(self, index: Sequence[int], rng_keys: Sequence[int]) -> Pixels:
         rows = self.rows[np.asarray(index, dtype=np.int64)]
-        return Pixels(read_pixels(self.table, self.crop, rows.tolist(), keys), self.of_table[rows])
+        return Pixels(read_pixels(self.table, self.crop, rows.tolist(), rng_keys), self.of_table[rows])
 
 
-def read_pixels(table: Table, crop: Crop, rows: Sequence[int], keys: Sequence[int] | None = None) -> np.ndarray:
-    """Decodes and crops rows of a table, at random by `keys` (default 0): → (len(rows), R, R, 3) uint8.
+def read_pixels(table: Table, crop: Crop, rows: Sequence[int], rng_keys: Sequence[int] | None = None) -> np.ndarray:
+    """Decodes and crops rows of a table, at random by `rng_keys` (default 0): → (len(rows), R, R, 3) uint8.
 
     Raises:
         BadImageError: an unreadable image; the message names the row or the file.
     """
     out = np.empty((len(rows), crop.resolution, crop.resolution, 3), dtype=np.uint8)
-    for i, (place, data) in enumerate(table.encoded(rows)):
+    for i, (where, data) in enumerate(table.read_encoded(rows)):
         try:
-            out[i] = crop(data, keys[i] if keys else 0)
+            out[i] = crop(data, rng_keys[i] if rng_keys else 0)
         except BadImageError as error:
-            raise BadImageError(f"{place}: {error}; data.on_corrupt=skip leaves such images out") from error
+            raise BadImageError(f"{where}: {error}; data.on_corrupt=skip leaves such images out") from error
     return out
 
 
@@ -72,10 +72,10 @@ class CachedSplit:
     def prepare(self) -> None:
         if self._pixels is None and len(self):
             make = partial(read_pixels, self.decoded.table, self.decoded.crop)
-            self._pixels = pixel_cache.pixels(self.path, self.cached, self.decoded.crop.resolution, make)
+            self._pixels = pixel_cache.load_pixels(self.path, self.cached, self.decoded.crop.resolution, make)
 
-    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+    def read(self, index: Sequence[int], rng_keys: Sequence[int]) -> Pixels:
         if self._pixels is None:
-            return self.decoded.read(index, keys)
+            return self.decoded.read(index, rng_keys)
         rows = self.decoded.rows[np.asarray(index, dtype=np.int64)]
         return Pixels(self._pixels[np.searchsorted(self.cached, rows)], self.decoded.of_table[rows])

@@ -42,7 +42,7 @@ class Table(Protocol):
 
     def __len__(self) -> int: ...
 
-    def encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+    def read_encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         """Yields the name and the encoded image of each row. Raises BadImageError on an unreadable file."""
         ...
 
@@ -73,15 +73,15 @@ class Columns:
 
 def _check_types(features: Mapping[str, Any], image: str, label: str | None, where: str) -> None:
     """Raises ValueError unless the columns have types of images and of classes."""
-    held = features[image]
-    plain = getattr(held, "dtype", None) in (*BINARY, "string")
-    within = isinstance(held, dict) and getattr(held.get("bytes"), "dtype", None) in (*BINARY, "null")
-    if not (isinstance(held, datasets.Image) or plain or within):
-        raise ValueError(f"{where}: column {image!r} holds {held}, expected images (data.image_column)")
+    column = features[image]
+    plain = getattr(column, "dtype", None) in (*BINARY, "string")
+    within = isinstance(column, dict) and getattr(column.get("bytes"), "dtype", None) in (*BINARY, "null")
+    if not (isinstance(column, datasets.Image) or plain or within):
+        raise ValueError(f"{where}: column {image!r} holds {column}, expected images (data.image_column)")
     if label is None:
         return
-    whole = str(getattr(features[label], "dtype", "")).startswith(("int", "uint"))
-    if not (isinstance(features[label], datasets.ClassLabel) or whole):
+    is_integer = str(getattr(features[label], "dtype", "")).startswith(("int", "uint"))
+    if not (isinstance(features[label], datasets.ClassLabel) or is_integer):
         raise ValueError(
             f"{where}: column {label!r} holds {features[label]}, expected whole numbers or class names "
             "(data.label_column; [] reads none)"
@@ -100,7 +100,7 @@ def split_cell(cell: Any) -> tuple[bytes | None, str | None]:
     return (None, cell) if isinstance(cell, str) else (cell, None)
 
 
-def read_cell(cell: Cell, place: str, root: Path | None, *, unpacked: Sequence[Path] = ()) -> tuple[str, bytes]:
+def read_cell(cell: Cell, where: str, root: Path | None, *, unpacked: Sequence[Path] = ()) -> tuple[str, bytes]:
     """The name and the bytes of the image in one cell of an image column.
 
     Paths in cells are untrusted. A relative path is followed to a regular file below `root`, an absolute one to a
@@ -115,17 +115,17 @@ def read_cell(cell: Cell, place: str, root: Path | None, *, unpacked: Sequence[P
         return str(cell), read_image_file(cell)
     data, path = split_cell(cell)
     if data is not None:
-        return place, data
+        return where, data
     if path is None:
-        raise BadImageError(f"{place}: there is no image")
-    found = [file_below(root, str(path)), *(file_below(folder, str(path), absolute=True) for folder in unpacked)]
-    file = next((file for file in found if file is not None), None)
+        raise BadImageError(f"{where}: there is no image")
+    candidates = [find_below(root, str(path)), *(find_below(folder, str(path), absolute=True) for folder in unpacked)]
+    file = next((file for file in candidates if file is not None), None)
     if file is None:
-        raise BadImageError(f"{place}: it names the file {str(path)!r}, which is no file below {root}: not followed")
+        raise BadImageError(f"{where}: it names the file {str(path)!r}, which is no file below {root}: not followed")
     return str(file), read_image_file(file)
 
 
-def file_below(root: Path | None, name: str, *, absolute: bool = False) -> Path | None:
+def find_below(root: Path | None, name: str, *, absolute: bool = False) -> Path | None:
     """The regular file of an untrusted name if it lies below `root` after resolving links; else None."""
     if root is None or "\0" in name or (os.path.isabs(name) and not absolute):
         return None

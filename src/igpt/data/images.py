@@ -13,17 +13,17 @@ import PIL
 
 from igpt.data import cache as pixel_cache
 from igpt.data.classes import Classes, describe_classes
-from igpt.data.crop import Crop, Cut, padded_crop
+from igpt.data.crop import Crop, CropPlan, padded_crop
 from igpt.data.hub_datasets import HUB_NAME, open_hub
-from igpt.data.image_decoding import BadImageError, opened, rgb
+from igpt.data.image_decoding import BadImageError, decode_rgb, open_image
 from igpt.data.image_splits import CachedSplit, DecodedSplit
 from igpt.data.image_table import Columns, Table
 from igpt.data.listing import ListFiles, list_files
-from igpt.data.local import Open, Opening, open_listed, open_named
-from igpt.data.shards import named_files
+from igpt.data.local import Open, OpenOptions, open_listing, open_shard_files
+from igpt.data.shards import expand_shard_path
 from igpt.data.source import Split, Stream, VariedSplit, check_split_name
 from igpt.data.split import balanced_subset, split_indices
-from igpt.data.stream import Streamed
+from igpt.data.stream import StreamedImages
 from igpt.settings.data import (
     AugmentSettings,
     CropSettings,
@@ -82,8 +82,8 @@ class Images:
             )
         self.name, self.resolution, self.n_class = name, resolution, n_class
         self.labels_per_class = labels_per_class
-        cut = Cut.of(resolution, crop, augment)
-        how = Opening(
+        cut = CropPlan.from_settings(resolution, crop, augment)
+        how = OpenOptions(
             path=path,
             columns=Columns(image_column, label_column),
             n_class=n_class,
@@ -94,28 +94,28 @@ class Images:
             cache=cache,
         )
         openers = _find_splits(how, name, list_files)
-        of = {ours: _present(ours, theirs, openers, path) for ours, theirs in names.items()}
+        of = {own: _match_split(own, alias, openers, path) for own, alias in names.items()}
         trained_on = of["train"]
         assert trained_on is not None
-        read = sorted({theirs for theirs in of.values() if theirs})
-        found = {theirs: openers[theirs]() for theirs in read}
-        others = [found[theirs].names for theirs in read if theirs != trained_on]
-        read_as = Classes.of(classes, n_class, [found[trained_on].names, *others])
+        read = sorted({alias for alias in of.values() if alias})
+        dataset = {alias: openers[alias]() for alias in read}
+        others = [dataset[alias].names for alias in read if alias != trained_on]
+        read_as = Classes.from_split_names(classes, n_class, [dataset[trained_on].names, *others])
         self.class_names = read_as.names
         if self.class_names is not None:
             log.info("data: %s", describe_classes(self.class_names))
         elif read_as.by_label is not None:
             log.warning("data.n_class=%s, but there are %s", n_class, describe_classes(read_as.by_label))
-        self._parts: Streamed | _Tables
+        self._parts: StreamedImages | _Tables
         if streaming:
-            shards = {ours: found[theirs] for ours, theirs in of.items() if theirs}
-            self._parts = Streamed(
+            shards = {own: dataset[alias] for own, alias in of.items() if alias}
+            self._parts = StreamedImages(
                 shards, name=name, classes=read_as, cut=cut, val_fraction=val_fraction, split_seed=split_seed,
                 skip=how.skip, settings=stream,
             )  # fmt: skip
             return
         pixel_caches = _PixelCacheDir(cache / "pixels", f"{name}{resolution}", how.skip)
-        tables: dict[str, Table] = found
+        tables: dict[str, Table] = dataset
         drawn = split_indices(
             len(tables[trained_on]),
             val_fraction=0 if of["val"] else val_fraction,
@@ -123,23 +123,23 @@ class Images:
             seed=split_seed,
         )
         good = {
-            theirs: np.setdiff1d(np.arange(len(table)), pixel_caches.corrupt_rows(table))
-            for theirs, table in tables.items()
+            alias: np.setdiff1d(np.arange(len(table)), pixel_caches.corrupt_rows(table))
+            for alias, table in tables.items()
         }
         parts = {}
-        for ours, theirs in of.items():
-            read_from = theirs or trained_on
+        for own, alias in of.items():
+            read_from = alias or trained_on
             table = tables[read_from]
-            rows = np.arange(len(table)) if theirs and ours != "train" else drawn[ours]
+            rows = np.arange(len(table)) if alias and own != "train" else drawn[own]
             labels = np.full(len(table), -1)
             labels[rows] = read_as(table.labels[rows], table.names, table.where)
             rows = np.intersect1d(rows, good[read_from])
-            if ours == "train" and labels_per_class is not None:
+            if own == "train" and labels_per_class is not None:
                 if (labels[rows] < 0).any():
                     raise ValueError(f"{table.where}: some images have no label, data.labels_per_class needs them all")
                 among = balanced_subset(labels[rows], per_class=labels_per_class, seed=subset_seed, where=table.where)
                 rows = rows[among]
-            parts[ours] = (DecodedSplit(table, labels, rows, cut.evaluation), good[read_from])
+            parts[own] = (DecodedSplit(table, labels, rows, cut.evaluation), good[read_from])
         self._parts = _Tables(parts, cut, pixel_caches)
 
     def split(self, name: str) -> Split:
@@ -150,36 +150,36 @@ class Images:
         return self._parts.training()
 
 
-def _find_splits(how: Opening, name: str, list_files: ListFiles) -> Mapping[str, Open]:
+def _find_splits(how: OpenOptions, name: str, list_files: ListFiles) -> Mapping[str, Open]:
     """Split name → function that opens it, for `data.path`: a local path, remote shards or a Hub dataset.
 
     Raises:
         ValueError: `data.path` does not exist or holds no image.
     """
-    place = Path(how.path)
-    if place.exists():
-        return open_listed(list_files(place), how)
-    shards = named_files(how.path)
+    folder = Path(how.path)
+    if folder.exists():
+        return open_listing(list_files(folder), how)
+    shards = expand_shard_path(how.path)
     if shards is not None:
         if not how.streaming:
             raise ValueError(f"data.path={how.path} names shards, which are read in turn: data.streaming=true")
         if not shards:
             raise ValueError(f"data.path={how.path}: there is no such file")
-        return open_named(shards, how)
+        return open_shard_files(shards, how)
     if not HUB_NAME.fullmatch(how.path) or how.path.startswith("."):
         raise ValueError(f"data.path={how.path}: there is no such file or folder, and it is no Hub name either")
     return open_hub(how.path, name=name, columns=how.columns, streaming=how.streaming)
 
 
-def _present(ours: str, theirs: Sequence[str], found: Mapping[str, Open], path: str) -> str | None:
-    """The first of the names `theirs` that exists, or None. Raises ValueError if the training split is missing."""
-    for name in theirs:
-        if name in found:
+def _match_split(split: str, names: Sequence[str], splits: Mapping[str, Open], path: str) -> str | None:
+    """The first of the names `names` that exists, or None. Raises ValueError if the training split is missing."""
+    for name in names:
+        if name in splits:
             return name
-    if ours == "train":
+    if split == "train":
         raise ValueError(
-            f"data.path={path} has the splits {', '.join(found)}, none called {' or '.join(theirs)}: "
-            f"say which to train on, data.splits.train=[{next(iter(found))}]"
+            f"data.path={path} has the splits {', '.join(splits)}, none called {' or '.join(names)}: "
+            f"say which to train on, data.splits.train=[{next(iter(splits))}]"
         )
     return None
 
@@ -193,43 +193,45 @@ class _PixelCacheDir:
     skip: bool  # leave out corrupt images
 
     def path(self, table: Table, rows: np.ndarray, crop: Crop) -> Path:
-        made_by = {
+        cache_key = {
             "table": table.fingerprint,
             "rows": hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest(),
             "crop": asdict(crop),
             "pillow": PIL.__version__,
         }
-        return self.folder / f"{self.name}-{pixel_cache.digest(made_by)}.npy"
+        return self.folder / f"{self.name}-{pixel_cache.hash_cache_key(cache_key)}.npy"
 
     def corrupt_rows(self, table: Table) -> np.ndarray:
         """Rows with an unreadable image, ascending, if `skip`; else none. Checked once, then read from the cache."""
         if not self.skip:
             return np.empty(0, dtype=np.int64)
-        digest = pixel_cache.digest({"table": table.fingerprint, "pillow": PIL.__version__})
+        digest = pixel_cache.hash_cache_key({"table": table.fingerprint, "pillow": PIL.__version__})
         path = self.folder / f"{self.name}-{digest}.corrupt.json"
         with pixel_cache.file_lock(path):
             if not path.is_file():
-                checked = pixel_cache.in_chunks(partial(_unreadable, table), np.arange(len(table)), "checking images")
-                files.write_json(path, [found for chunk in checked for found in chunk])
-        found = files.read_json(path)
-        if found:
+                checked = pixel_cache.map_chunks(
+                    partial(_find_corrupt, table), np.arange(len(table)), "checking images"
+                )
+                files.write_json(path, [corrupt for chunk in checked for corrupt in chunk])
+        corrupt = files.read_json(path)
+        if corrupt:
             log.warning(
                 "data: %d of %d images of %s cannot be read and are left out, as %s (all: %s)",
-                len(found), len(table), table.where, found[0]["reason"], path,
+                len(corrupt), len(table), table.where, corrupt[0]["reason"], path,
             )  # fmt: skip
-        return np.array([image["row"] for image in found], dtype=np.int64)
+        return np.array([image["row"] for image in corrupt], dtype=np.int64)
 
 
-def _unreadable(table: Table, rows: Sequence[int]) -> list[dict[str, Any]]:
-    found = []
+def _find_corrupt(table: Table, rows: Sequence[int]) -> list[dict[str, Any]]:
+    corrupt = []
     for row in rows:
-        place = f"row {row} of {table.where}"
+        where = f"row {row} of {table.where}"
         try:
-            ((place, data),) = table.encoded([row])
-            rgb(opened(data))
+            ((where, data),) = table.read_encoded([row])
+            decode_rgb(open_image(data))
         except BadImageError as error:
-            found.append({"row": row, "reason": f"{place}: {error}"})
-    return found
+            corrupt.append({"row": row, "reason": f"{where}: {error}"})
+    return corrupt
 
 
 @dataclass(frozen=True)
@@ -237,7 +239,7 @@ class _Tables:
     """The splits of a dataset with random access."""
 
     parts: dict[str, tuple[DecodedSplit, np.ndarray]]  # evaluation crops, and the readable rows of the table
-    cut: Cut
+    cut: CropPlan
     pixel_caches: _PixelCacheDir
 
     def split(self, name: str) -> Split:

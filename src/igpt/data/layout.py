@@ -37,8 +37,8 @@ def split_images(names: Sequence[str], *, named: Sequence[str], layout: str, whe
             _check_deeper(names, named, where)
         return Splits({"train": list(range(len(names)))}, [], 0)
     others = [folder for folder in folders if folder not in splits]
-    given = any(folder not in SPLIT_NAMES and folder.lower() not in SPLIT_NAMES for folder in splits)
-    if others and layout == "auto" and not given:
+    is_split = any(folder not in SPLIT_NAMES and folder.lower() not in SPLIT_NAMES for folder in splits)
+    if others and layout == "auto" and not is_split:
         raise ValueError(
             f"{where}: {next(iter(splits))}/ is called as a split, {others[0]}/ beside it is not: "
             "data.layout=classes if all of them are classes, data.layout=splits to read only the splits"
@@ -76,13 +76,13 @@ def split_shards(names: Sequence[str], *, named: Sequence[str], layout: str, whe
         rest.append(i)
         if any(_split_name(word, named) for word in re.split(r"[\W_]+", stem)):
             unclear.append(names[i])
-    known = {*SPLIT_NAMES.values(), *named}
-    if len(names) > 1 and (unclear or (rest and known & set(files))):
+    split_names = {*SPLIT_NAMES.values(), *named}
+    if len(names) > 1 and (unclear or (rest and split_names & set(files))):
         raise ValueError(
             f"{where}: it is not clear of which split {(unclear or [names[rest[0]]])[0]} is: name all as train-0, "
             "test-0, …, put them into folders train/, val/, test/, or read all as training images, data.layout=classes"
         )
-    if not known & set(files) and len(files) < 2:
+    if not split_names & set(files) and len(files) < 2:
         return Splits({"train": list(range(len(names)))}, [], 0)
     return Splits(files, rest, 0)
 
@@ -108,7 +108,7 @@ def _assign_splits(folders: Sequence[str], named: Sequence[str], where: str) -> 
     for folder in folders:
         if (split := _split_name(folder, named)) is None:
             continue
-        same = next((other for other, known in splits.items() if known == split), None)
+        same = next((other for other, first in splits.items() if first == split), None)
         if same is not None:
             raise ValueError(
                 f"{where}: {same}/ and {folder}/ are both the split {split}: put them together, or name the one to "

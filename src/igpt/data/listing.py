@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from igpt.data.image_decoding import ENDINGS
+from igpt.data.image_decoding import EXTENSIONS
 from igpt.utils import files
 
-SHARD_ENDINGS = (".parquet", ".tar")
+SHARD_EXTENSIONS = (".parquet", ".tar")
 METADATA = ("metadata.csv", "metadata.jsonl")  # labels of the images beside them
 ARRAYS = (".arrow", ".npy")  # saved by `datasets`; OpenAI's tokens
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # `datasets.save_to_disk`, beside .arrow files
@@ -45,7 +45,7 @@ class Listing:
         names = [self.names[i] for i in rows.tolist()]
         return Listing(self.root, names, self.sizes[rows], self.mtimes[rows], Counter())
 
-    def with_ending(self, *endings: str) -> list[int]:
+    def find_by_extension(self, *endings: str) -> list[int]:
         """Indices of the files with one of these extensions, in any case."""
         return [i for i, name in enumerate(self.names) if file_extension(name) in endings]
 
@@ -92,8 +92,8 @@ def list_files(path: Path) -> Listing:
         ValueError: an unreadable folder, or more than MOST_VISITS links to one folder.
     """
     if path.is_file():
-        found = path.stat()
-        found_files: Iterable[tuple[str, int, int]] = [(path.name, found.st_size, found.st_mtime_ns)]
+        status = path.stat()
+        found_files: Iterable[tuple[str, int, int]] = [(path.name, status.st_size, status.st_mtime_ns)]
         path = path.parent
     else:
         found_files = _walk(path)
@@ -116,7 +116,7 @@ def list_files(path: Path) -> Listing:
 def _is_data(name: str, size: int) -> bool:
     last = name.rpartition("/")[2]
     ending = file_extension(last)
-    if ending in ENDINGS or ending in SHARD_ENDINGS:  # kept even if not regular: reading reports the file by name
+    if ending in EXTENSIONS or ending in SHARD_EXTENSIONS:  # kept even if not regular: reading reports the file by name
         return True
     return size != NOT_REGULAR and (ending in ARRAYS or last in METADATA or last in SAVED)
 
@@ -124,9 +124,9 @@ def _is_data(name: str, size: int) -> bool:
 def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
     """Yields every visible file as (relative name, size, modification time in ns)."""
     top = os.fspath(root)
-    found = os.stat(top)
+    status = os.stat(top)
     # path, relative prefix, (device, inode) of the folder and its parents
-    folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(top, "", ((found.st_dev, found.st_ino),))]
+    folders: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(top, "", ((status.st_dev, status.st_ino),))]
     visits: Counter[tuple[int, int]] = Counter()
     while folders:
         folder, prefix, around = folders.pop()
@@ -140,12 +140,12 @@ def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
                 if name.startswith(".") or name in SYSTEM_FOLDERS:
                     continue
                 try:
-                    found = entry.stat()
+                    status = entry.stat()
                 except OSError:  # a broken or circular link
                     yield prefix + name, NOT_REGULAR, 0
                     continue
-                if stat.S_ISDIR(found.st_mode):
-                    identity = (found.st_dev, found.st_ino)
+                if stat.S_ISDIR(status.st_mode):
+                    identity = (status.st_dev, status.st_ino)
                     if identity not in around:
                         visits[identity] += 1
                         if visits[identity] > MOST_VISITS:
@@ -154,7 +154,7 @@ def _walk(root: Path) -> Iterator[tuple[str, int, int]]:
                                 "would be read as often, remove the links"
                             )
                         folders.append((entry.path, f"{prefix}{name}/", (*around, identity)))
-                elif stat.S_ISREG(found.st_mode):
-                    yield prefix + name, found.st_size, found.st_mtime_ns
+                elif stat.S_ISREG(status.st_mode):
+                    yield prefix + name, status.st_size, status.st_mtime_ns
                 else:
                     yield prefix + name, NOT_REGULAR, 0

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from igpt.data.hub_datasets import open_saved
-from igpt.data.image_decoding import ENDINGS
+from igpt.data.image_decoding import EXTENSIONS
 from igpt.data.image_files import ImageShards, open_image_files
 from igpt.data.image_table import Columns, Table
 from igpt.data.layout import Splits, split_images, split_shards
 from igpt.data.listing import METADATA, SAVED, Listing, file_extension
-from igpt.data.parquet_files import ParquetShards, ParquetTable, holds_images
+from igpt.data.parquet_files import ParquetShards, ParquetTable, has_images
 from igpt.data.shards import Shards
 from igpt.data.tar_files import TarShards, TarTable
 
@@ -24,7 +24,7 @@ EXPECTED = "expected a folder of images, of class folders, of parquet or of tar 
 
 
 @dataclass(frozen=True)
-class Opening:
+class OpenOptions:
     """Options for opening the files of a dataset."""
 
     path: str  # data.path, for messages
@@ -37,7 +37,7 @@ class Opening:
     cache: Path
 
 
-def open_listed(listing: Listing, how: Opening) -> Mapping[str, Open]:
+def open_listing(listing: Listing, how: OpenOptions) -> Mapping[str, Open]:
     """Split name → function that opens it, as a table or as shards (`how.streaming`), for the files of a listing.
 
     A file belongs to at most one split. One kind of file is read: parquet files if one of them holds images, else
@@ -47,17 +47,17 @@ def open_listed(listing: Listing, how: Opening) -> Mapping[str, Open]:
         ValueError: no images, or file names with an ambiguous split or class.
     """
     if listing.dangling:
-        said = f"{listing.root / listing.dangling[0]} is a link to nothing ({len(listing.dangling)} such links)"
+        message = f"{listing.root / listing.dangling[0]} is a link to nothing ({len(listing.dangling)} such links)"
         if not how.skip:
-            raise ValueError(f"{said}: mend or remove it; data.on_corrupt=skip leaves such out")
-        log.warning("data: %s: it is left out", said)
-    if {"dataset_dict.json", "state.json"} & {*listing.names} and listing.with_ending(".arrow"):
+            raise ValueError(f"{message}: mend or remove it; data.on_corrupt=skip leaves such out")
+        log.warning("data: %s: it is left out", message)
+    if {"dataset_dict.json", "state.json"} & {*listing.names} and listing.find_by_extension(".arrow"):
         if how.streaming:
             raise ValueError(f"data.path={how.path} was saved by save_to_disk and is no stream: data.streaming=false")
         return open_saved(listing, columns=how.columns, path=how.path)
-    images = [i for i, name in enumerate(listing.names) if file_extension(name) in ENDINGS]
-    parquet, tar = listing.with_ending(".parquet"), listing.with_ending(".tar")
-    if images and parquet and not any(holds_images(listing.root / listing.names[i], how.columns) for i in parquet):
+    images = [i for i, name in enumerate(listing.names) if file_extension(name) in EXTENSIONS]
+    parquet, tar = listing.find_by_extension(".parquet"), listing.find_by_extension(".tar")
+    if images and parquet and not any(has_images(listing.root / listing.names[i], how.columns) for i in parquet):
         parquet = []
     if parquet and tar:
         raise ValueError(
@@ -78,34 +78,34 @@ def open_listed(listing: Listing, how: Opening) -> Mapping[str, Open]:
     return {name: partial(_open_shards, listing, rows, name, how) for name, rows in index.items()}
 
 
-def open_named(files: Sequence[str], how: Opening) -> Mapping[str, Open]:
+def open_shard_files(files: Sequence[str], how: OpenOptions) -> Mapping[str, Open]:
     """The training split of a stream from an explicit list of shard files, local or remote."""
-    return {"train": partial(_shards_of, files, "train", how, root=None)}
+    return {"train": partial(_make_shards, files, "train", how, root=None)}
 
 
-def _open_images(listing: Listing, rows: Sequence[int], name: str, depth: int, how: Opening) -> Table | Shards:
+def _open_images(listing: Listing, rows: Sequence[int], name: str, depth: int, how: OpenOptions) -> Table | Shards:
     images = open_image_files(
         listing, rows, depth=depth, label_columns=how.columns.label, n_class=how.n_class, where=f"{how.path} ({name})"
     )
     return ImageShards(images) if how.streaming else images
 
 
-def _open_shards(listing: Listing, rows: Sequence[int], name: str, how: Opening) -> Table | Shards:
+def _open_shards(listing: Listing, rows: Sequence[int], name: str, how: OpenOptions) -> Table | Shards:
     of_split = listing.select(rows)
-    shards = _shards_of([str(listing.root / file) for file in of_split.names], name, how, root=listing.root)
+    shards = _make_shards([str(listing.root / file) for file in of_split.names], name, how, root=listing.root)
     if how.streaming:
         return shards
     if isinstance(shards, ParquetShards):
-        named = listing if any(file_extension(file) in ENDINGS for file in listing.names) else of_split
-        return ParquetTable.of(shards, named, how.cache, skip=how.skip)
-    return TarTable.of_shards(shards, of_split, skip=how.skip)
+        named = listing if any(file_extension(file) in EXTENSIONS for file in listing.names) else of_split
+        return ParquetTable.from_shards(shards, named, how.cache, skip=how.skip)
+    return TarTable.from_shards(shards, of_split, skip=how.skip)
 
 
-def _shards_of(files: Sequence[str], name: str, how: Opening, *, root: Path | None) -> ParquetShards | TarShards:
+def _make_shards(files: Sequence[str], name: str, how: OpenOptions, *, root: Path | None) -> ParquetShards | TarShards:
     where = f"{how.path} ({name})"
     if file_extension(files[0]) == ".parquet":
-        return ParquetShards.of(files, how.columns, where, root, skip=how.skip)
-    return TarShards.of(files, how.columns, where, skip=how.skip)
+        return ParquetShards.open(files, how.columns, where, root, skip=how.skip)
+    return TarShards.open(files, how.columns, where, skip=how.skip)
 
 
 def _warn_unread(listing: Listing, read: Sequence[int], splits: Splits, path: str) -> None:
@@ -115,10 +115,10 @@ def _warn_unread(listing: Listing, read: Sequence[int], splits: Splits, path: st
     for i, name in enumerate(listing.names):
         if i not in taken and name.rpartition("/")[2] not in (*METADATA, *SAVED):
             kinds[file_extension(name)] += 1
-    said = Listing(listing.root, [], listing.sizes, listing.mtimes, kinds).describe_unread()
-    if said:
+    message = Listing(listing.root, [], listing.sizes, listing.mtimes, kinds).describe_unread()
+    if message:
         named = " (images where a cell names them)" if file_extension(listing.names[read[0]]) == ".parquet" else ""
-        log.warning("data: not read below %s: %s%s", path, said, named)
+        log.warning("data: not read below %s: %s%s", path, message, named)
     if splits.unread:
         first = listing.names[read[splits.unread[0]]]
         log.warning("data: %d files below %s are of no split and are not read, as %s", len(splits.unread), path, first)

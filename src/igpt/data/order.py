@@ -44,7 +44,7 @@ class Item(NamedTuple):
     image: int
 
 
-class EndlessBatches:
+class InfiniteBatchSampler:
     """Infinite batch sampler: position p of the run is image `order(epoch)[p mod n]`, epoch = p div n.
 
     Optimiser step s takes positions s·batch_size … (s+1)·batch_size - 1 for any number of devices and accumulated
@@ -71,7 +71,7 @@ class EndlessBatches:
         return Item(epoch, int(self._order[offset]))
 
 
-class OncePerImage:
+class EvalBatchSampler:
     """Evaluation batch sampler: every image exactly once over all ranks, without padding.
 
     Batches are assigned to ranks in turn, so that their content does not depend on the number of ranks. All ranks get
@@ -92,34 +92,36 @@ class OncePerImage:
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """The lane (reader) of each micro-batch of a stream: round robin over all devices.
+class ReaderSchedule:
+    """The reader (reader) of each micro-batch of a stream: round robin over all devices.
 
-    A lane belongs to one worker of one device, so that no image is read twice.
+    A reader belongs to one worker of one device, so that no image is read twice.
 
     Raises:
-        ValueError: a number of lanes that n_device does not divide.
+        ValueError: a number of readers that n_device does not divide.
     """
 
     plan: BatchPlan
     count: int
-    first: int  # the lane of the next micro-batch
+    first: int  # the reader of the next micro-batch
 
     def __post_init__(self) -> None:
         if self.count % self.plan.n_device:
             raise ValueError(
-                f"{self.plan.n_device} devices cannot share the {self.count} lanes of a stream equally: take a number "
-                "of devices that divides them, or before a run begins another data.stream.lanes (which is kept in its "
+                f"{self.plan.n_device} devices cannot share the {self.count} readers of a stream equally: take a "
+                "number "
+                "of devices that divides them, or before a run begins another data.stream.num_readers (which is kept "
+                "in its "
                 "checkpoints)"
             )
 
-    def workers(self, at_most: int) -> int:
-        """The largest number of workers, up to `at_most`, that divides the lanes of one device."""
+    def usable_workers(self, at_most: int) -> int:
+        """The largest number of workers, up to `at_most`, that divides the readers of one device."""
         mine = self.count // self.plan.n_device
         return max((n for n in range(1, min(at_most, mine) + 1) if mine % n == 0), default=0)
 
-    def mine(self, worker: int, n_worker: int) -> Iterator[int]:
-        """Yields without end the lane of every `n_worker`-th micro-batch of this device, from number `worker` on."""
+    def readers(self, worker: int, n_worker: int) -> Iterator[int]:
+        """Yields without end the reader of every `n_worker`-th micro-batch of this device, from number `worker` on."""
         plan = self.plan
         batch = self.first + plan.rank + worker * plan.n_device
         while True:

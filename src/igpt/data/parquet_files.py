@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from igpt.data import cache as pixel_cache
 from igpt.data.image_table import Cell, Columns, class_names, read_cell, split_cell
 from igpt.data.listing import Listing
-from igpt.data.shards import BadShardError, FileShards, is_remote, open_shard, readable_files, reason_of
+from igpt.data.shards import BadShardError, FileShards, find_readable_files, format_reason, is_remote, open_shard
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -37,22 +37,22 @@ class ParquetShards(FileShards):
     root: Path | None
 
     @staticmethod
-    def of(paths: Sequence[str], columns: Columns, where: str, root: Path | None, *, skip: bool) -> "ParquetShards":
+    def open(paths: Sequence[str], columns: Columns, where: str, root: Path | None, *, skip: bool) -> "ParquetShards":
         """The shards of some files; the first one defines the columns.
 
         Raises:
             BadShardError: an invalid parquet file.
             ValueError: no image column.
         """
-        good = readable_files(paths, where, check=_read_schema, skip=skip)
+        good = find_readable_files(paths, where, check=_read_schema, skip=skip)
         first = _read_schema(good[0])
         image, label = columns.find(first, where)
         shards = ParquetShards(
             tuple(good), columns, image, label, class_names(first[label]) if label else None, where, root
         )
         if not is_remote(good[0]) and label is not None and shards.names is not None:
-            found = [class_names(_read_schema(file).get(label)) or () for file in good]
-            more = sorted({name for names in found for name in names} - set(shards.names))
+            schemas = [class_names(_read_schema(file).get(label)) or () for file in good]
+            more = sorted({name for names in schemas for name in names} - set(shards.names))
             shards = replace(shards, names=(*shards.names, *more))
         return shards
 
@@ -61,14 +61,14 @@ class ParquetShards(FileShards):
         try:
             with open_shard(file) as opened:
                 parquet = pq.ParquetFile(opened, buffer_size=1 << 20)
-                translate = self._translation(parquet.schema_arrow, file)
+                translate = self._map_labels(parquet.schema_arrow, file)
                 for group in range(parquet.num_row_groups):
                     n = parquet.metadata.row_group(group).num_rows
                     if row + n <= start:
                         row += n
                         continue
                     wanted = [self.image, *([self.label] if self.label else [])]
-                    for batch in parquet.iter_batches(self._at_once(parquet, group), [group], wanted):
+                    for batch in parquet.iter_batches(self._rows_per_read(parquet, group), [group], wanted):
                         labels = batch.column(self.label).to_pylist() if self.label else [None] * len(batch)
                         for cell, label in zip(batch.column(self.image), labels, strict=True):
                             if label is not None and not -1 << 63 <= label < 1 << 63:
@@ -79,16 +79,16 @@ class ParquetShards(FileShards):
         except BadShardError:
             raise
         except Exception as error:  # pyarrow, fsspec and network clients raise many types
-            raise BadShardError(f"{file} cannot be read after {row} images: {reason_of(error)}") from error
+            raise BadShardError(f"{file} cannot be read after {row} images: {format_reason(error)}") from error
 
-    def _at_once(self, parquet: pq.ParquetFile, group: int) -> int:
+    def _rows_per_read(self, parquet: pq.ParquetFile, group: int) -> int:
         """The number of rows per read of a row group that keeps the images below _MOST_BYTES."""
         row_group = parquet.metadata.row_group(group)
         chunks = [row_group.column(i) for i in range(row_group.num_columns)]
         unpacked = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] == self.image)
         return max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, int(unpacked))))
 
-    def _translation(self, schema: pa.Schema, file: str) -> Any:
+    def _map_labels(self, schema: pa.Schema, file: str) -> Any:
         """A function from the labels of a file to those of the split; None if they are equal."""
         features = datasets.Features.from_arrow_schema(schema)
         if self.label is None:
@@ -96,16 +96,16 @@ class ParquetShards(FileShards):
         self.columns.find(features, file)
         if self.image not in features or self.label not in features:
             raise BadShardError(f"{file} has no column {self.image!r} or {self.label!r}, which {self.files[0]} has")
-        theirs = class_names(features[self.label])
-        if (theirs is None) != (self.names is None):
-            raise BadShardError(f"{file}: its labels are {'numbers' if theirs is None else 'names'}, those of "
+        file_names = class_names(features[self.label])
+        if (file_names is None) != (self.names is None):
+            raise BadShardError(f"{file}: its labels are {'numbers' if file_names is None else 'names'}, those of "
                                 f"{self.files[0]} are not: make them alike")  # fmt: skip
-        if theirs is None or self.names is None or theirs == self.names[: len(theirs)]:
+        if file_names is None or self.names is None or file_names == self.names[: len(file_names)]:
             return None
-        unknown = [name for name in theirs if name not in self.names]
+        unknown = [name for name in file_names if name not in self.names]
         if unknown:
             raise BadShardError(f"{file} has the class {unknown[0]!r}, which {self.files[0]} does not know")
-        to = [self.names.index(name) for name in theirs]
+        to = [self.names.index(name) for name in file_names]
         return lambda label: to[label] if 0 <= label < len(to) else label
 
 
@@ -115,12 +115,12 @@ def _read_schema(file: str) -> datasets.Features:
         with open_shard(file) as opened:
             return datasets.Features.from_arrow_schema(pq.read_schema(opened))
     except pa.ArrowInvalid as error:
-        raise BadShardError(f"{file} is no parquet file, or is cut short ({reason_of(error)})") from error
+        raise BadShardError(f"{file} is no parquet file, or is cut short ({format_reason(error)})") from error
     except Exception as error:  # a schema unknown to `datasets`, or a network error
-        raise BadShardError(f"{file} cannot be read ({reason_of(error)})") from error
+        raise BadShardError(f"{file} cannot be read ({format_reason(error)})") from error
 
 
-def holds_images(file: Path, columns: Columns) -> bool:
+def has_images(file: Path, columns: Columns) -> bool:
     """Whether a parquet file is readable and has an image column."""
     try:
         columns.find(_read_schema(str(file)), str(file))
@@ -140,7 +140,7 @@ class ParquetTable:
     fingerprint: str
 
     @staticmethod
-    def of(shards: ParquetShards, listing: Listing, cache: Path, *, skip: bool) -> "ParquetTable":
+    def from_shards(shards: ParquetShards, listing: Listing, cache: Path, *, skip: bool) -> "ParquetTable":
         """The table of all rows; writes the Arrow copy if it is missing.
 
         `listing`: the files and the image files that cells may name. With `skip`, unreadable rows are left out; such a
@@ -151,14 +151,14 @@ class ParquetTable:
             ValueError: the disk is full or not writable.
         """
         made_of = {"files": [*shards.files], "image": shards.image, "label": shards.label, "names": shards.names}
-        digest = pixel_cache.digest({"listing": listing.fingerprint, **made_of})
+        digest = pixel_cache.hash_cache_key({"listing": listing.fingerprint, **made_of})
         copy = cache / "parquet" / f"{digest}.arrow"
-        if not _is_whole(copy):
+        if not _is_complete(copy):
             with pixel_cache.file_lock(copy):
-                if not _is_whole(copy):
+                if not _is_complete(copy):
                     for part in copy.parent.glob(f".{copy.stem}*.part"):  # left by a killed process: the lock is ours
                         part.unlink()
-                    copy, digest = _copy(shards, copy, digest, skip=skip)
+                    copy, digest = _copy_rows(shards, copy, digest, skip=skip)
         return ParquetTable(copy, shards.names, shards.where, shards.root, digest)
 
     def __len__(self) -> int:
@@ -183,7 +183,7 @@ class ParquetTable:
         parts = [self._reader.get_batch(i).column("label").to_numpy() for i in range(len(self._starts) - 1)]
         return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
 
-    def encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+    def read_encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         for row in rows:
             number = bisect_right(self._starts, row) - 1
             batch, within = self._reader.get_batch(number), row - self._starts[number]
@@ -195,7 +195,7 @@ _MOST_EXPANSION = 100  # images may take this many times the size of the files, 
 _SCHEMA = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
 
 
-def _is_whole(copy: Path) -> bool:
+def _is_complete(copy: Path) -> bool:
     """Whether the Arrow copy exists and is readable."""
     if not copy.is_file():
         return False
@@ -208,7 +208,7 @@ def _is_whole(copy: Path) -> bool:
     return True
 
 
-def _copy(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> tuple[Path, str]:
+def _copy_rows(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> tuple[Path, str]:
     """Writes the Arrow copy. Returns its path and digest, which differ from `to` and `digest` if rows were left out."""
     log.info("data: copying the images of %s to %s", shards.where, to)
     left = _MOST_EXPANSION * sum(Path(file).stat().st_size for file in shards.files) + (64 << 20)
@@ -217,8 +217,8 @@ def _copy(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> tuple[
         with files.atomic_write(partial) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
             for number in range(len(shards)):
                 try:
-                    for rows, held in _batches(shards, number):
-                        left -= held
+                    for rows, n_byte in _read_batches(shards, number):
+                        left -= n_byte
                         if left < 0:
                             raise BadShardError(
                                 f"{shards.name(number)} unpacks to more than {_MOST_EXPANSION} times its size, as no "
@@ -231,7 +231,7 @@ def _copy(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> tuple[
                     log.warning("data: %s; what is left of it is left out", error)
                     broken.append(str(error))
         if broken:
-            return partial, pixel_cache.digest({"of": digest, "without": broken})
+            return partial, pixel_cache.hash_cache_key({"of": digest, "without": broken})
         partial.replace(to)
     except OSError as error:
         why = "the images of parquet files are copied there to be read by row; data.streaming=true keeps no copy; "
@@ -239,21 +239,21 @@ def _copy(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> tuple[
     return to, digest
 
 
-def _batches(shards: ParquetShards, number: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
+def _read_batches(shards: ParquetShards, number: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
     """Yields batches of rows of one file as records of the copy, each with the total bytes of its images."""
     rows: list[dict[str, Any]] = []
-    held, damage = 0, None
+    n_byte, damage = 0, None
     try:
         for _, cell, label in shards.read(number, 0):
             data, path = split_cell(cell)
             rows.append({"bytes": data, "path": path, "label": -1 if label is None else label})
-            held += len(data or b"")
-            if len(rows) == _MOST_ROWS or held > _MOST_BYTES // 4:
-                yield rows, held
-                rows, held = [], 0
+            n_byte += len(data or b"")
+            if len(rows) == _MOST_ROWS or n_byte > _MOST_BYTES // 4:
+                yield rows, n_byte
+                rows, n_byte = [], 0
     except BadShardError as error:
         damage = error
     if rows:
-        yield rows, held
+        yield rows, n_byte
     if damage is not None:
         raise damage

@@ -18,7 +18,7 @@ from datasets.utils.file_utils import xopen
 
 from igpt.data.errors import DataError
 from igpt.data.image_table import Cell
-from igpt.data.listing import SHARD_ENDINGS
+from igpt.data.listing import SHARD_EXTENSIONS
 
 log = logging.getLogger(__name__)
 
@@ -92,21 +92,21 @@ def open_shard(file: str) -> IO[bytes]:
     return open(file, "rb")
 
 
-def named_files(path: str) -> list[str] | None:
+def expand_shard_path(path: str) -> list[str] | None:
     """The shard files of a path pattern; None if the path has no shard extension.
 
     Braces expand (`web-{000..099}.tar`, `{a,b}.parquet`); `*` and `?` match local files. Special characters in
     existing parent folders are literal.
     """
-    if Path(path).suffix not in SHARD_ENDINGS:
+    if Path(path).suffix not in SHARD_EXTENSIONS:
         return None
     if is_remote(path):
         return _expand_braces(path)
-    whole = Path(path)
-    if whole.is_file():
-        return [str(whole)]
-    around = next(folder for folder in (*whole.parents, Path()) if folder.is_dir())
-    patterns = _expand_braces(str(whole.relative_to(around)))
+    full_path = Path(path)
+    if full_path.is_file():
+        return [str(full_path)]
+    around = next(folder for folder in (*full_path.parents, Path()) if folder.is_dir())
+    patterns = _expand_braces(str(full_path.relative_to(around)))
     files: list[str] = []
     for pattern in patterns:
         literal = pattern.replace("[", "[[]")
@@ -132,7 +132,7 @@ def _expand_braces(path: str) -> list[str]:
     ]
 
 
-def readable_files(files: Sequence[str], path: str, *, check: Any, skip: bool) -> list[str]:
+def find_readable_files(files: Sequence[str], path: str, *, check: Any, skip: bool) -> list[str]:
     """The files that pass `check`, which raises BadShardError. Without `skip`, the first failure is raised.
 
     Raises:
@@ -140,7 +140,7 @@ def readable_files(files: Sequence[str], path: str, *, check: Any, skip: bool) -
         ValueError: all files are unreadable.
     """
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        errors = pool.map(partial(_error_of, check), files)
+        errors = pool.map(partial(_find_read_error, check), files)
     reasons = {file: error for file, error in zip(files, errors, strict=True) if error is not None}
     if not reasons:
         return [*files]
@@ -156,7 +156,7 @@ def readable_files(files: Sequence[str], path: str, *, check: Any, skip: bool) -
     return [file for file in files if file not in reasons]
 
 
-def _error_of(check: Any, file: str) -> BadShardError | None:
+def _find_read_error(check: Any, file: str) -> BadShardError | None:
     try:
         check(file)
     except BadShardError as error:
@@ -164,9 +164,9 @@ def _error_of(check: Any, file: str) -> BadShardError | None:
     return None
 
 
-def reason_of(error: BaseException) -> str:
+def format_reason(error: BaseException) -> str:
     """The first line of an error's message, or its type if there is none."""
-    said = getattr(error, "strerror", None) or str(error)
+    message = getattr(error, "strerror", None) or str(error)
     if isinstance(error, FileNotFoundError) and not error.strerror:  # fsspec: the message repeats the name
-        said = "there is no such file"
-    return (said.splitlines() or [type(error).__name__])[0]
+        message = "there is no such file"
+    return (message.splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from igpt.data.shard_reader import Lane, Place
+from igpt.data.shard_reader import ReaderState, ShardReader
 
 SPLITS = ("train", "val", "test")
 
@@ -32,8 +32,8 @@ class Split(Protocol):
         """Builds caches that make reads fast. Optional: `read` returns the same without it."""
         ...
 
-    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
-        """The images at `index`. Random crops and flips depend on `keys` alone."""
+    def read(self, index: Sequence[int], rng_keys: Sequence[int]) -> Pixels:
+        """The images at `index`. Random crops and flips depend on `rng_keys` alone."""
         ...
 
 
@@ -44,23 +44,23 @@ class Stream(Protocol):
     A record has a `digest`, an integer hash of its content.
     """
 
-    lanes: int | None  # number of lanes; None: one per reader
+    num_readers: int | None  # number of readers; None: one per reader
 
     @property
     def contents(self) -> dict[str, int]:
         """Shards per part; a saved position is valid only for an identical mapping."""
         ...
 
-    def lane(self, index: int, count: int, seed: int) -> Lane:
+    def make_reader(self, index: int, count: int, seed: int) -> ShardReader:
         """Reader `index` of `count`, in a seeded order. All readers together yield every image once per pass."""
         ...
 
-    def start(self) -> Place:
-        """The initial position of a lane."""
+    def initial_state(self) -> ReaderState:
+        """The initial position of a reader."""
         ...
 
-    def read(self, records: Sequence[Any], keys: Sequence[int]) -> Pixels:
-        """The images of records. Random crops and flips depend on `keys` alone."""
+    def read(self, records: Sequence[Any], rng_keys: Sequence[int]) -> Pixels:
+        """The images of records. Random crops and flips depend on `rng_keys` alone."""
         ...
 
 
@@ -103,7 +103,7 @@ class ArraySplit:
 
     def prepare(self) -> None: ...
 
-    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+    def read(self, index: Sequence[int], rng_keys: Sequence[int]) -> Pixels:
         rows = np.asarray(index, dtype=np.int64)
         return Pixels(self.pixels[rows], self.labels[rows])
 
@@ -125,9 +125,9 @@ class VariedSplit:
     def prepare(self) -> None:
         self.plain.prepare()
 
-    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
-        pixels, labels = self.plain.read(index, keys)
-        return Pixels(self.vary(pixels, keys), labels)
+    def read(self, index: Sequence[int], rng_keys: Sequence[int]) -> Pixels:
+        pixels, labels = self.plain.read(index, rng_keys)
+        return Pixels(self.vary(pixels, rng_keys), labels)
 
 
 def check_split_name(name: str) -> None:

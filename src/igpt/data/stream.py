@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from igpt.data.classes import Classes
-from igpt.data.crop import Crop, Cut, padded_crop
-from igpt.data.image_decoding import BadImageError, opened, rgb
+from igpt.data.crop import Crop, CropPlan, padded_crop
+from igpt.data.image_decoding import BadImageError, decode_rgb, open_image
 from igpt.data.image_table import Cell, read_cell
-from igpt.data.shard_reader import Dealt, Lane, Place
+from igpt.data.shard_reader import ReaderState, ShardAssignment, ShardReader
 from igpt.data.shards import BadShardError, Shards
 from igpt.data.source import ArraySplit, Pixels
 from igpt.settings.data import MixtureStreamSettings, StreamSettings
@@ -39,7 +39,7 @@ class ImagePart:
     weight: float
     shards: Shards
     classes: Classes
-    cut: Cut
+    cut: CropPlan
     skip: bool  # leave out corrupt images and shards
     split_seed: int
     share: tuple[float, float]  # interval [low, high) of content hashes in [0, 1)
@@ -48,7 +48,7 @@ class ImagePart:
     def n_shard(self) -> int:
         return len(self.shards)
 
-    def records(self, share: Dealt, shard: int, row: int) -> Iterator[tuple[Record, int, int]]:
+    def records(self, share: ShardAssignment, shard: int, row: int) -> Iterator[tuple[Record, int, int]]:
         """Yields (record, shard index in the share, next row) of a share, from (shard, row) on.
 
         With `skip`, every image is decoded here to leave out corrupt ones; the numbers of images and shards left out
@@ -86,18 +86,18 @@ class ImagePart:
                 bad, broken, self.shards.where,
             )  # fmt: skip
 
-    def _record(self, cell: Cell, label: int | None, place: str) -> Record | None:
-        place, data = read_cell(cell, place, self.shards.root)
+    def _record(self, cell: Cell, label: int | None, where: str) -> Record | None:
+        where, data = read_cell(cell, where, self.shards.root)
         low, high = self.share
-        if (low, high) != (0.0, 1.0) and not low <= hashed(data, self.split_seed) < high:
+        if (low, high) != (0.0, 1.0) and not low <= hash_to_unit_interval(data, self.split_seed) < high:
             return None
         if self.skip:
-            rgb(opened(data))
-        given = np.array([-1 if label is None else label], dtype=np.int64)
-        known = int(self.classes(given, self.shards.names, place)[0])
-        return Record(place, data, known, _digest(data, 0) >> 1, self.name)
+            decode_rgb(open_image(data))
+        mapped = np.array([-1 if label is None else label], dtype=np.int64)
+        number = int(self.classes(mapped, self.shards.names, where)[0])
+        return Record(where, data, number, _hash_content(data, 0) >> 1, self.name)
 
-    def cut_out(self, crop: Crop, record: Record, key: int) -> np.ndarray:
+    def crop_record(self, crop: Crop, record: Record, key: int) -> np.ndarray:
         """Decodes and crops a record: → (R, R, 3) uint8. Raises BadImageError, naming the image."""
         try:
             return crop(record.data, key)
@@ -110,42 +110,43 @@ class ImageStream:
 
     def __init__(self, parts: Sequence[ImagePart], settings: MixtureStreamSettings) -> None:
         self.parts = {part.name: part for part in parts}
-        self.buffer, self.lanes = settings.buffer, settings.lanes
+        self.buffer, self.num_readers = settings.buffer, settings.num_readers
 
     @property
     def contents(self) -> dict[str, int]:
         """Number of shards by part."""
         return {part.name: part.n_shard for part in self.parts.values()}
 
-    def lane(self, index: int, count: int, seed: int) -> Lane:
+    def make_reader(self, index: int, count: int, seed: int) -> ShardReader:
         parts = list(self.parts.values())
-        return Lane(parts, index, count, seed, block=max(1, self.buffer // count))
+        return ShardReader(parts, index, count, seed, block=max(1, self.buffer // count))
 
-    def start(self) -> Place:
-        return Place.start(len(self.parts))
+    def initial_state(self) -> ReaderState:
+        return ReaderState.initial(len(self.parts))
 
-    def read(self, records: Sequence[Record], keys: Sequence[int]) -> Pixels:
+    def read(self, records: Sequence[Record], rng_keys: Sequence[int]) -> Pixels:
         """Decodes and crops records for training. Raises BadImageError, naming the image."""
-        of = [self.parts[record.part] for record in records]
+        parts = [self.parts[record.part] for record in records]
         cut = [
-            part.cut_out(part.cut.training, record, key) for part, record, key in zip(of, records, keys, strict=True)
+            part.crop_record(part.cut.training, record, key)
+            for part, record, key in zip(parts, records, rng_keys, strict=True)
         ]
         pixels = np.stack(cut)
         for part in self.parts.values():
             mine = [i for i, record in enumerate(records) if record.part == part.name]
             if mine and (part.cut.pad or part.cut.flip):
-                given = [keys[i] for i in mine]
-                pixels[mine] = padded_crop(pixels[mine], given, pad=part.cut.pad, flip=part.cut.flip)
+                part_keys = [rng_keys[i] for i in mine]
+                pixels[mine] = padded_crop(pixels[mine], part_keys, pad=part.cut.pad, flip=part.cut.flip)
         return Pixels(pixels, np.array([record.label for record in records], dtype=np.int64))
 
-    def first(self, n: int, seed: int) -> list[tuple[np.ndarray, int]]:
+    def take(self, n: int, seed: int) -> list[tuple[np.ndarray, int]]:
         """The first n images in the order of a single reader, in the evaluation crop, with labels."""
-        found = islice(self.lane(0, 1, seed).one_pass(self.start()), n)
-        of = [(self.parts[record.part], record) for record, _ in found]
-        return [(part.cut_out(part.cut.evaluation, record, 0), record.label) for part, record in of]
+        records = islice(self.make_reader(0, 1, seed).iterate_epoch(self.initial_state()), n)
+        of = [(self.parts[record.part], record) for record, _ in records]
+        return [(part.crop_record(part.cut.evaluation, record, 0), record.label) for part, record in of]
 
 
-class Streamed:
+class StreamedImages:
     """The splits of a stream.
 
     Without a validation split, training images with a content hash below `val_fraction` are the validation images, so
@@ -159,29 +160,29 @@ class Streamed:
         *,
         name: str,
         classes: Classes,
-        cut: Cut,
+        cut: CropPlan,
         val_fraction: float,
         split_seed: int,
         skip: bool,
         settings: StreamSettings,
     ) -> None:
-        self.side, self.held, self.split_seed = cut.evaluation.resolution, settings.held, split_seed
+        self.side, self.held_in_memory, self.split_seed = cut.evaluation.resolution, settings.held_in_memory, split_seed
         drawn = 0.0 if "val" in splits else val_fraction
         parts = {
-            ours: ImagePart(
+            split: ImagePart(
                 name=name, weight=1.0, shards=shards, classes=classes, cut=cut, skip=skip, split_seed=split_seed,
-                share=(drawn, 1.0) if ours == "train" else (0.0, 1.0),
+                share=(drawn, 1.0) if split == "train" else (0.0, 1.0),
             )
-            for ours, shards in splits.items()
+            for split, shards in splits.items()
         }  # fmt: skip
         if drawn:
             parts["val"] = replace(parts["train"], share=(0.0, drawn))
-        self._streams = {ours: ImageStream([part], settings) for ours, part in parts.items()}
+        self._streams = {split: ImageStream([part], settings) for split, part in parts.items()}
         self._kept: dict[str, ArraySplit] = {}
 
     def split(self, name: str) -> ArraySplit:
         if name not in self._kept:
-            images = self._streams[name].first(self.held, self.split_seed) if name in self._streams else []
+            images = self._streams[name].take(self.held_in_memory, self.split_seed) if name in self._streams else []
             pixels = np.array([pixels for pixels, _ in images], np.uint8).reshape(-1, self.side, self.side, 3)
             self._kept[name] = ArraySplit(pixels, np.array([label for _, label in images], dtype=np.int64))
             log.info("data: keeping %d images of the stream as %s", len(images), name)
@@ -191,11 +192,11 @@ class Streamed:
         return self._streams["train"]
 
 
-def hashed(data: bytes, seed: int) -> float:
+def hash_to_unit_interval(data: bytes, seed: int) -> float:
     """A hash of content and seed, uniform in [0, 1)."""
-    return _digest(data, seed) / 2**64
+    return _hash_content(data, seed) / 2**64
 
 
-def _digest(data: bytes, seed: int) -> int:
+def _hash_content(data: bytes, seed: int) -> int:
     key = seed.to_bytes(8, "little", signed=True)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")

@@ -13,10 +13,10 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from igpt.data.image_decoding import ENDINGS, MOST_BYTES, BadImageError
+from igpt.data.image_decoding import EXTENSIONS, MOST_BYTES, BadImageError
 from igpt.data.image_table import WHOLE_NUMBER, Cell, Columns
 from igpt.data.listing import Listing
-from igpt.data.shards import BadShardError, FileShards, open_shard, readable_files, reason_of
+from igpt.data.shards import BadShardError, FileShards, find_readable_files, format_reason, open_shard
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class _BoundedReads:
         return self._file.tell()
 
 
-def _samples(file: IO[bytes], columns: Columns, unread: Counter[str] | None = None) -> Iterator[Sample]:
+def _read_samples(file: IO[bytes], columns: Columns, unread: Counter[str] | None = None) -> Iterator[Sample]:
     """Yields the samples of a tar file: groups of consecutive members with equal names up to the first dot.
 
     Hidden members and folders are ignored. `unread` counts other members by extension.
@@ -66,11 +66,11 @@ def _samples(file: IO[bytes], columns: Columns, unread: Counter[str] | None = No
         while True:
             member = tar.next()
             tar.members = []  # free the headers already read
-            key, ending = _key_of(member.name) if member is not None else (None, "")
+            key, ending = _split_sample_name(member.name) if member is not None else (None, "")
             if member is not None and (not key or member.isdir()):
                 continue
             if key != present:
-                if (sample := _sample(members, file, columns, unread)) is not None:
+                if (sample := _make_sample(members, file, columns, unread)) is not None:
                     yield sample
                 members, present = {}, key
             if member is None:
@@ -81,19 +81,19 @@ def _samples(file: IO[bytes], columns: Columns, unread: Counter[str] | None = No
             raise tarfile.ReadError("it is damaged, or ends in the middle of a header")
 
 
-def _key_of(name: str) -> tuple[str, str]:
+def _split_sample_name(name: str) -> tuple[str, str]:
     """The sample's key and the member's extension: `a/0001.seg.png` → `a/0001`, `seg.png`; hidden: two empty texts."""
     folder, slash, last = name.rpartition("/")
     stem, dot, ending = last.partition(".")
     return (folder + slash + stem, ending.lower()) if stem and dot else ("", "")
 
 
-def _sample(
+def _make_sample(
     members: dict[str, tarfile.TarInfo], file: IO[bytes], columns: Columns, unread: Counter[str] | None
 ) -> Sample | None:
     endings = list(columns.image)
     if ANY_FORMAT in endings:  # any image format
-        endings += sorted(ending for ending in members if f".{ending}" in ENDINGS)
+        endings += sorted(ending for ending in members if f".{ending}" in EXTENSIONS)
     of_image = next((ending for ending in endings if ending in members), None)
     of_label = next((ending for ending in columns.label if ending in members), None)
     if unread is not None:
@@ -137,9 +137,9 @@ class TarShards(FileShards):
     names: None = None
 
     @staticmethod
-    def of(paths: Sequence[str], columns: Columns, where: str, *, skip: bool) -> "TarShards":
+    def open(paths: Sequence[str], columns: Columns, where: str, *, skip: bool) -> "TarShards":
         """The shards of some files. Raises BadShardError on an invalid file, ValueError if the first has no image."""
-        good = readable_files(paths, where, check=_check_tar, skip=skip)
+        good = find_readable_files(paths, where, check=_check_tar, skip=skip)
         shards = TarShards(tuple(good), columns, where)
         _check_images(shards, good[0])
         return shards
@@ -148,13 +148,13 @@ class TarShards(FileShards):
         path, row = self.files[number], 0
         try:
             with open_shard(path) as file:
-                for row, sample in enumerate(_samples(file, self.columns)):
+                for row, sample in enumerate(_read_samples(file, self.columns)):
                     if row >= start:
                         bad = BadImageError(f"{sample.name} in {path}: {sample.problem}") if sample.problem else None
                         yield row, bad or _read_sample(file, sample), sample.label
                     row += 1
         except Exception as error:  # tarfile, fsspec and network clients raise many types
-            raise BadShardError(f"{path} cannot be read after {row} images: {reason_of(error)}") from error
+            raise BadShardError(f"{path} cannot be read after {row} images: {format_reason(error)}") from error
 
 
 def _check_tar(path: str) -> None:
@@ -165,14 +165,14 @@ def _check_tar(path: str) -> None:
     except tarfile.HeaderError as error:
         raise BadShardError(f"{path} is no tar file, or is empty ({error})") from error
     except Exception as error:  # network errors of many types
-        raise BadShardError(f"{path} cannot be read ({reason_of(error)})") from error
+        raise BadShardError(f"{path} cannot be read ({format_reason(error)})") from error
 
 
 def _check_images(shards: TarShards, path: str) -> None:
     """Raises ValueError if a tar file is readable and has no image."""
     try:
         with open_shard(path) as file:
-            if next(_samples(file, shards.columns), None) is None:
+            if next(_read_samples(file, shards.columns), None) is None:
                 raise ValueError(
                     f"{shards.where}: none of the endings {', '.join(shards.columns.image)} is there "
                     f"(data.image_column) in {path}"
@@ -186,7 +186,7 @@ class TarTable:
     """The images of tar files as a `Table`, by an index of byte offsets that is built once."""
 
     files: tuple[str, ...]
-    of: np.ndarray  # (N,) index into files
+    file_index: np.ndarray  # (N,) index into files
     starts: np.ndarray  # (N,)
     sizes: np.ndarray  # (N,) bytes; -1: not readable
     members: Any  # Arrow strings: member names
@@ -196,7 +196,7 @@ class TarTable:
     names: None = None
 
     @staticmethod
-    def of_shards(shards: TarShards, listing: Listing, *, skip: bool) -> "TarTable":
+    def from_shards(shards: TarShards, listing: Listing, *, skip: bool) -> "TarTable":
         """Indexes the shards. Raises BadShardError on a damaged file; with `skip`, unreadable samples are left out."""
         of: list[int] = []
         samples: list[Sample] = []
@@ -205,12 +205,12 @@ class TarTable:
             before = len(samples)
             try:
                 with open_shard(path) as file:
-                    for sample in _samples(file, shards.columns, unread):
+                    for sample in _read_samples(file, shards.columns, unread):
                         of.append(number)
                         samples.append(sample)
             except (tarfile.TarError, OSError) as error:
                 read = len(samples) - before
-                broken = BadShardError(f"{path} cannot be read after {read} images: {reason_of(error)}")
+                broken = BadShardError(f"{path} cannot be read after {read} images: {format_reason(error)}")
                 if not skip:
                     raise BadShardError(f"{broken}; data.on_corrupt=skip leaves out what cannot be read") from error
                 log.warning("data: %s; what is left of it is left out", broken)
@@ -227,16 +227,16 @@ class TarTable:
         )  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self.of)
+        return len(self.file_index)
 
-    def encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+    def read_encoded(self, rows: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         for row in rows:
-            path = self.files[self.of[row]]
-            place = f"{self.members[row]} in {path}"
+            path = self.files[self.file_index[row]]
+            where = f"{self.members[row]} in {path}"
             if self.sizes[row] < 0:
-                raise BadImageError(f"{place}: it is a link, a device, or unpacks to more than {MOST_BYTES:,} bytes")
+                raise BadImageError(f"{where}: it is a link, a device, or unpacks to more than {MOST_BYTES:,} bytes")
             try:
                 with open_shard(path) as file:
-                    yield place, _read_sample(file, Sample(place, self.starts[row], self.sizes[row], None, None))
+                    yield where, _read_sample(file, Sample(where, self.starts[row], self.sizes[row], None, None))
             except (tarfile.TarError, OSError) as error:
-                raise BadImageError(f"{place}: it cannot be read ({reason_of(error)})") from error
+                raise BadImageError(f"{where}: it cannot be read ({format_reason(error)})") from error

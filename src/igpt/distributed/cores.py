@@ -15,13 +15,13 @@ def count_cores() -> int:
     control group (containers), rounded up.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, math.ceil(min(_quota(), cores))))
+    return max(1, min(cores, math.ceil(min(_read_quota(), cores))))
 
 
-def _quota() -> float:
+def _read_quota() -> float:
     """CPU quota, in cores, of this process's control group and its parents; infinite without a limit."""
     limits = [math.inf]
-    for line in _words(GROUPS, "\n"):
+    for line in _read_words(GROUPS, "\n"):
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if controllers and "cpu" not in controllers.split(","):
@@ -29,14 +29,14 @@ def _quota() -> float:
         for mount in (MOUNT / controllers, MOUNT / "cpu") if controllers else (MOUNT, MOUNT / "unified"):
             inner = mount / group.strip("/")  # missing in a container, which sees its own group as the root
             for folder in (inner, *(parent for parent in inner.parents if parent.is_relative_to(mount))):
-                limits.append(_limit(folder))
+                limits.append(_read_limit(folder))
     return min(limits)
 
 
-def _limit(folder: Path) -> float:
+def _read_limit(folder: Path) -> float:
     """CPU quota, in cores, of one control group: of version 2, else of version 1."""
-    words = _words(folder / "cpu.max") or [
-        *_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us")
+    words = _read_words(folder / "cpu.max") or [
+        *_read_words(folder / "cpu.cfs_quota_us"), *_read_words(folder / "cpu.cfs_period_us")
     ]  # fmt: skip
     try:
         quota, period = map(int, words)
@@ -45,7 +45,7 @@ def _limit(folder: Path) -> float:
     return quota / period if quota > 0 and period > 0 else math.inf  # -1: no limit
 
 
-def _words(path: Path, separator: str | None = None) -> list[str]:
+def _read_words(path: Path, separator: str | None = None) -> list[str]:
     try:
         return path.read_text().strip().split(separator)
     except OSError:

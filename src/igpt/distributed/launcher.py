@@ -19,12 +19,12 @@ from igpt.distributed.process_state import signal_handler
 from igpt.distributed.signals import SIGNALS, STOPPED
 
 LIFELINE = "IGPT_LIFELINE"  # a file descriptor that stays open as long as the parent lives
-TELL = "IGPT_TELL"  # a file in which a run writes its directory, for the parent
+RUN_DIR_FILE = "IGPT_TELL"  # a file in which a run writes its directory, for the parent
 SWEEP = "IGPT_SWEEP"  # the name of the sweep of this job
-MEETING = "IGPT_MEETING"  # rendezvous file of the ranks that were started here
+RENDEZVOUS_FILE = "IGPT_MEETING"  # rendezvous file of the ranks that were started here
 GRACE_SECONDS = 10  # for the other ranks to exit after one has failed
 SAVE_SECONDS = 60  # for runs to save and exit after an error of the parent
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", MEETING)
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RENDEZVOUS_FILE)
 
 sweep_code = 0  # exit code of this process after a sweep: 1 if a job failed
 
@@ -62,7 +62,7 @@ class Child:
         if self.code is None:
             self.process.send_signal(number)
 
-    def end(self) -> None:
+    def kill(self) -> None:
         """Kills it and its process group."""
         if self.code is None:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -72,7 +72,7 @@ class Child:
             self._lifeline = -1
 
 
-def hold_lifeline() -> None:
+def die_with_parent() -> None:
     """Kills this process group as soon as the parent process is gone, however it ended."""
     descriptor = os.environ.pop(LIFELINE, None)
     if descriptor is None:
@@ -93,13 +93,13 @@ class Children:
 
     def __init__(self) -> None:
         self.running: list[Child] = []
-        self.heard: str | None = None
+        self.received_signal: str | None = None
 
     def start(self, child: Child) -> Child:
         """Adds a started process; forwards the signal to it if one has arrived."""
         self.running.append(child)
-        if self.heard is not None:  # a signal arrived during its start
-            child.send(signal.Signals[self.heard])
+        if self.received_signal is not None:  # a signal arrived during its start
+            child.send(signal.Signals[self.received_signal])
         return child
 
     def wait(self) -> tuple[Child, int]:
@@ -108,13 +108,13 @@ class Children:
             for child in self.running:
                 if (code := child.code) is not None:
                     self.running.remove(child)
-                    child.end()
+                    child.kill()
                     return child, code
             time.sleep(0.02)
 
     @contextmanager
-    def together(self) -> Iterator["Children"]:
-        with signal_handler(SIGNALS, self._pass_on):
+    def supervise(self) -> Iterator["Children"]:
+        with signal_handler(SIGNALS, self._forward_signal):
             try:
                 yield self
             except BaseException:
@@ -124,10 +124,10 @@ class Children:
                 raise
             finally:
                 for child in self.running:
-                    child.end()
+                    child.kill()
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.heard = self.heard or signal.Signals(number).name
+    def _forward_signal(self, number: int, frame: FrameType | None) -> None:
+        self.received_signal = self.received_signal or signal.Signals(number).name
         for child in self.running:
             child.send(number)
 
@@ -137,7 +137,7 @@ def is_rank() -> bool:
     return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
-def devices_of(trainer: Mapping[str, Any]) -> int:
+def count_devices(trainer: Mapping[str, Any]) -> int:
     """Number of processes of a run on this machine: `trainer.devices`.
 
     `auto`: one per GPU; two without GPUs, to try things out.
@@ -158,19 +158,19 @@ def run_ranks(command: Sequence[str], n: int) -> int:
     Rank 0 inherits this process's output, the others write to files that are shown after a failure. When a rank fails
     or is killed, the others have `GRACE_SECONDS` to exit, and the reason is written to the run's log.
     """
-    with tempfile.TemporaryDirectory(prefix="igpt-ranks-") as name, Children().together() as children:
-        place = Path(name)
-        tell = Path(os.environ.get(TELL, place / "folder"))
+    with tempfile.TemporaryDirectory(prefix="igpt-ranks-") as name, Children().supervise() as children:
+        rendezvous = Path(name)
+        tell = Path(os.environ.get(RUN_DIR_FILE, rendezvous / "folder"))
         common = {
             "WORLD_SIZE": str(n),
             "LOCAL_WORLD_SIZE": str(n),
-            MEETING: str(place / "meeting"),
+            RENDEZVOUS_FILE: str(rendezvous / "meeting"),
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, count_cores() // n))),
-            TELL: str(tell),
+            RUN_DIR_FILE: str(tell),
         }
         ranks: list[Child] = []
         for rank in range(n):
-            output = (place / f"rank_{rank}").open("wb") if rank else None
+            output = (rendezvous / f"rank_{rank}").open("wb") if rank else None
             environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.append(children.start(Child(command, output, environment)))
             if output:
@@ -184,20 +184,20 @@ def run_ranks(command: Sequence[str], n: int) -> int:
             _wait(children.running, GRACE_SECONDS)
             codes = [child.code for child in ranks]
             while children.running:
-                children.running.pop().end()
+                children.running.pop().kill()
             # a forwarded signal ended it: before its handler was installed, or sent twice
-            asked = children.heard is not None and -its_code in SIGNALS
+            is_stopping = children.received_signal is not None and -its_code in SIGNALS
             all_bad_input = codes[0] == 2 and its_code == 2  # rank 0 has printed the error
-            if not asked and not all_bad_input:
-                said = [
+            if not is_stopping and not all_bad_input:
+                lines = [
                     f"rank {rank} wrote:\n{text}"
                     for rank, code in enumerate(codes)
                     if rank
                     and code not in (0, None, STOPPED)
-                    and (text := (place / f"rank_{rank}").read_text(errors="replace").strip())
+                    and (text := (rendezvous / f"rank_{rank}").read_text(errors="replace").strip())
                 ]
-                first = f"rank {ranks.index(ended)} of {n} {how_it_ended(its_code)}; the others were ended"
-                _report("\n".join([first, *said]), tell)
+                first = f"rank {ranks.index(ended)} of {n} {describe_exit(its_code)}; the others were ended"
+                _report_failure("\n".join([first, *lines]), tell)
             return its_code if its_code >= 0 else 128 - its_code  # as in shells: 128 + the signal's number
         return code
 
@@ -209,7 +209,7 @@ def _wait(children: Sequence[Child], seconds: float) -> None:
         time.sleep(0.02)
 
 
-def _report(what: str, tell: Path) -> None:
+def _report_failure(what: str, tell: Path) -> None:
     """Prints why ranks ended, and appends it to the run's log if there is one."""
     head, *rest = what.splitlines()
     text = "\n".join([head, *(f"    {line}" for line in rest[-60:])])
@@ -220,6 +220,6 @@ def _report(what: str, tell: Path) -> None:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR igpt.distributed.launcher: {text}\n")
 
 
-def how_it_ended(code: int) -> str:
+def describe_exit(code: int) -> str:
     """`ended with exit code 2`, `was killed by SIGKILL`."""
     return f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"

@@ -37,13 +37,13 @@ def num_threads(count: int) -> AbstractContextManager[None]:
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
     """Sets environment variables in the block."""
-    with kept_environment(*variables):
+    with restore_environment(*variables):
         os.environ.update(variables)
         yield
 
 
 @contextmanager
-def kept_environment(*names: str) -> Iterator[None]:
+def restore_environment(*names: str) -> Iterator[None]:
     """Restores environment variables that the block may change."""
     before = {name: os.environ[name] for name in names if name in os.environ}
     try:

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import Tensor, nn
 
-from igpt.distributed.launcher import MEETING
+from igpt.distributed.launcher import RENDEZVOUS_FILE
 from igpt.distributed.process_state import environment
 
 T = TypeVar("T")
@@ -32,25 +32,25 @@ class Rank:
     n_local: int  # on this machine
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         """Whether this is rank 0, which writes."""
         return self.index == 0
 
 
 def this_rank() -> Rank:
     """The rank from the environment: of this package or torchrun (RANK, …), else srun (SLURM_…), else one process."""
-    said = os.environ
-    if "RANK" in said:
-        return Rank(int(said["RANK"]), int(said["LOCAL_RANK"]), int(said["WORLD_SIZE"]), int(said["LOCAL_WORLD_SIZE"]))
-    if int(said.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        n_node = int(said.get("SLURM_STEP_NUM_NODES", "1"))
-        count = int(said["SLURM_STEP_NUM_TASKS"])
-        return Rank(int(said["SLURM_PROCID"]), int(said["SLURM_LOCALID"]), count, count // n_node)
+    env = os.environ
+    if "RANK" in env:
+        return Rank(int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"]))
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        n_node = int(env.get("SLURM_STEP_NUM_NODES", "1"))
+        count = int(env["SLURM_STEP_NUM_TASKS"])
+        return Rank(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), count, count // n_node)
     return Rank(0, 0, 1, 1)
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Rank]:
+def process_group(device: torch.device) -> Iterator[Rank]:
     """Context manager: the process group of the run's ranks.
 
     Backends: NCCL for tensors on a GPU, gloo for all else.
@@ -60,7 +60,7 @@ def joined(device: torch.device) -> Iterator[Rank]:
         yield rank
         return
     address: dict[str, str] = {}
-    meeting = os.environ.get(MEETING)  # a file if one parent started all ranks: no port can be in use
+    meeting = os.environ.get(RENDEZVOUS_FILE)  # a file if one parent started all ranks: no port can be in use
     if meeting is None and "MASTER_ADDR" not in os.environ:
         first_node = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_NODELIST"])
         port = 15000 + int(os.environ["SLURM_JOB_ID"]) % 10000  # equal on every node, different for every job
@@ -81,10 +81,10 @@ def joined(device: torch.device) -> Iterator[Rank]:
 def barrier() -> None:
     """Waits until every rank has called it."""
     if dist.is_initialized():
-        gathered(None)
+        all_gather_object(None)
 
 
-def gathered(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """The values of all ranks, in rank order."""
     if not dist.is_initialized():
         return [value]
@@ -93,7 +93,7 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast_from_rank0(make: Callable[[], T]) -> T:
     """Calls `make` on rank 0 and returns its value on every rank.
 
     Raises:
@@ -101,28 +101,28 @@ def from_first(make: Callable[[], T]) -> T:
     """
     if not dist.is_initialized():
         return make()
-    told: list[Any] = [None]
-    if this_rank().first:
+    received: list[Any] = [None]
+    if this_rank().is_first:
         try:
-            told = [(make(), None)]
+            received = [(make(), None)]
         except ValueError as error:
-            told = [(None, str(error))]
-    dist.broadcast_object_list(told, src=0)
-    made, reason = told[0]
+            received = [(None, str(error))]
+    dist.broadcast_object_list(received, src=0)
+    result, reason = received[0]
     if reason is not None:
         raise ValueError(reason)
-    value: T = made
+    value: T = result
     return value
 
 
-def check_same(what: str, values: Mapping[str, Any]) -> None:
+def check_agree(what: str, values: Mapping[str, Any]) -> None:
     """Raises ValueError on every rank, naming the differences, unless all ranks have the same values."""
-    everyone = gathered(dict(values))
-    for index, theirs in enumerate(everyone):
+    everyone = all_gather_object(dict(values))
+    for index, other in enumerate(everyone):
         differs = [
-            f"{key} {everyone[0].get(key)} ≠ {theirs.get(key)}"
-            for key in everyone[0] | theirs
-            if everyone[0].get(key) != theirs.get(key)
+            f"{key} {everyone[0].get(key)} ≠ {other.get(key)}"
+            for key in everyone[0] | other
+            if everyone[0].get(key) != other.get(key)
         ]
         if differs:
             raise ValueError(
@@ -131,13 +131,13 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
             )
 
 
-def digest(module: nn.Module) -> str:
+def hash_module(module: nn.Module) -> str:
     """A hash of a module's weights, 16 hexadecimal digits, to compare them between ranks."""
     sums = [f"{name} {float(weight.detach().double().sum()).hex()}" for name, weight in module.named_parameters()]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()[:16]
 
 
-class Agreement:
+class AsyncMax:
     """Asynchronous all-reduce MAX of an integer per step; every rank gets the same value.
 
     The value is that of one step earlier; with one process of this step.
@@ -146,23 +146,23 @@ class Agreement:
     def __init__(self) -> None:
         self._asked: tuple[Tensor, Any] | None = None
 
-    def heard(self, number: int) -> int:
+    def update(self, number: int) -> int:
         """Submits this rank's number; returns the maximum of the previous step. Every rank calls it at every step."""
         if not dist.is_initialized():
             return number
         before = self.close()
-        said = torch.tensor([number])
-        self._asked = said, dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True)
+        reduced = torch.tensor([number])
+        self._asked = reduced, dist.all_reduce(reduced, dist.ReduceOp.MAX, async_op=True)
         return before
 
     def close(self) -> int:
         """Waits for the pending all-reduce and returns its value; 0 without one."""
         if self._asked is None:
             return 0
-        said, work = self._asked
+        reduced, work = self._asked
         work.wait()
         self._asked = None
-        return int(said)
+        return int(reduced)
 
 
 class Ranks(ClusterEnvironment):

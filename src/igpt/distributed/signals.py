@@ -40,7 +40,7 @@ class StopRequest:
         self._since = 0.0
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def install_handlers(self) -> Iterator[None]:
         """Context manager: records stop signals, then restores the previous handlers.
 
         No effect outside the main thread, which alone can install handlers.
@@ -48,10 +48,10 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        with signal_handler(SIGNALS, self._ask):
+        with signal_handler(SIGNALS, self._handle_signal):
             yield
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._since = number, time.monotonic()
             name = signal.Signals(number).name
@@ -63,7 +63,7 @@ class StopRequest:
             os.kill(os.getpid(), number)
 
 
-def pass_on(number: signal.Signals) -> bool:
+def forward_signal(number: signal.Signals) -> bool:
     """Forwards a scheduler's warning to the previous handler, e.g. submitit's, which requeues the job.
 
     Returns whether there was one.
@@ -75,7 +75,7 @@ def pass_on(number: signal.Signals) -> bool:
     return True
 
 
-def deaf(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Worker initialisation of a DataLoader: ignores stop signals, as the training process ends its workers.
 
     A signal to the whole group (Ctrl-C, scancel) would otherwise end them during the step that is still to finish.

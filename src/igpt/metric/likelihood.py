@@ -8,9 +8,9 @@ from torch import Tensor
 from igpt.metric.result import Number
 
 
-def likelihood_numbers(split: str, image_nats: Tensor) -> dict[str, Number]:
+def likelihood_numbers(split: str, per_example_loss: Tensor) -> dict[str, Number]:
     """`split/loss_gen` and `split/bits_per_token` with standard errors; image_nats (N,) in nats per token."""
-    nats, n = image_nats.double(), len(image_nats)
+    nats, n = per_example_loss.double(), len(per_example_loss)
     mean = float(nats.mean())
     stderr = float(nats.std()) / math.sqrt(n) if n > 1 else None
     bits = Number(mean / math.log(2), "bits/token", n, None if stderr is None else stderr / math.log(2))

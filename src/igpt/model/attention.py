@@ -27,11 +27,11 @@ def self_attention(qkv: Tensor, n_head: int, *, causal: bool, backend: str = "au
     if backend == "native":
         out: Tensor = c_attention.attend(qkv, n_head, causal)[0]
         return out
-    q, k, v = heads(qkv, n_head)
+    q, k, v = split_heads(qkv, n_head)
     return attend(q, k, v, causal=causal, backend=backend).transpose(1, 2).reshape(b, t, width // 3)
 
 
-def heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
     """Queries, keys and values split into heads, as views: (B, T, 3C) → 3 × (B, H, T, D)."""
     b, t, width = qkv.shape
     return qkv.view(b, t, 3, n_head, width // 3 // n_head).permute(2, 0, 3, 1, 4).unbind(0)
@@ -55,14 +55,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, backend: str = "aut
         return out.view(b, h, t, d)
     scale = 1 / math.sqrt(d)
     if causal and not torch.compiler.is_compiling():
-        scores = torch.baddbmm(_future(t, q, s), q, k.mT, alpha=scale)  # (B·H, T, S)
+        scores = torch.baddbmm(_causal_bias(t, q, s), q, k.mT, alpha=scale)  # (B·H, T, S)
     else:  # the compiler fuses scale and mask with the softmax
         scores = torch.bmm(q, k.mT) * scale
-        scores = scores + _future(t, q, s) if causal else scores
+        scores = scores + _causal_bias(t, q, s) if causal else scores
     return torch.bmm(scores.softmax(-1), v).view(b, h, t, d)
 
 
-def _future(t: int, like: Tensor, s: int | None = None) -> Tensor:
+def _causal_bias(t: int, like: Tensor, s: int | None = None) -> Tensor:
     """Additive causal mask (t, s): -∞ where the key comes after the query, else 0."""
     return torch.full((t, s or t), -math.inf, dtype=like.dtype, device=like.device).triu(1)
 
@@ -75,28 +75,28 @@ class _CausalBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        t, size = q.shape[1], dispatch.block(q.dtype)
+        t, size = q.shape[1], dispatch.block_size(q.dtype)
         scale = 1 / math.sqrt(q.shape[-1])
-        out, kept = torch.empty_like(v), []
+        out, saved = torch.empty_like(v), []
         with torch.autocast(q.device.type, enabled=False):
             for start in range(0, t, size):
                 end = min(start + size, t)
                 scores = torch.bmm(q[:, start:end], k[:, :end].mT).mul_(scale)  # (B·H, end - start, end)
-                scores[:, :, start:].add_(_future(end - start, q))
+                scores[:, :, start:].add_(_causal_bias(end - start, q))
                 p = scores.softmax(-1)
                 out[:, start:end] = torch.bmm(p, v[:, :end])
-                kept.append(p)
-        ctx.save_for_backward(q, k, v, *kept)
+                saved.append(p)
+        ctx.save_for_backward(q, k, v, *saved)
         ctx.size, ctx.scale = size, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, *saved = ctx.saved_tensors
         d_out = d_out.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for block, p in reversed(list(enumerate(kept))):
+        for block, p in reversed(list(enumerate(saved))):
             start, end = block * ctx.size, p.shape[2]
             along = d_out[:, start:end]
             dv[:, :end] += torch.bmm(p.mT, along)

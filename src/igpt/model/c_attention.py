@@ -12,14 +12,14 @@ from igpt.model import c_library, dispatch
 def attend(qkv: Tensor, n_head: int, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention output (B, T, C) and float32 logsumexp of the scores (B, H, T), of (B, T, 3C) float32 or bfloat16."""
     qkv = qkv.contiguous()
-    out, lse = _empty(qkv, n_head)
-    _call("igpt_attend", qkv, n_head, causal, out, lse, backward=False)
+    out, lse = _empty_outputs(qkv, n_head)
+    _call_library("igpt_attend", qkv, n_head, causal, out, lse, backward=False)
     return out, lse
 
 
 @attend.register_fake
-def _attend_of_shapes(qkv: Tensor, n_head: int, causal: bool) -> tuple[Tensor, Tensor]:
-    return _empty(qkv, n_head)
+def _fake_attend(qkv: Tensor, n_head: int, causal: bool) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(qkv, n_head)
 
 
 @torch.library.custom_op("igpt::attend_backward", mutates_args=(), device_types="cpu")
@@ -27,17 +27,17 @@ def attend_backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head
     """Gradient of `qkv`, (B, T, 3C), from the gradient of `out`. Not differentiable a second time."""
     qkv = qkv.contiguous()
     d_qkv = torch.empty_like(qkv)
-    given = (out.contiguous(), lse.contiguous(), d_out.to(qkv.dtype).contiguous())
-    _call("igpt_attend_backward", qkv, n_head, causal, *given, d_qkv, backward=True)
+    inputs = (out.contiguous(), lse.contiguous(), d_out.to(qkv.dtype).contiguous())
+    _call_library("igpt_attend_backward", qkv, n_head, causal, *inputs, d_qkv, backward=True)
     return d_qkv
 
 
 @attend_backward.register_fake
-def _backward_of_shapes(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool) -> Tensor:
+def _fake_attend_backward(d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, causal: bool) -> Tensor:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, int, bool], output: tuple[Tensor, Tensor]) -> None:
+def _set_up_context(ctx: Any, inputs: tuple[Tensor, int, bool], output: tuple[Tensor, Tensor]) -> None:
     qkv, ctx.n_head, ctx.causal = inputs
     out, lse = output
     ctx.save_for_backward(qkv, out, lse)
@@ -50,25 +50,27 @@ def _backward(ctx: Any, d_out: Tensor | None, _: None) -> tuple[Tensor | None, N
     return d_qkv, None, None
 
 
-attend.register_autograd(_backward, setup_context=_keep)
+attend.register_autograd(_backward, setup_context=_set_up_context)
 
 
-def _empty(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
+def _empty_outputs(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor]:
     b, t, width = qkv.shape
     if width % (3 * n_head):
         raise ValueError(f"queries, keys and values of {n_head} heads cannot be {width} numbers")
     return qkv.new_empty(b, t, width // 3), qkv.new_empty(b, n_head, t, dtype=torch.float32)
 
 
-def _call(name: str, qkv: Tensor, n_head: int, causal: bool, *others: Tensor, backward: bool) -> None:
+def _call_library(name: str, qkv: Tensor, n_head: int, causal: bool, *others: Tensor, backward: bool) -> None:
     """Calls a function of `attend.c` on contiguous tensors, with at most PyTorch's number of threads."""
-    library = c_library.require_library("attention=native")
+    library = c_library.require_library("attention_backend=native")
     if qkv.dtype not in dispatch.DTYPES:
-        raise ValueError(f"attention=native reads float32 or bfloat16, got {qkv.dtype}: choose auto")
+        raise ValueError(f"attention_backend=native reads float32 or bfloat16, got {qkv.dtype}: choose auto")
     b, t, width = qkv.shape
     depth, tasks = width // 3 // n_head, b * n_head if backward else b * n_head * t
     threads = max(1, min(torch.get_num_threads(), tasks))
     floats = threads * library.igpt_attend_room(t, depth, int(backward))
-    room = torch.empty(floats, dtype=torch.float32, device="cpu")  # explicit: the default dtype and device may differ
+    workspace = torch.empty(
+        floats, dtype=torch.float32, device="cpu"
+    )  # explicit: the default dtype and device may differ
     sizes = (b, t, n_head, depth, int(causal), int(qkv.dtype == torch.bfloat16), threads)
-    getattr(library, name)(*sizes, *(given.data_ptr() for given in (qkv, *others, room)))
+    getattr(library, name)(*sizes, *(tensor.data_ptr() for tensor in (qkv, *others, workspace)))

@@ -25,7 +25,7 @@ VECTOR = 8  # floats, the width that decode.c is written for
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 
-def found_compiler() -> list[str] | None:
+def find_compiler() -> list[str] | None:
     """The C compiler's command: `CC` with its options, else `cc`; None if it does not run (`CC=false`)."""
     command = shlex.split(os.environ.get("CC", "")) or ["cc"]
     return None if compiler_version(command) is None else command
@@ -40,20 +40,20 @@ def compiler_version(command: list[str]) -> str | None:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def load_library() -> ctypes.CDLL | None:
     """The loaded C library; None without a working C compiler (`CC`, else `cc`), PyTorch computes instead."""
-    compiler = found_compiler()
+    compiler = find_compiler()
     if compiler is None:
         log.info("no C compiler (cc) is here: attention and samples are up to three times slower on this CPU")
         return None
     try:
-        place = library_path(compiler)
-        if not place.is_file():
-            compile_to(place, compiler)
-        loaded = ctypes.CDLL(str(place))
+        path = library_path(compiler)
+        if not path.is_file():
+            compile_library(path, compiler)
+        loaded = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
-        said = getattr(error, "stderr", None) or str(error)
-        log.warning("attend.c and decode.c could not be compiled; without them this is slower: %s", said.strip()[:300])
+        text = getattr(error, "stderr", None) or str(error)
+        log.warning("attend.c and decode.c could not be compiled; without them this is slower: %s", text.strip()[:300])
         return None
     long, pointer = ctypes.c_long, ctypes.c_void_p
     _declare(loaded.igpt_step, None, [*[long] * 8, ctypes.c_float, *[pointer] * 5])
@@ -64,17 +64,17 @@ def library() -> ctypes.CDLL | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch has no type for it
-def available() -> bool:
+def is_available() -> bool:
     """Whether the C library can be loaded; a constant to `torch.compile`."""
-    return library() is not None
+    return load_library() is not None
 
 
 def require_library(setting: str) -> ctypes.CDLL:
     """The loaded C library. Raises ValueError naming `setting` if there is no working C compiler."""
-    found = library()
-    if found is None:
+    functions = load_library()
+    if functions is None:
         raise ValueError(f"{setting} needs a C compiler (cc, or what CC names): choose auto")
-    return found
+    return functions
 
 
 def _declare(function: Any, returned: type | None, taken: list[Any]) -> None:
@@ -88,7 +88,7 @@ def library_path(compiler: list[str]) -> Path:
     """
     texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
     options = [*compiler[1:], *target(compiler), *FLAGS]
-    made_of = "\0".join([*texts, *options, compiler_version(compiler) or "", platform.machine(), cpu.features()])
+    made_of = "\0".join([*texts, *options, compiler_version(compiler) or "", platform.machine(), cpu.cpu_features()])
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "igpt" / f"native-{digest}.so"
@@ -99,15 +99,15 @@ def target(compiler: list[str]) -> list[str]:
     return [] if any(word.startswith(("-march=", "-mcpu=")) for word in compiler[1:]) else ["-march=native"]
 
 
-def compile_to(place: Path, compiler: list[str]) -> None:
-    """Compiles to a temporary folder, then renames to `place`, so no process loads half a file.
+def compile_library(path: Path, compiler: list[str]) -> None:
+    """Compiles to a temporary folder, then renames to `path`, so no process loads half a file.
 
     Raises:
         CalledProcessError: the compiler fails.
     """
-    place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-        made = Path(folder) / "native.so"
-        command = [*compiler, *target(compiler), *FLAGS, "-x", "c", *map(str, SOURCES), "-o", str(made), "-lm"]
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / "native.so"
+        command = [*compiler, *target(compiler), *FLAGS, "-x", "c", *map(str, SOURCES), "-o", str(temporary), "-lm"]
         subprocess.run(command, capture_output=True, text=True, check=True)
-        made.replace(place)
+        temporary.replace(path)

@@ -43,8 +43,8 @@ class GPTConfig:
     @staticmethod
     def from_dict(saved: Mapping[str, Any]) -> "GPTConfig":
         """The config saved in a file. Raises ValueError on an unknown, missing or invalid setting."""
-        known = {field.name for field in fields(GPTConfig)}
-        if unknown := sorted(map(str, saved.keys() - known)):
+        field_names = {field.name for field in fields(GPTConfig)}
+        if unknown := sorted(map(str, saved.keys() - field_names)):
             raise ValueError(f"its network has the setting {unknown[0]!r}, which this version does not know")
         try:
             return GPTConfig(**saved)

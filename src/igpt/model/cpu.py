@@ -31,8 +31,8 @@ def medium_format(device: torch.device) -> str:
     for name, rest in lost.items():
         factor = torch.full((SIDE, SIDE), 1 + rest, dtype=torch.float32, device=device)
         with torch.inference_mode(), torch.autocast(device.type, enabled=False), float32_matmul_precision("medium"):
-            found = float((factor @ factor)[0, 0]) / SIDE
-        if found > 1 + 1.5 * rest:  # exact: 1 + 2 rest + rest²; rounded: 1
+            error = float((factor @ factor)[0, 0]) / SIDE
+        if error > 1 + 1.5 * rest:  # exact: 1 + 2 rest + rest²; rounded: 1
             return name
     return "bf16"
 
@@ -45,17 +45,17 @@ def rounding_setting() -> str | None:
     return None
 
 
-def features() -> str:
+def cpu_features() -> str:
     """CPU feature flags from the operating system; code compiled for more features dies of an illegal instruction."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def kind() -> str:
+def cpu_fingerprint() -> str:
     """Hash (12 hexadecimal digits) of the CPU's features and of the environment's limits on the kernels used."""
     limits = [os.environ.get(name, "") for name in (*ISA_LIMITS, *FPMATH_MODES)]
-    made_of = "\0".join([platform.machine(), features(), torch.backends.cpu.get_cpu_capability(), *limits])
+    made_of = "\0".join([platform.machine(), cpu_features(), torch.backends.cpu.get_cpu_capability(), *limits])
     return hashlib.sha256(made_of.encode()).hexdigest()[:12]
 
 
@@ -72,6 +72,6 @@ def inductor_cache() -> Iterator[None]:
         user = getpass.getuser()
     except (KeyError, OSError):  # the user id has no name, as in some containers
         user = str(os.getuid())
-    place = Path(tempfile.gettempdir()) / f"torchinductor_{user}" / kind()  # below Inductor's own
-    with environment(**{INDUCTOR_CACHE: str(place)}):
+    folder = Path(tempfile.gettempdir()) / f"torchinductor_{user}" / cpu_fingerprint()  # below Inductor's own
+    with environment(**{INDUCTOR_CACHE: str(folder)}):
         yield

@@ -23,7 +23,7 @@ from igpt.model import c_library, dispatch
 from igpt.model.c_library import VECTOR
 from igpt.model.config import SIZES, GPTConfig
 from igpt.model.gpt import GELU_SLOPE, GPT, NORM_EPS, Cache
-from igpt.model.graphs import Recorded
+from igpt.model.graphs import RecordedStep
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ _verified: "WeakKeyDictionary[GPT, dict[tuple[str, torch.dtype], bool]]" = WeakK
 class DecodeBackend:
     """A decode step's constructor. Settings that are not in `knows` are supported with the paper's value only."""
 
-    make: Callable[[GPT, Cache], Step]
-    knows: tuple[str, ...]
+    make_step: Callable[[GPT, Cache], Step]
+    supported_settings: tuple[str, ...]
 
 
 def make_decode_step(net: GPT, cache: Cache, backend: str = "auto") -> Step:
@@ -51,24 +51,24 @@ def make_decode_step(net: GPT, cache: Cache, backend: str = "auto") -> Step:
     Raises:
         ValueError: a backend chosen by name does not support this network.
     """
-    asked = backend if backend != "auto" else net.decoding
-    name = asked
+    requested = backend if backend != "auto" else net.decoding
+    name = requested
     if name == "auto":
         weight = net.blocks[0].mlp.c_fc.weight  # a block's weight: under FSDP, wte may be gathered for a while
         name = dispatch.decode_backend(weight, n_embd=net.n_embd, n_head=net.n_head)
-    if lacking := net.config.unsupported(BACKENDS[name].knows):
-        if asked != "auto":
+    if lacking := net.config.unsupported(BACKENDS[name].supported_settings):
+        if requested != "auto":
             raise ValueError(f"trainer.decoding={name} does not compute {lacking}: choose auto")
         name = "layers"
-    if name != "layers" and not verified(net, name):
+    if name != "layers" and not is_verified(net, name):
         name = "layers"
     if name == "layers":
-        verified(net, name)
-    return BACKENDS[name].make(net, cache)
+        is_verified(net, name)
+    return BACKENDS[name].make_step(net, cache)
 
 
 @torch.inference_mode()
-def verified(net: GPT, name: str) -> bool:
+def is_verified(net: GPT, name: str) -> bool:
     """Whether a decode backend gives the network's own logits; checked once per network and precision.
 
     One image of random tokens goes through the full forward pass; the backend then computes the logits of three
@@ -78,14 +78,14 @@ def verified(net: GPT, name: str) -> bool:
     Raises:
         ValueError: the network's own step differs in float32, so no backend is left.
     """
-    if not dispatch.is_whole(net.blocks[0].mlp.c_fc.weight):
+    if not dispatch.is_unsharded(net.blocks[0].mlp.c_fc.weight):
         return True
     device = net.wte.device
     mixed = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if mixed else net.wte.dtype
-    known = _verified.setdefault(net, {})
-    if (name, dtype) in known:
-        return known[name, dtype]
+    results = _verified.setdefault(net, {})
+    if (name, dtype) in results:
+        return results[name, dtype]
     t = net.n_ctx
     tokens = torch.randint(net.n_vocab, (1, t), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.compiler.set_stance("force_eager"):
@@ -99,24 +99,24 @@ def verified(net: GPT, name: str) -> bool:
             cache = net.new_cache(1)
             net.step(tokens[:, : position - 1], cache)
             try:
-                logits = BACKENDS[name].make(net, cache)(tokens[:, position - 1 : position])[0].float()
+                logits = BACKENDS[name].make_step(net, cache)(tokens[:, position - 1 : position])[0].float()
             except RuntimeError as error:
                 log.warning("decoding=%s is not used, tokens are drawn more slowly: %s", name, error)
-                known[name, dtype] = False
+                results[name, dtype] = False
                 return False
             differences.append((logits - expected[position]).abs().max() / largest)
     off = float(torch.stack(differences).max()) if differences else 0.0  # NaN where there is any
-    known[name, dtype] = off < TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
-    if known[name, dtype]:
+    results[name, dtype] = off < TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16])
+    if results[name, dtype]:
         return True
-    said = f"its logits differ from the network's by {100 * off:.1f} % of the largest, so it computes another network"
+    text = f"its logits differ from the network's by {100 * off:.1f} % of the largest, so it computes another network"
     if name != "layers":
-        log.warning("decoding=%s is not used, tokens are drawn more slowly: %s", name, said)
+        log.warning("decoding=%s is not used, tokens are drawn more slowly: %s", name, text)
     elif dtype == torch.float32:
-        del known[name, dtype]
-        raise ValueError(f"the network's step of one token (GPT.step) is not its forward pass: {said}")
+        del results[name, dtype]
+        raise ValueError(f"the network's step of one token (GPT.step) is not its forward pass: {text}")
     else:
-        log.warning("decoding=layers, the network's step of one token (GPT.step): %s, or rounds much", said)
+        log.warning("decoding=layers, the network's step of one token (GPT.step): %s, or rounds much", text)
     return False
 
 
@@ -134,18 +134,18 @@ def make_columns_step(net: GPT, cache: Cache) -> Step:
         x = (F.embedding(tokens[:, 0], net.wte) + net.wpe[now]).t().contiguous()  # (C, B)
         c, b = x.shape
         for block, keys, values in zip(net.blocks, cache.keys, cache.values, strict=True):
-            qkv = torch.mm(block.attn.c_attn.weight, _laid_out(_normed(x, block.ln_1.g)))
+            qkv = torch.mm(block.attn.c_attn.weight, _lay_out(_normalize(x, block.ln_1.g)))
             # contiguous: the fused kernel needs it, the unfused one would copy every key
             q, k, v = qkv.view(3, heads, c // heads, b).permute(0, 3, 1, 2).contiguous().unbind(0)  # 3 × (B, H, D)
             keys[:, :, now] = k
             values[:, :, now] = v
             seen = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, : now + 1], values[:, :, : now + 1])
             x = torch.addmm(x, block.attn.c_proj.weight, seen.view(b, c).t())
-            normed = _laid_out(_normed(x, block.ln_2.g))
+            normed = _lay_out(_normalize(x, block.ln_2.g))
             wide = torch.addmm(normed[:1, :1], block.mlp.c_fc.weight, normed, beta=0, alpha=GELU_SLOPE)
-            x = torch.addmm(x, block.mlp.c_proj.weight, _laid_out(F.silu(wide, inplace=True)), alpha=1 / GELU_SLOPE)
+            x = torch.addmm(x, block.mlp.c_proj.weight, _lay_out(F.silu(wide, inplace=True)), alpha=1 / GELU_SLOPE)
         cache.length = now + 1
-        return torch.mm(net.wtet, _laid_out(_normed(x, net.ln_f.g))).t()
+        return torch.mm(net.wtet, _lay_out(_normalize(x, net.ln_f.g))).t()
 
     return cast("Step", step)
 
@@ -156,7 +156,7 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
     Raises:
         ValueError: a dtype, device or head size that `decode.c` does not read, or no C compiler.
     """
-    if not dispatch.suits_native(net.blocks[0].mlp.c_fc.weight, n_embd=net.n_embd, n_head=net.n_head):
+    if not dispatch.is_native_decodable(net.blocks[0].mlp.c_fc.weight, n_embd=net.n_embd, n_head=net.n_head):
         raise ValueError(
             f"trainer.decoding=native needs whole float32 weights on a CPU and heads of a multiple of {VECTOR}; these "
             f"are {net.wte.dtype} on {net.wte.device.type}, heads of {net.n_embd // net.n_head}: choose auto"
@@ -166,7 +166,7 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
     room_for = -(-net.n_ctx // VECTOR) * VECTOR  # positions
     lie: list[Tensor] = []
     while cache.keys:  # only one layer at a time is in memory twice
-        lie += _streamed(cache.keys.pop(0), cache.values.pop(0), room_for)
+        lie += _interleave_keys(cache.keys.pop(0), cache.values.pop(0), room_for)
     weights = [
         weight.detach().contiguous()
         for block in net.blocks
@@ -176,7 +176,7 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
         )
     ] + [net.ln_f.g.detach().contiguous(), net.wtet.detach().contiguous()]  # fmt: skip
     threads = torch.get_num_threads()
-    room = torch.empty(batch * 6 * net.n_embd + threads * (room_for + VECTOR), dtype=torch.float32, device="cpu")
+    workspace = torch.empty(batch * 6 * net.n_embd + threads * (room_for + VECTOR), dtype=torch.float32, device="cpu")
     addresses = [(ctypes.c_void_p * len(many))(*(one.data_ptr() for one in many)) for many in (weights, lie)]
     sizes = (net.n_layer, net.n_embd, net.n_head, net.n_vocab, room_for, batch)
 
@@ -188,7 +188,7 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
         assert lie  # the same
         x = F.embedding(tokens[:, 0], net.wte) + net.wpe[now]  # (B, C)
         logits = torch.empty(batch, net.n_vocab, dtype=torch.float32, device="cpu")
-        ends = (x.data_ptr(), room.data_ptr(), logits.data_ptr())
+        ends = (x.data_ptr(), workspace.data_ptr(), logits.data_ptr())
         compiled.igpt_step(*sizes, now, threads, NORM_EPS, *addresses, *ends)
         now += 1
         return logits
@@ -196,19 +196,19 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
     return step
 
 
-def _streamed(keys: Tensor, values: Tensor, room_for: int) -> tuple[Tensor, Tensor]:
+def _interleave_keys(keys: Tensor, values: Tensor, room_for: int) -> tuple[Tensor, Tensor]:
     """Keys (B, H, S / 8, D, 8) and values (B, H, S, D) in decode.c's layout, S padded to a multiple of 8."""
     short = room_for - keys.shape[2]
     keys = F.pad(keys, (0, 0, 0, short)).view(*keys.shape[:2], -1, VECTOR, keys.shape[3]).mT.contiguous()
     return keys, F.pad(values, (0, 0, 0, short)).contiguous()
 
 
-def _laid_out(x: Tensor) -> Tensor:
+def _lay_out(x: Tensor) -> Tensor:
     """The same (C, B) matrix; below `FEW` columns each is made contiguous, which makes CPU products twice as fast."""
     return x.t().contiguous().t() if x.shape[1] < FEW else x
 
 
-def _normed(x: Tensor, g: Tensor) -> Tensor:
+def _normalize(x: Tensor, g: Tensor) -> Tensor:
     """`Norm` of each column: (C, B) → (C, B)."""
     r = torch.rsqrt(x.square().mean(0) + NORM_EPS)  # (B,)
     return (x * r).mul_(g[:, None])
@@ -217,7 +217,7 @@ def _normed(x: Tensor, g: Tensor) -> Tensor:
 BACKENDS = {
     "native": DecodeBackend(make_c_step, SIZES),
     "columns": DecodeBackend(make_columns_step, SIZES),
-    "graphs": DecodeBackend(Recorded, SIZES),
+    "graphs": DecodeBackend(RecordedStep, SIZES),
     # the network's own step: any device, any precision, sharded weights
     "layers": DecodeBackend(lambda net, cache: partial(net.step, cache=cache), tuple(GPTConfig.__dataclass_fields__)),
 }

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from igpt.model import c_library, cpu
 from igpt.settings.devices import AttentionBackend, DecodeBackend
 
-ATTENTION = get_args(AttentionBackend)  # trainer.attention
+ATTENTION = get_args(AttentionBackend)  # trainer.attention_backend
 DECODING = get_args(DecodeBackend)[1:]  # trainer.decoding, generate(backend=)
 
 X86 = ("x86_64", "AMD64")
@@ -35,7 +35,7 @@ def attention_backend(device: torch.device, dtype: torch.dtype, *, t: int, causa
     On a CPU `attend.c`, which saves no scores and is mostly 1.5 to 3 times as fast as the others. Its backward pass
     runs one thread per image and head, so with fewer of these than threads some stay idle.
     """
-    if device.type == "cpu" and dtype in DTYPES and c_library.available():
+    if device.type == "cpu" and dtype in DTYPES and c_library.is_available():
         return "native"
     return unfused_attention_backend(device, dtype, t=t, causal=causal)
 
@@ -54,17 +54,17 @@ def unfused_attention_backend(device: torch.device, dtype: torch.dtype, *, t: in
     return "bmm" if t <= LONG else "sdpa"
 
 
-def block(dtype: torch.dtype) -> int:
+def block_size(dtype: torch.dtype) -> int:
     """Queries per block of the backend `blocks`."""
     return BLOCK.get(dtype, SHORT)
 
 
-def scores_kept(dtype: torch.dtype, path: str, *, t: int, causal: bool) -> int:
+def count_saved_scores(dtype: torch.dtype, backend: str, *, t: int, causal: bool) -> int:
     """Number of scores saved for the backward pass, per image and head, by attention over T positions."""
-    size = block(dtype)
-    if path == "blocks" and causal:
+    size = block_size(dtype)
+    if backend == "blocks" and causal:
         return sum((min(start + size, t) - start) * min(start + size, t) for start in range(0, t, size))
-    return t * t if path in ("blocks", "bmm") else 0
+    return t * t if backend in ("blocks", "bmm") else 0
 
 
 def matmul_precision(device: torch.device) -> str:
@@ -77,7 +77,7 @@ def matmul_precision(device: torch.device) -> str:
     return "medium" if x86 and cpu.medium_format(device) == "fp32" else "highest"
 
 
-def pays_to_compile(device: torch.device, *, n_embd: int, flops: float, half: bool) -> bool:
+def is_worth_compiling(device: torch.device, *, n_embd: int, flops: float, half: bool) -> bool:
     """Whether compiling the blocks pays in a training of `flops` operations per device; `half`: in bfloat16.
 
     On a CPU, bfloat16 and narrow float32 networks gain up to a quarter, because element-wise operations bound them;
@@ -92,21 +92,21 @@ def pays_to_compile(device: torch.device, *, n_embd: int, flops: float, half: bo
 
 def decode_backend(weight: Tensor, *, n_embd: int, n_head: int) -> str:
     """Decode backend for a network with such a weight: `native` (C) or `columns` on a CPU, `graphs` or `layers`."""
-    if not is_whole(weight):
+    if not is_unsharded(weight):
         return "layers"
     if weight.device.type == "cuda":
         return "graphs"
-    if suits_native(weight, n_embd=n_embd, n_head=n_head) and c_library.available():
+    if is_native_decodable(weight, n_embd=n_embd, n_head=n_head) and c_library.is_available():
         return "native"
     return "columns" if weight.device.type == "cpu" and weight.dtype == torch.float32 else "layers"
 
 
-def suits_native(weight: Tensor, *, n_embd: int, n_head: int) -> bool:
+def is_native_decodable(weight: Tensor, *, n_embd: int, n_head: int) -> bool:
     """Whether `decode.c` supports these weights: unsharded float32 on a CPU, head size a multiple of `VECTOR`."""
-    readable = is_whole(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32
+    readable = is_unsharded(weight) and weight.device.type == "cpu" and weight.dtype == torch.float32
     return readable and n_embd // n_head % c_library.VECTOR == 0
 
 
-def is_whole(weight: Tensor) -> bool:
+def is_unsharded(weight: Tensor) -> bool:
     """Whether a weight is unsharded, neither by FSDP nor by DeepSpeed."""
     return not isinstance(weight, DTensor) and not hasattr(weight, "ds_shape")

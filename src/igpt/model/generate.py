@@ -40,8 +40,8 @@ class Sampling:
         """
         scores = logits.double() / self.temperature
         if self.top_k is not None and self.top_k < scores.shape[-1]:
-            kept = scores.topk(self.top_k).indices
-            scores = torch.full_like(scores, -torch.inf).scatter(-1, kept, scores.gather(-1, kept))
+            probabilities = scores.topk(self.top_k).indices
+            scores = torch.full_like(scores, -torch.inf).scatter(-1, probabilities, scores.gather(-1, probabilities))
         p = scores.softmax(-1)  # (B, V)
         if self.top_p is not None and self.top_p < 1:
             ranked, order = p.sort(descending=True, stable=True)
@@ -57,7 +57,7 @@ def generate(
     uniforms: Tensor,
     sampling: Sampling,
     *,
-    given: Tensor | None = None,
+    prompts: Tensor | None = None,
     known: Tensor | None = None,
     cached: bool = True,
     backend: str = "auto",
@@ -65,7 +65,8 @@ def generate(
 ) -> Tensor:
     """Images sampled from the network: uniforms (B, T) in [0, 1) → tokens (B, T) int64.
 
-    Where `known` (T,) is True, the token of `given` (B, T) replaces the drawn one. It conditions the tokens after it in
+    Where `known` (T,) is True, the token of `prompts` (B, T) replaces the drawn one. It conditions the tokens after it
+    in
     the pixel order: in raster order, known first rows are a prompt. Row i depends on row i of the arguments alone.
     `on_token` is called with each drawn position. `backend`: one of `dispatch.DECODING`; auto: `net.decoding`, or the
     fastest. `cached=False` runs a full forward pass per token, as OpenAI's sampler does: slow, for tests.
@@ -73,7 +74,7 @@ def generate(
     Raises:
         ValueError: a network that is not causal, or arguments whose shapes do not fit.
     """
-    steps = generate_stream(net, uniforms, sampling, given=given, known=known, cached=cached, backend=backend)
+    steps = generate_stream(net, uniforms, sampling, prompts=prompts, known=known, cached=cached, backend=backend)
     tokens, _ = next(steps)
     for _, settled in steps:
         if on_token is not None:
@@ -87,7 +88,7 @@ def generate_stream(
     uniforms: Tensor,
     sampling: Sampling,
     *,
-    given: Tensor | None = None,
+    prompts: Tensor | None = None,
     known: Tensor | None = None,
     cached: bool = True,
     backend: str = "auto",
@@ -103,14 +104,14 @@ def generate_stream(
     if not net.causal:
         raise ValueError("this network was trained with a bidirectional objective: only causal (ar) ones generate")
     batch, n_ctx = uniforms.shape
-    if n_ctx != net.n_ctx or (given is not None and given.shape != uniforms.shape):
+    if n_ctx != net.n_ctx or (prompts is not None and prompts.shape != uniforms.shape):
         raise ValueError(f"uniforms and given must be (B, {net.n_ctx}), got {tuple(uniforms.shape)}")
-    if (given is None) != (known is None):
+    if (prompts is None) != (known is None):
         raise ValueError("given and known come together: the tokens, and which of them are to be kept")
     tokens = torch.zeros(batch, n_ctx, dtype=torch.int64, device=uniforms.device)
     shown = [False] * n_ctx if known is None else known.tolist()
-    if given is not None and known is not None:
-        tokens = torch.where(known.to(given.device), given, 0).to(uniforms.device)
+    if prompts is not None and known is not None:
+        tokens = torch.where(known.to(prompts.device), prompts, 0).to(uniforms.device)
     start = shown.index(False) if False in shown else n_ctx  # one pass reads all leading known tokens
     yield tokens, start
     step: decode.Step | None = None

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from igpt.distributed.sharding import put, whole_shape
-from igpt.model.attention import attend, heads, self_attention
+from igpt.distributed.sharding import copy_into_sharded, unsharded_shape
+from igpt.model.attention import attend, self_attention, split_heads
 from igpt.model.config import SIZES, GPTConfig
 from igpt.model.positions import POSITIONS, Positions
 from igpt.utils import keyed
@@ -67,14 +67,14 @@ class Attention(nn.Module):
                 self._update_kv_cache(qkv, cache, layer)
             out = self_attention(qkv, self.n_head, causal=self.causal, backend=self.backend)
         else:
-            q, k, v = self._heads(qkv, 0) if cache is None else self._update_kv_cache(qkv, cache, layer)
+            q, k, v = self._split_heads(qkv, 0) if cache is None else self._update_kv_cache(qkv, cache, layer)
             out = attend(q, k, v, causal=self.causal, backend=self.backend).transpose(1, 2).flatten(2)
         projected: Tensor = self.c_proj(out)
         return projected
 
-    def _heads(self, qkv: Tensor, start: int) -> tuple[Tensor, ...]:
+    def _split_heads(self, qkv: Tensor, start: int) -> tuple[Tensor, ...]:
         """Queries, keys (both rotated) and values of positions start, start + 1, …: 3 × (B, H, T, D)."""
-        q, k, v = heads(qkv, self.n_head)
+        q, k, v = split_heads(qkv, self.n_head)
         return (q, k, v) if self.rotate is None else (self.rotate(q, start), self.rotate(k, start), v)
 
     def _update_kv_cache(self, qkv: Tensor, cache: Cache, layer: int) -> tuple[Tensor, ...]:
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         t = qkv.shape[1]
         start, end = cache.length, cache.length + t
         assert t == 1 or start == 0, "a cache is filled by one prompt, then by single positions"
-        q, k, v = self._heads(qkv, start)
+        q, k, v = self._split_heads(qkv, start)
         cache.keys[layer][:, :, start:end] = k
         cache.values[layer][:, :, start:end] = v
         return q, k, v
@@ -200,8 +200,8 @@ class GPT(nn.Module):
         """Allocates every weight of a network on the meta device, uninitialised, and computes its buffers."""
         self.to_empty(device=device)
         if self.positions is not None:
-            made = type(self.positions)(self.config)
-            for table, computed in zip(self.positions.buffers(), made.buffers(), strict=True):
+            rebuilt = type(self.positions)(self.config)
+            for table, computed in zip(self.positions.buffers(), rebuilt.buffers(), strict=True):
                 table.copy_(computed)
 
     @property
@@ -218,11 +218,11 @@ class GPT(nn.Module):
         """
         for name, weight in self.named_parameters():
             std = self._init_std(name)
-            drawn = torch.full(whole_shape(weight), 1.0 if name.endswith(".g") else 0.0, device="cpu")
+            drawn = torch.full(unsharded_shape(weight), 1.0 if name.endswith(".g") else 0.0, device="cpu")
             if std:
                 draw = torch.Generator().manual_seed(keyed.key(seed, "init", 0) ^ keyed.key(0, name))
                 drawn.normal_(0, std, generator=draw)
-            put(weight, drawn)  # drawn on the CPU: every device gets the same weights
+            copy_into_sharded(weight, drawn)  # drawn on the CPU: every device gets the same weights
 
     def _init_std(self, name: str) -> float:
         if name.endswith("attn.c_attn.weight"):
@@ -243,9 +243,9 @@ class GPT(nn.Module):
             content = content * (visible[:, :-1] if self.causal else visible)[..., None]
         if self.causal:
             content = torch.cat([self.sos.expand(b, 1, -1), content], dim=1)
-        return self._place(content, 0)
+        return self._add_positions(content, 0)
 
-    def _place(self, content: Tensor, start: int) -> Tensor:
+    def _add_positions(self, content: Tensor, start: int) -> Tensor:
         """Token embeddings with the encodings of positions start, start + 1, … added: (B, T, C) → (B, T, C)."""
         if self.positions is not None:
             return self.positions.add(content, start)
@@ -293,7 +293,7 @@ class GPT(nn.Module):
         if cache.length == 0:
             content = torch.cat([self.sos.expand(len(tokens), 1, -1), content], dim=1)
         end = cache.length + content.shape[1]
-        h = self._place(content, cache.length)
+        h = self._add_positions(content, cache.length)
         for layer, block in enumerate(self.blocks):
             h = block(h, cache, layer)
         cache.length = end

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 SPAN = 128  # positions per graph; each graph reads all keys up to its last position
 
 
-class Recorded:
+class RecordedStep:
     """A network's decode step with fixed shapes: new tokens (B, 1) → logits (B, V).
 
     Under autocast, weights and cache are cast once instead of at every step. On a CPU the same step runs without a
@@ -73,14 +73,14 @@ class Recorded:
             self._replay = self._step
             return
         position, mask = self.position.clone(), self.mask.clone()
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # PyTorch has no type for it
-        beside.wait_stream(torch.cuda.current_stream())
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # PyTorch has no type for it
+        stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(beside):  # warm-up: allocations of the first call must not be recorded
+            with torch.cuda.stream(stream):  # warm-up: allocations of the first call must not be recorded
                 for _ in range(2):
                     self._step()
         finally:
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(stream)
             self.position.copy_(position)  # the replay writes the same keys again
             self.mask.copy_(mask)
         graph = torch.cuda.CUDAGraph()
@@ -96,17 +96,17 @@ class Recorded:
         x = F.embedding(self.tokens, net.wte) + net.wpe.index_select(0, self.position)  # (B, C)
         layers = zip(net.blocks, self.weights, self.keys, self.values, strict=True)
         for block, (c_attn, c_proj, c_fc, out), keys, values in layers:
-            qkv = F.linear(self._normed(x, block.ln_1.g), c_attn).view(b, 3, h, 1, c // h)
+            qkv = F.linear(self._normalize(x, block.ln_1.g), c_attn).view(b, 3, h, 1, c // h)
             q, k, v = qkv.unbind(1)  # (B, H, 1, D)
             keys.index_copy_(2, self.position, k)
             values.index_copy_(2, self.position, v)
             scores = torch.matmul(q, keys[:, :, :end].mT) * (c // h) ** -0.5 + self.mask[:end]  # (B, H, 1, end)
             seen = torch.matmul(scores.softmax(-1, dtype=torch.float32).to(self.dtype), values[:, :, :end])
             x = x + F.linear(seen.reshape(b, c), c_proj)
-            wide = F.linear(self._normed(x, block.ln_2.g), c_fc)
+            wide = F.linear(self._normalize(x, block.ln_2.g), c_fc)
             x = x + F.linear(wide * torch.sigmoid(GELU_SLOPE * wide), out)
-        self.logits = F.linear(self._normed(x, net.ln_f.g), self.head)
+        self.logits = F.linear(self._normalize(x, net.ln_f.g), self.head)
         self.position.add_(1).clamp_(max=net.n_ctx - 1)
 
-    def _normed(self, x: Tensor, g: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, g: Tensor) -> Tensor:
         return F.rms_norm(x, g.shape, g, NORM_EPS).to(self.dtype)

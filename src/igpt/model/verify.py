@@ -21,10 +21,10 @@ def verify_attention(net: GPT) -> None:
     block, device = net.blocks[0], net.wte.device
     mixed = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if mixed else net.wte.dtype
-    asked = block.attn.backend
-    if asked == "auto" and device.type == "cpu":
-        asked = dispatch.attention_backend(device, dtype, t=net.n_ctx, causal=net.causal)
-    if asked != "native" or device.type != "cpu" or block.attn.not_in_c:
+    requested = block.attn.backend
+    if requested == "auto" and device.type == "cpu":
+        requested = dispatch.attention_backend(device, dtype, t=net.n_ctx, causal=net.causal)
+    if requested != "native" or device.type != "cpu" or block.attn.not_in_c:
         return
     tokens = torch.randint(net.n_vocab, (1, net.n_ctx), generator=torch.Generator().manual_seed(0))
     with torch.compiler.set_stance("force_eager"):

@@ -13,7 +13,7 @@ class AR:
     name = "ar"
     causal = True
 
-    def visible_mask(self, tokens: Tensor, keys: Tensor) -> None:
+    def visible_mask(self, tokens: Tensor, rng_keys: Tensor) -> None:
         return None
 
     def per_example_loss(self, logits: Tensor, tokens: Tensor, visible: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ class Objective(Protocol):
     name: str
     causal: bool  # whether position i of the network sees earlier positions only
 
-    def visible_mask(self, tokens: Tensor, keys: Tensor) -> Tensor | None:
+    def visible_mask(self, tokens: Tensor, rng_keys: Tensor) -> Tensor | None:
         """Mask of tokens the network sees, (B, T) bool, a function of the random keys (B,) alone; None: all."""
         ...
 

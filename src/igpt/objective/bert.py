@@ -26,9 +26,9 @@ class BERT:
     def __init__(self, *, mask_probability: Annotated[float, Field(gt=0, lt=1)]) -> None:
         self.mask_probability = mask_probability
 
-    def visible_mask(self, tokens: Tensor, keys: Tensor) -> Tensor:
+    def visible_mask(self, tokens: Tensor, rng_keys: Tensor) -> Tensor:
         """Mask of visible tokens, (B, T) bool: a function of each image's key alone."""
-        u = keyed.uniform(keyed.fold(keys, _STREAM), tokens.shape[1])  # (B, T)
+        u = keyed.uniform(keyed.fold_in(rng_keys, _STREAM), tokens.shape[1])  # (B, T)
         threshold = torch.clamp(u.amin(dim=1, keepdim=True), min=self.mask_probability)
         return u > threshold
 

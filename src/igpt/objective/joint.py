@@ -23,7 +23,7 @@ class JointObjective:
     weights: LossWeights  # λ
 
     @property
-    def generates(self) -> bool:
+    def has_generative_loss(self) -> bool:
         """Whether L_GEN has a weight above 0; otherwise the token head is neither computed nor trained."""
         return self.weights.gen > 0
 
@@ -31,12 +31,12 @@ class JointObjective:
         self, logits: Tensor | None, scores: Tensor, tokens: Tensor, labels: Tensor, visible: Tensor | None
     ) -> dict[str, Tensor]:
         """`loss_clf`, and `loss_gen` if there are logits (B, T, V); scores (B, K), tokens (B, T), labels (B,)."""
-        found = {"loss_clf": classification_loss(scores, labels)}
+        losses = {"loss_clf": classification_loss(scores, labels)}
         if logits is not None:
-            found["loss_gen"] = self.generative.loss(logits, tokens, visible)
-        return found
+            losses["loss_gen"] = self.generative.loss(logits, tokens, visible)
+        return losses
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The training loss, a scalar: the weighted sum of `losses`."""
         loss = self.weights.clf * losses["loss_clf"]
-        return loss + self.weights.gen * losses["loss_gen"] if self.generates else loss
+        return loss + self.weights.gen * losses["loss_gen"] if self.has_generative_loss else loss

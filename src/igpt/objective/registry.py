@@ -11,7 +11,7 @@ from igpt.settings.fields import parse_arguments
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"ar": AR, "bert": BERT}
 
 
-def build(*, name: str, **settings: Any) -> Objective:
+def build_objective(*, name: str, **settings: Any) -> Objective:
     """The objective of that name. Raises ValueError on an unknown name or setting."""
     if name not in OBJECTIVES:
         raise ValueError(f"no objective called {name!r}; there are {', '.join(sorted(OBJECTIVES))}")

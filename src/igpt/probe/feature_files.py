@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt.data.cache import digest, unwritable
+from igpt.data.cache import hash_cache_key, unwritable
 from igpt.distributed import ranks
 from igpt.probe.lbfgs import check_finite
 from igpt.settings.fields import FeatureDtype
@@ -46,7 +46,7 @@ class FeatureWriter:
         self.part: np.ndarray | None = None
         rank = ranks.this_rank()
         self.mine = path.parent / f".{path.name}.{rank.index}.part"
-        self.room = -(-n_image // rank.count) + 4096  # rows; the ranks' numbers differ by less than a batch
+        self.n_row = -(-n_image // rank.count) + 4096  # rows; the ranks' numbers differ by less than a batch
 
     def add(self, features: Tensor, rows: Tensor, labels: Tensor) -> None:
         """Appends features (L + 1, B, C) of the images `rows` (B,). Raises ValueError on NaN or infinity."""
@@ -55,11 +55,11 @@ class FeatureWriter:
         values = plain.numpy()
         if self.part is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            shape = (len(values), self.room, values.shape[2])
+            shape = (len(values), self.n_row, values.shape[2])
             try:
                 self.part = np.lib.format.open_memmap(self.mine, mode="w+", dtype=values.dtype, shape=shape)
                 with self.mine.open("r+b") as file:  # allocated at once: a full disk under a map kills the process
-                    files.reserve(file, self.mine.stat().st_size)
+                    files.reserve_space(file, self.mine.stat().st_size)
             except OSError as error:
                 raise unwritable(self.path, error, "features") from error
         stop = self.end + values.shape[1]
@@ -77,8 +77,8 @@ class FeatureWriter:
         """Merges the part files of all ranks. Must be called on every rank."""
         rows = np.concatenate(self.rows) if self.rows else np.empty(0, dtype=np.int64)
         labels = np.concatenate(self.labels) if self.labels else np.empty(0, dtype=np.int64)
-        parts = ranks.gathered((str(self.mine), rows, labels))
-        if ranks.this_rank().first:
+        parts = ranks.all_gather_object((str(self.mine), rows, labels))
+        if ranks.this_rank().is_first:
             self._assemble(parts)
         ranks.barrier()
         self.discard()
@@ -97,10 +97,10 @@ class FeatureWriter:
                 header = {"descr": opened[0][0].dtype.str, "fortran_order": False}
                 np.lib.format.write_array_header_1_0(file, {**header, "shape": (n_layer, self.n_image, width)})
                 for layer in range(n_layer):
-                    whole = np.empty((self.n_image, width), dtype=opened[0][0].dtype)
+                    full = np.empty((self.n_image, width), dtype=opened[0][0].dtype)
                     for part, rows in opened:
-                        whole[rows] = part[layer, : len(rows)]
-                    file.write(whole.data)
+                        full[rows] = part[layer, : len(rows)]
+                    file.write(full.data)
         except OSError as error:
             raise unwritable(self.path, error, "features") from error
 
@@ -110,9 +110,9 @@ def labels_path(path: Path) -> Path:
     return path.with_suffix(".labels.npy")
 
 
-def features_path(cache: Path, name: str, made_by: Mapping[str, Any]) -> Path:
+def features_path(cache: Path, name: str, cache_key: Mapping[str, Any]) -> Path:
     """Path of a feature file: `cache/features/<name>-<hash of made_by>.npy`."""
-    return cache / "features" / f"{name}-{digest(made_by)}.npy"
+    return cache / "features" / f"{name}-{hash_cache_key(cache_key)}.npy"
 
 
 def read_features(path: Path, *, n_layer: int, n_image: int) -> Features | None:

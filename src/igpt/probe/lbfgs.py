@@ -21,7 +21,7 @@ class Heads:
     weight: Tensor
     bias: Tensor
     objective: Tensor  # (P, S) mean nats per image plus the penalty, at the end
-    remaining: Tensor  # (P, S) estimated distance of the objective to its minimum, in nats per image
+    suboptimality: Tensor  # (P, S) estimated distance of the objective to its minimum, in nats per image
     iterations: int
 
     def scores(self, features: Tensor) -> Tensor:
@@ -35,12 +35,12 @@ def logistic_regression(
     labels: Tensor,
     *,
     n_class: int,
-    strengths: list[float],
+    C_grid: list[float],
     tolerance: float = 1e-7,
     max_iterations: int = 500,
     names: Sequence[str] | None = None,
 ) -> Heads:
-    """Minimises Σ_i -log p(y_i | x_i) · C + ½ ‖W‖², the intercept free, for each layer and each C in `strengths`.
+    """Minimises Σ_i -log p(y_i | x_i) · C + ½ ‖W‖², the intercept free, for each layer and each C in `C_grid`.
 
     The objective is that of scikit-learn's LogisticRegression(C); for two classes, where scikit-learn fits one vector
     instead of two, that of its C doubled. Features (P, N, D), labels (N,) int64. Stops when the estimated distance of
@@ -60,12 +60,12 @@ def logistic_regression(
     covariance = x.mT @ x / x.shape[1]  # (P, D, D)
     hot = F.one_hot(labels, n_class).to(x.dtype)  # (N, K)
     theta = x.new_zeros(len(x), x.shape[2] + 1, n_class)
-    found: dict[float, tuple[Tensor, Tensor, Tensor, int]] = {}
-    for strength in sorted(strengths):
+    solutions: dict[float, tuple[Tensor, Tensor, Tensor, int]] = {}
+    for strength in sorted(C_grid):
         problem = _Problem(x, hot, penalty=1 / (strength * x.shape[1]), covariance=covariance)
-        found[strength] = problem.minimise(theta, tolerance, max_iterations)
-        theta = found[strength][0]
-    thetas, objectives, remaining, iterations = zip(*(found[strength] for strength in strengths), strict=True)
+        solutions[strength] = problem.minimise(theta, tolerance, max_iterations)
+        theta = solutions[strength][0]
+    thetas, objectives, remaining, iterations = zip(*(solutions[strength] for strength in C_grid), strict=True)
     weight = torch.stack([theta[:, :-1] for theta in thetas], dim=1).mT  # (P, S, K, D)
     bias = torch.stack([theta[:, -1] for theta in thetas], dim=1) - torch.einsum("pskd,pd->psk", weight, mean[:, 0])
     return Heads(weight.contiguous(), bias, torch.stack(objectives, 1), torch.stack(remaining, 1), sum(iterations))
@@ -119,11 +119,11 @@ class _Problem:
         objective = self.nats(logits) + self.penalty / 2 * _dot(theta[:, :-1], theta[:, :-1])
         gradient = self.gradient(theta, probabilities)
         steps: list[tuple[Tensor, Tensor, Tensor]] = []  # of θ, of the gradient, 1 / their product
-        guess = _Guess(self.covariance, self.penalty)
+        guess = _Preconditioner(self.covariance, self.penalty)
         iteration = 0
         while True:
-            guess.look(probabilities)
-            direction = -_two_loops(gradient, steps, guess)
+            guess.update(probabilities)
+            direction = -_two_loop(gradient, steps, guess)
             slope = _dot(gradient, direction)
             remaining = -slope / 2  # the exact distance to the minimum of a quadratic
             done = bool((remaining <= tolerance).all())
@@ -157,7 +157,7 @@ class _Problem:
             steps = [*steps[-(HISTORY - 1) :], (move, change, inverse[:, None, None].to(x.dtype))]
 
 
-class _Guess:
+class _Preconditioner:
     """Preconditioner (h·Σ + penalty)⁻¹ of each layer, the same for every class, with Σ the features' covariance.
 
     It is the inverse Hessian with p (1 - p) replaced by its mean h over images and classes.
@@ -168,7 +168,7 @@ class _Guess:
         self.h = torch.zeros_like(covariance[:, 0, 0])  # (P,) of the current inverse
         self.inverse = torch.empty_like(covariance)
 
-    def look(self, probabilities: Tensor) -> None:
+    def update(self, probabilities: Tensor) -> None:
         """Recomputes the inverse of layers where h has halved or doubled."""
         h = (probabilities * (1 - probabilities)).mean(dim=(1, 2)).clamp(min=1e-7)
         (old,) = torch.where((h < self.h / 2) | (h > self.h * 2))
@@ -181,7 +181,7 @@ class _Guess:
             self.inverse[old] = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
             self.h[old] = h[old]
 
-    def times(self, gradient: Tensor) -> Tensor:
+    def apply(self, gradient: Tensor) -> Tensor:
         return torch.cat([self.inverse @ gradient[:, :-1], gradient[:, -1:] / self.h[:, None, None]], dim=1)
 
 
@@ -190,7 +190,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=-1).double().sum(dim=-1)
 
 
-def _two_loops(gradient: Tensor, steps: list[tuple[Tensor, Tensor, Tensor]], guess: "_Guess") -> Tensor:
+def _two_loop(gradient: Tensor, steps: list[tuple[Tensor, Tensor, Tensor]], guess: "_Preconditioner") -> Tensor:
     """L-BFGS two-loop recursion: approximate inverse Hessian times the gradient (Nocedal & Wright, alg. 7.4)."""
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -204,8 +204,8 @@ def _two_loops(gradient: Tensor, steps: list[tuple[Tensor, Tensor, Tensor]], gue
     scale: Tensor | float = 1.0
     if steps:
         move, change, inverse = steps[-1]
-        scale = torch.where(inverse > 0, 1 / (inverse * dot(change, guess.times(change))).clamp(min=1e-30), 1.0)
-    q = scale * guess.times(q)
+        scale = torch.where(inverse > 0, 1 / (inverse * dot(change, guess.apply(change))).clamp(min=1e-30), 1.0)
+    q = scale * guess.apply(q)
     for (move, change, inverse), alpha in zip(steps, reversed(alphas), strict=True):
         q = q + (alpha - inverse * dot(change, q)) * move
     return q

@@ -24,7 +24,7 @@ def share_number(share: float, n: int, *, seed: int) -> Number:
     return Number(share, "share", n, (share * (1 - share) / n) ** 0.5, (low, high))
 
 
-def vote(predictions: Tensor, *, n_class: int, keys: Tensor) -> Tensor:
+def vote(predictions: Tensor, *, n_class: int, rng_keys: Tensor) -> Tensor:
     """Majority vote of M masks per image: (…, M, N) int64, keys (N,) → (…, N). The random keys break ties.
 
     Source: Chen et al. 2020, §4.6 (BERT: "ensembling 5 masks").
@@ -37,17 +37,17 @@ def vote(predictions: Tensor, *, n_class: int, keys: Tensor) -> Tensor:
         some = predictions[..., rows].mT  # (…, n, M)
         counts = torch.zeros((*some.shape[:-1], n_class), device=some.device)
         counts.scatter_add_(-1, some, torch.ones_like(some, dtype=counts.dtype))
-        draw = keyed.uniform(keyed.fold(keys[rows], 5), n_class).to(counts)  # (n, K) in [0, 1]
+        draw = keyed.uniform(keyed.fold_in(rng_keys[rows], 5), n_class).to(counts)  # (n, K) in [0, 1]
         # below one count: decides ties only
         voted[..., rows] = (counts + 0.5 * draw).argmax(dim=-1)
     return voted
 
 
-def confusion(labels: np.ndarray, predictions: np.ndarray, n_class: int) -> np.ndarray:
+def count_confusions(labels: np.ndarray, predictions: np.ndarray, n_class: int) -> np.ndarray:
     """Confusion matrix: number of images of class i (row) predicted as j (column), (N,), (N,) → (K, K) int64."""
     return np.bincount(labels * n_class + predictions, minlength=n_class**2).reshape(n_class, n_class)
 
 
-def top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
+def is_in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     """Whether the label is among the k highest scores: (N, K), (N,) → (N,) bool."""
     return (scores.topk(k, dim=-1).indices == labels[:, None]).any(dim=-1)

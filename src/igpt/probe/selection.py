@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from igpt.data.cache import in_chunks
+from igpt.data.cache import map_chunks
 from igpt.data.source import Split, plain_pixels
 from igpt.metric.result import Curve, Number
 from igpt.probe.feature_files import Features
@@ -19,39 +19,39 @@ CPU_BYTES = 1 << 30  # bytes of features fitted together on a CPU; on a GPU, a s
 
 
 @dataclass(frozen=True)
-class Images:
+class FeatureSet:
     """Features of a set of images, one `Features` per mask (BERT) or just one (AR)."""
 
-    under: list[Features]
+    by_mask: list[Features]
 
     @property
     def labels(self) -> np.ndarray:
-        return self.under[0].labels
+        return self.by_mask[0].labels
 
     @property
     def n_layer(self) -> int:
         """Number of layers, the embedding included: L + 1."""
-        return len(self.under[0].values)
+        return len(self.by_mask[0].values)
 
-    def layer(self, which: int) -> "Images":
+    def select_layer(self, which: int) -> "FeatureSet":
         """The features of one layer, which becomes layer 0."""
-        return Images([Features(features.values[which : which + 1], features.labels) for features in self.under])
+        return FeatureSet([Features(features.values[which : which + 1], features.labels) for features in self.by_mask])
 
-    def some(self, rows: np.ndarray) -> "Images":
+    def select_rows(self, rows: np.ndarray) -> "FeatureSet":
         """The images `rows` (M,)."""
-        return Images([Features(features.values[:, rows], features.labels[rows]) for features in self.under])
+        return FeatureSet([Features(features.values[:, rows], features.labels[rows]) for features in self.by_mask])
 
     @staticmethod
-    def of_pixels(split: Split) -> "Images":
+    def from_pixels(split: Split) -> "FeatureSet":
         """Raw pixels in [-1, 1] as the features of one layer, (1, N, R·R·3): a baseline."""
         split.prepare()
-        parts = in_chunks(lambda rows: plain_pixels(split, rows), np.arange(len(split)), "reading pixels")
+        parts = map_chunks(lambda rows: plain_pixels(split, rows), np.arange(len(split)), "reading pixels")
         pixels = np.concatenate([part.reshape(len(part), -1) for part in parts])
-        return Images([Features((pixels / np.float32(127.5) - 1)[None].astype(np.float32), split.labels)])
+        return FeatureSet([Features((pixels / np.float32(127.5) - 1)[None].astype(np.float32), split.labels)])
 
-    def side_by_side(self, layers: Sequence[int], device: torch.device, mask: int = 0) -> Tensor:
+    def concat_layers(self, layers: Sequence[int], device: torch.device, mask: int = 0) -> Tensor:
         """Concatenated features of P layers under one mask, (1, N, P · C) float32."""
-        features = self.under[mask].layers(list(layers), dtype=torch.float32, device=device)  # (P, N, C)
+        features = self.by_mask[mask].layers(list(layers), dtype=torch.float32, device=device)  # (P, N, C)
         return torch.cat(list(features), dim=-1)[None]
 
 
@@ -64,13 +64,13 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Table:
+class GridScores:
     """Result of a grid search: accuracy of every window of layers at every strength, (P, S)."""
 
     accuracy: np.ndarray
     one_mask: np.ndarray  # (P, S) accuracy under the first mask alone, without the vote
     windows: list[list[int]]
-    strengths: list[float]
+    C_grid: list[float]
     n_image: int
 
     def curve(self) -> Curve:
@@ -79,23 +79,23 @@ class Table:
                      "accuracy")  # fmt: skip
 
     def number(self, choice: Choice, *, one_mask: bool = False) -> Number:
-        row, column = self.windows.index(choice.layers), self.strengths.index(choice.strength)
+        row, column = self.windows.index(choice.layers), self.C_grid.index(choice.strength)
         share = float((self.one_mask if one_mask else self.accuracy)[row, column])
         return share_number(share, self.n_image, seed=0)
 
 
-def chosen(table: Table, *, layer: int | None) -> Choice:
+def select_best(table: GridScores, *, layer: int | None) -> Choice:
     """The best choice in a table, or in one row of it. Ties: the lowest layer, then the strongest regularisation."""
     rows = range(len(table.windows)) if layer is None else [layer]
-    order = np.argsort(table.strengths)
+    order = np.argsort(table.C_grid)
     _, row, column = max((table.accuracy[r, c], -r, -i) for r in rows for i, c in enumerate(order))
-    return Choice(table.windows[-row], table.strengths[int(order[-column])])
+    return Choice(table.windows[-row], table.C_grid[int(order[-column])])
 
 
 FOLDS = 5
 
 
-def few_folds(per_class: int) -> int:
+def choose_n_fold(per_class: int) -> int:
     """Number of cross-validation folds for `per_class` images of each class: at most `FOLDS`.
 
     Raises:
@@ -112,7 +112,7 @@ def window_around(layer: int, size: int, n_layer: int) -> list[int]:
     return list(range(first, first + size))
 
 
-def folds_of(labels: np.ndarray, n: int, *, seed: int) -> np.ndarray:
+def assign_folds(labels: np.ndarray, n: int, *, seed: int) -> np.ndarray:
     """Stratified random folds: a number from 0 to n - 1 for each image, (N,) → (N,).
 
     Raises:
@@ -127,47 +127,47 @@ def folds_of(labels: np.ndarray, n: int, *, seed: int) -> np.ndarray:
     return folds
 
 
-def searched(
-    train: Images,
-    val: Images,
-    strengths: list[float],
+def grid_search(
+    train: FeatureSet,
+    val: FeatureSet,
+    C_grid: list[float],
     *,
     n_class: int,
     device: torch.device,
     seed: int,
     folds: np.ndarray | None = None,
     windows: list[list[int]] | None = None,
-) -> Table:
+) -> GridScores:
     """Grid search: fits heads on train and scores them on val; with `folds` (N,), by cross-validation on train.
 
     `windows`: sets of layers to concatenate; None: each layer alone.
     """
     windows = windows or [[layer] for layer in range(train.n_layer)]
-    shape = len(windows), len(strengths)
+    shape = len(windows), len(C_grid)
     right, right_one = np.zeros(shape), np.zeros(shape)
     labels, val_labels = (torch.from_numpy(images.labels).to(device) for images in (train, val))
-    for group in _groups(windows, train, device):
+    for group in _group_windows(windows, train, device):
         some = [windows[i] for i in group]
-        x = torch.cat([train.side_by_side(window, device) for window in some])  # (P, N, D)
+        x = torch.cat([train.concat_layers(window, device) for window in some])  # (P, N, D)
         names = ["+".join(map(str, window)) for window in some]
         if folds is None:
-            heads = logistic_regression(x, labels, n_class=n_class, strengths=strengths, names=names)
+            heads = logistic_regression(x, labels, n_class=n_class, C_grid=C_grid, names=names)
             del x
-            predicted = _voted(heads, val, some, n_class, device, seed)  # 2 × (P, S, N)
+            predicted = _predict(heads, val, some, n_class, device, seed)  # 2 × (P, S, N)
             right[group], right_one[group] = ((each == val_labels).sum(dim=-1).cpu().numpy() for each in predicted)
             continue
         for fold in range(int(folds.max()) + 1):
             inside = torch.from_numpy(folds != fold).to(device)
-            heads = logistic_regression(x[:, inside], labels[inside], n_class=n_class, strengths=strengths, names=names)
+            heads = logistic_regression(x[:, inside], labels[inside], n_class=n_class, C_grid=C_grid, names=names)
             correct = heads.scores(x[:, ~inside]).argmax(dim=-1) == labels[~inside]
             right[group] += correct.sum(dim=-1).cpu().numpy()
         right_one[group] = right[group]
     n = len(val.labels if folds is None else train.labels)
-    return Table(right / n, right_one / n, windows, list(strengths), n)
+    return GridScores(right / n, right_one / n, windows, list(C_grid), n)
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedHead:
     """One fitted head."""
 
     heads: Heads
@@ -176,38 +176,38 @@ class Fitted:
     device: torch.device
     seed: int
 
-    def predict(self, images: Images) -> tuple[np.ndarray, Tensor]:
+    def predict(self, images: FeatureSet) -> tuple[np.ndarray, Tensor]:
         """Predicted classes (N,), by vote over several masks, and scores (N, K) under the first mask."""
-        said, _ = _voted(self.heads, images, [self.choice.layers], self.n_class, self.device, self.seed)
-        scores = self.heads.scores(images.side_by_side(self.choice.layers, self.device))[0, 0]
-        return said[0, 0].cpu().numpy(), scores
+        predictions, _ = _predict(self.heads, images, [self.choice.layers], self.n_class, self.device, self.seed)
+        scores = self.heads.scores(images.concat_layers(self.choice.layers, self.device))[0, 0]
+        return predictions[0, 0].cpu().numpy(), scores
 
 
-def fitted(images: list[Images], choice: Choice, *, n_class: int, device: torch.device, seed: int) -> Fitted:
+def fit_head(images: list[FeatureSet], choice: Choice, *, n_class: int, device: torch.device, seed: int) -> FittedHead:
     """Fits the chosen head on all of `images`, under the first mask."""
-    x = torch.cat([some.side_by_side(choice.layers, device) for some in images], dim=1)
+    x = torch.cat([some.concat_layers(choice.layers, device) for some in images], dim=1)
     labels = torch.from_numpy(np.concatenate([some.labels for some in images])).to(device)
-    heads = logistic_regression(x, labels, n_class=n_class, strengths=[choice.strength])
-    return Fitted(heads, choice, n_class, device, seed)
+    heads = logistic_regression(x, labels, n_class=n_class, C_grid=[choice.strength])
+    return FittedHead(heads, choice, n_class, device, seed)
 
 
-def _voted(
-    heads: Heads, images: Images, windows: list[list[int]], n_class: int, device: torch.device, seed: int
+def _predict(
+    heads: Heads, images: FeatureSet, windows: list[list[int]], n_class: int, device: torch.device, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Predictions of the heads of P windows, each (P, S, N): by vote over all masks, and under the first mask alone."""
     under = [
-        heads.scores(torch.cat([images.side_by_side(window, device, mask) for window in windows])).argmax(dim=-1)
-        for mask in range(len(images.under))
+        heads.scores(torch.cat([images.concat_layers(window, device, mask) for window in windows])).argmax(dim=-1)
+        for mask in range(len(images.by_mask))
     ]
     if len(under) == 1:
         return under[0], under[0]
-    keys = keyed.item_keys(keyed.key(seed, "vote"), torch.arange(len(images.labels)))
-    return vote(torch.stack(under, dim=-2), n_class=n_class, keys=keys), under[0]
+    rng_keys = keyed.per_example_keys(keyed.key(seed, "vote"), torch.arange(len(images.labels)))
+    return vote(torch.stack(under, dim=-2), n_class=n_class, rng_keys=rng_keys), under[0]
 
 
-def _groups(windows: list[list[int]], train: Images, device: torch.device) -> list[list[int]]:
+def _group_windows(windows: list[list[int]], train: FeatureSet, device: torch.device) -> list[list[int]]:
     """Indices of windows, in groups that are fitted together: as many per group as memory allows."""
     budget = CPU_BYTES if device.type == "cpu" else torch.cuda.mem_get_info(device)[0] // 6
-    _, n, width = train.under[0].values.shape
+    _, n, width = train.by_mask[0].values.shape
     size = max(1, int(budget // (4 * n * width * max(len(window) for window in windows))))
     return [list(range(first, min(first + size, len(windows)))) for first in range(0, len(windows), size)]

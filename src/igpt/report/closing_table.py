@@ -13,18 +13,18 @@ def closing_table(result: Result, folder: Path, seconds: float, *, published: Se
 
     Each number has its unit, uncertainty and count. `seconds`: duration of the run.
     """
-    lines = _align([(key, shown(of), of.unit, f"n = {of.n:,}") for key, of in result.numbers.items()], "<><<")
+    lines = _align([(key, format_number(of), of.unit, f"n = {of.n:,}") for key, of in result.numbers.items()], "<><<")
     rule = "─" * max((len(line) for line in lines), default=20)
-    theirs = ["published:", *(f"  {line}" for line in published), rule] if published else []
+    names = ["published:", *(f"  {line}" for line in published), rule] if published else []
     page = [Path(REPORT)] if (folder / REPORT).is_file() else []
     to_open = [*page, *(path for path in result.files.values() if path.suffix in {".png", ".html"})]
     places = [str(folder / path) for path in to_open]
     texts = [folder / path for path in result.files.values() if path.suffix == ".txt"]
     told = [text.read_text(encoding="utf-8").rstrip() for text in texts]
-    return "\n".join([*told, rule, *lines, rule, *theirs, *places, f"{folder}  ({seconds:.0f} s)"])
+    return "\n".join([*told, rule, *lines, rule, *names, *places, f"{folder}  ({seconds:.0f} s)"])
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
     """A text table with aligned columns; the first row is the heading."""
     heading, *lines = _align(rows, "<" * len(rows[0]))
     return "\n".join([heading, "─" * max(map(len, [heading, *lines])), *lines])
@@ -39,17 +39,17 @@ def _align(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
     ]
 
 
-def readable(number: Number) -> str:
+def format_readable(number: Number) -> str:
     """The value with uncertainty and unit: shares in percent, integers with thousands separators."""
     if number.unit != "share":
-        return shown(number) if float(number.value).is_integer() else f"{shown(number)} {number.unit}"
+        return format_number(number) if float(number.value).is_integer() else f"{format_number(number)} {number.unit}"
     text, around = _rounded(number, 100, 1)
     if number.deviation is not None:
         return f"{text}{around} % (std of {number.n})"
     return f"{text} %{around}" if number.interval is not None else f"{text}{around} %"
 
 
-def shown(number: Number) -> str:
+def format_number(number: Number) -> str:
     """The value with its uncertainty, without unit: standard deviation, else 95 % interval, else standard error."""
     text, around = _rounded(number, 1, 4)
     if abs(number.value) >= 1e4 or (float(number.value).is_integer() and not around):

@@ -23,7 +23,7 @@ GROUPS = ("model", "data", "objective")
 NAME = re.compile(r"\w+?-(?P<model>.+)-(?P<data>[^-]+)-(?P<objective>[a-z]+)-s\d+-[0-9a-f]{8}(-\d+)?")
 
 
-def names_of(run: RunRecord) -> dict[str, str]:
+def read_names(run: RunRecord) -> dict[str, str]:
     """The names of model, data and objective; of older runs, parsed from the directory's name."""
     folder = run.folder.absolute()
     named = NAME.fullmatch(folder.name) or NAME.fullmatch(folder.parent.name)
@@ -32,15 +32,15 @@ def names_of(run: RunRecord) -> dict[str, str]:
     return {group: str(found[group]) for group in GROUPS}
 
 
-def names_of_stages(run: RunRecord) -> dict[str, str]:
+def read_stage_names(run: RunRecord) -> dict[str, str]:
     """The names of model, data and objective; of a pipeline, those of all its stages."""
-    each = [names_of(stage.run) for stage in run.stages if stage.run is not None] or [names_of(run)]
+    each = [read_names(stage.run) for stage in run.stages if stage.run is not None] or [read_names(run)]
     return {group: ", ".join(dict.fromkeys(names[group] for names in each)) for group in GROUPS}
 
 
-def images_of(run: RunRecord) -> str:
+def describe_images(run: RunRecord) -> str:
     """The dataset and its resolution, or the name of the option of `data`."""
-    data, option = run.config.get("data", {}), names_of(run)["data"]
+    data, option = run.config.get("data", {}), read_names(run)["data"]
     name, side = data.get("name"), data.get("resolution")
     return f"{name} at {side}×{side}" if option in (f"{name}{side}", name) else option
 
@@ -52,13 +52,13 @@ def main_numbers(run: RunRecord) -> list[tuple[str, Number]]:
     return [(key, numbers[key]) for key in dict.fromkeys(first) if key is not None][:N_MAIN]
 
 
-def pictures_of(run: RunRecord) -> dict[str, Path]:
+def list_pictures(run: RunRecord) -> dict[str, Path]:
     """Name → path in the run directory of every picture but `curves`, which the page draws itself."""
     files = run.result.files.items()
     return {key: path for key, path in files if path.suffix == ".png" and key.rpartition("/")[2] != "curves"}
 
 
-def weights_of(run: RunRecord) -> str | None:
+def find_run_weights(run: RunRecord) -> str | None:
     """The value of `init=` to use this run's weights: its own, a stage's, or its initial ones; None without weights."""
     folders = [run.folder, *(stage.folder for stage in run.stages)]
     saved = [str(folder) for folder in folders if (folder / "model" / "config.json").is_file()]
@@ -68,7 +68,7 @@ def weights_of(run: RunRecord) -> str | None:
 
 def repeat_command(run: RunRecord) -> str:
     """The command that repeats the run."""
-    return str(run.record.get("command", "")) if run.overrides is None else command(*run.overrides)
+    return str(run.record.get("command", "")) if run.overrides is None else train_command(*run.overrides)
 
 
 def data_overrides(run: RunRecord) -> list[str]:
@@ -78,46 +78,48 @@ def data_overrides(run: RunRecord) -> list[str]:
     chosen = {override.partition("=")[0] for override in own}
     option = run.begun.get("of", {}).get("data_option", data.get("name"))
     known = {f"data.{key}": data[key] for key in ("path", "resolution") if data.get(key) is not None}
-    return [f"data={option}", *(setting(key, value) for key, value in known.items() if key not in chosen), *own]
+    return [f"data={option}", *(format_setting(key, value) for key, value in known.items() if key not in chosen), *own]
 
 
 def next_commands(run: RunRecord) -> list[tuple[str, str]]:
     """Commands that continue from a run: (description, command)."""
-    weights, whole = weights_of(run), run.folder.parent if run.is_stage else run.folder
-    following = [("show the result again; where it was stopped, go on", command(setting("resume", whole)))]
+    weights, full_path = find_run_weights(run), run.folder.parent if run.is_stage else run.folder
+    following = [
+        ("show the result again; where it was stopped, go on", train_command(format_setting("resume", full_path)))
+    ]
     if weights is None:
         return following
-    init, reading, draws = setting("init", weights), data_overrides(run), names_of(run)["objective"] != "bert"
-    samples = [("draw images", command("task=sample", init, "task.count=16", "task.temperature=0.9"))]
+    init, reading, draws = format_setting("init", weights), data_overrides(run), read_names(run)["objective"] != "bert"
+    samples = [("draw images", train_command("task=sample", init, "task.count=16", "task.temperature=0.9"))]
     if run.task != "pipeline" and "tokens" not in run.config["task"]["requires"]:  # a task without images
         return [*samples, *following] if draws else following
     same = [f"{group}=checkpoint" for group in ("model", "tokens", "objective")]
-    completions = ("complete images from their upper half", command("task=complete", init, *reading))
+    completions = ("complete images from their upper half", train_command("task=complete", init, *reading))
     return [
         *([*samples, completions] if draws else []),
-        ("probe every layer", command("task=probe", init, *reading)),
-        ("fine-tune", command("task=finetune", init, *same, *reading)),
-        ("evaluate on the test split", command("task=evaluate", init, *reading, "task.split=test")),
+        ("probe every layer", train_command("task=probe", init, *reading)),
+        ("fine-tune", train_command("task=finetune", init, *same, *reading)),
+        ("evaluate on the test split", train_command("task=evaluate", init, *reading, "task.split=test")),
         *following,
     ]
 
 
-def heading_of(picture: str) -> tuple[str, str]:
+def find_heading(picture: str) -> tuple[str, str]:
     """(heading, caption) of a picture, by its name."""
     return next(kind for end, kind in KINDS.items() if picture.endswith(end))
 
 
-def command(*overrides: str) -> str:
+def train_command(*overrides: str) -> str:
     """`python train.py …`, quoted for a shell."""
     return " ".join(["python train.py", *map(quote_for_shell, overrides)])
 
 
-def setting(key: str, value: Any) -> str:
+def format_setting(key: str, value: Any) -> str:
     """`key=value`, quoted for Hydra."""
     text = str(value)
     return f"{key}={text if re.fullmatch(r'[A-Za-z0-9_./-]+', text) else quote_text(text)}"
 
 
-def as_typed(value: Any) -> str:
+def format_typed(value: Any) -> str:
     """The value as text: a string unquoted, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -69,7 +69,7 @@ def _mosaic(tiles: np.ndarray) -> np.ndarray:
     return tiles.swapaxes(1, 2).reshape(rows * height, columns * width, 3)
 
 
-def by_units(curves: Mapping[str, Curve], *, least: int = 1) -> dict[tuple[str, str], dict[str, Curve]]:
+def group_by_unit(curves: Mapping[str, Curve], *, least: int = 1) -> dict[tuple[str, str], dict[str, Curve]]:
     """Curves grouped by units, (x unit, y unit) → name → curve; those of fewer than `least` points are left out."""
     groups: dict[tuple[str, str], dict[str, Curve]] = {}
     for name, curve in curves.items():
@@ -80,7 +80,7 @@ def by_units(curves: Mapping[str, Curve], *, least: int = 1) -> dict[tuple[str, 
 
 def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
     """Writes one plot for each pair of units, stacked; curves of a single point are left out."""
-    groups = by_units(curves, least=2)
+    groups = group_by_unit(curves, least=2)
     figure = Figure(figsize=(7, 4 * max(1, len(groups))), layout="constrained")
     for place, ((x_unit, y_unit), lines) in enumerate(groups.items(), start=1):
         axes = figure.add_subplot(len(groups), 1, place)
@@ -163,18 +163,18 @@ def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | N
     """
     k = len(matrix)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    labels = None if class_names is None else [drawn_name(name, i) for i, name in enumerate(class_names)]
+    labels = None if class_names is None else [fit_name(name, i) for i, name in enumerate(class_names)]
     each = k <= COUNTED or (labels is not None and k <= NAMED)  # whether every row has its tick
     labels = [str(i) for i in range(k)] if labels is None else labels
     size = 10 if k <= COUNTED else 6  # of the labels, in points
     longest = max(map(len, labels), default=0) if each else 3
-    room = 0.6 * size / 72 * longest  # inches
-    side = min(14.0, max(4.0, 0.45 * k + 1.5)) + max(0.0, room - 0.2)
+    label_inches = 0.6 * size / 72 * longest  # inches
+    side = min(14.0, max(4.0, 0.45 * k + 1.5)) + max(0.0, label_inches - 0.2)
     figure = Figure(figsize=(side, side), layout="constrained", dpi=DPI)
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if each:
-        upright = room > 0.8 * max(3.0, 0.45 * k) / k  # labels wider than a column
+        upright = label_inches > 0.8 * max(3.0, 0.45 * k) / k  # labels wider than a column
         axes.set_xticks(range(k), labels, fontsize=size, rotation=90 if upright else 0, parse_math=False)
         axes.set_yticks(range(k), labels, fontsize=size, parse_math=False)
     if k <= COUNTED:
@@ -187,7 +187,7 @@ def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | N
     _save(path, figure, cells=axes)
 
 
-def drawn_name(name: str, number: int) -> str:
+def fit_name(name: str, number: int) -> str:
     """A class's name with □ for characters that the font lacks; its number if only these are left."""
     shown = format_class_name(name, most=LONGEST_LABEL)
     known = _characters()

@@ -22,7 +22,7 @@ from igpt.settings.older_configs import VERSION, read_record
 from igpt.utils import files
 
 # Settings of where and whether to run: not part of a run's identity.
-OUTSIDE_IDENTITY = ("paths", "resume", "force", "init", "logger", "callbacks", "published")
+OUTSIDE_IDENTITY = ("paths", "resume", "rerun", "init", "logger", "callbacks", "published")
 OUTSIDE_TASK = ("requires", "run_folder", "paper")  # keys of a task: constants of the task, and a label
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep")
 OF_THE_MACHINE = "precision"  # the only identity setting of the trainer: the others change only rounding
@@ -51,25 +51,27 @@ def identity(config: dict[str, Any], files_sha256: dict[str, str | None]) -> str
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def changes(saved: dict[str, Any], asked: dict[str, Any]) -> tuple[list[str], list[str]]:
+def changes(saved: dict[str, Any], requested: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Differences between a saved config and the one to resume with: (forbidden, harmless).
 
     Harmless: intervals of logging, validation and checkpoints (though part of the run's name), and hardware settings.
-    `resume`, `force` and `init` are not compared.
+    `resume`, `rerun` and `init` are not compared.
     """
-    refused = [line for line in differences(deciding(saved), deciding(asked)) if not line.split(" ")[0].endswith(OFTEN)]
-    outside = {"resume": None, "force": None, "init": None}
-    whole = [{**config, **outside, "task": _task_settings(config["task"])} for config in (saved, asked)]
-    every = differences(whole[0], whole[1])
+    refused = [
+        line for line in differences(deciding(saved), deciding(requested)) if not line.split(" ")[0].endswith(OFTEN)
+    ]
+    outside = {"resume": None, "rerun": None, "init": None}
+    full_list = [{**config, **outside, "task": _task_settings(config["task"])} for config in (saved, requested)]
+    every = differences(full_list[0], full_list[1])
     return refused, [line for line in every if line not in refused]
 
 
-def differences(saved: Any, asked: Any, key: str = "") -> list[str]:
+def differences(saved: Any, requested: Any, key: str = "") -> list[str]:
     """Every setting that differs between two configs, as `task.steps 100 ≠ 200`."""
-    if isinstance(saved, dict) and isinstance(asked, dict):
-        pairs = [(saved.get(name), asked.get(name), f"{key}.{name}".strip(".")) for name in saved | asked]
-        return [line for ours, theirs, path in pairs for line in differences(ours, theirs, path)]
-    return [] if saved == asked else [f"{key} {saved} ≠ {asked}"]
+    if isinstance(saved, dict) and isinstance(requested, dict):
+        pairs = [(saved.get(name), requested.get(name), f"{key}.{name}".strip(".")) for name in saved | requested]
+        return [line for old, new, path in pairs for line in differences(old, new, path)]
+    return [] if saved == requested else [f"{key} {saved} ≠ {requested}"]
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ class RunFolder:
     path: Path
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         return (self.path / "result.json").is_file()
 
     @property
-    def started(self) -> bool:
+    def is_started(self) -> bool:
         return (self.path / "run.json").is_file()
 
     @contextmanager
@@ -121,7 +123,7 @@ class RunFolder:
 
         `of`: names of model, data and objective, for the page.
         """
-        if not self.started:
+        if not self.is_started:
             run_id = uuid.uuid4().hex[:8]  # distinguishes repetitions of a run in loggers
             record = {
                 "version": VERSION,
@@ -140,7 +142,7 @@ class RunFolder:
         Raises:
             ValueError: no run directory, or one of a later release.
         """
-        if not self.started:
+        if not self.is_started:
             raise ValueError(f"{self.path} is no run folder: it has no run.json")
         return read_record(self.path / "run.json")
 
@@ -187,7 +189,7 @@ def _write_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def result_of(record: dict[str, Any]) -> Result:
+def parse_result(record: dict[str, Any]) -> Result:
     """The task's `Result` read back from a `result.json`: numbers, curves, files, class names, provenance."""
     return Result(
         numbers={key: _number(number) for key, number in record["numbers"].items()},

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from igpt.report.folder import deciding
-from igpt.report.runs import RunRecord, flat
+from igpt.report.runs import RunRecord, flatten
 from igpt.utils.overrides import format_value
 
 OF_THE_CODE = ("_target_", "_partial_")
@@ -12,28 +12,28 @@ CHOSEN = {"model.name": "model", "objective.name": "objective"}  # setting → i
 LONGEST = 48  # characters shown of a value
 
 
-def settings_of(run: RunRecord, *, deep: int = 3) -> dict[str, Any]:
+def list_settings(run: RunRecord, *, deep: int = 3) -> dict[str, Any]:
     """The flat settings that determine a run, without seeds; under `init.` those of the runs that made its weights."""
-    own = flat(deciding({"task": {}, "trainer": {"precision": None}} | run.config))
-    found = {key: value for key, value in own.items() if key.rpartition(".")[2] not in OF_THE_CODE and key != "seed"}
+    own = flatten(deciding({"task": {}, "trainer": {"precision": None}} | run.config))
+    by_name = {key: value for key, value in own.items() if key.rpartition(".")[2] not in OF_THE_CODE and key != "seed"}
     history = run.init_history
     if run.config.get("init") is None:
-        return found
+        return by_name
     if not history.runs or not deep:
-        return found | {"init": run.config["init"]}
-    before = settings_of(history.runs[0], deep=deep - 1) | {"step": history.metadata.get("step")}
-    return found | {f"init.{key}": value for key, value in before.items()}
+        return by_name | {"init": run.config["init"]}
+    before = list_settings(history.runs[0], deep=deep - 1) | {"step": history.metadata.get("step")}
+    return by_name | {f"init.{key}": value for key, value in before.items()}
 
 
-def grouped(runs: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], dict[RunRecord, RunRecord]]:
+def group_by_seed(runs: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], dict[RunRecord, RunRecord]]:
     """Groups of runs that differ only in seeds, in input order; and repetitions, older run → newest of the same seed.
 
     Only the newest repetition is in a group: the others add nothing to the spread over seeds.
     """
     same: dict[str, dict[tuple[Any, ...], list[RunRecord]]] = {}  # settings → seeds → repetitions
     for run in runs:
-        settings = repr((run.task, sorted(settings_of(run).items(), key=lambda item: item[0])))
-        seeds = tuple(of.config.get("seed") for of in (run, *run.init_history.runs))
+        settings = repr((run.task, sorted(list_settings(run).items(), key=lambda item: item[0])))
+        seeds = tuple(other.config.get("seed") for other in (run, *run.init_history.runs))
         same.setdefault(settings, {}).setdefault(seeds, []).append(run)
     groups: list[list[RunRecord]] = []
     repeated: dict[RunRecord, RunRecord] = {}
@@ -46,28 +46,28 @@ def grouped(runs: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], dict[RunR
     return groups, repeated
 
 
-def differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def list_differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """For each of several settings, the values that not all have in common, as text.
 
     Implied settings are left out: `model.n_layer` where `model.name` differs, a palette's size equal to the data's.
     """
     keys = list(dict.fromkeys(key for some in settings for key in some))
-    values = {key: [typed(some[key]) if key in some else "–" for some in settings] for key in keys}
+    values = {key: [format_typed(some[key]) if key in some else "–" for some in settings] for key in keys}
     varied = [key for key in keys if len(set(values[key])) > 1]
-    shown = [key for key in varied if not any(_follows(key, other, values) for other in varied)]
+    shown = [key for key in varied if not any(_is_implied_by(key, other, values) for other in varied)]
     return [{CHOSEN.get(key, key): values[key][row] for key in shown} for row in range(len(settings))]
 
 
-def _follows(key: str, other: str, values: Mapping[str, Sequence[str]]) -> bool:
+def _is_implied_by(key: str, other: str, values: Mapping[str, Sequence[str]]) -> bool:
     """Whether `other` determines `key` in `values`: the name of its group, or the palette size of the data."""
     names = other.endswith(".name") and key.startswith(other.removesuffix("name"))
-    colours = key.endswith("tokens.palette.k") and other == f"{key.removesuffix('tokens.palette.k')}data.n_colour"
+    colours = key.endswith("tokens.palette.k") and other == f"{key.removesuffix('tokens.palette.k')}data.palette_size"
     if key == other or not (names or colours):
         return False
     return len(set(zip(values[other], values[key], strict=True))) == len(set(values[other]))
 
 
-def typed(value: Any) -> str:
+def format_typed(value: Any) -> str:
     """A setting's value as on the command line; of a long one the end."""
     text = format_value(value, quoted=False)
     return text if len(text) <= LONGEST else f"…{text[-LONGEST:]}"

@@ -15,10 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from igpt.metric.result import Result
 from igpt.report import facts
-from igpt.report.closing_table import REPORT, shown
-from igpt.report.pictures import Picture, data_uri, embedded, read_cells
-from igpt.report.plots import plots
-from igpt.report.runs import RunRecord, flat, read_run, read_runs
+from igpt.report.closing_table import REPORT, format_number
+from igpt.report.pictures import Picture, data_uri, embed, read_cells
+from igpt.report.plots import build_plots
+from igpt.report.runs import RunRecord, flatten, read_run, read_runs
 from igpt.settings.reading import ReportSettings
 from igpt.utils import files
 
@@ -32,15 +32,15 @@ TRAINING_SAMPLES = 8  # maximal number of pictures under WHILE
 
 
 def write_page(folder: Path) -> None:
-    """`page_of` at the end of a run; an error is only logged, as the result is saved already."""
+    """`render_page` at the end of a run; an error is only logged, as the result is saved already."""
     try:
-        page_of(folder)
+        render_page(folder)
     except Exception:  # the run has succeeded, whatever happens here
         log.warning("%s was not written (log.txt says why); the result is whole", folder / REPORT)
         log.debug("traceback", exc_info=True)
 
 
-def page_of(folder: Path) -> Path:
+def render_page(folder: Path) -> Path:
     """Writes `report.html` of a finished run from its result.json, run.json and pictures; returns its path.
 
     Raises:
@@ -68,8 +68,8 @@ def run(settings: ReportSettings) -> Result:
     for each in read.runs:
         for stage in each.stages:
             if stage.run is not None and stage.folder.parent == each.folder:
-                page_of(stage.folder)
-        log.info("%s", page_of(each.folder))
+                render_page(stage.folder)
+        log.info("%s", render_page(each.folder))
     return Result()
 
 
@@ -81,26 +81,26 @@ def write_html(path: Path, template: str, pictures: Sequence[Picture], **known: 
     page = templates().get_template(template)
     pictures = sorted(pictures, key=lambda picture: (*ABOVE_CURVES, *BELOW_CURVES).index(picture.title))
     room = LARGEST - len(page.render(pictures=pictures, **known).encode(errors="backslashreplace"))
-    whole = page.render(pictures=embedded(pictures, budget=max(0, 3 * room // 4)), **known)  # 4 characters of 3 bytes
+    full = page.render(pictures=embed(pictures, budget=max(0, 3 * room // 4)), **known)  # 4 characters of 3 bytes
     with files.atomic_write(path) as file:
-        file.write(whole.encode(errors="backslashreplace"))
+        file.write(full.encode(errors="backslashreplace"))
     return path
 
 
 @cache
 def templates() -> Environment:
     """The Jinja environment of `report/web`, with autoescape."""
-    made = Environment(
+    tiles = Environment(
         loader=PackageLoader("igpt.report", "web"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    given = (shown, sha256, data_uri, flat, plots, facts.as_typed, facts.heading_of)
-    made.filters.update({function.__name__: function for function in given})
-    made.globals.update(facts=facts, above_curves=ABOVE_CURVES)
-    return made
+    given = (format_number, sha256, data_uri, flatten, build_plots, facts.format_typed, facts.find_heading)
+    tiles.filters.update({function.__name__: function for function in given})
+    tiles.globals.update(facts=facts, above_curves=ABOVE_CURVES)
+    return tiles
 
 
 def sha256(text: str) -> str:
@@ -110,20 +110,20 @@ def sha256(text: str) -> str:
 
 def _pictures(run: RunRecord) -> list[Picture]:
     """The pictures of a run's result; a confusion matrix with its counts, to show under the pointer."""
-    found = []
-    for key, file in facts.pictures_of(run).items():
-        stage, (title, seen) = key.rpartition("/")[0], facts.heading_of(key)
+    items = []
+    for key, file in facts.list_pictures(run).items():
+        stage, (title, seen) = key.rpartition("/")[0], facts.find_heading(key)
         caption = f"{stage}: {seen}" if stage and seen else seen or key
         counts, path = run.result.files.get(f"{key}_counts"), run.folder / file
         cells = counts and read_cells(path, run.folder / counts, run.result.class_names.get(key))
-        found.append(Picture(title, caption, path, str(file), cells or None))
-    return found
+        items.append(Picture(title, caption, path, str(file), cells or None))
+    return items
 
 
 def _training_samples(folder: Path) -> list[Picture]:
     """Sample grids drawn during training, at most TRAINING_SAMPLES, evenly spaced from first to last."""
-    found = sorted((folder / "samples").glob("step_*.png"))
-    kept = [found[i] for i in np.linspace(0, len(found) - 1, min(len(found), TRAINING_SAMPLES), dtype=int)]
+    items = sorted((folder / "samples").glob("step_*.png"))
+    kept = [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), TRAINING_SAMPLES), dtype=int)]
     return [
         Picture(WHILE, f"step {int(path.stem.removeprefix('step_')):,}", path, str(path.relative_to(folder)))
         for path in kept

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from igpt.utils.overrides import suggestion
+from igpt.utils.overrides import suggest_name
 
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "stl10": "STL-10", "imagenet": "ImageNet"}
 PRETRAINING = "pretraining."  # before the settings of the run that trained the weights
@@ -40,7 +40,7 @@ class PublishedRow:
     why_not: str = ""  # reason why it cannot be measured here, or only in part
 
     @property
-    def ours(self) -> bool:
+    def is_ours(self) -> bool:
         """Whether it is of an Image GPT."""
         return self.method.startswith("iGPT")
 
@@ -168,6 +168,6 @@ def check_paper_key(task: Mapping[Any, Any], where: str) -> None:
     key, keys = task.get("paper"), load_paper().keys
     if key is not None and key not in keys:
         raise ValueError(
-            f"{where}.paper={key}: no published number has this key{suggestion(str(key), keys)}; "
+            f"{where}.paper={key}: no published number has this key{suggest_name(str(key), keys)}; "
             f"there are {', '.join(keys)}"
         )

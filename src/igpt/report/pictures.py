@@ -47,7 +47,7 @@ class Picture:
     width: int = 0
     height: int = 0
     pixels: bool = True  # images, as opposed to a diagram
-    said: str = ""  # message if it is missing, damaged or shrunk
+    note: str = ""  # message if it is missing, damaged or shrunk
 
     @property
     def size(self) -> tuple[int, int]:
@@ -55,8 +55,8 @@ class Picture:
 
         Never half for diagrams and pictures with text: completions, images beside their palette version.
         """
-        whole = not self.pixels or self.path.stem.endswith(("completions", "images"))
-        by = 1 if whole or (self.width <= WIDE and self.height <= HIGH) else 2
+        is_complete = not self.pixels or self.path.stem.endswith(("completions", "images"))
+        by = 1 if is_complete or (self.width <= WIDE and self.height <= HIGH) else 2
         return self.width // by, self.height // by
 
 
@@ -73,18 +73,18 @@ def encode_png(image: Image.Image, **how: bool) -> bytes:
     return file.getvalue()
 
 
-def embedded(pictures: Sequence[Picture], *, budget: int) -> list[Picture]:
+def embed(pictures: Sequence[Picture], *, budget: int) -> list[Picture]:
     """The pictures with their data, at most `budget` bytes in total: the largest is halved, and in the end dropped."""
     read = [_read(picture) for picture in pictures]
     while sum(len(picture.png) for picture in read) > budget:
         place = max(range(len(read)), key=lambda i: len(read[i].png))
-        read[place] = _halved(read[place])
+        read[place] = _halve(read[place])
     return read
 
 
 def _read(picture: Picture) -> Picture:
     if not picture.path.is_file():
-        return replace(picture, said="is not there any more")
+        return replace(picture, note="is not there any more")
     try:
         with Image.open(picture.path, formats=("PNG",)) as image:
             image.load()  # raises on a truncated file
@@ -92,20 +92,20 @@ def _read(picture: Picture) -> Picture:
             width, height = image.size
         return replace(picture, png=picture.path.read_bytes(), width=width, height=height, pixels=not diagram)
     except DAMAGED as error:
-        return replace(picture, said=f"cannot be read ({type(error).__name__}): it is damaged")
+        return replace(picture, note=f"cannot be read ({type(error).__name__}): it is damaged")
 
 
-def _halved(picture: Picture) -> Picture:
+def _halve(picture: Picture) -> Picture:
     """The picture at half its width and height; without data if that is below SMALLEST."""
     width, height = picture.width // 2, picture.height // 2
     if min(width, height) < SMALLEST:
-        return replace(picture, png=b"", said="is left out, so that this page stays small")
+        return replace(picture, png=b"", note="is left out, so that this page stays small")
     with Image.open(io.BytesIO(picture.png)) as image:
         plain = image.convert("RGB" if image.mode in ("P", "PA") else image.mode)
     how = Image.Resampling.NEAREST if picture.pixels else Image.Resampling.LANCZOS
     png = encode_png(plain.resize((width, height), how), optimize=True)
-    said = "is shown smaller than it is, so that this page stays small"
-    return replace(picture, png=png, width=width, height=height, said=said)
+    message = "is shown smaller than it is, so that this page stays small"
+    return replace(picture, png=png, width=width, height=height, note=message)
 
 
 def read_cells(picture: Path, counts: Path, names: Sequence[str] | None) -> MatrixCells | None:

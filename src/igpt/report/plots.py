@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from igpt.metric.result import Curve
-from igpt.report.figures import by_units
+from igpt.report.figures import group_by_unit
 
 SIDE = 1000  # width and height of the drawing, in units that the page scales
 MOST_POINTS = 2000  # maximal points of a line
@@ -48,19 +48,21 @@ class Plot:
         return [(x, [of.get(x, "") for of in values]) for x in sorted(set().union(*values), key=float)]
 
 
-def plots(curves: Mapping[str, Curve]) -> list[Plot]:
+def build_plots(curves: Mapping[str, Curve]) -> list[Plot]:
     """A plot for each pair of units, most lines first; units without a line of two points are left out."""
     most = max(2, min(MOST_POINTS, MOST_TOGETHER // max(1, len(curves))))
-    groups = [(units, of) for units, of in by_units(curves).items() if any(len(curve.x) > 1 for curve in of.values())]
-    return [_plot(*units, of, most) for units, of in sorted(groups, key=lambda group: -len(group[1]))]
+    groups = [
+        (units, of) for units, of in group_by_unit(curves).items() if any(len(curve.x) > 1 for curve in of.values())
+    ]
+    return [_build_plot(*units, of, most) for units, of in sorted(groups, key=lambda group: -len(group[1]))]
 
 
-def _plot(x_unit: str, y_unit: str, curves: Mapping[str, Curve], most: int) -> Plot:
+def _build_plot(x_unit: str, y_unit: str, curves: Mapping[str, Curve], most: int) -> Plot:
     xs, ys = (np.concatenate([getattr(curve, axis) for curve in curves.values()]) for axis in "xy")
     x_range, y_range = _range(xs, margin=0.02), _range(ys, margin=0.06)
     lines = []
     for name, curve in curves.items():
-        kept = thinned(curve.y, most)
+        kept = thin(curve.y, most)
         x, y = np.array(curve.x)[kept], np.array(curve.y)[kept]
         points = zip(_along(x, x_range, (0, SIDE), 1), _along(y, y_range, (SIDE, 0), 1), strict=True)
         lines.append(PlotLine(name, list(points), [f"{a:.10g}" for a in x], [f"{b:.6g}" for b in y], len(curve.x)))
@@ -68,7 +70,7 @@ def _plot(x_unit: str, y_unit: str, curves: Mapping[str, Curve], most: int) -> P
     return Plot(x_unit, y_unit, x_range, y_range, x_ticks, _ticks(y_range, (100, 0), n=5), lines)
 
 
-def thinned(y: list[float], most: int) -> list[int]:
+def thin(y: list[float], most: int) -> list[int]:
     """Indices of at most `most` + 2 values: all, or the first, the last, and the extremes of equal parts."""
     n = len(y)
     if n <= most:
@@ -81,8 +83,8 @@ def thinned(y: list[float], most: int) -> list[int]:
 
 def _range(values: np.ndarray, *, margin: float) -> Ends:
     low, high = float(values.min()), float(values.max())
-    room = margin * (high - low) or 0.1 * abs(high) or 1.0
-    return low - room, high + room
+    padding = margin * (high - low) or 0.1 * abs(high) or 1.0
+    return low - padding, high + padding
 
 
 def _along(values: np.ndarray, within: Ends, sides: Ends, digits: int) -> list[float]:

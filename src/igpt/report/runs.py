@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt.metric.result import Result
-from igpt.report.folder import RunFolder, result_of
+from igpt.report.folder import RunFolder, parse_result
 from igpt.settings.older_configs import read_record
 from igpt.utils import files
 
@@ -42,7 +42,7 @@ class RunRecord:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The config, flat: `task.steps`."""
-        return flat(self.config)
+        return flatten(self.config)
 
     @property
     def is_stage(self) -> bool:
@@ -59,17 +59,19 @@ class RunRecord:
     @cached_property
     def init_history(self) -> "InitHistory":
         """The history of its initial weights."""
-        return init_history_of(self)
+        return trace_init(self)
 
     @cached_property
     def stages(self) -> list["Stage"]:
         """The stages of a pipeline, in order; empty for other tasks."""
-        asked = self.config.get("task", {}).get("stages", {}) if self.task == "pipeline" else {}
+        requested = self.config.get("task", {}).get("stages", {}) if self.task == "pipeline" else {}
         folders = {}
-        for position, (name, own) in enumerate(((n, own) for n, own in asked.items() if own is not None), start=1):
+        for position, (name, own) in enumerate(((n, own) for n, own in requested.items() if own is not None), start=1):
             given = own.get("run")
             beside = None if given is None else self.folder.absolute().parent / Path(given).name
-            folders[name] = (given and nearest_path(self.folder, given)) or beside or self.folder / f"{position}_{name}"
+            folders[name] = (
+                (given and resolve_nearest(self.folder, given)) or beside or self.folder / f"{position}_{name}"
+            )
         return [Stage(name, folder, *_read_or_reason(folder)) for name, folder in folders.items()]
 
 
@@ -98,7 +100,7 @@ class InitHistory:
 
 
 @dataclass
-class Found:
+class FoundRuns:
     """The readable runs of some paths, and the reasons for the unreadable ones."""
 
     runs: list[RunRecord] = field(default_factory=list)
@@ -119,11 +121,11 @@ class Found:
         return hashes
 
 
-def flat(settings: Any, key: str = "") -> dict[str, Any]:
+def flatten(settings: Any, key: str = "") -> dict[str, Any]:
     """Nested settings as a flat dict of dotted names; a list is one value."""
     if not isinstance(settings, dict) or not settings:
         return {key: settings}
-    return {k: v for name, part in settings.items() for k, v in flat(part, f"{key}.{name}".strip(".")).items()}
+    return {k: v for name, part in settings.items() for k, v in flatten(part, f"{key}.{name}".strip(".")).items()}
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -140,7 +142,7 @@ def read_run(folder: Path) -> RunRecord:
     except OSError as error:
         raise ValueError(f"its result.json cannot be read ({error.strerror})") from error
     try:
-        run = RunRecord(folder, _read_mapping(folder / "run.json", read_record), record, result_of(record))
+        run = RunRecord(folder, _read_mapping(folder / "run.json", read_record), record, parse_result(record))
         _check(run)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"its result.json is damaged ({error!r:.80}): restore it, or repeat the run") from error
@@ -178,14 +180,14 @@ def _read_or_reason(folder: Path) -> tuple[RunRecord | None, str]:
         return None, str(error)
 
 
-def read_runs(folders: Sequence[Path]) -> Found:
+def read_runs(folders: Sequence[Path]) -> FoundRuns:
     """The finished runs in some directories, and the reasons for the unreadable ones."""
     read = {folder: _read_or_reason(folder) for folder in folders}
     problems = {folder: problem for folder, (run, problem) in read.items() if run is None}
-    return Found([run for run, _ in read.values() if run is not None], problems)
+    return FoundRuns([run for run, _ in read.values() if run is not None], problems)
 
 
-def found(places: Sequence[str]) -> Found:
+def find_runs(folders: Sequence[str]) -> FoundRuns:
     """Every finished run of some paths, each once. A path: a run directory, a glob, or a directory that contains runs.
 
     Unreadable runs go into `problems`. Results of `task=compare` are skipped.
@@ -194,7 +196,7 @@ def found(places: Sequence[str]) -> Found:
         ValueError: a path that matches nothing.
     """
     here: dict[Path, Path] = {}
-    for place in places:
+    for place in folders:
         pattern = str(Path(place).expanduser())
         named = [Path(pattern)] if os.path.exists(pattern) else [Path(path) for path in sorted(glob(pattern))]
         if not named:
@@ -203,21 +205,21 @@ def found(places: Sequence[str]) -> Found:
             own = path.parent if path.name == "result.json" else path
             here |= {folder.resolve(): folder for folder in _run_folders(own)}
     every = read_runs(list(here.values()))
-    return Found([run for run in every.runs if run.task != COMPARE], every.problems)
+    return FoundRuns([run for run in every.runs if run.task != COMPARE], every.problems)
 
 
-def _run_folders(place: Path, depth: int = 0) -> Iterator[Path]:
+def _run_folders(folder: Path, depth: int = 0) -> Iterator[Path]:
     """Yields the run directories at or below a path; directories inside a run are not searched."""
-    if any((place / name).is_file() for name in ("run.json", "result.json")):
-        if not place.name.startswith(f"{COMPARE}-") or (place / "result.json").is_file():
-            yield place
-    elif place.is_dir() and depth < DEEPEST:
-        for inside in sorted(place.iterdir()):
+    if any((folder / name).is_file() for name in ("run.json", "result.json")):
+        if not folder.name.startswith(f"{COMPARE}-") or (folder / "result.json").is_file():
+            yield folder
+    elif folder.is_dir() and depth < DEEPEST:
+        for inside in sorted(folder.iterdir()):
             if inside.is_dir() and not inside.name.startswith("."):
                 yield from _run_folders(inside, depth + 1)
 
 
-def nearest_path(folder: Path, path: str) -> Path | None:
+def resolve_nearest(folder: Path, path: str) -> Path | None:
     """Resolves a path from a run's config relative to the working directory, else to a parent of the run directory.
 
     None if neither exists.
@@ -227,53 +229,55 @@ def nearest_path(folder: Path, path: str) -> Path | None:
     return next((candidate for candidate in tried if candidate.exists()), None)
 
 
-def init_history_of(run: RunRecord, depth: int = 0) -> InitHistory:
+def trace_init(run: RunRecord, depth: int = 0) -> InitHistory:
     """The history of a run's initial weights, from its own record and from those of the runs that made them."""
-    told = run.result.provenance.get("init")
-    told = told if isinstance(told, dict) else {}
+    message = run.result.provenance.get("init")
+    message = message if isinstance(message, dict) else {}
     init = run.config.get("init") or next(iter(run.config.get("task", {}).get("runs") or []), None)
     if not isinstance(init, str):
-        return InitHistory(told)
-    place = nearest_path(run.folder, init)
+        return InitHistory(message)
+    place = resolve_nearest(run.folder, init)
     around = [place, *place.parents[:3]] if place is not None else []
     before = next((folder for folder in around if (folder / "run.json").is_file()), None)
     if place is None or before is None or depth > LONGEST_CHAIN:
         why = "is not there any more" if place is None else "is not a run's"
         return InitHistory(
-            told or (_metadata(place) if place else {}), unknown=f"how its weights were trained ({init} {why})"
+            message or (_read_metadata(place) if place else {}), unknown=f"how its weights were trained ({init} {why})"
         )
-    metadata = _metadata(before)
+    metadata = _read_metadata(before)
     began = run.result.provenance.get("from" if run.task == "finetune" else "weights")
     if step := next((m for folder in around[:3] if (m := CHECKPOINT.fullmatch(folder.name))), None):
         metadata["step"] = int(step[1])
     elif isinstance(began, str) and metadata.get("weights_sha256") not in (began, None):
-        return InitHistory(told, unknown=f"how its weights were trained ({init} holds others now)")
+        return InitHistory(message, unknown=f"how its weights were trained ({init} holds others now)")
     maker, problem = _read_or_reason(before)
     if maker is None:  # for example a checkpoint of an unfinished run
-        return InitHistory(told or metadata, unknown=f"how its weights were trained ({before.name}: {problem})")
-    earlier = init_history_of(maker, depth + 1)
-    made = (maker,) if maker.task != "import" else ()
-    return InitHistory(metadata | told, (*made, *earlier.runs), "" if maker.task == "pretrain" else earlier.unknown)
+        return InitHistory(message or metadata, unknown=f"how its weights were trained ({before.name}: {problem})")
+    earlier = trace_init(maker, depth + 1)
+    result = (maker,) if maker.task != "import" else ()
+    return InitHistory(
+        metadata | message, (*result, *earlier.runs), "" if maker.task == "pretrain" else earlier.unknown
+    )
 
 
-def objective_of(run: RunRecord) -> str:
+def read_objective(run: RunRecord) -> str:
     """ar or bert; "" with `objective=checkpoint` and missing weights."""
     own = str(run.settings.get("objective.name"))
     known = run.init_history.metadata.get("objective") or {"name": ""}
     return str(known["name"]) if own == "checkpoint" else own
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
+def _read_metadata(folder: Path) -> dict[str, Any]:
     """The shortened metadata of the weights in a run directory or a `model/`; {} without weights."""
-    return brief(_read_mapping(folder / "config.json") or _read_mapping(folder / "model" / "config.json"))
+    return summarize_metadata(_read_mapping(folder / "config.json") or _read_mapping(folder / "model" / "config.json"))
 
 
-def brief(metadata: dict[str, Any]) -> dict[str, Any]:
+def summarize_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     """The metadata of weights without the palette; the permutation of tokens becomes `order`, `raster` or `other`."""
-    said = {key: value for key, value in metadata.items() if key not in ("palette", "permutation", "tokenizer")}
+    summary = {key: value for key, value in metadata.items() if key not in ("palette", "permutation", "tokenizer")}
     tokenizer = metadata.get("tokenizer")
     of_tokens = tokenizer if isinstance(tokenizer, dict) else {}
     if of_tokens:
-        said["tokenizer"] = {key: of_tokens[key] for key in ("kind", "hash", "patch") if key in of_tokens}
+        summary["tokenizer"] = {key: of_tokens[key] for key in ("kind", "hash", "patch") if key in of_tokens}
     order = of_tokens.get("permutation", metadata.get("permutation"))
-    return said | ({"order": "raster" if order == sorted(order) else "other"} if isinstance(order, list) else {})
+    return summary | ({"order": "raster" if order == sorted(order) else "other"} if isinstance(order, list) else {})

@@ -10,11 +10,11 @@ import numpy as np
 from scipy.stats import t as student
 
 from igpt.metric.result import Number
-from igpt.report.closing_table import shown
+from igpt.report.closing_table import format_number
 from igpt.report.figures import Point, points_figure
-from igpt.report.groups import differing, grouped, settings_of
-from igpt.report.runs import RunRecord, objective_of, read_runs
-from igpt.utils.overrides import suggestion
+from igpt.report.groups import group_by_seed, list_differing, list_settings
+from igpt.report.runs import RunRecord, read_objective, read_runs
+from igpt.utils.overrides import suggest_name
 
 LOWER = ("nats", "bits", "grey levels")  # prefixes of units where lower is better
 HIGHER = ("share", "dB", "Spearman", "images/s", "tokens/s", "pixels/s")  # where higher is better
@@ -71,17 +71,17 @@ class Summary:
     caution: str = ""  # reason why the rows are not comparable, if they are not
 
 
-def summary(folders: Sequence[Path], metric: str) -> Summary:
+def summarize(folders: Sequence[Path], metric: str) -> Summary:
     """The runs of some directories by `metric`, a key of `numbers` in result.json such as `val/loss_gen`.
 
     Raises:
         NothingFoundError: no finished run has the metric; the message lists the ones they have.
     """
     read = read_runs([Path(folder) for folder in folders])
-    return summary_of(read.runs, metric, read.problems)
+    return summarize_runs(read.runs, metric, read.problems)
 
 
-def summary_of(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None) -> Summary:
+def summarize_runs(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None) -> Summary:
     """`summary` for runs that have been read; `left_out`: directory → reason for those that could not be."""
     left_out = (left_out or {}) | {
         run.folder: f"it has no {metric}" for run in runs if metric not in run.result.numbers
@@ -90,17 +90,17 @@ def summary_of(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str]
     if not having:
         known = list(dict.fromkeys(key for run in runs for key in run.result.numbers))
         why = "; ".join(f"{folder.name}: {reason}" for folder, reason in list(left_out.items())[:3])
-        there = f"{suggestion(metric, known)}; there are {', '.join(known)}" if known else f" ({why})" if why else ""
+        there = f"{suggest_name(metric, known)}; there are {', '.join(known)}" if known else f" ({why})" if why else ""
         raise NothingFoundError(f"no finished run has {metric}{there}")
-    groups, repeated = grouped(having)
+    groups, repeated = group_by_seed(having)
     left_out |= {older.folder: f"{run.folder.name} is the same run" for older, run in repeated.items()}
     rows = []
-    for group, settings in zip(groups, differing([settings_of(group[0]) for group in groups]), strict=True):
+    for group, settings in zip(groups, list_differing([list_settings(group[0]) for group in groups]), strict=True):
         numbers = [run.result.numbers[metric] for run in group]
         values = tuple(number.value for number in numbers)
-        rows.append(SeedGroup(settings, over_seeds(numbers), values, [run.folder for run in group]))
+        rows.append(SeedGroup(settings, average_seeds(numbers), values, [run.folder for run in group]))
     unit = rows[0].number.unit
-    lower = lower_is_better(metric, unit)
+    lower = is_lower_better(metric, unit)
     rows.sort(key=lambda row: row.mean if lower else -row.mean)
     return Summary(metric, unit, lower, rows, left_out, caution(having, unit))
 
@@ -110,7 +110,7 @@ def caution(runs: Sequence[RunRecord], unit: str) -> str:
     if not unit.endswith("/token"):
         return ""
     of_what: dict[str, set[Any]] = {
-        "objectives": {objective_of(run) for run in runs},
+        "objectives": {read_objective(run) for run in runs},
         "datasets": {run.settings.get("data.name") for run in runs},
         "resolutions": {run.settings.get("data.resolution") for run in runs},
         # older results have only the palette's hash, equal to the tokenizer's in raster order
@@ -120,7 +120,7 @@ def caution(runs: Sequence[RunRecord], unit: str) -> str:
     return f"these are of several {' and '.join(several)}: such losses do not compare" if several else ""
 
 
-def over_seeds(numbers: Sequence[Number]) -> Number:
+def average_seeds(numbers: Sequence[Number]) -> Number:
     """The mean over seeds with standard deviation and 95 % confidence interval (Student's t).
 
     A single number is returned as it is; if it has only a standard error, with the interval ± 1.96 standard errors.
@@ -137,12 +137,12 @@ def over_seeds(numbers: Sequence[Number]) -> Number:
     return Number(mean, first.unit, n, deviation / n**0.5, (mean - around, mean + around), deviation)
 
 
-def lower_is_better(metric: str, unit: str) -> bool:
+def is_lower_better(metric: str, unit: str) -> bool:
     """Whether lower is better: for losses, errors and times."""
     return unit.startswith(LOWER) or any(word in metric for word in ("loss", "error", "seconds"))
 
 
-def first_in_all(runs: Sequence[RunRecord]) -> str | None:
+def find_common_metric(runs: Sequence[RunRecord]) -> str | None:
     """The first loss or accuracy that all runs have, else the first number; None if they have none in common."""
     first, *others = (run.result.numbers for run in runs)
     common = [key for key in first if all(key in numbers for numbers in others)]
@@ -150,27 +150,30 @@ def first_in_all(runs: Sequence[RunRecord]) -> str | None:
     return next(iter([*judged, *common]), None)
 
 
-def better(found: Summary) -> str:
+def describe_direction(result: Summary) -> str:
     """`lower is better` or `higher is better`; for other units the sort order."""
-    if not found.lower_is_better and not found.unit.startswith(HIGHER):
+    if not result.lower_is_better and not result.unit.startswith(HIGHER):
         return "from the highest"
-    return f"{'lower' if found.lower_is_better else 'higher'} is better"
+    return f"{'lower' if result.lower_is_better else 'higher'} is better"
 
 
-def table(found: Summary) -> list[tuple[str, ...]]:
+def table(result: Summary) -> list[tuple[str, ...]]:
     """Rows of text, the heading first: settings, mean with spread, number of seeds, run directory."""
-    heading = ("settings", f"{found.metric}, {found.unit} ({better(found)})", "seeds", "run")
-    return [heading, *((row.name, shown(row.number), str(row.n), shortened(row.folders)) for row in found.rows)]
+    heading = ("settings", f"{result.metric}, {result.unit} ({describe_direction(result)})", "seeds", "run")
+    return [
+        heading,
+        *((row.name, format_number(row.number), str(row.n), shorten_folders(row.folders)) for row in result.rows),
+    ]
 
 
-def shortened(folders: Sequence[Path]) -> str:
+def shorten_folders(folders: Sequence[Path]) -> str:
     """The first path, relative to the working directory if it lies in it, and the number of others."""
     first, *more = folders
     place = os.path.relpath(first) if first.absolute().is_relative_to(Path.cwd()) else first.name
     return place + (f" and {len(more)} more" if more else "")
 
 
-def draw(path: Path, found: Summary) -> None:
+def draw(path: Path, result: Summary) -> None:
     """Writes the rows as a dot plot, the best on top: mean and standard deviation over seeds, and each seed's value.
 
     For one seed the bar is the 95 % confidence interval over images, if known.
@@ -182,9 +185,9 @@ def draw(path: Path, found: Summary) -> None:
             "mean of seeds ± their standard deviation" if row.deviation is not None
             else "one seed, 95 % interval over images" if row.interval else "one seed",
         )
-        for row in found.rows[:MOST]
+        for row in result.rows[:MOST]
     ]  # fmt: skip
-    hidden = len(found.rows) - len(points)
+    hidden = len(result.rows) - len(points)
     more = f"; {hidden} more rows are not drawn" if hidden else ""
-    warned = f"\n{found.caution}" if found.caution else ""
-    points_figure(path, points, label=f"{found.metric}, {found.unit} ({better(found)}{more}){warned}")
+    warned = f"\n{result.caution}" if result.caution else ""
+    points_figure(path, points, label=f"{result.metric}, {result.unit} ({describe_direction(result)}{more}){warned}")

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 
 from igpt.checkpoint import igpt_format
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights
-from igpt.checkpoint.resume import step_of
+from igpt.checkpoint.resume import parse_step
 from igpt.data.crop import Crop, evaluation_crop
 from igpt.data.order import BatchPlan
 from igpt.data.source import Source
@@ -27,11 +27,11 @@ from igpt.run.targets import checked_partial, task_settings, without
 from igpt.settings.fields import parse_settings
 from igpt.tokens.datamodule import ONE_BY_ONE, TokenDataModule
 from igpt.tokens.tokenizer import Tokenizer, TokenizerSettings
-from igpt.training.hardware import Machine, hold_memory
-from igpt.training.loggers import About
+from igpt.training.hardware import HardwareConfig, disable_malloc_trim
+from igpt.training.loggers import RunInfo
 from igpt.training.trainer import Runner
 
-NOT_OF_FEATURES = ("n_colour", "augment", "shift", "shift_share")  # settings of the data
+NOT_OF_FEATURES = ("palette_size", "augment", "shift", "shift_share")  # settings of the data
 
 
 class Components:
@@ -66,7 +66,7 @@ class Components:
         return [checked_partial(spec, f"{group}.{key}") for key, spec in entries.items()]
 
     def _source_partial(self) -> Callable[..., Source]:
-        return checked_partial(without(self.run.config["data"], "n_colour"), "data")
+        return checked_partial(without(self.run.config["data"], "palette_size"), "data")
 
     @property
     def trained_weights(self) -> Weights:
@@ -81,19 +81,19 @@ class Components:
         return init
 
     @cached_property
-    def hardware(self) -> Machine:
+    def hardware(self) -> HardwareConfig:
         settings = {key: value for key, value in self.run.config["trainer"].items() if key != "_target_"}
-        return parse_settings(Machine, settings, "trainer")
+        return parse_settings(HardwareConfig, settings, "trainer")
 
     @cached_property
     def runner(self) -> Runner:
         """The Trainer calls; with the run's callbacks and loggers, if it trains."""
         callbacks = [build() for build in self._partials("callbacks")] if self.run.trains else []
         if self.hardware.device.type == "cpu":
-            hold_memory()
+            disable_malloc_trim()
         runner = Runner(machine=self.hardware, folder=self.run_dir, callbacks=callbacks)
         if self.run.trains:
-            runner.loggers.extend(self.build_loggers(step_of(runner.resume_from) if runner.resume_from else 0))
+            runner.loggers.extend(self.build_loggers(parse_step(runner.resume_from) if runner.resume_from else 0))
         return runner
 
     def build_loggers(self, first_step: int = 0) -> list[Logger]:
@@ -101,10 +101,10 @@ class Components:
 
         `first_step`: the optimiser step this process resumes from.
         """
-        if not self.hardware.rank.first or "stages" in self.run.requires:
+        if not self.hardware.rank.is_first or "stages" in self.run.requires:
             return []
         folder = RunFolder(self.run_dir)
-        about = About(
+        about = RunInfo(
             task=self.run.task,
             model=self.run.model_name,
             data=self.run.data_name,
@@ -141,23 +141,24 @@ class Components:
         Raises:
             ValueError: weights of another tokenizer or resolution.
         """
-        theirs = self.weights.tokenizer if self.weights is not None else None
+        reference = self.weights.tokenizer if self.weights is not None else None
         data = self.run.cfg.data
-        if self.weights is not None and theirs is not None and theirs.side != data.resolution:
+        if self.weights is not None and reference is not None and reference.side != data.resolution:
             raise ValueError(
-                f"{self.weights.folder} reads {theirs.side}×{theirs.side} pixels ({self.weights.metadata.data}), "
+                f"{self.weights.folder} reads {reference.side}×{reference.side} pixels ({self.weights.metadata.data}), "
                 f"data={data.name} gives {data.resolution}×{data.resolution}"
             )
         if self.run.takes_from_weights("tokens"):
-            assert theirs is not None, "RunConfig has seen to it"
-            return theirs
-        ours = self.tokenizer_settings.build(self.source, self.cache_dir)
-        if self.weights is not None and theirs is not None and ours.hash != theirs.hash:
+            assert reference is not None, "RunConfig has seen to it"
+            return reference
+        own = self.tokenizer_settings.build(self.source, self.cache_dir)
+        if self.weights is not None and reference is not None and own.hash != reference.hash:
             raise ValueError(
-                f"{self.weights.folder} was trained on other tokens ({theirs.describe()}, {theirs.hash}) than this "
-                f"run's ({ours.describe()}, {ours.hash}): tokens=checkpoint takes the checkpoint's"
+                f"{self.weights.folder} was trained on other tokens ({reference.describe()}, {reference.hash}) than "
+                "this "
+                f"run's ({own.describe()}, {own.hash}): tokens=checkpoint takes the checkpoint's"
             )
-        return ours
+        return own
 
     def build_datamodule(self, *, plan: BatchPlan = ONE_BY_ONE, eval_split: str = "val") -> TokenDataModule:
         """The DataModule of token batches. `plan`: the distribution of a step's images over ranks and micro batches."""
@@ -165,7 +166,7 @@ class Components:
             source=self.source,
             tokenizer=self.tokenizer,
             seed=self.seed,
-            num_workers=self.hardware.readers,
+            num_workers=self.hardware.n_reader,
             cache=self.cache_dir,
             plan=plan,
             eval_split=eval_split,
@@ -174,7 +175,7 @@ class Components:
     @cached_property
     def objective(self) -> Objective:
         """L_GEN, the pretraining loss."""
-        return registry.build(**self.run.objective_settings)
+        return registry.build_objective(**self.run.objective_settings)
 
     @cached_property
     def network(self) -> GPTConfig:
@@ -241,9 +242,9 @@ class Components:
         if not takes("model"):
             saved = metadata.network
             own = self._network(n_ctx=saved.n_ctx, n_vocab=saved.n_vocab)
-            igpt_format.check_same("network", saved.to_dict(), {**own.to_dict(), "causal": saved.causal}, folder)
+            igpt_format.check_equal("network", saved.to_dict(), {**own.to_dict(), "causal": saved.causal}, folder)
         if not takes("objective"):
-            igpt_format.check_same("objective", metadata.objective, self.run.objective_settings, folder)
+            igpt_format.check_equal("objective", metadata.objective, self.run.objective_settings, folder)
         if takes("tokens"):
             stated = [key for key, value in self.run.config["tokens"].items() if value is not None]
             if stated:

@@ -12,15 +12,15 @@ from igpt.distributed import ranks
 from igpt.distributed.signals import StoppedError
 from igpt.metric.result import Result
 from igpt.report.closing_table import closing_table
-from igpt.report.folder import RunFolder, result_of
+from igpt.report.folder import RunFolder, parse_result
 from igpt.report.page import write_page
-from igpt.report.runs import brief
+from igpt.report.runs import summarize_metadata
 from igpt.run.components import Components
 from igpt.run.pipeline_stages import stage_configs
 from igpt.run.run_config import RunConfig
 from igpt.run.targets import task_settings
 from igpt.training import loggers
-from igpt.training.hardware import Machine
+from igpt.training.hardware import HardwareConfig
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,8 @@ def run_and_report(components: Components) -> Result:
         result = execute_task(components)
         seconds = time.perf_counter() - start
         if run.weights is not None:
-            result.provenance["init"] = brief(run.weights.metadata.to_dict())
-        if components.hardware.rank.first:
+            result.provenance["init"] = summarize_metadata(run.weights.metadata.to_dict())
+        if components.hardware.rank.is_first:
             folder.finish(run.task, result, seconds=seconds)
             write_page(folder.path)
             loggers.show(result, folder.path)
@@ -64,10 +64,10 @@ def execute_task(components: Components) -> Result:
     return task(components, settings)
 
 
-def check_batch(hardware: Machine, task: DictConfig) -> None:
+def check_batch(hardware: HardwareConfig, task: DictConfig) -> None:
     """Raises ValueError when `batch_size` cannot be divided over the ranks and micro batches of this run."""
     if "network" in task.requires and isinstance(task.get("batch_size"), int):
-        hardware.training_plan(task.batch_size)
+        hardware.train_batch_layout(task.batch_size)
 
 
 def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
@@ -89,12 +89,12 @@ def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
             stage.cfg.init = init
         components = Components(RunConfig(stage.cfg, stage.choices))
         components.run_dir = stage_dir.path
-        if ranks.from_first(lambda: stage_dir.finished):
+        if ranks.broadcast_from_rank0(lambda: stage_dir.is_finished):
             if stage.stand_in is not None:
                 stage.check_stand_in_files(components.run.input_hashes)
             log.info("%s is finished", stage_dir.path)
-            return result_of(stage_dir.read_result()), stage_dir.path
-        if components.hardware.rank.first:
+            return parse_result(stage_dir.read_result()), stage_dir.path
+        if components.hardware.rank.is_first:
             stage_dir.start(components.run.config, None, components.run.input_hashes, components.run.subject)
         ranks.barrier()
         return run_and_report(components), stage_dir.path

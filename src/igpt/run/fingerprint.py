@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.data.listing import ListFiles, hash_files
-from igpt.data.shards import named_files
+from igpt.data.shards import expand_shard_path
 from igpt.data.split import split_differences
 from igpt.settings.older_configs import read_record
 from igpt.utils import files
@@ -18,27 +18,29 @@ log = logging.getLogger(__name__)
 Hashes = dict[str, str | None]  # setting → SHA-256 of the file it names; None: no file
 
 
-def input_hashes(config: Mapping[str, Any], *, init: str | None, found: Hashes | None, list_files: ListFiles) -> Hashes:
+def input_hashes(config: Mapping[str, Any], *, init: str | None, runs: Hashes | None, list_files: ListFiles) -> Hashes:
     """SHA-256 of a run's input files: initial weights, palettes, images (of their names and sizes).
 
-    `init`: the hash of the initial weights. `found`: the hashes of the compared runs, for `task=compare`.
+    `init`: the hash of the initial weights. `runs`: the hashes of the compared runs, for `task=compare`.
     """
     found_out: Hashes = {"init": init, "tokens.path": _hash_file(config["tokens"].get("path"))}
-    for of, settings in {"data": config["data"], **config["data"].get("streams", {})}.items():
+    for option, settings in {"data": config["data"], **config["data"].get("streams", {})}.items():
         images = settings.get("path")
         if images is not None and Path(images).exists():
-            found_out[f"{of}.path"] = hash_files(Path(images), list_files)
-        elif images is not None and (named := [Path(file) for file in named_files(images) or ()]):
+            found_out[f"{option}.path"] = hash_files(Path(images), list_files)
+        elif images is not None and (named := [Path(file) for file in expand_shard_path(images) or ()]):
             listed = [f"{file} {file.stat().st_size}" for file in named if file.is_file()]
-            found_out[f"{of}.path"] = hashlib.sha256("\n".join(listed).encode()).hexdigest()
-    if found is not None:
-        return found_out | found
+            found_out[f"{option}.path"] = hashlib.sha256("\n".join(listed).encode()).hexdigest()
+    if runs is not None:
+        return found_out | runs
     for run in config["task"].get("runs", []):
-        found_out[f"task.runs {Path(run).name}"] = find(run).sha256
+        found_out[f"task.runs {Path(run).name}"] = find_weights(run).sha256
     for group, key in (("task", "palette"), ("data", "clusters")):
         if (sha := _hash_file(config[group].get(key))) is not None:
             found_out[f"{group}.{key}"] = sha
-    return found_out | {f"task.beside {Path(file).name}": _hash_file(file) for file in config["task"].get("beside", [])}
+    return found_out | {
+        f"task.compare_with {Path(file).name}": _hash_file(file) for file in config["task"].get("compare_with", [])
+    }
 
 
 def _hash_file(path: str | None) -> str | None:
@@ -46,7 +48,7 @@ def _hash_file(path: str | None) -> str | None:
     return files.sha256(file) if file is not None and file.is_file() else None
 
 
-def trained_on(folder: Path) -> dict[str, Any]:
+def read_data_settings(folder: Path) -> dict[str, Any]:
     """The data settings of the run that trained the weights of a run directory, followed through imports."""
     for _ in range(10):  # imports of imports
         if not (folder / "run.json").is_file():
@@ -57,21 +59,21 @@ def trained_on(folder: Path) -> dict[str, Any]:
             return data
         if config.get("init") is None:
             break
-        place = Path(config["init"])
-        folder = next((p for p in (place, *place.parents[:2]) if (p / "run.json").is_file()), place)
+        run_folder = Path(config["init"])
+        folder = next((p for p in (run_folder, *run_folder.parents[:2]) if (p / "run.json").is_file()), run_folder)
     return {}
 
 
-def compare_splits(ours: Mapping[str, Any], run: Path) -> None:
+def compare_splits(settings: Mapping[str, Any], run: Path) -> None:
     """Warns where the run that trained the weights held out other images: it may have trained on held-out ones of ours.
 
-    `ours`: the data settings of this run.
+    `settings`: the data settings of this run.
     """
-    theirs = trained_on(run)
-    if theirs.get("name") != ours["name"]:
+    pretrained = read_data_settings(run)
+    if pretrained.get("name") != settings["name"]:
         return
-    differ = split_differences(ours, theirs)
-    other = [f"data.{key} {theirs.get(key)} ≠ {ours.get(key)}" for key in differ]
+    differ = split_differences(settings, pretrained)
+    other = [f"data.{key} {pretrained.get(key)} ≠ {settings.get(key)}" for key in differ]
     if other:
         log.warning(
             "%s held out other images than this run does (%s): it may have been trained on what is held out here",

@@ -20,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt.distributed import launcher, ranks
-from igpt.distributed.signals import STOPPED, StoppedError, pass_on
+from igpt.distributed.signals import STOPPED, StoppedError, forward_signal
 from igpt.metric.result import Result
-from igpt.report.closing_table import closing_table, columns
-from igpt.report.folder import environment, result_of
-from igpt.run.arguments import absolute, expand_home, prepare
+from igpt.report.closing_table import align_columns, closing_table
+from igpt.report.folder import environment, parse_result
+from igpt.run.arguments import expand_home_in_config, make_paths_absolute, prepare_arguments
 from igpt.run.components import Components
 from igpt.run.execute import check_batch, execute_task, run_and_report
 from igpt.run.logs import log_file, set_up_logging
@@ -32,7 +32,7 @@ from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import resolve_run_dir
 from igpt.run.targets import task_settings
 from igpt.training.nan_guard import NonFiniteLossError
-from igpt.training.plan import planned
+from igpt.training.plan import plan_run
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -42,13 +42,13 @@ REQUEUE_SECONDS = 60
 
 def main(cfg: DictConfig) -> None:
     """Runs the composed config; exits with 2 and a one-line error on bad input, with 75 when a signal stopped it."""
-    set_up_logging(quiet=not ranks.this_rank().first)
+    set_up_logging(quiet=not ranks.this_rank().is_first)
     choices = dict(HydraConfig.get().runtime.choices)
     overrides = list(HydraConfig.get().overrides.task)
     try:
         launch(cfg, choices=choices, overrides=overrides)
     except StoppedError as error:
-        if pass_on(error.number) and not ranks.this_rank().first:
+        if forward_signal(error.number) and not ranks.this_rank().is_first:
             time.sleep(REQUEUE_SECONDS)  # submitit requeues from rank 0, then kills the job; wait for that
         sys.exit(STOPPED)
     except (ValueError, NonFiniteLossError, OSError, OmegaConfBaseException) as error:
@@ -56,17 +56,17 @@ def main(cfg: DictConfig) -> None:
         log.error("error: %s", (str(error).splitlines() or [type(error).__name__])[0])
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        if (said := out_of_memory(error) or lost_worker(error)) is None:
+        if (message := explain_out_of_memory(error) or explain_lost_worker(error)) is None:
             raise
         log.debug("traceback", exc_info=True)
-        log.error("error: %s", said)
+        log.error("error: %s", message)
         sys.exit(2)
 
 
-def out_of_memory(error: BaseException) -> str | None:
+def explain_out_of_memory(error: BaseException) -> str | None:
     """A message with remedies if the error means that memory ran out (PyTorch raises several kinds); else None."""
-    said = str(error)
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in said:
+    message = str(error)
+    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in message:
         return None
     where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
     return (
@@ -76,13 +76,13 @@ def out_of_memory(error: BaseException) -> str | None:
     )
 
 
-def lost_worker(error: BaseException) -> str | None:
+def explain_lost_worker(error: BaseException) -> str | None:
     """A message with remedies if the error means that a DataLoader worker died; else None."""
-    said = f"{error.__cause__ or error.__context__} {error}"  # PyTorch names the signal in the cause
-    if re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)", said) is None:
+    message = f"{error.__cause__ or error.__context__} {error}"  # PyTorch names the signal in the cause
+    if re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)", message) is None:
         return None
-    found = re.search(r"killed by signal: [\w ]+", said)
-    how = found[0] if found else "it ended unexpectedly"
+    match = re.search(r"killed by signal: [\w ]+", message)
+    how = match[0] if match else "it ended unexpectedly"
     return (
         f"a process that reads images has died ({how}): the system ends one that takes too much memory, or whose file "
         "became shorter; trainer.num_workers=0 reads in this process, and resume=RUN_FOLDER goes on"
@@ -118,7 +118,7 @@ def build_components(*overrides: str, conf: Path | str = "conf") -> Components:
 def _composed(overrides: Sequence[str], conf: Path | str) -> Iterator[tuple[DictConfig, dict[str, Any], list[str]]]:
     """Yields (config, chosen option of each group, overrides); Hydra stays initialised inside the block."""
     folder = Path(conf).resolve()
-    arguments = prepare(list(overrides), folder)
+    arguments = prepare_arguments(list(overrides), folder)
     with initialize_config_dir(str(folder), version_base="1.3"):
         cfg = hydra.compose("config", overrides=arguments, return_hydra_config=True)
         choices = dict(cfg.hydra.runtime.choices)
@@ -132,7 +132,7 @@ def launch(
 
     `tell`: called with the run directory once it is known.
     """
-    expand_home(cfg)
+    expand_home_in_config(cfg)
     if not cfg.task.requires:
         return run_without_folder(cfg)
     run = RunConfig(cfg, choices)
@@ -143,27 +143,27 @@ def launch(
     check_batch(components.hardware, cfg.task)
     if not cfg.task.get("run_folder", True):
         return run_interactive(components)
-    with ranks.joined(components.hardware.device) as rank:
+    with ranks.process_group(components.hardware.device) as rank:
         check_ranks(run)
-        folder, finished = ranks.from_first(lambda: resolve_run_dir(run))
+        folder, finished = ranks.broadcast_from_rank0(lambda: resolve_run_dir(run))
         if tell is not None:
             tell(folder.path)
         if finished:
             record = folder.read_result()
-            result = result_of(record)
+            result = parse_result(record)
             log.info(
-                "%s is finished; force=true repeats it\n%s",
+                "%s is finished; rerun=true repeats it\n%s",
                 folder.path,
                 closing_table(result, folder.path, record["seconds"], published=run.config["published"]),
             )
             return result
         with ExitStack() as while_it_runs:
-            if rank.first:
+            if rank.is_first:
                 while_it_runs.enter_context(folder.lock())
-            if ranks.from_first(lambda: folder.finished):  # finished by the previous holder of the lock
-                return result_of(folder.read_result())
-            if rank.first:
-                folder.start(run.config, absolute(overrides), run.input_hashes, run.subject)
+            if ranks.broadcast_from_rank0(lambda: folder.is_finished):  # finished by the previous holder of the lock
+                return parse_result(folder.read_result())
+            if rank.is_first:
+                folder.start(run.config, make_paths_absolute(overrides), run.input_hashes, run.subject)
                 files.remove_parts(folder.path)
                 while_it_runs.enter_context(log_file(folder.path / "log.txt"))
             ranks.barrier()  # the other ranks may read the directory from here on
@@ -195,7 +195,7 @@ def run_without_folder(cfg: DictConfig) -> Result:
     target = cfg.task["_target_"]
     settings = task_settings(target, to_dict(cfg.task))
     task: Callable[..., Result] = get_object(target)
-    return task(settings) if ranks.this_rank().first else Result()
+    return task(settings) if ranks.this_rank().is_first else Result()
 
 
 def show_plan(components: Components) -> Result:
@@ -207,8 +207,8 @@ def show_plan(components: Components) -> Result:
     run, task = components.run, components.run.cfg.task
     if "steps" not in task or "network" not in run.requires:
         raise ValueError(f"trainer.plan=true is for tasks that train a network, not task={run.task}")
-    rows = planned(components.hardware, components.planned_network, batch_size=task.batch_size, steps=task.steps)
-    log.info("%s", columns([(f"{run.task} {run.model_name} on {run.data_name}", "planned"), *rows]))
+    rows = plan_run(components.hardware, components.planned_network, batch_size=task.batch_size, steps=task.steps)
+    log.info("%s", align_columns([(f"{run.task} {run.model_name} on {run.data_name}", "planned"), *rows]))
     return Result()
 
 
@@ -216,11 +216,11 @@ def run_interactive(components: Components) -> Result:
     """Runs a task without a run directory (`task=demo`) until the user ends it.
 
     Raises:
-        ValueError: `resume=`, `force=true`, a sweep, or several processes.
+        ValueError: `resume=`, `rerun=true`, a sweep, or several processes.
     """
     run = components.run
-    if run.cfg.force or run.cfg.resume is not None or launcher.TELL in os.environ:
-        raise ValueError(f"task={run.task} leaves no run: it cannot be resumed, repeated (force=true) or swept over")
+    if run.cfg.rerun or run.cfg.resume is not None or launcher.RUN_DIR_FILE in os.environ:
+        raise ValueError(f"task={run.task} leaves no run: it cannot be resumed, repeated (rerun=true) or swept over")
     hardware = components.hardware
     if hardware.rank.count > 1:
         raise ValueError(f"task={run.task} runs in one process: trainer.devices=1, got {hardware.rank.count}")
@@ -233,8 +233,8 @@ def run_interactive(components: Components) -> Result:
 def check_ranks(run: RunConfig) -> None:
     """Raises ValueError unless all ranks have the same settings, input files and library versions."""
     settings = {key: json.dumps(value, sort_keys=True, default=str) for key, value in run.config.items()}
-    ranks.check_same("settings", settings)
-    ranks.check_same("files", run.input_hashes)
-    own = environment()
-    known = {commit for commit in ranks.gathered(own["commit"]) if commit != "unknown"}
-    ranks.check_same("versions", {**own["versions"], "commit": own["commit"] if len(known) > 1 else "the same"})
+    ranks.check_agree("settings", settings)
+    ranks.check_agree("files", run.input_hashes)
+    local = environment()
+    keys = {commit for commit in ranks.all_gather_object(local["commit"]) if commit != "unknown"}
+    ranks.check_agree("versions", {**local["versions"], "commit": local["commit"] if len(keys) > 1 else "the same"})

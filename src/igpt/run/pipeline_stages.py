@@ -14,7 +14,7 @@ from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.targets import task_settings
 from igpt.settings.older_configs import answer
 from igpt.settings.reading import FROM
-from igpt.utils.overrides import suggestion
+from igpt.utils.overrides import suggest_name
 
 GROUPS = ("model", "objective")  # config groups with an option of a stage's own
 DATA = "data"  # key of a stage: overrides of its data settings
@@ -35,7 +35,7 @@ class StageConfig:
         if self.stand_in is None:
             return
         folder = RunFolder(self.stand_in)
-        if not folder.finished:
+        if not folder.is_finished:
             raise ValueError(f"task.stages.{self.name}.run={folder.path}: no finished run is there")
         differs, _ = changes(folder.read_run()["config"], to_dict(self.cfg))
         if differs:
@@ -109,7 +109,7 @@ def _merge(config: DictConfig, settings: Mapping[Any, Any], where: str) -> DictC
     merged = config.copy()
     for key, value in settings.items():
         if key not in config:
-            near = suggestion(str(key), map(str, config))
+            near = suggest_name(str(key), map(str, config))
             raise ValueError(answer(f"{where}.{key}") or f"{where} has no setting {key!r}{near}")
         if OmegaConf.is_dict(value) and OmegaConf.is_dict(config[key]) and len(config[key]):
             merged[key] = _merge(config[key], value, f"{where}.{key}")

@@ -6,11 +6,11 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.data.listing import list_files
 from igpt.report.folder import identity
-from igpt.report.runs import Found, found
+from igpt.report.runs import FoundRuns, find_runs
 from igpt.run import fingerprint
 from igpt.settings.fields import parse_settings
 from igpt.settings.run import RunSettings
@@ -48,7 +48,7 @@ class RunConfig:
         if start is not None:
             settings = cfg.task.get("stages", {}).get("import") or cfg.task  # not stored in OpenAI's checkpoints
             palette = settings.get("palette") or cfg.data.get("clusters")
-            return find(start, palette=palette, n_head=settings.get("n_head"))
+            return find_weights(start, palette=palette, n_head=settings.get("n_head"))
         from_weights = [group for group in ("model", "tokens", "objective") if self.takes_from_weights(group)]
         if from_weights and self.requires & {"weights", "network"}:
             which = "of a finished pretraining run"
@@ -112,12 +112,12 @@ class RunConfig:
         """SHA-256 of the input files: initial weights, palettes, images (of their names and sizes)."""
         compared = self.finished_runs.input_hashes if "finished_runs" in self.requires else None
         init = self.weights.sha256 if self.weights is not None else None
-        return fingerprint.input_hashes(self.config, init=init, found=compared, list_files=self.list_files)
+        return fingerprint.input_hashes(self.config, init=init, runs=compared, list_files=self.list_files)
 
     @cached_property
-    def finished_runs(self) -> Found:
+    def finished_runs(self) -> FoundRuns:
         """The finished runs of `task.runs`; of `paths.runs` where that is empty."""
         places = self.config["task"]["runs"]
         if not places:
-            return found([self.cfg.paths.runs]) if Path(self.cfg.paths.runs).is_dir() else Found()
-        return found([places] if isinstance(places, str) else places)
+            return find_runs([self.cfg.paths.runs]) if Path(self.cfg.paths.runs).is_dir() else FoundRuns()
+        return find_runs([places] if isinstance(places, str) else places)

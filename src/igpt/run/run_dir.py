@@ -19,23 +19,23 @@ log = logging.getLogger(__name__)
 def resolve_run_dir(run: RunConfig) -> tuple[RunFolder, bool]:
     """Resolves the run directory; writes its path to `$IGPT_TELL` for the parent. Returns (folder, finished)."""
     folder = find_run_dir(run)
-    tell = os.environ.get(launcher.TELL)
+    tell = os.environ.get(launcher.RUN_DIR_FILE)
     if tell is not None:
         with files.atomic_write(Path(tell)) as file:
             file.write(os.fsencode(folder.path.absolute()))
-    return folder, folder.finished
+    return folder, folder.is_finished
 
 
 def find_run_dir(run: RunConfig) -> RunFolder:
-    """The directory of a run: that of `resume=`, or `paths.runs`/NAME; with `force=true`, a new NAME-2, NAME-3 ….
+    """The directory of a run: that of `resume=`, or `paths.runs`/NAME; with `rerun=true`, a new NAME-2, NAME-3 ….
 
     Raises:
         ValueError: an unfinished run of this name with checkpoints, or a `resume=` of another config or input files.
     """
     cfg = run.cfg
     name = run.name
-    if cfg.resume is not None and cfg.force:
-        raise ValueError("resume= continues a run, force=true repeats one: choose one of them")
+    if cfg.resume is not None and cfg.rerun:
+        raise ValueError("resume= continues a run, rerun=true repeats one: choose one of them")
     if cfg.resume not in (None, "auto"):
         folder = RunFolder(Path(cfg.resume))
         saved = folder.read_run()
@@ -54,15 +54,15 @@ def find_run_dir(run: RunConfig) -> RunFolder:
             log.info("resuming with other settings, which do not change what is learned: %s", "; ".join(harmless))
         return folder
     folder = RunFolder(Path(cfg.paths.runs) / name)
-    if not folder.started and not cfg.force:
+    if not folder.is_started and not cfg.rerun:
         folder = next(find_older_runs(run, folder), folder)
     repeats = (RunFolder(Path(cfg.paths.runs) / f"{name}-{n}") for n in count(2))
-    if cfg.force:
-        folder = next(each for each in chain([folder], repeats) if not each.started)
-    elif cfg.resume is None and folder.started and not folder.finished and any(folder.path.rglob("latest")):
+    if cfg.rerun:
+        folder = next(each for each in chain([folder], repeats) if not each.is_started)
+    elif cfg.resume is None and folder.is_started and not folder.is_finished and any(folder.path.rglob("latest")):
         raise ValueError(
             f"{folder.path} was begun and is not finished: continue it with `python train.py resume={folder.path}`, "
-            f"or repeat it in a new folder with force=true"
+            f"or repeat it in a new folder with rerun=true"
         )
     return folder
 
@@ -74,8 +74,8 @@ def find_older_runs(run: RunConfig, folder: RunFolder) -> Iterator[RunFolder]:
     """
     prefix = folder.path.name.rpartition("-")[0]
     beside = [RunFolder(path) for path in sorted(folder.path.parent.glob(f"{glob.escape(prefix)}-*"))]
-    for other in sorted(beside, key=lambda other: not other.finished):
-        if not other.started or not (other.finished or any(other.path.rglob("latest"))):
+    for other in sorted(beside, key=lambda other: not other.is_finished):
+        if not other.is_started or not (other.is_finished or any(other.path.rglob("latest"))):
             continue
         try:
             saved = other.read_run()
@@ -83,5 +83,5 @@ def find_older_runs(run: RunConfig, folder: RunFolder) -> Iterator[RunFolder]:
         except (ValueError, KeyError, TypeError, AttributeError):  # a damaged run.json
             continue
         if same == identity(run.config, run.input_hashes):
-            log.info("%s is this run, %s by an older release", other.path, "made" if other.finished else "begun")
+            log.info("%s is this run, %s by an older release", other.path, "made" if other.is_finished else "begun")
             yield other

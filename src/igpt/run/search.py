@@ -17,9 +17,9 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from igpt.distributed.launcher import SWEEP
 from igpt.distributed.process_state import environment
-from igpt.report.sweep_report import side_by_side
+from igpt.report.sweep_report import report_sweep
 from igpt.run.logs import set_up_logging
-from igpt.run.sweep import typed
+from igpt.run.sweep import format_command
 from igpt.utils import files
 from igpt.utils.overrides import format_value
 
@@ -46,25 +46,25 @@ def in_turn(
     """
     set_up_logging()
     combinations = _combinations(arguments, lambda name: name != key)
-    own = [text for texts in _combinations(arguments, lambda name: name == key) for text in texts]
-    values = [text.split("=", 1)[1] for text in own] or values  # own: `task.learning_rate=0.01,0.003` as an argument
+    swept = [text for texts in _combinations(arguments, lambda name: name == key) for text in texts]
+    values = [text.split("=", 1)[1] for text in swept] or values  # own: `task.learning_rate=0.01,0.003` as an argument
     if not values:
         _refuse("hydra.sweeper.values names one value or more, from the first to be tried to the last")
     what = {"in_turn": [key, values, direction, arguments, config.hydra.launcher.metric]}
-    found: list[JobReturn] = []
+    returns: list[JobReturn] = []
     with _search(config, what, direction, compose, [*combinations[0], f"{key}={values[0]}"]) as tried:
         for chosen in combinations:
             best = math.inf
             for value in values:
                 log.info("%s=%s", key, value)
-                found += launch([[*chosen, f"{key}={value}"]], len(found))
-                loss = _loss(config, found[-1], direction)
-                tried.append(found[-1].working_dir)
+                returns += launch([[*chosen, f"{key}={value}"]], len(returns))
+                loss = _loss(config, returns[-1], direction)
+                tried.append(returns[-1].working_dir)
                 if math.isfinite(best) and loss >= best:
                     log.info("%s=%s is no better than the last: what follows is not tried", key, value)
                     break
                 best = min(best, loss)
-    return found
+    return returns
 
 
 def optuna(
@@ -94,11 +94,11 @@ def optuna(
     example = [f"{key}={spec['choices'][0] if 'choices' in spec else spec['low']}" for key, spec in space.items()]
     what = {"optuna": [dict(space), direction, seed, fixed, config.hydra.launcher.metric]}
     library.logging.set_verbosity(library.logging.WARNING)
-    found: list[JobReturn] = []
+    returns: list[JobReturn] = []
     with _search(config, what, direction, compose, [*fixed, *example]) as tried:
-        place = Path(config.hydra.sweep.dir)
+        folder = Path(config.hydra.sweep.dir)
         study = library.create_study(
-            storage=f"sqlite:///{(place / 'study.db').absolute()}", study_name=place.name, load_if_exists=True,
+            storage=f"sqlite:///{(folder / 'study.db').absolute()}", study_name=folder.name, load_if_exists=True,
             direction=cast(Any, direction),
         )  # fmt: skip
         # another seed at each continuation: the same one would propose the same values again
@@ -118,7 +118,7 @@ def optuna(
                 trial.set_user_attr(FOLDER, job.working_dir)
                 study.tell(trial, job.return_value if good else None, state=None if good else TrialState.FAIL)
                 ended.append(job.working_dir)
-                found.append(job)
+                returns.append(job)
         tried += ended
     if study.get_trials(states=(TrialState.COMPLETE,)):
         best = study.best_trial
@@ -126,7 +126,7 @@ def optuna(
             "best of %d: %s %.4f with %s", len(ended), config.hydra.launcher.metric, best.value,
             " ".join(f"{key}={value}" for key, value in best.params.items()),
         )  # fmt: skip
-    return found
+    return returns
 
 
 def _distribution(kinds: Any, key: str, spec: Mapping[str, Any]) -> Any:
@@ -177,7 +177,7 @@ def _search(
     except Timeout:
         _refuse(f"{place} is in use: the same search is running")
     folders = [Path(folder) for folder in tried if folder]
-    side_by_side(place, folders, metric=config.hydra.launcher.metric, command=typed())
+    report_sweep(place, folders, metric=config.hydra.launcher.metric, command=format_command())
 
 
 def _loss(config: DictConfig, job: JobReturn, direction: str) -> float:

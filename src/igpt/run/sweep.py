@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 
 from igpt.distributed import launcher
 from igpt.distributed.cores import count_cores
-from igpt.distributed.launcher import RANK_VARIABLES, SWEEP, TELL, Child, Children, devices_of, how_it_ended
+from igpt.distributed.launcher import RANK_VARIABLES, RUN_DIR_FILE, SWEEP, Child, Children, count_devices, describe_exit
 from igpt.distributed.signals import STOPPED
-from igpt.report.closing_table import columns
-from igpt.report.sweep_report import side_by_side
-from igpt.run.arguments import expand_home
+from igpt.report.closing_table import align_columns
+from igpt.report.sweep_report import report_sweep
+from igpt.run.arguments import expand_home_in_config
 from igpt.run.logs import log_file, set_up_logging
 from igpt.run.run_config import RunConfig
 from igpt.utils import files
@@ -60,40 +60,40 @@ def launch(
     """
     set_up_logging()
     for cfg in (sweep, *configs):
-        expand_home(cfg)
+        expand_home_in_config(cfg)
     jobs = [Job(first + i, list(cfg.hydra.overrides.task)) for i, cfg in enumerate(configs)]
-    place = Path(sweep.hydra.sweep.dir) / files.hash_json([job.overrides for job in jobs])[:8]
+    folder = Path(sweep.hydra.sweep.dir) / files.hash_json([job.overrides for job in jobs])[:8]
     try:
-        _expect(jobs, configs)
+        _predict_folders(jobs, configs)
         if n_jobs is not None and n_jobs < 1:
             raise ValueError(f"hydra.launcher.n_jobs starts at 1, or null, got {n_jobs}")
         gpus = _share_gpus(jobs, configs)
-        place.mkdir(parents=True, exist_ok=True)
-        with FileLock(place / ".lock", timeout=0), log_file(place / "log.txt"):
-            OmegaConf.save(sweep, place / "multirun.yaml")  # Hydra's config of the sweep
-            _remember(jobs, metric)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0), log_file(folder / "log.txt"):
+            OmegaConf.save(sweep, folder / "multirun.yaml")  # Hydra's config of the sweep
+            _load_finished(jobs, metric)
             at_once = n_jobs or max(1, len(gpus) // max(job.n_process for job in jobs))
-            running = Sweep(place, jobs, gpus=gpus, n_jobs=at_once, metric=metric)
-            heard = running.run(command=_command(configs[0]))
+            running = Sweep(folder, jobs, gpus=gpus, n_jobs=at_once, metric=metric)
+            received = running.run(command=_build_command(configs[0]))
     except Timeout:
-        log.error("error: %s is in use: the same sweep is running", place)
+        log.error("error: %s is in use: the same sweep is running", folder)
         sys.exit(2)
     except (ValueError, OSError) as error:
         log.error("error: %s", error)
         sys.exit(2)
     if any(job.state in (WAITING, INTERRUPTED) for job in jobs):
-        log.warning("stopped by %s; the same command goes on with what is left", heard or "a signal to a job")
+        log.warning("stopped by %s; the same command goes on with what is left", received or "a signal to a job")
         sys.exit(STOPPED)
     if any(job.state == FAILED for job in jobs):
         launcher.sweep_code = 1
-    return [_returned(job, cfg) for job, cfg in zip(jobs, configs, strict=True)]
+    return [_build_job_return(job, cfg) for job, cfg in zip(jobs, configs, strict=True)]
 
 
 @dataclass
 class Sweep:
     """The jobs of one sweep, with its directory: `jobs.json`, and each job's output in `job_000.txt`."""
 
-    place: Path
+    folder: Path
     jobs: list[Job]
     gpus: list[str]
     n_jobs: int
@@ -104,20 +104,20 @@ class Sweep:
         waiting = [job for job in self.jobs if job.state != FINISHED]
         done = len(self.jobs) - len(waiting)
         log.info(
-            "%d jobs, %d at a time, in %s%s", len(self.jobs), self.n_jobs, self.place,
+            "%d jobs, %d at a time, in %s%s", len(self.jobs), self.n_jobs, self.folder,
             f"; {done} were finished before" if done else "",
         )  # fmt: skip
         running: dict[int, tuple[Job, Child, float]] = {}
         free = list(self.gpus)
         bar = tqdm(total=len(self.jobs), initial=done, unit="job", disable=None)
-        with Children().together() as children, bar:
+        with Children().supervise() as children, bar:
 
-            def room() -> bool:
+            def has_free_slot() -> bool:
                 enough = not self.gpus or len(free) >= waiting[0].n_process
-                return children.heard is None and len(running) < self.n_jobs and enough
+                return children.received_signal is None and len(running) < self.n_jobs and enough
 
-            while running or (waiting and children.heard is None):
-                while waiting and room():
+            while running or (waiting and children.received_signal is None):
+                while waiting and has_free_slot():
                     job = waiting.pop(0)
                     job.gpus = [free.pop(0) for _ in range(job.n_process if self.gpus else 0)]
                     child = self._start(job, children, command)
@@ -125,32 +125,32 @@ class Sweep:
                 ended, code = children.wait()
                 job, _, since = running.pop(id(ended))
                 free += job.gpus
-                self._ended(job, code, time.monotonic() - since, stopping=children.heard is not None)
+                self._record_end(job, code, time.monotonic() - since, stopping=children.received_signal is not None)
                 bar.update()
-        log.info("%s\n%s", self._tally(), self._table())
+        log.info("%s\n%s", self._count_states(), self._format_table())
         folders = [Path(job.folder) for job in self.jobs if job.folder is not None and job.state in (FINISHED, FAILED)]
         if SWEEP not in os.environ:  # a search compares its jobs at its end
-            side_by_side(self.place, folders, metric=self.metric, command=typed())
-        return children.heard
+            report_sweep(self.folder, folders, metric=self.metric, command=format_command())
+        return children.received_signal
 
     def _start(self, job: Job, children: Children, command: Sequence[str]) -> Child:
         job.state = RUNNING
         self._tell_path(job).unlink(missing_ok=True)
         self._save()
         environment = {
-            TELL: str(self._tell_path(job).absolute()),
-            SWEEP: os.environ.get(SWEEP, f"sweep-{self.place.name}"),
+            RUN_DIR_FILE: str(self._tell_path(job).absolute()),
+            SWEEP: os.environ.get(SWEEP, f"sweep-{self.folder.name}"),
         }
         if job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         if "OMP_NUM_THREADS" not in os.environ:  # parallel jobs would compete for the cores
             side_by_side = self.n_jobs * job.n_process
             environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // side_by_side))
-        log.info("job %d begins: %s", job.number, self._settings(job))
-        with self._output(job).open("ab") as output:
+        log.info("job %d begins: %s", job.number, self._describe_settings(job))
+        with self._output_path(job).open("ab") as output:
             return children.start(Child([*command, *job.overrides], output, environment, without=RANK_VARIABLES))
 
-    def _ended(self, job: Job, code: int, seconds: float, *, stopping: bool) -> None:
+    def _record_end(self, job: Job, code: int, seconds: float, *, stopping: bool) -> None:
         job.exit_code, job.seconds = code, round(seconds, 1)
         tell = self._tell_path(job)
         job.folder = os.fsdecode(tell.read_bytes()) if tell.is_file() else None
@@ -158,67 +158,68 @@ class Sweep:
         failed = INTERRUPTED if stopping or code == STOPPED else FAILED
         job.state = FINISHED if code == 0 and done else failed
         tell.unlink(missing_ok=True)
-        job.value = _value(job, self.metric) if job.state == FINISHED else None
+        job.value = _read_value(job, self.metric) if job.state == FINISHED else None
         self._save()
         if job.state == FAILED:
-            said = [line for line in self._output(job).read_text(errors="replace").splitlines() if line.strip()]
-            errors = [i for i, line in enumerate(said) if line.startswith("error:")]
-            said = said[errors[-1] :][:5] if errors else said[-5:]
+            lines = [line for line in self._output_path(job).read_text(errors="replace").splitlines() if line.strip()]
+            errors = [i for i, line in enumerate(lines) if line.startswith("error:")]
+            lines = lines[errors[-1] :][:5] if errors else lines[-5:]
             log.error(
-                "job %d %s after %.0f s; %s says:\n%s", job.number, how_it_ended(code), seconds, self._output(job),
-                "\n".join(f"    {line}" for line in said),
+                "job %d %s after %.0f s; %s says:\n%s", job.number, describe_exit(code), seconds,
+                self._output_path(job),
+                "\n".join(f"    {line}" for line in lines),
             )  # fmt: skip
         else:
             value = "" if job.value is None else f", {self.metric} {job.value:.4f}"
-            log.info("job %d %s after %.0f s%s: %s", job.number, job.state, seconds, value, _short(job.folder))
+            log.info("job %d %s after %.0f s%s: %s", job.number, job.state, seconds, value, _shorten_path(job.folder))
 
     def _save(self) -> None:
         try:
-            files.write_json(self.place / "jobs.json", {"jobs": [asdict(job) for job in self.jobs]})
+            files.write_json(self.folder / "jobs.json", {"jobs": [asdict(job) for job in self.jobs]})
         except OSError as error:  # not fatal for the jobs
-            log.error("%s/jobs.json is not up to date: %s", self.place, error)
+            log.error("%s/jobs.json is not up to date: %s", self.folder, error)
 
-    def _output(self, job: Job) -> Path:
-        return self.place / f"job_{job.number:03d}.txt"
+    def _output_path(self, job: Job) -> Path:
+        return self.folder / f"job_{job.number:03d}.txt"
 
     def _tell_path(self, job: Job) -> Path:
-        return self.place / f".job_{job.number:03d}.folder"
+        return self.folder / f".job_{job.number:03d}.folder"
 
-    def _tally(self) -> str:
+    def _count_states(self) -> str:
         states = [job.state for job in self.jobs]
         return f"{len(states)} jobs: " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
-    def _settings(self, job: Job) -> str:
+    def _describe_settings(self, job: Job) -> str:
         """The overrides of this job that not all jobs share."""
         everywhere = set.intersection(*(set(other.overrides) for other in self.jobs))
         return " ".join(override for override in job.overrides if override not in everywhere) or "–"
 
-    def _table(self) -> str:
+    def _format_table(self) -> str:
         """The table of jobs: differing settings, state, metric, run directory."""
         rows = [("job", "settings", "state", self.metric, "folder")]
         for job in self.jobs:
             value = "–" if job.value is None else f"{job.value:.4f}"
-            rows.append((str(job.number), self._settings(job), job.state, value, _short(job.folder)))
-        return columns(rows)
+            rows.append((str(job.number), self._describe_settings(job), job.state, value, _shorten_path(job.folder)))
+        return align_columns(rows)
 
 
-def typed() -> str:
+def format_command() -> str:
     """The command line of this process, quoted for a shell."""
     return shlex.join(["python", *sys.argv])
 
 
-def _short(folder: str | None) -> str:
+def _shorten_path(folder: str | None) -> str:
     """The path relative to the working directory if it lies in it; – for None."""
     if folder is None:
         return "–"
     return os.path.relpath(folder) if Path(folder).is_relative_to(Path.cwd()) else folder
 
 
-def _command(cfg: DictConfig) -> list[str]:
+def _build_command(cfg: DictConfig) -> list[str]:
     """The command of one job without its overrides: Python, this script, `--config-dir`."""
-    given = [source.path for source in cfg.hydra.runtime.config_sources if source.provider == "command-line"]
-    beside = [argument for path in given for argument in ("--config-dir", path)]
-    return [sys.executable, str(Path(sys.argv[0]).absolute()), *beside]
+    folders = [source.path for source in cfg.hydra.runtime.config_sources if source.provider == "command-line"]
+    config_dir = [argument for path in folders for argument in ("--config-dir", path)]
+    return [sys.executable, str(Path(sys.argv[0]).absolute()), *config_dir]
 
 
 def _share_gpus(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> list[str]:
@@ -228,7 +229,7 @@ def _share_gpus(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> list[str]
         ValueError: a job that needs more GPUs than there are.
     """
     for job, cfg in zip(jobs, configs, strict=True):
-        job.n_process = devices_of(cfg.trainer)
+        job.n_process = count_devices(cfg.trainer)
     if all(cfg.trainer.accelerator == "cpu" for cfg in configs):
         return []
     import torch  # slow import, only for GPU jobs
@@ -242,7 +243,7 @@ def _share_gpus(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> list[str]
     return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpu)))).split(",")[:n_gpu]
 
 
-def _expect(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
+def _predict_folders(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
     """Sets each job's `folder`, the future run directory; None for invalid settings, which the job reports.
 
     Raises:
@@ -250,11 +251,11 @@ def _expect(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
     """
     owners: dict[str, int] = {}
     for job, cfg in zip(jobs, configs, strict=True):
-        if cfg.force:
+        if cfg.rerun:
             continue  # a new directory
         try:
-            own = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-            run = RunConfig(own, dict(cfg.hydra.runtime.choices))
+            config = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+            run = RunConfig(config, dict(cfg.hydra.runtime.choices))
             job.folder = str((Path(cfg.paths.runs) / run.name).absolute())
         except (ValueError, OSError, OmegaConfBaseException):
             continue
@@ -267,14 +268,14 @@ def _expect(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
         owners[job.folder] = job.number
 
 
-def _remember(jobs: Sequence[Job], metric: str) -> None:
+def _load_finished(jobs: Sequence[Job], metric: str) -> None:
     """Sets state and metric of the jobs whose runs are finished, by this sweep or another command."""
     for job in jobs:
         if job.folder is not None and (Path(job.folder) / "result.json").is_file():
-            job.state, job.value = FINISHED, _value(job, metric)
+            job.state, job.value = FINISHED, _read_value(job, metric)
 
 
-def _value(job: Job, metric: str) -> float | None:
+def _read_value(job: Job, metric: str) -> float | None:
     """The `metric` of the job's result.json, or None."""
     if job.folder is None or not (result := Path(job.folder) / "result.json").is_file():
         return None
@@ -282,7 +283,7 @@ def _value(job: Job, metric: str) -> float | None:
     return None if number is None else float(number["value"])
 
 
-def _returned(job: Job, cfg: DictConfig) -> JobReturn:
+def _build_job_return(job: Job, cfg: DictConfig) -> JobReturn:
     """The job's metric for the sweeper; NaN if it failed."""
     place = job.folder or ""  # "": failed before its directory was known
     returned = JobReturn(overrides=job.overrides, cfg=cfg, working_dir=place, status=JobStatus.COMPLETED)

@@ -61,5 +61,5 @@ def _has_target(value: Any) -> bool:
 def _build_nested(value: Mapping[str, Any], where: str) -> Any:
     if "_target_" not in value:
         return {key: _build_nested(part, f"{where}.{key}") for key, part in value.items()}
-    made = checked_partial(value, where)
-    return made if value.get("_partial_") else made()
+    result = checked_partial(value, where)
+    return result if value.get("_partial_") else result()

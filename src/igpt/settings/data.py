@@ -59,10 +59,10 @@ class MixtureStreamSettings(Settings):
     """How a mixture of streams is read."""
 
     buffer: Count  # size of the shuffle buffer, images
-    lanes: Count | None  # readers that the shards are assigned to; None: one per worker of each rank
+    num_readers: Count | None  # readers that the shards are assigned to; None: one per worker of each rank
 
 
 class StreamSettings(MixtureStreamSettings):
     """How a stream is read."""
 
-    held: Count  # images held in memory: of val, of test, and of train for the palette
+    held_in_memory: Count  # images held in memory: of val, of test, and of train for the palette

@@ -20,12 +20,12 @@ class HardwareSettings(Settings):
     devices: Count | Literal["auto"]  # processes per machine, one GPU each; auto: as many as were started
     nodes: Count  # machines
     strategy: Strategy  # ddp (replicated), fsdp or DeepSpeed's stages (sharded)
-    checkpoint_in_pieces: bool | Literal["auto"]  # fsdp: each rank writes its shard; auto: for large networks
+    sharded_checkpoint: bool | Literal["auto"]  # fsdp: each rank writes its shard; auto: for large networks
     precision: Precision
     micro_batch: Count | None  # images per forward pass on one device; null: batch_size / devices
     compile: bool | Literal["auto"]  # torch.compile every block; auto: if training is long enough to gain
     activation_checkpointing: bool
-    attention: AttentionBackend
+    attention_backend: AttentionBackend
     matmul_precision: MatmulPrecision
     num_workers: Annotated[int, Field(ge=0, le=1024)] | None  # DataLoader workers; null: on a GPU up to 4
     peak_tflops: Annotated[float, Field(ge=0.001, le=1e6)] | None  # of one device, for the reported utilisation
@@ -35,7 +35,7 @@ class HardwareSettings(Settings):
     decoding: DecodeBackend = "auto"  # how tokens are sampled one by one
 
     @property
-    def shards(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether the training state is sharded over the ranks."""
         return self.strategy != "ddp"
 
@@ -45,6 +45,6 @@ class HardwareSettings(Settings):
         return int(self.strategy.split("_")[1]) if self.strategy.startswith("deepspeed") else 0
 
     @property
-    def offload(self) -> bool:
+    def is_offloaded(self) -> bool:
         """Whether weights and optimiser state are offloaded to host memory."""
         return self.strategy.endswith("offload")

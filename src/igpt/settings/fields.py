@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from igpt.utils.overrides import suggestion
+from igpt.utils.overrides import suggest_name
 
 # Field types. NaN and infinity are refused everywhere.
 Count = Annotated[int, Field(ge=1, le=10**12)]  # at least one
@@ -66,7 +66,7 @@ def parse_arguments(
     parameters = inspect.signature(target).parameters
     unknown = next((key for key in settings if key not in parameters), None)
     if unknown is not None:
-        raise ValueError(f"{where} has no setting {unknown!r}{suggestion(unknown, parameters)}")
+        raise ValueError(f"{where} has no setting {unknown!r}{suggest_name(unknown, parameters)}")
     is_model = inspect.isclass(target) and issubclass(target, BaseModel)
     signature = target.__init__ if inspect.isclass(target) and not is_model else target
     hints = get_type_hints(signature, include_extras=True)
@@ -84,7 +84,7 @@ def describe_error(error: ValidationError, model: type[BaseModel], settings: Map
     name = ".".join([where, *path] if where else path)
     if first["type"] == "extra_forbidden":
         known = getattr(_annotation_at(model, path[:-1]), "model_fields", {})
-        return f"{'.'.join([where, *path[:-1]])} has no setting {path[-1]!r}{suggestion(path[-1], known)}"
+        return f"{'.'.join([where, *path[:-1]])} has no setting {path[-1]!r}{suggest_name(path[-1], known)}"
     if first["type"] == "missing":
         return f"{name} is not given"
     if first["type"] == "value_error":

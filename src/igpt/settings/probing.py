@@ -18,12 +18,12 @@ from igpt.settings.fields import (
 )
 from igpt.settings.training import TrainingSettings
 
-Strengths = Annotated[list[Positive], Field(min_length=1)]  # scikit-learn's C
+CGrid = Annotated[list[Positive], Field(min_length=1)]  # scikit-learn's C
 
 
 def _check_odd(n: int) -> int:
     if n % 2 == 0:
-        raise ValueError(f"task.concat is null or an odd number of layers from 3 on, got {n}")
+        raise ValueError(f"task.concat_layers is null or an odd number of layers from 3 on, got {n}")
     return n
 
 
@@ -42,7 +42,7 @@ class FeatureSettings(Settings):
     norm: Norm
     dtype: FeatureDtype
     batch_size: Count  # images per forward pass
-    strengths: Strengths
+    C_grid: CGrid
 
 
 class ProbeSettings(FeatureSettings):
@@ -51,21 +51,20 @@ class ProbeSettings(FeatureSettings):
     solver: Literal["lbfgs", "sgd"]
     sgd: SGDProbeSettings
     layer: WholeNumber | None
-    concat: Annotated[int, Field(ge=3), AfterValidator(_check_odd)] | None
-    masks: Count
+    concat_layers: Annotated[int, Field(ge=3), AfterValidator(_check_odd)] | None
+    eval_masks: Count
     folds: Annotated[int, Field(ge=2)] | Literal["auto"] | None
     refit: bool
     test: bool
-    untrained: bool
-    pixels: bool
+    baselines: list[Literal["untrained", "pixels"]]
 
     @model_validator(mode="after")
     def _check_solver(self) -> "ProbeSettings":
         if self.solver == "sgd" and isinstance(self.folds, int):
             raise ValueError("task.solver=sgd judges on val: set task.folds=null")
-        if self.solver == "sgd" and self.concat is not None and self.layer is None:
+        if self.solver == "sgd" and self.concat_layers is not None and self.layer is None:
             raise ValueError(
-                "task.solver=sgd with task.concat needs to know around which layer: task.layer=N, the best one"
+                "task.solver=sgd with task.concat_layers needs to know around which layer: task.layer=N, the best one"
             )
         return self
 
@@ -77,8 +76,8 @@ class LowDataSettings(FeatureSettings):
     subsets: Annotated[int, Field(ge=2)]  # at least two, for a standard deviation
     subset_seed: Seed
     layer: WholeNumber | None
-    masks: Count
-    pixels: bool
+    eval_masks: Count
+    baselines: list[Literal["pixels"]]
     split: Split
 
 

@@ -17,15 +17,15 @@ class EvaluateSettings(Settings):
     batch_size: Count  # images per forward pass
     baseline_images: WholeNumber
     accuracy: bool | Literal["auto"]
-    masks: Count
+    eval_masks: Count
 
 
-class PaletteSettings(Settings):
+class PaletteTaskSettings(Settings):
     """`task=palette`."""
 
     split: Split
     count: Count
-    beside: list[str]
+    compare_with: list[str]
 
 
 class ImportSettings(Settings):
@@ -64,14 +64,14 @@ class PipelineSettings(Settings):
     bars: dict[str, dict[str, dict[str, str]]]
 
     @property
-    def listed(self) -> dict[str, Mapping[str, Any]]:
+    def active_stages(self) -> dict[str, Mapping[str, Any]]:
         """The stages that are not omitted, in order."""
         return {name: settings for name, settings in self.stages.items() if settings is not None}
 
     @model_validator(mode="after")
     def _check_names(self) -> "PipelineSettings":
         before: list[str] = []
-        for name, settings in self.listed.items():
+        for name, settings in self.active_stages.items():
             start = settings.get(FROM)
             for source in [start] if isinstance(start, str) else start or []:
                 if source not in before:

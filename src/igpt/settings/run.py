@@ -18,6 +18,6 @@ class RunSettings(Settings):
     seed: Seed
     init: str | None
     resume: str | None
-    force: bool
+    rerun: bool
     published: list[Any]
     paths: PathSettings

@@ -56,7 +56,7 @@ class FinetuneSettings(AdamSettings):
     """`task=finetune`. Recipe: Chen et al. 2020, §2.3 and §3.1."""
 
     loss_weights: LossWeights
-    masks: Count
+    eval_masks: Count
     val_every: Count  # optimiser steps
     patience: Count | None
     test: bool

@@ -24,8 +24,8 @@ def check_classes(source: Source, splits: Sequence[str]) -> int:
     """The number of classes. Raises ValueError without labels, or if a class has no training images."""
     if source.n_class is None:
         raise ValueError(f"data={source.name} has no labels (data.n_class=null): a probe needs some")
-    known = set(np.unique(source.split("train").labels).tolist())
-    if -1 in known:
+    present = set(np.unique(source.split("train").labels).tolist())
+    if -1 in present:
         raise ValueError(f"data={source.name}: some images have no label, a probe needs them all")
     for split in splits:
         if not len(source.split(split)):
@@ -33,7 +33,7 @@ def check_classes(source: Source, splits: Sequence[str]) -> int:
             raise ValueError(
                 f"data={source.name} has no images in its {split} split: set {way_out}data.{split}_fraction above 0"
             )
-        if unknown := set(np.unique(source.split(split).labels).tolist()) - known:
+        if unknown := set(np.unique(source.split(split).labels).tolist()) - present:
             raise ValueError(
                 f"data={source.name}: class {min(unknown)} is in {split}, but no image of it is in train: "
                 "take other splits, or more images"
@@ -50,37 +50,41 @@ def classes_hash(source: Source) -> str:
 class ClassScore:
     """Accumulates predictions per image, then computes loss and accuracy over all ranks, each image counted once."""
 
-    def __init__(self, objective: Objective, *, n_class: int, masks: int, seed: int) -> None:
+    def __init__(self, objective: Objective, *, n_class: int, eval_masks: int, seed: int) -> None:
         self.objective, self.n_class, self.seed = objective, n_class, seed
-        self.masks = 1 if objective.causal else masks
+        self.eval_masks = 1 if objective.causal else eval_masks
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def add(self, net: GPT, head: ClassHead, batch: Batch) -> None:
         """Scores a batch: one forward pass per mask; losses are those of the first mask."""
-        said = []
-        for mask in range(self.masks):
-            keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
-            visible = self.objective.visible_mask(batch.tokens, keys)
+        predictions = []
+        for mask in range(self.eval_masks):
+            rng_keys = keyed.fold_in(batch.rng_keys, 100 + mask) if mask else batch.rng_keys
+            visible = self.objective.visible_mask(batch.tokens, rng_keys)
             hidden = net.trunk(batch.tokens, visible)
             scores = head(hidden).float()  # (B, K)
-            said.append(scores.argmax(dim=-1))
+            predictions.append(scores.argmax(dim=-1))
             if mask == 0:
                 nats = self.objective.per_example_loss(net.logits(hidden), batch.tokens, visible).double()
                 loss = F.cross_entropy(scores, batch.labels, reduction="none").double()
-        keys = keyed.item_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
-        by_vote = vote(torch.stack(said), n_class=self.n_class, keys=keys) if len(said) > 1 else said[0]
-        one = (said[0] == batch.labels).double()
+        rng_keys = keyed.per_example_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
+        by_vote = (
+            vote(torch.stack(predictions), n_class=self.n_class, rng_keys=rng_keys)
+            if len(predictions) > 1
+            else predictions[0]
+        )
+        one = (predictions[0] == batch.labels).double()
         right = (by_vote == batch.labels).double()
         self._seen.append((batch.rows, torch.stack([nats, loss, right, one, by_vote.double()])))
 
     def numbers(self, split: str, trainer: L.Trainer, n_image: int) -> tuple[dict[str, Number], np.ndarray]:
         """The numbers of the split, and the predicted class of each image, (N,). Clears what was added."""
-        nats, loss, right, one, said = table_of_images(self._seen, trainer, 5, n_image)
+        nats, loss, right, one, predictions = table_of_images(self._seen, trainer, 5, n_image)
         self._seen = []
         numbers = likelihood_numbers(split, nats)
         stderr = float(loss.std()) / n_image**0.5 if n_image > 1 else None
         numbers[f"{split}/loss_clf"] = Number(float(loss.mean()), "nats/image", n_image, stderr)
         numbers[f"{split}/accuracy"] = accuracy_number(right.numpy() > 0, seed=self.seed)
-        if self.masks > 1:
+        if self.eval_masks > 1:
             numbers[f"{split}/accuracy_one_mask"] = accuracy_number(one.numpy() > 0, seed=self.seed)
-        return numbers, said.numpy().astype(np.int64)
+        return numbers, predictions.numpy().astype(np.int64)

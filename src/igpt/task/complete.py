@@ -10,8 +10,8 @@ from igpt.metric.result import Grid, Number, Result
 from igpt.model.generate import Sampling
 from igpt.run.components import Components
 from igpt.settings.generation import CompleteSettings
-from igpt.task.sample import draw
-from igpt.tokens.tokenizer import token_dtype, whole_rows
+from igpt.task.sample import draw_images
+from igpt.tokens.tokenizer import count_decided_rows, token_dtype
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
@@ -48,20 +48,22 @@ def run(components: Components, settings: CompleteSettings) -> Result:
 
     image = torch.from_numpy(chosen).repeat_interleave(completions)  # (N·M,)
     which = torch.arange(completions).repeat(count)
-    keys = keyed.item_keys(keyed.item_keys(keyed.key(seed, "complete"), image), which)
-    known = data.tokenizer.known_tokens(n_row)  # (T,)
-    if (whole := whole_rows(data.tokenizer, n_row)) < n_row:
-        log.warning("%d of the %d rows are given: a token shows several rows at once", whole, n_row)
-    given = originals.repeat_interleave(completions, 0)  # (N·M, T)
+    rng_keys = keyed.per_example_keys(keyed.per_example_keys(keyed.key(seed, "complete"), image), which)
+    prompt_mask = data.tokenizer.known_tokens(n_row)  # (T,)
+    if (n_full_row := count_decided_rows(data.tokenizer, n_row)) < n_row:
+        log.warning("%d of the %d rows are given: a token shows several rows at once", n_full_row, n_row)
+    prompts = originals.repeat_interleave(completions, 0)  # (N·M, T)
     with components.hardware.inference(weights.net()) as net:
-        drawn = draw(net, sampling, keys=keys, batch_size=settings.batch_size, given=given, known=known)
+        drawn = draw_images(
+            net, sampling, rng_keys=rng_keys, batch_size=settings.batch_size, prompts=prompts, known=prompt_mask
+        )
     quantised = data.decode(originals)
     shown = quantised.copy()
-    shown[:, ~data.tokenizer.visible_pixels(known).numpy()] = HIDDEN
+    shown[:, ~data.tokenizer.visible_pixels(prompt_mask).numpy()] = HIDDEN
     continued = data.decode(drawn).reshape(count, completions, side, side, 3)
     grid = np.concatenate([quantised[:, None], shown[:, None], continued], axis=1)
     titles = ("original", "given", *(f"completion {i + 1}" for i in range(completions)))
-    agree = (drawn == given)[:, ~known].double()
+    agree = (drawn == prompts)[:, ~prompt_mask].double()
     numbers = {}
     if agree.numel():
         numbers["complete/pixels_as_original"] = Number(float(agree.mean()), "share", count * completions)

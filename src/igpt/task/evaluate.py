@@ -12,7 +12,7 @@ from igpt.metric.likelihood import position_nats, unigram_nats
 from igpt.metric.result import Number, Result
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
-from igpt.probe.scores import confusion
+from igpt.probe.scores import count_confusions
 from igpt.run.components import Components
 from igpt.settings.reading import EvaluateSettings
 from igpt.task.class_score import ClassScore, classes_hash
@@ -24,7 +24,7 @@ class EvaluateModule(L.LightningModule):
     """Scores a frozen network by its generative loss; with a class head also by its predictions."""
 
     def __init__(
-        self, components: Components, net: GPT, *, split: str, head: ClassHead | None = None, masks: int = 1
+        self, components: Components, net: GPT, *, split: str, head: ClassHead | None = None, eval_masks: int = 1
     ) -> None:
         super().__init__()
         components.hardware.prepare(net)
@@ -33,9 +33,11 @@ class EvaluateModule(L.LightningModule):
         self.generative_score = GenerativeScore(components.objective)
         if head is not None:
             n_class = len(head.wclf)
-            self.class_score = ClassScore(components.objective, n_class=n_class, masks=masks, seed=components.seed)
+            self.class_score = ClassScore(
+                components.objective, n_class=n_class, eval_masks=eval_masks, seed=components.seed
+            )
         self.numbers: dict[str, Number] = {}
-        self.said = np.empty(0)  # (N,) predicted classes
+        self.predictions = np.empty(0)  # (N,) predicted classes
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if self.head is None:
@@ -47,7 +49,7 @@ class EvaluateModule(L.LightningModule):
         if self.head is None:
             self.numbers = self.generative_score.numbers(self.split, self.trainer, self.n_image)
         else:
-            self.numbers, self.said = self.class_score.numbers(self.split, self.trainer, self.n_image)
+            self.numbers, self.predictions = self.class_score.numbers(self.split, self.trainer, self.n_image)
 
 
 def run(components: Components, settings: EvaluateSettings) -> Result:
@@ -56,33 +58,33 @@ def run(components: Components, settings: EvaluateSettings) -> Result:
     With accuracy if a class head was trained with these weights.
     """
     weights, hardware, split = components.trained_weights, components.hardware, settings.split
-    data = components.build_datamodule(plan=hardware.reading_plan(settings.batch_size), eval_split=split)
-    net, head = weights.net(), trained_head(weights, data.source, asked=settings.accuracy)
-    module = EvaluateModule(components, net, split=split, head=head, masks=settings.masks)
+    data = components.build_datamodule(plan=hardware.eval_batch_layout(settings.batch_size), eval_split=split)
+    net, head = weights.net(), load_trained_head(weights, data.source, requested=settings.accuracy)
+    module = EvaluateModule(components, net, split=split, head=head, eval_masks=settings.eval_masks)
     components.runner.validate(module, data)
     numbers = dict(module.numbers)
     if settings.baseline_images:
-        train = data.some_tokens("train", at_most=settings.baseline_images).numpy()
-        held_out = data.some_tokens(split).numpy()
+        train = data.sample_tokens("train", at_most=settings.baseline_images).numpy()
+        held_out = data.sample_tokens(split).numpy()
         k, n = data.tokenizer.n_vocab, len(held_out)
         numbers[f"{split}/unigram"] = Number(unigram_nats(train, held_out, k), "nats/token", n)
         numbers[f"{split}/position_histogram"] = Number(position_nats(train, held_out, k), "nats/token", n)
-    found = Result(
+    result = Result(
         numbers=numbers, provenance={"weights": weights.sha256, "tokenizer": data.tokenizer.hash, "split": split}
     )
     if head is not None:
-        counts = confusion(data.source.split(split).labels, module.said, len(head.wclf))
-        found.add_confusion(counts, data.source.class_names)
-    return found
+        counts = count_confusions(data.source.split(split).labels, module.predictions, len(head.wclf))
+        result.add_confusion(counts, data.source.class_names)
+    return result
 
 
-def trained_head(weights: Weights, source: Source, *, asked: bool | Literal["auto"]) -> ClassHead | None:
-    """The trained class head; None if `asked` is False, or `auto` and there is no head or no labels.
+def load_trained_head(weights: Weights, source: Source, *, requested: bool | Literal["auto"]) -> ClassHead | None:
+    """The trained class head; None if `requested` is False, or `auto` and there is no head or no labels.
 
     Raises:
         ValueError: accuracy is required but there is no trained head, or the head has other classes.
     """
-    if asked is False or (asked == "auto" and (source.n_class is None or not has_head(weights))):
+    if requested is False or (requested == "auto" and (source.n_class is None or not has_head(weights))):
         return None
     head = None
     if has_head(weights):

@@ -9,7 +9,7 @@ import torch
 from igpt.data.source import plain_pixels
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.run.components import Components
-from igpt.settings.reading import PaletteSettings
+from igpt.settings.reading import PaletteTaskSettings
 from igpt.tokens.kmeans import colour_distances
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
@@ -20,16 +20,16 @@ SHOWN = 8  # images
 FURTHEST = 40  # grey levels: upper end of the curve
 
 
-def run(components: Components, settings: PaletteSettings) -> Result:
+def run(components: Components, settings: PaletteTaskSettings) -> Result:
     """Writes `palette.npy` in the released format; returns the error of all palettes on `count` images."""
     split, run_dir = settings.split, components.run_dir
-    others = {file: Palette.load(Path(file)) for file in settings.beside}
+    others = {file: Palette.load(Path(file)) for file in settings.compare_with}
     data = components.build_datamodule()
     if not isinstance(data.tokenizer, PaletteTokenizer):
         raise ValueError(
             f"task=palette looks at colours, this run's tokens are {data.tokenizer.describe()}: tokens=fitted"
         )
-    own = data.tokenizer.palette
+    run_palette = data.tokenizer.palette
     source = data.source.split(split)
     n = min(settings.count, len(source))
     if n < 1:
@@ -37,10 +37,10 @@ def run(components: Components, settings: PaletteSettings) -> Result:
     rows = np.sort(keyed.generator(components.seed, "palette images").permutation(len(source))[:n])
     pixels = plain_pixels(source, rows.tolist())  # (N, R, R, 3)
     path = run_dir / "palette.npy"
-    if components.hardware.rank.first:
-        own.save(path)
+    if components.hardware.rank.is_first:
+        run_palette.save(path)
 
-    palettes = {OURS: own} | named(others)
+    palettes = {OURS: run_palette} | name_palettes(others)
     numbers, curves, columns = {}, {}, [pixels[:SHOWN]]
     for name, palette in palettes.items():
         distance = colour_distances(palette, pixels)  # (N, R, R), grey levels
@@ -62,14 +62,14 @@ def run(components: Components, settings: PaletteSettings) -> Result:
         palettes={name: palette.colours for name, palette in palettes.items()},
         files={"palette": path.relative_to(run_dir)},
         provenance={
-            "palette": own.hash,
+            "palette": run_palette.hash,
             "beside": {name: p.hash for name, p in palettes.items()},
             "split": split,
         },
     )
 
 
-def named(of_files: dict[str, Palette]) -> dict[str, Palette]:
+def name_palettes(of_files: dict[str, Palette]) -> dict[str, Palette]:
     """The palettes by file stem; a duplicate is prefixed with its folder, or numbered at the root."""
     names: dict[str, Palette] = {}
     for file, palette in of_files.items():

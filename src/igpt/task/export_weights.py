@@ -29,20 +29,20 @@ def run(components: Components, settings: ExportSettings) -> Result:
                 f"{weights.path} has a class head, which Hugging Face's ImageGPT for causal image modelling does not: "
                 "task.class_head=false leaves it out, task.format=igpt keeps it"
             )
-    place = components.run_dir / format
-    if ranks.this_rank().first:
-        if place.exists():
-            log.info("%s is there, from a run that was stopped after it", place)
+    target = components.run_dir / format
+    if ranks.this_rank().is_first:
+        if target.exists():
+            log.info("%s is there, from a run that was stopped after it", target)
         elif format == "huggingface":
-            huggingface.write(place, weights)
+            huggingface.write(target, weights)
         else:
-            with files.atomic_folder(place) as temporary:
+            with files.atomic_folder(target) as temporary:
                 save_model(temporary, weights.state(), weights.metadata, label="exporting")
                 if class_head:
                     copy_head(weights, temporary)
     ranks.barrier()
     return Result(
-        numbers={"weights": Number(weights.n_value, "numbers", 1)},
+        numbers={"weights": Number(weights.n_parameter, "numbers", 1)},
         files={format: Path(format)},
         provenance={"weights": weights.sha256, "format": format},
     )

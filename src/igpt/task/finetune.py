@@ -9,8 +9,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from igpt.checkpoint.head_files import HeadOrigin, save_head
-from igpt.checkpoint.igpt_format import FORMAT, ORIGIN, check_format, save_model, weights_sha256
+from igpt.checkpoint.head_files import HeadMetadata, save_head
+from igpt.checkpoint.igpt_format import FORMAT, METADATA_KEY, check_format, save_model, weights_sha256
 from igpt.checkpoint.resume import AtomicCheckpointIO, read_best
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
@@ -18,14 +18,14 @@ from igpt.metric.throughput import train_flops_per_image
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.joint import JointObjective
-from igpt.probe.scores import confusion
+from igpt.probe.scores import count_confusions
 from igpt.run.components import Components
 from igpt.settings.training import FinetuneSettings
 from igpt.task.class_score import ClassScore, check_classes, classes_hash
 from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
-from igpt.training.optimizers import adam, every_step
+from igpt.training.optimizers import every_step, make_adam
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ class FinetuneModule(TrainedModule):
         self.objective, self.weights, self.n_class = components.objective, components.weights, n_class
         self.joint = JointObjective(self.objective, settings.loss_weights)
         self.split, self.n_image = split, n_image  # of the validation
-        self.score = ClassScore(self.objective, n_class=n_class, masks=settings.masks, seed=components.seed)
-        self.said = torch.empty(0).numpy()  # (N,) predicted classes of the last validation
+        self.score = ClassScore(self.objective, n_class=n_class, eval_masks=settings.eval_masks, seed=components.seed)
+        self.predictions = torch.empty(0).numpy()  # (N,) predicted classes of the last validation
         self.net: GPT | None = None
 
     def configure_model(self) -> None:
@@ -63,38 +63,38 @@ class FinetuneModule(TrainedModule):
         else:
             self.weights.load_into(self.net)
         self.head = ClassHead(n_embd=self.net.n_embd, n_class=self.n_class)
-        ranks.check_same("weights to begin with", {"digest": ranks.digest(self.net)})
+        ranks.check_agree("weights to begin with", {"digest": ranks.hash_module(self.net)})
         self.machine.prepare(self.net, flops=self.flops_here)
-        if not self.joint.generates:
+        if not self.joint.has_generative_loss:
             self.net.wtet.requires_grad_(False)  # only L_GEN reads it
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = adam([p for p in self.parameters() if p.requires_grad], **self.settings.adam)
+        optimizer = make_adam([p for p in self.parameters() if p.requires_grad], **self.settings.adam)
         warmup = self.settings.warmup_steps
         return every_step(LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (warmup + 1))))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.net is not None
-        visible = self.objective.visible_mask(batch.tokens, batch.keys)
+        visible = self.objective.visible_mask(batch.tokens, batch.rng_keys)
         hidden = self.net.trunk(batch.tokens, visible)  # (B, T, C), read by both heads
         scores = self.head(hidden).float()  # (B, K)
-        logits = self.net.logits(hidden) if self.joint.generates else None  # (B, T, V)
+        logits = self.net.logits(hidden) if self.joint.has_generative_loss else None  # (B, T, V)
         losses = self.joint.losses(logits, scores, batch.tokens, batch.labels, visible)
         accuracy = (scores.argmax(dim=-1) == batch.labels).float().mean()
-        return self.tally(self.joint.total(losses), {**losses, "accuracy": accuracy})
+        return self.accumulate(self.joint.total(losses), {**losses, "accuracy": accuracy})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.net is not None
         self.score.add(self.net, self.head, batch)
 
     def on_validation_epoch_end(self) -> None:
-        numbers, self.said = self.score.numbers(self.split, self.trainer, self.n_image)
-        self.validated(numbers, [f"{self.split}/{name}" for name in ("loss_gen", "loss_clf", "accuracy")])
+        numbers, self.predictions = self.score.numbers(self.split, self.trainer, self.n_image)
+        self.finish_validation(numbers, [f"{self.split}/{name}" for name in ("loss_gen", "loss_clf", "accuracy")])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["format"] = FORMAT
-        checkpoint[ORIGIN] = self.components.checkpoint_metadata(step=self.global_step).to_dict()
+        checkpoint[METADATA_KEY] = self.components.checkpoint_metadata(step=self.global_step).to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_format(checkpoint.get("format"), Path(self.trainer.ckpt_path or ""))
@@ -104,7 +104,7 @@ class FinetuneModule(TrainedModule):
 def run(components: Components, settings: FinetuneSettings) -> Result:
     """Trains network and head, restores the step of best val accuracy, and evaluates test once with it."""
     runner, hardware, weights = components.runner, components.hardware, components.weights
-    data = components.build_datamodule(plan=hardware.training_plan(settings.batch_size))
+    data = components.build_datamodule(plan=hardware.train_batch_layout(settings.batch_size))
     source = data.source
     splits = ["val", "test"] if settings.test else ["val"]
     n_class = check_classes(source, splits)
@@ -118,8 +118,8 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
         monitor="val/accuracy", highest=True, patience=settings.patience,
     )  # fmt: skip
     runner.fit(trained, data, settings, saving)
-    saving.recall(trained, trained.history["val/accuracy"][-1][0])
-    best = ranks.from_first(lambda: read_best(runner.folder))
+    saving.restore_best(trained, trained.history["val/accuracy"][-1][0])
+    best = ranks.broadcast_from_rank0(lambda: read_best(runner.folder))
     assert best is not None, "FinetuneSettings has seen to it that a validation is reached"
     checkpoint = AtomicCheckpointIO().load_checkpoint(runner.folder / "checkpoints" / best["checkpoint"])
     log.info("step %d is the best: val accuracy %.4f", best["step"], best["value"])
@@ -129,21 +129,21 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
         judged.configure_model()
         judged.load_state_dict(checkpoint["state_dict"])
         assert judged.net is not None
-        if split == "val" and hardware.rank.first:
+        if split == "val" and hardware.rank.is_first:
             metadata = components.checkpoint_metadata(step=best["step"])
             save_model(runner.folder / "model", judged.net.state_dict(), metadata)
             sha256 = weights_sha256(runner.folder / "model")
-            about = HeadOrigin(n_class, source.name, classes_hash(source), sha256, source.class_names)
+            about = HeadMetadata(n_class, source.name, classes_hash(source), sha256, source.class_names)
             save_head(runner.folder / "model", judged.head.wclf, about)
         if split == "val" and trained.numbers and trained.history["val/accuracy"][-1][0] == best["step"]:
             judged.numbers = trained.numbers  # the last validation was the best
         else:
-            plan = hardware.reading_plan(settings.batch_size)
+            plan = hardware.eval_batch_layout(settings.batch_size)
             runner.validate(judged, components.build_datamodule(plan=plan, eval_split=split))
         result.numbers |= judged.numbers
         if split == "test":
             labels = source.split("test").labels
-            result.add_confusion(confusion(labels, judged.said, n_class), source.class_names)
+            result.add_confusion(count_confusions(labels, judged.predictions, n_class), source.class_names)
     result.numbers["best_step"] = Number(best["step"], "optimiser steps", 1)
     result.numbers["train/images_seen"] = Number(best["step"] * settings.batch_size, "images", 1)
     result.files |= {"model": Path("model"), "checkpoints": Path("checkpoints")}

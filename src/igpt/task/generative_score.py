@@ -19,7 +19,7 @@ class GenerativeScore:
         self._seen: list[tuple[Tensor, Tensor]] = []  # of each batch: rows (B,) and nats per token (1, B)
 
     def add(self, net: GPT, batch: Batch) -> None:
-        visible = self.objective.visible_mask(batch.tokens, batch.keys)  # (B, T) or None
+        visible = self.objective.visible_mask(batch.tokens, batch.rng_keys)  # (B, T) or None
         nats = self.objective.per_example_loss(net(batch.tokens, visible), batch.tokens, visible)  # (B,)
         self._seen.append((batch.rows, nats.double()[None]))
 

@@ -16,13 +16,13 @@ def run(components: Components, settings: ImportSettings) -> Result:
     The settings concern OpenAI's checkpoints and are applied when the weights are opened.
     """
     weights = components.trained_weights
-    place = components.run_dir / "model"
-    if ranks.this_rank().first:
-        save_model(place, weights.state(), weights.metadata, label="importing")
-        copy_head(weights, place)
+    target = components.run_dir / "model"
+    if ranks.this_rank().is_first:
+        save_model(target, weights.state(), weights.metadata, label="importing")
+        copy_head(weights, target)
     ranks.barrier()
     return Result(
-        numbers={"weights": Number(weights.n_value, "numbers", 1)},
+        numbers={"weights": Number(weights.n_parameter, "numbers", 1)},
         files={"weights": Path("model")},
         provenance={"from": str(weights.path), "sha256": weights.sha256},
     )

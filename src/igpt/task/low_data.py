@@ -8,11 +8,11 @@ import numpy as np
 
 from igpt.data.split import balanced_subset
 from igpt.metric.result import Curve, Number, Result
-from igpt.probe.selection import Images, chosen, few_folds, fitted, folds_of, searched
+from igpt.probe.selection import FeatureSet, assign_folds, choose_n_fold, fit_head, grid_search, select_best
 from igpt.run.components import Components
 from igpt.settings.probing import LowDataSettings
 from igpt.task.class_score import check_classes
-from igpt.task.feature_reader import Reader
+from igpt.task.feature_reader import FeatureReader
 from igpt.training.hardware import matmul_precision
 
 log = logging.getLogger(__name__)
@@ -26,39 +26,42 @@ def run(components: Components, settings: LowDataSettings) -> Result:
     """
     weights, hardware = components.trained_weights, components.hardware
     source, seed = components.source, components.seed
-    split, layer, strengths = settings.split, settings.layer, settings.strengths
+    split, layer, C_grid = settings.split, settings.layer, settings.C_grid
     if source.labels_per_class is not None:
         raise ValueError("task=low_data draws its subsets itself, task.per_class: leave data.labels_per_class=null")
     n_class = check_classes(source, ["val", split])
-    masks = settings.masks if not components.objective.causal else 1
+    masks = settings.eval_masks if not components.objective.causal else 1
     labels = source.split("train").labels
     draw = partial(balanced_subset, labels, where=source.name, setting="task.per_class")
     rows_of = {  # before features are read, so that a class with too few images fails at once
         n: [draw(per_class=n, seed=settings.subset_seed + i) for i in range(settings.subsets)]
         for n in settings.per_class
     }
-    reader = Reader(components, settings)
+    reader = FeatureReader(components, settings)
     net = weights.net()
     if layer is not None and not 0 <= layer <= net.n_layer:
         raise ValueError(f"task.layer must lie in 0 … {net.n_layer} (0: the embedding), got {layer}")
     how: dict[str, Any] = {"n_class": n_class, "device": hardware.device, "seed": seed}
     result = Result()
-    train = reader.images(net, weights.sha256, "train", masks=masks)
-    held_out = reader.images(net, weights.sha256, split, masks=masks)
+    train = reader.read_masked(net, weights.sha256, "train", eval_masks=masks)
+    held_out = reader.read_masked(net, weights.sha256, split, eval_masks=masks)
     with matmul_precision(hardware.matmul_precision, hardware.device):
         chosen_by = "given"
         if layer is None:
-            val = reader.images(net, weights.sha256, "val", masks=masks)
-            table = searched(train, val, strengths, **how)
-            layer = chosen(table, layer=None).layers[0]
+            val = reader.read_masked(net, weights.sha256, "val", eval_masks=masks)
+            table = grid_search(train, val, C_grid, **how)
+            layer = select_best(table, layer=None).layers[0]
             chosen_by = f"probe with {len(labels):,} labels, on val"
-        sets = {"features": (train.layer(layer), held_out.layer(layer))}
-        if settings.pixels:
-            sets["raw_pixels"] = Images.of_pixels(source.split("train")), Images.of_pixels(source.split(split))
+        sets = {"features": (train.select_layer(layer), held_out.select_layer(layer))}
+        if "pixels" in settings.baselines:
+            sets["raw_pixels"] = (
+                FeatureSet.from_pixels(source.split("train")),
+                FeatureSet.from_pixels(source.split(split)),
+            )
         for name, (few_of, judged) in sets.items():
             means = []
             for n, drawn in rows_of.items():
-                shares = [one_subset(few_of.some(rows), judged, strengths, n, **how) for rows in drawn]
+                shares = [score_subset(few_of.select_rows(rows), judged, C_grid, n, **how) for rows in drawn]
                 mean, deviation = float(np.mean(shares)), float(np.std(shares, ddof=1))
                 log.info("%s, %d labels a class: %.4f ± %.4f", name.replace("_", " "), n, mean, deviation)
                 key = f"{split}/accuracy_{n}_per_class" if name == "features" else f"{split}/{name}_{n}_per_class"
@@ -78,9 +81,11 @@ def run(components: Components, settings: LowDataSettings) -> Result:
     return result
 
 
-def one_subset(few: Images, judged: Images, strengths: list[float], per_class: int, *, seed: int, **how: Any) -> float:
+def score_subset(
+    few: FeatureSet, judged: FeatureSet, C_grid: list[float], per_class: int, *, seed: int, **how: Any
+) -> float:
     """Accuracy on `judged` of a head fitted on the `few` images of one layer, C by cross-validation among them."""
-    folds = folds_of(few.labels, few_folds(per_class), seed=seed)
-    table = searched(few, few, strengths, folds=folds, seed=seed, **how)
-    said, _ = fitted([few], chosen(table, layer=None), seed=seed, **how).predict(judged)
-    return float((said == judged.labels).mean())
+    folds = assign_folds(few.labels, choose_n_fold(per_class), seed=seed)
+    table = grid_search(few, few, C_grid, folds=folds, seed=seed, **how)
+    predictions, _ = fit_head([few], select_best(table, layer=None), seed=seed, **how).predict(judged)
+    return float((predictions == judged.labels).mean())

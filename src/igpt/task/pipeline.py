@@ -20,61 +20,62 @@ def run(components: Components, settings: PipelineSettings) -> Result:
 
     A stage starts from the weights of the stage named in `from`; by default from those of the last that wrote some.
     """
-    folder, init, stages = components.run_dir, components.init, settings.listed
+    folder, init, stages = components.run_dir, components.init, settings.active_stages
     results: dict[str, Result] = {}
     places: dict[str, Path] = {}
     for position, (name, own) in enumerate(stages.items(), start=1):
         start: str | list[str] | None = init
         if FROM in own:
-            asked = own[FROM]
-            if isinstance(asked, list):
-                start = [str(places[source]) for source in asked]
+            requested = own[FROM]
+            if isinstance(requested, list):
+                start = [str(places[source]) for source in requested]
             else:
-                start = None if asked is None else str(places[asked])
+                start = None if requested is None else str(places[requested])
         log.info("stage %d of %d: %s", position, len(stages), name)
         results[name], places[name] = components.run_stage(name, folder=folder / f"{position}_{name}", init=start)
         if FROM not in own and (places[name] / "model").is_dir():
             init = str(places[name])
-    whole = Result(numbers=named({name: result.numbers for name, result in results.items()}, same))
-    whole.curves = named({name: result.curves for name, result in results.items()}, lambda ours, theirs: False)
-    whole.files = named(
-        {name: {key: _inside(folder, places[name] / path) for key, path in result.files.items()}
-         for name, result in results.items()}, lambda ours, theirs: False
+    merged = Result(numbers=merge({name: result.numbers for name, result in results.items()}, is_same_value))
+    merged.curves = merge({name: result.curves for name, result in results.items()}, lambda a, b: False)
+    merged.files = merge(
+        {name: {key: _relative_to(folder, places[name] / path) for key, path in result.files.items()}
+         for name, result in results.items()}, lambda a, b: False
     )  # fmt: skip
-    whole.class_names = {
-        of_stage if (of_stage := f"{name}/{key}") in whole.files else key: names
+    merged.class_names = {
+        of_stage if (of_stage := f"{name}/{key}") in merged.files else key: names
         for name, result in results.items()
         for key, names in result.class_names.items()
     }
-    whole.provenance = {name: result.provenance for name, result in results.items()}
+    merged.provenance = {name: result.provenance for name, result in results.items()}
     for picture, groups in settings.bars.items():
         heights = {
-            group: {which: _number(results, key) for which, key in series.items()} for group, series in groups.items()
+            group: {which: _find_number(results, key) for which, key in series.items()}
+            for group, series in groups.items()
         }
         units = [number.unit for series in heights.values() for number in series.values()]
-        whole.bars[picture] = Bars(heights, units[0])
-    return whole
+        merged.bars[picture] = Bars(heights, units[0])
+    return merged
 
 
-def named(of_stages: Mapping[str, Mapping[str, Value]], same: Callable[[Value, Value], bool]) -> dict[str, Value]:
+def merge(of_stages: Mapping[str, Mapping[str, Value]], same: Callable[[Value, Value], bool]) -> dict[str, Value]:
     """The values of all stages by name; a name with different values becomes `stage/name` for each of them."""
-    found: dict[str, list[tuple[str, Value]]] = {}
+    by_name: dict[str, list[tuple[str, Value]]] = {}
     for stage, values in of_stages.items():
         for key, value in values.items():
-            known = found.setdefault(key, [])
+            known = by_name.setdefault(key, [])
             if not any(same(value, other) for _, other in known):
                 known.append((stage, value))
     return {
-        key if len(known) == 1 else f"{stage}/{key}": value for key, known in found.items() for stage, value in known
+        key if len(known) == 1 else f"{stage}/{key}": value for key, known in by_name.items() for stage, value in known
     }
 
 
-def same(ours: Number, theirs: Number) -> bool:
+def is_same_value(a: Number, b: Number) -> bool:
     """Whether two numbers are one measurement: equal but for rounding. Shares can be equal by chance: never."""
-    return ours.unit != "share" and math.isclose(ours.value, theirs.value, rel_tol=1e-6)
+    return a.unit != "share" and math.isclose(a.value, b.value, rel_tol=1e-6)
 
 
-def _number(results: Mapping[str, Result], key: str) -> Number:
+def _find_number(results: Mapping[str, Result], key: str) -> Number:
     stage, _, name = key.partition("/")
     numbers = results[stage].numbers
     if name not in numbers:
@@ -82,5 +83,5 @@ def _number(results: Mapping[str, Result], key: str) -> Number:
     return numbers[name]
 
 
-def _inside(folder: Path, path: Path) -> Path:
+def _relative_to(folder: Path, path: Path) -> Path:
     return path.relative_to(folder) if path.is_relative_to(folder) else path.absolute()

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from igpt.checkpoint import igpt_format
-from igpt.checkpoint.igpt_format import Weights, check_same, meta_model, read_model, save_model
+from igpt.checkpoint.igpt_format import Weights, check_equal, meta_model, read_model, save_model
 from igpt.data.source import Stream
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
@@ -21,8 +21,8 @@ from igpt.task.generative_score import GenerativeScore
 from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
-from igpt.training.deepspeed import whole_state
-from igpt.training.optimizers import every_step, optimizer_of, scheduled
+from igpt.training.deepspeed import full_state
+from igpt.training.optimizers import every_step, make_optimizer, make_scheduler
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +49,19 @@ class PretrainModule(TrainedModule):
         if self.net is not None:
             return
         mesh = getattr(self, "_device_mesh", None)
-        self.net = self.machine.made(self.components.build_network, self._fill, mesh, flops=self.flops_here)
-        if not self.machine.shards:
-            ranks.check_same("weights to begin with", {"digest": ranks.digest(self.net)})
+        self.net = self.machine.build_model(
+            self.components.build_network, self._fill_weights, mesh, flops=self.flops_here
+        )
+        if not self.machine.is_sharded:
+            ranks.check_agree("weights to begin with", {"digest": ranks.hash_module(self.net)})
 
-    def whole_again(self, weights: Weights) -> None:
+    def load_full_model(self, weights: Weights) -> None:
         """After ZeRO training: replaces the sharded net by the full one, reloaded from disk on every rank."""
         remove_module_hooks(self)  # DeepSpeed's
         self.net, self.n_shardable = weights.net(), None
         self.machine.prepare(self.net)
 
-    def _fill(self, net: GPT) -> None:
+    def _fill_weights(self, net: GPT) -> None:
         if self.weights is None:
             net.init_weights(self.components.seed)
         else:
@@ -67,63 +69,63 @@ class PretrainModule(TrainedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.net is not None
-        optimizer = optimizer_of(self.settings.optimizer, self.net, **self.settings.adam)
-        return every_step(scheduled(optimizer, warmup_steps=self.settings.warmup_steps, steps=self.steps))
+        optimizer = make_optimizer(self.settings.optimizer, self.net, **self.settings.adam)
+        return every_step(make_scheduler(optimizer, warmup_steps=self.settings.warmup_steps, steps=self.steps))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.net is not None
-        tokens, keys = batch.tokens, batch.keys  # (B, T), (B,)
-        visible = self.objective.visible_mask(tokens, keys)  # (B, T) tokens the net may see; None: all
+        tokens, rng_keys = batch.tokens, batch.rng_keys  # (B, T), (B,)
+        visible = self.objective.visible_mask(tokens, rng_keys)  # (B, T) tokens the net may see; None: all
         loss = self.objective.loss(self.net(tokens, visible), tokens, visible)  # nats per token
-        return self.tally(loss, {"loss_gen": loss})
+        return self.accumulate(loss, {"loss_gen": loss})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.net is not None
         self.score.add(self.net, batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.validated(self.score.numbers("val", self.trainer, self.n_val), ["val/loss_gen"])
+        self.finish_validation(self.score.numbers("val", self.trainer, self.n_val), ["val/loss_gen"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["format"] = igpt_format.FORMAT
-        checkpoint[igpt_format.ORIGIN] = self.components.checkpoint_metadata(step=self.global_step).to_dict()
+        checkpoint[igpt_format.METADATA_KEY] = self.components.checkpoint_metadata(step=self.global_step).to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         path = Path(self.trainer.ckpt_path or "")
-        theirs, ours = igpt_format.metadata_in(checkpoint, path), self.components.checkpoint_metadata(step=0)
-        check_same("network", theirs.network.to_dict(), ours.network.to_dict(), path)
-        check_same("objective", theirs.objective, ours.objective, path)
-        check_same("tokenizer", theirs.tokenizer.hash, ours.tokenizer.hash, path)
+        saved, expected = igpt_format.extract_metadata(checkpoint, path), self.components.checkpoint_metadata(step=0)
+        check_equal("network", saved.network.to_dict(), expected.network.to_dict(), path)
+        check_equal("objective", saved.objective, expected.objective, path)
+        check_equal("tokenizer", saved.tokenizer.hash, expected.tokenizer.hash, path)
         super().on_load_checkpoint(checkpoint)
 
 
 def run(components: Components, settings: PretrainSettings) -> Result:
     """Trains a network; writes `model/` and `checkpoints/` to the run directory."""
     runner, hardware, steps = components.runner, components.hardware, settings.steps
-    if hardware.shards and settings.optimizer == "muon":
+    if hardware.is_sharded and settings.optimizer == "muon":
         raise ValueError(
             f"task.optimizer=muon works on whole matrices, trainer={hardware.strategy} takes them apart: choose "
             "task.optimizer=adam, or trainer=ddp"
         )
-    data = components.build_datamodule(plan=hardware.training_plan(settings.batch_size))
+    data = components.build_datamodule(plan=hardware.train_batch_layout(settings.batch_size))
     n_val = len(data.source.split("val"))
     if settings.val_every and not n_val:
         raise ValueError("there is nothing to validate on: set task.val_every=0, or data.val_fraction above 0")
     images = data.source.training()
     n_train = "a stream" if isinstance(images, Stream) else len(images)
-    ranks.check_same("images", {"train": n_train, "val": n_val, "tokenizer": data.tokenizer.hash})
+    ranks.check_agree("images", {"train": n_train, "val": n_val, "tokenizer": data.tokenizer.hash})
     module = PretrainModule(components, settings, n_val=n_val)
     saving = Checkpoints(
         runner.folder, settings, module.guard, keep=settings.checkpoint_keep, val_every=settings.val_every
     )
     runner.fit(module, data, settings, saving)
     assert module.net is not None
-    state = whole_state(module.net) if hardware.zero_stage else module.net.state_dict()
+    state = full_state(module.net) if hardware.zero_stage else module.net.state_dict()
     save_model(runner.folder / "model", state, components.checkpoint_metadata(step=steps))
     if hardware.zero_stage:
         ranks.barrier()  # until rank 0 has written it
-        module.whole_again(read_model(runner.folder / "model"))
+        module.load_full_model(read_model(runner.folder / "model"))
     if n_val:
         runner.validate(module, data)
     seen = steps * settings.batch_size

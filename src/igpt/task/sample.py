@@ -20,48 +20,48 @@ from igpt.utils import keyed
 log = logging.getLogger(__name__)
 
 
-def draw(
+def draw_images(
     net: GPT,
     sampling: Sampling,
     *,
-    keys: Tensor,
+    rng_keys: Tensor,
     batch_size: int,
-    given: Tensor | None = None,
+    prompts: Tensor | None = None,
     known: Tensor | None = None,
 ) -> Tensor:
     """Samples one image per key, `batch_size` at a time, with a progress bar: keys (N,) → tokens (N, T) on the CPU.
 
-    Image i depends only on its key and its row of `given` (N, T), not on its batch or rank. Ranks divide the images
+    Image i depends only on its key and its row of `prompts` (N, T), not on its batch or rank. Ranks divide the images
     among them, and each returns all.
     """
     device, rank = net.wte.device, ranks.this_rank()
     drawn = [torch.empty(0, net.n_ctx, dtype=torch.int64)]
     start = time.perf_counter()
     n_new = net.n_ctx if known is None else int((~known).sum())
-    mine = torch.arange(rank.index, len(keys), rank.count)
+    mine = torch.arange(rank.index, len(rng_keys), rank.count)
     total = len(mine) * n_new
     with tqdm(total=total, unit="pixel", unit_scale=True, desc="sampling", disable=None, leave=False) as bar:
         for rows in torch.split(mine, batch_size):
-            uniforms = keyed.uniform(keys[rows], net.n_ctx).to(device)  # (b, T)
+            uniforms = keyed.uniform(rng_keys[rows], net.n_ctx).to(device)  # (b, T)
             tokens = generate(
                 net,
                 uniforms,
                 sampling,
-                given=None if given is None else given[rows].to(device),
+                prompts=None if prompts is None else prompts[rows].to(device),
                 known=known,
-                on_token=partial(_advance, bar, len(rows)),
+                on_token=partial(_update_bar, bar, len(rows)),
             )
             drawn.append(tokens.cpu())
-    everyone = ranks.gathered(torch.cat(drawn))
-    tokens = torch.empty(len(keys), net.n_ctx, dtype=torch.int64)
-    for index, theirs in enumerate(everyone):
-        tokens[index :: rank.count] = theirs
+    everyone = ranks.all_gather_object(torch.cat(drawn))
+    tokens = torch.empty(len(rng_keys), net.n_ctx, dtype=torch.int64)
+    for index, batch_keys in enumerate(everyone):
+        tokens[index :: rank.count] = batch_keys
     seconds = time.perf_counter() - start
-    log.info("drew %d images in %.1f s: %.0f pixels/s", len(keys), seconds, len(keys) * n_new / seconds)
+    log.info("drew %d images in %.1f s: %.0f pixels/s", len(rng_keys), seconds, len(rng_keys) * n_new / seconds)
     return tokens
 
 
-def _advance(bar: "tqdm[None]", images: int, position: int) -> None:
+def _update_bar(bar: "tqdm[None]", images: int, position: int) -> None:
     bar.update(images)
 
 
@@ -70,10 +70,10 @@ def run(components: Components, settings: SampleSettings) -> Result:
     weights, hardware, seed, count = components.trained_weights, components.hardware, components.seed, settings.count
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
     tokenizer = weights.tokenizer
-    keys = keyed.item_keys(keyed.key(seed, "sample"), torch.arange(count))
+    rng_keys = keyed.per_example_keys(keyed.key(seed, "sample"), torch.arange(count))
     with hardware.inference(weights.net()) as net:
         start = time.perf_counter()
-        tokens = draw(net, sampling, keys=keys, batch_size=settings.batch_size)
+        tokens = draw_images(net, sampling, rng_keys=rng_keys, batch_size=settings.batch_size)
         seconds = time.perf_counter() - start
     return Result(
         numbers={"sample/pixels_per_s": Number(count * tokenizer.side**2 / seconds, "pixels/s", count)},

@@ -5,69 +5,69 @@ from pathlib import Path
 
 import numpy as np
 
-from igpt.checkpoint.find import find
+from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.data.split import split_differences
 from igpt.metric.result import Curve, Number, Result
-from igpt.probe.selection import chosen, searched
+from igpt.probe.selection import grid_search, select_best
 from igpt.run.components import Components
 from igpt.settings.older_configs import read_record
 from igpt.settings.probing import ScalingSettings
 from igpt.task.class_score import check_classes
 from igpt.task.evaluate import EvaluateModule
-from igpt.task.feature_reader import Reader
+from igpt.task.feature_reader import FeatureReader
 from igpt.training.hardware import matmul_precision
 
 log = logging.getLogger(__name__)
 
 
-def checkpoints_of(run: str) -> list[Weights]:
+def list_checkpoints(run: str) -> list[Weights]:
     """All checkpoints of a pretraining run, oldest first.
 
     Raises:
         ValueError: there are none.
     """
-    found = sorted((Path(run) / "checkpoints").glob("step_*.ckpt"))
-    if not found:
+    paths = sorted((Path(run) / "checkpoints").glob("step_*.ckpt"))
+    if not paths:
         raise ValueError(
             f"task.runs: {run} has no checkpoints: train with task.checkpoint_keep at what there is to save"
         )
-    return [find(str(path)) for path in found]
+    return [find_weights(str(path)) for path in paths]
 
 
 def run(components: Components, settings: ScalingSettings) -> Result:
     """Loss and best-layer probe accuracy on val, for each checkpoint of each run (Chen et al. 2020, Figure 3)."""
     runner, hardware, source, seed = components.runner, components.hardware, components.source, components.seed
-    every = {run: checkpoints_of(run) for run in settings.runs}
+    every = {run: list_checkpoints(run) for run in settings.runs}
     tokenizer, cache_key = components.tokenizer.hash, components.cache_key
-    for path, found in every.items():
-        metadata = found[-1].metadata
+    for path, checkpoints in every.items():
+        metadata = checkpoints[-1].metadata
         if (metadata.tokenizer.hash, metadata.objective) != (tokenizer, cache_key["objective"]):
             raise ValueError(f"task.runs: {path} has another tokenizer or objective: losses cannot be compared")
         data = read_record(Path(path) / "run.json")["config"].get("data", {})
         if other := split_differences(cache_key["data"], data):
             raise ValueError(f"task.runs: {path} held out other images (data.{', data.'.join(other)})")
-    names = {path: found[-1].metadata.model for path, found in every.items()}
+    names = {path: checkpoints[-1].metadata.model for path, checkpoints in every.items()}
     if len(set(names.values())) < len(names):  # several runs of one size
         names = {path: f"{name}, seed {every[path][-1].metadata.seed}" for path, name in names.items()}
     if len(set(names.values())) < len(names):
         names = {path: Path(path).name for path in names}
     result = Result()
     n_class = check_classes(source, ["val"])
-    reader = Reader(components, settings)
-    for path, found in every.items():
+    reader = FeatureReader(components, settings)
+    for path, checkpoints in every.items():
         name = names[path]
         size = int(read_record(Path(path) / "run.json")["config"]["task"]["batch_size"])
         losses, shares, images = [], [], []
-        for weights in found:
+        for weights in checkpoints:
             net = weights.net()
             scored = EvaluateModule(components, net, split="val")
-            plan = hardware.reading_plan(settings.batch_size)
+            plan = hardware.eval_batch_layout(settings.batch_size)
             runner.validate(scored, components.build_datamodule(plan=plan, eval_split="val"))
-            train, val = (reader.images(net, weights.sha256, split, masks=1) for split in ("train", "val"))
+            train, val = (reader.read_masked(net, weights.sha256, split, eval_masks=1) for split in ("train", "val"))
             with matmul_precision(hardware.matmul_precision, hardware.device):
-                table = searched(train, val, settings.strengths, n_class=n_class, device=hardware.device, seed=seed)
-            best = chosen(table, layer=None)
+                table = grid_search(train, val, settings.C_grid, n_class=n_class, device=hardware.device, seed=seed)
+            best = select_best(table, layer=None)
             loss, share = scored.numbers["val/loss_gen"], table.number(best)
             seen = weights.metadata.step * size
             log.info("%s, %s images: %.4f nats/token, %.4f at layer %d", name, f"{seen:,}", loss.value, share.value,
@@ -90,7 +90,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
                 rank_correlation([-loss for loss in losses], shares), "Spearman, -loss and accuracy", len(losses)
             )
     result.provenance = {
-        "weights": {names[path]: [weights.sha256 for weights in found] for path, found in every.items()},
+        "weights": {names[path]: [weights.sha256 for weights in checkpoints] for path, checkpoints in every.items()},
         "tokenizer": tokenizer, "norm": settings.norm, "pooling": "mean over positions", "solver": "lbfgs",
         "chosen_on": "val",
         "labels": len(source.split("train")), "seed": seed,
@@ -100,9 +100,9 @@ def run(components: Components, settings: ScalingSettings) -> Result:
 
 def rank_correlation(x: list[float], y: list[float]) -> float:
     """Spearman's rank correlation; ties have their mean rank."""
-    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+    return float(np.corrcoef(_rank_values(x), _rank_values(y))[0, 1])
 
 
-def _ranks(values: list[float]) -> np.ndarray:
+def _rank_values(values: list[float]) -> np.ndarray:
     v = np.asarray(values)
     return np.asarray([((v < a).sum() + (v <= a).sum() - 1) / 2 for a in v])

@@ -14,14 +14,14 @@ from igpt.metric.result import Number
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
 from igpt.probe.scores import vote
-from igpt.probe.selection import Table
+from igpt.probe.selection import GridScores
 from igpt.run.components import Components
 from igpt.settings.probing import ProbeSettings
 from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.nan_guard import FiniteGuard
-from igpt.training.optimizers import every_step, scheduled
+from igpt.training.optimizers import every_step, make_scheduler
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
@@ -39,9 +39,9 @@ class SGDProbeModule(TrainedModule):
     ) -> None:
         super().__init__(components.hardware, settings.sgd, flops_per_image=0.0, n_ctx=net.n_ctx)
         self.machine.prepare(net)
-        self.guard = FiniteGuard(way_out="lower task.sgd.rates: every head broke down")
+        self.guard = FiniteGuard(hint="lower task.sgd.rates: every head broke down")
         self.net, self.objective, self.norm = net.requires_grad_(False), components.objective, settings.norm
-        self.masks, self.n_class, self.seed = settings.masks, n_class, components.seed
+        self.eval_masks, self.n_class, self.seed = settings.eval_masks, n_class, components.seed
         self.rates, self.windows = settings.sgd.rates, windows
         self.momentum, self.weight_decay = settings.sgd.momentum, settings.sgd.weight_decay
         self.split, self.n_image = "val", len(components.source.split("val"))
@@ -50,15 +50,15 @@ class SGDProbeModule(TrainedModule):
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for _ in self.rates)
         self.strict_loading = False  # the frozen network is not in checkpoints
         self._right: Tensor | None = None  # (3, P, R) correct: by vote, under the first mask, in its top five
-        self._said: list[tuple[Tensor, Tensor]] = []
+        self._predictions: list[tuple[Tensor, Tensor]] = []
         self.right: np.ndarray = np.empty((3, 0, 0))
-        self.said: np.ndarray = np.empty((0, 0, 0))
+        self.predictions: np.ndarray = np.empty((0, 0, 0))
 
-    def pooled(self, batch: Batch, mask: int) -> Tensor:
+    def pool_features(self, batch: Batch, mask: int) -> Tensor:
         """The features under one mask, concatenated over the layers of each window: (P, B, D) float32."""
-        keys = keyed.fold(batch.keys, 100 + mask) if mask else batch.keys
+        rng_keys = keyed.fold_in(batch.rng_keys, 100 + mask) if mask else batch.rng_keys
         with torch.no_grad():
-            visible = self.objective.visible_mask(batch.tokens, keys)
+            visible = self.objective.visible_mask(batch.tokens, rng_keys)
             layers = layer_features(self.net, batch.tokens, visible, norm=self.norm).float()  # (L + 1, B, C)
             return torch.stack([torch.cat(list(layers[window]), dim=-1) for window in self.windows])
 
@@ -74,63 +74,69 @@ class SGDProbeModule(TrainedModule):
             for weight, bias, rate in zip(self.weights, self.biases, self.rates, strict=True)
         ]
         optimizer = torch.optim.SGD(groups, lr=self.rates[0], momentum=self.momentum, weight_decay=self.weight_decay)
-        return every_step(scheduled(optimizer, warmup_steps=0, steps=self.steps))
+        return every_step(make_scheduler(optimizer, warmup_steps=0, steps=self.steps))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        features = self.pooled(batch, 0)
+        features = self.pool_features(batch, 0)
         with torch.autocast(self.device.type, enabled=False):
             scores = self.scores(features)  # (P, R, B, K)
             labels = batch.labels.expand(*scores.shape[:2], -1)
             losses = F.cross_entropy(scores.flatten(0, 2), labels.flatten(), reduction="none")
             losses = losses.view(labels.shape).mean(dim=-1)  # (P, R): heads share no weights, so their sum is minimised
-        self.tally(least := losses.detach().nan_to_num(torch.inf).min(), {"loss_clf": least})
+        self.accumulate(least := losses.detach().nan_to_num(torch.inf).min(), {"loss_clf": least})
         return losses.sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         every = []
-        for mask in range(self.masks):
-            features = self.pooled(batch, mask)
+        for mask in range(self.eval_masks):
+            features = self.pool_features(batch, mask)
             with torch.autocast(self.device.type, enabled=False):
                 scores = self.scores(features)  # (P, R, B, K)
             every.append(scores.argmax(dim=-1))
             if mask == 0:
                 of_five = scores.topk(min(5, self.n_class), dim=-1).indices == batch.labels[:, None]
-        said = torch.stack(every, dim=-2)
-        keys = keyed.item_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
-        by_vote = vote(said, n_class=self.n_class, keys=keys) if self.masks > 1 else said[..., 0, :]  # (P, R, B)
-        rights = [by_vote == batch.labels, said[..., 0, :] == batch.labels, of_five.any(dim=-1)]
+        predictions = torch.stack(every, dim=-2)
+        rng_keys = keyed.per_example_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
+        by_vote = (
+            vote(predictions, n_class=self.n_class, rng_keys=rng_keys)
+            if self.eval_masks > 1
+            else predictions[..., 0, :]
+        )  # (P, R, B)
+        rights = [by_vote == batch.labels, predictions[..., 0, :] == batch.labels, of_five.any(dim=-1)]
         right = torch.stack(rights).double().sum(dim=-1)
         self._right = right if self._right is None else self._right + right
-        self._said.append((batch.rows, by_vote))
+        self._predictions.append((batch.rows, by_vote))
 
     def on_validation_epoch_end(self) -> None:
         assert self._right is not None
         right = self.trainer.strategy.reduce(self._right, reduce_op="sum")  # integers: exact in any order
         assert isinstance(right, Tensor)
         heads = len(self.weights[0]), len(self.rates)
-        said = torch.zeros((*heads, self.n_image), dtype=torch.int64, device=right.device)
-        for rows, by_vote in self._said:
-            said[:, :, rows] = by_vote
-        together = self.trainer.strategy.reduce(said, reduce_op="sum")
+        predictions = torch.zeros((*heads, self.n_image), dtype=torch.int64, device=right.device)
+        for rows, by_vote in self._predictions:
+            predictions[:, :, rows] = by_vote
+        together = self.trainer.strategy.reduce(predictions, reduce_op="sum")
         assert isinstance(together, Tensor)
-        self._right, self._said = None, []
-        self.right, self.said = right.cpu().numpy() / self.n_image, together.cpu().numpy()
+        self._right, self._predictions = None, []
+        self.right, self.predictions = right.cpu().numpy() / self.n_image, together.cpu().numpy()
         best = float(self.right[0].max())
-        self.validated({f"{self.split}/accuracy": Number(best, "share", self.n_image)}, [f"{self.split}/accuracy"])
+        self.finish_validation(
+            {f"{self.split}/accuracy": Number(best, "share", self.n_image)}, [f"{self.split}/accuracy"]
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         heads = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("net.")}
         checkpoint["state_dict"] = heads
 
-    def table(self) -> Table:
+    def table(self) -> GridScores:
         """Val accuracies of the last validation; 0 for diverged heads."""
-        whole = [weight.isfinite().flatten(1).all(dim=1) for weight in self.weights]  # R of (P,)
-        self.right = self.right * torch.stack(whole, dim=1).cpu().numpy()
-        return Table(self.right[0], self.right[1], self.windows, list(self.rates), self.n_image)
+        accuracies = [weight.isfinite().flatten(1).all(dim=1) for weight in self.weights]  # R of (P,)
+        self.right = self.right * torch.stack(accuracies, dim=1).cpu().numpy()
+        return GridScores(self.right[0], self.right[1], self.windows, list(self.rates), self.n_image)
 
 
-def trained(
+def train_heads(
     components: Components, settings: ProbeSettings, *, net: GPT, windows: list[list[int]], n_class: int
 ) -> tuple[SGDProbeModule, Callable[[str], None]]:
     """Trains the heads; returns the module, validated on val, and a function to validate it on another split.
@@ -141,14 +147,14 @@ def trained(
     runner, hardware, sgd = components.runner, components.hardware, settings.sgd
     if hardware.precision == "bf16-true":
         raise ValueError("task.solver=sgd keeps its heads in float32: choose trainer.precision=bf16-mixed")
-    data = components.build_datamodule(plan=hardware.training_plan(sgd.batch_size))
+    data = components.build_datamodule(plan=hardware.train_batch_layout(sgd.batch_size))
     module = SGDProbeModule(components, settings, net=net, windows=windows, n_class=n_class)
     saving = Checkpoints(
         runner.folder, sgd, module.guard, keep=1, val_every=sgd.val_every, monitor="val/accuracy", highest=True,
         finite=False,
     )  # fmt: skip
     runner.fit(module, data, sgd, saving)
-    reading = hardware.reading_plan(sgd.batch_size)
+    reading = hardware.eval_batch_layout(sgd.batch_size)
 
     def read(split: str) -> None:
         module.split, module.n_image = split, len(components.source.split(split))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from igpt.data.order import Item, Lanes
-from igpt.data.shard_reader import Place
+from igpt.data.order import Item, ReaderSchedule
+from igpt.data.shard_reader import ReaderState
 from igpt.data.source import Split, Stream
 from igpt.distributed import ranks
 from igpt.utils import keyed
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # (B, T) int64; (B, R, R, 3) uint8 pixels until they reach the device
     labels: Tensor  # (B,) int64
-    keys: Tensor  # (B,) int64
+    rng_keys: Tensor  # (B,) int64
     rows: Tensor  # (B,) int64 position in the split; in a stream, a hash of the content
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -31,10 +31,10 @@ class Batch(NamedTuple):
         A container may have very little of it, and a worker without any would block the run. Batches of pixels are
         small: a pipe is as fast.
         """
-        return _batch_of, tuple(part.numpy() for part in self)
+        return _make_batch, tuple(part.numpy() for part in self)
 
 
-def _batch_of(*arrays: np.ndarray) -> Batch:
+def _make_batch(*arrays: np.ndarray) -> Batch:
     return Batch(*map(torch.from_numpy, arrays))
 
 
@@ -50,82 +50,90 @@ class PixelBatches(Dataset[Any]):
     def __getitems__(self, items: list[Item]) -> Batch:
         index = torch.tensor([item.image for item in items], dtype=torch.int64)
         epochs = torch.tensor([keyed.key(self.seed, self.stream, item.epoch) for item in items], dtype=torch.int64)
-        keys = keyed.item_keys(epochs, index)  # (B,)
-        pixels, labels = self.split.read(index.tolist(), keys.tolist())
-        return Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels), keys, index)
+        rng_keys = keyed.per_example_keys(epochs, index)  # (B,)
+        pixels, labels = self.split.read(index.tolist(), rng_keys.tolist())
+        return Batch(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels), rng_keys, index)
 
 
 class StreamBatch(NamedTuple):
-    """A batch of a stream, its lane, and the position of the lane after it."""
+    """A batch of a stream, its reader, and the position of the reader after it."""
 
     batch: Batch
-    lane: int
-    place: Any
+    reader: int
+    state: Any
 
 
 class StreamBatches(IterableDataset[Any]):
-    """A stream as an iterable dataset of batches, from its lanes in turn."""
+    """A stream as an iterable dataset of batches, from its readers in turn."""
 
-    def __init__(self, images: Stream, *, seed: int, lanes: Lanes, places: Sequence[Any]) -> None:
-        self.images, self.seed, self.lanes, self.places = images, seed, lanes, places
+    def __init__(self, images: Stream, *, seed: int, schedule: ReaderSchedule, states: Sequence[Any]) -> None:
+        self.images, self.seed, self.schedule, self.states = images, seed, schedule, states
 
     def __iter__(self) -> Iterator[StreamBatch]:
         worker = get_worker_info()
         flows: dict[int, Iterator[Any]] = {}
-        for index in self.lanes.mine(worker.id, worker.num_workers) if worker else self.lanes.mine(0, 1):
+        for index in self.schedule.readers(worker.id, worker.num_workers) if worker else self.schedule.readers(0, 1):
             if index not in flows:
-                flows[index] = self.images.lane(index, self.lanes.count, self.seed).endless(self.places[index])
-            found = list(islice(flows[index], self.lanes.plan.micro_batch))
-            records, place = [record for record, _ in found], found[-1][1]
-            epochs = [keyed.key(self.seed, "train", after.epoch) for _, after in found]
+                flows[index] = self.images.make_reader(index, self.schedule.count, self.seed).iterate(
+                    self.states[index]
+                )
+            items = list(islice(flows[index], self.schedule.plan.micro_batch))
+            records, state = [record for record, _ in items], items[-1][1]
+            epochs = [keyed.key(self.seed, "train", after.epoch) for _, after in items]
             digests = torch.tensor([record.digest for record in records])
-            keys = keyed.item_keys(torch.tensor(epochs), digests)
-            pixels, labels = self.images.read(records, keys.tolist())
-            yield StreamBatch(Batch(torch.from_numpy(pixels), torch.from_numpy(labels), keys, digests), index, place)
+            rng_keys = keyed.per_example_keys(torch.tensor(epochs), digests)
+            pixels, labels = self.images.read(records, rng_keys.tolist())
+            yield StreamBatch(
+                Batch(torch.from_numpy(pixels), torch.from_numpy(labels), rng_keys, digests), index, state
+            )
 
 
 @dataclass
 class StreamState:
-    """The state of a stream in a checkpoint: the position of every lane, and the next lane."""
+    """The state of a stream in a checkpoint: the position of every reader, and the next reader."""
 
     contents: dict[str, int]  # shards per part, for which the positions are valid
-    places: list[Place]  # position of each lane
-    next: int  # the lane of the next micro-batch
-    _here: dict[int, Place] = field(default_factory=dict)  # positions of the lanes that this rank has read from
+    states: list[ReaderState]  # position of each reader
+    next: int  # the reader of the next micro-batch
+    _local: dict[int, ReaderState] = field(
+        default_factory=dict
+    )  # positions of the readers that this rank has read from
 
     @staticmethod
     def start(images: Stream, count: int) -> "StreamState":
-        return StreamState(images.contents, [images.start()] * count, 0)
+        return StreamState(images.contents, [images.initial_state()] * count, 0)
 
     @staticmethod
-    def of(saved: Mapping[str, Any]) -> "StreamState":
+    def from_dict(saved: Mapping[str, Any]) -> "StreamState":
         """The state from the result of `gathered`."""
-        return StreamState(dict(saved["contents"]), [Place.of(numbers) for numbers in saved["places"]], saved["next"])
+        return StreamState(
+            dict(saved["contents"]), [ReaderState.from_lists(numbers) for numbers in saved["places"]], saved["next"]
+        )
 
     @property
     def count(self) -> int:
-        return len(self.places)
+        return len(self.states)
 
     def check(self, images: Stream) -> None:
         """Raises ValueError if the parts or shards of the stream differ from the saved ones."""
         if images.contents != self.contents:
             there, then = (
-                ", ".join(f"{name} of {n} shard(s)" for name, n in of.items())
-                for of in (images.contents, self.contents)
+                ", ".join(f"{name} of {n} shard(s)" for name, n in saved.items())
+                for saved in (images.contents, self.contents)
             )
             raise ValueError(
                 f"the stream is not the one this run was reading: it has {there}, it had {then}. Put the files back as "
                 "they were, or begin a run with init=RUN_FOLDER"
             )
 
-    def read(self, lane: int, place: Place, n_device: int) -> None:
-        """Advances by one micro-batch on every rank: this rank has read `lane` up to `place`."""
-        self.places[lane] = self._here[lane] = place
+    def record_read(self, reader: int, state: ReaderState, n_device: int) -> None:
+        """Advances by one micro-batch on every rank: this rank has read `reader` up to `state`."""
+        self.states[reader] = self._local[reader] = state
         self.next = (self.next + n_device) % self.count
 
-    def gathered(self) -> dict[str, Any]:
+    def gather(self) -> dict[str, Any]:
         """The state over all ranks as plain numbers, for a checkpoint. Collective: all ranks must call it."""
-        for theirs in ranks.gathered(self._here):
-            for lane, place in theirs.items():
-                self.places[lane] = place
-        return {"contents": self.contents, "places": [place.numbers() for place in self.places], "next": self.next}
+        for rank_states in ranks.all_gather_object(self._local):
+            for reader, state in rank_states.items():
+                self.states[reader] = state
+        return {"contents": self.contents, "places": [state.to_lists() for state in self.states], "next": self.next}

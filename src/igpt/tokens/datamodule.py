@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from igpt.data.cache import in_chunks
-from igpt.data.order import BatchPlan, EndlessBatches, Item, Lanes, OncePerImage
+from igpt.data.cache import map_chunks
+from igpt.data.order import BatchPlan, EvalBatchSampler, InfiniteBatchSampler, Item, ReaderSchedule
 from igpt.data.source import Source, Split, Stream, plain_pixels
 from igpt.data.workers import identity_collate, startable_workers
-from igpt.distributed.signals import deaf
+from igpt.distributed.signals import ignore_signals
 from igpt.tokens.batches import Batch, PixelBatches, StreamBatch, StreamBatches, StreamState
 from igpt.tokens.openai_npy import OpenAITokens
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
@@ -44,10 +44,10 @@ class TokenDataModule(L.LightningDataModule):
         cache: Path | None = None,
     ) -> None:
         super().__init__()
-        own = (
+        palette = (
             tokenizer.palette.hash if isinstance(tokenizer, PaletteTokenizer) and tokenizer.kind == "palette" else None
         )
-        if isinstance(source, OpenAITokens) and source.palette.hash != own:
+        if isinstance(source, OpenAITokens) and source.palette.hash != palette:
             raise ValueError(
                 f"data={source.name}: its tokens were made with palette {source.palette.hash}, this run's are "
                 f"{tokenizer.describe()} ({tokenizer.hash}): tokens=openai tokens.path=… takes those in data.clusters"
@@ -66,7 +66,7 @@ class TokenDataModule(L.LightningDataModule):
         if isinstance(images, Stream):  # held-out images of a stream are not counted here: that would read them
             return self._stream_loader(images, first_step)
         self._warn_of_few("val")
-        batches = EndlessBatches(len(images), plan=self.plan, seed=self.seed, first_step=first_step)
+        batches = InfiniteBatchSampler(len(images), plan=self.plan, seed=self.seed, first_step=first_step)
         return self._split_loader(images, batches, "train")
 
     def _stream_loader(self, images: Stream, first_step: int) -> DataLoader[Any]:
@@ -74,26 +74,26 @@ class TokenDataModule(L.LightningDataModule):
             if first_step:
                 raise ValueError("the checkpoint holds no place in the stream: its run read something else (data)")
             readers = self.plan.n_device * max(1, self.num_workers)
-            self.stream = StreamState.start(images, images.lanes or readers)
+            self.stream = StreamState.start(images, images.num_readers or readers)
         self.stream.check(images)
-        lanes = Lanes(self.plan, self.stream.count, self.stream.next)
-        n_worker = lanes.workers(self.num_workers)
+        schedule = ReaderSchedule(self.plan, self.stream.count, self.stream.next)
+        n_worker = schedule.usable_workers(self.num_workers)
         if n_worker < self.num_workers:
-            message = "data: %d lanes of the stream (data.stream.lanes) are read by %d worker(s) on each device"
-            log.info(message, lanes.count, n_worker)
+            message = "data: %d readers of the stream (data.stream.num_readers) are read by %d worker(s) on each device"
+            log.info(message, schedule.count, n_worker)
         for name, n_shard in images.contents.items():
-            if n_shard < lanes.count:
+            if n_shard < schedule.count:
                 message = "data: %s has %d shard(s) for %d readers: several read one shard and share its images"
-                log.info(message, name, n_shard, lanes.count)
-        batches = StreamBatches(images, seed=self.seed, lanes=lanes, places=self.stream.places)
+                log.info(message, name, n_shard, schedule.count)
+        batches = StreamBatches(images, seed=self.seed, schedule=schedule, states=self.stream.states)
         return self._loader(batches, n_worker, batch_size=None)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream over all ranks; empty for a source with random access."""
-        return {} if self.stream is None else {"stream": self.stream.gathered()}
+        return {} if self.stream is None else {"stream": self.stream.gather()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.stream = StreamState.of(state_dict["stream"])
+        self.stream = StreamState.from_dict(state_dict["stream"])
 
     def val_dataloader(self) -> DataLoader[Any]:
         """A loader of every image of `eval_split` exactly once. Raises ValueError if the split is empty."""
@@ -113,7 +113,7 @@ class TokenDataModule(L.LightningDataModule):
         if (n_device - 1) * plan.micro_batch >= n:  # the last rank would get no image and block the others
             size = (n - 1) // (n_device - 1)
             plan = BatchPlan(n_device * size, size, n_device=n_device, rank=plan.rank)
-        return self._split_loader(split, OncePerImage(n, plan=plan), self.eval_split)
+        return self._split_loader(split, EvalBatchSampler(n, plan=plan), self.eval_split)
 
     def _warn_of_few(self, name: str) -> None:
         """Warns, once per split, if it is empty or too small for a measurement."""
@@ -139,7 +139,7 @@ class TokenDataModule(L.LightningDataModule):
             images,
             num_workers=n_worker,
             collate_fn=identity_collate,
-            worker_init_fn=deaf,
+            worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=n_worker > 0,
             **how,
@@ -148,7 +148,7 @@ class TokenDataModule(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch | StreamBatch, dataloader_idx: int = 0) -> Batch:
         if isinstance(batch, StreamBatch):
             assert self.stream is not None
-            self.stream.read(batch.lane, batch.place, self.plan.n_device)
+            self.stream.record_read(batch.reader, batch.state, self.plan.n_device)
             batch = batch.batch
         return batch._replace(tokens=self.encode(batch.tokens))
 
@@ -156,25 +156,25 @@ class TokenDataModule(L.LightningDataModule):
         """Pixels to token sequences: (B, R, R, 3) uint8 → (B, T) int64."""
         return self._encoder(pixels)
 
-    def some_tokens(self, name: str, *, at_most: int | None = None) -> Tensor:
+    def sample_tokens(self, name: str, *, at_most: int | None = None) -> Tensor:
         """A split as tokens on the CPU, in order: (N, T) of `token_dtype`; `at_most`: sampled by seed."""
-        return self.tokens_of(name, self.some_rows(name, at_most=at_most))
+        return self.encode_rows(name, self.sample_rows(name, at_most=at_most))
 
-    def some_rows(self, name: str, *, at_most: int | None = None) -> np.ndarray:
+    def sample_rows(self, name: str, *, at_most: int | None = None) -> np.ndarray:
         """The image indices of `some_tokens`, (N,) ascending."""
         n = len(self.source.split(name))
         if at_most is None or at_most >= n:
             return np.arange(n)
         return np.sort(keyed.generator(self.seed, "some", at_most).permutation(n)[:at_most])
 
-    def tokens_of(self, name: str, rows: np.ndarray) -> Tensor:
+    def encode_rows(self, name: str, rows: np.ndarray) -> Tensor:
         """The images at `rows` of a split as tokens on the CPU, (N, T) of `token_dtype`."""
         split = self.source.split(name)
         split.prepare()
         dtype = token_dtype(self.tokenizer.n_vocab)
         tokens = torch.empty(len(rows), self.tokenizer.grid.n_ctx, dtype=dtype)
         start = 0
-        for pixels in in_chunks(partial(plain_pixels, split), rows, f"reading {name}"):
+        for pixels in map_chunks(partial(plain_pixels, split), rows, f"reading {name}"):
             tokens[start : start + len(pixels)] = self.encode(torch.from_numpy(pixels)).to(dtype)
             start += len(pixels)
         return tokens

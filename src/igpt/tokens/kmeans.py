@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
-from igpt.data.cache import in_chunks
+from igpt.data.cache import map_chunks
 from igpt.data.source import Source, Split, plain_pixels
 from igpt.settings.fields import Count, Seed
 from igpt.tokens.palette import Palette, PaletteSize
@@ -19,7 +19,7 @@ from igpt.utils import files, keyed
 log = logging.getLogger(__name__)
 
 
-def fit(pixels: np.ndarray, *, k: int, iterations: int, restarts: int, seed: int) -> Palette:
+def fit_palette(pixels: np.ndarray, *, k: int, iterations: int, restarts: int, seed: int) -> Palette:
     """The k-means palette of (N, 3) uint8 pixels, colours sorted from dark to light.
 
     k-means++ and Lloyd's algorithm on the distinct colours, weighted by count: the objective on all pixels at a
@@ -66,7 +66,7 @@ def sample_images(split: Split, n_image: int, *, seed: int, stream: str) -> Iter
     """At most `n_image` (at least one) images of a split, sampled by key: yields chunks (B, R, R, 3) uint8."""
     order = keyed.generator(seed, stream).permutation(len(split))
     rows = np.sort(order[: max(1, min(len(split), n_image))])
-    return in_chunks(partial(plain_pixels, split), rows, f"reading images for the {stream}")
+    return map_chunks(partial(plain_pixels, split), rows, f"reading images for the {stream}")
 
 
 def fit_cached(
@@ -84,7 +84,7 @@ def fit_cached(
         palette = Palette.load(path)
         log.info("palette: read %s", path)
     else:
-        palette = fit(pixels, **how)
+        palette = fit_palette(pixels, **how)
         palette.save(path)
         log.info("palette: fitted %d colours to %d pixels, saved as %s", palette.k, len(pixels), path)
     if (pixels == pixels[0]).all():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from igpt.data.cache import map_array
-from igpt.tokens.palette import Palette, colour_codes, colours_of, squares
+from igpt.tokens.palette import Palette, colour_codes, decode_colour_codes, squared_differences
 
 log = logging.getLogger(__name__)
 
@@ -18,14 +18,14 @@ _SIDE = 8  # levels a side of a block of the colour cube
 _AT_ONCE = 1 << 23  # most distances per step
 
 
-def build(palette: Palette) -> np.ndarray:
+def build_table(palette: Palette) -> np.ndarray:
     """The token of colour (r, g, b) at index r·256² + g·256 + b: (256³,) int16, equal to `Palette.encode`.
 
     For each block of neighbouring colours, a palette colour is pruned if its least distance to the block exceeds the
     greatest distance of another one. Rounding is monotonic, so that pruning is exact. The rest is compared as in
     `encode`.
     """
-    channels = [squares(palette, channel) for channel in range(3)]  # each (k, 256) float64
+    channels = [squared_differences(palette, channel) for channel in range(3)]  # each (k, 256) float64
     blocks = [c.view(palette.k, -1, _SIDE) for c in channels]  # (k, 32, 8)
     least, most = ([extreme(b, -1) for b in blocks] for extreme in (torch.amin, torch.amax))  # each (k, 32)
     n = 256 // _SIDE
@@ -56,7 +56,7 @@ def build(palette: Palette) -> np.ndarray:
     return table.permute(0, 3, 1, 4, 2, 5).reshape(-1).numpy()
 
 
-class Encoder:
+class LookupEncoder:
     """`Palette.encode` with a lookup table once that pays: (…, 3) uint8 → (…) int64, on the pixels' device.
 
     The table is cached below `cache`. A GPU uses it from the first batch on, since `torch.unique` synchronises the
@@ -73,28 +73,28 @@ class Encoder:
         codes = colour_codes(pixels)
         table = self._tables.get(pixels.device)
         if table is None:
-            if not self._pays(pixels.device):
+            if not self._is_worthwhile(pixels.device):
                 distinct, inverse = torch.unique(codes, return_inverse=True)
                 self.computed += len(distinct)
-                return self.palette.nearest(colours_of(distinct))[inverse]
-            table = self._tables[pixels.device] = torch.tensor(self._table(), device=pixels.device)
+                return self.palette.nearest(decode_colour_codes(distinct))[inverse]
+            table = self._tables[pixels.device] = torch.tensor(self._load_table(), device=pixels.device)
         return table.index_select(0, codes.flatten()).long().view(codes.shape)
 
-    def _pays(self, device: torch.device) -> bool:
+    def _is_worthwhile(self, device: torch.device) -> bool:
         on_disk = self.path is not None and self.path.is_file()
         return on_disk or device.type != "cpu" or self.computed > PAYS
 
-    def _table(self) -> np.ndarray:
+    def _load_table(self) -> np.ndarray:
         if self.path is None:
-            return build(self.palette)
+            return build_table(self.palette)
         try:
             return map_array(self.path, (256**3,), np.int16, self._write, self._fits)
         except (OSError, ValueError) as error:
             log.warning("palette: the table of colours is not kept: %s", error)
-            return build(self.palette)
+            return build_table(self.palette)
 
     def _write(self, file: IO[bytes]) -> None:
-        file.write(build(self.palette).tobytes())
+        file.write(build_table(self.palette).tobytes())
         log.info("palette: the token of every colour is kept in %s", self.path)
 
     def _fits(self, table: np.ndarray) -> bool:

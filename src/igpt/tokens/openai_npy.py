@@ -60,10 +60,10 @@ class OpenAITokens:
             )
         self._splits = {split: TokenSplit(folder / f"{name}_{short}", resolution, palette)
                         for split, short in FILES.items()}  # fmt: skip
-        if not any(split.there for split in self._splits.values()):
+        if not any(split.is_present for split in self._splits.values()):
             raise ValueError(f"{folder} has no {name}_vaX.npy, no trX and no teX: set data.path and data.name")
 
-        first = next(split for split in self._splits.values() if split.there)
+        first = next(split for split in self._splits.values() if split.is_present)
         self.n_class: int | None = first.one_hot.shape[1]
         self.class_names = _class_names(name, self.n_class)
 
@@ -85,13 +85,13 @@ class TokenSplit:
         return len(self.tokens)
 
     @property
-    def there(self) -> bool:
+    def is_present(self) -> bool:
         return self._path("X").is_file()
 
     @cached_property
     def tokens(self) -> np.ndarray:
         """(N, R²) integers, memory-mapped."""
-        tokens = _mapped(self._path("X"))
+        tokens = _open_mapped(self._path("X"))
         if tokens.ndim != 2 or tokens.shape[1] != self.side**2 or tokens.dtype.kind not in "iu":
             raise ValueError(
                 f"{self._path('X')}: {tokens.dtype} {tokens.shape}, expected whole numbers (images, {self.side**2})"
@@ -101,7 +101,7 @@ class TokenSplit:
     @cached_property
     def one_hot(self) -> np.ndarray:
         """(N, K), memory-mapped."""
-        one_hot = _mapped(self._path("Y"))
+        one_hot = _open_mapped(self._path("Y"))
         if one_hot.ndim != 2 or len(one_hot) != len(self):
             raise ValueError(
                 f"{self._path('Y')}: {one_hot.dtype} {one_hot.shape}, expected one-hot labels ({len(self)}, classes)"
@@ -121,7 +121,7 @@ class TokenSplit:
 
     def prepare(self) -> None: ...
 
-    def read(self, index: Sequence[int], keys: Sequence[int]) -> Pixels:
+    def read(self, index: Sequence[int], rng_keys: Sequence[int]) -> Pixels:
         """The images at `index`. Raises DataError, naming the image, on a token outside the palette."""
         rows = np.asarray(index, dtype=np.int64)
         tokens = np.asarray(self.tokens[rows]).astype(np.int64)
@@ -144,14 +144,14 @@ def _class_names(name: str, n_class: int | None) -> tuple[str, ...] | None:
     return CIFAR10 if (name, n_class) == ("cifar10", len(CIFAR10)) else None
 
 
-def _mapped(path: Path) -> np.ndarray:
+def _open_mapped(path: Path) -> np.ndarray:
     """The memory-mapped array of a `.npy` file, without pickle. Raises ValueError on a missing or invalid file."""
     if not path.is_file():
         raise ValueError(f"{path} is not there: download it, too")
     try:
-        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(found, np.memmap) or found.dtype.kind not in "biuf":
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.memmap) or array.dtype.kind not in "biuf":
             raise ValueError("it holds something else")
     except (ValueError, EOFError, OSError, OverflowError, BadZipFile) as error:
         raise ValueError(f"{path} is damaged or no .npy array of numbers ({error}): download it again") from error
-    return found
+    return array

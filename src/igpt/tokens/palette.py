@@ -62,7 +62,7 @@ class Palette:
         all near-ties.)
         """
         codes, inverse = torch.unique(colour_codes(pixels), return_inverse=True)  # (U,), (…)
-        return self.nearest(colours_of(codes))[inverse]
+        return self.nearest(decode_colour_codes(codes))[inverse]
 
     def nearest(self, colours: Tensor) -> Tensor:
         """The index of the nearest centre of each colour: (U, 3) int64 in 0 … 255 → (U,) int64.
@@ -72,24 +72,24 @@ class Palette:
         """
         device = colours.device
         centres = torch.from_numpy(self.centres).double()
-        own = (centres**2).sum(1).float().to(device)  # (k,)
+        chunk = (centres**2).sum(1).float().to(device)  # (k,)
         twice = (-2 * centres.T).float().contiguous().to(device)  # (3, k)
         points = (colours.double() / 127.5 - 1).float()  # (U, 3)
-        found, close = [], []
+        indices, close = [], []
         for p in torch.split(points, max(1, _CHUNK // self.k)):
-            d = torch.addcmul(own, p[:, :1], twice[0]).addcmul_(p[:, 1:2], twice[1]).addcmul_(p[:, 2:], twice[2])
+            d = torch.addcmul(chunk, p[:, :1], twice[0]).addcmul_(p[:, 1:2], twice[1]).addcmul_(p[:, 2:], twice[2])
             least, index = d.min(1)  # (rows, k) → (rows,)
             d.scatter_(1, index[:, None], torch.inf)
-            found.append(index)
+            indices.append(index)
             close.append(d.amin(1) < least + _FLOAT32_SLACK)
-        nearest = torch.cat(found)
+        nearest = torch.cat(indices)
         (doubtful,) = torch.cat(close).nonzero(as_tuple=True)
         if len(doubtful):
             nearest[doubtful] = self._nearest_float64(colours[doubtful])
         return nearest
 
     def _nearest_float64(self, colours: Tensor) -> Tensor:
-        r, g, b = (squares(self, channel).to(colours.device).T for channel in range(3))  # each (256, k)
+        r, g, b = (squared_differences(self, channel).to(colours.device).T for channel in range(3))  # each (256, k)
         nearest = [
             ((r[chunk[:, 0]] + g[chunk[:, 1]]) + b[chunk[:, 2]]).min(-1).indices  # (rows, k) → (rows,)
             for chunk in torch.split(colours, max(1, _CHUNK // self.k))
@@ -145,12 +145,12 @@ def colour_codes(pixels: Tensor) -> Tensor:
     return (r << 16) + (g << 8) + b
 
 
-def colours_of(codes: Tensor) -> Tensor:
+def decode_colour_codes(codes: Tensor) -> Tensor:
     """The inverse of `colour_codes`: (U,) int32 → (U, 3) int64."""
     return torch.stack([codes >> 16, codes >> 8 & 255, codes & 255], dim=-1).long()
 
 
-def squares(palette: Palette, channel: int) -> Tensor:
+def squared_differences(palette: Palette, channel: int) -> Tensor:
     """The squared difference of every centre from every level of one channel: → (k, 256) float64.
 
     A distance is the sum (red + green) + blue of three of these; this order of additions reproduces `encode` exactly.

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from igpt.data.source import Source
-from igpt.tokens.lookup import Encoder
+from igpt.tokens.lookup import LookupEncoder
 from igpt.tokens.palette import Palette
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.tokenizer import TokenGrid
@@ -56,14 +56,14 @@ class PaletteTokenizer:
     def encoder(self, cache: Path | None) -> Callable[[Tensor], Tensor]:
         if type(self).encode is not PaletteTokenizer.encode:  # a subclass may encode colours otherwise
             return self.encode
-        lookup = Encoder(self.palette, cache)
+        lookup = LookupEncoder(self.palette, cache)
         return lambda pixels: self.order.flatten(lookup(pixels))
 
     def decode(self, tokens: Tensor) -> np.ndarray:
         return self.palette.decode(self.order.unflatten(tokens))
 
     def known_tokens(self, rows: int) -> Tensor:
-        return self.order.known(rows)
+        return self.order.known_positions(rows)
 
     def visible_pixels(self, tokens: Tensor) -> Tensor:
         return self.order.unflatten(tokens[None])[0]
@@ -108,4 +108,4 @@ class PaletteSettings:
         return resolution**2, k
 
     def build(self, source: Source, cache: Path) -> PaletteTokenizer:
-        return PaletteTokenizer(self.palette(source, cache), PixelOrder.of(source.resolution, self.order))
+        return PaletteTokenizer(self.palette(source, cache), PixelOrder.from_name(source.resolution, self.order))

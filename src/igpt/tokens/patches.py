@@ -83,10 +83,10 @@ class PatchTokenizer:
         """Exact: the smallest squared distance in float64, the lowest index on a tie."""
         points = cut_patches(pixels, self.patch).double() / 127.5 - 1  # (B, T, 3 p²)
         centres = torch.from_numpy(self.centres).double().to(pixels.device)  # (k, 3 p²)
-        own = centres.square().sum(1)
+        norms = centres.square().sum(1)
         nearest = []
         for some in torch.split(points.flatten(0, 1), max(1, _CHUNK // len(centres))):
-            distances = own - 2 * (some @ centres.T)  # without the square of the patch, a constant
+            distances = norms - 2 * (some @ centres.T)  # without the square of the patch, a constant
             two, index = distances.topk(2, largest=False)
             best = index[:, 0]
             (doubtful,) = (two[:, 1] - two[:, 0] < _DOUBT).nonzero(as_tuple=True)
@@ -113,7 +113,7 @@ class PatchTokenizer:
 
     def known_tokens(self, rows: int) -> Tensor:
         check_rows(rows, self.side)
-        return self.order.known(rows // self.patch)
+        return self.order.known_positions(rows // self.patch)
 
     def visible_pixels(self, tokens: Tensor) -> Tensor:
         grid = self.order.unflatten(tokens[None])[0]  # (R/p, R/p)
@@ -137,10 +137,10 @@ class PatchTokenizer:
         if not isinstance(permutation, list) or not all(type(i) is int for i in [saved["patch"], *permutation]):
             raise ValueError("the patch's size and the permutation are whole numbers")
         order = PixelOrder(round(len(permutation) ** 0.5), tuple(permutation))
-        made = PatchTokenizer(np.asarray(saved["centres"], dtype=np.float32), saved["patch"], order)
-        if made.hash != saved["hash"]:
-            raise ValueError(f"the patches' hash is {made.hash}, not the {saved['hash']!r:.60} that is stated")
-        return made
+        tokenizer = PatchTokenizer(np.asarray(saved["centres"], dtype=np.float32), saved["patch"], order)
+        if tokenizer.hash != saved["hash"]:
+            raise ValueError(f"the patches' hash is {tokenizer.hash}, not the {saved['hash']!r:.60} that is stated")
+        return tokenizer
 
 
 def cut_patches(pixels: Tensor, patch: int) -> Tensor:
@@ -190,7 +190,7 @@ class PatchSettings(Settings):
                 np.save(file, self._fit(points), allow_pickle=False)
             log.info("patches: fitted to %d patches, saved as %s", len(points), path)
         centres = np.load(path, allow_pickle=False)
-        return PatchTokenizer(centres, self.patch, PixelOrder.of(source.resolution // self.patch, self.order))
+        return PatchTokenizer(centres, self.patch, PixelOrder.from_name(source.resolution // self.patch, self.order))
 
     def _fit(self, points: np.ndarray) -> np.ndarray:
         """k-means of patches, weighted by count: (N, 3 p²) uint8 → (k, 3 p²) float32, from dark to light."""

@@ -29,7 +29,7 @@ class PixelOrder:
             raise ValueError(f"the permutation of {self.side}×{self.side} pixels must hold 0 … {self.side**2 - 1} once")
 
     @staticmethod
-    def of(side: int, order: str) -> "PixelOrder":
+    def from_name(side: int, order: str) -> "PixelOrder":
         """From a setting. `raster`: row by row; `random` or `random:SEED`: a seeded permutation, equal everywhere."""
         name, _, seed = order.partition(":")
         if name not in ORDERS or (seed and (name == "raster" or not seed.isdigit())):
@@ -53,7 +53,7 @@ class PixelOrder:
             sequence = sequence[:, self._index(sequence.device).argsort()]
         return sequence.view(-1, self.side, self.side)
 
-    def known(self, rows: int) -> Tensor:
+    def known_positions(self, rows: int) -> Tensor:
         """Mask of the positions in the top `rows` rows of the image: (T,) bool.
 
         Raises:

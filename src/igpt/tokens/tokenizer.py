@@ -77,7 +77,7 @@ class Tokenizer(Protocol):
         ...
 
 
-def whole_rows(tokenizer: Tokenizer, rows: int) -> int:
+def count_decided_rows(tokenizer: Tokenizer, rows: int) -> int:
     """The number of complete pixel rows among the top `rows`; fewer if a token spans several rows."""
     return int(tokenizer.visible_pixels(tokenizer.known_tokens(rows)).all(1).sum())
 

@@ -10,12 +10,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from igpt.distributed.sharding import whole_shape
+from igpt.distributed.sharding import unsharded_shape
 from igpt.metric.result import Curve, Number
 from igpt.metric.throughput import Meter
 from igpt.settings.training import TrainingSettings
 from igpt.tokens.batches import Batch
-from igpt.training.hardware import Machine
+from igpt.training.hardware import HardwareConfig
 from igpt.training.nan_guard import FiniteGuard
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,9 @@ class TrainedModule(L.LightningModule):
     A subclass calls `tally` in its training step and `validated` at the end of each validation.
     """
 
-    def __init__(self, hardware: Machine, settings: TrainingSettings, *, flops_per_image: float, n_ctx: int) -> None:
+    def __init__(
+        self, hardware: HardwareConfig, settings: TrainingSettings, *, flops_per_image: float, n_ctx: int
+    ) -> None:
         super().__init__()
         self.settings, self.machine = settings, hardware
         self.steps, self.log_every, self.batch_size = settings.steps, settings.log_every, settings.batch_size
@@ -46,7 +48,7 @@ class TrainedModule(L.LightningModule):
         """Floating-point operations per device over the whole training."""
         return self.steps * self.batch_size * self.flops_per_image / self.machine.rank.count
 
-    def tally(self, loss: Tensor, figures: Mapping[str, Tensor]) -> Tensor:
+    def accumulate(self, loss: Tensor, figures: Mapping[str, Tensor]) -> Tensor:
         """Returns the loss; accumulates it and the scalar `figures` of one micro-batch for logging."""
         passes = self.trainer.accumulate_grad_batches
         self._passes += 1
@@ -65,14 +67,14 @@ class TrainedModule(L.LightningModule):
         values = self.trainer.strategy.reduce(torch.stack([self._step[name] for name in names]), reduce_op="mean")
         assert isinstance(values, Tensor)
         self._step = {}
-        self.guard.see(values[names.index("minimised")], step)
+        self.guard.record(values[names.index("minimised")], step)
         if step % self.log_every == 0:
             self.guard.check()
             for name, value in zip(names, values.tolist(), strict=True):
                 if name != "minimised":
-                    self.note(f"train/{name}", step, value)
+                    self.record(f"train/{name}", step, value)
 
-    def note(self, name: str, step: int, value: float) -> None:
+    def record(self, name: str, step: int, value: float) -> None:
         """Appends a point to the curve `name`."""
         self.history.setdefault(name, []).append((step, value))
 
@@ -85,12 +87,12 @@ class TrainedModule(L.LightningModule):
         )
         self.logged_step = self.begun = self.global_step
         self.timed_since: float | None = None
-        n_weight = sum(prod(whole_shape(p)) for p in self.parameters() if p.requires_grad)
+        n_weight = sum(prod(unsharded_shape(p)) for p in self.parameters() if p.requires_grad)
         log.info("%s weights, steps %d to %d", f"{n_weight:,}", self.global_step + 1, self.steps)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         step = self.global_step
-        self._expect(step)
+        self._log_eta(step)
         if step % self.log_every or step == self.logged_step:
             return
         self.meter.add((step - self.logged_step) * self.batch_size)
@@ -98,16 +100,16 @@ class TrainedModule(L.LightningModule):
         shown = {name: points[-1][1] for name, points in self.history.items() if points[-1][0] == step}
         figures = self.meter.read()
         train = {name: value for name, value in shown.items() if name.startswith("train/")}
-        self.publish({**train, "lr": self.rate, **figures}, step)
+        self.log_metrics({**train, "lr": self.rate, **figures}, step)
         speed = f"{figures['images_per_s']:,.0f} images/s, {figures['tokens_per_s']:,.0f} tokens/s"
         if "flop_utilisation" in figures:
             speed += f", {figures['flop_utilisation']:.1%} of the stated peak"
         if step < self.steps:
             speed += f", {duration((self.steps - step) * self.batch_size / figures['images_per_s'])} left"
-        said = self.say({name.removeprefix("train/"): value for name, value in train.items()})
-        log.info("step %d/%d: %s, %s", step, self.steps, said, speed, extra={"progress": True})
+        message = self.format_metrics({name.removeprefix("train/"): value for name, value in train.items()})
+        log.info("step %d/%d: %s, %s", step, self.steps, message, speed, extra={"progress": True})
 
-    def _expect(self, step: int) -> None:
+    def _log_eta(self, step: int) -> None:
         """Logs the expected duration once, a few steps after the start, since the first steps are slower."""
         begun, timed = self.begun + UNTIMED, self.begun + UNTIMED + TIMED
         if step == begun and self.timed_since is None:
@@ -116,14 +118,14 @@ class TrainedModule(L.LightningModule):
             seconds, self.timed_since = (_now() - self.timed_since) / TIMED, None
             log.info("%.3g s a step: %s to go, validation aside", seconds, duration((self.steps - step) * seconds))
 
-    def say(self, figures: Mapping[str, float]) -> str:
+    def format_metrics(self, figures: Mapping[str, float]) -> str:
         """Figures as text: `1.2345 nats/token`, or `name value, …` when there are several."""
         if len(figures) == 1:
             ((name, value),) = figures.items()
             return f"{value:.4f} {UNITS.get(name, name)}"
         return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
-    def publish(self, figures: dict[str, float], step: int) -> None:
+    def log_metrics(self, figures: dict[str, float], step: int) -> None:
         """Sends numbers, and the images and tokens seen, to every logger at `step`, unrounded, and to callbacks."""
         images = step * self.batch_size
         figures = {**figures, "images_seen": images, "tokens_seen": images * self.n_ctx}
@@ -131,16 +133,16 @@ class TrainedModule(L.LightningModule):
             logger.log_metrics(figures, step=step)
         self.log_dict(figures, logger=False, sync_dist=True)  # the values are equal on all ranks
 
-    def validated(self, numbers: dict[str, Number], shown: list[str]) -> None:
-        """Finishes a validation: stores `numbers`; during training also logs and records those named in `shown`."""
+    def finish_validation(self, numbers: dict[str, Number], metrics: list[str]) -> None:
+        """Finishes a validation: stores `numbers`; during training also logs and records those named in `metrics`."""
         self.numbers = numbers
         if self.trainer.state.fn != "fit":
             return
-        self.publish({name: numbers[name].value for name in shown}, self.global_step)
-        for name in shown:
-            self.note(name, self.global_step, numbers[name].value)
-        said = self.say({name.removeprefix("val/"): numbers[name].value for name in shown})
-        log.info("step %d/%d: val %s", self.global_step, self.steps, said)
+        self.log_metrics({name: numbers[name].value for name in metrics}, self.global_step)
+        for name in metrics:
+            self.record(name, self.global_step, numbers[name].value)
+        message = self.format_metrics({name.removeprefix("val/"): numbers[name].value for name in metrics})
+        log.info("step %d/%d: val %s", self.global_step, self.steps, message)
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "fit":

@@ -74,8 +74,8 @@ class SampleGrid(L.Callback):
             log.warning("no samples are drawn while ZeRO 3 holds the network in parts: task=sample does, afterwards")
             self.every = trainer.max_steps + 1  # warn once
             return
-        keys = keyed.item_keys(keyed.key(0, "sample grid"), torch.arange(self.count))
-        tokens = generate(net, keyed.uniform(keys, net.n_ctx).to(pl_module.device), self.sampling)
+        rng_keys = keyed.per_example_keys(keyed.key(0, "sample grid"), torch.arange(self.count))
+        tokens = generate(net, keyed.uniform(rng_keys, net.n_ctx).to(pl_module.device), self.sampling)
         if not trainer.is_global_zero:
             return
         images = data.decode(tokens)  # (N, R, R, 3)

@@ -47,27 +47,27 @@ class Checkpoints(L.Callback):
         self.monitor, self.sign, self.patience = monitor, -1.0 if highest else 1.0, patience
         self.guard, self.stop = guard, StopRequest()
         self.folder, self.every, self.keep, self.val_every = folder, settings.checkpoint_every, keep, val_every
-        self.stopping = ranks.Agreement()
+        self.stopping = ranks.AsyncMax()
         self._saved = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = trainer.global_step  # this step is already saved
-        self.recall(pl_module, trainer.global_step)
-        if self._waited(trainer.global_step) and trainer.global_step > 0:
+        self.restore_best(pl_module, trainer.global_step)
+        if self._is_out_of_patience(trainer.global_step) and trainer.global_step > 0:
             trainer.should_stop = True  # early stopping had ended the run before it was resumed
 
-    def recall(self, module: L.LightningModule, step: int) -> None:
+    def restore_best(self, module: L.LightningModule, step: int) -> None:
         """Restores the best value at `step` from the best marker; marks a checkpoint that a kill left unmarked."""
-        best = ranks.from_first(lambda: read_best(self.folder))
-        whole = best is not None and best["step"] <= step  # ignore a best of later steps, which were lost
-        self._best = self.sign * float(best["value"]) if best is not None and whole else float("inf")
-        self._best_step = best["step"] if best is not None and whole else 0
+        best = ranks.broadcast_from_rank0(lambda: read_best(self.folder))
+        is_complete = best is not None and best["step"] <= step  # ignore a best of later steps, which were lost
+        self._best = self.sign * float(best["value"]) if best is not None and is_complete else float("inf")
+        self._best_step = best["step"] if best is not None and is_complete else 0
         points = getattr(module, "history", {}).get(self.monitor, [])
         if not points or points[-1][0] != step or self.sign * points[-1][1] >= self._best:
             return
         self._best, self._best_step = self.sign * points[-1][1], step
         path = checkpoint_path(self.folder, step)
-        if ranks.this_rank().first and path.exists():
+        if ranks.this_rank().is_first and path.exists():
             mark_best(path, name=self.monitor, value=points[-1][1])
 
     def on_train_batch_end(
@@ -76,7 +76,7 @@ class Checkpoints(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if not (self.val_every and trainer.global_step % self.val_every == 0):
-            self._step_ends(trainer, pl_module)
+            self._finish_step(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit":
@@ -86,25 +86,25 @@ class Checkpoints(L.Callback):
         value = numbers[self.monitor].value
         if self.sign * value < self._best and self._save(trainer, pl_module, best=value):
             self._best, self._best_step = self.sign * value, trainer.global_step
-        if self._waited(trainer.global_step):
+        if self._is_out_of_patience(trainer.global_step):
             log.info(
                 "no better %s in %d validations: step %d stays the best", self.monitor, self.patience, self._best_step
             )
             self._save(trainer, pl_module, needed=True)
             trainer.should_stop = True
-        self._step_ends(trainer, pl_module)
+        self._finish_step(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stopping.close()
         self._save(trainer, pl_module, needed=True)
 
-    def _waited(self, step: int) -> bool:
+    def _is_out_of_patience(self, step: int) -> bool:
         """Whether `patience` validations have passed without an improvement."""
         waited = (step - self._best_step) // self.val_every if self.val_every else 0
         return self.patience is not None and waited >= self.patience
 
-    def _step_ends(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        stop = self.stopping.heard(self.stop.number)
+    def _finish_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        stop = self.stopping.update(self.stop.number)
         if trainer.global_step % self.every == 0 or stop:
             self._save(trainer, module, needed=stop > 0)
         if stop and trainer.global_step < trainer.max_steps:
@@ -122,21 +122,21 @@ class Checkpoints(L.Callback):
         parts = [getattr(p, "ds_tensor", p) for p in module.parameters()]  # ZeRO 3: the local shard
         here = [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in parts]
         finite = bool(torch.stack([part.isfinite().all() for part in here]).all())
-        if self.finite and not all(ranks.gathered(finite)):
+        if self.finite and not all(ranks.all_gather_object(finite)):
             raise NonFiniteLossError(
                 f"the weights after step {step} are not finite: nothing was saved, lower task.learning_rate"
             )
         written = trainer.strategy.checkpoint_io
         assert isinstance(written, AtomicCheckpointIO)
         trainer.save_checkpoint(path)  # on every rank: sharded strategies gather the state from all
-        if trainer.is_global_zero and written.refused is None:
+        if trainer.is_global_zero and written.write_error is None:
             try:
                 if best is not None:
                     mark_best(path, name=self.monitor, value=best)
                 mark_latest(path, keep=self.keep)
             except OSError as error:
-                written.refused = error
-        refused = ranks.from_first(lambda: None if written.refused is None else str(written.refused))
+                written.write_error = error
+        refused = ranks.broadcast_from_rank0(lambda: None if written.write_error is None else str(written.write_error))
         if refused is not None:
             if step >= trainer.max_steps or needed:
                 raise OSError(refused)

@@ -50,13 +50,13 @@ class Plan:
         return None if self.step_seconds is None else self.step_seconds * self.steps / SECONDS_A_DAY
 
 
-def parameters(network: GPTConfig) -> dict[str, int]:
+def count_parameters(network: GPTConfig) -> dict[str, int]:
     """Number of weights in one block (`block`) and outside the blocks (`rest`)."""
     c, t, v = network.n_embd, network.n_ctx, network.n_vocab
     return {"block": 12 * c**2 + 2 * c, "rest": (2 * v + t) * c + c + (c if network.causal else 0)}
 
 
-def plan(
+def estimate_cost(
     network: GPTConfig,
     *,
     batch_size: int,
@@ -76,30 +76,34 @@ def plan(
     `strategy`: ddp (replicated), fsdp, deepspeed_2, deepspeed_3 or deepspeed_3_offload. `scores`: attention scores
     saved per head and image, 0 for fused attention. `fused_norm`: norms save only their input, in any precision.
     """
-    sizes = parameters(network)
+    sizes = count_parameters(network)
     n_layer = network.n_layer
     n = n_layer * sizes["block"] + sizes["rest"]
-    stage = int(strategy.split("_")[1]) if strategy.startswith("deepspeed") else 0
-    kept = NARROW if precision == "bf16-true" or (stage and precision == "bf16-mixed") else WIDE  # bytes per weight
+    zero_stage = int(strategy.split("_")[1]) if strategy.startswith("deepspeed") else 0
+    width = (
+        NARROW if precision == "bf16-true" or (zero_stage and precision == "bf16-mixed") else WIDE
+    )  # bytes per weight
     parts = 1 if strategy == "ddp" else devices
-    on_device, in_host = n * kept / (1 if stage == 2 else parts), 0.0
-    gradients, optimiser = n * kept / parts, ADAM * n * kept / parts
+    on_device, in_host = n * width / (1 if zero_stage == 2 else parts), 0.0
+    gradients, optimiser = n * width / parts, ADAM * n * width / parts
     working = 0.0
-    if stage:  # float32 master weights beside the moments
+    if zero_stage:  # float32 master weights beside the moments
         optimiser = (ADAM + 1) * n * WIDE / parts
-        working = 2 * kept * min(BUCKET, n)  # gradient buckets in flight
-        precision = "bf16-true" if kept == NARROW else precision
+        working = 2 * width * min(BUCKET, n)  # gradient buckets in flight
+        precision = "bf16-true" if width == NARROW else precision
     if strategy.endswith("offload"):
         in_host, on_device, gradients, optimiser = on_device + gradients + optimiser, 0.0, 0.0, 0.0
-    if strategy == "fsdp" or stage == 3:  # gathered: the rest for a whole pass, of the blocks the current and the next
-        working += kept * (2 * sizes["rest"] + 3 * sizes["block"])
+    if (
+        strategy == "fsdp" or zero_stage == 3
+    ):  # gathered: the rest for a whole pass, of the blocks the current and the next
+        working += width * (2 * sizes["rest"] + 3 * sizes["block"])
     return Plan(
         n_weight=n,
         weights=on_device,
         gradients=gradients,
         optimiser=optimiser,
         host=in_host,
-        activations=held(
+        activations=estimate_activation_bytes(
             network, micro_batch, precision=precision, recompute=recompute, scores=scores,
             fused_norm=fused_norm,
         ),
@@ -113,7 +117,7 @@ def plan(
     )  # fmt: skip
 
 
-def held(
+def estimate_activation_bytes(
     network: GPTConfig,
     images: int,
     *,
@@ -145,35 +149,35 @@ def held(
     return layers * block + head
 
 
-def lines(found: Plan, *, memory: float | None) -> list[tuple[str, str]]:
+def format_plan(cost: Plan, *, memory: float | None) -> list[tuple[str, str]]:
     """The plan as table rows (label, value); `memory`: bytes of one device, to state whether it fits."""
     rows = [
-        ("weights", f"{found.n_weight:,}"),
-        ("memory on each device: weights", gigabytes(found.weights)),
-        ("  gradients", gigabytes(found.gradients)),
-        ("  optimiser", gigabytes(found.optimiser)),
-        ("  activations", gigabytes(found.activations)),
-        ("  put together while in use", gigabytes(found.working)),
-        ("  all of it", gigabytes(found.memory)),
-        *([("memory of the machine, for each device", gigabytes(found.host))] if found.host else []),
-        ("operations an image", f"{found.flops_per_image:.3g} FLOP"),
-        ("operations a step", f"{found.flops_per_image * found.images_per_step:.3g} FLOP"),
-        ("images in all", f"{found.images_per_step * found.steps:,}"),
+        ("weights", f"{cost.n_weight:,}"),
+        ("memory on each device: weights", format_gb(cost.weights)),
+        ("  gradients", format_gb(cost.gradients)),
+        ("  optimiser", format_gb(cost.optimiser)),
+        ("  activations", format_gb(cost.activations)),
+        ("  put together while in use", format_gb(cost.working)),
+        ("  all of it", format_gb(cost.memory)),
+        *([("memory of the machine, for each device", format_gb(cost.host))] if cost.host else []),
+        ("operations an image", f"{cost.flops_per_image:.3g} FLOP"),
+        ("operations a step", f"{cost.flops_per_image * cost.images_per_step:.3g} FLOP"),
+        ("images in all", f"{cost.images_per_step * cost.steps:,}"),
     ]
-    if found.step_seconds is None or found.days is None:
+    if cost.step_seconds is None or cost.days is None:
         rows.append(("time", "state trainer.peak_tflops, of one device at this precision"))
     else:
-        assert found.peak_flops is not None
-        share = f"at {found.utilisation:.0%} of {found.peak_flops / 1e12:,.0f} TFLOP/s on {found.devices} device(s)"
-        rows.append(("a step", f"{found.step_seconds:,.2f} s {share}"))
-        rows.append(("all steps", f"{found.days:,.2f} days, {found.days * found.devices:,.1f} device-days"))
+        assert cost.peak_flops is not None
+        share = f"at {cost.utilisation:.0%} of {cost.peak_flops / 1e12:,.0f} TFLOP/s on {cost.devices} device(s)"
+        rows.append(("a step", f"{cost.step_seconds:,.2f} s {share}"))
+        rows.append(("all steps", f"{cost.days:,.2f} days, {cost.days * cost.devices:,.1f} device-days"))
     if memory is None:
         rows.append(("fits", "state trainer.memory_gb, of one device"))
     else:
-        verdict = "yes" if found.memory < 0.9 * memory else "hardly" if found.memory < memory else "no"
-        rows.append(("fits", f"{verdict}: {gigabytes(found.memory)} of {gigabytes(memory)}, without libraries"))
+        verdict = "yes" if cost.memory < 0.9 * memory else "hardly" if cost.memory < memory else "no"
+        rows.append(("fits", f"{verdict}: {format_gb(cost.memory)} of {format_gb(memory)}, without libraries"))
     return rows
 
 
-def gigabytes(n_byte: float) -> str:
+def format_gb(n_byte: float) -> str:
     return f"{n_byte / GB:,.2f} GB"

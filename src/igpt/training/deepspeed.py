@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from igpt.checkpoint import sharded, tensors
-from igpt.checkpoint.tensors import Lazy, State
+from igpt.checkpoint.tensors import LazyTensor, State
 from igpt.distributed import ranks
-from igpt.distributed.sharding import put, whole_shape
+from igpt.distributed.sharding import copy_into_sharded, unsharded_shape
 from igpt.training.cost_estimate import BUCKET
 from igpt.training.fsdp import write_folder
 
@@ -38,13 +38,13 @@ class ZeRO(DeepSpeedStrategy):
         ValueError: DeepSpeed is not installed.
     """
 
-    def __init__(self, *, stage: int, offload: bool, n_weight: int) -> None:
+    def __init__(self, *, zero_stage: int, offload: bool, n_weight: int) -> None:
         bucket = min(BUCKET, n_weight)  # no larger than the network
         try:
             super().__init__(
-                stage=stage,
+                stage=zero_stage,
                 offload_optimizer=offload,
-                offload_parameters=offload and stage == 3,
+                offload_parameters=offload and zero_stage == 3,
                 reduce_bucket_size=bucket,
                 allgather_bucket_size=bucket,
                 logging_batch_size_per_gpu=1,
@@ -76,7 +76,7 @@ class ZeRO(DeepSpeedStrategy):
         """Lightning has divided the loss by the accumulation steps already, so DeepSpeed must not."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
-    def _make_room(self) -> dict[Any, dict[str, Tensor]]:
+    def _allocate_moments(self) -> dict[Any, dict[str, Tensor]]:
         """Allocates and returns Adam's state of the local flat partitions, which the first step would create."""
         zero: Any = self.optimizers[0]
         parts = zero.fp32_partitioned_groups_flat if self.zero_stage_3 else zero.single_partition_of_fp32_groups
@@ -105,17 +105,17 @@ class ZeRO(DeepSpeedStrategy):
         rank = ranks.this_rank()
         zero: Any = self.optimizers[0]
         step = next(iter(zero.optimizer.state.values()))[STEP]
-        groups = [{**group, "params": [name for name, _ in self._named()]} for group in zero.param_groups]
-        mine: dict[str, Any] = {"optimizer_0": {"param_groups": groups}} if rank.first else {}
-        for index, (name, weight) in enumerate(self._named()):
-            whole = full(weight)
-            moments = {key: full(weight, key) for key in MOMENTS}
+        groups = [{**group, "params": [name for name, _ in self._named_weights()]} for group in zero.param_groups]
+        mine: dict[str, Any] = {"optimizer_0": {"param_groups": groups}} if rank.is_first else {}
+        for index, (name, weight) in enumerate(self._named_weights()):
+            full_tensor = gather_full(weight)
+            moments = {key: gather_full(weight, key) for key in MOMENTS}
             if index % rank.count == rank.index:
-                mine[f"{sharded.STATE}{name}"] = whole.cpu()
+                mine[f"{sharded.STATE}{name}"] = full_tensor.cpu()
                 for key, value in {**moments, STEP: torch.as_tensor(step, dtype=torch.float32)}.items():
                     mine[f"{sharded.MOMENTS}{name}.{key}"] = value.cpu()
         save(mine, checkpoint_id=folder)
-        if rank.first:
+        if rank.is_first:
             torch.save(dict(rest), folder / sharded.REST)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -128,49 +128,49 @@ class ZeRO(DeepSpeedStrategy):
                 f"{folder} is one file, as trainer=ddp and fsdp write it: resume with one of those, or begin a run "
                 f"with its weights, init={folder}"
             )
-        state, kept = sharded.read_state(folder), self._make_room()
+        state, moments_by_weight = sharded.read_state(folder), self._allocate_moments()
         steps = set()
-        for name, weight in self._named():
-            values = _read(state, f"{sharded.STATE}{name}", folder).to(self.root_device)
+        for name, weight in self._named_weights():
+            values = _read_tensor(state, f"{sharded.STATE}{name}", folder).to(self.root_device)
             with torch.no_grad():
-                put(weight, values)
+                copy_into_sharded(weight, values)
             safe_set_full_fp32_param(weight, values)
             for key in MOMENTS:
-                moment = _read(state, f"{sharded.MOMENTS}{name}.{key}", folder)
+                moment = _read_tensor(state, f"{sharded.MOMENTS}{name}.{key}", folder)
                 safe_set_full_optimizer_state(weight, moment.to(self.root_device), key)
-            steps.add(float(_read(state, f"{sharded.MOMENTS}{name}.{STEP}", folder)))
+            steps.add(float(_read_tensor(state, f"{sharded.MOMENTS}{name}.{STEP}", folder)))
         (step,) = steps
-        for part in kept.values():
+        for part in moments_by_weight.values():
             part[STEP].fill_(step)
         rest: dict[str, Any] = tensors.read_torch(folder / sharded.REST)
         for group, rate in zip(self.optimizers[0].param_groups, rest["lr_schedulers"][0]["_last_lr"], strict=True):
             group["lr"] = rate  # loading a scheduler does not restore the optimiser's current rate
         return rest
 
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
+    def _named_weights(self) -> list[tuple[str, nn.Parameter]]:
         assert self.lightning_module is not None
         return list(self.lightning_module.named_parameters())
 
 
-def full(weight: nn.Parameter, moment: str | None = None) -> Tensor:
+def gather_full(weight: nn.Parameter, moment: str | None = None) -> Tensor:
     """A complete weight, or one of its Adam moments, in float32. A collective: every rank must call it."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    found = safe_get_full_fp32_param(weight) if moment is None else safe_get_full_optimizer_state(weight, moment)
-    assert isinstance(found, Tensor), moment
-    return found.detach().float().reshape(whole_shape(weight))
+    tensor = safe_get_full_fp32_param(weight) if moment is None else safe_get_full_optimizer_state(weight, moment)
+    assert isinstance(tensor, Tensor), moment
+    return tensor.detach().float().reshape(unsharded_shape(weight))
 
 
-def whole_state(net: nn.Module) -> State:
+def full_state(net: nn.Module) -> State:
     """The weights of a network sharded by DeepSpeed, each gathered when read. A collective: all ranks must read."""
 
-    def one(weight: nn.Parameter) -> Lazy:
-        return Lazy(whole_shape(weight), torch.float32, lambda: full(weight).cpu())
+    def one(weight: nn.Parameter) -> LazyTensor:
+        return LazyTensor(unsharded_shape(weight), torch.float32, lambda: gather_full(weight).cpu())
 
     return {name: one(weight) for name, weight in net.named_parameters()}
 
 
-def _read(state: State, name: str, folder: Path) -> Tensor:
+def _read_tensor(state: State, name: str, folder: Path) -> Tensor:
     if name not in state:
         raise ValueError(f"{folder} holds no {name}: it is of another network, or damaged")
     return state[name].read()

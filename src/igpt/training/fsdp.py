@@ -27,7 +27,7 @@ from igpt.distributed import ranks
 from igpt.utils import files
 
 
-class Sharded(ModelParallelStrategy):
+class FSDP(ModelParallelStrategy):
     """Shards weights, gradients and optimiser state evenly over all ranks.
 
     `in_pieces`: each rank writes its shard of a checkpoint, which is a folder; else rank 0 writes one file.
@@ -43,7 +43,7 @@ class Sharded(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         write_folder(
-            Path(filepath), self.checkpoint_io, lambda folder: super(Sharded, self).save_checkpoint(checkpoint, folder)
+            Path(filepath), self.checkpoint_io, lambda folder: super(FSDP, self).save_checkpoint(checkpoint, folder)
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -54,12 +54,12 @@ class Sharded(ModelParallelStrategy):
         module = self.model
         assert module is not None
         state = {"state_dict": get_model_state_dict(module)}
-        _load(state, folder)
+        _load_into(state, folder)
         set_model_state_dict(module, state["state_dict"])
         for index, optimizer in enumerate(self.optimizers):
             name = f"optimizer_{index}"
             moments = {name: get_optimizer_state_dict(module, optimizer)}
-            _load(moments, folder)
+            _load_into(moments, folder)
             set_optimizer_state_dict(module, optimizer, optim_state_dict=moments[name])
         rest: dict[str, Any] = tensors.read_torch(folder / sharded.REST)
         return rest
@@ -70,9 +70,9 @@ def write_folder(path: Path, checkpoint_io: Any, write: Callable[[Path], None]) 
 
     A disk error is stored in `checkpoint_io.refused`, as by `AtomicCheckpointIO`.
     """
-    first = ranks.this_rank().first
+    first = ranks.this_rank().is_first
     assert isinstance(checkpoint_io, AtomicCheckpointIO)
-    checkpoint_io.refused = None
+    checkpoint_io.write_error = None
     unfinished = path.with_name(f".{path.name}.part")
     if first:
         files.remove(unfinished)
@@ -82,37 +82,37 @@ def write_folder(path: Path, checkpoint_io: Any, write: Callable[[Path], None]) 
         refused = None
     except (OSError, RuntimeError, CheckpointException) as error:
         refused = tensors.first_line(error)
-    failed = [said for said in ranks.gathered(refused) if said is not None]
+    failed = [message for message in ranks.all_gather_object(refused) if message is not None]
     if first and not failed:
         checkpoint_io.replace(unfinished, path)
     if failed:
-        checkpoint_io.refused = OSError(f"{path} could not be written ({failed[0]}): is the disk full?")
+        checkpoint_io.write_error = OSError(f"{path} could not be written ({failed[0]}): is the disk full?")
         if first:
             files.remove(unfinished)
     ranks.barrier()
 
 
-def _load(state: dict[str, Any], folder: Path) -> None:
+def _load_into(state: dict[str, Any], folder: Path) -> None:
     """Loads, in place, the tensors whose names are in `state`."""
     try:
-        load(state, storage_reader=_Reader(folder), planner=_Planner())
+        load(state, storage_reader=_SafeReader(folder), planner=_SafePlanner())
     except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(f"{folder} is damaged or of another network ({tensors.first_line(error)})") from error
 
 
-class _Reader(FileSystemReader):
+class _SafeReader(FileSystemReader):
     """PyTorch's reader with our restricted metadata reader; PyTorch's unpickles without restriction."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return sharded.read_metadata(Path(self.path))
 
 
-class _Planner(DefaultLoadPlanner):
+class _SafePlanner(DefaultLoadPlanner):
     """PyTorch's planner; non-tensor values are loaded with `weights_only=True`."""
 
     def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        *way, last = self.mappings[read_item.dest_index.fqn]
-        place: Any = self.original_state_dict
-        for key in way:
-            place = place[key]
-        place[last] = torch.load(value, weights_only=True)
+        *path, last = self.mappings[read_item.dest_index.fqn]
+        target: Any = self.original_state_dict
+        for key in path:
+            target = target[key]
+        target[last] = torch.load(value, weights_only=True)

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 DEEPSPEED_RUNS_ON = ("cuda",)  # tests add its CPU accelerator
 
 
-class Machine(HardwareSettings):
+class HardwareConfig(HardwareSettings):
     """Hardware settings, checked against this machine and applied to networks.
 
     Raises:
@@ -35,15 +35,15 @@ class Machine(HardwareSettings):
     """
 
     @model_validator(mode="after")
-    def _check(self) -> "Machine":
+    def _check(self) -> "HardwareConfig":
         if self.plan:
             return self
-        if self.attention == "native":
+        if self.attention_backend == "native":
             if self.device.type != "cpu":
                 raise ValueError(
-                    f"trainer.attention=native is for a CPU, this would run on {self.device.type}: choose auto"
+                    f"trainer.attention_backend=native is for a CPU, this would run on {self.device.type}: choose auto"
                 )
-            c_library.require_library("trainer.attention=native")
+            c_library.require_library("trainer.attention_backend=native")
         if self.decoding not in ("auto", "layers"):
             self._check_decoding()
         if self.zero_stage:
@@ -80,13 +80,13 @@ class Machine(HardwareSettings):
         return this_rank()
 
     @property
-    def readers(self) -> int:
+    def n_reader(self) -> int:
         """Number of DataLoader workers."""
         if self.num_workers is not None:
             return self.num_workers
         return min(4, count_cores()) if self.device.type == "cuda" else 0
 
-    def training_plan(self, batch_size: int) -> BatchPlan:
+    def train_batch_layout(self, batch_size: int) -> BatchPlan:
         """How `batch_size` images per step are split over devices. Raises ValueError if they do not divide evenly."""
         n = self.rank.count
         if batch_size % n:
@@ -96,7 +96,7 @@ class Machine(HardwareSettings):
             )
         return BatchPlan(batch_size, self.micro_batch or batch_size // n, n_device=n, rank=self.rank.index)
 
-    def reading_plan(self, batch_size: int) -> BatchPlan:
+    def eval_batch_layout(self, batch_size: int) -> BatchPlan:
         """How evaluation reads images: `batch_size` per device and batch, or `micro_batch` if that is smaller."""
         size, n = min(batch_size, self.micro_batch or batch_size), self.rank.count
         return BatchPlan(n * size, size, n_device=n, rank=self.rank.index)
@@ -109,18 +109,18 @@ class Machine(HardwareSettings):
         compiled = self.compile
         if compiled == "auto":
             half = self.precision != "32-true"
-            gains = dispatch.pays_to_compile(self.device, n_embd=net.n_embd, flops=flops, half=half)
+            gains = dispatch.is_worth_compiling(self.device, n_embd=net.n_embd, flops=flops, half=half)
             compiled = gains and not self.zero_stage
         net.checkpointing, net.decoding = self.activation_checkpointing, self.decoding
-        if self.attention == "native" and (lacking := net.blocks[0].attn.not_in_c):
-            raise ValueError(f"trainer.attention=native does not compute {lacking}: choose auto")
+        if self.attention_backend == "native" and (lacking := net.blocks[0].attn.not_in_c):
+            raise ValueError(f"trainer.attention_backend=native does not compute {lacking}: choose auto")
         for block in net.blocks:
-            block.attn.backend = self.attention
+            block.attn.backend = self.attention_backend
             if compiled:
                 block.compile()
 
     def _check_decoding(self) -> None:
-        if self.shards:
+        if self.is_sharded:
             raise ValueError(
                 f"trainer.decoding={self.decoding} reads whole weights, trainer={self.strategy} shares them out: "
                 "choose auto"
@@ -148,7 +148,7 @@ class Machine(HardwareSettings):
                 "keeps float32 weights beside bfloat16 ones (bf16-mixed); trainer=fsdp takes both"
             )
 
-    def made(
+    def build_model(
         self, build: Callable[[], GPT], fill: Callable[[GPT], None], mesh: DeviceMesh | None, *, flops: float
     ) -> GPT:
         """The network to train: `build` creates it, `fill` sets its weights; `flops` as in `prepare`.
@@ -156,7 +156,7 @@ class Machine(HardwareSettings):
         Under FSDP it is created on the meta device and sharded block by block, and only the local shard is allocated:
         no process ever holds the full network. Source: PyTorch's FSDP2.
         """
-        if not self.shards or self.zero_stage:
+        if not self.is_sharded or self.zero_stage:
             net = build()  # under ZeRO 3, DeepSpeed shards each weight at creation
             fill(net)
             self.prepare(net, flops=flops)
@@ -195,7 +195,7 @@ class Machine(HardwareSettings):
     def warn_of_rounding(self) -> None:
         """Warns, on rank 0, if an environment variable makes oneDNN compute float32 at lower precision."""
         setting = cpu.rounding_setting() if self.device.type == "cpu" else None
-        if setting is not None and self.rank.first:
+        if setting is not None and self.rank.is_first:
             log.warning(
                 "%s: on a CPU with AMX, oneDNN then computes float32 in fewer bits, whatever trainer.precision and "
                 "trainer.matmul_precision say; unset it for results that other machines repeat",
@@ -212,7 +212,7 @@ def matmul_precision(setting: str, device: torch.device) -> AbstractContextManag
     return float32_matmul_precision(dispatch.matmul_precision(device) if setting == "auto" else setting)
 
 
-def hold_memory() -> None:
+def disable_malloc_trim() -> None:
     """Keeps freed memory in this process instead of returning it to the system (glibc only).
 
     Every step needs as much memory for activations as the last; allocating it anew costs 2 to 16 % of a step on a CPU

@@ -14,9 +14,9 @@ from pydantic import Field
 
 from igpt.data.classes import format_class_name
 from igpt.distributed.launcher import SWEEP
-from igpt.distributed.process_state import kept_environment
+from igpt.distributed.process_state import restore_environment
 from igpt.metric.result import Curve, Result
-from igpt.report.figures import by_units
+from igpt.report.figures import group_by_unit
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ MOST_CLASSES = 100  # largest confusion matrix shown cell by cell
 
 
 @dataclass(frozen=True)
-class About:
+class RunInfo:
     """Description of a run for loggers."""
 
     task: str
@@ -38,7 +38,7 @@ class About:
     pipeline: str | None  # the pipeline that it is a stage of
 
 
-def csv(folder: Path, about: About) -> Logger | None:
+def csv(folder: Path, about: RunInfo) -> Logger | None:
     """A CSV logger to `metrics/from_0000000/metrics.csv`: one file per start or resume; None if nothing trains."""
     if not about.trains:
         return None
@@ -47,7 +47,7 @@ def csv(folder: Path, about: About) -> Logger | None:
 
 def wandb(
     folder: Path,
-    about: About,
+    about: RunInfo,
     *,
     project: str,
     entity: str | None,
@@ -83,7 +83,7 @@ def wandb(
         settings=settings,
     )
     try:
-        with kept_environment("WANDB_MODE"):  # Lightning sets it when offline, which would affect later runs
+        with restore_environment("WANDB_MODE"):  # Lightning sets it when offline, which would affect later runs
             _ = logger.experiment  # starts the W&B run
     except library.errors.Error as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -113,7 +113,7 @@ def show(result: Result, folder: Path) -> None:
         shown |= {f"curves/{unit}": chart for unit, chart in _charts(result.curves).items()}
         for name, matrix in result.matrices.items():
             if len(matrix) <= MOST_CLASSES:
-                axis = axis_of(len(matrix), result.class_names.get(name))
+                axis = class_axis(len(matrix), result.class_names.get(name))
                 rows = zip(axis, matrix.tolist(), strict=True)
                 cells = [[row, column, n] for row, counts in rows for column, n in zip(axis, counts, strict=True)]
                 shown[f"{name}_cells"] = library.plot_table(
@@ -128,7 +128,7 @@ def show(result: Result, folder: Path) -> None:
         log.warning("W&B was not told all that was found: %s", error)
 
 
-def axis_of(k: int, class_names: Sequence[str] | None) -> Sequence[str | int]:
+def class_axis(k: int, class_names: Sequence[str] | None) -> Sequence[str | int]:
     """Unique axis labels of K classes: their names, numbered where two are equal; without names their indices."""
     if class_names is None:
         return range(k)
@@ -141,7 +141,7 @@ def _charts(curves: dict[str, Curve]) -> dict[str, Any]:
     """One chart per pair of units, of the curves that are not over optimiser steps."""
     import wandb as library
 
-    plots = by_units({name: curve for name, curve in curves.items() if curve.x_unit != STEPS}, least=2)
+    plots = group_by_unit({name: curve for name, curve in curves.items() if curve.x_unit != STEPS}, least=2)
     return {
         f"{y_unit} over {x_unit}": library.plot.line_series(
             [curve.x for curve in lines.values()],

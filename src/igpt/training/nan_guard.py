@@ -15,11 +15,11 @@ class FiniteGuard:
     checkpoint.
     """
 
-    def __init__(self, *, way_out: str = "a lower task.learning_rate or more task.warmup_steps") -> None:
-        self.way_out = way_out
+    def __init__(self, *, hint: str = "a lower task.learning_rate or more task.warmup_steps") -> None:
+        self.hint = hint
         self._first_bad: Tensor | None = None
 
-    def see(self, loss: Tensor, step: int) -> None:
+    def record(self, loss: Tensor, step: int) -> None:
         """Records the scalar loss of optimiser step `step` (counted from 1)."""
         if self._first_bad is None:
             self._first_bad = torch.zeros((), dtype=torch.int64, device=loss.device)
@@ -33,5 +33,5 @@ class FiniteGuard:
         if self._first_bad is not None and (step := int(self._first_bad.item())):
             raise NonFiniteLossError(
                 f"the loss of step {step} is not finite: the run is stopped and its last checkpoint kept; "
-                f"begin again with {self.way_out}"
+                f"begin again with {self.hint}"
             )

@@ -17,7 +17,7 @@ from igpt.tokens.datamodule import TokenDataModule
 from igpt.utils import keyed
 
 
-class ProbeWhileTraining(L.Callback):
+class OnlineLinearProbe(L.Callback):
     """Logs the val accuracy of logistic regression on the features of layers at relative `depths` in [0, 1].
 
     The images are the same at every validation, drawn by the run's seed, and C is fixed, so the points of a curve
@@ -61,25 +61,27 @@ class ProbeWhileTraining(L.Callback):
         module: Any = pl_module  # a PretrainModule
         data: Any = getattr(trainer, "datamodule", None)
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            found = self.accuracies(module.net, module.objective, data)
-        for name, value in found.items():
-            module.note(name, trainer.global_step, value)
+            accuracies = self.measure_accuracies(module.net, module.objective, data)
+        for name, value in accuracies.items():
+            module.record(name, trainer.global_step, value)
         for logger in trainer.loggers:
-            logger.log_metrics(found, step=trainer.global_step)
+            logger.log_metrics(accuracies, step=trainer.global_step)
 
-    def accuracies(self, net: GPT, objective: Any, data: TokenDataModule) -> dict[str, float]:
+    def measure_accuracies(self, net: GPT, objective: Any, data: TokenDataModule) -> dict[str, float]:
         """Metric name (`probe/layer_4/accuracy`) → share of val images classified correctly, for every depth."""
         layers = sorted({round(depth * net.n_layer) for depth in self.depths})
         x, labels = {}, {}
         device = net.wte.device
         for split, count in self.counts.items():
             if split not in self._images:
-                rows = data.some_rows(split, at_most=count)
-                self._images[split] = data.tokens_of(split, rows), data.source.split(split).labels[rows]
+                rows = data.sample_rows(split, at_most=count)
+                self._images[split] = data.encode_rows(split, rows), data.source.split(split).labels[rows]
             tokens, of_split = self._images[split]
-            keys = keyed.item_keys(keyed.key(data.seed, f"probe {split}"), torch.arange(len(tokens))).to(device)
+            rng_keys = keyed.per_example_keys(keyed.key(data.seed, f"probe {split}"), torch.arange(len(tokens))).to(
+                device
+            )
             parts = []
-            for some, some_keys in zip(*(torch.split(of, self.batch_size) for of in (tokens, keys)), strict=True):
+            for some, some_keys in zip(*(torch.split(of, self.batch_size) for of in (tokens, rng_keys)), strict=True):
                 batch = some.long().to(device)
                 features = layer_features(net, batch, objective.visible_mask(batch, some_keys), norm=self.norm)
                 parts.append(features[layers].float())
@@ -88,7 +90,7 @@ class ProbeWhileTraining(L.Callback):
         assert data.source.n_class is not None
         with torch.autocast(device.type, enabled=False):
             heads = logistic_regression(
-                x["train"], labels["train"], n_class=data.source.n_class, strengths=[self.strength]
+                x["train"], labels["train"], n_class=data.source.n_class, C_grid=[self.strength]
             )
             right = (heads.scores(x["val"]).argmax(dim=-1)[:, 0] == labels["val"]).double().mean(dim=-1)
         return {f"probe/layer_{layer}/accuracy": share for layer, share in zip(layers, right.tolist(), strict=True)}

@@ -22,7 +22,7 @@ def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def adam(
+def make_adam(
     parameters: Iterable[nn.Parameter], *, learning_rate: float, beta1: float, beta2: float, weight_decay: float
 ) -> Adam:
     """Adam as in Chen et al. 2020, §3.1, PyTorch's fused implementation."""
@@ -45,7 +45,7 @@ class MuonAdam(Optimizer):
         chosen = {id(weight) for weight in matrices}
         self._muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         others = [weight for _, weight in named if id(weight) not in chosen]
-        self._adam = adam(others, learning_rate=learning_rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay)
+        self._adam = make_adam(others, learning_rate=learning_rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay)
         super().__init__([*self._muon.param_groups, *self._adam.param_groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -58,12 +58,12 @@ class MuonAdam(Optimizer):
         return loss
 
 
-def optimizer_of(name: str, net: nn.Module, **settings: float) -> Optimizer:
+def make_optimizer(name: str, net: nn.Module, **settings: float) -> Optimizer:
     """The optimiser `name` (`adam` or `muon`) of all weights of `net`."""
-    return MuonAdam(net, **settings) if name == "muon" else adam(net.parameters(), **settings)
+    return MuonAdam(net, **settings) if name == "muon" else make_adam(net.parameters(), **settings)
 
 
-def scheduled(optimizer: Optimizer, *, warmup_steps: int, steps: int) -> LambdaLR:
+def make_scheduler(optimizer: Optimizer, *, warmup_steps: int, steps: int) -> LambdaLR:
     """A scheduler that multiplies the optimiser's rate by `warmup_cosine`."""
     return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup_steps, steps=steps))
 

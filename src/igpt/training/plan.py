@@ -7,10 +7,10 @@ import torch
 from igpt.model import c_library, dispatch
 from igpt.model.config import GPTConfig
 from igpt.training import cost_estimate as counted
-from igpt.training.hardware import Machine
+from igpt.training.hardware import HardwareConfig
 
 
-def planned(machine: Machine, network: GPTConfig, *, batch_size: int, steps: int) -> list[tuple[str, str]]:
+def plan_run(machine: HardwareConfig, network: GPTConfig, *, batch_size: int, steps: int) -> list[tuple[str, str]]:
     """The cost estimate as table rows (label, value). Nothing is allocated.
 
     Raises:
@@ -25,7 +25,7 @@ def planned(machine: Machine, network: GPTConfig, *, batch_size: int, steps: int
     micro_batch = machine.micro_batch or per_device
     if per_device % micro_batch:
         raise ValueError(f"trainer.micro_batch {micro_batch} does not divide the {per_device} images of a device")
-    found = counted.plan(
+    plan = counted.estimate_cost(
         network,
         batch_size=batch_size,
         micro_batch=micro_batch,
@@ -34,27 +34,27 @@ def planned(machine: Machine, network: GPTConfig, *, batch_size: int, steps: int
         strategy=machine.strategy if devices > 1 or machine.zero_stage else "ddp",
         precision=machine.precision,
         recompute=machine.activation_checkpointing,
-        scores=_scores(machine, network, on_cpu),
+        scores=_count_scores(machine, network, on_cpu),
         fused_norm=not on_cpu,
         peak_flops=None if machine.peak_tflops is None else machine.peak_tflops * 1e12,
         utilisation=machine.utilisation,
     )
-    return counted.lines(found, memory=_memory(machine, on_cpu, devices))
+    return counted.format_plan(plan, memory=_find_memory(machine, on_cpu, devices))
 
 
-def _scores(machine: Machine, network: GPTConfig, on_cpu: bool) -> int:
+def _count_scores(machine: HardwareConfig, network: GPTConfig, on_cpu: bool) -> int:
     """Attention scores saved per head and image for the backward pass."""
     dtype = torch.float32 if machine.precision == "32-true" else torch.bfloat16
     t, causal = network.n_ctx, network.causal
-    path: str = machine.attention
+    path: str = machine.attention_backend
     device = torch.device("cpu" if on_cpu else "cuda")
     if path == "auto":  # nothing is compiled for a plan
-        in_c = on_cpu and c_library.found_compiler() is not None
+        in_c = on_cpu and c_library.find_compiler() is not None
         path = "native" if in_c else dispatch.unfused_attention_backend(device, dtype, t=t, causal=causal)
-    return dispatch.scores_kept(dtype, path, t=t, causal=causal)
+    return dispatch.count_saved_scores(dtype, path, t=t, causal=causal)
 
 
-def _memory(machine: Machine, on_cpu: bool, devices: int) -> float | None:
+def _find_memory(machine: HardwareConfig, on_cpu: bool, devices: int) -> float | None:
     """Bytes of one device: `memory_gb`, else those of this machine, shared by the processes on a CPU; None: unknown."""
     if machine.memory_gb is not None:
         return machine.memory_gb * counted.GB

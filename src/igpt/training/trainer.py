@@ -13,12 +13,12 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
-from igpt.distributed.ranks import Ranks, from_first
+from igpt.distributed.ranks import Ranks, broadcast_from_rank0
 from igpt.settings.training import TrainingSettings
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import ZeRO
-from igpt.training.fsdp import Sharded
-from igpt.training.hardware import Machine, matmul_precision
+from igpt.training.fsdp import FSDP
+from igpt.training.hardware import HardwareConfig, matmul_precision
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ IN_PIECES = 2_000_000_000  # weights; above it checkpoints are sharded by defaul
 class Runner:
     """Runs LightningModules in one run directory."""
 
-    machine: Machine
+    machine: HardwareConfig
     folder: Path
     loggers: list[Logger] = field(default_factory=list)
     callbacks: list[L.Callback] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Runner:
     @cached_property
     def resume_from(self) -> Path | None:
         """The checkpoint to resume from; cached, as verifying it takes a while."""
-        return from_first(lambda: latest_checkpoint(self.folder))
+        return broadcast_from_rank0(lambda: latest_checkpoint(self.folder))
 
     def fit(
         self, module: L.LightningModule, data: L.LightningDataModule, settings: TrainingSettings, saving: Checkpoints
@@ -47,11 +47,11 @@ class Runner:
         The run is one Lightning epoch over an infinite loader. `saving.val_every` 0: no validation during training.
         Signals are recorded in `saving.stop` meanwhile.
         """
-        if self.machine.shards and getattr(module, "n_shardable", None) is None:
+        if self.machine.is_sharded and getattr(module, "n_shardable", None) is None:
             raise ValueError(
                 f"trainer={self.machine.strategy} shares out the network of task=pretrain only: choose trainer=ddp here"
             )
-        plan, val_every = self.machine.training_plan(settings.batch_size), saving.val_every
+        plan, val_every = self.machine.train_batch_layout(settings.batch_size), saving.val_every
         if self.resume_from is not None:
             log.info("resuming from %s", self.resume_from)
         trainer = self._trainer(
@@ -67,7 +67,7 @@ class Runner:
             logger=self.loggers,
             callbacks=[saving, *self.callbacks],
         )
-        with saving.stop.listening(), matmul_precision(self.machine.matmul_precision, self.machine.device):
+        with saving.stop.install_handlers(), matmul_precision(self.machine.matmul_precision, self.machine.device):
             trainer.fit(module, data, ckpt_path=self.resume_from, weights_only=True)
 
     def validate(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
@@ -86,10 +86,10 @@ class Runner:
         count = self.machine.rank.count
         n_weight = getattr(module, "n_shardable", None)  # None: a module that cannot be sharded
         if self.machine.zero_stage and n_weight is not None:
-            return ZeRO(stage=self.machine.zero_stage, offload=self.machine.offload, n_weight=n_weight)
-        if self.machine.shards and n_weight is not None:
-            asked = self.machine.checkpoint_in_pieces
-            return Sharded(count=count, in_pieces=n_weight > IN_PIECES if asked == "auto" else asked)
+            return ZeRO(zero_stage=self.machine.zero_stage, offload=self.machine.is_offloaded, n_weight=n_weight)
+        if self.machine.is_sharded and n_weight is not None:
+            requested = self.machine.sharded_checkpoint
+            return FSDP(count=count, in_pieces=n_weight > IN_PIECES if requested == "auto" else requested)
         return DDPStrategy(gradient_as_bucket_view=True) if count > 1 else "auto"
 
     def _trainer(self, module: L.LightningModule, **options: Any) -> L.Trainer:

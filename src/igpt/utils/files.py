@@ -57,7 +57,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def reserve(file: IO[bytes], size: int) -> None:
+def reserve_space(file: IO[bytes], size: int) -> None:
     """Allocates disk space for `size` bytes at the file position, so that a full disk raises OSError now, not later.
 
     No effect on systems without `posix_fallocate` (macOS).

@@ -28,23 +28,23 @@ def generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key(seed, stream, *counters)))
 
 
-def fold(keys: Tensor, salt: int) -> Tensor:
+def fold_in(rng_keys: Tensor, salt: int) -> Tensor:
     """New keys from keys and a number: (B,) int64 → (B,) int64, equal on every device."""
-    return _mix(keys ^ key(salt, "fold"))
+    return _mix(rng_keys ^ key(salt, "fold"))
 
 
-def item_keys(stream_key: int | Tensor, index: Tensor) -> Tensor:
+def per_example_keys(stream_key: int | Tensor, index: Tensor) -> Tensor:
     """One key per image: a stream's key (or one per image, (B,)) folded with the index: (B,) int64 → (B,) int64."""
     return _mix(_mix(index * _GAMMA) ^ stream_key)
 
 
-def uniform(keys: Tensor, n: int) -> Tensor:
+def uniform(rng_keys: Tensor, n: int) -> Tensor:
     """Uniform numbers in [0, 1): (B,) int64 → (B, n) float64.
 
     Entry (i, j) is a function of (keys[i], j) only, so a longer row begins with the shorter one.
     """
-    counter = torch.arange(1, n + 1, device=keys.device, dtype=torch.int64)
-    bits = _mix(keys[:, None] + counter * _GAMMA)  # (B, n)
+    counter = torch.arange(1, n + 1, device=rng_keys.device, dtype=torch.int64)
+    bits = _mix(rng_keys[:, None] + counter * _GAMMA)  # (B, n)
     return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 

@@ -19,10 +19,10 @@ def quote_path(path: str) -> str:
 def quote_text(text: str) -> str:
     """A text in quotes, which Hydra and OmegaConf parse back to itself, whatever its characters."""
     # `${` starts an interpolation unless a backslash precedes it; backslashes before it are doubled
-    return in_quotes(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
+    return quote_for_hydra(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
 
 
-def in_quotes(value: str) -> str:
+def quote_for_hydra(value: str) -> str:
     """A text in quotes for Hydra's grammar, in which a backslash escapes only before a quote."""
     quote = "'" if '"' in value and "'" not in value else '"'
     text = re.sub(rf"(\\*){quote}", rf"\1\1\\{quote}", value)
@@ -39,7 +39,7 @@ def format_value(value: Any, *, quoted: bool = True) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{format_value(each, quoted=quoted)}" for key, each in value.items()) + "}"
     if isinstance(value, str):
-        return in_quotes(value) if quoted else value
+        return quote_for_hydra(value) if quoted else value
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
@@ -53,22 +53,22 @@ def quote_for_shell(argument: str) -> str:
     return f"$'{''.join(shown)}'"
 
 
-def printable(text: str) -> str:
+def escape_text(text: str) -> str:
     """A text for a one-line error: its repr if it has unprintable characters."""
     return text if text.isprintable() else repr(text)
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, names: Iterable[str]) -> str:
     """`, did you mean …?` with the most similar known name, or an empty text if none is similar.
 
     Dotted names are compared by their last part; ties by the whole name, then by whether only the last letter differs.
     """
 
     def likeness(key: str) -> tuple[float, float, bool]:
-        last, whole = _ratio(name.rpartition(".")[2], key.rpartition(".")[2]), _ratio(name, key)
-        return last, whole, key.startswith(name[:-1])
+        last, full = _ratio(name.rpartition(".")[2], key.rpartition(".")[2]), _ratio(name, key)
+        return last, full, key.startswith(name[:-1])
 
-    nearest = max(map(str, known), key=likeness, default=None)
+    nearest = max(map(str, names), key=likeness, default=None)
     if nearest is None or likeness(nearest)[0] < NEAR:
         return ""
     return f", did you mean {nearest}?"
