@@ -78,21 +78,21 @@ class CheckpointMetadata:
         """Inverse of `to_dict`, also for the older format. Raises ValueError on anything else."""
         if not isinstance(saved, Mapping):
             raise ValueError(f"it is {saved!r:.60}")
-        fields_given = dict(saved)
+        values = dict(saved)
         if format == PALETTE_FORMAT:
-            fields_given["tokenizer"] = {
-                "kind": "palette", "centres": fields_given.pop("palette", None),
-                "hash": fields_given.pop("palette_hash", None),
-                "permutation": fields_given.pop("permutation", None),
+            values["tokenizer"] = {
+                "kind": "palette", "centres": values.pop("palette", None),
+                "hash": values.pop("palette_hash", None),
+                "permutation": values.pop("permutation", None),
             }  # fmt: skip
         field_names = {field.name for field in fields(CheckpointMetadata)}
-        for key in sorted(map(str, field_names ^ fields_given.keys())):
+        for key in sorted(map(str, field_names ^ values.keys())):
             raise ValueError(f"{key} is {'missing' if key in field_names else 'no field of it'}")
-        if not isinstance(fields_given["network"], Mapping):
-            raise ValueError(f"its network is {fields_given['network']!r:.60}")
-        fields_given["network"] = GPTConfig.from_dict(fields_given["network"])
-        fields_given["tokenizer"] = tokenizer_from_dict(fields_given["tokenizer"])
-        return CheckpointMetadata(**fields_given)
+        if not isinstance(values["network"], Mapping):
+            raise ValueError(f"its network is {values['network']!r:.60}")
+        values["network"] = GPTConfig.from_dict(values["network"])
+        values["tokenizer"] = tokenizer_from_dict(values["tokenizer"])
+        return CheckpointMetadata(**values)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def summarize(folders: Sequence[Path], metric: str) -> Summary:
 
 
 def summarize_runs(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None) -> Summary:
-    """`summary` for runs that have been read; `left_out`: directory → reason for those that could not be."""
+    """`summarize` for runs that have been read; `left_out`: directory → reason for those that could not be."""
     left_out = (left_out or {}) | {
         run.folder: f"it has no {metric}" for run in runs if metric not in run.result.numbers
     }

@@ -80,9 +80,8 @@ def estimate_cost(
     n_layer = network.n_layer
     n = n_layer * sizes["block"] + sizes["rest"]
     zero_stage = int(strategy.split("_")[1]) if strategy.startswith("deepspeed") else 0
-    width = (
-        NARROW if precision == "bf16-true" or (zero_stage and precision == "bf16-mixed") else WIDE
-    )  # bytes per weight
+    # bytes per weight
+    width = NARROW if precision == "bf16-true" or (zero_stage and precision == "bf16-mixed") else WIDE
     parts = 1 if strategy == "ddp" else devices
     on_device, in_host = n * width / (1 if zero_stage == 2 else parts), 0.0
     gradients, optimiser = n * width / parts, ADAM * n * width / parts
