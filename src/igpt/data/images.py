@@ -94,12 +94,12 @@ class Images:
             cache=cache,
         )
         openers = _find_splits(how, name, list_files)
-        of = {own: _match_split(own, alias, openers, path) for own, alias in names.items()}
+        of = {split: _match_split(split, accepted, openers, path) for split, accepted in names.items()}
         trained_on = of["train"]
         assert trained_on is not None
-        read = sorted({alias for alias in of.values() if alias})
-        dataset = {alias: openers[alias]() for alias in read}
-        others = [dataset[alias].names for alias in read if alias != trained_on]
+        read = sorted({stored_as for stored_as in of.values() if stored_as})
+        dataset = {stored_as: openers[stored_as]() for stored_as in read}
+        others = [dataset[stored_as].names for stored_as in read if stored_as != trained_on]
         read_as = Classes.from_split_names(classes, n_class, [dataset[trained_on].names, *others])
         self.class_names = read_as.names
         if self.class_names is not None:
@@ -108,7 +108,7 @@ class Images:
             log.warning("data.n_class=%s, but there are %s", n_class, describe_classes(read_as.by_label))
         self._parts: StreamedImages | _Tables
         if streaming:
-            shards = {own: dataset[alias] for own, alias in of.items() if alias}
+            shards = {split: dataset[stored_as] for split, stored_as in of.items() if stored_as}
             self._parts = StreamedImages(
                 shards, name=name, classes=read_as, cut=cut, val_fraction=val_fraction, split_seed=split_seed,
                 skip=how.skip, settings=stream,
@@ -123,23 +123,23 @@ class Images:
             seed=split_seed,
         )
         good = {
-            alias: np.setdiff1d(np.arange(len(table)), pixel_caches.corrupt_rows(table))
-            for alias, table in tables.items()
+            stored_as: np.setdiff1d(np.arange(len(table)), pixel_caches.corrupt_rows(table))
+            for stored_as, table in tables.items()
         }
         parts = {}
-        for own, alias in of.items():
-            read_from = alias or trained_on
+        for split, stored_as in of.items():
+            read_from = stored_as or trained_on
             table = tables[read_from]
-            rows = np.arange(len(table)) if alias and own != "train" else drawn[own]
+            rows = np.arange(len(table)) if stored_as and split != "train" else drawn[split]
             labels = np.full(len(table), -1)
             labels[rows] = read_as(table.labels[rows], table.names, table.where)
             rows = np.intersect1d(rows, good[read_from])
-            if own == "train" and labels_per_class is not None:
+            if split == "train" and labels_per_class is not None:
                 if (labels[rows] < 0).any():
                     raise ValueError(f"{table.where}: some images have no label, data.labels_per_class needs them all")
                 among = balanced_subset(labels[rows], per_class=labels_per_class, seed=subset_seed, where=table.where)
                 rows = rows[among]
-            parts[own] = (DecodedSplit(table, labels, rows, cut.evaluation), good[read_from])
+            parts[split] = (DecodedSplit(table, labels, rows, cut.evaluation), good[read_from])
         self._parts = _Tables(parts, cut, pixel_caches)
 
     def split(self, name: str) -> Split:
@@ -172,7 +172,7 @@ def _find_splits(how: OpenOptions, name: str, list_files: ListFiles) -> Mapping[
 
 
 def _match_split(split: str, names: Sequence[str], splits: Mapping[str, Open], path: str) -> str | None:
-    """The first of the names `names` that exists, or None. Raises ValueError if the training split is missing."""
+    """The first of `names` that exists, or None. Raises ValueError if the training split is missing."""
     for name in names:
         if name in splits:
             return name

@@ -10,9 +10,9 @@ from igpt.utils import keyed
 HELD_OUT = ("val_fraction", "test_fraction", "split_seed", "splits", "streaming")  # they decide the held-out images
 
 
-def split_differences(ours: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
+def split_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """Data settings by which two runs hold out different images. A missing setting equals null, 0 and false."""
-    return [key for key in HELD_OUT if (ours.get(key) or None) != (reference.get(key) or None)]
+    return [key for key in HELD_OUT if (a.get(key) or None) != (b.get(key) or None)]
 
 
 def split_indices(n: int, *, val_fraction: float, test_fraction: float, seed: int) -> dict[str, np.ndarray]:
