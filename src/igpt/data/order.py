@@ -109,10 +109,8 @@ class ReaderSchedule:
         if self.count % self.plan.n_device:
             raise ValueError(
                 f"{self.plan.n_device} devices cannot share the {self.count} readers of a stream equally: take a "
-                "number "
-                "of devices that divides them, or before a run begins another data.stream.num_readers (which is kept "
-                "in its "
-                "checkpoints)"
+                "number of devices that divides them, or before a run begins another data.stream.num_readers (which is "
+                "kept in its checkpoints)"
             )
 
     def usable_workers(self, at_most: int) -> int:
