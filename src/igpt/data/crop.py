@@ -45,9 +45,8 @@ class Crop:
         box, scale = self.box(*upright_size(image), key)
         side = box[2] - box[0]
         between = self.size if self.resize == "twice" else None  # pixels a side of the first of two steps
-        image = decode_rgb(
-            image, shrink=1.0 if self.draft is None else self.draft * (between or self.resolution) / side
-        )
+        shrink = 1.0 if self.draft is None else self.draft * (between or self.resolution) / side
+        image = decode_rgb(image, shrink=shrink)
         across, down = image.size[0] / scale[0], image.size[1] / scale[1]  # 1; below 1 after JPEG scaled decoding
         right, bottom = min(box[2] * across, image.size[0]), min(box[3] * down, image.size[1])  # against rounding
         within = (box[0] * across, box[1] * down, right, bottom)

@@ -122,10 +122,7 @@ class Images:
             test_fraction=0 if of["test"] else test_fraction,
             seed=split_seed,
         )
-        good = {
-            alias: np.setdiff1d(np.arange(len(table)), pixel_caches.corrupt_rows(table))
-            for alias, table in tables.items()
-        }
+        good = {alias: pixel_caches.readable_rows(table) for alias, table in tables.items()}
         parts = {}
         for own, alias in of.items():
             read_from = alias or trained_on
@@ -201,10 +198,10 @@ class _PixelCacheDir:
         }
         return self.folder / f"{self.name}-{pixel_cache.hash_cache_key(cache_key)}.npy"
 
-    def corrupt_rows(self, table: Table) -> np.ndarray:
-        """Rows with an unreadable image, ascending, if `skip`; else none. Checked once, then read from the cache."""
+    def readable_rows(self, table: Table) -> np.ndarray:
+        """Rows with a readable image, ascending; without `skip`, all. Checked once, then read from the cache."""
         if not self.skip:
-            return np.empty(0, dtype=np.int64)
+            return np.arange(len(table))
         digest = pixel_cache.hash_cache_key({"table": table.fingerprint, "pillow": PIL.__version__})
         path = self.folder / f"{self.name}-{digest}.corrupt.json"
         with pixel_cache.file_lock(path):
@@ -219,7 +216,7 @@ class _PixelCacheDir:
                 "data: %d of %d images of %s cannot be read and are left out, as %s (all: %s)",
                 len(corrupt), len(table), table.where, corrupt[0]["reason"], path,
             )  # fmt: skip
-        return np.array([image["row"] for image in corrupt], dtype=np.int64)
+        return np.setdiff1d(np.arange(len(table)), [image["row"] for image in corrupt])
 
 
 def _find_corrupt(table: Table, rows: Sequence[int]) -> list[dict[str, Any]]:
