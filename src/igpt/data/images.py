@@ -200,15 +200,14 @@ class _PixelCacheDir:
 
     def readable_rows(self, table: Table) -> np.ndarray:
         """Rows with a readable image, ascending; without `skip`, all. Checked once, then read from the cache."""
+        rows = np.arange(len(table))
         if not self.skip:
-            return np.arange(len(table))
+            return rows
         digest = pixel_cache.hash_cache_key({"table": table.fingerprint, "pillow": PIL.__version__})
         path = self.folder / f"{self.name}-{digest}.corrupt.json"
         with pixel_cache.file_lock(path):
             if not path.is_file():
-                checked = pixel_cache.map_chunks(
-                    partial(_find_corrupt, table), np.arange(len(table)), "checking images"
-                )
+                checked = pixel_cache.map_chunks(partial(_find_corrupt, table), rows, "checking images")
                 files.write_json(path, [corrupt for chunk in checked for corrupt in chunk])
         corrupt = files.read_json(path)
         if corrupt:
@@ -216,7 +215,7 @@ class _PixelCacheDir:
                 "data: %d of %d images of %s cannot be read and are left out, as %s (all: %s)",
                 len(corrupt), len(table), table.where, corrupt[0]["reason"], path,
             )  # fmt: skip
-        return np.setdiff1d(np.arange(len(table)), [image["row"] for image in corrupt])
+        return np.setdiff1d(rows, [image["row"] for image in corrupt])
 
 
 def _find_corrupt(table: Table, rows: Sequence[int]) -> list[dict[str, Any]]:
