@@ -111,7 +111,7 @@ def labels_path(path: Path) -> Path:
 
 
 def features_path(cache: Path, name: str, cache_key: Mapping[str, Any]) -> Path:
-    """Path of a feature file: `cache/features/<name>-<hash of made_by>.npy`."""
+    """Path of a feature file: `cache/features/<name>-<hash of cache_key>.npy`."""
     return cache / "features" / f"{name}-{hash_cache_key(cache_key)}.npy"
 
 
