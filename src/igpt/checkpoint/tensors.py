@@ -93,10 +93,10 @@ def plain_name(name: str) -> str:
     return name
 
 
-def write(folder: Path, state: State, *, label: str) -> None:
+def write(folder: Path, state: State, *, label: str) -> list[Path]:
     """Writes `folder/model.safetensors` atomically, with a progress bar; above `SHARD_BYTES`, parts and an index.
 
-    Only one tensor at a time is in memory.
+    Returns the files, in order. Only one tensor at a time is in memory.
 
     Raises:
         ValueError: a tensor with NaN or infinity, named.
@@ -112,7 +112,7 @@ def write(folder: Path, state: State, *, label: str) -> None:
         for part in parts:
             for _, tensor in _sort_by_width(part):
                 tensor.read()
-        return
+        return paths
     n_byte = sum(tensor.n_byte for tensor in state.values())
     with tqdm(total=n_byte, unit="B", unit_scale=True, desc=label, disable=None, leave=False) as bar:
         for path, part in zip(paths, parts, strict=True):
@@ -122,6 +122,7 @@ def write(folder: Path, state: State, *, label: str) -> None:
         part_of = {name: path.name for path, part in zip(paths, parts, strict=True) for name in part}
         files.write_json(folder / INDEX, {"metadata": {"total_size": n_byte}, "weight_map": part_of})
         (folder / WEIGHTS).unlink(missing_ok=True)  # of an earlier, smaller network
+    return paths
 
 
 def _write_one(path: Path, state: State, done: Callable[[float], object]) -> None:
