@@ -124,10 +124,9 @@ class RunFolder:
         `of`: names of model, data and objective, for the page.
         """
         if not self.is_started:
-            run_id = uuid.uuid4().hex[:8]  # distinguishes repetitions of a run in loggers
             record = {
                 "version": VERSION,
-                "id": run_id,
+                "id": uuid.uuid4().hex[:8],  # distinguishes repetitions of a run in loggers
                 "overrides": overrides,
                 "config": config,
                 "files_sha256": files_sha256,
