@@ -57,9 +57,8 @@ def changes(saved: dict[str, Any], requested: dict[str, Any]) -> tuple[list[str]
     Harmless: intervals of logging, validation and checkpoints (though part of the run's name), and hardware settings.
     `resume`, `rerun` and `init` are not compared.
     """
-    refused = [
-        line for line in differences(deciding(saved), deciding(requested)) if not line.split(" ")[0].endswith(OFTEN)
-    ]
+    decisive = differences(deciding(saved), deciding(requested))
+    refused = [line for line in decisive if not line.split(" ")[0].endswith(OFTEN)]
     outside = {"resume": None, "rerun": None, "init": None}
     full_list = [{**config, **outside, "task": _task_settings(config["task"])} for config in (saved, requested)]
     every = differences(full_list[0], full_list[1])

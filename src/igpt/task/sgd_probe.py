@@ -117,9 +117,8 @@ class SGDProbeModule(TrainedModule):
         self._right, self._predictions = None, []
         self.right, self.predictions = right.cpu().numpy() / self.n_image, together.cpu().numpy()
         best = float(self.right[0].max())
-        self.finish_validation(
-            {f"{self.split}/accuracy": Number(best, "share", self.n_image)}, [f"{self.split}/accuracy"]
-        )
+        name = f"{self.split}/accuracy"
+        self.finish_validation({name: Number(best, "share", self.n_image)}, [name])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
