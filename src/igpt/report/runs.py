@@ -68,10 +68,9 @@ class RunRecord:
         folders = {}
         for position, (name, own) in enumerate(((n, own) for n, own in requested.items() if own is not None), start=1):
             given = own.get("run")
-            beside = None if given is None else self.folder.absolute().parent / Path(given).name
-            folders[name] = (
-                (given and resolve_nearest(self.folder, given)) or beside or self.folder / f"{position}_{name}"
-            )
+            beside = self.folder.absolute().parent / Path(given or "").name
+            found = given and (resolve_nearest(self.folder, given) or beside)
+            folders[name] = found or self.folder / f"{position}_{name}"
         return [Stage(name, folder, *_read_or_reason(folder)) for name, folder in folders.items()]
 
 

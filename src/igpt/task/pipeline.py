@@ -25,12 +25,10 @@ def run(components: Components, settings: PipelineSettings) -> Result:
     places: dict[str, Path] = {}
     for position, (name, own) in enumerate(stages.items(), start=1):
         start: str | list[str] | None = init
-        if FROM in own:
-            requested = own[FROM]
-            if isinstance(requested, list):
-                start = [str(places[source]) for source in requested]
-            else:
-                start = None if requested is None else str(places[requested])
+        if isinstance(requested := own.get(FROM), list):
+            start = [str(places[source]) for source in requested]
+        elif FROM in own:
+            start = None if requested is None else str(places[requested])
         log.info("stage %d of %d: %s", position, len(stages), name)
         results[name], places[name] = components.run_stage(name, folder=folder / f"{position}_{name}", init=start)
         if FROM not in own and (places[name] / "model").is_dir():
