@@ -152,11 +152,8 @@ def launch(
         if finished:
             record = folder.read_result()
             result = parse_result(record)
-            log.info(
-                "%s is finished; rerun=true repeats it\n%s",
-                folder.path,
-                closing_table(result, folder.path, record["seconds"], published=run.config["published"]),
-            )
+            table = closing_table(result, folder.path, record["seconds"], published=run.config["published"])
+            log.info("%s is finished; rerun=true repeats it\n%s", folder.path, table)
             return result
         with ExitStack() as while_it_runs:
             if rank.is_first:

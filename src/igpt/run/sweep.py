@@ -152,8 +152,7 @@ class Sweep:
         if job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         if "OMP_NUM_THREADS" not in os.environ:  # parallel jobs would compete for the cores
-            side_by_side = self.n_jobs * job.n_process
-            environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // side_by_side))
+            environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // (self.n_jobs * job.n_process)))
         log.info("job %d begins: %s", job.number, self._describe_settings(job))
         with self._output_path(job).open("ab") as output:
             return children.start(Child([*command, *job.overrides], output, environment, without=RANK_VARIABLES))
