@@ -78,16 +78,16 @@ def crops(photos: list[bytes], rounds: int) -> dict[str, float]:
     print("|---|---|---|---|---|---|")
     rates: dict[str, float] = {}
     for resolution in (32, 48, 64):
-        result, speeds = {}, {name: [] for name in ways(resolution)}
+        pixels_by_way, speeds = {}, {name: [] for name in ways(resolution)}
         for _ in range(rounds):
             for name, cut in ways(resolution).items():
                 start = time.perf_counter()
-                result[name] = np.stack([cut(data, key) for key, data in enumerate(photos)]).astype(float)
+                pixels_by_way[name] = np.stack([cut(data, key) for key, data in enumerate(photos)]).astype(float)
                 speeds[name].append(len(photos) / (time.perf_counter() - start))
-        reference = next(iter(result.values()))
-        contrast = np.abs(np.diff(reference, axis=2)).mean()
-        for name, pixels in result.items():
-            difference = np.sqrt(((pixels - reference) ** 2).mean())
+        plain_pixels = next(iter(pixels_by_way.values()))
+        contrast = np.abs(np.diff(plain_pixels, axis=2)).mean()
+        for name, pixels in pixels_by_way.items():
+            difference = np.sqrt(((pixels - plain_pixels) ** 2).mean())
             change = np.abs(np.diff(pixels, axis=2)).mean() / contrast - 1
             speed = speeds[name]
             rate = f"{statistics.median(speed):,.0f} | {min(speed):,.0f} – {max(speed):,.0f}"

@@ -58,11 +58,11 @@ def peer(palette: Palette, pixels: np.ndarray, *, resize: bool) -> Callable[[], 
     from transformers import ImageGPTImageProcessor
 
     size = {"height": pixels.shape[1], "width": pixels.shape[2]}
-    result = ImageGPTImageProcessor(
+    processor = ImageGPTImageProcessor(
         clusters=palette.centres.tolist(), size=size, do_resize=resize, do_color_quantize=True
     )
     images = list(pixels)
-    return lambda: np.asarray(result(images, return_tensors="np")["input_ids"])
+    return lambda: np.asarray(processor(images, return_tensors="np")["input_ids"])
 
 
 def encoding(pixels: np.ndarray, palette: Palette, cache: Path, rounds: int) -> dict[str, machine.Timed]:

@@ -62,11 +62,11 @@ def main() -> None:
     parser.add_argument("--model", choices=SIZES, default="igpt_l")
     parser.add_argument("--shards", type=int, default=64)
     parser.add_argument("--folder", default=None, help="where to put them while it lasts")
-    requested = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=requested.folder) as folder:
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         place = Path(folder)
         if not (child := os.fork()):  # TensorFlow's writer stays out of this process
-            make(place, requested.model, requested.shards)
+            make(place, args.model, args.shards)
             os._exit(0)
         os.waitpid(child, 0)
         size = sum(path.stat().st_size for path in (place / "openai").iterdir())
@@ -83,7 +83,7 @@ def main() -> None:
             print(
                 f"{what:22} {seconds:7.1f} s  peak {peak / 2**30:5.2f} GiB = {peak / size:.2f} × the file", flush=True
             )
-        print(json.dumps({"model": requested.model, "file_bytes": size, "rows": rows}))
+        print(json.dumps({"model": args.model, "file_bytes": size, "rows": rows}))
 
 
 if __name__ == "__main__":

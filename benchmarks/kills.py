@@ -46,9 +46,9 @@ def life(
     Returns what it was doing when it was killed, or `finished`.
     """
     command = [sys.executable, str(TRAIN), *overrides]
-    message = place / "said.txt"
-    with message.open("w") as file, subprocess.Popen(command, cwd=place, stderr=file) as process:
-        while training and process.poll() is None and " weights, steps " not in message.read_text():
+    stderr_path = place / "said.txt"
+    with stderr_path.open("w") as file, subprocess.Popen(command, cwd=place, stderr=file) as process:
+        while training and process.poll() is None and " weights, steps " not in stderr_path.read_text():
             time.sleep(0.02)
         folders = list(place.glob("runs/*/checkpoints"))
         while saving and folders and process.poll() is None:
@@ -58,7 +58,7 @@ def life(
         try:
             code = process.wait(timeout=seconds)
             if code not in (0, -signal.SIGKILL):
-                raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{message.read_text()}")
+                raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{stderr_path.read_text()}")
             if code == 0:
                 return "finished"
         except subprocess.TimeoutExpired:
@@ -68,7 +68,7 @@ def life(
         return "while a checkpoint was written"
     if any("cache" in path.parts for path in parts):
         return "while a cache was written"
-    return "while training" if " weights, steps " in message.read_text() else "while starting"
+    return "while training" if " weights, steps " in stderr_path.read_text() else "while starting"
 
 
 def main() -> None:
@@ -103,10 +103,10 @@ def main() -> None:
         (run,) = place.glob("runs/*")
         if not RunFolder(run).is_finished:
             life(place, [f"resume={run}"] if (run / "checkpoints" / "latest").is_file() else settings, seconds=None)
-        (full_path,) = place.glob("whole/*")
-        weights = [load_file(folder / "model" / "model.safetensors") for folder in (run, full_path)]
+        (never_killed,) = place.glob("whole/*")
+        weights = [load_file(folder / "model" / "model.safetensors") for folder in (run, never_killed)]
         same = all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[1])
-        curves = RunFolder(run).read_result()["curves"] == RunFolder(full_path).read_result()["curves"]
+        curves = RunFolder(run).read_result()["curves"] == RunFolder(never_killed).read_result()["curves"]
         print(f"{args.kills} kills: {moments}\nweights equal to the bit: {same}; curves equal: {curves}")
         sys.exit(0 if same and curves else 1)
 

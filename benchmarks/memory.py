@@ -57,19 +57,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         alone = one(args.row, args.size, args.precision)
         print(json.dumps(alone))
         return alone
-    by_name: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     for row in ROWS:
         command = [sys.executable, __file__, "--size", args.size, "--precision", args.precision, "--row", row]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        by_name[row] = json.loads(done.stdout.splitlines()[-1])
-    losses = {row: machine.Timed(result=figures["losses"]) for row, figures in by_name.items()}
+        rows[row] = json.loads(done.stdout.splitlines()[-1])
+    losses = {row: machine.Timed(result=figures["losses"]) for row, figures in rows.items()}
     machine.agree("the loss", losses, lambda _: TOLERANCE.get(args.precision, EXACT))
     print(f"{machine.about()}\nsize {args.size}, {args.precision}\n| row | peak GiB | of hf's alike |\n|---|---|---|")
-    for row, figures in by_name.items():
-        figures["of_hf"] = figures["peak_gib"] / by_name["hf recomputed" if "recomputed" in row else "hf"]["peak_gib"]
+    for row, figures in rows.items():
+        figures["of_hf"] = figures["peak_gib"] / rows["hf recomputed" if "recomputed" in row else "hf"]["peak_gib"]
         print(f"| {row} | {figures['peak_gib']:.2f} | {figures['of_hf']:.2f} |")
-    machine.write(args.out, {"size": args.size, "rows": by_name})
-    return by_name
+    machine.write(args.out, {"size": args.size, "rows": rows})
+    return rows
 
 
 if __name__ == "__main__":

@@ -41,15 +41,15 @@ def our_net(size: str, *, compiled: bool = False, attention: str = "auto") -> GP
 def plain_net(size: str, *, compiled: bool = False) -> PlainGPT:
     n_ctx = SIZES[size][3]
     net = PlainGPT(*SIZES[size][:5], bmm=n_ctx <= 128 and not torch.cuda.is_available())
-    own = our_net(size).state_dict()
+    igpt_state = our_net(size).state_dict()
     names = {"ln_1.g": "norm_1.weight", "ln_2.g": "norm_2.weight", "attn.c_attn": "qkv", "attn.c_proj": "proj",
              "mlp.c_fc": "fc", "mlp.c_proj": "out", "ln_f.g": "ln_f.weight", "wtet": "head.weight"}  # fmt: skip
-    reference = {}
-    for name, weight in own.items():
+    state = {}
+    for name, weight in igpt_state.items():
         for our, their in names.items():
             name = name.replace(our, their)
-        reference["wte.weight" if name == "wte" else name] = weight
-    net.load_state_dict(reference)
+        state["wte.weight" if name == "wte" else name] = weight
+    net.load_state_dict(state)
     if compiled:
         for block in net.h:
             block.compile()
@@ -66,11 +66,12 @@ def hugging_face(size: str, *, use_cache: bool = False) -> Any:
         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=use_cache,
     )  # fmt: skip
     net = ImageGPTForCausalImageModeling(config)
-    own = our_net(size)
-    reference = {
-        name: lazy.read() for name, lazy in export_state(tensors.unwrapped_state(own.state_dict()), own.config).items()
+    igpt_net = our_net(size)
+    state = {
+        name: lazy.read()
+        for name, lazy in export_state(tensors.unwrapped_state(igpt_net.state_dict()), igpt_net.config).items()
     }
-    net.load_state_dict(reference)
+    net.load_state_dict(state)
     return net
 
 

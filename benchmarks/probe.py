@@ -38,21 +38,21 @@ def features(size: str, images: int, rounds: int) -> dict[str, machine.Timed]:
     shifted = F.pad(tokens[:, :-1], (1, 0), value=SIZES[size][4])
 
     @torch.inference_mode()
-    def own() -> Tensor:
+    def igpt_features() -> Tensor:
         with matmul_precision("auto", tokens.device):
             return layer_features(net, tokens)
 
     @torch.inference_mode()
-    def reference() -> Tensor:
+    def hf_features() -> Tensor:
         *hidden, last = peer.transformer(input_ids=shifted, output_hidden_states=True).hidden_states
         normed = (block.ln_1(h) for block, h in zip(peer.transformer.h, hidden, strict=True))
         return torch.stack([*(h.mean(dim=1) for h in normed), last.mean(dim=1)])
 
-    def with_medium() -> Tensor:
+    def hf_features_medium() -> Tensor:
         with matmul_precision("auto", tokens.device):
-            return reference()
+            return hf_features()
 
-    rows = {"igpt": own, "hf as shipped": reference, "hf with our matrix products": with_medium}
+    rows = {"igpt": igpt_features, "hf as shipped": hf_features, "hf with our matrix products": hf_features_medium}
     times = machine.interleaved({name: machine.timed(run) for name, run in rows.items()}, rounds)
     machine.agree("features", times, lambda _: 1e-4)
     return times
@@ -84,8 +84,8 @@ def fits(x: Tensor, y: Tensor, strength: float, rounds: int) -> dict[str, machin
 
     least = [objective(x[i], y, m.coef_, m.intercept_, strength) for i, m in enumerate(sklearn(x[:2], "float64", 1e-9))]
 
-    def above(items: list[tuple[Any, Any]]) -> float:
-        return max(objective(x[i], y, *items[i], strength) - low for i, low in enumerate(least))
+    def above(heads: list[tuple[Any, Any]]) -> float:
+        return max(objective(x[i], y, *heads[i], strength) - low for i, low in enumerate(least))
 
     def our_fit() -> Heads:
         with matmul_precision("auto", x.device):  # as `task=probe` does
@@ -133,9 +133,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     limits = machine.limits("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{machine.about()}\n{limits}")
     report: dict[str, Any] = {"limits": limits, "fits": {}}
-    by_name = report["features"] = features(args.size, args.batch, args.rounds)
+    feature_times = report["features"] = features(args.size, args.batch, args.rounds)
     print(f"\nfeatures of all layers, size {args.size}, {args.batch} images")
-    unit = machine.table(by_name, unit=lambda s: f"{args.batch / s:,.1f} images/s", against="hf as shipped")
+    unit = machine.table(feature_times, unit=lambda s: f"{args.batch / s:,.1f} images/s", against="hf as shipped")
     print("\n".join(unit), flush=True)
     x, y = made_up(args.layers, args.images, args.width, 10)
     for strength in args.C_grid:

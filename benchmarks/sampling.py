@@ -76,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows = {name: machine.timed(igpt_samples(net, batch, way)) for way, name in ways.items()}
         rows["hf"] = machine.timed(peer_samples(peer, args.size, batch))
         times = machine.interleaved(rows, args.rounds, warm_up=0)  # a thousand steps warm up by themselves
-        read = (
-            4 * (n_weight + batch * n_layer * n_ctx * n_embd) / 2**30
-        )  # GiB a step: all weights, half of a full cache
+        # GiB a step: all weights, half of a full cache
+        read = 4 * (n_weight + batch * n_layer * n_ctx * n_embd) / 2**30
         floor = read / limits.gib_per_s
         print(f"\nbatch {batch}, {n_ctx} tokens; reading weights and cache takes {1e3 * floor:.2f} ms a step")
         lines = machine.table(

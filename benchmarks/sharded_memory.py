@@ -42,17 +42,16 @@ def work(rank: ranks.Rank, width: int) -> None:
     with torch.device("meta"):
         total = sum(weight.numel() * 4 for weight in GPT(GPTConfig(**sizes)).parameters())
     before = peak()
-    net = machine.build_model(partial(GPT, **sizes), lambda result: result.init_weights(0), mesh)
-    result = peak() - before
+    net = machine.build_model(partial(GPT, **sizes), lambda net: net.init_weights(0), mesh)
+    built = peak() - before
     optimizer = make_adam(net.parameters(), learning_rate=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.0)
     net(torch.randint(512, (1, 256))).logsumexp(-1).mean().backward()
     optimizer.step()
     stepped = peak() - before
     print(
-        f"rank {rank.index}: {total / GB:.2f} GB of weights in all; {result / GB:.2f} GB at most while its part is "
-        "made "
-        f"({result / total:.2f}), {stepped / GB:.2f} GB after a step ({stepped / total / 4:.2f} of weights, "
-        "gradients and Adam together)",
+        f"rank {rank.index}: {total / GB:.2f} GB of weights in all; {built / GB:.2f} GB at most while its "
+        f"part is made ({built / total:.2f}), {stepped / GB:.2f} GB after a step ({stepped / total / 4:.2f} of "
+        "weights, gradients and Adam together)",
         flush=True,
     )
 
@@ -61,11 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=3072)
     parser.add_argument("--processes", type=int, default=2)
-    requested = parser.parse_args()
+    args = parser.parse_args()
     if not is_rank():
-        sys.exit(run_ranks([sys.executable, *sys.argv], requested.processes))
+        sys.exit(run_ranks([sys.executable, *sys.argv], args.processes))
     with ranks.process_group(torch.device("cpu")) as rank:
-        work(rank, requested.width)
+        work(rank, args.width)
     os._exit(0)
 
 

@@ -40,15 +40,15 @@ def snapshot() -> dict[str, Any]:
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
     """What differs, with what it was and is where that can be read."""
-    by_name = {}
+    changed = {}
     for name, old in before.items():
         new = after[name]
         if isinstance(old, dict) and old != new:
             keys = sorted({key for key in old | new if old.get(key) != new.get(key)})
-            by_name[name] = ", ".join(f"{key}: {old.get(key)} → {new.get(key)}" for key in keys)
+            changed[name] = ", ".join(f"{key}: {old.get(key)} → {new.get(key)}" for key in keys)
         elif old != new:
-            by_name[name] = "changed" if "state" in name else f"{old} → {new}"
-    return by_name
+            changed[name] = "changed" if "state" in name else f"{old} → {new}"
+    return changed
 
 
 class Restorer:
@@ -60,10 +60,10 @@ class Restorer:
 
     def restore(self) -> dict[str, str]:
         """What had changed."""
-        by_name = changes(self.before, snapshot())
-        for name in by_name:
+        changed = changes(self.before, snapshot())
+        for name in changed:
             self._restore(name, self.before[name])
-        return by_name
+        return changed
 
     def _restore(self, name: str, value: Any) -> None:
         match name:

@@ -36,15 +36,15 @@ def command_of(folder: Path) -> list[str]:
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor that a run left, also those in stages of it, and those of its last checkpoint."""
-    by_name = {}
+    tensors = {}
     for path in sorted(folder.rglob("*.safetensors")):
-        by_name |= {f"{path.relative_to(folder)} {name}": tensor for name, tensor in load_file(path).items()}
+        tensors |= {f"{path.relative_to(folder)} {name}": tensor for name, tensor in load_file(path).items()}
     for path in sorted((folder / "checkpoints").glob("*_0000012.ckpt")):
         checkpoint = torch.load(path, weights_only=True)
-        by_name |= checkpoint["state_dict"]
+        tensors |= checkpoint["state_dict"]
         for position, state in checkpoint["optimizer_states"][0]["state"].items():
-            by_name |= {f"Adam's {name} of weight {position}": state[name] for name in ("exp_avg", "exp_avg_sq")}
-    return by_name
+            tensors |= {f"Adam's {name} of weight {position}": state[name] for name in ("exp_avg", "exp_avg_sq")}
+    return tensors
 
 
 def assert_same(ours: dict[str, torch.Tensor], reference: dict[str, torch.Tensor], kind: str) -> None:

@@ -150,10 +150,10 @@ def test_a_stopped_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert f"continue with `python train.py resume=runs/{run.name}`" in message
     monkeypatch.chdir(tmp_path)
     run_command(f"resume=runs/{run.name}", conf=ROOT / "conf")
-    _, full_path = run_here(tmp_path / "whole", *settings)
-    files = [load_file(folder / "model" / "model.safetensors") for folder in (run, full_path)]
+    _, uninterrupted = run_here(tmp_path / "whole", *settings)
+    files = [load_file(folder / "model" / "model.safetensors") for folder in (run, uninterrupted)]
     assert all(np.array_equal(files[0][name], files[1][name]) for name in files[0])
-    curves = [RunFolder(folder).read_result()["curves"] for folder in (run, full_path)]
+    curves = [RunFolder(folder).read_result()["curves"] for folder in (run, uninterrupted)]
     assert curves[0] == curves[1]
     assert len(curves[0]["train/loss_gen"]["x"]) == 60
 

@@ -37,7 +37,7 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return full
 
 
-def made(folder: Path, numbers: dict[str, Number], *, message: Any = None, **settings: Any) -> Path:
+def made(folder: Path, numbers: dict[str, Number], *, provenance: Any = None, **settings: Any) -> Path:
     """A finished run as `launch` leaves one; settings by dotted name, with `__` for the dots."""
     plain = {
         "seed": 0, "init": None, "task.name": "pretrain", "task.requires": ["network"], "data.name": "digits",
@@ -47,7 +47,7 @@ def made(folder: Path, numbers: dict[str, Number], *, message: Any = None, **set
     config = nested({**plain, **{key.replace("__", "."): value for key, value in settings.items()}})
     run = RunFolder(folder)
     run.start(config, [], {})
-    run.finish(config["task"]["name"], Result(numbers=numbers, provenance=message or {}), seconds=1.0)
+    run.finish(config["task"]["name"], Result(numbers=numbers, provenance=provenance or {}), seconds=1.0)
     return folder
 
 
@@ -88,7 +88,7 @@ def probe(tmp_path: Path, key: str = "test/accuracy", n: int = 10_000, **setting
         "init": f"{RUNS}/pretrain-l", **settings,
     }  # fmt: skip
     number = Number(0.96, "share", n, 0.002, (0.956, 0.964))
-    return made(tmp_path / RUNS / "probe-l", {key: number}, message={"weights": "f" * 64}, **given)
+    return made(tmp_path / RUNS / "probe-l", {key: number}, provenance={"weights": "f" * 64}, **given)
 
 
 def beside(*folders: Path) -> list[PaperComparison]:
@@ -205,7 +205,7 @@ def test_a_run_belongs_to_the_numbers_it_names(tmp_path: Path) -> None:
     }  # fmt: skip
     numbers = {name: Number(value, "share", 50_000) for name, value in
                (("test/accuracy", 0.4), ("test/accuracy_one_mask", 0.38))}  # fmt: skip
-    found_rows = beside(made(tmp_path / RUNS / "tuned", numbers, message={"from": "scratch"}, **tuned))
+    found_rows = beside(made(tmp_path / RUNS / "tuned", numbers, provenance={"from": "scratch"}, **tuned))
     values = [row.ours.value for row in found_rows if isinstance(row.ours, Number)]
     assert [row.published.value for row in found_rows] == [0.665, 0.01]
     assert values == pytest.approx([0.4, 0.02])

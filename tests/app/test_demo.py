@@ -320,9 +320,9 @@ def test_the_loss_of_the_run_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     folder = RunFolder(tmp_path / "run")
     folder.start({}, [], {})
     folder.finish("pretrain", Result(numbers={"val/loss_gen": Number(1.25, "nats/token", 9)}), seconds=1.0)
-    message = demo.describe_weights(build.weights)
-    assert message["validation loss"] == "1.2500 nats per token"
-    assert message["trained on"] == "toy at 8×8, 1 steps"
+    facts = demo.describe_weights(build.weights)
+    assert facts["validation loss"] == "1.2500 nats per token"
+    assert facts["trained on"] == "toy at 8×8, 1 steps"
     (folder.path / "result.json").write_text("{")
     assert demo.describe_weights(build.weights)["validation loss"] == "not known"
     assert "does not state its loss" in caplog.text

@@ -90,14 +90,14 @@ def test_kernels_of_each_kind_of_cpu_lie_apart(monkeypatch: pytest.MonkeyPatch) 
         with machine(compile="auto").kernel_cache():
             return Path(os.environ[cpu.INDUCTOR_CACHE])
 
-    items = [folder(), folder()]
-    assert items[0] == items[1]
-    assert items[0].parent == Path(default_cache_dir())
+    folders = [folder(), folder()]
+    assert folders[0] == folders[1]
+    assert folders[0].parent == Path(default_cache_dir())
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
-    items.append(folder())
+    folders.append(folder())
     monkeypatch.setattr(cpu, "cpu_features", lambda: "another")
-    items.append(folder())
-    assert len(set(items)) == 3
+    folders.append(folder())
+    assert len(set(folders)) == 3
     assert cpu.INDUCTOR_CACHE not in os.environ
     with machine(compile=False).kernel_cache():
         assert cpu.INDUCTOR_CACHE not in os.environ

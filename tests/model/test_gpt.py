@@ -305,8 +305,8 @@ def test_compiled_in_bfloat16(net: GPT, tokens: Tensor) -> None:
             for block in net.blocks:
                 block.compile()
         with torch.autocast("cpu", torch.bfloat16):
-            items = gradients(net, tokens)
-        for one, same in zip(items, exact, strict=True):
+            rounded = gradients(net, tokens)
+        for one, same in zip(rounded, exact, strict=True):
             assert (one - same).abs().max() < 0.05 * same.abs().max() + 1e-4
 
 
@@ -314,12 +314,12 @@ def test_compiled_in_bfloat16(net: GPT, tokens: Tensor) -> None:
 def test_c_gives_the_same_bits_by_any_number_of_threads() -> None:
     """Invariant: a run repeats itself whatever else the machine does."""
     qkv = torch.randn(5, 50, 72, generator=torch.Generator().manual_seed(0))
-    items = []
+    outputs = []
     for threads in (1, 4, 40):  # 40: more than there are heads of images
         with num_threads(threads):
-            items.append(attended(qkv, 3, True, "native"))
-    for others in items[1:]:
-        assert all(map(torch.equal, others, items[0]))
+            outputs.append(attended(qkv, 3, True, "native"))
+    for others in outputs[1:]:
+        assert all(map(torch.equal, others, outputs[0]))
 
 
 def gradients(net: GPT, tokens: Tensor) -> list[Tensor]:

@@ -14,19 +14,19 @@ def variables(state: Mapping[str, Tensor], n_head: int, wclf: np.ndarray | None 
     plain = {name: weight.numpy() for name, weight in state.items()}
     c = plain["wpe"].shape[1]
     d = c // n_head
-    by_name = {name: plain[name] for name in ("wpe", "wte", "wtet", "sos") if name in plain} | {
+    variables = {name: plain[name] for name in ("wpe", "wte", "wtet", "sos") if name in plain} | {
         "ln_f/g": plain["ln_f.g"]
     }
     for i in range(sum(name.endswith("ln_1.g") for name in plain)):
-        own, reference = f"h.{i}.", f"h{i}/"
-        by_name |= {f"{reference}ln_1/g": plain[f"{own}ln_1.g"], f"{reference}ln_2/g": plain[f"{own}ln_2.g"]}
-        q, k, v = np.split(plain[f"{own}attn.c_attn.weight"], 3)
-        parts = {"q": q, "k": k, "v": v, "c": plain[f"{own}attn.c_proj.weight"].T}
-        by_name |= {f"{reference}attn/{name}_proj": part.reshape(n_head, d, c) for name, part in parts.items()}
-        by_name[f"{reference}mlp/c_fc/w"] = plain[f"{own}mlp.c_fc.weight"].T
-        by_name[f"{reference}mlp/c_proj/w"] = plain[f"{own}mlp.c_proj.weight"].T
-    by_name["clf/wclf"] = np.zeros((10, c), np.float32) if wclf is None else wclf
-    return {f"model/{name}": np.ascontiguousarray(value) for name, value in by_name.items()}
+        block, scope = f"h.{i}.", f"h{i}/"
+        variables |= {f"{scope}ln_1/g": plain[f"{block}ln_1.g"], f"{scope}ln_2/g": plain[f"{block}ln_2.g"]}
+        q, k, v = np.split(plain[f"{block}attn.c_attn.weight"], 3)
+        parts = {"q": q, "k": k, "v": v, "c": plain[f"{block}attn.c_proj.weight"].T}
+        variables |= {f"{scope}attn/{name}_proj": part.reshape(n_head, d, c) for name, part in parts.items()}
+        variables[f"{scope}mlp/c_fc/w"] = plain[f"{block}mlp.c_fc.weight"].T
+        variables[f"{scope}mlp/c_proj/w"] = plain[f"{block}mlp.c_proj.weight"].T
+    variables["clf/wclf"] = np.zeros((10, c), np.float32) if wclf is None else wclf
+    return {f"model/{name}": np.ascontiguousarray(value) for name, value in variables.items()}
 
 
 def save(prefix: Path, values: Mapping[str, np.ndarray], n_shard: int = 1) -> Path:

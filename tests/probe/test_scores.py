@@ -113,8 +113,10 @@ def test_no_class_wins_without_a_vote() -> None:
 def test_confusion() -> None:
     """Independent source: scikit-learn's; a class without images, and one that nobody was called, keep their places."""
     generator = np.random.default_rng(0)
-    labels, message = generator.integers(4, size=500), generator.integers(1, 6, size=500)
-    assert np.array_equal(count_confusions(labels, message, 6), confusion_matrix(labels, message, labels=range(6)))
+    labels, predictions = generator.integers(4, size=500), generator.integers(1, 6, size=500)
+    assert np.array_equal(
+        count_confusions(labels, predictions, 6), confusion_matrix(labels, predictions, labels=range(6))
+    )
 
 
 def test_top_k() -> None:

@@ -86,10 +86,10 @@ def test_searched_with_folds_is_scikit_learn(both: tuple[FeatureSet, FeatureSet]
     table = grid_search(train, blind, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0, folds=folds)
     for layer in range(3):
         for i, c in enumerate(STRENGTHS):
-            message = cross_val_predict(
+            predictions = cross_val_predict(
                 scikit_learn(c), values(train, [layer]), train.labels, cv=PredefinedSplit(folds)
             )
-            assert table.accuracy[layer, i] == pytest.approx(accuracy_score(train.labels, message), abs=OF_TRAIN)
+            assert table.accuracy[layer, i] == pytest.approx(accuracy_score(train.labels, predictions), abs=OF_TRAIN)
     assert table.n_image == N_TRAIN
 
 
@@ -211,8 +211,8 @@ def test_the_chosen_head(both: tuple[FeatureSet, FeatureSet], window: list[int])
     head = fit_head([train, val], Choice(window, 0.1), n_class=N_CLASS, device=CPU, seed=0)
     x = np.concatenate([values(train, window), values(val, window)])
     expected = scikit_learn(0.1).fit(x, np.concatenate([train.labels, val.labels]))
-    message, scores = head.predict(val)
-    assert (message != expected.predict(values(val, window))).sum() <= 1
+    predictions, scores = head.predict(val)
+    assert (predictions != expected.predict(values(val, window))).sum() <= 1
     probabilities = scores.softmax(dim=-1).numpy()
     assert np.abs(probabilities - expected.predict_proba(values(val, window))).max() < 0.01
 
@@ -248,6 +248,6 @@ def test_masks_vote(both: tuple[FeatureSet, FeatureSet]) -> None:
             vote = np.median([head.predict(features.values[layer]) for features in seen], axis=0)
             assert table.accuracy[layer, i] == pytest.approx((vote == val.labels % 2).mean(), abs=OF_VAL)
     best = fit_head([two], Choice([1], 0.1), n_class=2, device=CPU, seed=0)
-    message, scores = best.predict(FeatureSet(seen))
-    assert (message == seen[0].labels).mean() == pytest.approx(table.accuracy[1, 2], abs=OF_VAL)
+    predictions, scores = best.predict(FeatureSet(seen))
+    assert (predictions == seen[0].labels).mean() == pytest.approx(table.accuracy[1, 2], abs=OF_VAL)
     assert (scores.argmax(dim=-1).numpy() == seen[0].labels).mean() == pytest.approx(table.one_mask[1, 2], abs=OF_VAL)

@@ -65,16 +65,16 @@ def evaluated(lab: Lab, run: Path, on: HardwareConfig, objective: Any) -> dict[s
 def read_off(lab: Lab, run: Path, folder: Path, on: HardwareConfig, objective: Any) -> dict[str, Any]:
     """The accuracies of both solvers of `task=probe` and of `task=finetune`, and their curves over the steps."""
     weights = find_weights(str(run))
-    by_name = {
+    answers = {
         "lbfgs": lab.probe(folder / "lbfgs", weights, on=on, objective=objective, batch_size=16, eval_masks=3),
         "sgd": lab.probe(folder / "sgd", weights, on=on, objective=objective, solver="sgd", eval_masks=3),
         "finetune": lab.finetune(folder / "finetune", weights, on=on, objective=objective),
     }
     shares = {
         name: {key: number.value for key, number in result.numbers.items() if number.unit == "share"}
-        for name, result in by_name.items()
+        for name, result in answers.items()
     }
-    steps = {f"{name} {key}": curve.y for name in ("finetune", "lbfgs") for key, curve in by_name[name].curves.items()}
+    steps = {f"{name} {key}": curve.y for name in ("finetune", "lbfgs") for key, curve in answers[name].curves.items()}
     return {"shares": shares, "curves": steps}
 
 
@@ -93,7 +93,7 @@ def raised(kind: type[Exception], what: Any, *arguments: Any, **settings: Any) -
 
 def sharded(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     """The run of `TWENTY` steps once more, its network in parts: how it went, and what each rank held of it."""
-    by_name: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
 
     class Held(L.Callback):
         """The bytes here and in all, of weights and of what the optimiser keeps beside them."""
@@ -102,35 +102,35 @@ def sharded(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
             moments = [t for state in trainer.optimizers[0].state.values() for t in state.values() if t.dim()]
             kept = [*pl_module.parameters(), *moments]
             assert all(isinstance(tensor, DTensor) for tensor in kept)
-            by_name["held"] = sum(t.to_local().nbytes for t in kept) / sum(t.numel() * t.element_size() for t in kept)
+            answers["held"] = sum(t.to_local().nbytes for t in kept) / sum(t.numel() * t.element_size() for t in kept)
 
     parts = {"on": on_all(micro_batch=25, strategy="fsdp"), **TWENTY}
     run = lab.pretrain(place / "sharded", callbacks=(Held(), SampleGrid(count=3, every=1, temperature=1.0)), **parts)
-    by_name["curves"] = {name: curve.y for name, curve in run.curves.items()}
-    by_name["evaluated"] = evaluated(lab, place / "sharded", on_all(strategy="fsdp"), AR())
+    answers["curves"] = {name: curve.y for name, curve in run.curves.items()}
+    answers["evaluated"] = evaluated(lab, place / "sharded", on_all(strategy="fsdp"), AR())
     for name, in_pieces in (("whole", False), ("pieces", True)):
         on = {**parts, "on": on_all(micro_batch=25, strategy="fsdp", sharded_checkpoint=in_pieces)}
         term = (Send(signal.SIGTERM, step=6),) if rank.index == 1 else ()
-        by_name[f"{name} stopped"] = raised(StoppedError, lab.pretrain, place / f"sharded {name}", callbacks=term, **on)
+        answers[f"{name} stopped"] = raised(StoppedError, lab.pretrain, place / f"sharded {name}", callbacks=term, **on)
         resumed = lab.pretrain(place / f"sharded {name}", **on)
-        by_name[f"{name} resumed"] = {key: curve.y for key, curve in resumed.curves.items()}
+        answers[f"{name} resumed"] = {key: curve.y for key, curve in resumed.curves.items()}
     begun = find_weights(str(place / "whole"))
     still = {"steps": 1, "warmup_steps": 0, "val_every": 1, "learning_rate": 1e-30}
     started = lab.pretrain(place / "started", on=on_all(strategy="fsdp"), weights=begun, **still)
-    by_name["started"] = started.numbers["val/loss_gen"].value
+    answers["started"] = started.numbers["val/loss_gen"].value
     for name, changed in SHARDED_WITH.items():
         done = lab.pretrain(place / f"sharded {name}", on=on_all(strategy="fsdp", **changed), steps=2, val_every=2)
-        by_name[f"with {name}"] = done.curves["train/loss_gen"].y
-    by_name["bert"] = (
+        answers[f"with {name}"] = done.curves["train/loss_gen"].y
+    answers["bert"] = (
         lab.pretrain(place / "sharded bert", on=on_all(strategy="fsdp"), objective=BERT(mask_probability=0.15))
         .curves["train/loss_gen"].y
     )  # fmt: skip
-    return by_name
+    return answers
 
 
 def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     """The same run by each of DeepSpeed's stages, on its CPU accelerator; stopped, it is resumed by fsdp and back."""
-    by_name: dict[str, Any] = {}
+    answers: dict[str, Any] = {}
     machines.DEEPSPEED_RUNS_ON = ("cpu",)
 
     def term(step: int) -> tuple[Send, ...]:
@@ -150,29 +150,29 @@ def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
         on = {"on": on_all(micro_batch=25, strategy=strategy), **TWENTY}
         held: list[int] = []
         run = lab.pretrain(place / strategy, callbacks=(Held(), SampleGrid(count=3, every=1, temperature=1.0)), **on)
-        by_name[strategy] = {name: curve.y for name, curve in run.curves.items()}
-        by_name[f"{strategy} validated"] = run.numbers["val/loss_gen"].value
-        by_name[f"{strategy} held"] = held[-1]
+        answers[strategy] = {name: curve.y for name, curve in run.curves.items()}
+        answers[f"{strategy} validated"] = run.numbers["val/loss_gen"].value
+        answers[f"{strategy} held"] = held[-1]
         if strategy != "deepspeed_2":  # `by turns` stops and resumes the third stage
             continue
         folder = place / f"{strategy} stopped"
-        by_name[f"{strategy} stopped"] = raised(StoppedError, lab.pretrain, folder, callbacks=term(6), **on)
+        answers[f"{strategy} stopped"] = raised(StoppedError, lab.pretrain, folder, callbacks=term(6), **on)
         resumed = lab.pretrain(folder, **on)
-        by_name[f"{strategy} resumed"] = {name: curve.y for name, curve in resumed.curves.items()}
+        answers[f"{strategy} resumed"] = {name: curve.y for name, curve in resumed.curves.items()}
     three, fsdp = (
         {"on": on_all(micro_batch=25, strategy=strategy, sharded_checkpoint=True), **TWENTY}
         for strategy in ("deepspeed_3", "fsdp")
     )
-    by_name["by turns"] = [
+    answers["by turns"] = [
         raised(StoppedError, lab.pretrain, place / "by turns", callbacks=term(6), **three),
         raised(StoppedError, lab.pretrain, place / "by turns", callbacks=term(12), **fsdp),
     ]
-    by_name["by turns"] += lab.pretrain(place / "by turns", **three).curves["train/loss_gen"].y
+    answers["by turns"] += lab.pretrain(place / "by turns", **three).curves["train/loss_gen"].y
     lab.pretrain(place / "whole", on=on_all(micro_batch=25), **TWENTY)
-    by_name["one file"] = raised(ValueError, lab.pretrain, place / "whole", **{**three, "steps": 21})
+    answers["one file"] = raised(ValueError, lab.pretrain, place / "whole", **{**three, "steps": 21})
     lab.pretrain(place / "sharded pieces", **fsdp)
     machines.DEEPSPEED_RUNS_ON = ("cuda",)
-    return by_name
+    return answers
 
 
 def in_pieces(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
@@ -233,33 +233,33 @@ def streamed(place: Path, rank: ranks.Rank) -> dict[str, Any]:
 def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     """Every answer, of which `test_ranks.py` makes its checks."""
     lab = a_lab()
-    by_name: dict[str, Any] = {}
-    atomic_path, by_name["written"] = files.atomic_path, []
+    answers: dict[str, Any] = {}
+    atomic_path, answers["written"] = files.atomic_path, []
 
     def noted(path: Path) -> Any:
-        by_name["written"].append(path.name)
+        answers["written"].append(path.name)
         return atomic_path(path)
 
     files.atomic_path = noted
     full = lab.pretrain(place / "whole", on=on_all(micro_batch=25), **TWENTY)
     files.atomic_path = atomic_path
-    by_name["curves"] = {name: curve.y for name, curve in full.curves.items()}
-    by_name["bert"] = (
+    answers["curves"] = {name: curve.y for name, curve in full.curves.items()}
+    answers["bert"] = (
         lab.pretrain(place / "bert", on=on_all(), objective=BERT(mask_probability=0.15)).curves["train/loss_gen"].y
     )
-    by_name["evaluated"] = evaluated(lab, place / "whole", on_all(), AR())
-    by_name["evaluated bert"] = evaluated(lab, place / "bert", on_all(), BERT(mask_probability=0.15))
-    by_name["samples"] = samples(place / "whole")
+    answers["evaluated"] = evaluated(lab, place / "whole", on_all(), AR())
+    answers["evaluated bert"] = evaluated(lab, place / "bert", on_all(), BERT(mask_probability=0.15))
+    answers["samples"] = samples(place / "whole")
     save_in_pieces(place / "whole", place / "in pieces")
     for name, objective in (("whole", AR()), ("bert", BERT(mask_probability=0.15))):
-        by_name[f"read off {name}"] = read_off(lab, place / name, place / f"of {name}", on_all(), objective)
+        answers[f"read off {name}"] = read_off(lab, place / name, place / f"of {name}", on_all(), objective)
 
     term = (Send(signal.SIGTERM, step=6),) if rank.index == 1 else ()  # only one of them is asked to stop
     stopped = {"on": on_all(micro_batch=25), **TWENTY}
-    by_name["stopped"] = raised(StoppedError, lab.pretrain, place / "stopped", callbacks=term, **stopped)
-    by_name["resumed"] = {name: c.y for name, c in lab.pretrain(place / "stopped", **stopped).curves.items()}
+    answers["stopped"] = raised(StoppedError, lab.pretrain, place / "stopped", callbacks=term, **stopped)
+    answers["resumed"] = {name: c.y for name, c in lab.pretrain(place / "stopped", **stopped).curves.items()}
 
-    by_name["not finite"] = raised(
+    answers["not finite"] = raised(
         NonFiniteLossError, lab.pretrain, place / "nan", on=on_all(), learning_rate=1e30, warmup_steps=0
     )
     write = AtomicCheckpointIO.write
@@ -273,19 +273,19 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
         patch.setattr(AtomicCheckpointIO, "write", refuse)  # a disk that is full, for one save
         lab.pretrain(place / "full disk", on=on_all())
 
-    by_name["streamed"] = streamed(place, rank)
-    by_name["sharded"] = sharded(lab, place, rank)
+    answers["streamed"] = streamed(place, rank)
+    answers["sharded"] = sharded(lab, place, rank)
 
-    by_name["other settings"] = raised(
+    answers["other settings"] = raised(
         ValueError, ranks.check_agree, "settings", {"seed": rank.index, "data": "digits"}
     )
-    by_name["from the first"] = raised(ValueError, ranks.broadcast_from_rank0, lambda: int("not a number"))
+    answers["from the first"] = raised(ValueError, ranks.broadcast_from_rank0, lambda: int("not a number"))
     yes = ranks.AsyncMax()
-    by_name["heard"] = [yes.update(5 if rank.index == 1 and step == 2 else 0) for step in range(5)]
+    answers["heard"] = [yes.update(5 if rank.index == 1 and step == 2 else 0) for step in range(5)]
     yes.close()
     odd = raised(ValueError, on_all().train_batch_layout, 101)
-    by_name["odd batch"] = odd
-    return by_name
+    answers["odd batch"] = odd
+    return answers
 
 
 if __name__ == "__main__":

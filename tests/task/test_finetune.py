@@ -151,17 +151,17 @@ def test_the_losses_are_those_of_a_plain_loop(tmp_path: Path, lab: Lab, ar: Weig
         nats = F.cross_entropy((hidden @ net.wtet.T).flatten(0, 1), tokens.flatten())
         return {"loss_gen": nats, "loss_clf": F.cross_entropy(hidden.mean(dim=1) @ wclf.T, labels)}
 
-    data, items = lab.tokens(plan=BatchPlan(50, 50)), []
+    data, steps = lab.tokens(plan=BatchPlan(50, 50)), []
     for rate, batch in zip((0.01 / 3, 0.02 / 3, 0.01, 0.01), data.train_dataloader(), strict=False):
-        items.append(losses(data.encode(batch.tokens), batch.labels))
+        steps.append(losses(data.encode(batch.tokens), batch.labels))
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        (0.5 * items[-1]["loss_gen"] + 2.0 * items[-1]["loss_clf"]).backward()
+        (0.5 * steps[-1]["loss_gen"] + 2.0 * steps[-1]["loss_clf"]).backward()
         optimizer.step()
     labels = torch.from_numpy(lab.digits.split("val").labels)
     validated = losses(lab.tokens().sample_tokens("val").long(), labels)
     for name in ("loss_gen", "loss_clf"):
-        assert result.curves[f"train/{name}"].y == pytest.approx([float(each[name]) for each in items], rel=1e-5)
+        assert result.curves[f"train/{name}"].y == pytest.approx([float(each[name]) for each in steps], rel=1e-5)
         assert result.curves[f"val/{name}"].y == pytest.approx([float(validated[name])], rel=1e-5)
 
 
@@ -220,20 +220,20 @@ def test_the_vote_by_hand(tmp_path: Path, lab: Lab, palette: Palette) -> None:
     leads = counts == counts.amax(dim=1, keepdim=True)
     head = ClassHead(n_embd=16, n_class=10)
     head.load_state_dict({"wclf": w})
-    items = []
+    scored = []
     for order, size in ((rows, 64), (rows.flip(0), 7)):
         score = ClassScore(MASKED, n_class=10, eval_masks=3, seed=0)
         with torch.no_grad():
             for some in (order[start : start + size] for start in range(0, len(order), size)):
                 score.add(net, head, Batch(tokens[some], y[some], rng_keys[some], some))
-        items.append(score.numbers("test", ALONE, len(y)))
-    numbers, message = items[0]
-    assert np.array_equal(message, items[1][1])
-    assert {n: number.value for n, number in items[1][0].items()} == pytest.approx(
+        scored.append(score.numbers("test", ALONE, len(y)))
+    numbers, predictions = scored[0]
+    assert np.array_equal(predictions, scored[1][1])
+    assert {n: number.value for n, number in scored[1][0].items()} == pytest.approx(
         {n: number.value for n, number in numbers.items()}, rel=1e-6
     )
-    assert leads[rows, torch.from_numpy(message)].all()
-    assert numbers["test/accuracy"].value == pytest.approx((message == y.numpy()).mean())
+    assert leads[rows, torch.from_numpy(predictions)].all()
+    assert numbers["test/accuracy"].value == pytest.approx((predictions == y.numpy()).mean())
     assert numbers["test/accuracy_one_mask"].value == pytest.approx(float((one == y).double().mean()))
     assert numbers["test/accuracy"].value != numbers["test/accuracy_one_mask"].value  # or the vote would not be seen
     assert numbers["test/loss_clf"].value == pytest.approx(float(F.cross_entropy(scores[0], y)), rel=1e-5)
@@ -267,9 +267,9 @@ def test_one_step_by_hand(tmp_path: Path, lab: Lab, ar: Weights) -> None:
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
-    by_name = model(tmp_path)
+    trained = model(tmp_path)
     for name, weight in [*net.state_dict().items(), ("wclf", wclf.detach())]:
-        assert float((by_name[name] - weight).abs().mean()) < 1e-5, name
+        assert float((trained[name] - weight).abs().mean()) < 1e-5, name
 
 
 def test_from_scratch(tmp_path: Path, lab: Lab) -> None:
@@ -288,10 +288,10 @@ class Stated:
         stated = self
 
         def numbers(score: Any, split: str, trainer: L.Trainer, n_image: int) -> Any:
-            by_name, message = stated.numbers(score, split, trainer, n_image)
+            values, predictions = stated.numbers(score, split, trainer, n_image)
             if trainer.state.fn == "fit":
-                by_name["val/accuracy"] = replace(by_name["val/accuracy"], value=stated.left.pop(0))
-            return by_name, message
+                values["val/accuracy"] = replace(values["val/accuracy"], value=stated.left.pop(0))
+            return values, predictions
 
         monkeypatch.setattr(ClassScore, "numbers", numbers)
 

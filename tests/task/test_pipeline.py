@@ -60,14 +60,14 @@ def test_each_stage_starts_from_the_weights_it_names(tmp_path: Path) -> None:
 def test_one_number_found_twice_is_told_once_and_others_by_their_stage(tmp_path: Path) -> None:
     """Invariant: no stage's number hides another's; shares are never taken for one, as few images make them equal."""
     loss, other, share = Number(1.5, "nats/token", 9), Number(1.6, "nats/token", 9), Number(0.5, "share", 4)
-    by_name = {
+    results = {
         "train": Result(numbers={"val/loss": loss, "alone": other}, curves={"c": Curve([1], [2], "x", "y")}),
         "evaluate": Result(numbers={"val/loss": Number(1.5 + 1e-9, "nats/token", 9)}),
         "probe": Result(numbers={"val/accuracy": share}, files={"picture": Path("a.png")}),
         "fine": Result(numbers={"val/accuracy": share, "val/loss": other}, files={"picture": Path("a.png")}),
     }
     bars = {"both": {"group": {"A": "probe/val/accuracy", "B": "fine/val/accuracy"}}}
-    full = pipeline(Stages(by_name), tmp_path, stages={name: {} for name in by_name}, bars=bars)
+    full = pipeline(Stages(results), tmp_path, stages={name: {} for name in results}, bars=bars)
     assert full.numbers == {
         "train/val/loss": loss,
         "fine/val/loss": other,
@@ -98,7 +98,7 @@ def test_a_stage_that_is_not_there(stages: dict[str, Any], bars: dict[str, Any],
 
 def test_a_bar_of_a_number_that_was_not_found(tmp_path: Path) -> None:
     """Invariant: the error lists the numbers there are."""
-    by_name = {"a": Result(numbers={"val/loss": Number(1.0, "nats/token", 1)})}
+    results = {"a": Result(numbers={"val/loss": Number(1.0, "nats/token", 1)})}
     bars = {"picture": {"group": {"A": "a/val/accuracy"}}}
     with pytest.raises(ValueError, match=r"stage a has found no val/accuracy, but val/loss"):
-        pipeline(Stages(by_name), tmp_path, stages={"a": {}}, bars=bars)
+        pipeline(Stages(results), tmp_path, stages={"a": {}}, bars=bars)

@@ -174,9 +174,9 @@ def test_the_losses_are_those_of_a_plain_loop(lab: Lab, unbroken: tuple[Path, Re
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    items = unbroken[1].curves["train/loss_gen"].y
-    assert items[0] == pytest.approx(2.833213, abs=1e-6)
-    assert items == pytest.approx(losses, rel=1e-5)
+    curve = unbroken[1].curves["train/loss_gen"].y
+    assert curve[0] == pytest.approx(2.833213, abs=1e-6)
+    assert curve == pytest.approx(losses, rel=1e-5)
     saved = weights(unbroken[0])
     for name, weight in net.state_dict().items():
         torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-4)

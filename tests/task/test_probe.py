@@ -123,8 +123,8 @@ def test_every_accuracy_is_that_of_scikit_learn(
     top = np.argsort(fit.predict_proba(x["test"][best]), axis=1)[:, -5:]
     assert numbers["test/top_5"] == pytest.approx((top == y["test"][:, None]).any(axis=1).mean(), abs=OF_TEST)
     head = load_file(tmp_path / "probe.safetensors")
-    message = (x["test"][best] @ head["weight"].numpy().T + head["bias"].numpy()).argmax(axis=1)
-    assert numbers["test/accuracy"] == (message == y["test"]).mean()
+    predictions = (x["test"][best] @ head["weight"].numpy().T + head["bias"].numpy()).argmax(axis=1)
+    assert numbers["test/accuracy"] == (predictions == y["test"]).mean()
     with safe_open(tmp_path / "probe.safetensors", "pt") as file:
         assert file.metadata() == {"layers": str(best)}
     matrix = result.matrices["confusion"]
@@ -397,7 +397,7 @@ def test_masks_are_of_the_seed_alone(tmp_path: Path, lab: Lab, bert: Weights) ->
     assert max(np.abs(kept[1][name] - values).max() for name, values in kept[0].items()) < 1e-5
     for name in ("val/accuracy", "val/accuracy_one_mask", "test/accuracy", "test/accuracy_one_mask"):
         assert numbers[1][name].value == pytest.approx(numbers[0][name].value, abs=OF_VAL)
-    of_train = [values for by_name in kept[::2] for name, values in by_name.items() if "-train-" in name]
+    of_train = [values for features in kept[::2] for name, values in features.items() if "-train-" in name]
     of_masks = [values for name, values in kept[0].items() if "-val-" in name]
     for one, other in (of_train, of_masks):
         assert np.abs(one - other).max() > 0.01
@@ -408,7 +408,7 @@ def test_the_vote_by_hand(tmp_path: Path, lab: Lab, bert: Weights) -> None:
     result = lab.probe(tmp_path, bert, objective=MASKED)
     head = load_file(tmp_path / "probe.safetensors")
     (layer,) = result.provenance["layers"]
-    message = np.stack(
+    predictions = np.stack(
         [
             (features(lab, bert.net(), "test", objective=MASKED, mask=mask)[layer] @ head["weight"].numpy().T
              + head["bias"].numpy()).argmax(axis=1)
@@ -416,10 +416,10 @@ def test_the_vote_by_hand(tmp_path: Path, lab: Lab, bert: Weights) -> None:
         ]
     )  # fmt: skip
     y = labels(lab, "test")
-    counts = (message[:, :, None] == np.arange(10)).sum(axis=0)  # (N, K)
+    counts = (predictions[:, :, None] == np.arange(10)).sum(axis=0)  # (N, K)
     leads = counts == counts.max(axis=1, keepdims=True)
     surely = leads[np.arange(100), y] & (leads.sum(axis=1) == 1)
-    assert result.numbers["test/accuracy_one_mask"].value == (message[0] == y).mean()
+    assert result.numbers["test/accuracy_one_mask"].value == (predictions[0] == y).mean()
     accuracy = result.numbers["test/accuracy"].value
     assert surely.mean() <= accuracy <= leads[np.arange(100), y].mean()
     assert {"val/accuracy", "val/accuracy_one_mask"} <= set(result.numbers)
@@ -480,7 +480,7 @@ def test_sgd_is_plain_momentum_with_a_cosine(lab: Lab, ar: Weights, sgd: tuple[P
     folder, result = sgd
     data = lab.tokens(plan=BatchPlan(50, 50))
     batches = [batch for _, batch in zip(range(6), data.train_dataloader(), strict=False)]
-    by_name = heads(folder)
+    trained = heads(folder)
     net, right = ar.net(), np.zeros((3, 2))
     x_val, y_val = features(lab, net, "val"), labels(lab, "val")
     for r, rate in enumerate((0.1, 1.0)):
@@ -494,17 +494,17 @@ def test_sgd_is_plain_momentum_with_a_cosine(lab: Lab, ar: Weights, sgd: tuple[P
                 p = p / p.sum(axis=1, keepdims=True) - np.eye(10)[batch.labels.numpy()]
                 v = 0.9 * v + x.T @ p / 50
                 w = w - rate * 0.5 * (1 + math.cos(math.pi * step / 6)) * v
-            assert np.abs(by_name[f"weights.{r}"][layer].numpy().T - w[:16]).max() < 1e-4
-            assert np.abs(by_name[f"biases.{r}"][layer].numpy() - w[16]).max() < 1e-4
-            message = (x_val[layer] @ w[:16] + w[16]).argmax(axis=1)
-            right[layer, r] = (message == y_val).mean()
+            assert np.abs(trained[f"weights.{r}"][layer].numpy().T - w[:16]).max() < 1e-4
+            assert np.abs(trained[f"biases.{r}"][layer].numpy() - w[16]).max() < 1e-4
+            predictions = (x_val[layer] @ w[:16] + w[16]).argmax(axis=1)
+            right[layer, r] = (predictions == y_val).mean()
     assert result.curves["probe, val"].y == pytest.approx(right.max(axis=1))
     assert result.numbers["val/accuracy"].value == pytest.approx(right.max())
     layer, r = (int(i) for i in np.unravel_index(right.argmax(), right.shape))
     assert (result.numbers["probe/layer"].value, result.numbers["probe/rate"].value) == (layer, (0.1, 1.0)[r])
     head, y = load_file(folder / "probe.safetensors"), labels(lab, "test")
-    assert torch.equal(head["weight"], by_name[f"weights.{r}"][layer])
-    assert torch.equal(head["bias"], by_name[f"biases.{r}"][layer])
+    assert torch.equal(head["weight"], trained[f"weights.{r}"][layer])
+    assert torch.equal(head["bias"], trained[f"biases.{r}"][layer])
     scores = features(lab, net, "test")[layer] @ head["weight"].numpy().T + head["bias"].numpy()
     assert result.numbers["test/accuracy"].value == pytest.approx((scores.argmax(axis=1) == y).mean())
     assert result.class_names == {"confusion": tuple("0123456789")}
@@ -560,11 +560,11 @@ def test_a_rate_too_high_breaks_its_own_heads_only(tmp_path: Path, lab: Lab, lar
         name: lab.probe(tmp_path / name, large, norm="raw", solver="sgd", sgd={"rates": rates}, test=False)
         for name, rates in (("alone", [1e-7, 1e-6]), ("beside", [1e38, 1e-7, 1e-6]))
     }
-    by_name, expected = heads(tmp_path / "beside"), heads(tmp_path / "alone")
-    assert not by_name["weights.0"].isfinite().any()
+    trained, expected = heads(tmp_path / "beside"), heads(tmp_path / "alone")
+    assert not trained["weights.0"].isfinite().any()
     for r in (0, 1):
         for kind in ("weights", "biases"):
-            assert torch.allclose(by_name[f"{kind}.{r + 1}"], expected[f"{kind}.{r}"], rtol=1e-4, atol=1e-9)
+            assert torch.allclose(trained[f"{kind}.{r + 1}"], expected[f"{kind}.{r}"], rtol=1e-4, atol=1e-9)
     assert train_losses(tmp_path / "beside") == pytest.approx(train_losses(tmp_path / "alone"), rel=1e-5)
     for name in ("probe/rate", "probe/layer", "val/accuracy"):
         assert results["beside"].numbers[name] == results["alone"].numbers[name]

@@ -32,8 +32,8 @@ def worked(place: Path, *part: str, count: int = 2) -> Path:
 
 
 def answers_in(place: Path) -> list[dict[str, Any]]:
-    items: list[dict[str, Any]] = torch.load(place / "answers.pt", weights_only=True)
-    return items
+    answers: list[dict[str, Any]] = torch.load(place / "answers.pt", weights_only=True)
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +91,13 @@ def test_a_network_in_parts_learns_as_a_whole_one(answers: list[dict[str, Any]])
 @pytest.mark.parametrize("strategy", DEEPSPEED)
 def test_deepspeed_learns_as_a_whole_one(by_zero: list[dict[str, Any]], reference: Any, strategy: str) -> None:
     """Invariant: 20 losses and the validations as on one process, also when stopped and resumed."""
-    for by_name in by_zero:
+    for answers in by_zero:
         for name, curve in reference.curves.items():
-            assert by_name[strategy][name] == pytest.approx(curve.y, rel=1e-5)
-        assert by_name[f"{strategy} validated"] == pytest.approx(reference.numbers["val/loss_gen"].value, rel=1e-5)
+            assert answers[strategy][name] == pytest.approx(curve.y, rel=1e-5)
+        assert answers[f"{strategy} validated"] == pytest.approx(reference.numbers["val/loss_gen"].value, rel=1e-5)
         if strategy == "deepspeed_2":
-            assert by_name[f"{strategy} stopped"].startswith("stopped by SIGTERM after step")
-            assert by_name[f"{strategy} resumed"] == by_name[strategy]
+            assert answers[f"{strategy} stopped"].startswith("stopped by SIGTERM after step")
+            assert answers[f"{strategy} resumed"] == answers[strategy]
 
 
 @pytest.mark.slow
@@ -108,8 +108,8 @@ def test_deepspeed_holds_what_was_planned(by_zero: list[dict[str, Any]], strateg
         SIZES, batch_size=100, micro_batch=25, steps=1, devices=2, strategy=strategy, precision="32-true",
         recompute=False, scores=0, fused_norm=True,
     )  # fmt: skip
-    for by_name in by_zero:
-        assert by_name[f"{strategy} held"] == pytest.approx(planned.weights + planned.optimiser, rel=0.15)
+    for answers in by_zero:
+        assert answers[f"{strategy} held"] == pytest.approx(planned.weights + planned.optimiser, rel=0.15)
 
 
 @pytest.mark.slow
@@ -136,12 +136,12 @@ def test_a_checkpoint_in_pieces_is_resumed_by_another_number_of_ranks(tmp_path: 
 @pytest.mark.slow
 def test_a_run_may_change_its_strategy(by_zero: list[dict[str, Any]], reference: Any) -> None:
     """Invariant: begun by DeepSpeed, gone on with by FSDP and ended by DeepSpeed, its losses are those of one."""
-    for by_name in by_zero:
-        first, second, *losses = by_name["by turns"]
+    for answers in by_zero:
+        first, second, *losses = answers["by turns"]
         assert first.startswith("stopped by SIGTERM after step 8")
         assert second.startswith("stopped by SIGTERM after step 1")
         assert losses == pytest.approx(reference.curves["train/loss_gen"].y, rel=1e-5)
-        assert "is one file, as trainer=ddp and fsdp write it" in by_name["one file"]
+        assert "is one file, as trainer=ddp and fsdp write it" in answers["one file"]
 
 
 def test_what_sharding_goes_together_with(answers: list[dict[str, Any]]) -> None:

@@ -41,7 +41,7 @@ def test_a_sharded_checkpoint_is_consolidated(tmp_path: Path) -> None:
     """Round trip, through the command; any part of it may be named."""
     net = small_net()
     save_sharded(tmp_path / "sharded", net)
-    # the palette of `origin_of` has a made-up hash: tokens are not looked at here
+    # the palette of its metadata has a made-up hash: tokens are not looked at here
     _, folder = run(tmp_path, "task=import", f"init={tmp_path / 'sharded' / '__0_0.distcp'}")
     again = find_weights(str(folder)).net().state_dict()
     assert all(torch.equal(weight, again[name]) for name, weight in net.state_dict().items())
@@ -147,10 +147,10 @@ def test_only_one_tensor_is_in_memory(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def make() -> torch.Tensor:
         nonlocal most
-        result = torch.ones(10, 10)
-        alive.append(weakref.ref(result))
+        tensor = torch.ones(10, 10)
+        alive.append(weakref.ref(tensor))
         most = max(most, sum(one() is not None for one in alive))
-        return result
+        return tensor
 
     monkeypatch.setattr(tensors, "SHARD_BYTES", 1000)
     write(tmp_path, {f"w{i}": LazyTensor((10, 10), torch.float32, make) for i in range(9)}, label="")

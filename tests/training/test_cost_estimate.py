@@ -221,11 +221,11 @@ def test_the_plan_is_that_of_the_settings(changed: dict[str, Any], by_hand: dict
         "micro_batch": 4000, "devices": 1, "precision": "32-true", "peak_flops": 1e12, "utilisation": 0.4
     }  # fmt: skip
     counted |= {**USUAL, "fused_norm": False}
-    items = plan_run(on, network, batch_size=4000, steps=1000)
-    assert items == format_plan(
+    lines = plan_run(on, network, batch_size=4000, steps=1000)
+    assert lines == format_plan(
         estimate_cost(network, batch_size=4000, steps=1000, **{**counted, **by_hand}), memory=24e9
     )
     if changed:
-        assert items != plan_run(
+        assert lines != plan_run(
             machine(plan=True, attention_backend="sdpa", memory_gb=24.0), network, batch_size=4000, steps=1000
         )

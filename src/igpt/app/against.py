@@ -73,10 +73,10 @@ def read_measured(row: PublishedRow, run: RunRecord) -> Number | str | None:
         names = [name for pattern in patterns for name in matching(run.result.numbers, pattern)]
         return ", ".join(f"{name} {format_readable(run.result.numbers[name])}" for name in names) or None
     minuend, _, subtrahend = row.number.partition(" - ")
-    own, reference = (run.result.numbers.get(_name_within(run, name)) for name in (minuend, subtrahend))
-    if own is None or not subtrahend:
-        return own
-    return None if reference is None else Number(own.value - reference.value, own.unit, own.n)
+    first, second = (run.result.numbers.get(_name_within(run, name)) for name in (minuend, subtrahend))
+    if first is None or not subtrahend:
+        return first
+    return None if second is None else Number(first.value - second.value, first.unit, first.n)
 
 
 def _name_within(run: RunRecord, name: str) -> str:
@@ -90,16 +90,16 @@ def list_differences(row: PublishedRow, run: RunRecord) -> list[str]:
     """Every difference between a run and a published row, as `task.steps 3,000 (paper: 1,000,000)`."""
     if run.task == "scaling":
         return _list_compared(run)
-    own, reference, lines = collect_facts(run), load_paper().expects(row), _list_measuring_differences(row, run)
-    for key, value in reference.items():
+    facts, expected, lines = collect_facts(run), load_paper().expects(row), _list_measuring_differences(row, run)
+    for key, value in expected.items():
         group = f"{PRETRAINING if key.startswith(PRETRAINING) else ''}data."
-        other_data = reference.get(f"{group}name") not in (None, own.get(f"{group}name"))
+        other_data = expected.get(f"{group}name") not in (None, facts.get(f"{group}name"))
         follows = other_data and key.startswith(group) and key not in (f"{group}name", f"{group}resolution")
-        if key in own and own[key] != value and not follows:
+        if key in facts and facts[key] != value and not follows:
             is_rate = key == f"{PRETRAINING}task.learning_rate"
             from_memory = is_rate and not load_paper().recipes[row.init or ""].confirmed
             paper = "paper, from memory" if from_memory else "paper"
-            lines.append(f"{key} {_format_value(own[key])} ({paper}: {_format_value(value)})")
+            lines.append(f"{key} {_format_value(facts[key])} ({paper}: {_format_value(value)})")
     return lines + (_list_weights_differences(run) if row.init is not None else [])
 
 

@@ -1,6 +1,7 @@
 """`task=compare`: tables of many runs, against published numbers and against each other, grouped over seeds.
 
-For use from Python: `summarize(folders, metric)` returns the rows, `table` their text; `draw` writes their picture.
+For use from Python: in `igpt.report.summary`, `summarize(folders, metric)` returns the rows, `table` their text;
+`draw` writes their picture.
 """
 
 import logging

@@ -40,8 +40,8 @@ class TrainingFeatures:
     """Pooled features of training images, all layers, in the feature cache.
 
     Uses the features of the whole split if `task=probe` has written them. Else computes, at the first request, those of
-    at most `among` images drawn by the seed. The cache key is the hash of the weights and `made_by`, which determines
-    pixels and tokens.
+    at most `among` images drawn by the seed. The file is named by the hash of the weights and `cache_key`, which
+    determines pixels and tokens.
     """
 
     net: GPT
@@ -92,18 +92,18 @@ class TrainingFeatures:
             norm=self.settings.norm, dtype=self.settings.dtype,
         )  # fmt: skip
         rows, path = np.arange(len(split)), kept()
-        full = known(path, n_image=len(rows))
-        if full is None and len(split) > self.settings.among:
+        features = known(path, n_image=len(rows))
+        if features is None and len(split) > self.settings.among:
             rows = self.data.sample_rows("train", at_most=self.settings.among)
             path = kept(among=self.settings.among, seed=self.data.seed)
-            full = known(path, n_image=len(rows))
-        if full is None:
+            features = known(path, n_image=len(rows))
+        if features is None:
             with file_lock(path):  # another process may have written them meanwhile
                 if known(path, n_image=len(rows)) is None:
                     self._write(path, rows)
-            full = known(path, n_image=len(rows))
+            features = known(path, n_image=len(rows))
         self.rows = rows
-        return full and Features(full.values, split.labels[rows])
+        return features and Features(features.values, split.labels[rows])
 
     def _write(self, path: Path, rows: np.ndarray) -> None:
         split = self.data.source.split("train")

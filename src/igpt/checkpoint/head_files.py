@@ -40,8 +40,8 @@ def save_head(folder: Path, weight: Tensor, about: HeadMetadata) -> None:
     with files.atomic_path(folder / HEAD) as temporary:
         save_file({"wclf": weight.detach().to("cpu").contiguous()}, temporary)
     names = shorten_class_names(about.class_names)
-    fields_saved = asdict(about) | {"class_names": names, "sha256": files.sha256(folder / HEAD)}
-    files.write_json(folder / ABOUT, {key: value for key, value in fields_saved.items() if value is not None})
+    record = asdict(about) | {"class_names": names, "sha256": files.sha256(folder / HEAD)}
+    files.write_json(folder / ABOUT, {key: value for key, value in record.items() if value is not None})
 
 
 def has_head(weights: Weights) -> bool:

@@ -104,11 +104,11 @@ def _open_tensors(folder: Path) -> tuple[State, Path, str]:
     if not (folder / tensors.WEIGHTS).is_file() and not (folder / tensors.INDEX).is_file():
         if not (path := folder / TORCH).is_file():
             raise ValueError(f"{folder} has a {CONFIG} and no {tensors.WEIGHTS}: the download was not finished")
-        result = tensors.read_torch(path)
-        if not isinstance(result, dict) or not all(isinstance(value, torch.Tensor) for value in result.values()):
+        state = tensors.read_torch(path)
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise ValueError(f"{path} is no plain table of tensors: save the model again with save_pretrained")
-        result = {str(name): tensor for name, tensor in result.items() if not re.fullmatch(BUFFER, str(name))}
-        return tensors.unwrapped_state(result), path, files.sha256(path)
+        state = {str(name): tensor for name, tensor in state.items() if not re.fullmatch(BUFFER, str(name))}
+        return tensors.unwrapped_state(state), path, files.sha256(path)
     state, (first, *more) = tensors.read(folder, ignore=BUFFER), tensors.list_part_files(folder)
     return state, folder if more else first, weights_sha256(folder)
 
@@ -141,11 +141,11 @@ def import_state(foreign: State, network: GPTConfig, where: Path) -> State:
     expected = export_state(tensors.unwrapped_state(meta_model(network).state_dict()), network)
     tensors.check_fit(where, foreign, {name: tensor.shape for name, tensor in expected.items()})
     biases = [name for name in foreign if name.endswith(".bias")]
-    if full := [name for name in biases if bool(foreign[name].read().any())]:
+    if nonzero := [name for name in biases if bool(foreign[name].read().any())]:
         raise ValueError(
-            f"{where}: {', '.join(full[:3])}{f' and {len(full) - 3} more' if len(full) > 3 else ''} not zero: it was "
-            "trained on by Hugging Face's code, with biases that OpenAI's network does not have. Dropping them would "
-            "give another network (logits off by up to 9), so it is refused"
+            f"{where}: {', '.join(nonzero[:3])}{f' and {len(nonzero) - 3} more' if len(nonzero) > 3 else ''} not zero: "
+            "it was trained on by Hugging Face's code, with biases that OpenAI's network does not have. Dropping them "
+            "would give another network (logits off by up to 9), so it is refused"
         )
     foreign = {name: tensor.to_float32() for name, tensor in foreign.items()}
     table, names = foreign["transformer.wte.weight"], _names(network)

@@ -78,19 +78,19 @@ class CheckpointMetadata:
         """Inverse of `to_dict`, also for the older format. Raises ValueError on anything else."""
         if not isinstance(saved, Mapping):
             raise ValueError(f"it is {saved!r:.60}")
-        fields_given = dict(saved)
+        values = dict(saved)
         if format == PALETTE_FORMAT:
             older = {"centres": "palette", "hash": "palette_hash", "permutation": "permutation"}
-            palette = {name: fields_given.pop(old, None) for name, old in older.items()}
-            fields_given["tokenizer"] = {"kind": "palette", **palette}
+            palette = {name: values.pop(old, None) for name, old in older.items()}
+            values["tokenizer"] = {"kind": "palette", **palette}
         field_names = {field.name for field in fields(CheckpointMetadata)}
-        for key in sorted(map(str, field_names ^ fields_given.keys())):
+        for key in sorted(map(str, field_names ^ values.keys())):
             raise ValueError(f"{key} is {'missing' if key in field_names else 'no field of it'}")
-        if not isinstance(fields_given["network"], Mapping):
-            raise ValueError(f"its network is {fields_given['network']!r:.60}")
-        fields_given["network"] = GPTConfig.from_dict(fields_given["network"])
-        fields_given["tokenizer"] = tokenizer_from_dict(fields_given["tokenizer"])
-        return CheckpointMetadata(**fields_given)
+        if not isinstance(values["network"], Mapping):
+            raise ValueError(f"its network is {values['network']!r:.60}")
+        values["network"] = GPTConfig.from_dict(values["network"])
+        values["tokenizer"] = tokenizer_from_dict(values["tokenizer"])
+        return CheckpointMetadata(**values)
 
 
 @dataclass(frozen=True)

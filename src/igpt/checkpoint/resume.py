@@ -21,7 +21,7 @@ BEST = "best.json"  # file with name, step and metric of the checkpoint with the
 class AtomicCheckpointIO(CheckpointIO):
     """Writes a checkpoint and its checksum atomically; reads it without executing code from it.
 
-    A failed write is stored in `refused` instead of raised, so that all ranks can be told before the run ends.
+    A failed write is stored in `write_error` instead of raised, so that all ranks can be told before the run ends.
     """
 
     write_error: OSError | None = None  # error of the last save
@@ -47,7 +47,7 @@ class AtomicCheckpointIO(CheckpointIO):
             ) from error
 
     def replace(self, unfinished: Path, path: Path) -> None:
-        """Renames a completely written folder to `path`, with its checksum; stores a disk error in `refused`."""
+        """Renames a completely written folder to `path`, with its checksum; stores a disk error in `write_error`."""
         try:
             for file in unfinished.iterdir():
                 with file.open("rb") as written:

@@ -28,7 +28,7 @@ EXTENSIONS = frozenset(end.lower() for end, name in Image.registered_extensions(
 WHITE = (255, 255, 255)
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 _EIGHT_BIT = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr")
-_ORIENTATION = "orientation of the file"  # key in `Image.info`, set by `opened`
+_ORIENTATION = "orientation of the file"  # key in `Image.info`, set by `open_image`
 _WHITE_IS_ZERO = 0  # value of a TIFF's PhotometricInterpretation
 _COLOURS_OF_16_BITS = b"\x10\x02"  # bit depth and colour type in the header of a PNG
 
@@ -103,13 +103,13 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an image from `opened`, after applying its EXIF orientation."""
+    """Width and height of an image from `open_image`, after applying its EXIF orientation."""
     width, height = image.size
     return (height, width) if image.info[_ORIENTATION] >= 5 else (width, height)
 
 
 def decode_rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
-    """Decodes an image from `opened` to upright RGB.
+    """Decodes an image from `open_image` to upright RGB.
 
     Grey becomes three equal channels; palette indices become their colours; Pillow converts CMYK and YCbCr;
     transparent pixels are composited on white; 16-bit grey is divided by 257, so that 65,535 is white; Pillow keeps
@@ -131,7 +131,7 @@ def decode_rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
         return image if turn is None else image.transpose(turn)
     except BadImageError:
         raise
-    except Exception as error:  # as in `opened`
+    except Exception as error:  # as in `open_image`
         raise BadImageError(f"it is damaged or cut short: {error}") from error
 
 

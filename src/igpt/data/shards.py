@@ -102,11 +102,11 @@ def expand_shard_path(path: str) -> list[str] | None:
         return None
     if is_remote(path):
         return _expand_braces(path)
-    full_path = Path(path)
-    if full_path.is_file():
-        return [str(full_path)]
-    around = next(folder for folder in (*full_path.parents, Path()) if folder.is_dir())
-    patterns = _expand_braces(str(full_path.relative_to(around)))
+    local = Path(path)
+    if local.is_file():
+        return [str(local)]
+    around = next(folder for folder in (*local.parents, Path()) if folder.is_dir())
+    patterns = _expand_braces(str(local.relative_to(around)))
     files: list[str] = []
     for pattern in patterns:
         literal = pattern.replace("[", "[[]")

@@ -33,7 +33,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A `Part`: the images of some shards whose content hash lies in `share`."""
+    """A `StreamPart`: the images of some shards whose content hash lies in `share`."""
 
     name: str
     weight: float
@@ -140,8 +140,8 @@ class StreamedImages:
     """The splits of a stream.
 
     Without a validation split, training images with a content hash below `val_fraction` are the validation images, so
-    that copies of an image fall on the same side. `split` keeps the first `held` images of a split in memory, since a
-    stream has no random access.
+    that copies of an image fall on the same side. `split` keeps the first `held_in_memory` images of a split in
+    memory, since a stream has no random access.
     """
 
     def __init__(

@@ -85,9 +85,9 @@ def die_with_parent() -> None:
 
 
 class Children:
-    """Runs child processes in parallel. In a `together` block signals are forwarded to them; its end kills those left.
+    """Runs child processes in parallel. In a `supervise` block signals are forwarded to them; its end kills those left.
 
-    `heard`: name of the first signal.
+    `received_signal`: name of the first signal.
     """
 
     def __init__(self) -> None:

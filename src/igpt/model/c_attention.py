@@ -69,6 +69,7 @@ def _call_library(name: str, qkv: Tensor, n_head: int, causal: bool, *others: Te
     depth, tasks = width // 3 // n_head, b * n_head if backward else b * n_head * t
     threads = max(1, min(torch.get_num_threads(), tasks))
     floats = threads * library.igpt_attend_room(t, depth, int(backward))
-    workspace = torch.empty(floats, dtype=torch.float32, device="cpu")  # whatever the default dtype and device
+    # explicit: the default dtype and device may differ
+    workspace = torch.empty(floats, dtype=torch.float32, device="cpu")
     sizes = (b, t, n_head, depth, int(causal), int(qkv.dtype == torch.bfloat16), threads)
     getattr(library, name)(*sizes, *(tensor.data_ptr() for tensor in (qkv, *others, workspace)))

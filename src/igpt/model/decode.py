@@ -3,7 +3,7 @@
 A step is bound by memory: it reads every weight and every cached key and value once and computes little with each.
 The network's own layers, made for whole images, take many times as long (`docs/performance.md`). The other backends
 reimplement the paper's block, so each lists the settings it supports and is compared with the network itself before
-the first token is drawn (`verified`).
+the first token is drawn (`is_verified`).
 """
 
 import ctypes
@@ -36,7 +36,7 @@ _verified: "WeakKeyDictionary[GPT, dict[tuple[str, torch.dtype], bool]]" = WeakK
 
 @dataclass(frozen=True)
 class DecodeBackend:
-    """A decode step's constructor. Settings that are not in `knows` are supported with the paper's value only."""
+    """A decode step's constructor. Settings not in `supported_settings` are supported with the paper's value only."""
 
     make_step: Callable[[GPT, Cache], Step]
     supported_settings: tuple[str, ...]

@@ -78,7 +78,7 @@ class Attention(nn.Module):
         return (q, k, v) if self.rotate is None else (self.rotate(q, start), self.rotate(k, start), v)
 
     def _update_kv_cache(self, qkv: Tensor, cache: Cache, layer: int) -> tuple[Tensor, ...]:
-        """Writes the keys and values of these positions to the cache; returns `_heads`: 3 × (B, H, T, D)."""
+        """Writes the keys and values of these positions to the cache; returns `_split_heads`: 3 × (B, H, T, D)."""
         t = qkv.shape[1]
         start, end = cache.length, cache.length + t
         assert t == 1 or start == 0, "a cache is filled by one prompt, then by single positions"

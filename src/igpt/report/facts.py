@@ -83,9 +83,9 @@ def data_overrides(run: RunRecord) -> list[str]:
 
 def next_commands(run: RunRecord) -> list[tuple[str, str]]:
     """Commands that continue from a run: (description, command)."""
-    weights, full_path = find_run_weights(run), run.folder.parent if run.is_stage else run.folder
+    weights, run_dir = find_run_weights(run), run.folder.parent if run.is_stage else run.folder
     following = [
-        ("show the result again; where it was stopped, go on", train_command(format_setting("resume", full_path)))
+        ("show the result again; where it was stopped, go on", train_command(format_setting("resume", run_dir)))
     ]
     if weights is None:
         return following

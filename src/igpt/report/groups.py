@@ -14,15 +14,17 @@ LONGEST = 48  # characters shown of a value
 
 def list_settings(run: RunRecord, *, deep: int = 3) -> dict[str, Any]:
     """The flat settings that determine a run, without seeds; under `init.` those of the runs that made its weights."""
-    own = flatten(deciding({"task": {}, "trainer": {"precision": None}} | run.config))
-    by_name = {key: value for key, value in own.items() if key.rpartition(".")[2] not in OF_THE_CODE and key != "seed"}
+    flat = flatten(deciding({"task": {}, "trainer": {"precision": None}} | run.config))
+    settings = {
+        key: value for key, value in flat.items() if key.rpartition(".")[2] not in OF_THE_CODE and key != "seed"
+    }
     history = run.init_history
     if run.config.get("init") is None:
-        return by_name
+        return settings
     if not history.runs or not deep:
-        return by_name | {"init": run.config["init"]}
+        return settings | {"init": run.config["init"]}
     before = list_settings(history.runs[0], deep=deep - 1) | {"step": history.metadata.get("step")}
-    return by_name | {f"init.{key}": value for key, value in before.items()}
+    return settings | {f"init.{key}": value for key, value in before.items()}
 
 
 def group_by_seed(runs: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], dict[RunRecord, RunRecord]]:

@@ -36,7 +36,7 @@ class MatrixCells:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file with title and caption. `png` is the file's content, empty if it cannot be shown (see `said`)."""
+    """A picture file with title and caption. `png` is the file's content, empty if it cannot be shown (see `note`)."""
 
     title: str
     caption: str

@@ -64,13 +64,15 @@ class RunRecord:
     @cached_property
     def stages(self) -> list["Stage"]:
         """The stages of a pipeline, in order; empty for other tasks."""
-        requested = self.config.get("task", {}).get("stages", {}) if self.task == "pipeline" else {}
+        stages = self.config.get("task", {}).get("stages", {}) if self.task == "pipeline" else {}
         folders = {}
-        for position, (name, own) in enumerate(((n, own) for n, own in requested.items() if own is not None), start=1):
-            given = own.get("run")
-            beside = self.folder.absolute().parent / Path(given or "").name
-            found = given and (resolve_nearest(self.folder, given) or beside)
-            folders[name] = found or self.folder / f"{position}_{name}"
+        active = {name: settings for name, settings in stages.items() if settings is not None}
+        for position, (name, settings) in enumerate(active.items(), start=1):
+            given = settings.get("run")
+            beside = None if given is None else self.folder.absolute().parent / Path(given).name
+            folders[name] = (
+                (given and resolve_nearest(self.folder, given)) or beside or self.folder / f"{position}_{name}"
+            )
         return [Stage(name, folder, *_read_or_reason(folder)) for name, folder in folders.items()]
 
 
@@ -88,7 +90,7 @@ class Stage:
 class InitHistory:
     """The initial weights of a run: their metadata, and the runs that made them, the last one first."""
 
-    metadata: dict[str, Any] = field(default_factory=dict)  # as `brief` shortens it
+    metadata: dict[str, Any] = field(default_factory=dict)  # as `summarize_metadata` shortens it
     runs: tuple[RunRecord, ...] = ()
     unknown: str = ""  # description of a gap in the history, and its reason
 
@@ -201,8 +203,8 @@ def find_runs(folders: Sequence[str]) -> FoundRuns:
         if not named:
             raise ValueError(f"there is nothing at {place}: give run folders, a glob, or a folder that holds them")
         for path in named:
-            own = path.parent if path.name == "result.json" else path
-            here |= {folder.resolve(): folder for folder in _run_folders(own)}
+            top = path.parent if path.name == "result.json" else path
+            here |= {folder.resolve(): folder for folder in _run_folders(top)}
     every = read_runs(list(here.values()))
     return FoundRuns([run for run in every.runs if run.task != COMPARE], every.problems)
 
@@ -230,40 +232,40 @@ def resolve_nearest(folder: Path, path: str) -> Path | None:
 
 def trace_init(run: RunRecord, depth: int = 0) -> InitHistory:
     """The history of a run's initial weights, from its own record and from those of the runs that made them."""
-    message = run.result.provenance.get("init")
-    message = message if isinstance(message, dict) else {}
+    recorded = run.result.provenance.get("init")
+    recorded = recorded if isinstance(recorded, dict) else {}
     init = run.config.get("init") or next(iter(run.config.get("task", {}).get("runs") or []), None)
     if not isinstance(init, str):
-        return InitHistory(message)
+        return InitHistory(recorded)
     place = resolve_nearest(run.folder, init)
     around = [place, *place.parents[:3]] if place is not None else []
     before = next((folder for folder in around if (folder / "run.json").is_file()), None)
     if place is None or before is None or depth > LONGEST_CHAIN:
         why = "is not there any more" if place is None else "is not a run's"
         return InitHistory(
-            message or (_read_metadata(place) if place else {}), unknown=f"how its weights were trained ({init} {why})"
+            recorded or (_read_metadata(place) if place else {}), unknown=f"how its weights were trained ({init} {why})"
         )
     metadata = _read_metadata(before)
     began = run.result.provenance.get("from" if run.task == "finetune" else "weights")
     if step := next((m for folder in around[:3] if (m := CHECKPOINT.fullmatch(folder.name))), None):
         metadata["step"] = int(step[1])
     elif isinstance(began, str) and metadata.get("weights_sha256") not in (began, None):
-        return InitHistory(message, unknown=f"how its weights were trained ({init} holds others now)")
+        return InitHistory(recorded, unknown=f"how its weights were trained ({init} holds others now)")
     maker, problem = _read_or_reason(before)
     if maker is None:  # for example a checkpoint of an unfinished run
-        return InitHistory(message or metadata, unknown=f"how its weights were trained ({before.name}: {problem})")
+        return InitHistory(recorded or metadata, unknown=f"how its weights were trained ({before.name}: {problem})")
     earlier = trace_init(maker, depth + 1)
-    result = (maker,) if maker.task != "import" else ()
+    makers = (maker,) if maker.task != "import" else ()
     return InitHistory(
-        metadata | message, (*result, *earlier.runs), "" if maker.task == "pretrain" else earlier.unknown
+        metadata | recorded, (*makers, *earlier.runs), "" if maker.task == "pretrain" else earlier.unknown
     )
 
 
 def read_objective(run: RunRecord) -> str:
     """ar or bert; "" with `objective=checkpoint` and missing weights."""
-    own = str(run.settings.get("objective.name"))
-    known = run.init_history.metadata.get("objective") or {"name": ""}
-    return str(known["name"]) if own == "checkpoint" else own
+    name = str(run.settings.get("objective.name"))
+    saved = run.init_history.metadata.get("objective") or {"name": ""}
+    return str(saved["name"]) if name == "checkpoint" else name
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:

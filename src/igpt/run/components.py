@@ -134,23 +134,23 @@ class Components:
         Raises:
             ValueError: weights of another tokenizer or resolution.
         """
-        reference = self.weights.tokenizer if self.weights is not None else None
+        saved = self.weights.tokenizer if self.weights is not None else None
         data = self.run.cfg.data
-        if self.weights is not None and reference is not None and reference.side != data.resolution:
+        if self.weights is not None and saved is not None and saved.side != data.resolution:
             raise ValueError(
-                f"{self.weights.folder} reads {reference.side}×{reference.side} pixels ({self.weights.metadata.data}), "
+                f"{self.weights.folder} reads {saved.side}×{saved.side} pixels ({self.weights.metadata.data}), "
                 f"data={data.name} gives {data.resolution}×{data.resolution}"
             )
         if self.run.takes_from_weights("tokens"):
-            assert reference is not None, "RunConfig has seen to it"
-            return reference
-        own = self.tokenizer_settings.build(self.source, self.cache_dir)
-        if self.weights is not None and reference is not None and own.hash != reference.hash:
+            assert saved is not None, "RunConfig has seen to it"
+            return saved
+        tokenizer = self.tokenizer_settings.build(self.source, self.cache_dir)
+        if self.weights is not None and saved is not None and tokenizer.hash != saved.hash:
             raise ValueError(
-                f"{self.weights.folder} was trained on other tokens ({reference.describe()}, {reference.hash}) than "
-                f"this run's ({own.describe()}, {own.hash}): tokens=checkpoint takes the checkpoint's"
+                f"{self.weights.folder} was trained on other tokens ({saved.describe()}, {saved.hash}) than "
+                f"this run's ({tokenizer.describe()}, {tokenizer.hash}): tokens=checkpoint takes the checkpoint's"
             )
-        return own
+        return tokenizer
 
     def build_datamodule(self, *, plan: BatchPlan = ONE_BY_ONE, eval_split: str = "val") -> TokenDataModule:
         """The DataModule of token batches. `plan`: the distribution of a step's images over ranks and micro batches."""
@@ -232,8 +232,8 @@ class Components:
         metadata, folder, takes = self.weights.metadata, self.weights.folder, self.run.takes_from_weights
         if not takes("model"):
             saved = metadata.network
-            own = self._network(n_ctx=saved.n_ctx, n_vocab=saved.n_vocab)
-            igpt_format.check_equal("network", saved.to_dict(), {**own.to_dict(), "causal": saved.causal}, folder)
+            network = self._network(n_ctx=saved.n_ctx, n_vocab=saved.n_vocab)
+            igpt_format.check_equal("network", saved.to_dict(), {**network.to_dict(), "causal": saved.causal}, folder)
         if not takes("objective"):
             igpt_format.check_equal("objective", metadata.objective, self.run.objective_settings, folder)
         if takes("tokens"):

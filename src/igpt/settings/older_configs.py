@@ -188,13 +188,13 @@ def flat(settings: Any, keys: Keys = ()) -> Flat:
 
 def nested(settings: Flat) -> dict[str, Any]:
     """The inverse of `flat`."""
-    whole: dict[str, Any] = {}
+    config: dict[str, Any] = {}
     for (*groups, name), value in settings.items():
-        place = whole
+        place = config
         for group in groups:
             place = place.setdefault(group, {})
         place[name] = value
-    return whole
+    return config
 
 
 def _changed(settings: Flat, changes: Changes) -> Flat:
@@ -267,9 +267,9 @@ def _found(path: Keys, key: str) -> tuple[Keys, Keys] | None:
     """Splits a path that lies at or below a dotted key: (path of the key's group, path below the key); else None."""
     group, *names = key.split(".")
     for place in PLACES.get(group, ((group,),)):
-        whole = (*place, *names)
-        if len(path) >= len(whole) and all(each in ("*", part) for each, part in zip(whole, path, strict=False)):
-            return path[: len(place)], path[len(whole) :]
+        expected = (*place, *names)
+        if len(path) >= len(expected) and all(each in ("*", part) for each, part in zip(expected, path, strict=False)):
+            return path[: len(place)], path[len(expected) :]
     return None
 
 

@@ -108,5 +108,5 @@ class FeatureReader:
         return [features for features in stored if features is not None]
 
     def read_masked(self, net: GPT, name: str, split: str, *, eval_masks: int) -> FeatureSet:
-        """The features as `Images`; training images under one mask only."""
+        """The features as `FeatureSet`; training images under one mask only."""
         return FeatureSet(self.read(net, name, split, eval_masks=1 if split == "train" else eval_masks))

@@ -23,15 +23,15 @@ def run(components: Components, settings: PipelineSettings) -> Result:
     folder, init, stages = components.run_dir, components.init, settings.active_stages
     results: dict[str, Result] = {}
     places: dict[str, Path] = {}
-    for position, (name, own) in enumerate(stages.items(), start=1):
+    for position, (name, stage_settings) in enumerate(stages.items(), start=1):
         start: str | list[str] | None = init
-        if isinstance(requested := own.get(FROM), list):
-            start = [str(places[source]) for source in requested]
-        elif FROM in own:
-            start = None if requested is None else str(places[requested])
+        if isinstance(source := stage_settings.get(FROM), list):
+            start = [str(places[each]) for each in source]
+        elif FROM in stage_settings:
+            start = None if source is None else str(places[source])
         log.info("stage %d of %d: %s", position, len(stages), name)
         results[name], places[name] = components.run_stage(name, folder=folder / f"{position}_{name}", init=start)
-        if FROM not in own and (places[name] / "model").is_dir():
+        if FROM not in stage_settings and (places[name] / "model").is_dir():
             init = str(places[name])
     merged = Result(numbers=merge({name: result.numbers for name, result in results.items()}, is_same_value))
     merged.curves = merge({name: result.curves for name, result in results.items()}, lambda a, b: False)
@@ -60,11 +60,13 @@ def merge(of_stages: Mapping[str, Mapping[str, Value]], same: Callable[[Value, V
     by_name: dict[str, list[tuple[str, Value]]] = {}
     for stage, values in of_stages.items():
         for key, value in values.items():
-            known = by_name.setdefault(key, [])
-            if not any(same(value, other) for _, other in known):
-                known.append((stage, value))
+            different = by_name.setdefault(key, [])
+            if not any(same(value, other) for _, other in different):
+                different.append((stage, value))
     return {
-        key if len(known) == 1 else f"{stage}/{key}": value for key, known in by_name.items() for stage, value in known
+        key if len(different) == 1 else f"{stage}/{key}": value
+        for key, different in by_name.items()
+        for stage, value in different
     }
 
 

@@ -93,7 +93,8 @@ class StreamState:
     contents: dict[str, int]  # shards per part, for which the positions are valid
     states: list[ReaderState]  # position of each reader
     next: int  # the reader of the next micro-batch
-    _local: dict[int, ReaderState] = field(default_factory=dict)  # positions of this rank's readers
+    # positions of the readers that this rank has read from
+    _local: dict[int, ReaderState] = field(default_factory=dict)
 
     @staticmethod
     def start(images: Stream, count: int) -> "StreamState":
@@ -101,7 +102,7 @@ class StreamState:
 
     @staticmethod
     def from_dict(saved: Mapping[str, Any]) -> "StreamState":
-        """The state from the result of `gathered`."""
+        """The state from the result of `gather`."""
         states = [ReaderState.from_lists(numbers) for numbers in saved["places"]]
         return StreamState(dict(saved["contents"]), states, saved["next"])
 

@@ -161,7 +161,7 @@ class TokenDataModule(L.LightningDataModule):
         return self.encode_rows(name, self.sample_rows(name, at_most=at_most))
 
     def sample_rows(self, name: str, *, at_most: int | None = None) -> np.ndarray:
-        """The image indices of `some_tokens`, (N,) ascending."""
+        """The image indices of `sample_tokens`, (N,) ascending."""
         n = len(self.source.split(name))
         if at_most is None or at_most >= n:
             return np.arange(n)

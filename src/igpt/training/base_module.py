@@ -28,7 +28,7 @@ UNITS = {"loss_gen": "nats/token", "loss_clf": "nats/image", "accuracy": "share"
 class TrainedModule(L.LightningModule):
     """Averages named figures over micro-batches and ranks of each optimiser step; logs them every `log_every` steps.
 
-    A subclass calls `tally` in its training step and `validated` at the end of each validation.
+    A subclass calls `accumulate` in its training step and `finish_validation` at the end of each validation.
     """
 
     def __init__(self, hardware: HardwareConfig, settings: TrainingSettings, network: GPTConfig) -> None:

@@ -54,7 +54,7 @@ class ZeRO(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # keep PyTorch's fused Adam
 
-    # Setup: the process group exists already, and `Machine` has checked the device.
+    # Setup: the process group exists already, and `HardwareConfig` has checked the device.
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)

@@ -68,7 +68,7 @@ class FSDP(ModelParallelStrategy):
 def write_folder(path: Path, checkpoint_io: Any, write: Callable[[Path], None]) -> None:
     """Has every rank write its part of a temporary folder, then renames it and writes its checksum beside it.
 
-    A disk error is stored in `checkpoint_io.refused`, as by `AtomicCheckpointIO`.
+    A disk error is stored in `checkpoint_io.write_error`, as by `AtomicCheckpointIO`.
     """
     first = ranks.this_rank().is_first
     assert isinstance(checkpoint_io, AtomicCheckpointIO)

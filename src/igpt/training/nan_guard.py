@@ -11,7 +11,7 @@ class NonFiniteLossError(RuntimeError):
 class FiniteGuard:
     """Stores the first step with a non-finite loss, without a GPU synchronisation at every step.
 
-    On a CPU `see` raises at once; on a GPU `check` does, which is called at every logged step and before every
+    On a CPU `record` raises at once; on a GPU `check` does, which is called at every logged step and before every
     checkpoint.
     """
 
