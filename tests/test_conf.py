@@ -331,7 +331,7 @@ def failing(task: Any) -> Any:
     """A task that takes the same settings, and stops."""
 
     @wraps(task)
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise KeyError("stopped")
 
     return stop

@@ -165,6 +165,7 @@ def test_overrides_and_hashes_of_files() -> None:
         "++task.gen=0.50": "++task.loss_weights.gen=0.50",
         "+task.stages.a.gen=1": "+task.stages.a.loss_weights.gen=1",
         "+task.stages.a={gen: 0.5, steps: 3}": "+task.stages.a={loss_weights:{gen:0.5},steps:3}",
+        "+task.stages.a={gen: 0.5}": "+task.stages.a={loss_weights:{gen:0.5}}",
         "~task.gen": "~task.loss_weights.gen",
         "task.norm=old": 'task.norm="new"',
         "task.untrained=false": 'task.baselines=["pixels"]',

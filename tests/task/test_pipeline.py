@@ -1,7 +1,6 @@
 """The pipeline: which weights each stage starts from, and what its numbers are called at the end."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +27,7 @@ class Stages:
 
 
 def pipeline(stage: Stages, folder: Path, *, init: str | None = None, **settings: Any) -> Result:
-    components = parts_of_run(run_stage=stage, run_dir=folder, run=SimpleNamespace(cfg=SimpleNamespace(init=init)))
+    components = parts_of_run(run_stage=stage, run_dir=folder, init=init)
     return run(components, task_settings("igpt.task.pipeline.run", settings))
 
 

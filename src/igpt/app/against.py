@@ -69,11 +69,8 @@ def paper_key(run: RunRecord) -> str:
 def read_measured(row: PublishedRow, run: RunRecord) -> Number | str | None:
     """The run's value of a published number; of a figure, its numbers as text; None if it has none."""
     if row.value is None:
-        names = [
-            name
-            for pattern in row.number.split(", ")
-            for name in matching(run.result.numbers, _name_within(run, pattern))
-        ]
+        patterns = [_name_within(run, pattern) for pattern in row.number.split(", ")]
+        names = [name for pattern in patterns for name in matching(run.result.numbers, pattern)]
         return ", ".join(f"{name} {format_readable(run.result.numbers[name])}" for name in names) or None
     minuend, _, subtrahend = row.number.partition(" - ")
     first, second = (run.result.numbers.get(_name_within(run, name)) for name in (minuend, subtrahend))
@@ -99,12 +96,10 @@ def list_differences(row: PublishedRow, run: RunRecord) -> list[str]:
         other_data = expected.get(f"{group}name") not in (None, facts.get(f"{group}name"))
         follows = other_data and key.startswith(group) and key not in (f"{group}name", f"{group}resolution")
         if key in facts and facts[key] != value and not follows:
-            from_memory = (
-                key == f"{PRETRAINING}task.learning_rate" and not load_paper().recipes[row.init or ""].confirmed
-            )
-            lines.append(
-                f"{key} {_format_value(facts[key])} (paper{', from memory' * from_memory}: {_format_value(value)})"
-            )
+            is_rate = key == f"{PRETRAINING}task.learning_rate"
+            from_memory = is_rate and not load_paper().recipes[row.init or ""].confirmed
+            paper = "paper, from memory" if from_memory else "paper"
+            lines.append(f"{key} {_format_value(facts[key])} ({paper}: {_format_value(value)})")
     return lines + (_list_weights_differences(run) if row.init is not None else [])
 
 

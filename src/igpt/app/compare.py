@@ -13,21 +13,12 @@ from igpt.app.comparison_tables import ComparisonText
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
 from igpt.report.runs import RunRecord
-from igpt.report.summary import (
-    SeedGroup,
-    Summary,
-    average_seeds,
-    draw,
-    find_common_metric,
-    summarize,
-    summarize_runs,
-    table,
-)
+from igpt.report.summary import Summary, draw, find_common_metric, summarize, summarize_runs, table
 from igpt.run.components import Components
 from igpt.settings.reading import CompareSettings
 from igpt.utils import files
 
-__all__ = ["SeedGroup", "Summary", "average_seeds", "draw", "run", "summarize", "summarize_runs", "table"]
+__all__ = ["Summary", "draw", "run", "summarize", "summarize_runs", "table"]
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +93,8 @@ def summarize_groups(runs: Sequence[RunRecord], metric: str | None) -> dict[str,
     summaries = {}
     for task in dict.fromkeys(other.task for other in runs):
         some = [other for other in runs if other.task == task]
-        chosen = (
-            metric or find_common_metric(some) or next((key for other in some for key in other.result.numbers), None)
-        )
-        if chosen is not None and any(chosen in other.result.numbers for other in some):
+        every = [key for other in some for key in other.result.numbers]
+        chosen = metric or find_common_metric(some) or next(iter(every), None)
+        if chosen is not None and chosen in every:
             summaries[task] = summarize_runs(some, chosen)
     return summaries

@@ -147,15 +147,12 @@ def _markdown_row(row: PaperComparison) -> tuple[str, ...]:
     text = "; ".join(filter(None, (entry.source, entry.unconfirmed and f"from memory: {entry.unconfirmed}")))
     runs = row.runs and shorten_folders([run.folder for run in row.runs])
     differs = row.differs and f"**differs:** {'; '.join(row.differs)}"
-    command, run_text = (
-        entry.command and f"`{entry.command}`",
-        entry.run and f"RUN: `{entry.run}`".replace(", or ", "`, or `"),
-    )
+    run_text = entry.run and f"RUN: `{entry.run}`".replace(", or ", "`, or `")
     cells = (
         (entry.printed, text),
         (_format_ours(row), runs),
         (entry.setting, differs),
-        (command, run_text, entry.is_ours and entry.why_not),
+        (entry.command and f"`{entry.command}`", run_text, entry.is_ours and entry.why_not),
     )
     return tuple("<br>".join(str(part) for part in cell if part) for cell in cells)
 

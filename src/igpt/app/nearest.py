@@ -87,12 +87,10 @@ class TrainingFeatures:
         if not len(split):
             raise ValueError(f"{self.data.source.name} has none")
         known = partial(read_features, n_layer=self.net.n_layer)
-        decided: dict[str, Any] = {
-            "cache_key": self.cache_key,
-            "norm": self.settings.norm,
-            "dtype": self.settings.dtype,
-        }
-        kept = partial(feature_path, self.cache, self.data.source, "train", weights=self.weights, **decided)
+        kept = partial(
+            feature_path, self.cache, self.data.source, "train", cache_key=self.cache_key, weights=self.weights,
+            norm=self.settings.norm, dtype=self.settings.dtype,
+        )  # fmt: skip
         rows, path = np.arange(len(split)), kept()
         features = known(path, n_image=len(rows))
         if features is None and len(split) > self.settings.among:

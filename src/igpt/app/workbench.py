@@ -129,15 +129,12 @@ class Workbench:
         if not 1 <= completions <= self.settings.at_most:
             raise ValueError(f"1 to {self.settings.at_most} completions can be drawn at once, got {completions}")
         known = self.data.tokenizer.known_tokens(prompt_rows(0, rows, self.side))
-        image = torch.full((completions,), chosen.index)
-        rng_keys = keyed.per_example_keys(
-            keyed.per_example_keys(keyed.key(seed, "complete"), image), torch.arange(completions)
-        )
+        image_keys = keyed.per_example_keys(keyed.key(seed, "complete"), torch.full((completions,), chosen.index))
+        rng_keys = keyed.per_example_keys(image_keys, torch.arange(completions))
         device, n_ctx = self.net.wte.device, self.net.n_ctx
         given = self._tokens(chosen).expand(completions, -1).to(device)
-        steps = generate_stream(
-            self.net, keyed.uniform(rng_keys, n_ctx).to(device), sampling, prompts=given, known=known
-        )
+        uniforms = keyed.uniform(rng_keys, n_ctx).to(device)
+        steps = generate_stream(self.net, uniforms, sampling, prompts=given, known=known)
         n_known, row = int(known.sum()), n_ctx // self.data.tokenizer.grid.rows
         for there in range(n_known, n_ctx + 1):
             if self.stopping.is_set() or not wanted():

@@ -124,9 +124,8 @@ def _parse_metadata(written: dict[str, Any]) -> HeadMetadata:
     ):
         raise ValueError(f"class_names is no list of names of at most {LONGEST_NAME} characters")
     about = HeadMetadata(**written, class_names=None if names is None else tuple(names))
-    if type(about.n_class) is not int or not all(
-        isinstance(x, str) for x in (about.data, about.classes, about.weights)
-    ):
+    texts = (about.data, about.classes, about.weights)
+    if type(about.n_class) is not int or not all(isinstance(text, str) for text in texts):
         raise ValueError("a field is of another kind")
     if names is not None and len(names) != about.n_class:
         raise ValueError(f"class_names has {len(names)} names, n_class is {about.n_class}")
@@ -137,9 +136,9 @@ def _describe_renamed_class(of_head: tuple[str, ...] | None, of_data: tuple[str,
     """The first class with different names, in brackets; empty if names agree or are unknown."""
     if of_head is None or of_data is None:
         return ""
-    unlike = [i for i, (own, expected) in enumerate(zip(of_head, of_data, strict=False)) if own != expected]
-    if not unlike:
+    pairs = enumerate(zip(of_head, of_data, strict=False))
+    i = next((i for i, (own, expected) in pairs if own != expected), None)
+    if i is None:
         return ""  # or another number of classes, which the caller's message tells
-    i = unlike[0]
     how = "in another order: " if sorted(of_head) == sorted(of_data) else ""
     return f" ({how}class {i} is {of_head[i][:40]!r} to the head, {of_data[i][:40]!r} to the data)"

@@ -80,15 +80,14 @@ def read(folder: Path) -> Weights:
     state = import_state(foreign, network, path)
     palette = _read_palette(folder, network.n_vocab)
     saved = config.get(OURS, {})
+    own = saved if isinstance(saved, dict) else {"said": saved}
     unknown = {"model": size_name(network), "data": f"huggingface{side}", "step": 0, "seed": 0}
     meaning = {
         "network": network.to_dict(),
         "tokenizer": tokenizer_to_dict(PaletteTokenizer(palette, PixelOrder.from_name(side, "raster"))),
         "objective": {"name": "ar"},
     }
-    metadata = read_metadata(
-        {**unknown, **(saved if isinstance(saved, dict) else {"said": saved}), **meaning}, folder / CONFIG
-    )
+    metadata = read_metadata({**unknown, **own, **meaning}, folder / CONFIG)
     return Weights(path, folder, metadata, combined_hash(sha256, metadata), lambda: state)
 
 
@@ -161,11 +160,9 @@ def export_state(state: State, network: GPTConfig) -> State:
     """Converts our tensors to their names and layout, with zero biases."""
     state = {name: tensor.to_float32() for name, tensor in state.items()}
     wte, sos = state["wte"], state["sos"]
-    foreign = {
-        "transformer.wte.weight": LazyTensor(
-            (wte.shape[0] + 1, wte.shape[1]), torch.float32, lambda: torch.cat([wte.read(), sos.read()[None]])
-        ),
-    }
+    shape = (wte.shape[0] + 1, wte.shape[1])
+    table = LazyTensor(shape, torch.float32, lambda: torch.cat([wte.read(), sos.read()[None]]))
+    foreign = {"transformer.wte.weight": table}
     for own, name in _names(network).items():
         foreign[name] = _transpose(state[own]) if _is_linear(own) else state[own]
         if _is_linear(own):
@@ -176,10 +173,9 @@ def export_state(state: State, network: GPTConfig) -> State:
 
 def _names(network: GPTConfig) -> dict[str, str]:
     """Our name → theirs, of every tensor but `wte` and `sos`, which are one table of theirs."""
-    names = {"wpe": "transformer.wpe.weight", "wtet": "lm_head.weight", "wte": "", "sos": ""}
-    for own in meta_model(network).state_dict():
-        names.setdefault(own, f"transformer.{own.removesuffix('.g').removesuffix('.weight')}.weight")
-    return {own: name for own, name in names.items() if name}
+    names = {"wpe": "transformer.wpe.weight", "wtet": "lm_head.weight"}
+    modules = [own for own in meta_model(network).state_dict() if own.startswith(("h.", "ln_f."))]
+    return names | {own: f"transformer.{own.removesuffix('.g').removesuffix('.weight')}.weight" for own in modules}
 
 
 def _is_linear(own: str) -> bool:

@@ -80,11 +80,9 @@ class CheckpointMetadata:
             raise ValueError(f"it is {saved!r:.60}")
         values = dict(saved)
         if format == PALETTE_FORMAT:
-            values["tokenizer"] = {
-                "kind": "palette", "centres": values.pop("palette", None),
-                "hash": values.pop("palette_hash", None),
-                "permutation": values.pop("permutation", None),
-            }  # fmt: skip
+            older = {"centres": "palette", "hash": "palette_hash", "permutation": "permutation"}
+            palette = {name: values.pop(old, None) for name, old in older.items()}
+            values["tokenizer"] = {"kind": "palette", **palette}
         field_names = {field.name for field in fields(CheckpointMetadata)}
         for key in sorted(map(str, field_names ^ values.keys())):
             raise ValueError(f"{key} is {'missing' if key in field_names else 'no field of it'}")
@@ -168,11 +166,9 @@ def save_model(
         tensors.write(folder, lazy, label=label)
     except OSError as error:
         raise OSError(f"{folder / tensors.WEIGHTS} could not be written ({error}): is the disk full?") from error
-    if not ranks.this_rank().is_first:
-        return
-    files.write_json(
-        folder / CONFIG, {"format": FORMAT, **metadata.to_dict(), "weights_sha256": weights_sha256(folder)}
-    )
+    if ranks.this_rank().is_first:
+        config = {"format": FORMAT, **metadata.to_dict(), "weights_sha256": weights_sha256(folder)}
+        files.write_json(folder / CONFIG, config)
 
 
 def weights_sha256(folder: Path) -> str:
@@ -265,14 +261,10 @@ def check_equal(what: str, saved: Any, expected: Any, where: Path) -> None:
     """Raises ValueError, naming every difference, unless the checkpoint's value equals the run's."""
     if saved == expected:
         return
+    detail = f"{saved} ≠ {expected}"
     if isinstance(saved, dict) and isinstance(expected, dict):
         keys = sorted(saved.keys() | expected.keys())
-        differs = [f"{k} {saved.get(k)} ≠ {expected.get(k)}" for k in keys if saved.get(k) != expected.get(k)]
-        detail = "; ".join(differs)
-    elif isinstance(saved, list):
-        detail = "too long to print"
-    else:
-        detail = f"{saved} ≠ {expected}"
+        detail = "; ".join(f"{k} {saved.get(k)} ≠ {expected.get(k)}" for k in keys if saved.get(k) != expected.get(k))
     raise ValueError(
         f"{where}: its {what} is not this run's ({detail}): choose what the checkpoint has, or other weights"
     )

@@ -61,11 +61,8 @@ def find_prefix(start: Path) -> Path | None:
     else:
         prefix = start
     index = Path(f"{prefix}.index")
-    shards = [
-        m
-        for path in sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}.data-*"))
-        if (m := SHARD.fullmatch(str(path)))
-    ]
+    beside = sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}.data-*"))
+    shards = [m for path in beside if (m := SHARD.fullmatch(str(path)))]
     if not index.is_file() and not shards:
         return None
     if not index.is_file():
@@ -119,9 +116,8 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
         step=int(step[1]) if (step := re.search(r"-(\d+)$", prefix.name)) else 0,
         seed=0,
     )
-    index = Path(f"{prefix}.index")  # holds a checksum of every variable
     state = import_state({name: reader.read_lazily(SCOPE + name) for name in wanted}, network)
-    sha256 = combined_hash(files.sha256(index), metadata)
+    sha256 = combined_hash(files.sha256(Path(f"{prefix}.index")), metadata)  # it holds a checksum of every variable
     return Weights(prefix, prefix.parent, metadata, sha256, lambda: state, wclf)
 
 
@@ -178,7 +174,7 @@ def check_variables(where: Path, shapes: Shapes, wanted: Shapes) -> None:
     wrong = [
         f"{SCOPE}{name}: {shapes[name]} in the file, expected {shape}"
         for name, shape in wanted.items()
-        if name in shapes and shapes[name] != shape and not _has_merged_heads(name, shapes[name], shape)
+        if name in shapes and shapes[name] not in (shape, _merge_heads(name, shape))
     ]
     if missing:
         raise ValueError(f"{where} has no {', '.join(SCOPE + name for name in missing[:5])}: it is not complete")
@@ -186,17 +182,18 @@ def check_variables(where: Path, shapes: Shapes, wanted: Shapes) -> None:
         raise ValueError(f"{where}: {'; '.join(wrong[:5])}")
 
 
-def _has_merged_heads(name: str, shape_found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether this is an attention matrix saved with its head dimensions merged."""
-    return "/attn/" in name and shape_found == (shape[0] * shape[1], shape[2])
+def _merge_heads(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of an attention matrix that was saved with its head dimensions merged."""
+    return (shape[0] * shape[1], shape[2]) if "/attn/" in name else shape
 
 
 def import_state(foreign: State, network: GPTConfig) -> State:
     """Converts their variables to our names and layout; q, k and v of a block become one matrix."""
     c = network.n_embd
 
-    def rows(tensor: LazyTensor) -> LazyTensor:  # [H, D, in] in the order of the output: no transpose (`bsf,hef->bhse`)
-        return tensor.reshape((c, c), lambda w: w.reshape(c, c))
+    def stacked(parts: list[LazyTensor]) -> LazyTensor:  # each [H, D, in]: no transpose (`bsf,hef->bhse`)
+        shape = (len(parts) * c, c)
+        return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.read().reshape(c, c) for part in parts]))
 
     def turned(tensor: LazyTensor, n_out: int, n_in: int) -> LazyTensor:  # [in, out], with heads or without
         return tensor.reshape((n_out, n_in), lambda w: w.reshape(n_in, n_out).t().contiguous())
@@ -206,18 +203,11 @@ def import_state(foreign: State, network: GPTConfig) -> State:
     for block in range(network.n_layer):
         at, to = f"h{block}/", f"h.{block}."
         state |= {f"{to}ln_1.g": foreign[f"{at}ln_1/g"], f"{to}ln_2.g": foreign[f"{at}ln_2/g"]}
-        state[f"{to}attn.c_attn.weight"] = _stack([rows(foreign[f"{at}attn/{name}_proj"]) for name in "qkv"])
+        state[f"{to}attn.c_attn.weight"] = stacked([foreign[f"{at}attn/{name}_proj"] for name in "qkv"])
         state[f"{to}attn.c_proj.weight"] = turned(foreign[f"{at}attn/c_proj"], c, c)
         state[f"{to}mlp.c_fc.weight"] = turned(foreign[f"{at}mlp/c_fc/w"], 4 * c, c)
         state[f"{to}mlp.c_proj.weight"] = turned(foreign[f"{at}mlp/c_proj/w"], c, 4 * c)
     return {name: tensor.to_float32() for name, tensor in state.items()}
-
-
-def _stack(parts: list[LazyTensor]) -> LazyTensor:
-    n_row, n_column = parts[0].shape
-    return LazyTensor(
-        (len(parts) * n_row, n_column), parts[0].dtype, lambda: torch.cat([part.read() for part in parts])
-    )
 
 
 def find_palette(prefix: Path, file: str | None, k: int) -> Palette:

@@ -128,9 +128,8 @@ def read_metadata(folder: Path) -> Metadata:
     stored = {}
     for index, info in record.fields["storage_data"].items():
         at, where = index.fields, info.fields
-        stored[MetadataIndex(at["fqn"], at.get("offset"), at.get("index"))] = _StorageInfo(
-            where["relative_path"], where["offset"], where["length"]
-        )
+        key = MetadataIndex(at["fqn"], at.get("offset"), at.get("index"))
+        stored[key] = _StorageInfo(where["relative_path"], where["offset"], where["length"])
         described.setdefault(at["fqn"], BytesStorageMetadata())
     return Metadata(described, record.fields.get("planner_data"), stored, StorageMeta())
 

@@ -9,10 +9,10 @@ from typing import IO, Any, TypeVar
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from igpt.data.workers import identity_collate, startable_workers
+from igpt.data.workers import startable_workers
 from igpt.distributed.cores import count_cores
 from igpt.utils import files
 
@@ -25,19 +25,6 @@ _SERIAL_BELOW = 512  # up to this many rows, starting worker processes costs mor
 T = TypeVar("T")
 
 
-class _Chunks(Dataset[Any]):
-    """A map-style dataset whose item i is `make` of the i-th chunk of rows."""
-
-    def __init__(self, make: Callable[[Sequence[int]], Any], rows: np.ndarray) -> None:
-        self.make, self.rows = make, rows
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // _CHUNK)
-
-    def __getitem__(self, chunk: int) -> Any:
-        return self.make(self.rows[chunk * _CHUNK : (chunk + 1) * _CHUNK].tolist())
-
-
 def map_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) -> Iterator[T]:
     """Yields `make(chunk)` for consecutive chunks of `rows`, computed by one worker per core, with a progress bar.
 
@@ -45,13 +32,12 @@ def map_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) 
         DataError: the first error of `make`.
     """
     n_process = startable_workers(count_cores()) if len(rows) > _SERIAL_BELOW else 0
-    chunks: DataLoader[Any] = DataLoader(
-        _Chunks(make, rows), batch_size=None, num_workers=n_process, collate_fn=identity_collate,
-        generator=torch.Generator(),  # the DataLoader draws a seed: not from the global generator
-    )  # fmt: skip
+    chunks: Any = [rows[start : start + _CHUNK].tolist() for start in range(0, len(rows), _CHUNK)]
+    generator = torch.Generator()  # the DataLoader draws a seed: not from the global generator
+    loader = DataLoader(chunks, batch_size=None, num_workers=n_process, collate_fn=make, generator=generator)
     with tqdm(total=len(rows), desc=what, unit="image", disable=None) as bar:
         with torch.device("cpu"):  # the caller may have the meta device as default
-            parts = iter(chunks)
+            parts = iter(loader)
         try:
             for chunk in parts:
                 yield chunk

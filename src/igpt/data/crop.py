@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from igpt.data.image_decoding import decode_rgb, open_image, upright_size
+from igpt.data.image_decoding import BadImageError, decode_rgb, open_image, upright_size
 from igpt.settings.data import AugmentSettings, CropSettings, Resize
 from igpt.settings.fields import parse_settings
 from igpt.utils import keyed
@@ -45,9 +45,8 @@ class Crop:
         box, scale = self.box(*upright_size(image), key)
         side = box[2] - box[0]
         between = self.size if self.resize == "twice" else None  # pixels a side of the first of two steps
-        image = decode_rgb(
-            image, shrink=1.0 if self.draft is None else self.draft * (between or self.resolution) / side
-        )
+        shrink = 1.0 if self.draft is None else self.draft * (between or self.resolution) / side
+        image = decode_rgb(image, shrink=shrink)
         across, down = image.size[0] / scale[0], image.size[1] / scale[1]  # 1; below 1 after JPEG scaled decoding
         right, bottom = min(box[2] * across, image.size[0]), min(box[3] * down, image.size[1])  # against rounding
         within = (box[0] * across, box[1] * down, right, bottom)
@@ -56,6 +55,13 @@ class Crop:
             image = image.resize((between, between), method, box=within)
             within = (0, 0, between, between)
         return np.asarray(image.resize((self.resolution, self.resolution), method, box=within))
+
+    def crop_named(self, data: bytes, key: int, where: str) -> np.ndarray:
+        """As a call; the error of an unreadable image names it, `where`, and the setting that leaves it out."""
+        try:
+            return self(data, key)
+        except BadImageError as error:
+            raise BadImageError(f"{where}: {error}; data.on_corrupt=skip leaves such images out") from error
 
     def box(self, width: int, height: int, key: int) -> tuple[tuple[float, float, float, float], tuple[int, int]]:
         """The crop (left, top, right, bottom) in pixels of the original image, and the size (width, height).

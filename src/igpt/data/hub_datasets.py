@@ -131,14 +131,8 @@ def open_hub(path: str, *, name: str, columns: Columns, streaming: bool) -> dict
         ) from error
     repository = Path(datasets.config.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}"
     unpacked = (repository, Path(datasets.config.HF_DATASETS_CACHE) / "downloads")  # image files of `datasets`
-    if streaming:
-        return {
-            split: partial(HubShards.from_hub, rows, columns, f"{path} ({split})") for split, rows in splits.items()
-        }
-    return {
-        split: partial(HubTable.from_hub, rows, columns, f"{path} ({split})", unpacked=unpacked)
-        for split, rows in splits.items()
-    }
+    from_hub: Any = HubShards.from_hub if streaming else partial(HubTable.from_hub, unpacked=unpacked)
+    return {split: partial(from_hub, rows, columns, f"{path} ({split})") for split, rows in splits.items()}
 
 
 def open_saved(listing: Listing, *, columns: Columns, path: str) -> dict[str, Callable[[], Any]]:

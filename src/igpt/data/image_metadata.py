@@ -92,8 +92,7 @@ def number_labels(label_texts: Mapping[int, str], n: int, where: str) -> tuple[n
     names = None if numbers else tuple(sorted(values))
     index = {value: int(value) for value in numbers} if names is None else {name: i for i, name in enumerate(names)}
     labels = np.full(n, -1, dtype=np.int64)
-    for row, value in label_texts.items():
-        labels[row] = index[value]
+    labels[list(label_texts)] = [index[value] for value in label_texts.values()]
     return labels, names
 
 

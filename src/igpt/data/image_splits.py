@@ -9,7 +9,6 @@ import numpy as np
 
 from igpt.data import cache as pixel_cache
 from igpt.data.crop import Crop
-from igpt.data.image_decoding import BadImageError
 from igpt.data.image_table import Table
 from igpt.data.source import Pixels
 
@@ -46,10 +45,7 @@ def read_pixels(table: Table, crop: Crop, rows: Sequence[int], rng_keys: Sequenc
     """
     out = np.empty((len(rows), crop.resolution, crop.resolution, 3), dtype=np.uint8)
     for i, (where, data) in enumerate(table.read_encoded(rows)):
-        try:
-            out[i] = crop(data, rng_keys[i] if rng_keys else 0)
-        except BadImageError as error:
-            raise BadImageError(f"{where}: {error}; data.on_corrupt=skip leaves such images out") from error
+        out[i] = crop.crop_named(data, rng_keys[i] if rng_keys else 0, where)
     return out
 
 

@@ -122,10 +122,7 @@ class Images:
             test_fraction=0 if of["test"] else test_fraction,
             seed=split_seed,
         )
-        good = {
-            stored_as: np.setdiff1d(np.arange(len(table)), pixel_caches.corrupt_rows(table))
-            for stored_as, table in tables.items()
-        }
+        good = {stored_as: pixel_caches.readable_rows(table) for stored_as, table in tables.items()}
         parts = {}
         for split, stored_as in of.items():
             read_from = stored_as or trained_on
@@ -201,17 +198,16 @@ class _PixelCacheDir:
         }
         return self.folder / f"{self.name}-{pixel_cache.hash_cache_key(cache_key)}.npy"
 
-    def corrupt_rows(self, table: Table) -> np.ndarray:
-        """Rows with an unreadable image, ascending, if `skip`; else none. Checked once, then read from the cache."""
+    def readable_rows(self, table: Table) -> np.ndarray:
+        """Rows with a readable image, ascending; without `skip`, all. Checked once, then read from the cache."""
+        rows = np.arange(len(table))
         if not self.skip:
-            return np.empty(0, dtype=np.int64)
+            return rows
         digest = pixel_cache.hash_cache_key({"table": table.fingerprint, "pillow": PIL.__version__})
         path = self.folder / f"{self.name}-{digest}.corrupt.json"
         with pixel_cache.file_lock(path):
             if not path.is_file():
-                checked = pixel_cache.map_chunks(
-                    partial(_find_corrupt, table), np.arange(len(table)), "checking images"
-                )
+                checked = pixel_cache.map_chunks(partial(_find_corrupt, table), rows, "checking images")
                 files.write_json(path, [corrupt for chunk in checked for corrupt in chunk])
         corrupt = files.read_json(path)
         if corrupt:
@@ -219,7 +215,7 @@ class _PixelCacheDir:
                 "data: %d of %d images of %s cannot be read and are left out, as %s (all: %s)",
                 len(corrupt), len(table), table.where, corrupt[0]["reason"], path,
             )  # fmt: skip
-        return np.array([image["row"] for image in corrupt], dtype=np.int64)
+        return np.setdiff1d(rows, [image["row"] for image in corrupt])
 
 
 def _find_corrupt(table: Table, rows: Sequence[int]) -> list[dict[str, Any]]:

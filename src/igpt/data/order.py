@@ -93,7 +93,7 @@ class EvalBatchSampler:
 
 @dataclass(frozen=True)
 class ReaderSchedule:
-    """The reader (reader) of each micro-batch of a stream: round robin over all devices.
+    """The reader of each micro-batch of a stream: round robin over all devices.
 
     A reader belongs to one worker of one device, so that no image is read twice.
 

@@ -3,7 +3,7 @@
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,12 @@ class ParquetShards(FileShards):
         good = find_readable_files(paths, where, check=_read_schema, skip=skip)
         first = _read_schema(good[0])
         image, label = columns.find(first, where)
-        shards = ParquetShards(
-            tuple(good), columns, image, label, class_names(first[label]) if label else None, where, root
-        )
-        if not is_remote(good[0]) and label is not None and shards.names is not None:
+        names = class_names(first[label]) if label else None
+        if not is_remote(good[0]) and label is not None and names is not None:
             schemas = [class_names(_read_schema(file).get(label)) or () for file in good]
-            more = sorted({name for names in schemas for name in names} - set(shards.names))
-            shards = replace(shards, names=(*shards.names, *more))
-        return shards
+            more = sorted({name for of_file in schemas for name in of_file} - set(names))
+            names = (*names, *more)
+        return ParquetShards(tuple(good), columns, image, label, names, where, root)
 
     def read(self, number: int, start: int) -> Iterator[tuple[int, Cell, int | None]]:
         file, row = self.files[number], 0

@@ -7,6 +7,7 @@ blocks. All random choices are keyed, so that a position is a few integers.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -124,16 +125,10 @@ class ShardReader:
 
         An exhausted part is not sampled again in this pass: every image comes exactly once.
         """
-        shares = [
-            assign_shards(
-                part.n_shard, reader=self.index, n_reader=self.count, seed=self.seed, name=part.name, epoch=at.epoch
-            )
-            for part in self.parts
-        ]
-        flows = [
-            part.records(share, shard, row)
-            for part, share, shard, row in zip(self.parts, shares, at.shards, at.rows, strict=True)
-        ]
+        assign = partial(assign_shards, reader=self.index, n_reader=self.count, seed=self.seed, epoch=at.epoch)
+        shares = [assign(part.n_shard, name=part.name) for part in self.parts]
+        starts = zip(self.parts, shares, at.shards, at.rows, strict=True)
+        flows = [part.records(share, shard, row) for part, share, shard, row in starts]
         live = [p for p, share in enumerate(shares) if at.shards[p] < len(share.shards)]
         state = at._replace(taken=0)
         while live:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from igpt.data.classes import Classes
-from igpt.data.crop import Crop, CropPlan, padded_crop
+from igpt.data.crop import CropPlan, padded_crop
 from igpt.data.image_decoding import BadImageError, decode_rgb, open_image
 from igpt.data.image_table import Cell, read_cell
 from igpt.data.shard_reader import ReaderState, ShardAssignment, ShardReader
@@ -97,13 +97,6 @@ class ImagePart:
         number = int(self.classes(mapped, self.shards.names, where)[0])
         return Record(where, data, number, _hash_content(data, 0) >> 1, self.name)
 
-    def crop_record(self, crop: Crop, record: Record, key: int) -> np.ndarray:
-        """Decodes and crops a record: → (R, R, 3) uint8. Raises BadImageError, naming the image."""
-        try:
-            return crop(record.data, key)
-        except BadImageError as error:
-            raise BadImageError(f"{record.place}: {error}; data.on_corrupt=skip leaves such images out") from error
-
 
 class ImageStream:
     """A `Stream` over parts, sampled by weight until each is exhausted."""
@@ -126,12 +119,9 @@ class ImageStream:
 
     def read(self, records: Sequence[Record], rng_keys: Sequence[int]) -> Pixels:
         """Decodes and crops records for training. Raises BadImageError, naming the image."""
-        parts = [self.parts[record.part] for record in records]
-        cut = [
-            part.crop_record(part.cut.training, record, key)
-            for part, record, key in zip(parts, records, rng_keys, strict=True)
-        ]
-        pixels = np.stack(cut)
+        crops = [self.parts[record.part].cut.training for record in records]
+        images = zip(crops, records, rng_keys, strict=True)
+        pixels = np.stack([crop.crop_named(record.data, key, record.place) for crop, record, key in images])
         for part in self.parts.values():
             mine = [i for i, record in enumerate(records) if record.part == part.name]
             if mine and (part.cut.pad or part.cut.flip):
@@ -142,8 +132,8 @@ class ImageStream:
     def take(self, n: int, seed: int) -> list[tuple[np.ndarray, int]]:
         """The first n images in the order of a single reader, in the evaluation crop, with labels."""
         records = islice(self.make_reader(0, 1, seed).iterate_epoch(self.initial_state()), n)
-        of = [(self.parts[record.part], record) for record, _ in records]
-        return [(part.crop_record(part.cut.evaluation, record, 0), record.label) for part, record in of]
+        of = [(self.parts[record.part].cut.evaluation, record) for record, _ in records]
+        return [(crop.crop_named(record.data, 0, record.place), record.label) for crop, record in of]
 
 
 class StreamedImages:

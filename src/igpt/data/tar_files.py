@@ -38,18 +38,12 @@ class _BoundedReads:
     """A file that refuses reads above MOST_BYTES, since tarfile trusts the sizes in headers."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+        self._file, self.seek, self.tell = file, file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= MOST_BYTES:
             raise tarfile.ReadError(f"a header claims {size:,} bytes")
         return self._file.read(size)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
 
 
 def _read_samples(file: IO[bytes], columns: Columns, unread: Counter[str] | None = None) -> Iterator[Sample]:

@@ -59,8 +59,7 @@ class Child:
 
     def send(self, number: int) -> None:
         """Sends it a signal if it still runs."""
-        if self.code is None:
-            self.process.send_signal(number)
+        self.process.send_signal(number)
 
     def kill(self) -> None:
         """Kills it and its process group."""

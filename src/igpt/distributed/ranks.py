@@ -117,14 +117,10 @@ def broadcast_from_rank0(make: Callable[[], T]) -> T:
 
 def check_agree(what: str, values: Mapping[str, Any]) -> None:
     """Raises ValueError on every rank, naming the differences, unless all ranks have the same values."""
-    everyone = all_gather_object(dict(values))
-    for index, other in enumerate(everyone):
-        differs = [
-            f"{key} {everyone[0].get(key)} ≠ {other.get(key)}"
-            for key in everyone[0] | other
-            if everyone[0].get(key) != other.get(key)
-        ]
-        if differs:
+    first, *others = all_gather_object(dict(values))
+    for index, other in enumerate(others, start=1):
+        pairs = {key: (first.get(key), other.get(key)) for key in first | other}
+        if differs := [f"{key} {mine} ≠ {theirs}" for key, (mine, theirs) in pairs.items() if mine != theirs]:
             raise ValueError(
                 f"rank 0 and rank {index} do not agree on the {what}: {'; '.join(differs)}; give every machine the "
                 "same code, settings and files"

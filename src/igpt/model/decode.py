@@ -60,9 +60,8 @@ def make_decode_step(net: GPT, cache: Cache, backend: str = "auto") -> Step:
         if requested != "auto":
             raise ValueError(f"trainer.decoding={name} does not compute {lacking}: choose auto")
         name = "layers"
-    if name != "layers" and not is_verified(net, name):
+    if not is_verified(net, name) and name != "layers":
         name = "layers"
-    if name == "layers":
         is_verified(net, name)
     return BACKENDS[name].make_step(net, cache)
 

@@ -292,9 +292,8 @@ class GPT(nn.Module):
         content = F.embedding(tokens, self.wte)
         if cache.length == 0:
             content = torch.cat([self.sos.expand(len(tokens), 1, -1), content], dim=1)
-        end = cache.length + content.shape[1]
         h = self._add_positions(content, cache.length)
         for layer, block in enumerate(self.blocks):
             h = block(h, cache, layer)
-        cache.length = end
+        cache.length += content.shape[1]
         return self.logits(self.ln_f(h[:, -1]))  # (B, V)

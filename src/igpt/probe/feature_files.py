@@ -90,10 +90,10 @@ class FeatureWriter:
         opened = [(np.load(place, mmap_mode="r"), rows) for place, rows, _ in parts if len(rows)]
         labels[every] = np.concatenate([part_labels for _, _, part_labels in parts])
         n_layer, _, width = opened[0][0].shape
-        with files.atomic_path(labels_path(self.path)) as temporary, temporary.open("wb") as file:
+        with files.atomic_write(labels_path(self.path)) as file:
             np.save(file, labels, allow_pickle=False)
         try:
-            with files.atomic_path(self.path) as temporary, temporary.open("wb") as file:
+            with files.atomic_write(self.path) as file:
                 header = {"descr": opened[0][0].dtype.str, "fortran_order": False}
                 np.lib.format.write_array_header_1_0(file, {**header, "shape": (n_layer, self.n_image, width)})
                 for layer in range(n_layer):

@@ -29,6 +29,8 @@ def vote(predictions: Tensor, *, n_class: int, rng_keys: Tensor) -> Tensor:
 
     Source: Chen et al. 2020, §4.6 (BERT: "ensembling 5 masks").
     """
+    if predictions.shape[-2] == 1:
+        return predictions[..., 0, :]
     shape = *predictions.shape[:-2], predictions.shape[-1]  # (…, N)
     voted = torch.empty(shape, dtype=torch.int64, device=predictions.device)
     chunk = max(1, VOTE_COUNTS // max(1, n_class * voted[..., :1].numel()))  # images at a time

@@ -57,9 +57,8 @@ def changes(saved: dict[str, Any], requested: dict[str, Any]) -> tuple[list[str]
     Harmless: intervals of logging, validation and checkpoints (though part of the run's name), and hardware settings.
     `resume`, `rerun` and `init` are not compared.
     """
-    refused = [
-        line for line in differences(deciding(saved), deciding(requested)) if not line.split(" ")[0].endswith(OFTEN)
-    ]
+    decisive = differences(deciding(saved), deciding(requested))
+    refused = [line for line in decisive if not line.split(" ")[0].endswith(OFTEN)]
     outside = {"resume": None, "rerun": None, "init": None}
     full_list = [{**config, **outside, "task": _task_settings(config["task"])} for config in (saved, requested)]
     every = differences(full_list[0], full_list[1])
@@ -124,10 +123,9 @@ class RunFolder:
         `of`: names of model, data and objective, for the page.
         """
         if not self.is_started:
-            run_id = uuid.uuid4().hex[:8]  # distinguishes repetitions of a run in loggers
             record = {
                 "version": VERSION,
-                "id": run_id,
+                "id": uuid.uuid4().hex[:8],  # distinguishes repetitions of a run in loggers
                 "overrides": overrides,
                 "config": config,
                 "files_sha256": files_sha256,

@@ -42,9 +42,8 @@ def group_by_seed(runs: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], dic
     for group in same.values():
         newest = [max(again, key=lambda run: (run.folder / "result.json").stat().st_mtime) for again in group.values()]
         groups.append(newest)
-        repeated |= {
-            run: new for again, new in zip(group.values(), newest, strict=True) for run in again if run is not new
-        }
+        for again, new in zip(group.values(), newest, strict=True):
+            repeated |= {run: new for run in again if run is not new}
     return groups, repeated
 
 

@@ -49,9 +49,8 @@ def render_page(folder: Path) -> Path:
     run, path = read_run(folder), folder / REPORT
     texts = {key: _text(folder / file) for key, file in run.result.files.items() if file.suffix == ".txt"}
     links = {stage.name: link_to(path, stage.folder) for stage in run.stages}
-    return write_html(
-        path, "report.html", [*_pictures(run), *_training_samples(folder)], run=run, texts=texts, links=links
-    )
+    pictures = [*_pictures(run), *_training_samples(folder)]
+    return write_html(path, "report.html", pictures, run=run, texts=texts, links=links)
 
 
 def run(settings: ReportSettings) -> Result:

@@ -83,9 +83,8 @@ def summarize(folders: Sequence[Path], metric: str) -> Summary:
 
 def summarize_runs(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None) -> Summary:
     """`summarize` for runs that have been read; `left_out`: directory → reason for those that could not be."""
-    left_out = (left_out or {}) | {
-        run.folder: f"it has no {metric}" for run in runs if metric not in run.result.numbers
-    }
+    lacking = {run.folder: f"it has no {metric}" for run in runs if metric not in run.result.numbers}
+    left_out = (left_out or {}) | lacking
     having = [run for run in runs if metric in run.result.numbers]
     if not having:
         known = list(dict.fromkeys(key for run in runs for key in run.result.numbers))

@@ -1,7 +1,6 @@
 """Command-line arguments before Hydra composes: expands `~` and `resume=`, finds misspelt keys, explains quoting."""
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -16,15 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt.settings.older_configs import NOW_SCRIPTS, answer, read_record
-from igpt.utils.overrides import (
-    escape_text,
-    format_value,
-    quote_for_hydra,
-    quote_for_shell,
-    quote_path,
-    quote_text,
-    suggest_name,
-)
+from igpt.utils.overrides import escape_text, format_value, quote_for_shell, quote_path, quote_text, suggest_name
 
 AUTO = "resume=auto"
 
@@ -61,14 +52,12 @@ def _expand_home_in_argument(argument: str) -> str:
         return argument
     if name == "--config-dir":
         return f"{name}={expand_home_paths(value)}"
-    if re.fullmatch(r"~[^/,\[\]{}()'\"=\s]*(/[^,\[\]{}()'\"]*)?", value):  # unquoted: Hydra cannot parse it
-        home = expand_home_paths(value)
-        return argument if home == value else f"{name}={quote_for_hydra(home)}"
-    (override,) = parse_overrides([argument])
-    if override.is_sweep_override():  # expanded in each job
-        return argument
-    home = expand_home_paths(override.value())
-    return argument if home == override.value() else f"{name}={format_value(home)}"
+    typed: Any = value
+    if not re.fullmatch(r"~[^/,\[\]{}()'\"=\s]*(/[^,\[\]{}()'\"]*)?", value):  # else unquoted: Hydra cannot parse it
+        (override,) = parse_overrides([argument])
+        typed = None if override.is_sweep_override() else override.value()  # a sweep's values: expanded in each job
+    home = expand_home_paths(typed)
+    return argument if home == typed else f"{name}={format_value(home)}"
 
 
 def expand_home_paths(value: Any) -> Any:
@@ -107,7 +96,7 @@ def saved_overrides(folder: Path) -> list[str]:
         raise ValueError(f"resume={folder}: no run.json there; give the folder of a run, as in runs/pretrain-…")
     try:
         overrides = read_record(record)["overrides"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{record} is damaged ({error!r}): restore it, or start the run anew") from error
     if overrides is None:
         raise ValueError(f"resume={folder}: this is a stage of a pipeline; continue that: resume={folder.parent}")

@@ -47,6 +47,7 @@ class Components:
     def __init__(self, run: RunConfig) -> None:
         self.run = run
         self.seed, self.cache_dir, self.weights = run.seed, run.cache_dir, run.weights
+        self.init: str | None = run.cfg.init
 
     def check_settings(self) -> None:
         """Raises ValueError, with the setting's name, for an invalid setting; builds nothing."""
@@ -74,16 +75,9 @@ class Components:
         assert self.weights is not None, "RunConfig has seen to it"
         return self.weights
 
-    @property
-    def init(self) -> str | None:
-        """The setting `init`."""
-        init: str | None = self.run.cfg.init
-        return init
-
     @cached_property
     def hardware(self) -> HardwareConfig:
-        settings = {key: value for key, value in self.run.config["trainer"].items() if key != "_target_"}
-        return parse_settings(HardwareConfig, settings, "trainer")
+        return parse_settings(HardwareConfig, without(self.run.config["trainer"], "_target_"), "trainer")
 
     @cached_property
     def runner(self) -> Runner:
@@ -103,13 +97,12 @@ class Components:
         """
         if not self.hardware.rank.is_first or "stages" in self.run.requires:
             return []
-        folder = RunFolder(self.run_dir)
         about = RunInfo(
             task=self.run.task,
             model=self.run.model_name,
             data=self.run.data_name,
             objective=self.run.objective_settings["name"],
-            run_id=f"{self.run.name}-{folder.read_run()['id']}",
+            run_id=f"{self.run.name}-{RunFolder(self.run_dir).read_run()['id']}",
             first_step=first_step,
             trains=self.run.trains,
             pipeline=self.run_dir.parent.name if (self.run_dir.parent / "run.json").is_file() else None,
@@ -200,9 +193,8 @@ class Components:
 
     def _network(self, *, n_ctx: int, n_vocab: int) -> GPTConfig:
         """The network's config of `conf/model/`, with these sizes and `causal` of the objective."""
-        spec = {key: value for key, value in self.run.config["model"].items() if key != "name"}
-        causal = self.objective.causal
-        network: GPTConfig = checked_partial(spec, "model")(n_ctx=n_ctx, n_vocab=n_vocab, causal=causal)
+        build = checked_partial(without(self.run.config["model"], "name"), "model")
+        network: GPTConfig = build(n_ctx=n_ctx, n_vocab=n_vocab, causal=self.objective.causal)
         return network
 
     def build_network(self) -> GPT:

@@ -3,9 +3,9 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
-from hydra.utils import get_object
 from omegaconf import DictConfig
 
 from igpt.distributed import ranks
@@ -18,7 +18,7 @@ from igpt.report.runs import summarize_metadata
 from igpt.run.components import Components
 from igpt.run.pipeline_stages import stage_configs
 from igpt.run.run_config import RunConfig
-from igpt.run.targets import task_settings
+from igpt.run.targets import checked_task
 from igpt.training import loggers
 from igpt.training.hardware import HardwareConfig
 
@@ -29,8 +29,8 @@ def run_and_report(components: Components) -> Result:
     """Executes the task; writes the result and the page into the run directory, logs the closing table."""
     run, folder = components.run, RunFolder(components.run_dir)
     start = time.perf_counter()
-    failed = True
-    try:
+    with ExitStack() as at_end:
+        at_end.push(lambda error_type, *_: loggers.close(error_type not in (None, StoppedError)))
         if not run.trains:
             components.build_loggers()
         result = execute_task(components)
@@ -41,12 +41,6 @@ def run_and_report(components: Components) -> Result:
             folder.finish(run.task, result, seconds=seconds)
             write_page(folder.path)
             loggers.show(result, folder.path)
-        failed = False
-    except StoppedError:
-        failed = False
-        raise
-    finally:
-        loggers.close(failed)
     ranks.barrier()  # the next stage of a pipeline reads this one's files
     table = closing_table(result, folder.path, seconds, published=run.config["published"])
     log.info("%s\n%s", run.task, table)
@@ -55,13 +49,11 @@ def run_and_report(components: Components) -> Result:
 
 def execute_task(components: Components) -> Result:
     """Checks the task's settings and weights, then calls its `run`; returns its result."""
-    target = components.run.cfg.task["_target_"]
-    settings = task_settings(target, components.run.config["task"])
+    task = checked_task(components.run.config["task"])
     components.check_weights()
     if "stages" in components.run.requires:
         components.run_stage = stage_runner(components)
-    task: Callable[..., Result] = get_object(target)
-    return task(components, settings)
+    return task(components)
 
 
 def check_batch(hardware: HardwareConfig, task: DictConfig) -> None:

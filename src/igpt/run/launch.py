@@ -15,7 +15,6 @@ import hydra
 import torch
 from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,7 +29,7 @@ from igpt.run.execute import check_batch, execute_task, run_and_report
 from igpt.run.logs import log_file, set_up_logging
 from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import resolve_run_dir
-from igpt.run.targets import task_settings
+from igpt.run.targets import checked_task
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.training.plan import plan_run
 from igpt.utils import files
@@ -134,7 +133,9 @@ def launch(
     """
     expand_home_in_config(cfg)
     if not cfg.task.requires:
-        return run_without_folder(cfg)
+        # `task=report` has no run directory, it writes into finished ones
+        task = checked_task(to_dict(cfg.task))
+        return task() if ranks.this_rank().is_first else Result()
     run = RunConfig(cfg, choices)
     components = Components(run)
     if components.hardware.plan:
@@ -151,11 +152,8 @@ def launch(
         if finished:
             record = folder.read_result()
             result = parse_result(record)
-            log.info(
-                "%s is finished; rerun=true repeats it\n%s",
-                folder.path,
-                closing_table(result, folder.path, record["seconds"], published=run.config["published"]),
-            )
+            table = closing_table(result, folder.path, record["seconds"], published=run.config["published"])
+            log.info("%s is finished; rerun=true repeats it\n%s", folder.path, table)
             return result
         with ExitStack() as while_it_runs:
             if rank.is_first:
@@ -188,14 +186,6 @@ def describe_run(run: RunConfig) -> str:
     if "steps" in task and isinstance(task.get("batch_size"), int):
         return f"{subject}, {task['steps']:,} steps of {task['batch_size']:,} images"
     return subject
-
-
-def run_without_folder(cfg: DictConfig) -> Result:
-    """Runs a task that requires no component (`task=report`): it has no run directory, it writes into finished ones."""
-    target = cfg.task["_target_"]
-    settings = task_settings(target, to_dict(cfg.task))
-    task: Callable[..., Result] = get_object(target)
-    return task(settings) if ranks.this_rank().is_first else Result()
 
 
 def show_plan(components: Components) -> Result:

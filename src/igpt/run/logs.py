@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm.auto import tqdm
 
@@ -48,3 +49,9 @@ def log_file(path: Path) -> Iterator[None]:
     finally:
         logging.getLogger().removeHandler(handler)
         handler.close()
+
+
+def refuse(message: str) -> NoReturn:
+    """Exits with code 2 after a one-line error."""
+    logging.getLogger(__name__).error("error: %s", message)
+    sys.exit(2)

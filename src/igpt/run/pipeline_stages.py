@@ -97,11 +97,10 @@ def compose_stage(run: RunConfig, name: str, settings: DictConfig) -> StageConfi
     cfg.task = _merge(cfg.task, of_task, where)
     OmegaConf.set_struct(cfg, True)
     stand_in = settings.get(STAND_IN)
-    stage = StageConfig(name, cfg, choices, None if stand_in is None else Path(stand_in))
     spec = to_dict(cfg.task)
     check_paper_key(spec, where)
     task_settings(spec["_target_"], spec, where)
-    return stage
+    return StageConfig(name, cfg, choices, None if stand_in is None else Path(stand_in))
 
 
 def _merge(config: DictConfig, settings: Mapping[Any, Any], where: str) -> DictConfig:
@@ -111,8 +110,6 @@ def _merge(config: DictConfig, settings: Mapping[Any, Any], where: str) -> DictC
         if key not in config:
             near = suggest_name(str(key), map(str, config))
             raise ValueError(answer(f"{where}.{key}") or f"{where} has no setting {key!r}{near}")
-        if OmegaConf.is_dict(value) and OmegaConf.is_dict(config[key]) and len(config[key]):
-            merged[key] = _merge(config[key], value, f"{where}.{key}")
-        else:
-            merged[key] = value
+        is_group = OmegaConf.is_dict(value) and OmegaConf.is_dict(config[key]) and len(config[key])
+        merged[key] = _merge(config[key], value, f"{where}.{key}") if is_group else value
     return merged

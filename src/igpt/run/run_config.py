@@ -51,9 +51,8 @@ class RunConfig:
             return find_weights(start, palette=palette, n_head=settings.get("n_head"))
         from_weights = [group for group in ("model", "tokens", "objective") if self.takes_from_weights(group)]
         if from_weights and self.requires & {"weights", "network"}:
-            which = "of a finished pretraining run"
-            if self.task == "import":
-                which = "OpenAI's or Hugging Face's, or a checkpoint"
+            of_import = "OpenAI's or Hugging Face's, or a checkpoint"
+            which = of_import if self.task == "import" else "of a finished pretraining run"
             raise ValueError(f"task={self.task} needs trained weights: init=PATH ({which})")
         return None
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from igpt.distributed.launcher import SWEEP
 from igpt.distributed.process_state import environment
 from igpt.report.sweep_report import report_sweep
-from igpt.run.logs import set_up_logging
+from igpt.run.logs import refuse, set_up_logging
 from igpt.run.sweep import format_command
 from igpt.utils import files
 from igpt.utils.overrides import format_value
@@ -49,7 +49,7 @@ def in_turn(
     swept = [text for texts in _combinations(arguments, lambda name: name == key) for text in texts]
     values = [text.split("=", 1)[1] for text in swept] or values  # own: `task.learning_rate=0.01,0.003` as an argument
     if not values:
-        _refuse("hydra.sweeper.values names one value or more, from the first to be tried to the last")
+        refuse("hydra.sweeper.values names one value or more, from the first to be tried to the last")
     what = {"in_turn": [key, values, direction, arguments, config.hydra.launcher.metric]}
     returns: list[JobReturn] = []
     with _search(config, what, direction, compose, [*combinations[0], f"{key}={values[0]}"]) as tried:
@@ -84,13 +84,13 @@ def optuna(
         import optuna as library
         from optuna.trial import Trial, TrialState
     except ImportError:
-        _refuse(INSTALL)
+        refuse(INSTALL)
     fixed, *more = _combinations(arguments)
     if more:
-        _refuse(f"{' '.join(arguments)}: Optuna proposes what is in hydra.sweeper.space, several values go there")
+        refuse(f"{' '.join(arguments)}: Optuna proposes what is in hydra.sweeper.space, several values go there")
     distributions = {key: _distribution(library.distributions, key, spec) for key, spec in space.items()}
     if n_trials < 1 or at_once < 1 or not distributions:
-        _refuse("hydra.sweeper.n_trials and at_once start at 1, and space names one setting or more")
+        refuse("hydra.sweeper.n_trials and at_once start at 1, and space names one setting or more")
     example = [f"{key}={spec['choices'][0] if 'choices' in spec else spec['low']}" for key, spec in space.items()]
     what = {"optuna": [dict(space), direction, seed, fixed, config.hydra.launcher.metric]}
     library.logging.set_verbosity(library.logging.WARNING)
@@ -138,7 +138,7 @@ def _distribution(kinds: Any, key: str, spec: Mapping[str, Any]) -> Any:
         return kind(**{name: value for name, value in spec.items() if name != "int"})
     except (TypeError, ValueError) as error:
         expected = "{choices: […]} or {low: , high: } with log, step, int"
-        _refuse(f"hydra.sweeper.space.{key} is {expected}; got {dict(spec)} ({error})")
+        refuse(f"hydra.sweeper.space.{key} is {expected}; got {dict(spec)} ({error})")
 
 
 def _combinations(arguments: list[str], wanted: Callable[[str], bool] = lambda name: True) -> list[list[str]]:
@@ -158,11 +158,11 @@ def _search(
     of one job, is composed first to find errors. In the block, the variable SWEEP names the search for its jobs.
     """
     if direction not in (LOWER, HIGHER):
-        _refuse(f"hydra.sweeper.direction must be {LOWER} or {HIGHER}, got {direction!r}")
+        refuse(f"hydra.sweeper.direction must be {LOWER} or {HIGHER}, got {direction!r}")
     try:
         compose(example)
     except HydraException as error:
-        _refuse(f"{' '.join(example)}: {str(error).splitlines()[0]}")
+        refuse(f"{' '.join(example)}: {str(error).splitlines()[0]}")
     (kind,) = what
     plain = OmegaConf.to_container(OmegaConf.create({"what": what}))
     place = Path(config.hydra.sweep.dir) / f"{kind}-{files.hash_json(plain, sort_keys=True, default=str)[:8]}"
@@ -175,7 +175,7 @@ def _search(
                 config.hydra.sweep.dir = str(place)  # for the jobs' output
             yield tried
     except Timeout:
-        _refuse(f"{place} is in use: the same search is running")
+        refuse(f"{place} is in use: the same search is running")
     folders = [Path(folder) for folder in tried if folder]
     report_sweep(place, folders, metric=config.hydra.launcher.metric, command=format_command())
 
@@ -185,10 +185,5 @@ def _loss(config: DictConfig, job: JobReturn, direction: str) -> float:
     value = job.return_value
     if value is None:
         metric = config.hydra.launcher.metric
-        _refuse(f"{job.working_dir} has no {metric}: name one it has, hydra.launcher.metric=…")
+        refuse(f"{job.working_dir} has no {metric}: name one it has, hydra.launcher.metric=…")
     return math.inf if not math.isfinite(value) else float(value) if direction == LOWER else -float(value)
-
-
-def _refuse(message: str) -> NoReturn:
-    log.error("error: %s", message)
-    sys.exit(2)

@@ -23,7 +23,7 @@ from igpt.distributed.signals import STOPPED
 from igpt.report.closing_table import align_columns
 from igpt.report.sweep_report import report_sweep
 from igpt.run.arguments import expand_home_in_config
-from igpt.run.logs import log_file, set_up_logging
+from igpt.run.logs import log_file, refuse, set_up_logging
 from igpt.run.run_config import RunConfig
 from igpt.utils import files
 
@@ -45,6 +45,14 @@ class Job:
     value: float | None = None  # the sweep's metric
     n_process: int = 1
     gpus: list[str] = field(default_factory=list)
+
+    def read_result(self, metric: str) -> bool:
+        """Whether the run is finished; if so, reads its metric, None if it has none of that name."""
+        if self.folder is None or not (result := Path(self.folder) / "result.json").is_file():
+            return False
+        number = files.read_json(result)["numbers"].get(metric)
+        self.value = None if number is None else float(number["value"])
+        return True
 
 
 def launch(
@@ -76,11 +84,9 @@ def launch(
             running = Sweep(folder, jobs, gpus=gpus, n_jobs=at_once, metric=metric)
             received = running.run(command=_build_command(configs[0]))
     except Timeout:
-        log.error("error: %s is in use: the same sweep is running", folder)
-        sys.exit(2)
+        refuse(f"{folder} is in use: the same sweep is running")
     except (ValueError, OSError) as error:
-        log.error("error: %s", error)
-        sys.exit(2)
+        refuse(str(error))
     if any(job.state in (WAITING, INTERRUPTED) for job in jobs):
         log.warning("stopped by %s; the same command goes on with what is left", received or "a signal to a job")
         sys.exit(STOPPED)
@@ -127,7 +133,9 @@ class Sweep:
                 free += job.gpus
                 self._record_end(job, code, time.monotonic() - since, stopping=children.received_signal is not None)
                 bar.update()
-        log.info("%s\n%s", self._count_states(), self._format_table())
+        states = [job.state for job in self.jobs]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        log.info("%d jobs: %s\n%s", len(states), counts, self._format_table())
         folders = [Path(job.folder) for job in self.jobs if job.folder is not None and job.state in (FINISHED, FAILED)]
         if SWEEP not in os.environ:  # a search compares its jobs at its end
             report_sweep(self.folder, folders, metric=self.metric, command=format_command())
@@ -144,8 +152,7 @@ class Sweep:
         if job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         if "OMP_NUM_THREADS" not in os.environ:  # parallel jobs would compete for the cores
-            side_by_side = self.n_jobs * job.n_process
-            environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // side_by_side))
+            environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // (self.n_jobs * job.n_process)))
         log.info("job %d begins: %s", job.number, self._describe_settings(job))
         with self._output_path(job).open("ab") as output:
             return children.start(Child([*command, *job.overrides], output, environment, without=RANK_VARIABLES))
@@ -154,11 +161,9 @@ class Sweep:
         job.exit_code, job.seconds = code, round(seconds, 1)
         tell = self._tell_path(job)
         job.folder = os.fsdecode(tell.read_bytes()) if tell.is_file() else None
-        done = job.folder is not None and (Path(job.folder) / "result.json").is_file()
         failed = INTERRUPTED if stopping or code == STOPPED else FAILED
-        job.state = FINISHED if code == 0 and done else failed
+        job.state = FINISHED if code == 0 and job.read_result(self.metric) else failed
         tell.unlink(missing_ok=True)
-        job.value = _read_value(job, self.metric) if job.state == FINISHED else None
         self._save()
         if job.state == FAILED:
             lines = [line for line in self._output_path(job).read_text(errors="replace").splitlines() if line.strip()]
@@ -184,10 +189,6 @@ class Sweep:
 
     def _tell_path(self, job: Job) -> Path:
         return self.folder / f".job_{job.number:03d}.folder"
-
-    def _count_states(self) -> str:
-        states = [job.state for job in self.jobs]
-        return f"{len(states)} jobs: " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
 
     def _describe_settings(self, job: Job) -> str:
         """The overrides of this job that not all jobs share."""
@@ -271,16 +272,8 @@ def _predict_folders(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None
 def _load_finished(jobs: Sequence[Job], metric: str) -> None:
     """Sets state and metric of the jobs whose runs are finished, by this sweep or another command."""
     for job in jobs:
-        if job.folder is not None and (Path(job.folder) / "result.json").is_file():
-            job.state, job.value = FINISHED, _read_value(job, metric)
-
-
-def _read_value(job: Job, metric: str) -> float | None:
-    """The `metric` of the job's result.json, or None."""
-    if job.folder is None or not (result := Path(job.folder) / "result.json").is_file():
-        return None
-    number = files.read_json(result)["numbers"].get(metric)
-    return None if number is None else float(number["value"])
+        if job.read_result(metric):
+            job.state = FINISHED
 
 
 def _build_job_return(job: Job, cfg: DictConfig) -> JobReturn:

@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 from hydra.utils import get_object
 
+from igpt.metric.result import Result
 from igpt.settings.fields import Settings, parse_arguments, parse_settings
 from igpt.settings.older_configs import answer
 
@@ -26,6 +27,11 @@ def checked_partial(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
     _refuse_renamed(settings, inspect.signature(target).parameters, where)
     nested = {key: _build_nested(value, f"{where}.{key}") for key, value in settings.items() if _has_target(value)}
     return partial(target, **parse_arguments(target, settings, where, built=nested))
+
+
+def checked_task(spec: Mapping[str, Any]) -> Callable[..., Result]:
+    """A partial of a task's `run` with its settings, to be called with the components unless it requires none."""
+    return partial(get_object(spec["_target_"]), settings=task_settings(spec["_target_"], spec))
 
 
 def task_settings(target: str, settings: Mapping[str, Any], where: str = "task") -> Settings:

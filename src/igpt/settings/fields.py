@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from igpt.utils.overrides import suggest_name
+from igpt.utils.overrides import format_value, suggest_name
 
 # Field types. NaN and infinity are refused everywhere.
 Count = Annotated[int, Field(ge=1, le=10**12)]  # at least one
@@ -98,9 +98,7 @@ def describe_error(error: ValidationError, model: type[BaseModel], settings: Map
 
 def format_setting(value: Any) -> str:
     """A value as written in a config: null, true, 'text'."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return repr(value)
+    return format_value(value) if isinstance(value, bool | None) else repr(value)
 
 
 def _locate(settings: Any, location: tuple[int | str, ...], *, missing: bool = False) -> tuple[list[str], Any]:
@@ -131,23 +129,18 @@ _KINDS = {
     "dict": MAPPING, "mapping": MAPPING, "model": MAPPING, "none": "null", "finite": "a finite number",
     "path": "a path",
 }  # fmt: skip
+_BOUNDS = {
+    "greater_than_equal": "at least {ge:g}", "greater_than": "above {gt:g}", "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt:g}", "too_short": "a list of at least {min_length}",
+}  # fmt: skip
 
 
 def _expectation(detail: Any) -> str:
     """The expected value, in words, from the details of a Pydantic error."""
     kind, context = detail["type"], detail.get("ctx", {})
-    match kind:
-        case "greater_than_equal":
-            return f"at least {context['ge']:g}"
-        case "greater_than":
-            return f"above {context['gt']:g}"
-        case "less_than_equal":
-            return f"at most {context['le']:g}"
-        case "less_than":
-            return f"below {context['lt']:g}"
-        case "literal_error":
-            options = context["expected"].replace("'", "").replace(" or ", ", ")
-            return f"one of {options}" if ", " in options else options
-        case "too_short":
-            return f"a list of at least {context['min_length']}"
+    if kind in _BOUNDS:
+        return _BOUNDS[kind].format(**context)
+    if kind == "literal_error":
+        options = context["expected"].replace("'", "").replace(" or ", ", ")
+        return f"one of {options}" if ", " in options else options
     return _KINDS.get(kind.partition("_")[0], str(detail["msg"]))

@@ -155,7 +155,7 @@ def updated_overrides(overrides: list[Any], config: Mapping[str, Any], lines: li
         if after == before:
             now.append(f"{head}{equals}{refers}")
             continue
-        if len(after) == 1 and [*after.values()] == [*before.values()]:
+        if [*after.values()] == [value]:
             now.append(f"{sign}{'.'.join(*after)}{equals}{refers}")
             continue
         after = {path: known.get(path, part) if isinstance(part, list) else part for path, part in after.items()}

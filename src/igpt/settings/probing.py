@@ -4,18 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from igpt.settings.fields import (
-    Count,
-    Decay,
-    FeatureDtype,
-    Norm,
-    Positive,
-    Seed,
-    Settings,
-    Split,
-    WeightDecay,
-    WholeNumber,
-)
+from igpt.settings.fields import Count, Decay, FeatureDtype, Norm, Positive, Seed, Settings, Split, WholeNumber
 from igpt.settings.training import TrainingSettings
 
 CGrid = Annotated[list[Positive], Field(min_length=1)]  # scikit-learn's C
@@ -32,7 +21,6 @@ class SGDProbeSettings(TrainingSettings):
 
     rates: Annotated[list[Positive], Field(min_length=1)]
     momentum: Decay
-    weight_decay: WeightDecay
     val_every: Count  # optimiser steps
 
 

@@ -21,6 +21,7 @@ class TrainingSettings(Settings):
     batch_size: Count  # images per optimiser step, over all devices
     log_every: Count  # optimiser steps
     checkpoint_every: Count  # optimiser steps
+    weight_decay: WeightDecay
 
 
 class AdamSettings(TrainingSettings):
@@ -29,7 +30,6 @@ class AdamSettings(TrainingSettings):
     learning_rate: Positive
     beta1: Decay
     beta2: Decay
-    weight_decay: WeightDecay
     warmup_steps: WholeNumber
     checkpoint_keep: Count
 

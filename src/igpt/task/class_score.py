@@ -68,11 +68,7 @@ class ClassScore:
                 nats = self.objective.per_example_loss(net.logits(hidden), batch.tokens, visible).double()
                 loss = F.cross_entropy(scores, batch.labels, reduction="none").double()
         rng_keys = keyed.per_example_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
-        by_vote = (
-            vote(torch.stack(predictions), n_class=self.n_class, rng_keys=rng_keys)
-            if len(predictions) > 1
-            else predictions[0]
-        )
+        by_vote = vote(torch.stack(predictions), n_class=self.n_class, rng_keys=rng_keys)
         one = (predictions[0] == batch.labels).double()
         right = (by_vote == batch.labels).double()
         self._seen.append((batch.rows, torch.stack([nats, loss, right, one, by_vote.double()])))

@@ -32,9 +32,8 @@ class EvaluateModule(L.LightningModule):
         self.n_image = len(components.source.split(split))
         self.generative_score = GenerativeScore(components.objective)
         if head is not None:
-            n_class = len(head.wclf)
             self.class_score = ClassScore(
-                components.objective, n_class=n_class, eval_masks=eval_masks, seed=components.seed
+                components.objective, n_class=len(head.wclf), eval_masks=eval_masks, seed=components.seed
             )
         self.numbers: dict[str, Number] = {}
         self.predictions = np.empty(0)  # (N,) predicted classes

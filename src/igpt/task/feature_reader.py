@@ -9,21 +9,18 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from torch import Tensor
 
 from igpt.data.cache import file_lock
 from igpt.data.source import Source
 from igpt.distributed import ranks
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
-from igpt.objective.base import Objective
 from igpt.probe.feature_files import Features, FeatureWriter, features_path, read_features
 from igpt.probe.selection import FeatureSet
 from igpt.run.components import Components
 from igpt.settings.fields import FeatureDtype
 from igpt.settings.probing import FeatureSettings
 from igpt.tokens.batches import Batch
-from igpt.training.hardware import HardwareConfig
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
@@ -54,22 +51,18 @@ def feature_path(
 class ProbeModule(L.LightningModule):
     """Writes the pooled features of a frozen network, all layers in one forward pass per image and mask."""
 
-    def __init__(self, *, net: GPT, objective: Objective, machine: HardwareConfig, norm: str, eval_masks: int) -> None:
+    def __init__(self, components: Components, net: GPT, writers: list[FeatureWriter], *, norm: str) -> None:
         super().__init__()
-        machine.prepare(net)
-        self.net, self.objective, self.norm, self.eval_masks = net.requires_grad_(False), objective, norm, eval_masks
-        self.writers: list[FeatureWriter] = []
-
-    def pool_features(self, batch: Batch, mask: int) -> Tensor:
-        """The pooled features under one mask, (L + 1, B, C)."""
-        rng_keys = keyed.fold_in(batch.rng_keys, 100 + mask) if mask else batch.rng_keys
-        return layer_features(
-            self.net, batch.tokens, self.objective.visible_mask(batch.tokens, rng_keys), norm=self.norm
-        )
+        components.hardware.prepare(net)
+        self.net, self.objective, self.norm = net.requires_grad_(False), components.objective, norm
+        self.writers = writers  # one per mask
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
         for mask, writer in enumerate(self.writers):
-            writer.add(self.pool_features(batch, mask), batch.rows, batch.labels)
+            rng_keys = keyed.fold_in(batch.rng_keys, 100 + mask) if mask else batch.rng_keys
+            visible = self.objective.visible_mask(batch.tokens, rng_keys)
+            features = layer_features(self.net, batch.tokens, visible, norm=self.norm)  # (L + 1, B, C)
+            writer.add(features, batch.rows, batch.labels)
 
 
 @dataclass(frozen=True)
@@ -97,21 +90,14 @@ class FeatureReader:
         with file_lock(paths[0]) if first else nullcontext():
             stored = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
             if not ranks.broadcast_from_rank0(lambda: all(features is not None for features in stored)):
-                module = ProbeModule(
-                    net=net,
-                    objective=components.objective,
-                    machine=components.hardware,
-                    norm=norm,
-                    eval_masks=eval_masks,
-                )
-                module.writers = [FeatureWriter(path, n_image=len(images), dtype=dtype) for path in paths]
+                writers = [FeatureWriter(path, n_image=len(images), dtype=dtype) for path in paths]
                 log.info("features: %s, %d images, %d layers", split, len(images), net.n_layer + 1)
                 try:
-                    components.runner.predict(module, data)
-                    for writer in module.writers:
+                    components.runner.predict(ProbeModule(components, net, writers, norm=norm), data)
+                    for writer in writers:
                         writer.finish()
                 finally:
-                    for writer in module.writers:
+                    for writer in writers:
                         writer.discard()
             ranks.barrier()
             stored = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]

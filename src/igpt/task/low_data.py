@@ -54,10 +54,8 @@ def run(components: Components, settings: LowDataSettings) -> Result:
             chosen_by = f"probe with {len(labels):,} labels, on val"
         sets = {"features": (train.select_layer(layer), held_out.select_layer(layer))}
         if "pixels" in settings.baselines:
-            sets["raw_pixels"] = (
-                FeatureSet.from_pixels(source.split("train")),
-                FeatureSet.from_pixels(source.split(split)),
-            )
+            train_pixels, split_pixels = (FeatureSet.from_pixels(source.split(of)) for of in ("train", split))
+            sets["raw_pixels"] = train_pixels, split_pixels
         for name, (few_of, judged) in sets.items():
             means = []
             for n, drawn in rows_of.items():

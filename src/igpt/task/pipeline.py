@@ -25,12 +25,10 @@ def run(components: Components, settings: PipelineSettings) -> Result:
     places: dict[str, Path] = {}
     for position, (name, stage_settings) in enumerate(stages.items(), start=1):
         start: str | list[str] | None = init
-        if FROM in stage_settings:
-            source = stage_settings[FROM]
-            if isinstance(source, list):
-                start = [str(places[each]) for each in source]
-            else:
-                start = None if source is None else str(places[source])
+        if isinstance(source := stage_settings.get(FROM), list):
+            start = [str(places[each]) for each in source]
+        elif FROM in stage_settings:
+            start = None if source is None else str(places[source])
         log.info("stage %d of %d: %s", position, len(stages), name)
         results[name], places[name] = components.run_stage(name, folder=folder / f"{position}_{name}", init=start)
         if FROM not in stage_settings and (places[name] / "model").is_dir():

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import rankdata
 
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
@@ -100,9 +101,4 @@ def run(components: Components, settings: ScalingSettings) -> Result:
 
 def rank_correlation(x: list[float], y: list[float]) -> float:
     """Spearman's rank correlation; ties have their mean rank."""
-    return float(np.corrcoef(_rank_values(x), _rank_values(y))[0, 1])
-
-
-def _rank_values(values: list[float]) -> np.ndarray:
-    v = np.asarray(values)
-    return np.asarray([((v < a).sum() + (v <= a).sum() - 1) / 2 for a in v])
+    return float(np.corrcoef(rankdata(x) - 1, rankdata(y) - 1)[0, 1])

@@ -37,7 +37,8 @@ class SGDProbeModule(TrainedModule):
     def __init__(
         self, components: Components, settings: ProbeSettings, *, net: GPT, windows: list[list[int]], n_class: int
     ) -> None:
-        super().__init__(components.hardware, settings.sgd, flops_per_image=0.0, n_ctx=net.n_ctx)
+        super().__init__(components.hardware, settings.sgd, net.config)
+        self.flops_per_image = 0.0  # those of the frozen network are not a training's
         self.machine.prepare(net)
         self.guard = FiniteGuard(hint="lower task.sgd.rates: every head broke down")
         self.net, self.objective, self.norm = net.requires_grad_(False), components.objective, settings.norm
@@ -97,11 +98,7 @@ class SGDProbeModule(TrainedModule):
                 of_five = scores.topk(min(5, self.n_class), dim=-1).indices == batch.labels[:, None]
         predictions = torch.stack(every, dim=-2)
         rng_keys = keyed.per_example_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
-        by_vote = (
-            vote(predictions, n_class=self.n_class, rng_keys=rng_keys)
-            if self.eval_masks > 1
-            else predictions[..., 0, :]
-        )  # (P, R, B)
+        by_vote = vote(predictions, n_class=self.n_class, rng_keys=rng_keys)  # (P, R, B)
         rights = [by_vote == batch.labels, predictions[..., 0, :] == batch.labels, of_five.any(dim=-1)]
         right = torch.stack(rights).double().sum(dim=-1)
         self._right = right if self._right is None else self._right + right
@@ -120,9 +117,8 @@ class SGDProbeModule(TrainedModule):
         self._right, self._predictions = None, []
         self.right, self.predictions = right.cpu().numpy() / self.n_image, together.cpu().numpy()
         best = float(self.right[0].max())
-        self.finish_validation(
-            {f"{self.split}/accuracy": Number(best, "share", self.n_image)}, [f"{self.split}/accuracy"]
-        )
+        name = f"{self.split}/accuracy"
+        self.finish_validation({name: Number(best, "share", self.n_image)}, [name])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -74,18 +74,16 @@ class StreamBatches(IterableDataset[Any]):
         flows: dict[int, Iterator[Any]] = {}
         for index in self.schedule.readers(worker.id, worker.num_workers) if worker else self.schedule.readers(0, 1):
             if index not in flows:
-                flows[index] = self.images.make_reader(index, self.schedule.count, self.seed).iterate(
-                    self.states[index]
-                )
+                reader = self.images.make_reader(index, self.schedule.count, self.seed)
+                flows[index] = reader.iterate(self.states[index])
             items = list(islice(flows[index], self.schedule.plan.micro_batch))
             records, state = [record for record, _ in items], items[-1][1]
             epochs = [keyed.key(self.seed, "train", after.epoch) for _, after in items]
             digests = torch.tensor([record.digest for record in records])
             rng_keys = keyed.per_example_keys(torch.tensor(epochs), digests)
             pixels, labels = self.images.read(records, rng_keys.tolist())
-            yield StreamBatch(
-                Batch(torch.from_numpy(pixels), torch.from_numpy(labels), rng_keys, digests), index, state
-            )
+            batch = Batch(torch.from_numpy(pixels), torch.from_numpy(labels), rng_keys, digests)
+            yield StreamBatch(batch, index, state)
 
 
 @dataclass
@@ -105,9 +103,8 @@ class StreamState:
     @staticmethod
     def from_dict(saved: Mapping[str, Any]) -> "StreamState":
         """The state from the result of `gather`."""
-        return StreamState(
-            dict(saved["contents"]), [ReaderState.from_lists(numbers) for numbers in saved["places"]], saved["next"]
-        )
+        states = [ReaderState.from_lists(numbers) for numbers in saved["places"]]
+        return StreamState(dict(saved["contents"]), states, saved["next"])
 
     @property
     def count(self) -> int:

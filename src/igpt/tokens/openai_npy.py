@@ -60,10 +60,10 @@ class OpenAITokens:
             )
         self._splits = {split: TokenSplit(folder / f"{name}_{short}", resolution, palette)
                         for split, short in FILES.items()}  # fmt: skip
-        if not any(split.is_present for split in self._splits.values()):
+        first = next((split for split in self._splits.values() if split.is_present), None)
+        if first is None:
             raise ValueError(f"{folder} has no {name}_vaX.npy, no trX and no teX: set data.path and data.name")
 
-        first = next(split for split in self._splits.values() if split.is_present)
         self.n_class: int | None = first.one_hot.shape[1]
         self.class_names = _class_names(name, self.n_class)
 

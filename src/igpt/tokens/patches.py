@@ -106,10 +106,8 @@ class PatchTokenizer:
             raise ValueError(f"tokens lie in 0 … {self.n_vocab - 1}, got {grid.min()} to {grid.max()}")
         levels = np.rint(127.5 * (self.centres.astype(np.float64) + 1)).astype(np.uint8)  # (k, 3 p²)
         b, n, p = len(grid), self.order.side, self.patch
-        pixels: np.ndarray = (
-            levels[grid].reshape(b, n, n, p, p, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, n * p, n * p, 3)
-        )
-        return pixels
+        patches: np.ndarray = levels[grid].reshape(b, n, n, p, p, 3)
+        return patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, n * p, n * p, 3)
 
     def known_tokens(self, rows: int) -> Tensor:
         check_rows(rows, self.side)
@@ -179,9 +177,8 @@ class PatchSettings(Settings):
             raise ValueError("there is no training image to fit patches to")
         per_image = (source.resolution // self.patch) ** 2
         chunks = sample_images(split, self.n_patches // per_image, seed=self.seed, stream="patches")
-        points = np.concatenate(
-            [cut_patches(torch.from_numpy(chunk), self.patch).flatten(0, 1).numpy() for chunk in chunks]
-        )  # (N, 3 p²) uint8
+        cut = (cut_patches(torch.from_numpy(chunk), self.patch) for chunk in chunks)
+        points = np.concatenate([patches.flatten(0, 1).numpy() for patches in cut])  # (N, 3 p²) uint8
         made_of = [self.patch, self.k, self.iterations, self.seed, hashlib.sha256(points.tobytes()).hexdigest()]
         name = f"{source.name}{source.resolution}-p{self.patch}-k{self.k}-{files.hash_json(made_of)[:12]}.npy"
         path = cache / "patches" / name
@@ -201,6 +198,5 @@ class PatchSettings(Settings):
             log.warning(
                 "patches: the images hold %d distinct ones, tokens.k=%d: they are the tokens", len(distinct), self.k
             )
-        return dark_to_light(
-            weighted_kmeans(distinct, counts, k=self.k, iterations=self.iterations, restarts=1, seed=self.seed)
-        )
+        how = {"k": self.k, "iterations": self.iterations, "restarts": 1, "seed": self.seed}
+        return dark_to_light(weighted_kmeans(distinct, counts, **how))

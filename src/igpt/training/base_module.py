@@ -12,7 +12,8 @@ from torch import Tensor
 
 from igpt.distributed.sharding import unsharded_shape
 from igpt.metric.result import Curve, Number
-from igpt.metric.throughput import Meter
+from igpt.metric.throughput import Meter, train_flops_per_image
+from igpt.model.config import GPTConfig
 from igpt.settings.training import TrainingSettings
 from igpt.tokens.batches import Batch
 from igpt.training.hardware import HardwareConfig
@@ -30,13 +31,11 @@ class TrainedModule(L.LightningModule):
     A subclass calls `accumulate` in its training step and `finish_validation` at the end of each validation.
     """
 
-    def __init__(
-        self, hardware: HardwareConfig, settings: TrainingSettings, *, flops_per_image: float, n_ctx: int
-    ) -> None:
+    def __init__(self, hardware: HardwareConfig, settings: TrainingSettings, network: GPTConfig) -> None:
         super().__init__()
         self.settings, self.machine = settings, hardware
         self.steps, self.log_every, self.batch_size = settings.steps, settings.log_every, settings.batch_size
-        self.flops_per_image, self.n_ctx = flops_per_image, n_ctx
+        self.flops_per_image, self.n_ctx = train_flops_per_image(network), network.n_ctx
         self.guard = FiniteGuard()
         self.history: dict[str, list[tuple[int, float]]] = {}  # name → (step, value); saved in checkpoints
         self.numbers: dict[str, Number] = {}  # of the last validation

@@ -77,8 +77,7 @@ def estimate_cost(
     saved per head and image, 0 for fused attention. `fused_norm`: norms save only their input, in any precision.
     """
     sizes = count_parameters(network)
-    n_layer = network.n_layer
-    n = n_layer * sizes["block"] + sizes["rest"]
+    n = network.n_layer * sizes["block"] + sizes["rest"]
     zero_stage = int(strategy.split("_")[1]) if strategy.startswith("deepspeed") else 0
     # bytes per weight
     width = NARROW if precision == "bf16-true" or (zero_stage and precision == "bf16-mixed") else WIDE
@@ -92,20 +91,19 @@ def estimate_cost(
         precision = "bf16-true" if width == NARROW else precision
     if strategy.endswith("offload"):
         in_host, on_device, gradients, optimiser = on_device + gradients + optimiser, 0.0, 0.0, 0.0
-    if (
-        strategy == "fsdp" or zero_stage == 3
-    ):  # gathered: the rest for a whole pass, of the blocks the current and the next
+    if strategy == "fsdp" or zero_stage == 3:
+        # gathered: the rest for a whole pass, of the blocks the current and the next
         working += width * (2 * sizes["rest"] + 3 * sizes["block"])
+    activations = estimate_activation_bytes(
+        network, micro_batch, precision=precision, recompute=recompute, scores=scores, fused_norm=fused_norm
+    )
     return Plan(
         n_weight=n,
         weights=on_device,
         gradients=gradients,
         optimiser=optimiser,
         host=in_host,
-        activations=estimate_activation_bytes(
-            network, micro_batch, precision=precision, recompute=recompute, scores=scores,
-            fused_norm=fused_norm,
-        ),
+        activations=activations,
         working=working,
         flops_per_image=train_flops_per_image(network) * (4 / 3 if recompute else 1),
         images_per_step=batch_size,
@@ -113,17 +111,11 @@ def estimate_cost(
         devices=devices,
         peak_flops=peak_flops,
         utilisation=utilisation,
-    )  # fmt: skip
+    )
 
 
 def estimate_activation_bytes(
-    network: GPTConfig,
-    images: int,
-    *,
-    precision: str,
-    recompute: bool,
-    scores: int,
-    fused_norm: bool,
+    network: GPTConfig, images: int, *, precision: str, recompute: bool, scores: int, fused_norm: bool
 ) -> float:
     """Bytes of activations saved at the end of the forward pass of `images` images.
 
@@ -142,10 +134,9 @@ def estimate_activation_bytes(
     if precision == "bf16-mixed":
         block += 4 * c**2 * product  # bfloat16 copies of the other matrices, which autocast saves for the backward pass
     head = tokens * (c * (product + (stream if fused_norm or precision != "bf16-true" else 2 * WIDE)) + v * WIDE)
-    layers: int = network.n_layer
     if recompute:
-        return layers * tokens * c * stream + block + head
-    return layers * block + head
+        return network.n_layer * tokens * c * stream + block + head
+    return network.n_layer * block + head
 
 
 def format_plan(cost: Plan, *, memory: float | None) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from pydantic import Field
 from igpt.data.classes import format_class_name
 from igpt.distributed.launcher import SWEEP
 from igpt.distributed.process_state import restore_environment
-from igpt.metric.result import Curve, Result
+from igpt.metric.result import Result
 from igpt.report.figures import group_by_unit
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,11 @@ def show(result: Result, folder: Path) -> None:
                 run.summary[f"{name}_stderr"] = number.stderr
         pictures = {name: folder / path for name, path in result.files.items() if path.suffix == ".png"}
         shown: dict[str, Any] = {f"pictures/{name}": library.Image(str(path)) for name, path in pictures.items()}
-        shown |= {f"curves/{unit}": chart for unit, chart in _charts(result.curves).items()}
+        untrained = {name: curve for name, curve in result.curves.items() if curve.x_unit != STEPS}
+        for (x_unit, y_unit), lines in group_by_unit(untrained, least=2).items():
+            x, y = [curve.x for curve in lines.values()], [curve.y for curve in lines.values()]
+            title = f"{y_unit} over {x_unit}"
+            shown[f"curves/{title}"] = library.plot.line_series(x, y, keys=list(lines), title=title, xname=x_unit)
         for name, matrix in result.matrices.items():
             if len(matrix) <= MOST_CLASSES:
                 axis = class_axis(len(matrix), result.class_names.get(name))
@@ -135,23 +139,6 @@ def class_axis(k: int, class_names: Sequence[str] | None) -> Sequence[str | int]
     shown = [format_class_name(name) for name in class_names]
     count = Counter(shown)
     return [name if count[name] == 1 else f"{name} ({i})" for i, name in enumerate(shown)]
-
-
-def _charts(curves: dict[str, Curve]) -> dict[str, Any]:
-    """One chart per pair of units, of the curves that are not over optimiser steps."""
-    import wandb as library
-
-    plots = group_by_unit({name: curve for name, curve in curves.items() if curve.x_unit != STEPS}, least=2)
-    return {
-        f"{y_unit} over {x_unit}": library.plot.line_series(
-            [curve.x for curve in lines.values()],
-            [curve.y for curve in lines.values()],
-            keys=list(lines),
-            title=f"{y_unit} over {x_unit}",
-            xname=x_unit,
-        )
-        for (x_unit, y_unit), lines in plots.items()
-    }
 
 
 def close(failed: bool) -> None:

@@ -77,9 +77,8 @@ class OnlineLinearProbe(L.Callback):
                 rows = data.sample_rows(split, at_most=count)
                 self._images[split] = data.encode_rows(split, rows), data.source.split(split).labels[rows]
             tokens, of_split = self._images[split]
-            rng_keys = keyed.per_example_keys(keyed.key(data.seed, f"probe {split}"), torch.arange(len(tokens))).to(
-                device
-            )
+            run_key = keyed.key(data.seed, f"probe {split}")
+            rng_keys = keyed.per_example_keys(run_key, torch.arange(len(tokens))).to(device)
             parts = []
             for some, some_keys in zip(*(torch.split(of, self.batch_size) for of in (tokens, rng_keys)), strict=True):
                 batch = some.long().to(device)

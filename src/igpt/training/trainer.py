@@ -94,7 +94,6 @@ class Runner:
 
     def _trainer(self, module: L.LightningModule, **options: Any) -> L.Trainer:
         machine = self.machine
-        several = machine.rank.count > 1
         trainer = L.Trainer(
             accelerator=machine.device.type,
             devices=machine.rank.n_local,
@@ -102,7 +101,7 @@ class Runner:
             strategy=self._strategy(module),
             precision=machine.precision,
             default_root_dir=self.folder,
-            plugins=[AtomicCheckpointIO(), Ranks() if several else LightningEnvironment()],
+            plugins=[AtomicCheckpointIO(), Ranks() if machine.rank.count > 1 else LightningEnvironment()],
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

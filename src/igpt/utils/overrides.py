@@ -47,9 +47,8 @@ def quote_for_shell(argument: str) -> str:
     """An argument quoted for a shell, in one line; unprintable characters as $'…' of bash and zsh."""
     if argument.isprintable():
         return shlex.quote(argument)
-    shown = (
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in re.sub(r"([\\'])", r"\\\1", argument)
-    )
+    escaped = re.sub(r"([\\'])", r"\\\1", argument)
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
     return f"$'{''.join(shown)}'"
 
 
