@@ -120,7 +120,7 @@ def check_agree(what: str, values: Mapping[str, Any]) -> None:
     first, *others = all_gather_object(dict(values))
     for index, other in enumerate(others, start=1):
         pairs = {key: (first.get(key), other.get(key)) for key in first | other}
-        if differs := [f"{key} {mine} ≠ {others}" for key, (mine, others) in pairs.items() if mine != others]:
+        if differs := [f"{key} {a} ≠ {b}" for key, (a, b) in pairs.items() if a != b]:
             raise ValueError(
                 f"rank 0 and rank {index} do not agree on the {what}: {'; '.join(differs)}; give every machine the "
                 "same code, settings and files"
