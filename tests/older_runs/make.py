@@ -7,6 +7,7 @@ in the records (the committed ones were made in `/tmp/igpt`); what is to be comm
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,13 @@ def arithmetic() -> dict[str, str]:
 
     x = torch.arange(4096, dtype=torch.float32).sin().reshape(64, 64)
     made = torch.nn.functional.gelu(x @ x.cos()).softmax(-1).log()
+    command = shlex.split(os.environ.get("CC", "cc"))
+    version = ""
+    if shutil.which(command[0]) is not None:
+        version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
     return {
+        "compiler": version,
+        "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "rounding": hashlib.sha256(made.numpy().tobytes()).hexdigest()[:16],
@@ -84,7 +91,7 @@ def main(checkout: Path, folder: Path) -> None:
     for pipeline in (folder / "kept" / "finished").glob("pipeline-*"):
         for checkpoints in pipeline.glob("*/checkpoints"):
             shutil.rmtree(checkpoints)
-    (folder / "kept" / "made_on.json").write_text(json.dumps(arithmetic(), indent=2) + "\n")
+    (folder / "kept" / "made_on.json").write_text(json.dumps({**arithmetic(), "threads": "1"}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
