@@ -13,7 +13,7 @@ from typing import Any
 
 import machine
 import torch
-from train_step import step_of
+from train_step import make_step
 
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model.config import GPTConfig
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             net.init_weights(0)
             tokens = torch.randint(512, (batch, n_ctx), device=device)
             name = f"{n_ctx} tokens, width {width}"
-            rows[name], counts[name] = step_of(net, tokens, label), batch * n_ctx
+            rows[name], counts[name] = make_step(net, tokens, label), batch * n_ctx
             flops[name] = train_flops_per_image(GPTConfig(**sizes)) / n_ctx
         times = machine.interleaved(rows, args.rounds)
         first = next(iter(rows))

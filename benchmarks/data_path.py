@@ -25,7 +25,7 @@ import torch
 from networks import SIZES, our_net, token_ids
 from PIL import Image
 from torch.utils.data import DataLoader
-from train_step import step_of
+from train_step import make_step
 
 from igpt.data.crop import Crop, Resize
 from igpt.distributed.cores import count_cores
@@ -166,7 +166,7 @@ def appetite(size: str, device: str) -> float:
     """Images/s of a training step alone, at this device's best setting."""
     disable_malloc_trim()
     net = our_net(size, compiled=device == "cuda").to(device)
-    run = step_of(net, token_ids(size, device), "bf16")
+    run = make_step(net, token_ids(size, device), "bf16")
     run()
     seconds, _ = run()
     return SIZES[size][-1] / seconds

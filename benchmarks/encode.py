@@ -45,7 +45,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def pixels_of(path: str, n: int, cache: Path) -> np.ndarray:
+def read_pixels(path: str, n: int, cache: Path) -> np.ndarray:
     """The first n images, (n, 32, 32, 3) uint8."""
     settings = {"_target_": "igpt.data.images.Images", "name": "bench", "path": path, "resolution": 32, **SETTINGS}
     source: Images = checked_partial(settings, "data")(cache=cache)
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
     print(machine.about())
-    pixels = pixels_of(args.images, args.count, args.cache)
+    pixels = read_pixels(args.images, args.count, args.cache)
     palette = fit_palette(pixels, k=args.colours, iterations=20, restarts=1, seed=0)
     times = encoding(pixels, palette, args.cache, args.rounds)
     fits = clustering(pixels, args.colours, args.pixels, args.rounds)

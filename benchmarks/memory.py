@@ -20,7 +20,7 @@ from typing import Any
 import machine
 import torch
 from networks import SIZES, HuggingFace, our_net, token_ids
-from train_step import EXACT, TOLERANCE, step_of
+from train_step import EXACT, TOLERANCE, make_step
 
 from igpt.model.cpu import inductor_cache
 
@@ -40,7 +40,7 @@ def one(row: str, size: str, precision: str) -> dict[str, Any]:
         net.checkpointing = "recomputed" in row
     label = "bf16" if precision == "bf16" else machine.training(device)
     with inductor_cache():
-        _, losses = step_of(net.to(device).train(), token_ids(size, device), label)()
+        _, losses = make_step(net.to(device).train(), token_ids(size, device), label)()
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else used
     return {"peak_gib": peak / 2**30, "losses": losses}

@@ -31,7 +31,7 @@ TOLERANCE = {"bf16": ROUNDED, "bf16-products": ROUNDED}  # of the others:
 EXACT = (1e-4, 5e-3)  # one step of Adam turns the sign of a gradient's rounding into a step
 
 
-def step_of(net: nn.Module, tokens: Tensor, label: str) -> machine.Run:
+def make_step(net: nn.Module, tokens: Tensor, label: str) -> machine.Run:
     """What trains one step, at the precision of a label; its result is the losses of the very first two."""
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     device, bf16 = tokens.device.type, label == "bf16"
@@ -71,9 +71,9 @@ def our_rows(size: str, precisions: list[str], options: dict[str, Any]) -> dict[
         for compiled in (False, True) if options["compiled"] else (False,):
             how = " compiled" if compiled else ""
             net = our_net(size, compiled=compiled, attention=options["attention"]).to(device)
-            rows[f"igpt{how} {label}"] = step_of(net, tokens, label)
+            rows[f"igpt{how} {label}"] = make_step(net, tokens, label)
             if options["plain"]:
-                rows[f"plain{how} {label}"] = step_of(plain_net(size, compiled=compiled).to(device), tokens, label)
+                rows[f"plain{how} {label}"] = make_step(plain_net(size, compiled=compiled).to(device), tokens, label)
     return rows
 
 
@@ -84,7 +84,7 @@ def peer_rows(size: str, precisions: list[str], options: dict[str, Any], hold: b
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = token_ids(size, device, options["batch"])
     return {
-        f"hf{' held' if hold else ''} {label}": step_of(HuggingFace(size).to(device), tokens, label)
+        f"hf{' held' if hold else ''} {label}": make_step(HuggingFace(size).to(device), tokens, label)
         for label in labels(precisions, device)
     }
 

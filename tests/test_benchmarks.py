@@ -17,7 +17,7 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import save_model
 from igpt.model import c_library
 from igpt.objective.ar import AR
-from tests.checkpoint.test_igpt_format import metadata_of
+from tests.checkpoint.test_igpt_format import make_metadata
 from tests.conftest import attention_in_graph, small_net
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -85,7 +85,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_weights(tmp_path: Path) -> Path:
     """A folder with the weights of a small network."""
     net = small_net()
-    save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
+    save_model(tmp_path / "model", net.state_dict(), make_metadata(net))
     return tmp_path / "model"
 
 
@@ -241,8 +241,8 @@ def test_cost(shared: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(cost, "disable_malloc_trim", lambda: None)
     monkeypatch.setattr(shared, "time", Clock(2**-20))
     runs: list[Any] = []
-    step_of = cost.step_of
-    monkeypatch.setattr(cost, "step_of", lambda *of: (runs.append(step_of(*of)), runs[-1])[1])
+    make_step = cost.make_step
+    monkeypatch.setattr(cost, "make_step", lambda *of: (runs.append(make_step(*of)), runs[-1])[1])
     report = cost.main(["--lengths", "16", "32", "--widths", "32", "--layers", "1", "--tokens", "64", *ONCE])
     lengths, widths = (report[title] for title in ("length at width 256", "width at 1,024 tokens"))
     by_hand = {"16 tokens, width 256": (64, 5_529_600), "32 tokens, width 256": (64, 5_554_176)}
@@ -299,7 +299,7 @@ def test_data_path(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(data_path, "K", 8)
     monkeypatch.setattr(data_path.Photographs, "__len__", lambda self: 1)
     monkeypatch.setattr(data_path, "time", Clock(2.0))
-    monkeypatch.setattr(data_path, "step_of", lambda net, tokens, label: lambda: (0.5, len(tokens)))
+    monkeypatch.setattr(data_path, "make_step", lambda net, tokens, label: lambda: (0.5, len(tokens)))
     report = data_path.main(["--photos", str(photos), "--workers", "0", "--size", "tiny", *ONCE])
     ways = list(data_path.ways(32))
     assert report == {

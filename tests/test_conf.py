@@ -384,7 +384,7 @@ def test_a_sweep_goes_on_by_itself() -> None:
     assert prepare_arguments(["seed=0"], CONF) == ["seed=0"]
 
 
-def hydra_of(*overrides: str) -> Any:
+def compose_hydra(*overrides: str) -> Any:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
     return OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
@@ -392,8 +392,8 @@ def hydra_of(*overrides: str) -> Any:
 
 def test_launchers_compose() -> None:
     """By hand: a SLURM job has a task for each process, and only settings that its launcher knows."""
-    assert hydra_of()["_target_"] == "hydra_plugins.igpt_processes.ProcessesLauncher"
-    slurm = hydra_of("hydra/launcher=slurm", "trainer=ddp", "trainer.devices=8", "trainer.nodes=2")
+    assert compose_hydra()["_target_"] == "hydra_plugins.igpt_processes.ProcessesLauncher"
+    slurm = compose_hydra("hydra/launcher=slurm", "trainer=ddp", "trainer.devices=8", "trainer.nodes=2")
     assert (slurm["nodes"], slurm["tasks_per_node"], slurm["gpus_per_node"]) == (2, 8, 8)
     assert slurm["additional_parameters"]["requeue"] is True
     # the fields of hydra-submitit-launcher 1.2.0's SlurmQueueConf that we set

@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
 }
 
 
-def imports_of(path: Path) -> set[str]:
+def find_imports(path: Path) -> set[str]:
     """The rooms of igpt that a file imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -43,16 +43,16 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-def files_of(package: str) -> list[Path]:
+def list_modules(package: str) -> list[Path]:
     return [SRC / f"{package}.py"] if (SRC / f"{package}.py").is_file() else sorted((SRC / package).rglob("*.py"))
 
 
 @pytest.mark.parametrize("package", ROOMS)
 def test_a_room_imports_only_rooms_it_may(package: str) -> None:
     """Invariant: data flows one way."""
-    assert files_of(package)
-    for path in files_of(package):
-        strangers = imports_of(path) - ROOMS[package] - {package}
+    assert list_modules(package)
+    for path in list_modules(package):
+        strangers = find_imports(path) - ROOMS[package] - {package}
         assert not strangers, f"{path.relative_to(SRC)} imports {strangers}"
 
 
@@ -77,4 +77,4 @@ def test_a_file_name_is_used_once() -> None:
 
 def test_utils_is_closed() -> None:
     """Invariant: what fits nowhere else does not go there."""
-    assert {path.stem for path in files_of("utils")} == {"__init__", "keyed", "files", "overrides"}
+    assert {path.stem for path in list_modules("utils")} == {"__init__", "keyed", "files", "overrides"}

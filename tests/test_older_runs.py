@@ -20,7 +20,7 @@ KINDS = ("pretrain", "finetune", "pipeline")
 SAME_BITS = files.read_json(KEPT / "made_on.json") == arithmetic()
 
 
-def given(kind: str, how: str, place: Path) -> tuple[Path, list[str]]:
+def copy_run(kind: str, how: str, place: Path) -> tuple[Path, list[str]]:
     """A copy of a run as the older release left it, and what its command needs where it is now."""
     (kept,) = (KEPT / how).glob(f"{kind}-*")
     (before,) = (KEPT / "finished").glob("pretrain-*")
@@ -29,12 +29,12 @@ def given(kind: str, how: str, place: Path) -> tuple[Path, list[str]]:
     return copy, [f"init={place / 'pretrained'}"] if kind == "finetune" else []
 
 
-def command_of(folder: Path) -> list[str]:
+def read_command(folder: Path) -> list[str]:
     """What is typed today to have that run."""
     return [override for override in read_record(folder / "run.json")["overrides"] if not override.startswith("init=")]
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor that a run left, also those in stages of it, and those of its last checkpoint."""
     tensors = {}
     for path in sorted(folder.rglob("*.safetensors")):
@@ -69,32 +69,32 @@ def test_it_goes_on_to_the_bit(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
     Where floats round otherwise than where it was made, nearly so.
     """
     monkeypatch.chdir(tmp_path)
-    folder, init = given(kind, "stopped", tmp_path)
+    folder, init = copy_run(kind, "stopped", tmp_path)
     (reference,) = (KEPT / "finished").glob(f"{kind}-*")
     before = {path.name for path in folder.rglob("*.ckpt")}
     result, resumed = run(f"resume={folder}", *init, conf=CONF)
     assert before == {"step_0000004.ckpt"}
     assert resumed == folder
-    assert_same(tensors_of(folder), tensors_of(reference), kind)
+    assert_same(load_tensors(folder), load_tensors(reference), kind)
     numbers = read_record(reference / "result.json")["numbers"]
     near = 0 if SAME_BITS else 0.1
     assert {key: number.value for key, number in result.numbers.items()} == pytest.approx(
         {key: number["value"] for key, number in numbers.items()}, rel=near, abs=near
     )
     assert read_record(folder / "result.json")["version"] == VERSION
-    _, full_path = run(*command_of(folder), *init, f"paths.runs={tmp_path / 'whole'}", conf=CONF)
+    _, full_path = run(*read_command(folder), *init, f"paths.runs={tmp_path / 'whole'}", conf=CONF)
     assert full_path is not None
     assert full_path.parent.name == "whole"
-    assert_same(tensors_of(folder), tensors_of(full_path), kind)
+    assert_same(load_tensors(folder), load_tensors(full_path), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_finished_one_is_recognised(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: by its command, by `resume=auto` and by `resume=`, a finished run is not repeated: no file changes."""
     monkeypatch.chdir(tmp_path)
-    folder, init = given(kind, "finished", tmp_path)
-    before = state_of(folder)
-    command = [*command_of(folder), *init]
+    folder, init = copy_run(kind, "finished", tmp_path)
+    before = hash_files(folder)
+    command = [*read_command(folder), *init]
     for requested in (command, [*command, "resume=auto"], [f"resume={folder}", *init]):
         result, found = run(*requested, conf=CONF)
         assert found is not None
@@ -103,11 +103,11 @@ def test_a_finished_one_is_recognised(kind: str, tmp_path: Path, monkeypatch: py
         assert {key: number.value for key, number in result.numbers.items()} == {
             key: number["value"] for key, number in numbers.items()
         }
-    assert state_of(folder) == before
+    assert hash_files(folder) == before
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
 
 
-def state_of(folder: Path) -> dict[str, Any]:
+def hash_files(folder: Path) -> dict[str, Any]:
     files_in = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): (files.sha256(path), path.stat().st_mtime_ns) for path in files_in}
 
@@ -115,10 +115,10 @@ def state_of(folder: Path) -> dict[str, Any]:
 def test_an_unfinished_one_is_not_begun_anew_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: as with a run of this release, its command alone neither repeats it nor goes on by itself."""
     monkeypatch.chdir(tmp_path)
-    folder, _ = given("pretrain", "stopped", tmp_path)
+    folder, _ = copy_run("pretrain", "stopped", tmp_path)
     with pytest.raises(ValueError, match=rf"{folder.name} was begun and is not finished: .*resume="):
-        run(*command_of(folder), conf=CONF)
-    _, repeated = run(*command_of(folder), "rerun=true", conf=CONF)
+        run(*read_command(folder), conf=CONF)
+    _, repeated = run(*read_command(folder), "rerun=true", conf=CONF)
     assert repeated is not None
     assert repeated.resolve() != folder
     assert not (folder / "result.json").exists()

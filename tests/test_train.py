@@ -134,7 +134,7 @@ def interrupted(place: Path, at: int, number: int, *arguments: str, whom: Callab
         return process.wait(60), process.communicate()[1]
 
 
-def children_of(pid: int) -> list[int]:
+def list_children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
@@ -165,7 +165,7 @@ def test_a_killed_rank_ends_the_run_which_one_process_goes_on_with(tmp_path: Pat
     ranks: list[int] = []
 
     def second(pid: int) -> int:
-        ranks.extend(children_of(pid))
+        ranks.extend(list_children(pid))
         return ranks[1]
 
     code, message = interrupted(tmp_path, 5, signal.SIGKILL, *settings, whom=second)
@@ -217,8 +217,8 @@ def test_a_sweep_of_runs_of_two_processes_one_of_them_killed(tmp_path: Path) -> 
         while not list(tmp_path.glob("runs/*-s1-*/checkpoints/latest")):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        started = children_of(process.pid)
-        os.kill(children_of(started[1])[0], signal.SIGKILL)  # the first rank of seed 1
+        started = list_children(process.pid)
+        os.kill(list_children(started[1])[0], signal.SIGKILL)  # the first rank of seed 1
         message = process.communicate(timeout=150)[1]
     assert process.returncode == 1
     folders = [path for path in (tmp_path / "runs").iterdir() if path.name != "sweeps"]

@@ -50,7 +50,7 @@ def built_demo(place: Path, *overrides: str, **saved: Any) -> Components:
     return built("task=demo", f"init={init}", f"paths.cache={place / 'cache'}", "trainer=cpu", *overrides)
 
 
-def bench_of(build: Components) -> Workbench:
+def build_workbench(build: Components) -> Workbench:
     """The demo's parts but for its page: few images and choices, and small uploads."""
     weights = build.trained_weights
     settings = DemoSettings(
@@ -67,7 +67,7 @@ def bench_of(build: Components) -> Workbench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Iterator[Workbench]:
-    result = bench_of(built_demo(tmp_path))
+    result = build_workbench(built_demo(tmp_path))
     yield result
     result.stop()
 
@@ -113,7 +113,7 @@ def test_the_nearest_training_images(bench: Workbench, tmp_path: Path, layer: in
     assert [image.cosine for image in images] == pytest.approx(cosines[best], abs=1e-5)
     assert [image.label for image in images] == split.labels[rows[best]].tolist()
     assert np.array_equal(images[0].pixels, split.read([int(rows[best[0]])], [0]).pixels[0])
-    again = bench_of(built_demo(tmp_path))
+    again = build_workbench(built_demo(tmp_path))
     assert [image.index for image in neighbours(again, layer)] == [image.index for image in images]
     assert again.training.done == 0  # none was read anew
 
@@ -142,7 +142,7 @@ def test_features_that_a_probe_left_are_taken(tmp_path: Path) -> None:
     features = FeatureSettings(norm="ln_1", dtype="float32", batch_size=128, C_grid=[1.0])
     reader = FeatureReader(build, features)
     (full,) = reader.read(build.weights.net(), build.weights.sha256, "train", eval_masks=1)
-    bench = bench_of(build)
+    bench = build_workbench(build)
     neighbours(bench, 1)
     assert bench.training.done == 0
     assert bench.training.features is not None
@@ -159,7 +159,7 @@ def test_a_layer_that_is_not_there(bench: Workbench) -> None:
 def test_completions_are_those_of_the_task(tmp_path: Path, permutation: list[int] | None) -> None:
     """Invariant: row after row the pixels of task=complete with this seed, grey where none is yet; in any order."""
     build = built_demo(tmp_path, permutation=permutation)
-    bench = bench_of(build)
+    bench = build_workbench(build)
     assert build.weights is not None
     settings = CompleteSettings(
         split="val", count=4, completions=3, fraction=0.5, rows=5, batch_size=64, temperature=0.9, top_k=6, top_p=None

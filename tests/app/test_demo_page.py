@@ -14,7 +14,7 @@ import pytest
 from igpt.app.demo_page import serve
 from igpt.app.workbench import Workbench
 from igpt.model.generate import Sampling
-from tests.app.test_demo import bench_of, built_demo
+from tests.app.test_demo import build_workbench, built_demo
 from tests.data.conftest import encoded, photo
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -r requirements-dev.txt")
@@ -51,7 +51,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
         return draw(*given)
 
     monkeypatch.setattr(Sampling, "draw", slowly)
-    bench = bench_of(built_demo(tmp_path))
+    bench = build_workbench(built_demo(tmp_path))
     about = {"weights": "here/<b>model</b>"}
     with serve(bench, about, tmp_path / "uploads") as url:
         yield url, bench

@@ -15,7 +15,7 @@ from igpt.checkpoint.head_files import HeadMetadata, copy_head, find_head, read_
 from igpt.checkpoint.igpt_format import save_model
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
-from tests.checkpoint.test_igpt_format import metadata_of
+from tests.checkpoint.test_igpt_format import make_metadata
 from tests.conftest import perturbed
 
 CLASSES = "00ff00ff00ff00ff"
@@ -32,7 +32,7 @@ def weight(net: GPT) -> torch.Tensor:
 def saved(tmp_path: Path, net: GPT, weight: torch.Tensor) -> Path:
     """The `model/` of a network with a head for five classes."""
     folder = tmp_path / "model"
-    save_model(folder, net.state_dict(), metadata_of(net))
+    save_model(folder, net.state_dict(), make_metadata(net))
     save_head(folder, weight, HeadMetadata(5, "toy4", CLASSES, find_weights(str(folder)).sha256, NAMES))
     return folder
 
@@ -72,12 +72,12 @@ def test_saving_again_replaces_both(saved: Path, weight: torch.Tensor) -> None:
 
 
 def test_there_is_none(tmp_path: Path, net: GPT) -> None:
-    save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
+    save_model(tmp_path / "model", net.state_dict(), make_metadata(net))
     assert find_in(tmp_path / "model") is None
 
 
 def test_beside_other_weights(saved: Path, net: GPT) -> None:
-    save_model(saved, perturbed(net, seed=7).state_dict(), metadata_of(net))
+    save_model(saved, perturbed(net, seed=7).state_dict(), make_metadata(net))
     with pytest.raises(ValueError, match=r"head\.safetensors belongs to other weights than lie beside it"):
         find_in(saved)
 

@@ -20,7 +20,7 @@ from igpt.model.gpt import GPT
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
-from tests.checkpoint.test_igpt_format import metadata_of
+from tests.checkpoint.test_igpt_format import make_metadata
 from tests.conftest import Planted, perturbed, small_net
 
 K, R = 11, 4
@@ -34,7 +34,7 @@ def native(folder: Path, net: GPT, order: PixelOrder | None = None, **changed: A
     """A network saved in our format."""
     colours = palette()
     tokenizer = PaletteTokenizer(colours, order or PixelOrder.from_name(4, "raster"))
-    metadata = replace(metadata_of(net), tokenizer=tokenizer, **changed)
+    metadata = replace(make_metadata(net), tokenizer=tokenizer, **changed)
     save_model(folder, net.state_dict(), metadata)
     return find_weights(str(folder))
 

@@ -36,7 +36,7 @@ from tests.conftest import Planted, small_net
 from tests.oracle import gpt as plain
 
 
-def metadata_of(net: GPT) -> CheckpointMetadata:
+def make_metadata(net: GPT) -> CheckpointMetadata:
     centres = np.random.default_rng(0).uniform(-1, 1, (net.n_vocab, 3)).astype(np.float32)
     return CheckpointMetadata(
         network=net.config,
@@ -51,7 +51,7 @@ def metadata_of(net: GPT) -> CheckpointMetadata:
 
 @pytest.fixture
 def saved(tmp_path: Path, net: GPT) -> Path:
-    save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
+    save_model(tmp_path / "model", net.state_dict(), make_metadata(net))
     return tmp_path
 
 
@@ -61,8 +61,8 @@ def test_round_trip_is_bit_exact(saved: Path, net: GPT) -> None:
         weights = find_weights(str(place))
         again = weights.net()
         assert all(torch.equal(w, net.state_dict()[name]) for name, w in again.state_dict().items())
-        assert weights.metadata == metadata_of(net)
-        assert weights.metadata == metadata_of(net)
+        assert weights.metadata == make_metadata(net)
+        assert weights.metadata == make_metadata(net)
         assert weights.sha256 == files.sha256(saved / "model" / "model.safetensors")
 
 
@@ -189,15 +189,15 @@ def test_a_full_disk_leaves_the_old_model_and_checkpoint(tmp_path: Path, net: GP
     """Invariant: what was good is still read; no temporary file stays."""
     small = GPT(GPTConfig(n_layer=1, n_embd=8, n_head=2, n_ctx=16, n_vocab=11, causal=True))
     small.init_weights(0)
-    save_model(tmp_path / "model", small.state_dict(), metadata_of(small))
+    save_model(tmp_path / "model", small.state_dict(), make_metadata(small))
     path = checkpoint_path(tmp_path, 5)
     AtomicCheckpointIO().save_checkpoint({"step": 5}, path)
     before = sorted(p.name for p in tmp_path.rglob("*"))
     with pytest.raises(OSError, match="is the disk full"), small_disk():
-        save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
+        save_model(tmp_path / "model", net.state_dict(), make_metadata(net))
     with pytest.raises(OSError, match="is the disk full"), small_disk():
         AtomicCheckpointIO().write({"state_dict": net.state_dict()}, path)
-    assert find_weights(str(tmp_path)).metadata == metadata_of(small)
+    assert find_weights(str(tmp_path)).metadata == make_metadata(small)
     assert find_weights(str(tmp_path)).net().config == small.config
     assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 5}
     assert sorted(p.name for p in tmp_path.rglob("*")) == before

@@ -18,7 +18,7 @@ from igpt.checkpoint.resume import checksum_path
 from igpt.checkpoint.sharded import _check_cover, _Chunk, read_state
 from igpt.model.gpt import GPT
 from igpt.utils import files
-from tests.checkpoint.test_igpt_format import metadata_of
+from tests.checkpoint.test_igpt_format import make_metadata
 from tests.conftest import Planted, perturbed
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -29,7 +29,7 @@ def save_sharded(folder: Path, net: GPT) -> Path:
     state = {f"net.{name}": weight for name, weight in net.state_dict().items()}
     moments = {f"state.net.{name}.exp_avg": torch.zeros_like(w) for name, w in net.state_dict().items()}
     dcp.save({"state_dict": state, "optimizer_0": moments | {"note": "bytes"}}, checkpoint_id=folder)
-    torch.save({"format": FORMAT, "origin": metadata_of(net).to_dict(), "global_step": 12}, folder / "meta.pt")
+    torch.save({"format": FORMAT, "origin": make_metadata(net).to_dict(), "global_step": 12}, folder / "meta.pt")
     return folder
 
 
@@ -45,7 +45,7 @@ def test_it_is_put_together(sharded: Path, net: GPT, tmp_path: Path, caplog: pyt
             weights = find_weights(str(place))
             again = weights.net().state_dict()
             assert all(torch.equal(weight, again[name]) for name, weight in net.state_dict().items())
-            assert weights.metadata == metadata_of(net)
+            assert weights.metadata == make_metadata(net)
     assert re.search(r"__0_0\.distcp: .*step_0000012\.ckpt is taken", caplog.text)
     save_model(tmp_path / "model", weights.state(), weights.metadata)
     assert find_weights(str(tmp_path / "model")).net().state_dict().keys() == net.state_dict().keys()
@@ -166,7 +166,7 @@ def test_a_class_head_inside_is_taken_along(tmp_path: Path, net: GPT) -> None:
     state = {f"net.{name}": weight for name, weight in net.state_dict().items()} | {"head.wclf": torch.ones(5, 24)}
     folder = tmp_path / "pieces"
     dcp.save({"state_dict": state}, checkpoint_id=folder)
-    rest = {"format": FORMAT, "origin": metadata_of(net).to_dict()}
+    rest = {"format": FORMAT, "origin": make_metadata(net).to_dict()}
     torch.save(rest, folder / "meta.pt")
     full_path = tmp_path / "step_0000012.ckpt"
     torch.save(rest | {"state_dict": state}, full_path)

@@ -447,7 +447,7 @@ OF_SHARED = {
 }  # fmt: skip
 
 
-def digest_of(split: Any, step: int = 1) -> str:
+def hash_split(split: Any, step: int = 1) -> str:
     rows = range(0, len(split), step)
     pixels, labels = split.read(rows, [0] * len(rows))
     return hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest()[:16]
@@ -458,7 +458,7 @@ def test_known_datasets_are_read_as_before(images: Shop, shared: Path, name: str
     """Independent source: hashes of pixels and labels as Hugging Face's loaders of folders and parquet gave them."""
     settings, step, digests = OF_SHARED[name]
     source = images(shared / "data" / name, **settings)
-    assert {split: digest_of(source.split(split), step) for split in digests} == digests
+    assert {split: hash_split(source.split(split), step) for split in digests} == digests
 
 
 def test_stl10s_layout_is_read_as_before(images: Shop, tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def test_stl10s_layout_is_read_as_before(images: Shop, tmp_path: Path) -> None:
         rows = [row(i, i % 10, (96, 96)) for i in range(count)]
         stored(tmp_path / "data" / f"{name}-00000-of-00001.parquet", rows, names=[f"class {c}" for c in range(10)])
     source = images(tmp_path / "data", resolution=32, n_class=10)
-    digests = [digest_of(source.split(name)) for name in ("train", "val", "test")]
+    digests = [hash_split(source.split(name)) for name in ("train", "val", "test")]
     assert digests == ["95698c8ed52c3fc7", "9d3931dca8cae1af", "4679d74b34a321a5"]
 
 
@@ -477,13 +477,13 @@ def test_the_oracles_tokens_are_read_as_before(shared: Path, tmp_path: Path, nam
     np.save(tmp_path / "o_vaX.npy", reference["tokens"])
     np.save(tmp_path / "o_vaY.npy", np.eye(reference["labels"].max() + 1, dtype=np.float32)[reference["labels"]])
     source = OpenAITokens(name="o", resolution=8, path=str(tmp_path), clusters=str(tmp_path / "colours.npy"))
-    assert digest_of(source.split("val")) == digest
+    assert hash_split(source.split("val")) == digest
 
 
 # What went wrong once.
 
 
-def tar_of(path: Path, members: Sequence[tuple[str, bytes | str]]) -> Path:
+def write_tar(path: Path, members: Sequence[tuple[str, bytes | str]]) -> Path:
     """A tar file of these members; a text is where a link leads."""
     with tarfile.open(path, "w") as tar:
         for name, content in members:
@@ -510,7 +510,7 @@ def test_every_image_of_a_tar_file(
         of_format = {"webp": {"lossless": True}}.get(ending, {})
         content = encoded(photo(i, 8, 8), {"tif": "TIFF"}.get(ending, ending.upper()), **of_format)
         members += [(f"._{i}.{ending}", b"mac"), (f"{i}.{ending}", content), (f"._{i}.cls", b"mac"), (f"{i}.cls", b"1")]
-    path = tar_of(tmp_path / "a.tar", [*members, ("5.heic", b"?"), ("5.cls", b"0")])
+    path = write_tar(tmp_path / "a.tar", [*members, ("5.heic", b"?"), ("5.cls", b"0")])
     how: dict[str, Any] = {"val_fraction": 0.0, "streaming": streaming, "image_column": ["image", "png"]}
     split = images(path, label_column=["cls"], n_class=2, **how).split("train")
     found = {pixels.tobytes() for pixels in split.read(range(len(split)), [0] * len(split)).pixels}
@@ -518,7 +518,7 @@ def test_every_image_of_a_tar_file(
     assert split.labels.tolist() == [1] * 4
     if not streaming:
         assert "1 .heic" in caplog.text
-    links = tar_of(tmp_path / "links.tar", [("0.png", png(0)), ("1h.png", "0.png"), ("2.png", "/etc/hostname")])
+    links = write_tar(tmp_path / "links.tar", [("0.png", png(0)), ("1h.png", "0.png"), ("2.png", "/etc/hostname")])
     assert len(images(links, on_corrupt="skip", **how).split("train")) == 1
     with pytest.raises(BadImageError, match=r"(1h|2)\.png in .*: it is a link"):
         split = images(links, **how).split("train")
@@ -592,7 +592,7 @@ def test_a_copy_without_a_file_is_not_kept(
 
 def test_a_tar_file_that_ends_early(images: Shop, tmp_path: Path) -> None:
     """As a table, too, `skip` keeps what comes before the damage."""
-    path = tar_of(tmp_path / "a.tar", [(f"{i}.png", png(i)) for i in range(3)])
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.png", png(i)) for i in range(3)])
     path.write_bytes(path.read_bytes()[:1500])
     with pytest.raises(BadShardError, match=r"a\.tar cannot be read after 1 images.*on_corrupt=skip"):
         images(path, val_fraction=0.0)
@@ -623,7 +623,7 @@ def test_arrays_beside_images_do_not_make_another_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_labels_that_are_too_large(images: Shop, tmp_path: Path, streaming: bool) -> None:
     """One line that names the file, whatever holds them."""
-    tar_of(tmp_path / "a.tar", [("0.png", png(0)), ("0.cls", b"9" * 20)])
+    write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.cls", b"9" * 20)])
     pq.write_table(pa.table({"image": [png(0)], "label": pa.array([2**63 + 1], pa.uint64())}), tmp_path / "b.parquet")
     pq.write_table(pa.table({"image": [{"bytes": "text", "path": None}], "label": [0]}), tmp_path / "c.parquet")
     for name, message in (("a.tar", r"a\.tar .*0\.cls holds '9+'"), ("b.parquet", r"b\.parquet: row 0 has the label"),

@@ -32,7 +32,7 @@ N_CLASS, N_TRAIN, N_VAL = 4, 90, 60
 OF_VAL, OF_TRAIN = 1.01 / N_VAL, 1.01 / N_TRAIN  # one image: theirs and ours end a little beside the optimum
 
 
-def of(values: np.ndarray, labels: np.ndarray) -> FeatureSet:
+def make_features(values: np.ndarray, labels: np.ndarray) -> FeatureSet:
     return FeatureSet([Features(values.astype(np.float32), labels)])
 
 
@@ -49,7 +49,7 @@ def both() -> tuple[FeatureSet, FeatureSet]:
         ]
     )
     labels = found.target[:n].astype(np.int64)
-    return of(layers[:, :N_TRAIN], labels[:N_TRAIN]), of(layers[:, N_TRAIN:], labels[N_TRAIN:])
+    return make_features(layers[:, :N_TRAIN], labels[:N_TRAIN]), make_features(layers[:, N_TRAIN:], labels[N_TRAIN:])
 
 
 def scikit_learn(strength: float) -> LogisticRegression:
@@ -82,7 +82,7 @@ def test_searched_with_folds_is_scikit_learn(both: tuple[FeatureSet, FeatureSet]
     """Independent source: scikit-learn's cross-validation on the same folds; val is not looked at."""
     train, val = both
     folds = assign_folds(train.labels, 3, seed=0)
-    blind = of(np.full_like(val.by_mask[0].values, np.nan), val.labels)
+    blind = make_features(np.full_like(val.by_mask[0].values, np.nan), val.labels)
     table = grid_search(train, blind, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0, folds=folds)
     for layer in range(3):
         for i, c in enumerate(STRENGTHS):
@@ -135,10 +135,10 @@ def test_the_broken_layer_is_named(both: tuple[FeatureSet, FeatureSet], monkeypa
     for room in (1 << 30, 1):
         monkeypatch.setattr(selection, "CPU_BYTES", room)
         with pytest.raises(ValueError, match=r"the features of layer\(s\) 2 hold NaN or infinity"):
-            grid_search(of(broken, train.labels), val, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0)
+            grid_search(make_features(broken, train.labels), val, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0)
 
 
-def table_of(accuracy: list[list[float]]) -> GridScores:
+def make_scores(accuracy: list[list[float]]) -> GridScores:
     rows = np.array(accuracy)
     return GridScores(rows, rows / 2, [[layer] for layer in range(len(rows))], STRENGTHS, 50)
 
@@ -156,12 +156,12 @@ def table_of(accuracy: list[list[float]]) -> GridScores:
 )
 def test_the_best_and_its_ties(accuracy: list[list[float]], layer: int | None, best: Choice) -> None:
     """By hand: the highest; among equals the lowest layer, then the strongest regularisation."""
-    assert select_best(table_of(accuracy), layer=layer) == best
+    assert select_best(make_scores(accuracy), layer=layer) == best
 
 
 def test_what_a_table_says() -> None:
     """By hand: √(0.8 · 0.2 / 50); without the vote it is another column; the curve is of each layer's best."""
-    table = table_of([[0.5, 0.1, 0.2], [0.3, 0.4, 0.8]])
+    table = make_scores([[0.5, 0.1, 0.2], [0.3, 0.4, 0.8]])
     number = table.number(Choice([1], 0.1))
     assert (number.value, number.n, number.unit) == (0.8, 50, "share")
     assert number.stderr == pytest.approx(0.0565685, rel=1e-5)
@@ -233,7 +233,7 @@ def test_masks_vote(both: tuple[FeatureSet, FeatureSet]) -> None:
     Of two classes scikit-learn fits one vector where ours are two of half its length: its ½ |w|² is twice theirs.
     """
     train, val = both
-    two = of(train.by_mask[0].values, train.labels % 2)
+    two = make_features(train.by_mask[0].values, train.labels % 2)
     generator = np.random.default_rng(1)
     noisy = [val.by_mask[0].values + 2 * generator.normal(size=val.by_mask[0].values.shape) for _ in range(3)]
     seen = [Features(values.astype(np.float32), val.labels % 2) for values in noisy]

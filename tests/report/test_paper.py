@@ -37,12 +37,12 @@ def cells(text: str, title: str) -> list[list[str]]:
     return items
 
 
-def of(table: str, **wanted: object) -> list[PublishedRow]:
+def select_rows(table: str, **wanted: object) -> list[PublishedRow]:
     rows = [p for p in PAPER.rows if p.table.startswith(TITLES[table])]
     return [p for p in rows if all(getattr(p, k) == v for k, v in wanted.items())]
 
 
-def line_of(row: PublishedRow) -> str:
+def format_row(row: PublishedRow) -> str:
     """Shares as they stand in a run's own table, of 1."""
     value = row.printed
     if row.unit == "share":
@@ -55,7 +55,7 @@ def line_of(row: PublishedRow) -> str:
 def test_losses_and_sizes_are_the_digests(digest: str) -> None:
     """Independent source."""
     for model, loss, _ in cells(digest, "### Generative loss"):
-        assert [p.value for p in of("loss", method=model)] == [float(loss)]
+        assert [p.value for p in select_rows("loss", method=model)] == [float(loss)]
     for model, n_layer, n_embd, heads, printed, exact in cells(digest, "## 3. Sizes"):
         size = PAPER.sizes[model]
         assert (size.n_layer, size.n_embd) == (int(n_layer), int(n_embd))
@@ -82,7 +82,9 @@ def test_probes_and_fine_tuning_are_the_digests(digest: str) -> None:
         table = "probe_imagenet" if dataset == "ImageNet" else "probe"
         if not re.fullmatch(r"\d\d\.\d", accuracy):
             continue
-        same = of(table, dataset=NAMES[dataset], method=model.split()[0], value=round(float(accuracy) / 100, 4))
+        same = select_rows(
+            table, dataset=NAMES[dataset], method=model.split()[0], value=round(float(accuracy) / 100, 4)
+        )
         assert len(same) == 1, (dataset, model, accuracy)
         if resolution != "–":
             assert same[0].resolution == int(resolution[:2])
@@ -92,23 +94,23 @@ def test_probes_and_fine_tuning_are_the_digests(digest: str) -> None:
         value = round(float(re.findall(r"\d\d\.\d", accuracy)[0]) / 100, 4)
         name = NAMES[dataset.partition(",")[0]]
         objective = "bert" if "BERT" in model else "ar"
-        same = of("finetune", dataset=name, method="iGPT-L", objective=objective, value=value)
+        same = select_rows("finetune", dataset=name, method="iGPT-L", objective=objective, value=value)
         assert [p.resolution for p in same] == [int(resolution[:2])], (dataset, model)
         assert (same[0].init is None) == ("scratch" in model)
     relative = {"BERT": 0.963 - 0.01, "last layer": 0.963 - 0.024}
     assert "more than 1 below AR" in digest
     assert "2.4 lower" in digest
-    assert of("probe", objective="bert", dataset="cifar10")[0].value == pytest.approx(relative["BERT"])
-    assert of("probe", key="probe_cifar10_last_layer")[0].value == pytest.approx(relative["last layer"])
+    assert select_rows("probe", objective="bert", dataset="cifar10")[0].value == pytest.approx(relative["BERT"])
+    assert select_rows("probe", key="probe_cifar10_last_layer")[0].value == pytest.approx(relative["last layer"])
     assert "6 below AR (≈ 54); almost +1 with 5 masks" in digest
-    assert [p.value for p in of("probe_imagenet", objective="bert")] == [0.54, 0.01]
+    assert [p.value for p in select_rows("probe_imagenet", objective="bert")] == [0.54, 0.01]
 
 
 def test_few_labels_are_the_digests(digest: str) -> None:
     """Independent source; what is from memory there is marked here."""
     for labels, accuracy, error in cells(digest, "### Low-data CIFAR-10"):
         per_class = int(re.findall(r"\((\d+) per class", labels)[0])
-        (found,) = of("low_data", number=f"test/accuracy_{per_class}_per_class")
+        (found,) = select_rows("low_data", number=f"test/accuracy_{per_class}_per_class")
         assert found.value == pytest.approx(float(accuracy[:4]) / 100)
         mean, deviation = (float(number) / 100 for number in re.findall(r"\d+\.\d", error))
         assert (1 - mean, deviation) == pytest.approx((found.value, found.spread))
@@ -125,13 +127,13 @@ def test_others_numbers_are_the_digests(digest: str) -> None:
             assert cell, part
             name, value = cell.groups()
             names.append((setting.split()[0], name.lower(), float(value)))
-    beside = [p for p in PAPER.rows if not p.is_ours and p not in of("low_data")]
+    beside = [p for p in PAPER.rows if not p.is_ours and p not in select_rows("low_data")]
     titles = {value: key for key, value in NAMES.items()}
     own = [(titles[str(p.dataset)], p.method.lower(), round(100 * (p.value or 0), 4)) for p in beside]
     spelt = [(data, "amdim-l" if name == "amdim(-l)" else name, value) for data, name, value in names]
     assert sorted(spelt) == sorted(own)
     assert "(88.61 at 40, 94.93 at 250)" in digest
-    assert [p.value for p in of("low_data", method="FixMatch")] == pytest.approx([0.8861, 0.9493])
+    assert [p.value for p in select_rows("low_data", method="FixMatch")] == pytest.approx([0.8861, 0.9493])
     assert not any(p.command for p in PAPER.rows if not p.is_ours)
 
 
@@ -165,8 +167,8 @@ def test_an_experiment_file_says_what_is_published(name: str) -> None:
     rows = [row for row in PAPER.rows if row.key == name]
     elsewhere = [row for row in PAPER.rows if row.table.startswith(TITLES["loss"]) and row.init == name]
     assert config["published"] == [
-        *(line_of(row) for row in rows if row.value is not None),
-        *(f"{line_of(row)}, by experiment=paper/{row.key}" for row in elsewhere),
+        *(format_row(row) for row in rows if row.value is not None),
+        *(f"{format_row(row)}, by experiment=paper/{row.key}" for row in elsewhere),
     ]
     settings = flatten(config)
     assert settings["task.paper"] == (name if rows else None)

@@ -40,7 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, OfflineRun]:
     return {run.job_type: run for run in offline_runs(place)}
 
 
-def folder_of(run: OfflineRun) -> Path:
+def find_run_folder(run: OfflineRun) -> Path:
     """The run folder that holds what W&B keeps."""
     return run.folder.parents[1]
 
@@ -58,7 +58,7 @@ def test_one_run_a_job_closed_with_what_it_is(runs: dict[str, OfflineRun]) -> No
 
 def test_losses_speed_and_samples(runs: dict[str, OfflineRun]) -> None:
     """Round trip: what was logged is what the CSV file beside it says, step for step; two grids of samples."""
-    with (folder_of(runs["pretrain"]) / "metrics" / "from_0000000" / "metrics.csv").open() as file:
+    with (find_run_folder(runs["pretrain"]) / "metrics" / "from_0000000" / "metrics.csv").open() as file:
         written = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
     assert [row["images_seen"] for row in written if "train/loss_gen" in row] == [16, 32, 48, 64, 80, 96]
     history = [row for row in runs["pretrain"].history if "images_seen" in row]
@@ -67,11 +67,11 @@ def test_losses_speed_and_samples(runs: dict[str, OfflineRun]) -> None:
     assert logged == [pytest.approx(row, rel=1e-6) for row in written]
     assert runs["pretrain"].summary["val/loss_gen"] == pytest.approx(written[-1]["val/loss_gen"], rel=1e-6)
     images = runs["pretrain"].folder / "files" / "media" / "images"
-    samples = {path.read_bytes() for path in (folder_of(runs["pretrain"]) / "samples").iterdir()}
+    samples = {path.read_bytes() for path in (find_run_folder(runs["pretrain"]) / "samples").iterdir()}
     assert len(samples) == 2
     assert {path.read_bytes() for path in images.glob("samples_*.png")} == samples
     (curves,) = (images / "pictures").glob("*.png")
-    assert curves.read_bytes() == (folder_of(runs["pretrain"]) / "curves.png").read_bytes()
+    assert curves.read_bytes() == (find_run_folder(runs["pretrain"]) / "curves.png").read_bytes()
 
 
 def test_accuracy_over_layers_and_confusion(runs: dict[str, OfflineRun]) -> None:
@@ -81,12 +81,12 @@ def test_accuracy_over_layers_and_confusion(runs: dict[str, OfflineRun]) -> None
         for path in (runs["probe"].folder / "files").rglob("*.table.json")
     }
     assert tables.keys() == {"accuracy over layer", "confusion_cells"}
-    found = json.loads((folder_of(runs["probe"]) / "result.json").read_text())
+    found = json.loads((find_run_folder(runs["probe"]) / "result.json").read_text())
     assert found["curves"]["probe, val"]["x"] == [0, 1, 2]
     assert tables["accuracy over layer"] == [
         [x, name, y] for name, curve in found["curves"].items() for x, y in zip(curve["x"], curve["y"], strict=True)
     ]
-    counts = np.load(folder_of(runs["probe"]) / "confusion_counts.npy")
+    counts = np.load(find_run_folder(runs["probe"]) / "confusion_counts.npy")
     assert tables["confusion_cells"] == [[str(i), str(j), int(counts[i, j])] for i in range(10) for j in range(10)]
     assert counts.sum() == 300
     accuracy = runs["probe"].summary["test/accuracy"]

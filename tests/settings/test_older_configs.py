@@ -10,9 +10,9 @@ from igpt.report.folder import RunFolder, changes, deciding, identity
 from igpt.run.launch import run
 from igpt.run.run_dir import find_run_dir
 from igpt.settings.older_configs import (
+    TABLE,
     VERSION,
     Changes,
-    Joined,
     answer,
     flat,
     nested,
@@ -65,12 +65,7 @@ LATER = {
     2: Changes(
         targets={"igpt.task": "igpt.run", "igpt.task.guard": "igpt.training.nan"},
         values={"task.needs": {"origin": "metadata"}, "task.norm": {"old": "new"}},
-        joined={
-            "task.baselines": Joined(
-                {"untrained": "task.untrained", "pixels": "task.pixels"},
-                default={"probe": ("untrained", "pixels"), "low_data": ("pixels",)},
-            )
-        },
+        joined=TABLE[2].joined,
         renamed={
             "force": "rerun",
             "task.gen": "task.loss_weights.gen",
@@ -132,14 +127,14 @@ WAS_AND_IS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def config_of(settings: dict[str, Any]) -> dict[str, Any]:
+def nest_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return nested({tuple(key.split(".")): value for key, value in settings.items()})
 
 
 @pytest.mark.parametrize("kind", WAS_AND_IS)
 def test_each_kind_of_change(kind: str) -> None:
     """A case solved by hand; and invariants: a second time, or of the last version, nothing changes."""
-    was, now = map(config_of, WAS_AND_IS[kind])
+    was, now = map(nest_settings, WAS_AND_IS[kind])
     assert updated(was, LATER.values()) == now
     assert updated(now, LATER.values()) == now
     assert updated_record({"version": 3, "config": was}, LATER)["config"] == was

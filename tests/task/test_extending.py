@@ -33,7 +33,7 @@ from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.training.loggers import RunInfo
 from igpt.utils import keyed
-from tests.checkpoint.test_igpt_format import metadata_of
+from tests.checkpoint.test_igpt_format import make_metadata
 from tests.conftest import ROOT, perturbed
 from tests.data.conftest import photo
 from tests.task.conftest import SIZES, Lab, machine
@@ -131,7 +131,7 @@ def test_a_table_that_no_file_holds_is_computed_anew(tmp_path: Path, monkeypatch
     monkeypatch.setitem(positions.POSITIONS, "sines", Sines)
     net = perturbed(GPT(GPTConfig(**SIZES, positions="sines")))
     assert not net.blocks[0].attn.not_in_c  # nothing is turned
-    save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
+    save_model(tmp_path / "model", net.state_dict(), make_metadata(net))
     loaded = find_weights(str(tmp_path)).net()
     tokens = torch.randint(net.n_vocab, (2, net.n_ctx), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -172,7 +172,7 @@ def _with(metadata: Any, network: GPTConfig) -> Any:
 def test_weights_of_an_encoding_that_is_not_here(tmp_path: Path, rope: None) -> None:
     """Another version's encoding: refused by its name, not read as something else."""
     net = perturbed(GPT(GPTConfig(**SIZES, positions="rope")))
-    save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
+    save_model(tmp_path / "model", net.state_dict(), make_metadata(net))
     positions.POSITIONS.clear()
     with pytest.raises(ValueError, match=r"model\.positions must be one of learned"):
         find_weights(str(tmp_path))

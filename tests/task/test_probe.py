@@ -177,7 +177,7 @@ def test_other_features_are_other_files(tmp_path: Path, lab: Lab, ar: Weights, c
     before = kept_features(tmp_path)
     assert len(before) == 2
     if changed == "weights":
-        lab.probe(tmp_path, of_state(tmp_path / "other", lab, perturbed(ar)), test=False)
+        lab.probe(tmp_path, save_state(tmp_path / "other", lab, perturbed(ar)), test=False)
     else:
         lab.probe(tmp_path, ar, test=False, **changed)
     assert len(kept_features(tmp_path)) == 4
@@ -189,7 +189,7 @@ def perturbed(weights: Weights, *, times: float = 1.01) -> dict[str, torch.Tenso
     return state | {"wte": state["wte"] * times}
 
 
-def of_state(folder: Path, lab: Lab, state: dict[str, torch.Tensor]) -> Weights:
+def save_state(folder: Path, lab: Lab, state: dict[str, torch.Tensor]) -> Weights:
     save_model(folder / "model", state, lab.metadata()(step=0))
     return find_weights(str(folder))
 
@@ -302,7 +302,7 @@ def test_the_untrained_network_reads_this_runs_colours(tmp_path: Path, lab: Lab,
     how: dict[str, Any] = {"baselines": ["untrained"], "test": False, "C_grid": [10.0]}
     lab.probe(tmp_path, ar, **how)
     lab.palette = Palette(lab.palette.centres[np.random.default_rng(0).permutation(17)].copy())
-    other = of_state(tmp_path / "other", lab, perturbed(ar))
+    other = save_state(tmp_path / "other", lab, perturbed(ar))
     shared = lab.probe(tmp_path, other, **how)
     alone = lab.probe(tmp_path / "alone", other, **how)
     assert shared.curves["untrained network, val"] == alone.curves["untrained network, val"]
@@ -378,7 +378,7 @@ def test_a_full_disk(tmp_path: Path, lab: Lab, ar: Weights) -> None:
 
 def test_features_too_large_for_float16(tmp_path: Path, lab: Lab, ar: Weights) -> None:
     """By hand: the streams of an embedding a million times larger, not normed, pass 65,504."""
-    large = of_state(tmp_path / "large", lab, perturbed(ar, times=1e8))
+    large = save_state(tmp_path / "large", lab, perturbed(ar, times=1e8))
     with pytest.raises(ValueError, match=r"layer\(s\) 0, 1, 2 hold NaN or infinity.*task\.dtype=float32"):
         lab.probe(tmp_path, large, norm="raw", dtype="float16")
     assert list((tmp_path / "cache" / "features").glob(".*.part")) == []
@@ -551,7 +551,7 @@ def test_sgd_on_a_window(tmp_path: Path, lab: Lab, ar: Weights, sgd: tuple[Path,
 @pytest.fixture
 def large(tmp_path: Path, lab: Lab, ar: Weights) -> Weights:
     """A network with features of about 1,000: heads overflow in the first step at a rate of 1e38."""
-    return of_state(tmp_path / "large", lab, perturbed(ar, times=1e4))
+    return save_state(tmp_path / "large", lab, perturbed(ar, times=1e4))
 
 
 def test_a_rate_too_high_breaks_its_own_heads_only(tmp_path: Path, lab: Lab, large: Weights) -> None:

@@ -18,7 +18,7 @@ from igpt.checkpoint.tensors import LazyTensor, write
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.utils import files
-from tests.checkpoint.test_igpt_format import metadata_of
+from tests.checkpoint.test_igpt_format import make_metadata
 from tests.checkpoint.test_sharded import save_sharded
 from tests.conftest import small_net
 from tests.test_photographs import run
@@ -178,7 +178,7 @@ ORIGIN = {"network": {"n_layer": 1}, "permutation": None, "palette": {}, "object
 def test_a_config_that_cannot_be(tmp_path: Path, field: str) -> None:
     """What a file says of its weights is looked at before it is used: sizes, colours, names that become folders."""
     net = small_net()
-    save_model(tmp_path / "model", net.state_dict(), metadata_of(net))
+    save_model(tmp_path / "model", net.state_dict(), make_metadata(net))
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: ORIGIN[field]}))
     with pytest.raises(ValueError, match=r"config\.json is not complete"):

@@ -159,7 +159,7 @@ def test_an_empty_split() -> None:
         data.val_dataloader()
 
 
-def of_photographs(
+def photograph_data(
     folder: Path, *, num_workers: int = 0, plan: BatchPlan | None = None, **changed: Any
 ) -> TokenDataModule:
     """Batches of 6 photographs, cropped at random, from a table or a stream of 15."""
@@ -198,8 +198,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("num_workers", [1, 4])
 def test_the_same_batches_with_any_number_of_workers(photographs: Path, num_workers: int, streaming: bool) -> None:
     """Invariant: random crops and all, over three passes; each batch, not only their union."""
-    expected = read(of_photographs(photographs, streaming=streaming), 8)
-    given = read(of_photographs(photographs, streaming=streaming, num_workers=num_workers), 8)
+    expected = read(photograph_data(photographs, streaming=streaming), 8)
+    given = read(photograph_data(photographs, streaming=streaming, num_workers=num_workers), 8)
     for own, reference in zip(given, expected, strict=True):
         assert all(map(torch.equal, own, reference))
     tokens = torch.cat([batch.tokens for batch in expected])
@@ -210,17 +210,17 @@ def test_the_same_batches_with_any_number_of_workers(photographs: Path, num_work
 def test_the_same_batches_on_two_ranks(photographs: Path, streaming: bool) -> None:
     """Invariant: the halves that two ranks read, put together, are what one reads (`test_ranks.py` has real ones)."""
     plans = [BatchPlan(6, 3, n_device=2, rank=rank) for rank in range(2)]
-    read_by = [read(of_photographs(photographs, plan=plan, streaming=streaming), 8) for plan in plans]
-    halves = read(of_photographs(photographs, plan=BatchPlan(6, 3), streaming=streaming), 16)
+    read_by = [read(photograph_data(photographs, plan=plan, streaming=streaming), 8) for plan in plans]
+    halves = read(photograph_data(photographs, plan=BatchPlan(6, 3), streaming=streaming), 16)
     for i, half in enumerate(halves):
         assert all(map(torch.equal, half, read_by[i % 2][i // 2]))
 
 
 def test_it_starts_at_any_step(photographs: Path) -> None:
     """Invariant: starting at step 4, inside the second pass, continues what starting at 0 would have given."""
-    later = of_photographs(photographs)
+    later = photograph_data(photographs)
     later.trainer = type("At", (), {"global_step": 4})()
-    expected = read(of_photographs(photographs), 8)[4:]
+    expected = read(photograph_data(photographs), 8)[4:]
     assert all(map(torch.equal, joined(read(later, 4)), joined(expected)))
 
 
@@ -291,7 +291,7 @@ def test_a_corrupt_image_is_named_whoever_reads_it(tmp_path: Path, num_workers: 
     root = class_folders(tmp_path / "photos", ["a", "b"], 10)
     (root / "train" / "b" / "4.jpg").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"^/\S*b/4.jpg: its 7 bytes are no image"):
-        read(of_photographs(root, num_workers=num_workers, val_fraction=0.0, streaming=streaming), 8)
+        read(photograph_data(root, num_workers=num_workers, val_fraction=0.0, streaming=streaming), 8)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -299,7 +299,7 @@ def test_a_stream_without_images_for_a_reader(tmp_path: Path, num_workers: int) 
     """Found while reading, not before: one line, whichever process finds it."""
     root = class_folders(tmp_path / "photos", ["a"], 1)
     stream = {**SETTINGS["stream"], "num_readers": 2}
-    data = of_photographs(root, num_workers=num_workers, streaming=True, n_class=1, val_fraction=0.0, stream=stream)
+    data = photograph_data(root, num_workers=num_workers, streaming=True, n_class=1, val_fraction=0.0, stream=stream)
     with pytest.raises(
         ValueError, match=r"^the training stream holds no image for reader \d of 2: .*data.stream.num_readers\)$"
     ):
@@ -308,7 +308,7 @@ def test_a_stream_without_images_for_a_reader(tmp_path: Path, num_workers: int) 
 
 def test_some_tokens_are_some_of_all(photographs: Path) -> None:
     """Invariant: in order, none twice."""
-    data = of_photographs(photographs, crop=SETTINGS["crop"])
+    data = photograph_data(photographs, crop=SETTINGS["crop"])
     full, some = data.sample_tokens("train"), data.sample_tokens("train", at_most=6)
     assert full.shape == (15, 64)
     places = [int((full == row).all(1).nonzero()[0]) for row in some]

@@ -20,7 +20,7 @@ from igpt.settings.fields import parse_settings
 from igpt.tokens.patches import PatchSettings, PatchTokenizer, cut_patches
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.tokenizer_registry import tokenizer_from_dict, tokenizer_to_dict
-from tests.app.test_demo import bench_of
+from tests.app.test_demo import build_workbench
 from tests.data.conftest import photo
 from tests.test_conf import CONF, built
 
@@ -33,13 +33,13 @@ def tokenizer() -> PatchTokenizer:
     return PatchTokenizer(centres, 2, PixelOrder.from_name(4, "random:1"))
 
 
-def pixels_of(n: int) -> torch.Tensor:
+def make_pixels(n: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(photo(seed, 8, 8)) for seed in range(n)]))
 
 
 def test_every_patch_is_that_of_the_nearest_centre(tokenizer: PatchTokenizer) -> None:
     """Independent source: a loop over patches and centres in float64, in the order of the permutation."""
-    pixels = pixels_of(5)
+    pixels = make_pixels(5)
     tokens = tokenizer.encode(pixels)
     for image, row in zip(pixels.numpy(), tokens.tolist(), strict=True):
         for place, token in zip(tokenizer.order.permutation, row, strict=True):
@@ -224,7 +224,7 @@ def test_the_demo_shows_them(trained: tuple[Result, Path], tmp_path: Path) -> No
     """Completions grow by rows of patches, and are those of the task."""
     _, folder = trained
     build = built("task=demo", f"init={folder}", f"paths.cache={folder.parents[1] / 'cache'}", "trainer=cpu")
-    bench: Workbench = bench_of(build)
+    bench: Workbench = build_workbench(build)
     chosen = bench.choices(0, 1)[0]
     assert (bench.show_prompt(chosen, 5)[4:] == 127).all()
     drawings = list(bench.complete(chosen, rows=4, completions=1, seed=0, temperature=1.0, top_k=None))

@@ -108,7 +108,7 @@ class Runner:
             enable_model_summary=False,
             **options,
         )
-        # Lightning's SIGTERM handler ends a run with exit code 0 and communicates with other ranks inside the handler.
-        # No option disables it, so the method is replaced
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        # Lightning's SIGTERM handler ends a run with exit code 0 and communicates with other ranks inside the handler
+        connector = trainer._signal_connector
+        connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # no option disables it
         return trainer
