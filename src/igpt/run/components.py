@@ -56,10 +56,10 @@ class Components:
         task_settings(task["_target_"], task)
         self._partials("callbacks")
         self._partials("logger")
-        if "tokens" in self.run.requires:
+        if self.run.requires & {"tokens", "stages"}:
             self._source_partial()
-            if not self.run.takes_from_weights("tokens"):
-                _ = self.planned_network
+        if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
+            _ = self.planned_network
 
     def _partials(self, group: str) -> list[Callable[..., Any]]:
         """A checked partial of every entry of `callbacks` or `logger`."""

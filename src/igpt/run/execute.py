@@ -51,7 +51,7 @@ def execute_task(components: Components) -> Result:
     """Checks the task's settings and weights, then calls its `run`; returns its result."""
     task = checked_task(components.run.config["task"])
     components.check_weights()
-    if "stages" in components.run.requires:
+    if "stages" in components.run.requires and not hasattr(components, "run_stage"):  # of a pipeline inside another
         components.run_stage = stage_runner(components)
     return task(components)
 

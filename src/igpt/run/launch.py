@@ -25,7 +25,7 @@ from igpt.report.closing_table import align_columns, closing_table
 from igpt.report.folder import environment, parse_result
 from igpt.run.arguments import expand_home_in_config, make_paths_absolute, prepare_arguments
 from igpt.run.components import Components
-from igpt.run.execute import check_batch, execute_task, run_and_report
+from igpt.run.execute import check_batch, execute_task, run_and_report, stage_runner
 from igpt.run.logs import log_file, set_up_logging
 from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import resolve_run_dir
@@ -142,6 +142,8 @@ def launch(
         return show_plan(components)
     components.check_settings()
     check_batch(components.hardware, cfg.task)
+    if "stages" in run.requires:
+        components.run_stage = stage_runner(components)
     if not cfg.task.get("run_folder", True):
         return run_interactive(components)
     with ranks.process_group(components.hardware.device) as rank:

@@ -77,7 +77,7 @@ class LookupEncoder:
                 distinct, inverse = torch.unique(codes, return_inverse=True)
                 self.computed += len(distinct)
                 return self.palette.nearest(decode_colour_codes(distinct))[inverse]
-            table = self._tables[pixels.device] = torch.tensor(self._load_table(), device=pixels.device)
+            table = self._tables[pixels.device] = torch.from_numpy(self._load_table()).to(pixels.device)
         return table.index_select(0, codes.flatten()).long().view(codes.shape)
 
     def _is_worthwhile(self, device: torch.device) -> bool:
@@ -88,10 +88,12 @@ class LookupEncoder:
         if self.path is None:
             return build_table(self.palette)
         try:
-            return map_array(self.path, (256**3,), np.int16, self._write, self._fits)
+            map_array(self.path, (256**3,), np.int16, self._write, self._fits)
         except (OSError, ValueError) as error:
             log.warning("palette: the table of colours is not kept: %s", error)
             return build_table(self.palette)
+        table: np.ndarray = np.load(self.path, mmap_mode="c", allow_pickle=False)  # pages shared by all processes
+        return table
 
     def _write(self, file: IO[bytes]) -> None:
         file.write(build_table(self.palette).tobytes())
