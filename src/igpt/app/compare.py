@@ -32,25 +32,25 @@ def run(components: Components, settings: CompareSettings) -> Result:
     Raises:
         ValueError: no readable run, or none with `metric`.
     """
-    found, folder, runs = components.run.finished_runs, components.run_dir, settings.runs
-    if not found.runs and not settings.all:
+    finished, folder, runs = components.run.finished_runs, components.run_dir, settings.runs
+    if not finished.runs and not settings.all:
         where = ", ".join([runs] if isinstance(runs, str) else runs) or "paths.runs"
-        first = [f"{path}: {why}" for path, why in list(found.problems.items())[:5]]
+        first = [f"{path}: {why}" for path, why in list(finished.problems.items())[:5]]
         raise ValueError("; ".join([f"there is no finished run to compare in {where}", *first]))
-    for path, why in found.problems.items():
+    for path, why in finished.problems.items():
         log.warning("left out %s: %s", path, why)
-    single, problems_of_stages = split_comparable(found.runs)
+    single, problems_of_stages = split_comparable(finished.runs)
     beside = compare_with_paper(single, every=settings.all)
-    summaries = summarize_groups(found.runs, settings.metric)
-    problems = found.problems | problems_of_stages
-    text = ComparisonText(found.runs, problems, beside, summaries, settings.numbers)
+    summaries = summarize_groups(finished.runs, settings.metric)
+    problems = finished.problems | problems_of_stages
+    text = ComparisonText(finished.runs, problems, beside, summaries, settings.numbers)
     result = Result(
         numbers={
-            "compare/runs": Number(len(found.runs), "runs", len(found.runs)),
+            "compare/runs": Number(len(finished.runs), "runs", len(finished.runs)),
             "compare/left_out": Number(len(text.problems), "folders", len(text.problems)),
             "compare/published": Number(sum(bool(row.runs) for row in beside), "rows beside the paper", len(beside)),
         },
-        provenance={"runs": [str(other.folder) for other in found.runs], "left_out": [*text.messages]},
+        provenance={"runs": [str(other.folder) for other in finished.runs], "left_out": [*text.messages]},
     )
     for task, rows in summaries.items():
         if not rows.caution:  # no best one among rows that are not comparable

@@ -122,11 +122,14 @@ class DemoPage:
     def nearest(self, chosen: DemoImage, layer: float) -> Iterator[tuple[Any, str]]:
         """Yields the progress of reading the training images, then the nearest ones; each with a status line."""
         try:
-            for found in self.bench.nearest(chosen, layer=round(layer), k=self.bench.settings.nearest):
-                if isinstance(found, tuple):
-                    yield gr.skip(), PIECES.note(f"Reading training images, this once: {found[0]:,} of {found[1]:,}.")
+            for nearest in self.bench.nearest(chosen, layer=round(layer), k=self.bench.settings.nearest):
+                if isinstance(nearest, tuple):
+                    read, total = nearest
+                    yield gr.skip(), PIECES.note(f"Reading training images, this once: {read:,} of {total:,}.")
                 else:
-                    tiles = [(of.pixels, of.name, self.add_label(f"cosine {of.cosine:.3f}", of.label)) for of in found]
+                    tiles = [
+                        (of.pixels, of.name, self.add_label(f"cosine {of.cosine:.3f}", of.label)) for of in nearest
+                    ]
                     message = f"Layer {layer:g}, among {len(self.bench.training.rows):,} training images."
                     yield PIECES.tiles("nearest training images", tiles), PIECES.note(message)
         except ValueError as error:

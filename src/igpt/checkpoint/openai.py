@@ -272,7 +272,7 @@ class _VariableReader:
         wide = torch.float32 if dtype is torch.bfloat16 else dtype
 
         def read() -> Tensor:
-            found = self._read_or_raise(lambda: self.reader.get_tensor(name), name)
-            return torch.from_numpy(found.astype("f4") if dtype is torch.bfloat16 else found)
+            array = self._read_or_raise(lambda: self.reader.get_tensor(name), name)
+            return torch.from_numpy(array.astype("f4") if dtype is torch.bfloat16 else array)
 
         return LazyTensor(self.shapes[name], wide, read)

@@ -65,10 +65,10 @@ def logistic_regression(
         problem = _Problem(x, hot, penalty=1 / (strength * x.shape[1]), covariance=covariance)
         solutions[strength] = problem.minimise(theta, tolerance, max_iterations)
         theta = solutions[strength][0]
-    thetas, objectives, remaining, iterations = zip(*(solutions[strength] for strength in C_grid), strict=True)
+    thetas, objectives, suboptimality, iterations = zip(*(solutions[strength] for strength in C_grid), strict=True)
     weight = torch.stack([theta[:, :-1] for theta in thetas], dim=1).mT  # (P, S, K, D)
     bias = torch.stack([theta[:, -1] for theta in thetas], dim=1) - torch.einsum("pskd,pd->psk", weight, mean[:, 0])
-    return Heads(weight.contiguous(), bias, torch.stack(objectives, 1), torch.stack(remaining, 1), sum(iterations))
+    return Heads(weight.contiguous(), bias, torch.stack(objectives, 1), torch.stack(suboptimality, 1), sum(iterations))
 
 
 def check_features(features: Tensor, labels: Tensor, n_class: int, *, names: Sequence[str] | None = None) -> None:
@@ -125,12 +125,12 @@ class _Problem:
             guess.update(probabilities)
             direction = -_two_loop(gradient, steps, guess)
             slope = _dot(gradient, direction)
-            remaining = -slope / 2  # the exact distance to the minimum of a quadratic
-            done = bool((remaining <= tolerance).all())
+            suboptimality = -slope / 2  # the exact distance to the minimum of a quadratic
+            done = bool((suboptimality <= tolerance).all())
             if iteration == max_iterations and not done:
-                log.warning("logistic regression: %d iterations leave up to %.1e nats", iteration, remaining.max())
+                log.warning("logistic regression: %d iterations leave up to %.1e nats", iteration, suboptimality.max())
             if done or iteration == max_iterations:
-                return theta, objective, remaining, iteration
+                return theta, objective, suboptimality, iteration
             iteration += 1
             along = self.logits(direction)  # logits are linear in θ: the line search needs no further pass
             w, d = theta[:, :-1], direction[:, :-1]

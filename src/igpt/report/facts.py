@@ -28,8 +28,8 @@ def read_names(run: RunRecord) -> dict[str, str]:
     folder = run.folder.absolute()
     named = NAME.fullmatch(folder.name) or NAME.fullmatch(folder.parent.name)
     chosen = {group: run.config.get(group, {}).get("name", "") for group in GROUPS}
-    found = run.begun.get("of") or (named.groupdict() if named else chosen)
-    return {group: str(found[group]) for group in GROUPS}
+    names = run.begun.get("of") or (named.groupdict() if named else chosen)
+    return {group: str(names[group]) for group in GROUPS}
 
 
 def read_stage_names(run: RunRecord) -> dict[str, str]:

@@ -79,8 +79,8 @@ def write_html(path: Path, template: str, pictures: Sequence[Picture], **known: 
     """
     page = templates().get_template(template)
     pictures = sorted(pictures, key=lambda picture: (*ABOVE_CURVES, *BELOW_CURVES).index(picture.title))
-    room = LARGEST - len(page.render(pictures=pictures, **known).encode(errors="backslashreplace"))
-    full = page.render(pictures=embed(pictures, budget=max(0, 3 * room // 4)), **known)  # 4 characters of 3 bytes
+    free = LARGEST - len(page.render(pictures=pictures, **known).encode(errors="backslashreplace"))
+    full = page.render(pictures=embed(pictures, budget=max(0, 3 * free // 4)), **known)  # 4 characters of 3 bytes
     with files.atomic_write(path) as file:
         file.write(full.encode(errors="backslashreplace"))
     return path

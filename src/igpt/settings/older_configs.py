@@ -171,8 +171,8 @@ def answer(key: str, table: Mapping[int, Changes] = TABLE) -> str | None:
     for version in sorted(table):
         for name, joined in table[version].joined.items():
             for entry, switch in joined.entries.items():
-                if found := _found(tuple(new.split(".")), switch):
-                    return f"the setting {key} is an entry of {'.'.join(_beside(switch, name, found[0]))} now: {entry}"
+                if match := _match(tuple(new.split(".")), switch):
+                    return f"the setting {key} is an entry of {'.'.join(_beside(switch, name, match[0]))} now: {entry}"
         if (renamed := _renamed_key(new, [table[version]])) is None:
             return f"the setting {key} is none any more: leave it out"
         new = renamed
@@ -209,8 +209,8 @@ def _changed(settings: Flat, changes: Changes) -> Flat:
     }
     for key, (other, expected, meant) in changes.added.items():
         for path, value in list(now.items()):
-            if (found := _found(path, other)) and not found[1] and expected in (..., value):
-                now.setdefault(_beside(other, key, found[0]), meant)
+            if (match := _match(path, other)) and not match[1] and expected in (..., value):
+                now.setdefault(_beside(other, key, match[0]), meant)
     return now
 
 
@@ -232,8 +232,8 @@ def _one(value: Any, new: Mapping[Any, Any]) -> Any:
 def _joined(settings: Flat, changes: Changes) -> Iterator[tuple[Keys, list[str]]]:
     """Path and entries of every list that has an old switch in the settings."""
     for name, joined in changes.joined.items():
-        found = [(key, at[0]) for path in settings for key in joined.entries.values() if (at := _found(path, key))]
-        for switch, place in {place: (key, place) for key, place in found}.values():
+        matches = [(key, at[0]) for path in settings for key in joined.entries.values() if (at := _match(path, key))]
+        for switch, place in {place: (key, place) for key, place in matches}.values():
             task = settings.get((*place, "task"), place[-1])  # a stage lists only its own settings
             unsaid = () if (*place, "_target_") in settings else joined.default.get(task, ())
             is_on = {
@@ -245,8 +245,8 @@ def _joined(settings: Flat, changes: Changes) -> Iterator[tuple[Keys, list[str]]
 
 def _renamed(path: Keys, renamed: Mapping[str, str | None]) -> Keys | None:
     for old, new in renamed.items():
-        if found := _found(path, old):
-            return None if new is None else (*_beside(old, new, found[0]), *found[1])
+        if match := _match(path, old):
+            return None if new is None else (*_beside(old, new, match[0]), *match[1])
     return path
 
 
@@ -263,7 +263,7 @@ def _renamed_file(name: str, lines: Iterable[Changes]) -> str:
     return f"{_renamed_key(key, lines)}{space}{rest}"
 
 
-def _found(path: Keys, key: str) -> tuple[Keys, Keys] | None:
+def _match(path: Keys, key: str) -> tuple[Keys, Keys] | None:
     """Splits a path that lies at or below a dotted key: (path of the key's group, path below the key); else None."""
     group, *names = key.split(".")
     for place in PLACES.get(group, ((group,),)):
@@ -274,7 +274,7 @@ def _found(path: Keys, key: str) -> tuple[Keys, Keys] | None:
 
 
 def _is(path: Keys, key: str) -> bool:
-    return (found := _found(path, key)) is not None and not found[1]
+    return (found := _match(path, key)) is not None and not found[1]
 
 
 def _beside(key: str, other: str, place: Keys) -> Keys:
