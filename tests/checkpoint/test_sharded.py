@@ -1,5 +1,6 @@
 """Checkpoints in pieces: written by PyTorch's own code, read without running what is in them."""
 
+import io
 import pickle
 import re
 from collections.abc import Callable
@@ -10,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import FORMAT, save_model
 from igpt.checkpoint.resume import checksum_path
-from igpt.checkpoint.sharded import _check_cover, _Chunk, read_state
+from igpt.checkpoint.sharded import _check_cover, _Chunk, _InertObject, _Unpickler, read_state
 from igpt.model.gpt import GPT
 from igpt.utils import files
 from tests.checkpoint.test_igpt_format import make_metadata
@@ -185,3 +186,17 @@ def test_a_network_that_is_not_its_own(sharded: Path, net: GPT) -> None:
     (folder / "meta.pt").write_bytes((sharded / "meta.pt").read_bytes())
     with pytest.raises(ValueError, match=r"missing h\.2\.attn"):
         find_weights(str(folder)).net()
+
+
+class LookedUp:
+    """Pickles as a member of an Enum does before Python 3.11.4: by `getattr` of its class and name."""
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return getattr, (_MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")
+
+
+def test_a_member_of_an_enum_is_read_as_every_python_pickles_it() -> None:
+    """Invariant: read without being looked up; a substitute without code stands for it."""
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    for pickled in (pickle.dumps(member), pickle.dumps(LookedUp())):
+        assert isinstance(_Unpickler(io.BytesIO(pickled)).load(), _InertObject)

@@ -65,6 +65,7 @@ _INERT = {
     )),
     (f"{_STORES}filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
+    ("builtins", "getattr"),  # with which Python before 3.11.4 pickles a member of an Enum; inert: nothing is looked up
     ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("pathlib", "Path"),
     ("pathlib._local", "PosixPath"), ("pathlib._local", "WindowsPath"),
 }  # fmt: skip
