@@ -23,12 +23,13 @@ from igpt.metric.result import Number, Result
 from igpt.model.config import GPTConfig
 from igpt.report.closing_table import closing_table
 from igpt.report.folder import RunFolder
-from igpt.run.arguments import check_overrides, make_paths_absolute, parse_overrides, prepare_arguments
+from igpt.run.arguments import check_overrides, parse_overrides, prepare_arguments
 from igpt.run.components import Components
 from igpt.run.execute import run_and_report, stage_runner
 from igpt.run.launch import explain_lost_worker, explain_out_of_memory, launch
 from igpt.run.run_config import CHECKPOINT, RunConfig
 from igpt.run.run_dir import find_run_dir
+from igpt.run.saved_overrides import record_overrides
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
@@ -434,14 +435,15 @@ def test_files_to_read_are_remembered_by_their_whole_path(tmp_path: Path, monkey
         Path(folder).mkdir(parents=True)
     Path("openai/model.ckpt-1.index").touch()
     here = Path.cwd()
-    assert make_paths_absolute(["seed=1", "tokens.path=/p.npy"]) == ["seed=1", "tokens.path=/p.npy"]
-    (with_blank,) = make_paths_absolute(["init='runs/a b'"])
+    cfg = OmegaConf.create({})
+    assert record_overrides(["seed=1", "tokens.path=/p.npy"], cfg) == ["seed=1", "tokens.path=/p.npy"]
+    (with_blank,) = record_overrides(["init='runs/a b'"], cfg)
     assert parse_overrides([with_blank])[0].value() == f"{here}/runs/a b"
     for key in ("data.path=conf", "init=openai", "init=openai/model.ckpt-1", "task.palette=p.npy", "data.clusters=c"):
         name, _, value = key.partition("=")
-        assert make_paths_absolute([key]) == [f"{name}={here / value}"]
+        assert record_overrides([key], cfg) == [f"{name}={here / value}"]
     for unchanged in ("data.path=uoft-cs/cifar10", "init=openai/imagegpt-small", "init=null"):
-        assert make_paths_absolute([unchanged]) == [unchanged]
+        assert record_overrides([unchanged], cfg) == [unchanged]
 
 
 def planned(caplog: pytest.LogCaptureFixture, *overrides: str) -> str:

@@ -12,14 +12,14 @@ from omegaconf import OmegaConf
 
 from igpt.run.arguments import (
     _expand_home_in_argument,
-    expand_home_in_config,
     expand_home_paths,
-    make_paths_absolute,
     parse_overrides,
     prepare_arguments,
+    resolve_paths,
 )
 from igpt.run.launch import run
-from igpt.utils.overrides import quote_path
+from igpt.run.saved_overrides import record_overrides
+from igpt.utils.overrides import format_text
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -52,8 +52,8 @@ def test_every_name_can_be_quoted() -> None:
     for _ in range(250):
         path = "/" + "".join(draw.choice(PIECES) for _ in range(draw.randint(1, 8))).strip("/")
         path = str(Path(path))
-        assert read_back(f"data.path={quote_path(path)}") == path
-        (saved,) = make_paths_absolute([f"tokens.path={quote_path(path)}"])
+        assert read_back(f"data.path={format_text(path)}") == path
+        (saved,) = record_overrides([f"tokens.path={format_text(path)}"], OmegaConf.create({}))
         assert read_back(saved) == path
 
 
@@ -128,7 +128,7 @@ def test_home_in_lists_sweeps_and_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert f'paths.runs="{tmp_path}/runs"' in prepare_arguments(own, CONF)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=["tokens=openai", "+task.compare_with=['~/x',null]", "tokens.path='~/p.npy'"])
-    expand_home_in_config(cfg)
+    resolve_paths(cfg)
     assert (cfg.tokens.path, cfg.task.compare_with[0]) == (f"{tmp_path}/p.npy", f"{tmp_path}/x")
     assert cfg.tokens.palette.path == f"{tmp_path}/p.npy"  # which refers to it
     assert cfg.paths.runs == "runs"

@@ -2,12 +2,13 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from igpt.metric.result import Number
 from igpt.report.runs import RunRecord
-from igpt.utils.overrides import quote_for_shell, quote_text
+from igpt.utils.overrides import format_text, train_command
 
 MAIN = ("test/accuracy", "val/loss_gen", "val/accuracy", "loss_gen", "pixels_as_original", "psnr", "mse", "parameters")
 N_MAIN = 4  # numbers shown large: the first of each kind in MAIN
@@ -68,7 +69,10 @@ def find_run_weights(run: RunRecord) -> str | None:
 
 def repeat_command(run: RunRecord) -> str:
     """The command that repeats the run."""
-    return str(run.record.get("command", "")) if run.overrides is None else train_command(*run.overrides)
+    overrides = run.overrides
+    if overrides is None:
+        return str(run.record.get("command", ""))
+    return train_command(*run.search_path, *overrides)
 
 
 def data_overrides(run: RunRecord) -> list[str]:
@@ -84,22 +88,21 @@ def data_overrides(run: RunRecord) -> list[str]:
 def next_commands(run: RunRecord) -> list[tuple[str, str]]:
     """Commands that continue from a run: (description, command)."""
     weights, run_dir = find_run_weights(run), run.folder.parent if run.is_stage else run.folder
-    following = [
-        ("show the result again; where it was stopped, go on", train_command(format_setting("resume", run_dir)))
-    ]
+    command = partial(train_command, *run.search_path)
+    following = [("show the result again; where it was stopped, go on", command(format_setting("resume", run_dir)))]
     if weights is None:
         return following
     init, reading, draws = format_setting("init", weights), data_overrides(run), read_names(run)["objective"] != "bert"
-    samples = [("draw images", train_command("task=sample", init, "task.count=16", "task.temperature=0.9"))]
+    samples = [("draw images", command("task=sample", init, "task.count=16", "task.temperature=0.9"))]
     if run.task != "pipeline" and "tokens" not in run.config["task"]["requires"]:  # a task without images
         return [*samples, *following] if draws else following
     same = [f"{group}=checkpoint" for group in ("model", "tokens", "objective")]
-    completions = ("complete images from their upper half", train_command("task=complete", init, *reading))
+    completions = ("complete images from their upper half", command("task=complete", init, *reading))
     return [
         *([*samples, completions] if draws else []),
-        ("probe every layer", train_command("task=probe", init, *reading)),
-        ("fine-tune", train_command("task=finetune", init, *same, *reading)),
-        ("evaluate on the test split", train_command("task=evaluate", init, *reading, "task.split=test")),
+        ("probe every layer", command("task=probe", init, *reading)),
+        ("fine-tune", command("task=finetune", init, *same, *reading)),
+        ("evaluate on the test split", command("task=evaluate", init, *reading, "task.split=test")),
         *following,
     ]
 
@@ -109,15 +112,9 @@ def find_heading(picture: str) -> tuple[str, str]:
     return next(kind for end, kind in KINDS.items() if picture.endswith(end))
 
 
-def train_command(*overrides: str) -> str:
-    """`python train.py …`, quoted for a shell."""
-    return " ".join(["python train.py", *map(quote_for_shell, overrides)])
-
-
 def format_setting(key: str, value: Any) -> str:
     """`key=value`, quoted for Hydra."""
-    text = str(value)
-    return f"{key}={text if re.fullmatch(r'[A-Za-z0-9_./-]+', text) else quote_text(text)}"
+    return f"{key}={format_text(str(value)) if isinstance(value, str | Path) else value}"
 
 
 def format_typed(value: Any) -> str:

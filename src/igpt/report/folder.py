@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.figures import bars_figure, curves_figure, grid_picture, matrix_figure, palette_picture
 from igpt.settings.older_configs import VERSION, read_record
+from igpt.settings.paths import is_same_place
 from igpt.utils import files
 
 # Settings of where and whether to run: not part of a run's identity.
@@ -67,10 +69,12 @@ def changes(saved: dict[str, Any], requested: dict[str, Any]) -> tuple[list[str]
 
 def differences(saved: Any, requested: Any, key: str = "") -> list[str]:
     """Every setting that differs between two configs, as `task.steps 100 ≠ 200`."""
+    if saved == requested or is_same_place(key, saved, requested):
+        return []
     if isinstance(saved, dict) and isinstance(requested, dict):
         pairs = [(saved.get(name), requested.get(name), f"{key}.{name}".strip(".")) for name in saved | requested]
         return [line for old, new, path in pairs for line in differences(old, new, path)]
-    return [] if saved == requested else [f"{key} {saved} ≠ {requested}"]
+    return [f"{key} {saved} ≠ {requested}"]
 
 
 @dataclass(frozen=True)
@@ -117,16 +121,19 @@ class RunFolder:
         overrides: list[str] | None,
         files_sha256: dict[str, str | None],
         of: dict[str, str] | None = None,
+        search_path: Sequence[str] = (),
     ) -> None:
         """Writes `run.json` unless it exists. `overrides`: None for a stage of a pipeline.
 
-        `of`: names of model, data and objective, for the page.
+        `of`: names of model, data and objective, for the page. `search_path`: arguments that name config folders.
         """
         if not self.is_started:
             record = {
                 "version": VERSION,
                 "id": uuid.uuid4().hex[:8],  # distinguishes repetitions of a run in loggers
                 "overrides": overrides,
+                "search_path": list(search_path),
+                "working_directory": os.getcwd(),
                 "config": config,
                 "files_sha256": files_sha256,
                 **({} if of is None else {"of": of}),

@@ -50,11 +50,21 @@ class RunRecord:
         return "overrides" in self.begun and self.begun["overrides"] is None
 
     @cached_property
+    def command_record(self) -> dict[str, Any]:
+        """The run.json of the command that made it; of a stage, that of its pipeline."""
+        return _read_mapping(self.folder.absolute().parent / "run.json", read_record) if self.is_stage else self.begun
+
+    @property
     def overrides(self) -> list[str] | None:
-        """The overrides of the command that made it (a stage: of its pipeline's command); None: not known."""
-        begun = _read_mapping(self.folder.absolute().parent / "run.json", read_record) if self.is_stage else self.begun
-        overrides = begun.get("overrides")
+        """The overrides of the command that made it; None: not known."""
+        overrides = self.command_record.get("overrides")
         return [str(override) for override in overrides] if isinstance(overrides, list) else None
+
+    @property
+    def search_path(self) -> list[str]:
+        """The arguments of that command that named additional config folders."""
+        arguments = self.command_record.get("search_path")
+        return [str(argument) for argument in arguments] if isinstance(arguments, list) else []
 
     @cached_property
     def init_history(self) -> "InitHistory":

@@ -1,9 +1,9 @@
 """Command-line arguments before Hydra composes: expands `~` and `resume=`, finds misspelt keys, explains quoting."""
 
-import glob
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +14,55 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from igpt.settings.older_configs import NOW_SCRIPTS, answer, read_record
-from igpt.utils.overrides import escape_text, format_value, quote_for_shell, quote_path, quote_text, suggest_name
+from igpt.run.saved_overrides import SEARCH_PATH, list_options, resume_overrides
+from igpt.settings.older_configs import NOW_SCRIPTS, answer
+from igpt.settings.paths import LISTS, READ, absolute_path, is_path
+from igpt.utils.overrides import (
+    escape_interpolation,
+    escape_text,
+    format_value,
+    quote_for_hydra,
+    quote_for_shell,
+    quote_text,
+    suggest_name,
+)
 
 AUTO = "resume=auto"
+WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")  # Hydra's flags
 
 
 def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
-    """The arguments for Hydra: the saved overrides of a resumed run first, then the new ones.
+    """The arguments for Hydra: flags, the plain overrides of the run that `resume=` names, then the new overrides.
 
     Raises:
-        ValueError: a group, option or key that does not exist, with the nearest that does; a `resume=` that is no run;
-            a path that needs quotes, with the quoted form.
+        ValueError: a group, option or key that does not exist, with the nearest that does; a `resume=` that is no run,
+            or needs what is not taken from a file; a path that needs quotes, with the quoted form.
     """
-    arguments = [_expand_home_in_argument(argument) for argument in arguments]
-    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
-    several = {"-m", "--multirun"} & {*arguments}
+    flags, overrides = _split_flags([_expand_home_in_argument(argument) for argument in arguments])
+    several = {"-m", "--multirun"} & {*flags}
     if several and not any(override.startswith(("resume=", "rerun=")) for override in overrides):
-        arguments, overrides = [*arguments, AUTO], [*overrides, AUTO]  # a sweep that was interrupted goes on
-    resumed = [override.value() for override in parse_overrides(overrides) if override.key_or_group == "resume"]
+        overrides = [*overrides, AUTO]  # a sweep that was interrupted goes on
+    typed = parse_overrides(overrides)
+    folders = [conf, *_find_config_dirs(flags, typed)]
+    resumed = [override.value() for override in typed if override.key_or_group == "resume"]
     if resumed and resumed[-1] not in (None, "auto"):
-        saved = saved_overrides(Path(str(resumed[-1])))
-        arguments = [*saved, *arguments]
-        overrides = [*saved, *overrides]
+        overrides = [*resume_overrides(Path(str(resumed[-1])), typed, flags, folders), *overrides]
     _check_paths(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
-    paths = check_overrides(overrides, [conf, *_find_config_dirs(arguments)]).paths
+    paths = check_overrides(overrides, folders).paths
     at_home = {key: expand_home_paths(paths[key]) for key in paths if expand_home_paths(paths[key]) != paths[key]}
-    # also a `~` from a config file: Hydra creates the directory of a sweep before the config reaches
-    # `expand_home_in_config`
-    return [*arguments, *(f"paths.{key}={format_value(path)}" for key, path in at_home.items())]
+    # also a `~` from a config file: Hydra creates the directory of a sweep before the config reaches `resolve_paths`
+    return [*flags, *overrides, *(f"paths.{key}={format_value(path)}" for key, path in at_home.items())]
+
+
+def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(flags with their values, overrides)."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    takes_value = False
+    for argument in arguments:
+        (flags if takes_value or argument.startswith("-") else overrides).append(argument)
+        takes_value = not takes_value and argument in WITH_VALUE
+    return flags, overrides
 
 
 def _expand_home_in_argument(argument: str) -> str:
@@ -69,38 +89,30 @@ def expand_home_paths(value: Any) -> Any:
     return {key: expand_home_paths(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
-def expand_home_in_config(cfg: DictConfig | ListConfig) -> None:
-    """Expands `~` in every value of a composed config, in place; also in values that come from config files."""
+def resolve_paths(cfg: DictConfig | ListConfig, group: str = "") -> None:
+    """Expands `~` in every value of a composed config, in place, and makes its paths to read absolute.
+
+    Also values that come from config files. `group`: the dotted key of `cfg` in the whole config.
+    """
     for key in list(cfg) if isinstance(cfg, DictConfig) else range(len(cfg)):
-        if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key):
+        name = f"{group}.{key}".lstrip(".") if isinstance(cfg, DictConfig) else group  # a list is one setting
+        if OmegaConf.is_missing(cfg, key) or (OmegaConf.is_interpolation(cfg, key) and not READ.fullmatch(name)):
             continue
         value = cfg[key]
         if OmegaConf.is_config(value):
-            expand_home_in_config(value)
-        elif (home := expand_home_paths(value)) != value:
-            cfg[key] = home
+            resolve_paths(value, name)
+        elif (place := absolute_path(name, expand_home_paths(value))) != value:
+            cfg[key] = escape_interpolation(place)
 
 
-def _find_config_dirs(arguments: list[str]) -> list[Path]:
-    """Additional config folders: `--config-dir FOLDER`, `-cd FOLDER`, `--config-dir=FOLDER`."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    named = [after for argument, after in pairs if argument in ("--config-dir", "-cd")]
-    named += [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
+def _find_config_dirs(flags: Sequence[str], typed: Sequence[Override]) -> list[Path]:
+    """Additional config folders: `--config-dir FOLDER`, `-cd FOLDER`, `--config-dir=FOLDER`, `hydra.searchpath=[…]`."""
+    named = [value for flag, value in pairwise([*flags, ""]) if flag in ("--config-dir", "-cd")]
+    named += [flag.partition("=")[2] for flag in flags if flag.startswith("--config-dir=")]
+    for override in typed:
+        if override.key_or_group == SEARCH_PATH and isinstance(value := override.value(), list):
+            named += [str(each).removeprefix("file://") for each in value if not str(each).startswith("pkg://")]
     return [Path(name) for name in named]
-
-
-def saved_overrides(folder: Path) -> list[str]:
-    """The overrides that started a run. Raises ValueError when `folder` is no run folder."""
-    record = folder / "run.json"
-    if not record.is_file():
-        raise ValueError(f"resume={folder}: no run.json there; give the folder of a run, as in runs/pretrain-…")
-    try:
-        overrides = read_record(record)["overrides"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{record} is damaged ({error!r}): restore it, or start the run anew") from error
-    if overrides is None:
-        raise ValueError(f"resume={folder}: this is a stage of a pipeline; continue that: resume={folder.parent}")
-    return [str(override) for override in overrides if not str(override).startswith(("resume=", "rerun="))]
 
 
 def parse_overrides(overrides: list[str]) -> list[Override]:
@@ -129,13 +141,18 @@ def check_overrides(overrides: list[str], folders: list[Path]) -> DictConfig:
     for folder in config_dirs:
         if not folder.is_dir():
             raise ValueError(f"--config-dir {folder}: there is no such folder")
-        parsed += parse_overrides([f"hydra.searchpath=[file://{folder.resolve()}]"])
+    named = [override.value() for override in parsed if override.key_or_group == SEARCH_PATH]
+    packages = [str(each) for values in named if isinstance(values, list) for each in values]
+    search = [quote_for_hydra(f"file://{folder.resolve()}") for folder in config_dirs]
+    search += [quote_for_hydra(each) for each in packages if each.startswith("pkg://")]
+    parsed = [override for override in parsed if override.key_or_group != SEARCH_PATH]
+    parsed += parse_overrides([f"{SEARCH_PATH}=[{','.join(search)}]"] if search else [])
     groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
     chosen = [override for override in parsed if override.key_or_group in groups and not override.is_delete()]
     for override in chosen:
         _check_options(override, folders)
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-        where = [override for override in parsed if override.key_or_group == "hydra.searchpath"]
+        where = [override for override in parsed if override.key_or_group == SEARCH_PATH]
         keys = list(_flat_keys(OmegaConf.to_container(_compose_config([*where, *chosen]))))
         for override in parsed:
             key = override.key_or_group
@@ -157,7 +174,7 @@ def _compose_config(overrides: list[Override]) -> DictConfig:
         OmegaConf.resolve(cfg)
     except (HydraException, OmegaConfBaseException) as error:
         reason = " ".join(str(error).splitlines()[0].split())
-        paths = [line for line in lines if "${" in line and _is_path(line.lstrip("+").partition("=")[0])]
+        paths = [line for line in lines if "${" in line and is_path(line.lstrip("+").partition("=")[0])]
         how = _quoting_hint(re.sub(r"=(['\"])(.*)\1$", r"=\2", paths[0])) if paths else ""
         raise ValueError(f"these settings do not fit together: {reason}{how}") from error
     return cfg
@@ -165,9 +182,7 @@ def _compose_config(overrides: list[Override]) -> DictConfig:
 
 def _check_options(override: Override, folders: list[Path]) -> None:
     group = override.key_or_group
-    places = [folder / group for folder in folders]
-    groups = {p.relative_to(root).with_suffix("").as_posix() for root in places for p in root.rglob("*.yaml")}
-    options = sorted(name for name in groups if not name.rpartition("/")[2].startswith("_"))
+    options = list_options(group, folders)
     requested: list[Any] = []
     if override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP):
         requested = list(override.sweep_string_iterator())
@@ -184,24 +199,11 @@ def _check_options(override: Override, folders: list[Path]) -> None:
             raise ValueError(f"{group}={name}: there is no such option{near}; there are {', '.join(options)}")
 
 
-READ = re.compile(  # settings that are paths to read
-    r"init|resume|tokens\.path|data(\.streams\.\w+)?\.(path|clusters)|task\.(palette|runs|compare_with)|"
-    r"task\.stages\.\w+\.(run|palette|compare_with|data\.path)"
-)
-HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # also accept a name on the Hub
-LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|compare_with)")  # also accept a list
-WRITTEN = re.compile(r"paths\.(runs|cache)")
-
-
-def _is_path(key: str) -> bool:
-    return bool(READ.fullmatch(key) or WRITTEN.fullmatch(key))
-
-
 def _check_paths(overrides: list[str], *, sweeps: bool) -> None:
     """Raises ValueError, with the quoted form, for a path that Hydra parses as another type."""
     for text, override in zip(overrides, parse_overrides(overrides), strict=True):
         key = override.key_or_group
-        if override.is_delete() or not _is_path(key):
+        if override.is_delete() or not is_path(key):
             continue
         if override.is_sweep_override():
             if override.value_type == ValueType.SIMPLE_CHOICE_SWEEP and not sweeps:
@@ -225,41 +227,6 @@ def _quoting_hint(text: str) -> str:
     else:
         override = f"{key}={quote_text(value)}"
     return f"; where that is the name of something, quote it: {quote_for_shell(override)}"
-
-
-def make_paths_absolute(overrides: list[str]) -> list[str]:
-    """The overrides, independent of the working directory: paths to read become absolute.
-
-    Unchanged: interpolations (`${…}`), and names that may be on the Hub and do not exist on this machine.
-    """
-    rewritten = []
-    for text, override in zip(overrides, parse_overrides(overrides), strict=True):
-        key, value = override.key_or_group, None if override.is_sweep_override() else override.value()
-        plain = [_plain_text(each) for each in (value if isinstance(value, list) else [value])]
-        paths = [
-            quote_path(path) for path in plain if path is not None and (is_local_path(path) or not HUB.fullmatch(key))
-        ]
-        if READ.fullmatch(key) and key != "resume" and paths and len(paths) == len(plain):
-            text = f"{text.partition('=')[0]}=" + (f"[{','.join(paths)}]" if isinstance(value, list) else paths[0])
-        rewritten.append(text)
-    return rewritten
-
-
-def _plain_text(value: Any) -> str | None:
-    """The value as a string; None where it is no string, or an interpolation of another setting."""
-    if not isinstance(value, str):
-        return None
-    try:
-        text = OmegaConf.create({"value": value})["value"] if "${" in value else value
-    except OmegaConfBaseException:
-        return None
-    return str(text)
-
-
-def is_local_path(path: str) -> bool:
-    """Whether a file of this path exists, or of this prefix (OpenAI's checkpoints: `model.ckpt-1000000.*`)."""
-    local = Path(path)
-    return local.exists() or next(local.parent.glob(f"{glob.escape(local.name)}.*"), None) is not None
 
 
 def _flat_keys(settings: Any, prefix: str = "") -> Iterable[str]:

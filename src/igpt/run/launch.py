@@ -23,12 +23,13 @@ from igpt.distributed.signals import STOPPED, StoppedError, forward_signal
 from igpt.metric.result import Result
 from igpt.report.closing_table import align_columns, closing_table
 from igpt.report.folder import environment, parse_result
-from igpt.run.arguments import expand_home_in_config, make_paths_absolute, prepare_arguments
+from igpt.run.arguments import prepare_arguments, resolve_paths
 from igpt.run.components import Components
 from igpt.run.execute import check_batch, execute_task, run_and_report, stage_runner
 from igpt.run.logs import log_file, set_up_logging
 from igpt.run.run_config import RunConfig, to_dict
-from igpt.run.run_dir import resolve_run_dir
+from igpt.run.run_dir import resolve_run_dir, resume_command
+from igpt.run.saved_overrides import record_overrides, search_path_arguments
 from igpt.run.targets import checked_task
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.training.plan import plan_run
@@ -42,10 +43,10 @@ REQUEUE_SECONDS = 60
 def main(cfg: DictConfig) -> None:
     """Runs the composed config; exits with 2 and a one-line error on bad input, with 75 when a signal stopped it."""
     set_up_logging(quiet=not ranks.this_rank().is_first)
-    choices = dict(HydraConfig.get().runtime.choices)
-    overrides = list(HydraConfig.get().overrides.task)
+    hydra_cfg = HydraConfig.get()
+    overrides, search_path = list(hydra_cfg.overrides.task), search_path_arguments(hydra_cfg)
     try:
-        launch(cfg, choices=choices, overrides=overrides)
+        launch(cfg, choices=dict(hydra_cfg.runtime.choices), overrides=overrides, search_path=search_path)
     except StoppedError as error:
         if forward_signal(error.number) and not ranks.this_rank().is_first:
             time.sleep(REQUEUE_SECONDS)  # submitit requeues from rank 0, then kills the job; wait for that
@@ -98,8 +99,9 @@ def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path | None
         ValueError: bad input, with the command's one-line message.
     """
     folders: list[Path] = []
-    with _composed(overrides, conf) as (cfg, choices, arguments):
-        result = launch(cfg, choices=choices, overrides=arguments, tell=folders.append)
+    with _composed(overrides, conf) as (cfg, hydra_cfg, arguments):
+        choices, search_path = dict(hydra_cfg.runtime.choices), search_path_arguments(hydra_cfg)
+        result = launch(cfg, choices=choices, overrides=arguments, search_path=search_path, tell=folders.append)
     return result, folders[0] if folders else None
 
 
@@ -109,34 +111,39 @@ def build_components(*overrides: str, conf: Path | str = "conf") -> Components:
     Raises:
         ValueError: bad input, with the command's one-line message.
     """
-    with _composed(overrides, conf) as (cfg, choices, _):
-        return Components(RunConfig(cfg, choices))
+    with _composed(overrides, conf) as (cfg, hydra_cfg, _):
+        return Components(RunConfig(cfg, dict(hydra_cfg.runtime.choices)))
 
 
 @contextmanager
-def _composed(overrides: Sequence[str], conf: Path | str) -> Iterator[tuple[DictConfig, dict[str, Any], list[str]]]:
-    """Yields (config, chosen option of each group, overrides); Hydra stays initialised inside the block."""
+def _composed(overrides: Sequence[str], conf: Path | str) -> Iterator[tuple[DictConfig, DictConfig, list[str]]]:
+    """Yields (config, Hydra's config, overrides); Hydra stays initialised inside the block."""
     folder = Path(conf).resolve()
     arguments = prepare_arguments(list(overrides), folder)
     with initialize_config_dir(str(folder), version_base="1.3"):
         cfg = hydra.compose("config", overrides=arguments, return_hydra_config=True)
-        choices = dict(cfg.hydra.runtime.choices)
-        yield OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), choices, arguments
+        yield OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), cfg.hydra, arguments
 
 
 def launch(
-    cfg: DictConfig, *, choices: dict[str, Any], overrides: list[str], tell: Callable[[Path], None] | None = None
+    cfg: DictConfig,
+    *,
+    choices: dict[str, Any],
+    overrides: list[str],
+    search_path: Sequence[str] = (),
+    tell: Callable[[Path], None] | None = None,
 ) -> Result:
     """Runs a composed config in its run directory; returns the saved result where an identical run is finished.
 
-    `tell`: called with the run directory once it is known.
+    `search_path`: the arguments that named additional config folders. `tell`: called with the run directory once it is
+    known.
     """
-    expand_home_in_config(cfg)
+    resolve_paths(cfg)
     if not cfg.task.requires:
         # `task=report` has no run directory, it writes into finished ones
         task = checked_task(to_dict(cfg.task))
         return task() if ranks.this_rank().is_first else Result()
-    run = RunConfig(cfg, choices)
+    run = RunConfig(cfg, choices, search_path)
     components = Components(run)
     if components.hardware.plan:
         return show_plan(components)
@@ -163,7 +170,9 @@ def launch(
             if ranks.broadcast_from_rank0(lambda: folder.is_finished):  # finished by the previous holder of the lock
                 return parse_result(folder.read_result())
             if rank.is_first:
-                folder.start(run.config, make_paths_absolute(overrides), run.input_hashes, run.subject)
+                folder.start(
+                    run.config, record_overrides(overrides, cfg), run.input_hashes, run.subject, run.search_path
+                )
                 files.remove_parts(folder.path)
                 while_it_runs.enter_context(log_file(folder.path / "log.txt"))
             ranks.barrier()  # the other ranks may read the directory from here on
@@ -175,7 +184,7 @@ def launch(
             try:
                 return run_and_report(components)
             except StoppedError as error:
-                log.warning("%s; continue with `python train.py resume=%s`", error, folder.path)
+                log.warning("%s; continue with `%s`", error, resume_command(folder.path, run.search_path))
                 raise
 
 

@@ -1,5 +1,6 @@
 """A run's config with everything derived from it: requirements, name, initial weights, input hashes."""
 
+from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -24,14 +25,14 @@ def to_dict(cfg: DictConfig) -> dict[str, Any]:
 
 
 class RunConfig:
-    """A composed config with the chosen option of each group.
+    """A composed config with the chosen option of each group, and the arguments that named further config folders.
 
     Raises:
         ValueError: weights that are required and missing.
     """
 
-    def __init__(self, cfg: DictConfig, choices: dict[str, Any]) -> None:
-        self.cfg, self.choices = cfg, choices
+    def __init__(self, cfg: DictConfig, choices: dict[str, Any], search_path: Sequence[str] = ()) -> None:
+        self.cfg, self.choices, self.search_path = cfg, choices, list(search_path)
         self.list_files = cache(list_files)  # one listing per run, for its name and its images
         self.task: str = cfg.task.name
         self.requires = frozenset(cfg.task.requires)

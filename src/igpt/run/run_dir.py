@@ -3,7 +3,7 @@
 import glob
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from igpt.report.folder import RunFolder, changes, identity
 from igpt.run.run_config import RunConfig
 from igpt.settings.older_configs import VERSION
 from igpt.utils import files
+from igpt.utils.overrides import format_text, train_command
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +62,15 @@ def find_run_dir(run: RunConfig) -> RunFolder:
         folder = next(each for each in chain([folder], repeats) if not each.is_started)
     elif cfg.resume is None and folder.is_started and not folder.is_finished and any(folder.path.rglob("latest")):
         raise ValueError(
-            f"{folder.path} was begun and is not finished: continue it with `python train.py resume={folder.path}`, "
-            f"or repeat it in a new folder with rerun=true"
+            f"{folder.path} was begun and is not finished: continue it with "
+            f"`{resume_command(folder.path, run.search_path)}`, or repeat it in a new folder with rerun=true"
         )
     return folder
+
+
+def resume_command(folder: Path, search_path: Sequence[str]) -> str:
+    """The command that continues a run. `search_path`: the arguments that name its additional config folders."""
+    return train_command(*search_path, f"resume={format_text(str(folder))}")
 
 
 def find_older_runs(run: RunConfig, folder: RunFolder) -> Iterator[RunFolder]:

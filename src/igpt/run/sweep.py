@@ -22,9 +22,10 @@ from igpt.distributed.launcher import RANK_VARIABLES, RUN_DIR_FILE, SWEEP, Child
 from igpt.distributed.signals import STOPPED
 from igpt.report.closing_table import align_columns
 from igpt.report.sweep_report import report_sweep
-from igpt.run.arguments import expand_home_in_config
+from igpt.run.arguments import resolve_paths
 from igpt.run.logs import log_file, refuse, set_up_logging
 from igpt.run.run_config import RunConfig
+from igpt.run.saved_overrides import search_path_arguments
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def launch(
     """
     set_up_logging()
     for cfg in (sweep, *configs):
-        expand_home_in_config(cfg)
+        resolve_paths(cfg)
     jobs = [Job(first + i, list(cfg.hydra.overrides.task)) for i, cfg in enumerate(configs)]
     folder = Path(sweep.hydra.sweep.dir) / files.hash_json([job.overrides for job in jobs])[:8]
     try:
@@ -217,10 +218,8 @@ def _shorten_path(folder: str | None) -> str:
 
 
 def _build_command(cfg: DictConfig) -> list[str]:
-    """The command of one job without its overrides: Python, this script, `--config-dir`."""
-    folders = [source.path for source in cfg.hydra.runtime.config_sources if source.provider == "command-line"]
-    config_dir = [argument for path in folders for argument in ("--config-dir", path)]
-    return [sys.executable, str(Path(sys.argv[0]).absolute()), *config_dir]
+    """The command of one job without its overrides: Python, this script, additional config folders."""
+    return [sys.executable, str(Path(sys.argv[0]).absolute()), *search_path_arguments(cfg.hydra)]
 
 
 def _share_gpus(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> list[str]:

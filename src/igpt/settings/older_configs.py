@@ -3,6 +3,7 @@
 A record is updated by the table's entries for all versions after its own `version`, in turn.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from igpt.settings.paths import absolute_path
 from igpt.utils import files
 from igpt.utils.overrides import format_value
 
@@ -92,8 +94,10 @@ TABLE: dict[int, Changes] = {
             "data.layout": ("data._target_", "igpt.data.images.Images", "auto"),
         },
     ),
+    3: Changes(),  # paths to read are absolute in the config; older ones are relative to the folder the run started in
 }
 NOW_SCRIPTS = {"task=trace": "python benchmarks/trace_network.py INIT TOKENS.npy"}
+ABSOLUTE_PATHS = 3  # first version with absolute paths in the config
 VERSION = max(TABLE)  # of records written by this release
 
 
@@ -107,7 +111,39 @@ def read_record(path: Path, *, oldest: int = 0) -> dict[str, Any]:
     version = record.get("version", 0) if isinstance(record, dict) else None
     if type(version) is not int or not oldest <= version <= VERSION:
         raise ValueError(f"{path} is of another version than {oldest} to {VERSION}: use the release that wrote it")
-    return updated_record({**record, "version": version})
+    record = updated_record({**record, "version": version})
+    return record if version >= ABSOLUTE_PATHS else _with_absolute_paths(record, path.absolute().parent)
+
+
+def _with_absolute_paths(record: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """An older record of the run in `folder` with absolute paths in its config, where its starting folder is known.
+
+    That is where `paths.runs` is relative to, unless the run folder was moved; overrides were recorded absolute.
+    """
+    config = record.get("config")
+    if not isinstance(config, dict):
+        return record
+    settings = flat(config)
+    runs = str(settings.get(("paths", "runs")))
+    start = next((parent for parent in folder.parents if folder.is_relative_to(parent / runs)), None)
+    typed = dict(_plain_overrides(record.get("overrides") or []))
+    for path, value in settings.items():
+        key = ".".join(path)
+        if isinstance(absolute := typed.get(key), str) and os.path.isabs(absolute):
+            settings[path] = absolute_path(key, absolute)
+        elif start is not None and not os.path.isabs(runs):
+            settings[path] = absolute_path(key, value, start)
+    return {**record, "config": nested(settings)}
+
+
+def _plain_overrides(overrides: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    for text in map(str, overrides):
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except (HydraException, RecursionError):
+            continue
+        if not (override.is_delete() or override.is_sweep_override()):
+            yield override.key_or_group, override.value()
 
 
 def updated_record(record: Mapping[str, Any], table: Mapping[int, Changes] = TABLE) -> dict[str, Any]:

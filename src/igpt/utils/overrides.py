@@ -4,22 +4,28 @@ import re
 import shlex
 from collections.abc import Iterable
 from difflib import SequenceMatcher
-from pathlib import Path
 from typing import Any
 
 NEAR = 0.72  # least similarity of a suggestion (Ratcliff-Obershelp ratio)
 
 
-def quote_path(path: str) -> str:
-    """The absolute path, quoted for Hydra if needed."""
-    path = str(Path(path).absolute())
-    return path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else quote_text(path)
+BARE = re.compile(r"[\w./-]*/[\w./-]*|(?!(null|true|false|nan|inf)\Z)[a-z_][\w.-]*", re.ASCII | re.IGNORECASE)
+
+
+def format_text(text: str) -> str:
+    """A text as the value of an override; quoted if needed."""
+    return text if BARE.fullmatch(text) else quote_text(text)
 
 
 def quote_text(text: str) -> str:
     """A text in quotes, which Hydra and OmegaConf parse back to itself, whatever its characters."""
+    return quote_for_hydra(escape_interpolation(text))
+
+
+def escape_interpolation(text: str) -> str:
+    """A text that OmegaConf reads as it is."""
     # `${` starts an interpolation unless a backslash precedes it; backslashes before it are doubled
-    return quote_for_hydra(re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def quote_for_hydra(value: str) -> str:
@@ -50,6 +56,11 @@ def quote_for_shell(argument: str) -> str:
     escaped = re.sub(r"([\\'])", r"\\\1", argument)
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
     return f"$'{''.join(shown)}'"
+
+
+def train_command(*arguments: str) -> str:
+    """`python train.py …`, quoted for a shell."""
+    return " ".join(["python train.py", *map(quote_for_shell, arguments)])
 
 
 def escape_text(text: str) -> str:

@@ -1,0 +1,55 @@
+"""Settings that are paths, by their dotted keys; and their absolute form."""
+
+import glob
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+READ = re.compile(  # settings that are paths to read
+    r"init|resume|tokens\.path|data(\.streams\.\w+)?\.(path|clusters)|task\.(palette|runs|compare_with)|"
+    r"task\.stages\.\w+\.(run|palette|compare_with|data\.path)"
+)
+HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # also accept a name on the Hub
+LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|compare_with)")  # also accept a list
+WRITTEN = re.compile(r"paths\.(runs|cache)")
+
+
+def is_path(key: str) -> bool:
+    """Whether a setting is a path, or a list of paths."""
+    return bool(READ.fullmatch(key) or WRITTEN.fullmatch(key))
+
+
+def is_local_path(path: str, folder: Path | None = None) -> bool:
+    """Whether a path, relative to `folder`, names something on this machine: a file, a prefix of one, or a pattern.
+
+    Prefixes are those of OpenAI's checkpoints (`model.ckpt-1000000.*`), patterns those of shards (`web-{00..31}.tar`).
+    """
+    if "://" in path:
+        return False
+    local = (folder or Path()) / path
+    is_prefix = next(local.parent.glob(f"{glob.escape(local.name)}.*"), None) is not None
+    return local.exists() or is_prefix or re.search(r"[*?{]", path) is not None
+
+
+def absolute_path(key: str, value: Any, folder: Path | None = None) -> Any:
+    """The value of setting `key` with its paths to read made absolute, relative to `folder` (the working directory).
+
+    Unchanged: other settings, URLs, and names that may be on the Hub and do not exist on this machine.
+    """
+    if not READ.fullmatch(key) or key == "resume":
+        return value
+    if isinstance(value, list):
+        return [absolute_path(key, each, folder) for each in value]
+    if not isinstance(value, str) or "://" in value or (HUB.fullmatch(key) and not is_local_path(value, folder)):
+        return value
+    return str(((folder or Path()) / value).absolute())
+
+
+def is_same_place(key: str, one: Any, other: Any) -> bool:
+    """Whether two values of setting `key` are paths to the same place, links followed."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(is_same_place, [key] * len(one), one, other))
+    if not (READ.fullmatch(key) and isinstance(one, str) and isinstance(other, str)):
+        return False
+    return os.path.isabs(one) and os.path.isabs(other) and os.path.realpath(one) == os.path.realpath(other)
