@@ -117,7 +117,7 @@ def test_home_in_lists_sweeps_and_files(tmp_path: Path, monkeypatch: pytest.Monk
         )
     (lists,) = prepare_arguments(['task.compare_with=["~/x","y~/z","${paths.runs}/p"]', "task=palette"], CONF)[:1]
     assert parse_overrides([lists])[0].value() == [f"{tmp_path}/x", "y~/z", "${paths.runs}/p"]
-    for left in ("~logger", '+x="a~/b"', 'data.path="~/a","~/b"'):
+    for left in ("~callbacks.samples", '+x="a~/b"', 'data.path="~/a","~/b"'):
         assert left in prepare_arguments([left, "data=folder", "-m"], CONF)
     assert expand_home_paths(["~", "~/", "~nobody_of_this_name/x", "a/~/b", 3, None]) == [
         str(tmp_path), f"{tmp_path}/", "~nobody_of_this_name/x", "a/~/b", 3, None,

@@ -101,7 +101,7 @@ def resolve_paths(cfg: DictConfig | ListConfig, group: str = "") -> None:
         value = cfg[key]
         if OmegaConf.is_config(value):
             resolve_paths(value, name)
-        elif (place := absolute_path(name, expand_home_paths(value))) != value:
+        elif isinstance(value, str) and (place := absolute_path(name, expand_home_paths(value))) != value:
             cfg[key] = escape_interpolation(place)
 
 
