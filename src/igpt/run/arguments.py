@@ -105,6 +105,13 @@ def resolve_paths(cfg: DictConfig | ListConfig, group: str = "") -> None:
             cfg[key] = escape_interpolation(place)
 
 
+def search_path_as_override(arguments: Sequence[str]) -> list[str]:
+    """The arguments of `prepare_arguments` as overrides alone, for Hydra's Python interface."""
+    flags, overrides = _split_flags(arguments)
+    folders = [quote_for_hydra(f"file://{folder.absolute()}") for folder in _find_config_dirs(flags, ())]
+    return [*overrides, *([f"{SEARCH_PATH}=[{','.join(folders)}]"] if folders else [])]
+
+
 def _find_config_dirs(flags: Sequence[str], typed: Sequence[Override]) -> list[Path]:
     """Additional config folders: `--config-dir FOLDER`, `-cd FOLDER`, `--config-dir=FOLDER`, `hydra.searchpath=[…]`."""
     named = [value for flag, value in pairwise([*flags, ""]) if flag in ("--config-dir", "-cd")]

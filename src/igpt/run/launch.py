@@ -23,7 +23,7 @@ from igpt.distributed.signals import STOPPED, StoppedError, forward_signal
 from igpt.metric.result import Result
 from igpt.report.closing_table import align_columns, closing_table
 from igpt.report.folder import environment, parse_result
-from igpt.run.arguments import prepare_arguments, resolve_paths
+from igpt.run.arguments import prepare_arguments, resolve_paths, search_path_as_override
 from igpt.run.components import Components
 from igpt.run.execute import check_batch, execute_task, run_and_report, stage_runner
 from igpt.run.logs import log_file, set_up_logging
@@ -93,7 +93,8 @@ def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path | None
     """Runs `python train.py OVERRIDES` in this process; returns (result, run directory).
 
     The run directory is None for a plan or a page, which write none. `conf`: the config folder of a clone of this
-    repository. Relative paths are relative to the working directory.
+    repository; `--config-dir FOLDER` among the overrides adds one. Relative paths are relative to the working
+    directory.
 
     Raises:
         ValueError: bad input, with the command's one-line message.
@@ -119,7 +120,7 @@ def build_components(*overrides: str, conf: Path | str = "conf") -> Components:
 def _composed(overrides: Sequence[str], conf: Path | str) -> Iterator[tuple[DictConfig, DictConfig, list[str]]]:
     """Yields (config, Hydra's config, overrides); Hydra stays initialised inside the block."""
     folder = Path(conf).resolve()
-    arguments = prepare_arguments(list(overrides), folder)
+    arguments = search_path_as_override(prepare_arguments(list(overrides), folder))
     with initialize_config_dir(str(folder), version_base="1.3"):
         cfg = hydra.compose("config", overrides=arguments, return_hydra_config=True)
         yield OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), cfg.hydra, arguments

@@ -4,6 +4,7 @@ A file that is read back only chooses options of `conf/` and sets plain values. 
 interpolation is used only if it is typed.
 """
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ OF_CODE = ("hydra", "requires", "needs", "run_folder")  # parts of keys that dec
 NOT_RECORDED = ("resume=", "rerun=", "hydra.", "hydra/")
 LONGEST = 10_000  # characters of an override
 MOST = 1_000  # overrides of a run
+MOST_BRACKETS = 50  # in an override
 SEARCH_PATH = "hydra.searchpath"
 # Hydra's name of the source of a config folder → how it was typed
 TYPED_AS = {"command-line": "--config-dir", f"{SEARCH_PATH} in command-line": SEARCH_PATH}
@@ -67,7 +69,7 @@ def search_path_arguments(hydra_cfg: Any) -> list[str]:
     named: dict[str, list[str]] = {}
     for source in hydra_cfg.runtime.config_sources:
         if source.provider in TYPED_AS:
-            path = source.path if source.schema == "file" else f"{source.schema}://{source.path}"
+            path = os.path.abspath(source.path) if source.schema == "file" else f"{source.schema}://{source.path}"
             named.setdefault(TYPED_AS[source.provider], []).append(str(path))
     arguments = [part for path in named.get("--config-dir", ()) for part in ("--config-dir", path)]
     if others := named.get(SEARCH_PATH):
@@ -117,7 +119,7 @@ def _read_texts(record: dict[str, Any], key: str, path: Path) -> list[str]:
 
 def is_plain(text: str, config_dirs: Sequence[Path]) -> bool:
     """Whether an override only chooses options that exist in the config folders, or sets plain values."""
-    if len(text) > LONGEST:
+    if len(text) > LONGEST or sum(map(text.count, "[{(")) > MOST_BRACKETS:  # nested ones would exceed the stack
         return False
     try:
         override = OverridesParser.create().parse_override(text)

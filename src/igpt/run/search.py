@@ -97,13 +97,21 @@ def optuna(
     returns: list[JobReturn] = []
     with _search(config, what, direction, compose, [*fixed, *example]) as tried:
         folder = Path(config.hydra.sweep.dir)
-        study = library.create_study(
-            storage=f"sqlite:///{(folder / 'study.db').absolute()}", study_name=folder.name, load_if_exists=True,
-            direction=cast(Any, direction),
-        )  # fmt: skip
+        database = (folder / "study.db").absolute()
+        try:
+            study = library.create_study(
+                storage=f"sqlite:///{database}", study_name=folder.name, load_if_exists=True,
+                direction=cast(Any, direction),
+            )  # fmt: skip
+            study.get_trials()
+        except Exception as error:  # SQLAlchemy's and Optuna's errors have no common base
+            refuse(f"{database} cannot be read ({type(error).__name__}): it is damaged, restore or remove it")
         # another seed at each continuation: the same one would propose the same values again
         study.sampler = library.samplers.TPESampler(seed=seed + len(study.trials), constant_liar=True)
         begun = [Trial(study, trial._trial_id) for trial in study.get_trials(states=(TrialState.RUNNING,))]
+        for trial in begun:  # its values become arguments of a command
+            if not (set(trial.params) == set(space) and all(_is_in(space[key], trial.params[key]) for key in space)):
+                refuse(f"{database}: trial {trial.number} has values outside hydra.sweeper.space: {trial.params}")
         ended = [trial.user_attrs[FOLDER] for trial in study.trials if FOLDER in trial.user_attrs]
         while (left := n_trials - len(ended)) > 0:
             trials = [begun.pop(0) if begun else study.ask(distributions) for _ in range(min(at_once, left))]
@@ -139,6 +147,13 @@ def _distribution(kinds: Any, key: str, spec: Mapping[str, Any]) -> Any:
     except (TypeError, ValueError) as error:
         expected = "{choices: […]} or {low: , high: } with log, step, int"
         refuse(f"hydra.sweeper.space.{key} is {expected}; got {dict(spec)} ({error})")
+
+
+def _is_in(spec: Mapping[str, Any], value: Any) -> bool:
+    """Whether a value that a study proposed is in the setting's space."""
+    if "choices" in spec:
+        return value in list(spec["choices"])
+    return isinstance(value, int | float) and bool(spec["low"] <= value <= spec["high"])
 
 
 def _combinations(arguments: list[str], wanted: Callable[[str], bool] = lambda name: True) -> list[list[str]]:

@@ -180,7 +180,7 @@ def updated_overrides(overrides: list[Any], config: Mapping[str, Any], lines: li
         sign, keys = head.removesuffix(key), tuple(key.split("."))
         try:
             override = OverridesParser.create().parse_override(text)
-        except HydraException:
+        except (HydraException, RecursionError):
             now.append(text)
             continue
         value = None if override.is_delete() or override.is_sweep_override() else override.value()
