@@ -1,9 +1,12 @@
 """Searches: what is tried, when they stop, how they go on. What a run would reach is a function here, no run."""
 
+import json
 import math
+import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hydra import compose as compose_config
@@ -128,6 +131,35 @@ def test_an_interrupted_trial_is_taken_up_again(config: DictConfig, tmp_path: Pa
     assert len(runs.jobs) == 4
     proposed = [job["task.learning_rate"] for job in [*stopped.jobs, *runs.jobs]]
     assert len(set(proposed)) == 6  # going on proposes nothing again
+
+
+@pytest.mark.parametrize("damage", ["value", "choice", "file"])
+def test_a_study_that_was_changed_proposes_nothing(
+    damage: str, config: DictConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By hand: a value outside the space, another choice, no database: refused in a line, no job starts."""
+
+    def stop(jobs: Sequence[Sequence[str]], first: int) -> list[JobReturn]:
+        raise SystemExit(75)
+
+    with pytest.raises(SystemExit):
+        optuna(config, cast(Any, stop))
+    (path,) = (tmp_path / "sweeps").glob("optuna-*/study.db")
+    if damage == "file":
+        path.write_bytes(b"no database" * 1000)
+    else:
+        with closing(sqlite3.connect(path)) as database, database:
+            if damage == "value":
+                database.execute("UPDATE trial_params SET param_value = 5 WHERE param_name = 'task.learning_rate'")
+            else:
+                hostile = json.dumps({"name": "CategoricalDistribution", "attributes": {"choices": ["igpt_s seed=9"]}})
+                database.execute("UPDATE trial_params SET distribution_json = ? WHERE param_name = 'model'", [hostile])
+    config.hydra.sweep.dir = str(tmp_path / "sweeps")
+    runs = Runs(bowl)
+    with pytest.raises(SystemExit):
+        optuna(config, runs)
+    assert runs.jobs == []
+    assert "study.db" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_trial_that_failed_is_not_the_best(config: DictConfig, capsys: pytest.CaptureFixture[str]) -> None:
