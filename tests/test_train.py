@@ -158,6 +158,21 @@ def test_a_stopped_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(curves[0]["train/loss_gen"]["x"]) == 60
 
 
+def test_a_run_goes_on_without_a_reader_of_its_messages(tmp_path: Path) -> None:
+    """`python train.py … 2>&1 | head -1`: the run ends well, and log.txt has what nobody read."""
+    command = [sys.executable, str(ROOT / "train.py"), "task=pretrain", *PRETRAIN, "task.steps=4"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert RunFolder(run).is_finished
+    text = (run / "log.txt").read_text()
+    assert text.count("Broken pipe; the run goes on") == 1
+    assert "step 4/4" in text
+
+
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_run_which_one_process_goes_on_with(tmp_path: Path) -> None:
     """Invariant: one folder; within a minute both ranks are gone, and the log says which was killed."""

@@ -373,6 +373,21 @@ def test_broken_and_unfinished_runs_are_counted(tmp_path: Path, caplog: pytest.L
     assert newer.numbers["best pretrain/val/accuracy"].value == 2.0
 
 
+def test_a_picture_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: the tables and numbers are there, and the picture is not among the files."""
+
+    def fail(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    for seed in (0, 1):
+        made(tmp_path / RUNS / str(seed), loss(1.0 + seed), model__name=f"size {seed}")
+    monkeypatch.setattr(compare, "draw", fail)
+    result, folder = run_compare(tmp_path)
+    assert result.numbers["best pretrain/val/loss_gen"].value == 1.0
+    assert result.files.keys() == {"compare_txt", "compare_md", "compare_csv"}
+    assert all((folder / path).is_file() for path in result.files.values())
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     place = tmp_path / RUNS
     (made(place / "unfinished", loss(1.0)) / "result.json").unlink()

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -176,6 +177,29 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(tmp_path: Path, caplog: 
     assert {job.state for job in second.jobs} == {FINISHED}
     assert [len((tmp_path / f"job{i}" / "begun").read_text().splitlines()) for i in range(4)] == [2, 1, 1, 1]
     assert {job["state"] for job in json.loads((tmp_path / "sweep" / "jobs.json").read_text())["jobs"]} == {FINISHED}
+
+
+def test_a_sweep_goes_on_without_its_own_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Invariant: what a sweep writes about its jobs may fail, which is said once each; the jobs are done."""
+    of = a_sweep(tmp_path, "", "fails=yes", n_jobs=1)
+    for name in ("jobs.json", "job_000.txt", "job_001.txt"):
+        (tmp_path / "sweep" / name).mkdir()
+    assert run(of, tmp_path) is None
+    assert [job.state for job in of.jobs] == [FINISHED, FAILED]
+    failed = [line.partition(": ")[0] for line in caplog.messages if line.endswith("the run goes on")]
+    assert sorted(Path(name).name for name in failed) == ["job_000.txt", "job_001.txt", "jobs.json"]
+
+
+def test_why_ranks_ended_is_in_the_log_without_a_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: a reader of stderr that is gone keeps the reason out of no log."""
+    (tmp_path / "log.txt").touch()
+    (tmp_path / "tell").write_text(str(tmp_path))
+    gone = MagicMock()
+    gone.write.side_effect = BrokenPipeError
+    monkeypatch.setattr(sys, "stderr", gone)
+    launcher._report_failure("rank 1 of 2 was killed", tmp_path / "tell")
+    assert gone.write.called
+    assert (tmp_path / "log.txt").read_text().endswith("rank 1 of 2 was killed\n")
 
 
 def test_as_many_at_a_time_as_asked_each_with_its_own_gpus(tmp_path: Path) -> None:

@@ -332,7 +332,19 @@ def test_a_damaged_result_is_an_error_and_no_end_of_a_run(
         render_page(folder.path)
     with caplog.at_level(logging.WARNING):
         write_page(folder.path)
-    assert "report.html was not written" in caplog.text
+    assert "report.html: " in caplog.text
+
+
+def test_what_was_not_written_is_on_the_page(tmp_path: Path) -> None:
+    """Invariant: the file and the error, as text, under their heading; no heading where all was written."""
+    grids = {"<b>": Grid(np.zeros(3)), "samples": Grid(np.zeros((1, 1, 4, 4, 3), np.uint8))}
+    text = render_page(finished(tmp_path / "run", Result(grids=grids)).path).read_text()
+    section = text.partition('<section id="not-written">')[2].partition("</section>")[0]
+    assert re.search(r"&lt;b&gt;.*png", section)
+    assert "IndexError" in section
+    assert "<b>" not in text
+    grids.pop("<b>")
+    assert "not-written" not in render_page(finished(tmp_path / "other", Result(grids=grids)).path).read_text()
 
 
 def test_a_run_ends_well_without_its_page(
@@ -344,7 +356,7 @@ def test_a_run_ends_well_without_its_page(
     monkeypatch.setattr(page_module, "embed", lambda *_, **__: [].pop())
     with caplog.at_level(logging.WARNING):
         write_page(folder.path)
-    assert "report.html was not written" in caplog.text
+    assert "report.html: " in caplog.text
     assert (folder.path / "report.html").read_bytes() == before
     assert not list(folder.path.glob(".*.part"))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt.metric.result import Curve, Grid, Number, Result
+from igpt.metric.result import Bars, Curve, Grid, Number, Result
 from igpt.report import folder as folder_module
 from igpt.report.closing_table import closing_table
 from igpt.report.figures import (
@@ -18,11 +18,14 @@ from igpt.report.figures import (
     CELLS,
     GAP,
     WHITE,
+    Point,
+    bars_figure,
     curves_figure,
     draw_grid,
     fit_name,
     matrix_figure,
     palette_picture,
+    points_figure,
 )
 from igpt.report.folder import RunFolder, differences, parse_result
 from igpt.utils import files
@@ -110,6 +113,17 @@ def test_a_confusion_matrix_says_where_its_cells_are(tmp_path: Path, k: int, nam
     assert np.array_equal(blue, np.eye(k, dtype=bool))
 
 
+@pytest.mark.parametrize("name", [r"$\frac{$", "$ and $", "a_$b$_c"])
+def test_a_dollar_is_drawn_as_one(tmp_path: Path, name: str) -> None:
+    """Invariant: no name is a formula, whichever figure it is in."""
+    curve, number = Curve([1.0, 2.0], [3.0, 2.0], name, name), Number(0.5, "share", 9)
+    curves_figure(tmp_path / "curves.png", {name: curve})
+    bars_figure(tmp_path / "bars.png", Bars({name: {name: number}}, name))
+    points_figure(tmp_path / "points.png", [Point(name, 0.5, (0.4, 0.6), (0.3, 0.7), name)], label=name)
+    for file in ("curves.png", "bars.png", "points.png"):
+        Image.open(tmp_path / file).verify()
+
+
 def test_names_that_can_be_drawn() -> None:
     """By hand: DejaVu Sans has no Chinese, Matplotlib turns no text around; then the class is known by its number."""
     drawn = ["$x_1$ $", "two lines", "2", "3", "😀 dog", "x" * 23 + "…", "\ufffd", r"$\frac{$", "''", "cat"]
@@ -186,6 +200,32 @@ def test_a_result_is_read_back(tmp_path: Path) -> None:
     assert "1.2500 ± 0.1000" in table
     assert "n = 7" in table
     assert [Path(line).name for line in table.splitlines()[3:5]] == ["report.html", "samples.png"]
+
+
+def test_numbers_are_written_whatever_a_picture_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Invariant: a picture, an array, a matrix that fail are listed as not written, and nowhere as files."""
+    folder = RunFolder(tmp_path / "run")
+    folder.start({"seed": 0}, ["seed=0"], {})
+    curve = Curve([1.0, 2.0], [3.0, 2.5], "optimiser step", "nats/token")
+    result = Result(
+        numbers={"val/loss_gen": Number(1.25, "nats/token", 7, 0.1)},
+        curves={"train/loss_gen": curve},
+        grids={"samples": Grid(np.zeros((1, 1, 4, 4, 3), np.uint8)), "broken": Grid(np.zeros(3))},
+        arrays={"samples": np.arange(4), "objects": np.array([None])},
+        matrices={"confusion": np.eye(4, dtype=np.int64)},
+    )
+    (folder.path / "confusion.png").mkdir()
+    folder.finish("sample", result, seconds=1.5)
+    record = folder.read_result()
+    assert record["numbers"]["val/loss_gen"]["value"] == 1.25
+    assert record["files"].keys() == result.files.keys() == {"samples", "samples_tokens", "confusion_counts", "curves"}
+    assert record["not_written"].keys() == {"broken.png", "objects_tokens.npy", "confusion.png"}
+    assert record["not_written"]["confusion.png"].startswith("IsADirectoryError: ")
+    lines = [line for line in caplog.messages if line.endswith("; the run goes on")]
+    assert [Path(line.partition(": ")[0]).name for line in lines] == [*record["not_written"]]
+    assert "broken.png" not in closing_table(result, folder.path, 1.5)
+    result.files["text"] = Path("gone.txt")
+    assert "gone.txt cannot be read" in closing_table(result, folder.path, 1.5)
 
 
 @pytest.mark.parametrize("content", [{"version": 99}, [1], {}])

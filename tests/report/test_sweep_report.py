@@ -52,6 +52,22 @@ def test_its_page_links_to_its_runs(tmp_path: Path) -> None:
     assert "comparison.png is not there any more." in text
 
 
+def test_a_picture_of_a_sweep_that_cannot_be_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Invariant: the page is there and says that the picture is not; the table is logged; a $ is drawn as such."""
+    folders = [made(tmp_path / str(i), loss(value), model__name=f"$ {i} $") for i, value in enumerate((1.0, 2.0))]
+    (tmp_path / PICTURE).mkdir()
+    with caplog.at_level("INFO"):
+        report_sweep(tmp_path, folders, metric="val/loss_gen", command="again")
+    assert f"{tmp_path / PICTURE}: IsADirectoryError" in caplog.text
+    assert "comparison.png is not there any more." in (tmp_path / PAGE).read_text()
+    assert len(json.loads((tmp_path / ROWS).read_text())["rows"]) == 2
+    assert "model=$ 0 $" in caplog.messages[-1]
+    assert PICTURE not in caplog.messages[-1]
+    (tmp_path / PICTURE).rmdir()
+    report_sweep(tmp_path, folders, metric="val/loss_gen", command="again")
+    assert Image.open(tmp_path / PICTURE).size[0] > 300
+
+
 def test_nothing_to_compare(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Neither one run nor none leaves anything; a page that cannot be written is only said."""
     one = made(tmp_path / "one", loss(2.0))
@@ -62,5 +78,6 @@ def test_nothing_to_compare(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     other = made(tmp_path / "other", loss(1.0), model__name="b")
     (tmp_path / "no folder").write_text("")
     report_sweep(tmp_path / "no folder", [one, other], metric="val/loss_gen", command="")
-    assert "could not be written" in caplog.text
+    for name in (PICTURE, PAGE, ROWS):
+        assert f"no folder/{name}: " in caplog.text
     assert sweep_report.PAGE == "report.html"

@@ -171,7 +171,7 @@ def test_a_wandb_that_fails_at_the_end_ends_no_run(
 
     monkeypatch.setattr(loggers, "_run", Broken)
     loggers.show(Result(curves={"a": Curve([0, 1], [0, 1], "layer", "accuracy")}), tmp_path)
-    assert "W&B was not told all that was found: no room" in caplog.text
+    assert "W&B was not told all that was found: OSError: no room; the run goes on" in caplog.text
 
 
 def test_the_sweep_file_speaks_hydras_syntax() -> None:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import FORMAT
-from igpt.checkpoint.resume import AtomicCheckpointIO, parse_step
+from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint, parse_step
 from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
 from igpt.distributed import ranks
@@ -33,6 +33,7 @@ from igpt.training.nan_guard import NonFiniteLossError
 from igpt.utils import files, keyed
 from tests.data.conftest import mixture
 from tests.task.conftest import Lab, machine
+from tests.task.test_finished_step import OwnError, Raise
 from tests.task.test_stopping import Send
 from tests.tokens.test_palette import random_palette
 
@@ -258,6 +259,13 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     stopped = {"on": on_all(micro_batch=25), **TWENTY}
     answers["stopped"] = raised(StoppedError, lab.pretrain, place / "stopped", callbacks=term, **stopped)
     answers["resumed"] = {name: c.y for name, c in lab.pretrain(place / "stopped", **stopped).curves.items()}
+
+    error = (Raise("on_train_batch_start", 7, 2),)
+    answers["failed"] = raised(OwnError, lab.pretrain, place / "failed", callbacks=error, **stopped)
+    ranks.barrier()
+    saved = latest_checkpoint(place / "failed")
+    answers["saved"] = None if saved is None else parse_step(saved)
+    answers["repaired"] = {name: c.y for name, c in lab.pretrain(place / "failed", **stopped).curves.items()}
 
     answers["not finite"] = raised(
         NonFiniteLossError, lab.pretrain, place / "nan", on=on_all(), learning_rate=1e30, warmup_steps=0

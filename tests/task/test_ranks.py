@@ -262,6 +262,15 @@ def test_one_rank_is_asked_to_stop_and_all_do(place: Path, answers: list[dict[st
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_an_error_on_both_ranks_loses_no_finished_step(place: Path, answers: list[dict[str, Any]]) -> None:
+    """Invariant: rank 0 saves it, without rank 1, in the middle of the next; resumed, all is as before, to the bit."""
+    assert [answer["failed"] for answer in answers] == ["of their own"] * 2
+    assert [answer["saved"] for answer in answers] == [7, 7]
+    assert answers[0]["repaired"] == answers[0]["curves"]
+    weights = [load_file(place / name / "model" / "model.safetensors") for name in ("whole", "failed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 def test_what_goes_wrong_is_known_to_both(place: Path, answers: list[dict[str, Any]]) -> None:
     for answer in answers:
         assert answer["not finite"] == answers[0]["not finite"]

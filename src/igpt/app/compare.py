@@ -12,6 +12,7 @@ from igpt.app.against import compare_with_paper
 from igpt.app.comparison_tables import ComparisonText
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
+from igpt.report.bystanders import Bystander
 from igpt.report.runs import RunRecord
 from igpt.report.summary import Summary, draw, find_common_metric, summarize, summarize_runs, table
 from igpt.run.components import Components
@@ -60,14 +61,15 @@ def run(components: Components, settings: CompareSettings) -> Result:
             )
     written = {"txt": text.plain(), "md": text.markdown(), "csv": text.csv()}
     drawn = {task: rows for task, rows in summaries.items() if len(rows.rows) > 1}
-    result.files |= {f"compare_{task}": Path(f"compare_{task}.png") for task in drawn}
     result.files |= {f"compare_{suffix}": Path(f"compare.{suffix}") for suffix in written}
     if ranks.this_rank().is_first:
         for suffix, content in written.items():
             with files.atomic_write(folder / f"compare.{suffix}") as file:
                 file.write(content.encode())
         for task, rows in drawn.items():
-            draw(folder / f"compare_{task}.png", rows)
+            with Bystander(folder / f"compare_{task}.png"):
+                draw(folder / f"compare_{task}.png", rows)
+                result.files[f"compare_{task}"] = Path(f"compare_{task}.png")
     return result
 
 

@@ -87,6 +87,12 @@ def checksum_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
+def is_intact(path: Path) -> bool:
+    """Whether a checkpoint is there and has the checksum beside it."""
+    checksum = checksum_path(path)
+    return path.exists() and checksum.is_file() and checksum.read_text().strip() == files.sha256(path)
+
+
 def parse_step(path: Path) -> int:
     """The optimiser step in a checkpoint's file name."""
     return int(path.stem.removeprefix("step_"))
@@ -133,8 +139,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
         log.warning("%s is gone: an older one is looked for", named)
     newest_first = sorted((folder / "checkpoints").glob("step_*.ckpt"), reverse=True)
     for path in newest_first:
-        checksum = checksum_path(path)
-        if checksum.is_file() and checksum.read_text().strip() == files.sha256(path):
+        if is_intact(path):
             return path
         log.warning("%s is damaged or was not written to its end: it is passed over", path)
     raise ValueError(

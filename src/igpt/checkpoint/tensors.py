@@ -233,8 +233,8 @@ def read_torch(path: Path) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an exception's message; its class name if that is empty."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """First line of an exception's message that is not empty; its class name if there is none."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def check_fit(where: Path, state: Mapping[str, LazyTensor], own: Mapping[str, tuple[int, ...]]) -> None:

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -212,10 +212,11 @@ def _report_failure(what: str, tell: Path) -> None:
     """Prints why ranks ended, and appends it to the run's log if there is one."""
     head, *rest = what.splitlines()
     text = "\n".join([head, *(f"    {line}" for line in rest[-60:])])
-    sys.stderr.write(f"error: {text}\n")
+    with suppress(OSError):  # its reader may be gone
+        sys.stderr.write(f"error: {text}\n")
     log = Path(os.fsdecode(tell.read_bytes())) / "log.txt" if tell.is_file() else None
     if log is not None and log.is_file():
-        with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        with suppress(OSError), log.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR igpt.distributed.launcher: {text}\n")
 
 

@@ -19,7 +19,11 @@ AGAIN_SECONDS = 1.0
 STOPPED = 75  # exit code EX_TEMPFAIL (sysexits.h): a scheduler may restart the job
 
 
-class StoppedError(RuntimeError):
+class RunEndedError(RuntimeError):
+    """Ends a run by design: whoever passes over the errors of what watches a run raises this one."""
+
+
+class StoppedError(RunEndedError):
     """A signal to some rank has stopped the run after a step; its state is saved."""
 
     def __init__(self, number: signal.Signals, step: int) -> None:

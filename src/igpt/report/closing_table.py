@@ -20,8 +20,16 @@ def closing_table(result: Result, folder: Path, seconds: float, *, published: Se
     to_open = [*page, *(path for path in result.files.values() if path.suffix in {".png", ".html"})]
     places = [str(folder / path) for path in to_open]
     texts = [folder / path for path in result.files.values() if path.suffix == ".txt"]
-    told = [text.read_text(encoding="utf-8").rstrip() for text in texts]
+    told = [read_text(text) for text in texts]
     return "\n".join([*told, rule, *lines, rule, *names, *places, f"{folder}  ({seconds:.0f} s)"])
+
+
+def read_text(file: Path) -> str:
+    """The content of a text file, or a message that it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").rstrip()
+    except OSError as error:
+        return f"{file.name} cannot be read: {error.strerror}"
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> str:

@@ -27,6 +27,7 @@ AROUND_COLOURS = (200, 215, 235)
 DPI = 130
 COUNTED, NAMED = 30, 100  # maximal classes of a confusion matrix with counts in its cells, with names at its rows
 LONGEST_LABEL = 24  # characters
+LITERAL = matplotlib.rc_context({"text.parse_math": False})  # decorator: a $ in a name is a dollar sign
 CELLS = "cells"  # PNG metadata of a matrix: left, top, width, height of its cells, as shares of the picture
 
 
@@ -78,6 +79,7 @@ def group_by_unit(curves: Mapping[str, Curve], *, least: int = 1) -> dict[tuple[
     return groups
 
 
+@LITERAL
 def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
     """Writes one plot for each pair of units, stacked; curves of a single point are left out."""
     groups = group_by_unit(curves, least=2)
@@ -94,6 +96,7 @@ def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
     _save(path, figure)
 
 
+@LITERAL
 def bars_figure(path: Path, bars: Bars) -> None:
     """Writes a bar chart: groups of bars with 95 % intervals, each height printed."""
     series = list(dict.fromkeys(name for group in bars.heights.values() for name in group))
@@ -127,6 +130,7 @@ class Point:
     kind: str  # description of the interval, for the legend; one colour each
 
 
+@LITERAL
 def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
     """Writes a dot plot, the first point on top: values, intervals, and the single values behind each mean."""
     names = [textwrap.fill(point.name, 44) for point in points]
@@ -156,6 +160,7 @@ def _reach(values: Sequence[float], intervals: Sequence[tuple[float, float] | No
     return np.transpose(np.abs(np.array(ends) - np.array(values)[:, None]))
 
 
+@LITERAL
 def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | None = None) -> None:
     """Writes a confusion matrix (K, K) of counts, row: true class, column: predicted; coloured by share of the row.
 
@@ -175,8 +180,8 @@ def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | N
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if each:
         upright = label_inches > 0.8 * max(3.0, 0.45 * k) / k  # labels wider than a column
-        axes.set_xticks(range(k), labels, fontsize=size, rotation=90 if upright else 0, parse_math=False)
-        axes.set_yticks(range(k), labels, fontsize=size, parse_math=False)
+        axes.set_xticks(range(k), labels, fontsize=size, rotation=90 if upright else 0)
+        axes.set_yticks(range(k), labels, fontsize=size)
     if k <= COUNTED:
         for (row, column), share in np.ndenumerate(shares):
             if matrix[row, column]:

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -18,6 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from igpt.metric.result import Curve, Number, Result
+from igpt.report.bystanders import Bystander, describe_error
 from igpt.report.figures import bars_figure, curves_figure, grid_picture, matrix_figure, palette_picture
 from igpt.settings.older_configs import VERSION, read_record
 from igpt.settings.paths import is_same_place
@@ -156,20 +157,30 @@ class RunFolder:
         return read_record(self.path / "result.json", oldest=1)
 
     def finish(self, task: str, result: Result, *, seconds: float) -> None:
-        """Writes pictures and arrays, then `result.json`."""
+        """Writes pictures and arrays, then `result.json`, which names those that could not be written as such."""
+        not_written: dict[str, str] = {}
+
+        def write(name: str, suffix: str, writer: Callable[..., None], *content: Any) -> None:
+            file = Path(f"{name}{suffix}")
+            with Bystander(self.path / file) as bystander:
+                writer(self.path / file, *content)
+                result.files[name] = file
+            if bystander.error is not None:
+                not_written[str(file)] = describe_error(bystander.error)
+
         for name, grid in result.grids.items():
-            grid_picture(self._place(result, name, ".png"), grid)
+            write(name, ".png", grid_picture, grid)
         for name, colours in result.palettes.items():
-            palette_picture(self._place(result, f"{name}_colours", ".png"), colours)
+            write(f"{name}_colours", ".png", palette_picture, colours)
         for name, array in result.arrays.items():
-            _write_array(self._place(result, f"{name}_tokens", ".npy"), array)
+            write(f"{name}_tokens", ".npy", _write_array, array)
         for name, matrix in result.matrices.items():
-            _write_array(self._place(result, f"{name}_counts", ".npy"), matrix)
-            matrix_figure(self._place(result, name, ".png"), matrix, result.class_names.get(name))
+            write(f"{name}_counts", ".npy", _write_array, matrix)
+            write(name, ".png", matrix_figure, matrix, result.class_names.get(name))
         for name, bars in result.bars.items():
-            bars_figure(self._place(result, name, ".png"), bars)
+            write(name, ".png", bars_figure, bars)
         if result.curves:
-            curves_figure(self._place(result, "curves", ".png"), result.curves)
+            write("curves", ".png", curves_figure, result.curves)
         record = {
             "version": VERSION,
             "task": task,
@@ -177,16 +188,13 @@ class RunFolder:
             "curves": {key: asdict(curve) for key, curve in result.curves.items()},
             "files": {key: str(path) for key, path in result.files.items()},
             "class_names": {key: list(names) for key, names in result.class_names.items()},
+            **({"not_written": not_written} if not_written else {}),
             "provenance": result.provenance,
             "config": self.read_run()["config"],
             "seconds": seconds,
             **environment(),
         }
         files.write_json(self.path / "result.json", record)
-
-    def _place(self, result: Result, name: str, suffix: str) -> Path:
-        result.files[name] = Path(f"{name}{suffix}")
-        return self.path / f"{name}{suffix}"
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:

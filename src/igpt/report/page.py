@@ -15,7 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from igpt.metric.result import Result
 from igpt.report import facts
-from igpt.report.closing_table import REPORT, format_number
+from igpt.report.bystanders import Bystander
+from igpt.report.closing_table import REPORT, format_number, read_text
 from igpt.report.pictures import Picture, data_uri, embed, read_cells
 from igpt.report.plots import build_plots
 from igpt.report.runs import RunRecord, flatten, read_run, read_runs
@@ -33,11 +34,8 @@ TRAINING_SAMPLES = 8  # maximal number of pictures under WHILE
 
 def write_page(folder: Path) -> None:
     """`render_page` at the end of a run; an error is only logged, as the result is saved already."""
-    try:
+    with Bystander(folder / REPORT):
         render_page(folder)
-    except Exception:  # the run has succeeded, whatever happens here
-        log.warning("%s was not written (log.txt says why); the result is whole", folder / REPORT)
-        log.debug("traceback", exc_info=True)
 
 
 def render_page(folder: Path) -> Path:
@@ -47,7 +45,7 @@ def render_page(folder: Path) -> Path:
         ValueError: no finished run, or a result.json that is damaged or of another version.
     """
     run, path = read_run(folder), folder / REPORT
-    texts = {key: _text(folder / file) for key, file in run.result.files.items() if file.suffix == ".txt"}
+    texts = {key: read_text(folder / file) for key, file in run.result.files.items() if file.suffix == ".txt"}
     links = {stage.name: link_to(path, stage.folder) for stage in run.stages}
     pictures = [*_pictures(run), *_training_samples(folder)]
     return write_html(path, "report.html", pictures, run=run, texts=texts, links=links)
@@ -127,14 +125,6 @@ def _training_samples(folder: Path) -> list[Picture]:
         Picture(WHILE, f"step {int(path.stem.removeprefix('step_')):,}", path, str(path.relative_to(folder)))
         for path in kept
     ]  # fmt: skip
-
-
-def _text(file: Path) -> str:
-    """The content of a text file, or a message that it cannot be read."""
-    try:
-        return file.read_text(encoding="utf-8", errors="replace").rstrip()
-    except OSError as error:
-        return f"{file.name} cannot be read: {error.strerror}"
 
 
 def link_to(page: Path, run: Path) -> str | None:

@@ -1,9 +1,11 @@
 """The comparison at the end of a sweep: its runs as a table, a picture and a page."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from igpt.report.bystanders import Bystander
 from igpt.report.closing_table import align_columns
 from igpt.report.page import link_to, write_html
 from igpt.report.pictures import Picture
@@ -22,22 +24,28 @@ def report_sweep(place: Path, folders: Sequence[Path], *, metric: str, command: 
     Unfinished runs are left out and listed on the page. Does nothing for fewer than two finished runs. Errors are only
     logged, as the runs are saved.
     """
-    try:
-        result = summarize(list(dict.fromkeys(folders)), metric)
+    with Bystander("the comparison of this sweep"):
+        try:
+            result = summarize(list(dict.fromkeys(folders)), metric)
+        except NothingFoundError as error:
+            log.info("nothing to compare: %s", error)
+            return
         if sum(row.n for row in result.rows) < 2:
             return
-        draw(place / PICTURE, result)
-        write_comparison(place / PAGE, result, command=command)
         rows = [{key: getattr(row, key) for key in KEPT} | {"folders": [*map(str, row.folders)]} for row in result.rows]
-        files.write_json(place / ROWS, {"metric": metric, "unit": result.unit, "rows": rows})
-    except NothingFoundError as error:
-        log.info("nothing to compare: %s", error)
-    except Exception:  # the sweep has succeeded, whatever happens here
-        log.warning("the comparison of this sweep could not be written")
-        log.debug("traceback", exc_info=True)
-    else:
-        caution = f"\n{result.caution}" if result.caution else ""
-        log.info("%s%s\n%s\n%s", align_columns(table(result)), caution, place / PICTURE, place / PAGE)
+        record = {"metric": metric, "unit": result.unit, "rows": rows}
+        writers: dict[str, Callable[[Path], object]] = {
+            PICTURE: partial(draw, result=result),
+            PAGE: partial(write_comparison, result=result, command=command),
+            ROWS: partial(files.write_json, value=record),
+        }
+        written = []
+        for name, write in writers.items():
+            with Bystander(place / name):
+                write(place / name)
+                written.append(name)
+        to_open = [str(place / name) for name in (PICTURE, PAGE) if name in written]
+        log.info("%s", "\n".join([align_columns(table(result)), *filter(None, [result.caution]), *to_open]))
 
 
 def write_comparison(path: Path, result: Summary, *, command: str) -> Path:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from igpt.distributed import launcher, ranks
 from igpt.distributed.signals import STOPPED, StoppedError, forward_signal
 from igpt.metric.result import Result
+from igpt.report.bystanders import describe_error
 from igpt.report.closing_table import align_columns, closing_table
 from igpt.report.folder import environment, parse_result
 from igpt.run.arguments import prepare_arguments, resolve_paths, search_path_as_override
@@ -53,7 +54,7 @@ def main(cfg: DictConfig) -> None:
         sys.exit(STOPPED)
     except (ValueError, NonFiniteLossError, OSError, OmegaConfBaseException) as error:
         log.debug("traceback", exc_info=True)
-        log.error("error: %s", (str(error).splitlines() or [type(error).__name__])[0])
+        log.error("error: %s", (str(error).splitlines() or [""])[0].strip() or describe_error(error))
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         if (message := explain_out_of_memory(error) or explain_lost_worker(error)) is None:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 
 from igpt.distributed.launcher import SWEEP
 from igpt.distributed.process_state import environment
+from igpt.report.bystanders import Bystander
 from igpt.report.sweep_report import report_sweep
 from igpt.run.logs import refuse, set_up_logging
 from igpt.run.sweep import format_command
@@ -185,7 +186,8 @@ def _search(
     tried: list[str | None] = []
     try:
         with FileLock(place / ".lock", timeout=0), environment(**{SWEEP: place.name}):
-            files.write_json(place / "search.json", {"command": sys.argv, "example": list(example)})
+            with Bystander(place / "search.json"):
+                files.write_json(place / "search.json", {"command": sys.argv, "example": list(example)})
             with flag_override(config, ["readonly", "struct"], False):
                 config.hydra.sweep.dir = str(place)  # for the jobs' output
             yield tried

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, JobStatus
@@ -20,7 +21,8 @@ from igpt.distributed import launcher
 from igpt.distributed.cores import count_cores
 from igpt.distributed.launcher import RANK_VARIABLES, RUN_DIR_FILE, SWEEP, Child, Children, count_devices, describe_exit
 from igpt.distributed.signals import STOPPED
-from igpt.report.closing_table import align_columns
+from igpt.report.bystanders import Bystander
+from igpt.report.closing_table import align_columns, read_text
 from igpt.report.sweep_report import report_sweep
 from igpt.run.arguments import resolve_paths
 from igpt.run.logs import log_file, refuse, set_up_logging
@@ -79,7 +81,8 @@ def launch(
         gpus = _share_gpus(jobs, configs)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0), log_file(folder / "log.txt"):
-            OmegaConf.save(sweep, folder / "multirun.yaml")  # Hydra's config of the sweep
+            with Bystander(folder / "multirun.yaml"):
+                OmegaConf.save(sweep, folder / "multirun.yaml")  # Hydra's config of the sweep
             _load_finished(jobs, metric)
             at_once = n_jobs or max(1, len(gpus) // max(job.n_process for job in jobs))
             running = Sweep(folder, jobs, gpus=gpus, n_jobs=at_once, metric=metric)
@@ -105,6 +108,10 @@ class Sweep:
     gpus: list[str]
     n_jobs: int
     metric: str
+
+    def __post_init__(self) -> None:
+        self._jobs_path = self.folder / "jobs.json"
+        self._jobs_bystander = Bystander(self._jobs_path)
 
     def run(self, command: Sequence[str]) -> str | None:
         """Runs every unfinished job; returns the name of the signal that stopped the sweep, or None."""
@@ -155,7 +162,7 @@ class Sweep:
         if "OMP_NUM_THREADS" not in os.environ:  # parallel jobs would compete for the cores
             environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // (self.n_jobs * job.n_process)))
         log.info("job %d begins: %s", job.number, self._describe_settings(job))
-        with self._output_path(job).open("ab") as output:
+        with self._open_output(job) as output:
             return children.start(Child([*command, *job.overrides], output, environment, without=RANK_VARIABLES))
 
     def _record_end(self, job: Job, code: int, seconds: float, *, stopping: bool) -> None:
@@ -167,7 +174,7 @@ class Sweep:
         tell.unlink(missing_ok=True)
         self._save()
         if job.state == FAILED:
-            lines = [line for line in self._output_path(job).read_text(errors="replace").splitlines() if line.strip()]
+            lines = [line for line in read_text(self._output_path(job)).splitlines() if line.strip()]
             errors = [i for i, line in enumerate(lines) if line.startswith("error:")]
             lines = lines[errors[-1] :][:5] if errors else lines[-5:]
             log.error(
@@ -180,10 +187,13 @@ class Sweep:
             log.info("job %d %s after %.0f s%s: %s", job.number, job.state, seconds, value, _shorten_path(job.folder))
 
     def _save(self) -> None:
-        try:
-            files.write_json(self.folder / "jobs.json", {"jobs": [asdict(job) for job in self.jobs]})
-        except OSError as error:  # not fatal for the jobs
-            log.error("%s/jobs.json is not up to date: %s", self.folder, error)
+        with self._jobs_bystander:
+            files.write_json(self._jobs_path, {"jobs": [asdict(job) for job in self.jobs]})
+
+    def _open_output(self, job: Job) -> IO[bytes]:
+        with Bystander(self._output_path(job)):
+            return self._output_path(job).open("ab")
+        return open(os.devnull, "ab")
 
     def _output_path(self, job: Job) -> Path:
         return self.folder / f"job_{job.number:03d}.txt"

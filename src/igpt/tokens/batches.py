@@ -110,6 +110,10 @@ class StreamState:
     def count(self) -> int:
         return len(self.states)
 
+    def copy(self) -> "StreamState":
+        """The position of now, for a single process: what is read later does not move it."""
+        return StreamState(self.contents, list(self.states), self.next)
+
     def check(self, images: Stream) -> None:
         """Raises ValueError if the parts or shards of the stream differ from the saved ones."""
         if images.contents != self.contents:

@@ -39,6 +39,7 @@ class TrainedModule(L.LightningModule):
         self.guard = FiniteGuard()
         self.history: dict[str, list[tuple[int, float]]] = {}  # name → (step, value); saved in checkpoints
         self.numbers: dict[str, Number] = {}  # of the last validation
+        self.updated_to = 0  # last optimiser step whose change of the weights has begun in this process
         self._step: dict[str, Tensor] = {}  # running means over the micro-batches of this optimiser step
         self._passes = 0
 
@@ -72,6 +73,7 @@ class TrainedModule(L.LightningModule):
             for name, value in zip(names, values.tolist(), strict=True):
                 if name != "minimised":
                     self.record(f"train/{name}", step, value)
+        self.updated_to = step  # the optimiser is next: this is the last hook before it
 
     def record(self, name: str, step: int, value: float) -> None:
         """Appends a point to the curve `name`."""

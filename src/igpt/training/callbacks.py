@@ -3,6 +3,7 @@
 import logging
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from igpt.metric.result import Grid
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
+from igpt.report.bystanders import Bystander
 from igpt.report.figures import grid_picture
 from igpt.settings.fields import Count, Temperature
 from igpt.tokens.datamodule import TokenDataModule
@@ -24,7 +26,15 @@ log = logging.getLogger(__name__)
 
 
 class ProgressBar(L.Callback):
-    """One bar over all optimiser steps of the run; only on a terminal, log files get lines instead."""
+    """One bar over all optimiser steps of the run; only on a terminal, log files get lines instead.
+
+    Its errors end no run, here and below.
+    """
+
+    def __init__(self) -> None:
+        bystander = Bystander("the progress bar")
+        for hook in ("on_train_start", "on_train_batch_end", "on_train_end", "on_exception"):
+            setattr(self, hook, bystander.guard(getattr(self, hook)))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         hidden = not (sys.stderr.isatty() and trainer.is_global_zero)
@@ -60,6 +70,7 @@ class SampleGrid(L.Callback):
     def __init__(self, *, count: Count, every: Count, temperature: Temperature) -> None:
         self.count, self.every = count, every
         self.sampling = Sampling(temperature, None, None)
+        self.bystander = Bystander("samples while it trains")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         net, data = pl_module.net, getattr(trainer, "datamodule", None)
@@ -75,12 +86,14 @@ class SampleGrid(L.Callback):
             self.every = trainer.max_steps + 1  # warn once
             return
         rng_keys = keyed.per_example_keys(keyed.key(0, "sample grid"), torch.arange(self.count))
-        tokens = generate(net, keyed.uniform(rng_keys, net.n_ctx).to(pl_module.device), self.sampling)
+        draw = partial(generate, net, keyed.uniform(rng_keys, net.n_ctx).to(pl_module.device), self.sampling)
+        tokens = draw() if together else None  # an error of one rank alone would leave the others waiting
         if not trainer.is_global_zero:
             return
-        images = data.decode(tokens)  # (N, R, R, 3)
-        path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
-        grid_picture(path, Grid.square(images))
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("samples", [str(path)], step=trainer.global_step)
+        with self.bystander:
+            images = data.decode(draw() if tokens is None else tokens)  # (N, R, R, 3)
+            path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
+            grid_picture(path, Grid.square(images))
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image("samples", [str(path)], step=trainer.global_step)

@@ -1,4 +1,4 @@
-"""Checkpoint callback: saves periodically, at the best validation and on a stop signal; never non-finite weights."""
+"""Checkpoint callback: saves periodically, at the best validation, on a signal or error; never non-finite weights."""
 
 import logging
 import signal
@@ -7,13 +7,17 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
-from igpt.checkpoint.resume import AtomicCheckpointIO, checkpoint_path, mark_best, mark_latest, read_best
+from igpt.checkpoint.resume import AtomicCheckpointIO, checkpoint_path, is_intact, mark_best, mark_latest, read_best
+from igpt.checkpoint.tensors import first_line
 from igpt.distributed import ranks
 from igpt.distributed.signals import StoppedError, StopRequest
 from igpt.metric.result import Number
+from igpt.report.bystanders import describe_error
 from igpt.settings.training import TrainingSettings
+from igpt.tokens.batches import StreamState
 from igpt.training.nan_guard import FiniteGuard, NonFiniteLossError
 
 log = logging.getLogger(__name__)
@@ -24,7 +28,7 @@ class Checkpoints(L.Callback):
 
     Best is the highest or lowest of the module's `numbers[monitor]`. Training ends after `patience` validations without
     an improvement. After a stop signal, the current optimiser step and its validation are finished, then the state is
-    saved.
+    saved. Before an exception ends the run, the last finished step is saved.
 
     Raises:
         StoppedError: the run was stopped by a signal.
@@ -48,13 +52,19 @@ class Checkpoints(L.Callback):
         self.guard, self.stop = guard, StopRequest()
         self.folder, self.every, self.keep, self.val_every = folder, settings.checkpoint_every, keep, val_every
         self.stopping = ranks.AsyncMax()
-        self._saved = -1
+        self._saved = self._validated = -1  # last step that is saved, that was validated
+        self._finished: tuple[int, int] | None = None  # (last optimiser step, micro-batches) that is complete
+        self._stream: StreamState | None = None  # position in the stream after it
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = trainer.global_step  # this step is already saved
+        self._mark_finished(trainer)
         self.restore_best(pl_module, trainer.global_step)
-        if self._is_out_of_patience(trainer.global_step) and trainer.global_step > 0:
+        points = getattr(pl_module, "history", {}).get(self.monitor, [])
+        if points and self._is_out_of_patience(points[-1][0]):
             trainer.should_stop = True  # early stopping had ended the run before it was resumed
+        # else Lightning would take each later resume for one in the middle of a validation
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
 
     def restore_best(self, module: L.LightningModule, step: int) -> None:
         """Restores the best value at `step` from the best marker; marks a checkpoint that a kill left unmarked."""
@@ -75,12 +85,14 @@ class Checkpoints(L.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        self._mark_finished(trainer)
         if not (self.val_every and trainer.global_step % self.val_every == 0):
             self._finish_step(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
+        self._validated = trainer.global_step
         module: Any = pl_module  # a TrainedModule or similar
         numbers: dict[str, Number] = module.numbers  # of the last validation
         value = numbers[self.monitor].value
@@ -97,6 +109,57 @@ class Checkpoints(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stopping.close()
         self._save(trainer, pl_module, needed=True)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Saves the last finished step, if that takes no other rank; logs whether it did."""
+        if self._finished is None or self._finished[0] == self._saved or isinstance(exception, NonFiniteLossError):
+            return
+        step, what = self._finished[0], describe_error(exception)
+        try:
+            if trainer.is_global_zero:
+                self._save_finished(trainer, pl_module)
+                log.warning("%s: step %d, the last that was finished, is saved", what, step)
+        except Exception as error:  # the run ends with the exception that is handled here
+            log.error("%s: step %d, the last that was finished, is not saved: %s", what, step, first_line(error))
+            log.debug("traceback", exc_info=True)
+
+    def _mark_finished(self, trainer: L.Trainer) -> None:
+        """Remembers that weights, optimiser and schedule are those after this step."""
+        self._finished = trainer.global_step, trainer.fit_loop.batch_idx + 1
+        stream: StreamState | None = getattr(getattr(trainer, "datamodule", None), "stream", None)
+        self._stream = None if stream is None else stream.copy()
+
+    def _save_finished(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Writes the checkpoint of the last finished step as it was at its end, without any other rank.
+
+        Raises:
+            ValueError: this cannot be done; the message says why.
+        """
+        assert self._finished is not None
+        step, n_batch = self._finished
+        is_validated = not self.val_every or step % self.val_every > 0 or self._validated == step
+        if trainer.world_size > 1 and (type(trainer.strategy) is not DDPStrategy or self._stream is not None):
+            raise ValueError("parts of it are in other processes")
+        if trainer.global_step != step or getattr(module, "updated_to", step) > step:
+            raise ValueError("the weights were already changed by the step after it")
+        if not is_validated and step >= trainer.max_steps:
+            raise ValueError("its validation, the last one, did not end")
+        self.guard.check()
+        if self.finite and not _is_finite(module):
+            raise ValueError("its weights are not finite")
+        if self._stream is not None:
+            data: Any = getattr(trainer, "datamodule", None)
+            data.stream = self._stream
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        rewind(checkpoint, step, n_batch=n_batch, is_validated=is_validated)
+        path, written = checkpoint_path(self.folder, step), trainer.strategy.checkpoint_io
+        assert isinstance(written, AtomicCheckpointIO)
+        if not is_intact(path):  # the error may have come just after it was written
+            trainer.strategy.save_checkpoint(checkpoint, path)
+            if written.write_error is not None:
+                raise written.write_error
+        mark_latest(path, keep=self.keep)
+        self._saved = step
 
     def _is_out_of_patience(self, step: int) -> bool:
         """Whether `patience` validations have passed without an improvement."""
@@ -116,19 +179,17 @@ class Checkpoints(L.Callback):
         """Saves this step unless it is saved. Returns False on a disk error, which is raised only if `needed`."""
         step = trainer.global_step
         path = checkpoint_path(self.folder, step)
-        if step == self._saved:
+        if step == self._saved and best is None:
             return True
         self.guard.check()
-        parts = [getattr(p, "ds_tensor", p) for p in module.parameters()]  # ZeRO 3: the local shard
-        here = [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in parts]
-        finite = bool(torch.stack([part.isfinite().all() for part in here]).all())
-        if self.finite and not all(ranks.all_gather_object(finite)):
+        if self.finite and not all(ranks.all_gather_object(_is_finite(module))):
             raise NonFiniteLossError(
                 f"the weights after step {step} are not finite: nothing was saved, lower task.learning_rate"
             )
         written = trainer.strategy.checkpoint_io
         assert isinstance(written, AtomicCheckpointIO)
-        trainer.save_checkpoint(path)  # on every rank: sharded strategies gather the state from all
+        if step != self._saved:  # else `on_exception` saved it, before the validation that finds it the best
+            trainer.save_checkpoint(path)  # on every rank: sharded strategies gather the state from all
         if trainer.is_global_zero and written.write_error is None:
             try:
                 if best is not None:
@@ -144,3 +205,30 @@ class Checkpoints(L.Callback):
             return False
         self._saved = step
         return True
+
+
+def _is_finite(module: L.LightningModule) -> bool:
+    """Whether all weights here (of a sharded network those of this rank) are finite."""
+    parts = [getattr(p, "ds_tensor", p) for p in module.parameters()]  # ZeRO 3: the local shard
+    here = [(p.to_local() if isinstance(p, DTensor) else p).detach() for p in parts]
+    return bool(torch.stack([part.isfinite().all() for part in here]).all())
+
+
+def rewind(checkpoint: dict[str, Any], step: int, *, n_batch: int, is_validated: bool) -> None:
+    """Sets counters and curves of a checkpoint back to the end of `step`, which is micro-batch `n_batch`.
+
+    Without `is_validated`, they are set to the start of this step's validation, with which Lightning then resumes.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    batches, validation = (loop[f"epoch_loop.{name}batch_progress"] for name in ("", "val_loop."))
+    n_later = batches["current"]["ready"] - n_batch
+    for counts in (batches["current"], batches["total"]):
+        counts.update(dict.fromkeys(counts, counts["ready"] - n_later))
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+    if not is_validated:
+        for counts in (validation["current"], validation["total"]):
+            counts.update({"ready": 1, "started": 1, "processed": 0, "completed": 0})
+    checkpoint["history"] = {
+        name: [point for point in points if point[0] < step or is_validated or name.startswith("train/")]
+        for name, points in checkpoint["history"].items()
+    }

@@ -1,6 +1,5 @@
 """Loggers: a CSV file and Weights & Biases for metrics during a run; W&B also for its result."""
 
-import logging
 import os
 import sys
 from collections import Counter
@@ -16,9 +15,8 @@ from igpt.data.classes import format_class_name
 from igpt.distributed.launcher import SWEEP
 from igpt.distributed.process_state import restore_environment
 from igpt.metric.result import Result
+from igpt.report.bystanders import Bystander
 from igpt.report.figures import group_by_unit
-
-log = logging.getLogger(__name__)
 
 STEPS = "optimiser step"  # x unit of curves that were logged during training
 MOST_CLASSES = 100  # largest confusion matrix shown cell by cell
@@ -38,11 +36,31 @@ class RunInfo:
     pipeline: str | None  # the pipeline that it is a stage of
 
 
+def guard(logger: Logger, name: object = None) -> Logger:
+    """The logger itself, its methods replaced by ones whose errors are logged, once, and end no run.
+
+    These are the methods that training calls, be it in Lightning or here. `name`: what failed, for the message.
+    """
+    bystander = Bystander(name or f"logger {type(logger).__name__}")
+    hooks = ("log_hyperparams", "log_graph", "log_metrics", "log_image", "after_save_checkpoint", "save", "finalize")
+    for method in hooks:
+        if hasattr(logger, method):
+            setattr(logger, method, bystander.guard(getattr(logger, method)))
+    return logger
+
+
 def csv(folder: Path, about: RunInfo) -> Logger | None:
-    """A CSV logger to `metrics/from_0000000/metrics.csv`: one file per start or resume; None if nothing trains."""
+    """A CSV logger to `metrics/from_0000000/metrics.csv`: one file per start or resume; None if nothing trains.
+
+    None, too, if its folder cannot be written, which is logged.
+    """
     if not about.trains:
         return None
-    return CSVLogger(folder, name="metrics", version=f"from_{about.first_step:07d}", flush_logs_every_n_steps=1)
+    logger = CSVLogger(folder, name="metrics", version=f"from_{about.first_step:07d}", flush_logs_every_n_steps=1)
+    with Bystander(logger.log_dir):
+        _ = logger.experiment  # makes the folder
+        return guard(logger, f"{logger.log_dir}/metrics.csv")
+    return None
 
 
 def wandb(
@@ -103,7 +121,7 @@ def show(result: Result, folder: Path) -> None:
         return
     import wandb as library
 
-    try:
+    with Bystander("W&B was not told all that was found"):
         for name, number in result.numbers.items():
             run.summary[name] = number.value
             if number.stderr is not None:
@@ -128,8 +146,6 @@ def show(result: Result, folder: Path) -> None:
                 )
         if shown:
             run.log(shown)
-    except Exception as error:  # any error: the run itself has succeeded
-        log.warning("W&B was not told all that was found: %s", error)
 
 
 def class_axis(k: int, class_names: Sequence[str] | None) -> Sequence[str | int]:
@@ -145,10 +161,8 @@ def close(failed: bool) -> None:
     """Finishes the W&B run of this process, if any, so that the next run starts its own."""
     if _run() is None:
         return
-    try:
+    with Bystander("the W&B run could not be closed"):
         sys.modules["wandb"].finish(exit_code=int(failed))
-    except Exception as error:  # must not mask an error of the run itself
-        log.warning("the W&B run could not be closed: %s", error)
 
 
 def _run() -> Any:

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from igpt.distributed.signals import RunEndedError
 
-class NonFiniteLossError(RuntimeError):
+
+class NonFiniteLossError(RunEndedError):
     """The loss became NaN or infinite; the message names the step."""
 
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
 from igpt.probe.lbfgs import logistic_regression
+from igpt.report.bystanders import Bystander
 from igpt.settings.fields import Count, Norm, Positive, Share
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.utils import keyed
@@ -38,6 +39,7 @@ class OnlineLinearProbe(L.Callback):
         self.every, self.depths, self.batch_size = every, depths, batch_size
         self.counts = {"train": train_images, "val": val_images}
         self.strength, self.norm = strength, norm
+        self.bystander = Bystander("callbacks.probe")
         self._images: dict[str, tuple[Tensor, np.ndarray]] = {}  # split → tokens (N, T), labels (N,)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -60,12 +62,13 @@ class OnlineLinearProbe(L.Callback):
             return
         module: Any = pl_module  # a PretrainModule
         data: Any = getattr(trainer, "datamodule", None)
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            accuracies = self.measure_accuracies(module.net, module.objective, data)
-        for name, value in accuracies.items():
-            module.record(name, trainer.global_step, value)
-        for logger in trainer.loggers:
-            logger.log_metrics(accuracies, step=trainer.global_step)
+        with self.bystander:
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                accuracies = self.measure_accuracies(module.net, module.objective, data)
+            for name, value in accuracies.items():
+                module.record(name, trainer.global_step, value)
+            for logger in trainer.loggers:
+                logger.log_metrics(accuracies, step=trainer.global_step)
 
     def measure_accuracies(self, net: GPT, objective: Any, data: TokenDataModule) -> dict[str, float]:
         """Metric name (`probe/layer_4/accuracy`) → share of val images classified correctly, for every depth."""

@@ -19,6 +19,7 @@ from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import ZeRO
 from igpt.training.fsdp import FSDP
 from igpt.training.hardware import HardwareConfig, matmul_precision
+from igpt.training.loggers import guard
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Runner:
             limit_val_batches=1.0 if val_every else 0,
             num_sanity_val_steps=0,
             log_every_n_steps=settings.log_every,
-            logger=self.loggers,
+            logger=[guard(logger) for logger in self.loggers],
             callbacks=[saving, *self.callbacks],
         )
         with saving.stop.install_handlers(), matmul_precision(self.machine.matmul_precision, self.machine.device):
