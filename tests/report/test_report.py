@@ -183,9 +183,10 @@ def test_a_result_is_read_back(tmp_path: Path) -> None:
     assert all((folder.path / path).is_file() for path in again.files.values())
     (folder.path / "report.html").touch()
     table = closing_table(result, folder.path, 1.5)
-    assert "1.2500 ± 0.1000" in table
+    assert "1.2500 [1.0540, 1.4460]" in table  # ± 1.96 standard errors
+    assert "[low, high]: 95 % confidence interval" in table
     assert "n = 7" in table
-    assert [Path(line).name for line in table.splitlines()[3:5]] == ["report.html", "samples.png"]
+    assert [Path(line).name for line in table.splitlines()[4:6]] == ["report.html", "samples.png"]
 
 
 @pytest.mark.parametrize("content", [{"version": 99}, [1], {}])
