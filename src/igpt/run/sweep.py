@@ -20,6 +20,7 @@ from igpt.distributed import launcher
 from igpt.distributed.cores import count_cores
 from igpt.distributed.launcher import RANK_VARIABLES, RUN_DIR_FILE, SWEEP, Child, Children, count_devices, describe_exit
 from igpt.distributed.signals import STOPPED
+from igpt.metric.result import find_key
 from igpt.report.closing_table import align_columns
 from igpt.report.sweep_report import report_sweep
 from igpt.run.arguments import expand_home_in_config
@@ -50,8 +51,9 @@ class Job:
         """Whether the run is finished; if so, reads its metric, None if it has none of that name."""
         if self.folder is None or not (result := Path(self.folder) / "result.json").is_file():
             return False
-        number = files.read_json(result)["numbers"].get(metric)
-        self.value = None if number is None else float(number["value"])
+        numbers = files.read_json(result)["numbers"]
+        key = find_key(numbers, metric)
+        self.value = None if key is None else float(numbers[key]["value"])
         return True
 
 
