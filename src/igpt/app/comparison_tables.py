@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt.app.against import PaperComparison
-from igpt.metric.result import Number
+from igpt.metric.result import Number, find_key
 from igpt.report import summary
 from igpt.report.closing_table import align_columns, format_readable
 from igpt.report.runs import RunRecord
@@ -33,6 +33,17 @@ class ComparisonText:
     numbers: Sequence[str]  # further columns of the summaries
 
     @property
+    def pictures(self) -> dict[str, str]:
+        """Title → name of the picture of every summary of several rows: `compare_probe`, `compare_probe_2` …."""
+        tasks = [title.partition(" ")[0] for title in self.summaries]
+        names = [
+            f"compare_{task}" + (f"_{tasks[: i + 1].count(task)}" if tasks.count(task) > 1 else "")
+            for i, task in enumerate(tasks)
+        ]
+        pairs = zip(self.summaries.items(), names, strict=True)
+        return {title: name for (title, result), name in pairs if len(result.rows) > 1}
+
+    @property
     def messages(self) -> list[str]:
         """The counts of runs and problems, then a line for each problem."""
         lines = [f"{shorten_folders([path])}: {why}" for path, why in self.problems.items()]
@@ -46,8 +57,8 @@ class ComparisonText:
             heading, rule, *body = align_columns([HEADINGS[:3], *cells]).splitlines()
             lines = [part for line, row in zip(body, rows, strict=True) for part in (line, *_below(row))]
             blocks.append("\n".join([title, heading, rule, *lines]))
-        for task, result in self.summaries.items():
-            blocks.append("\n".join([f"task={task}", align_columns(self._summary(result)), *_remarks(result)]))
+        for title, result in self.summaries.items():
+            blocks.append("\n".join([f"task={title}", align_columns(self._summary(result)), *_remarks(result)]))
         return "\n\n".join([*blocks, "\n  ".join(self.messages)]) + "\n"
 
     def markdown(self) -> str:
@@ -55,9 +66,9 @@ class ComparisonText:
         blocks = ["# Runs compared"]
         for title, rows in self._tables().items():
             blocks.append(f"## {title}\n\n{grid([HEADINGS, *map(_markdown_row, rows)])}")
-        for task, result in self.summaries.items():
-            blocks += [f"## task={task}", grid(self._summary(result)), *_remarks(result)]
-            blocks += [f"![{result.metric}](compare_{task}.png)"] if len(result.rows) > 1 else []
+        for title, result in self.summaries.items():
+            blocks += [f"## task={title}", grid(self._summary(result)), *_remarks(result)]
+            blocks += [f"![{result.metric}]({self.pictures[title]}.png)"] if title in self.pictures else []
         counted, *lines = self.messages
         return "\n\n".join([*blocks, "\n".join([counted, *(f"- {line}" for line in lines)])]) + "\n"
 
@@ -76,10 +87,10 @@ class ComparisonText:
                 "differs": "; ".join(row.differs), "runs": " ".join(str(run.folder) for run in row.runs),
                 "command": entry.command or entry.why_not, "RUN": entry.run,
             })  # fmt: skip
-        for task, result in self.summaries.items():
+        for title, result in self.summaries.items():
             for group in result.rows:
                 writer.writerow({
-                    "part": f"task={task}", "number": result.metric, "setting": group.name, **_values(group.number),
+                    "part": f"task={title}", "number": result.metric, "setting": group.name, **_values(group.number),
                     "seeds": group.n, "runs": " ".join(map(str, group.folders)),
                 })  # fmt: skip
         return text.getvalue()
@@ -101,7 +112,7 @@ class ComparisonText:
         table = [(settings, metric, *keys, *rest)]
         for group, (settings, value, *rest) in zip(result.rows, lines, strict=True):
             numbers = [of_folder[folder] for folder in group.folders]
-            every = [[own[key] for own in numbers if key in own] for key in keys]
+            every = [[own[of] for own in numbers if (of := find_key(own, key)) is not None] for key in keys]
             more = [format_readable(average_seeds(each)) if len(each) == len(numbers) else "–" for each in every]
             table.append((settings, value, *more, *rest))
         return table
@@ -166,6 +177,6 @@ def _values(ours: Number | str | None) -> dict[str, Any]:
 
 
 def _remarks(result: Summary) -> list[str]:
-    """The caution and the left-out runs of a summary, a line each."""
+    """The key to uncertainties, the caution and the left-out runs of a summary, a line each."""
     lines = [f"left out: {shorten_folders([path])}: {why}" for path, why in result.left_out.items()]
-    return [*([result.caution] if result.caution else []), *lines]
+    return [*filter(None, (result.key, result.caution)), *lines]

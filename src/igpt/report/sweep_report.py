@@ -1,4 +1,4 @@
-"""The comparison at the end of a sweep: its runs as a table, a picture and a page."""
+"""The comparison at the end of a sweep: its runs as tables, pictures and a page."""
 
 import logging
 from collections.abc import Sequence
@@ -7,7 +7,8 @@ from pathlib import Path
 from igpt.report.closing_table import align_columns
 from igpt.report.page import link_to, write_html
 from igpt.report.pictures import Picture
-from igpt.report.summary import NothingFoundError, Summary, draw, summarize, table
+from igpt.report.runs import read_runs
+from igpt.report.summary import NothingFoundError, Summary, draw, summarize_by_data, table
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -17,31 +18,53 @@ KEPT = ("settings", "mean", "deviation", "interval", "values")  # fields of a ro
 
 
 def report_sweep(place: Path, folders: Sequence[Path], *, metric: str, command: str) -> None:
-    """Logs a table of the runs by `metric`, the best first; writes picture, page and JSON into `place`.
+    """Logs tables of the runs by `metric`, the best first; writes pictures, page and JSON into `place`.
 
-    Unfinished runs are left out and listed on the page. Does nothing for fewer than two finished runs. Errors are only
-    logged, as the runs are saved.
+    Runs on other images or labels are another table. Unfinished runs are left out and listed on the page. Does nothing
+    for fewer than two finished runs. Errors are only logged, as the runs are saved.
     """
     try:
-        result = summarize(list(dict.fromkeys(folders)), metric)
-        if sum(row.n for row in result.rows) < 2:
+        read = read_runs(list(dict.fromkeys(folders)))
+        summaries = summarize_by_data(read.runs, metric, read.problems)
+        if sum(row.n for result in summaries for row in result.rows) < 2:
             return
-        draw(place / PICTURE, result)
-        write_comparison(place / PAGE, result, command=command)
-        rows = [{key: getattr(row, key) for key in KEPT} | {"folders": [*map(str, row.folders)]} for row in result.rows]
-        files.write_json(place / ROWS, {"metric": metric, "unit": result.unit, "rows": rows})
+        for name, result in zip(_picture_names(summaries), summaries, strict=True):
+            draw(place / name, result)
+        write_comparison(place / PAGE, summaries, command=command)
+        rows = [
+            {key: getattr(row, key) for key in KEPT} | {"data": result.data, "folders": [*map(str, row.folders)]}
+            for result in summaries
+            for row in result.rows
+        ]
+        files.write_json(place / ROWS, {"metric": metric, "unit": summaries[0].unit, "rows": rows})
     except NothingFoundError as error:
         log.info("nothing to compare: %s", error)
     except Exception:  # the sweep has succeeded, whatever happens here
         log.warning("the comparison of this sweep could not be written")
         log.debug("traceback", exc_info=True)
     else:
-        caution = f"\n{result.caution}" if result.caution else ""
-        log.info("%s%s\n%s\n%s", align_columns(table(result)), caution, place / PICTURE, place / PAGE)
+        for name, result in zip(_picture_names(summaries), summaries, strict=True):
+            parts = (result.data, align_columns(table(result)), result.key, result.caution, str(place / name))
+            log.info("%s", "\n".join(filter(None, parts)))
+        log.info("%s", place / PAGE)
 
 
-def write_comparison(path: Path, result: Summary, *, command: str) -> Path:
+def write_comparison(path: Path, summaries: Sequence[Summary], *, command: str) -> Path:
     """Writes the page of a sweep, each row linked to the page of its first run; returns its path."""
-    rows = [(row, link_to(path, row.folders[0])) for row in result.rows]
-    picture = Picture("Pictures", f"{result.metric} of each setting", path.parent / PICTURE, PICTURE)
-    return write_html(path, "comparison.html", [picture], found=result, rows=rows, command=command)
+    rows = [[(row, link_to(path, row.folders[0])) for row in result.rows] for result in summaries]
+    pictures = [
+        Picture(
+            "Pictures",
+            ", ".join(filter(None, (f"{result.metric} of each setting", result.data))),
+            path.parent / name,
+            name,
+        )
+        for name, result in zip(_picture_names(summaries), summaries, strict=True)
+    ]
+    tables = [*zip(summaries, rows, strict=True)]
+    return write_html(path, "comparison.html", pictures, tables=tables, command=command)
+
+
+def _picture_names(summaries: Sequence[Summary]) -> list[str]:
+    """`comparison.png`, `comparison_2.png` …."""
+    return [PICTURE, *(f"comparison_{i}.png" for i in range(2, len(summaries) + 1))]
