@@ -1,6 +1,7 @@
 """Groups runs that differ only in their seed, and finds the settings that differ between groups."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from igpt.report.folder import deciding
@@ -51,15 +52,17 @@ def group_by_seed(runs: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], dic
 def group_by_data(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
     """The runs on the same images and labels, by the data settings that differ between groups; one group: "".
 
-    Images are the same by the hash in `run.json` where there is one, else by their path.
+    Images are the same by their path, also where it was moved: the last name in it and the hash in `run.json`, of the
+    names and sizes of the files.
     """
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         hashes = run.begun.get("files_sha256")
         images = hashes if isinstance(hashes, dict) else {}
-        which = [
-            {**data, "path": images.get(f"{key}.path") or data.get("path")} for key, data in _list_data(run).items()
-        ]
+        which = []
+        for key, data in _list_data(run).items():
+            path, sha256 = data.get("path"), images.get(f"{key}.path")
+            which.append({**data, "path": [Path(str(path)).name, sha256] if sha256 else path})
         groups.setdefault(repr([[data.get(key) for key in DATA] for data in which]), []).append(run)
     settings = [
         {f"{group}.{key}": data.get(key) for group, data in _list_data(of[0]).items() for key in DATA}

@@ -95,7 +95,7 @@ def _read(picture: Picture) -> Picture:
             diagram = str(image.info.get("Software", "")).startswith("Matplotlib")
             width, height = image.size
         return replace(picture, png=picture.path.read_bytes(), width=width, height=height, pixels=not diagram)
-    except DAMAGED as error:
+    except (*DAMAGED, Image.DecompressionBombWarning) as error:
         return replace(picture, note=f"cannot be read ({type(error).__name__}): it is damaged")
 
 
