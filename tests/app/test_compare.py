@@ -375,6 +375,9 @@ def test_broken_and_unfinished_runs_are_counted(tmp_path: Path, caplog: pytest.L
     assert another != folder
     assert newer.numbers["compare/runs"].value == 4
     assert newer.numbers["best pretrain/val/accuracy"].value == 2.0
+    text = (another / "compare.txt").read_text()
+    assert "val/loss_gen, nats/token  " in text
+    assert "± … (std): standard deviation of the values whose mean this is" in text
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:

@@ -6,9 +6,14 @@ from typing import Any
 import pytest
 
 from igpt.metric.result import Curve, Number, Result, find_key
+from igpt.report.facts import find_number
+from igpt.report.runs import read_run
+from igpt.report.summary import summarize
+from igpt.run.sweep import Job
 from igpt.run.targets import task_settings
 from igpt.task.pipeline import run
 from tests.conftest import parts_of_run
+from tests.report.test_page import finished
 
 
 class Stages:
@@ -103,6 +108,18 @@ def test_a_name_may_be_shortened_where_one_stage_has_it() -> None:
     keys = ["probe/val/accuracy", "tune/val/accuracy", "tune/val/loss", "loss"]
     names = ("tune/val/accuracy", "val/accuracy", "val/loss", "loss", "al/loss", "gone")
     assert [find_key(keys, name) for name in names] == ["tune/val/accuracy", None, "tune/val/loss", "loss", None, None]
+
+
+def test_sweeps_and_pages_find_a_number_by_its_short_name(tmp_path: Path) -> None:
+    """Invariant: a job's metric, a row of a comparison and a published number are those of the stage that has it."""
+    numbers = {"tune/val/loss": Number(1.5, "nats/token", 9), "probe/val/accuracy": Number(0.25, "share", 4)}
+    folders = [finished(tmp_path / name, Result(numbers=numbers), task="pipeline").path for name in "ab"]
+    job = Job(0, [], folder=str(folders[0]))
+    assert job.read_result("val/accuracy")
+    assert job.value == 0.25
+    compared = summarize(folders, "val/accuracy")
+    assert (compared.metric, compared.rows[0].mean) == ("probe/val/accuracy", 0.25)
+    assert find_number(read_run(folders[0]), "val/loss") == numbers["tune/val/loss"]
 
 
 @pytest.mark.parametrize(
