@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hydra import initialize_config_dir
 from PIL import Image
@@ -16,6 +17,7 @@ from igpt.app import compare
 from igpt.app.against import PaperComparison, compare_with_paper
 from igpt.app.compare import summarize, table
 from igpt.metric.result import Number, Result
+from igpt.report.figures import Point, points_figure
 from igpt.report.folder import RunFolder
 from igpt.report.paper import load_paper
 from igpt.report.runs import find_runs, read_run
@@ -311,7 +313,9 @@ def test_probes_of_weights_that_differ_in_seed_are_one(tmp_path: Path) -> None:
 
 def test_losses_of_other_tokens_do_not_compare(tmp_path: Path) -> None:
     folders = [made(tmp_path / name, loss(1.0), objective__name=name) for name in ("ar", "bert")]
-    assert summarize(folders, "val/loss_gen").caution == "these are of several objectives: such losses do not compare"
+    of_losses = summarize(folders, "val/loss_gen")
+    assert of_losses.caution == "not comparable: these are of several objectives"
+    assert table(of_losses)[0][1] == "val/loss_gen, nats/token (in no order)"
     assert summarize(folders, "val/accuracy").caution == ""
 
 
@@ -355,7 +359,7 @@ def test_broken_and_unfinished_runs_are_counted(tmp_path: Path, caplog: pytest.L
     text = (folder / "compare.txt").read_text()
     for name, (_, why) in {**BROKEN, "unfinished": ("", "it is not finished")}.items():
         assert [line for line in text.splitlines() if f"{name}: " in line and why in line], (name, text)
-    assert f"left out {place / 'cut'}" in caplog.text
+    assert caplog.text.count("cut: ") == 1  # also in the terminal, each folder once
     assert "1.5000 ± 0.7071 (std)" in caplog.text  # the table is what one sees
     rows_of_csv = list(csv.DictReader((folder / "compare.csv").open()))
     assert [float(row["ours"]) for row in rows_of_csv] == [1.5, 3.0]
@@ -371,6 +375,9 @@ def test_broken_and_unfinished_runs_are_counted(tmp_path: Path, caplog: pytest.L
     assert another != folder
     assert newer.numbers["compare/runs"].value == 4
     assert newer.numbers["best pretrain/val/accuracy"].value == 2.0
+    text = (another / "compare.txt").read_text()
+    assert "val/loss_gen, nats/token  " in text
+    assert "± … (std): standard deviation of the values whose mean this is" in text
 
 
 def test_a_picture_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,3 +445,59 @@ def test_a_pipeline_is_taken_apart(quickstart: Path, tmp_path: Path) -> None:
         assert stages[name].result.provenance["init"]["network"] == start.metadata["network"]
     assert stages["scratch"].init_history.runs == ()
     assert compare_with_paper(list(stages.values())) == []  # they name none
+
+
+def test_other_images_are_other_groups(tmp_path: Path) -> None:
+    """Invariant: runs on other datasets, classes or labels are no rows of one table, nor points of one picture.
+
+    Images are the same wherever they were moved.
+    """
+    place = tmp_path / RUNS
+    for name, data in {
+        "letters": {"data.name": "letters", "data.path": "/a/letters", "data.n_class": 26},
+        "digits": {"data.name": "digits", "data.path": "/a/digits", "data.n_class": 10},
+        "parity": {"data.name": "digits", "data.path": "/a/digits", "data.n_class": 2, "data.label_column": "odd"},
+        "moved": {"data.name": "digits", "data.path": "/b/digits", "data.n_class": 10},
+    }.items():
+        for model, value in (("s", 2.0), ("l", 1.5)):
+            folder = made(place / f"{name}-{model}", loss(value, 0.01), model__name=model, task__name="probe", **data)
+            begun = json.loads((folder / "run.json").read_text())
+            hashes = {"data.path": "h" * 64}  # of names and sizes, which may agree by chance
+            (folder / "run.json").write_text(json.dumps(begun | {"files_sha256": hashes}))
+    result, folder = run_compare(tmp_path, "task.metric=val/accuracy")
+    rows = list(csv.DictReader((folder / "compare.csv").open()))
+    tables = {part: [row["runs"] for row in rows if row["part"] == part] for part in {row["part"] for row in rows}}
+    assert sorted(sorted({Path(run).name[:-2] for run in runs}) for runs in tables.values()) == [
+        ["digits", "moved"], ["letters"], ["parity"],
+    ]  # fmt: skip
+    assert all(float(row["ours"]) == 1 / 1.5 for i, row in enumerate(rows) if row["part"] != rows[i - 1]["part"])
+    assert len([key for key in result.numbers if key.startswith("best probe")]) == 3
+    pictures = sorted(folder.glob("*.png"))
+    assert [path.name for path in pictures] == [f"compare_probe_{i}.png" for i in (1, 2, 3)]
+    assert {path.name for path in pictures} <= {str(path) for path in result.files.values()}
+    mixed = summarize([place / "digits-s", place / "letters-s"], "val/accuracy")
+    assert mixed.caution == "not comparable: these are of several datasets"
+
+
+def test_a_long_label_is_within_its_picture(tmp_path: Path) -> None:
+    """Invariant: the words under a dot plot end before its edges, however long they and the names of its rows are."""
+    points = [Point(f"data.path=/a/b model={i} {'x' * 40}", 1.0, (1.0,), (0.9, 1.1), "one seed") for i in range(2)]
+    points_figure(
+        tmp_path / "a.png", points, label=f"val/loss_gen, nats/token\nnot comparable: {'several things ' * 20}"
+    )
+    ink = np.asarray(Image.open(tmp_path / "a.png").convert("L")) < 128
+    below = ink[int(0.6 * len(ink)) :]  # rows of the label
+    assert below.any(axis=1).sum() > 40
+    assert not below[:, :2].any()
+    assert not below[:, -2:].any()
+
+
+def test_a_stage_that_is_named_as_a_run_is_left_out_once(tmp_path: Path) -> None:
+    """Invariant: also where it is reached by a pipeline and by its own path."""
+    stages = {"task.name": "pipeline", "task.requires": ["stages"], "task.stages": {"probe": {}}}
+    folder = made(tmp_path / RUNS / "pipeline", loss(1.0), **stages)
+    (folder / "1_probe").mkdir()
+    (folder / "1_probe" / "run.json").write_text("{}")
+    result, compared = run_compare(tmp_path, f"task.runs=[{folder},{folder}/../pipeline/1_probe]")
+    assert result.numbers["compare/left_out"].value == 1
+    assert (compared / "compare.txt").read_text().count("it is not finished") == 1

@@ -104,10 +104,11 @@ def test_every_number_and_every_point_of_a_curve_is_there(quickstart: Path) -> N
                 float(number["value"]).is_integer() and number["stderr"] is None and number["interval"] is None
             )
             value = f"{number['value']:,.0f}" if is_complete or number["value"] >= 1e4 else f"{number['value']:,.4f}"
-            sure = f" ± {number['stderr']:.4f}" if number["stderr"] is not None else ""
-            if number["interval"] is not None:
-                sure = " [{:.4f}, {:.4f}]".format(*number["interval"])
-            assert f"{key}{value}{sure}{number['unit']}{number['n']:,}" in page.text
+            interval = number["interval"]
+            if interval is None and number["stderr"] is not None:
+                interval = [number["value"] + side * 1.96 * number["stderr"] for side in (-1, 1)]
+            sure = " [{:.4f}, {:.4f}]".format(*interval) if interval is not None else ""
+            assert f"{key}{value}{sure}{number['unit']}{number['n']:,}{number['features']}" in page.text
         lines = {tag["data-name"]: tag for tag in page.all("g")}
         drawn = {key: curve for key, curve in record["curves"].items() if key in lines}
         assert {key for key, curve in record["curves"].items() if len(curve["x"]) > 1} <= drawn.keys()
@@ -155,7 +156,7 @@ def test_many_curves_leave_the_page_small(tmp_path: Path) -> None:
 def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
     """Invariant: names and values from config and result are shown as they are, and make no tag and no attribute."""
     result = Result(
-        numbers={HOSTILE: Number(1.5, HOSTILE, 3)},
+        numbers={HOSTILE: Number(1.5, HOSTILE, 3, features=HOSTILE)},
         curves={HOSTILE: Curve([0.0, 1.0], [0.0, 1.0], HOSTILE, HOSTILE)},
         files={HOSTILE: Path(f"{HOSTILE.replace('/', '')}.png")},
         provenance={HOSTILE: HOSTILE},
@@ -177,7 +178,7 @@ def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
     assert {key for tag in page.tags for key in tag[1]} <= known
     numbers = {HOSTILE: Number(1.5, HOSTILE, 3)}
     runs = [made(tmp_path / name, numbers, model__name=name) for name in ("<b>", "&lt;")]
-    compared = Page(sweep_page(tmp_path / "c.html", summarize([*runs, tmp_path / "<i>"], HOSTILE), command=HOSTILE))
+    compared = Page(sweep_page(tmp_path / "c.html", [summarize([*runs, tmp_path / "<i>"], HOSTILE)], command=HOSTILE))
     assert compared.text.count(HOSTILE) == 2 + 3 + 1 + 1  # title and heading, table, picture, command
     assert all(compared.text.count(name) for name in ("model=<b>", "model=&lt;", "<i>"))
     assert len(compared.all("script")) == 1
@@ -281,8 +282,10 @@ def test_the_pictures_of_a_run_are_in_its_page(pipeline: Path) -> None:
 
 def test_large_pictures_are_shrunk_and_that_is_said(tmp_path: Path) -> None:
     """Invariant: below 5 MB; what is shown smaller or left out is named; a picture keeps its shape."""
-    result = Result(files={f"samples_{i}": noise(tmp_path / f"{i}.png", 1100 + i) for i in range(4)})
-    path = render_page(finished(tmp_path / "run", result).path)
+    folder = finished(tmp_path / "run", Result(files={f"samples_{i}": Path(f"{i}.png") for i in range(4)})).path
+    for i in range(4):
+        noise(folder / f"{i}.png", 1100 + i)
+    path = render_page(folder)
     assert 1_000_000 < path.stat().st_size < 5_000_000
     page = Page(path)
     sizes = [
@@ -294,7 +297,7 @@ def test_large_pictures_are_shrunk_and_that_is_said(tmp_path: Path) -> None:
         for width, height in sizes
     )
     assert page.text.count("is shown smaller than it is") == sum(width < 1100 for width, _ in sizes) >= 3
-    (left_out,) = embed([Picture("Samples", "", tmp_path / "0.png", "0.png")], budget=1000)
+    (left_out,) = embed([Picture("Samples", "", folder / "0.png", "0.png")], budget=1000)
     assert left_out.png == b""
     assert "left out" in left_out.note
 
@@ -456,11 +459,14 @@ def test_a_run_in_a_sentence(tmp_path: Path, task: dict[str, Any], sentence: str
 
 
 def test_numbers_to_be_seen_first(tmp_path: Path) -> None:
-    """By hand: shares as percent, with their interval, standard error or deviation; what it was measured on."""
+    """By hand: shares as percent, with their interval or deviation; what it was measured on."""
     for number, text in (
         (Number(0.917, "share", 1300, 0.01, (0.9, 0.95)), "91.7%test/accuracy95 %: 90.0 to 95.0, n = 1,300"),
         (Number(0.5, "share", 3, deviation=0.02), "50.0%test/accuracy± 2.0 (std), n = 3"),
-        (Number(0.5, "nats", 1, 0.0136), "0.5000natstest/accuracy± 0.0136"),
+        (
+            Number(0.5, "nats", 9, 0.01, features="layer 3"),
+            "0.5000natstest/accuracy95 %: 0.4804 to 0.5196, n = 9layer 3",
+        ),
         (Number(400_640, "weights", 1), "400,640weightstest/accuracy\n"),
     ):
         page = render_page(finished(tmp_path / number.unit / text[:3], Result(numbers={"test/accuracy": number})).path)
@@ -557,7 +563,7 @@ def test_a_browser_shows_it_on_a_phone(pipeline: Path, tmp_path: Path) -> None:
     The same without JavaScript, but for the hovering.
     """
     runs = [made(tmp_path / name, loss(2.0), model__name=f"{name}{'0123456789' * 4}") for name in "ab"]
-    compared = sweep_page(tmp_path / "comparison.html", summarize(runs, "val/loss_gen"), command="again " * 99)
+    compared = sweep_page(tmp_path / "comparison.html", [summarize(runs, "val/loss_gen")], command="again " * 99)
     named = render_page(classified(tmp_path / "named", NAMES).path)
     shown = [pipeline / "report.html", *sorted(pipeline.glob("[267]_*/report.html")), compared, named]
     look = tmp_path / "look.html"

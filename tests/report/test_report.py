@@ -197,9 +197,10 @@ def test_a_result_is_read_back(tmp_path: Path) -> None:
     assert all((folder.path / path).is_file() for path in again.files.values())
     (folder.path / "report.html").touch()
     table = closing_table(result, folder.path, 1.5)
-    assert "1.2500 ± 0.1000" in table
+    assert "1.2500 [1.0540, 1.4460]" in table  # ± 1.96 standard errors
+    assert "[low, high]: 95 % confidence interval" in table
     assert "n = 7" in table
-    assert [Path(line).name for line in table.splitlines()[3:5]] == ["report.html", "samples.png"]
+    assert [Path(line).name for line in table.splitlines()[4:6]] == ["report.html", "samples.png"]
 
 
 def test_numbers_are_written_whatever_a_picture_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -225,7 +226,7 @@ def test_numbers_are_written_whatever_a_picture_does(tmp_path: Path, caplog: pyt
     assert [Path(line.partition(": ")[0]).name for line in lines] == [*record["not_written"]]
     assert "broken.png" not in closing_table(result, folder.path, 1.5)
     result.files["text"] = Path("gone.txt")
-    assert "gone.txt cannot be read" in closing_table(result, folder.path, 1.5)
+    assert "gone.txt is no file any more" in closing_table(result, folder.path, 1.5)
 
 
 @pytest.mark.parametrize("content", [{"version": 99}, [1], {}])

@@ -31,11 +31,32 @@ def test_a_sweep_over_seeds(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert [row["mean"] for row in rows] == pytest.approx([1.6, 2.1])
     assert [row["deviation"] for row in rows] == pytest.approx([0.02**0.5, 0.02**0.5])
     page = (place / PAGE).read_text()
-    assert "1.6000 ± 0.1414" in page
+    assert "1.6000 ± 0.1414 (std)" in page
+    assert "± … (std): standard deviation of the values whose mean this is" in page
     assert "failed" in page
     assert "python train.py -m seed=0,1" in page
     assert Image.open(place / PICTURE).size[0] > 300
     assert "model=large" in caplog.text
+
+
+def test_other_images_are_another_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Invariant: each dataset has its best, table and picture; no row is ranked against one of the other."""
+    folders = [
+        made(tmp_path / f"{data}-{model}", loss(value), data__name=data, model__name=model)
+        for data, model, value in (("a", "s", 2.0), ("b", "s", 1.0), ("a", "l", 1.5), ("b", "l", 1.2))
+    ]
+    lacking = made(tmp_path / "lacking", {})
+    with caplog.at_level("INFO"):
+        report_sweep(tmp_path, [*folders, lacking], metric="val/loss_gen", command="")
+    rows = json.loads((tmp_path / ROWS).read_text())["rows"]
+    assert [(row["data"], row["settings"]["model"], row["mean"]) for row in rows] == [
+        ("data.name=a", "l", 1.5), ("data.name=a", "s", 2.0), ("data.name=b", "s", 1.0), ("data.name=b", "l", 1.2),
+    ]  # fmt: skip
+    assert {path.name for path in tmp_path.glob("comparison*.png")} == {PICTURE, "comparison_2.png"}
+    page = (tmp_path / PAGE).read_text()
+    assert "Best of 2 on data.name=a: model=l." in page
+    assert "Best of 2 on data.name=b: model=s." in page
+    assert page.count("it has no val/loss_gen") == 1
 
 
 def test_its_page_links_to_its_runs(tmp_path: Path) -> None:
@@ -43,7 +64,7 @@ def test_its_page_links_to_its_runs(tmp_path: Path) -> None:
     folders = [made(tmp_path / "runs" / name, loss(value), model__name=name) for name, value in (("a b", 1), ("c", 2))]
     render_page(folders[0])
     path = sweep_report.write_comparison(
-        tmp_path / "sweeps" / "x" / "report.html", summarize(folders, "val/loss_gen"), command="again"
+        tmp_path / "sweeps" / "x" / "report.html", [summarize(folders, "val/loss_gen")], command="again"
     )
     text = path.read_text()
     assert re.findall(r'href="(.*?)"', text) == ["../../runs/a%20b/report.html"]
@@ -61,8 +82,8 @@ def test_a_picture_of_a_sweep_that_cannot_be_drawn(tmp_path: Path, caplog: pytes
     assert f"{tmp_path / PICTURE}: IsADirectoryError" in caplog.text
     assert "comparison.png is not there any more." in (tmp_path / PAGE).read_text()
     assert len(json.loads((tmp_path / ROWS).read_text())["rows"]) == 2
-    assert "model=$ 0 $" in caplog.messages[-1]
-    assert PICTURE not in caplog.messages[-1]
+    (logged,) = [message for message in caplog.messages if "model=$ 0 $" in message]
+    assert PICTURE not in logged
     (tmp_path / PICTURE).rmdir()
     report_sweep(tmp_path, folders, metric="val/loss_gen", command="again")
     assert Image.open(tmp_path / PICTURE).size[0] > 300

@@ -94,6 +94,8 @@ def test_accuracy_over_layers_and_confusion(runs: dict[str, OfflineRun]) -> None
     for name, number in found["numbers"].items():
         assert runs["probe"].summary[name] == number["value"]
         assert runs["probe"].summary.get(f"{name}_stderr") == number["stderr"]
+        ends = [runs["probe"].summary.get(f"{name}_{end}") for end in ("low", "high")]
+        assert ends == (number["interval"] or [None, None])
 
 
 def test_classes_of_a_chart_are_told_apart() -> None:

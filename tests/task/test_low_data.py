@@ -54,7 +54,7 @@ def test_mean_and_deviation_are_those_of_scikit_learn_on_the_same_subsets(
         number = result.numbers[f"test/{key}_4_per_class"]
         assert number.value == pytest.approx(np.mean(shares), abs=1e-9)
         assert number.deviation == pytest.approx(np.std(shares, ddof=1), abs=1e-9)
-        assert number.n == 3
+        assert (number.n, number.features) == (3, "layer 1" if key == "accuracy" else "raw pixels")
     assert result.provenance["layer_chosen_by"] == "given"
 
 

@@ -5,10 +5,15 @@ from typing import Any
 
 import pytest
 
-from igpt.metric.result import Curve, Number, Result
+from igpt.metric.result import Curve, Number, Result, find_key
+from igpt.report.facts import find_number
+from igpt.report.runs import read_run
+from igpt.report.summary import summarize
+from igpt.run.sweep import Job
 from igpt.run.targets import task_settings
 from igpt.task.pipeline import run
 from tests.conftest import parts_of_run
+from tests.report.test_page import finished
 
 
 class Stages:
@@ -57,28 +62,64 @@ def test_each_stage_starts_from_the_weights_it_names(tmp_path: Path) -> None:
     }
 
 
-def test_one_number_found_twice_is_told_once_and_others_by_their_stage(tmp_path: Path) -> None:
-    """Invariant: no stage's number hides another's; shares are never taken for one, as few images make them equal."""
+def test_everything_is_named_by_its_stage(tmp_path: Path) -> None:
+    """Invariant: whatever the values are, alike in all stages or in one alone."""
     loss, other, share = Number(1.5, "nats/token", 9), Number(1.6, "nats/token", 9), Number(0.5, "share", 4)
     results = {
         "train": Result(numbers={"val/loss": loss, "alone": other}, curves={"c": Curve([1], [2], "x", "y")}),
-        "evaluate": Result(numbers={"val/loss": Number(1.5 + 1e-9, "nats/token", 9)}),
+        "evaluate": Result(numbers={"val/loss": loss}),
         "probe": Result(numbers={"val/accuracy": share}, files={"picture": Path("a.png")}),
-        "fine": Result(numbers={"val/accuracy": share, "val/loss": other}, files={"picture": Path("a.png")}),
+        "fine": Result(
+            numbers={"val/accuracy": share}, files={"picture": Path("a.png")}, class_names={"picture": ("a", "b")}
+        ),
     }
     bars = {"both": {"group": {"A": "probe/val/accuracy", "B": "fine/val/accuracy"}}}
     full = pipeline(Stages(results), tmp_path, stages={name: {} for name in results}, bars=bars)
     assert full.numbers == {
         "train/val/loss": loss,
-        "fine/val/loss": other,
-        "alone": other,
+        "train/alone": other,
+        "evaluate/val/loss": loss,
         "probe/val/accuracy": share,
         "fine/val/accuracy": share,
     }
-    assert full.files["fine/picture"] == Path("4_fine/a.png")
-    assert list(full.curves) == ["c"]
+    assert full.files == {"probe/picture": Path("3_probe/a.png"), "fine/picture": Path("4_fine/a.png")}
+    assert full.class_names == {"fine/picture": ("a", "b")}
+    assert list(full.curves) == ["train/c"]
     assert full.bars["both"].heights == {"group": {"A": share, "B": share}}
     assert full.bars["both"].y_unit == "share"
+
+
+def test_pictures_of_a_stage_elsewhere_are_copied(tmp_path: Path) -> None:
+    """Invariant: the pipeline names only files of its own folder; of a stage elsewhere, none outside of that."""
+    elsewhere, here = tmp_path / "other", tmp_path / "pipeline"
+    elsewhere.mkdir()
+    (elsewhere / "a.png").write_bytes(b"picture")
+    (tmp_path / "secret.txt").write_text("secret")
+    paths = {"picture": "a.png", "secret": "../secret.txt", "full": str(tmp_path / "secret.txt"), "gone": "b.png"}
+    result = Result(files={key: Path(path) for key, path in paths.items()} | {"model": Path("model")})
+    components = parts_of_run(run_stage=lambda *_, **__: (result, elsewhere), run_dir=here, init=None)
+    merged = run(components, task_settings("igpt.task.pipeline.run", {"stages": {"probe": {}}, "bars": {}}))
+    assert merged.files == {"probe/picture": Path("1_probe/a.png")}
+    assert [path.read_bytes() for path in here.rglob("*") if path.is_file()] == [b"picture"]
+
+
+def test_a_name_may_be_shortened_where_one_stage_has_it() -> None:
+    """By hand."""
+    keys = ["probe/val/accuracy", "tune/val/accuracy", "tune/val/loss", "loss"]
+    names = ("tune/val/accuracy", "val/accuracy", "val/loss", "loss", "al/loss", "gone")
+    assert [find_key(keys, name) for name in names] == ["tune/val/accuracy", None, "tune/val/loss", "loss", None, None]
+
+
+def test_sweeps_and_pages_find_a_number_by_its_short_name(tmp_path: Path) -> None:
+    """Invariant: a job's metric, a row of a comparison and a published number are those of the stage that has it."""
+    numbers = {"tune/val/loss": Number(1.5, "nats/token", 9), "probe/val/accuracy": Number(0.25, "share", 4)}
+    folders = [finished(tmp_path / name, Result(numbers=numbers), task="pipeline").path for name in "ab"]
+    job = Job(0, [], folder=str(folders[0]))
+    assert job.read_result("val/accuracy")
+    assert job.value == 0.25
+    compared = summarize(folders, "val/accuracy")
+    assert (compared.metric, compared.rows[0].mean) == ("probe/val/accuracy", 0.25)
+    assert find_number(read_run(folders[0]), "val/loss") == numbers["tune/val/loss"]
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,13 @@ def test_layers_together(tmp_path: Path, lab: Lab, ar: Weights, probed: tuple[Pa
     x = {s: np.concatenate(features(lab, ar.net(), s), axis=1) for s in ("train", "val", "test")}
     y = {split: labels(lab, split) for split in x}
     shares = [sklearn(c).fit(x["train"], y["train"]).score(x["val"], y["val"]) for c in STRENGTHS]
-    assert result.numbers["val/concatenated"].value == pytest.approx(max(shares), abs=OF_VAL)
+    assert result.numbers["val/accuracy"].value == pytest.approx(max(shares), abs=OF_VAL)
+    alone = probed[1].numbers["val/accuracy"]
+    assert result.numbers["val/best_layer"] == alone
+    assert alone.features == f"layer {probed[1].provenance['layers'][0]}"
+    together = {key for key, number in result.numbers.items() if number.features == "layers 0, 1, 2"}
+    assert together == {"val/accuracy", "test/accuracy", "test/top_5"}
+    assert all(number.features for number in result.numbers.values() if number.unit == "share")
     fit = sklearn(result.provenance["C"])
     fit = fit.fit(np.concatenate([x["train"], x["val"]]), np.concatenate([y["train"], y["val"]]))
     assert result.numbers["test/accuracy"].value == pytest.approx(fit.score(x["test"], y["test"]), abs=OF_TEST)

@@ -13,6 +13,7 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.data.digits import Digits
 from igpt.metric.result import Grid
+from igpt.metric.share import wilson_interval
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
@@ -57,6 +58,10 @@ def test_completions_keep_what_was_given(tmp_path: Path, lab: Lab, trained: Weig
     for column in range(1, 4):
         assert np.array_equal(grid.images[:, column, :4], original[:, :4])
     assert not np.array_equal(grid.images[:, 2], grid.images[:, 3])
+    share = result.numbers["complete/pixels_as_original"]
+    same = (grid.images[:, 2:, 4:] == original[:, None, 4:]).all(axis=-1).mean()
+    assert (share.value, share.n) == (pytest.approx(same), 6)
+    assert share.interval == wilson_interval(share.value, 3)  # of three images, however many completions each has
 
 
 def test_all_rows_given_is_the_image(tmp_path: Path, lab: Lab, trained: Weights) -> None:

@@ -132,7 +132,10 @@ def _list_compared(run: RunRecord) -> list[str]:
     lines = []
     for path in run.config["task"].get("runs") or []:
         try:
-            sources = read_run(resolve_nearest(run.folder, str(path)) or Path(path))
+            place = resolve_nearest(run.folder, str(path))
+            if place is None:
+                raise ValueError(f"{path} is not there, or not beside the run")
+            sources = read_run(place)
             seen, of = count_images_seen(sources, sources), sources.settings
             lines.append(f"{of['model.name']}, pretrained on {_format_value(seen)} images of {of['data.name']}, "
                         f"{of['data.resolution']}×{of['data.resolution']}")  # fmt: skip

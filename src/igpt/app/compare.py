@@ -6,15 +6,24 @@ For use from Python: in `igpt.report.summary`, `summarize(folders, metric)` retu
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from igpt.app.against import compare_with_paper
 from igpt.app.comparison_tables import ComparisonText
 from igpt.distributed import ranks
-from igpt.metric.result import Number, Result
+from igpt.metric.result import Number, Result, find_key
 from igpt.report.bystanders import Bystander
+from igpt.report.groups import group_by_data
 from igpt.report.runs import RunRecord
-from igpt.report.summary import Summary, draw, find_common_metric, summarize, summarize_runs, table
+from igpt.report.summary import (
+    Summary,
+    draw,
+    find_common_metric,
+    summarize,
+    summarize_runs,
+    table,
+)
 from igpt.run.components import Components
 from igpt.settings.reading import CompareSettings
 from igpt.utils import files
@@ -25,10 +34,11 @@ log = logging.getLogger(__name__)
 
 
 def run(components: Components, settings: CompareSettings) -> Result:
-    """Writes `compare.txt` (also logged), `compare.md`, `compare.csv`, and a picture for each task of several rows.
+    """Writes `compare.txt` (also logged), `compare.md`, `compare.csv`, and a picture for each table of several rows.
 
-    Unreadable runs are listed and counted. Against the paper each stage of a pipeline is a run of its own; against
-    other runs the pipeline is one.
+    Runs of one task on the same images and labels are a table; nothing is ranked across tables. Unreadable runs are
+    listed and counted. Against the paper each stage of a pipeline is a run of its own; against other runs the pipeline
+    is one.
 
     Raises:
         ValueError: no readable run, or none with `metric`.
@@ -38,12 +48,11 @@ def run(components: Components, settings: CompareSettings) -> Result:
         where = ", ".join([runs] if isinstance(runs, str) else runs) or "paths.runs"
         first = [f"{path}: {why}" for path, why in list(finished.problems.items())[:5]]
         raise ValueError("; ".join([f"there is no finished run to compare in {where}", *first]))
-    for path, why in finished.problems.items():
-        log.warning("left out %s: %s", path, why)
     single, problems_of_stages = split_comparable(finished.runs)
     beside = compare_with_paper(single, every=settings.all)
     summaries = summarize_groups(finished.runs, settings.metric)
-    problems = finished.problems | problems_of_stages
+    each = {path.resolve(): (path, why) for path, why in (finished.problems | problems_of_stages).items()}
+    problems = dict(each.values())  # a stage may be named as a run, too
     text = ComparisonText(finished.runs, problems, beside, summaries, settings.numbers)
     result = Result(
         numbers={
@@ -53,23 +62,23 @@ def run(components: Components, settings: CompareSettings) -> Result:
         },
         provenance={"runs": [str(other.folder) for other in finished.runs], "left_out": [*text.messages]},
     )
-    for task, rows in summaries.items():
+    for title, rows in summaries.items():
         if not rows.caution:  # no best one among rows that are not comparable
             best = rows.rows[0]
-            result.numbers[f"best {task}/{rows.metric}"] = Number(
+            result.numbers[f"best {title}/{rows.metric}"] = Number(
                 best.mean, rows.unit, best.n, interval=best.interval, deviation=best.deviation
             )
     written = {"txt": text.plain(), "md": text.markdown(), "csv": text.csv()}
-    drawn = {task: rows for task, rows in summaries.items() if len(rows.rows) > 1}
+    drawn = {name: summaries[title] for title, name in text.pictures.items()}
     result.files |= {f"compare_{suffix}": Path(f"compare.{suffix}") for suffix in written}
     if ranks.this_rank().is_first:
         for suffix, content in written.items():
             with files.atomic_write(folder / f"compare.{suffix}") as file:
                 file.write(content.encode())
-        for task, rows in drawn.items():
-            with Bystander(folder / f"compare_{task}.png"):
-                draw(folder / f"compare_{task}.png", rows)
-                result.files[f"compare_{task}"] = Path(f"compare_{task}.png")
+        for name, rows in drawn.items():
+            with Bystander(folder / f"{name}.png"):
+                draw(folder / f"{name}.png", rows)
+                result.files[name] = Path(f"{name}.png")
     return result
 
 
@@ -85,7 +94,7 @@ def split_comparable(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], dict[P
 
 
 def summarize_groups(runs: Sequence[RunRecord], metric: str | None) -> dict[str, Summary]:
-    """Task → summary of its runs by `metric`, or by the first number that they have in common.
+    """Task (and images, where its runs are on several) → summary by `metric`, or by the first number in common.
 
     Raises:
         ValueError: no run has `metric`.
@@ -94,9 +103,10 @@ def summarize_groups(runs: Sequence[RunRecord], metric: str | None) -> dict[str,
         summarize_runs(runs, metric)  # raises, with the numbers there are
     summaries = {}
     for task in dict.fromkeys(other.task for other in runs):
-        some = [other for other in runs if other.task == task]
-        every = [key for other in some for key in other.result.numbers]
-        chosen = metric or find_common_metric(some) or next(iter(every), None)
-        if chosen is not None and chosen in every:
-            summaries[task] = summarize_runs(some, chosen)
+        for data, some in group_by_data([other for other in runs if other.task == task]).items():
+            every = [key for other in some for key in other.result.numbers]
+            chosen = metric or find_common_metric(some) or next(iter(every), None)
+            if chosen is not None and find_key(every, chosen) is not None:
+                title = f"{task} {data}".strip()
+                summaries[title] = replace(summarize_runs(some, chosen), data=data)
     return summaries

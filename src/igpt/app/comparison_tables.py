@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from igpt.app.against import PaperComparison
-from igpt.metric.result import Number
+from igpt.metric.result import Number, find_key
 from igpt.report import summary
-from igpt.report.closing_table import align_columns, format_readable
+from igpt.report.closing_table import align_columns, describe_uncertainty, format_number, format_readable
 from igpt.report.runs import RunRecord
 from igpt.report.summary import Summary, average_seeds, shorten_folders
 
@@ -33,6 +33,17 @@ class ComparisonText:
     numbers: Sequence[str]  # further columns of the summaries
 
     @property
+    def pictures(self) -> dict[str, str]:
+        """Title → name of the picture of every summary of several rows: `compare_probe`, `compare_probe_2` …."""
+        tasks = [title.partition(" ")[0] for title in self.summaries]
+        names = [
+            f"compare_{task}" + (f"_{tasks[: i + 1].count(task)}" if tasks.count(task) > 1 else "")
+            for i, task in enumerate(tasks)
+        ]
+        pairs = zip(self.summaries.items(), names, strict=True)
+        return {title: name for (title, result), name in pairs if len(result.rows) > 1}
+
+    @property
     def messages(self) -> list[str]:
         """The counts of runs and problems, then a line for each problem."""
         lines = [f"{shorten_folders([path])}: {why}" for path, why in self.problems.items()]
@@ -45,19 +56,20 @@ class ComparisonText:
             cells = [(_format_published(row), _short(_format_ours(row)), row.published.setting) for row in rows]
             heading, rule, *body = align_columns([HEADINGS[:3], *cells]).splitlines()
             lines = [part for line, row in zip(body, rows, strict=True) for part in (line, *_below(row))]
-            blocks.append("\n".join([title, heading, rule, *lines]))
-        for task, result in self.summaries.items():
-            blocks.append("\n".join([f"task={task}", align_columns(self._summary(result)), *_remarks(result)]))
+            blocks.append("\n".join(filter(None, [title, heading, rule, *lines, _key_to_paper_table(rows)])))
+        for title, result in self.summaries.items():
+            blocks.append("\n".join([f"task={title}", align_columns(self._summary(result)), *self._remarks(result)]))
         return "\n\n".join([*blocks, "\n  ".join(self.messages)]) + "\n"
 
     def markdown(self) -> str:
         """The Markdown: a table for each of the paper's, and one for each task."""
         blocks = ["# Runs compared"]
         for title, rows in self._tables().items():
-            blocks.append(f"## {title}\n\n{grid([HEADINGS, *map(_markdown_row, rows)])}")
-        for task, result in self.summaries.items():
-            blocks += [f"## task={task}", grid(self._summary(result)), *_remarks(result)]
-            blocks += [f"![{result.metric}](compare_{task}.png)"] if len(result.rows) > 1 else []
+            blocks += [f"## {title}", grid([HEADINGS, *map(_markdown_row, rows)])]
+            blocks += filter(None, [_key_to_paper_table(rows)])
+        for title, result in self.summaries.items():
+            blocks += [f"## task={title}", grid(self._summary(result)), *self._remarks(result)]
+            blocks += [f"![{result.metric}]({self.pictures[title]}.png)"] if title in self.pictures else []
         counted, *lines = self.messages
         return "\n\n".join([*blocks, "\n".join([counted, *(f"- {line}" for line in lines)])]) + "\n"
 
@@ -76,10 +88,10 @@ class ComparisonText:
                 "differs": "; ".join(row.differs), "runs": " ".join(str(run.folder) for run in row.runs),
                 "command": entry.command or entry.why_not, "RUN": entry.run,
             })  # fmt: skip
-        for task, result in self.summaries.items():
+        for title, result in self.summaries.items():
             for group in result.rows:
                 writer.writerow({
-                    "part": f"task={task}", "number": result.metric, "setting": group.name, **_values(group.number),
+                    "part": f"task={title}", "number": result.metric, "setting": group.name, **_values(group.number),
                     "seeds": group.n, "runs": " ".join(map(str, group.folders)),
                 })  # fmt: skip
         return text.getvalue()
@@ -95,16 +107,33 @@ class ComparisonText:
 
     def _summary(self, result: Summary) -> list[tuple[str, ...]]:
         """The table of a task's runs, with a column for each further number."""
-        of_folder = {run.folder: run.result.numbers for run in self.runs}
         (settings, metric, *rest), *lines = summary.table(result)
-        keys = [key for key in self.numbers if key != result.metric]
-        table = [(settings, metric, *keys, *rest)]
-        for group, (settings, value, *rest) in zip(result.rows, lines, strict=True):
-            numbers = [of_folder[folder] for folder in group.folders]
-            every = [[own[key] for own in numbers if key in own] for key in keys]
-            more = [format_readable(average_seeds(each)) if len(each) == len(numbers) else "–" for each in every]
+        columns = self._columns(result)
+        units = {key: next((of.unit for of in column if of is not None), "") for key, column in columns.items()}
+        table = [(settings, metric, *(", ".join(filter(None, pair)) for pair in units.items()), *rest)]
+        for i, (settings, value, *rest) in enumerate(lines):
+            more = ["–" if (number := column[i]) is None else format_number(number) for column in columns.values()]
             table.append((settings, value, *more, *rest))
         return table
+
+    def _columns(self, result: Summary) -> dict[str, list[Number | None]]:
+        """Further number → its mean over seeds in each row of a summary; None where not all runs have it."""
+        of_folder = {run.folder: run.result.numbers for run in self.runs}
+        columns: dict[str, list[Number | None]] = {}
+        for name in self.numbers:
+            for group in result.rows:
+                numbers = [of_folder[folder] for folder in group.folders]
+                own = [of[key] for of in numbers if (key := find_key(of, name)) is not None]
+                mean = average_seeds(own) if len(own) == len(numbers) else None
+                columns.setdefault(name, []).append(mean)
+        return {name: column for name, column in columns.items() if name != result.metric}
+
+    def _remarks(self, result: Summary) -> list[str]:
+        """The key to uncertainties, the caution and the left-out runs of a summary, a line each."""
+        numbers = [number for column in self._columns(result).values() for number in column if number is not None]
+        key = describe_uncertainty([*(row.number for row in result.rows), *numbers])
+        lines = [f"left out: {shorten_folders([path])}: {why}" for path, why in result.left_out.items()]
+        return [*filter(None, (key, result.caution)), *lines]
 
 
 def grid(rows: Sequence[Sequence[str]]) -> str:
@@ -165,7 +194,8 @@ def _values(ours: Number | str | None) -> dict[str, Any]:
     return {"ours": ours.value, "low": low, "high": high, "deviation": "" if ours.deviation is None else ours.deviation}
 
 
-def _remarks(result: Summary) -> list[str]:
-    """The caution and the left-out runs of a summary, a line each."""
-    lines = [f"left out: {shorten_folders([path])}: {why}" for path, why in result.left_out.items()]
-    return [*([result.caution] if result.caution else []), *lines]
+def _key_to_paper_table(rows: Sequence[PaperComparison]) -> str:
+    """The key to the uncertainties of our numbers in a table of the paper."""
+    numbers = [row.ours for row in rows if isinstance(row.ours, Number)]
+    of_figures = [run.result.numbers.values() for row in rows if isinstance(row.ours, str) for run in row.runs]
+    return describe_uncertainty([*numbers, *(number for of in of_figures for number in of)])

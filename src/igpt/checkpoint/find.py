@@ -6,7 +6,7 @@ from pathlib import Path
 
 from igpt.checkpoint import huggingface, igpt_format, openai, sharded, tensors
 from igpt.checkpoint.igpt_format import CONFIG, Weights
-from igpt.checkpoint.resume import LATEST
+from igpt.checkpoint.resume import read_latest
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,7 @@ def _explain_missing(local: Path) -> str:
             f"{local / stages[-1]}"
         )
     for folder in (local, local / "checkpoints"):
-        if (folder / LATEST).is_file():
-            newest = folder / (folder / LATEST).read_text().strip()
+        if (newest := read_latest(folder)) is not None:
             if (folder.parent / "model" / CONFIG).is_file():
                 return f"these are checkpoints of a finished run: init={folder.parent}, or one of them, init={newest}"
             return f"this run is not finished: resume={newest.parent.parent}, or take what it has so far, init={newest}"

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +117,33 @@ def mark_best(path: Path, *, name: str, value: float) -> None:
 
 
 def read_best(folder: Path) -> dict[str, Any] | None:
-    """The last record of `mark_best` in a run directory; None if missing or damaged."""
+    """The last record of `mark_best` in a run directory; None if missing, damaged, or not the name of a checkpoint."""
     path = folder / "checkpoints" / BEST
     try:
         best: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
+        if parse_step(Path(check_name(best["checkpoint"]))) != best["step"] or not math.isfinite(best["value"]):
+            return None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None  # the next validation writes it again
     return best
+
+
+def read_latest(checkpoints: Path) -> Path | None:
+    """The newest checkpoint by the pointer beside it; None without a pointer, or if it is no checkpoint's name."""
+    if not (checkpoints / LATEST).is_file():
+        return None
+    try:
+        with (checkpoints / LATEST).open() as pointer:
+            return checkpoints / check_name(pointer.read(100).strip())
+    except (OSError, ValueError):
+        return None
+
+
+def check_name(name: Any) -> str:
+    """A checkpoint's plain file name; a pointer that was sent may name any path. Raises ValueError for others."""
+    if not isinstance(name, str) or not re.fullmatch(r"step_\d+\.ckpt", name):
+        raise ValueError(f"{name!r} is no checkpoint's name, as step_0001000.ckpt is")
+    return name
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -135,8 +157,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
     pointer = folder / "checkpoints" / LATEST
     if not pointer.is_file():
         return None
-    if not (named := pointer.parent / pointer.read_text().strip()).exists():
-        log.warning("%s is gone: an older one is looked for", named)
+    if (named := read_latest(pointer.parent)) is None or not named.exists():
+        log.warning("%s is gone: an older one is looked for", named or f"the checkpoint that {pointer} names")
     newest_first = sorted((folder / "checkpoints").glob("step_*.ckpt"), reverse=True)
     for path in newest_first:
         if is_intact(path):

@@ -1,5 +1,6 @@
 """Results of a task: numbers with units, curves, images, files."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,21 @@ class Number:
     stderr: float | None = None
     interval: tuple[float, float] | None = None  # 95 % confidence interval
     deviation: float | None = None  # standard deviation of the n values, if `value` is their mean
+    features: str = ""  # features that classes were read from: "layer 3", "layers 2, 3, 4", "raw pixels"
+
+    @property
+    def confidence_interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval: `interval`, else value ± 1.96 standard errors; None if neither is known."""
+        if self.interval is not None or self.stderr is None:
+            return self.interval
+        return self.value - 1.96 * self.stderr, self.value + 1.96 * self.stderr
+
+
+def find_key(keys: Iterable[str], name: str) -> str | None:
+    """`name` if it is one of the keys; else the only key that ends with it, `stage/name` of a pipeline; else None."""
+    keys = list(keys)
+    longer = [key for key in keys if key.endswith(f"/{name}")]
+    return name if name in keys else longer[0] if len(longer) == 1 else None
 
 
 @dataclass(frozen=True)

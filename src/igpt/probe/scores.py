@@ -5,23 +5,15 @@ import torch
 from torch import Tensor
 
 from igpt.metric.result import Number
+from igpt.metric.share import share_number
 from igpt.utils import keyed
 
-RESAMPLES = 10_000  # bootstrap resamples
 VOTE_COUNTS = 1 << 24  # size of the table of counts at a time: images × heads × classes
 
 
-def accuracy_number(correct: np.ndarray, *, seed: int) -> Number:
-    """The share of True in (N,) bool, with a 95 % bootstrap interval over images."""
-    return share_number(float(np.mean(correct)), len(correct), seed=seed)
-
-
-def share_number(share: float, n: int, *, seed: int) -> Number:
-    """A share of n images with its 95 % bootstrap interval: resampled shares are Binomial(n, share) / n."""
-    share = float(share)
-    drawn = keyed.generator(seed, "bootstrap").binomial(n, share, size=RESAMPLES) / n
-    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
-    return Number(share, "share", n, (share * (1 - share) / n) ** 0.5, (low, high))
+def accuracy_number(correct: np.ndarray, *, features: str = "") -> Number:
+    """The share of True in (N,) bool, with its 95 % interval; a vote of masks is one answer for each image."""
+    return share_number(float(np.mean(correct)), len(correct), features=features)
 
 
 def vote(predictions: Tensor, *, n_class: int, rng_keys: Tensor) -> Tensor:

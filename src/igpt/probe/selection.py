@@ -10,9 +10,10 @@ from torch import Tensor
 from igpt.data.cache import map_chunks
 from igpt.data.source import Split, plain_pixels
 from igpt.metric.result import Curve, Number
+from igpt.metric.share import share_number
 from igpt.probe.feature_files import Features
 from igpt.probe.lbfgs import Heads, logistic_regression
-from igpt.probe.scores import share_number, vote
+from igpt.probe.scores import vote
 from igpt.utils import keyed
 
 CPU_BYTES = 1 << 30  # bytes of features fitted together on a CPU; on a GPU, a sixth of its free memory
@@ -62,6 +63,11 @@ class Choice:
     layers: list[int]
     strength: float
 
+    @property
+    def features(self) -> str:
+        """The layers as text: "layer 3", "layers 2, 3, 4"."""
+        return f"layer{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))}"
+
 
 @dataclass(frozen=True)
 class GridScores:
@@ -78,10 +84,11 @@ class GridScores:
         return Curve([float(window[0]) for window in self.windows], self.accuracy.max(axis=1).tolist(), "layer",
                      "accuracy")  # fmt: skip
 
-    def number(self, choice: Choice, *, one_mask: bool = False) -> Number:
+    def number(self, choice: Choice, *, one_mask: bool = False, features: str | None = None) -> Number:
+        """The accuracy of a choice, of its layers' features unless they are described otherwise."""
         row, column = self.windows.index(choice.layers), self.C_grid.index(choice.strength)
         share = float((self.one_mask if one_mask else self.accuracy)[row, column])
-        return share_number(share, self.n_image, seed=0)
+        return share_number(share, self.n_image, features=choice.features if features is None else features)
 
 
 def select_best(table: GridScores, *, layer: int | None) -> Choice:

@@ -1,35 +1,50 @@
 """Numbers and tables as text, for the terminal and for pages."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from igpt.metric.result import Number, Result
+from igpt.utils.files import resolve_below
 
 REPORT = "report.html"  # in a run directory
+LONGEST_TEXT = 1_000_000  # bytes of a text file that is shown
 
 
 def closing_table(result: Result, folder: Path, seconds: float, *, published: Sequence[str] = ()) -> str:
     """The text logged at the end of a run: its .txt files, its numbers, published numbers, and the files to open.
 
-    Each number has its unit, uncertainty and count. `seconds`: duration of the run.
+    Each number has its unit, uncertainty and count. `seconds`: duration of the run. Files that the result names outside
+    of `folder` are neither read nor named.
     """
-    lines = _align([(key, format_number(of), of.unit, f"n = {of.n:,}") for key, of in result.numbers.items()], "<><<")
+    rows = [
+        (key, format_number(of), of.unit, ", ".join(filter(None, (f"n = {of.n:,}", of.features))))
+        for key, of in result.numbers.items()
+    ]
+    lines = _align(rows, "<><<")
     rule = "─" * max((len(line) for line in lines), default=20)
+    lines += list(filter(None, [describe_uncertainty(result.numbers.values())]))
     names = ["published:", *(f"  {line}" for line in published), rule] if published else []
     page = [Path(REPORT)] if (folder / REPORT).is_file() else []
-    to_open = [*page, *(path for path in result.files.values() if path.suffix in {".png", ".html"})]
+    inside = [path for path in result.files.values() if resolve_below(folder, path) is not None]
+    to_open = [*page, *(path for path in inside if path.suffix in {".png", ".html"})]
     places = [str(folder / path) for path in to_open]
-    texts = [folder / path for path in result.files.values() if path.suffix == ".txt"]
-    told = [read_text(text) for text in texts]
-    return "\n".join([*told, rule, *lines, rule, *names, *places, f"{folder}  ({seconds:.0f} s)"])
+    texts = [read_text(folder, path) for path in inside if path.suffix == ".txt"]
+    return "\n".join([*texts, rule, *lines, rule, *names, *places, f"{folder}  ({seconds:.0f} s)"])
 
 
-def read_text(file: Path) -> str:
-    """The content of a text file, or a message that it cannot be read."""
+def read_text(folder: Path, path: Path) -> str:
+    """The content of a text file of a run, or a message that it is not shown."""
+    file = resolve_below(folder, path)
+    if file is None:
+        return f"{path} lies outside of {folder}: it is not read"
     try:
+        if not file.is_file():
+            return f"{path} is no file any more"
+        if file.stat().st_size > LONGEST_TEXT:
+            return f"{path} is too long to be shown"
         return file.read_text(encoding="utf-8", errors="replace").rstrip()
     except OSError as error:
-        return f"{file.name} cannot be read: {error.strerror}"
+        return f"{path} cannot be read: {error.strerror}"
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> str:
@@ -54,11 +69,20 @@ def format_readable(number: Number) -> str:
     text, around = _rounded(number, 100, 1)
     if number.deviation is not None:
         return f"{text}{around} % (std of {number.n})"
-    return f"{text} %{around}" if number.interval is not None else f"{text}{around} %"
+    return f"{text} %{around}"
+
+
+def describe_uncertainty(numbers: Iterable[Number]) -> str:
+    """The key to what `format_number` writes after the values; "" if it writes nothing."""
+    numbers = list(numbers)
+    means = any(number.deviation is not None for number in numbers)
+    intervals = any(number.deviation is None and number.confidence_interval is not None for number in numbers)
+    parts = ["[low, high]: 95 % confidence interval"] * intervals
+    return "; ".join(parts + ["± … (std): standard deviation of the values whose mean this is"] * means)
 
 
 def format_number(number: Number) -> str:
-    """The value with its uncertainty, without unit: standard deviation, else 95 % interval, else standard error."""
+    """The value with its uncertainty, without unit: standard deviation of a mean, else 95 % interval."""
     text, around = _rounded(number, 1, 4)
     if abs(number.value) >= 1e4 or (float(number.value).is_integer() and not around):
         text = f"{round(number.value):,}"
@@ -66,9 +90,10 @@ def format_number(number: Number) -> str:
 
 
 def _rounded(number: Number, scale: int, digits: int) -> tuple[str, str]:
-    """(value, uncertainty) as text: the latter is ` ± deviation`, else ` [low, high]`, else ` ± standard error`, ""."""
-    spread = number.stderr if number.deviation is None else number.deviation
-    around = "" if spread is None else f" ± {scale * spread:.{digits}f}"
-    if number.deviation is None and number.interval is not None:
-        around = " [{:.{d}f}, {:.{d}f}]".format(*(scale * end for end in number.interval), d=digits)
+    """(value, uncertainty) as text: the latter is ` ± deviation`, else ` [low, high]`, else ""."""
+    around, interval = "", number.confidence_interval
+    if number.deviation is not None:
+        around = f" ± {scale * number.deviation:.{digits}f}"
+    elif interval is not None:
+        around = " [{:.{d}f}, {:.{d}f}]".format(*(scale * end for end in interval), d=digits)
     return f"{scale * number.value:,.{digits}f}", around

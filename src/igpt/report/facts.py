@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from igpt.metric.result import Number
+from igpt.metric.result import Number, find_key
 from igpt.report.runs import RunRecord
 from igpt.utils.overrides import format_text, train_command
 
@@ -53,15 +53,21 @@ def main_numbers(run: RunRecord) -> list[tuple[str, Number]]:
     return [(key, numbers[key]) for key in dict.fromkeys(first) if key is not None][:N_MAIN]
 
 
+def find_number(run: RunRecord, name: str) -> Number | None:
+    """The number of that name, of a pipeline's stage where only one has it; None without one."""
+    key = find_key(run.result.numbers, name)
+    return None if key is None else run.result.numbers[key]
+
+
 def list_pictures(run: RunRecord) -> dict[str, Path]:
     """Name → path in the run directory of every picture but `curves`, which the page draws itself."""
-    files = run.result.files.items()
+    files = run.files_inside.items()
     return {key: path for key, path in files if path.suffix == ".png" and key.rpartition("/")[2] != "curves"}
 
 
 def find_run_weights(run: RunRecord) -> str | None:
     """The value of `init=` to use this run's weights: its own, a stage's, or its initial ones; None without weights."""
-    folders = [run.folder, *(stage.folder for stage in run.stages)]
+    folders = [run.folder, *(stage.folder for stage in run.stages if stage.run is not None)]
     saved = [str(folder) for folder in folders if (folder / "model" / "config.json").is_file()]
     init = run.config.get("init")
     return next(iter(saved), None if init is None else str(init))

@@ -103,17 +103,20 @@ def bars_figure(path: Path, bars: Bars) -> None:
     figure = Figure(figsize=(max(4.5, 2.2 * len(bars.heights)), 4), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(series)
+    tallest = max(number.value for group in bars.heights.values() for number in group.values())
     for place, name in enumerate(series):
         numbers = {i: group[name] for i, group in enumerate(bars.heights.values()) if name in group}
         x = [i + (place - (len(series) - 1) / 2) * width for i in numbers]
         heights = [number.value for number in numbers.values()]
-        reach = _reach(heights, [number.interval for number in numbers.values()])
+        reach = _reach(heights, [number.confidence_interval for number in numbers.values()])
         lines = {"lw": 1, "capsize": 3}
         axes.bar(x, heights, 0.92 * width, yerr=reach, color=f"C{place}", label=name, error_kw=lines)
         for middle, height in zip(x, heights, strict=True):
-            axes.text(middle, 0, f"{height:.3f}", ha="center", va="bottom", color="white", fontsize=9)
+            ink = "white" if height > 0.1 * tallest else "black"
+            axes.text(middle, 0, f"{height:.3f}", ha="center", va="bottom", color=ink, fontsize=9)
     axes.set_xticks(range(len(bars.heights)), list(bars.heights))
-    axes.set_ylabel(bars.y_unit)
+    has_intervals = any(of.confidence_interval for group in bars.heights.values() for of in group.values())
+    axes.set_ylabel(bars.y_unit + (", with 95 % intervals" if has_intervals else ""))
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
     _save(path, figure)
@@ -135,7 +138,8 @@ def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
     """Writes a dot plot, the first point on top: values, intervals, and the single values behind each mean."""
     names = [textwrap.fill(point.name, 44) for point in points]
     height = 1.4 + 0.3 * len(points) + 0.14 * sum(name.count("\n") for name in names)
-    figure = Figure(figsize=(8, height), layout="constrained")
+    label = "\n".join(textwrap.fill(line, 92) for line in label.splitlines())
+    figure = Figure(figsize=(8, height + 0.2 * label.count("\n")), layout="constrained")
     axes = figure.add_subplot()
     kinds = list(dict.fromkeys(point.kind for point in points))
     for kind in kinds:
@@ -147,7 +151,8 @@ def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
         if len(point.single) > 1:
             axes.plot(point.single, [row] * len(point.single), "|", ms=9, color="black", lw=1)
     axes.set_yticks(range(len(points)), names, fontsize=8)
-    axes.set(ylim=(len(points) - 0.4, -0.6), xlabel=label)
+    axes.set(ylim=(len(points) - 0.4, -0.6))
+    figure.supxlabel(label, fontsize=10)  # below the whole figure: the axes are narrower than a long line
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper right", frameon=False, fontsize=8, ncols=len(kinds))

@@ -1,6 +1,7 @@
 """Groups runs that differ only in their seed, and finds the settings that differ between groups."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from igpt.report.folder import deciding
@@ -10,6 +11,7 @@ from igpt.utils.overrides import format_value
 OF_THE_CODE = ("_target_", "_partial_")
 CHOSEN = {"model.name": "model", "objective.name": "objective"}  # setting → its name on the command line
 LONGEST = 48  # characters shown of a value
+DATA = ("name", "path", "n_class", "classes", "label_column")  # settings of data that say which images and labels
 
 
 def list_settings(run: RunRecord, *, deep: int = 3) -> dict[str, Any]:
@@ -45,6 +47,37 @@ def group_by_seed(runs: Sequence[RunRecord]) -> tuple[list[list[RunRecord]], dic
         for again, new in zip(group.values(), newest, strict=True):
             repeated |= {run: new for run in again if run is not new}
     return groups, repeated
+
+
+def group_by_data(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """The runs on the same images and labels, by the data settings that differ between groups; one group: "".
+
+    Images are the same by their path, also where it was moved: the last name in it and the hash in `run.json`, of the
+    names and sizes of the files.
+    """
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        hashes = run.begun.get("files_sha256")
+        images = hashes if isinstance(hashes, dict) else {}
+        which = []
+        for key, data in _list_data(run).items():
+            path, sha256 = data.get("path"), images.get(f"{key}.path")
+            which.append({**data, "path": [Path(str(path)).name, sha256] if sha256 else path})
+        groups.setdefault(repr([[data.get(key) for key in DATA] for data in which]), []).append(run)
+    settings = [
+        {f"{group}.{key}": data.get(key) for group, data in _list_data(of[0]).items() for key in DATA}
+        for of in groups.values()
+    ]
+    labels = [" ".join(f"{key}={value}" for key, value in row.items()) for row in list_differing(settings)]
+    unique = [label if labels.count(label) == 1 else f"{label} ({i})".strip() for i, label in enumerate(labels, 1)]
+    return dict(zip(unique, groups.values(), strict=True))
+
+
+def _list_data(run: RunRecord) -> dict[str, dict[str, Any]]:
+    """The data settings of a run, and those that stages of a pipeline have of their own, by where they stand."""
+    data, stages = run.config.get("data", {}), run.config.get("task", {}).get("stages") or {}
+    of_stages = {f"task.stages.{name}.data": of.get("data") for name, of in stages.items() if isinstance(of, dict)}
+    return {key: dict(of) for key, of in ({"data": data} | of_stages).items() if isinstance(of, dict)}
 
 
 def list_differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from igpt.metric.result import Result
 from igpt.report import facts
 from igpt.report.bystanders import Bystander
-from igpt.report.closing_table import REPORT, format_number, read_text
+from igpt.report.closing_table import REPORT, describe_uncertainty, format_number, read_text
 from igpt.report.pictures import Picture, data_uri, embed, read_cells
 from igpt.report.plots import build_plots
 from igpt.report.runs import RunRecord, flatten, read_run, read_runs
@@ -45,8 +45,8 @@ def render_page(folder: Path) -> Path:
         ValueError: no finished run, or a result.json that is damaged or of another version.
     """
     run, path = read_run(folder), folder / REPORT
-    texts = {key: read_text(folder / file) for key, file in run.result.files.items() if file.suffix == ".txt"}
-    links = {stage.name: link_to(path, stage.folder) for stage in run.stages}
+    texts = {key: read_text(folder, file) for key, file in run.files_inside.items() if file.suffix == ".txt"}
+    links = {stage.name: link_to(path, stage.folder) if stage.run else None for stage in run.stages}
     pictures = [*_pictures(run), *_training_samples(folder)]
     return write_html(path, "report.html", pictures, run=run, texts=texts, links=links)
 
@@ -94,7 +94,16 @@ def templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    given = (format_number, sha256, data_uri, flatten, build_plots, facts.format_typed, facts.find_heading)
+    given = (
+        format_number,
+        describe_uncertainty,
+        sha256,
+        data_uri,
+        flatten,
+        build_plots,
+        facts.format_typed,
+        facts.find_heading,
+    )
     tiles.filters.update({function.__name__: function for function in given})
     tiles.globals.update(facts=facts, above_curves=ABOVE_CURVES)
     return tiles
@@ -111,7 +120,7 @@ def _pictures(run: RunRecord) -> list[Picture]:
     for key, file in facts.list_pictures(run).items():
         stage, (title, seen) = key.rpartition("/")[0], facts.find_heading(key)
         caption = f"{stage}: {seen}" if stage and seen else seen or key
-        counts, path = run.result.files.get(f"{key}_counts"), run.folder / file
+        counts, path = run.files_inside.get(f"{key}_counts"), run.folder / file
         cells = counts and read_cells(path, run.folder / counts, run.result.class_names.get(key))
         items.append(Picture(title, caption, path, str(file), cells or None))
     return items
@@ -119,7 +128,11 @@ def _pictures(run: RunRecord) -> list[Picture]:
 
 def _training_samples(folder: Path) -> list[Picture]:
     """Sample grids drawn during training, at most TRAINING_SAMPLES, evenly spaced from first to last."""
-    items = sorted((folder / "samples").glob("step_*.png"))
+    items = [
+        path
+        for path in sorted((folder / "samples").glob("step_*.png"))
+        if path.stem[5:].isdecimal() and files.resolve_below(folder, path.relative_to(folder)) is not None
+    ]
     kept = [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), TRAINING_SAMPLES), dtype=int)]
     return [
         Picture(WHILE, f"step {int(path.stem.removeprefix('step_')):,}", path, str(path.relative_to(folder)))

@@ -3,6 +3,7 @@
 import base64
 import io
 import logging
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 SMALLEST = 160  # pixels of the shorter side: minimum after shrinking
 WIDE, HIGH = 460, 560  # pixels: a larger picture is shown at half its size, to fit the screen
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+MOST_PIXELS, MOST_BYTES = 40_000_000, 100_000_000  # of a picture that is opened: it takes 160 MB of memory
 MOST_CLASSES = 2000  # maximal classes of a confusion matrix with counts under the pointer
 MOST_COUNTS = 100_000  # maximal non-empty cells, to limit the page's size
 
@@ -87,11 +89,13 @@ def _read(picture: Picture) -> Picture:
         return replace(picture, note="is not there any more")
     try:
         with Image.open(picture.path, formats=("PNG",)) as image:
+            if math.prod(image.size) > MOST_PIXELS or picture.path.stat().st_size > MOST_BYTES:
+                return replace(picture, note="is too large to be shown here")
             image.load()  # raises on a truncated file
             diagram = str(image.info.get("Software", "")).startswith("Matplotlib")
             width, height = image.size
         return replace(picture, png=picture.path.read_bytes(), width=width, height=height, pixels=not diagram)
-    except DAMAGED as error:
+    except (*DAMAGED, Image.DecompressionBombWarning) as error:
         return replace(picture, note=f"cannot be read ({type(error).__name__}): it is damaged")
 
 
@@ -114,6 +118,8 @@ def read_cells(picture: Path, counts: Path, names: Sequence[str] | None) -> Matr
     None for an older picture without cell positions, and if one of the files cannot be read.
     """
     try:
+        if not (picture.is_file() and counts.is_file()):
+            raise FileNotFoundError("one of the files is gone, or is no file")
         with Image.open(picture, formats=("PNG",)) as image:
             left, top, width, height = map(float, image.info[CELLS].split())
         matrix = np.load(counts, mmap_mode="r", allow_pickle=False)

@@ -44,6 +44,12 @@ class RunRecord:
         """The config, flat: `task.steps`."""
         return flatten(self.config)
 
+    @cached_property
+    def files_inside(self) -> dict[str, Path]:
+        """Name → path of the result's files, relative to the directory; without those that lie outside of it."""
+        every = self.result.files.items()
+        return {key: path for key, path in every if files.resolve_below(self.folder, path) is not None}
+
     @property
     def is_stage(self) -> bool:
         """Whether it is a stage of a pipeline, whose directory is the parent."""
@@ -75,15 +81,20 @@ class RunRecord:
     def stages(self) -> list["Stage"]:
         """The stages of a pipeline, in order; empty for other tasks."""
         stages = self.config.get("task", {}).get("stages", {}) if self.task == "pipeline" else {}
-        folders = {}
-        active = {name: settings for name, settings in stages.items() if settings is not None}
+        read = []
+        active = {name: settings for name, settings in stages.items() if isinstance(settings, dict)}
         for position, (name, settings) in enumerate(active.items(), start=1):
-            given = settings.get("run")
-            beside = None if given is None else self.folder.absolute().parent / Path(given).name
-            folders[name] = (
-                (given and resolve_nearest(self.folder, given)) or beside or self.folder / f"{position}_{name}"
-            )
-        return [Stage(name, folder, *_read_or_reason(folder)) for name, folder in folders.items()]
+            inside, given = f"{position}_{name}", settings.get("run")
+            if given is None:
+                place = files.resolve_below(self.folder, inside)
+            else:
+                beside = files.resolve_below(self.folder.absolute().parent, Path(str(given)).name)
+                place = resolve_nearest(self.folder, str(given)) or beside
+            if place is None:
+                read.append(Stage(name, self.folder / inside, None, "it lies outside of the folder of runs"))
+            else:
+                read.append(Stage(name, place, *_read_or_reason(place)))
+        return read
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,8 @@ class FoundRuns:
         waiting = list(self.runs)
         while waiting:
             run = waiting.pop()
+            if str(run.folder) in hashes:  # also a pipeline that names itself as a stage
+                continue
             for part in (run, *run.init_history.runs):
                 hashes[str(part.folder)] = files.sha256(part.folder / "result.json")
             hashes[f"init of {run.folder}"] = run.init_history.unknown
@@ -166,7 +179,7 @@ def _check(run: RunRecord) -> None:
         spread = [x for x in (*(number.interval or ()), number.stderr, number.deviation) if x is not None]
         if not all(type(x) in (int, float) and math.isfinite(x) for x in (number.value, *spread)):
             raise ValueError("values that are no numbers")
-        _ = f"{number.n:,}" + number.unit
+        _ = f"{number.n:,}" + number.unit + number.features
     for curve in run.result.curves.values():
         if len(curve.x) != len(curve.y) or not all(map(math.isfinite, [*curve.x, *curve.y])):
             raise ValueError("a curve of other lengths, or of no numbers")
@@ -233,11 +246,19 @@ def _run_folders(folder: Path, depth: int = 0) -> Iterator[Path]:
 def resolve_nearest(folder: Path, path: str) -> Path | None:
     """Resolves a path from a run's config relative to the working directory, else to a parent of the run directory.
 
-    None if neither exists.
+    None if neither exists, or if it lies neither below the working directory nor beside the run (a stage: beside its
+    pipeline): the config of a run folder that was sent names whatever it likes.
     """
-    place = Path(path).expanduser()
-    tried = [place, *(around / place for around in folder.absolute().parents)]
-    return next((candidate for candidate in tried if candidate.exists()), None)
+    outer = folder.absolute().parent
+    outer = outer.parent if (outer / "run.json").is_file() else outer
+    try:
+        place = Path(path).expanduser()
+        tried = [place, *(around / place for around in folder.absolute().parents)]
+        found = next((candidate for candidate in tried if candidate.exists()), None)
+        inside = found is not None and any(found.resolve().is_relative_to(top.resolve()) for top in (Path.cwd(), outer))
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have
+        return None
+    return found if inside else None
 
 
 def trace_init(run: RunRecord, depth: int = 0) -> InitHistory:
@@ -251,7 +272,7 @@ def trace_init(run: RunRecord, depth: int = 0) -> InitHistory:
     around = [place, *place.parents[:3]] if place is not None else []
     before = next((folder for folder in around if (folder / "run.json").is_file()), None)
     if place is None or before is None or depth > LONGEST_CHAIN:
-        why = "is not there any more" if place is None else "is not a run's"
+        why = "is not there any more, or not beside the run" if place is None else "is not a run's"
         return InitHistory(
             recorded or (_read_metadata(place) if place else {}), unknown=f"how its weights were trained ({init} {why})"
         )

@@ -2,17 +2,17 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
 
-from igpt.metric.result import Number
-from igpt.report.closing_table import format_number
+from igpt.metric.result import Number, find_key
+from igpt.report.closing_table import describe_uncertainty, format_number
 from igpt.report.figures import Point, points_figure
-from igpt.report.groups import group_by_seed, list_differing, list_settings
+from igpt.report.groups import group_by_data, group_by_seed, list_differing, list_settings
 from igpt.report.runs import RunRecord, read_objective, read_runs
 from igpt.utils.overrides import suggest_name
 
@@ -61,7 +61,10 @@ class SeedGroup:
 
 @dataclass(frozen=True)
 class Summary:
-    """The runs that have a metric, grouped over seeds, the best first; and those left out, with the reason."""
+    """The runs that have a metric, grouped over seeds, the best first; and those left out, with the reason.
+
+    Rows that are not comparable (`caution`) are in the order of the runs.
+    """
 
     metric: str
     unit: str
@@ -69,6 +72,12 @@ class Summary:
     rows: list[SeedGroup]
     left_out: dict[Path, str]
     caution: str = ""  # reason why the rows are not comparable, if they are not
+    data: str = ""  # the images, where there are summaries of several
+
+    @property
+    def key(self) -> str:
+        """The key to the uncertainties in `table`; "" if there are none."""
+        return describe_uncertainty(row.number for row in self.rows)
 
 
 def summarize(folders: Sequence[Path], metric: str) -> Summary:
@@ -82,11 +91,16 @@ def summarize(folders: Sequence[Path], metric: str) -> Summary:
 
 
 def summarize_runs(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None) -> Summary:
-    """`summarize` for runs that have been read; `left_out`: directory → reason for those that could not be."""
-    lacking = {run.folder: f"it has no {metric}" for run in runs if metric not in run.result.numbers}
-    left_out = (left_out or {}) | lacking
+    """`summarize` for runs that have been read; `left_out`: directory → reason for those that could not be.
+
+    Of a pipeline, `metric` may be the `name` of a number `stage/name` that one stage alone has.
+    """
+    names = {key for run in runs if (key := find_key(run.result.numbers, metric)) is not None}
+    requested, metric = metric, names.pop() if len(names) == 1 else metric
     having = [run for run in runs if metric in run.result.numbers]
+    left_out = (left_out or {}) | {run.folder: f"it has no {metric}" for run in runs if run not in having}
     if not having:
+        metric = requested
         known = list(dict.fromkeys(key for run in runs for key in run.result.numbers))
         why = "; ".join(f"{folder.name}: {reason}" for folder, reason in list(left_out.items())[:3])
         there = f"{suggest_name(metric, known)}; there are {', '.join(known)}" if known else f" ({why})" if why else ""
@@ -100,23 +114,41 @@ def summarize_runs(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, 
         rows.append(SeedGroup(settings, average_seeds(numbers), values, [run.folder for run in group]))
     unit = rows[0].number.unit
     lower = is_lower_better(metric, unit)
-    rows.sort(key=lambda row: row.mean if lower else -row.mean)
-    return Summary(metric, unit, lower, rows, left_out, caution(having, unit))
+    why = caution(having, unit)
+    if not why:
+        rows.sort(key=lambda row: row.mean if lower else -row.mean)
+    return Summary(metric, unit, lower, rows, left_out, why)
+
+
+def summarize_by_data(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None) -> list[Summary]:
+    """`summarize_runs` for each group of runs on the same images and labels; `left_out` goes to the first.
+
+    Raises:
+        NothingFoundError: no run has the metric.
+    """
+    groups = group_by_data([run for run in runs if find_key(run.result.numbers, metric) is not None])
+    if len(groups) < 2:
+        return [summarize_runs(runs, metric, left_out)]
+    lacking = [run for run in runs if not any(run in group for group in groups.values())]
+    first, *others = (replace(summarize_runs(group, metric), data=label) for label, group in groups.items())
+    more = (left_out or {}) | {run.folder: f"it has no {metric}" for run in lacking}
+    return [replace(first, left_out=more | first.left_out), *others]
 
 
 def caution(runs: Sequence[RunRecord], unit: str) -> str:
-    """The reason why losses per token are not comparable: several objectives, datasets, resolutions or tokenizers."""
-    if not unit.endswith("/token"):
-        return ""
-    of_what: dict[str, set[Any]] = {
-        "objectives": {read_objective(run) for run in runs},
-        "datasets": {run.settings.get("data.name") for run in runs},
-        "resolutions": {run.settings.get("data.resolution") for run in runs},
-        # older results have only the palette's hash, equal to the tokenizer's in raster order
-        "tokenizers": {str((of := run.result.provenance).get("tokenizer", of.get("palette"))) for run in runs},
-    }
+    """The reason why numbers are not comparable: several datasets; of losses per token also several objectives,
+    resolutions or tokenizers.
+    """  # fmt: skip
+    of_what: dict[str, set[Any]] = {"datasets": {*group_by_data(runs)}}
+    if unit.endswith("/token"):
+        of_what |= {
+            "objectives": {read_objective(run) for run in runs},
+            "resolutions": {run.settings.get("data.resolution") for run in runs},
+            # older results have only the palette's hash, equal to the tokenizer's in raster order
+            "tokenizers": {str((of := run.result.provenance).get("tokenizer", of.get("palette"))) for run in runs},
+        }
     several = [name for name, kinds in of_what.items() if len(kinds) > 1]
-    return f"these are of several {' and '.join(several)}: such losses do not compare" if several else ""
+    return f"not comparable: these are of several {' and '.join(several)}" if several else ""
 
 
 def average_seeds(numbers: Sequence[Number]) -> Number:
@@ -126,10 +158,7 @@ def average_seeds(numbers: Sequence[Number]) -> Number:
     """
     first = numbers[0]
     if len(numbers) == 1:
-        if first.interval is not None or first.stderr is None:
-            return first
-        around = 1.96 * first.stderr
-        return Number(first.value, first.unit, first.n, first.stderr, (first.value - around, first.value + around))
+        return replace(first, interval=first.confidence_interval)
     values = np.array([number.value for number in numbers])
     mean, deviation, n = float(values.mean()), float(values.std(ddof=1)), len(values)
     around = float(student.ppf(0.975, n - 1)) * deviation / n**0.5
@@ -150,7 +179,9 @@ def find_common_metric(runs: Sequence[RunRecord]) -> str | None:
 
 
 def describe_direction(result: Summary) -> str:
-    """`lower is better` or `higher is better`; for other units the sort order."""
+    """`lower is better` or `higher is better`; for other units the sort order; nothing where rows do not compare."""
+    if result.caution:
+        return "in no order"
     if not result.lower_is_better and not result.unit.startswith(HIGHER):
         return "from the highest"
     return f"{'lower' if result.lower_is_better else 'higher'} is better"
@@ -188,5 +219,5 @@ def draw(path: Path, result: Summary) -> None:
     ]  # fmt: skip
     hidden = len(result.rows) - len(points)
     more = f"; {hidden} more rows are not drawn" if hidden else ""
-    warned = f"\n{result.caution}" if result.caution else ""
-    points_figure(path, points, label=f"{result.metric}, {result.unit} ({describe_direction(result)}{more}){warned}")
+    label = f"{result.metric}, {result.unit} ({describe_direction(result)}{more})"
+    points_figure(path, points, label="\n".join(filter(None, (label, result.data, result.caution))))

@@ -1,4 +1,4 @@
-"""The comparison at the end of a sweep: its runs as a table, a picture and a page."""
+"""The comparison at the end of a sweep: its runs as tables, pictures and a page."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -9,7 +9,8 @@ from igpt.report.bystanders import Bystander
 from igpt.report.closing_table import align_columns
 from igpt.report.page import link_to, write_html
 from igpt.report.pictures import Picture
-from igpt.report.summary import NothingFoundError, Summary, draw, summarize, table
+from igpt.report.runs import read_runs
+from igpt.report.summary import NothingFoundError, Summary, draw, summarize_by_data, table
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -19,24 +20,30 @@ KEPT = ("settings", "mean", "deviation", "interval", "values")  # fields of a ro
 
 
 def report_sweep(place: Path, folders: Sequence[Path], *, metric: str, command: str) -> None:
-    """Logs a table of the runs by `metric`, the best first; writes picture, page and JSON into `place`.
+    """Logs tables of the runs by `metric`, the best first; writes pictures, page and JSON into `place`.
 
-    Unfinished runs are left out and listed on the page. Does nothing for fewer than two finished runs. Errors are only
-    logged, as the runs are saved.
+    Runs on other images or labels are another table. Unfinished runs are left out and listed on the page. Does nothing
+    for fewer than two finished runs. Errors are only logged, as the runs are saved.
     """
     with Bystander("the comparison of this sweep"):
+        read = read_runs(list(dict.fromkeys(folders)))
         try:
-            result = summarize(list(dict.fromkeys(folders)), metric)
+            summaries = summarize_by_data(read.runs, metric, read.problems)
         except NothingFoundError as error:
             log.info("nothing to compare: %s", error)
             return
-        if sum(row.n for row in result.rows) < 2:
+        if sum(row.n for result in summaries for row in result.rows) < 2:
             return
-        rows = [{key: getattr(row, key) for key in KEPT} | {"folders": [*map(str, row.folders)]} for row in result.rows]
-        record = {"metric": metric, "unit": result.unit, "rows": rows}
+        rows = [
+            {key: getattr(row, key) for key in KEPT} | {"data": result.data, "folders": [*map(str, row.folders)]}
+            for result in summaries
+            for row in result.rows
+        ]
+        record = {"metric": metric, "unit": summaries[0].unit, "rows": rows}
+        pictures = dict(zip(_picture_names(summaries), summaries, strict=True))
         writers: dict[str, Callable[[Path], object]] = {
-            PICTURE: partial(draw, result=result),
-            PAGE: partial(write_comparison, result=result, command=command),
+            **{name: partial(draw, result=result) for name, result in pictures.items()},
+            PAGE: partial(write_comparison, summaries=summaries, command=command),
             ROWS: partial(files.write_json, value=record),
         }
         written = []
@@ -44,12 +51,30 @@ def report_sweep(place: Path, folders: Sequence[Path], *, metric: str, command: 
             with Bystander(place / name):
                 write(place / name)
                 written.append(name)
-        to_open = [str(place / name) for name in (PICTURE, PAGE) if name in written]
-        log.info("%s", "\n".join([align_columns(table(result)), *filter(None, [result.caution]), *to_open]))
+        for name, result in pictures.items():
+            picture = str(place / name) if name in written else ""
+            parts = (result.data, align_columns(table(result)), result.key, result.caution, picture)
+            log.info("%s", "\n".join(filter(None, parts)))
+        if PAGE in written:
+            log.info("%s", place / PAGE)
 
 
-def write_comparison(path: Path, result: Summary, *, command: str) -> Path:
+def write_comparison(path: Path, summaries: Sequence[Summary], *, command: str) -> Path:
     """Writes the page of a sweep, each row linked to the page of its first run; returns its path."""
-    rows = [(row, link_to(path, row.folders[0])) for row in result.rows]
-    picture = Picture("Pictures", f"{result.metric} of each setting", path.parent / PICTURE, PICTURE)
-    return write_html(path, "comparison.html", [picture], found=result, rows=rows, command=command)
+    rows = [[(row, link_to(path, row.folders[0])) for row in result.rows] for result in summaries]
+    pictures = [
+        Picture(
+            "Pictures",
+            ", ".join(filter(None, (f"{result.metric} of each setting", result.data))),
+            path.parent / name,
+            name,
+        )
+        for name, result in zip(_picture_names(summaries), summaries, strict=True)
+    ]
+    tables = [*zip(summaries, rows, strict=True)]
+    return write_html(path, "comparison.html", pictures, tables=tables, command=command)
+
+
+def _picture_names(summaries: Sequence[Summary]) -> list[str]:
+    """`comparison.png`, `comparison_2.png` …."""
+    return [PICTURE, *(f"comparison_{i}.png" for i in range(2, len(summaries) + 1))]

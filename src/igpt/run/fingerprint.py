@@ -10,6 +10,7 @@ from igpt.checkpoint.find import find_weights
 from igpt.data.listing import ListFiles, hash_files
 from igpt.data.shards import expand_shard_path
 from igpt.data.split import split_differences
+from igpt.report.runs import resolve_nearest
 from igpt.settings.older_configs import read_record
 from igpt.utils import files
 
@@ -59,7 +60,8 @@ def read_data_settings(folder: Path) -> dict[str, Any]:
             return data
         if config.get("init") is None:
             break
-        run_folder = Path(config["init"])
+        if (run_folder := resolve_nearest(folder, str(config["init"]))) is None:
+            break
         folder = next((p for p in (run_folder, *run_folder.parents[:2]) if (p / "run.json").is_file()), run_folder)
     return {}
 

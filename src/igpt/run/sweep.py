@@ -21,6 +21,7 @@ from igpt.distributed import launcher
 from igpt.distributed.cores import count_cores
 from igpt.distributed.launcher import RANK_VARIABLES, RUN_DIR_FILE, SWEEP, Child, Children, count_devices, describe_exit
 from igpt.distributed.signals import STOPPED
+from igpt.metric.result import find_key
 from igpt.report.bystanders import Bystander
 from igpt.report.closing_table import align_columns, read_text
 from igpt.report.sweep_report import report_sweep
@@ -53,8 +54,9 @@ class Job:
         """Whether the run is finished; if so, reads its metric, None if it has none of that name."""
         if self.folder is None or not (result := Path(self.folder) / "result.json").is_file():
             return False
-        number = files.read_json(result)["numbers"].get(metric)
-        self.value = None if number is None else float(number["value"])
+        numbers = files.read_json(result)["numbers"]
+        key = find_key(numbers, metric)
+        self.value = None if key is None else float(numbers[key]["value"])
         return True
 
 
@@ -174,7 +176,8 @@ class Sweep:
         tell.unlink(missing_ok=True)
         self._save()
         if job.state == FAILED:
-            lines = [line for line in read_text(self._output_path(job)).splitlines() if line.strip()]
+            output = read_text(self.folder, Path(self._output_path(job).name))
+            lines = [line for line in output.splitlines() if line.strip()]
             errors = [i for i, line in enumerate(lines) if line.startswith("error:")]
             lines = lines[errors[-1] :][:5] if errors else lines[-5:]
             log.error(

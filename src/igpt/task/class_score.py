@@ -80,7 +80,7 @@ class ClassScore:
         numbers = likelihood_numbers(split, nats)
         stderr = float(loss.std()) / n_image**0.5 if n_image > 1 else None
         numbers[f"{split}/loss_clf"] = Number(float(loss.mean()), "nats/image", n_image, stderr)
-        numbers[f"{split}/accuracy"] = accuracy_number(right.numpy() > 0, seed=self.seed)
+        numbers[f"{split}/accuracy"] = accuracy_number(right.numpy() > 0)
         if self.eval_masks > 1:
-            numbers[f"{split}/accuracy_one_mask"] = accuracy_number(one.numpy() > 0, seed=self.seed)
+            numbers[f"{split}/accuracy_one_mask"] = accuracy_number(one.numpy() > 0)
         return numbers, predictions.numpy().astype(np.int64)

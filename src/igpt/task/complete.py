@@ -7,6 +7,7 @@ import torch
 
 from igpt.data.source import plain_pixels
 from igpt.metric.result import Grid, Number, Result
+from igpt.metric.share import wilson_interval
 from igpt.model.generate import Sampling
 from igpt.run.components import Components
 from igpt.settings.generation import CompleteSettings
@@ -66,7 +67,9 @@ def run(components: Components, settings: CompleteSettings) -> Result:
     agree = (drawn == prompts)[:, ~prompt_mask].double()
     numbers = {}
     if agree.numel():
-        numbers["complete/pixels_as_original"] = Number(float(agree.mean()), "share", count * completions)
+        share = float(agree.mean())
+        interval = wilson_interval(share, count)  # completions of one image are no further images
+        numbers["complete/pixels_as_original"] = Number(share, "share", count * completions, interval=interval)
     return Result(
         numbers=numbers,
         grids={"completions": Grid(grid, titles)},

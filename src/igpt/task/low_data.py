@@ -61,9 +61,15 @@ def run(components: Components, settings: LowDataSettings) -> Result:
             for n, drawn in rows_of.items():
                 shares = [score_subset(few_of.select_rows(rows), judged, C_grid, n, **how) for rows in drawn]
                 mean, deviation = float(np.mean(shares)), float(np.std(shares, ddof=1))
-                log.info("%s, %d labels a class: %.4f ± %.4f", name.replace("_", " "), n, mean, deviation)
+                log.info(
+                    "%s, %d labels a class: %.4f ± %.4f (standard deviation of %d subsets)", name.replace("_", " "), n,
+                    mean, deviation, settings.subsets,
+                )  # fmt: skip
                 key = f"{split}/accuracy_{n}_per_class" if name == "features" else f"{split}/{name}_{n}_per_class"
-                result.numbers[key] = Number(mean, "share", settings.subsets, deviation=deviation)
+                result.numbers[key] = Number(
+                    mean, "share", settings.subsets, deviation=deviation,
+                    features=f"layer {layer}" if name == "features" else "raw pixels",
+                )  # fmt: skip
                 means.append(mean)
             title = "low-data probe" if name == "features" else "raw pixels"
             result.curves[f"{title}, {split}"] = Curve(

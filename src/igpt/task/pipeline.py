@@ -1,22 +1,26 @@
 """`task=pipeline`: runs several tasks in turn, each starting from the weights of an earlier one."""
 
 import logging
-import math
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from igpt.distributed import ranks
 from igpt.metric.result import Bars, Number, Result
 from igpt.run.components import Components
 from igpt.settings.reading import FROM, PipelineSettings
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
+COPIED = (".png", ".txt", ".npy")  # files of a stage elsewhere that are copied, for the page
+
 
 def run(components: Components, settings: PipelineSettings) -> Result:
-    """Runs every stage in its own folder inside the run directory and merges their results.
+    """Runs every stage in its own folder inside the run directory; returns all their results as `stage/name`.
 
     A stage starts from the weights of the stage named in `from`; by default from those of the last that wrote some.
     """
@@ -33,18 +37,12 @@ def run(components: Components, settings: PipelineSettings) -> Result:
         results[name], places[name] = components.run_stage(name, folder=folder / f"{position}_{name}", init=start)
         if FROM not in stage_settings and (places[name] / "model").is_dir():
             init = str(places[name])
-    merged = Result(numbers=merge({name: result.numbers for name, result in results.items()}, is_same_value))
-    merged.curves = merge({name: result.curves for name, result in results.items()}, lambda a, b: False)
-    merged.files = merge(
-        {name: {key: _relative_to(folder, places[name] / path) for key, path in result.files.items()}
-         for name, result in results.items()}, lambda a, b: False
-    )  # fmt: skip
-    merged.class_names = {
-        of_stage if (of_stage := f"{name}/{key}") in merged.files else key: names
-        for name, result in results.items()
-        for key, names in result.class_names.items()
-    }
-    merged.provenance = {name: result.provenance for name, result in results.items()}
+    merged = Result(provenance={name: result.provenance for name, result in results.items()})
+    for position, (name, result) in enumerate(results.items(), start=1):
+        merged.numbers |= _name_by_stage(name, result.numbers)
+        merged.curves |= _name_by_stage(name, result.curves)
+        merged.class_names |= _name_by_stage(name, result.class_names)
+        merged.files |= _name_by_stage(name, gather_files(result, places[name], folder, f"{position}_{name}"))
     for picture, groups in settings.bars.items():
         heights = {
             group: {which: _find_number(results, key) for which, key in series.items()}
@@ -55,24 +53,26 @@ def run(components: Components, settings: PipelineSettings) -> Result:
     return merged
 
 
-def merge(of_stages: Mapping[str, Mapping[str, Value]], same: Callable[[Value, Value], bool]) -> dict[str, Value]:
-    """The values of all stages by name; a name with different values becomes `stage/name` for each of them."""
-    by_name: dict[str, list[tuple[str, Value]]] = {}
-    for stage, values in of_stages.items():
-        for key, value in values.items():
-            different = by_name.setdefault(key, [])
-            if not any(same(value, other) for _, other in different):
-                different.append((stage, value))
-    return {
-        key if len(different) == 1 else f"{stage}/{key}": value
-        for key, different in by_name.items()
-        for stage, value in different
-    }
+def gather_files(result: Result, place: Path, folder: Path, inside: str) -> dict[str, Path]:
+    """The files of a stage, relative to the pipeline's `folder`.
+
+    Of a stage elsewhere (`run=`), pictures, texts and counts are copied to `folder / inside`; others are left out.
+    """
+    if place.is_relative_to(folder):
+        return {key: place.relative_to(folder) / path for key, path in result.files.items()}
+    gathered = {}
+    for key, path in result.files.items():
+        source = files.resolve_below(place, path)
+        if source is not None and source.is_file() and source.suffix in COPIED:
+            gathered[key] = Path(inside) / path
+            if ranks.this_rank().is_first:
+                with files.atomic_path(folder / gathered[key]) as temporary:
+                    shutil.copyfile(source, temporary)
+    return gathered
 
 
-def is_same_value(a: Number, b: Number) -> bool:
-    """Whether two numbers are one measurement: equal but for rounding. Shares can be equal by chance: never."""
-    return a.unit != "share" and math.isclose(a.value, b.value, rel_tol=1e-6)
+def _name_by_stage(stage: str, values: Mapping[str, Value]) -> dict[str, Value]:
+    return {f"{stage}/{key}": value for key, value in values.items()}
 
 
 def _find_number(results: Mapping[str, Result], key: str) -> Number:
@@ -81,7 +81,3 @@ def _find_number(results: Mapping[str, Result], key: str) -> Number:
     if name not in numbers:
         raise ValueError(f"task.bars: stage {stage} has found no {name}, but {', '.join(numbers)}")
     return numbers[name]
-
-
-def _relative_to(folder: Path, path: Path) -> Path:
-    return path.relative_to(folder) if path.is_relative_to(folder) else path.absolute()

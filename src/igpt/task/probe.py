@@ -11,8 +11,9 @@ from torch import Tensor
 
 from igpt.distributed import ranks
 from igpt.metric.result import Curve, Number, Result
+from igpt.metric.share import share_number
 from igpt.model.gpt import GPT
-from igpt.probe.scores import accuracy_number, count_confusions, is_in_top_k, share_number
+from igpt.probe.scores import accuracy_number, count_confusions, is_in_top_k
 from igpt.probe.selection import (
     Choice,
     FeatureSet,
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def run(components: Components, settings: ProbeSettings) -> Result:
-    """Val accuracy of every layer, test accuracy of the best, and the baselines.
+    """Val accuracy of every layer, val and test accuracy of the best (or of those concatenated), and the baselines.
 
     Names start with `cv/` instead of `val/` if layer and C are chosen by cross-validation inside train.
     """
@@ -74,7 +75,7 @@ def run(components: Components, settings: ProbeSettings) -> Result:
 
 def probe_by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n_class: int) -> Result:
     """SGD: trains heads for every layer (or `layer` with its neighbours) and learning rate at once."""
-    n_layer, layer, masks, seed = net.n_layer, settings.layer, settings.eval_masks, components.seed
+    n_layer, layer, masks = net.n_layer, settings.layer, settings.eval_masks
     if layer is None:
         windows = [[single] for single in range(n_layer + 1)]
     else:
@@ -93,11 +94,11 @@ def probe_by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n
         validate("test")
         source = components.source
         labels, predictions = source.split("test").labels, module.predictions[cell]
-        result.numbers["test/accuracy"] = accuracy_number(predictions == labels, seed=seed)
-        if masks > 1:
-            result.numbers["test/accuracy_one_mask"] = share_number(module.right[1][cell], len(labels), seed=seed)
-        if n_class > 5:
-            result.numbers["test/top_5"] = share_number(module.right[2][cell], len(labels), seed=seed)
+        result.numbers["test/accuracy"] = accuracy_number(predictions == labels, features=best.features)
+        for name, row, is_measured in (("accuracy_one_mask", 1, masks > 1), ("top_5", 2, n_class > 5)):
+            if is_measured:
+                share = share_number(module.right[row][cell], len(labels), features=best.features)
+                result.numbers[f"test/{name}"] = share
         result.add_confusion(count_confusions(labels, predictions, n_class), source.class_names)
     result.files["checkpoints"] = Path("checkpoints")
     result.provenance = {"layers": best.layers, "rate": best.strength, "chosen_on": "val"}
@@ -124,8 +125,9 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
         if settings.concat_layers is not None:
             windows = [window_around(best.layers[0], settings.concat_layers, n_layer)]
             together = grid_search(train, val, C_grid, folds=fold, windows=windows, **how)
-            best = select_best(together, layer=None)
-            result.numbers[f"{judged}/concatenated"] = together.number(best)
+            single, best = best, select_best(together, layer=None)
+            result.numbers |= score_choice(together, best, eval_masks=settings.eval_masks, judged=judged)
+            result.numbers[f"{judged}/best_layer"] = table.number(single)
         result.numbers["probe/C"] = Number(best.strength, "C", 1)
         if "untrained" in settings.baselines:
             fresh = GPT(weights.metadata.network)
@@ -135,12 +137,14 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
             fresh_val = images(fresh, name, "val") if folds is None else fresh_train
             baseline_table = grid_search(fresh_train, fresh_val, C_grid, folds=fold, **how)
             result.curves[f"untrained network, {judged}"] = baseline_table.curve()
-            result.numbers[f"{judged}/untrained"] = baseline_table.number(select_best(baseline_table, layer=None))
+            chosen = select_best(baseline_table, layer=None)
+            untrained = baseline_table.number(chosen, features=f"{chosen.features}, untrained")
+            result.numbers[f"{judged}/untrained"] = untrained
         if "pixels" in settings.baselines:
             raw_train = FeatureSet.from_pixels(source.split("train"))
             raw_val = FeatureSet.from_pixels(source.split("val")) if folds is None else raw_train
             of_pixels = grid_search(raw_train, raw_val, C_grid, folds=fold, **how)
-            share = of_pixels.number(select_best(of_pixels, layer=None))
+            share = of_pixels.number(select_best(of_pixels, layer=None), features="raw pixels")
             result.numbers[f"{judged}/raw_pixels"] = share
             depth = [0.0, float(n_layer)]
             result.curves[f"raw pixels, {judged}"] = Curve(depth, [share.value] * 2, "layer", "accuracy")
@@ -152,13 +156,13 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
             held_out = images(net, weights.sha256, "test")
             predictions, scores = heads.predict(held_out)
             labels = held_out.labels
-            result.numbers["test/accuracy"] = accuracy_number(predictions == labels, seed=seed)
+            correct = {"accuracy": predictions == labels}
             if settings.eval_masks > 1:
-                one = scores.argmax(dim=-1).cpu().numpy()
-                result.numbers["test/accuracy_one_mask"] = accuracy_number(one == labels, seed=seed)
+                correct["accuracy_one_mask"] = scores.argmax(dim=-1).cpu().numpy() == labels
             if n_class > 5:
-                five = is_in_top_k(scores.cpu(), torch.from_numpy(labels), 5).numpy()
-                result.numbers["test/top_5"] = accuracy_number(five, seed=seed)
+                correct["top_5"] = is_in_top_k(scores.cpu(), torch.from_numpy(labels), 5).numpy()
+            for name, of_images in correct.items():
+                result.numbers[f"test/{name}"] = accuracy_number(of_images, features=best.features)
             result.add_confusion(count_confusions(labels, predictions, n_class), source.class_names)
     result.provenance = {
         "layers": best.layers, "C": best.strength, "refitted_on_val": settings.refit,
@@ -171,10 +175,7 @@ def build_result(
     table: GridScores, best: Choice, *, n_layer: int, layer: int | None, eval_masks: int, judged: str
 ) -> Result:
     """Numbers and curve of the search: the best, and the embedding and the last layer as baselines."""
-    result = Result()
-    result.numbers[f"{judged}/accuracy"] = table.number(best)
-    if eval_masks > 1 and judged == "val":
-        result.numbers[f"{judged}/accuracy_one_mask"] = table.number(best, one_mask=True)
+    result = Result(numbers=score_choice(table, best, eval_masks=eval_masks, judged=judged))
     last = len(table.windows) - 1
     result.numbers["probe/layer"] = Number(best.layers[0] if layer is None else layer, f"of 0 … {n_layer}", 1)
     if last:
@@ -182,6 +183,14 @@ def build_result(
         result.numbers[f"{judged}/last_layer"] = table.number(select_best(table, layer=last))
     result.curves[f"probe, {judged}"] = table.curve()
     return result
+
+
+def score_choice(table: GridScores, choice: Choice, *, eval_masks: int, judged: str) -> dict[str, Number]:
+    """The accuracy of a choice on the images it was made on; with several masks also that of the first alone."""
+    numbers = {f"{judged}/accuracy": table.number(choice)}
+    if eval_masks > 1 and judged == "val":
+        numbers[f"{judged}/accuracy_one_mask"] = table.number(choice, one_mask=True)
+    return numbers
 
 
 def save_head(path: Path, weight: Tensor, bias: Tensor, layers: list[int]) -> None:

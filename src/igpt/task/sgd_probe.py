@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from igpt.metric.result import Number
+from igpt.metric.share import share_number
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
 from igpt.probe.scores import vote
@@ -116,9 +116,8 @@ class SGDProbeModule(TrainedModule):
         assert isinstance(together, Tensor)
         self._right, self._predictions = None, []
         self.right, self.predictions = right.cpu().numpy() / self.n_image, together.cpu().numpy()
-        best = float(self.right[0].max())
         name = f"{self.split}/accuracy"
-        self.finish_validation({name: Number(best, "share", self.n_image)}, [name])
+        self.finish_validation({name: share_number(self.right[0].max(), self.n_image)}, [name])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

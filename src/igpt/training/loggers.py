@@ -17,6 +17,7 @@ from igpt.distributed.process_state import restore_environment
 from igpt.metric.result import Result
 from igpt.report.bystanders import Bystander
 from igpt.report.figures import group_by_unit
+from igpt.utils.files import resolve_below
 
 STEPS = "optimiser step"  # x unit of curves that were logged during training
 MOST_CLASSES = 100  # largest confusion matrix shown cell by cell
@@ -126,8 +127,11 @@ def show(result: Result, folder: Path) -> None:
             run.summary[name] = number.value
             if number.stderr is not None:
                 run.summary[f"{name}_stderr"] = number.stderr
-        pictures = {name: folder / path for name, path in result.files.items() if path.suffix == ".png"}
-        shown: dict[str, Any] = {f"pictures/{name}": library.Image(str(path)) for name, path in pictures.items()}
+            for end, bound in zip(("low", "high"), number.confidence_interval or (), strict=False):
+                run.summary[f"{name}_{end}"] = bound
+        paths = {name: resolve_below(folder, path) for name, path in result.files.items() if path.suffix == ".png"}
+        pictures = {name: str(path) for name, path in paths.items() if path is not None and path.is_file()}
+        shown: dict[str, Any] = {f"pictures/{name}": library.Image(path) for name, path in pictures.items()}
         untrained = {name: curve for name, curve in result.curves.items() if curve.x_unit != STEPS}
         for (x_unit, y_unit), lines in group_by_unit(untrained, least=2).items():
             x, y = [curve.x for curve in lines.values()], [curve.y for curve in lines.values()]

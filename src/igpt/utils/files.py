@@ -57,6 +57,18 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
+def resolve_below(folder: Path, recorded: str | Path) -> Path | None:
+    """The path that a record names relative to `folder`; None if it lies elsewhere: absolute, by `..` or by a link.
+
+    Whatever reads a path from a file of a run folder goes through this: such a folder may come from anyone.
+    """
+    try:
+        inside = (folder / recorded).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that no file can have
+        return None
+    return folder / recorded if inside and not Path(recorded).is_absolute() else None
+
+
 def reserve_space(file: IO[bytes], size: int) -> None:
     """Allocates disk space for `size` bytes at the file position, so that a full disk raises OSError now, not later.
 
