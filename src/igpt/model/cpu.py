@@ -3,16 +3,21 @@
 import functools
 import getpass
 import hashlib
+import logging
 import os
 import platform
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from igpt.distributed.process_state import environment, float32_matmul_precision
+from igpt.utils import files
+
+log = logging.getLogger(__name__)
 
 SIDE = 512  # side of the test matrices; kernels for small matrices may round differently
 FPMATH_MODES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")  # the second is oneDNN's older name
@@ -59,9 +64,16 @@ def cpu_fingerprint() -> str:
     return hashlib.sha256(made_of.encode()).hexdigest()[:12]
 
 
+def check_private(path: Path) -> None:
+    """Raises PermissionError if other users can change a file of compiled code, or the content of a folder of it."""
+    status = path.stat()
+    if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{path} may be written by others: remove it, or `chmod go-w` it if you trust them")
+
+
 @contextmanager
 def inductor_cache() -> Iterator[None]:
-    """Context in which `torch.compile` caches its kernels in a folder for this kind of CPU.
+    """Context in which `torch.compile` caches its kernels in a folder for this kind of CPU, of this user alone.
 
     Kernels compiled for another kind of CPU have given NaN losses. TORCHINDUCTOR_CACHE_DIR, if set, is left unchanged.
     """
@@ -73,5 +85,13 @@ def inductor_cache() -> Iterator[None]:
     except (KeyError, OSError):  # the user id has no name, as in some containers
         user = str(os.getuid())
     folder = Path(tempfile.gettempdir()) / f"torchinductor_{user}" / cpu_fingerprint()  # below Inductor's own
-    with environment(**{INDUCTOR_CACHE: str(folder)}):
+    with ExitStack() as stack:
+        try:
+            for each in (folder.parent, folder):
+                each.mkdir(mode=0o700, exist_ok=True)
+                check_private(each)
+        except OSError as error:
+            log.warning("compiled networks are not kept after this process: %s", error)
+            folder = stack.enter_context(files.temporary_folder(folder.parent.parent / "igpt-kernels"))
+        stack.enter_context(environment(**{INDUCTOR_CACHE: str(folder)}))
         yield
