@@ -52,12 +52,13 @@ def hash_cache_key(cache_key: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def file_lock(path: Path, *, why: str = "") -> Iterator[None]:
+def file_lock(path: Path, *, problem: str | None = None) -> Iterator[None]:
     """Holds the lock file `<path>.lock` during the block: one process of this machine at a time.
 
     Raises:
-        ValueError: the folder of `path` is not writable; `why`: a reason to write, placed first.
+        ValueError: the folder of `path` is not writable; with the `problem` of a file that is there.
     """
+    why = f"{problem}; " if problem is not None and path.exists() else ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")
@@ -94,7 +95,7 @@ def read_or_make(path: Path, read: Callable[[], T | None], write: Callable[[IO[b
     value, problem = _read_intact(path, read)
     if value is not None:
         return value
-    with file_lock(path, why=f"{problem}; " if path.exists() else ""):
+    with file_lock(path, problem=problem):
         value, problem = _read_intact(path, read)
         if value is not None:
             return value

@@ -151,8 +151,8 @@ class ParquetTable:
         made_of = {"files": [*shards.files], "image": shards.image, "label": shards.label, "names": shards.names}
         digest = pixel_cache.hash_cache_key({"listing": listing.fingerprint, **made_of})
         copy = cache / "parquet" / f"{digest}.arrow"
-        if files.find_damage(copy) is not None:
-            with pixel_cache.file_lock(copy):
+        if (problem := files.find_damage(copy)) is not None:
+            with pixel_cache.file_lock(copy, problem=problem):
                 if (problem := files.find_damage(copy)) is not None:
                     pixel_cache.warn_of_damage(copy, problem)
                     files.remove_parts(copy.parent)

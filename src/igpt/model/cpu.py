@@ -1,5 +1,6 @@
 """Properties of this CPU, and environment variables, that change the kernels PyTorch uses."""
 
+import fcntl
 import functools
 import getpass
 import hashlib
@@ -90,8 +91,63 @@ def inductor_cache() -> Iterator[None]:
             for each in (folder.parent, folder):
                 each.mkdir(mode=0o700, exist_ok=True)
                 check_private(each)
+            stack.enter_context(_checked_kernels(folder))
         except OSError as error:
             log.warning("compiled networks are not kept after this process: %s", error)
             folder = stack.enter_context(files.temporary_folder(folder.parent.parent / "igpt-kernels"))
         stack.enter_context(environment(**{INDUCTOR_CACHE: str(folder)}))
         yield
+
+
+@contextmanager
+def _checked_kernels(folder: Path) -> Iterator[None]:
+    """Context in which the compiled kernels (`.so`) that a folder holds at its start are complete.
+
+    The last process that uses the folder lists their SHA-256 in it. Damaged ones are removed, and those that a killed
+    process left unlisted.
+    """
+    record = folder / "checksums.json"
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        _remove_damaged(folder, record, is_alone=_is_alone(descriptor))
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            if _is_alone(descriptor):
+                _list_kernels(folder, record)
+    finally:
+        os.close(descriptor)
+
+
+def _is_alone(descriptor: int) -> bool:
+    """Whether no other process has the lock, which this one then has; else it waits until it may share it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return False
+    return True
+
+
+def _remove_damaged(folder: Path, record: Path, *, is_alone: bool) -> None:
+    try:
+        listed = files.read_json(record) if record.is_file() else {}
+    except ValueError as error:
+        log.warning("%s", error)
+        listed = {}
+    for kernel in folder.rglob("*.so"):
+        expected = listed.get(str(kernel.relative_to(folder)))
+        if expected is None and is_alone:
+            kernel.unlink()
+        elif expected is not None and files.sha256(kernel) != expected:
+            log.warning("%s is damaged and is compiled again", kernel)
+            kernel.unlink()
+
+
+def _list_kernels(folder: Path, record: Path) -> None:
+    kernels = sorted(folder.rglob("*.so"))
+    try:
+        files.write_json(record, {str(kernel.relative_to(folder)): files.sha256(kernel) for kernel in kernels})
+    except OSError as error:
+        log.warning("compiled networks are compiled again by the next run: %s cannot be written (%s)", record, error)

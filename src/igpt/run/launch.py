@@ -165,6 +165,7 @@ def launch(
             if rank.is_first:
                 folder.start(run.config, make_paths_absolute(overrides), run.input_hashes, run.subject)
                 files.remove_parts(folder.path)
+                files.remove_parts(components.cache_dir, "*/.*.part")
                 while_it_runs.enter_context(log_file(folder.path / "log.txt"))
             ranks.barrier()  # the other ranks may read the directory from here on
             components.run_dir = folder.path

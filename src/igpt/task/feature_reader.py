@@ -16,7 +16,13 @@ from igpt.data.source import Source
 from igpt.distributed import ranks
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
-from igpt.probe.feature_files import Features, FeatureWriter, features_path, read_features
+from igpt.probe.feature_files import (
+    Features,
+    FeatureWriter,
+    features_path,
+    find_features_damage,
+    read_features,
+)
 from igpt.probe.selection import FeatureSet
 from igpt.run.components import Components
 from igpt.settings.fields import FeatureDtype
@@ -90,7 +96,8 @@ class FeatureReader:
         ]
         known = partial(self._read_all, paths, n_layer=net.n_layer, n_image=len(images))
         if not ranks.broadcast_from_rank0(lambda: known() is not None):  # else no lock: the cache may be read-only
-            with file_lock(paths[0]) if ranks.this_rank().is_first else nullcontext():
+            lock = partial(file_lock, paths[0], problem=find_features_damage(paths[0]))
+            with lock() if ranks.this_rank().is_first else nullcontext():
                 if not ranks.broadcast_from_rank0(lambda: known() is not None):
                     self._write(net, data, paths, split, n_image=len(images))
                 ranks.barrier()
