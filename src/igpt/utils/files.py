@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -38,8 +39,12 @@ def temporary_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Context manager: a folder `.<name>.….part` beside `path`, of this user alone; else as `temporary_path`."""
+    """Context manager: a folder `.<name>.….part` beside `path`, of this user alone; else as `temporary_path`.
+
+    First removes those that killed processes left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_parts(path.parent, f".{glob.escape(path.name)}.*.part")
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -138,11 +143,11 @@ def find_damage(path: Path) -> str | None:
             return None
         if not _checksum_path(path).is_file():
             return "it has no checksum, as those of older releases"
-        if hash_blocks(path) != _checksum_path(path).read_text().strip():
+        if _checksum_path(path).read_bytes() != f"{hash_blocks(path)}\n".encode():
             return f"it is damaged: its SHA-256 is not that in {_checksum_path(path).name}"
     except FileNotFoundError:
         return "it is missing"
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         return f"it cannot be read ({error})"
     _intact.add(identity)
     return None
