@@ -136,12 +136,17 @@ def _remove_damaged(folder: Path, record: Path, *, is_alone: bool) -> None:
     except ValueError as error:
         log.warning("%s", error)
         listed = {}
-    for kernel in folder.rglob("*.so"):
+    unlisted = []
+    for kernel in sorted(folder.rglob("*.so")):
         expected = listed.get(str(kernel.relative_to(folder)))
-        if expected is None and is_alone:
-            kernel.unlink()
-        elif expected is not None and files.sha256(kernel) != expected:
+        if expected is None:
+            unlisted.append(kernel)
+        elif files.sha256(kernel) != expected:
             log.warning("%s is damaged and is compiled again", kernel)
+            kernel.unlink()
+    if unlisted and is_alone:
+        log.info("%s: %d kernels without a checksum are compiled again when they are needed", folder, len(unlisted))
+        for kernel in unlisted:
             kernel.unlink()
 
 
