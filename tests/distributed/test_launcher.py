@@ -172,9 +172,11 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(tmp_path: Path, caplog: 
     assert "this one cannot be done" in caplog.text
     assert "4 jobs: 1 failed, 3 finished" in caplog.text
     (tmp_path / "mended").touch()
+    (left := tmp_path / "sweep" / ".jobs.json.abc.part").write_text("of a sweep that was killed")
     assert run(second := a_sweep(tmp_path, *lines), tmp_path) is None
     assert {job.state for job in second.jobs} == {FINISHED}
     assert [len((tmp_path / f"job{i}" / "begun").read_text().splitlines()) for i in range(4)] == [2, 1, 1, 1]
+    assert not left.exists()
     assert {job["state"] for job in json.loads((tmp_path / "sweep" / "jobs.json").read_text())["jobs"]} == {FINISHED}
 
 

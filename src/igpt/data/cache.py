@@ -115,7 +115,7 @@ def _read_intact(path: Path, read: Callable[[], T | None]) -> tuple[T | None, st
     """(value, ""), or (None, why there is none)."""
     problem = files.find_damage(path)
     value = read() if problem is None else None
-    return value, "" if value is not None else problem or "it holds something else"
+    return value, "" if value is not None else problem or "it holds something else than is wanted"
 
 
 def warn_of_damage(path: Path, problem: str | None) -> None:

@@ -64,6 +64,7 @@ def _lock(descriptor: int, *, wait: bool = True) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # a file system without locks
             raise
+        return wait
     return True
 
 
