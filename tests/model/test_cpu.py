@@ -4,6 +4,8 @@ import os
 import platform
 import signal
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,14 @@ def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@contextmanager
+def environment_without(name: str) -> Iterator[None]:
+    value = os.environ.pop(name, None)
+    yield
+    if value is not None:
+        os.environ[name] = value
+
+
 def list_kernels(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*.so"))
 
@@ -148,20 +158,25 @@ def test_damaged_kernels_are_removed(kernels: Path, caplog: pytest.LogCaptureFix
         assert list_kernels(kernels) == ["b.so"]
         assert "a.so is damaged and is compiled again" in caplog.text
         (kernels / "c.so").write_bytes(b"being written by this run")
-        with cpu.inductor_cache():  # another process at the same time
+        with environment_without(cpu.INDUCTOR_CACHE), cpu.inductor_cache():  # another process at the same time
             assert list_kernels(kernels) == ["b.so", "c.so"]
         (kernels / "checksums.json").write_text("{")  # damaged: nothing is known of any
     with cpu.inductor_cache():
         assert list_kernels(kernels) == ["b.so", "c.so"]  # listed by the first, which ended last
 
     def compile_and_be_killed() -> None:
-        with cpu.inductor_cache():
+        with environment_without(cpu.INDUCTOR_CACHE), cpu.inductor_cache():
             (kernels / "d.so").write_bytes(b"cut sho")
             os.kill(os.getpid(), signal.SIGKILL)
 
+    with cpu.inductor_cache():
+        run_killed(compile_and_be_killed)
+    with cpu.inductor_cache():  # what the other process wrote was not listed
+        assert list_kernels(kernels) == ["b.so", "c.so"]
     run_killed(compile_and_be_killed)
     with cpu.inductor_cache():
         assert list_kernels(kernels) == ["b.so", "c.so"]
+    assert not list(kernels.glob(".*.part"))
 
 
 @needs_compiler

@@ -134,7 +134,7 @@ def find_library(path: Path) -> Path | None:
         except OSError as error:
             problem = str(error)
         log.warning("%s is damaged, attend.c and decode.c are compiled again: %s", kept, problem)
-        kept.unlink()
+        kept.unlink(missing_ok=True)
     return None
 
 

@@ -103,19 +103,23 @@ def inductor_cache() -> Iterator[None]:
 def _checked_kernels(folder: Path) -> Iterator[None]:
     """Context in which the compiled kernels (`.so`) that a folder holds at its start are complete.
 
-    The last process that uses the folder lists their SHA-256 in it. Damaged ones are removed, and those that a killed
-    process left unlisted.
+    The last process that uses the folder lists their SHA-256 in it, unless another one was killed meanwhile, perhaps
+    while it wrote one. Damaged and unlisted ones are removed.
     """
-    record = folder / "checksums.json"
+    record, users = folder / "checksums.json", ".user.*.part"
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        _remove_damaged(folder, record, is_alone=_is_alone(descriptor))
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        try:
-            yield
-        finally:
-            if _is_alone(descriptor):
-                _list_kernels(folder, record)
+        is_alone = _is_alone(descriptor)
+        _remove_damaged(folder, record, is_alone=is_alone)
+        if is_alone:
+            files.remove_parts(folder, users)
+        with files.temporary_path(folder / "user") as mine:  # a killed process leaves it
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            try:
+                yield
+            finally:
+                if _is_alone(descriptor) and list(folder.glob(users)) == [mine]:
+                    _list_kernels(folder, record)
     finally:
         os.close(descriptor)
 
