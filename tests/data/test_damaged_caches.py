@@ -128,12 +128,12 @@ def test_damage_anywhere_is_found(
     """Invariant: whatever happens to a file or to its checksum, what is read and what is stored is the same again."""
     rng = random.Random(make_cached.__name__)
     expected = make_cached(tmp_path)
-    whole = cached_files(tmp_path)
-    assert whole
-    for name, damage in [(name, damage) for name in whole for damage in (flip_bit, clear_page, cut, append)]:
+    complete = cached_files(tmp_path)
+    assert complete
+    for name, damage in [(name, damage) for name in complete for damage in (flip_bit, clear_page, cut, append)]:
         if make_cached is build_colour_table and damage is not flip_bit:
             continue  # 32 MB
-        content = bytearray(whole[name])
+        content = bytearray(complete[name])
         damage(content, rng)
         written = os.stat(name).st_mtime_ns
         Path(name).write_bytes(content)
@@ -141,7 +141,7 @@ def test_damage_anywhere_is_found(
         forget(monkeypatch)
         caplog.clear()
         assert make_cached(tmp_path) == expected, (name, damage)
-        assert cached_files(tmp_path) == whole, (name, damage)
+        assert cached_files(tmp_path) == complete, (name, damage)
         (message,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING][:1]
         assert "is made anew: it is damaged: its SHA-256" in message
         assert caplog.text.count("is made anew") == 1
@@ -153,13 +153,13 @@ def test_a_file_without_a_checksum(
 ) -> None:
     """Invariant: files of older releases, which nothing vouches for, are made anew, said; then they have one."""
     expected = make_cached(tmp_path)
-    whole = cached_files(tmp_path)
-    for name in whole:
+    complete = cached_files(tmp_path)
+    for name in complete:
         if name.endswith(".sha256"):
             Path(name).unlink()
     forget(monkeypatch)
     assert make_cached(tmp_path) == expected
-    assert cached_files(tmp_path) == whole
+    assert cached_files(tmp_path) == complete
     assert "is made anew: it has no checksum, as those of older releases" in caplog.text
 
 

@@ -68,13 +68,13 @@ def test_a_damaged_library_is_compiled_again(
     """Invariant: it is not loaded (a cut one ends the process by SIGBUS), said, and the same again."""
     assert load_again() is not None
     (path,) = kept(tmp_path)
-    whole = path.read_bytes()
+    complete = path.read_bytes()
     path.unlink()
-    path.write_bytes(whole)  # a file of its own: the first is mapped into this process
+    path.write_bytes(complete)  # a file of its own: the first is mapped into this process
     damage(path)
     assert load_again() is not None
     assert f"{path} is damaged, attend.c and decode.c are compiled again: its SHA-256 is not that in" in caplog.text
-    assert [kept.read_bytes() for kept in kept(tmp_path)] == [whole]
+    assert [kept.read_bytes() for kept in kept(tmp_path)] == [complete]
     assert len(compiled) == 2
 
 
