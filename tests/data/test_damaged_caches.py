@@ -14,7 +14,7 @@ import torch
 
 from igpt.data import cache
 from igpt.data.digits import Digits
-from igpt.probe.feature_files import FeatureWriter, labels_path, read_features
+from igpt.probe.feature_files import FeatureWriter, read_features
 from igpt.run.launch import run
 from igpt.tokens import lookup
 from igpt.tokens.kmeans import fit_cached
@@ -261,14 +261,6 @@ def test_training_on_a_damaged_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     left.write_bytes(b"of a run that was killed after it wrote x.npy")
     assert train("b") == fresh
     assert not left.exists()
-
-
-def test_labels_lie_beside_the_features(tmp_path: Path) -> None:
-    """Invariant: features whose labels are gone or damaged are none."""
-    compute_features(tmp_path)
-    path = tmp_path / "cache" / "features" / "f.npy"
-    labels_path(path).unlink()
-    assert read_features(path, n_layer=1, n_image=7) is None
 
 
 def test_a_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

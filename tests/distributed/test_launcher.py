@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -109,7 +110,7 @@ def send_when(place: Path, there: list[str], number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
+def test_nothing_outlives_a_killed_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that started the ranks is killed: they, and what they have started, end."""
     child = (
         "import igpt.distributed.launcher as p, pathlib, subprocess, sys, time; p.die_with_parent()\n"
@@ -120,7 +121,9 @@ def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
         "import sys; from igpt.distributed.launcher import run_ranks\n"
         f"run_ranks([sys.executable, '-c', {RANK + child!r}, sys.argv[1]], 2)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", parent, str(tmp_path)]) as process:
+    (temporary := tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with subprocess.Popen([sys.executable, "-c", parent, str(tmp_path)], env=environment) as process:
         deadline = time.monotonic() + 20
         while len(list(tmp_path.glob("pid_*"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -129,6 +132,10 @@ def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
         time.sleep(0.02)
     assert len(list(tmp_path.glob("pid_*"))) == 3
     assert all_gone(tmp_path)
+    assert len(list(temporary.iterdir())) == 1  # where they met; the next run removes it
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    assert run_ranks([sys.executable, "-c", ""], 1) == 0
+    assert not list(temporary.iterdir())
 
 
 JOB = """
