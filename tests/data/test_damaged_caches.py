@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,42 @@ def test_what_a_killed_process_left(make_cached: Make, tmp_path: Path) -> None:
     with files.temporary_path(folder / "mine.npy") as mine:
         make_cached(tmp_path)
         assert list(folder.glob(".*.part")) == [mine]
+
+
+@pytest.mark.parametrize("make_cached", [load_pixels, compute_features])
+def test_killed_at_each_operation(make_cached: Make, tmp_path: Path) -> None:
+    """Invariant: whichever sync, rename or removal is the last, the next process reads the same and leaves no more."""
+    expected = make_cached(tmp_path)
+    complete = cached_files(tmp_path)
+    for last in range(100):
+        for name in complete:
+            Path(name).unlink()
+
+        def kill_at(function: str, done: list[str], last: int = last) -> None:
+            call = getattr(os, function)
+
+            def called(*arguments: Any, **how: Any) -> Any:
+                done.append(function)
+                if len(done) > last:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*arguments, **how)
+
+            setattr(os, function, called)
+
+        def make_and_be_killed() -> None:
+            done: list[str] = []
+            for function in ("fsync", "replace", "unlink"):
+                kill_at(function, done)
+            make_cached(tmp_path)
+            (tmp_path / "finished").touch()
+
+        run_killed(make_and_be_killed)
+        files.remove_parts(tmp_path / "cache", "*/.*.part")  # as every run does at its start
+        assert make_cached(tmp_path) == expected, last
+        assert cached_files(tmp_path) == complete, last
+        if (tmp_path / "finished").exists():
+            break
+    assert last >= 6
 
 
 def test_training_on_a_damaged_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
