@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -110,7 +111,7 @@ def send_when(place: Path, there: list[str], number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
+def test_nothing_outlives_a_killed_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that started the ranks is killed: they, and what they have started, end."""
     child = (
         "import igpt.distributed.launcher as p, pathlib, subprocess, sys, time; p.die_with_parent()\n"
@@ -121,7 +122,9 @@ def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
         "import sys; from igpt.distributed.launcher import run_ranks\n"
         f"run_ranks([sys.executable, '-c', {RANK + child!r}, sys.argv[1]], 2)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", parent, str(tmp_path)]) as process:
+    (temporary := tmp_path / "tmp").mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with subprocess.Popen([sys.executable, "-c", parent, str(tmp_path)], env=environment) as process:
         deadline = time.monotonic() + 20
         while len(list(tmp_path.glob("pid_*"))) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -130,6 +133,10 @@ def test_nothing_outlives_a_killed_parent(tmp_path: Path) -> None:
         time.sleep(0.02)
     assert len(list(tmp_path.glob("pid_*"))) == 3
     assert all_gone(tmp_path)
+    assert len(list(temporary.iterdir())) == 1  # where they met; the next run removes it
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    assert run_ranks([sys.executable, "-c", ""], 1) == 0
+    assert not list(temporary.iterdir())
 
 
 JOB = """
@@ -173,9 +180,11 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(tmp_path: Path, caplog: 
     assert "this one cannot be done" in caplog.text
     assert "4 jobs: 1 failed, 3 finished" in caplog.text
     (tmp_path / "mended").touch()
+    (left := tmp_path / "sweep" / ".jobs.json.abc.part").write_text("of a sweep that was killed")
     assert run(second := a_sweep(tmp_path, *lines), tmp_path) is None
     assert {job.state for job in second.jobs} == {FINISHED}
     assert [len((tmp_path / f"job{i}" / "begun").read_text().splitlines()) for i in range(4)] == [2, 1, 1, 1]
+    assert not left.exists()
     assert {job["state"] for job in json.loads((tmp_path / "sweep" / "jobs.json").read_text())["jobs"]} == {FINISHED}
 
 

@@ -2,13 +2,17 @@
 
 import os
 import platform
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from igpt.model import cpu, dispatch
-from tests.conftest import needs_compiler
+from tests.conftest import needs_compiler, run_killed
 from tests.task.conftest import machine
 
 CPU = torch.device("cpu")
@@ -104,6 +108,75 @@ def test_kernels_of_each_kind_of_cpu_lie_apart(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(cpu.INDUCTOR_CACHE, "mine")
     with machine(compile=True).kernel_cache():
         assert Path(cache_dir()) == Path("mine").absolute()
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of compiled networks, below `tmp_path`, as a first run leaves it."""
+    monkeypatch.delenv(cpu.INDUCTOR_CACHE, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with cpu.inductor_cache():
+        folder = Path(os.environ[cpu.INDUCTOR_CACHE])
+        for name in ("a", "b"):
+            (folder / name).mkdir()
+            (folder / name / f"{name}.so").write_bytes(name.encode() * 9000)
+    return folder
+
+
+@contextmanager
+def environment_without(name: str) -> Iterator[None]:
+    value = os.environ.pop(name, None)
+    yield
+    if value is not None:
+        os.environ[name] = value
+
+
+def list_kernels(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*.so"))
+
+
+def test_kernels_are_of_this_user_alone(kernels: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Invariant: a folder that others may write is not used, said; the one instead goes with the process."""
+    assert [folder.stat().st_mode & 0o777 for folder in (kernels, kernels.parent)] == [0o700] * 2
+    for folder in (kernels, kernels.parent):
+        folder.chmod(0o770)
+        caplog.clear()
+        with cpu.inductor_cache():
+            instead = Path(os.environ[cpu.INDUCTOR_CACHE])
+            assert instead.stat().st_mode & 0o777 == 0o700
+            assert not instead.is_relative_to(kernels.parent)
+        assert not instead.exists()
+        (message,) = [record.message for record in caplog.records]
+        assert f"{folder} may be written by others" in message
+        folder.chmod(0o700)
+
+
+def test_damaged_kernels_are_removed(kernels: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Invariant: a cut one, which would end the process, is gone, said; so are those that a killed run left."""
+    (kernels / "a" / "a.so").write_bytes(b"a" * 5000)
+    with cpu.inductor_cache():
+        assert list_kernels(kernels) == ["b.so"]
+        assert "a.so is damaged and is compiled again" in caplog.text
+        (kernels / "c.so").write_bytes(b"being written by this run")
+        with environment_without(cpu.INDUCTOR_CACHE), cpu.inductor_cache():  # another process at the same time
+            assert list_kernels(kernels) == ["b.so", "c.so"]
+        (kernels / "checksums.json").write_text("{")  # damaged: nothing is known of any
+    with cpu.inductor_cache():
+        assert list_kernels(kernels) == ["b.so", "c.so"]  # listed by the first, which ended last
+
+    def compile_and_be_killed() -> None:
+        with environment_without(cpu.INDUCTOR_CACHE), cpu.inductor_cache():
+            (kernels / "d.so").write_bytes(b"cut sho")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with cpu.inductor_cache():
+        run_killed(compile_and_be_killed)
+    with cpu.inductor_cache():  # what the other process wrote was not listed
+        assert list_kernels(kernels) == ["b.so", "c.so"]
+    run_killed(compile_and_be_killed)
+    with cpu.inductor_cache():
+        assert list_kernels(kernels) == ["b.so", "c.so"]
+    assert not list(kernels.glob(".*.part"))
 
 
 @needs_compiler

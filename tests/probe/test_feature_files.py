@@ -14,6 +14,7 @@ from torch import Tensor
 from igpt.probe.feature_files import FeatureWriter, features_path, labels_path, read_features
 from igpt.settings.fields import FeatureDtype
 from tests.checkpoint.test_igpt_format import small_disk
+from tests.conftest import run_killed
 
 N_LAYER, N_IMAGE, WIDTH = 2, 11, 5
 CPU = torch.device("cpu")
@@ -38,6 +39,9 @@ def write(path: Path, values: Tensor, batches: list[list[int]], dtype: FeatureDt
     writer.finish()
 
 
+COMPLETE = ["some.labels.npy", "some.labels.npy.sha256", "some.npy", "some.npy.sha256"]
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -53,7 +57,7 @@ def test_round_trip(tmp_path: Path, values: Tensor, batches: list[list[int]]) ->
     assert found.values.dtype == np.float32
     assert found.labels.tolist() == LABELS.tolist()
     assert torch.equal(found.layers([2, 0], dtype=torch.float64, device=CPU), values[[2, 0]].double())
-    assert names(path.parent) == ["some.labels.npy", "some.npy"]
+    assert names(path.parent) == COMPLETE
 
 
 def test_half_precision(tmp_path: Path, values: Tensor) -> None:
@@ -88,12 +92,17 @@ def test_an_image_is_missing_or_twice(tmp_path: Path, values: Tensor, batches: l
 def test_a_pass_that_was_killed(tmp_path: Path, values: Tensor) -> None:
     """Invariant: what it left is no file of features, and is gone after the next pass."""
     path = tmp_path / "some.npy"
-    killed = FeatureWriter(path, n_image=N_IMAGE, dtype="float32")
-    killed.add(values[:, :4] + 1, torch.arange(4), LABELS[:4])
+
+    def begin() -> FeatureWriter:
+        writer = FeatureWriter(path, n_image=N_IMAGE, dtype="float32")
+        writer.add(values[:, :4] + 1, torch.arange(4), LABELS[:4])
+        return writer
+
+    run_killed(begin)
     assert len(names(tmp_path)) == 1
     assert read_features(path, n_layer=N_LAYER, n_image=N_IMAGE) is None
     write(path, values, IN_TURN)
-    assert names(tmp_path) == ["some.labels.npy", "some.npy"]
+    assert names(tmp_path) == COMPLETE
     found = read_features(path, n_layer=N_LAYER, n_image=N_IMAGE)
     assert found is not None
     assert np.array_equal(found.values, values.numpy())
@@ -108,10 +117,10 @@ def test_a_file_cut_short(
     path = tmp_path / "some.npy"
     write(path, values, IN_TURN)
     (tmp_path / which).write_bytes((tmp_path / which).read_bytes()[:kept])
+    assert read_features(path, n_layer=N_LAYER, n_image=N_IMAGE) is None
     with caplog.at_level(logging.WARNING):
-        assert read_features(path, n_layer=N_LAYER, n_image=N_IMAGE) is None
-    assert f"{path} is damaged and is made anew" in caplog.text
-    write(path, values, IN_TURN)
+        write(path, values, IN_TURN)
+    assert f"{path} is made anew: it is damaged" in caplog.text
     assert read_features(path, n_layer=N_LAYER, n_image=N_IMAGE) is not None
 
 

@@ -32,8 +32,9 @@ from igpt.run.targets import task_settings
 from igpt.task.class_score import check_classes
 from igpt.tokens.palette import Palette
 from igpt.training.nan_guard import NonFiniteLossError
-from igpt.utils import keyed
+from igpt.utils import files, keyed
 from tests.checkpoint.test_igpt_format import small_disk
+from tests.data.test_damaged_caches import ReadOnlyLock
 from tests.task.conftest import PROBE, SGD, SIZES, Arrays, Lab, check_bad_settings, drawn, machine
 from tests.task.test_stopping import Send
 
@@ -194,13 +195,25 @@ def save_state(folder: Path, lab: Lab, state: dict[str, torch.Tensor]) -> Weight
     return find_weights(str(folder))
 
 
-def test_a_file_cut_short_is_made_anew(tmp_path: Path, lab: Lab, ar: Weights, caplog: pytest.LogCaptureFixture) -> None:
-    """Invariant: that is said, and the numbers are those of before."""
+def test_damaged_features_are_made_anew(
+    tmp_path: Path, lab: Lab, ar: Weights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Invariant: cut, or with zeros in them, that is said, and the numbers are those of before; also read-only."""
     first = lab.probe(tmp_path, ar)
-    path = tmp_path / "cache" / "features" / kept_features(tmp_path)[1]
-    path.write_bytes(path.read_bytes()[:1000])
+    short, zeroed = (tmp_path / "cache" / "features" / name for name in kept_features(tmp_path)[1:3])
+    short.write_bytes(short.read_bytes()[:1000])
+    content = bytearray(zeroed.read_bytes())
+    content[2048:] = bytes(len(content) - 2048)
+    zeroed.write_bytes(content)
+    monkeypatch.setattr(files, "_intact", set())
     assert lab.probe(tmp_path, ar).numbers == first.numbers
-    assert f"{path} is damaged and is made anew" in caplog.text
+    for path in (short, zeroed):
+        assert caplog.text.count(f"{path} is made anew: it is damaged") == 1
+    monkeypatch.setattr("igpt.data.cache.FileLock", ReadOnlyLock)
+    assert lab.probe(tmp_path, ar).numbers == first.numbers
+    short.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{short} cannot be written \(Read-only file system\): it is damaged"):
+        lab.probe(tmp_path, ar)
 
 
 def changed_labels(few: Arrays, split: str) -> Arrays:

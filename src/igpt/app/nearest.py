@@ -15,7 +15,7 @@ from igpt.data.cache import file_lock
 from igpt.data.source import plain_pixels
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
-from igpt.probe.feature_files import Features, FeatureWriter, read_features
+from igpt.probe.feature_files import Features, FeatureWriter, find_features_damage, read_features
 from igpt.settings.generation import DemoSettings
 from igpt.task.feature_reader import feature_path
 from igpt.tokens.datamodule import TokenDataModule
@@ -98,7 +98,7 @@ class TrainingFeatures:
             path = kept(among=self.settings.among, seed=self.data.seed)
             features = known(path, n_image=len(rows))
         if features is None:
-            with file_lock(path):  # another process may have written them meanwhile
+            with file_lock(path, problem=find_features_damage(path)):  # another process may have written them meanwhile
                 if known(path, n_image=len(rows)) is None:
                     self._write(path, rows)
             features = known(path, n_image=len(rows))

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import pickle
 import re
 from pathlib import Path
@@ -51,13 +50,10 @@ class AtomicCheckpointIO(CheckpointIO):
     def replace(self, unfinished: Path, path: Path) -> None:
         """Renames a completely written folder to `path`, with its checksum; stores a disk error in `write_error`."""
         try:
-            for file in unfinished.iterdir():
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
             with files.atomic_write(checksum_path(path)) as checksum:
                 checksum.write(f"{files.sha256(unfinished)}\n".encode())
             files.remove(path)
-            os.replace(unfinished, path)
+            files.move_into_place(unfinished, path)
         except OSError as error:
             self.write_error = error
 

@@ -52,12 +52,13 @@ def hash_cache_key(cache_key: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def file_lock(path: Path) -> Iterator[None]:
+def file_lock(path: Path, *, problem: str | None = None) -> Iterator[None]:
     """Holds the lock file `<path>.lock` during the block: one process of this machine at a time.
 
     Raises:
-        ValueError: the folder of `path` is not writable.
+        ValueError: the folder of `path` is not writable; with the `problem` of a file that is there.
     """
+    why = f"{problem}; " if problem is not None and path.exists() else ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{path}.lock")
@@ -67,7 +68,7 @@ def file_lock(path: Path) -> Iterator[None]:
             log.info("data: waiting for another process, which makes %s", path)
             lock.acquire()
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise unwritable(path, error, why=why) from error
     try:
         yield
     finally:
@@ -80,6 +81,47 @@ def unwritable(path: Path, error: OSError, what: str = "the cache", *, why: str 
     return ValueError(
         f"{path} cannot be written ({reason}): {why}make room, or keep {what} elsewhere, paths.cache=FOLDER"
     )
+
+
+def read_or_make(path: Path, read: Callable[[], T | None], write: Callable[[IO[bytes]], object]) -> T:
+    """`read()`, if the content of `path` has its checksum; else the same after `write` has written it to a file.
+
+    `read` returns None where the file holds something else than is wanted. A lock keeps other processes from making
+    the same file; a cache that is complete needs none, so it may be read-only. What killed processes left is deleted.
+
+    Raises:
+        ValueError: the disk is full or not writable; no partial file is left.
+    """
+    value, problem = _read_intact(path, read)
+    if value is not None:
+        return value
+    with file_lock(path, problem=problem):
+        value, problem = _read_intact(path, read)
+        if value is not None:
+            return value
+        warn_of_damage(path, problem)
+        files.remove_parts(path.parent)
+        try:
+            with files.checksummed_path(path) as temporary, temporary.open("wb") as file:
+                write(file)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        value, problem = _read_intact(path, read)
+    assert value is not None, problem
+    return value
+
+
+def _read_intact(path: Path, read: Callable[[], T | None]) -> tuple[T | None, str]:
+    """(value, ""), or (None, why there is none)."""
+    problem = files.find_damage(path)
+    value = read() if problem is None else None
+    return value, "" if value is not None else problem or "it holds something else than is wanted"
+
+
+def warn_of_damage(path: Path, problem: str | None) -> None:
+    """Says that a file that is there is made anew, and why."""
+    if problem is not None and path.exists():
+        log.warning("cache: %s is made anew: %s", path, problem)
 
 
 def load_pixels(
@@ -101,52 +143,22 @@ def load_pixels(
 
 
 def map_array(
-    path: Path,
-    shape: tuple[int, ...],
-    dtype: type[np.generic],
-    write: Callable[[IO[bytes]], None],
-    is_valid: Callable[[np.ndarray], bool] = lambda array: True,
+    path: Path, shape: tuple[int, ...], dtype: type[np.generic], write: Callable[[IO[bytes]], None]
 ) -> np.ndarray:
-    """The memory-mapped array in the `.npy` file `path`; `write` writes its values if it is missing or invalid.
-
-    A lock keeps other processes from writing the same file. Partial files of killed processes are deleted.
+    """The memory-mapped array in the `.npy` file `path`; `write` writes its values if there is none of this shape.
 
     Raises:
-        ValueError: the disk is full or not writable; no partial file is left.
+        ValueError: as `read_or_make`.
     """
 
     def read() -> np.ndarray | None:
-        values = _open_mapped(path)
-        fits = values is not None and values.shape == shape and values.dtype == dtype and is_valid(values)
-        return values if fits else None
-
-    if (known := read()) is not None:  # needs no lock, so a read-only cache works
-        return known
-    with file_lock(path):
-        if (known := read()) is not None:
-            return known
-        for part in path.parent.glob(f".{path.name}.*.part"):  # left by a killed process: the lock is ours
-            part.unlink()
-        try:
-            with files.atomic_write(path) as file:
-                header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                files.reserve_space(file, int(np.prod(shape)) * np.dtype(dtype).itemsize)
-                write(file)
-        except OSError as error:
-            raise unwritable(path, error) from error
-        known = read()
-    assert known is not None
-    return known
-
-
-def _open_mapped(path: Path) -> np.ndarray | None:
-    """The memory-mapped file; None if it is missing or damaged."""
-    try:
         mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        return mapped
-    except FileNotFoundError:
-        return None
-    except (ValueError, OSError, EOFError):
-        log.warning("data: %s is damaged and is made anew", path)
-        return None
+        return mapped if mapped.shape == shape and mapped.dtype == dtype else None
+
+    def write_array(file: IO[bytes]) -> None:
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        files.reserve_space(file, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        write(file)
+
+    return read_or_make(path, read, write_array)

@@ -1,12 +1,13 @@
 """Image datasets as a `Source`: local files, remote shards or the Hub; cropped, resized and split as in the paper."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import PIL
@@ -205,11 +206,12 @@ class _PixelCacheDir:
             return rows
         digest = pixel_cache.hash_cache_key({"table": table.fingerprint, "pillow": PIL.__version__})
         path = self.folder / f"{self.name}-{digest}.corrupt.json"
-        with pixel_cache.file_lock(path):
-            if not path.is_file():
-                checked = pixel_cache.map_chunks(partial(_find_corrupt, table), rows, "checking images")
-                files.write_json(path, [corrupt for chunk in checked for corrupt in chunk])
-        corrupt = files.read_json(path)
+
+        def check(file: IO[bytes]) -> None:
+            checked = pixel_cache.map_chunks(partial(_find_corrupt, table), rows, "checking images")
+            file.write(json.dumps([corrupt for chunk in checked for corrupt in chunk], indent=2).encode())
+
+        corrupt = pixel_cache.read_or_make(path, partial(files.read_json, path), check)
         if corrupt:
             log.warning(
                 "data: %d of %d images of %s cannot be read and are left out, as %s (all: %s)",

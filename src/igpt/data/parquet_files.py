@@ -151,11 +151,11 @@ class ParquetTable:
         made_of = {"files": [*shards.files], "image": shards.image, "label": shards.label, "names": shards.names}
         digest = pixel_cache.hash_cache_key({"listing": listing.fingerprint, **made_of})
         copy = cache / "parquet" / f"{digest}.arrow"
-        if not _is_complete(copy):
-            with pixel_cache.file_lock(copy):
-                if not _is_complete(copy):
-                    for part in copy.parent.glob(f".{copy.stem}*.part"):  # left by a killed process: the lock is ours
-                        part.unlink()
+        if (problem := files.find_damage(copy)) is not None:
+            with pixel_cache.file_lock(copy, problem=problem):
+                if (problem := files.find_damage(copy)) is not None:
+                    pixel_cache.warn_of_damage(copy, problem)
+                    files.remove_parts(copy.parent)
                     copy, digest = _copy_rows(shards, copy, digest, skip=skip)
         return ParquetTable(copy, shards.names, shards.where, shards.root, digest)
 
@@ -193,48 +193,43 @@ _MOST_EXPANSION = 100  # images may take this many times the size of the files, 
 _SCHEMA = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
 
 
-def _is_complete(copy: Path) -> bool:
-    """Whether the Arrow copy exists and is readable."""
-    if not copy.is_file():
-        return False
-    try:
-        with pa.memory_map(str(copy)) as mapped:
-            pa.ipc.open_file(mapped)
-    except (OSError, pa.ArrowInvalid):
-        log.warning("data: %s is damaged and is made anew", copy)
-        return False
-    return True
-
-
 def _copy_rows(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> tuple[Path, str]:
     """Writes the Arrow copy. Returns its path and digest, which differ from `to` and `digest` if rows were left out."""
     log.info("data: copying the images of %s to %s", shards.where, to)
-    left = _MOST_EXPANSION * sum(Path(file).stat().st_size for file in shards.files) + (64 << 20)
-    partial, broken = to.with_suffix(".partial.arrow"), []
     try:
-        with files.atomic_write(partial) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
-            for number in range(len(shards)):
-                try:
-                    for rows, n_byte in _read_batches(shards, number):
-                        left -= n_byte
-                        if left < 0:
-                            raise BadShardError(
-                                f"{shards.name(number)} unpacks to more than {_MOST_EXPANSION} times its size, as no "
-                                "images do: remove it"
-                            )
-                        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
-                except BadShardError as error:
-                    if not skip:
-                        raise BadShardError(f"{error}; data.on_corrupt=skip leaves out what cannot be read") from error
-                    log.warning("data: %s; what is left of it is left out", error)
-                    broken.append(str(error))
-        if broken:
-            return partial, pixel_cache.hash_cache_key({"of": digest, "without": broken})
-        partial.replace(to)
+        with files.temporary_path(to) as temporary:
+            with temporary.open("wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+                broken = _write_batches(shards, writer, skip=skip)
+            if broken:
+                to = to.with_suffix(".partial.arrow")
+                digest = pixel_cache.hash_cache_key({"of": digest, "without": broken})
+            files.move_with_checksum(temporary, to)
     except OSError as error:
         why = "the images of parquet files are copied there to be read by row; data.streaming=true keeps no copy; "
         raise pixel_cache.unwritable(to, error, why=why) from error
     return to, digest
+
+
+def _write_batches(shards: ParquetShards, writer: Any, *, skip: bool) -> list[str]:
+    """Writes all rows to an Arrow file. Returns what is wrong with the files whose rows were left out."""
+    left = _MOST_EXPANSION * sum(Path(file).stat().st_size for file in shards.files) + (64 << 20)
+    broken = []
+    for number in range(len(shards)):
+        try:
+            for rows, n_byte in _read_batches(shards, number):
+                left -= n_byte
+                if left < 0:
+                    raise BadShardError(
+                        f"{shards.name(number)} unpacks to more than {_MOST_EXPANSION} times its size, as no images "
+                        "do: remove it"
+                    )
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+        except BadShardError as error:
+            if not skip:
+                raise BadShardError(f"{error}; data.on_corrupt=skip leaves out what cannot be read") from error
+            log.warning("data: %s; what is left of it is left out", error)
+            broken.append(str(error))
+    return broken
 
 
 def _read_batches(shards: ParquetShards, number: int) -> Iterator[tuple[list[dict[str, Any]], int]]:

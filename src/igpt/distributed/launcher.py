@@ -17,6 +17,7 @@ from typing import IO, Any
 from igpt.distributed.cores import count_cores
 from igpt.distributed.process_state import signal_handler
 from igpt.distributed.signals import SIGNALS, STOPPED
+from igpt.utils import files
 
 LIFELINE = "IGPT_LIFELINE"  # a file descriptor that stays open as long as the parent lives
 RUN_DIR_FILE = "IGPT_TELL"  # a file in which a run writes its directory, for the parent
@@ -157,8 +158,8 @@ def run_ranks(command: Sequence[str], n: int) -> int:
     Rank 0 inherits this process's output, the others write to files that are shown after a failure. When a rank fails
     or is killed, the others have `GRACE_SECONDS` to exit, and the reason is written to the run's log.
     """
-    with tempfile.TemporaryDirectory(prefix="igpt-ranks-") as name, Children().supervise() as children:
-        rendezvous = Path(name)
+    meeting_place = Path(tempfile.gettempdir()) / "igpt-ranks"
+    with files.temporary_folder(meeting_place) as rendezvous, Children().supervise() as children:
         tell = Path(os.environ.get(RUN_DIR_FILE, rendezvous / "folder"))
         common = {
             "WORLD_SIZE": str(n),

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from igpt.model import cpu
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +49,8 @@ def load_library() -> ctypes.CDLL | None:
         log.info("no C compiler (cc) is here: attention and samples are up to three times slower on this CPU")
         return None
     try:
-        path = library_path(compiler)
-        if not path.is_file():
-            compile_library(path, compiler)
-        loaded = ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
+        loaded = _load_or_compile(compiler)
+    except (OSError, subprocess.SubprocessError) as error:
         text = getattr(error, "stderr", None) or str(error)
         log.warning("attend.c and decode.c could not be compiled; without them this is slower: %s", text.strip()[:300])
         return None
@@ -81,10 +80,35 @@ def _declare(function: Any, returned: type | None, taken: list[Any]) -> None:
     function.restype, function.argtypes = returned, taken
 
 
+def _load_or_compile(compiler: list[str]) -> ctypes.CDLL:
+    """The library in the user's cache, else a new one, which is kept there if that can be written and trusted.
+
+    Raises:
+        OSError: no folder for temporary files, or one without permission to execute.
+        CalledProcessError: the compiler fails.
+    """
+    reason: Exception | None = None
+    try:
+        path = library_path(compiler)
+        if (kept := find_library(path)) is not None:
+            return ctypes.CDLL(str(kept))
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        reason = error
+    with files.temporary_folder(Path(tempfile.gettempdir()) / "igpt-library") as folder:
+        built = compile_library(folder, compiler)
+        try:
+            if reason is None:
+                return ctypes.CDLL(str(keep_library(built, path)))
+        except OSError as error:
+            reason = error
+        log.warning("attend.c and decode.c were compiled for this process alone, since the cache fails: %s", reason)
+        return ctypes.CDLL(str(built))
+
+
 def library_path(compiler: list[str]) -> Path:
     """Path of the compiled library in the user's cache. File name = hash of (sources, options, compiler, CPU features).
 
-    Machines of different CPUs can therefore share one home directory.
+    Machines of different CPUs can therefore share one home directory. `keep_library` adds the content's SHA-256.
     """
     texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
     options = [*compiler[1:], *target(compiler), *FLAGS]
@@ -94,20 +118,50 @@ def library_path(compiler: list[str]) -> Path:
     return home / "igpt" / f"native-{digest}.so"
 
 
+def find_library(path: Path) -> Path | None:
+    """The library that `keep_library` wrote; None, and removed, if it is damaged or can be changed by others.
+
+    Raises:
+        PermissionError: others may write into its folder.
+    """
+    for kept in sorted(path.parent.glob(f"{path.stem}-*.so")):
+        cpu.check_private(path.parent)
+        try:
+            cpu.check_private(kept)
+            if files.sha256(kept) == kept.stem.rpartition("-")[2]:
+                return kept
+            problem = "its SHA-256 is not that in its name"
+        except OSError as error:
+            problem = str(error)
+        log.warning("%s is damaged, attend.c and decode.c are compiled again: %s", kept, problem)
+        kept.unlink(missing_ok=True)
+    return None
+
+
+def keep_library(built: Path, path: Path) -> Path:
+    """Copies a library beside `path`, its SHA-256 in the name, atomically. Raises OSError if others may write there."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    cpu.check_private(path.parent)
+    files.remove_parts(path.parent)
+    kept = path.with_name(f"{path.stem}-{files.sha256(built)}.so")
+    with files.atomic_path(kept) as temporary:
+        shutil.copyfile(built, temporary)
+    return kept
+
+
 def target(compiler: list[str]) -> list[str]:
     """`-march=native`, unless `CC` already names a CPU (`cc -march=x86-64-v3`)."""
     return [] if any(word.startswith(("-march=", "-mcpu=")) for word in compiler[1:]) else ["-march=native"]
 
 
-def compile_library(path: Path, compiler: list[str]) -> None:
-    """Compiles to a temporary folder, then renames to `path`, so no process loads half a file.
+def compile_library(folder: Path, compiler: list[str]) -> Path:
+    """Compiles to a file in `folder`, which also holds the compiler's temporary files.
 
     Raises:
         CalledProcessError: the compiler fails.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        temporary = Path(folder) / "native.so"
-        command = [*compiler, *target(compiler), *FLAGS, "-x", "c", *map(str, SOURCES), "-o", str(temporary), "-lm"]
-        subprocess.run(command, capture_output=True, text=True, check=True)
-        temporary.replace(path)
+    built = folder / "native.so"
+    command = [*compiler, *target(compiler), *FLAGS, "-x", "c", *map(str, SOURCES), "-o", str(built), "-lm"]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return built

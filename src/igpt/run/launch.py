@@ -176,6 +176,7 @@ def launch(
                     run.config, record_overrides(overrides, cfg), run.input_hashes, run.subject, run.search_path
                 )
                 files.remove_parts(folder.path)
+                files.remove_parts(components.cache_dir, "*/.*.part")
                 while_it_runs.enter_context(log_file(folder.path / "log.txt"))
             ranks.barrier()  # the other ranks may read the directory from here on
             components.run_dir = folder.path

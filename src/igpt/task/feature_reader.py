@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,19 @@ from igpt.data.source import Source
 from igpt.distributed import ranks
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
-from igpt.probe.feature_files import Features, FeatureWriter, features_path, read_features
+from igpt.probe.feature_files import (
+    Features,
+    FeatureWriter,
+    features_path,
+    find_features_damage,
+    read_features,
+)
 from igpt.probe.selection import FeatureSet
 from igpt.run.components import Components
 from igpt.settings.fields import FeatureDtype
 from igpt.settings.probing import FeatureSettings
 from igpt.tokens.batches import Batch
+from igpt.tokens.datamodule import TokenDataModule
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
@@ -86,26 +94,38 @@ class FeatureReader:
         paths = [
             feature_path(components.cache_dir, data.source, split, mask=mask, **inputs) for mask in range(eval_masks)
         ]
-        first = ranks.this_rank().is_first
-        with file_lock(paths[0]) if first else nullcontext():
-            stored = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
-            if not ranks.broadcast_from_rank0(lambda: all(features is not None for features in stored)):
-                writers = [FeatureWriter(path, n_image=len(images), dtype=dtype) for path in paths]
-                log.info("features: %s, %d images, %d layers", split, len(images), net.n_layer + 1)
-                try:
-                    components.runner.predict(ProbeModule(components, net, writers, norm=norm), data)
-                    for writer in writers:
-                        writer.finish()
-                finally:
-                    for writer in writers:
-                        writer.discard()
-            ranks.barrier()
-            stored = [read_features(path, n_layer=net.n_layer, n_image=len(images)) for path in paths]
+        known = partial(self._read_all, paths, n_layer=net.n_layer, n_image=len(images))
+        if not ranks.broadcast_from_rank0(lambda: known() is not None):  # else no lock: the cache may be read-only
+            lock = partial(file_lock, paths[0], problem=find_features_damage(paths[0]))
+            with lock() if ranks.this_rank().is_first else nullcontext():
+                if not ranks.broadcast_from_rank0(lambda: known() is not None):
+                    self._write(net, data, paths, split, n_image=len(images))
+                ranks.barrier()
+        stored = known()
+        if stored is None:
+            raise ValueError(f"{paths[0]} is not the same on every rank: give all machines the same paths.cache")
         for path, features in zip(paths, stored, strict=True):
-            assert features is not None
             if not np.array_equal(features.labels, images.labels):
                 raise ValueError(f"the labels of {split} are not those that {path} was written with: remove that file")
-        return [features for features in stored if features is not None]
+        return stored
+
+    def _read_all(self, paths: list[Path], *, n_layer: int, n_image: int) -> list[Features] | None:
+        """The features in all of these files, or None."""
+        stored = [read_features(path, n_layer=n_layer, n_image=n_image) for path in paths]
+        complete = [features for features in stored if features is not None]
+        return complete if len(complete) == len(paths) else None
+
+    def _write(self, net: GPT, data: TokenDataModule, paths: list[Path], split: str, *, n_image: int) -> None:
+        """Computes the features of a split, one file per mask."""
+        writers = [FeatureWriter(path, n_image=n_image, dtype=self.settings.dtype) for path in paths]
+        log.info("features: %s, %d images, %d layers", split, n_image, net.n_layer + 1)
+        try:
+            self.components.runner.predict(ProbeModule(self.components, net, writers, norm=self.settings.norm), data)
+            for writer in writers:
+                writer.finish()
+        finally:
+            for writer in writers:
+                writer.discard()
 
     def read_masked(self, net: GPT, name: str, split: str, *, eval_masks: int) -> FeatureSet:
         """The features as `FeatureSet`; training images under one mask only."""

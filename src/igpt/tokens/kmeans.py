@@ -5,12 +5,13 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
 
-from igpt.data.cache import map_chunks
+from igpt.data.cache import map_chunks, read_or_make
 from igpt.data.source import Source, Split, plain_pixels
 from igpt.settings.fields import Count, Seed
 from igpt.tokens.palette import Palette, PaletteSize
@@ -80,13 +81,13 @@ def fit_cached(
     how = {"k": k, "iterations": iterations, "restarts": restarts, "seed": seed}
     digest = files.hash_json({**how, "pixels": hashlib.sha256(pixels.tobytes()).hexdigest()}, sort_keys=True)[:12]
     path = cache / "palettes" / f"{source.name}{source.resolution}-k{k}-{digest}.npy"
-    if path.is_file():
-        palette = Palette.load(path)
-        log.info("palette: read %s", path)
-    else:
-        palette = fit_palette(pixels, **how)
-        palette.save(path)
-        log.info("palette: fitted %d colours to %d pixels, saved as %s", palette.k, len(pixels), path)
+
+    def fit(file: IO[bytes]) -> None:
+        np.save(file, fit_palette(pixels, **how).centres, allow_pickle=False)
+        log.info("palette: fitted to %d pixels, saved as %s", len(pixels), path)
+
+    palette = read_or_make(path, partial(Palette.load, path), fit)
+    log.info("palette: %d colours of %s", palette.k, path)
     if (pixels == pixels[0]).all():
         log.warning(
             "palette: all %d training pixels looked at have one colour, %s: the palette has that and %s, since it "

@@ -88,7 +88,7 @@ class LookupEncoder:
         if self.path is None:
             return build_table(self.palette)
         try:
-            map_array(self.path, (256**3,), np.int16, self._write, self._fits)
+            map_array(self.path, (256**3,), np.int16, self._write)
         except (OSError, ValueError) as error:
             log.warning("palette: the table of colours is not kept: %s", error)
             return build_table(self.palette)
@@ -98,6 +98,3 @@ class LookupEncoder:
     def _write(self, file: IO[bytes]) -> None:
         file.write(build_table(self.palette).tobytes())
         log.info("palette: the token of every colour is kept in %s", self.path)
-
-    def _fits(self, table: np.ndarray) -> bool:
-        return bool(table.min() >= 0 and table.max() < self.palette.k)

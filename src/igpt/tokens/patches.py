@@ -8,15 +8,16 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from igpt.data.cache import read_or_make
 from igpt.data.source import Source
 from igpt.settings.data import Resolution
 from igpt.settings.fields import Count, Seed, Settings
@@ -182,11 +183,12 @@ class PatchSettings(Settings):
         made_of = [self.patch, self.k, self.iterations, self.seed, hashlib.sha256(points.tobytes()).hexdigest()]
         name = f"{source.name}{source.resolution}-p{self.patch}-k{self.k}-{files.hash_json(made_of)[:12]}.npy"
         path = cache / "patches" / name
-        if not path.is_file():
-            with files.atomic_write(path) as file:
-                np.save(file, self._fit(points), allow_pickle=False)
+
+        def fit(file: IO[bytes]) -> None:
+            np.save(file, self._fit(points), allow_pickle=False)
             log.info("patches: fitted to %d patches, saved as %s", len(points), path)
-        centres = np.load(path, allow_pickle=False)
+
+        centres = read_or_make(path, partial(np.load, path, allow_pickle=False), fit)
         return PatchTokenizer(centres, self.patch, PixelOrder.from_name(source.resolution // self.patch, self.order))
 
     def _fit(self, points: np.ndarray) -> np.ndarray:

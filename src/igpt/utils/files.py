@@ -1,15 +1,94 @@
-"""Atomic writes (temporary file, then rename), JSON and hashes of files."""
+"""Atomic writes (temporary file, then rename), checksums, JSON and hashes of files."""
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+BLOCK = 1 << 23  # bytes of a block in `hash_blocks`
+
+
+@contextmanager
+def temporary_path(path: Path) -> Iterator[Path]:
+    """Context manager: an empty file `.<name>.….part` beside `path`, removed at the end if it is still there.
+
+    It is locked during the block, so that `remove_parts` of another process leaves it alone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        _lock(descriptor)
+        if os.fstat(descriptor).st_nlink:  # else `remove_parts` was faster than the lock
+            break
+        os.close(descriptor)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Context manager: a folder `.<name>.….part` beside `path`, of this user alone; else as `temporary_path`.
+
+    First removes those that killed processes left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_parts(path.parent, f".{glob.escape(path.name)}.*.part")
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, *, wait: bool = True) -> bool:
+    """Locks an open file until it is closed, here and in forked processes; False if another process has locked it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # a file system without locks
+            raise
+        return wait
+    return True
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Renames a complete file or folder to `path`, after its content is on the disk; then so is the name."""
+    if temporary.is_dir():
+        for inner in sorted(temporary.rglob("*"), reverse=True):
+            sync(inner)
+    sync(temporary)
+    os.chmod(temporary, 0o755 if temporary.is_dir() else 0o644)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # a file system that does not sync folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -18,17 +97,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     A full disk or a kill leaves the old file unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(descriptor)
-    try:
-        yield Path(name)
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with temporary_path(path) as temporary:
+        yield temporary
+        move_into_place(temporary, path)
 
 
 @contextmanager
@@ -40,14 +111,71 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise ValueError(f"{path} is there already: remove it, or choose another")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
-    try:
+    with temporary_folder(path) as temporary:
         yield temporary
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        move_into_place(temporary, path)
+
+
+@contextmanager
+def checksummed_path(path: Path) -> Iterator[Path]:
+    """Context manager: as `atomic_path`, with a checksum beside `path` for `find_damage`."""
+    with temporary_path(path) as temporary:
+        yield temporary
+        move_with_checksum(temporary, path)
+
+
+def move_with_checksum(temporary: Path, path: Path) -> None:
+    """As `move_into_place`, for a file. Its checksum is written before it, so that a complete file has one."""
+    checksum = hash_blocks(temporary)
+    with atomic_write(_checksum_path(path)) as file:
+        file.write(f"{checksum}\n".encode())
+    move_into_place(temporary, path)
+    _intact.add(_identify(path))
+
+
+def find_damage(path: Path) -> str | None:
+    """Why a file of `checksummed_path` may not be used; None if its content has its checksum.
+
+    Each file is read once per process, unless its size or time of modification changes.
+    """
+    try:
+        identity = _identify(path)
+        if identity in _intact:
+            return None
+        if not _checksum_path(path).is_file():
+            return "it has no checksum, as those of older releases"
+        if _checksum_path(path).read_bytes() != f"{hash_blocks(path)}\n".encode():
+            return f"it is damaged: its SHA-256 is not that in {_checksum_path(path).name}"
+    except FileNotFoundError:
+        return "it is missing"
+    except OSError as error:
+        return f"it cannot be read ({error})"
+    _intact.add(identity)
+    return None
+
+
+_intact: set[tuple[str, int, int, int]] = set()  # files that were checked by this process
+
+
+def _identify(path: Path) -> tuple[str, int, int, int]:
+    status = path.stat()
+    return str(path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _checksum_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def hash_blocks(path: Path) -> str:
+    """The SHA-256 of the SHA-256 of each block of a file, in hexadecimal; blocks are hashed in parallel."""
+
+    def hash_block(start: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(BLOCK)).digest()
+
+    with ThreadPoolExecutor() as threads:
+        return hashlib.sha256(b"".join(threads.map(hash_block, range(0, path.stat().st_size, BLOCK)))).hexdigest()
 
 
 @contextmanager
@@ -98,10 +226,20 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Removes the temporary files of killed writes, at any depth."""
-    for part in list(folder.rglob(".*.part")):
-        remove(part)
+def remove_parts(folder: Path, pattern: str = "**/.*.part") -> None:
+    """Removes the temporary files and folders of killed writes; those of live processes are locked and stay."""
+    for part in list(folder.glob(pattern)):
+        try:
+            descriptor = os.open(part, os.O_RDONLY if part.is_dir() else os.O_RDWR)  # NFS locks what may be written
+        except OSError:  # just gone, or another user's
+            continue
+        try:
+            if _lock(descriptor, wait=False):
+                remove(part)
+        except OSError:  # in a folder that is read-only
+            pass
+        finally:
+            os.close(descriptor)
 
 
 def read_json(path: Path) -> Any:
