@@ -1,6 +1,7 @@
 """Which layer and which strength: searches against scikit-learn's, ties, folds, votes."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from sklearn.model_selection import PredefinedSplit, cross_val_predict
 from igpt.data.source import ArraySplit
 from igpt.probe import selection
 from igpt.probe.feature_files import Features
-from igpt.probe.lbfgs import logistic_regression
+from igpt.probe.lbfgs import TOLERANCE, logistic_regression
 from igpt.probe.selection import (
     Choice,
     FeatureSet,
@@ -22,6 +23,7 @@ from igpt.probe.selection import (
     assign_folds,
     fit_head,
     grid_search,
+    report_convergence,
     select_best,
     window_around,
 )
@@ -251,3 +253,32 @@ def test_masks_vote(both: tuple[FeatureSet, FeatureSet]) -> None:
     predictions, scores = best.predict(FeatureSet(seen))
     assert (predictions == seen[0].labels).mean() == pytest.approx(table.accuracy[1, 2], abs=OF_VAL)
     assert (scores.argmax(dim=-1).numpy() == seen[0].labels).mean() == pytest.approx(table.one_mask[1, 2], abs=OF_VAL)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_fits_that_do_not_converge_are_listed(
+    both: tuple[FeatureSet, FeatureSet],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    folded: bool,
+) -> None:
+    """Invariant: the bounds of all folds and of the final head are reported, each with its layers and C."""
+    train, val = both
+    how: dict[str, Any] = {"n_class": N_CLASS, "device": CPU, "seed": 0}
+    folds = assign_folds(train.labels, 3, seed=0) if folded else None
+    table = grid_search(train, val, STRENGTHS, folds=folds, **how)
+    assert table.suboptimality is not None
+    assert ((table.suboptimality > 0) & (table.suboptimality <= TOLERANCE)).all()
+    assert report_convergence({"probe": table}) == {"suboptimality": table.suboptimality.max()}
+    assert not caplog.records
+    monkeypatch.setattr(selection, "logistic_regression", partial(logistic_regression, max_iterations=0))
+    stopped = grid_search(train, val, [1.0, 0.1], folds=folds, windows=[[0, 1], [1, 2]], **how)
+    head = fit_head([train], Choice([1], 0.1), **how)
+    assert stopped.suboptimality is not None
+    gaps = [*stopped.suboptimality.flatten(), float(head.heads.suboptimality)]
+    found = report_convergence({"search": stopped, "final": head})
+    cells = ["search, layer 0+1, C = 1", "search, layer 0+1, C = 0.1", "search, layer 1+2, C = 1",
+             "search, layer 1+2, C = 0.1", "final, layer 1, C = 0.1"]  # fmt: skip
+    expected = [f"{cell}: up to {gap:.1e} nats" for cell, gap in zip(cells, gaps, strict=True)]
+    assert found == {"suboptimality": max(gaps), "not_converged": expected}
+    assert all(line in caplog.text for line in expected)

@@ -119,6 +119,17 @@ def test_every_number_and_every_point_of_a_curve_is_there(quickstart: Path) -> N
         assert record["commit"].removesuffix("-dirty") in page.text
 
 
+def test_fits_that_did_not_converge_are_shown(tmp_path: Path) -> None:
+    """Invariant: a probe's page names them, escaped; a page without any has no such line."""
+    text = "probe, layer 3, C = 100: up to 2.1e-04 nats"
+    results = Result(provenance={"not_converged": [text, "<b>"]}), Result(provenance={"suboptimality": 1e-7})
+    runs = (finished(tmp_path / str(i), result, task="probe") for i, result in enumerate(results))
+    shown, plain = (Page(render_page(run.path)) for run in runs)
+    assert f"Not fitted to their optimum: {text}; <b>." in shown.text
+    assert "b" not in {tag for tag, _ in shown.tags}
+    assert "Not fitted" not in plain.text
+
+
 def test_lines_go_through_their_points() -> None:
     """By hand: the drawing is 1,000 wide and high from the top left, with 2 % and 6 % of room on each side."""
     (plot,) = build_plots(

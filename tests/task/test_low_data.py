@@ -1,5 +1,6 @@
 """Few labels: what is drawn, what is chosen by what, and the mean and spread of the subsets."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from igpt.data.source import ArraySplit
 from igpt.data.split import balanced_subset
 from igpt.metric.result import Result
 from igpt.model.features import layer_features
+from igpt.probe import selection
+from igpt.probe.lbfgs import TOLERANCE, logistic_regression
 from igpt.tokens.palette import Palette
 from tests.task.conftest import Arrays, Lab
 
@@ -56,6 +59,18 @@ def test_mean_and_deviation_are_those_of_scikit_learn_on_the_same_subsets(
         assert number.deviation == pytest.approx(np.std(shares, ddof=1), abs=1e-9)
         assert (number.n, number.features) == (3, "layer 1" if key == "accuracy" else "raw pixels")
     assert result.provenance["layer_chosen_by"] == "given"
+    assert 0 < result.provenance["suboptimality"] <= TOLERANCE
+
+
+def test_fits_that_do_not_converge_are_named(
+    tmp_path: Path, few: Arrays, palette: Palette, pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant: the provenance names each subset's search and final head, and the search of the layer."""
+    monkeypatch.setattr(selection, "logistic_regression", partial(logistic_regression, max_iterations=0))
+    result = few_labels(Lab(few, palette), pretrained, tmp_path, layer=None, subsets=2, baselines=[])
+    names = {line.partition(", layer")[0] for line in result.provenance["not_converged"]}
+    of_subsets = {f"features, 4 labels a class, subset {i}, {fit}" for i in (0, 1) for fit in ("folds", "final")}
+    assert names == {"all labels"} | of_subsets
 
 
 def _tensor(split: ArraySplit) -> Any:

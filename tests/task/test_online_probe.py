@@ -1,5 +1,7 @@
 """Probing while pretraining: the same numbers as a probe of the network at that step, and no change to training."""
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ from sklearn.linear_model import LogisticRegression
 
 from igpt.checkpoint.find import find_weights
 from igpt.model.features import layer_features
+from igpt.probe.lbfgs import logistic_regression
 from igpt.settings.fields import parse_arguments
 from igpt.tokens.palette import Palette
+from igpt.training import online_probe
 from igpt.training.online_probe import OnlineLinearProbe
 from tests.task.conftest import Arrays, Lab
 
@@ -50,6 +54,20 @@ def test_it_notes_what_scikit_learn_finds_at_that_step(
         assert curve.x == [4.0, 8.0]
         head = LogisticRegression(C=0.5, max_iter=5000, tol=1e-8).fit(x["train"][layer], y["train"])
         assert curve.y[0] == pytest.approx(head.score(x["val"][layer], y["val"]), abs=1e-9)
+
+
+def test_a_fit_that_does_not_converge_is_logged(
+    tmp_path: Path,
+    few: Arrays,
+    palette: Palette,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Invariant: each layer whose fit is above the tolerance is named, with C."""
+    monkeypatch.setattr(online_probe, "logistic_regression", partial(logistic_regression, max_iterations=0))
+    Lab(few, palette).pretrain(tmp_path, steps=4, callbacks=(OnlineLinearProbe(**SETTINGS),))
+    for layer in (0, 1, 2):
+        assert re.search(rf"probe of layer {layer}: may be \S+ nats above its minimum, C = 0\.5", caplog.text)
 
 
 def test_it_survives_a_stop(tmp_path: Path, few: Arrays, palette: Palette) -> None:

@@ -3,6 +3,7 @@
 import math
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from igpt.model.features import layer_features
 from igpt.model.gpt import GPT, Block
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
+from igpt.probe import selection
+from igpt.probe.lbfgs import TOLERANCE, logistic_regression
 from igpt.probe.selection import assign_folds
 from igpt.run.targets import task_settings
 from igpt.task.class_score import check_classes
@@ -133,6 +136,21 @@ def test_every_accuracy_is_that_of_scikit_learn(
     assert matrix.sum(axis=1).tolist() == np.bincount(y["test"], minlength=10).tolist()
     assert np.trace(matrix) == round(100 * numbers["test/accuracy"])
     assert result.provenance["refitted_on_val"] is refit
+
+
+def test_fits_that_do_not_converge_are_named(
+    tmp_path: Path, lab: Lab, ar: Weights, probed: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant: the provenance of a result holds the largest bound, and names each fit above the tolerance."""
+    assert 0 < probed[1].provenance["suboptimality"] <= TOLERANCE
+    assert "not_converged" not in probed[1].provenance
+    monkeypatch.setattr(selection, "logistic_regression", partial(logistic_regression, max_iterations=0))
+    cache = probed[0] / "cache"
+    result = lab.probe(tmp_path, ar, cache=cache, concat_layers=3, baselines=["untrained", "pixels"], test=False)
+    names = [line.partition(",")[0] for line in result.provenance["not_converged"]]
+    counts = {"probe": 6, "concatenated": 2, "untrained": 6, "raw pixels": 2, "final": 1}  # layers × strengths
+    assert {name: names.count(name) for name in names} == counts
+    assert result.provenance["suboptimality"] > TOLERANCE
 
 
 @pytest.mark.parametrize("norm", ["ln_1", "raw"])

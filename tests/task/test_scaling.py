@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from igpt.checkpoint.find import find_weights
 from igpt.metric.result import Result
 from igpt.objective.bert import BERT
+from igpt.probe.lbfgs import TOLERANCE
 from igpt.task import scaling
 from igpt.tokens.palette import Palette
 from tests.task.conftest import Arrays, Lab
@@ -51,6 +52,7 @@ def test_every_point_is_what_evaluation_and_probe_say(
     curve = result.curves["tiny"]
     assert curve.x == [result.numbers[f"tiny/{seen}_images/loss_gen"].value for seen in (400, 800)]
     assert result.curves["tiny: loss"].x == [400.0, 800.0]
+    assert 0 < result.provenance["suboptimality"] <= TOLERANCE
 
 
 def test_runs_that_do_not_compare(

@@ -1,7 +1,9 @@
 """Selection of layer and regularisation strength: grid search on validation images or by cross-validation."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +14,11 @@ from igpt.data.source import Split, plain_pixels
 from igpt.metric.result import Curve, Number
 from igpt.metric.share import share_number
 from igpt.probe.feature_files import Features
-from igpt.probe.lbfgs import Heads, logistic_regression
+from igpt.probe.lbfgs import TOLERANCE, Heads, logistic_regression
 from igpt.probe.scores import vote
 from igpt.utils import keyed
+
+log = logging.getLogger(__name__)
 
 CPU_BYTES = 1 << 30  # bytes of features fitted together on a CPU; on a GPU, a sixth of its free memory
 
@@ -78,6 +82,7 @@ class GridScores:
     windows: list[list[int]]
     C_grid: list[float]
     n_image: int
+    suboptimality: np.ndarray | None = None  # (P, S) of `Heads`, the largest over folds; None: not fitted by L-BFGS
 
     def curve(self) -> Curve:
         """The best accuracy of each layer."""
@@ -151,26 +156,28 @@ def grid_search(
     """
     windows = windows or [[layer] for layer in range(train.n_layer)]
     shape = len(windows), len(C_grid)
-    right, right_one = np.zeros(shape), np.zeros(shape)
+    right, right_one, suboptimality = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     labels, val_labels = (torch.from_numpy(images.labels).to(device) for images in (train, val))
     for group in _group_windows(windows, train, device):
         some = [windows[i] for i in group]
         x = torch.cat([train.concat_layers(window, device) for window in some])  # (P, N, D)
-        names = ["+".join(map(str, window)) for window in some]
+        names = [format_window(window) for window in some]
         if folds is None:
             heads = logistic_regression(x, labels, n_class=n_class, C_grid=C_grid, names=names)
             del x
+            suboptimality[group] = heads.suboptimality.cpu().numpy()
             predicted = _predict(heads, val, some, n_class, device, seed)  # 2 × (P, S, N)
             right[group], right_one[group] = ((each == val_labels).sum(dim=-1).cpu().numpy() for each in predicted)
             continue
         for fold in range(int(folds.max()) + 1):
             inside = torch.from_numpy(folds != fold).to(device)
             heads = logistic_regression(x[:, inside], labels[inside], n_class=n_class, C_grid=C_grid, names=names)
+            suboptimality[group] = np.maximum(suboptimality[group], heads.suboptimality.cpu().numpy())
             correct = heads.scores(x[:, ~inside]).argmax(dim=-1) == labels[~inside]
             right[group] += correct.sum(dim=-1).cpu().numpy()
         right_one[group] = right[group]
     n = len(val.labels if folds is None else train.labels)
-    return GridScores(right / n, right_one / n, windows, list(C_grid), n)
+    return GridScores(right / n, right_one / n, windows, list(C_grid), n, suboptimality)
 
 
 @dataclass(frozen=True)
@@ -194,8 +201,39 @@ def fit_head(images: list[FeatureSet], choice: Choice, *, n_class: int, device: 
     """Fits the chosen head on all of `images`, under the first mask."""
     x = torch.cat([some.concat_layers(choice.layers, device) for some in images], dim=1)
     labels = torch.from_numpy(np.concatenate([some.labels for some in images])).to(device)
-    heads = logistic_regression(x, labels, n_class=n_class, C_grid=[choice.strength])
+    heads = logistic_regression(
+        x, labels, n_class=n_class, C_grid=[choice.strength], names=[format_window(choice.layers)]
+    )
     return FittedHead(heads, choice, n_class, device, seed)
+
+
+def report_convergence(fits: dict[str, GridScores | FittedHead]) -> dict[str, Any]:
+    """Entries for a result's provenance: `suboptimality`, the largest of all fits by L-BFGS, in nats per image.
+
+    Fits that may be more than `TOLERANCE` above their minimum are logged, and listed as `not_converged`: the key in
+    `fits`, the layer, C and the bound.
+    """
+    largest, unconverged = 0.0, []
+    for name, fit in fits.items():
+        if isinstance(fit, GridScores):
+            assert fit.suboptimality is not None
+            gaps, windows, C_grid = fit.suboptimality, fit.windows, fit.C_grid
+        else:
+            gaps, windows, C_grid = fit.heads.suboptimality.cpu().numpy(), [fit.choice.layers], [fit.choice.strength]
+        largest = max(largest, float(gaps.max()))
+        unconverged += [
+            f"{name}, layer {format_window(windows[row])}, C = {C_grid[column]:g}: up to {gaps[row, column]:.1e} nats"
+            for row, column in np.argwhere(gaps > TOLERANCE).tolist()
+        ]
+    if not unconverged:
+        return {"suboptimality": largest}
+    log.warning("classifiers that are not within %g nats of their minimum: %s", TOLERANCE, "; ".join(unconverged))
+    return {"suboptimality": largest, "not_converged": unconverged}
+
+
+def format_window(layers: Sequence[int]) -> str:
+    """`3`, or for several layers `2+3+4`."""
+    return "+".join(map(str, layers))
 
 
 def _predict(

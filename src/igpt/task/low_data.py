@@ -8,7 +8,17 @@ import numpy as np
 
 from igpt.data.split import balanced_subset
 from igpt.metric.result import Curve, Number, Result
-from igpt.probe.selection import FeatureSet, assign_folds, choose_n_fold, fit_head, grid_search, select_best
+from igpt.probe.selection import (
+    FeatureSet,
+    FittedHead,
+    GridScores,
+    assign_folds,
+    choose_n_fold,
+    fit_head,
+    grid_search,
+    report_convergence,
+    select_best,
+)
 from igpt.run.components import Components
 from igpt.settings.probing import LowDataSettings
 from igpt.task.class_score import check_classes
@@ -43,13 +53,14 @@ def run(components: Components, settings: LowDataSettings) -> Result:
         raise ValueError(f"task.layer must lie in 0 … {net.n_layer} (0: the embedding), got {layer}")
     how: dict[str, Any] = {"n_class": n_class, "device": hardware.device, "seed": seed}
     result = Result()
+    fits: dict[str, GridScores | FittedHead] = {}
     train = reader.read_masked(net, weights.sha256, "train", eval_masks=masks)
     held_out = reader.read_masked(net, weights.sha256, split, eval_masks=masks)
     with matmul_precision(hardware.matmul_precision, hardware.device):
         chosen_by = "given"
         if layer is None:
             val = reader.read_masked(net, weights.sha256, "val", eval_masks=masks)
-            table = grid_search(train, val, C_grid, **how)
+            table = fits["all labels"] = grid_search(train, val, C_grid, **how)
             layer = select_best(table, layer=None).layers[0]
             chosen_by = f"probe with {len(labels):,} labels, on val"
         sets = {"features": (train.select_layer(layer), held_out.select_layer(layer))}
@@ -59,7 +70,12 @@ def run(components: Components, settings: LowDataSettings) -> Result:
         for name, (few_of, judged) in sets.items():
             means = []
             for n, drawn in rows_of.items():
-                shares = [score_subset(few_of.select_rows(rows), judged, C_grid, n, **how) for rows in drawn]
+                shares = []
+                for i, rows in enumerate(drawn):
+                    share, table, head = score_subset(few_of.select_rows(rows), judged, C_grid, n, **how)
+                    shares.append(share)
+                    subset = f"{name.replace('_', ' ')}, {n} labels a class, subset {i}"
+                    fits |= {f"{subset}, folds": table, f"{subset}, final": head}
                 mean, deviation = float(np.mean(shares)), float(np.std(shares, ddof=1))
                 log.info(
                     "%s, %d labels a class: %.4f ± %.4f (standard deviation of %d subsets)", name.replace("_", " "), n,
@@ -81,15 +97,17 @@ def run(components: Components, settings: LowDataSettings) -> Result:
         "norm": settings.norm, "pooling": "mean over positions", "solver": "lbfgs",
         "C": "cross-validation inside each subset",
         "masks": masks, "seed": seed, "subset_seeds": [settings.subset_seed + i for i in range(settings.subsets)],
+        **report_convergence(fits),
     }  # fmt: skip
     return result
 
 
 def score_subset(
     few: FeatureSet, judged: FeatureSet, C_grid: list[float], per_class: int, *, seed: int, **how: Any
-) -> float:
+) -> tuple[float, GridScores, FittedHead]:
     """Accuracy on `judged` of a head fitted on the `few` images of one layer, C by cross-validation among them."""
     folds = assign_folds(few.labels, choose_n_fold(per_class), seed=seed)
     table = grid_search(few, few, C_grid, folds=folds, seed=seed, **how)
-    predictions, _ = fit_head([few], select_best(table, layer=None), seed=seed, **how).predict(judged)
-    return float((predictions == judged.labels).mean())
+    head = fit_head([few], select_best(table, layer=None), seed=seed, **how)
+    predictions, _ = head.predict(judged)
+    return float((predictions == judged.labels).mean()), table, head

@@ -17,11 +17,13 @@ from igpt.probe.scores import accuracy_number, count_confusions, is_in_top_k
 from igpt.probe.selection import (
     Choice,
     FeatureSet,
+    FittedHead,
     GridScores,
     assign_folds,
     choose_n_fold,
     fit_head,
     grid_search,
+    report_convergence,
     select_best,
     window_around,
 )
@@ -119,12 +121,13 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
     with matmul_precision(hardware.matmul_precision, hardware.device):
         fold = None if folds is None else assign_folds(train.labels, folds, seed=seed)
         table = grid_search(train, val, C_grid, folds=fold, **how)
+        fits: dict[str, GridScores | FittedHead] = {"probe": table}
         best = select_best(table, layer=layer)
         log.info("probe: layer %d of %d is best, C = %g", best.layers[0], n_layer, best.strength)
         result = build_result(table, best, n_layer=n_layer, layer=layer, eval_masks=settings.eval_masks, judged=judged)
         if settings.concat_layers is not None:
             windows = [window_around(best.layers[0], settings.concat_layers, n_layer)]
-            together = grid_search(train, val, C_grid, folds=fold, windows=windows, **how)
+            together = fits["concatenated"] = grid_search(train, val, C_grid, folds=fold, windows=windows, **how)
             single, best = best, select_best(together, layer=None)
             result.numbers |= score_choice(together, best, eval_masks=settings.eval_masks, judged=judged)
             result.numbers[f"{judged}/best_layer"] = table.number(single)
@@ -135,7 +138,7 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
             name = f"untrained, seed {seed}, {sorted(net.config.to_dict().items())}, {components.tokenizer.hash}"
             fresh_train = images(fresh, name, "train")
             fresh_val = images(fresh, name, "val") if folds is None else fresh_train
-            baseline_table = grid_search(fresh_train, fresh_val, C_grid, folds=fold, **how)
+            baseline_table = fits["untrained"] = grid_search(fresh_train, fresh_val, C_grid, folds=fold, **how)
             result.curves[f"untrained network, {judged}"] = baseline_table.curve()
             chosen = select_best(baseline_table, layer=None)
             untrained = baseline_table.number(chosen, features=f"{chosen.features}, untrained")
@@ -143,12 +146,12 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
         if "pixels" in settings.baselines:
             raw_train = FeatureSet.from_pixels(source.split("train"))
             raw_val = FeatureSet.from_pixels(source.split("val")) if folds is None else raw_train
-            of_pixels = grid_search(raw_train, raw_val, C_grid, folds=fold, **how)
+            of_pixels = fits["raw pixels"] = grid_search(raw_train, raw_val, C_grid, folds=fold, **how)
             share = of_pixels.number(select_best(of_pixels, layer=None), features="raw pixels")
             result.numbers[f"{judged}/raw_pixels"] = share
             depth = [0.0, float(n_layer)]
             result.curves[f"raw pixels, {judged}"] = Curve(depth, [share.value] * 2, "layer", "accuracy")
-        heads = fit_head([train, val] if settings.refit else [train], best, **how)
+        heads = fits["final"] = fit_head([train, val] if settings.refit else [train], best, **how)
         if ranks.this_rank().is_first:
             weight, bias = heads.heads.weight[0, 0], heads.heads.bias[0, 0]
             save_head(components.run_dir / "probe.safetensors", weight, bias, best.layers)
@@ -166,7 +169,7 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
             result.add_confusion(count_confusions(labels, predictions, n_class), source.class_names)
     result.provenance = {
         "layers": best.layers, "C": best.strength, "refitted_on_val": settings.refit,
-        "chosen_on": "val" if folds is None else f"{folds} folds of train",
+        "chosen_on": "val" if folds is None else f"{folds} folds of train", **report_convergence(fits),
     }  # fmt: skip
     return result
 

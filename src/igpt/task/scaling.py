@@ -10,7 +10,7 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.data.split import split_differences
 from igpt.metric.result import Curve, Number, Result
-from igpt.probe.selection import grid_search, select_best
+from igpt.probe.selection import FittedHead, GridScores, grid_search, report_convergence, select_best
 from igpt.run.components import Components
 from igpt.settings.older_configs import read_record
 from igpt.settings.probing import ScalingSettings
@@ -54,6 +54,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
     if len(set(names.values())) < len(names):
         names = {path: Path(path).name for path in names}
     result = Result()
+    fits: dict[str, GridScores | FittedHead] = {}
     n_class = check_classes(source, ["val"])
     reader = FeatureReader(components, settings)
     for path, checkpoints in every.items():
@@ -74,6 +75,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
             log.info("%s, %s images: %.4f nats/token, %.4f at layer %d", name, f"{seen:,}", loss.value, share.value,
                      best.layers[0])  # fmt: skip
             checkpoint = f"{name}/{seen}_images"
+            fits[checkpoint] = table
             result.numbers |= {
                 f"{checkpoint}/loss_gen": loss, f"{checkpoint}/accuracy": share,
                 f"{checkpoint}/layer": Number(best.layers[0], f"of 0 … {net.n_layer}", 1),
@@ -94,7 +96,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
         "weights": {names[path]: [weights.sha256 for weights in checkpoints] for path, checkpoints in every.items()},
         "tokenizer": tokenizer, "norm": settings.norm, "pooling": "mean over positions", "solver": "lbfgs",
         "chosen_on": "val",
-        "labels": len(source.split("train")), "seed": seed,
+        "labels": len(source.split("train")), "seed": seed, **report_convergence(fits),
     }  # fmt: skip
     return result
 

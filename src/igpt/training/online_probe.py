@@ -1,5 +1,6 @@
 """Callback: linear probes of a few layers during pretraining."""
 
+import logging
 from typing import Annotated, Any
 
 import lightning as L
@@ -11,11 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
-from igpt.probe.lbfgs import logistic_regression
+from igpt.probe.lbfgs import TOLERANCE, logistic_regression
 from igpt.report.bystanders import Bystander
 from igpt.settings.fields import Count, Norm, Positive, Share
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.utils import keyed
+
+log = logging.getLogger(__name__)
 
 
 class OnlineLinearProbe(L.Callback):
@@ -91,8 +94,12 @@ class OnlineLinearProbe(L.Callback):
             labels[split] = torch.from_numpy(of_split).to(device)
         assert data.source.n_class is not None
         with torch.autocast(device.type, enabled=False):
-            heads = logistic_regression(
-                x["train"], labels["train"], n_class=data.source.n_class, C_grid=[self.strength]
-            )
+            names = [str(layer) for layer in layers]
+            how: Any = {"n_class": data.source.n_class, "C_grid": [self.strength], "names": names}
+            heads = logistic_regression(x["train"], labels["train"], **how)
+            for layer, gap in zip(layers, heads.suboptimality[:, 0].tolist(), strict=True):
+                if gap > TOLERANCE:
+                    log.warning("probe of layer %d: may be %.1e nats above its minimum, C = %g", layer, gap,
+                                self.strength)  # fmt: skip
             right = (heads.scores(x["val"]).argmax(dim=-1)[:, 0] == labels["val"]).double().mean(dim=-1)
         return {f"probe/layer_{layer}/accuracy": share for layer, share in zip(layers, right.tolist(), strict=True)}
