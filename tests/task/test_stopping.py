@@ -17,7 +17,15 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint, parse_step, read_best
+from igpt.checkpoint.resume import (
+    AtomicCheckpointIO,
+    checkpoint_path,
+    find_checkpoints,
+    latest_checkpoint,
+    mark_latest,
+    parse_step,
+    read_best,
+)
 from igpt.distributed.signals import StoppedError, StopRequest, forward_signal
 from igpt.run import launch
 from igpt.task.generative_score import GenerativeScore
@@ -187,3 +195,12 @@ def test_the_best_stays(tmp_path: Path, lab: Lab) -> None:
     assert best["value"] == pytest.approx(min(curve.y), rel=1e-6)
     assert best["step"] == curve.x[curve.y.index(min(curve.y))]
     assert (tmp_path / "checkpoints" / best["checkpoint"]).is_file()
+
+
+def test_checkpoints_are_in_order_of_their_steps(tmp_path: Path) -> None:
+    """Invariant: the newest is that of the highest step, also where its name, as text, is not the last."""
+    for step in (9_999_998, 9_999_999, 10_000_000, 10_000_001):
+        AtomicCheckpointIO().write({"step": step}, path := checkpoint_path(tmp_path, step))
+        mark_latest(path, keep=2)
+        assert latest_checkpoint(tmp_path) == path
+    assert [parse_step(path) for path in find_checkpoints(tmp_path)] == [10_000_000, 10_000_001]

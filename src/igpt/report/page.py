@@ -121,12 +121,16 @@ def _pictures(run: RunRecord) -> list[Picture]:
 
 def _training_samples(folder: Path) -> list[Picture]:
     """Sample grids drawn during training, at most TRAINING_SAMPLES, evenly spaced from first to last."""
-    items = sorted((folder / "samples").glob("step_*.png"))
+    items = sorted((folder / "samples").glob("step_*.png"), key=_parse_step)
     kept = [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), TRAINING_SAMPLES), dtype=int)]
     return [
-        Picture(WHILE, f"step {int(path.stem.removeprefix('step_')):,}", path, str(path.relative_to(folder)))
+        Picture(WHILE, f"step {_parse_step(path):,}", path, str(path.relative_to(folder)))
         for path in kept
     ]  # fmt: skip
+
+
+def _parse_step(picture: Path) -> int:
+    return int(picture.stem.removeprefix("step_"))
 
 
 def _text(file: Path) -> str:
