@@ -9,9 +9,10 @@ REPORT = "report.html"  # in a run directory
 
 
 def closing_table(result: Result, folder: Path, seconds: float, *, published: Sequence[str] = ()) -> str:
-    """The text logged at the end of a run: its .txt files, its numbers, published numbers, and the files to open.
+    """The text logged at the end of a run: its .txt files, numbers, published numbers, and the files to open.
 
-    Each number has its unit, uncertainty and count. `seconds`: duration of the run.
+    A training that ended early is said first. Each number has its unit, uncertainty and count.
+    `seconds`: duration of the run.
     """
     lines = _align([(key, format_number(of), of.unit, f"n = {of.n:,}") for key, of in result.numbers.items()], "<><<")
     rule = "─" * max((len(line) for line in lines), default=20)
@@ -21,7 +22,7 @@ def closing_table(result: Result, folder: Path, seconds: float, *, published: Se
     places = [str(folder / path) for path in to_open]
     texts = [folder / path for path in result.files.values() if path.suffix == ".txt"]
     told = [text.read_text(encoding="utf-8").rstrip() for text in texts]
-    return "\n".join([*told, rule, *lines, rule, *names, *places, f"{folder}  ({seconds:.0f} s)"])
+    return "\n".join([*told, *result.early_stops, rule, *lines, rule, *names, *places, f"{folder}  ({seconds:.0f} s)"])
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> str:

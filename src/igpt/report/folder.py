@@ -22,7 +22,13 @@ from igpt.settings.older_configs import VERSION, read_record
 from igpt.utils import files
 
 # Settings of where and whether to run: not part of a run's identity.
-OUTSIDE_IDENTITY = ("paths", "resume", "rerun", "init", "logger", "callbacks", "published")
+OUTSIDE_IDENTITY = ("paths", "resume", "rerun", "init", "logger", "published")
+# Callbacks that declare that they only watch (`is_observer`): by name, as nothing named in a file is imported.
+OBSERVERS = (
+    "igpt.training.callbacks.ProgressBar",
+    "igpt.training.callbacks.SampleGrid",
+    "igpt.training.online_probe.OnlineLinearProbe",
+)
 OUTSIDE_TASK = ("requires", "run_folder", "paper")  # keys of a task: constants of the task, and a label
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep")
 OF_THE_MACHINE = "precision"  # the only identity setting of the trainer: the others change only rounding
@@ -32,9 +38,24 @@ PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safete
 
 def deciding(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that determines a run's result."""
-    chosen = {key: value for key, value in config.items() if key not in OUTSIDE_IDENTITY}
+    chosen = {key: value for key, value in config.items() if key not in (*OUTSIDE_IDENTITY, "callbacks")}
     trainer = {OF_THE_MACHINE: config["trainer"][OF_THE_MACHINE]}
-    return chosen | {"task": _task_settings(config["task"]), "trainer": trainer}
+    callbacks = deciding_callbacks(config)
+    return (
+        chosen
+        | {"task": _task_settings(config["task"]), "trainer": trainer}
+        | ({"callbacks": callbacks} if callbacks else {})
+    )
+
+
+def deciding_callbacks(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of `callbacks` that may change training: all but null and OBSERVERS."""
+    entries = config.get("callbacks") or {}
+    return {
+        key: entry
+        for key, entry in entries.items()
+        if entry is not None and not (isinstance(entry, dict) and entry.get("_target_") in OBSERVERS)
+    }
 
 
 def _task_settings(task: dict[str, Any]) -> dict[str, Any]:

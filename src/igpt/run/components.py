@@ -62,9 +62,9 @@ class Components:
             _ = self.planned_network
 
     def _partials(self, group: str) -> list[Callable[..., Any]]:
-        """A checked partial of every entry of `callbacks` or `logger`."""
+        """A checked partial of every entry of `callbacks` or `logger` that is not null."""
         entries = self.run.config.get(group) or {}
-        return [checked_partial(spec, f"{group}.{key}") for key, spec in entries.items()]
+        return [checked_partial(spec, f"{group}.{key}") for key, spec in entries.items() if spec is not None]
 
     def _source_partial(self) -> Callable[..., Source]:
         return checked_partial(without(self.run.config["data"], "palette_size"), "data")

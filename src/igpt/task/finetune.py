@@ -113,7 +113,7 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
         runner.folder, settings, trained.guard, keep=settings.checkpoint_keep, val_every=settings.val_every,
         monitor="val/accuracy", highest=True, patience=settings.patience,
     )  # fmt: skip
-    runner.fit(trained, data, settings, saving)
+    progress = runner.fit(trained, data, settings, saving)
     saving.restore_best(trained, trained.history["val/accuracy"][-1][0])
     best = ranks.broadcast_from_rank0(lambda: read_best(runner.folder))
     assert best is not None, "FinetuneSettings has seen to it that a validation is reached"
@@ -154,5 +154,6 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
         "chosen_on": "val",
         "tokenizer": data.tokenizer.hash,
         "from": weights.sha256 if weights else "scratch",
+        **progress.provenance,
     }
     return result

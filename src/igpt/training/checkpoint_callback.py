@@ -18,6 +18,13 @@ from igpt.training.nan_guard import FiniteGuard, NonFiniteLossError
 
 log = logging.getLogger(__name__)
 
+PATIENCE = "task.patience"
+
+
+def is_observer(callback: L.Callback) -> bool:
+    """Whether a callback declares that it changes nothing in training."""
+    return bool(getattr(callback, "is_observer", False))
+
 
 class Checkpoints(L.Callback):
     """Saves every `checkpoint_every` steps, at the best validation and at the end; keeps the best and `keep` newest.
@@ -48,13 +55,22 @@ class Checkpoints(L.Callback):
         self.guard, self.stop = guard, StopRequest()
         self.folder, self.every, self.keep, self.val_every = folder, settings.checkpoint_every, keep, val_every
         self.stopping = ranks.AsyncMax()
-        self._saved = -1
+        self.stopped_by: str | None = None  # who ended the training before its last step; saved in checkpoints
+        self._saved: tuple[int, str | None] = -1, None  # step and `stopped_by` of the last checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.stopped_by is None else {"stopped_by": self.stopped_by}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.stopped_by = str(state_dict["stopped_by"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved = trainer.global_step  # this step is already saved
         self.restore_best(pl_module, trainer.global_step)
         if self._is_out_of_patience(trainer.global_step) and trainer.global_step > 0:
-            trainer.should_stop = True  # early stopping had ended the run before it was resumed
+            self.stopped_by = self.stopped_by or PATIENCE
+        self._saved = trainer.global_step, self.stopped_by  # this step is already saved
+        if self.stopped_by is not None:
+            trainer.should_stop = True  # the training had ended early before it was resumed
 
     def restore_best(self, module: L.LightningModule, step: int) -> None:
         """Restores the best value at `step` from the best marker; marks a checkpoint that a kill left unmarked."""
@@ -75,12 +91,14 @@ class Checkpoints(L.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        self._record_early_stop(trainer)
         if not (self.val_every and trainer.global_step % self.val_every == 0):
             self._finish_step(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit":
             return
+        self._record_early_stop(trainer)
         module: Any = pl_module  # a TrainedModule or similar
         numbers: dict[str, Number] = module.numbers  # of the last validation
         value = numbers[self.monitor].value
@@ -90,13 +108,22 @@ class Checkpoints(L.Callback):
             log.info(
                 "no better %s in %d validations: step %d stays the best", self.monitor, self.patience, self._best_step
             )
+            self.stopped_by = self.stopped_by or PATIENCE
             self._save(trainer, pl_module, needed=True)
             trainer.should_stop = True
         self._finish_step(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stopping.close()
+        self._record_early_stop(trainer)
         self._save(trainer, pl_module, needed=True)
+
+    def _record_early_stop(self, trainer: L.Trainer) -> None:
+        """Sets `stopped_by` where another callback has ended the training before its last step."""
+        if not trainer.should_stop or self.stopped_by is not None or trainer.global_step >= trainer.max_steps:
+            return
+        others = [each for each in trainer.callbacks if each is not self and not is_observer(each)]  # type: ignore[attr-defined]
+        self.stopped_by = " or ".join(type(each).__name__ for each in others) or "the Trainer"
 
     def _is_out_of_patience(self, step: int) -> bool:
         """Whether `patience` validations have passed without an improvement."""
@@ -116,7 +143,7 @@ class Checkpoints(L.Callback):
         """Saves this step unless it is saved. Returns False on a disk error, which is raised only if `needed`."""
         step = trainer.global_step
         path = checkpoint_path(self.folder, step)
-        if step == self._saved:
+        if self._saved == (step, self.stopped_by):
             return True
         self.guard.check()
         parts = [getattr(p, "ds_tensor", p) for p in module.parameters()]  # ZeRO 3: the local shard
@@ -142,5 +169,5 @@ class Checkpoints(L.Callback):
                 raise OSError(refused)
             log.error("step %d is not saved, the run goes on: %s", step, refused)
             return False
-        self._saved = step
+        self._saved = step, self.stopped_by
         return True
