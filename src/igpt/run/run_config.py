@@ -1,5 +1,6 @@
 """A run's config with everything derived from it: requirements, name, initial weights, input hashes."""
 
+from collections.abc import Mapping
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ from igpt.data.listing import list_files
 from igpt.report.folder import identity
 from igpt.report.runs import FoundRuns, find_runs
 from igpt.run import fingerprint
+from igpt.settings.data import name_images
 from igpt.settings.fields import parse_settings
 from igpt.settings.run import RunSettings
 
@@ -78,7 +80,10 @@ class RunConfig:
 
     @property
     def data_name(self) -> str:
-        return f"{self.cfg.data.name}{self.cfg.data.resolution}"
+        """The images of the run; of a task that reads none, those its weights were trained on."""
+        if self.weights is not None and not self.requires & {"tokens", "stages"}:
+            return self.weights.metadata.data
+        return name_images(self.config["data"])
 
     @property
     def objective_settings(self) -> dict[str, Any]:
@@ -91,19 +96,27 @@ class RunConfig:
     @property
     def subject(self) -> dict[str, str]:
         """The names of model, data and objective, and the chosen option of `data`."""
-        data = self.data_name
-        if self.weights is not None and "tokens" not in self.requires:  # a task that reads no images
-            data = self.weights.metadata.data
         objective = self.objective_settings["name"]
-        return {"model": self.model_name, "data": data, "objective": objective, "data_option": self.choices["data"]}
+        names = {"model": self.model_name, "data": self.data_name, "objective": objective}
+        return {**names, "data_option": self.choices["data"]}
 
     @property
     def name(self) -> str:
         """The run directory's name: task, model, data, objective, seed, and 8 hex digits of the config's hash."""
+        return self.format_name(self.subject)
+
+    @property
+    def older_names(self) -> list[str]:
+        """The names of this run in older releases: `cifar108`, `folder8`, a pipeline's by its initial weights' data."""
+        older = [f"{self.cfg.data.name}{self.cfg.data.resolution}"]
+        older += [] if self.weights is None else [self.weights.metadata.data]
+        return [self.format_name({**self.subject, "data": data}) for data in older]
+
+    def format_name(self, subject: Mapping[str, str]) -> str:
+        """The run directory's name with these names of model, data and objective."""
         digest = identity(self.config, self.input_hashes)
         if "finished_runs" in self.requires:
             return f"{self.task}-{digest}"
-        subject = self.subject
         return f"{self.task}-{subject['model']}-{subject['data']}-{subject['objective']}-s{self.seed}-{digest}"
 
     @cached_property
