@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -70,6 +70,13 @@ def identity(config: dict[str, Any], files_sha256: dict[str, str | None]) -> str
     """8 hex digits of the SHA-256 of everything that determines a run's result: config and input files."""
     text = json.dumps([deciding(config), files_sha256], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def format_run_name(task: Mapping[str, Any], names: Mapping[str, str], seed: int, digest: str) -> str:
+    """The name of a run's directory, from the names of model, data and objective; of `task=compare` without them."""
+    if "finished_runs" in task["requires"]:
+        return f"{task['name']}-{digest}"
+    return f"{task['name']}-{names['model']}-{names['data']}-{names['objective']}-s{seed}-{digest}"
 
 
 def changes(saved: dict[str, Any], requested: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ from igpt.report.folder import RunFolder, parse_result
 from igpt.report.page import write_page
 from igpt.report.runs import summarize_metadata
 from igpt.run.components import Components
+from igpt.run.finished import complete_finished
 from igpt.run.pipeline_stages import stage_configs
 from igpt.run.run_config import RunConfig
 from igpt.run.targets import checked_task
@@ -85,6 +86,8 @@ def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
             if stage.stand_in is not None:
                 stage.check_stand_in_files(components.run.input_hashes)
             log.info("%s is finished", stage_dir.path)
+            if components.hardware.rank.is_first:
+                complete_finished(stage_dir.path, components.run.config["logger"])
             return parse_result(stage_dir.read_result()), stage_dir.path
         if components.hardware.rank.is_first:
             stage_dir.start(components.run.config, None, components.run.input_hashes, components.run.subject)

@@ -10,12 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.data.listing import list_files
-from igpt.report.folder import identity
+from igpt.report.folder import format_run_name, identity
 from igpt.report.runs import FoundRuns, find_runs
 from igpt.run import fingerprint
 from igpt.settings.data import name_images
 from igpt.settings.fields import parse_settings
 from igpt.settings.run import RunSettings
+from igpt.training.loggers import trains
 
 CHECKPOINT = "checkpoint"  # option of model, tokens and objective: take it from the weights of init=
 
@@ -70,7 +71,7 @@ class RunConfig:
     @property
     def trains(self) -> bool:
         """Whether the task takes optimiser steps (for callbacks and loggers)."""
-        return "network" in self.requires or self.cfg.task.get("solver") == "sgd"
+        return trains(self.config["task"])
 
     @property
     def model_name(self) -> str:
@@ -114,10 +115,7 @@ class RunConfig:
 
     def format_name(self, subject: Mapping[str, str]) -> str:
         """The run directory's name with these names of model, data and objective."""
-        digest = identity(self.config, self.input_hashes)
-        if "finished_runs" in self.requires:
-            return f"{self.task}-{digest}"
-        return f"{self.task}-{subject['model']}-{subject['data']}-{subject['objective']}-s{self.seed}-{digest}"
+        return format_run_name(self.config["task"], subject, self.seed, identity(self.config, self.input_hashes))
 
     @cached_property
     def input_hashes(self) -> dict[str, str | None]:

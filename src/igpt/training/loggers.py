@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +36,11 @@ class RunInfo:
     first_step: int  # of this process
     trains: bool  # has metrics during the run
     pipeline: str | None  # the pipeline that it is a stage of
+
+
+def trains(task: Mapping[str, Any]) -> bool:
+    """Whether a task of these settings takes optimiser steps."""
+    return "network" in task["requires"] or task.get("solver") == "sgd"
 
 
 def csv(folder: Path, about: RunInfo) -> Logger | None:
@@ -109,6 +114,7 @@ def show(result: Result, folder: Path) -> None:
             if number.stderr is not None:
                 run.summary[f"{name}_stderr"] = number.stderr
         pictures = {name: folder / path for name, path in result.files.items() if path.suffix == ".png"}
+        pictures = {name: path for name, path in pictures.items() if path.resolve().is_relative_to(folder.resolve())}
         shown: dict[str, Any] = {f"pictures/{name}": library.Image(str(path)) for name, path in pictures.items()}
         untrained = {name: curve for name, curve in result.curves.items() if curve.x_unit != STEPS}
         for (x_unit, y_unit), lines in group_by_unit(untrained, least=2).items():
