@@ -32,6 +32,7 @@ OBSERVERS = (
 OUTSIDE_TASK = ("requires", "run_folder", "paper")  # keys of a task: constants of the task, and a label
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep")
 OF_THE_MACHINE = "precision"  # the only identity setting of the trainer: the others change only rounding
+RECORDS = {"run.json", "log.txt", ".lock", "hparams.yaml"}  # of a run that has done nothing yet
 LOCK_SECONDS = 10  # DataLoader workers of a killed run hold its lock for up to five
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safetensors")
 
@@ -138,6 +139,21 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def remove_if_refused(self) -> Iterator[None]:
+        """Removes the directory at a ValueError of the block, if the block made it and only records are in it.
+
+        So a run that is refused before its work starts leaves nothing; one that had been begun is left as it is.
+        """
+        is_new = not self.is_started
+        try:
+            yield
+        except ValueError:
+            written = {path.name for path in self.path.rglob("*") if path.is_file()}
+            if is_new and written <= RECORDS:
+                files.remove(self.path)
+            raise
 
     def start(
         self,

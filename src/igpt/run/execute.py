@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -32,9 +32,10 @@ def run_and_report(components: Components) -> Result:
     start = time.perf_counter()
     with ExitStack() as at_end:
         at_end.push(lambda error_type, *_: loggers.close(error_type not in (None, StoppedError)))
+        task = prepare_task(components)
         if not run.trains:
             components.build_loggers()
-        result = execute_task(components)
+        result = task(components)
         seconds = time.perf_counter() - start
         if run.weights is not None:
             result.provenance["init"] = summarize_metadata(run.weights.metadata.to_dict())
@@ -48,13 +49,13 @@ def run_and_report(components: Components) -> Result:
     return result
 
 
-def execute_task(components: Components) -> Result:
-    """Checks the task's settings and weights, then calls its `run`; returns its result."""
+def prepare_task(components: Components) -> Callable[[Components], Result]:
+    """The task, to be called with the components, after its settings and weights were checked."""
     task = checked_task(components.run.config["task"])
     components.check_weights()
     if "stages" in components.run.requires and not hasattr(components, "run_stage"):  # of a pipeline inside another
         components.run_stage = stage_runner(components)
-    return task(components)
+    return task
 
 
 def check_batch(hardware: HardwareConfig, task: DictConfig) -> None:
@@ -89,9 +90,10 @@ def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
             if components.hardware.rank.is_first:
                 complete_finished(stage_dir.path, components.run.config["logger"])
             return parse_result(stage_dir.read_result()), stage_dir.path
-        if components.hardware.rank.is_first:
-            stage_dir.start(components.run.config, None, components.run.input_hashes, components.run.subject)
-        ranks.barrier()
-        return run_and_report(components), stage_dir.path
+        with stage_dir.remove_if_refused() if components.hardware.rank.is_first else nullcontext():
+            if components.hardware.rank.is_first:
+                stage_dir.start(components.run.config, None, components.run.input_hashes, components.run.subject)
+            ranks.barrier()
+            return run_and_report(components), stage_dir.path
 
     return run_stage

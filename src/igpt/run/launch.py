@@ -25,7 +25,7 @@ from igpt.report.closing_table import align_columns, closing_table
 from igpt.report.folder import RunFolder, environment, parse_result
 from igpt.run.arguments import expand_home_in_config, make_paths_absolute, prepare_arguments
 from igpt.run.components import Components
-from igpt.run.execute import check_batch, execute_task, run_and_report, stage_runner
+from igpt.run.execute import check_batch, prepare_task, run_and_report, stage_runner
 from igpt.run.finished import complete_finished
 from igpt.run.logs import log_file, set_up_logging
 from igpt.run.run_config import RunConfig, to_dict
@@ -160,6 +160,7 @@ def launch(
             if ranks.broadcast_from_rank0(lambda: folder.is_finished):  # finished by the previous holder of the lock
                 return report_finished(run, folder)
             if rank.is_first:
+                while_it_runs.enter_context(folder.remove_if_refused())
                 folder.start(run.config, make_paths_absolute(overrides), run.input_hashes, run.subject)
                 files.remove_parts(folder.path)
                 while_it_runs.enter_context(log_file(folder.path / "log.txt"))
@@ -227,7 +228,7 @@ def run_interactive(components: Components) -> Result:
     hardware.warn_of_rounding()
     with hardware.kernel_cache():
         components.run_dir = Path(run.cfg.paths.runs) / run.name
-        return execute_task(components)
+        return prepare_task(components)(components)
 
 
 def check_ranks(run: RunConfig) -> None:

@@ -98,7 +98,7 @@ class PretrainModule(TrainedModule):
 
 def run(components: Components, settings: PretrainSettings) -> Result:
     """Trains a network; writes `model/` and `checkpoints/` to the run directory."""
-    runner, hardware = components.runner, components.hardware
+    hardware = components.hardware
     if hardware.is_sharded and settings.optimizer == "muon":
         raise ValueError(
             f"task.optimizer=muon works on whole matrices, trainer={hardware.strategy} takes them apart: choose "
@@ -111,6 +111,7 @@ def run(components: Components, settings: PretrainSettings) -> Result:
     images = data.source.training()
     n_train = "a stream" if isinstance(images, Stream) else len(images)
     ranks.check_agree("images", {"train": n_train, "val": n_val, "tokenizer": data.tokenizer.hash})
+    runner = components.runner  # which starts the loggers
     module = PretrainModule(components, settings, n_val=n_val)
     saving = Checkpoints(
         runner.folder, settings, module.guard, keep=settings.checkpoint_keep, val_every=settings.val_every

@@ -141,10 +141,11 @@ def train_heads(
     Raises:
         ValueError: bf16-true, which would round the heads.
     """
-    runner, hardware, sgd = components.runner, components.hardware, settings.sgd
+    hardware, sgd = components.hardware, settings.sgd
     if hardware.precision == "bf16-true":
         raise ValueError("task.solver=sgd keeps its heads in float32: choose trainer.precision=bf16-mixed")
     data = components.build_datamodule(plan=hardware.train_batch_layout(sgd.batch_size))
+    runner = components.runner  # which starts the loggers
     module = SGDProbeModule(components, settings, net=net, windows=windows, n_class=n_class)
     saving = Checkpoints(
         runner.folder, sgd, module.guard, keep=1, val_every=sgd.val_every, monitor="val/accuracy", highest=True,
