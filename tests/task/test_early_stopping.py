@@ -108,7 +108,7 @@ def test_the_same_command_without_the_callback_is_another_run(
     assert other != folder
     assert full.provenance["step"] == 8
     stages = f"+task.stages.pretrain={{{','.join(STEPS).replace('=', ':')}}}"
-    whole, of_all = run("task=pipeline", stages, *SMALL, *IMPATIENT, conf=ROOT / "conf")
+    merged, of_all = run("task=pipeline", stages, *SMALL, *IMPATIENT, conf=ROOT / "conf")
     assert of_all is not None
-    assert whole.early_stops == [f"pretrain: {EARLY}"]
+    assert merged.early_stops == [f"pretrain: {EARLY}"]
     assert f">pretrain: {EARLY}</p>" in (of_all / "report.html").read_text()

@@ -142,16 +142,17 @@ class RunFolder:
 
     @contextmanager
     def remove_if_refused(self) -> Iterator[None]:
-        """Removes the directory at a ValueError of the block, if the block made it and only records are in it.
+        """Removes the directory at a ValueError of the block, if the block made it and left only records in it.
 
-        So a run that is refused before its work starts leaves nothing; one that had been begun is left as it is.
+        So a run that is refused before its work starts leaves nothing; one that had been begun is left as it is. W&B's
+        files count as records.
         """
         is_new = not self.is_started
         try:
             yield
         except ValueError:
-            written = {path.name for path in self.path.rglob("*") if path.is_file()}
-            if is_new and written <= RECORDS:
+            written = [path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file()]
+            if is_new and all(path.name in RECORDS or "wandb" in path.parts for path in written):
                 files.remove(self.path)
             raise
 

@@ -88,7 +88,7 @@ def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
                 stage.check_stand_in_files(components.run.input_hashes)
             log.info("%s is finished", stage_dir.path)
             if components.hardware.rank.is_first:
-                complete_finished(stage_dir.path, components.run.config["logger"])
+                complete_finished(stage_dir.path, components.run.config.get("logger"))
             return parse_result(stage_dir.read_result()), stage_dir.path
         with stage_dir.remove_if_refused() if components.hardware.rank.is_first else nullcontext():
             if components.hardware.rank.is_first:

@@ -180,7 +180,7 @@ def launch(
 def report_finished(run: RunConfig, folder: RunFolder) -> Result:
     """The saved result of a finished run; logs its table, after its page and new loggers were seen to."""
     if ranks.this_rank().is_first:
-        complete_finished(folder.path, run.config["logger"])
+        complete_finished(folder.path, run.config.get("logger"))
     record = folder.read_result()
     result = parse_result(record)
     table = closing_table(result, folder.path, record["seconds"], published=run.config["published"])

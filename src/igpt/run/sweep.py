@@ -286,7 +286,7 @@ def _load_finished(jobs: Sequence[Job], configs: Sequence[DictConfig], metric: s
         if job.folder is not None and job.read_result(metric):
             job.state = FINISHED
             with environment(**{SWEEP: sweep}):
-                complete_finished(Path(job.folder), to_dict(cfg.logger))
+                complete_finished(Path(job.folder), to_dict(cfg.logger) if cfg.get("logger") else None)
 
 
 def _build_job_return(job: Job, cfg: DictConfig) -> JobReturn:
