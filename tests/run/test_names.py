@@ -15,6 +15,7 @@ from igpt.run.launch import describe_run
 from igpt.run.run_config import RunConfig
 from igpt.run.run_dir import find_run_dir
 from igpt.settings.data import name_images
+from igpt.training.loggers import RunInfo
 from igpt.utils import files
 from tests.task.conftest import Lab
 from tests.test_conf import built
@@ -64,9 +65,15 @@ def test_a_task_that_reads_no_images_is_named_by_those_of_its_weights(tmp_path: 
         assert run.name.startswith(f"{task}-tiny-{data}-ar-s0-")
 
 
+def note(folder: Path, about: RunInfo) -> None:
+    """A logger that only notes which run it would be of."""
+    (folder / "id.txt").write_text(about.run_id)
+
+
 def begin(runs: Path, name: str, run: RunConfig) -> Path:
     """What an older release left of a run: its record and a checkpoint."""
-    record = {"version": 2, "overrides": [], "config": run.config, "files_sha256": run.input_hashes}
+    record = {"version": 2, "id": "0123", "overrides": [], "config": run.config, "files_sha256": run.input_hashes}
+    record["of"] = run.subject | {"data": f"{run.cfg.data.name}{run.cfg.data.resolution}"}
     files.write_json(runs / name / "run.json", record)
     (runs / name / "checkpoints").mkdir()
     (runs / name / "checkpoints" / "latest").write_text("step_0000002.ckpt")
@@ -74,7 +81,7 @@ def begin(runs: Path, name: str, run: RunConfig) -> Path:
 
 
 def test_runs_named_by_older_releases_are_found(tmp_path: Path) -> None:
-    """Invariant: finished, such a run is reused; unfinished, it is resumed and not begun anew unasked."""
+    """Invariant: finished, such a run is reused; unfinished, it is resumed, in the same run of its loggers."""
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a.png")
     how = ["data=folder", f"data.path={tmp_path / 'photos'}", "data.resolution=8", f"paths.runs={tmp_path / 'runs'}"]
@@ -84,7 +91,11 @@ def test_runs_named_by_older_releases_are_found(tmp_path: Path) -> None:
     older = begin(tmp_path / "runs", run.name.replace("photos8", "folder8"), run)
     with pytest.raises(ValueError, match=f"{older.name} was begun and is not finished"):
         find_run_dir(run)
-    assert find_run_dir(built(*how, "resume=auto").run).path == older
+    resumed = built(*how, "resume=auto", f"+logger.own._target_={__name__}.note")
+    resumed.run_dir = find_run_dir(resumed.run).path
+    assert resumed.run_dir == older
+    resumed.build_loggers()
+    assert (older / "id.txt").read_text() == f"{older.name}-0123"
     files.write_json(older / "result.json", {})
     assert find_run_dir(run).path == older
     assert find_run_dir(built(*how, "rerun=true").run).path == tmp_path / "runs" / run.name

@@ -32,7 +32,6 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ((*PRETRAIN, *PHOTOS, "data.val_fraction=0"), "nothing to validate on"),
         ((*PRETRAIN, *PHOTOS, "data.path=nowhere/x"), "data.path=nowhere/x"),
         ((*PRETRAIN, *PHOTOS, "callbacks=probe"), "callbacks=probe needs labels"),
-        ((*PRETRAIN, "tokens=openai", "tokens.path=none.npy"), "no palette at none.npy"),
         ((*FINETUNE, *PHOTOS), "has no labels"),
         (("task=pipeline", PIPELINE, *PHOTOS, "data.val_fraction=0"), "nothing to validate on"),
     ],

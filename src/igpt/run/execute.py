@@ -41,8 +41,8 @@ def run_and_report(components: Components) -> Result:
             result.provenance["init"] = summarize_metadata(run.weights.metadata.to_dict())
         if components.hardware.rank.is_first:
             folder.finish(run.task, result, seconds=seconds)
-            write_page(folder.path)
             loggers.show(result, folder.path)
+            write_page(folder.path)  # last: where it is, all is done
     ranks.barrier()  # the next stage of a pipeline reads this one's files
     table = closing_table(result, folder.path, seconds, published=run.config["published"])
     log.info("%s\n%s", run.task, table)

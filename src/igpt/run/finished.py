@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def complete_finished(folder: Path, requested: Mapping[str, Any] | None) -> None:
-    """Writes the page of a finished run that was killed before it had one; sends its result to new loggers.
+    """Sends a finished run's result to new loggers; if a kill left it without a page, to all, and writes the page.
 
     `requested`: the entries of `logger` asked for now. New are those that differ from the run's own. Of a pipeline, its
     stages are completed. What fails is logged in a line: the result is there.
@@ -31,24 +31,26 @@ def complete_finished(folder: Path, requested: Mapping[str, Any] | None) -> None
     for stage in run.stages:
         if stage.run is not None:
             complete_finished(stage.folder, requested)
-    if not (folder / REPORT).is_file():
-        write_page(folder)
+    has_page = (folder / REPORT).is_file()  # the last that a run writes
     own = run.config.get("logger") or {}
-    new = {key: spec for key, spec in (requested or {}).items() if spec is not None and spec != own.get(key)}
-    if run.task != "pipeline":  # its stages log
-        for key, spec in new.items():
-            _send_result(run, key, spec)
+    for key, spec in (requested or {}).items():
+        is_new = spec != own.get(key)
+        if spec is not None and (is_new or not has_page) and run.task != "pipeline":  # whose stages log
+            _send_result(run, key, spec, is_new=is_new)
+    if not has_page:
+        write_page(folder)
 
 
-def _send_result(run: RunRecord, key: str, spec: Mapping[str, Any]) -> None:
-    """Starts a logger for a finished run: config, curves over optimiser steps and, on W&B, numbers and pictures."""
+def _send_result(run: RunRecord, key: str, spec: Mapping[str, Any], *, is_new: bool) -> None:
+    """Sends config, numbers and pictures (W&B's) to a logger; to a new one also the curves over optimiser steps."""
     failed = True
     try:
-        logger = checked_partial(spec, f"logger.{key}")(run.folder, describe_finished(run))
+        about = describe_finished(run, trains=is_new and trains(run.config["task"]))
+        logger = checked_partial(spec, f"logger.{key}")(run.folder, about)
         if logger is None:  # of training only, and nothing was trained
             return
         logger.log_hyperparams(run.config)
-        for step, figures in sorted(list_figures(run).items()):
+        for step, figures in sorted(list_figures(run).items()) if is_new else ():
             logger.log_metrics(figures, step=step)
         logger.finalize("success")
         loggers.show(run.result, run.folder)
@@ -61,7 +63,7 @@ def _send_result(run: RunRecord, key: str, spec: Mapping[str, Any]) -> None:
         loggers.close(failed)
 
 
-def describe_finished(run: RunRecord) -> RunInfo:
+def describe_finished(run: RunRecord, *, trains: bool) -> RunInfo:
     """The description of a finished run for loggers, with the id that it had or would have had there."""
     names, config = read_names(run), run.config
     digest = identity(config, run.begun.get("files_sha256", {}))
@@ -71,7 +73,7 @@ def describe_finished(run: RunRecord) -> RunInfo:
         **names,
         run_id=f"{format_run_name(config['task'], names, config['seed'], digest)}-{run.begun.get('id', digest)}",
         first_step=0,
-        trains=trains(config["task"]),
+        trains=trains,
         pipeline=parent.name if (parent / "run.json").is_file() else None,
     )
 
