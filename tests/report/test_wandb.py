@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import wandb
 import yaml
+from hydra import compose, initialize_config_dir
 
 from igpt.metric.result import Curve, Result
+from igpt.run import launch, sweep
 from igpt.training import loggers
 from igpt.training.loggers import class_axis
 from igpt.training.nan_guard import NonFiniteLossError
@@ -112,6 +114,38 @@ def test_a_run_that_fails_is_closed_as_failed(tmp_path: Path) -> None:
     assert run.exit_code == 1
 
 
+def test_a_sweep_over_finished_runs_shows_one_run_a_job(tmp_path: Path) -> None:
+    """Invariant: runs made without W&B are told to it when they are asked for with it, and not trained again.
+
+    Round trip: ids, numbers, curves and pictures are those of the run folders; nothing in these is changed.
+    """
+    settings = [*PRETRAIN, "callbacks=none", f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"]
+    made = [launch.run(*settings, f"seed={seed}", conf=ROOT / "conf") for seed in (0, 1)]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        jobs = [
+            compose("config", overrides=[*settings, f"seed={seed}", *OFFLINE], return_hydra_config=True)
+            for seed in (0, 1)
+        ]
+    returned = sweep.launch(jobs[0], jobs, first=0, n_jobs=None, metric="val/loss_gen")
+    wandb.teardown()
+    told = offline_runs(tmp_path)
+    assert len(told) == len(returned) == 2
+    assert len({each.group for each in told}) == 1
+    for (result, folder), each, job in zip(made, told, returned, strict=True):
+        assert folder is not None
+        assert job.return_value == result.numbers["val/loss_gen"].value
+        assert each.run_id == f"{folder.name}-{json.loads((folder / 'run.json').read_text())['id']}"
+        assert (each.exit_code, each.config["task"]["steps"]) == (0, 6)
+        assert {name: each.summary[name] for name in result.numbers} == {
+            name: number.value for name, number in result.numbers.items()
+        }
+        losses = [row["train/loss_gen"] for row in each.history if "train/loss_gen" in row]
+        assert losses == pytest.approx(result.curves["train/loss_gen"].y)
+        assert list((each.folder / "files" / "media" / "images" / "pictures").glob("*.png"))
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+
+
 def test_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No network, or no account: one sentence before anything is trained, and what to do."""
     wandb.teardown()  # it reads its environment once a process, and Lightning writes to that
@@ -121,8 +155,7 @@ def test_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     online = ("logger=wandb", "logger.wandb.timeout=2")
     with pytest.raises(ValueError, match=r"logger=wandb: .*logger\.wandb\.offline=true"):
         run_here(tmp_path, *PRETRAIN, *online)
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert not (folder / "checkpoints").exists()
+    assert not list((tmp_path / "runs").iterdir())
     wandb.teardown()
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -155,8 +188,7 @@ def test_an_account_without_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with pytest.raises(ValueError, match=r"logger=wandb: .*(403|[Pp]ermission).*logger\.wandb\.entity"):
         run_here(tmp_path, *PRETRAIN, "logger=wandb", "logger.wandb.timeout=20")
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert not (folder / "checkpoints").exists()
+    assert not list((tmp_path / "runs").iterdir())
     wandb.teardown()
     server.shutdown()
 

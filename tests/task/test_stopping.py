@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -17,10 +18,20 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint, parse_step, read_best
+from igpt.checkpoint.resume import (
+    AtomicCheckpointIO,
+    checkpoint_path,
+    find_checkpoints,
+    latest_checkpoint,
+    mark_latest,
+    parse_step,
+    read_best,
+)
+from igpt.distributed.launcher import Children
 from igpt.distributed.signals import StoppedError, StopRequest, forward_signal
 from igpt.run import launch
 from igpt.task.generative_score import GenerativeScore
+from tests.conftest import ROOT
 from tests.data.conftest import mixture
 from tests.task.conftest import Lab, machine
 
@@ -109,7 +120,7 @@ def test_a_run_may_be_started_in_any_thread() -> None:
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work() -> None:
-        with StopRequest().install_handlers():
+        with StopRequest().install_handlers(), Children().supervise():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)
@@ -118,6 +129,20 @@ def test_a_run_may_be_started_in_any_thread() -> None:
     assert seen == [before]
     with StopRequest().install_handlers():
         assert signal.getsignal(signal.SIGTERM) != before
+
+
+def test_a_pipeline_runs_in_any_thread(tmp_path: Path) -> None:
+    """Invariant: a run that Python starts in another thread (a notebook's, a server's) is trained to its end."""
+    pretrain = "{steps: 2, batch_size: 16, warmup_steps: 1, val_every: 1, log_every: 1, checkpoint_every: 1}"
+    overrides = (
+        "task=pipeline", f"+task.stages={{pretrain: {pretrain}, sample: {{count: 1}}}}", "callbacks=none",
+        "trainer=cpu", "model.n_layer=1", "model.n_embd=16", f"paths.runs={tmp_path}", f"paths.cache={tmp_path}",
+    )  # fmt: skip
+    with ThreadPoolExecutor(1) as pool:
+        result, folder = pool.submit(launch.run, *overrides, conf=ROOT / "conf").result()
+    assert folder is not None
+    assert result.provenance["pretrain"]["step"] == 2
+    assert (folder / "2_sample" / "samples.png").is_file()
 
 
 def test_who_listened_before_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,3 +212,12 @@ def test_the_best_stays(tmp_path: Path, lab: Lab) -> None:
     assert best["value"] == pytest.approx(min(curve.y), rel=1e-6)
     assert best["step"] == curve.x[curve.y.index(min(curve.y))]
     assert (tmp_path / "checkpoints" / best["checkpoint"]).is_file()
+
+
+def test_checkpoints_are_in_order_of_their_steps(tmp_path: Path) -> None:
+    """Invariant: the newest is that of the highest step, also where its name, as text, is not the last."""
+    for step in (9_999_998, 9_999_999, 10_000_000, 10_000_001):
+        AtomicCheckpointIO().write({"step": step}, path := checkpoint_path(tmp_path, step))
+        mark_latest(path, keep=2)
+        assert latest_checkpoint(tmp_path) == path
+    assert [parse_step(path) for path in find_checkpoints(tmp_path)] == [10_000_000, 10_000_001]

@@ -174,7 +174,7 @@ def count_images_seen(run: RunRecord, first: RunRecord) -> int | str:
     """Number of images seen in pretraining, up to the checkpoint in use."""
     before = run.init_history.runs
     sources = [run] if run is first else [each for each in before if each.task == "pretrain"]  # the last one first
-    steps: list[Any] = [each.settings.get("task.steps") for each in sources]
+    steps: list[Any] = [each.result.provenance.get("step", each.settings.get("task.steps")) for each in sources]
     if run is not first and before[0] is sources[0]:
         steps[0] = run.init_history.metadata.get("step", steps[0])
     try:

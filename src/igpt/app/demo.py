@@ -29,11 +29,12 @@ def describe_weights(weights: Weights) -> dict[str, str]:
     """The description of the weights on the page."""
     metadata, loss = weights.metadata, read_validation_loss(weights)
     side = metadata.tokenizer.side
+    data = metadata.data.removesuffix(str(side)).removesuffix("-")
     sizes = f"{metadata.network.n_layer} blocks of {metadata.network.n_embd}, {weights.n_parameter:,} weights"
     return {
         "weights": str(weights.path),
         "model": f"{metadata.model}: {sizes}, {metadata.tokenizer.describe()}",
-        "trained on": f"{metadata.data.removesuffix(str(side))} at {side}×{side}, {metadata.step:,} steps",
+        "trained on": f"{data} at {side}×{side}, {metadata.step:,} steps",
         "validation loss": "not known" if loss is None else f"{loss:.4f} nats per token",
     }
 

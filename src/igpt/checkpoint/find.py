@@ -92,7 +92,7 @@ def _explain_missing(local: Path) -> str:
             if (folder.parent / "model" / CONFIG).is_file():
                 return f"these are checkpoints of a finished run: init={folder.parent}, or one of them, init={newest}"
             return f"this run is not finished: resume={newest.parent.parent}, or take what it has so far, init={newest}"
-    if steps := sorted({path.parent.name for path in local.glob("*/*.index")}):
+    if steps := sorted({path.parent.name for path in local.glob("*/*.index")}, key=lambda s: (len(s), s)):
         return (
             f"it holds {len(steps)} checkpoint(s) of OpenAI's, choose one: {', '.join(str(local / s) for s in steps)}"
         )

@@ -96,12 +96,18 @@ def parse_step(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run directory, by step: names as text are not in order from step 10,000,000 on."""
+    named = [path for path in (folder / "checkpoints").glob("step_*.ckpt") if re.fullmatch(r"step_\d+", path.stem)]
+    return sorted(named, key=parse_step)
+
+
 def mark_latest(path: Path, *, keep: int) -> None:
     """Makes `path` the checkpoint to resume from; deletes all in its folder but the newest `keep` and the best."""
     with files.atomic_write(path.parent / LATEST) as file:
         file.write(f"{path.name}\n".encode())
     best = read_best(path.parent.parent)
-    for old in sorted(path.parent.glob("step_*.ckpt"))[:-keep]:
+    for old in find_checkpoints(path.parent.parent)[:-keep]:
         if old != path and (best is None or old.name != best["checkpoint"]):
             AtomicCheckpointIO().remove_checkpoint(old)
 
@@ -155,7 +161,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
         return None
     if (named := read_latest(pointer.parent)) is None or not named.exists():
         log.warning("%s is gone: an older one is looked for", named or f"the checkpoint that {pointer} names")
-    newest_first = sorted((folder / "checkpoints").glob("step_*.ckpt"), reverse=True)
+    newest_first = find_checkpoints(folder)[::-1]
     for path in newest_first:
         if is_intact(path):
             return path

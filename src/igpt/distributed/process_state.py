@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
@@ -58,7 +59,13 @@ def restore_environment(*names: str) -> Iterator[None]:
 def signal_handler(
     numbers: Iterable[signal.Signals], handler: Callable[[int, FrameType | None], None]
 ) -> Iterator[None]:
-    """Installs one handler for several signals in the block."""
+    """Installs one handler for several signals in the block.
+
+    No effect outside the main thread, which alone can install handlers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         for number in before:

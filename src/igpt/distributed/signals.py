@@ -3,10 +3,8 @@
 import logging
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
 
 from igpt.distributed.process_state import signal_handler
@@ -43,17 +41,9 @@ class StopRequest:
         self.number = 0  # of the first signal; 0: none
         self._since = 0.0
 
-    @contextmanager
-    def install_handlers(self) -> Iterator[None]:
-        """Context manager: records stop signals, then restores the previous handlers.
-
-        No effect outside the main thread, which alone can install handlers.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        with signal_handler(SIGNALS, self._handle_signal):
-            yield
+    def install_handlers(self) -> AbstractContextManager[None]:
+        """Context manager: records stop signals, then restores the previous handlers; no effect in other threads."""
+        return signal_handler(SIGNALS, self._handle_signal)
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.number:

@@ -86,6 +86,13 @@ class Result:
     files: dict[str, Path] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def early_stops(self) -> list[str]:
+        """What the provenance says of trainings that ended before their last step; of a pipeline, with the stage."""
+        nested = {f"{stage}: ": of for stage, of in self.provenance.items() if isinstance(of, dict)}
+        stops = {who: of.get("stopped_early") for who, of in {"": self.provenance, **nested}.items()}
+        return [f"{who}{stop}" for who, stop in stops.items() if isinstance(stop, str)]
+
     def add_confusion(self, counts: np.ndarray, class_names: tuple[str, ...] | None) -> None:
         """Adds the confusion matrix (K, K) and, if known, its class names."""
         self.matrices["confusion"] = counts

@@ -8,6 +8,7 @@ from typing import Any
 
 from igpt.metric.result import Number, find_key
 from igpt.report.runs import RunRecord
+from igpt.settings.data import name_dataset, name_images
 from igpt.utils.overrides import format_text, train_command
 
 MAIN = ("test/accuracy", "val/loss_gen", "val/accuracy", "loss_gen", "pixels_as_original", "psnr", "mse", "parameters")
@@ -21,7 +22,7 @@ KINDS = {  # suffix of a picture's name → (heading, caption)
     "": ("Pictures", ""),
 }
 GROUPS = ("model", "data", "objective")
-NAME = re.compile(r"\w+?-(?P<model>.+)-(?P<data>[^-]+)-(?P<objective>[a-z]+)-s\d+-[0-9a-f]{8}(-\d+)?")
+NAME = re.compile(r"\w+?-(?P<model>.+)-(?P<data>[^-]*[^-\d][^-]*(-\d+)?)-(?P<objective>[a-z]+)-s\d+-[0-9a-f]{8}(-\d+)?")
 
 
 def read_names(run: RunRecord) -> dict[str, str]:
@@ -43,7 +44,8 @@ def describe_images(run: RunRecord) -> str:
     """The dataset and its resolution, or the name of the option of `data`."""
     data, option = run.config.get("data", {}), read_names(run)["data"]
     name, side = data.get("name"), data.get("resolution")
-    return f"{name} at {side}×{side}" if option in (f"{name}{side}", name) else option
+    known = (name_images(data), f"{name}{side}", name)  # of this release, of older ones, without names
+    return f"{name_dataset(data)} at {side}×{side}" if option in known else option
 
 
 def main_numbers(run: RunRecord) -> list[tuple[str, Number]]:

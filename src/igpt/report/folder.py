@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -25,19 +25,41 @@ from igpt.settings.paths import is_same_place
 from igpt.utils import files
 
 # Settings of where and whether to run: not part of a run's identity.
-OUTSIDE_IDENTITY = ("paths", "resume", "rerun", "init", "logger", "callbacks", "published")
+OUTSIDE_IDENTITY = ("paths", "resume", "rerun", "init", "logger", "published")
+# Callbacks that declare that they only watch (`is_observer`): by name, as nothing named in a file is imported.
+OBSERVERS = (
+    "igpt.training.callbacks.ProgressBar",
+    "igpt.training.callbacks.SampleGrid",
+    "igpt.training.online_probe.OnlineLinearProbe",
+)
 OUTSIDE_TASK = ("requires", "run_folder", "paper")  # keys of a task: constants of the task, and a label
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep")
 OF_THE_MACHINE = "precision"  # the only identity setting of the trainer: the others change only rounding
+RECORDS = {"run.json", "log.txt", ".lock", "hparams.yaml"}  # of a run that has done nothing yet
 LOCK_SECONDS = 10  # DataLoader workers of a killed run hold its lock for up to five
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safetensors")
 
 
 def deciding(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that determines a run's result."""
-    chosen = {key: value for key, value in config.items() if key not in OUTSIDE_IDENTITY}
+    chosen = {key: value for key, value in config.items() if key not in (*OUTSIDE_IDENTITY, "callbacks")}
     trainer = {OF_THE_MACHINE: config["trainer"][OF_THE_MACHINE]}
-    return chosen | {"task": _task_settings(config["task"]), "trainer": trainer}
+    callbacks = deciding_callbacks(config)
+    return (
+        chosen
+        | {"task": _task_settings(config["task"]), "trainer": trainer}
+        | ({"callbacks": callbacks} if callbacks else {})
+    )
+
+
+def deciding_callbacks(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of `callbacks` that may change training: all but null and OBSERVERS."""
+    entries = config.get("callbacks") or {}
+    return {
+        key: entry
+        for key, entry in entries.items()
+        if entry is not None and not (isinstance(entry, dict) and entry.get("_target_") in OBSERVERS)
+    }
 
 
 def _task_settings(task: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +74,13 @@ def identity(config: dict[str, Any], files_sha256: dict[str, str | None]) -> str
     """8 hex digits of the SHA-256 of everything that determines a run's result: config and input files."""
     text = json.dumps([deciding(config), files_sha256], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def format_run_name(task: Mapping[str, Any], names: Mapping[str, str], seed: int, digest: str) -> str:
+    """The name of a run's directory, from the names of model, data and objective; of `task=compare` without them."""
+    if "finished_runs" in task["requires"]:
+        return f"{task['name']}-{digest}"
+    return f"{task['name']}-{names['model']}-{names['data']}-{names['objective']}-s{seed}-{digest}"
 
 
 def changes(saved: dict[str, Any], requested: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -115,6 +144,22 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def remove_if_refused(self) -> Iterator[None]:
+        """Removes the directory at a ValueError of the block, if the block made it and left only records in it.
+
+        So a run that is refused before its work starts leaves nothing; one that had been begun is left as it is. W&B's
+        files count as records.
+        """
+        is_new = not self.is_started
+        try:
+            yield
+        except ValueError:
+            written = [path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file()]
+            if is_new and all(path.name in RECORDS or "wandb" in path.parts for path in written):
+                files.remove(self.path)
+            raise
 
     def start(
         self,

@@ -18,7 +18,9 @@ def list_settings(run: RunRecord, *, deep: int = 3) -> dict[str, Any]:
     """The flat settings that determine a run, without seeds; under `init.` those of the runs that made its weights."""
     flat = flatten(deciding({"task": {}, "trainer": {"precision": None}} | run.config))
     settings = {
-        key: value for key, value in flat.items() if key.rpartition(".")[2] not in OF_THE_CODE and key != "seed"
+        key: value
+        for key, value in flat.items()
+        if key != "seed" and (key.startswith("callbacks.") or key.rpartition(".")[2] not in OF_THE_CODE)
     }
     history = run.init_history
     if run.config.get("init") is None:

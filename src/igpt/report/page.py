@@ -130,14 +130,19 @@ def _training_samples(folder: Path) -> list[Picture]:
     """Sample grids drawn during training, at most TRAINING_SAMPLES, evenly spaced from first to last."""
     items = [
         path
-        for path in sorted((folder / "samples").glob("step_*.png"))
+        for path in (folder / "samples").glob("step_*.png")
         if path.stem[5:].isdecimal() and files.resolve_below(folder, path.relative_to(folder)) is not None
     ]
+    items.sort(key=_parse_step)
     kept = [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), TRAINING_SAMPLES), dtype=int)]
     return [
-        Picture(WHILE, f"step {int(path.stem.removeprefix('step_')):,}", path, str(path.relative_to(folder)))
+        Picture(WHILE, f"step {_parse_step(path):,}", path, str(path.relative_to(folder)))
         for path in kept
     ]  # fmt: skip
+
+
+def _parse_step(picture: Path) -> int:
+    return int(picture.stem.removeprefix("step_"))
 
 
 def link_to(page: Path, run: Path) -> str | None:

@@ -62,9 +62,9 @@ class Components:
             _ = self.planned_network
 
     def _partials(self, group: str) -> list[Callable[..., Any]]:
-        """A checked partial of every entry of `callbacks` or `logger`."""
+        """A checked partial of every entry of `callbacks` or `logger` that is not null."""
         entries = self.run.config.get(group) or {}
-        return [checked_partial(spec, f"{group}.{key}") for key, spec in entries.items()]
+        return [checked_partial(spec, f"{group}.{key}") for key, spec in entries.items() if spec is not None]
 
     def _source_partial(self) -> Callable[..., Source]:
         return checked_partial(without(self.run.config["data"], "palette_size"), "data")
@@ -97,12 +97,14 @@ class Components:
         """
         if not self.hardware.rank.is_first or "stages" in self.run.requires:
             return []
+        begun = RunFolder(self.run_dir).read_run()
+        names = self.run.subject | (begun.get("of") or {})  # of the release that began it, for the same W&B run
         about = RunInfo(
             task=self.run.task,
             model=self.run.model_name,
             data=self.run.data_name,
             objective=self.run.objective_settings["name"],
-            run_id=f"{self.run.name}-{RunFolder(self.run_dir).read_run()['id']}",
+            run_id=f"{self.run.format_name(names)}-{begun['id']}",
             first_step=first_step,
             trains=self.run.trains,
             pipeline=self.run_dir.parent.name if (self.run_dir.parent / "run.json").is_file() else None,

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -16,6 +16,7 @@ from igpt.report.folder import RunFolder, parse_result
 from igpt.report.page import write_page
 from igpt.report.runs import summarize_metadata
 from igpt.run.components import Components
+from igpt.run.finished import complete_finished
 from igpt.run.pipeline_stages import stage_configs
 from igpt.run.run_config import RunConfig
 from igpt.run.targets import checked_task
@@ -31,29 +32,30 @@ def run_and_report(components: Components) -> Result:
     start = time.perf_counter()
     with ExitStack() as at_end:
         at_end.push(lambda error_type, *_: loggers.close(error_type not in (None, StoppedError)))
+        task = prepare_task(components)
         if not run.trains:
             components.build_loggers()
-        result = execute_task(components)
+        result = task(components)
         seconds = time.perf_counter() - start
         if run.weights is not None:
             result.provenance["init"] = summarize_metadata(run.weights.metadata.to_dict())
         if components.hardware.rank.is_first:
             folder.finish(run.task, result, seconds=seconds)
-            write_page(folder.path)
             loggers.show(result, folder.path)
+            write_page(folder.path)  # last: where it is, all is done
     ranks.barrier()  # the next stage of a pipeline reads this one's files
     table = closing_table(result, folder.path, seconds, published=run.config["published"])
     log.info("%s\n%s", run.task, table)
     return result
 
 
-def execute_task(components: Components) -> Result:
-    """Checks the task's settings and weights, then calls its `run`; returns its result."""
+def prepare_task(components: Components) -> Callable[[Components], Result]:
+    """The task, to be called with the components, after its settings and weights were checked."""
     task = checked_task(components.run.config["task"])
     components.check_weights()
     if "stages" in components.run.requires and not hasattr(components, "run_stage"):  # of a pipeline inside another
         components.run_stage = stage_runner(components)
-    return task(components)
+    return task
 
 
 def check_batch(hardware: HardwareConfig, task: DictConfig) -> None:
@@ -85,10 +87,13 @@ def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
             if stage.stand_in is not None:
                 stage.check_stand_in_files(components.run.input_hashes)
             log.info("%s is finished", stage_dir.path)
+            if components.hardware.rank.is_first:
+                complete_finished(stage_dir.path, components.run.config.get("logger"))
             return parse_result(stage_dir.read_result()), stage_dir.path
-        if components.hardware.rank.is_first:
-            stage_dir.start(components.run.config, None, components.run.input_hashes, components.run.subject)
-        ranks.barrier()
-        return run_and_report(components), stage_dir.path
+        with stage_dir.remove_if_refused() if components.hardware.rank.is_first else nullcontext():
+            if components.hardware.rank.is_first:
+                stage_dir.start(components.run.config, None, components.run.input_hashes, components.run.subject)
+            ranks.barrier()
+            return run_and_report(components), stage_dir.path
 
     return run_stage

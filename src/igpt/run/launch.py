@@ -23,10 +23,11 @@ from igpt.distributed.signals import STOPPED, StoppedError, forward_signal
 from igpt.metric.result import Result
 from igpt.report.bystanders import describe_error
 from igpt.report.closing_table import align_columns, closing_table
-from igpt.report.folder import environment, parse_result
+from igpt.report.folder import RunFolder, environment, parse_result
 from igpt.run.arguments import prepare_arguments, resolve_paths, search_path_as_override
 from igpt.run.components import Components
-from igpt.run.execute import check_batch, execute_task, run_and_report, stage_runner
+from igpt.run.execute import check_batch, prepare_task, run_and_report, stage_runner
+from igpt.run.finished import complete_finished
 from igpt.run.logs import log_file, set_up_logging
 from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import resolve_run_dir, resume_command
@@ -161,17 +162,14 @@ def launch(
         if tell is not None:
             tell(folder.path)
         if finished:
-            record = folder.read_result()
-            result = parse_result(record)
-            table = closing_table(result, folder.path, record["seconds"], published=run.config["published"])
-            log.info("%s is finished; rerun=true repeats it\n%s", folder.path, table)
-            return result
+            return report_finished(run, folder)
         with ExitStack() as while_it_runs:
             if rank.is_first:
                 while_it_runs.enter_context(folder.lock())
             if ranks.broadcast_from_rank0(lambda: folder.is_finished):  # finished by the previous holder of the lock
-                return parse_result(folder.read_result())
+                return report_finished(run, folder)
             if rank.is_first:
+                while_it_runs.enter_context(folder.remove_if_refused())
                 folder.start(
                     run.config, record_overrides(overrides, cfg), run.input_hashes, run.subject, run.search_path
                 )
@@ -189,6 +187,17 @@ def launch(
             except StoppedError as error:
                 log.warning("%s; continue with `%s`", error, resume_command(folder.path, run.search_path))
                 raise
+
+
+def report_finished(run: RunConfig, folder: RunFolder) -> Result:
+    """The saved result of a finished run; logs its table, after its page and new loggers were seen to."""
+    if ranks.this_rank().is_first:
+        complete_finished(folder.path, run.config.get("logger"))
+    record = folder.read_result()
+    result = parse_result(record)
+    table = closing_table(result, folder.path, record["seconds"], published=run.config["published"])
+    log.info("%s is finished; rerun=true repeats it\n%s", folder.path, table)
+    return result
 
 
 def describe_run(run: RunConfig) -> str:
@@ -231,7 +240,7 @@ def run_interactive(components: Components) -> Result:
     hardware.warn_of_rounding()
     with hardware.kernel_cache():
         components.run_dir = Path(run.cfg.paths.runs) / run.name
-        return execute_task(components)
+        return prepare_task(components)(components)
 
 
 def check_ranks(run: RunConfig) -> None:

@@ -1,6 +1,6 @@
 """A run's config with everything derived from it: requirements, name, initial weights, input hashes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -10,11 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.data.listing import list_files
-from igpt.report.folder import identity
+from igpt.report.folder import format_run_name, identity
 from igpt.report.runs import FoundRuns, find_runs
 from igpt.run import fingerprint
+from igpt.settings.data import name_images
 from igpt.settings.fields import parse_settings
 from igpt.settings.run import RunSettings
+from igpt.training.loggers import trains
 
 CHECKPOINT = "checkpoint"  # option of model, tokens and objective: take it from the weights of init=
 
@@ -69,7 +71,7 @@ class RunConfig:
     @property
     def trains(self) -> bool:
         """Whether the task takes optimiser steps (for callbacks and loggers)."""
-        return "network" in self.requires or self.cfg.task.get("solver") == "sgd"
+        return trains(self.config["task"])
 
     @property
     def model_name(self) -> str:
@@ -79,7 +81,10 @@ class RunConfig:
 
     @property
     def data_name(self) -> str:
-        return f"{self.cfg.data.name}{self.cfg.data.resolution}"
+        """The images of the run; of a task that reads none, those its weights were trained on."""
+        if self.weights is not None and not self.requires & {"tokens", "stages"}:
+            return self.weights.metadata.data
+        return name_images(self.config["data"])
 
     @property
     def objective_settings(self) -> dict[str, Any]:
@@ -92,20 +97,25 @@ class RunConfig:
     @property
     def subject(self) -> dict[str, str]:
         """The names of model, data and objective, and the chosen option of `data`."""
-        data = self.data_name
-        if self.weights is not None and "tokens" not in self.requires:  # a task that reads no images
-            data = self.weights.metadata.data
         objective = self.objective_settings["name"]
-        return {"model": self.model_name, "data": data, "objective": objective, "data_option": self.choices["data"]}
+        names = {"model": self.model_name, "data": self.data_name, "objective": objective}
+        return {**names, "data_option": self.choices["data"]}
 
     @property
     def name(self) -> str:
         """The run directory's name: task, model, data, objective, seed, and 8 hex digits of the config's hash."""
-        digest = identity(self.config, self.input_hashes)
-        if "finished_runs" in self.requires:
-            return f"{self.task}-{digest}"
-        subject = self.subject
-        return f"{self.task}-{subject['model']}-{subject['data']}-{subject['objective']}-s{self.seed}-{digest}"
+        return self.format_name(self.subject)
+
+    @property
+    def older_names(self) -> list[str]:
+        """The names of this run in older releases: `cifar108`, `folder8`, a pipeline's by its initial weights' data."""
+        older = [f"{self.cfg.data.name}{self.cfg.data.resolution}"]
+        older += [] if self.weights is None else [self.weights.metadata.data]
+        return [self.format_name({**self.subject, "data": data}) for data in older]
+
+    def format_name(self, subject: Mapping[str, str]) -> str:
+        """The run directory's name with these names of model, data and objective."""
+        return format_run_name(self.config["task"], subject, self.seed, identity(self.config, self.input_hashes))
 
     @cached_property
     def input_hashes(self) -> dict[str, str | None]:

@@ -3,14 +3,14 @@
 import glob
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
 
 from igpt.distributed import launcher
-from igpt.report.folder import RunFolder, changes, identity
+from igpt.report.folder import RunFolder, changes, deciding_callbacks, identity
 from igpt.run.run_config import RunConfig
-from igpt.settings.older_configs import VERSION
 from igpt.utils import files
 from igpt.utils.overrides import format_text, train_command
 
@@ -54,13 +54,14 @@ def find_run_dir(run: RunConfig) -> RunFolder:
         if harmless:
             log.info("resuming with other settings, which do not change what is learned: %s", "; ".join(harmless))
         return folder
-    folder = RunFolder(Path(cfg.paths.runs) / name)
-    if not folder.is_started and not cfg.rerun:
-        folder = next(find_older_runs(run, folder), folder)
-    repeats = (RunFolder(Path(cfg.paths.runs) / f"{name}-{n}") for n in count(2))
+    named = chain([name], (f"{name}-{n}" for n in count(2)))
+    folders = (RunFolder(Path(cfg.paths.runs) / each) for each in named)
     if cfg.rerun:
-        folder = next(each for each in chain([folder], repeats) if not each.is_started)
-    elif cfg.resume is None and folder.is_started and not folder.is_finished and any(folder.path.rglob("latest")):
+        return next(each for each in folders if not each.is_started)
+    folder = next(each for each in folders if not has_other_callbacks(each, run))
+    if not folder.is_started:
+        folder = next(find_older_runs(run), folder)
+    if cfg.resume is None and folder.is_started and not folder.is_finished and any(folder.path.rglob("latest")):
         raise ValueError(
             f"{folder.path} was begun and is not finished: continue it with "
             f"`{resume_command(folder.path, run.search_path)}`, or repeat it in a new folder with rerun=true"
@@ -73,19 +74,30 @@ def resume_command(folder: Path, search_path: Sequence[str]) -> str:
     return train_command(*search_path, f"resume={format_text(str(folder))}")
 
 
-def find_older_runs(run: RunConfig, folder: RunFolder) -> Iterator[RunFolder]:
-    """Yields directories of the same run, named with another hash by an older release.
+def has_other_callbacks(folder: RunFolder, run: RunConfig) -> bool:
+    """Whether a directory of this name is another run's: older releases named runs without regard to callbacks."""
+    try:
+        return folder.is_started and deciding_callbacks(folder.read_run()["config"]) != deciding_callbacks(run.config)
+    except (ValueError, KeyError, TypeError, AttributeError):  # a damaged run.json
+        return False
+
+
+def find_older_runs(run: RunConfig) -> Iterator[RunFolder]:
+    """Yields directories of the same run that an older release named otherwise.
 
     Finished runs first, then those with a checkpoint to resume from.
     """
-    prefix = folder.path.name.rpartition("-")[0]
-    beside = [RunFolder(path) for path in sorted(folder.path.parent.glob(f"{glob.escape(prefix)}-*"))]
+    name, runs = run.name, Path(run.cfg.paths.runs)
+    prefixes = dict.fromkeys(each.rpartition("-")[0] for each in (name, *run.older_names))
+    beside = [RunFolder(path) for prefix in prefixes for path in sorted(runs.glob(f"{glob.escape(prefix)}-*"))]
     for other in sorted(beside, key=lambda other: not other.is_finished):
         if not other.is_started or not (other.is_finished or any(other.path.rglob("latest"))):
             continue
+        if re.fullmatch(rf"{re.escape(name)}(-\d+)?", other.path.name):  # of this release
+            continue
         try:
             saved = other.read_run()
-            same = saved["version"] < VERSION and identity(saved["config"], saved["files_sha256"])
+            same = identity(saved["config"], saved["files_sha256"])
         except (ValueError, KeyError, TypeError, AttributeError):  # a damaged run.json
             continue
         if same == identity(run.config, run.input_hashes):

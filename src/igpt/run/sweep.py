@@ -20,14 +20,17 @@ from tqdm.auto import tqdm
 from igpt.distributed import launcher
 from igpt.distributed.cores import count_cores
 from igpt.distributed.launcher import RANK_VARIABLES, RUN_DIR_FILE, SWEEP, Child, Children, count_devices, describe_exit
+from igpt.distributed.process_state import environment
 from igpt.distributed.signals import STOPPED
 from igpt.metric.result import find_key
 from igpt.report.bystanders import Bystander
 from igpt.report.closing_table import align_columns, read_text
 from igpt.report.sweep_report import report_sweep
 from igpt.run.arguments import resolve_paths
+from igpt.run.finished import complete_finished
 from igpt.run.logs import log_file, refuse, set_up_logging
-from igpt.run.run_config import RunConfig
+from igpt.run.run_config import RunConfig, to_dict
+from igpt.run.run_dir import find_run_dir
 from igpt.run.saved_overrides import search_path_arguments
 from igpt.utils import files
 
@@ -85,7 +88,7 @@ def launch(
         with FileLock(folder / ".lock", timeout=0), log_file(folder / "log.txt"):
             with Bystander(folder / "multirun.yaml"):
                 OmegaConf.save(sweep, folder / "multirun.yaml")  # Hydra's config of the sweep
-            _load_finished(jobs, metric)
+            _load_finished(jobs, configs, metric, sweep=_name_sweep(folder))
             at_once = n_jobs or max(1, len(gpus) // max(job.n_process for job in jobs))
             running = Sweep(folder, jobs, gpus=gpus, n_jobs=at_once, metric=metric)
             received = running.run(command=_build_command(configs[0]))
@@ -158,7 +161,7 @@ class Sweep:
         self._save()
         environment = {
             RUN_DIR_FILE: str(self._tell_path(job).absolute()),
-            SWEEP: os.environ.get(SWEEP, f"sweep-{self.folder.name}"),
+            SWEEP: _name_sweep(self.folder),
         }
         if job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
@@ -270,7 +273,7 @@ def _predict_folders(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None
         try:
             config = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
             run = RunConfig(config, dict(cfg.hydra.runtime.choices))
-            job.folder = str((Path(cfg.paths.runs) / run.name).absolute())
+            job.folder = str(find_run_dir(run).path.absolute())
         except (ValueError, OSError, OmegaConfBaseException):
             continue
         if job.folder in owners:
@@ -282,11 +285,21 @@ def _predict_folders(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None
         owners[job.folder] = job.number
 
 
-def _load_finished(jobs: Sequence[Job], metric: str) -> None:
-    """Sets state and metric of the jobs whose runs are finished, by this sweep or another command."""
-    for job in jobs:
-        if job.read_result(metric):
+def _name_sweep(folder: Path) -> str:
+    """The sweep's name for its jobs: that of the search, if it is part of one."""
+    return os.environ.get(SWEEP, f"sweep-{folder.name}")
+
+
+def _load_finished(jobs: Sequence[Job], configs: Sequence[DictConfig], metric: str, *, sweep: str) -> None:
+    """Sets state and metric of the jobs whose runs are finished, by this sweep or another command.
+
+    These jobs are not started: the loggers that they ask for are told here.
+    """
+    for job, cfg in zip(jobs, configs, strict=True):
+        if job.folder is not None and job.read_result(metric):
             job.state = FINISHED
+            with environment(**{SWEEP: sweep}):
+                complete_finished(Path(job.folder), to_dict(cfg.logger) if cfg.get("logger") else None)
 
 
 def _build_job_return(job: Job, cfg: DictConfig) -> JobReturn:

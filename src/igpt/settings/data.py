@@ -1,6 +1,9 @@
 """Settings of the data: splits, crops, augmentation, streams (`conf/data/`)."""
 
-from typing import Annotated, Literal
+import os
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +15,29 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]  # of the images, held out
 LabelsPerClass = Count | None  # None: all
 Layout = Literal["auto", "splits", "classes"]  # meaning of the folders directly below data.path
 Resize = Literal["once", "twice"]
+
+OWN = "folder"  # data.name of images that only their path names
+PACKED = re.compile(r"(\.(tar|tgz|gz|zip|parquet))+$")
+
+
+def name_dataset(data: Mapping[str, Any]) -> str:
+    """The dataset's name; of own images that of the folder, file or Hub dataset at `path`, in letters, digits and _."""
+    name, path = str(data.get("name")), data.get("path")
+    if name != OWN or path is None:
+        return name
+    text = str(path).partition("?")[0]
+    parts = (text if "://" in text else os.path.abspath(os.path.expanduser(text))).split("/")
+    for part in reversed(parts):
+        text = PACKED.sub("", re.split(r"[{*\[]", part)[0])
+        if own := re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:40]:
+            return f"{OWN}_{own}" if own.isdigit() else own
+    return name
+
+
+def name_images(data: Mapping[str, Any]) -> str:
+    """Dataset and resolution, with a hyphen where the name ends in a digit: digits8, imagenet32, cifar10-8."""
+    name = name_dataset(data)
+    return f"{name}{'-' if name[-1:].isdigit() else ''}{data.get('resolution')}"
 
 
 class SplitNames(Settings):

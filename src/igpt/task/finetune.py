@@ -99,7 +99,7 @@ class FinetuneModule(TrainedModule):
 
 def run(components: Components, settings: FinetuneSettings) -> Result:
     """Trains network and head, restores the step of best val accuracy, and evaluates test once with it."""
-    runner, hardware, weights = components.runner, components.hardware, components.weights
+    hardware, weights = components.hardware, components.weights
     data = components.build_datamodule(plan=hardware.train_batch_layout(settings.batch_size))
     source = data.source
     splits = ["val", "test"] if settings.test else ["val"]
@@ -108,12 +108,13 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
     def build_module(split: str) -> FinetuneModule:
         return FinetuneModule(components, settings, n_class=n_class, split=split, n_image=len(source.split(split)))
 
+    runner = components.runner  # which starts the loggers
     trained = build_module("val")
     saving = Checkpoints(
         runner.folder, settings, trained.guard, keep=settings.checkpoint_keep, val_every=settings.val_every,
         monitor="val/accuracy", highest=True, patience=settings.patience,
     )  # fmt: skip
-    runner.fit(trained, data, settings, saving)
+    progress = runner.fit(trained, data, settings, saving)
     saving.restore_best(trained, trained.history["val/accuracy"][-1][0])
     best = ranks.broadcast_from_rank0(lambda: read_best(runner.folder))
     assert best is not None, "FinetuneSettings has seen to it that a validation is reached"
@@ -154,5 +155,6 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
         "chosen_on": "val",
         "tokenizer": data.tokenizer.hash,
         "from": weights.sha256 if weights else "scratch",
+        **progress.provenance,
     }
     return result

@@ -98,7 +98,7 @@ class PretrainModule(TrainedModule):
 
 def run(components: Components, settings: PretrainSettings) -> Result:
     """Trains a network; writes `model/` and `checkpoints/` to the run directory."""
-    runner, hardware, steps = components.runner, components.hardware, settings.steps
+    hardware = components.hardware
     if hardware.is_sharded and settings.optimizer == "muon":
         raise ValueError(
             f"task.optimizer=muon works on whole matrices, trainer={hardware.strategy} takes them apart: choose "
@@ -111,20 +111,21 @@ def run(components: Components, settings: PretrainSettings) -> Result:
     images = data.source.training()
     n_train = "a stream" if isinstance(images, Stream) else len(images)
     ranks.check_agree("images", {"train": n_train, "val": n_val, "tokenizer": data.tokenizer.hash})
+    runner = components.runner  # which starts the loggers
     module = PretrainModule(components, settings, n_val=n_val)
     saving = Checkpoints(
         runner.folder, settings, module.guard, keep=settings.checkpoint_keep, val_every=settings.val_every
     )
-    runner.fit(module, data, settings, saving)
+    progress = runner.fit(module, data, settings, saving)
     assert module.net is not None
     state = full_state(module.net) if hardware.zero_stage else module.net.state_dict()
-    save_model(runner.folder / "model", state, components.checkpoint_metadata(step=steps))
+    save_model(runner.folder / "model", state, components.checkpoint_metadata(step=progress.step))
     if hardware.zero_stage:
         ranks.barrier()  # until rank 0 has written it
         module.load_full_model(read_model(runner.folder / "model"))
     if n_val:
         runner.validate(module, data)
-    seen = steps * settings.batch_size
+    seen = progress.step * settings.batch_size
     return Result(
         numbers={
             **module.numbers,
@@ -133,5 +134,10 @@ def run(components: Components, settings: PretrainSettings) -> Result:
         },
         curves=module.curves(),
         files={"model": Path("model"), "checkpoints": Path("checkpoints")},
-        provenance={"step": steps, "seed": components.seed, "tokenizer": data.tokenizer.hash},
+        provenance={
+            "step": progress.step,
+            "seed": components.seed,
+            "tokenizer": data.tokenizer.hash,
+            **progress.provenance,
+        },
     )

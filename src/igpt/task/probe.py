@@ -82,7 +82,7 @@ def probe_by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n
         windows = [[single] for single in range(n_layer + 1)]
     else:
         windows = [window_around(layer, settings.concat_layers or 1, n_layer)]
-    module, validate = train_heads(components, settings, net=net, windows=windows, n_class=n_class)
+    module, progress, validate = train_heads(components, settings, net=net, windows=windows, n_class=n_class)
     table = module.table()
     best = select_best(table, layer=None)
     result = build_result(table, best, n_layer=n_layer, layer=layer, eval_masks=masks, judged="val")
@@ -103,7 +103,7 @@ def probe_by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n
                 result.numbers[f"test/{name}"] = share
         result.add_confusion(count_confusions(labels, predictions, n_class), source.class_names)
     result.files["checkpoints"] = Path("checkpoints")
-    result.provenance = {"layers": best.layers, "rate": best.strength, "chosen_on": "val"}
+    result.provenance = {"layers": best.layers, "rate": best.strength, "chosen_on": "val", **progress.provenance}
     return result
 
 

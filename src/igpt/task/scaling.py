@@ -8,6 +8,7 @@ from scipy.stats import rankdata
 
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
+from igpt.checkpoint.resume import find_checkpoints
 from igpt.data.split import split_differences
 from igpt.metric.result import Curve, Number, Result
 from igpt.probe.selection import FittedHead, GridScores, grid_search, report_convergence, select_best
@@ -28,7 +29,7 @@ def list_checkpoints(run: str) -> list[Weights]:
     Raises:
         ValueError: there are none.
     """
-    paths = sorted((Path(run) / "checkpoints").glob("step_*.ckpt"))
+    paths = find_checkpoints(Path(run))
     if not paths:
         raise ValueError(
             f"task.runs: {run} has no checkpoints: train with task.checkpoint_keep at what there is to save"

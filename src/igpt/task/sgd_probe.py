@@ -22,6 +22,7 @@ from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.nan_guard import FiniteGuard
 from igpt.training.optimizers import every_step, make_scheduler
+from igpt.training.trainer import Progress
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
@@ -133,22 +134,23 @@ class SGDProbeModule(TrainedModule):
 
 def train_heads(
     components: Components, settings: ProbeSettings, *, net: GPT, windows: list[list[int]], n_class: int
-) -> tuple[SGDProbeModule, Callable[[str], None]]:
-    """Trains the heads; returns the module, validated on val, and a function to validate it on another split.
+) -> tuple[SGDProbeModule, Progress, Callable[[str], None]]:
+    """Trains the heads; returns the module, validated on val, its progress, and a function to validate another split.
 
     Raises:
         ValueError: bf16-true, which would round the heads.
     """
-    runner, hardware, sgd = components.runner, components.hardware, settings.sgd
+    hardware, sgd = components.hardware, settings.sgd
     if hardware.precision == "bf16-true":
         raise ValueError("task.solver=sgd keeps its heads in float32: choose trainer.precision=bf16-mixed")
     data = components.build_datamodule(plan=hardware.train_batch_layout(sgd.batch_size))
+    runner = components.runner  # which starts the loggers
     module = SGDProbeModule(components, settings, net=net, windows=windows, n_class=n_class)
     saving = Checkpoints(
         runner.folder, sgd, module.guard, keep=1, val_every=sgd.val_every, monitor="val/accuracy", highest=True,
         finite=False,
     )  # fmt: skip
-    runner.fit(module, data, sgd, saving)
+    progress = runner.fit(module, data, sgd, saving)
     reading = hardware.eval_batch_layout(sgd.batch_size)
 
     def read(split: str) -> None:
@@ -156,4 +158,4 @@ def train_heads(
         runner.validate(module, components.build_datamodule(plan=reading, eval_split=split))
 
     read("val")  # with the final weights, after all rates have reached 0
-    return module, read
+    return module, progress, read

@@ -1,4 +1,8 @@
-"""Lightning callbacks to watch a training: a progress bar and grids of samples."""
+"""Lightning callbacks to watch a training: a progress bar and grids of samples.
+
+A callback declares by `is_observer = True` that it changes nothing in training; with its name in
+`report/folder.py: OBSERVERS` it is no part of a run's identity. Any other callback is.
+"""
 
 import logging
 import shutil
@@ -36,6 +40,8 @@ class ProgressBar(L.Callback):
         for hook in ("on_train_start", "on_train_batch_end", "on_train_end", "on_exception"):
             setattr(self, hook, bystander.guard(getattr(self, hook)))
 
+    is_observer = True  # changes nothing in training
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         hidden = not (sys.stderr.isatty() and trainer.is_global_zero)
         size = shutil.get_terminal_size()  # 80 × 24 if the terminal reports no size, where tqdm would draw nothing
@@ -66,6 +72,8 @@ class ProgressBar(L.Callback):
 
 class SampleGrid(L.Callback):
     """Saves a grid of samples every `every` validations, always from the same random numbers, so grids compare."""
+
+    is_observer = True  # changes nothing in training
 
     def __init__(self, *, count: Count, every: Count, temperature: Temperature) -> None:
         self.count, self.every = count, every

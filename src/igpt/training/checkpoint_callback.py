@@ -22,6 +22,29 @@ from igpt.training.nan_guard import FiniteGuard, NonFiniteLossError
 
 log = logging.getLogger(__name__)
 
+PATIENCE = "task.patience"
+
+
+def is_observer(callback: L.Callback) -> bool:
+    """Whether a callback declares that it changes nothing in training."""
+    return bool(getattr(callback, "is_observer", False))
+
+
+class FinishedStepMarker(L.Callback):
+    """Tells `saving` of every finished optimiser step, before an error of another callback can hide it."""
+
+    def __init__(self, saving: "Checkpoints") -> None:
+        self.saving = saving
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.saving.mark_finished(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.saving.mark_finished(trainer)
+
 
 class Checkpoints(L.Callback):
     """Saves every `checkpoint_every` steps, at the best validation and at the end; keeps the best and `keep` newest.
@@ -52,17 +75,27 @@ class Checkpoints(L.Callback):
         self.guard, self.stop = guard, StopRequest()
         self.folder, self.every, self.keep, self.val_every = folder, settings.checkpoint_every, keep, val_every
         self.stopping = ranks.AsyncMax()
-        self._saved = self._validated = -1  # last step that is saved, that was validated
+        self.marker = FinishedStepMarker(self)  # the Trainer's first callback, this one its last
+        self.stopped_by: str | None = None  # who ended the training before its last step; saved in checkpoints
+        self._saved: tuple[int, str | None] = -1, None  # step and `stopped_by` of the last checkpoint
+        self._validated = -1  # last step that was validated
         self._finished: tuple[int, int] | None = None  # (last optimiser step, micro-batches) that is complete
         self._stream: StreamState | None = None  # position in the stream after it
 
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.stopped_by is None else {"stopped_by": self.stopped_by}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.stopped_by = str(state_dict["stopped_by"])
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved = trainer.global_step  # this step is already saved
-        self._mark_finished(trainer)
         self.restore_best(pl_module, trainer.global_step)
         points = getattr(pl_module, "history", {}).get(self.monitor, [])
         if points and self._is_out_of_patience(points[-1][0]):
-            trainer.should_stop = True  # early stopping had ended the run before it was resumed
+            self.stopped_by = self.stopped_by or PATIENCE
+        self._saved = trainer.global_step, self.stopped_by  # this step is already saved
+        if self.stopped_by is not None:
+            trainer.should_stop = True  # the training had ended early before it was resumed
         # else Lightning would take each later resume for one in the middle of a validation
         trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()
 
@@ -85,7 +118,7 @@ class Checkpoints(L.Callback):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self._mark_finished(trainer)
+        self._record_early_stop(trainer)
         if not (self.val_every and trainer.global_step % self.val_every == 0):
             self._finish_step(trainer, pl_module)
 
@@ -93,6 +126,7 @@ class Checkpoints(L.Callback):
         if trainer.state.fn != "fit":
             return
         self._validated = trainer.global_step
+        self._record_early_stop(trainer)
         module: Any = pl_module  # a TrainedModule or similar
         numbers: dict[str, Number] = module.numbers  # of the last validation
         value = numbers[self.monitor].value
@@ -102,17 +136,19 @@ class Checkpoints(L.Callback):
             log.info(
                 "no better %s in %d validations: step %d stays the best", self.monitor, self.patience, self._best_step
             )
+            self.stopped_by = self.stopped_by or PATIENCE
             self._save(trainer, pl_module, needed=True)
             trainer.should_stop = True
         self._finish_step(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stopping.close()
+        self._record_early_stop(trainer)
         self._save(trainer, pl_module, needed=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves the last finished step, if that takes no other rank; logs whether it did."""
-        if self._finished is None or self._finished[0] == self._saved or isinstance(exception, NonFiniteLossError):
+        if self._finished is None or self._finished[0] == self._saved[0] or isinstance(exception, NonFiniteLossError):
             return
         step, what = self._finished[0], describe_error(exception)
         try:
@@ -123,7 +159,7 @@ class Checkpoints(L.Callback):
             log.error("%s: step %d, the last that was finished, is not saved: %s", what, step, first_line(error))
             log.debug("traceback", exc_info=True)
 
-    def _mark_finished(self, trainer: L.Trainer) -> None:
+    def mark_finished(self, trainer: L.Trainer) -> None:
         """Remembers that weights, optimiser and schedule are those after this step."""
         self._finished = trainer.global_step, trainer.fit_loop.batch_idx + 1
         stream: StreamState | None = getattr(getattr(trainer, "datamodule", None), "stream", None)
@@ -159,7 +195,15 @@ class Checkpoints(L.Callback):
             if written.write_error is not None:
                 raise written.write_error
         mark_latest(path, keep=self.keep)
-        self._saved = step
+        self._saved = step, self.stopped_by
+
+    def _record_early_stop(self, trainer: L.Trainer) -> None:
+        """Sets `stopped_by` where another callback has ended the training before its last step."""
+        if not trainer.should_stop or self.stopped_by is not None or trainer.global_step >= trainer.max_steps:
+            return
+        own = (self, self.marker)
+        others = [each for each in trainer.callbacks if each not in own and not is_observer(each)]  # type: ignore[attr-defined]
+        self.stopped_by = " or ".join(type(each).__name__ for each in others) or "the Trainer"
 
     def _is_out_of_patience(self, step: int) -> bool:
         """Whether `patience` validations have passed without an improvement."""
@@ -179,7 +223,7 @@ class Checkpoints(L.Callback):
         """Saves this step unless it is saved. Returns False on a disk error, which is raised only if `needed`."""
         step = trainer.global_step
         path = checkpoint_path(self.folder, step)
-        if step == self._saved and best is None:
+        if self._saved == (step, self.stopped_by) and best is None:
             return True
         self.guard.check()
         if self.finite and not all(ranks.all_gather_object(_is_finite(module))):
@@ -188,7 +232,7 @@ class Checkpoints(L.Callback):
             )
         written = trainer.strategy.checkpoint_io
         assert isinstance(written, AtomicCheckpointIO)
-        if step != self._saved:  # else `on_exception` saved it, before the validation that finds it the best
+        if self._saved != (step, self.stopped_by):  # else `on_exception` saved it, before the validation that finds it the best
             trainer.save_checkpoint(path)  # on every rank: sharded strategies gather the state from all
         if trainer.is_global_zero and written.write_error is None:
             try:
@@ -203,7 +247,7 @@ class Checkpoints(L.Callback):
                 raise OSError(refused)
             log.error("step %d is not saved, the run goes on: %s", step, refused)
             return False
-        self._saved = step
+        self._saved = step, self.stopped_by
         return True
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +48,11 @@ def guard(logger: Logger, name: object = None) -> Logger:
         if hasattr(logger, method):
             setattr(logger, method, bystander.guard(getattr(logger, method)))
     return logger
+
+
+def trains(task: Mapping[str, Any]) -> bool:
+    """Whether a task of these settings takes optimiser steps."""
+    return "network" in task["requires"] or task.get("solver") == "sgd"
 
 
 def csv(folder: Path, about: RunInfo) -> Logger | None:

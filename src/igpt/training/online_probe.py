@@ -28,6 +28,8 @@ class OnlineLinearProbe(L.Callback):
     compare. For a result to report use `task=probe`, which searches layer and C on all images.
     """
 
+    is_observer = True  # changes nothing in training
+
     def __init__(
         self,
         *,

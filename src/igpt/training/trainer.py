@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.distributed.ranks import Ranks, broadcast_from_rank0
 from igpt.settings.training import TrainingSettings
-from igpt.training.checkpoint_callback import Checkpoints
+from igpt.training.checkpoint_callback import Checkpoints, is_observer
 from igpt.training.deepspeed import ZeRO
 from igpt.training.fsdp import FSDP
 from igpt.training.hardware import HardwareConfig, matmul_precision
@@ -24,6 +24,19 @@ from igpt.training.loggers import guard
 log = logging.getLogger(__name__)
 
 IN_PIECES = 2_000_000_000  # weights; above it checkpoints are sharded by default, too large for one process
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The end of a training: the optimiser steps that were taken, and who ended it before its last one, if it did."""
+
+    step: int
+    stopped_early: str | None  # as `stopped early by EarlyStopping at step 4 of 8`
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What a result's provenance says of an early stop: nothing, if there was none."""
+        return {} if self.stopped_early is None else {"stopped_early": self.stopped_early}
 
 
 @dataclass(frozen=True)
@@ -42,8 +55,10 @@ class Runner:
 
     def fit(
         self, module: L.LightningModule, data: L.LightningDataModule, settings: TrainingSettings, saving: Checkpoints
-    ) -> None:
+    ) -> Progress:
         """Trains for `settings.steps` optimiser steps, resuming from the newest checkpoint of the run directory if any.
+
+        Callbacks other than observers are called before a checkpoint is saved, which therefore holds what they did.
 
         The run is one Lightning epoch over an infinite loader. `saving.val_every` 0: no validation during training.
         Signals are recorded in `saving.stop` meanwhile.
@@ -66,10 +81,18 @@ class Runner:
             num_sanity_val_steps=0,
             log_every_n_steps=settings.log_every,
             logger=[guard(logger) for logger in self.loggers],
-            callbacks=[saving, *self.callbacks],
+            callbacks=[
+                saving.marker,
+                *sorted([saving, *self.callbacks], key=lambda each: (is_observer(each), each is saving)),
+            ],
         )
         with saving.stop.install_handlers(), matmul_precision(self.machine.matmul_precision, self.machine.device):
             trainer.fit(module, data, ckpt_path=self.resume_from, weights_only=True)
+        step, early = trainer.global_step, None
+        if step < settings.steps:
+            early = f"stopped early by {saving.stopped_by} at step {step:,} of {settings.steps:,}"
+            log.info("%s", early)
+        return Progress(step, early)
 
     def validate(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
         """Runs the module's validation over the evaluation split once."""

@@ -1,0 +1,62 @@
+"""The identity of a run: everything that may change what is learned, callbacks included."""
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+import igpt
+from igpt.metric.result import Result
+from igpt.report.folder import OBSERVERS, RunFolder, changes, deciding, identity
+from igpt.report.groups import group_by_seed
+from igpt.report.runs import RunRecord
+from igpt.utils import files
+
+WATCHED = {"bar": {"_target_": "igpt.training.callbacks.ProgressBar"}}
+STOP = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss_gen"}
+
+
+def config(callbacks: Any) -> dict[str, Any]:
+    task = {"steps": 8, "requires": ["tokens", "network"]}
+    return {"task": task, "trainer": {"precision": "32-true", "compile": True}, "seed": 0, "callbacks": callbacks}
+
+
+def test_only_callbacks_that_watch_are_outside() -> None:
+    """Invariant: a name that is not known to watch is part of it, whatever it is; null is as if it were not there."""
+    plain = identity(config({}), {})
+    for watching in (None, WATCHED, {"a": None, **WATCHED}, {name: {"_target_": name} for name in OBSERVERS}):
+        assert identity(config(watching), {}) == plain
+        assert "callbacks" not in deciding(config(watching))
+    others = [STOP, STOP | {"patience": 3}, {"_target_": "mine.Freeze"}, {"_target_": "igpt.training.callbacks"}, {}, 5]
+    hashes = {identity(config(WATCHED | {"stop": other}), {}) for other in others}
+    assert len({plain, *hashes}) == 1 + len(others)
+    assert changes(config(WATCHED), config({"stop": STOP}))[0] == [f"callbacks None ≠ {{'stop': {STOP}}}"]
+    assert changes(config(WATCHED), config(None))[0] == []
+
+
+def test_those_that_declare_it_are_those_that_are_listed() -> None:
+    """Invariant: the closed list of names, which is compared without an import, is every class with the declaration."""
+    for module in pkgutil.iter_modules(importlib.import_module("igpt.training").__path__, "igpt.training."):
+        importlib.import_module(module.name)
+    ours = [each for each in L.Callback.__subclasses__() if each.__module__.startswith(f"{igpt.__name__}.")]
+    assert {f"{each.__module__}.{each.__name__}" for each in ours if getattr(each, "is_observer", False)} == set(
+        OBSERVERS
+    )
+    assert len(ours) > len(OBSERVERS)  # the callback that saves changes what is kept
+
+
+@pytest.mark.parametrize("other", [STOP, {"_target_": "mine.Freeze"}])
+def test_runs_of_other_callbacks_are_not_repetitions(other: dict[str, Any], tmp_path: Path) -> None:
+    """Invariant: compare neither averages them nor leaves one out."""
+    for i in range(3):
+        files.write_json(tmp_path / str(i) / "result.json", {})
+    runs = [
+        RunRecord(RunFolder(tmp_path / str(i)).path, {}, {"task": "pretrain", "config": config(callbacks)}, Result())
+        for i, callbacks in enumerate((WATCHED, WATCHED, {"own": other}))
+    ]
+    groups, repeated = group_by_seed(runs)
+    assert [len(group) for group in groups] == [1, 1]
+    assert len(repeated) == 1
