@@ -3,13 +3,13 @@
 import json
 import logging
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from igpt.checkpoint import tensors
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,9 @@ class AtomicCheckpointIO(CheckpointIO):
                 f"{path} is in pieces, as trainer=fsdp writes it: resume with that, or take its weights, init={path}"
             )
         try:
+            tensors.check_torch_file(Path(path))
             checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        except tensors.DAMAGE as error:
             raise ValueError(f"{path} cannot be read ({error}): it is damaged or no checkpoint") from error
         return checkpoint
 
@@ -85,6 +86,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def checksum_path(path: Path) -> Path:
     """Path of a checkpoint's SHA-256: beside it."""
     return path.with_suffix(".sha256")
+
+
+def matches_checksum(path: Path, sha256: str) -> bool:
+    """Whether the SHA-256 beside a checkpoint is this one."""
+    with checksum_path(path).open("rb") as file:
+        return file.read(len(sha256) + 2).strip() == sha256.encode()
 
 
 def parse_step(path: Path) -> int:
@@ -134,7 +141,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     newest_first = sorted((folder / "checkpoints").glob("step_*.ckpt"), reverse=True)
     for path in newest_first:
         checksum = checksum_path(path)
-        if checksum.is_file() and checksum.read_text().strip() == files.sha256(path):
+        if checksum.is_file() and matches_checksum(path, files.sha256(path)):
             return path
         log.warning("%s is damaged or was not written to its end: it is passed over", path)
     raise ValueError(
