@@ -202,6 +202,8 @@ def _list_tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, Described]
     for name, described in metadata.fields["state_dict_metadata"].items():
         if type(described).__name__ != "TensorStorageMetadata":
             continue  # bytes: another pickle, not needed here
+        if not isinstance(name, str):
+            raise ValueError("the name of a tensor is no text")
         pieces = []
         for chunk in described.fields["chunks"]:
             offsets, sizes = chunk.fields["offsets"], chunk.fields["sizes"]
@@ -225,14 +227,14 @@ def _check_cover(name: str, shape: tuple[int, ...], pieces: list[_Chunk]) -> Non
     full = _Chunk((0,) * len(shape), shape, Path(), 0, 0)
     numbers = [n for piece in (full, *pieces) for n in (*piece.offsets, *piece.sizes)]
     if len(shape) > MOST_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-        raise ValueError(f"the shape of {name} is none")
+        raise ValueError(f"the shape of {name:.80} is none")
     corners: Counter[tuple[int, ...]] = Counter()
     for weight, piece in ((-1, full), *((1, piece) for piece in pieces)):
         for ends in product((False, True), repeat=len(shape)):
             sides = zip(piece.offsets, piece.sizes, ends, strict=True)
             corners[tuple(o + n if at_end else o for o, n, at_end in sides)] += weight * (-1) ** sum(ends)
     if any(corners.values()):
-        raise ValueError(f"the pieces of {name} do not make {shape}")
+        raise ValueError(f"the pieces of {name:.80} do not make {shape}")
 
 
 def _assemble_tensor(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Chunk]) -> Tensor:

@@ -148,7 +148,9 @@ def read_npy(path: Path, *, most_bytes: int | None = None) -> np.ndarray:
             raise ValueError(f"it holds {mapped.dtype!s:.60}")
     except (ValueError, TypeError, OSError, LookupError, OverflowError, SyntaxError, RecursionError, MemoryError,
             tokenize.TokenError, struct.error) as error:  # fmt: skip  # of numpy's reader of the header
-        raise ValueError(f"{path} is no .npy array of numbers, or damaged ({error!s:.200}): copy it again") from error
+        raise ValueError(
+            f"{path} is no .npy array of numbers, or is damaged ({error!s:.200}): copy it again"
+        ) from error
     return mapped if most_bytes is None else np.array(mapped, order="C")
 
 
