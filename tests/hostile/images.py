@@ -78,6 +78,23 @@ def many_of_one(folder: Path) -> Path:
     return folder
 
 
+def shared_beginnings(folder: Path) -> Path:
+    """Cells of which each repeats the one before: an encoding in which a page of some bytes may unpack to any size."""
+    table = pa.table({"image": [GOOD] * 3})
+    how = {"image": "DELTA_BYTE_ARRAY"}
+    pq.write_table(table, folder / "train.parquet", use_dictionary=False, column_encoding=how)
+    return folder
+
+
+def empty_rows(folder: Path) -> Path:
+    """30 million rows without an image, in some kilobytes."""
+    n = 10_000_000
+    with pq.ParquetWriter(folder / "train.parquet", pa.schema({"image": pa.binary()})) as writer:
+        for _ in range(3):
+            writer.write_table(pa.table({"image": pa.nulls(n, pa.binary())}))
+    return folder
+
+
 def parquet_path(cell: str) -> Make:
     """A cell that names a file."""
 

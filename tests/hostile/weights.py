@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from igpt.checkpoint import huggingface
@@ -139,14 +140,16 @@ def deep_list(depth: int) -> Any:
     return nested
 
 
-def pytorch_bin(content: Callable[[dict[str, torch.Tensor], Path], Any], *, rewrite: Callable[[Path], object] | None = None,
-                legacy: bool = False) -> Make:  # fmt: skip
+def pytorch_bin(
+    content: Callable[[dict[str, torch.Tensor], Path], Any],
+    *,
+    rewrite: Callable[[Path], object] | None = None,
+    legacy: bool = False,
+) -> Make:
     """A Hugging Face folder with a pytorch_model.bin of this content."""
 
     def make(folder: Path) -> Path:
         hf = hugging_face(folder)
-        from safetensors.torch import load_file
-
         state = load_file(hf / "model.safetensors")
         (hf / "model.safetensors").unlink()
         path = hf / "pytorch_model.bin"
