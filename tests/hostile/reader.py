@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import igpt
 from igpt.checkpoint.find import find_weights
@@ -26,6 +27,7 @@ from igpt.run.launch import run
 from igpt.run.targets import checked_partial
 from igpt.tokens.openai_npy import OpenAITokens
 from igpt.tokens.palette import Palette
+from igpt.training.fsdp import _load_into
 from tests.data.conftest import SETTINGS
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -69,6 +71,7 @@ LOADERS: dict[str, Callable[..., object]] = {
     "load": lambda path: igpt.load(path),
     "head": lambda path: read_head(find_weights(str(path))),
     "resume checkpoint": lambda path: AtomicCheckpointIO().load_checkpoint(path),
+    "resume sharded checkpoint": lambda path: _load_into({"state_dict": {"net.wte": torch.empty(11, 24)}}, path),
     "palette": Palette.load,
     "tokens": read_tokens,
     "images": read_images,

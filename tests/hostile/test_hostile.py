@@ -5,6 +5,7 @@ one-line error that comes of it (None: it is read). A new row is all that a new 
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from tests.hostile import images as i
 from tests.hostile import runs as r
 from tests.hostile import weights as w
 from tests.hostile.weights import Make
+
+log = logging.getLogger(__name__)
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 LEAST_BYTES = 1 << 30  # that any file may take
 SECONDS = 20  # for one file; the slowest takes 3
@@ -106,6 +110,12 @@ CASES: dict[str, Case] = {
     ),
     "a header that is no JSON": weights(w.safetensors(b"[" * 100_000), "is damaged"),
     "50,000 empty tensors": weights(w.empty_tensors, "does not fit"),
+    "a tensor with a name of 4 MB": weights(
+        w.safetensors(lambda h: h.update({"x" * (4 << 20): h.pop("wte")})), "does not fit"
+    ),
+    "a tensor whose name moves the cursor": weights(
+        w.safetensors(lambda h: h.update({"\x1b[2J\n": h.pop("wte")})), "does not fit"
+    ),
     # an index of parts
     "an index that leads upwards": weights(
         w.index("../../outside/private.safetensors"), "which is not a file beside it"
@@ -177,6 +187,9 @@ CASES: dict[str, Case] = {
     "five million lists": weights(
         w.checkpoint(rewrite=w.hand_pickled(b"(" + b"]" * 5_000_000 + b"l")), "has more than 4,000,000 operations"
     ),
+    "lists that name themselves 2^60 times": weights(
+        w.checkpoint(lambda c, f: c["origin"]["network"].update(n_layer=w.shared_lists(60))), "its values name others"
+    ),
     # sharded checkpoints
     "code in a sharded checkpoint": weights(
         w.sharded_bytes(".metadata", lambda b, f: w.pickle.dumps(w.planted(f))), "nothing in it was run"
@@ -195,6 +208,8 @@ CASES: dict[str, Case] = {
     "a memo of two billion objects": weights(
         w.sharded_bytes(".metadata", lambda b, f: b"\x80\x02K\x01r\xff\xff\xff\x7f."), "counts more objects"
     ),
+    "a piece that unpacks to 2 GB": weights(w.deflated_piece, "would unpack to"),
+    "a piece that unpacks to 2 GB, resumed": weights(w.deflated_piece, "would unpack to", "resume sharded checkpoint"),
     # class heads
     "a head of a billion classes": weights(w.head_fields(n_class=10**9, class_names=None), "its shape is", "head"),
     "a head with code": weights(
@@ -259,7 +274,7 @@ CASES: dict[str, Case] = {
         "expected a whole number or a name",
     ),
     # parquet and tar files
-    "cells of 300 MB": Case(i.parquet([bytes(100 << 20)] * 3), "images", "unpacks to more than 100 times its size"),
+    "cells of 120 MB": Case(i.parquet([bytes(40 << 20)] * 3), "images", "unpacks to more than 100 times its size"),
     "one cell seen 500 times": Case(i.many_of_one, "images", "unpacks to more than 100 times its size|cannot be read"),
     "one cell seen 500 times, as a stream": Case(
         i.many_of_one, "images, stream", "are no image|cannot be read|unpacks"
@@ -368,6 +383,7 @@ def test_a_hostile_file(reader: Reader, place: Path, name: str) -> None:
         outside=str(place.parents[1] / "outside"),
     )
     assert "died" not in found, found
+    log.info("%s: %d MiB", name, found["peak"] >> 20)
     message = found.get("message")
     if case.error is None:
         assert message is None, found

@@ -114,7 +114,7 @@ def in_parts(folder: Path) -> Path:
     """A good folder of our format with an index of one part."""
     part = "model-00001-of-00001.safetensors"
     (model(folder) / "model.safetensors").rename(folder / part)
-    names = {name: part for name in small_net().state_dict()}
+    names = dict.fromkeys(small_net().state_dict(), part)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     return folder
 
@@ -137,6 +137,14 @@ def deep_list(depth: int) -> Any:
     nested: Any = 0.5
     for _ in range(depth):
         nested = [nested]
+    return nested
+
+
+def shared_lists(depth: int) -> Any:
+    """Each list holds the one before twice: as a text it would have 2^depth brackets."""
+    nested: Any = []
+    for _ in range(depth):
+        nested = [nested, nested]
     return nested
 
 
@@ -329,6 +337,20 @@ def many_pieces(metadata: Any) -> None:
     described.chunks = [ChunkStorageMetadata(torch.Size((i,)), one) for i in range(40_000)]
     for i in range(40_000):
         metadata.storage_data[replace(place, offset=torch.Size((i,)))] = info
+
+
+def deflated_piece(folder: Path) -> Path:
+    """The piece of one tensor unpacks to 2 GB."""
+    path = sharded(folder) / ".metadata"
+    metadata, pieces, piece = pickle.loads(path.read_bytes()), path.with_name("__0_0.distcp"), folder / "piece"
+    place = next(place for place in metadata.storage_data if place.fqn == "state_dict.net.wte")
+    info, content = metadata.storage_data[place], pieces.read_bytes()
+    piece.write_bytes(content[info.offset : info.offset + info.length])
+    deflate(piece, 2 << 30)
+    pieces.write_bytes(content + piece.read_bytes())
+    metadata.storage_data[place] = replace(info, offset=len(content), length=piece.stat().st_size)
+    path.write_bytes(pickle.dumps(metadata))
+    return path.parent
 
 
 def with_head(change: Callable[[Path], object]) -> Make:

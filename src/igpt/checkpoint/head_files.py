@@ -99,7 +99,7 @@ def read_head(weights: Weights) -> tuple[HeadMetadata, Tensor]:
         sha256 = written.pop("sha256")
         about = _parse_metadata(written)
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{weights.folder / ABOUT} is damaged ({error!s:.200}): copy it again") from error
+        raise ValueError(f"{weights.folder / ABOUT} is damaged ({str(error)!r:.200}): copy it again") from error
     where = weights.folder / HEAD
     if about.weights != weights.sha256:
         raise ValueError(f"{where} belongs to other weights than lie beside it: restore both from one run")

@@ -40,7 +40,7 @@ MOST_OPERATIONS = 4_000_000  # of a pickle: each makes an object of up to 216 by
 _LEGACY_PICKLES = 5  # in a file of PyTorch before 1.6: magic number, version, system, the object, keys of the storages
 _GLOBALS = {  # what a pickle of tensors and plain values names, but for storages and dtypes
     "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor", "torch._utils _rebuild_parameter",
-    "torch Size", "torch device", "collections OrderedDict", "builtins set", "builtins complex",
+    "torch Size", "torch device", "collections OrderedDict", "collections Counter", "builtins set", "builtins complex",
 }  # fmt: skip
 
 
@@ -231,7 +231,9 @@ def read_torch(path: Path) -> Any:
     """
     try:
         check_torch_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive(path))
+        _check_repetition(content)
+        return content
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no file of PyTorch's, or holds more than tensors and plain values: it is not read, and nothing "
@@ -283,6 +285,19 @@ def _check_pickle(file: IO[bytes]) -> None:
             is_storage = name.endswith("Storage") and name not in ("UntypedStorage", "TypedStorage")
             if module != "torch" or not (is_storage or isinstance(getattr(torch, name, None), torch.dtype)):
                 raise pickle.UnpicklingError(f"it wants {module}.{name}")
+
+
+def _check_repetition(content: Any) -> None:
+    """Raises ValueError if values, each counted as often as it is named, are too many: as a text they fill memory."""
+    waiting, count = [content], 0
+    while waiting:
+        value = waiting.pop()
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        if isinstance(parts, list | tuple | set):
+            waiting.extend(parts)
+            count += len(parts)
+        if count > MOST_OPERATIONS:
+            raise ValueError(f"its values name others more than {MOST_OPERATIONS:,} times")
 
 
 def check_total_size(state: Mapping[str, Tensor], path: Path) -> None:
