@@ -1,6 +1,7 @@
 """OpenAI's checkpoints: their own code's outputs again, in any number of shards, and what is refused."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -222,6 +223,12 @@ def with_variables(change: Callable[[dict[str, np.ndarray]], object]) -> Callabl
         (with_variables(lambda v: [v.pop(name) for name in list(v) if "/h" in name]), "a checkpoint of something else"),
         (with_variables(lambda v: v.update({"model/wpe": np.ones((15, 24), "f4")})), "15 positions are no square"),
         (with_variables(lambda v: v.update({"model/wpe": np.ones((16, 24), "i4")})), "no.* floating-point numbers"),
+        (
+            with_variables(lambda v: v.update({"model/h99999999/ln_1/g": np.ones(24, "f4")})),
+            "names the block h99999999 and has 31 variables",
+        ),
+        (lambda p: [os.truncate(path, 100) for path in p.parent.glob("*.data-*")], r"its shards have 3,200 bytes, its"),
+        (lambda p: os.truncate(f"{p}.index", 1 << 40), r"\.index has more than 16,777,216 bytes"),
     ],
 )
 def test_what_is_refused(checkpoint: Path, fault: Callable[[Path], object], message: str) -> None:

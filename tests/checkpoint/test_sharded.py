@@ -4,10 +4,12 @@ import io
 import pickle
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -160,6 +162,35 @@ def test_pieces_that_do_not_make_a_tensor(tmp_path: Path) -> None:
     for pieces in ([half, half], [half], [half, _Chunk((3, 0), (2, 3), tmp_path / "a", 0, 1)], []):
         with pytest.raises(ValueError, match="the pieces of w do not make"):
             _check_cover("w", (4, 3), pieces)
+
+
+def test_pieces_are_a_partition() -> None:
+    """Invariant: boxes pass exactly where each number of the tensor, counted by hand, is in one of them."""
+    rng = np.random.default_rng(0)
+    accepted = 0
+    for _ in range(300):
+        shape = tuple(rng.integers(1, 5, rng.integers(1, 4)).tolist())
+        pieces = [_Chunk((0,) * len(shape), shape, Path(), 0, 1)]
+        for _ in range(rng.integers(0, 5)):  # cut one in two
+            box = pieces.pop(rng.integers(len(pieces)))
+            axis = int(rng.integers(len(shape)))
+            at = int(rng.integers(0, box.sizes[axis] + 1))
+            low, high = list(box.sizes), list(box.sizes)
+            low[axis], high[axis] = at, box.sizes[axis] - at
+            offset = [o + at * (i == axis) for i, o in enumerate(box.offsets)]
+            pieces += [replace(box, sizes=tuple(low)), replace(box, offsets=tuple(offset), sizes=tuple(high))]
+        if rng.integers(0, 2):  # move one
+            box = pieces.pop(rng.integers(len(pieces)))
+            pieces.append(replace(box, offsets=tuple(rng.integers(0, 3, len(shape)).tolist())))
+        counts = np.zeros([2 * n + 2 for n in shape], int)
+        for box in pieces:
+            counts[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))] += 1
+        inner = tuple(slice(0, n) for n in shape)
+        is_partition = (counts[inner] == 1).all() and counts.sum() == counts[inner].sum()
+        accepted += bool(is_partition)
+        with nullcontext() if is_partition else pytest.raises(ValueError, match="do not make"):
+            _check_cover("w", shape, pieces)
+    assert 100 < accepted < 280
 
 
 def test_a_class_head_inside_is_taken_along(tmp_path: Path, net: GPT) -> None:

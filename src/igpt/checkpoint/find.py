@@ -7,9 +7,11 @@ from pathlib import Path
 from igpt.checkpoint import huggingface, igpt_format, openai, sharded, tensors
 from igpt.checkpoint.igpt_format import CONFIG, Weights
 from igpt.checkpoint.resume import read_latest
+from igpt.utils.overrides import escape_text, shorten
 
 log = logging.getLogger(__name__)
 
+MOST_MESSAGE = 800  # characters of an error, which may quote names from a file
 EXPORTS = ("huggingface", "igpt")  # folders that task=export writes into its run directory
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = [CONFIG, huggingface.PREPROCESSOR, tensors.WEIGHTS, tensors.INDEX, "model-*.safetensors"]
@@ -26,6 +28,13 @@ def find_weights(path: str, *, palette: str | None = None, n_head: int | None = 
     Raises:
         ValueError: nothing at that path, or an unknown format; the message names the likely fix.
     """
+    try:
+        return _find_weights(path, palette=palette, n_head=n_head)
+    except ValueError as error:
+        raise ValueError(escape_text(shorten(str(error), MOST_MESSAGE))) from error
+
+
+def _find_weights(path: str, *, palette: str | None, n_head: int | None) -> Weights:
     try:
         local = Path(path).expanduser()
     except RuntimeError as error:
@@ -53,7 +62,7 @@ def find_weights(path: str, *, palette: str | None = None, n_head: int | None = 
     if prefix is not None:
         return openai.read(prefix, palette=palette, n_head=n_head)
     if HUB_NAME.fullmatch(path) and not Path(Path(path).parts[0]).exists():
-        return find_weights(str(download_from_hub(path)))
+        return _find_weights(str(download_from_hub(path)), palette=None, n_head=None)
     raise ValueError(f"init={path}: {_explain_missing(local)}")
 
 

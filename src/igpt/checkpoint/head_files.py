@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from igpt.checkpoint.igpt_format import Weights, weights_sha256
+from igpt.checkpoint.tensors import is_finite, read_safetensors
 from igpt.model.head import ClassHead
 from igpt.utils import files
 
@@ -99,19 +99,19 @@ def read_head(weights: Weights) -> tuple[HeadMetadata, Tensor]:
         sha256 = written.pop("sha256")
         about = _parse_metadata(written)
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{weights.folder / ABOUT} is damaged ({error}): copy it again") from error
+        raise ValueError(f"{weights.folder / ABOUT} is damaged ({str(error)!r:.200}): copy it again") from error
     where = weights.folder / HEAD
     if about.weights != weights.sha256:
         raise ValueError(f"{where} belongs to other weights than lie beside it: restore both from one run")
     try:
         if files.sha256(where) != sha256:
             raise ValueError(f"its SHA-256 is not that in {ABOUT}")
-        (weight,) = load_file(where).values()
-        if weight.shape != (about.n_class, weights.metadata.network.n_embd):
-            raise ValueError(f"its shape is {tuple(weight.shape)}")
-        if not torch.isfinite(weight).all():
+        (lazy,) = read_safetensors(where).values()
+        if lazy.shape != (about.n_class, weights.metadata.network.n_embd):
+            raise ValueError(f"its shape is {lazy.shape}")
+        if not is_finite(weight := lazy.read()):
             raise ValueError("it holds NaN or infinity")
-    except (SafetensorError, FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{where} is damaged ({error}): copy it again") from error
     return about, weight
 

@@ -4,16 +4,24 @@ Unlike OpenAI's and ours, its network has biases, its token table has the start 
 its matrices are stored transposed. Source: transformers 5.23, `models/imagegpt`.
 """
 
-import json
 import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from igpt.checkpoint import tensors
-from igpt.checkpoint.igpt_format import CONFIG, Weights, combined_hash, meta_model, read_metadata, weights_sha256
+from igpt.checkpoint.igpt_format import (
+    CONFIG,
+    Weights,
+    combined_hash,
+    meta_model,
+    network_shapes,
+    read_metadata,
+    weights_sha256,
+)
 from igpt.checkpoint.sizes import size_name
 from igpt.checkpoint.tensors import LazyTensor, State
 from igpt.model.config import SIZES, GPTConfig
@@ -44,8 +52,8 @@ def is_huggingface_folder(folder: Path) -> bool:
     if not (folder / CONFIG).is_file():
         return False
     try:
-        config = json.loads((folder / CONFIG).read_text())
-    except (ValueError, RecursionError):
+        config = files.read_json(folder / CONFIG)
+    except ValueError:
         return False
     return isinstance(config, dict) and ("model_type" in config or "transformers_version" in config)
 
@@ -59,18 +67,22 @@ def read(folder: Path) -> Weights:
     """
     config = read_config(folder / CONFIG)
     if config.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"{folder / CONFIG}: model_type {config.get('model_type')!r}, expected {MODEL_TYPE!r}")
-    other = [f"{key} {config[key]!r} ≠ {value!r}" for key, value in FIXED.items() if config.get(key, value) != value]
+        raise ValueError(f"{folder / CONFIG}: model_type {config.get('model_type')!r:.60}, expected {MODEL_TYPE!r}")
+    other = [
+        f"{key} {config[key]!r:.60} ≠ {value!r}" for key, value in FIXED.items() if config.get(key, value) != value
+    ]
     try:
         sizes = [config[key] for key in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")]
         if not all(type(size) is int for size in sizes):
-            raise ValueError(f"{sizes}")
+            raise ValueError(f"{sizes!r:.60}")
         n_layer, n_embd, n_head, n_ctx, n_vocab = *sizes[:4], sizes[4] - 1  # the last is the start of the sequence
         network = GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal=True)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG} does not say the network's sizes ({error!r}): copy it again") from error
+        raise ValueError(
+            f"{folder / CONFIG} does not say the network's sizes ({error!r:.200}): copy it again"
+        ) from error
     if config.get("n_inner") not in (None, 4 * n_embd):
-        other.append(f"n_inner {config['n_inner']} ≠ {4 * n_embd}")
+        other.append(f"n_inner {config['n_inner']!r:.60} ≠ {4 * n_embd}")
     if other:
         raise ValueError(f"{folder / CONFIG}: {'; '.join(other)}: such a network is no Image GPT")
     side = round(n_ctx**0.5)
@@ -108,6 +120,7 @@ def _open_tensors(folder: Path) -> tuple[State, Path, str]:
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise ValueError(f"{path} is no plain table of tensors: save the model again with save_pretrained")
         state = {str(name): tensor for name, tensor in state.items() if not re.fullmatch(BUFFER, str(name))}
+        tensors.check_total_size(state, path)
         return tensors.unwrapped_state(state), path, files.sha256(path)
     state, (first, *more) = tensors.read(folder, ignore=BUFFER), tensors.list_part_files(folder)
     return state, folder if more else first, weights_sha256(folder)
@@ -120,8 +133,8 @@ def _read_palette(folder: Path, k: int) -> Palette:
         raise ValueError(f"{folder} has no {PREPROCESSOR}: it holds the colours that the tokens stand for, copy it too")
     try:
         clusters = read_config(where).get("clusters")
-        palette = Palette(torch.tensor(clusters, dtype=torch.float32).numpy())
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        palette = Palette(np.array(clusters, dtype=np.float32))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{where}: its clusters are no palette ({error})") from error
     if palette.k != k:
         raise ValueError(f"{where}: {palette.k} clusters, and the network has {k} colours")
@@ -138,6 +151,7 @@ def import_state(foreign: State, network: GPTConfig, where: Path) -> State:
         raise ValueError(
             f"{where} has no lm_head.weight: it is not of ImageGPTForCausalImageModeling, and cannot tell colours"
         )
+    network_shapes(where, network, foreign)
     expected = export_state(tensors.unwrapped_state(meta_model(network).state_dict()), network)
     tensors.check_fit(where, foreign, {name: tensor.shape for name, tensor in expected.items()})
     biases = [name for name in foreign if name.endswith(".bias")]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from igpt.checkpoint import tensors
-from igpt.checkpoint.resume import checksum_path
+from igpt.checkpoint.resume import checksum_path, matches_checksum
 from igpt.checkpoint.tensors import LazyTensor, State
 from igpt.distributed import ranks
 from igpt.distributed.sharding import copy_into_sharded, unsharded_shape
@@ -56,6 +56,9 @@ class CheckpointMetadata:
         for name, kind in kinds.items():
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} is {getattr(self, name)!r:.60}, expected a {kind.__name__}")
+        for name in ("step", "seed"):
+            if not 0 <= getattr(self, name) < 1 << 63:
+                raise ValueError(f"{name} is {getattr(self, name)!r:.60}, expected a whole number of 64 bits")
         for name in ("model", "data"):
             if not NAME.fullmatch(getattr(self, name)):  # it becomes the name of a folder
                 raise ValueError(f"{name} is {getattr(self, name)!r:.60}, expected letters, digits, . + - and _")
@@ -95,7 +98,11 @@ class CheckpointMetadata:
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of a network, from any format; tensors are read by `load_into`."""
+    """Weights of a network, from any format; tensors are read by `load_into`.
+
+    Raises:
+        ValueError: tensors with other names or shapes than the network's, before it is built.
+    """
 
     path: Path  # the file, or the folder of several
     folder: Path  # the folder that also holds the class head; its parent is the run directory
@@ -103,6 +110,9 @@ class Weights:
     sha256: str
     state: Callable[[], State]  # lazy tensors by name
     wclf: LazyTensor | None = None  # class head (K, C), if the same file has one
+
+    def __post_init__(self) -> None:
+        tensors.check_fit(self.path, self.state(), network_shapes(self.path, self.metadata.network, self.state()))
 
     @property
     def n_parameter(self) -> int:
@@ -133,7 +143,7 @@ class Weights:
         tensors.check_fit(self.path, state, {name: unsharded_shape(weight) for name, weight in weights.items()})
         for name, weight in weights.items():
             values = state[name].read()
-            if not torch.isfinite(values).all():
+            if not tensors.is_finite(values):
                 raise ValueError(
                     f"{self.path} holds NaN or infinity in {name}: training had broken down, take an earlier one"
                 )
@@ -144,6 +154,13 @@ def meta_model(config: GPTConfig) -> GPT:
     """The network of a config on the meta device: shapes without memory."""
     with torch.device("meta"):
         return GPT(config)
+
+
+def network_shapes(path: Path, config: GPTConfig, state: State) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's tensors. Raises ValueError if the file's tensors are fewer than its blocks."""
+    if config.n_layer > len(state):
+        raise ValueError(f"{path} holds {len(state)} tensors, too few for the n_layer={config.n_layer} that it states")
+    return {name: tuple(weight.shape) for name, weight in meta_model(config).state_dict().items()}
 
 
 def save_model(
@@ -160,8 +177,7 @@ def save_model(
     lazy: State = {}
     for name, tensor in state.items():
         lazy |= {name: tensor} if isinstance(tensor, LazyTensor) else tensors.unwrapped_state({name: tensor})
-    shapes = {name: tuple(weight.shape) for name, weight in meta_model(metadata.network).state_dict().items()}
-    tensors.check_fit(folder / tensors.WEIGHTS, lazy, shapes)
+    tensors.check_fit(folder / tensors.WEIGHTS, lazy, network_shapes(folder, metadata.network, lazy))
     try:
         tensors.write(folder, lazy, label=label)
     except OSError as error:
@@ -204,12 +220,12 @@ def read_model(folder: Path) -> Weights:
 
 def check_format(saved: Any, where: Path) -> int:
     """The format version of a file, `FORMAT` or an older one. Raises ValueError on any other."""
-    if saved not in (PALETTE_FORMAT, FORMAT) or isinstance(saved, bool):
+    if type(saved) is not int or saved not in (PALETTE_FORMAT, FORMAT):
         raise ValueError(
-            f"{where}: format {saved!r}, this version reads {PALETTE_FORMAT} and {FORMAT}: use the release that "
+            f"{where}: format {saved!r:.60}, this version reads {PALETTE_FORMAT} and {FORMAT}: use the release that "
             "wrote it"
         )
-    return int(saved)
+    return saved
 
 
 def read_training_checkpoint(path: Path) -> Weights:
@@ -221,7 +237,7 @@ def read_training_checkpoint(path: Path) -> Weights:
     checksum, sha256 = checksum_path(path), files.sha256(path)
     if not checksum.is_file():
         raise ValueError(f"{path} has no {checksum.name} beside it, which tells whether it is whole: copy both")
-    if checksum.read_text().strip() != sha256:
+    if not matches_checksum(path, sha256):
         raise ValueError(f"{path} is damaged or was not written to its end: its SHA-256 is not that beside it")
     checkpoint = tensors.read_torch(path)
     metadata, state = extract_metadata(checkpoint, path), extract_tensors(checkpoint, path)
@@ -249,6 +265,7 @@ def extract_tensors(checkpoint: Mapping[str, Any], path: Path) -> State:
     state = checkpoint.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no tensors of a network: it is damaged, or something else")
+    tensors.check_total_size(state, path)
     return tensors.unwrapped_state({str(name): tensor for name, tensor in state.items()})
 
 

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ BERT_MASKED = 0.15  # mask probability of OpenAI's BERT models (Chen et al. 2020
 HEAD = "clf/wclf"  # class head, trained only with `--clf`; zeros in the released checkpoints
 SHARD = re.compile(r"(?P<prefix>.+)\.data-(?P<which>\d{5})-of-(?P<of>\d{5})")
 INSTALL = "TensorFlow reads OpenAI's shards and is not installed: pip install tensorflow-cpu"
+MOST_INDEX = 16 << 20  # bytes; the released ones have 20 kB
+_LEAST_BYTES = 2  # of a floating-point number
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -92,6 +95,7 @@ def read(prefix: Path, *, palette: str | None, n_head: int | None) -> Weights:
     wanted = list_variables(network)
     head = {HEAD: (*shapes[HEAD][:1], network.n_embd)} if HEAD in shapes else {}
     check_variables(prefix, shapes, wanted | head)
+    check_size(prefix, wanted | head)
     wclf = reader.read_lazily(SCOPE + HEAD) if head else None
     if wclf is not None and not wclf.read().any():
         wclf = None
@@ -127,11 +131,13 @@ def infer_network(where: Path, shapes: Shapes, n_head: int | None) -> GPTConfig:
     Raises:
         ValueError: no such network, an unknown or contradicting number of heads, or positions that are no square.
     """
-    blocks = {int(m[1]) for name in shapes if (m := re.match(r"h(\d+)/", name))}
+    blocks = {int(m[1]) for name in shapes if (m := re.match(r"h(\d{1,9})/", name))}
     if not blocks or not {"wte", "wpe"} <= shapes.keys():
         raise ValueError(
             f"{where} has no variables {SCOPE}wte, {SCOPE}wpe and {SCOPE}h0/…: it is a checkpoint of something else"
         )
+    if max(blocks) >= len(shapes):
+        raise ValueError(f"{where} names the block h{max(blocks)} and has {len(shapes)} variables: it is not complete")
     if len(shapes["wte"]) != 2 or len(shapes["wpe"]) != 2:
         raise ValueError(f"{where}: {SCOPE}wte is {shapes['wte']}, {SCOPE}wpe {shapes['wpe']}, expected two dimensions")
     n_vocab, n_embd = shapes["wte"]
@@ -180,6 +186,14 @@ def check_variables(where: Path, shapes: Shapes, wanted: Shapes) -> None:
         raise ValueError(f"{where} has no {', '.join(SCOPE + name for name in missing[:5])}: it is not complete")
     if wrong:
         raise ValueError(f"{where}: {'; '.join(wrong[:5])}")
+
+
+def check_size(prefix: Path, wanted: Shapes) -> None:
+    """Raises ValueError if the shards hold fewer bytes than the variables, which are not compressed, need."""
+    shards = [path for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.data-*") if SHARD.fullmatch(str(path))]
+    there, needed = sum(path.stat().st_size for path in shards), sum(map(prod, wanted.values())) * _LEAST_BYTES
+    if needed > there:
+        raise ValueError(f"{prefix}: its shards have {there:,} bytes, its variables {needed:,}: download both again")
 
 
 def _merge_heads(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -243,6 +257,8 @@ class _VariableReader:
             raise ValueError(
                 f"{prefix}: TensorFlow takes {wild[0]} in a name for a pattern: rename the files or folders"
             )
+        if Path(f"{prefix}.index").stat().st_size > MOST_INDEX:
+            raise ValueError(f"{prefix}.index has more than {MOST_INDEX:,} bytes: it is no index of a network")
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}  # no lines about the processor
         with environment(**{**quiet, **{name: os.environ[name] for name in quiet if name in os.environ}}):
             try:

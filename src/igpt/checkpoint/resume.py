@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from igpt.checkpoint import tensors
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -65,8 +65,9 @@ class AtomicCheckpointIO(CheckpointIO):
                 f"{path} is in pieces, as trainer=fsdp writes it: resume with that, or take its weights, init={path}"
             )
         try:
+            tensors.check_torch_file(Path(path))
             checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        except tensors.DAMAGE as error:
             raise ValueError(f"{path} cannot be read ({error}): it is damaged or no checkpoint") from error
         return checkpoint
 
@@ -85,10 +86,15 @@ def checksum_path(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
+def matches_checksum(path: Path, sha256: str) -> bool:
+    """Whether the SHA-256 beside a checkpoint is this one."""
+    with checksum_path(path).open("rb") as file:
+        return file.read(len(sha256) + 2).strip() == sha256.encode()
+
+
 def is_intact(path: Path) -> bool:
     """Whether a checkpoint is there and has the checksum beside it."""
-    checksum = checksum_path(path)
-    return path.exists() and checksum.is_file() and checksum.read_text().strip() == files.sha256(path)
+    return path.exists() and checksum_path(path).is_file() and matches_checksum(path, files.sha256(path))
 
 
 def parse_step(path: Path) -> int:

@@ -8,9 +8,11 @@ code. Here its objects become inert records.
 import io
 import pickle
 import pickletools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ METADATA, REST, PIECES = ".metadata", "meta.pt", "*.distcp"
 STATE = "state_dict."  # Lightning's prefix of the module's tensors
 MOMENTS = "optimizer_0.state."  # its prefix of the optimiser's tensors
 _STORES = "torch.distributed.checkpoint."
+MOST_DIMENSIONS = 8  # of a tensor
 
 
 class _InertObject:
@@ -161,7 +164,21 @@ def _read_checked(folder: Path) -> tuple[Any, dict[str, Described]]:
     named = {piece.file for _, _, pieces in described.values() for piece in pieces}
     if missing := sorted(file.name for file in named if not file.is_file()):
         raise ValueError(f"{folder}: {', '.join(missing)} missing: copy the checkpoint again, all its files")
+    _check_files(folder, described)
     return metadata, described
+
+
+def _check_files(folder: Path, described: dict[str, Described]) -> None:
+    """Raises ValueError unless every piece lies in its file, is as long as its numbers, and no two share bytes."""
+    ranges = sorted((p.file, p.start, p.start + p.length) for _, _, pieces in described.values() for p in pieces)
+    sizes = {file: file.stat().st_size for file in {file for file, _, _ in ranges}}
+    for file, start, end in ranges:
+        if not 0 <= start <= end <= sizes[file]:
+            raise ValueError(f"{file} is damaged: it is shorter than {METADATA} says, copy it again")
+    overlap = any(one[0] == two[0] and one[2] > two[1] for one, two in pairwise(ranges))
+    for name, (_, dtype, pieces) in described.items():
+        if overlap or any(prod(piece.sizes) * dtype.itemsize > piece.length for piece in pieces):
+            raise ValueError(f"{folder / METADATA} gives {name:.80} more numbers than its files hold: copy them again")
 
 
 def _unpickle_inert(content: bytes) -> Any:
@@ -185,6 +202,8 @@ def _list_tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, Described]
     for name, described in metadata.fields["state_dict_metadata"].items():
         if type(described).__name__ != "TensorStorageMetadata":
             continue  # bytes: another pickle, not needed here
+        if not isinstance(name, str):
+            raise ValueError("the name of a tensor is no text")
         pieces = []
         for chunk in described.fields["chunks"]:
             offsets, sizes = chunk.fields["offsets"], chunk.fields["sizes"]
@@ -200,20 +219,22 @@ def _list_tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, Described]
 
 
 def _check_cover(name: str, shape: tuple[int, ...], pieces: list[_Chunk]) -> None:
-    """Raises ValueError unless the pieces of a tensor fill it without overlap."""
-    inside = all(
-        o >= 0 and n >= 0 and o + n <= size
-        for piece in pieces
-        for o, n, size in zip(piece.offsets, piece.sizes, shape, strict=True)
-    )
-    apart = not any(
-        all(a < c + d and c < a + b for a, b, c, d in zip(p.offsets, p.sizes, q.offsets, q.sizes, strict=True))
-        for i, p in enumerate(pieces)
-        for q in pieces[:i]
-        if prod(p.sizes) and prod(q.sizes)
-    )
-    if not inside or not apart or sum(prod(piece.sizes) for piece in pieces) != prod(shape):
-        raise ValueError(f"the pieces of {name} do not make {shape}")
+    """Raises ValueError unless the pieces of a tensor fill it without overlap.
+
+    Each box adds ±1 to its corners (the differences of its indicator function in every dimension): the sums over the
+    pieces equal those of the whole box exactly where every number is in one piece.
+    """
+    full = _Chunk((0,) * len(shape), shape, Path(), 0, 0)
+    numbers = [n for piece in (full, *pieces) for n in (*piece.offsets, *piece.sizes)]
+    if len(shape) > MOST_DIMENSIONS or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+        raise ValueError(f"the shape of {name:.80} is none")
+    corners: Counter[tuple[int, ...]] = Counter()
+    for weight, piece in ((-1, full), *((1, piece) for piece in pieces)):
+        for ends in product((False, True), repeat=len(shape)):
+            sides = zip(piece.offsets, piece.sizes, ends, strict=True)
+            corners[tuple(o + n if at_end else o for o, n, at_end in sides)] += weight * (-1) ** sum(ends)
+    if any(corners.values()):
+        raise ValueError(f"the pieces of {name:.80} do not make {shape}")
 
 
 def _assemble_tensor(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_Chunk]) -> Tensor:
@@ -223,9 +244,11 @@ def _assemble_tensor(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_C
             with piece.file.open("rb") as file:
                 file.seek(piece.start)
                 content = io.BytesIO(file.read(piece.length))
+            tensors.check_archive(content, piece.length)
+            content.seek(0)
             part = torch.load(content, map_location="cpu", weights_only=True)
-            if part.dtype != dtype:
-                raise ValueError(f"{part.dtype} instead of {dtype}")
+            if (part.dtype, part.numel()) != (dtype, prod(piece.sizes)):
+                raise ValueError(f"{part.numel()} numbers of {part.dtype}, expected {prod(piece.sizes)} of {dtype}")
             slices = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))
             full[slices].copy_(part.view(piece.sizes))
         except tensors.DAMAGE as error:

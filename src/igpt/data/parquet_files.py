@@ -1,12 +1,13 @@
 """Parquet files as shards of a stream, or as a table over an Arrow copy in the cache."""
 
 import logging
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import numpy as np
@@ -16,13 +17,18 @@ import pyarrow.parquet as pq
 from igpt.data import cache as pixel_cache
 from igpt.data.image_table import Cell, Columns, class_names, read_cell, split_cell
 from igpt.data.listing import Listing
+from igpt.data.parquet_pages import read_pages
 from igpt.data.shards import BadShardError, FileShards, find_readable_files, format_reason, is_remote, open_shard
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
 _MOST_ROWS = 64  # most rows per read
-_MOST_BYTES = 1 << 30  # most uncompressed bytes per read, by the file's own metadata
+_MOST_BYTES = 256 << 20  # most bytes per read of several rows
+_MOST_PAGE = 512 << 20  # most bytes that a page may unpack to
+_MOST_EXPANSION = 100  # images may take this many times the size of their file, plus 64 MiB
+_MOST_ROWS_PER_BYTE = 10  # of a file; images have far fewer, empty rows take next to nothing
+_ENCODINGS = (0, 2, 3, 6, 8)  # parquet's numbers of encodings in which no value is longer than its page
 
 
 @dataclass(frozen=True)
@@ -60,31 +66,66 @@ class ParquetShards(FileShards):
             with open_shard(file) as opened:
                 parquet = pq.ParquetFile(opened, buffer_size=1 << 20)
                 translate = self._map_labels(parquet.schema_arrow, file)
+                size = opened.seek(0, os.SEEK_END)
+                left = _MOST_EXPANSION * size + (64 << 20)
+                if parquet.metadata.num_rows > _MOST_ROWS_PER_BYTE * size:
+                    raise BadShardError(
+                        f"{file} says that it has {parquet.metadata.num_rows:,} rows, more than fit in it"
+                    )
                 for group in range(parquet.num_row_groups):
                     n = parquet.metadata.row_group(group).num_rows
                     if row + n <= start:
                         row += n
                         continue
                     wanted = [self.image, *([self.label] if self.label else [])]
-                    for batch in parquet.iter_batches(self._rows_per_read(parquet, group), [group], wanted):
+                    n_read = self._rows_per_read(parquet, group, None if is_remote(file) else opened)
+                    for batch in parquet.iter_batches(n_read, [group], wanted):
                         labels = batch.column(self.label).to_pylist() if self.label else [None] * len(batch)
                         for cell, label in zip(batch.column(self.image), labels, strict=True):
                             if label is not None and not -1 << 63 <= label < 1 << 63:
                                 raise BadShardError(f"{file}: row {row} has the label {label}, which is no class")
                             if row >= start:
-                                yield row, cell.as_py(), translate(label) if translate and label is not None else label
+                                value = cell.as_py()
+                                left -= len(split_cell(value)[0] or b"")
+                                if left < 0:
+                                    raise BadShardError(
+                                        f"{file} unpacks to more than {_MOST_EXPANSION} times its size, as no images "
+                                        "do: remove it"
+                                    )
+                                yield row, value, translate(label) if translate and label is not None else label
                             row += 1
         except BadShardError:
             raise
         except Exception as error:  # pyarrow, fsspec and network clients raise many types
             raise BadShardError(f"{file} cannot be read after {row} images: {format_reason(error)}") from error
 
-    def _rows_per_read(self, parquet: pq.ParquetFile, group: int) -> int:
-        """The number of rows per read of a row group that keeps the images below _MOST_BYTES."""
+    def _rows_per_read(self, parquet: pq.ParquetFile, group: int, local: IO[bytes] | None) -> int:
+        """The number of rows per read of a row group that keeps the images below _MOST_BYTES; 1 for large images.
+
+        No value is longer than the largest page, a dictionary's included. The pages of remote files are not looked at
+        beforehand: their sizes are those that the footer says.
+
+        Raises:
+            ValueError: a page that unpacks to more than _MOST_PAGE, or an encoding that may unpack to any size.
+        """
         row_group = parquet.metadata.row_group(group)
         chunks = [row_group.column(i) for i in range(row_group.num_columns)]
-        unpacked = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.partition(".")[0] == self.image)
-        return max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, int(unpacked))))
+        largest = 1
+        for chunk in chunks:
+            column = chunk.path_in_schema.partition(".")[0]
+            if column not in (self.image, self.label):
+                continue
+            if local is None:
+                largest = max(largest, chunk.total_uncompressed_size)
+                continue
+            start = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
+            for page in read_pages(local, start, chunk.total_compressed_size, chunk.num_values):
+                if page.unpacked > _MOST_PAGE:
+                    raise ValueError(f"a page unpacks to {page.unpacked:,} bytes, at most {_MOST_PAGE:,} are read")
+                if column == self.image and page.encoding not in (*_ENCODINGS, None):
+                    raise ValueError(f"its images have parquet's encoding {page.encoding}: write them as plain values")
+                largest = max(largest, page.unpacked)
+        return max(1, min(_MOST_ROWS, _MOST_BYTES // largest))
 
     def _map_labels(self, schema: pa.Schema, file: str) -> Any:
         """A function from the labels of a file to those of the split; None if they are equal."""
@@ -189,7 +230,6 @@ class ParquetTable:
             yield read_cell(cell, f"row {row} of {self.where}", self.root)
 
 
-_MOST_EXPANSION = 100  # images may take this many times the size of the files, plus 64 MiB
 _SCHEMA = pa.schema([("bytes", pa.large_binary()), ("path", pa.string()), ("label", pa.int64())])
 
 
@@ -212,17 +252,10 @@ def _copy_rows(shards: ParquetShards, to: Path, digest: str, *, skip: bool) -> t
 
 def _write_batches(shards: ParquetShards, writer: Any, *, skip: bool) -> list[str]:
     """Writes all rows to an Arrow file. Returns what is wrong with the files whose rows were left out."""
-    left = _MOST_EXPANSION * sum(Path(file).stat().st_size for file in shards.files) + (64 << 20)
     broken = []
     for number in range(len(shards)):
         try:
-            for rows, n_byte in _read_batches(shards, number):
-                left -= n_byte
-                if left < 0:
-                    raise BadShardError(
-                        f"{shards.name(number)} unpacks to more than {_MOST_EXPANSION} times its size, as no images "
-                        "do: remove it"
-                    )
+            for rows in _read_batches(shards, number):
                 writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
         except BadShardError as error:
             if not skip:
@@ -232,8 +265,8 @@ def _write_batches(shards: ParquetShards, writer: Any, *, skip: bool) -> list[st
     return broken
 
 
-def _read_batches(shards: ParquetShards, number: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Yields batches of rows of one file as records of the copy, each with the total bytes of its images."""
+def _read_batches(shards: ParquetShards, number: int) -> Iterator[list[dict[str, Any]]]:
+    """Yields batches of rows of one file as records of the copy."""
     rows: list[dict[str, Any]] = []
     n_byte, damage = 0, None
     try:
@@ -241,12 +274,12 @@ def _read_batches(shards: ParquetShards, number: int) -> Iterator[tuple[list[dic
             data, path = split_cell(cell)
             rows.append({"bytes": data, "path": path, "label": -1 if label is None else label})
             n_byte += len(data or b"")
-            if len(rows) == _MOST_ROWS or n_byte > _MOST_BYTES // 4:
-                yield rows, n_byte
+            if len(rows) == _MOST_ROWS or n_byte > _MOST_BYTES:
+                yield rows
                 rows, n_byte = [], 0
     except BadShardError as error:
         damage = error
     if rows:
-        yield rows, n_byte
+        yield rows
     if damage is not None:
         raise damage

@@ -9,6 +9,8 @@ from pydantic import Field
 from igpt.model.positions import POSITIONS
 
 LARGEST = 1 << 24  # upper bound of every size: larger values are typing errors
+MOST_BLOCKS = 1 << 12  # the paper's largest network has 60
+MOST_POSITIONS = 1 << 20  # 1,024 × 1,024 pixels
 Size = Annotated[int, Field(ge=1, le=LARGEST)]
 
 
@@ -20,32 +22,33 @@ class GPTConfig:
         ValueError: a size that is not a positive integer, n_embd not divisible by n_head, an unknown choice.
     """
 
-    n_layer: Size  # L, blocks
+    n_layer: Annotated[int, Field(ge=1, le=MOST_BLOCKS)]  # L, blocks
     n_embd: Size  # C, width
     n_head: Size  # H
-    n_ctx: Size  # T, positions
+    n_ctx: Annotated[int, Field(ge=1, le=MOST_POSITIONS)]  # T, positions
     n_vocab: Size  # V, tokens
     causal: bool  # position i sees 0 … i-1 (AR); else all that are visible (BERT)
     positions: str = "learned"  # position encoding: a learned table (Chen et al. 2020) or a name in `POSITIONS`
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_embd", "n_head", "n_ctx", "n_vocab"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= LARGEST:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
+            size, most = getattr(self, name), {"n_layer": MOST_BLOCKS, "n_ctx": MOST_POSITIONS}.get(name, LARGEST)
+            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
+                raise ValueError(f"{name} must be a whole number of 1 to {most:,}, got {size!r:.60}")
         if not isinstance(self.causal, bool):
-            raise ValueError(f"causal must be true or false, got {self.causal!r}")
+            raise ValueError(f"causal must be true or false, got {self.causal!r:.60}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: choose a multiple of it")
         if self.positions not in ("learned", *POSITIONS):
-            raise ValueError(f"model.positions must be one of learned, {', '.join(POSITIONS)}: got {self.positions!r}")
+            options = ", ".join(("learned", *POSITIONS))
+            raise ValueError(f"model.positions must be one of {options}: got {self.positions!r:.60}")
 
     @staticmethod
     def from_dict(saved: Mapping[str, Any]) -> "GPTConfig":
         """The config saved in a file. Raises ValueError on an unknown, missing or invalid setting."""
         field_names = {field.name for field in fields(GPTConfig)}
         if unknown := sorted(map(str, saved.keys() - field_names)):
-            raise ValueError(f"its network has the setting {unknown[0]!r}, which this version does not know")
+            raise ValueError(f"its network has the setting {unknown[0]!r:.60}, which this version does not know")
         try:
             return GPTConfig(**saved)
         except TypeError as error:

@@ -7,7 +7,6 @@ returns the same tokens, which is checked for every colour.
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from igpt.data.classes import CIFAR10, imagenet_names
 from igpt.data.errors import DataError
 from igpt.data.listing import ListFiles
 from igpt.data.source import Pixels, check_split_name
-from igpt.tokens.palette import Palette
+from igpt.tokens.palette import Palette, read_npy
 
 FILES = {"train": "tr", "val": "va", "test": "te"}  # split → name in the released files
 _ROWS = 8192  # label rows per read
@@ -102,7 +101,7 @@ class TokenSplit:
     def one_hot(self) -> np.ndarray:
         """(N, K), memory-mapped."""
         one_hot = _open_mapped(self._path("Y"))
-        if one_hot.ndim != 2 or len(one_hot) != len(self):
+        if one_hot.ndim != 2 or len(one_hot) != len(self) or not one_hot.shape[1]:
             raise ValueError(
                 f"{self._path('Y')}: {one_hot.dtype} {one_hot.shape}, expected one-hot labels ({len(self)}, classes)"
             )
@@ -148,10 +147,4 @@ def _open_mapped(path: Path) -> np.ndarray:
     """The memory-mapped array of a `.npy` file, without pickle. Raises ValueError on a missing or invalid file."""
     if not path.is_file():
         raise ValueError(f"{path} is not there: download it, too")
-    try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.memmap) or array.dtype.kind not in "biuf":
-            raise ValueError("it holds something else")
-    except (ValueError, EOFError, OSError, OverflowError, BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or no .npy array of numbers ({error}): download it again") from error
-    return array
+    return read_npy(path)

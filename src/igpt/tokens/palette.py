@@ -1,6 +1,8 @@
 """The palette: pixels ↔ tokens. A token is the index of the nearest of k colours ("9 bits" at k = 512)."""
 
 import hashlib
+import struct
+import tokenize
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +17,7 @@ from igpt.utils import files
 
 K_MIN, K_MAX = 2, 4096
 PaletteSize = Annotated[int, Field(ge=K_MIN, le=K_MAX)]
+MOST_BYTES = 1 << 20  # of a palette's file
 _CHUNK = 1 << 20  # distances per step, to stay in the CPU cache
 _FLOAT32_SLACK = 1e-5  # five times the rounding error bound: values below 16, five operations of 2⁻²⁴ each
 
@@ -120,21 +123,35 @@ class Palette:
         """The palette in a `.npy` file such as OpenAI's `kmeans_centers.npy`, without pickle.
 
         Raises:
-            ValueError: a missing or invalid `.npy` file, an object array (a pickle), or an invalid palette.
+            ValueError: a missing, invalid or too large `.npy` file, an object array (a pickle), or an invalid palette.
         """
         if not path.is_file():
             raise ValueError(f"no palette at {path}: give a .npy file of shape (k, 3), float32 in [-1, 1]")
-        try:
-            with path.open("rb") as file:
-                centres = np.lib.format.read_array(file, allow_pickle=False)
-        except (ValueError, EOFError, MemoryError, OverflowError) as error:
-            raise ValueError(
-                f"{path} is no .npy array of numbers ({error}): expected a (k, 3) float32 palette"
-            ) from error
+        centres = read_npy(path, most_bytes=MOST_BYTES)
         try:
             return Palette(centres)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def read_npy(path: Path, *, most_bytes: int | None = None) -> np.ndarray:
+    """The array of numbers in a `.npy` file, without pickle; memory-mapped, unless the file has a bound of bytes.
+
+    Raises:
+        ValueError: another file, one that is shorter than its shape, or larger than `most_bytes`.
+    """
+    try:
+        if most_bytes is not None and path.stat().st_size > most_bytes:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, at most {most_bytes:,} are read")
+        mapped = np.lib.format.open_memmap(path, mode="r")
+        if mapped.dtype.kind not in "biuf":
+            raise ValueError(f"it holds {mapped.dtype!s:.60}")
+    except (ValueError, TypeError, OSError, LookupError, OverflowError, SyntaxError, RecursionError, MemoryError,
+            tokenize.TokenError, struct.error) as error:  # fmt: skip  # of numpy's reader of the header
+        raise ValueError(
+            f"{path} is no .npy array of numbers, or is damaged ({error!s:.200}): copy it again"
+        ) from error
+    return mapped if most_bytes is None else np.array(mapped, order="C")
 
 
 def colour_codes(pixels: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class PixelOrder:
     permutation: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if sorted(self.permutation) != list(range(self.side**2)):
+        if not np.array_equal(np.sort(np.asarray(self.permutation)), np.arange(self.side**2)):
             raise ValueError(f"the permutation of {self.side}×{self.side} pixels must hold 0 … {self.side**2 - 1} once")
 
     @staticmethod

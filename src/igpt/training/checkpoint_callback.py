@@ -232,7 +232,10 @@ class Checkpoints(L.Callback):
             )
         written = trainer.strategy.checkpoint_io
         assert isinstance(written, AtomicCheckpointIO)
-        if self._saved != (step, self.stopped_by):  # else `on_exception` saved it, before the validation that finds it the best
+        if self._saved != (
+            step,
+            self.stopped_by,
+        ):  # else `on_exception` saved it, before the validation that finds it the best
             trainer.save_checkpoint(path)  # on every rank: sharded strategies gather the state from all
         if trainer.is_global_zero and written.write_error is None:
             try:

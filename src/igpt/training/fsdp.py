@@ -4,7 +4,7 @@ import pickle
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -96,15 +96,26 @@ def _load_into(state: dict[str, Any], folder: Path) -> None:
     """Loads, in place, the tensors whose names are in `state`."""
     try:
         load(state, storage_reader=_SafeReader(folder), planner=_SafePlanner())
-    except (CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder} is damaged or of another network ({tensors.first_line(error)})") from error
+    except (CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+        reason = tensors.first_line(next(iter(causes), error))
+        raise ValueError(f"{folder} is damaged or of another network ({reason})") from error
 
 
 class _SafeReader(FileSystemReader):
-    """PyTorch's reader with our restricted metadata reader; PyTorch's unpickles without restriction."""
+    """PyTorch's reader with our restricted metadata reader, and pieces checked before they unpack.
+
+    PyTorch's own reader unpickles the metadata without restriction.
+    """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return sharded.read_metadata(Path(self.path))
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        piece: IO[bytes] = super()._slice_file(file, sinfo)
+        tensors.check_archive(piece, sinfo.length)
+        piece.seek(0)
+        return piece
 
 
 class _SafePlanner(DefaultLoadPlanner):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 BLOCK = 1 << 23  # bytes of a block in `hash_blocks`
+MOST_JSON = 512 << 20  # bytes of memory for one file; the largest settings of a network take 320 MB
 
 
 @contextmanager
@@ -243,10 +244,19 @@ def remove_parts(folder: Path, pattern: str = "**/.*.part") -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in a file. Raises ValueError, naming the file, if it is not JSON."""
+    """The JSON value in a file.
+
+    Raises:
+        ValueError: the file, named, is not JSON, or would take more than MOST_JSON bytes of memory.
+    """
     try:
-        return json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        content = path.read_bytes()
+        # of bytes and text (up to 4 bytes a character, twice), numbers, names and values of objects, lists
+        memory = len(content) * (2 if content.isascii() else 9) + 40 * content.count(b",") + 80 * content.count(b'"')
+        if memory + 64 * (content.count(b"[") + content.count(b"{")) > MOST_JSON:
+            raise ValueError("it is too large")
+        return json.loads(content.decode())
+    except (ValueError, RecursionError) as error:  # also: not UTF-8, a number of too many digits
         raise ValueError(f"{path} is not a JSON file ({error}): it is damaged, restore or remove it") from error
 
 

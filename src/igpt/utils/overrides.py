@@ -68,6 +68,11 @@ def escape_text(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def shorten(text: str, most: int) -> str:
+    """The text, or its first `most` characters and "…"."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def suggest_name(name: str, names: Iterable[str]) -> str:
     """`, did you mean …?` with the most similar known name, or an empty text if none is similar.
 
