@@ -31,9 +31,11 @@ PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safete
 
 
 def deciding(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that determines a run's result."""
+    """The part of a config that determines a run's result. Raises ValueError for what is no config of a run."""
+    if bad := [key for key in ("task", "trainer") if not isinstance(config.get(key), dict)]:
+        raise ValueError(f"a config without {bad[0]} is no run's: restore run.json, or start the run anew")
     chosen = {key: value for key, value in config.items() if key not in OUTSIDE_IDENTITY}
-    trainer = {OF_THE_MACHINE: config["trainer"][OF_THE_MACHINE]}
+    trainer = {OF_THE_MACHINE: config["trainer"].get(OF_THE_MACHINE)}
     return chosen | {"task": _task_settings(config["task"]), "trainer": trainer}
 
 
@@ -142,7 +144,10 @@ class RunFolder:
         """
         if not self.is_started:
             raise ValueError(f"{self.path} is no run folder: it has no run.json")
-        return read_record(self.path / "run.json")
+        record = read_record(self.path / "run.json")
+        if missing := {"config", "files_sha256"} - record.keys():
+            raise ValueError(f"{self.path}/run.json is damaged (no {missing.pop()}): restore it, or start the run anew")
+        return record
 
     def read_result(self) -> dict[str, Any]:
         """The content of `result.json`, with current setting names. Raises ValueError on another version."""

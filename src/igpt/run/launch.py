@@ -30,6 +30,7 @@ from igpt.run.logs import log_file, set_up_logging
 from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import resolve_run_dir
 from igpt.run.targets import checked_task
+from igpt.settings.run import check_structure
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.training.plan import plan_run
 from igpt.utils import files
@@ -131,6 +132,7 @@ def launch(
 
     `tell`: called with the run directory once it is known.
     """
+    check_structure(to_dict(cfg, resolve=False))
     expand_home_in_config(cfg)
     if not cfg.task.requires:
         # `task=report` has no run directory, it writes into finished ones

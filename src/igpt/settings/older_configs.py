@@ -101,13 +101,19 @@ def read_record(path: Path, *, oldest: int = 0) -> dict[str, Any]:
     """A `run.json` or `result.json` with current setting names; `version` stays that of the file, 0 if it has none.
 
     Raises:
-        ValueError: the version is below `oldest` or above `VERSION`.
+        ValueError: the version is below `oldest` or above `VERSION`, or the content is no record.
     """
     record = files.read_json(path)
     version = record.get("version", 0) if isinstance(record, dict) else None
     if type(version) is not int or not oldest <= version <= VERSION:
         raise ValueError(f"{path} is of another version than {oldest} to {VERSION}: use the release that wrote it")
-    return updated_record({**record, "version": version})
+    kinds = {"config": dict, "overrides": list | None, "files_sha256": dict}
+    if bad := [key for key, kind in kinds.items() if key in record and not isinstance(record[key], kind)]:
+        raise ValueError(f"{path} is damaged ({bad[0]} is of another type): restore it, or start the run anew")
+    try:
+        return updated_record({**record, "version": version})
+    except (RecursionError, TypeError, AttributeError) as error:  # nested too deeply, or otherwise than any config
+        raise ValueError(f"{path} is damaged ({error}): restore it, or start the run anew") from error
 
 
 def updated_record(record: Mapping[str, Any], table: Mapping[int, Changes] = TABLE) -> dict[str, Any]:

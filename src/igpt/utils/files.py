@@ -95,7 +95,7 @@ def remove_parts(folder: Path) -> None:
 def read_json(path: Path) -> Any:
     """The JSON value in a file. Raises ValueError, naming the file, if it is not JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file ({error}): it is damaged, restore or remove it") from error
 
