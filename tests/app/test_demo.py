@@ -19,6 +19,7 @@ from hydra import initialize_config_dir
 from PIL import Image
 
 from igpt.app import demo, nearest
+from igpt.app.demo_guard import UploadFolder
 from igpt.app.demo_page import DemoPage
 from igpt.app.nearest import TrainingFeatures
 from igpt.app.workbench import MEBIBYTE, Workbench
@@ -55,14 +56,22 @@ def build_workbench(build: Components) -> Workbench:
     weights = build.trained_weights
     settings = DemoSettings(
         host="127.0.0.1", port=None, threads=None, split="val", choices=6, rows=2, completions=2, at_most=3,
-        temperature=1.0, top_k=None, upload_mb=1, upload_pixels=100_000, nearest=4, among=40, layer=1,
-        norm="ln_1", dtype="float32", batch_size=16,
+        temperature=1.0, top_k=None, allowed_hosts=["my-tunnel:9000"], upload_mb=1, uploads_mb=2, uploads=3,
+        upload_seconds=60, upload_pixels=100_000, nearest=4, among=40, layer=1, norm="ln_1", dtype="float32",
+        batch_size=16,
     )  # fmt: skip
     training = TrainingFeatures(
         weights.net().eval(), build.hardware, build.build_datamodule(), build.cache_dir, settings,
         weights=weights.sha256, cache_key=build.cache_key,
     )  # fmt: skip
     return Workbench(training, build.evaluation_crop, settings)
+
+
+def build_uploads(place: Path) -> UploadFolder:
+    """For the small uploads of `build_workbench`."""
+    return UploadFolder(
+        place / "page" / "uploads", file_bytes=MEBIBYTE, total_bytes=2 * MEBIBYTE, n_files=3, seconds=60
+    )
 
 
 @pytest.fixture
@@ -118,9 +127,9 @@ def test_the_nearest_training_images(bench: Workbench, tmp_path: Path, layer: in
     assert again.training.done == 0  # none was read anew
 
 
-def test_classes_are_called_by_name(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_are_called_by_name(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: a folder's name as text, whatever it is; the number where there is none, nothing without a label."""
-    page, chosen = DemoPage(bench), bench.choices(0, 1)[0]
+    page, chosen = DemoPage(bench, build_uploads(tmp_path)), bench.choices(0, 1)[0]
     assert page.add_label("cosine 0.5", 3) == "cosine 0.5, class\N{NO-BREAK SPACE}3"  # the digits are called so
     assert page.add_label("cosine 0.5", -1) == "cosine 0.5"
     hostile = "<script>alert(1)</script>\n\u202e" + "x" * 300
@@ -277,6 +286,8 @@ def start(build: Components) -> Any:
         (("task.port=70000",), r"task\.port must be at most 65535"),
         (("task.threads=0",), r"task\.threads must be at least 1"),
         (("task.upload_mb=0",), r"task\.upload_mb must be at least 0\.001"),
+        (("task.uploads_mb=5",), r"task\.upload_mb 20 must be below task\.uploads_mb 5"),
+        (("task.allowed_hosts=demo",), r"task\.allowed_hosts must be a list, got 'demo'"),
         (("task.temperature=0",), "temperature must be at least 0.001"),
         (("task.norm=ln_9",), r"task\.norm must be one of ln_1, raw"),
         (("task.dtype=float64",), r"task\.dtype must be .*float16.*, got 'float64'"),

@@ -14,7 +14,7 @@ import pytest
 from igpt.app.demo_page import serve
 from igpt.app.workbench import Workbench
 from igpt.model.generate import Sampling
-from tests.app.test_demo import build_workbench, built_demo
+from tests.app.test_demo import build_uploads, build_workbench, built_demo
 from tests.data.conftest import encoded, photo
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -r requirements-dev.txt")
@@ -53,7 +53,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
     monkeypatch.setattr(Sampling, "draw", slowly)
     bench = build_workbench(built_demo(tmp_path))
     about = {"weights": "here/<b>model</b>"}
-    with serve(bench, about, tmp_path / "uploads") as url:
+    with serve(bench, about, build_uploads(tmp_path)) as url:
         yield url, bench
         bench.stop()
 
@@ -128,7 +128,7 @@ def test_the_page(browser: Any, served: tuple[str, Workbench], tmp_path: Path) -
     assert images("#drawn") == {}
     field.send_keys(str(tmp_path / "none.png"))
     until(lambda: "cannot be read as an image: its 8 bytes are no image" in text("#said"))
-    assert not [path for path in (tmp_path / "uploads").rglob("*.png") if path.name in ("wide.png", "none.png")]
+    assert not list((tmp_path / "page" / "uploads").rglob("*.png"))
 
     click("#find")
     until(lambda: text("#about-found") == "Layer 1, among 40 training images.")

@@ -26,5 +26,5 @@ def test_nothing_is_hidden() -> None:
 
 
 def test_an_unknown_objective() -> None:
-    with pytest.raises(ValueError, match="no objective called 'mlm'"):
+    with pytest.raises(ValueError, match=r"objective\.name must be one of ar, bert, got 'mlm'"):
         build_objective(name="mlm")

@@ -218,7 +218,7 @@ def test_versions_of_records(tmp_path: Path) -> None:
     folder.start(config, ["seed=1"], {})
     assert files.read_json(tmp_path / "run.json")["version"] == VERSION
     assert folder.read_run()["config"] == config  # of this release: as it is
-    files.write_json(tmp_path / "run.json", {"config": config, "overrides": None})
+    files.write_json(tmp_path / "run.json", {"config": config, "overrides": None, "files_sha256": {}})
     assert folder.read_run()["config"] == {"task": {"loss_weights": {"gen": 1.0}}}
     for record in ({"version": VERSION + 1}, {"version": "1"}, {"version": True}, []):
         files.write_json(tmp_path / "run.json", record)

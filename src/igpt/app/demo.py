@@ -2,14 +2,12 @@
 
 import importlib.util
 import logging
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
 from igpt.app.nearest import TrainingFeatures
-from igpt.app.workbench import Workbench
+from igpt.app.workbench import MEBIBYTE, Workbench
 from igpt.checkpoint.igpt_format import Weights
 from igpt.distributed.process_state import num_threads
 from igpt.distributed.signals import StopRequest
@@ -22,7 +20,6 @@ from igpt.task.complete import prompt_rows
 log = logging.getLogger(__name__)
 
 INSTALL = "task=demo needs Gradio, which is not installed here: pip install gradio==6.31.0 (or igpt[demo])"
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def describe_weights(weights: Weights) -> dict[str, str]:
@@ -66,7 +63,8 @@ def run(components: Components, settings: DemoSettings) -> Result:
             f"({weights.metadata.objective['name']}) and draws none: choose weights of objective=ar. What these know: "
             "task=probe"
         )
-    from igpt.app.demo_page import serve  # which imports Gradio
+    from igpt.app.demo_guard import LOCAL, UploadFolder, private_folder  # which import Starlette and Gradio
+    from igpt.app.demo_page import serve
 
     data, depth = components.build_datamodule(), weights.metadata.network.n_layer
     layer = depth // 2 if settings.layer is None else settings.layer
@@ -79,21 +77,29 @@ def run(components: Components, settings: DemoSettings) -> Result:
     with (
         num_threads(settings.threads or max(1, torch.get_num_threads() - 1)),
         machine.inference(weights.net()) as net,
-        tempfile.TemporaryDirectory(prefix="igpt-demo-") as uploads,
+        private_folder() as folder,
     ):
         training = TrainingFeatures(
             net, machine, data, components.cache_dir, settings, weights=weights.sha256, cache_key=components.cache_key
         )
         bench = Workbench(training, components.evaluation_crop, settings)
+        uploads = UploadFolder(
+            folder / "uploads",
+            file_bytes=round(settings.upload_mb * MEBIBYTE),
+            total_bytes=round(settings.uploads_mb * MEBIBYTE),
+            n_files=settings.uploads,
+            seconds=settings.upload_seconds,
+        )
         request = StopRequest("ending the demo")
         try:
-            with request.install_handlers(), serve(bench, describe_weights(weights), Path(uploads)) as url:
+            with request.install_handlers(), serve(bench, describe_weights(weights), uploads) as url:
                 log.info("the page is at %s; Ctrl-C ends it", url)
                 if settings.host not in LOCAL:
                     warning = "task.host=%s: whoever reaches this machine can open it, there is no password"
                     log.warning(warning, settings.host)
                 while not request.number:
                     time.sleep(0.1)
+                    uploads.remove_old()
                 bench.stop()
         finally:
             bench.stop()

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from fastapi import FastAPI
+from gradio.http_server import start_server
+from starlette.middleware import Middleware
 
-from igpt.app.workbench import MEBIBYTE, DemoImage, Workbench
+from igpt.app.demo_guard import RequestGuard, UploadFolder
+from igpt.app.workbench import DemoImage, Workbench
 from igpt.distributed.process_state import environment
 from igpt.report.page import templates
 
@@ -37,9 +41,27 @@ class Turn:
 class DemoPage:
     """The event handlers: each returns the new values of its output widgets."""
 
-    def __init__(self, bench: Workbench) -> None:
-        self.bench = bench
+    def __init__(self, bench: Workbench, uploads: UploadFolder) -> None:
+        self.bench, self.uploads = bench, uploads
         self.turns: dict[str | None, Turn] = {}  # session → its running drawing
+        self.sessions: set[str | None] = set()  # open pages
+
+    def enter(self, request: gr.Request) -> None:
+        """Notes the visitor's page."""
+        self.sessions.add(request.session_hash)
+
+    def end(self, request: gr.Request) -> None:
+        """Ends the visitor's drawing when the page is closed; removes uploads when it was the last page."""
+        self.leave(request)
+        self.sessions.discard(request.session_hash)
+        if not self.sessions:
+            self.uploads.remove_all()
+
+    async def check_uploaded(self, path: str) -> str:
+        """The path of an uploaded file. Raises ValueError for another one, or a URL, which Gradio would fetch."""
+        if not Path(path).resolve().is_relative_to(self.uploads.path.resolve()):
+            raise ValueError("an uploaded file is expected")
+        return path
 
     def stop(self, request: gr.Request) -> None:
         """Stops the visitor's drawing after the current pixel."""
@@ -136,9 +158,9 @@ class DemoPage:
             yield gr.skip(), PIECES.note(str(error), problem=True)
 
 
-def build(bench: Workbench, about: Mapping[str, str]) -> gr.Blocks:
+def build(bench: Workbench, about: Mapping[str, str], uploads: UploadFolder) -> gr.Blocks:
     """The page with its event handlers."""
-    page, settings, side, depth = DemoPage(bench), bench.settings, bench.side, bench.net.n_layer
+    page, settings, side, depth = DemoPage(bench, uploads), bench.settings, bench.side, bench.net.n_layer
     first, rows, layer = bench.choices(0), settings.rows or 0, settings.layer or 0
     limit = f"An upload has at most {settings.upload_mb:g} MB, and is cut to the square the network reads."
     with gr.Blocks(title="igpt demo", analytics_enabled=False) as blocks:
@@ -156,6 +178,7 @@ def build(bench: Workbench, about: Mapping[str, str]) -> gr.Blocks:
                     small: dict[str, Any] = {"size": "sm", "min_width": 120}
                     others = gr.Button("Other images", **small)
                     upload = gr.UploadButton("Upload an image", file_types=["image"], elem_id="upload", **small)
+                    upload.async_move_resource_to_block_cache = page.check_uploaded
                 gr.HTML(f'<p class="hint">{limit}</p>')
                 given_rows = gr.Slider(0, side, rows, step=1, label="Rows given, from the top", elem_id="rows")
                 completions = gr.Slider(1, settings.at_most, settings.completions, step=1, label="Completions")
@@ -188,20 +211,23 @@ def build(bench: Workbench, about: Mapping[str, str]) -> gr.Blocks:
         gallery.select(page.select_held_out, [shelf, given_rows], of_choice, **quiet)
         upload.upload(page.select_upload, [upload, given_rows], of_choice, **quiet)
         given_rows.release(page.show_prompt, [chosen, given_rows], given, **quiet)
-        blocks.unload(page.leave)
+        blocks.load(page.enter, None, None, **quiet)
+        blocks.unload(page.end)
     return blocks
 
 
 @contextmanager
-def serve(bench: Workbench, about: Mapping[str, str], uploads: Path) -> Iterator[str]:
-    """Serves the page for the block; yields its URL. `uploads`: the directory for uploaded files.
+def serve(bench: Workbench, about: Mapping[str, str], uploads: UploadFolder) -> Iterator[str]:
+    """Serves the page for the block, to requests of its own; yields its URL.
 
-    No analytics, no share link, no other address.
+    No analytics, no share link, no other address. No file is served but those in the folder that holds `uploads`, to
+    which the page's images are written.
 
     Raises:
         ValueError: a host that is not this machine's, or a port in use.
     """
-    host, port = bench.settings.host, bench.settings.port
+    settings = bench.settings
+    host, port = settings.host, settings.port
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         socket.create_server((host, port or 0), family=family).close()
@@ -210,21 +236,26 @@ def serve(bench: Workbench, about: Mapping[str, str], uploads: Path) -> Iterator
             f"no page can be served at task.host={host} task.port={port} ({error.strerror or error}): choose another "
             "port, or null for a free one; the host is an address of this machine"
         ) from error
+    folder = str(uploads.path.parent)
     # settings that Gradio reads only from the environment, or sets there itself
-    env = {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "True"}
-    with environment(**env):
-        blocks = build(bench, about)
+    env = {"GRADIO_TEMP_DIR": folder, "GRADIO_EXAMPLES_CACHE": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+    with environment(**env, HF_HUB_DISABLE_TELEMETRY="True"):
+        blocks = build(bench, about, uploads)
         blocks.queue(max_size=32, api_open=False)
+        guard = Middleware(RequestGuard, host=host, hosts=settings.allowed_hosts, uploads=uploads)
+        app = FastAPI(middleware=[guard], openapi_url=None)
+        gr.mount_gradio_app(
+            app, blocks, "/", max_file_size=uploads.file_bytes, footer_links=[], run_history=False, pwa=False,
+            mcp_server=False, ssr_mode=False, enable_monitoring=False, theme=THEME,
+            css_paths=Path(__file__).with_suffix(".css"),
+        )  # fmt: skip
+        gradio_app: Any = app.routes[-1]
+        gradio_app.app.uploaded_file_dir = str(uploads.path)
+        _, _, url, server = start_server(app, host, port)
         try:
-            _, url, _ = blocks.launch(
-                server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
-                max_file_size=round(bench.settings.upload_mb * MEBIBYTE), footer_links=[], run_history=False, pwa=False,
-                mcp_server=False, ssr_mode=False, enable_monitoring=False, theme=THEME,
-                css_paths=Path(__file__).with_suffix(".css"),
-            )  # fmt: skip
             yield url
-        finally:
-            if blocks.is_running:  # an open page would delay the shutdown for seconds and log errors
-                blocks.server.config.timeout_graceful_shutdown = 1
-                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        finally:  # an open page would delay the shutdown for seconds and log errors
+            server.config.timeout_graceful_shutdown = 1
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            blocks.app, blocks.server = gradio_app.app, server
             blocks.close(verbose=False)

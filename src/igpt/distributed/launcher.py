@@ -25,6 +25,7 @@ SWEEP = "IGPT_SWEEP"  # the name of the sweep of this job
 RENDEZVOUS_FILE = "IGPT_MEETING"  # rendezvous file of the ranks that were started here
 GRACE_SECONDS = 10  # for the other ranks to exit after one has failed
 SAVE_SECONDS = 60  # for runs to save and exit after an error of the parent
+FEW_PROCESSES = 8  # are started without looking for GPUs: each checks its own
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RENDEZVOUS_FILE)
 
 sweep_code = 0  # exit code of this process after a sweep: 1 if a job failed
@@ -140,16 +141,26 @@ def is_rank() -> bool:
 def count_devices(trainer: Mapping[str, Any]) -> int:
     """Number of processes of a run on this machine: `trainer.devices`.
 
-    `auto`: one per GPU; two without GPUs, to try things out.
+    `auto`: one per GPU; two without GPUs, to try things out. Other types are refused when settings are parsed.
+
+    Raises:
+        ValueError: more processes than this machine has GPUs or cores.
     """
-    if trainer.get("plan") is True:
+    if not isinstance(trainer, Mapping) or trainer.get("plan") is True:
         return 1
-    devices = trainer["devices"]
-    if devices != "auto":
-        return devices if isinstance(devices, int) else 1  # other types are refused when settings are parsed
+    devices: Any = trainer.get("devices")
+    if devices != "auto" and (not isinstance(devices, int) or devices <= max(FEW_PROCESSES, count_cores())):
+        return devices if isinstance(devices, int) else 1
     import torch  # slow: imported only if needed
 
-    return (torch.cuda.device_count() if trainer["accelerator"] != "cpu" else 0) or 2
+    n_gpu = torch.cuda.device_count() if trainer.get("accelerator") != "cpu" else 0
+    if devices != "auto":
+        if devices > n_gpu:
+            what = f"{n_gpu} GPUs" if n_gpu else f"{count_cores()} cores and no GPU in use"
+            raise ValueError(f"trainer.devices={devices} starts {devices} processes; this machine has {what}: lower it")
+    else:
+        devices = n_gpu or 2
+    return int(devices)
 
 
 def run_ranks(command: Sequence[str], n: int) -> int:

@@ -11,8 +11,8 @@ from igpt.settings.fields import parse_arguments
 OBJECTIVES: dict[str, Callable[..., Objective]] = {"ar": AR, "bert": BERT}
 
 
-def build_objective(*, name: str, **settings: Any) -> Objective:
+def build_objective(*, name: Any = None, **settings: Any) -> Objective:
     """The objective of that name. Raises ValueError on an unknown name or setting."""
-    if name not in OBJECTIVES:
-        raise ValueError(f"no objective called {name!r}; there are {', '.join(sorted(OBJECTIVES))}")
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        raise ValueError(f"objective.name must be one of {', '.join(sorted(OBJECTIVES))}, got {name!r}")
     return OBJECTIVES[name](**parse_arguments(OBJECTIVES[name], settings, "objective"))

@@ -41,9 +41,11 @@ PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safete
 
 
 def deciding(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config that determines a run's result."""
+    """The part of a config that determines a run's result. Raises ValueError for what is no config of a run."""
+    if bad := [key for key in ("task", "trainer") if not isinstance(config.get(key), dict)]:
+        raise ValueError(f"a config without {bad[0]} is no run's: restore run.json, or start the run anew")
     chosen = {key: value for key, value in config.items() if key not in (*OUTSIDE_IDENTITY, "callbacks")}
-    trainer = {OF_THE_MACHINE: config["trainer"][OF_THE_MACHINE]}
+    trainer = {OF_THE_MACHINE: config["trainer"].get(OF_THE_MACHINE)}
     callbacks = deciding_callbacks(config)
     return (
         chosen
@@ -54,10 +56,10 @@ def deciding(config: dict[str, Any]) -> dict[str, Any]:
 
 def deciding_callbacks(config: dict[str, Any]) -> dict[str, Any]:
     """The entries of `callbacks` that may change training: all but null and OBSERVERS."""
-    entries = config.get("callbacks") or {}
+    entries = config.get("callbacks")
     return {
         key: entry
-        for key, entry in entries.items()
+        for key, entry in (entries if isinstance(entries, dict) else {}).items()
         if entry is not None and not (isinstance(entry, dict) and entry.get("_target_") in OBSERVERS)
     }
 
@@ -195,7 +197,10 @@ class RunFolder:
         """
         if not self.is_started:
             raise ValueError(f"{self.path} is no run folder: it has no run.json")
-        return read_record(self.path / "run.json")
+        record = read_record(self.path / "run.json")
+        if missing := {"config", "files_sha256"} - record.keys():
+            raise ValueError(f"{self.path}/run.json is damaged (no {missing.pop()}): restore it, or start the run anew")
+        return record
 
     def read_result(self) -> dict[str, Any]:
         """The content of `result.json`, with current setting names. Raises ValueError on another version."""

@@ -184,8 +184,15 @@ def _check(run: RunRecord) -> None:
         if len(curve.x) != len(curve.y) or not all(map(math.isfinite, [*curve.x, *curve.y])):
             raise ValueError("a curve of other lengths, or of no numbers")
         _ = curve.x_unit + curve.y_unit
-    _ = run.task, dict(run.config), dict(run.result.provenance), dict(run.record["versions"])
-    _ = run.record["commit"] + "", float(run.record["seconds"])
+    if not all(isinstance(part, dict) for part in (run.config, run.result.provenance, run.record["versions"])):
+        raise ValueError("parts of another type")
+    task = run.config.get("task", {})
+    stages, inputs = task.get("stages", {}), task.get("runs")
+    if not isinstance(stages, dict) or not isinstance(inputs, list | str | None):
+        raise ValueError("a task of another type")
+    if not all(isinstance(stage.get("run"), str | None) for stage in stages.values() if stage is not None):
+        raise ValueError("stages of another type")
+    _ = run.task, run.record["commit"] + "", float(run.record["seconds"])
 
 
 def _read_mapping(path: Path, read: Callable[[Path], Any] = files.read_json) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
         overrides = [*resume_overrides(Path(str(resumed[-1])), typed, flags, folders), *overrides]
     _check_paths(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
     paths = check_overrides(overrides, folders).paths
+    if not OmegaConf.is_dict(paths):
+        raise ValueError(f"paths must be settings, as {{name: value}}, got {paths}")
     at_home = {key: expand_home_paths(paths[key]) for key in paths if expand_home_paths(paths[key]) != paths[key]}
     # also a `~` from a config file: Hydra creates the directory of a sweep before the config reaches `resolve_paths`
     return [*flags, *overrides, *(f"paths.{key}={format_value(path)}" for key, path in at_home.items())]
@@ -179,8 +181,15 @@ def _compose_config(overrides: list[Override]) -> DictConfig:
     try:
         cfg = compose("config", overrides=lines)
         OmegaConf.resolve(cfg)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        AttributeError,
+        TypeError,
+    ) as error:  # the last two: OmegaConf's own
         reason = " ".join(str(error).splitlines()[0].split())
+        if (key := re.search(r"full_key: (\S+)", str(error))) and key[1] not in reason:
+            reason = f"{key[1]}: {reason}"
         paths = [line for line in lines if "${" in line and is_path(line.lstrip("+").partition("=")[0])]
         how = _quoting_hint(re.sub(r"=(['\"])(.*)\1$", r"=\2", paths[0])) if paths else ""
         raise ValueError(f"these settings do not fit together: {reason}{how}") from error
@@ -195,7 +204,9 @@ def _check_options(override: Override, folders: list[Path]) -> None:
         requested = list(override.sweep_string_iterator())
     elif override.is_sweep_override():
         return  # a glob or a range: Hydra expands it
-    elif (value := override.value()) is not None:
+    elif (value := override.value()) is None:
+        raise ValueError(f"{group}=null: choose an option; there are {', '.join(options)}")
+    else:
         requested = value if isinstance(value, list) else [value]
     for option in requested:
         name = str(option).strip("'\"")

@@ -33,6 +33,7 @@ from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import resolve_run_dir, resume_command
 from igpt.run.saved_overrides import record_overrides, search_path_arguments
 from igpt.run.targets import checked_task
+from igpt.settings.run import check_structure
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.training.plan import plan_run
 from igpt.utils import files
@@ -141,6 +142,7 @@ def launch(
     `search_path`: the arguments that named additional config folders. `tell`: called with the run directory once it is
     known.
     """
+    check_structure(to_dict(cfg, resolve=False))
     resolve_paths(cfg)
     if not cfg.task.requires:
         # `task=report` has no run directory, it writes into finished ones

@@ -15,15 +15,15 @@ from igpt.report.runs import FoundRuns, find_runs
 from igpt.run import fingerprint
 from igpt.settings.data import name_images
 from igpt.settings.fields import parse_settings
-from igpt.settings.run import RunSettings
+from igpt.settings.run import RunSettings, check_structure
 from igpt.training.loggers import trains
 
 CHECKPOINT = "checkpoint"  # option of model, tokens and objective: take it from the weights of init=
 
 
-def to_dict(cfg: DictConfig) -> dict[str, Any]:
-    """The config as nested dicts and lists, interpolations resolved."""
-    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+def to_dict(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
+    """The config as nested dicts and lists; interpolations are resolved, or left as text."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=resolve))
 
 
 class RunConfig:
@@ -35,6 +35,7 @@ class RunConfig:
 
     def __init__(self, cfg: DictConfig, choices: dict[str, Any], search_path: Sequence[str] = ()) -> None:
         self.cfg, self.choices, self.search_path = cfg, choices, list(search_path)
+        check_structure(to_dict(cfg, resolve=False))
         self.list_files = cache(list_files)  # one listing per run, for its name and its images
         self.task: str = cfg.task.name
         self.requires = frozenset(cfg.task.requires)
@@ -47,6 +48,8 @@ class RunConfig:
         reads_runs = "runs" in cfg.task and "finished_runs" not in self.requires  # the weights, not the numbers
         if reads_runs and not cfg.task.runs:
             raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
+        if reads_runs and not (OmegaConf.is_list(cfg.task.runs) and all(isinstance(run, str) for run in cfg.task.runs)):
+            raise ValueError(f"task.runs must be a list of run folders, got {cfg.task.runs}")
         start = cfg.task.runs[0] if reads_runs and cfg.init is None else cfg.init
         if start is not None:
             settings = cfg.task.get("stages", {}).get("import") or cfg.task  # not stored in OpenAI's checkpoints

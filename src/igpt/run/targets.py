@@ -1,14 +1,13 @@
 """Config sections with a `_target_` → partials, with their settings checked against the target's signature."""
 
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, get_type_hints
 
-from hydra.utils import get_object
-
 from igpt.metric.result import Result
-from igpt.settings.fields import Settings, parse_arguments, parse_settings
+from igpt.settings.fields import Settings, format_setting, parse_arguments, parse_settings
 from igpt.settings.older_configs import answer
 
 OF_LAUNCH = ("_target_", "name", "requires", "run_folder", "paper")  # keys of a task read by `launch`, not by the task
@@ -22,21 +21,35 @@ def checked_partial(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
     Raises:
         ValueError: a setting that the target does not have, of a wrong type, or out of bounds.
     """
-    target = get_object(spec["_target_"])
+    target = find_target(spec.get("_target_"), where)
     settings = {str(key): value for key, value in spec.items() if not str(key).startswith("_")}
     _refuse_renamed(settings, inspect.signature(target).parameters, where)
     nested = {key: _build_nested(value, f"{where}.{key}") for key, value in settings.items() if _has_target(value)}
     return partial(target, **parse_arguments(target, settings, where, built=nested))
 
 
+def find_target(name: Any, where: str) -> Callable[..., Any]:
+    """The class or function that a `_target_` names. Raises ValueError if there is none."""
+    try:
+        target = pkgutil.resolve_name(name) if isinstance(name, str) else None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where}._target_={name} cannot be imported: {' '.join(str(error).split())}") from error
+    if not callable(target):
+        raise ValueError(f"{where}._target_ must name a class or function, got {format_setting(name)}")
+    found: Callable[..., Any] = target
+    return found
+
+
 def checked_task(spec: Mapping[str, Any]) -> Callable[..., Result]:
     """A partial of a task's `run` with its settings, to be called with the components unless it requires none."""
-    return partial(get_object(spec["_target_"]), settings=task_settings(spec["_target_"], spec))
+    return partial(find_target(spec["_target_"], "task"), settings=task_settings(spec["_target_"], spec))
 
 
 def task_settings(target: str, settings: Mapping[str, Any], where: str = "task") -> Settings:
     """The typed `settings` argument of a task's `run`, without OF_LAUNCH. Raises ValueError as `parse_settings`."""
-    model: type[Settings] = get_type_hints(get_object(target))["settings"]
+    model: type[Settings] | None = get_type_hints(find_target(target, where)).get("settings")
+    if model is None:
+        raise ValueError(f"{where}._target_ must be the run of a task, with settings, got {target!r}")
     settings = {key: value for key, value in settings.items() if key not in OF_LAUNCH}
     _refuse_renamed(settings, model.model_fields, where)
     return parse_settings(model, settings, where)
@@ -68,4 +81,9 @@ def _build_nested(value: Mapping[str, Any], where: str) -> Any:
     if "_target_" not in value:
         return {key: _build_nested(part, f"{where}.{key}") for key, part in value.items()}
     result = checked_partial(value, where)
-    return result if value.get("_partial_") else result()
+    if value.get("_partial_"):
+        return result
+    try:
+        return result()
+    except TypeError as error:  # an argument that is missing
+        raise ValueError(f"{where} cannot be built from its settings: {' '.join(str(error).split())}") from error

@@ -41,7 +41,11 @@ class DemoSettings(Settings):
     at_most: Count
     temperature: Temperature
     top_k: Count | None
+    allowed_hosts: list[str]
     upload_mb: Annotated[float, Field(ge=0.001, le=1e6)]
+    uploads_mb: Annotated[float, Field(ge=0.001, le=1e6)]
+    uploads: Count
+    upload_seconds: Annotated[float, Field(ge=1, le=1e6)]
     upload_pixels: Count
     nearest: Count
     among: Count
@@ -54,4 +58,6 @@ class DemoSettings(Settings):
     def _check_completions(self) -> "DemoSettings":
         if self.completions > self.at_most:
             raise ValueError(f"task.completions must lie in 1 … task.at_most ({self.at_most}), got {self.completions}")
+        if self.upload_mb >= self.uploads_mb:
+            raise ValueError(f"task.upload_mb {self.upload_mb:g} must be below task.uploads_mb {self.uploads_mb:g}")
         return self

@@ -105,14 +105,20 @@ def read_record(path: Path, *, oldest: int = 0) -> dict[str, Any]:
     """A `run.json` or `result.json` with current setting names; `version` stays that of the file, 0 if it has none.
 
     Raises:
-        ValueError: the version is below `oldest` or above `VERSION`.
+        ValueError: the version is below `oldest` or above `VERSION`, or the content is no record.
     """
     record = files.read_json(path)
     version = record.get("version", 0) if isinstance(record, dict) else None
     if type(version) is not int or not oldest <= version <= VERSION:
         raise ValueError(f"{path} is of another version than {oldest} to {VERSION}: use the release that wrote it")
-    record = updated_record({**record, "version": version})
-    return record if version >= ABSOLUTE_PATHS else _with_absolute_paths(record, path.absolute().parent)
+    kinds = {"config": dict, "overrides": list | None, "files_sha256": dict}
+    if bad := [key for key, kind in kinds.items() if key in record and not isinstance(record[key], kind)]:
+        raise ValueError(f"{path} is damaged ({bad[0]} is of another type): restore it, or start the run anew")
+    try:
+        record = updated_record({**record, "version": version})
+        return record if version >= ABSOLUTE_PATHS else _with_absolute_paths(record, path.absolute().parent)
+    except (RecursionError, TypeError, AttributeError) as error:  # nested too deeply, or otherwise than any config
+        raise ValueError(f"{path} is damaged ({error}): restore it, or start the run anew") from error
 
 
 def _with_absolute_paths(record: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -120,10 +126,9 @@ def _with_absolute_paths(record: dict[str, Any], folder: Path) -> dict[str, Any]
 
     That is where `paths.runs` is relative to, unless the run folder was moved; overrides were recorded absolute.
     """
-    config = record.get("config")
-    if not isinstance(config, dict):
+    if "config" not in record:
         return record
-    settings = flat(config)
+    settings = flat(record["config"])
     runs = str(settings.get(("paths", "runs")))
     start = next((parent for parent in folder.parents if folder.is_relative_to(parent / runs)), None)
     typed = dict(_plain_overrides(record.get("overrides") or []))

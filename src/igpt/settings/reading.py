@@ -73,6 +73,8 @@ class PipelineSettings(Settings):
         before: list[str] = []
         for name, settings in self.active_stages.items():
             start = settings.get(FROM)
+            if not isinstance(start, str | list | None):
+                raise ValueError(f"task.stages.{name}.from must be the name of a stage, or a list, got {start!r}")
             for source in [start] if isinstance(start, str) else start or []:
                 if source not in before:
                     earlier = ", ".join(before) or "none"
