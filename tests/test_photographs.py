@@ -74,7 +74,7 @@ def test_the_papers_command_builds_igpt_l_at_48(ilsvrc: Path, tmp_path: Path) ->
 def test_next_pixel(ilsvrc: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     """Invariant: random crops are trained on, any order of the pixels is completed, a stream does as a folder."""
     result, folder = run(tmp_path, *PIPELINE, *SMALL, *more, f"data.path={ilsvrc}")
-    assert 0 < result.numbers["val/loss_gen"].value < 2 * np.log(24)
+    assert 0 < result.numbers["pretrain/val/loss_gen"].value < 2 * np.log(24)
     assert (folder / "5_complete" / "completions.png").is_file()
     completed = np.load(folder / "5_complete" / "completions_tokens.npy")
     record = RunFolder(folder / "5_complete").read_result()

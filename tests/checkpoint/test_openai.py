@@ -357,9 +357,9 @@ def test_openais_evaluation_as_one_command(
     numbers = json.loads((folder / "result.json").read_text())["numbers"]
     huggingface.write(tmp_path / "hf", find_weights(str(folder / "1_import")))
     reference = ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "hf").eval()
-    for split, ids in (("val", tokens["va"]), ("test", tokens["te"])):
+    for stage, split, ids in (("evaluate", "val", tokens["va"]), ("test", "test", tokens["te"])):
         given = torch.from_numpy(ids)
         with torch.no_grad():
             logits = reference(input_ids=torch.cat([torch.full((3, 1), k), given[:, :-1]], 1)).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), given.flatten()).item()
-        assert numbers[f"{split}/loss_gen"]["value"] == pytest.approx(loss, abs=1e-5)
+        assert numbers[f"{stage}/{split}/loss_gen"]["value"] == pytest.approx(loss, abs=1e-5)

@@ -14,7 +14,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from igpt.distributed import launcher
 from igpt.distributed.launcher import Child, Children, run_ranks
@@ -162,7 +162,7 @@ def a_sweep(place: Path, *settings: str, n_jobs: int = 2, gpus: list[str] | None
         for i, line in enumerate(settings)
     ]
     (place / "sweep").mkdir(exist_ok=True)
-    sweep._load_finished(jobs, "val/loss_gen")
+    sweep._load_finished(jobs, [OmegaConf.create({"logger": None})] * len(jobs), "val/loss_gen", sweep="a sweep")
     return Sweep(place / "sweep", jobs, gpus=gpus or [], n_jobs=n_jobs, metric="val/loss_gen")
 
 
@@ -263,5 +263,5 @@ def test_jobs_that_are_one_run_are_refused_and_what_is_finished_is_known(tmp_pat
     assert [Path(str(job.folder)).name.startswith("pretrain-igpt_nano-digits8-ar-s1") for job in jobs[:1]] == [True]
     Path(str(jobs[0].folder)).mkdir()
     (Path(str(jobs[0].folder)) / "result.json").write_text('{"numbers": {"val/loss_gen": {"value": 1.5}}}')
-    sweep._load_finished(jobs, "val/loss_gen")
+    sweep._load_finished(jobs, configs("seed=1", "task.steps=no"), "val/loss_gen", sweep="a sweep")
     assert [(job.state, job.value) for job in jobs] == [(FINISHED, 1.5), (WAITING, None)]

@@ -23,6 +23,7 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.head_files import read_head
 from igpt.checkpoint.resume import AtomicCheckpointIO
 from igpt.data.images import Images
+from igpt.report import folder as run_folder
 from igpt.run.launch import run
 from igpt.run.targets import checked_partial
 from igpt.tokens.openai_npy import OpenAITokens
@@ -156,7 +157,14 @@ def read_mutations(
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Reads in this process, a fork; the largest memory beyond that of its start, and what it must not have done."""
     programs: list[str] = []
-    sys.addaudithook(lambda event, _: programs.append(event) if event in STARTS_PROGRAMS else None)
+    commit = ["git", "-C", str(Path(run_folder.__file__).parent)]  # of this package, for the record of a run
+
+    def note(event: str, arguments: Any) -> None:
+        is_known = event == "subprocess.Popen" and [*arguments[1]][:3] == commit
+        if event in STARTS_PROGRAMS and not is_known:
+            programs.append(event)
+
+    sys.addaudithook(note)
     guard = (
         memory("VmData") + request["most_bytes"] + (1 << 30)
     )  # so that a failing test does not take the machine down

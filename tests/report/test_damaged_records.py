@@ -10,8 +10,9 @@ import pytest
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.folder import RunFolder, changes, identity
 from igpt.report.runs import find_runs
-from igpt.run.arguments import saved_overrides
+from igpt.run.saved_overrides import resume_overrides
 from igpt.settings.older_configs import VERSION, read_record
+from tests.conftest import ROOT
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -62,6 +63,10 @@ def resume(folder: Path) -> None:
     identity(saved["config"], saved["files_sha256"])
 
 
+def take_overrides(folder: Path) -> None:
+    resume_overrides(folder, [], [], [ROOT / "conf"])
+
+
 def tell(read: Callable[[Path], Any], folder: Path) -> str | None:
     """None, or the error that is no line, of reading the folder."""
     try:
@@ -84,7 +89,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 READERS: dict[str, tuple[Callable[[Path], Any], ...]] = {
-    "run.json": (lambda folder: read_record(folder / "run.json"), saved_overrides, resume, read_all),
+    "run.json": (lambda folder: read_record(folder / "run.json"), take_overrides, resume, read_all),
     "result.json": (read_all,),
 }
 

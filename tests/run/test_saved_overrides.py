@@ -228,7 +228,7 @@ def test_a_config_folder_by_its_flag(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"overrides": "seed=1"}, {"search_path": {"a": 1}}, {"overrides": ["seed=1"] * 2000}],
+    [{"overrides": ["seed=1"], "search_path": 3}, {"search_path": {"a": 1}}, {"overrides": ["seed=1"] * 2000}],
 )
 def test_a_damaged_record_is_said(changed: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run\.json is damaged: its (overrides|search_path) are no list of texts"):

@@ -44,6 +44,10 @@ def check_structure(config: Mapping[Any, Any]) -> None:
     task = config["task"]
     if not isinstance(task.get("name"), str) or not isinstance(task.get("_target_"), str):
         raise ValueError("task.name and task._target_ must be text, as in conf/task/")
+    for group in ("data", "model", "objective", "task"):
+        name = config[group].get("name")
+        if isinstance(name, str) and (set(name) & set("/\0") or name in ("", ".", "..")):
+            raise ValueError(f"{group}.name must be the name of a file, as it becomes part of one, got {name!r}")
     requires = task.get("requires")
     if not isinstance(requires, list) or not all(isinstance(part, str) for part in requires):
         raise ValueError(f"task.requires must be a list of text, got {format_setting(requires)}")
