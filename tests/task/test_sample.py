@@ -60,7 +60,7 @@ def test_completions_keep_what_was_given(tmp_path: Path, lab: Lab, trained: Weig
     assert not np.array_equal(grid.images[:, 2], grid.images[:, 3])
     share = result.numbers["complete/pixels_as_original"]
     same = (grid.images[:, 2:, 4:] == original[:, None, 4:]).all(axis=-1).mean()
-    assert (share.value, share.n) == (pytest.approx(same), 6)
+    assert (share.value, share.n) == (pytest.approx(same), 3)
     assert share.interval == wilson_interval(share.value, 3)  # of three images, however many completions each has
 
 

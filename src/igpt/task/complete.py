@@ -69,7 +69,7 @@ def run(components: Components, settings: CompleteSettings) -> Result:
     if agree.numel():
         share = float(agree.mean())
         interval = wilson_interval(share, count)  # completions of one image are no further images
-        numbers["complete/pixels_as_original"] = Number(share, "share", count * completions, interval=interval)
+        numbers["complete/pixels_as_original"] = Number(share, "share", count, interval=interval)
     return Result(
         numbers=numbers,
         grids={"completions": Grid(grid, titles)},
