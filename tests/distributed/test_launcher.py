@@ -14,7 +14,7 @@ from unittest.mock import MagicMock
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from igpt.distributed import launcher
 from igpt.distributed.launcher import Child, Children, run_ranks
@@ -162,7 +162,7 @@ def a_sweep(place: Path, *settings: str, n_jobs: int = 2, gpus: list[str] | None
         for i, line in enumerate(settings)
     ]
     (place / "sweep").mkdir(exist_ok=True)
-    sweep._load_finished(jobs, "val/loss_gen")
+    sweep._load_finished(jobs, [OmegaConf.create({})] * len(jobs), "val/loss_gen", sweep="")
     return Sweep(place / "sweep", jobs, gpus=gpus or [], n_jobs=n_jobs, metric="val/loss_gen")
 
 
@@ -185,7 +185,11 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(tmp_path: Path, caplog: 
     assert {job.state for job in second.jobs} == {FINISHED}
     assert [len((tmp_path / f"job{i}" / "begun").read_text().splitlines()) for i in range(4)] == [2, 1, 1, 1]
     assert not left.exists()
-    assert {job["state"] for job in json.loads((tmp_path / "sweep" / "jobs.json").read_text())["jobs"]} == {FINISHED}
+    jobs = tmp_path / "sweep" / "jobs.json"
+    assert {job["state"] for job in json.loads(jobs.read_text())["jobs"]} == {FINISHED}
+    jobs.unlink()  # of a sweep that was killed before it wrote this
+    assert run(a_sweep(tmp_path, *lines), tmp_path) is None
+    assert {job["state"] for job in json.loads(jobs.read_text())["jobs"]} == {FINISHED}
 
 
 def test_a_sweep_goes_on_without_its_own_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -263,5 +267,5 @@ def test_jobs_that_are_one_run_are_refused_and_what_is_finished_is_known(tmp_pat
     assert [Path(str(job.folder)).name.startswith("pretrain-igpt_nano-digits8-ar-s1") for job in jobs[:1]] == [True]
     Path(str(jobs[0].folder)).mkdir()
     (Path(str(jobs[0].folder)) / "result.json").write_text('{"numbers": {"val/loss_gen": {"value": 1.5}}}')
-    sweep._load_finished(jobs, "val/loss_gen")
+    sweep._load_finished(jobs, [OmegaConf.create({})] * len(jobs), "val/loss_gen", sweep="")
     assert [(job.state, job.value) for job in jobs] == [(FINISHED, 1.5), (WAITING, None)]

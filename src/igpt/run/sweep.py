@@ -121,6 +121,7 @@ class Sweep:
     def run(self, command: Sequence[str]) -> str | None:
         """Runs every unfinished job; returns the name of the signal that stopped the sweep, or None."""
         files.remove_parts(self.folder, ".*.part")
+        self._save()
         waiting = [job for job in self.jobs if job.state != FINISHED]
         done = len(self.jobs) - len(waiting)
         log.info(
