@@ -115,10 +115,12 @@ MODULES = (  # what these tasks import when they run
 
 # Files that watch a run or show its result: an error of theirs ends no run.
 BYSTANDERS = re.compile(
-    r"console\.txt|log\.txt|/metrics(/|$)|/samples(/|$)|\.png|\.html|jobs\.json|job_\d+\.txt|/wandb(/|$)"
+    r"console\.txt|log\.txt|/metrics(/|$)|/samples(/|$)|\.png|\.html|_(tokens|counts)\.npy"
+    r"|jobs\.json|job_\d+\.txt|/wandb(/|$)"
 )
 TEMPORARY = re.compile(r"\.part$|^tmp.|\.tmp$")
 FOLDERS_OF_RUNS = re.compile(r"-[0-9a-f]{8}$|^(runs|base|work)$")
+HASH = re.compile(r"-[0-9a-f]{8}(?=/|$)")  # of a run's settings, the absolute paths of its data among them
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def inject_fault(baseline: Baseline, fault: Fault, keep: Path | None = None) -> 
         if fault.kind == KILL:
             how, problems = "equal", check_killed(result, work)
         else:
-            how, problems = check_failed(result, baseline, work)
+            how, problems = check_failed(result, baseline, work, fault)
         steps, again = find_steps(work), list_next_arguments(work, arguments)
         then = run_train(place, again)
         text += f"$ {' '.join(again)}\n{then.text}exit code {then.code}\n"
@@ -239,15 +241,20 @@ def inject_fault(baseline: Baseline, fault: Fault, keep: Path | None = None) -> 
 def list_next_arguments(work: Path, arguments: Sequence[str]) -> list[str]:
     """`resume=FOLDER` for an unfinished run with a checkpoint, else the same again; a sweep resumes its jobs itself."""
     begun = [path.parent for path in sorted((work / "runs").glob("*/run.json"))]
-    begun = [run for run in begun if not (run / "result.json").is_file() and any(run.rglob("latest"))]
+    begun = [run for run in begun if not (run / "result.json").is_file() and any(run.rglob("step_*.sha256"))]
     return list(arguments) if "-m" in arguments or not begun else [f"resume={begun[0].relative_to(work)}"]
 
 
 def read_facts(work: Path) -> dict[str, Any]:
-    """What must not depend on interruptions, by file: hashes of weights, arrays, pictures; numbers, curves; pages."""
+    """What must not depend on interruptions, by file: hashes of weights, arrays, pictures; numbers, curves; pages.
+
+    The hash in a run's name is left out where that name is no other run's.
+    """
     facts: dict[str, Any] = {}
+    named = Counter(HASH.sub("", path.name) for path in (work / "runs").glob("*"))
     for path in sorted(file for folder in ("runs", "base") for file in (work / folder).rglob("*") if file.is_file()):
-        name = str(path.relative_to(work))
+        name, unique = str(path.relative_to(work)), HASH.sub("", str(path.relative_to(work)))
+        name = unique if named[unique.split("/")[1]] == 1 else name
         if "wandb" in path.parts:
             continue  # W&B's own, named by the time
         if path.suffix in (".safetensors", ".npy", ".png") or "huggingface" in path.parts:
@@ -256,7 +263,8 @@ def read_facts(work: Path) -> dict[str, Any]:
             facts[name] = path.read_text().rstrip().endswith("</html>")
         elif path.name == "result.json":
             record = json.loads(path.read_text())
-            facts[name] = {key: record[key] for key in ("curves", "files", "class_names", "provenance")}
+            facts[name] = {key: record[key] for key in ("curves", "class_names", "provenance")}
+            facts[name]["files"] = sorted({*record["files"].values(), *record.get("not_written", ())})
             facts[name]["numbers"] = {
                 key: number for key, number in record["numbers"].items() if not number["unit"].endswith("/s")
             }
@@ -273,6 +281,12 @@ def compare_facts(facts: dict[str, Any], expected: dict[str, Any], *, bystanders
         for name in expected
         if facts.get(name) != expected[name] and (bystanders or not BYSTANDERS.search(name))
     ]
+
+
+def name_files(operations: Sequence[Operation]) -> set[str]:
+    """The names by which an error may name what it met; of a run's own folder none, as each line may hold it."""
+    folders = {Path(each.path).parent.name for each in operations}
+    return {each.file for each in operations} | {name for name in folders if not FOLDERS_OF_RUNS.search(name)}
 
 
 def list_temporary(work: Path) -> list[str]:
@@ -314,12 +328,13 @@ def check_killed(result: ProcessResult, work: Path) -> list[str]:
     return problems
 
 
-def check_failed(result: ProcessResult, baseline: Baseline, work: Path) -> tuple[str, list[str]]:
+def check_failed(result: ProcessResult, baseline: Baseline, work: Path, fault: Fault) -> tuple[str, list[str]]:
     """How a run met an error (error, warning, or equal: it was without effect), and what is wrong with that."""
     assert result.hit is not None
-    where, folder, problems = result.hit, Path(result.hit.path).parent.name, []
+    where, problems = result.hit, []
     text = "\n".join([result.text, *(path.read_text(errors="replace") for path in work.rglob("job_*.txt"))])
-    names = {where.file} | ({folder} if result.code or not FOLDERS_OF_RUNS.search(folder) else set())
+    met = [where, *(result.operations if fault.kind == "ENOSPC" else ())]  # a full disk stays full
+    names = name_files(met) | ({Path(where.path).parent.name} if result.code else set())
     known = {strip_digits(line) for line in baseline.text.splitlines()}
     new = [line for line in text.splitlines() if strip_digits(line) not in known]
     is_named = any(name in line for line in new for name in names)
@@ -331,7 +346,9 @@ def check_failed(result: ProcessResult, baseline: Baseline, work: Path) -> tuple
             *problems,
             *(f"{each}, and no message" for each in differs),
         ]
-    if BYSTANDERS.search(where.path) and baseline.task != "report":  # its work are pages
+    others = name_files([each for each in met if not BYSTANDERS.search(each.path)])
+    is_other = any(name in line for line in new for name in others if "error:" in line)
+    if BYSTANDERS.search(where.path) and not is_other and baseline.task != "report":  # its work are pages
         problems.append(f"a bystander ends the run: {last_line(result.text)}")
     if result.code != 2 and not (TASKS[baseline.task].spawns and result.code == 1):  # 1: of a sweep, a job has failed
         problems.append(f"exit code {result.code}: {last_line(result.text)}")
