@@ -118,7 +118,7 @@ BYSTANDERS = re.compile(
     r"console\.txt|log\.txt|/metrics(/|$)|/samples(/|$)|\.png|\.html|_(tokens|counts)\.npy"
     r"|jobs\.json|job_\d+\.txt|/wandb(/|$)"
 )
-TEMPORARY = re.compile(r"\.part$|^tmp.|\.tmp$")
+TEMPORARY = re.compile(r"\.part$|^\.?tmp.|\.tmp$")
 FOLDERS_OF_RUNS = re.compile(r"-[0-9a-f]{8}$|^(runs|base|work)$")
 HASH = re.compile(r"-[0-9a-f]{8}(?=/|$)")  # of a run's settings, the absolute paths of its data among them
 
@@ -262,7 +262,7 @@ def read_facts(work: Path) -> dict[str, Any]:
         elif path.suffix == ".html":
             facts[name] = path.read_text().rstrip().endswith("</html>")
         elif path.name == "result.json":
-            record = json.loads(path.read_text())
+            record = json.loads(path.read_text().replace(str(work), "."))
             facts[name] = {key: record[key] for key in ("curves", "class_names", "provenance")}
             facts[name]["files"] = sorted({*record["files"].values(), *record.get("not_written", ())})
             facts[name]["numbers"] = {
