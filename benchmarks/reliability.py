@@ -1,7 +1,7 @@
 """Every task is killed, and meets errors of the disk, at its own file operations: does it end as one left undisturbed?
 
-python benchmarks/reliability.py                                          all tasks: over 300 kills, 100 errors
-python benchmarks/reliability.py --sample                                 30 of them
+python benchmarks/reliability.py                                          all tasks: 324 kills, 158 errors
+python benchmarks/reliability.py --sample                                 16 of them
 python benchmarks/reliability.py --task pretrain --at 37 --fault ENOSPC   one, with all that it wrote
 python benchmarks/reliability.py --task ddp --at 5 --rank 1 --fault KILL
 
@@ -70,14 +70,14 @@ class Task:
     """A command, and how many kills and errors it gets."""
 
     arguments: tuple[str, ...]
-    kills: int = 18
-    errors: int = 12
+    kills: int = 13
+    errors: int = 6
     spawns: bool = False  # a launcher starts its processes
     without: tuple[str, ...] = ()  # parts of the template that are not there
 
 
 TASKS = {
-    "pretrain": Task(PRETRAIN, 40, 30),
+    "pretrain": Task(PRETRAIN, 36, 20),
     "images": Task((*PRETRAIN, *PHOTOS, "callbacks=probe")),
     "finetune": Task(("task=finetune", *ON_CHECKPOINT, *FIT)),
     "probe": Task(("task=probe", *ON_CHECKPOINT, *DATA, *PROBE)),
@@ -92,17 +92,17 @@ TASKS = {
     "export": Task(("task=export", *ON_CHECKPOINT)),
     "compare": Task(("task=compare", FINISHED)),
     "report": Task(("task=report", FINISHED)),
-    "pipeline": Task(("experiment=quickstart", *NET, *DATA, *PRETRAIN_STAGE, *NO_STAGES), 30, 15),
-    "library": Task(("task=sample", *ON_CHECKPOINT, "task.count=4"), 6, 4, without=("xdg",)),
-    "wandb": Task((*PRETRAIN, "logger=[csv,wandb]", "logger.wandb.offline=true"), 6, 6),
-    "sweep": Task(("-m", "seed=0,1", *PRETRAIN), 18, 10, spawns=True),
+    "pipeline": Task(("experiment=quickstart", *NET, *DATA, *PRETRAIN_STAGE, *NO_STAGES), 24, 10),
+    "library": Task(("task=sample", *ON_CHECKPOINT, "task.count=4"), 5, 3, without=("xdg",)),
+    "wandb": Task((*PRETRAIN, "logger=[csv,wandb]", "logger.wandb.offline=true"), 5, 5),
+    "sweep": Task(("-m", "seed=0,1", *PRETRAIN), 14, 6, spawns=True),
     "learning_rate": Task(
-        ("-m", "sweep=learning_rate", "hydra.sweeper.values=[0.01,0.003]", *PRETRAIN), 18, 10, spawns=True
+        ("-m", "sweep=learning_rate", "hydra.sweeper.values=[0.01,0.003]", *PRETRAIN), 14, 6, spawns=True
     ),
-    "ddp": Task((*PRETRAIN, *DDP), 36, 20, spawns=True),
-    "ddp_probe": Task(("task=probe", *ON_CHECKPOINT, *DATA, *PROBE, *DDP), 18, 10, spawns=True),
+    "ddp": Task((*PRETRAIN, *DDP), 30, 16, spawns=True),
+    "ddp_probe": Task(("task=probe", *ON_CHECKPOINT, *DATA, *PROBE, *DDP), 14, 8, spawns=True),
 }
-SAMPLE = {"pretrain": (4, 4), "sgd_probe": (1, 1), "sample": (10, 10)}
+SAMPLE = {"pretrain": (3, 2), "sgd_probe": (2, 2), "evaluate": (3, 4)}
 MODULES = (  # what these tasks import when they run
     *("lightning", "torch.utils.serialization", "sklearn.datasets", "sklearn.linear_model"),
     *("matplotlib.backends.backend_agg", "matplotlib.pyplot", "igpt.data.digits"),
@@ -290,9 +290,9 @@ def name_files(operations: Sequence[Operation]) -> set[str]:
 
 
 def list_temporary(work: Path) -> list[str]:
-    """Temporary files and folders that are left, but for those of W&B and of a compiler that was killed."""
+    """Temporary files and folders that are left, but for those of W&B, a compiler and Python's first one."""
     found = [path.relative_to(work) for path in work.rglob("*")]
-    own = [path for path in found if "wandb" not in str(path) and not re.match(r"tmp/cc\w+\.", str(path))]
+    own = [path for path in found if "wandb" not in str(path) and not re.match(r"tmp/(cc\w+\.|\w{8}$)", str(path))]
     return [str(path) for path in own if TEMPORARY.search(path.name) or path.parent == Path("tmp")]
 
 
@@ -348,7 +348,9 @@ def check_failed(result: ProcessResult, baseline: Baseline, work: Path, fault: F
         ]
     others = name_files([each for each in met if not BYSTANDERS.search(each.path)])
     is_other = any(name in line for line in new for name in others if "error:" in line)
-    if BYSTANDERS.search(where.path) and not is_other and baseline.task != "report":  # its work are pages
+    is_starting = baseline.task == "wandb" and not any(work.rglob("step_*.ckpt"))  # a logger may refuse at the start
+    is_work = baseline.task == "report"  # whose work are pages
+    if BYSTANDERS.search(where.path) and not (is_other or is_starting or is_work):
         problems.append(f"a bystander ends the run: {last_line(result.text)}")
     if result.code != 2 and not (TASKS[baseline.task].spawns and result.code == 1):  # 1: of a sweep, a job has failed
         problems.append(f"exit code {result.code}: {last_line(result.text)}")
@@ -448,7 +450,7 @@ def enumerate_faults(args: argparse.Namespace) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", action="append", choices=TASKS, help="may be repeated; default: all")
-    parser.add_argument("--sample", action="store_true", help="30 faults of three tasks")
+    parser.add_argument("--sample", action="store_true", help="16 faults of three tasks")
     parser.add_argument("--share", type=float, default=1.0, help="of the number of faults")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of positions")
     parser.add_argument("--at", type=int, help="a single position, of one task")
