@@ -404,8 +404,10 @@ def prepare_process(tasks: Sequence[str]) -> None:
     """Imports what these tasks do and fills the tables of Hydra's parser, for all forks."""
     for name in MODULES:
         importlib.import_module(name)
+    from igpt.report.paper import load_paper
     from igpt.run.arguments import prepare_arguments
 
+    load_paper()
     for task in tasks:
         prepare_arguments(list(TASKS[task].arguments), TRAIN.parent / "conf")
     gc.freeze()
