@@ -264,7 +264,7 @@ def read_facts(work: Path) -> dict[str, Any]:
         elif path.name == "result.json":
             record = json.loads(path.read_text().replace(str(work), "."))
             facts[name] = {key: record[key] for key in ("curves", "class_names", "provenance")}
-            facts[name]["files"] = sorted({*record["files"].values(), *record.get("not_written", ())})
+            facts[name]["files"] = sorted({*record["files"].values(), *list_not_written(path.parent)})
             facts[name]["numbers"] = {
                 key: number for key, number in record["numbers"].items() if not number["unit"].endswith("/s")
             }
@@ -272,6 +272,12 @@ def read_facts(work: Path) -> dict[str, Any]:
             jobs = json.loads(path.read_text())["jobs"]
             facts[name] = [(job["overrides"], job["state"], job["value"]) for job in jobs]
     return facts
+
+
+def list_not_written(run: Path) -> list[str]:
+    """The pictures and arrays of a run, or of the stages in it, that its records list as not written."""
+    records = {path.parent.relative_to(run): json.loads(path.read_text()) for path in run.rglob("result.json")}
+    return [str(stage / file) for stage, record in records.items() for file in record.get("not_written", ())]
 
 
 def compare_facts(facts: dict[str, Any], expected: dict[str, Any], *, bystanders: bool) -> list[str]:
