@@ -354,13 +354,15 @@ def check_failed(result: ProcessResult, baseline: Baseline, work: Path, fault: F
         ]
     others = name_files([each for each in met if not BYSTANDERS.search(each.path)])
     is_other = any(name in line for line in new for name in others if "error:" in line)
+    # the output of a job of a sweep, where its error is, is on the same disk
+    is_lost = fault.kind == "ENOSPC" and re.search(r"job \d+ ended with exit code 2", result.text) is not None
     is_starting = baseline.task == "wandb" and not any(work.rglob("step_*.ckpt"))  # a logger may refuse at the start
     is_work = baseline.task == "report"  # whose work are pages
-    if BYSTANDERS.search(where.path) and not (is_other or is_starting or is_work):
+    if BYSTANDERS.search(where.path) and not (is_other or is_starting or is_work or is_lost):
         problems.append(f"a bystander ends the run: {last_line(result.text)}")
     if result.code != 2 and not (TASKS[baseline.task].spawns and result.code == 1):  # 1: of a sweep, a job has failed
         problems.append(f"exit code {result.code}: {last_line(result.text)}")
-    if not is_named or not any("error:" in line for line in new):
+    if not is_lost and not (is_named and any("error:" in line for line in new)):
         problems.append(f"no error that names {where.file}: {last_line(result.text)}")
     return "error", problems
 
