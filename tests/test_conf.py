@@ -7,6 +7,7 @@ import signal
 from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from omegaconf import OmegaConf
 
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import CheckpointMetadata, save_model
+from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
 from igpt.model.config import GPTConfig
 from igpt.report.closing_table import closing_table
@@ -26,7 +28,8 @@ from igpt.report.folder import RunFolder
 from igpt.run.arguments import check_overrides, parse_overrides, prepare_arguments
 from igpt.run.components import Components
 from igpt.run.execute import run_and_report, stage_runner
-from igpt.run.launch import explain_lost_worker, explain_out_of_memory, launch
+from igpt.run.launch import explain_lost_rank, explain_lost_worker, explain_out_of_memory, launch
+from igpt.run.launch import main as launch_main
 from igpt.run.run_config import CHECKPOINT, RunConfig
 from igpt.run.run_dir import find_run_dir
 from igpt.run.saved_overrides import record_overrides
@@ -516,6 +519,20 @@ def test_a_worker_that_was_lost() -> None:
     assert waited is not None
     assert "(it ended unexpectedly)" in waited
     assert explain_lost_worker(RuntimeError("shapes differ")) is None
+
+
+def test_a_rank_that_is_left_alone_says_so_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its exit code is not 2: the launcher would take the end of all ranks for bad input, and not name the first."""
+    lost = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
+    assert explain_lost_rank(lost) is None
+    monkeypatch.setattr(ranks, "this_rank", lambda: ranks.Rank(0, 0, 2, 2))
+    assert str(explain_lost_rank(lost)).startswith("another process of this run has ended")
+    assert explain_lost_rank(RuntimeError("shapes differ")) is None
+    monkeypatch.setattr("igpt.run.launch.launch", lambda *_, **__: (_ for _ in ()).throw(lost))
+    monkeypatch.setattr("igpt.run.launch.HydraConfig.get", lambda: MagicMock())
+    with pytest.raises(SystemExit) as caught:
+        launch_main(OmegaConf.create({}))
+    assert caught.value.code == 1
 
 
 def test_sharding_needs_several_processes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from igpt.checkpoint.head_files import HeadMetadata, copy_head, find_head, read_
 from igpt.checkpoint.igpt_format import save_model
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
+from igpt.task import probe
 from tests.checkpoint.test_igpt_format import make_metadata
 from tests.conftest import perturbed
 
@@ -52,6 +54,23 @@ def test_round_trip(saved: Path, weight: torch.Tensor) -> None:
     assert torch.allclose(head(hidden), torch.einsum("btc,kc->bk", hidden, weight) / 16, atol=1e-5)
     names = ["config.json", "head.json", "head.safetensors", "model.safetensors"]
     assert sorted(path.name for path in saved.iterdir()) == names
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path, weight: torch.Tensor) -> None:
+    """Invariant: an OSError, which ends a run in one line; nothing is left, of a probe's head neither."""
+    import resource
+
+    before, size = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, size[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/head\.safetensors'"):
+            save_head(tmp_path, weight, HeadMetadata(5, "toy4", CLASSES, "0" * 64))
+        with pytest.raises(OSError, match=r"File too large: '.*/probe\.safetensors'"):
+            probe.save_head(tmp_path / "probe.safetensors", weight, weight[:, 0], [1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, size)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_precision_is_read_as_float32(saved: Path, weight: torch.Tensor) -> None:

@@ -185,16 +185,26 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(tmp_path: Path, caplog: 
     assert {job.state for job in second.jobs} == {FINISHED}
     assert [len((tmp_path / f"job{i}" / "begun").read_text().splitlines()) for i in range(4)] == [2, 1, 1, 1]
     assert not left.exists()
-    assert {job["state"] for job in json.loads((tmp_path / "sweep" / "jobs.json").read_text())["jobs"]} == {FINISHED}
+    jobs = tmp_path / "sweep" / "jobs.json"
+    assert {job["state"] for job in json.loads(jobs.read_text())["jobs"]} == {FINISHED}
+    jobs.unlink()  # of a sweep that was killed before it wrote this
+    assert run(a_sweep(tmp_path, *lines), tmp_path) is None
+    assert {job["state"] for job in json.loads(jobs.read_text())["jobs"]} == {FINISHED}
 
 
-def test_a_sweep_goes_on_without_its_own_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Invariant: what a sweep writes about its jobs may fail, which is said once each; the jobs are done."""
+def test_a_sweep_goes_on_without_its_own_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Invariant: what a sweep writes about its jobs may fail, which is said once each; the jobs are done.
+
+    What a job says is on the terminal then.
+    """
     of = a_sweep(tmp_path, "", "fails=yes", n_jobs=1)
     for name in ("jobs.json", "job_000.txt", "job_001.txt"):
         (tmp_path / "sweep" / name).mkdir()
     assert run(of, tmp_path) is None
     assert [job.state for job in of.jobs] == [FINISHED, FAILED]
+    assert "this one cannot be done" in capfd.readouterr().err
     failed = [line.partition(": ")[0] for line in caplog.messages if line.endswith("the run goes on")]
     assert sorted(Path(name).name for name in failed) == ["job_000.txt", "job_001.txt", "jobs.json"]
 

@@ -119,6 +119,13 @@ def test_every_number_and_every_point_of_a_curve_is_there(quickstart: Path) -> N
         assert record["commit"].removesuffix("-dirty") in page.text
 
 
+def test_part_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
+    folder = finished(tmp_path / "run", Result()).path
+    (part := folder / ".report.html.abcdefgh.part").touch()
+    render_page(folder)
+    assert not part.exists()
+
+
 def test_fits_that_did_not_converge_are_shown(tmp_path: Path) -> None:
     """Invariant: a probe's page names them, escaped; a page without any has no such line."""
     text = "probe, layer 3, C = 100: up to 2.1e-04 nats"

@@ -1,6 +1,7 @@
 """Searches: what is tried, when they stop, how they go on. What a run would reach is a function here, no run."""
 
 import json
+import logging
 import math
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -70,6 +71,26 @@ def test_it_stops_where_the_loss_begins_to_rise(config: DictConfig) -> None:
 def test_a_rate_that_broke_down_is_no_reason_to_stop(config: DictConfig) -> None:
     losses = {"0.01": math.nan, "0.003": 2.0, "0.001": math.nan}
     assert in_turn(config, Runs(lambda job: losses[job["task.learning_rate"]])) == [0.01, 0.003, 0.001]
+
+
+def test_files_of_a_search_that_fail(
+    config: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Invariant: temporary files of a killed search go at the next one; without a folder, exit code 2 and a line."""
+    in_turn(config, Runs(lambda job: 1.0))
+    (place,) = (path.parent for path in tmp_path.rglob("search.json"))
+    config.hydra.sweep.dir = str(place.parent)
+    (part := place / ".search.json.abcdefgh.part").touch()
+    in_turn(config, Runs(lambda job: 1.0))
+    assert not part.exists()
+    config.hydra.sweep.dir = str(tmp_path / "file")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])
+    monkeypatch.setattr(search, "set_up_logging", lambda: None)
+    with pytest.raises(SystemExit) as caught:
+        in_turn(config, Runs(lambda job: 1.0))
+    assert caught.value.code == 2
+    assert f"error: [Errno 20] Not a directory: '{tmp_path / 'file'}" in caplog.text
 
 
 def test_every_combination_is_searched_for_itself(config: DictConfig) -> None:

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from igpt.checkpoint.resume import (
     AtomicCheckpointIO,
     checkpoint_path,
+    checksum_path,
     find_checkpoints,
+    has_checkpoint,
     latest_checkpoint,
     mark_latest,
     parse_step,
@@ -212,6 +214,17 @@ def test_the_best_stays(tmp_path: Path, lab: Lab) -> None:
     assert best["value"] == pytest.approx(min(curve.y), rel=1e-6)
     assert best["step"] == curve.x[curve.y.index(min(curve.y))]
     assert (tmp_path / "checkpoints" / best["checkpoint"]).is_file()
+
+
+def test_killed_before_the_first_pointer(tmp_path: Path) -> None:
+    """Invariant: a first checkpoint with its checksum is resumed from; without one, the run starts anew."""
+    path = checkpoint_path(tmp_path / "stage", 2)
+    AtomicCheckpointIO().write({"step": 2}, path)
+    assert latest_checkpoint(tmp_path / "stage") == path
+    assert has_checkpoint(tmp_path)
+    checksum_path(path).unlink()
+    assert latest_checkpoint(tmp_path / "stage") is None
+    assert not has_checkpoint(tmp_path)
 
 
 def test_checkpoints_are_in_order_of_their_steps(tmp_path: Path) -> None:

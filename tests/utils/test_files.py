@@ -1,5 +1,6 @@
 """Atomic writing: the old file survives whatever happens to the new one."""
 
+import errno
 import multiprocessing as mp
 import os
 import subprocess
@@ -55,6 +56,22 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
         file.write(b"1")
         raise KeyError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("create", [files.atomic_path, files.atomic_folder])
+def test_an_error_that_names_no_file_names_the_one_to_be_written(tmp_path: Path, create: Any) -> None:
+    """Of write and fsync, and NumPy's of fwrite, which has no errno; one that names a file keeps that name."""
+    path = tmp_path / "result"
+    refused = OSError(errno.EIO, "Input/output error")
+    named = FileNotFoundError(errno.ENOENT, "No such file or directory", "input")
+    for error, message in (
+        (refused, f"[Errno 5] Input/output error: '{path}'"),
+        (OSError("51 requested and 0 written"), f"{path} could not be written (51 requested and 0 written)"),
+        (named, "[Errno 2] No such file or directory: 'input'"),
+    ):
+        with pytest.raises(type(error)) as caught, create(path):
+            raise error
+        assert str(caught.value) == message
 
 
 def test_parts_of_dead_processes_are_removed(tmp_path: Path) -> None:

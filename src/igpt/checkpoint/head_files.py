@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from igpt.checkpoint.igpt_format import Weights, weights_sha256
@@ -37,8 +37,8 @@ def save_head(folder: Path, weight: Tensor, about: HeadMetadata) -> None:
     """Writes both files into a run's `model/`, each atomically. Raises ValueError on NaN or infinity."""
     if not torch.isfinite(weight).all():
         raise ValueError("the class head holds NaN or infinity: training had broken down, take an earlier one")
-    with files.atomic_path(folder / HEAD) as temporary:
-        save_file({"wclf": weight.detach().to("cpu").contiguous()}, temporary)
+    with files.atomic_write(folder / HEAD) as file:
+        file.write(save({"wclf": weight.detach().to("cpu").contiguous()}))
     names = shorten_class_names(about.class_names)
     record = asdict(about) | {"class_names": names, "sha256": files.sha256(folder / HEAD)}
     files.write_json(folder / ABOUT, {key: value for key, value in record.items() if value is not None})

@@ -154,6 +154,12 @@ def check_name(name: Any) -> str:
     return name
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run directory, or a stage in it, has a checkpoint that was written to its end."""
+    checksums = folder.rglob("checkpoints/step_*.sha256")
+    return any(path.with_suffix(".ckpt").exists() for path in checksums) or any(folder.rglob(f"checkpoints/{LATEST}"))
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a run directory with a correct checksum; None if there are no checkpoints yet.
 
@@ -163,15 +169,16 @@ def latest_checkpoint(folder: Path) -> Path | None:
         ValueError: there are checkpoints, all damaged.
     """
     pointer = folder / "checkpoints" / LATEST
-    if not pointer.is_file():
-        return None
-    if (named := read_latest(pointer.parent)) is None or not named.exists():
+    named = read_latest(pointer.parent)
+    if pointer.is_file() and (named is None or not named.exists()):
         log.warning("%s is gone: an older one is looked for", named or f"the checkpoint that {pointer} names")
     newest_first = find_checkpoints(folder)[::-1]
     for path in newest_first:
         if is_intact(path):
             return path
         log.warning("%s is damaged or was not written to its end: it is passed over", path)
+    if not pointer.is_file():  # killed while it wrote the first
+        return None
     raise ValueError(
         f"{pointer.parent} holds no checkpoint that is whole ({len(newest_first)} are damaged): restore one with its "
         ".sha256, or repeat the run with rerun=true"

@@ -45,6 +45,7 @@ def render_page(folder: Path) -> Path:
         ValueError: no finished run, or a result.json that is damaged or of another version.
     """
     run, path = read_run(folder), folder / REPORT
+    files.remove_parts(folder, f".{REPORT}.*.part")  # of killed writers: nothing else is written into a finished run
     texts = {key: read_text(folder, file) for key, file in run.files_inside.items() if file.suffix == ".txt"}
     links = {stage.name: link_to(path, stage.folder) if stage.run else None for stage in run.stages}
     pictures = [*_pictures(run), *_training_samples(folder)]

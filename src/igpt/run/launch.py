@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 import torch
+import torch.distributed as dist
 from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -59,11 +60,12 @@ def main(cfg: DictConfig) -> None:
         log.error("error: %s", (str(error).splitlines() or [""])[0].strip() or describe_error(error))
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        if (message := explain_out_of_memory(error) or explain_lost_worker(error)) is None:
+        lost_rank = explain_lost_rank(error)
+        if (message := explain_out_of_memory(error) or explain_lost_worker(error) or lost_rank) is None:
             raise
         log.debug("traceback", exc_info=True)
         log.error("error: %s", message)
-        sys.exit(2)
+        sys.exit(2 if lost_rank is None else 1)  # 2 of all ranks means that each was refused the same
 
 
 def explain_out_of_memory(error: BaseException) -> str | None:
@@ -90,6 +92,14 @@ def explain_lost_worker(error: BaseException) -> str | None:
         f"a process that reads images has died ({how}): the system ends one that takes too much memory, or whose file "
         "became shorter; trainer.num_workers=0 reads in this process, and resume=RUN_FOLDER goes on"
     )
+
+
+def explain_lost_rank(error: BaseException) -> str | None:
+    """A message if the error means that another rank of this run has ended (gloo and NCCL raise several); else None."""
+    is_lost = isinstance(error, dist.DistError) or re.search(r"\bgloo\b|Connection (closed|reset) by peer", str(error))
+    if ranks.this_rank().count == 1 or not is_lost:
+        return None
+    return "another process of this run has ended; this one ends, too, as it cannot go on alone"
 
 
 def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path | None]:

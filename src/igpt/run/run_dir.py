@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, count
 from pathlib import Path
 
+from igpt.checkpoint.resume import has_checkpoint
 from igpt.distributed import launcher
 from igpt.report.folder import RunFolder, changes, deciding_callbacks, identity
 from igpt.run.run_config import RunConfig
@@ -49,7 +50,7 @@ def find_run_dir(run: RunConfig) -> RunFolder:
             raise ValueError(
                 f"resume={cfg.resume}: this is another run than the one that was begun: {'; '.join(differs)}"
             )
-        if not any(folder.path.rglob("latest")):
+        if not has_checkpoint(folder.path):
             log.info("%s has no checkpoint yet: it starts from the first step", folder.path)
         if harmless:
             log.info("resuming with other settings, which do not change what is learned: %s", "; ".join(harmless))
@@ -61,7 +62,7 @@ def find_run_dir(run: RunConfig) -> RunFolder:
     folder = next(each for each in folders if not has_other_callbacks(each, run))
     if not folder.is_started:
         folder = next(find_older_runs(run), folder)
-    if cfg.resume is None and folder.is_started and not folder.is_finished and any(folder.path.rglob("latest")):
+    if cfg.resume is None and folder.is_started and not folder.is_finished and has_checkpoint(folder.path):
         raise ValueError(
             f"{folder.path} was begun and is not finished: continue it with "
             f"`{resume_command(folder.path, run.search_path)}`, or repeat it in a new folder with rerun=true"
@@ -91,7 +92,7 @@ def find_older_runs(run: RunConfig) -> Iterator[RunFolder]:
     prefixes = dict.fromkeys(each.rpartition("-")[0] for each in (name, *run.older_names))
     beside = [RunFolder(path) for prefix in prefixes for path in sorted(runs.glob(f"{glob.escape(prefix)}-*"))]
     for other in sorted(beside, key=lambda other: not other.is_finished):
-        if not other.is_started or not (other.is_finished or any(other.path.rglob("latest"))):
+        if not other.is_started or not (other.is_finished or has_checkpoint(other.path)):
             continue
         if re.fullmatch(rf"{re.escape(name)}(-\d+)?", other.path.name):  # of this release
             continue

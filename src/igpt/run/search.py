@@ -182,10 +182,11 @@ def _search(
     (kind,) = what
     plain = OmegaConf.to_container(OmegaConf.create({"what": what}))
     place = Path(config.hydra.sweep.dir) / f"{kind}-{files.hash_json(plain, sort_keys=True, default=str)[:8]}"
-    place.mkdir(parents=True, exist_ok=True)
     tried: list[str | None] = []
     try:
+        place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / ".lock", timeout=0), environment(**{SWEEP: place.name}):
+            files.remove_parts(place, ".*.part")
             with Bystander(place / "search.json"):
                 files.write_json(place / "search.json", {"command": sys.argv, "example": list(example)})
             with flag_override(config, ["readonly", "struct"], False):
@@ -193,6 +194,8 @@ def _search(
             yield tried
     except Timeout:
         refuse(f"{place} is in use: the same search is running")
+    except OSError as error:
+        refuse(str(error))
     folders = [Path(folder) for folder in tried if folder]
     report_sweep(place, folders, metric=config.hydra.launcher.metric, command=format_command())
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
@@ -121,6 +122,7 @@ class Sweep:
     def run(self, command: Sequence[str]) -> str | None:
         """Runs every unfinished job; returns the name of the signal that stopped the sweep, or None."""
         files.remove_parts(self.folder, ".*.part")
+        self._save()
         waiting = [job for job in self.jobs if job.state != FINISHED]
         done = len(self.jobs) - len(waiting)
         log.info(
@@ -200,6 +202,8 @@ class Sweep:
     def _open_output(self, job: Job) -> IO[bytes]:
         with Bystander(self._output_path(job)):
             return self._output_path(job).open("ab")
+        with suppress(OSError):  # a stderr that is closed
+            return open(os.dup(2), "ab")  # why the job fails, if it does, is told here then
         return open(os.devnull, "ab")
 
     def _output_path(self, job: Job) -> Path:

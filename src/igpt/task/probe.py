@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from igpt.distributed import ranks
@@ -199,5 +199,5 @@ def score_choice(table: GridScores, choice: Choice, *, eval_masks: int, judged: 
 def save_head(path: Path, weight: Tensor, bias: Tensor, layers: list[int]) -> None:
     """Writes weight (K, D) and bias (K,), and the layers whose concatenated features they read."""
     tensors = {"weight": weight.detach().cpu().contiguous(), "bias": bias.detach().cpu().contiguous()}
-    with files.atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"layers": " ".join(map(str, layers))})
+    with files.atomic_write(path) as file:
+        file.write(save(tensors, metadata={"layers": " ".join(map(str, layers))}))

@@ -22,7 +22,8 @@ MOST_JSON = 512 << 20  # bytes of memory for one file; the largest settings of a
 def temporary_path(path: Path) -> Iterator[Path]:
     """Context manager: an empty file `.<name>.….part` beside `path`, removed at the end if it is still there.
 
-    It is locked during the block, so that `remove_parts` of another process leaves it alone.
+    It is locked during the block, so that `remove_parts` of another process leaves it alone. An OSError of the block
+    names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -32,7 +33,8 @@ def temporary_path(path: Path) -> Iterator[Path]:
             break
         os.close(descriptor)
     try:
-        yield Path(name)
+        with _naming(path):
+            yield Path(name)
     finally:
         Path(name).unlink(missing_ok=True)
         os.close(descriptor)
@@ -50,10 +52,24 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor)
-        yield folder
+        with _naming(path):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Context manager: an OSError of the block that names no file (of write, fsync, NumPy's fwrite) names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise OSError(f"{path} could not be written ({error})") from error
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _lock(descriptor: int, *, wait: bool = True) -> bool:
