@@ -146,6 +146,8 @@ def launch(
     resolve_paths(cfg)
     if not cfg.task.requires:
         # `task=report` has no run directory, it writes into finished ones
+        if cfg.resume not in (None, "auto"):
+            raise ValueError(f"task={cfg.task.name} leaves no run: it cannot be resumed")
         task = checked_task(to_dict(cfg.task))
         return task() if ranks.this_rank().is_first else Result()
     run = RunConfig(cfg, choices, search_path)

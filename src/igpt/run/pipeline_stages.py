@@ -1,5 +1,6 @@
 """The stages of a pipeline: the pipeline's config with another task and the stage's own settings."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from igpt.utils.overrides import suggest_name
 
 GROUPS = ("model", "objective")  # config groups with an option of a stage's own
 DATA = "data"  # key of a stage: overrides of its data settings
+OPTION = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)  # Hydra would also read `../../folder/file` and `/folder/file`
 STAND_IN = "run"  # key of a stage: the directory of a finished run to use instead of running it
 
 
@@ -77,10 +79,13 @@ def compose_stage(run: RunConfig, name: str, settings: DictConfig) -> StageConfi
     """The pipeline's config with the task, groups and settings of a stage.
 
     Raises:
-        ValueError: a setting that the stage or its task does not have.
+        ValueError: an option that is no name, or a setting that the stage or its task does not have.
     """
     where = f"task.stages.{name}"
     chosen = {"task": settings.get("task", name)} | {group: settings[group] for group in GROUPS if group in settings}
+    for group, option in chosen.items():
+        if not isinstance(option, str) or not OPTION.fullmatch(option):
+            raise ValueError(f"{where}.{group} must be the name of an option, as in conf/{group}/, got {option!r}")
     overrides = [f"{group}={option}" for group, option in chosen.items()]
     fresh = hydra.compose("config", overrides=overrides, return_hydra_config=True)
     choices = dict(fresh.hydra.runtime.choices)
