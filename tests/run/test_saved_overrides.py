@@ -138,11 +138,10 @@ def test_nothing_is_written_through_a_link(name: str, start: Path, tmp_path: Pat
     assert {path.name: path.read_text() for path in mine.iterdir()} == {"step_0000001.ckpt": "mine"}
 
 
-@pytest.mark.parametrize("content", ["{}", '{"version": 3, "numbers": 5}'])
-def test_a_damaged_result_is_named_when_its_command_is_given_again(content: str, start: Path) -> None:
+def test_a_damaged_result_is_named_when_its_command_is_given_again(start: Path) -> None:
     _, folder = run(*SMALL, "tokens.path=p.npy", conf=CONF)
     assert folder is not None
-    (folder / "result.json").write_text(content)
+    (folder / "result.json").write_text('{"version": 3, "numbers": 5}')
     with pytest.raises(ValueError, match=rf"^{folder}.*result\.json is"):
         run(*SMALL, "tokens.path=p.npy", conf=CONF)
 
