@@ -19,6 +19,8 @@ from igpt.report.page import render_page
 from igpt.run.arguments import parse_overrides, prepare_arguments
 from igpt.run.finished import complete_finished
 from igpt.run.launch import run
+from igpt.run.pipeline_stages import stage_configs
+from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.saved_overrides import is_plain, record_overrides
 from igpt.utils.files import read_json
 from tests.conftest import ROOT
@@ -108,6 +110,29 @@ def test_a_stage_chooses_options_of_the_config_folders_only(group: str, tmp_path
     record(folder, overrides=saved)
     with pytest.raises(ValueError, match=rf"^task\.stages\.pretrain\.{group} must be the name of an option"):
         run(f"resume={folder}", conf=CONF)
+
+
+def test_a_text_in_a_stage_stays_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: what is no interpolation in the record is none in the stage's config, or in a path below ~."""
+    monkeypatch.setenv("SECRET", "canary")
+    monkeypatch.chdir(tmp_path)
+    saved = [
+        "task=pipeline",
+        r"+task.stages.sample={data:{path:'\${oc.env:SECRET}',image_column:['\${oc.env:SECRET}']},task:sample}",
+        "data=folder",
+    ]
+    saved += [r"data.classes='\${oc.env:SECRET}'", r"paths.cache='~/\${oc.env:SECRET}'", "data.path=x"]
+    folder = record(tmp_path / "sent", overrides=saved)
+    arguments = prepare_arguments([f"resume='{folder}'"], CONF)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=arguments, return_hydra_config=True)
+        composed = RunConfig(
+            OmegaConf.masked_copy(cfg, [*map(str, cfg.keys() - {"hydra"})]), dict(cfg.hydra.runtime.choices)
+        )
+        (stage,) = stage_configs(composed).values()
+    texts = [*leaves(to_dict(stage.cfg)), *leaves(composed.config)]
+    assert ("path", "${oc.env:SECRET}") in texts
+    assert not any("canary" in str(value) for _, value in texts), texts
 
 
 def test_a_record_rewrites_no_page(tmp_path: Path) -> None:

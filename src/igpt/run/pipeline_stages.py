@@ -15,7 +15,7 @@ from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.targets import task_settings
 from igpt.settings.older_configs import answer
 from igpt.settings.reading import FROM
-from igpt.utils.overrides import suggest_name
+from igpt.utils.overrides import escape_interpolation, suggest_name
 
 GROUPS = ("model", "objective")  # config groups with an option of a stage's own
 DATA = "data"  # key of a stage: overrides of its data settings
@@ -63,7 +63,7 @@ def stage_configs(run: RunConfig) -> dict[str, StageConfig]:
     for name, settings in run.cfg.task.stages.items():
         if settings is None:
             continue
-        stage = compose_stage(run, str(name), settings)
+        stage = compose_stage(run, str(name), to_dict(settings))
         if not stage.cfg.task.get("run_folder", True):
             raise ValueError(
                 f"task.stages.{name}: task={stage.cfg.task.name} leaves no run: it is no stage of a pipeline"
@@ -75,7 +75,7 @@ def stage_configs(run: RunConfig) -> dict[str, StageConfig]:
     return stages
 
 
-def compose_stage(run: RunConfig, name: str, settings: DictConfig) -> StageConfig:
+def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> StageConfig:
     """The pipeline's config with the task, groups and settings of a stage.
 
     Raises:
@@ -115,6 +115,15 @@ def _merge(config: DictConfig, settings: Mapping[Any, Any], where: str) -> DictC
         if key not in config:
             near = suggest_name(str(key), map(str, config))
             raise ValueError(answer(f"{where}.{key}") or f"{where} has no setting {key!r}{near}")
-        is_group = OmegaConf.is_dict(value) and OmegaConf.is_dict(config[key]) and len(config[key])
-        merged[key] = _merge(config[key], value, f"{where}.{key}") if is_group else value
+        is_group = isinstance(value, dict) and OmegaConf.is_dict(config[key]) and len(config[key])
+        merged[key] = _merge(config[key], value, f"{where}.{key}") if is_group else _escape(value)
     return merged
+
+
+def _escape(value: Any) -> Any:
+    """A resolved value whose texts OmegaConf reads as they are."""
+    if isinstance(value, list):
+        return [_escape(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _escape(each) for key, each in value.items()}
+    return escape_interpolation(value) if isinstance(value, str) else value
