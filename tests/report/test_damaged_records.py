@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from igpt.metric.result import Curve, Number, Result
+from igpt.report.closing_table import closing_table
 from igpt.report.folder import RunFolder, changes, identity
-from igpt.report.runs import find_runs
+from igpt.report.runs import find_runs, read_finished
 from igpt.run.saved_overrides import resume_overrides
+from igpt.run.sweep import Job
 from igpt.settings.older_configs import VERSION, read_record
 from tests.conftest import ROOT
 
@@ -67,6 +69,17 @@ def take_overrides(folder: Path) -> None:
     resume_overrides(folder, [], [], [ROOT / "conf"])
 
 
+def read_metric(folder: Path) -> None:
+    """What a sweep reads of a job."""
+    assert Job(0, [], folder=str(folder)).read_result("loss_gen")
+
+
+def print_table(folder: Path) -> None:
+    """What is printed when a finished run's command is given again."""
+    run = read_finished(folder)
+    closing_table(run.result, folder, run.record["seconds"])
+
+
 def tell(read: Callable[[Path], Any], folder: Path) -> str | None:
     """None, or the error that is no line, of reading the folder."""
     try:
@@ -90,7 +103,7 @@ def folder(tmp_path: Path) -> Path:
 
 READERS: dict[str, tuple[Callable[[Path], Any], ...]] = {
     "run.json": (lambda folder: read_record(folder / "run.json"), take_overrides, resume, read_all),
-    "result.json": (read_all,),
+    "result.json": (read_all, read_metric, print_table),
 }
 
 

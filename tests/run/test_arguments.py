@@ -125,7 +125,7 @@ def test_home_in_lists_sweeps_and_files(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\npaths: {runs: ~/runs}\n")
     own = ["-m", f"--config-dir={tmp_path}", "experiment=mine", "seed=0,1"]
-    assert f'paths.runs="{tmp_path}/runs"' in prepare_arguments(own, CONF)
+    assert f"paths.runs={tmp_path}/runs" in prepare_arguments(own, CONF)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=["tokens=openai", "+task.compare_with=['~/x',null]", "tokens.path='~/p.npy'"])
     resolve_paths(cfg)

@@ -13,11 +13,16 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from igpt.checkpoint.resume import read_best
 from igpt.report.folder import RunFolder
 from igpt.report.page import render_page
 from igpt.run.arguments import parse_overrides, prepare_arguments
+from igpt.run.finished import complete_finished
 from igpt.run.launch import run
+from igpt.run.pipeline_stages import stage_configs
+from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.saved_overrides import is_plain, record_overrides
+from igpt.utils.files import read_json
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -92,6 +97,91 @@ def test_a_record_chooses_options_and_plain_values_only(override: str, tmp_path:
     assert typed[:2] == ["python", "train.py"]
     assert {override, f"resume={folder}"} <= {*typed}
     assert os.listdir(tmp_path) == ["sent"]
+
+
+@pytest.mark.parametrize("group", ["task", "model", "objective"])
+def test_a_stage_chooses_options_of_the_config_folders_only(group: str, tmp_path: Path) -> None:
+    """Refused before Hydra reads it: a file of the run folder that was sent, by a path as the option of a stage."""
+    folder = tmp_path / "sent"
+    folder.mkdir()
+    (folder / "own.yaml").write_text("_target_: tests.run.test_saved_overrides.plant\nname: own\n")
+    option = os.path.relpath(folder / "own", CONF / group)
+    saved = [f"+task.stages.pretrain.{group}={option}", "task=pipeline", "tokens=openai", "tokens.path=null"]
+    record(folder, overrides=saved)
+    with pytest.raises(ValueError, match=rf"^task\.stages\.pretrain\.{group} must be the name of an option"):
+        run(f"resume={folder}", conf=CONF)
+
+
+def test_a_text_in_a_stage_stays_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: what is no interpolation in the record is none in the stage's config, or in a path below ~."""
+    monkeypatch.setenv("SECRET", "canary")
+    monkeypatch.chdir(tmp_path)
+    saved = [
+        "task=pipeline",
+        r"+task.stages.sample={data:{path:'\${oc.env:SECRET}',image_column:['\${oc.env:SECRET}']},task:sample}",
+        "data=folder",
+    ]
+    saved += [r"data.classes='\${oc.env:SECRET}'", r"paths.cache='~/\${oc.env:SECRET}'", "data.path=x"]
+    folder = record(tmp_path / "sent", overrides=saved)
+    arguments = prepare_arguments([f"resume='{folder}'"], CONF)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=arguments, return_hydra_config=True)
+        composed = RunConfig(
+            OmegaConf.masked_copy(cfg, [*map(str, cfg.keys() - {"hydra"})]), dict(cfg.hydra.runtime.choices)
+        )
+        (stage,) = stage_configs(composed).values()
+    texts = [*leaves(to_dict(stage.cfg)), *leaves(composed.config)]
+    assert ("path", "${oc.env:SECRET}") in texts
+    assert not any("canary" in str(value) for _, value in texts), texts
+
+
+def test_a_record_rewrites_no_page(tmp_path: Path) -> None:
+    """A task without a run folder is none to resume: its record would choose the runs whose pages are written."""
+    folder = record(tmp_path / "sent", overrides=["task=report", f"task.runs=[{tmp_path / 'mine'}]"])
+    with pytest.raises(ValueError, match=r"^task=report leaves no run: it cannot be resumed"):
+        run(f"resume={folder}", conf=CONF)
+
+
+@pytest.mark.parametrize("name", ["log.txt", "checkpoints", "metrics"])
+def test_nothing_is_written_through_a_link(name: str, start: Path, tmp_path: Path, caplog: Any) -> None:
+    """A run folder that was sent, with a link: not resumed, nor completed; what the link names stays as it is."""
+    _, folder = run(*SMALL, "tokens.path=p.npy", conf=CONF)
+    assert folder is not None
+    (folder / "report.html").unlink()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "step_0000001.ckpt").write_text("mine")
+    (folder / name).unlink(missing_ok=True)
+    (folder / "model").symlink_to(".")  # one that stays inside is none to refuse
+    (folder / name).symlink_to(mine if name != "log.txt" else mine / "step_0000001.ckpt")
+    complete_finished(folder, {"csv": {"_target_": "igpt.training.loggers.csv"}})
+    assert f"{name} is a link to {mine}" in caplog.text
+    (folder / "result.json").unlink()
+    with pytest.raises(ValueError, match=rf"{name} is a link to {mine}.*, outside of the run folder: nothing is writ"):
+        run(f"resume={folder}", conf=CONF)
+    assert not (folder / "report.html").exists()
+    assert {path.name: path.read_text() for path in mine.iterdir()} == {"step_0000001.ckpt": "mine"}
+
+
+def test_a_damaged_result_is_named_when_its_command_is_given_again(start: Path) -> None:
+    _, folder = run(*SMALL, "tokens.path=p.npy", conf=CONF)
+    assert folder is not None
+    (folder / "result.json").write_text('{"version": 3, "numbers": 5}')
+    with pytest.raises(ValueError, match=rf"^{folder}.*result\.json is"):
+        run(*SMALL, "tokens.path=p.npy", conf=CONF)
+
+
+def test_a_pipe_in_a_run_folder_stops_nothing(tmp_path: Path) -> None:
+    """A record or log that would wait for another process is refused, not waited for."""
+    folder = RunFolder(record(tmp_path / "sent"))
+    os.mkfifo(folder.path / "log.txt")
+    with pytest.raises(ValueError, match=r"log\.txt is no file"):
+        folder.check_links()
+    (folder.path / "checkpoints").mkdir()
+    os.mkfifo(folder.path / "checkpoints" / "best.json")
+    assert read_best(folder.path) is None
+    with pytest.raises(ValueError, match=r"log\.txt is not a JSON file \(it is no regular file\)"):
+        read_json(folder.path / "log.txt")
 
 
 PIECES = (

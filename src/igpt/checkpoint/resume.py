@@ -1,6 +1,5 @@
 """Training checkpoints: `checkpoints/step_0001000.ckpt`, each with a checksum; pointers to the newest and the best."""
 
-import json
 import logging
 import math
 import re
@@ -128,10 +127,10 @@ def read_best(folder: Path) -> dict[str, Any] | None:
     """The last record of `mark_best` in a run directory; None if missing, damaged, or not the name of a checkpoint."""
     path = folder / "checkpoints" / BEST
     try:
-        best: dict[str, Any] = json.loads(path.read_text())
+        best: dict[str, Any] = files.read_json(path)
         if parse_step(Path(check_name(best["checkpoint"]))) != best["step"] or not math.isfinite(best["value"]):
             return None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None  # the next validation writes it again
     return best
 

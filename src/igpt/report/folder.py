@@ -123,6 +123,19 @@ class RunFolder:
     def is_started(self) -> bool:
         return (self.path / "run.json").is_file()
 
+    def check_links(self) -> None:
+        """Raises ValueError for a link that leads out of the directory, and for what is neither file nor folder.
+
+        A directory that was sent may hold them; logs and checkpoints would be written there. W&B's files are its own.
+        """
+        for top, folders, names in os.walk(self.path):
+            for path in (Path(top, name) for name in (*folders, *names)):
+                inside = files.resolve_below(self.path, path.relative_to(self.path)) is not None
+                if not inside or not (path.is_file() or path.is_dir() or path.is_symlink()):
+                    kind = "no file" if inside else f"a link to {os.readlink(path)}, outside of the run folder"
+                    raise ValueError(f"{path} is {kind}: nothing is written there; put a file or folder in its place")
+            folders[:] = [name for name in folders if name != "wandb"]
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the directory's file lock for the block; a dead process holds none.

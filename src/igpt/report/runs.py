@@ -173,6 +173,14 @@ def read_run(folder: Path) -> RunRecord:
     return run
 
 
+def read_finished(folder: Path) -> RunRecord:
+    """As `read_run`; the error names the directory."""
+    try:
+        return read_run(folder)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
 def _check(run: RunRecord) -> None:
     """Raises LookupError, TypeError, ValueError or AttributeError for a result not written by `RunFolder.finish`."""
     for number in run.result.numbers.values():

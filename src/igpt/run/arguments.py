@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from igpt.run.saved_overrides import SEARCH_PATH, list_options, resume_overrides
+from igpt.run.saved_overrides import SEARCH_PATH, format_plain, list_options, resume_overrides
 from igpt.settings.older_configs import NOW_SCRIPTS, answer
 from igpt.settings.paths import LISTS, READ, absolute_path, is_path
 from igpt.utils.overrides import (
@@ -51,9 +51,10 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
     paths = check_overrides(overrides, folders).paths
     if not OmegaConf.is_dict(paths):
         raise ValueError(f"paths must be settings, as {{name: value}}, got {paths}")
-    at_home = {key: expand_home_paths(paths[key]) for key in paths if expand_home_paths(paths[key]) != paths[key]}
+    resolved: Any = OmegaConf.to_container(paths)  # once: a text in it that looks like an interpolation is none
+    at_home = {key: home for key, path in resolved.items() if (home := expand_home_paths(path)) != path}
     # also a `~` from a config file: Hydra creates the directory of a sweep before the config reaches `resolve_paths`
-    return [*flags, *overrides, *(f"paths.{key}={format_value(path)}" for key, path in at_home.items())]
+    return [*flags, *overrides, *(f"paths.{key}={format_plain(path)}" for key, path in at_home.items())]
 
 
 def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

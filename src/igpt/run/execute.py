@@ -12,9 +12,9 @@ from igpt.distributed import ranks
 from igpt.distributed.signals import StoppedError
 from igpt.metric.result import Result
 from igpt.report.closing_table import closing_table
-from igpt.report.folder import RunFolder, parse_result
+from igpt.report.folder import RunFolder
 from igpt.report.page import write_page
-from igpt.report.runs import summarize_metadata
+from igpt.report.runs import read_finished, summarize_metadata
 from igpt.run.components import Components
 from igpt.run.finished import complete_finished
 from igpt.run.pipeline_stages import stage_configs
@@ -89,7 +89,7 @@ def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
             log.info("%s is finished", stage_dir.path)
             if components.hardware.rank.is_first:
                 complete_finished(stage_dir.path, components.run.config.get("logger"))
-            return parse_result(stage_dir.read_result()), stage_dir.path
+            return read_finished(stage_dir.path).result, stage_dir.path
         with stage_dir.remove_if_refused() if components.hardware.rank.is_first else nullcontext():
             if components.hardware.rank.is_first:
                 stage_dir.start(components.run.config, None, components.run.input_hashes, components.run.subject)

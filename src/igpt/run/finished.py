@@ -7,7 +7,7 @@ from typing import Any
 
 from igpt.report.closing_table import REPORT
 from igpt.report.facts import read_names
-from igpt.report.folder import format_run_name, identity
+from igpt.report.folder import RunFolder, format_run_name, identity
 from igpt.report.page import write_page
 from igpt.report.runs import RunRecord, read_run
 from igpt.run.targets import checked_partial
@@ -24,6 +24,7 @@ def complete_finished(folder: Path, requested: Mapping[str, Any] | None) -> None
     stages are completed. What fails is logged in a line: the result is there.
     """
     try:
+        RunFolder(folder).check_links()
         run = read_run(folder)
     except ValueError as error:
         log.warning("%s cannot be read, neither page nor loggers are told: %s", folder, error)

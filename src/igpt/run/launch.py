@@ -24,7 +24,8 @@ from igpt.distributed.signals import STOPPED, StoppedError, forward_signal
 from igpt.metric.result import Result
 from igpt.report.bystanders import describe_error
 from igpt.report.closing_table import align_columns, closing_table
-from igpt.report.folder import RunFolder, environment, parse_result
+from igpt.report.folder import RunFolder, environment
+from igpt.report.runs import read_finished
 from igpt.run.arguments import prepare_arguments, resolve_paths, search_path_as_override
 from igpt.run.components import Components
 from igpt.run.execute import check_batch, prepare_task, run_and_report, stage_runner
@@ -156,6 +157,8 @@ def launch(
     resolve_paths(cfg)
     if not cfg.task.requires:
         # `task=report` has no run directory, it writes into finished ones
+        if cfg.resume not in (None, "auto"):
+            raise ValueError(f"task={cfg.task.name} leaves no run: it cannot be resumed")
         task = checked_task(to_dict(cfg.task))
         return task() if ranks.this_rank().is_first else Result()
     run = RunConfig(cfg, choices, search_path)
@@ -205,11 +208,11 @@ def report_finished(run: RunConfig, folder: RunFolder) -> Result:
     """The saved result of a finished run; logs its table, after its page and new loggers were seen to."""
     if ranks.this_rank().is_first:
         complete_finished(folder.path, run.config.get("logger"))
-    record = folder.read_result()
-    result = parse_result(record)
-    table = closing_table(result, folder.path, record["seconds"], published=run.config["published"])
+    finished = read_finished(folder.path)
+    seconds, published = finished.record["seconds"], run.config["published"]
+    table = closing_table(finished.result, folder.path, seconds, published=published)
     log.info("%s is finished; rerun=true repeats it\n%s", folder.path, table)
-    return result
+    return finished.result
 
 
 def describe_run(run: RunConfig) -> str:

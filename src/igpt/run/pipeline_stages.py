@@ -1,5 +1,6 @@
 """The stages of a pipeline: the pipeline's config with another task and the stage's own settings."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,11 @@ from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.targets import task_settings
 from igpt.settings.older_configs import answer
 from igpt.settings.reading import FROM
-from igpt.utils.overrides import suggest_name
+from igpt.utils.overrides import escape_interpolation, suggest_name
 
 GROUPS = ("model", "objective")  # config groups with an option of a stage's own
 DATA = "data"  # key of a stage: overrides of its data settings
+OPTION = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)  # Hydra would also read `../../folder/file` and `/folder/file`
 STAND_IN = "run"  # key of a stage: the directory of a finished run to use instead of running it
 
 
@@ -61,7 +63,7 @@ def stage_configs(run: RunConfig) -> dict[str, StageConfig]:
     for name, settings in run.cfg.task.stages.items():
         if settings is None:
             continue
-        stage = compose_stage(run, str(name), settings)
+        stage = compose_stage(run, str(name), to_dict(settings))
         if not stage.cfg.task.get("run_folder", True):
             raise ValueError(
                 f"task.stages.{name}: task={stage.cfg.task.name} leaves no run: it is no stage of a pipeline"
@@ -73,14 +75,17 @@ def stage_configs(run: RunConfig) -> dict[str, StageConfig]:
     return stages
 
 
-def compose_stage(run: RunConfig, name: str, settings: DictConfig) -> StageConfig:
+def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> StageConfig:
     """The pipeline's config with the task, groups and settings of a stage.
 
     Raises:
-        ValueError: a setting that the stage or its task does not have.
+        ValueError: an option that is no name, or a setting that the stage or its task does not have.
     """
     where = f"task.stages.{name}"
     chosen = {"task": settings.get("task", name)} | {group: settings[group] for group in GROUPS if group in settings}
+    for group, option in chosen.items():
+        if not isinstance(option, str) or not OPTION.fullmatch(option):
+            raise ValueError(f"{where}.{group} must be the name of an option, as in conf/{group}/, got {option!r}")
     overrides = [f"{group}={option}" for group, option in chosen.items()]
     fresh = hydra.compose("config", overrides=overrides, return_hydra_config=True)
     choices = dict(fresh.hydra.runtime.choices)
@@ -110,6 +115,15 @@ def _merge(config: DictConfig, settings: Mapping[Any, Any], where: str) -> DictC
         if key not in config:
             near = suggest_name(str(key), map(str, config))
             raise ValueError(answer(f"{where}.{key}") or f"{where} has no setting {key!r}{near}")
-        is_group = OmegaConf.is_dict(value) and OmegaConf.is_dict(config[key]) and len(config[key])
-        merged[key] = _merge(config[key], value, f"{where}.{key}") if is_group else value
+        is_group = isinstance(value, dict) and OmegaConf.is_dict(config[key]) and len(config[key])
+        merged[key] = _merge(config[key], value, f"{where}.{key}") if is_group else _escape(value)
     return merged
+
+
+def _escape(value: Any) -> Any:
+    """A resolved value whose texts OmegaConf reads as they are."""
+    if isinstance(value, list):
+        return [_escape(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _escape(each) for key, each in value.items()}
+    return escape_interpolation(value) if isinstance(value, str) else value

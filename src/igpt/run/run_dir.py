@@ -19,8 +19,13 @@ log = logging.getLogger(__name__)
 
 
 def resolve_run_dir(run: RunConfig) -> tuple[RunFolder, bool]:
-    """Resolves the run directory; writes its path to `$IGPT_TELL` for the parent. Returns (folder, finished)."""
+    """Resolves the run directory; writes its path to `$IGPT_TELL` for the parent. Returns (folder, finished).
+
+    Raises:
+        ValueError: as `find_run_dir`; also for links in it that lead elsewhere.
+    """
     folder = find_run_dir(run)
+    folder.check_links()
     tell = os.environ.get(launcher.RUN_DIR_FILE)
     if tell is not None:
         with files.atomic_write(Path(tell)) as file:

@@ -54,13 +54,13 @@ def _resolve_override(text: str, override: Override, cfg: DictConfig) -> str:
     elif not READ.fullmatch(key):
         return text
     plain: Any = OmegaConf.to_container(OmegaConf.create([value]), resolve=True)  # reads `\${` as `${`
-    return f"{text.partition('=')[0]}={_format(absolute_path(key, plain[0]))}"
+    return f"{text.partition('=')[0]}={format_plain(absolute_path(key, plain[0]))}"
 
 
-def _format(value: Any) -> str:
-    """A value in override syntax; its texts are no interpolations, and quoted only if needed."""
+def format_plain(value: Any) -> str:
+    """A resolved value in override syntax; its texts are no interpolations, and quoted only if needed."""
     if isinstance(value, list):
-        return f"[{','.join(map(_format, value))}]"
+        return f"[{','.join(map(format_plain, value))}]"
     return format_text(value) if isinstance(value, str) else format_value(value)
 
 

@@ -55,12 +55,19 @@ class Job:
     gpus: list[str] = field(default_factory=list)
 
     def read_result(self, metric: str) -> bool:
-        """Whether the run is finished; if so, reads its metric, None if it has none of that name."""
+        """Whether the run is finished; if so, reads its metric, None if it has none of that name.
+
+        Raises:
+            ValueError: its result.json is damaged.
+        """
         if self.folder is None or not (result := Path(self.folder) / "result.json").is_file():
             return False
-        numbers = files.read_json(result)["numbers"]
-        key = find_key(numbers, metric)
-        self.value = None if key is None else float(numbers[key]["value"])
+        try:
+            numbers = files.read_json(result)["numbers"]
+            key = find_key(numbers, metric)
+            self.value = None if key is None else float(numbers[key]["value"])
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{result} is damaged ({error!r:.80}): restore it, or remove its folder") from error
         return True
 
 

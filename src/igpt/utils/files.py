@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -266,6 +267,11 @@ def read_json(path: Path) -> Any:
         ValueError: the file, named, is not JSON, or would take more than MOST_JSON bytes of memory.
     """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe, which would wait for a writer
+            raise ValueError("it is no regular file")
+        if status.st_size > MOST_JSON:
+            raise ValueError("it is too large")
         content = path.read_bytes()
         # of bytes and text (up to 4 bytes a character, twice), numbers, names and values of objects, lists
         memory = len(content) * (2 if content.isascii() else 9) + 40 * content.count(b",") + 80 * content.count(b'"')
