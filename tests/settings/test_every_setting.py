@@ -125,7 +125,7 @@ def find_problem(cfg: DictConfig, choices: dict[str, Any], key: str, value: Any)
         ("seed=1e400", r"^seed must be a finite number, got inf$"),
         ("++task.stages.pretrain.learning_rate=nan", r"^task\.stages\.pretrain\.learning_rate must be a finite number"),
         ("paths.cache=null", r"^paths\.cache must be text, got null$"),
-        ("paths=null", r"^paths must be settings, as \{name: value\}, got None$"),
+        ("paths=null", r"^paths must be settings, as \{name: value\}, got null$"),
         ("data.path=5", r"^data\.path=5: a path is expected, this is read as int"),
         ("data=null", r"^data=null: choose an option; there are cifar10, "),
         ("logger=null", r"^logger=null: choose an option; there are csv, none, wandb$"),
@@ -153,6 +153,13 @@ def test_commands_that_are_refused(override: str, message: str, nothing_starts: 
         count_devices(check_overrides(prepare_arguments(typed, CONF), [CONF]).trainer)
         launching.run(*typed, conf=CONF)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("typed", ["callbacks.samples=null", "logger.csv=null"])
+def test_an_entry_may_be_null(typed: str, nothing_starts: Path) -> None:
+    """By hand: that turns one callback or logger off, as it does for a run's identity."""
+    with pytest.raises(ReadyError):
+        launching.run(*arguments("pretrain", nothing_starts), typed, conf=CONF)
 
 
 def test_an_interrupt_while_modules_are_imported(tmp_path: Path) -> None:

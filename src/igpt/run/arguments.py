@@ -50,7 +50,7 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
     _check_paths(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
     paths = check_overrides(overrides, folders).paths
     if not OmegaConf.is_dict(paths):
-        raise ValueError(f"paths must be settings, as {{name: value}}, got {paths}")
+        raise ValueError(f"paths must be settings, as {{name: value}}, got {format_value(paths)}")
     at_home = {key: expand_home_paths(paths[key]) for key in paths if expand_home_paths(paths[key]) != paths[key]}
     # also a `~` from a config file: Hydra creates the directory of a sweep before the config reaches `resolve_paths`
     return [*flags, *overrides, *(f"paths.{key}={format_value(path)}" for key, path in at_home.items())]
