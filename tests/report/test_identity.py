@@ -11,7 +11,7 @@ import pytest
 import igpt
 from igpt.metric.result import Result
 from igpt.report.folder import OBSERVERS, RunFolder, changes, deciding, identity
-from igpt.report.groups import group_by_seed
+from igpt.report.groups import group_by_seed, list_differing
 from igpt.report.runs import RunRecord
 from igpt.utils import files
 
@@ -60,3 +60,12 @@ def test_runs_of_other_callbacks_are_not_repetitions(other: dict[str, Any], tmp_
     groups, repeated = group_by_seed(runs)
     assert [len(group) for group in groups] == [1, 1]
     assert len(repeated) == 1
+
+
+def test_a_callback_that_not_all_have_is_named_by_its_class() -> None:
+    """By hand: its settings are shown only where runs of the same class differ in them."""
+    stop = {"callbacks.stop._target_": "EarlyStopping", "callbacks.stop.patience": 1}
+    assert list_differing([stop, {}]) == [{"callbacks.stop._target_": "EarlyStopping"}, {"callbacks.stop._target_": "–"}]
+    longer = stop | {"callbacks.stop.patience": 3}
+    assert list_differing([stop, longer]) == [{"callbacks.stop.patience": "1"}, {"callbacks.stop.patience": "3"}]
+    assert [row["callbacks.stop.patience"] for row in list_differing([stop, longer, {}])] == ["1", "3", "–"]
