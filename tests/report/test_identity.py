@@ -65,7 +65,8 @@ def test_runs_of_other_callbacks_are_not_repetitions(other: dict[str, Any], tmp_
 def test_a_callback_that_not_all_have_is_named_by_its_class() -> None:
     """By hand: its settings are shown only where runs of the same class differ in them."""
     stop = {"callbacks.stop._target_": "EarlyStopping", "callbacks.stop.patience": 1}
-    assert list_differing([stop, {}]) == [{"callbacks.stop._target_": "EarlyStopping"}, {"callbacks.stop._target_": "–"}]
+    named = [{"callbacks.stop._target_": "EarlyStopping"}, {"callbacks.stop._target_": "–"}]
+    assert list_differing([stop, {}]) == named
     longer = stop | {"callbacks.stop.patience": 3}
     assert list_differing([stop, longer]) == [{"callbacks.stop.patience": "1"}, {"callbacks.stop.patience": "3"}]
     assert [row["callbacks.stop.patience"] for row in list_differing([stop, longer, {}])] == ["1", "3", "–"]
