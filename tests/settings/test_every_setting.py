@@ -162,6 +162,23 @@ def test_an_entry_may_be_null(typed: str, nothing_starts: Path) -> None:
         launching.run(*arguments("pretrain", nothing_starts), typed, conf=CONF)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("EarlyStopping", "missing 1 required positional argument: 'monitor'"),
+        ("EarlyStopping, monitor: val/loss_gen, mode: best", "`mode` can be"),
+        ("Timer, duration: soon", "is not a valid duration"),
+    ],
+)
+def test_a_callback_that_refuses_its_settings(settings: str, message: str, tmp_path: Path) -> None:
+    """By hand: one line that names the entry, and no run folder is left."""
+    places = [f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"]
+    own = f"+callbacks.own={{_target_: lightning.pytorch.callbacks.{settings}}}"
+    with pytest.raises(ValueError, match=rf"^callbacks\.own cannot be built from its settings: .*{message}"):
+        launching.run("trainer=cpu", "data=digits", "model=igpt_pico", own, *places, conf=CONF)
+    assert not [*(tmp_path / "runs").iterdir()]
+
+
 def test_an_interrupt_while_modules_are_imported(tmp_path: Path) -> None:
     """Invariant: exit code 130 as in shells, and no traceback. Hydra is one that is interrupted."""
     (tmp_path / "hydra").mkdir()
