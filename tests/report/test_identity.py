@@ -1,7 +1,9 @@
 """The identity of a run: everything that may change what is learned, callbacks included."""
 
 import importlib
+import os
 import pkgutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,8 @@ import pytest
 
 import igpt
 from igpt.metric.result import Result
-from igpt.report.folder import OBSERVERS, RunFolder, changes, deciding, identity
-from igpt.report.groups import group_by_seed
+from igpt.report.folder import OBSERVERS, RunFolder, changes, deciding, describe_commit, identity
+from igpt.report.groups import group_by_seed, list_differing
 from igpt.report.runs import RunRecord
 from igpt.utils import files
 
@@ -60,3 +62,36 @@ def test_runs_of_other_callbacks_are_not_repetitions(other: dict[str, Any], tmp_
     groups, repeated = group_by_seed(runs)
     assert [len(group) for group in groups] == [1, 1]
     assert len(repeated) == 1
+
+
+def test_a_callback_that_not_all_have_is_named_by_its_class() -> None:
+    """By hand: its settings are shown only where runs of the same class differ in them."""
+    stop = {"callbacks.stop._target_": "EarlyStopping", "callbacks.stop.patience": 1}
+    named = [{"callbacks.stop._target_": "EarlyStopping"}, {"callbacks.stop._target_": "–"}]
+    assert list_differing([stop, {}]) == named
+    longer = stop | {"callbacks.stop.patience": 3}
+    assert list_differing([stop, longer]) == [{"callbacks.stop.patience": "1"}, {"callbacks.stop.patience": "3"}]
+    assert [row["callbacks.stop.patience"] for row in list_differing([stop, longer, {}])] == ["1", "3", "–"]
+
+
+def test_the_commit_is_read_without_a_write(tmp_path: Path) -> None:
+    """Oracle: git. Invariant: its index is left as it is, also where a file has another time; changes are told."""
+
+    def git(*command: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        command = ("git", "-C", str(tmp_path), *who, *command)
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert describe_commit(tmp_path) == "unknown"
+    git("init")
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "--message", "first")
+    os.utime(tmp_path / "code.py", (0, 0))
+    index = tmp_path / ".git" / "index"
+    before = index.read_bytes()
+    head = git("rev-parse", "--short=12", "HEAD")
+    assert describe_commit(tmp_path) == head
+    (tmp_path / "code.py").write_text("2")
+    assert describe_commit(tmp_path) == f"{head}-dirty"
+    assert index.read_bytes() == before

@@ -14,7 +14,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from igpt.metric.result import Curve, Result
+from igpt.report.folder import RunFolder
 from igpt.run import launch, sweep
+from igpt.run.finished import complete_finished
 from igpt.training import loggers
 from igpt.training.loggers import class_axis
 from igpt.training.nan_guard import NonFiniteLossError
@@ -28,6 +30,11 @@ PRETRAIN = (
     "trainer=cpu", "model=igpt_nano", "model.n_layer=2", "model.n_embd=16", "task.batch_size=16", "task.steps=6",
     "task.warmup_steps=1", "task.val_every=3", "task.log_every=1",
 )  # fmt: skip
+
+
+def unreachable(folder: Path, about: loggers.RunInfo) -> Any:
+    """Somebody's own logger, to a server that is gone."""
+    raise RuntimeError("the server is gone")
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +151,17 @@ def test_a_sweep_over_finished_runs_shows_one_run_a_job(tmp_path: Path) -> None:
         assert losses == pytest.approx(result.curves["train/loss_gen"].y)
         assert list((each.folder / "files" / "media" / "images" / "pictures").glob("*.png"))
     assert written == {path: path.stat().st_mtime_ns for path in written}
+
+
+def test_a_logger_that_fails_for_a_finished_run_is_logged(tmp_path: Path, caplog: Any) -> None:
+    """Invariant: whatever it raises, the command that meets the run shows the result, and a sweep goes on."""
+    config = {"task": {"name": "sample", "requires": []}, "trainer": {}, "seed": 0, "objective": {"name": "ar"}}
+    folder = RunFolder(tmp_path / "run")
+    folder.start(config, [], {})
+    folder.finish("sample", Result(), seconds=1.0)
+    complete_finished(folder.path, {"mine": {"_target_": f"{__name__}.unreachable"}})
+    assert "logger=mine was not told: RuntimeError: the server is gone" in caplog.text
+    assert (folder.path / "report.html").is_file()
 
 
 def test_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

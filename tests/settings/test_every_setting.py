@@ -125,7 +125,7 @@ def find_problem(cfg: DictConfig, choices: dict[str, Any], key: str, value: Any)
         ("seed=1e400", r"^seed must be a finite number, got inf$"),
         ("++task.stages.pretrain.learning_rate=nan", r"^task\.stages\.pretrain\.learning_rate must be a finite number"),
         ("paths.cache=null", r"^paths\.cache must be text, got null$"),
-        ("paths=null", r"^paths must be settings, as \{name: value\}, got None$"),
+        ("paths=null", r"^paths must be settings, as \{name: value\}, got null$"),
         ("data.path=5", r"^data\.path=5: a path is expected, this is read as int"),
         ("data=null", r"^data=null: choose an option; there are cifar10, "),
         ("logger=null", r"^logger=null: choose an option; there are csv, none, wandb$"),
@@ -153,6 +153,30 @@ def test_commands_that_are_refused(override: str, message: str, nothing_starts: 
         count_devices(check_overrides(prepare_arguments(typed, CONF), [CONF]).trainer)
         launching.run(*typed, conf=CONF)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("typed", ["callbacks.samples=null", "logger.csv=null"])
+def test_an_entry_may_be_null(typed: str, nothing_starts: Path) -> None:
+    """By hand: that turns one callback or logger off, as it does for a run's identity."""
+    with pytest.raises(ReadyError):
+        launching.run(*arguments("pretrain", nothing_starts), typed, conf=CONF)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("EarlyStopping", "missing 1 required positional argument: 'monitor'"),
+        ("EarlyStopping, monitor: val/loss_gen, mode: best", "`mode` can be"),
+        ("Timer, duration: soon", "is not a valid duration"),
+    ],
+)
+def test_a_callback_that_refuses_its_settings(settings: str, message: str, tmp_path: Path) -> None:
+    """By hand: one line that names the entry, and no run folder is left."""
+    places = [f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"]
+    own = f"+callbacks.own={{_target_: lightning.pytorch.callbacks.{settings}}}"
+    with pytest.raises(ValueError, match=rf"^callbacks\.own cannot be built from its settings: .*{message}"):
+        launching.run("trainer=cpu", "data=digits", "model=igpt_pico", own, *places, conf=CONF)
+    assert not [*(tmp_path / "runs").iterdir()]
 
 
 def test_an_interrupt_while_modules_are_imported(tmp_path: Path) -> None:

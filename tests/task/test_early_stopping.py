@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from igpt.checkpoint.find import find_weights
 from igpt.run.launch import run
@@ -64,6 +64,13 @@ def test_a_callback_that_ends_it_between_validations(tmp_path: Path, lab: Lab, v
         result = lab.pretrain(tmp_path, callbacks=callbacks, **how)
         assert result.provenance["step"] == 3
         assert result.provenance["stopped_early"] == "stopped early by Halt at step 3 of 8"
+
+
+def test_a_training_that_is_ended_before_its_first_step(tmp_path: Path, lab: Lab) -> None:
+    """By hand: no step is taken, and the result says so."""
+    result = lab.pretrain(tmp_path, callbacks=[Timer("00:00:00:00")])
+    assert result.provenance["step"] == result.numbers["train/images_seen"].value == 0
+    assert result.provenance["stopped_early"] == "stopped early by the Trainer at step 0 of 8"
 
 
 def test_at_the_last_step_nothing_was_stopped(tmp_path: Path, lab: Lab) -> None:

@@ -194,3 +194,20 @@ def test_an_error_that_nothing_is_saved_after(
         lab.pretrain(tmp_path, **accumulated(), callbacks=(Raise("on_train_batch_start", 1, error=error),))
     assert latest_checkpoint(tmp_path) is None
     assert ("is not saved: No space left on device" in caplog.text) == isinstance(error, OwnError)
+
+
+def test_a_last_step_that_the_disk_refuses(
+    tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried twice, and the reason is logged once: the run ends with that error."""
+    written: list[Path] = []
+
+    def refuse(self: Any, checkpoint: Any, path: Path) -> None:
+        written.append(path)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(AtomicCheckpointIO, "write", refuse)
+    with pytest.raises(OSError, match="No space left on device"):
+        lab.pretrain(tmp_path, steps=2, val_every=2, checkpoint_every=2)
+    assert [path.name for path in written] == ["step_0000002.ckpt"] * 2
+    assert "No space left on device: step 2, the last that was finished, is not saved: refused again" in caplog.text

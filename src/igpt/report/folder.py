@@ -289,11 +289,23 @@ def _number(fields: dict[str, Any]) -> Number:
 
 def environment() -> dict[str, Any]:
     """Git commit, package versions and command line of this process."""
-    root = Path(__file__).parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = "unknown"  # not a git checkout, or no git: an installed package has none
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    commit = describe_commit(Path(__file__).parent)
     return {"commit": commit, "versions": versions, "command": " ".join(["python", *sys.argv])}
+
+
+def describe_commit(folder: Path) -> str:
+    """The tag or commit of a git checkout, `-dirty` with changes; `unknown` without git. Writes nothing to it.
+
+    `git describe --dirty` would write the index: killed meanwhile, it leaves a lock that blocks the next commit.
+    """
+    git = ["git", "--no-optional-locks", "-C", str(folder)]
+    commands = ["describe", "--always", "--abbrev=12"], ["status", "--porcelain", "--untracked-files=no"]
+    try:
+        commit, changed = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for command in commands
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"  # not a git checkout, or no git: an installed package has none
+    return f"{commit}-dirty" if changed else commit

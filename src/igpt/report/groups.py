@@ -95,8 +95,9 @@ def list_differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]
 
 
 def _is_implied_by(key: str, other: str, values: Mapping[str, Sequence[str]]) -> bool:
-    """Whether `other` determines `key` in `values`: the name of its group, or the palette size of the data."""
-    names = other.endswith(".name") and key.startswith(other.removesuffix("name"))
+    """Whether `other` determines `key` in `values`: the name or class of its group, or the palette size of the data."""
+    group, _, last = other.rpartition(".")
+    names = last in ("name", "_target_") and key.startswith(f"{group}.")
     colours = key.endswith("tokens.palette.k") and other == f"{key.removesuffix('tokens.palette.k')}data.palette_size"
     if key == other or not (names or colours):
         return False

@@ -50,7 +50,7 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
     _check_paths(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
     paths = check_overrides(overrides, folders).paths
     if not OmegaConf.is_dict(paths):
-        raise ValueError(f"paths must be settings, as {{name: value}}, got {paths}")
+        raise ValueError(f"paths must be settings, as {{name: value}}, got {format_value(paths)}")
     resolved: Any = OmegaConf.to_container(paths)  # once: a text in it that looks like an interpolation is none
     at_home = {key: home for key, path in resolved.items() if (home := expand_home_paths(path)) != path}
     # also a `~` from a config file: Hydra creates the directory of a sweep before the config reaches `resolve_paths`

@@ -23,7 +23,7 @@ from igpt.report.folder import RunFolder
 from igpt.report.paper import check_paper_key
 from igpt.run.fingerprint import compare_splits
 from igpt.run.run_config import RunConfig
-from igpt.run.targets import checked_partial, task_settings, without
+from igpt.run.targets import checked_part, checked_partial, task_settings, without
 from igpt.settings.fields import parse_settings
 from igpt.tokens.datamodule import ONE_BY_ONE, TokenDataModule
 from igpt.tokens.tokenizer import Tokenizer, TokenizerSettings
@@ -64,7 +64,7 @@ class Components:
     def _partials(self, group: str) -> list[Callable[..., Any]]:
         """A checked partial of every entry of `callbacks` or `logger` that is not null."""
         entries = self.run.config.get(group) or {}
-        return [checked_partial(spec, f"{group}.{key}") for key, spec in entries.items() if spec is not None]
+        return [checked_part(spec, f"{group}.{key}") for key, spec in entries.items() if spec is not None]
 
     def _source_partial(self) -> Callable[..., Source]:
         return checked_partial(without(self.run.config["data"], "palette_size"), "data")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from igpt.report.bystanders import describe_error
 from igpt.report.closing_table import REPORT
 from igpt.report.facts import read_names
 from igpt.report.folder import RunFolder, format_run_name, identity
@@ -56,8 +57,9 @@ def _send_result(run: RunRecord, key: str, spec: Mapping[str, Any], *, is_new: b
         logger.finalize("success")
         loggers.show(run.result, run.folder)
         failed = False
-    except (ValueError, OSError) as error:
-        log.warning("%s is finished, and logger=%s was not told: %s", run.folder, key, error)
+    except Exception as error:  # of any logger: the run has its result
+        log.warning("%s is finished, and logger=%s was not told: %s", run.folder, key, describe_error(error))
+        log.debug("traceback", exc_info=True)
     else:
         log.info("%s is finished; logger=%s was told what was found", run.folder, key)
     finally:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -56,7 +57,7 @@ def main(cfg: DictConfig) -> None:
         if forward_signal(error.number) and not ranks.this_rank().is_first:
             time.sleep(REQUEUE_SECONDS)  # submitit requeues from rank 0, then kills the job; wait for that
         sys.exit(STOPPED)
-    except (ValueError, NonFiniteLossError, OSError, OmegaConfBaseException) as error:
+    except (ValueError, NonFiniteLossError, OSError, OmegaConfBaseException, MisconfigurationException) as error:
         log.debug("traceback", exc_info=True)
         log.error("error: %s", (str(error).splitlines() or [""])[0].strip() or describe_error(error))
         sys.exit(2)

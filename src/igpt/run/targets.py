@@ -3,8 +3,10 @@
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, wraps
 from typing import Any, get_type_hints
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from igpt.metric.result import Result
 from igpt.settings.fields import Settings, format_setting, parse_arguments, parse_settings
@@ -13,7 +15,7 @@ from igpt.settings.older_configs import answer
 OF_LAUNCH = ("_target_", "name", "requires", "run_folder", "paper")  # keys of a task read by `launch`, not by the task
 
 
-def checked_partial(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
+def checked_partial(spec: Mapping[str, Any], where: str) -> partial[Any]:
     """A partial of the `_target_` with its settings, to be called with live objects.
 
     A nested `_target_` is built first; with `_partial_: true` it stays a partial.
@@ -26,6 +28,20 @@ def checked_partial(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
     _refuse_renamed(settings, inspect.signature(target).parameters, where)
     nested = {key: _build_nested(value, f"{where}.{key}") for key, value in settings.items() if _has_target(value)}
     return partial(target, **parse_arguments(target, settings, where, built=nested))
+
+
+def checked_part(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
+    """As `checked_partial`, of a callback or logger: what Lightning's refuse when built is a ValueError, too."""
+    build = checked_partial(spec, where)
+
+    @wraps(build.func)
+    def call(*arguments: Any) -> Any:
+        try:
+            return build(*arguments)
+        except (TypeError, MisconfigurationException) as error:
+            raise ValueError(f"{where} cannot be built from its settings: {' '.join(str(error).split())}") from error
+
+    return call
 
 
 def find_target(name: Any, where: str) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from igpt.settings.fields import MAPPING, Seed, Settings, format_setting
 
 GROUPS = ("data", "tokens", "model", "objective", "trainer", "task", "paths")  # parts that every config has
-ENTRIES = ("logger", "callbacks")  # groups of entries, each with settings of its own; may be null
+ENTRIES = ("logger", "callbacks")  # groups of entries, each with settings of its own; groups and entries may be null
 
 
 class PathSettings(Settings):
@@ -40,7 +40,8 @@ def check_structure(config: Mapping[Any, Any]) -> None:
         if (entries := config.get(name)) is not None and entries != []:
             _check_mapping(entries, name)
             for key, entry in entries.items():
-                _check_mapping(entry, f"{name}.{key}")
+                if entry is not None:
+                    _check_mapping(entry, f"{name}.{key}")
     task = config["task"]
     if not isinstance(task.get("name"), str) or not isinstance(task.get("_target_"), str):
         raise ValueError("task.name and task._target_ must be text, as in conf/task/")

@@ -35,12 +35,12 @@ class ProgressBar(L.Callback):
     Its errors end no run, here and below.
     """
 
+    is_observer = True  # changes nothing in training
+
     def __init__(self) -> None:
         bystander = Bystander("the progress bar")
         for hook in ("on_train_start", "on_train_batch_end", "on_train_end", "on_exception"):
             setattr(self, hook, bystander.guard(getattr(self, hook)))
-
-    is_observer = True  # changes nothing in training
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         hidden = not (sys.stderr.isatty() and trainer.is_global_zero)

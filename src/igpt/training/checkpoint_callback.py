@@ -75,7 +75,7 @@ class Checkpoints(L.Callback):
         self.guard, self.stop = guard, StopRequest()
         self.folder, self.every, self.keep, self.val_every = folder, settings.checkpoint_every, keep, val_every
         self.stopping = ranks.AsyncMax()
-        self.marker = FinishedStepMarker(self)  # the Trainer's first callback, this one its last
+        self.marker = FinishedStepMarker(self)  # the Trainer's first callback; after this one come only observers
         self.stopped_by: str | None = None  # who ended the training before its last step; saved in checkpoints
         self._saved: tuple[int, str | None] = -1, None  # step and `stopped_by` of the last checkpoint
         self._validated = -1  # last step that was validated
@@ -156,7 +156,8 @@ class Checkpoints(L.Callback):
                 self._save_finished(trainer, pl_module)
                 log.warning("%s: step %d, the last that was finished, is saved", what, step)
         except Exception as error:  # the run ends with the exception that is handled here
-            log.error("%s: step %d, the last that was finished, is not saved: %s", what, step, first_line(error))
+            why = "refused again" if str(error) == str(exception) else first_line(error)
+            log.error("%s: step %d, the last that was finished, is not saved: %s", what, step, why)
             log.debug("traceback", exc_info=True)
 
     def mark_finished(self, trainer: L.Trainer) -> None:

@@ -90,7 +90,7 @@ class Runner:
             trainer.fit(module, data, ckpt_path=self.resume_from, weights_only=True)
         step, early = trainer.global_step, None
         if step < settings.steps:
-            early = f"stopped early by {saving.stopped_by} at step {step:,} of {settings.steps:,}"
+            early = f"stopped early by {saving.stopped_by or 'the Trainer'} at step {step:,} of {settings.steps:,}"
             log.info("%s", early)
         return Progress(step, early)
 
