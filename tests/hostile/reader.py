@@ -157,10 +157,10 @@ def read_mutations(
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Reads in this process, a fork; the largest memory beyond that of its start, and what it must not have done."""
     programs: list[str] = []
-    commit = ["git", "-C", str(Path(run_folder.__file__).parent)]  # of this package, for the record of a run
+    commit = ["git", "--no-optional-locks", "-C", str(Path(run_folder.__file__).parent)]  # of this package, for the record of a run
 
     def note(event: str, arguments: Any) -> None:
-        is_known = event == "subprocess.Popen" and [*arguments[1]][:3] == commit
+        is_known = event == "subprocess.Popen" and [*arguments[1]][:4] == commit
         if event in STARTS_PROGRAMS and not is_known:
             programs.append(event)
 
