@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object
+from lightning.pytorch.callbacks import EarlyStopping
 from omegaconf import OmegaConf
 
 from igpt.checkpoint.find import find_weights
@@ -28,7 +29,13 @@ from igpt.report.folder import RunFolder
 from igpt.run.arguments import check_overrides, parse_overrides, prepare_arguments
 from igpt.run.components import Components
 from igpt.run.execute import run_and_report, stage_runner
-from igpt.run.launch import explain_lost_rank, explain_lost_worker, explain_out_of_memory, launch
+from igpt.run.launch import (
+    explain_lost_rank,
+    explain_lost_worker,
+    explain_missing_metric,
+    explain_out_of_memory,
+    launch,
+)
 from igpt.run.launch import main as launch_main
 from igpt.run.run_config import CHECKPOINT, RunConfig
 from igpt.run.run_dir import find_run_dir
@@ -519,6 +526,15 @@ def test_a_worker_that_was_lost() -> None:
     assert waited is not None
     assert "(it ended unexpectedly)" in waited
     assert explain_lost_worker(RuntimeError("shapes differ")) is None
+
+
+def test_a_metric_that_is_not_logged_is_said_in_a_line() -> None:
+    """Independent source: the error of Lightning's own callback."""
+    with pytest.raises(RuntimeError) as caught:
+        EarlyStopping("val/x")._validate_condition_metric({})
+    text = str(explain_missing_metric(caught.value))
+    assert text.startswith("callbacks: Early stopping conditioned on metric `val/x`")
+    assert explain_missing_metric(RuntimeError("shapes differ")) is None
 
 
 def test_a_rank_that_is_left_alone_says_so_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,8 @@ def read_mutations(
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Reads in this process, a fork; the largest memory beyond that of its start, and what it must not have done."""
     programs: list[str] = []
-    commit = ["git", "--no-optional-locks", "-C", str(Path(run_folder.__file__).parent)]  # of this package, for the record of a run
+    # reads the commit of this package, for the record of a run
+    commit = ["git", "--no-optional-locks", "-C", str(Path(run_folder.__file__).parent)]
 
     def note(event: str, arguments: Any) -> None:
         is_known = event == "subprocess.Popen" and [*arguments[1]][:4] == commit

@@ -176,6 +176,8 @@ def test_a_callback_that_refuses_its_settings(settings: str, message: str, tmp_p
     own = f"+callbacks.own={{_target_: lightning.pytorch.callbacks.{settings}}}"
     with pytest.raises(ValueError, match=rf"^callbacks\.own cannot be built from its settings: .*{message}"):
         launching.run("trainer=cpu", "data=digits", "model=igpt_pico", own, *places, conf=CONF)
+    with pytest.raises(ValueError, match=r"^callbacks\.own\._target_=os\.getcwd builds a str, expected .*Callback"):
+        launching.run("trainer=cpu", "+callbacks.own._target_=os.getcwd", *places, conf=CONF)
     assert not [*(tmp_path / "runs").iterdir()]
 
 

@@ -70,7 +70,9 @@ def group_by_data(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
         {f"{group}.{key}": data.get(key) for group, data in _list_data(of[0]).items() for key in DATA}
         for of in groups.values()
     ]
-    labels = [" ".join(f"{key}={value}" for key, value in row.items()) for row in list_differing(settings)]
+    labels = [
+        " ".join(f"{key}={value}" for key, value in row.items() if value != "null") for row in list_differing(settings)
+    ]
     unique = [label if labels.count(label) == 1 else f"{label} ({i})".strip() for i, label in enumerate(labels, 1)]
     return dict(zip(unique, groups.values(), strict=True))
 

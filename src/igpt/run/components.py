@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.loggers import Logger
 
 from igpt.checkpoint import igpt_format
@@ -64,7 +65,8 @@ class Components:
     def _partials(self, group: str) -> list[Callable[..., Any]]:
         """A checked partial of every entry of `callbacks` or `logger` that is not null."""
         entries = self.run.config.get(group) or {}
-        return [checked_part(spec, f"{group}.{key}") for key, spec in entries.items() if spec is not None]
+        kind = L.Callback if group == "callbacks" else Logger | None
+        return [checked_part(spec, f"{group}.{key}", kind) for key, spec in entries.items() if spec is not None]
 
     def _source_partial(self) -> Callable[..., Source]:
         return checked_partial(without(self.run.config["data"], "palette_size"), "data")

@@ -63,7 +63,8 @@ def main(cfg: DictConfig) -> None:
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
         lost_rank = explain_lost_rank(error)
-        if (message := explain_out_of_memory(error) or explain_lost_worker(error) or lost_rank) is None:
+        known = explain_out_of_memory(error) or explain_lost_worker(error) or explain_missing_metric(error)
+        if (message := known or lost_rank) is None:
             raise
         log.debug("traceback", exc_info=True)
         log.error("error: %s", message)
@@ -94,6 +95,12 @@ def explain_lost_worker(error: BaseException) -> str | None:
         f"a process that reads images has died ({how}): the system ends one that takes too much memory, or whose file "
         "became shorter; trainer.num_workers=0 reads in this process, and resume=RUN_FOLDER goes on"
     )
+
+
+def explain_missing_metric(error: BaseException) -> str | None:
+    """A message if a callback of Lightning's watches a metric that is not logged; else None."""
+    is_missing = "conditioned on metric" in str(error)
+    return f"callbacks: {' '.join(str(error).split())}" if is_missing else None
 
 
 def explain_lost_rank(error: BaseException) -> str | None:

@@ -4,6 +4,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
+from types import UnionType
 from typing import Any, get_type_hints
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,16 +31,23 @@ def checked_partial(spec: Mapping[str, Any], where: str) -> partial[Any]:
     return partial(target, **parse_arguments(target, settings, where, built=nested))
 
 
-def checked_part(spec: Mapping[str, Any], where: str) -> Callable[..., Any]:
-    """As `checked_partial`, of a callback or logger: what Lightning's refuse when built is a ValueError, too."""
+def checked_part(spec: Mapping[str, Any], where: str, kind: type | UnionType) -> Callable[..., Any]:
+    """As `checked_partial`, of a callback or logger: a ValueError, too, is what it refuses when built, or another kind.
+
+    `kind`: what is to be built.
+    """
     build = checked_partial(spec, where)
 
     @wraps(build.func)
     def call(*arguments: Any) -> Any:
         try:
-            return build(*arguments)
-        except (TypeError, MisconfigurationException) as error:
+            part = build(*arguments)
+        except (TypeError, RuntimeError, MisconfigurationException) as error:
             raise ValueError(f"{where} cannot be built from its settings: {' '.join(str(error).split())}") from error
+        if not isinstance(part, kind):
+            expected = getattr(kind, "__name__", kind)  # a union has no name
+            raise ValueError(f"{where}._target_={spec['_target_']} builds a {type(part).__name__}, expected {expected}")
+        return part
 
     return call
 
