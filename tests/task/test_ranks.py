@@ -15,6 +15,7 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.resume import latest_checkpoint
 from igpt.checkpoint.sharded import read_state
 from igpt.distributed.launcher import run_ranks
+from igpt.model.config import GPTConfig
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.training.cost_estimate import estimate_cost
@@ -105,7 +106,7 @@ def test_deepspeed_learns_as_a_whole_one(by_zero: list[dict[str, Any]], referenc
 def test_deepspeed_holds_what_was_planned(by_zero: list[dict[str, Any]], strategy: str) -> None:
     """Independent source: the bytes of weights and optimiser in each rank, within 15 %."""
     planned = estimate_cost(
-        SIZES, batch_size=100, micro_batch=25, steps=1, devices=2, strategy=strategy, precision="32-true",
+        GPTConfig(**SIZES), batch_size=100, micro_batch=25, steps=1, devices=2, strategy=strategy, precision="32-true",
         recompute=False, scores=0, fused_norm=True,
     )  # fmt: skip
     for answers in by_zero:
