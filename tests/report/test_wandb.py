@@ -151,6 +151,9 @@ def test_a_sweep_over_finished_runs_shows_one_run_a_job(tmp_path: Path) -> None:
         assert losses == pytest.approx(result.curves["train/loss_gen"].y)
         assert list((each.folder / "files" / "media" / "images" / "pictures").glob("*.png"))
     assert written == {path: path.stat().st_mtime_ns for path in written}
+    sweep.launch(jobs[0], jobs, first=0, n_jobs=None, metric="val/loss_gen")
+    wandb.teardown()
+    assert len(offline_runs(tmp_path)) == 2  # the same command sends nothing again
 
 
 def test_a_logger_that_fails_for_a_finished_run_is_logged(tmp_path: Path, caplog: Any) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from igpt.report.bystanders import describe_error
+from igpt.report.bystanders import Bystander, describe_error
 from igpt.report.closing_table import REPORT
 from igpt.report.facts import read_names
 from igpt.report.folder import RunFolder, format_run_name, identity
@@ -14,15 +14,18 @@ from igpt.report.runs import RunRecord, read_run
 from igpt.run.targets import checked_partial
 from igpt.training import loggers
 from igpt.training.loggers import RunInfo, trains
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
+
+SENT = "sent_to.json"  # in a run directory: the loggers that its result was sent to after its end
 
 
 def complete_finished(folder: Path, requested: Mapping[str, Any] | None) -> None:
     """Sends a finished run's result to new loggers; if a kill left it without a page, to all, and writes the page.
 
-    `requested`: the entries of `logger` asked for now. New are those that differ from the run's own. Of a pipeline, its
-    stages are completed. What fails is logged in a line: the result is there.
+    `requested`: the entries of `logger` asked for now. New are those that differ from the run's own and from those in
+    SENT. Of a pipeline, its stages are completed. What fails is logged in a line: the result is there.
     """
     try:
         RunFolder(folder).check_links()
@@ -34,23 +37,38 @@ def complete_finished(folder: Path, requested: Mapping[str, Any] | None) -> None
         if stage.run is not None:
             complete_finished(stage.folder, requested)
     has_page = (folder / REPORT).is_file()  # the last that a run writes
-    own = run.config.get("logger") or {}
+    own, sent = run.config.get("logger") or {}, _read_sent(folder)
     for key, spec in (requested or {}).items():
-        is_new = spec != own.get(key)
-        if spec is not None and (is_new or not has_page) and run.task != "pipeline":  # whose stages log
-            _send_result(run, key, spec, is_new=is_new)
+        is_new = spec not in (own.get(key), sent.get(key))
+        if spec is None or not (is_new or not has_page) or run.task == "pipeline":  # whose stages log
+            continue
+        if _send_result(run, key, spec, is_new=is_new):
+            with Bystander(folder / SENT):
+                files.write_json(folder / SENT, _read_sent(folder) | {key: spec})
     if not has_page:
         write_page(folder)
 
 
-def _send_result(run: RunRecord, key: str, spec: Mapping[str, Any], *, is_new: bool) -> None:
-    """Sends config, numbers and pictures (W&B's) to a logger; to a new one also the curves over optimiser steps."""
+def _read_sent(folder: Path) -> dict[str, Any]:
+    """The content of SENT; {} if it is missing or damaged."""
+    try:
+        sent = files.read_json(folder / SENT)
+    except (ValueError, OSError):
+        return {}
+    return sent if isinstance(sent, dict) else {}
+
+
+def _send_result(run: RunRecord, key: str, spec: Mapping[str, Any], *, is_new: bool) -> bool:
+    """Sends config, numbers and pictures (W&B's) to a logger; to a new one also the curves over optimiser steps.
+
+    Returns whether that succeeded; what fails is logged.
+    """
     failed = True
     try:
         about = describe_finished(run, trains=is_new and trains(run.config["task"]))
         logger = checked_partial(spec, f"logger.{key}")(run.folder, about)
         if logger is None:  # of training only, and nothing was trained
-            return
+            return False
         logger.log_hyperparams(run.config)
         for step, figures in sorted(list_figures(run).items()) if is_new else ():
             logger.log_metrics(figures, step=step)
@@ -64,6 +82,7 @@ def _send_result(run: RunRecord, key: str, spec: Mapping[str, Any], *, is_new: b
         log.info("%s is finished; logger=%s was told what was found", run.folder, key)
     finally:
         loggers.close(failed)
+    return not failed
 
 
 def describe_finished(run: RunRecord, *, trains: bool) -> RunInfo:
