@@ -172,7 +172,7 @@ def _become_train(
 ) -> None:
     """Makes this process `python train.py ARGUMENTS`; does not return."""
     code = 1
-    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # temporary folders of the process that forked
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # no public way to keep the parent's folders
     try:
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -205,7 +205,7 @@ def _replace_popen() -> None:
     """Lets igpt's launcher fork its children from this process, in place of new interpreters."""
     from igpt.distributed import launcher
 
-    launcher.subprocess = SimpleNamespace(Popen=_ForkedTrain, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]
+    launcher.subprocess = SimpleNamespace(Popen=_ForkedTrain, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]  # no module
     _ForkedTrain.inherited = set(os.listdir("/proc/self/fd"))
 
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from igpt.checkpoint import tensors
-from igpt.checkpoint.tensors import plain_name, read, read_safetensors, read_torch, unwrapped_state, write
+from igpt.checkpoint.tensors import plain_name, read, read_safetensors, unwrapped_state, write
+from igpt.checkpoint.torch_files import read_torch
 from igpt.model.gpt import GPT
 from tests.conftest import Planted
 

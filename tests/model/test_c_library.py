@@ -47,7 +47,7 @@ def load_again() -> ctypes.CDLL | None:
     return c_library.load_library()
 
 
-def kept(tmp_path: Path) -> list[Path]:
+def list_libraries(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "cache" / "igpt").iterdir())
 
 
@@ -67,14 +67,14 @@ def test_a_damaged_library_is_compiled_again(
 ) -> None:
     """Invariant: it is not loaded (a cut one ends the process by SIGBUS), said, and the same again."""
     assert load_again() is not None
-    (path,) = kept(tmp_path)
+    (path,) = list_libraries(tmp_path)
     complete = path.read_bytes()
     path.unlink()
     path.write_bytes(complete)  # a file of its own: the first is mapped into this process
     damage(path)
     assert load_again() is not None
     assert f"{path} is damaged, attend.c and decode.c are compiled again: its SHA-256 is not that in" in caplog.text
-    assert [kept.read_bytes() for kept in kept(tmp_path)] == [complete]
+    assert [kept.read_bytes() for kept in list_libraries(tmp_path)] == [complete]
     assert len(compiled) == 2
 
 
@@ -94,7 +94,7 @@ def test_what_others_may_write_is_not_loaded(
 ) -> None:  # fmt: skip
     """Invariant: nothing is loaded from a folder that others may write, nor a file of theirs; one is compiled."""
     load_again()
-    (path,) = kept(tmp_path)
+    (path,) = list_libraries(tmp_path)
     changed = path if which == "file" else path.parent
     if how == "owner":
         give_away(changed, monkeypatch)
@@ -109,7 +109,7 @@ def test_what_others_may_write_is_not_loaded(
         assert "compiled for this process alone" in caplog.text
         assert not Path(loaded[0]).is_relative_to(tmp_path / "cache")
     else:
-        (now,) = kept(tmp_path)
+        (now,) = list_libraries(tmp_path)
         cpu.check_private(now)
     assert len(compiled) == 2
 
@@ -172,7 +172,7 @@ def test_processes_that_need_it_at_once(compiled: list[Path], tmp_path: Path) ->
     assert [answers.get(timeout=30) for _ in processes] == [True] * 4
     for process in processes:
         process.join(30)
-    assert len(kept(tmp_path)) == 1
+    assert len(list_libraries(tmp_path)) == 1
 
 
 def test_killed_while_it_is_compiled(compiled: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,8 @@ def test_a_dollar_is_drawn_as_one(tmp_path: Path, name: str) -> None:
     bars_figure(tmp_path / "bars.png", Bars({name: {name: number}}, name))
     points_figure(tmp_path / "points.png", [Point(name, 0.5, (0.4, 0.6), (0.3, 0.7), name)], label=name)
     for file in ("curves.png", "bars.png", "points.png"):
-        Image.open(tmp_path / file).verify()
+        with Image.open(tmp_path / file) as picture:
+            assert min(picture.size) > 200
 
 
 def test_names_that_can_be_drawn() -> None:

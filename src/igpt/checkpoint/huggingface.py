@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from igpt.checkpoint import tensors
+from igpt.checkpoint import tensors, torch_files
 from igpt.checkpoint.igpt_format import (
     CONFIG,
     Weights,
@@ -116,11 +116,11 @@ def _open_tensors(folder: Path) -> tuple[State, Path, str]:
     if not (folder / tensors.WEIGHTS).is_file() and not (folder / tensors.INDEX).is_file():
         if not (path := folder / TORCH).is_file():
             raise ValueError(f"{folder} has a {CONFIG} and no {tensors.WEIGHTS}: the download was not finished")
-        state = tensors.read_torch(path)
+        state = torch_files.read_torch(path)
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise ValueError(f"{path} is no plain table of tensors: save the model again with save_pretrained")
         state = {str(name): tensor for name, tensor in state.items() if not re.fullmatch(BUFFER, str(name))}
-        tensors.check_total_size(state, path)
+        torch_files.check_total_size(state, path)
         return tensors.unwrapped_state(state), path, files.sha256(path)
     state, (first, *more) = tensors.read(folder, ignore=BUFFER), tensors.list_part_files(folder)
     return state, folder if more else first, weights_sha256(folder)

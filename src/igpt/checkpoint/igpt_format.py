@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igpt.checkpoint import tensors
+from igpt.checkpoint import tensors, torch_files
 from igpt.checkpoint.resume import checksum_path, matches_checksum
 from igpt.checkpoint.tensors import LazyTensor, State
 from igpt.distributed import ranks
@@ -239,7 +239,7 @@ def read_training_checkpoint(path: Path) -> Weights:
         raise ValueError(f"{path} has no {checksum.name} beside it, which tells whether it is whole: copy both")
     if not matches_checksum(path, sha256):
         raise ValueError(f"{path} is damaged or was not written to its end: its SHA-256 is not that beside it")
-    checkpoint = tensors.read_torch(path)
+    checkpoint = torch_files.read_torch(path)
     metadata, state = extract_metadata(checkpoint, path), extract_tensors(checkpoint, path)
     return Weights(path, path.parent, metadata, sha256, lambda: select_prefix("net.", state), state.get("head.wclf"))
 
@@ -265,7 +265,7 @@ def extract_tensors(checkpoint: Mapping[str, Any], path: Path) -> State:
     state = checkpoint.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no tensors of a network: it is damaged, or something else")
-    tensors.check_total_size(state, path)
+    torch_files.check_total_size(state, path)
     return tensors.unwrapped_state({str(name): tensor for name, tensor in state.items()})
 
 

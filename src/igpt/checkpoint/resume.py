@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
-from igpt.checkpoint import tensors
+from igpt.checkpoint import torch_files
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -64,9 +64,9 @@ class AtomicCheckpointIO(CheckpointIO):
                 f"{path} is in pieces, as trainer=fsdp writes it: resume with that, or take its weights, init={path}"
             )
         try:
-            tensors.check_torch_file(Path(path))
+            torch_files.check_torch_file(Path(path))
             checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except tensors.DAMAGE as error:
+        except torch_files.DAMAGE as error:
             raise ValueError(f"{path} cannot be read ({error}): it is damaged or no checkpoint") from error
         return checkpoint
 

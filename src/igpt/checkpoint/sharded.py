@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from igpt.checkpoint import tensors
+from igpt.checkpoint import tensors, torch_files
 from igpt.checkpoint.igpt_format import Weights, extract_metadata, select_prefix
 from igpt.checkpoint.tensors import LazyTensor, State
 from igpt.utils import files
@@ -116,7 +116,7 @@ def read(folder: Path) -> Weights:
     state = read_state(folder)
     if not (folder / REST).is_file():
         raise ValueError(f"{folder} has no {REST}, which says what network this is: copy the whole folder")
-    metadata = extract_metadata(tensors.read_torch(folder / REST), folder / REST)
+    metadata = extract_metadata(torch_files.read_torch(folder / REST), folder / REST)
     plain = {tensors.plain_name(name): tensor for name, tensor in state.items()}
     network, wclf = select_prefix(f"{STATE}net.", plain), plain.get(f"{STATE}head.wclf")
     return Weights(folder, folder, metadata, files.sha256(folder / METADATA), lambda: network, wclf)
@@ -157,7 +157,7 @@ def _read_checked(folder: Path) -> tuple[Any, dict[str, Described]]:
             f"{folder / METADATA} holds more than a checkpoint's metadata ({error}): it is not read, and nothing in it "
             "was run"
         ) from error
-    except tensors.DAMAGE as error:
+    except torch_files.DAMAGE as error:
         raise ValueError(
             f"{folder / METADATA} is damaged ({tensors.first_line(error)}): copy the checkpoint again"
         ) from error
@@ -244,13 +244,13 @@ def _assemble_tensor(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_C
             with piece.file.open("rb") as file:
                 file.seek(piece.start)
                 content = io.BytesIO(file.read(piece.length))
-            tensors.check_archive(content, piece.length)
+            torch_files.check_archive(content, piece.length)
             content.seek(0)
             part = torch.load(content, map_location="cpu", weights_only=True)
             if (part.dtype, part.numel()) != (dtype, prod(piece.sizes)):
                 raise ValueError(f"{part.numel()} numbers of {part.dtype}, expected {prod(piece.sizes)} of {dtype}")
             slices = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.sizes, strict=True))
             full[slices].copy_(part.view(piece.sizes))
-        except tensors.DAMAGE as error:
+        except torch_files.DAMAGE as error:
             raise ValueError(f"{piece.file} is damaged ({tensors.first_line(error)}): copy it again") from error
     return full

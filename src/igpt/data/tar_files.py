@@ -56,7 +56,7 @@ def _read_samples(file: IO[bytes], columns: Columns, unread: Counter[str] | None
     """
     members: dict[str, Any] = {}
     present = None
-    with tarfile.open(fileobj=_BoundedReads(file), mode="r:") as tar:  # type: ignore[call-overload]  # reads, seeks, tells
+    with tarfile.open(fileobj=_BoundedReads(file), mode="r:") as tar:  # type: ignore[call-overload]  # has what it calls
         while True:
             member = tar.next()
             tar.members = []  # free the headers already read

@@ -203,7 +203,8 @@ class Checkpoints(L.Callback):
         if not trainer.should_stop or self.stopped_by is not None or trainer.global_step >= trainer.max_steps:
             return
         own = (self, self.marker)
-        others = [each for each in trainer.callbacks if each not in own and not is_observer(each)]  # type: ignore[attr-defined]
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
+        others = [each for each in callbacks if each not in own and not is_observer(each)]
         self.stopped_by = " or ".join(type(each).__name__ for each in others) or "the Trainer"
 
     def _is_out_of_patience(self, step: int) -> bool:

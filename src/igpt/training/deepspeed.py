@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from igpt.checkpoint import sharded, tensors
+from igpt.checkpoint import sharded, torch_files
 from igpt.checkpoint.tensors import LazyTensor, State
 from igpt.distributed import ranks
 from igpt.distributed.sharding import copy_into_sharded, unsharded_shape
@@ -142,7 +142,7 @@ class ZeRO(DeepSpeedStrategy):
         (step,) = steps
         for part in moments_by_weight.values():
             part[STEP].fill_(step)
-        rest: dict[str, Any] = tensors.read_torch(folder / sharded.REST)
+        rest: dict[str, Any] = torch_files.read_torch(folder / sharded.REST)
         for group, rate in zip(self.optimizers[0].param_groups, rest["lr_schedulers"][0]["_last_lr"], strict=True):
             group["lr"] = rate  # loading a scheduler does not restore the optimiser's current rate
         return rest

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from igpt.checkpoint import sharded, tensors
+from igpt.checkpoint import sharded, tensors, torch_files
 from igpt.checkpoint.resume import AtomicCheckpointIO
 from igpt.distributed import ranks
 from igpt.utils import files
@@ -61,7 +61,7 @@ class FSDP(ModelParallelStrategy):
             moments = {name: get_optimizer_state_dict(module, optimizer)}
             _load_into(moments, folder)
             set_optimizer_state_dict(module, optimizer, optim_state_dict=moments[name])
-        rest: dict[str, Any] = tensors.read_torch(folder / sharded.REST)
+        rest: dict[str, Any] = torch_files.read_torch(folder / sharded.REST)
         return rest
 
 
@@ -113,7 +113,7 @@ class _SafeReader(FileSystemReader):
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
         piece: IO[bytes] = super()._slice_file(file, sinfo)
-        tensors.check_archive(piece, sinfo.length)
+        torch_files.check_archive(piece, sinfo.length)
         piece.seek(0)
         return piece
 
