@@ -1,0 +1,88 @@
+"""The VQ-VAE network: pixels → a grid of vectors → codes → pixels.
+
+Convolutions of van den Oord et al. 2017, §4.1, as in its released code (residual layers of a quarter of the width). The
+network of the Image GPT paper's first version is not published: this has its interface, a grid of R/f × R/f tokens of
+K codes. There is no layer that looks at the whole image, so a network trained on crops encodes larger images.
+"""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from igpt.settings.fields import Settings
+from igpt.utils import keyed
+
+MOST_CODES = 1 << 16
+Width = Annotated[int, Field(ge=1, le=4096)]
+
+
+class VQVAEConfig(Settings):
+    """The sizes of a VQ-VAE, saved with its weights."""
+
+    factor: Literal[2, 4]  # f: pixels a side of a token
+    codes: Annotated[int, Field(ge=2, le=MOST_CODES)]  # K
+    code_width: Width  # D
+    hidden: Width  # channels of the convolutions
+    residual_blocks: Annotated[int, Field(ge=0, le=64)]
+    quantizer: Literal["ema", "fsq"]
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1(relu(conv3(relu(x)))): (B, H, h, w) → the same."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        inner = max(1, hidden // 4)
+        self.conv_3 = nn.Conv2d(hidden, inner, 3, padding=1)
+        self.conv_1 = nn.Conv2d(inner, hidden, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.conv_1(F.relu(self.conv_3(F.relu(x))))
+        return out
+
+
+def build_encoder(config: VQVAEConfig) -> nn.Sequential:
+    """(B, 3, R, R) in [-1, 1] → (B, D, R/f, R/f)."""
+    hidden, halvings = config.hidden, int(math.log2(config.factor))
+    layers: list[nn.Module] = []
+    for i in range(halvings):
+        layers += [nn.Conv2d(3 if i == 0 else hidden, hidden, 4, stride=2, padding=1), nn.ReLU()]
+    layers += [nn.Conv2d(hidden, hidden, 3, padding=1)]
+    layers += [ResidualBlock(hidden) for _ in range(config.residual_blocks)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(hidden, config.code_width, 1))
+
+
+def build_decoder(config: VQVAEConfig) -> nn.Sequential:
+    """(B, D, R/f, R/f) → (B, 3, R, R), about [-1, 1]."""
+    hidden, doublings = config.hidden, int(math.log2(config.factor))
+    layers: list[nn.Module] = [nn.Conv2d(config.code_width, hidden, 3, padding=1)]
+    layers += [ResidualBlock(hidden) for _ in range(config.residual_blocks)]
+    for i in range(doublings):
+        last = i == doublings - 1
+        layers += [nn.ReLU(), nn.ConvTranspose2d(hidden, 3 if last else hidden, 4, stride=2, padding=1)]
+    return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def init_weights(network: nn.Module, seed: int) -> None:
+    """Draws PyTorch's default for convolutions, uniform within 1/√(inputs), keyed by each weight's name."""
+    for name, weight in network.named_parameters():
+        module = network.get_submodule(name.rpartition(".")[0])
+        assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+        bound = 1 / math.sqrt(module.weight[0].numel())
+        draw = torch.Generator().manual_seed(keyed.key(seed, "init", 0) ^ keyed.key(0, name))
+        weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=draw))
+
+
+def scale_pixels(pixels: Tensor) -> Tensor:
+    """Levels to [-1, 1], channels first: (B, R, R, 3) uint8 → (B, 3, R, R) float32."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def round_pixels(images: Tensor) -> Tensor:
+    """The inverse of `scale_pixels`, clamped: (B, 3, R, R) → (B, R, R, 3) uint8."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
