@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from igpt.settings.fields import Settings
+from igpt.tokens.quantizer import EMAQuantizer, Quantized
 from igpt.utils import keyed
 
 MOST_CODES = 1 << 16
@@ -65,6 +66,24 @@ def build_decoder(config: VQVAEConfig) -> nn.Sequential:
         last = i == doublings - 1
         layers += [nn.ReLU(), nn.ConvTranspose2d(hidden, 3 if last else hidden, 4, stride=2, padding=1)]
     return nn.Sequential(*layers)
+
+
+class VQVAE(nn.Module):
+    """Encoder, quantiser and decoder. `forward` is of training: it reconstructs through the quantiser."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = build_encoder(config), build_decoder(config)
+        self.quantizer = EMAQuantizer(config.codes, config.code_width)
+
+    def forward(self, images: Tensor, keys: Tensor) -> tuple[Tensor, Quantized]:
+        """Reconstructions of images and what the quantiser did: (B, 3, R, R), (B,) → (B, 3, R, R), `Quantized`."""
+        latents = self.encoder(images).float()  # (B, D, R/f, R/f)
+        b, d, rows, columns = latents.shape
+        quantized = self.quantizer(latents.permute(0, 2, 3, 1).flatten(1, 2), keys)
+        codes = quantized.vectors.view(b, rows, columns, d).permute(0, 3, 1, 2)
+        return self.decoder(codes), quantized
 
 
 @torch.no_grad()
