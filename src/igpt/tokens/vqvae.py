@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from igpt.settings.fields import Settings
+from igpt.settings.fields import Decay, NonNegative, Settings, Share, WholeNumber
 from igpt.tokens.quantizer import EMAQuantizer, Quantized
 from igpt.utils import keyed
 
@@ -22,7 +22,7 @@ Width = Annotated[int, Field(ge=1, le=4096)]
 
 
 class VQVAEConfig(Settings):
-    """The sizes of a VQ-VAE, saved with its weights."""
+    """The sizes of a VQ-VAE and how it is trained, saved with its weights."""
 
     factor: Literal[2, 4]  # f: pixels a side of a token
     codes: Annotated[int, Field(ge=2, le=MOST_CODES)]  # K
@@ -30,6 +30,11 @@ class VQVAEConfig(Settings):
     hidden: Width  # channels of the convolutions
     residual_blocks: Annotated[int, Field(ge=0, le=64)]
     quantizer: Literal["ema", "fsq"]
+    loss: Literal["l2", "l1"]  # of the reconstruction
+    commitment: NonNegative  # β, weight of the commitment loss
+    decay: Decay  # of the codes' moving averages
+    unquantised_steps: WholeNumber  # optimiser steps before k-means starts the codes
+    restart_below: Share  # of the mean count: codes below it are restarted
 
 
 class ResidualBlock(nn.Module):
