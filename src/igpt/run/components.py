@@ -43,7 +43,7 @@ class Components:
     """
 
     run_dir: Path  # set by `launch`; unset for `trainer.plan=true`
-    run_stage: Callable[..., tuple[Result, Path]]  # (name, folder=, init=) → (result, folder); set for a pipeline only
+    run_stage: Callable[..., tuple[Result, Path]]  # arguments: `stage_runner`; set for a pipeline only
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
@@ -61,6 +61,15 @@ class Components:
             self._source_partial()
         if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
             _ = self.planned_network
+
+    def check_tokenizer(self) -> None:
+        """Raises ValueError if images are to be read as tokens of a trained tokenizer, and none is named."""
+        run = self.run
+        if "tokens" in run.requires and run.reads_trained_tokenizer and run.trained_tokenizer is None:
+            raise ValueError(
+                "tokens=vqvae needs a trained tokenizer: tokens.path=RUN_FOLDER of task=tokenizer, or of a network "
+                "that was trained on one"
+            )
 
     def _partials(self, group: str) -> list[Callable[..., Any]]:
         """A checked partial of every entry of `callbacks` or `logger` that is not null."""
@@ -148,7 +157,7 @@ class Components:
         if self.run.takes_from_weights("tokens"):
             assert saved is not None, "RunConfig has seen to it"
             return saved
-        tokenizer = self.tokenizer_settings.build(self.source, self.cache_dir)
+        tokenizer = self.run.trained_tokenizer or self.tokenizer_settings.build(self.source, self.cache_dir)
         if self.weights is not None and saved is not None and tokenizer.hash != saved.hash:
             raise ValueError(
                 f"{self.weights.folder} was trained on other tokens ({saved.describe()}, {saved.hash}) than "
@@ -223,6 +232,7 @@ class Components:
         hashes = self.run.input_hashes.items()
         return {
             "data": {key: value for key, value in self.run.config["data"].items() if key not in NOT_OF_FEATURES},
+            "tokenizer": self.tokenizer.hash,
             "images": {key: sha for key, sha in hashes if key.endswith(".path") and key != "tokens.path"},
             "precision": self.hardware.precision,
             "objective": self.run.objective_settings,
