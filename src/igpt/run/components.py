@@ -26,8 +26,9 @@ from igpt.run.fingerprint import compare_splits
 from igpt.run.run_config import RunConfig
 from igpt.run.targets import checked_part, checked_partial, task_settings, without
 from igpt.settings.fields import parse_settings
-from igpt.tokens.datamodule import ONE_BY_ONE, TokenDataModule
+from igpt.tokens.datamodule import ONE_BY_ONE, PixelDataModule, TokenDataModule
 from igpt.tokens.tokenizer import Tokenizer, TokenizerSettings
+from igpt.tokens.vqvae_tokenizer import VQVAESettings
 from igpt.training.hardware import HardwareConfig, disable_malloc_trim
 from igpt.training.loggers import RunInfo
 from igpt.training.trainer import Runner
@@ -57,10 +58,12 @@ class Components:
         task_settings(task["_target_"], task)
         self._partials("callbacks")
         self._partials("logger")
-        if self.run.requires & {"tokens", "stages"}:
+        if self.run.requires & {"tokens", "tokenizer", "stages"}:
             self._source_partial()
         if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
             _ = self.planned_network
+        if "tokenizer" in self.run.requires:
+            _ = self.trained_tokenizer
 
     def check_tokenizer(self) -> None:
         """Raises ValueError if images are to be read as tokens of a trained tokenizer, and none is named."""
@@ -140,6 +143,26 @@ class Components:
         settings: TokenizerSettings = checked_partial(self.run.config["tokens"], "tokens")()
         return settings
 
+    @property
+    def trained_tokenizer(self) -> VQVAESettings:
+        """The settings of the tokenizer that this run trains.
+
+        Raises:
+            ValueError: it is not one to train, is trained already, or does not fit the images.
+        """
+        option, task = self.run.choices["tokens"], self.run.task
+        settings = None if self.run.takes_from_weights("tokens") else self.tokenizer_settings
+        if not isinstance(settings, VQVAESettings):
+            raise ValueError(
+                f"task={task} trains a VQ-VAE, tokens={option} is fitted by the run that uses it: tokens=vqvae"
+            )
+        if settings.path is not None:
+            raise ValueError(
+                f"task={task} trains a tokenizer, tokens.path={settings.path} is a trained one: leave it out"
+            )
+        settings.sizes(self.run.cfg.data.resolution)
+        return settings
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the config or of the weights.
@@ -176,6 +199,10 @@ class Components:
             plan=plan,
             eval_split=eval_split,
         )
+
+    def build_pixel_datamodule(self, *, plan: BatchPlan) -> PixelDataModule:
+        """The DataModule of pixels, for a run that trains a tokenizer."""
+        return PixelDataModule(source=self.source, seed=self.seed, num_workers=self.hardware.n_reader, plan=plan)
 
     @cached_property
     def objective(self) -> Objective:

@@ -60,7 +60,7 @@ def prepare_task(components: Components) -> Callable[[Components], Result]:
 
 def check_batch(hardware: HardwareConfig, task: DictConfig) -> None:
     """Raises ValueError when `batch_size` cannot be divided over the ranks and micro batches of this run."""
-    if "network" in task.requires and isinstance(task.get("batch_size"), int):
+    if ("network" in task.requires or "tokenizer" in task.requires) and isinstance(task.get("batch_size"), int):
         hardware.train_batch_layout(task.batch_size)
 
 

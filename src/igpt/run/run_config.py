@@ -84,6 +84,10 @@ class RunConfig:
 
     def _find_weights(self) -> Weights | None:
         cfg = self.cfg
+        if "tokenizer" in self.requires:
+            if cfg.init is not None:
+                raise ValueError(f"task={self.task} begins with weights that are drawn: leave init={cfg.init} out")
+            return None
         reads_runs = "runs" in cfg.task and "finished_runs" not in self.requires  # the weights, not the numbers
         if reads_runs and not cfg.task.runs:
             raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
@@ -117,6 +121,8 @@ class RunConfig:
 
     @property
     def model_name(self) -> str:
+        if "tokenizer" in self.requires:
+            return str(self.choices["tokens"]).rpartition("/")[2]
         if self.weights is not None and self.takes_from_weights("model"):
             return self.weights.metadata.model
         return str(self.cfg.model.name)
@@ -130,7 +136,12 @@ class RunConfig:
 
     @property
     def objective_settings(self) -> dict[str, Any]:
-        """The objective's name and numbers, of the config or of the weights (`objective=checkpoint`)."""
+        """The objective's name and numbers, of the config or of the weights (`objective=checkpoint`).
+
+        Of a run that trains a tokenizer: the name of its reconstruction loss.
+        """
+        if "tokenizer" in self.requires:
+            return {"name": str(self.config["tokens"].get("loss"))}
         if self.weights is not None and self.takes_from_weights("objective"):
             return self.weights.metadata.objective
         settings: dict[str, Any] = self.config["objective"]
