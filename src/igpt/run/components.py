@@ -68,7 +68,7 @@ class Components:
     def check_tokenizer(self) -> None:
         """Raises ValueError if images are to be read as tokens of a trained tokenizer, and none is named."""
         run = self.run
-        if "tokens" in run.requires and run.reads_trained_tokenizer and run.trained_tokenizer is None:
+        if "tokens" in run.requires and run.reads_saved_tokenizer and run.saved_tokenizer is None:
             raise ValueError(
                 "tokens=vqvae needs a trained tokenizer: tokens.path=RUN_FOLDER of task=tokenizer, or of a network "
                 "that was trained on one"
@@ -180,7 +180,7 @@ class Components:
         if self.run.takes_from_weights("tokens"):
             assert saved is not None, "RunConfig has seen to it"
             return saved
-        tokenizer = self.run.trained_tokenizer or self.tokenizer_settings.build(self.source, self.cache_dir)
+        tokenizer = self.run.saved_tokenizer or self.tokenizer_settings.build(self.source, self.cache_dir)
         if self.weights is not None and saved is not None and tokenizer.hash != saved.hash:
             raise ValueError(
                 f"{self.weights.folder} was trained on other tokens ({saved.describe()}, {saved.hash}) than "

@@ -90,7 +90,7 @@ def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
         stage_dir = RunFolder(folder if stage.stand_in is None else stage.stand_in)
         if isinstance(init, list):
             stage.cfg.task.runs = init
-        else:
+        elif not stage.trains_tokenizer:
             stage.cfg.init = init
         if tokenizer is not None and stage.choices["tokens"] != CHECKPOINT and not stage.trains_tokenizer:
             stage.cfg.tokens.path = tokenizer

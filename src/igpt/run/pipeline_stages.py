@@ -110,6 +110,7 @@ def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> Sta
     cfg = run.cfg.copy()
     with open_dict(cfg):
         cfg.task, cfg.published = fresh.task, []
+        cfg.init = None if "tokenizer" in fresh.task.requires else cfg.init
         for group in ("model", "tokens", "objective"):
             if choices[group] == "checkpoint" or group in chosen:
                 cfg[group] = fresh[group]

@@ -43,13 +43,13 @@ class RunConfig:
         self.list_files = cache(list_files)  # one listing per run, for its name and its images
         self.task: str = cfg.task.name
         self.requires = frozenset(cfg.task.requires)
-        self.trained_tokenizer = self._find_tokenizer()  # of `tokens.path`; its settings are now those of `cfg`
+        self.saved_tokenizer = self._find_tokenizer()  # of `tokens.path`; its settings are now those of `cfg`
         settings = parse_settings(RunSettings, {name: self.config[name] for name in RunSettings.model_fields}, "")
         self.seed, self.cache_dir = settings.seed, Path(settings.paths.cache)
         self.weights = self._find_weights()
 
     @property
-    def reads_trained_tokenizer(self) -> bool:
+    def reads_saved_tokenizer(self) -> bool:
         """Whether the images become the tokens of a VQ-VAE that was trained before, and is not in the weights."""
         target = self.cfg.tokens.get("_target_")
         if target is None or "tokenizer" in self.requires:
@@ -63,7 +63,7 @@ class RunConfig:
             ValueError: a setting that is neither the VQ-VAE's nor the default, or images of another resolution.
         """
         tokens, data = self.cfg.tokens, self.cfg.data
-        if tokens.get("path") is None or not self.reads_trained_tokenizer:
+        if tokens.get("path") is None or not self.reads_saved_tokenizer:
             return None
         tokenizer = find_vqvae(tokens.path)
         if self.requires & {"tokens", "stages"} and tokenizer.side != data.resolution:
@@ -176,7 +176,7 @@ class RunConfig:
         compared = self.finished_runs.input_hashes if "finished_runs" in self.requires else None
         init = self.weights.sha256 if self.weights is not None else None
         hashes = fingerprint.input_hashes(self.config, init=init, runs=compared, list_files=self.list_files)
-        return hashes | ({} if self.trained_tokenizer is None else {"tokens.path": self.trained_tokenizer.hash})
+        return hashes | ({} if self.saved_tokenizer is None else {"tokens.path": self.saved_tokenizer.hash})
 
     @cached_property
     def finished_runs(self) -> FoundRuns:
