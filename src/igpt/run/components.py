@@ -44,7 +44,7 @@ class Components:
     """
 
     run_dir: Path  # set by `launch`; unset for `trainer.plan=true`
-    run_stage: Callable[..., tuple[Result, Path]]  # (name, folder=, init=) → (result, folder); set for a pipeline only
+    run_stage: Callable[..., tuple[Result, Path]]  # arguments: `stage_runner`; set for a pipeline only
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
@@ -64,6 +64,15 @@ class Components:
             _ = self.planned_network
         if "tokenizer" in self.run.requires:
             _ = self.vqvae_settings
+
+    def check_tokenizer(self) -> None:
+        """Raises ValueError if images are to be read as tokens of a trained tokenizer, and none is named."""
+        run = self.run
+        if "tokens" in run.requires and run.reads_saved_tokenizer and run.saved_tokenizer is None:
+            raise ValueError(
+                "tokens=vqvae needs a trained tokenizer: tokens.path=RUN_FOLDER of task=tokenizer, or of a network "
+                "that was trained on one"
+            )
 
     def _partials(self, group: str) -> list[Callable[..., Any]]:
         """A checked partial of every entry of `callbacks` or `logger` that is not null."""
@@ -169,7 +178,7 @@ class Components:
         if self.run.takes_from_weights("tokens"):
             assert saved is not None, "RunConfig has seen to it"
             return saved
-        tokenizer = self.tokenizer_settings.build(self.source, self.cache_dir)
+        tokenizer = self.run.saved_tokenizer or self.tokenizer_settings.build(self.source, self.cache_dir)
         if self.weights is not None and saved is not None and tokenizer.hash != saved.hash:
             raise ValueError(
                 f"{self.weights.folder} was trained on other tokens ({saved.describe()}, {saved.hash}) than "
@@ -248,6 +257,7 @@ class Components:
         hashes = self.run.input_hashes.items()
         return {
             "data": {key: value for key, value in self.run.config["data"].items() if key not in NOT_OF_FEATURES},
+            "tokenizer": self.tokenizer.hash,
             "images": {key: sha for key, sha in hashes if key.endswith(".path") and key != "tokens.path"},
             "precision": self.hardware.precision,
             "objective": self.run.objective_settings,

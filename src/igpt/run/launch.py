@@ -174,6 +174,7 @@ def launch(
     if components.hardware.plan:
         return show_plan(components)
     components.check_settings()
+    components.check_tokenizer()
     check_batch(components.hardware, cfg.task)
     if "stages" in run.requires:
         components.run_stage = stage_runner(components)
