@@ -303,7 +303,7 @@ def test_data_path(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     report = data_path.main(["--photos", str(photos), "--workers", "0", "--size", "tiny", *ONCE])
     ways = list(data_path.ways(32))
     assert report == {
-        "crops": {f"{side}, {way}": 4 / 2 for side in (32, 48, 64) for way in ways},
+        "crops": {f"{side}, {way}": 4 / 2 for side in (32, 48, 64, 96, 192) for way in ways},
         "loading": {"takes": 2 / 0.5, "0 workers": 128 / 2},
         "encoding photographs": {"distinct colours": 8 / 2, "table": 8 / 2, "s to build it": 2.0},
     }

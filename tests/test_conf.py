@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object
@@ -153,6 +154,15 @@ def test_good_arguments_pass(override: str, setting: str, values: list[Any]) -> 
         jobs = [f"{parsed.key_or_group}={value}" for value in parsed.sweep_string_iterator()] if sweep else [passed]
         result = [compose("config", overrides=[job], return_hydra_config=True) for job in jobs]
         assert [OmegaConf.select(cfg, setting) for cfg in result] == values
+
+
+@pytest.mark.parametrize("flag", ["--cfg", "-c", "--package", "--config-name"])
+def test_a_flags_value_is_no_override(flag: str) -> None:
+    """Independent source: Hydra's own parser takes the next argument for the flag's."""
+    arguments = ["seed=1", flag, "job", "task.steps=3"]
+    hydras, _ = get_args_parser().parse_known_args(["seed=1", "task.steps=3", flag, "job"])
+    assert hydras.overrides == ["seed=1", "task.steps=3"]
+    assert prepare_arguments(arguments, CONF) == [flag, "job", *hydras.overrides]
 
 
 @pytest.mark.parametrize(
@@ -593,6 +603,7 @@ def test_a_protocol_of_the_paper_starts_and_carries_its_number(name: str) -> Non
     text = (CONF / "experiment" / "paper" / f"{name}.yaml").read_text()
     assert list(cfg.published) == (OmegaConf.create(text).get("published") or [])
     unpublished = {"pretrain_l_48", "pretrain_s_bert", "pretrain_m_bert", "pretrain_l_bert"}
+    unpublished |= {"pretrain_l_vq96", "pretrain_l_vq192", "samples_vq96"} | {n for n in PAPER if n.startswith("vqvae")}
     assert (name in unpublished) == (not cfg.published)
 
 

@@ -60,6 +60,10 @@ class ImageGPT:
         Raises:
             ValueError: another shape or dtype. The caller crops and resizes images of other sizes.
         """
+        return self.tokenizer.encode(self._check_images(images))
+
+    def _check_images(self, images: Images) -> Tensor:
+        """Images as a batch on the network's device: (B, R, R, 3) uint8."""
         if not isinstance(images, Tensor):
             rows = images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
             images = torch.from_numpy(np.ascontiguousarray(rows))
@@ -69,7 +73,7 @@ class ImageGPT:
                 f"images are uint8 of shape (B, {r}, {r}, 3), got {pixels.dtype} {tuple(pixels.shape)}: convert to RGB "
                 f"and resize to {r}×{r} first"
             )
-        return self.tokenizer.encode(pixels.to(self.device))
+        return pixels.to(self.device)
 
     def decode(self, tokens: Tensor) -> np.ndarray:
         """Images of tokens: (B, T) → (B, R, R, 3) uint8."""
@@ -111,8 +115,11 @@ class ImageGPT:
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> np.ndarray:
-        """Completions that keep the top `rows` of each image: (B, R, R, 3) uint8 → the same shape."""
-        tokens = self.encode(images)
+        """Completions that keep the top `rows` of each image: (B, R, R, 3) uint8 → the same shape.
+
+        Of the rest of an image nothing is seen. With tokens of several rows, as patches, fewer rows are kept.
+        """
+        tokens = self.tokenizer.encode_top(self._check_images(images), rows)
         is_given, uniforms = self.tokenizer.known_tokens(rows), self._uniforms(len(tokens), seed)
         drawn = generate(self.net, uniforms, Sampling(temperature, top_k, top_p), prompts=tokens, known=is_given)
         return self.decode(drawn)

@@ -68,7 +68,7 @@ def large(tmp_path: Path, **settings: Any) -> Path:
     folder = made(tmp_path / RUNS / "pretrain-l", {"parameters": Number(1_362_250_752, "weights", 1)}, **given)
     origin = {
         "network": {
-            **LARGE, "n_vocab": given["data.palette_size"], "n_ctx": 1024,
+            **LARGE, "n_vocab": given["data.palette_size"], "n_ctx": given.get("n_ctx", 1024),
             "positions": given.get("model.positions", "learned"),
         },
         "tokenizer": {"kind": given.get("kind", "palette")},
@@ -426,7 +426,7 @@ def test_all_of_the_paper_without_any_run(tmp_path: Path) -> None:
     result, folder = run_compare(tmp_path, "task.all=true")
     text = (folder / "compare.txt").read_text()
     assert result.numbers["compare/published"].value == 0
-    for line in ("96.3 %", "72.0 %", "88.61 %", "another method", "not part of this repository", "RUN_L"):
+    for line in ("96.3 %", "72.0 %", "88.61 %", "another method", "network of its VQ-VAE is not published", "RUN_L"):
         assert line in text
     assert "differs" not in text
 
@@ -445,6 +445,36 @@ def test_a_pipeline_is_taken_apart(quickstart: Path, tmp_path: Path) -> None:
         assert stages[name].result.provenance["init"]["network"] == start.metadata["network"]
     assert stages["scratch"].init_history.runs == ()
     assert compare_with_paper(list(stages.values())) == []  # they name none
+
+
+@pytest.mark.parametrize(
+    ("of_pretraining", "differs"),
+    [
+        ({}, []),
+        ({"kind": "palette"}, ["tokenizer palette (paper: vqvae)"]),
+        ({"n_ctx": 576}, ["model.n_ctx 576 (paper: 2,304)"]),
+        ({"data.palette_size": 512}, ["n_vocab 512 (paper: 4,096)"]),
+        ({"tokens.factor": 4}, ["pretraining.tokens.factor 4 (paper: 2)"]),
+    ],
+)
+def test_the_first_versions_tokens_are_a_vqvaes(
+    tmp_path: Path, of_pretraining: dict[str, Any], differs: list[str]
+) -> None:
+    """Invariant: its rows ask for 48×48 tokens of 4,096 codes, and for no recipe, as none was read."""
+    vqvae = {"kind": "vqvae", "n_ctx": 2304, "data.palette_size": 4096, "data.resolution": 96, "tokens.factor": 2}
+    large(tmp_path, **{**vqvae, "task.steps": 3000, **of_pretraining})
+    own = {"task.paper": "probe_stl10_vq96", "data.name": "stl10", "data.resolution": 96}
+    (row,) = beside(probe(tmp_path, n=8000, **own))
+    assert (row.published.value, row.differs) == (0.971, differs)
+
+
+def test_the_pictures_of_a_figure_are_its_numbers(tmp_path: Path) -> None:
+    """By hand: samples at the first version's temperature have no number; their picture stands beside the figure."""
+    folder = made(tmp_path / RUNS / "sample", {}, **{"task.name": "sample", "task.paper": "samples_vq96"})
+    record = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**record, "files": {"samples": "samples.png"}}))
+    (row,) = beside(folder)
+    assert row.ours == "samples.png"
 
 
 def test_other_images_are_other_groups(tmp_path: Path) -> None:

@@ -269,7 +269,8 @@ def test_uploads_that_are_refused(bench: Workbench, tmp_path: Path) -> None:
 def test_uploads_are_cut_as_the_data_is(tmp_path: Path) -> None:
     """By hand: ImageNet's evaluation crop, also of the part of a mixture that is held out from; digits have none."""
     imagenet: dict[str, Any] = {"short_side": (224, 224), "size": 224, "filter": "bilinear", "resize": "twice"}
-    assert built("data=imagenet48").evaluation_crop == Crop(48, draft=3, **imagenet)
+    for side in (48, 96, 192):
+        assert built(f"data=imagenet{side}").evaluation_crop == Crop(side, draft=3, **imagenet)
     assert built("data=imagenet64_web").evaluation_crop == Crop(64, draft=3, **imagenet)
     assert built().evaluation_crop.box(20, 10, 0)[0] == (5, 0, 15, 10)
 

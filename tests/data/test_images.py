@@ -131,7 +131,7 @@ def test_a_saved_dataset(images: Shop, tmp_path: Path) -> None:
 
 
 def test_stl10_in_the_hubs_layout(images: Shop, tmp_path: Path) -> None:
-    """By hand: 96×96 becomes 32×32; its unlabelled split is not read."""
+    """By hand: 96×96 becomes 32×32, or stays as it is; its unlabelled split is not read."""
     for name, count in (("train", 12), ("test", 5), ("unlabeled", 3)):
         rows = [row(i, i % 10, (96, 96)) for i in range(count)]
         stored(tmp_path / "data" / f"{name}-00000-of-00001.parquet", rows, names=[f"class {c}" for c in range(10)])
@@ -139,6 +139,8 @@ def test_stl10_in_the_hubs_layout(images: Shop, tmp_path: Path) -> None:
     assert [len(source.split(name)) for name in ("train", "val", "test")] == [9, 3, 5]
     expected = photo(4, 96, 96).resize((32, 32), Image.Resampling.BILINEAR)
     assert np.array_equal(source.split("test").read([4], [0]).pixels[0], np.asarray(expected))
+    source = images(tmp_path / "data", resolution=96, n_class=10)
+    assert np.array_equal(source.split("test").read([4], [0]).pixels[0], np.asarray(photo(4, 96, 96)))
 
 
 def test_cifar100_with_the_hubs_columns(images: Shop, shared: Path) -> None:

@@ -65,15 +65,40 @@ def test_losses_and_sizes_are_the_digests(digest: str) -> None:
 
 
 def test_recipes_are_the_digests(digest: str) -> None:
-    """Independent source; only the rate that a second source confirms is said to be."""
+    """Independent source; only the rate that a second source confirms is said to be. The first version's is none."""
     rates = {}
     for models, objective, resolution, text in cells(digest, "Learning rates (Table 5"):
         values = [float(rate) for rate in re.findall(r"0\.\d+", text)]
         for model, rate in zip(models.split(" / "), values, strict=True):
             rates[f"iGPT-{model}", objective.lower(), int(resolution[:2])] = rate, "[M]" not in text
+    published = {name: r for name, r in PAPER.recipes.items() if not r.tokenizer}
     assert {
-        (*r.network.values(),): (r.expects["task.learning_rate"], r.confirmed) for r in PAPER.recipes.values()
+        (*r.network.values(),): (r.expects["task.learning_rate"], r.confirmed) for r in published.values()
     } == rates
+    assert {name for name in PAPER.recipes if name not in published} == {"pretrain_l_vq96", "pretrain_l_vq192"}
+
+
+def test_the_first_versions_tokens_are_the_digests(digest: str) -> None:
+    """Independent source: resolutions, grid, vocabulary, factors, both losses and the temperature."""
+    (row,) = (cell for cell in cells(digest, "| resolution | models | tokens") if "VQ-VAE" in cell[0])
+    sides, factors = re.findall(r"(\d+)²", row[0]), re.findall(r"(\d)×", row[3])
+    grid, codes = re.findall(r"latent grid (\d+)², vocabulary (\d+)", row[3])[0]
+    rows = [p for p in PAPER.rows if p.key.startswith("vqvae")]
+    assert [(p.resolution, p.expects["tokens.factor"], p.expects["tokens.loss"]) for p in rows] == [
+        (int(side), int(factor), loss) for side, factor in zip(sides, factors, strict=True) for loss in ("l2", "l1")
+    ]
+    assert {p.expects["tokens.codes"] for p in rows} == {int(codes)}
+    for side, factor in zip(sides, factors, strict=True):
+        assert int(side) // int(factor) == int(grid)
+        assert PAPER.recipes[f"pretrain_l_vq{side}"].expects["tokens.factor"] == int(factor)
+    networks = [p for p in PAPER.rows if (p.init or "").startswith("pretrain_l_vq")]
+    assert [p.key for p in networks] == ["probe_stl10_vq96", "probe_imagenet_vq192_11_layers", "samples_vq96"]
+    for each in networks:
+        expects = PAPER.expects(each)
+        assert (expects["tokenizer"], expects["n_vocab"], expects["model.n_ctx"]) == ("vqvae", int(codes), int(row[2]))
+    assert "both nearly as good as the original to the eye, L1 slightly more diffuse" in digest
+    assert "and, V1, 0.98 (96² VQ-VAE)" in digest
+    assert networks[-1].expects["task.temperature"] == 0.98
 
 
 def test_probes_and_fine_tuning_are_the_digests(digest: str) -> None:
@@ -146,7 +171,7 @@ def test_every_number_has_a_command_or_a_reason() -> None:
             recipe = PAPER.recipes[published.init].network
             assert recipe == {key: getattr(published, key) for key in ("method", "objective", "resolution")}
             assert published.run.startswith(f"experiment=paper/{published.init}")
-    assert {p.method for p in PAPER.rows if p.is_ours} == set(PAPER.sizes)
+    assert {p.method for p in PAPER.rows if p.is_ours} == {*PAPER.sizes, "iGPT's VQ-VAE"}
 
 
 def composed(name: str) -> dict[str, object]:
@@ -184,7 +209,9 @@ def test_an_experiment_file_says_what_is_published(name: str) -> None:
     if name.startswith("pretrain"):
         stated.pop("data.resolution", None)  # of the sizes, which are printed for 32×32
     wrong = {key: settings.get(key) for key, value in stated.items() if settings.get(key) != value}
-    assert wrong.keys() <= {"retrained with validation images", "pretraining.tokens.palette._target_"} | (
+    of_weights = {"tokenizer", "n_vocab", "model.n_ctx"} & wrong.keys()  # the checkpoint's, in no file
+    assert not of_weights or any((row.init or "").startswith("pretrain_l_vq") for row in rows)
+    assert wrong.keys() - of_weights <= {"retrained with validation images", "pretraining.tokens.palette._target_"} | (
         {"data.name"} if name == "pretrain_xl" else set()
     )
     assert settings["trainer.precision"] == "32-true"
@@ -193,6 +220,7 @@ def test_an_experiment_file_says_what_is_published(name: str) -> None:
 def test_every_experiment_named_is_there() -> None:
     """Invariant."""
     named = {p.key for p in PAPER.rows if p.key and not p.instead} | {p.init for p in PAPER.rows if p.init}
+    named |= {recipe.tokenizer for recipe in PAPER.recipes.values() if recipe.tokenizer}
     assert named <= set(FILES)
 
 

@@ -184,7 +184,7 @@ def test_every_task_reads_them(
     result, _ = run(folder.parents[1], *overrides, f"init={folder}", "trainer=cpu", "logger=none")
     if overrides[0] == "task=complete":
         grid = result.grids["completions"].images  # (2, 4, 8, 8, 3)
-        assert "4 of the 5 rows are given: a token shows several rows at once" in caplog.text
+        assert "4 of the 5 rows are fixed: a token shows several rows" in caplog.text
         assert (grid[:, 1, 4:] == 127).all()  # of five rows of pixels, two rows of patches are known
         assert np.array_equal(grid[:, 2, :4], grid[:, 0, :4])
     if overrides[0] == "task=evaluate":

@@ -67,11 +67,12 @@ def paper_key(run: RunRecord) -> str:
 
 
 def read_measured(row: PublishedRow, run: RunRecord) -> Number | str | None:
-    """The run's value of a published number; of a figure, its numbers as text; None if it has none."""
+    """The run's value of a published number; of a figure, its numbers and pictures as text; None if it has none."""
     if row.value is None:
         patterns = [_name_within(run, pattern) for pattern in row.number.split(", ")]
-        names = [name for pattern in patterns for name in matching(run.result.numbers, pattern)]
-        return ", ".join(f"{name} {format_readable(run.result.numbers[name])}" for name in names) or None
+        shown = {name: f"{name} {format_readable(number)}" for name, number in run.result.numbers.items()}
+        shown |= {name: str(file) for name, file in run.result.files.items()}
+        return ", ".join(shown[name] for pattern in patterns for name in matching(shown, pattern)) or None
     minuend, _, subtrahend = row.number.partition(" - ")
     first, second = (run.result.numbers.get(_name_within(run, name)) for name in (minuend, subtrahend))
     if first is None or not subtrahend:

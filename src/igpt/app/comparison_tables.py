@@ -176,7 +176,7 @@ def _markdown_row(row: PaperComparison) -> tuple[str, ...]:
     text = "; ".join(filter(None, (entry.source, entry.unconfirmed and f"from memory: {entry.unconfirmed}")))
     runs = row.runs and shorten_folders([run.folder for run in row.runs])
     differs = row.differs and f"**differs:** {'; '.join(row.differs)}"
-    run_text = entry.run and f"RUN: `{entry.run}`".replace(", or ", "`, or `")
+    run_text = entry.run and f"RUN: `{entry.run}`".replace(", or ", "`, or `").replace(", of ", "`, of `")
     cells = (
         (entry.printed, text),
         (_format_ours(row), runs),

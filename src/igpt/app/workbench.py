@@ -98,12 +98,12 @@ class Workbench:
 
     def show_prompt(self, chosen: DemoImage, rows: int) -> np.ndarray:
         """The top `rows` of an image as decoded from its tokens, grey below: (R, R, 3) uint8."""
-        known = self.data.tokenizer.known_tokens(prompt_rows(0, rows, self.side))
-        shown: np.ndarray = self._render(self._tokens(chosen), known)[0]
+        known, given = self._prompt(chosen, rows)
+        shown: np.ndarray = self._render(given, known)[0]
         return shown
 
     def prompt_rows(self, rows: int) -> int:
-        """`rows` rounded down to whole rows of tokens."""
+        """The number of the top `rows` that no drawing changes: fewer if a token shows several rows."""
         return count_decided_rows(self.data.tokenizer, prompt_rows(0, rows, self.side))
 
     def complete(
@@ -128,11 +128,11 @@ class Workbench:
         sampling = Sampling(temperature, top_k, None)
         if not 1 <= completions <= self.settings.at_most:
             raise ValueError(f"1 to {self.settings.at_most} completions can be drawn at once, got {completions}")
-        known = self.data.tokenizer.known_tokens(prompt_rows(0, rows, self.side))
+        known, given = self._prompt(chosen, rows)
         image_keys = keyed.per_example_keys(keyed.key(seed, "complete"), torch.full((completions,), chosen.index))
         rng_keys = keyed.per_example_keys(image_keys, torch.arange(completions))
         device, n_ctx = self.net.wte.device, self.net.n_ctx
-        given = self._tokens(chosen).expand(completions, -1).to(device)
+        given = given.expand(completions, -1).to(device)
         uniforms = keyed.uniform(rng_keys, n_ctx).to(device)
         steps = generate_stream(self.net, uniforms, sampling, prompts=given, known=known)
         n_known, row = int(known.sum()), n_ctx // self.data.tokenizer.grid.rows
@@ -167,6 +167,11 @@ class Workbench:
         """Stops drawing and reading after the current step."""
         self.stopping.set()
         self._reader.shutdown()
+
+    def _prompt(self, chosen: DemoImage, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The top `rows` of an image as tokens: (which ones are given (T,), tokens (1, T))."""
+        tokenizer, rows = self.data.tokenizer, prompt_rows(0, rows, self.side)
+        return tokenizer.known_tokens(rows), tokenizer.encode_top(torch.from_numpy(chosen.pixels[None]), rows)
 
     def _tokens(self, chosen: DemoImage) -> torch.Tensor:
         return self.data.encode(torch.from_numpy(chosen.pixels[None]))

@@ -1,4 +1,4 @@
-"""Weights by path, in any known format, or by name on the Hub."""
+"""Weights by path, in any known format, or by name on the Hub; the trained tokenizer of `tokens.path`."""
 
 import logging
 import re
@@ -7,7 +7,10 @@ from pathlib import Path
 from igpt.checkpoint import huggingface, igpt_format, openai, sharded, tensors
 from igpt.checkpoint.igpt_format import CONFIG, Weights
 from igpt.checkpoint.resume import read_latest
-from igpt.utils.overrides import escape_text, shorten
+from igpt.tokens.tokenizer import Tokenizer
+from igpt.tokens.tokenizer_registry import TOKENIZER, read_tokenizer
+from igpt.tokens.vqvae_tokenizer import VQVAETokenizer
+from igpt.utils.overrides import escape_text, shorten, suggest_name
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,45 @@ def find_weights(path: str, *, palette: str | None = None, n_head: int | None = 
         return _find_weights(path, palette=palette, n_head=n_head)
     except ValueError as error:
         raise ValueError(escape_text(shorten(str(error), MOST_MESSAGE))) from error
+
+
+def find_vqvae(path: str) -> VQVAETokenizer:
+    """The VQ-VAE named by `tokens.path`.
+
+    A run directory of `task=tokenizer`, its `model/` or the file in that; a pipeline with one such stage; or a network
+    that was trained on a VQ-VAE, by any path that `init=` takes.
+
+    Raises:
+        ValueError: nothing at that path, several tokenizers, another kind, or a damaged file.
+    """
+    try:
+        place = Path(path).expanduser().absolute()
+        stages = sorted(place.glob(f"*/model/{TOKENIZER}"))
+        if len(stages) > 1:
+            raise ValueError(f"it holds several, choose one: {', '.join(str(file.parents[1]) for file in stages)}")
+        known = (place, place / TOKENIZER, place / "model" / TOKENIZER, *stages)
+        file = next((file for file in known if file.name == TOKENIZER and file.is_file()), None)
+        tokenizer = _find_weights_tokenizer(place) if file is None else read_tokenizer(file)
+        if not isinstance(tokenizer, VQVAETokenizer):
+            raise ValueError(f"its tokens are {tokenizer.describe()}, expected those of a VQ-VAE of task=tokenizer")
+    except (ValueError, RuntimeError) as error:  # RuntimeError: `~USER` without such a user
+        message = f"tokens.path={path}: {error}"
+        raise ValueError(escape_text(shorten(message, MOST_MESSAGE))) from error
+    return tokenizer
+
+
+def _find_weights_tokenizer(place: Path) -> Tokenizer:
+    """The tokenizer that a network was trained on."""
+    expected = "expected a finished run of task=tokenizer, or of a network that was trained on one"
+    if not place.exists():
+        beside = place.parent.iterdir() if place.parent.is_dir() else ()
+        near = suggest_name(place.name, (path.name for path in beside))
+        raise ValueError(f"there is nothing{near or ','} {expected}")
+    try:
+        return find_weights(str(place)).tokenizer
+    except ValueError as error:
+        reason = str(error).removeprefix(f"init={place}: ")
+        raise ValueError(f"it holds no tokenizer, {expected} ({reason})") from error
 
 
 def _find_weights(path: str, *, palette: str | None, n_head: int | None) -> Weights:
@@ -86,10 +128,14 @@ def _explain_missing(local: Path) -> str:
             )
         if _has_tensors(local.parent) and not (local.parent / CONFIG).is_file():
             return f"weights without their {CONFIG}, which says what network they are of: copy both"
+        if local.name == TOKENIZER:
+            return f"a tokenizer and no network: tokens=vqvae tokens.path={local} trains one on its tokens"
         return (
             "this file is no checkpoint; give a finished run folder, a model.safetensors beside its config.json, a "
             ".ckpt of a run, or any file of a checkpoint of OpenAI's"
         )
+    if any((folder / TOKENIZER).is_file() for folder in (local, local / "model")):
+        return f"a tokenizer and no network: tokens=vqvae tokens.path={local} trains one on its tokens"
     stages = sorted(p.parent.parent.name for p in local.glob(f"*/model/{CONFIG}"))
     if stages:
         return (

@@ -19,7 +19,7 @@ class PublishedRow:
     """A published number, its setting, and the command that measures it. Shares are of 1; losses in nats per token."""
 
     table: str  # title of its table
-    method: str  # iGPT-S, M, L, XL; or another paper's
+    method: str  # iGPT-S, M, L, XL; iGPT's VQ-VAE; or another paper's
     source: str
     value: float | None = None  # None: a figure, whose claim is in `detail`
     unit: str = "share"
@@ -31,7 +31,7 @@ class PublishedRow:
     relation: str = ""  # prefix of the value: ≈, <, almost
     spread: float | None = None  # standard deviation, if published
     unconfirmed: str = ""  # the part quoted from memory
-    number: str = ""  # key in result.json; `a - b`: a difference; of a figure several keys or glob patterns
+    number: str = ""  # key in result.json; `a - b`: a difference; of a figure several keys, glob patterns or pictures
     key: str = ""  # task.paper=KEY; made by experiment=paper/KEY
     instead: str = ""  # overrides of the command where experiment=paper/KEY does not exist
     init: str | None = None  # recipe of the initial weights
@@ -57,8 +57,9 @@ class PublishedRow:
         """The experiment or released weights that RUN stands for; "" without RUN."""
         if self.init is None:
             return ""
-        released = load_paper().recipes[self.init].released
-        return f"experiment=paper/{self.init}" + (f", or {released}" if released else "")
+        recipe = load_paper().recipes[self.init]
+        tokens = f" tokens.path=TOKENIZER, of experiment=paper/{recipe.tokenizer}" if recipe.tokenizer else ""
+        return f"experiment=paper/{self.init}{tokens}" + (f", or {recipe.released}" if recipe.released else "")
 
     @property
     def network(self) -> str:
@@ -110,10 +111,13 @@ class Recipe:
     expects: dict[str, Any]  # the settings of `task=pretrain` that the paper states
     confirmed: bool = False  # the learning rate, by a second source; else it is from memory
     released: str = ""  # OpenAI's weights
+    tokenizer: str = ""  # the experiment that trains its tokenizer
 
     @property
-    def images(self) -> int:
-        """Images seen, each as often as it came."""
+    def images(self) -> int | None:
+        """Images seen, each as often as it came; None: not published."""
+        if "task.steps" not in self.expects:
+            return None
         return int(self.expects["task.steps"] * self.expects["task.batch_size"])
 
 
@@ -125,7 +129,7 @@ class Paper:
     recipes: Mapping[str, Recipe]
     rows: tuple[PublishedRow, ...]  # in the order they are shown
     images: Mapping[str, int]  # dataset → images of its test split
-    everywhere: dict[str, Any]  # published settings of every network and run
+    everywhere: dict[str, Any]  # published settings of every network, where its row has no others
 
     @property
     def keys(self) -> list[str]:
@@ -135,15 +139,17 @@ class Paper:
     def expects(self, row: PublishedRow) -> dict[str, Any]:
         """The published settings of a row; those of the pretraining of its weights have the prefix `pretraining.`."""
         own = {"data.name": row.dataset, "data.resolution": row.resolution, "objective.name": row.objective}
-        expected = {key: value for key, value in own.items() if value is not None} | self.sizes[row.method].expects
-        expected |= self.everywhere | row.expects
+        expected = {key: value for key, value in own.items() if value is not None}
+        if row.method in self.sizes:
+            expected |= self.sizes[row.method].expects | self.everywhere
+        expected |= row.expects
         if row.init is not None:
             recipe = self.recipes[row.init]
             of_weights = recipe.expects | {
-                "images": recipe.images,
                 "data.resolution": recipe.network["resolution"],
                 "trainer.precision": self.everywhere["trainer.precision"],
             }
+            of_weights |= {} if recipe.images is None else {"images": recipe.images}
             expected |= {f"{PRETRAINING}{key}": value for key, value in of_weights.items()}
         return expected
 

@@ -28,7 +28,9 @@ from igpt.utils.overrides import (
 )
 
 AUTO = "resume=auto"
-WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p")  # Hydra's flags
+WITH_VALUE = (  # Hydra's flags
+    "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p",
+)  # fmt: skip
 
 
 def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:

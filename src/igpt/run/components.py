@@ -26,8 +26,9 @@ from igpt.run.fingerprint import compare_splits
 from igpt.run.run_config import RunConfig
 from igpt.run.targets import checked_part, checked_partial, task_settings, without
 from igpt.settings.fields import parse_settings
-from igpt.tokens.datamodule import ONE_BY_ONE, TokenDataModule
+from igpt.tokens.datamodule import ONE_BY_ONE, PixelDataModule, TokenDataModule
 from igpt.tokens.tokenizer import Tokenizer, TokenizerSettings
+from igpt.tokens.vqvae_tokenizer import VQVAESettings
 from igpt.training.hardware import HardwareConfig, disable_malloc_trim
 from igpt.training.loggers import RunInfo
 from igpt.training.trainer import Runner
@@ -43,7 +44,7 @@ class Components:
     """
 
     run_dir: Path  # set by `launch`; unset for `trainer.plan=true`
-    run_stage: Callable[..., tuple[Result, Path]]  # (name, folder=, init=) → (result, folder); set for a pipeline only
+    run_stage: Callable[..., tuple[Result, Path]]  # arguments: `stage_runner`; set for a pipeline only
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
@@ -57,10 +58,21 @@ class Components:
         task_settings(task["_target_"], task)
         self._partials("callbacks")
         self._partials("logger")
-        if self.run.requires & {"tokens", "stages"}:
+        if self.run.requires & {"tokens", "tokenizer", "stages"}:
             self._source_partial()
         if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
             _ = self.planned_network
+        if "tokenizer" in self.run.requires:
+            _ = self.vqvae_settings
+
+    def check_tokenizer(self) -> None:
+        """Raises ValueError if images are to be read as tokens of a trained tokenizer, and none is named."""
+        run = self.run
+        if "tokens" in run.requires and run.reads_saved_tokenizer and run.saved_tokenizer is None:
+            raise ValueError(
+                "tokens=vqvae needs a trained tokenizer: tokens.path=RUN_FOLDER of task=tokenizer, or of a network "
+                "that was trained on one"
+            )
 
     def _partials(self, group: str) -> list[Callable[..., Any]]:
         """A checked partial of every entry of `callbacks` or `logger` that is not null."""
@@ -131,6 +143,24 @@ class Components:
         settings: TokenizerSettings = checked_partial(self.run.config["tokens"], "tokens")()
         return settings
 
+    @property
+    def vqvae_settings(self) -> VQVAESettings:
+        """The settings of the tokenizer that this run trains.
+
+        Raises:
+            ValueError: it is not one to train, is trained already, or does not fit the images.
+        """
+        option, task = self.run.choices["tokens"], self.run.task
+        settings = None if self.run.takes_from_weights("tokens") else self.tokenizer_settings
+        if not isinstance(settings, VQVAESettings):
+            raise ValueError(
+                f"task={task} trains a VQ-VAE: tokens=vqvae; tokens={option} is made by the run that uses it"
+            )
+        if settings.path is not None:
+            raise ValueError(f"task={task} trains a tokenizer, tokens.path={settings.path} names one: leave it out")
+        settings.sizes(self.run.cfg.data.resolution)
+        return settings
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the config or of the weights.
@@ -148,7 +178,7 @@ class Components:
         if self.run.takes_from_weights("tokens"):
             assert saved is not None, "RunConfig has seen to it"
             return saved
-        tokenizer = self.tokenizer_settings.build(self.source, self.cache_dir)
+        tokenizer = self.run.saved_tokenizer or self.tokenizer_settings.build(self.source, self.cache_dir)
         if self.weights is not None and saved is not None and tokenizer.hash != saved.hash:
             raise ValueError(
                 f"{self.weights.folder} was trained on other tokens ({saved.describe()}, {saved.hash}) than "
@@ -167,6 +197,10 @@ class Components:
             plan=plan,
             eval_split=eval_split,
         )
+
+    def build_pixel_datamodule(self, *, plan: BatchPlan) -> PixelDataModule:
+        """The DataModule of pixels, for a run that trains a tokenizer."""
+        return PixelDataModule(source=self.source, seed=self.seed, num_workers=self.hardware.n_reader, plan=plan)
 
     @cached_property
     def objective(self) -> Objective:
@@ -223,6 +257,7 @@ class Components:
         hashes = self.run.input_hashes.items()
         return {
             "data": {key: value for key, value in self.run.config["data"].items() if key not in NOT_OF_FEATURES},
+            "tokenizer": self.tokenizer.hash,
             "images": {key: sha for key, sha in hashes if key.endswith(".path") and key != "tokens.path"},
             "precision": self.hardware.precision,
             "objective": self.run.objective_settings,

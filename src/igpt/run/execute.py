@@ -18,7 +18,7 @@ from igpt.report.runs import read_finished, summarize_metadata
 from igpt.run.components import Components
 from igpt.run.finished import complete_finished
 from igpt.run.pipeline_stages import stage_configs
-from igpt.run.run_config import RunConfig
+from igpt.run.run_config import CHECKPOINT, RunConfig
 from igpt.run.targets import checked_task
 from igpt.training import loggers
 from igpt.training.hardware import HardwareConfig
@@ -60,27 +60,40 @@ def prepare_task(components: Components) -> Callable[[Components], Result]:
 
 def check_batch(hardware: HardwareConfig, task: DictConfig) -> None:
     """Raises ValueError when `batch_size` cannot be divided over the ranks and micro batches of this run."""
-    if "network" in task.requires and isinstance(task.get("batch_size"), int):
+    if ("network" in task.requires or "tokenizer" in task.requires) and isinstance(task.get("batch_size"), int):
         hardware.train_batch_layout(task.batch_size)
 
 
 def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
     """A function that runs one stage of a pipeline. All stages' settings are checked here, before the first starts.
 
+    (name, folder=, init=, tokenizer=) → (result, folder); `tokenizer`: the run directory of the one trained before.
+
     Raises:
-        ValueError: a task that cannot be a stage, an unknown setting, a stand-in run that differs from its stage.
+        ValueError: a task that cannot be a stage, an invalid setting, a stand-in run that differs from its stage.
     """
     stages = stage_configs(pipeline.run)
+    has_tokenizer = False
     for stage in stages.values():
         check_batch(pipeline.hardware, stage.cfg.task)
+        if stage.is_independent:
+            components = Components(RunConfig(stage.cfg, stage.choices))
+            components.check_settings()
+            if not has_tokenizer:
+                components.check_tokenizer()
+        has_tokenizer |= stage.trains_tokenizer
 
-    def run_stage(name: str, *, folder: Path, init: str | list[str] | None) -> tuple[Result, Path]:
+    def run_stage(
+        name: str, *, folder: Path, init: str | list[str] | None, tokenizer: str | None
+    ) -> tuple[Result, Path]:
         stage = stages[name]
         stage_dir = RunFolder(folder if stage.stand_in is None else stage.stand_in)
         if isinstance(init, list):
             stage.cfg.task.runs = init
-        else:
+        elif not stage.trains_tokenizer:
             stage.cfg.init = init
+        if tokenizer is not None and stage.choices["tokens"] != CHECKPOINT and not stage.trains_tokenizer:
+            stage.cfg.tokens.path = tokenizer
         components = Components(RunConfig(stage.cfg, stage.choices))
         components.run_dir = stage_dir.path
         if ranks.broadcast_from_rank0(lambda: stage_dir.is_finished):

@@ -38,7 +38,7 @@ from igpt.run.saved_overrides import record_overrides, search_path_arguments
 from igpt.run.targets import checked_task
 from igpt.settings.run import check_structure
 from igpt.training.nan_guard import NonFiniteLossError
-from igpt.training.plan import plan_run
+from igpt.training.plan import plan_run, plan_tokenizer
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -174,6 +174,7 @@ def launch(
     if components.hardware.plan:
         return show_plan(components)
     components.check_settings()
+    components.check_tokenizer()
     check_batch(components.hardware, cfg.task)
     if "stages" in run.requires:
         components.run_stage = stage_runner(components)
@@ -241,9 +242,14 @@ def show_plan(components: Components) -> Result:
         ValueError: a task that trains no network.
     """
     run, task = components.run, components.run.cfg.task
-    if "steps" not in task or "network" not in run.requires:
+    if "steps" not in task or run.requires.isdisjoint({"network", "tokenizer"}):
         raise ValueError(f"trainer.plan=true is for tasks that train a network, not task={run.task}")
-    rows = plan_run(components.hardware, components.planned_network, batch_size=task.batch_size, steps=task.steps)
+    of_run = {"batch_size": task.batch_size, "steps": task.steps}
+    if "tokenizer" in run.requires:
+        side = task.crop or run.cfg.data.resolution
+        rows = plan_tokenizer(components.hardware, components.vqvae_settings, side=side, **of_run)
+    else:
+        rows = plan_run(components.hardware, components.planned_network, **of_run)
     log.info("%s", align_columns([(f"{run.task} {run.model_name} on {run.data_name}", "planned"), *rows]))
     return Result()
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from igpt.report.folder import RunFolder, changes
 from igpt.report.paper import check_paper_key
-from igpt.run.run_config import RunConfig, to_dict
+from igpt.run.run_config import CHECKPOINT, RunConfig, to_dict
 from igpt.run.targets import task_settings
 from igpt.settings.older_configs import answer
 from igpt.settings.reading import FROM
@@ -32,14 +32,30 @@ class StageConfig:
     choices: dict[str, Any]
     stand_in: Path | None  # the directory of a finished run to use instead
 
+    @property
+    def trains_tokenizer(self) -> bool:
+        return "tokenizer" in self.cfg.task.requires
+
+    @property
+    def is_independent(self) -> bool:
+        """Whether its config is known before the earlier stages have run: it takes no weights, and no runs."""
+        of_weights = self.cfg.init is not None or CHECKPOINT in self.choices.values()
+        return not of_weights and "runs" not in self.cfg.task
+
     def check_stand_in(self) -> None:
-        """Raises ValueError unless the stand-in run is finished and has the config of this stage."""
+        """Raises ValueError unless the stand-in run is finished and has the config of this stage.
+
+        Where its tokenizer is of an earlier stage, `check_stand_in_files` compares that.
+        """
         if self.stand_in is None:
             return
         folder = RunFolder(self.stand_in)
         if not folder.is_finished:
             raise ValueError(f"task.stages.{self.name}.run={folder.path}: no finished run is there")
-        differs, _ = changes(folder.read_run()["config"], to_dict(self.cfg))
+        saved, requested = folder.read_run()["config"], to_dict(self.cfg)
+        if requested["tokens"].get("path", "") is None:
+            saved = {**saved, "tokens": {**saved["tokens"], "path": None}}
+        differs, _ = changes(saved, requested)
         if differs:
             raise ValueError(f"task.stages.{self.name}.run={folder.path}: that run is another: {'; '.join(differs)}")
 
@@ -59,7 +75,7 @@ def stage_configs(run: RunConfig) -> dict[str, StageConfig]:
     Raises:
         ValueError: an unknown or invalid setting, a task without a run directory, a stand-in run of another config.
     """
-    stages = {}
+    stages: dict[str, StageConfig] = {}
     for name, settings in run.cfg.task.stages.items():
         if settings is None:
             continue
@@ -68,6 +84,8 @@ def stage_configs(run: RunConfig) -> dict[str, StageConfig]:
             raise ValueError(
                 f"task.stages.{name}: task={stage.cfg.task.name} leaves no run: it is no stage of a pipeline"
             )
+        if isinstance(before := settings.get(FROM), str) and before in stages and stages[before].trains_tokenizer:
+            raise ValueError(f"task.stages.{name}.from={before}: that stage trains a tokenizer, and no network")
         if (FROM in settings and OmegaConf.is_list(settings[FROM])) != ("runs" in stage.cfg.task):
             raise ValueError(f"task.stages.{name}.from: a list of stages is for tasks with runs, and these need one")
         stage.check_stand_in()
@@ -92,6 +110,7 @@ def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> Sta
     cfg = run.cfg.copy()
     with open_dict(cfg):
         cfg.task, cfg.published = fresh.task, []
+        cfg.init = None if "tokenizer" in fresh.task.requires else cfg.init
         for group in ("model", "tokens", "objective"):
             if choices[group] == "checkpoint" or group in chosen:
                 cfg[group] = fresh[group]

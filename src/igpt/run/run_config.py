@@ -5,17 +5,21 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from igpt.checkpoint.find import find_weights
+from igpt.checkpoint.find import find_vqvae, find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.data.listing import list_files
 from igpt.report.folder import format_run_name, identity
 from igpt.report.runs import FoundRuns, find_runs
 from igpt.run import fingerprint
+from igpt.run.targets import find_target
 from igpt.settings.data import name_images
 from igpt.settings.fields import parse_settings
 from igpt.settings.run import RunSettings, check_structure
+from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.vqvae_tokenizer import VQVAESettings, VQVAETokenizer
 from igpt.training.loggers import trains
 
 CHECKPOINT = "checkpoint"  # option of model, tokens and objective: take it from the weights of init=
@@ -30,7 +34,7 @@ class RunConfig:
     """A composed config with the chosen option of each group, and the arguments that named further config folders.
 
     Raises:
-        ValueError: weights that are required and missing.
+        ValueError: weights that are required and missing, or a trained tokenizer of other settings or images.
     """
 
     def __init__(self, cfg: DictConfig, choices: dict[str, Any], search_path: Sequence[str] = ()) -> None:
@@ -39,12 +43,51 @@ class RunConfig:
         self.list_files = cache(list_files)  # one listing per run, for its name and its images
         self.task: str = cfg.task.name
         self.requires = frozenset(cfg.task.requires)
+        self.saved_tokenizer = self._find_tokenizer()  # of `tokens.path`; its settings are now those of `cfg`
         settings = parse_settings(RunSettings, {name: self.config[name] for name in RunSettings.model_fields}, "")
         self.seed, self.cache_dir = settings.seed, Path(settings.paths.cache)
         self.weights = self._find_weights()
 
+    @property
+    def reads_saved_tokenizer(self) -> bool:
+        """Whether the images become the tokens of a VQ-VAE that was trained before, and is not in the weights."""
+        target = self.cfg.tokens.get("_target_")
+        if target is None or "tokenizer" in self.requires:
+            return False
+        return find_target(target, "tokens") is VQVAESettings
+
+    def _find_tokenizer(self) -> VQVAETokenizer | None:
+        """The VQ-VAE of `tokens.path`; replaces the settings in `tokens` by its own.
+
+        Raises:
+            ValueError: a setting that is neither the VQ-VAE's nor the default, or images of another resolution.
+        """
+        tokens, data = self.cfg.tokens, self.cfg.data
+        if tokens.get("path") is None or not self.reads_saved_tokenizer:
+            return None
+        tokenizer = find_vqvae(tokens.path)
+        if self.requires & {"tokens", "stages"} and tokenizer.side != data.resolution:
+            raise ValueError(
+                f"tokens.path={tokens.path}: a VQ-VAE of {tokenizer.side}×{tokenizer.side} pixels, data={data.name} "
+                f"gives {data.resolution}×{data.resolution}: train one of these images, task=tokenizer"
+            )
+        default = hydra.compose(f"tokens/{self.choices['tokens']}").tokens
+        saved = {**tokenizer.config.model_dump(), "order": _name_order(tokenizer.order, tokens.order)}
+        for key, value in saved.items():
+            if tokens[key] not in (value, default[key]):
+                raise ValueError(
+                    f"tokens.{key}={tokens[key]}, and the VQ-VAE in tokens.path={tokens.path} has {value}: leave it "
+                    "out, or train another one, task=tokenizer"
+                )
+            tokens[key] = value
+        return tokenizer
+
     def _find_weights(self) -> Weights | None:
         cfg = self.cfg
+        if "tokenizer" in self.requires:
+            if cfg.init is not None:
+                raise ValueError(f"task={self.task} begins with weights that are drawn: leave init={cfg.init} out")
+            return None
         reads_runs = "runs" in cfg.task and "finished_runs" not in self.requires  # the weights, not the numbers
         if reads_runs and not cfg.task.runs:
             raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
@@ -78,6 +121,8 @@ class RunConfig:
 
     @property
     def model_name(self) -> str:
+        if "tokenizer" in self.requires:
+            return str(self.choices["tokens"]).rpartition("/")[2]
         if self.weights is not None and self.takes_from_weights("model"):
             return self.weights.metadata.model
         return str(self.cfg.model.name)
@@ -91,7 +136,12 @@ class RunConfig:
 
     @property
     def objective_settings(self) -> dict[str, Any]:
-        """The objective's name and numbers, of the config or of the weights (`objective=checkpoint`)."""
+        """The objective's name and numbers, of the config or of the weights (`objective=checkpoint`).
+
+        Of a run that trains a tokenizer: the name of its reconstruction loss.
+        """
+        if "tokenizer" in self.requires:
+            return {"name": str(self.config["tokens"].get("loss"))}
         if self.weights is not None and self.takes_from_weights("objective"):
             return self.weights.metadata.objective
         settings: dict[str, Any] = self.config["objective"]
@@ -125,7 +175,8 @@ class RunConfig:
         """SHA-256 of the input files: initial weights, palettes, images (of their names and sizes)."""
         compared = self.finished_runs.input_hashes if "finished_runs" in self.requires else None
         init = self.weights.sha256 if self.weights is not None else None
-        return fingerprint.input_hashes(self.config, init=init, runs=compared, list_files=self.list_files)
+        hashes = fingerprint.input_hashes(self.config, init=init, runs=compared, list_files=self.list_files)
+        return hashes | ({} if self.saved_tokenizer is None else {"tokens.path": self.saved_tokenizer.hash})
 
     @cached_property
     def finished_runs(self) -> FoundRuns:
@@ -134,3 +185,9 @@ class RunConfig:
         if not places:
             return find_runs([self.cfg.paths.runs]) if Path(self.cfg.paths.runs).is_dir() else FoundRuns()
         return find_runs([places] if isinstance(places, str) else places)
+
+
+def _name_order(order: PixelOrder, stated: str) -> str:
+    """`raster`; of another order `stated` if that is its name, else `other`: the name is not saved."""
+    is_named = stated.startswith("random") and PixelOrder.from_name(order.side, stated).permutation == order.permutation
+    return "raster" if order.is_raster else stated if is_named else "other"

@@ -52,6 +52,15 @@ class PretrainSettings(AdamSettings):
     val_every: WholeNumber  # optimiser steps; 0: only at the end
 
 
+class TokenizerTaskSettings(AdamSettings):
+    """`task=tokenizer`. Recipe: van den Oord et al. 2017, appendix A.1, with a schedule that ends at zero."""
+
+    crop: Count | None  # pixels a side; None: whole images
+    val_every: WholeNumber  # optimiser steps; 0: only at the end
+    compare_with: list[str]
+    patches: bool
+
+
 class FinetuneSettings(AdamSettings):
     """`task=finetune`. Recipe: Chen et al. 2020, §2.3 and §3.1."""
 

@@ -44,27 +44,29 @@ def run(components: Components, settings: CompleteSettings) -> Result:
     if count > len(source):
         raise ValueError(f"task.count={count} images asked for, the {split} split has {len(source)}")
     chosen = np.sort(keyed.generator(seed, "complete").permutation(len(source))[:count])
-    pixels = plain_pixels(source, chosen.tolist())  # (N, R, R, 3)
-    originals = data.encode(torch.from_numpy(pixels))  # (N, T)
+    pixels = torch.from_numpy(plain_pixels(source, chosen.tolist()))  # (N, R, R, 3)
+    originals = data.encode(pixels)  # (N, T)
+    given = data.tokenizer.encode_top(pixels, n_row)  # (N, T) of which `prompt_mask` tells the given ones
 
     image = torch.from_numpy(chosen).repeat_interleave(completions)  # (N·M,)
     which = torch.arange(completions).repeat(count)
     rng_keys = keyed.per_example_keys(keyed.per_example_keys(keyed.key(seed, "complete"), image), which)
     prompt_mask = data.tokenizer.known_tokens(n_row)  # (T,)
     if (n_full_row := count_decided_rows(data.tokenizer, n_row)) < n_row:
-        log.warning("%d of the %d rows are given: a token shows several rows at once", n_full_row, n_row)
-    prompts = originals.repeat_interleave(completions, 0)  # (N·M, T)
+        message = "%d of the %d rows are fixed: a token shows several rows, the lowest change with what is drawn below"
+        log.warning(message, n_full_row, n_row)
+    prompts = given.repeat_interleave(completions, 0)  # (N·M, T)
     with components.hardware.inference(weights.net()) as net:
         drawn = draw_images(
             net, sampling, rng_keys=rng_keys, batch_size=settings.batch_size, prompts=prompts, known=prompt_mask
         )
     quantised = data.decode(originals)
-    shown = quantised.copy()
+    shown = data.decode(given)
     shown[:, ~data.tokenizer.visible_pixels(prompt_mask).numpy()] = HIDDEN
     continued = data.decode(drawn).reshape(count, completions, side, side, 3)
     grid = np.concatenate([quantised[:, None], shown[:, None], continued], axis=1)
     titles = ("original", "given", *(f"completion {i + 1}" for i in range(completions)))
-    agree = (drawn == prompts)[:, ~prompt_mask].double()
+    agree = (drawn == originals.repeat_interleave(completions, 0))[:, ~prompt_mask].double()
     numbers = {}
     if agree.numel():
         share = float(agree.mean())

@@ -14,6 +14,7 @@ from igpt.checkpoint.igpt_format import FORMAT, METADATA_KEY, check_format, save
 from igpt.checkpoint.resume import AtomicCheckpointIO, read_best
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
+from igpt.metric.throughput import train_flops_per_image
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.joint import JointObjective
@@ -41,7 +42,10 @@ class FinetuneModule(TrainedModule):
     def __init__(
         self, components: Components, settings: FinetuneSettings, *, n_class: int, split: str, n_image: int
     ) -> None:
-        super().__init__(components.hardware, settings, components.network)
+        network = components.network
+        super().__init__(
+            components.hardware, settings, flops_per_image=train_flops_per_image(network), n_ctx=network.n_ctx
+        )
         self.components = components
         self.objective, self.weights, self.n_class = components.objective, components.weights, n_class
         self.joint = JointObjective(self.objective, settings.loss_weights)

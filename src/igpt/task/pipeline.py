@@ -10,6 +10,7 @@ from igpt.distributed import ranks
 from igpt.metric.result import Bars, Number, Result
 from igpt.run.components import Components
 from igpt.settings.reading import FROM, PipelineSettings
+from igpt.tokens.tokenizer_registry import TOKENIZER
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -22,9 +23,11 @@ COPIED = (".png", ".txt", ".npy")  # files of a stage elsewhere that are copied,
 def run(components: Components, settings: PipelineSettings) -> Result:
     """Runs every stage in its own folder inside the run directory; returns all their results as `stage/name`.
 
-    A stage starts from the weights of the stage named in `from`; by default from those of the last that wrote some.
+    A stage starts from the weights of the stage named in `from`; by default from those of the last that wrote some. Its
+    images become the tokens of the last tokenizer that was trained before it, unless its weights have their own.
     """
     folder, init, stages = components.run_dir, components.init, settings.active_stages
+    tokenizer: str | None = None
     results: dict[str, Result] = {}
     places: dict[str, Path] = {}
     for position, (name, stage_settings) in enumerate(stages.items(), start=1):
@@ -34,8 +37,11 @@ def run(components: Components, settings: PipelineSettings) -> Result:
         elif FROM in stage_settings:
             start = None if source is None else str(places[source])
         log.info("stage %d of %d: %s", position, len(stages), name)
-        results[name], places[name] = components.run_stage(name, folder=folder / f"{position}_{name}", init=start)
-        if FROM not in stage_settings and (places[name] / "model").is_dir():
+        stage_dir = folder / f"{position}_{name}"
+        results[name], places[name] = components.run_stage(name, folder=stage_dir, init=start, tokenizer=tokenizer)
+        if (places[name] / "model" / TOKENIZER).is_file():
+            tokenizer = str(places[name])
+        elif FROM not in stage_settings and (places[name] / "model").is_dir():
             init = str(places[name])
     merged = Result(provenance={name: result.provenance for name, result in results.items()})
     for position, (name, result) in enumerate(results.items(), start=1):

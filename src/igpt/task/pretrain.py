@@ -13,6 +13,7 @@ from igpt.checkpoint.igpt_format import Weights, check_equal, meta_model, read_m
 from igpt.data.source import Stream
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
+from igpt.metric.throughput import train_flops_per_image
 from igpt.model.gpt import GPT
 from igpt.run.components import Components
 from igpt.settings.training import PretrainSettings
@@ -32,7 +33,10 @@ class PretrainModule(TrainedModule):
     settings: PretrainSettings
 
     def __init__(self, components: Components, settings: PretrainSettings, *, n_val: int) -> None:
-        super().__init__(components.hardware, settings, components.network)
+        network = components.network
+        super().__init__(
+            components.hardware, settings, flops_per_image=train_flops_per_image(network), n_ctx=network.n_ctx
+        )
         self.components = components
         self.objective, self.weights = components.objective, components.weights
         self.n_val = n_val  # validation images

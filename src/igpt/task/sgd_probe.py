@@ -38,8 +38,8 @@ class SGDProbeModule(TrainedModule):
     def __init__(
         self, components: Components, settings: ProbeSettings, *, net: GPT, windows: list[list[int]], n_class: int
     ) -> None:
-        super().__init__(components.hardware, settings.sgd, net.config)
-        self.flops_per_image = 0.0  # those of the frozen network are not a training's
+        # the operations of the frozen network are not a training's
+        super().__init__(components.hardware, settings.sgd, flops_per_image=0.0, n_ctx=net.n_ctx)
         self.machine.prepare(net)
         self.guard = FiniteGuard(hint="lower task.sgd.rates: every head broke down")
         self.net, self.objective, self.norm = net.requires_grad_(False), components.objective, settings.norm

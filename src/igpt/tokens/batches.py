@@ -20,7 +20,7 @@ from igpt.utils import keyed
 class Batch(NamedTuple):
     """The input of a step: tokens, labels, and the keys of all per-image randomness."""
 
-    tokens: Tensor  # (B, T) int64; (B, R, R, 3) uint8 pixels until they reach the device
+    tokens: Tensor  # (B, T) int64; of a PixelDataModule, and until they reach the device: (B, R, R, 3) uint8 pixels
     labels: Tensor  # (B,) int64
     rng_keys: Tensor  # (B,) int64
     rows: Tensor  # (B,) int64 position in the split; in a stream, a hash of the content

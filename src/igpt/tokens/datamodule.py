@@ -1,4 +1,4 @@
-"""The LightningDataModule: batches of pixels from a source, tokenized on the model's device."""
+"""The LightningDataModules: batches of pixels from a source; the same, tokenized on the model's device."""
 
 import logging
 from collections.abc import Iterable
@@ -29,32 +29,14 @@ FEW = 30  # images; with so many, the standard error of 90 % accuracy is 5 point
 ONE_BY_ONE = BatchPlan(batch_size=1, micro_batch=1)  # for tasks without a loader
 
 
-class TokenDataModule(L.LightningDataModule):
-    """Infinite training batches and one pass over `eval_split`, tokenized after the transfer to the device."""
+class PixelDataModule(L.LightningDataModule):
+    """Infinite training batches and one pass over `eval_split`: the `tokens` of a batch are pixels, uint8."""
 
     def __init__(
-        self,
-        *,
-        source: Source,
-        tokenizer: Tokenizer,
-        seed: int,
-        num_workers: int,
-        plan: BatchPlan = ONE_BY_ONE,
-        eval_split: str = "val",
-        cache: Path | None = None,
+        self, *, source: Source, seed: int, num_workers: int, plan: BatchPlan = ONE_BY_ONE, eval_split: str = "val"
     ) -> None:
         super().__init__()
-        palette = (
-            tokenizer.palette.hash if isinstance(tokenizer, PaletteTokenizer) and tokenizer.kind == "palette" else None
-        )
-        if isinstance(source, OpenAITokens) and source.palette.hash != palette:
-            raise ValueError(
-                f"data={source.name}: its tokens were made with palette {source.palette.hash}, this run's are "
-                f"{tokenizer.describe()} ({tokenizer.hash}): tokens=openai tokens.path=… takes those in data.clusters"
-            )
-        self.source, self.tokenizer = source, tokenizer
-        self._encoder = tokenizer.encoder(cache)
-        self.plan, self.seed, self.num_workers = plan, seed, num_workers
+        self.source, self.plan, self.seed, self.num_workers = source, plan, seed, num_workers
         self.eval_split = eval_split
         self.stream: StreamState | None = None
         self._warned: set[str] = set()  # splits already warned of
@@ -150,22 +132,42 @@ class TokenDataModule(L.LightningDataModule):
             assert self.stream is not None
             self.stream.record_read(batch.reader, batch.state, self.plan.n_device)
             batch = batch.batch
-        return batch._replace(tokens=self.encode(batch.tokens))
+        return batch
+
+    def sample_rows(self, name: str, *, at_most: int | None = None) -> np.ndarray:
+        """Indices of all images of a split, or of `at_most`, sampled by seed: (N,) ascending."""
+        n = len(self.source.split(name))
+        if at_most is None or at_most >= n:
+            return np.arange(n)
+        return np.sort(keyed.generator(self.seed, "some", at_most).permutation(n)[:at_most])
+
+
+class TokenDataModule(PixelDataModule):
+    """The batches of `PixelDataModule`, tokenized after the transfer to the device."""
+
+    def __init__(self, *, source: Source, tokenizer: Tokenizer, cache: Path | None = None, **how: Any) -> None:
+        palette = (
+            tokenizer.palette.hash if isinstance(tokenizer, PaletteTokenizer) and tokenizer.kind == "palette" else None
+        )
+        if isinstance(source, OpenAITokens) and source.palette.hash != palette:
+            raise ValueError(
+                f"data={source.name}: its tokens were made with palette {source.palette.hash}, this run's are "
+                f"{tokenizer.describe()} ({tokenizer.hash}): tokens=openai tokens.path=… takes those in data.clusters"
+            )
+        super().__init__(source=source, **how)
+        self.tokenizer, self._encoder = tokenizer, tokenizer.encoder(cache)
+
+    def on_after_batch_transfer(self, batch: Batch | StreamBatch, dataloader_idx: int = 0) -> Batch:
+        of_pixels = super().on_after_batch_transfer(batch, dataloader_idx)
+        return of_pixels._replace(tokens=self.encode(of_pixels.tokens))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels to token sequences: (B, R, R, 3) uint8 → (B, T) int64."""
         return self._encoder(pixels)
 
     def sample_tokens(self, name: str, *, at_most: int | None = None) -> Tensor:
-        """A split as tokens on the CPU, in order: (N, T) of `token_dtype`; `at_most`: sampled by seed."""
+        """The images at `sample_rows` of a split as tokens on the CPU, (N, T) of `token_dtype`."""
         return self.encode_rows(name, self.sample_rows(name, at_most=at_most))
-
-    def sample_rows(self, name: str, *, at_most: int | None = None) -> np.ndarray:
-        """The image indices of `sample_tokens`, (N,) ascending."""
-        n = len(self.source.split(name))
-        if at_most is None or at_most >= n:
-            return np.arange(n)
-        return np.sort(keyed.generator(self.seed, "some", at_most).permutation(n)[:at_most])
 
     def encode_rows(self, name: str, rows: np.ndarray) -> Tensor:
         """The images at `rows` of a split as tokens on the CPU, (N, T) of `token_dtype`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from igpt.data.source import Source
 from igpt.tokens.lookup import LookupEncoder
 from igpt.tokens.palette import Palette
-from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.pixel_order import PixelOrder, check_rows
 from igpt.tokens.tokenizer import TokenGrid
 from igpt.utils import files
 
@@ -61,6 +61,10 @@ class PaletteTokenizer:
 
     def decode(self, tokens: Tensor) -> np.ndarray:
         return self.palette.decode(self.order.unflatten(tokens))
+
+    def encode_top(self, pixels: Tensor, rows: int) -> Tensor:
+        check_rows(rows, self.side)
+        return self.encode(pixels)
 
     def known_tokens(self, rows: int) -> Tensor:
         return self.order.known_positions(rows)

@@ -110,6 +110,10 @@ class PatchTokenizer:
         patches: np.ndarray = levels[grid].reshape(b, n, n, p, p, 3)
         return patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, n * p, n * p, 3)
 
+    def encode_top(self, pixels: Tensor, rows: int) -> Tensor:
+        check_rows(rows, self.side)
+        return self.encode(pixels)
+
     def known_tokens(self, rows: int) -> Tensor:
         check_rows(rows, self.side)
         return self.order.known_positions(rows // self.patch)

@@ -28,7 +28,7 @@ class Quantized(NamedTuple):
     commitment: Tensor  # scalar: mean squared distance between vectors and their codes, which are constants
 
 
-class Batch(NamedTuple):
+class MicroBatch(NamedTuple):
     """The vectors of a micro-batch, kept until the optimiser step: of B images, each with a key of its own."""
 
     vectors: Tensor  # (B, n, D) float32
@@ -41,12 +41,13 @@ class EMAQuantizer(nn.Module):
 
     `forward` quantises a micro-batch and keeps its vectors; `update` ends the optimiser step. Until step
     `unquantised_steps` vectors pass unchanged; then the codes are the k-means centres of that step's vectors.
-    Buffers: `codebook` (K, D) float32; `counts` (K,) and `sums` (K, D) float64 moving averages; `is_started`.
+    Buffers: `codebook` (K, D) float32; `counts` (K,) and `totals` (K, D) float64, the moving averages of number and sum
+    of each code's vectors; `is_started`.
     """
 
     codebook: Tensor
     counts: Tensor
-    sums: Tensor
+    totals: Tensor
     is_started: Tensor
 
     def __init__(self, codes: int, width: int) -> None:
@@ -54,9 +55,9 @@ class EMAQuantizer(nn.Module):
         self.n_code, self.width = codes, width
         self.register_buffer("codebook", torch.zeros(codes, width))
         self.register_buffer("counts", torch.zeros(codes, dtype=torch.float64))
-        self.register_buffer("sums", torch.zeros(codes, width, dtype=torch.float64))
+        self.register_buffer("totals", torch.zeros(codes, width, dtype=torch.float64))
         self.register_buffer("is_started", torch.zeros((), dtype=torch.bool))
-        self._step: list[Batch] = []  # micro-batches since the last update
+        self._step: list[MicroBatch] = []  # micro-batches since the last update
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """The codes of tokens: (…) int64 → (…, D) float32."""
@@ -72,7 +73,7 @@ class EMAQuantizer(nn.Module):
         else:
             quantized = Quantized(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device), flat.sum() * 0)
         if self.training:
-            self._step.append(Batch(vectors.detach(), keys, quantized.tokens.view(vectors.shape[:2])))
+            self._step.append(MicroBatch(vectors.detach(), keys, quantized.tokens.view(vectors.shape[:2])))
         return quantized
 
     @torch.no_grad()
@@ -94,11 +95,11 @@ class EMAQuantizer(nn.Module):
         vectors = torch.cat([batch.vectors.flatten(0, 1) for batch in batches])
         counts, sums = sum_by_code(vectors, tokens, self.n_code)
         self.counts.mul_(decay).add_(all_reduce(counts), alpha=1 - decay)
-        self.sums.mul_(decay).add_(all_reduce(sums), alpha=1 - decay)
+        self.totals.mul_(decay).add_(all_reduce(sums), alpha=1 - decay)
         self._restart(batches, seed=seed, step=step, below=restart_below)
         total = self.counts.sum()
         smoothed = (self.counts + EPSILON) / (total + self.n_code * EPSILON) * total
-        self.codebook.copy_(self.sums / smoothed[:, None])
+        self.codebook.copy_(self.totals / smoothed[:, None])
 
     def _start(self, vectors: Tensor, *, seed: int) -> None:
         """k-means of the vectors of a step, in an order that no rank changes: (N, D)."""
@@ -113,13 +114,17 @@ class EMAQuantizer(nn.Module):
             counts, sums = sum_by_code(vectors, nearest_codes(vectors, centres), self.n_code)
             centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres).float()
         counts, _ = sum_by_code(vectors, nearest_codes(vectors, centres), self.n_code)
-        for buffer, value in ((self.codebook, centres), (self.counts, counts), (self.sums, centres * counts[:, None])):
+        for buffer, value in (
+            (self.codebook, centres),
+            (self.counts, counts),
+            (self.totals, centres * counts[:, None]),
+        ):
             buffer.copy_(value)
             if dist.is_initialized():
                 dist.broadcast(buffer, src=0)
         self.is_started.fill_(True)
 
-    def _restart(self, batches: list[Batch], *, seed: int, step: int, below: float) -> None:
+    def _restart(self, batches: list[MicroBatch], *, seed: int, step: int, below: float) -> None:
         mean = self.counts.mean()
         (unused,) = (self.counts < below * mean).nonzero(as_tuple=True)
         if not len(unused):
@@ -127,7 +132,7 @@ class EMAQuantizer(nn.Module):
         drawn = keyed.uniform(keyed.per_example_keys(keyed.key(seed, "restart", step), unused), 1)[:, 0]
         vectors = select_by_key(batches, drawn)  # (U, D)
         self.counts[unused] = mean
-        self.sums[unused] = vectors.double() * mean
+        self.totals[unused] = vectors.double() * mean
 
 
 @torch.no_grad()
@@ -136,7 +141,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     norms = codebook.square().sum(1)
     found = [
         torch.addmm(norms, some, codebook.T, alpha=-2).argmin(1)  # without the square of the vector, a constant
-        for some in vectors.split(max(1, CHUNK // len(codebook)))
+        for some in torch.split(vectors, max(1, CHUNK // len(codebook)))
     ]
     return torch.cat(found) if found else vectors.new_zeros(0, dtype=torch.int64)
 
@@ -155,7 +160,7 @@ def all_reduce(values: Tensor) -> Tensor:
     return values
 
 
-def gather_by_key(batches: list[Batch]) -> Tensor:
+def gather_by_key(batches: list[MicroBatch]) -> Tensor:
     """The vectors of all micro-batches and ranks, images in the order of their keys: (N, D)."""
     vectors, keys = (torch.cat(parts).cpu() for parts in zip(*(batch[:2] for batch in batches), strict=True))
     everywhere: list[Any] = ranks.all_gather_object((vectors, keys))
@@ -163,7 +168,7 @@ def gather_by_key(batches: list[Batch]) -> Tensor:
     return vectors[keys.argsort(stable=True)].flatten(0, 1).to(batches[0].vectors.device)
 
 
-def select_by_key(batches: list[Batch], drawn: Tensor) -> Tensor:
+def select_by_key(batches: list[MicroBatch], drawn: Tensor) -> Tensor:
     """The vector at each share `drawn` of those that `gather_by_key` would gather: (U,) in [0, 1) → (U, D)."""
     vectors, keys = (torch.cat(parts) for parts in zip(*(batch[:2] for batch in batches), strict=True))
     per_image = vectors.shape[1]

@@ -64,8 +64,16 @@ class Tokenizer(Protocol):
         """Mask of the tokens that the top `rows` pixel rows determine: (T,) bool. Raises ValueError outside 0 … R."""
         ...
 
+    def encode_top(self, pixels: Tensor, rows: int) -> Tensor:
+        """As `encode`; tokens in `known_tokens(rows)` depend on the top `rows` pixel rows alone. Others: any token.
+
+        Raises:
+            ValueError: `rows` outside 0 … R.
+        """
+        ...
+
     def visible_pixels(self, tokens: Tensor) -> Tensor:
-        """Mask of the pixels that these tokens determine: (T,) bool → (R, R) bool."""
+        """Mask of the pixels that these tokens determine, whatever the others are: (T,) bool → (R, R) bool."""
         ...
 
     def describe(self) -> str:

@@ -86,7 +86,8 @@ class VQVAE(nn.Module):
         """Reconstructions of images and what the quantiser did: (B, 3, R, R), (B,) → (B, 3, R, R), `Quantized`."""
         latents = self.encoder(images).float()  # (B, D, R/f, R/f)
         b, d, rows, columns = latents.shape
-        quantized = self.quantizer(latents.permute(0, 2, 3, 1).flatten(1, 2), keys)
+        with torch.autocast(latents.device.type, enabled=False):  # the nearest code of float32, not of bfloat16
+            quantized = self.quantizer(latents.permute(0, 2, 3, 1).flatten(1, 2), keys)
         codes = quantized.vectors.view(b, rows, columns, d).permute(0, 3, 1, 2)
         return self.decoder(codes), quantized
 

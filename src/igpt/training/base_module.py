@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from igpt.distributed.sharding import unsharded_shape
 from igpt.metric.result import Curve, Number
-from igpt.metric.throughput import Meter, train_flops_per_image
-from igpt.model.config import GPTConfig
+from igpt.metric.throughput import Meter
 from igpt.settings.training import TrainingSettings
 from igpt.tokens.batches import Batch
 from igpt.training.hardware import HardwareConfig
@@ -31,11 +30,15 @@ class TrainedModule(L.LightningModule):
     A subclass calls `accumulate` in its training step and `finish_validation` at the end of each validation.
     """
 
-    def __init__(self, hardware: HardwareConfig, settings: TrainingSettings, network: GPTConfig) -> None:
+    units: ClassVar[Mapping[str, str]] = UNITS  # name of a figure → its unit
+
+    def __init__(
+        self, hardware: HardwareConfig, settings: TrainingSettings, *, flops_per_image: float, n_ctx: int
+    ) -> None:
         super().__init__()
         self.settings, self.machine = settings, hardware
         self.steps, self.log_every, self.batch_size = settings.steps, settings.log_every, settings.batch_size
-        self.flops_per_image, self.n_ctx = train_flops_per_image(network), network.n_ctx
+        self.flops_per_image, self.n_ctx = flops_per_image, n_ctx  # n_ctx: tokens per image
         self.guard = FiniteGuard()
         self.history: dict[str, list[tuple[int, float]]] = {}  # name → (step, value); saved in checkpoints
         self.numbers: dict[str, Number] = {}  # of the last validation
@@ -123,7 +126,7 @@ class TrainedModule(L.LightningModule):
         """Figures as text: `1.2345 nats/token`, or `name value, …` when there are several."""
         if len(figures) == 1:
             ((name, value),) = figures.items()
-            return f"{value:.4f} {UNITS.get(name, name)}"
+            return f"{value:.4f} {self.units.get(name, name)}"
         return ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
     def log_metrics(self, figures: dict[str, float], step: int) -> None:
@@ -163,7 +166,7 @@ class TrainedModule(L.LightningModule):
         """The recorded points as curves over optimiser steps."""
         return {
             name: Curve([float(x) for x, _ in points], [y for _, y in points], "optimiser step",
-                        UNITS.get(name.rpartition("/")[2], name))
+                        self.units.get(name.rpartition("/")[2], name))
             for name, points in self.history.items()
         }  # fmt: skip
 

@@ -52,7 +52,7 @@ def guard(logger: Logger, name: object = None) -> Logger:
 
 def trains(task: Mapping[str, Any]) -> bool:
     """Whether a task of these settings takes optimiser steps."""
-    return "network" in task["requires"] or task.get("solver") == "sgd"
+    return not {"network", "tokenizer"}.isdisjoint(task["requires"]) or task.get("solver") == "sgd"
 
 
 def csv(folder: Path, about: RunInfo) -> Logger | None:

@@ -1,0 +1,59 @@
+"""How well a tokenizer gives images back, and how evenly it uses its codes."""
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from igpt.metric.result import Curve, Number
+
+LEVELS = 255.0  # range of a pixel
+SSIM_WINDOW = 11  # pixels a side (Wang et al. 2004), Gaussian of σ 1.5; smaller images have no SSIM
+UNITS = {"psnr": "dB", "ssim": "of 1", "mae": "grey levels"}
+MOST_POINTS = 512  # of the curve of code use
+
+
+def image_figures(pixels: Tensor, reconstructed: Tensor) -> dict[str, Tensor]:
+    """`psnr`, `ssim` (none below SSIM_WINDOW pixels a side) and `mae` of each image: 2 × (B, R, R, 3) uint8 → (B,).
+
+    The PSNR of an image without error is that of one grey level of error in a single value.
+    """
+    target, image = (levels.permute(0, 3, 1, 2).double() for levels in (pixels, reconstructed))
+    psnr = peak_signal_noise_ratio(image, target, data_range=LEVELS, reduction="none", dim=(1, 2, 3))
+    figures = {"psnr": psnr.clamp(max=10 * math.log10(LEVELS**2 * target[0].numel()))}
+    if target.shape[-1] >= SSIM_WINDOW:
+        ssim = structural_similarity_index_measure(
+            image, target, data_range=LEVELS, kernel_size=SSIM_WINDOW, reduction="none"
+        )
+        assert isinstance(ssim, Tensor)
+        figures["ssim"] = ssim.view(len(target))
+    return figures | {"mae": (image - target).abs().mean((1, 2, 3))}
+
+
+def reconstruction_numbers(split: str, figures: dict[str, Tensor]) -> dict[str, Number]:
+    """`split/psnr` …: means over images with standard errors; each figure (N,)."""
+    numbers = {}
+    for name, values in figures.items():
+        n = len(values)
+        stderr = float(values.std()) / math.sqrt(n) if n > 1 else None
+        numbers[f"{split}/{name}"] = Number(float(values.mean()), UNITS.get(name, name), n, stderr)
+    return numbers
+
+
+def code_numbers(split: str, counts: Tensor) -> dict[str, Number]:
+    """Share of codes used and perplexity ÷ K, 1 if all are used alike, from the uses of each code: (K,)."""
+    total, k = int(counts.sum()), len(counts)
+    shares = counts[counts > 0].double() / total
+    perplexity = float((-(shares * shares.log()).sum()).exp())
+    return {
+        f"{split}/codes_used": Number(len(shares) / k, "share", total),
+        f"{split}/perplexity_share": Number(perplexity / k, "share", total),
+    }
+
+
+def code_use_curve(counts: Tensor) -> Curve:
+    """Uses of each code ÷ their mean, the most used first, at no more than MOST_POINTS codes."""
+    uses = counts.double().sort(descending=True).values / counts.double().mean()
+    kept = torch.linspace(0, len(uses) - 1, min(len(uses), MOST_POINTS)).round().long()
+    return Curve((kept + 1.0).tolist(), uses[kept].tolist(), "code, the most used first", "uses ÷ their mean")
