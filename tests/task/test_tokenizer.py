@@ -272,8 +272,8 @@ class Break(Send):
 
 def test_streams_and_few_grey_images(tmp_path: Path) -> None:
     """Invariant: a stream is read; grey images of one level, five of them, and no validation images do no harm."""
-    stream = mixture(tmp_path / "shards", num_readers=None, val_fraction=0.3)
-    streamed = train_tokenizer(tmp_path / "stream", source=stream, steps=4)
+    stream = mixture(tmp_path / "shards", num_readers=None)
+    streamed = train_tokenizer(tmp_path / "stream", source=stream, steps=4, val_every=0)
     assert streamed.numbers["train/images_seen"].value == 32
     grey = ArraySplit(np.full((5, 12, 12, 3), 128, dtype=np.uint8), np.zeros(5, dtype=np.int64))
     few = Arrays({"train": grey, "val": ArraySplit(grey.pixels[:1], grey.labels[:1])}, None, None, resolution=12)
