@@ -18,9 +18,10 @@ from igpt.distributed.launcher import run_ranks
 from igpt.model.config import GPTConfig
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
+from igpt.tokens.tokenizer_registry import TOKENIZER, read_tokenizer
 from igpt.training.cost_estimate import estimate_cost
 from tests.conftest import ROOT
-from tests.task.conftest import SIZES, Lab, machine
+from tests.task.conftest import SIZES, Lab, machine, train_tokenizer
 from tests.task.ranks_work import DEEPSPEED, SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples
 
 
@@ -77,6 +78,17 @@ def test_the_losses_of_one_process(answers: list[dict[str, Any]], alone: Lab, tm
     assert len(one.curves["train/loss_gen"].y) == 20
     bert = alone.pretrain(tmp_path / "bert", objective=BERT(mask_probability=0.15))
     assert answers[0]["bert"] == pytest.approx(bert.curves["train/loss_gen"].y, rel=1e-5)
+
+
+def test_the_tokenizer_of_one_process(answers: list[dict[str, Any]], place: Path, tmp_path: Path) -> None:
+    """Invariant: the losses and the codebook of a VQ-VAE, its start and restarts included; it cannot be sharded."""
+    one = train_tokenizer(tmp_path, on=machine(micro_batch=4))
+    for name, curve in one.curves.items():
+        assert answers[0]["tokenizer"][name] == pytest.approx(curve.y, rel=1e-5)
+    codebooks = [read_tokenizer(run / "model" / TOKENIZER) for run in (tmp_path, place / "tokenizer")]
+    alone, shared = (tokenizer.network.quantizer.codebook for tokenizer in codebooks)  # type: ignore[attr-defined]
+    assert torch.allclose(shared, alone, rtol=1e-5, atol=1e-5)
+    assert "trainer=ddp" in answers[0]["tokenizer refused"]
 
 
 def test_a_network_in_parts_learns_as_a_whole_one(answers: list[dict[str, Any]]) -> None:
