@@ -89,9 +89,17 @@ class Result:
     @property
     def early_stops(self) -> list[str]:
         """What the provenance says of trainings that ended before their last step; of a pipeline, with the stage."""
+        return self._list_remarks("stopped_early")
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the provenance warns of; of a pipeline, with the stage."""
+        return self._list_remarks("warning")
+
+    def _list_remarks(self, key: str) -> list[str]:
         nested = {f"{stage}: ": of for stage, of in self.provenance.items() if isinstance(of, dict)}
-        stops = {who: of.get("stopped_early") for who, of in {"": self.provenance, **nested}.items()}
-        return [f"{who}{stop}" for who, stop in stops.items() if isinstance(stop, str)]
+        remarks = {who: of.get(key) for who, of in {"": self.provenance, **nested}.items()}
+        return [f"{who}{remark}" for who, remark in remarks.items() if isinstance(remark, str)]
 
     def add_confusion(self, counts: np.ndarray, class_names: tuple[str, ...] | None) -> None:
         """Adds the confusion matrix (K, K) and, if known, its class names."""

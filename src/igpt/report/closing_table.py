@@ -13,8 +13,8 @@ LONGEST_TEXT = 1_000_000  # bytes of a text file that is shown
 def closing_table(result: Result, folder: Path, seconds: float, *, published: Sequence[str] = ()) -> str:
     """The text logged at the end of a run: its .txt files, numbers, published numbers, and the files to open.
 
-    A training that ended early is said first. Each number has its unit, uncertainty and count. `seconds`: duration of
-    the run. Files that the result names outside of `folder` are neither read nor named.
+    A training that ended early, and what the result warns of, are said first. Each number has its unit, uncertainty and
+    count. `seconds`: duration of the run. Files that the result names outside of `folder` are neither read nor named.
     """
     rows = [
         (key, format_number(of), of.unit, ", ".join(filter(None, (f"n = {of.n:,}", of.features))))
@@ -29,7 +29,17 @@ def closing_table(result: Result, folder: Path, seconds: float, *, published: Se
     to_open = [*page, *(path for path in inside if path.suffix in {".png", ".html"})]
     places = [str(folder / path) for path in to_open]
     texts = [read_text(folder, path) for path in inside if path.suffix == ".txt"]
-    parts = [*texts, *result.early_stops, rule, *lines, rule, *names, *places, f"{folder}  ({seconds:.0f} s)"]
+    parts = [
+        *texts,
+        *result.early_stops,
+        *result.warnings,
+        rule,
+        *lines,
+        rule,
+        *names,
+        *places,
+        f"{folder}  ({seconds:.0f} s)",
+    ]
     return "\n".join(parts)
 
 

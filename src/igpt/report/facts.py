@@ -11,11 +11,18 @@ from igpt.report.runs import RunRecord
 from igpt.settings.data import name_dataset, name_images
 from igpt.utils.overrides import format_text, train_command
 
-MAIN = ("test/accuracy", "val/loss_gen", "val/accuracy", "loss_gen", "pixels_as_original", "psnr", "mse", "parameters")
+MAIN = (
+    "test/accuracy", "val/loss_gen", "val/accuracy", "loss_gen", "pixels_as_original", "psnr", "patches/psnr",
+    "codes_used", "perplexity_share", "mse", "parameters",
+)  # fmt: skip
 N_MAIN = 4  # numbers shown large: the first of each kind in MAIN
 KINDS = {  # suffix of a picture's name → (heading, caption)
     "samples": ("Samples", "Drawn from the network, pixel by pixel."),
     "completions": ("Completions", "A held-out image, the part of it that was given, and how the network went on."),
+    "reconstructed_images": (
+        "Reconstructions",
+        "Held-out images, and what each tokenizer draws from its tokens, with the difference: black is none.",
+    ),
     "palette_images": ("Palette", "Images, and the same in the colours of the palette."),
     "colours": ("Palette", "Every colour of the palette, in the order of the tokens."),
     "confusion": ("Confusion matrix", "Row: the true class. Column: what it was taken for. Images counted."),
@@ -98,6 +105,9 @@ def next_commands(run: RunRecord) -> list[tuple[str, str]]:
     weights, run_dir = find_run_weights(run), run.folder.parent if run.is_stage else run.folder
     command = partial(train_command, *run.search_path)
     following = [("show the result again; where it was stopped, go on", command(format_setting("resume", run_dir)))]
+    if run.task == "tokenizer":
+        taken = ["tokens=vqvae", format_setting("tokens.path", run.folder), *data_overrides(run)]
+        return [("train a network on its tokens", command("task=pretrain", *taken)), *following]
     if weights is None:
         return following
     init, reading, draws = format_setting("init", weights), data_overrides(run), read_names(run)["objective"] != "bert"

@@ -26,10 +26,11 @@ from igpt.utils import files
 log = logging.getLogger(__name__)
 
 LARGEST = 4_900_000  # bytes of a page with its pictures: below 5 MB
-WHILE = "Samples while it trained"
-ABOVE_CURVES = ("Samples", "Completions", "Pictures")  # headings, in page order
-BELOW_CURVES = (WHILE, "Confusion matrix", "Palette")
-TRAINING_SAMPLES = 8  # maximal number of pictures under WHILE
+# folder of pictures drawn during training → their heading
+WHILE = {"samples": "Samples while it trained", "reconstructions": "Reconstructions while it trained"}
+ABOVE_CURVES = ("Samples", "Completions", "Reconstructions", "Pictures")  # headings, in page order
+BELOW_CURVES = (*WHILE.values(), "Confusion matrix", "Palette")
+TRAINING_SAMPLES = 8  # maximal number of pictures under each heading of WHILE
 
 
 def write_page(folder: Path) -> None:
@@ -128,18 +129,18 @@ def _pictures(run: RunRecord) -> list[Picture]:
 
 
 def _training_samples(folder: Path) -> list[Picture]:
-    """Sample grids drawn during training, at most TRAINING_SAMPLES, evenly spaced from first to last."""
-    items = [
-        path
-        for path in (folder / "samples").glob("step_*.png")
-        if path.stem[5:].isdecimal() and files.resolve_below(folder, path.relative_to(folder)) is not None
-    ]
-    items.sort(key=_parse_step)
-    kept = [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), TRAINING_SAMPLES), dtype=int)]
-    return [
-        Picture(WHILE, f"step {_parse_step(path):,}", path, str(path.relative_to(folder)))
-        for path in kept
-    ]  # fmt: skip
+    """Grids drawn during training, of each kind at most TRAINING_SAMPLES, evenly spaced from first to last."""
+    shown = []
+    for kind, heading in WHILE.items():
+        items = [
+            path
+            for path in (folder / kind).glob("step_*.png")
+            if path.stem[5:].isdecimal() and files.resolve_below(folder, path.relative_to(folder)) is not None
+        ]
+        items.sort(key=_parse_step)
+        kept = [items[i] for i in np.linspace(0, len(items) - 1, min(len(items), TRAINING_SAMPLES), dtype=int)]
+        shown += [Picture(heading, f"step {_parse_step(path):,}", path, str(path.relative_to(folder))) for path in kept]
+    return shown
 
 
 def _parse_step(picture: Path) -> int:

@@ -171,10 +171,10 @@ def is_lower_better(metric: str, unit: str) -> bool:
 
 
 def find_common_metric(runs: Sequence[RunRecord]) -> str | None:
-    """The first loss or accuracy that all runs have, else the first number; None if they have none in common."""
+    """The first loss, accuracy or PSNR that all runs have, else the first number; None if they have none in common."""
     first, *others = (run.result.numbers for run in runs)
     common = [key for key in first if all(key in numbers for numbers in others)]
-    judged = [key for key in common if first[key].unit.startswith(("nats", "bits", "share"))]
+    judged = [key for key in common if first[key].unit.startswith(("nats", "bits", "share", "dB"))]
     return next(iter([*judged, *common]), None)
 
 

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from igpt.metric.result import find_key
 from igpt.report.bystanders import Bystander
 from igpt.report.closing_table import align_columns
 from igpt.report.page import link_to, write_html
 from igpt.report.pictures import Picture
 from igpt.report.runs import read_runs
-from igpt.report.summary import NothingFoundError, Summary, draw, summarize_by_data, table
+from igpt.report.summary import NothingFoundError, Summary, draw, find_common_metric, summarize_by_data, table
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -23,10 +24,13 @@ def report_sweep(place: Path, folders: Sequence[Path], *, metric: str, command: 
     """Logs tables of the runs by `metric`, the best first; writes pictures, page and JSON into `place`.
 
     Runs on other images or labels are another table. Unfinished runs are left out and listed on the page. Does nothing
-    for fewer than two finished runs. Errors are only logged, as the runs are saved.
+    for fewer than two finished runs. Where none has `metric`, the first number in common (`find_common_metric`) stands
+    for it. Errors are only logged, as the runs are saved.
     """
     with Bystander("the comparison of this sweep"):
         read = read_runs(list(dict.fromkeys(folders)))
+        if read.runs and not any(find_key(run.result.numbers, metric) for run in read.runs):
+            metric = find_common_metric(read.runs) or metric
         try:
             summaries = summarize_by_data(read.runs, metric, read.problems)
         except NothingFoundError as error:

@@ -63,7 +63,7 @@ class Components:
         if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
             _ = self.planned_network
         if "tokenizer" in self.run.requires:
-            _ = self.trained_tokenizer
+            _ = self.vqvae_settings
 
     def check_tokenizer(self) -> None:
         """Raises ValueError if images are to be read as tokens of a trained tokenizer, and none is named."""
@@ -144,7 +144,7 @@ class Components:
         return settings
 
     @property
-    def trained_tokenizer(self) -> VQVAESettings:
+    def vqvae_settings(self) -> VQVAESettings:
         """The settings of the tokenizer that this run trains.
 
         Raises:
@@ -154,12 +154,10 @@ class Components:
         settings = None if self.run.takes_from_weights("tokens") else self.tokenizer_settings
         if not isinstance(settings, VQVAESettings):
             raise ValueError(
-                f"task={task} trains a VQ-VAE, tokens={option} is fitted by the run that uses it: tokens=vqvae"
+                f"task={task} trains a VQ-VAE: tokens=vqvae; tokens={option} is made by the run that uses it"
             )
         if settings.path is not None:
-            raise ValueError(
-                f"task={task} trains a tokenizer, tokens.path={settings.path} is a trained one: leave it out"
-            )
+            raise ValueError(f"task={task} trains a tokenizer, tokens.path={settings.path} names one: leave it out")
         settings.sizes(self.run.cfg.data.resolution)
         return settings
 

@@ -12,6 +12,7 @@ from igpt.data.shards import expand_shard_path
 from igpt.data.split import split_differences
 from igpt.report.runs import resolve_nearest
 from igpt.settings.older_configs import read_record
+from igpt.tokens.tokenizer_registry import TOKENIZER
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,11 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, runs: Hashes | 
 
 
 def _hash_file(path: str | None) -> str | None:
-    file = None if path is None else Path(path).expanduser()
-    return files.sha256(file) if file is not None and file.is_file() else None
+    """SHA-256 of a file, or of the tokenizer in a run folder; None without one."""
+    place = Path(path or "").expanduser()
+    candidates = () if path is None else (place, place / TOKENIZER, place / "model" / TOKENIZER)
+    file = next(filter(Path.is_file, candidates), None)
+    return files.sha256(file) if file is not None else None
 
 
 def read_data_settings(folder: Path) -> dict[str, Any]:

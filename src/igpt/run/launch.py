@@ -247,7 +247,7 @@ def show_plan(components: Components) -> Result:
     of_run = {"batch_size": task.batch_size, "steps": task.steps}
     if "tokenizer" in run.requires:
         side = task.crop or run.cfg.data.resolution
-        rows = plan_tokenizer(components.hardware, components.trained_tokenizer, side=side, **of_run)
+        rows = plan_tokenizer(components.hardware, components.vqvae_settings, side=side, **of_run)
     else:
         rows = plan_run(components.hardware, components.planned_network, **of_run)
     log.info("%s", align_columns([(f"{run.task} {run.model_name} on {run.data_name}", "planned"), *rows]))

@@ -2,11 +2,9 @@
 
 import copy
 import logging
-import math
 from pathlib import Path
 from typing import Any, ClassVar
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -15,11 +13,12 @@ from torch import Tensor
 from igpt.checkpoint.igpt_format import check_equal
 from igpt.data.source import Stream, plain_pixels
 from igpt.distributed import ranks
-from igpt.metric.reconstruction import code_numbers, code_use_curve, image_figures, reconstruction_numbers
-from igpt.metric.result import Grid, Number, Result
+from igpt.metric.reconstruction import UNITS as OF_IMAGES
+from igpt.metric.reconstruction import code_use_curve
+from igpt.metric.result import Number, Result
 from igpt.run.components import Components
 from igpt.settings.training import TokenizerTaskSettings
-from igpt.task.generative_score import table_of_images
+from igpt.task.reconstruction_score import ReconstructionModule, ReconstructionScore, draw_comparison
 from igpt.tokens.batches import Batch
 from igpt.tokens.patches import K_MAX, PatchSettings
 from igpt.tokens.pixel_order import PixelOrder
@@ -39,7 +38,6 @@ log = logging.getLogger(__name__)
 
 CROP = 7  # stream of the keys of crops
 SHOWN = 8  # images
-AMPLIFIED = 8  # times, the differences shown
 FEW_USED, LOW_PERPLEXITY = 0.2, 0.05  # share of the codes, perplexity ÷ K: below, the codes have collapsed
 PATCHES: dict[str, Any] = {"n_patches": 200_000, "iterations": 60, "order": "raster", "seed": 0}  # as tokens=patches
 
@@ -52,9 +50,9 @@ class VQVAEModule(TrainedModule):
     """
 
     settings: TokenizerTaskSettings
-    units: ClassVar = UNITS | {
-        "loss": "error in [-1, 1]", "reconstruction": "error in [-1, 1]", "commitment": "error in [-1, 1]",
-        "psnr": "dB", "ssim": "of 1", "mae": "grey levels", "codes_used": "share", "perplexity_share": "share",
+    units: ClassVar = {
+        **UNITS, **OF_IMAGES, "codes_used": "share", "perplexity_share": "share",
+        **dict.fromkeys(("loss", "reconstruction", "commitment"), "error in [-1, 1]"),
     }  # fmt: skip
 
     def __init__(
@@ -68,7 +66,7 @@ class VQVAEModule(TrainedModule):
         self.network = VQVAE(config)
         init_weights(self.network, seed)
         for part in (self.network.encoder, self.network.decoder):
-            part.to(memory_format=torch.channels_last)
+            part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stub
             if hardware.compile is True:
                 part.compile()
         ranks.check_agree("weights to begin with", {"digest": ranks.hash_module(self.network)})
@@ -153,60 +151,8 @@ class VQVAEModule(TrainedModule):
         super().on_load_checkpoint(checkpoint)
 
 
-class ReconstructionScore:
-    """Accumulates figures of every image and the uses of every code, then computes their numbers over all ranks."""
-
-    def __init__(self, n_code: int, n_image: int) -> None:
-        self.n_code, self.n_image = n_code, n_image
-        self._reset()
-
-    def _reset(self) -> None:
-        self._names: list[str] = []
-        self._seen: list[tuple[Tensor, Tensor]] = []  # of each batch: rows (B,) and figures (F, B)
-        self._counts = torch.zeros(self.n_code, dtype=torch.int64)  # uses of each code
-
-    def add(self, batch: Batch, tokens: Tensor, pixels: Tensor, further: dict[str, Tensor] | None = None) -> None:
-        """Adds a batch of pixels: its tokens (B, T), its reconstructions (B, R, R, 3) uint8, `further` figures (B,)."""
-        figures = image_figures(batch.tokens, pixels) | (further or {})
-        self._names = list(figures)
-        self._seen.append((batch.rows, torch.stack([values.double() for values in figures.values()])))
-        self._counts += torch.bincount(tokens.flatten(), minlength=self.n_code).cpu()
-
-    def numbers(self, split: str, trainer: L.Trainer) -> tuple[dict[str, Number], Tensor]:
-        """The numbers over all images of the split since the last call, and the uses of each code, (K,)."""
-        self._names = next(names for names in ranks.all_gather_object(self._names) if names)
-        table = table_of_images(self._seen, trainer, len(self._names), self.n_image)
-        counts = trainer.strategy.reduce(self._counts.to(trainer.strategy.root_device), reduce_op="sum")
-        assert isinstance(counts, Tensor)
-        figures = dict(zip(self._names, table, strict=True))
-        self._reset()
-        return reconstruction_numbers(split, figures) | code_numbers(split, counts.cpu()), counts.cpu()
-
-
-class ReconstructionModule(L.LightningModule):
-    """Measures a tokenizer on the validation images."""
-
-    def __init__(self, tokenizer: Tokenizer, *, name: str, n_image: int) -> None:
-        super().__init__()
-        self.tokenizer, self.name = tokenizer, name
-        self.score = ReconstructionScore(tokenizer.n_vocab, n_image)
-        self.numbers: dict[str, Number] = {}
-        self.counts = torch.empty(0)  # uses of each code
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        if len(batch.rows):
-            tokens = self.tokenizer.encode(batch.tokens)
-            pixels = torch.from_numpy(self.tokenizer.decode(tokens)).to(tokens.device)
-            self.score.add(batch, tokens, pixels)
-
-    def on_validation_epoch_end(self) -> None:
-        self.numbers, self.counts = self.score.numbers(self.name, self.trainer)
-        bits = math.log2(self.tokenizer.n_vocab) * self.tokenizer.grid.n_ctx / self.tokenizer.side**2
-        self.numbers[f"{self.name}/rate"] = Number(bits, "bits/pixel", 1)
-
-
 def crop_pixels(pixels: Tensor, rng_keys: Tensor, *, side: int, multiple: int) -> Tensor:
-    """A square of each image, its place a multiple of `multiple` drawn by its key: (B, R, R, 3), (B,) → (B, S, S, 3)."""
+    """A square of each image, at a multiple of `multiple` drawn by its key: (B, R, R, 3), (B,) → (B, S, S, 3)."""
     choices = (pixels.shape[1] - side) // multiple + 1
     if choices == 1:
         return pixels[:, :side, :side]
@@ -217,7 +163,7 @@ def crop_pixels(pixels: Tensor, rng_keys: Tensor, *, side: int, multiple: int) -
 
 def run(components: Components, settings: TokenizerTaskSettings) -> Result:
     """Trains a tokenizer; writes `model/tokenizer.json` and `checkpoints/` to the run directory."""
-    hardware, trained = components.hardware, components.trained_tokenizer
+    hardware, trained = components.hardware, components.vqvae_settings
     side = components.source.resolution
     check_settings(hardware, settings, trained, side=side)
     config = VQVAEConfig(**trained.model_dump(include=set(VQVAEConfig.model_fields)))
@@ -277,8 +223,8 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
         result.numbers = numbers | result.numbers
         pixels = plain_pixels(data.source.split("val"), data.sample_rows("val", at_most=SHOWN).tolist())
         result.grids["reconstructed_images"] = draw_comparison(pixels, {"": tokenizer, **beside})
-        result.provenance["warnings"] = warnings = compare_with_patches(numbers, factor=config.factor)
-        for warning in warnings:
+        if warning := compare_with_patches(numbers, factor=config.factor):
+            result.provenance["warning"] = warning
             log.warning("%s", warning)
     return result
 
@@ -289,9 +235,7 @@ def check_settings(
     """Raises ValueError for settings that do not fit each other, the images of `side` pixels or this task."""
     crop, factor = settings.crop or side, config.factor
     if crop > side:
-        raise ValueError(
-            f"task.crop={crop} is more than the {side} pixels of the images: task.crop=null takes them all"
-        )
+        raise ValueError(f"task.crop={crop} is more than the {side} pixels of the images: task.crop=null takes all")
     if crop % factor:
         raise ValueError(f"tokens.factor={factor} does not divide task.crop={crop}: take a multiple of it")
     if (n_vector := settings.batch_size * (crop // factor) ** 2) < config.codes:
@@ -331,23 +275,12 @@ def name_tokenizers(folders: list[str], *, side: int) -> dict[str, Tokenizer]:
     return named
 
 
-def draw_comparison(pixels: np.ndarray, tokenizers: dict[str, Tokenizer]) -> Grid:
-    """Originals (N, R, R, 3) uint8, and for each tokenizer its reconstructions and their amplified differences."""
-    columns, titles = [pixels], ["original"]
-    for name, tokenizer in tokenizers.items():
-        images = tokenizer.decode(tokenizer.encode(torch.from_numpy(pixels)))
-        difference = np.abs(images.astype(np.int64) - pixels) * AMPLIFIED
-        columns += [images, difference.clip(max=255).astype(np.uint8)]
-        titles += [name or "tokens", f"difference ×{AMPLIFIED}"]
-    return Grid(np.stack(columns, axis=1), tuple(titles))
-
-
-def compare_with_patches(numbers: dict[str, Number], *, factor: int) -> list[str]:
-    """A warning if k-means on bare patches is as good as the network."""
+def compare_with_patches(numbers: dict[str, Number], *, factor: int) -> str:
+    """A warning if k-means on bare patches is as good as the network, else ""."""
     ours, patches = numbers["val/psnr"], numbers.get("patches/psnr")
     if patches is None or ours.value > patches.value:
-        return []
-    return [
+        return ""
+    return (
         f"val/psnr {ours.value:.2f} dB does not beat k-means on bare {factor}×{factor} patches of the same rate, "
         f"{patches.value:.2f} dB: this tokenizer is of no use, train it longer or take tokens=patches"
-    ]
+    )

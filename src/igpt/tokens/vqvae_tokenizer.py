@@ -69,7 +69,7 @@ class VQVAETokenizer:
 
     def encode(self, pixels: Tensor) -> Tensor:
         self.network.to(pixels.device)
-        with torch.inference_mode(), torch.autocast(pixels.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             tokens = [self._encode(some) for some in torch.split(pixels, _CHUNK)]
         return torch.cat(tokens) if tokens else pixels.new_zeros((0, self.grid.n_ctx), dtype=torch.int64)
 
@@ -93,7 +93,7 @@ class VQVAETokenizer:
             raise ValueError(f"tokens lie in 0 … {self.n_vocab - 1}, got {int(grid.min())} to {int(grid.max())}")
         self.network.to(tokens.device)
         images = np.empty((len(grid), self.side, self.side, 3), dtype=np.uint8)
-        with torch.inference_mode(), torch.autocast(tokens.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             for start in range(0, len(grid), _CHUNK):
                 codes = self.network.quantizer.lookup(grid[start : start + _CHUNK]).permute(0, 3, 1, 2)
                 images[start : start + _CHUNK] = round_pixels(self.network.decoder(codes)).cpu().numpy()
