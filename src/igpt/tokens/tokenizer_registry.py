@@ -5,11 +5,13 @@ from typing import Any
 
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.patches import PatchTokenizer
+from igpt.tokens.rgb import RGBTokenizer
 from igpt.tokens.tokenizer import Tokenizer
 
 TOKENIZERS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {
     "palette": PaletteTokenizer.from_dict,
     "patches": PatchTokenizer.from_dict,
+    "rgb": RGBTokenizer.from_dict,
 }
 
 
