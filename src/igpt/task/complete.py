@@ -60,13 +60,14 @@ def run(components: Components, settings: CompleteSettings) -> Result:
         )
     quantised = data.decode(originals)
     shown = quantised.copy()
-    shown[:, ~data.tokenizer.visible_pixels(prompt_mask).numpy()] = HIDDEN
+    visible = data.tokenizer.visible_pixels(prompt_mask).numpy()  # (R, R)
+    shown[:, ~visible] = HIDDEN
     continued = data.decode(drawn).reshape(count, completions, side, side, 3)
     grid = np.concatenate([quantised[:, None], shown[:, None], continued], axis=1)
     titles = ("original", "given", *(f"completion {i + 1}" for i in range(completions)))
-    agree = (drawn == prompts)[:, ~prompt_mask].double()
+    agree = (continued == quantised[:, None]).all(-1)[:, :, ~visible]  # (N, M, hidden pixels)
     numbers = {}
-    if agree.numel():
+    if agree.size:
         share = float(agree.mean())
         interval = wilson_interval(share, count)  # completions of one image are no further images
         numbers["complete/pixels_as_original"] = Number(share, "share", count, interval=interval)
