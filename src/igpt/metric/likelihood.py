@@ -1,6 +1,8 @@
 """Generative loss in nats and bits, and two baselines that a network has to beat."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -8,13 +10,30 @@ from torch import Tensor
 from igpt.metric.result import Number
 
 
-def likelihood_numbers(split: str, per_example_loss: Tensor) -> dict[str, Number]:
-    """`split/loss_gen` and `split/bits_per_token` with standard errors; image_nats (N,) in nats per token."""
+class BitUnit(NamedTuple):
+    """A unit of the loss: bits per token, or per something that has a number of tokens."""
+
+    key: str  # of the number, after `split/`
+    unit: str
+    tokens: float  # in each
+
+
+PER_TOKEN = BitUnit("bits_per_token", "bits/token", 1.0)
+
+
+def likelihood_numbers(split: str, per_example_loss: Tensor, units: Sequence[BitUnit] = ()) -> dict[str, Number]:
+    """`split/loss_gen`, `split/bits_per_token` and those of further `units`, with standard errors.
+
+    per_example_loss: (N,) in nats per token.
+    """
     nats, n = per_example_loss.double(), len(per_example_loss)
     mean = float(nats.mean())
     stderr = float(nats.std()) / math.sqrt(n) if n > 1 else None
-    bits = Number(mean / math.log(2), "bits/token", n, None if stderr is None else stderr / math.log(2))
-    return {f"{split}/loss_gen": Number(mean, "nats/token", n, stderr), f"{split}/bits_per_token": bits}
+    numbers = {f"{split}/loss_gen": Number(mean, "nats/token", n, stderr)}
+    for key, unit, tokens in (PER_TOKEN, *units):
+        bits = tokens / math.log(2)
+        numbers[f"{split}/{key}"] = Number(mean * bits, unit, n, None if stderr is None else stderr * bits)
+    return numbers
 
 
 def unigram_nats(train: np.ndarray, held_out: np.ndarray, n_vocab: int) -> float:

@@ -22,7 +22,11 @@ from igpt.training.nan_guard import FiniteGuard
 log = logging.getLogger(__name__)
 
 UNTIMED, TIMED = 3, 5  # warm-up steps that are not timed; steps timed after them
-UNITS = {"loss_gen": "nats/token", "loss_clf": "nats/image", "accuracy": "share", "loss": "nats"}
+UNITS = {
+    "loss_gen": "nats/token", "loss_clf": "nats/image", "accuracy": "share", "loss": "nats",
+    "bits_per_pixel": "bits/pixel", "bits_per_dim": "bits/dim",
+    "bits_per_dim_of_these_pixels": "bits/dim of these pixels",
+}  # fmt: skip
 
 
 class TrainedModule(L.LightningModule):
