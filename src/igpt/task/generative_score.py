@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from igpt.metric.likelihood import BitUnit, likelihood_numbers
+from igpt.metric.likelihood import PER_DIM, PER_DIM_OF_THESE_PIXELS, BitUnit, likelihood_numbers
 from igpt.metric.result import Number
 from igpt.model.gpt import GPT
 from igpt.objective.base import Objective
@@ -34,8 +34,8 @@ def choose_units(components: Components, split: str) -> list[BitUnit]:
     if changes := components.source.split(split).pixel_changes:
         message = "%s: bits per dimension of these pixels, not to be compared with published densities: %s"
         log.info(message, split, changes)
-        return [*units, BitUnit("bits_per_dim_of_these_pixels", "bits/dim of these pixels", 1.0)]
-    return [*units, BitUnit("bits_per_dim", "bits/dim", 1.0)]
+        return [*units, PER_DIM_OF_THESE_PIXELS]
+    return [*units, PER_DIM]
 
 
 class GenerativeScore:
