@@ -35,7 +35,7 @@ class DecodedSplit:
     def pixel_changes(self) -> str:
         """Of images evenly spaced over the split."""
         some = self.rows[:: max(1, -(-len(self.rows) // LOOKED_AT))].tolist()
-        return describe_changes((data for _, data in self.table.read_encoded(some)), self.crop)
+        return describe_changes((data, self.crop) for _, data in self.table.read_encoded(some))
 
     def prepare(self) -> None: ...
 

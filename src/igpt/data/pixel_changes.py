@@ -11,8 +11,8 @@ LOSSLESS = ("PNG", "BMP", "DIB", "PPM", "QOI", "TGA", "PCX", "ICO")  # Pillow's 
 LOOKED_AT = 256  # images of a split, at most
 
 
-def describe_changes(images: Iterable[bytes], crop: Crop) -> str:
-    """What sets the cropped pixels of some encoded images apart from the stored ones; "" if nothing does.
+def describe_changes(images: Iterable[tuple[bytes, Crop]]) -> str:
+    """What sets the cropped pixels of encoded images, each with its crop, apart from the stored ones; "": nothing.
 
     Reads the headers only. JPEG files that were converted to PNG are not recognised.
 
@@ -20,7 +20,7 @@ def describe_changes(images: Iterable[bytes], crop: Crop) -> str:
         BadImageError: no image.
     """
     changes: dict[str, str] = {}  # kind of change → the first of its kind
-    for data in images:
+    for data, crop in images:
         for kind, change in _list_changes(data, open_image(data), crop):
             changes.setdefault(kind, change)
     return "; ".join(changes.values())

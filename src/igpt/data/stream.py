@@ -138,8 +138,7 @@ class ImageStream:
         records = islice(self.make_reader(0, 1, seed).iterate_epoch(self.initial_state()), n)
         of = [(self.parts[record.part].cut.evaluation, record) for record, _ in records]
         images = [(crop.crop_named(record.data, 0, record.place), record.label) for crop, record in of]
-        found = (describe_changes([record.data], crop) for crop, record in of[:LOOKED_AT])
-        return images, next(filter(None, found), "")
+        return images, describe_changes((record.data, crop) for crop, record in of[:LOOKED_AT])
 
 
 class StreamedImages:

@@ -1,4 +1,4 @@
-"""Published numbers, of Chen et al. 2020 (`paper.yaml`) and of densities (`densities.yaml`), and how to measure each."""
+"""Published numbers: Chen et al. 2020 (`paper.yaml`), densities (`densities.yaml`), and how to measure each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
