@@ -66,12 +66,15 @@ def run(components: Components, settings: CompleteSettings) -> Result:
     continued = data.decode(drawn).reshape(count, completions, side, side, 3)
     grid = np.concatenate([quantised[:, None], shown[:, None], continued], axis=1)
     titles = ("original", "given", *(f"completion {i + 1}" for i in range(completions)))
-    agree = (drawn == originals.repeat_interleave(completions, 0))[:, ~prompt_mask].double()
+    cells = data.tokenizer.grid
+    same = (drawn == originals.repeat_interleave(completions, 0))[:, ~prompt_mask]
+    agree = same.unflatten(1, (-1, cells.channels)).all(2).double()  # (N·M, hidden cells)
     numbers = {}
     if agree.numel():
         share = float(agree.mean())
         interval = wilson_interval(share, count)  # completions of one image are no further images
-        numbers["complete/pixels_as_original"] = Number(share, "share", count, interval=interval)
+        what = "pixels" if cells.rows == side else "tokens"
+        numbers[f"complete/{what}_as_original"] = Number(share, "share", count, interval=interval)
     return Result(
         numbers=numbers,
         grids={"completions": Grid(grid, titles)},
