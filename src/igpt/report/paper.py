@@ -64,7 +64,9 @@ class PublishedRow:
         recipe = load_paper().recipes.get(self.init)
         tokenizer = recipe and recipe.tokenizer
         tokens = f" tokens.path=TOKENIZER, of experiment=paper/{tokenizer}" if tokenizer else ""
-        return f"experiment=paper/{self.init}{tokens}" + (f", or {recipe.released}" if recipe and recipe.released else "")
+        return f"experiment=paper/{self.init}{tokens}" + (
+            f", or {recipe.released}" if recipe and recipe.released else ""
+        )
 
     @property
     def network(self) -> str:
