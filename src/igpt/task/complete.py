@@ -68,7 +68,7 @@ def run(components: Components, settings: CompleteSettings) -> Result:
     titles = ("original", "given", *(f"completion {i + 1}" for i in range(completions)))
     cells = data.tokenizer.grid
     same = (drawn == originals.repeat_interleave(completions, 0))[:, ~prompt_mask]
-    agree = same.unflatten(1, (-1, cells.channels)).all(2).double()  # (N·M, hidden cells)
+    agree = same.view(len(same), -1, cells.channels).all(2).double()  # (N·M, hidden cells)
     numbers = {}
     if agree.numel():
         share = float(agree.mean())

@@ -22,7 +22,6 @@ from igpt.task.reconstruction_score import ReconstructionModule, ReconstructionS
 from igpt.tokens.batches import Batch
 from igpt.tokens.patches import K_MAX, PatchSettings
 from igpt.tokens.pixel_order import PixelOrder
-from igpt.tokens.quantizer import nearest_codes
 from igpt.tokens.tokenizer import Tokenizer
 from igpt.tokens.tokenizer_registry import TOKENIZER, find_tokenizer, save_tokenizer
 from igpt.tokens.vqvae import VQVAE, VQVAEConfig, init_weights, round_pixels, scale_pixels
@@ -106,7 +105,8 @@ class VQVAEModule(TrainedModule):
         """
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             latents = self.network.encoder(scale_pixels(pixels)).permute(0, 2, 3, 1)  # (B, n, n, D)
-            tokens = nearest_codes(latents.flatten(0, 2), self.network.quantizer.codebook).view(latents.shape[:3])
+            flat = latents.flatten(0, 2)
+            tokens = self.network.quantizer.nearest(flat, flat.new_zeros(len(flat))).tokens.view(latents.shape[:3])
             codes = self.network.quantizer.lookup(tokens).permute(0, 3, 1, 2)
             return tokens.flatten(1), self.network.decoder(codes)
 
