@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from igpt.model import c_library, dispatch
 from igpt.model.config import GPTConfig
-from igpt.tokens.quantizer import CHUNK
+from igpt.tokens.code_search import CHUNK
 from igpt.tokens.vqvae import VQVAEConfig, build_decoder, build_encoder
 from igpt.training import cost_estimate as counted
 from igpt.training.hardware import HardwareConfig
