@@ -171,6 +171,16 @@ def test_an_unused_code_begins_anew() -> None:
     assert int(quantizer(followed, keys).tokens.eq(4).sum()) >= 1
 
 
+def train_quantizer(rank: int, count: int) -> dict[str, Tensor]:
+    """The codes after five steps of four images, with restarts, of which this rank has its share; one is drawn twice."""
+    quantizer = EMAQuantizer(32, 4)
+    for number in range(1, 6):
+        images = draw(4, 60, 4, seed=number)
+        images[3], keys = images[0], torch.tensor([7, 5, 9, 7]) + 10 * number
+        step(quantizer, (images[rank::count], keys[rank::count]), step=number, restart_below=0.3)
+    return quantizer.state_dict()
+
+
 def test_stopped_and_resumed() -> None:
     """Invariant: 4 steps are 2 steps, saved and read, and 2 more, to the bit; other orders of images change no code."""
 
