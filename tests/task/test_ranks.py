@@ -23,6 +23,7 @@ from igpt.training.cost_estimate import estimate_cost
 from tests.conftest import ROOT
 from tests.task.conftest import SIZES, Lab, machine, train_tokenizer
 from tests.task.ranks_work import DEEPSPEED, SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples
+from tests.tokens.test_quantizer import train_quantizer
 
 
 def worked(place: Path, *part: str, count: int = 2) -> Path:
@@ -264,6 +265,15 @@ def test_samples_are_shared_out(place: Path, answers: list[dict[str, Any]]) -> N
     """Invariant: five images over two ranks are the five of one process, in their order."""
     for answer in answers:
         assert torch.equal(answer["samples"], samples(place / "whole"))
+
+
+def test_the_codes_of_one_process(answers: list[dict[str, Any]]) -> None:
+    """Invariant: the same on both ranks to the bit; those of one process to 1e-12, and to the last bit of float32."""
+    expected = train_quantizer(0, 1)
+    for name, value in expected.items():
+        assert torch.equal(answers[0]["codes"][name], answers[1]["codes"][name])
+        tolerance = 1e-12 if value.dtype == torch.float64 else 1e-6
+        assert torch.allclose(answers[0]["codes"][name].double(), value.double(), rtol=tolerance, atol=tolerance)
 
 
 def test_one_rank_is_asked_to_stop_and_all_do(place: Path, answers: list[dict[str, Any]]) -> None:
