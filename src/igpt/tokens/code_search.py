@@ -94,7 +94,7 @@ def search(
     size = CHUNK if vectors.device.type == "cpu" else GPU_CHUNK
     results = []
     for some in torch.split(vectors, max(1, size // len(codes))):
-        blocks = torch.addmm(norms, codes, some.T).view(-1, BLOCK, len(some))  # (K' / BLOCK, BLOCK, n)
+        blocks = torch.addmm(norms, codes, some.T).view(len(codes) // BLOCK, BLOCK, len(some))
         least = blocks.amin(1)
         values, block = least.min(0)  # (n,)
         within = blocks.gather(0, block[None, None].expand(1, BLOCK, -1))[0]  # (BLOCK, n)

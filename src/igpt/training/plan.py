@@ -98,7 +98,14 @@ def plan_tokenizer(
     )
     n_vector = batch_size * (side // config.factor) ** 2
     rows = counted.format_plan(plan, memory=_find_memory(machine, on_cpu, devices))
-    return [rows[0], ("vectors a step", f"{n_vector:,} for {config.codes:,} codes"), *rows[1:]]
+    return [
+        rows[0],
+        (
+            "vectors a step",
+            f"{n_vector:,}, {'enough' if n_vector >= config.codes else 'too few'} for {config.codes:,} codes",
+        ),
+        *rows[1:],
+    ]
 
 
 def _is_on_cpu(machine: HardwareConfig) -> bool:
