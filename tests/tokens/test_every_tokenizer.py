@@ -24,6 +24,7 @@ from igpt.run.execute import prepare_task
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.patches import PatchTokenizer, cut_patches
 from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.rgb import RGBTokenizer
 from igpt.tokens.tokenizer import Tokenizer, count_decided_rows
 from igpt.tokens.tokenizer_registry import TOKENIZER, TOKENIZERS, save_tokenizer, tokenizer_from_dict, tokenizer_to_dict
 from igpt.tokens.vqvae import VQVAE, VQVAEConfig, init_weights, scale_pixels
@@ -86,6 +87,7 @@ CASES = {
     "permuted": Case(lambda: PaletteTokenizer(random_palette(40), PixelOrder.from_name(SIDE, "random:1")), 10,
                      ("tokens=fitted", "tokens.order=random:1"), 5),
     "patches": Case(make_patches, 10, ("tokens=patches", "tokens.k=24", "tokens.iterations=5"), 4),
+    "rgb": Case(lambda: RGBTokenizer(PixelOrder.from_name(SIDE, "random:1")), 10, ("tokens=rgb",), 5),
     "vqvae": Case(lambda: make_vqvae(SIDE), 5, ("tokens=vqvae", "tokens.path="), 1, is_exact=False),
     "fsq": Case(lambda: make_vqvae(SIDE, **FSQ), 5, ("tokens=vqvae", "tokens.path="), 1, is_exact=False),
 }  # fmt: skip
