@@ -269,7 +269,6 @@ def test_encoding_and_kmeans(photos: Path, tmp_path: Path) -> None:
     assert own == pytest.approx(reference, rel=0.05)
 
 
-@pytest.mark.usefixtures("medium")
 def test_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: the task and a plain loop have the same losses, before and after the codes start; else no figures."""
     import tokenizer
@@ -283,6 +282,7 @@ def test_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
         tokenizer.main([*small, "--precision", "fp32"])
 
 
+@pytest.mark.usefixtures("medium")
 def test_probe() -> None:
     """Invariant: features equal Hugging Face's (the benchmark says so or ends), and fits end near the minimum."""
     import probe

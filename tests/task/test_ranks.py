@@ -86,8 +86,9 @@ def test_the_tokenizer_of_one_process(answers: list[dict[str, Any]], place: Path
     one = train_tokenizer(tmp_path, on=machine(micro_batch=4))
     for name, curve in one.curves.items():
         assert answers[0]["tokenizer"][name] == pytest.approx(curve.y, rel=1e-5)
-    codebooks = [read_tokenizer(run / "model" / TOKENIZER) for run in (tmp_path, place / "tokenizer")]
-    alone, shared = (tokenizer.network.quantizer.codebook for tokenizer in codebooks)  # type: ignore[attr-defined]
+    files = [run / "model" / TOKENIZER for run in (tmp_path, place / "tokenizer")]
+    networks = [read_tokenizer(file).load_network(torch.device("cpu")) for file in files]  # type: ignore[attr-defined]
+    alone, shared = (network.quantizer.codebook for network in networks)
     assert torch.allclose(shared, alone, rtol=1e-5, atol=1e-5)
     assert "trainer=ddp" in answers[0]["tokenizer refused"]
 
