@@ -36,6 +36,7 @@ from tests.task.conftest import Lab, machine, train_tokenizer
 from tests.task.test_finished_step import OwnError, Raise
 from tests.task.test_stopping import Send
 from tests.tokens.test_palette import random_palette
+from tests.tokens.test_quantizer import train_quantizer
 
 DEEPSPEED = ("deepspeed_2", "deepspeed_3", "deepspeed_3_offload")
 SHARDED_WITH: dict[str, dict[str, Any]] = {
@@ -287,6 +288,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
         patch.setattr(AtomicCheckpointIO, "write", refuse)  # a disk that is full, for one save
         lab.pretrain(place / "full disk", on=on_all())
 
+    answers["codes"] = train_quantizer(rank.index, rank.count)
     answers["streamed"] = streamed(place, rank)
     answers["sharded"] = sharded(lab, place, rank)
 

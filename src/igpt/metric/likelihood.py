@@ -42,15 +42,15 @@ def likelihood_numbers(split: str, per_example_loss: Tensor, units: Sequence[Bit
 
 def unigram_nats(train: np.ndarray, held_out: np.ndarray, n_vocab: int) -> float:
     """Nats per held-out token under the training tokens' histogram (add-one smoothing); both arrays (N, T)."""
-    counts, tested = (count_tokens(tokens, n_vocab).sum(axis=0) for tokens in (train, held_out))  # (V,)
-    return float(-np.log((counts + 1) / (counts + 1).sum()) @ tested / tested.sum())
+    counts = count_tokens(train, n_vocab).sum(axis=0) + 1.0
+    return float(-np.log(counts / counts.sum())[held_out].mean())
 
 
 def position_nats(train: np.ndarray, held_out: np.ndarray, n_vocab: int) -> float:
     """Nats per held-out token under one histogram per position (add-one smoothing); both arrays (N, T)."""
-    counts, tested = (count_tokens(tokens, n_vocab) for tokens in (train, held_out))
-    nats = -np.log((counts + 1) / (counts + 1).sum(axis=1, keepdims=True))  # (T, V)
-    return float((nats * tested).sum() / tested.sum())
+    counts = count_tokens(train, n_vocab) + 1.0
+    nats = -np.log(counts / counts.sum(axis=1, keepdims=True))  # (T, V)
+    return float(nats[np.arange(len(nats)), held_out].mean())
 
 
 def count_tokens(tokens: np.ndarray, n_vocab: int) -> np.ndarray:

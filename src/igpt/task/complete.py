@@ -66,15 +66,14 @@ def run(components: Components, settings: CompleteSettings) -> Result:
     continued = data.decode(drawn).reshape(count, completions, side, side, 3)
     grid = np.concatenate([quantised[:, None], shown[:, None], continued], axis=1)
     titles = ("original", "given", *(f"completion {i + 1}" for i in range(completions)))
-    cells = data.tokenizer.grid
-    same = (drawn == originals.repeat_interleave(completions, 0))[:, ~prompt_mask]
-    agree = same.view(len(same), -1, cells.channels).all(2).double()  # (N·M, hidden cells)
+    cells = (count, completions, -1, data.tokenizer.grid.channels)  # a pixel, or a token that shows several
+    is_given = prompt_mask.view(cells[2:]).all(-1)  # (R²,), or fewer
+    agree = (drawn == originals.repeat_interleave(completions, 0)).view(cells).all(-1)[:, :, ~is_given].double()
     numbers = {}
     if agree.numel():
         share = float(agree.mean())
         interval = wilson_interval(share, count)  # completions of one image are no further images
-        what = "pixels" if cells.rows == side else "tokens"
-        numbers[f"complete/{what}_as_original"] = Number(share, "share", count, interval=interval)
+        numbers["complete/pixels_as_original"] = Number(share, "share", count, interval=interval)
     return Result(
         numbers=numbers,
         grids={"completions": Grid(grid, titles)},

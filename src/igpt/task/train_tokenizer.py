@@ -1,7 +1,7 @@
 """`task=tokenizer`: trains a VQ-VAE, the tokenizer of later runs."""
 
-import copy
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from igpt.checkpoint.igpt_format import check_equal
 from igpt.data.source import Stream, plain_pixels
 from igpt.distributed import ranks
+from igpt.metric.reconstruction import SSIM_WINDOW, code_use_curve
 from igpt.metric.reconstruction import UNITS as OF_IMAGES
-from igpt.metric.reconstruction import code_use_curve
 from igpt.metric.result import Number, Result
 from igpt.run.components import Components
 from igpt.settings.training import TokenizerTaskSettings
@@ -29,7 +30,7 @@ from igpt.tokens.vqvae_tokenizer import VQVAETokenizer
 from igpt.training.base_module import UNITS, TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.hardware import HardwareConfig
-from igpt.training.optimizers import every_step, make_adam, make_scheduler
+from igpt.training.optimizers import every_step, make_adam, warmup_linear
 from igpt.training.plan import count_vqvae_cost
 from igpt.utils import keyed
 
@@ -61,7 +62,7 @@ class VQVAEModule(TrainedModule):
         self.crop = settings.crop or side  # pixels a side of the images trained on
         flops = count_vqvae_cost(config, self.crop).flops
         super().__init__(hardware, settings, flops_per_image=flops, n_ctx=(self.crop // config.factor) ** 2)
-        self.config, self.seed, self.n_val = config, seed, n_val
+        self.config, self.seed = config, seed
         self.network = VQVAE(config)
         init_weights(self.network, seed)
         for part in (self.network.encoder, self.network.decoder):
@@ -74,7 +75,9 @@ class VQVAEModule(TrainedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_adam(self.network.parameters(), **self.settings.adam)
-        return every_step(make_scheduler(optimizer, warmup_steps=self.settings.warmup_steps, steps=self.steps))
+        warmup_steps, decay_share = self.settings.warmup_steps, self.settings.decay_share
+        schedule = partial(warmup_linear, warmup_steps=warmup_steps, steps=self.steps, decay_share=decay_share)
+        return every_step(LambdaLR(optimizer, schedule))
 
     def measure_error(self, images: Tensor, target: Tensor) -> Tensor:
         """The reconstruction error of each image, `l2` or `l1` in [-1, 1]: 2 × (B, 3, R, R) → (B,)."""
@@ -105,8 +108,9 @@ class VQVAEModule(TrainedModule):
         """
         with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
             latents = self.network.encoder(scale_pixels(pixels)).permute(0, 2, 3, 1)  # (B, n, n, D)
-            flat = latents.flatten(0, 2)
-            tokens = self.network.quantizer.nearest(flat, flat.new_zeros(len(flat))).tokens.view(latents.shape[:3])
+            vectors = latents.flatten(0, 2)
+            tokens = self.network.quantizer.nearest(vectors, vectors.new_zeros(len(vectors))).tokens
+            tokens = tokens.view(latents.shape[:3])
             codes = self.network.quantizer.lookup(tokens).permute(0, 3, 1, 2)
             return tokens.flatten(1), self.network.decoder(codes)
 
@@ -132,7 +136,7 @@ class VQVAEModule(TrainedModule):
         used, perplexity = numbers["val/codes_used"], numbers["val/perplexity_share"]
         most = min(1.0, used.n / self.config.codes)  # of few images not all codes can be used
         collapsed = used.value < FEW_USED * most or perplexity.value < LOW_PERPLEXITY * most
-        if collapsed and not self.is_alarmed and bool(self.network.quantizer.is_started):
+        if collapsed and not self.is_alarmed and self.network.quantizer.has_codes:
             self.is_alarmed = True
             log.warning(
                 "the codes have collapsed: %.1f %% of %d are used, perplexity ÷ K is %.3f; narrower codes "
@@ -174,7 +178,11 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
     images = data.source.training()
     n_train = "a stream" if isinstance(images, Stream) else len(images)
     beside = name_tokenizers(settings.compare_with, side=side)
-    if settings.patches and n_val and config.codes <= K_MAX:
+    if n_val and side < SSIM_WINDOW:
+        log.info("no SSIM: its window of %d pixels is larger than the images", SSIM_WINDOW)
+    if settings.patches and n_val and config.codes > K_MAX:
+        log.info("no row of k-means on patches: it takes at most %d codes", K_MAX)
+    elif settings.patches and n_val:
         beside["patches"] = PatchSettings(patch=config.factor, k=config.codes, **PATCHES).build(
             data.source, components.cache_dir
         )
@@ -188,13 +196,13 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
         monitor="val/psnr", highest=True,
     )  # fmt: skip
     progress = runner.fit(module, data, settings, saving)
-    if not bool(module.network.quantizer.is_started):
+    if not module.network.quantizer.has_codes:
         raise ValueError(
             f"the training ended at step {progress.step}, before tokens.unquantised_steps={config.unquantised_steps}: "
             "there are no codes"
         )
     order = PixelOrder.from_name(side // config.factor, trained.order)
-    tokenizer = VQVAETokenizer(copy.deepcopy(module.network).cpu(), side, order)
+    tokenizer = VQVAETokenizer(module.network, side, order)
     if hardware.rank.is_first:
         save_tokenizer(runner.folder / "model" / TOKENIZER, tokenizer)
     n_weight, seen = sum(weight.numel() for weight in module.network.parameters()), progress.step * settings.batch_size
@@ -238,12 +246,13 @@ def check_settings(
         raise ValueError(f"task.crop={crop} is more than the {side} pixels of the images: task.crop=null takes all")
     if crop % factor:
         raise ValueError(f"tokens.factor={factor} does not divide task.crop={crop}: take a multiple of it")
-    if (n_vector := settings.batch_size * (crop // factor) ** 2) < config.codes:
+    has_start = config.quantizer == "ema"
+    if has_start and (n_vector := settings.batch_size * (crop // factor) ** 2) < config.codes:
         raise ValueError(
             f"tokens.codes={config.codes} are more than the {n_vector:,} vectors of a step, from which they begin "
             f"(task.batch_size={settings.batch_size} × ({crop} / {factor})²): lower them, or raise task.batch_size"
         )
-    if settings.steps <= config.unquantised_steps:
+    if has_start and settings.steps <= config.unquantised_steps:
         raise ValueError(
             f"task.steps={settings.steps} end before the codes begin, after tokens.unquantised_steps="
             f"{config.unquantised_steps}: raise the one, or lower the other"

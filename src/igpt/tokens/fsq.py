@@ -53,8 +53,8 @@ class FSQ(Quantizer):
 
     def _bound(self, vectors: Tensor) -> Tensor:
         """Vectors on a scale of which the levels are the whole numbers -⌊L/2⌋ … ⌈L/2⌉ - 1: (…, D) → (…, D)."""
-        half = ((self.levels - 1) * (1 + EPSILON) / 2).to(vectors.dtype)
-        offset = ((self.levels % 2 == 0) / 2).to(vectors.dtype)
+        levels = self.levels.to(vectors.dtype)
+        half, offset = (levels - 1) * (1 + EPSILON) / 2, (1 - levels % 2) / 2
         return torch.tanh(vectors + torch.atanh(offset / half)) * half - offset
 
     def _index(self, rounded: Tensor) -> Tensor:

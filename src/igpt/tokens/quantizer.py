@@ -32,6 +32,8 @@ class Quantized(NamedTuple):
 class Quantizer(nn.Module, ABC):
     """K codes of width D: vectors ↔ tokens 0 … K - 1."""
 
+    has_codes = True  # of the codes that start later: whether they have
+
     def __init__(self, codes: int, width: int) -> None:
         super().__init__()
         self.n_code, self.width = codes, width

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from igpt.data.source import Source
 from igpt.settings.fields import Settings
-from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.pixel_order import PixelOrder, check_rows
 from igpt.tokens.tokenizer import TokenGrid
 from igpt.utils import files
 
@@ -54,6 +54,7 @@ class RGBTokenizer:
 
     def encode_top(self, pixels: Tensor, rows: int) -> Tensor:
         """As `encode`: a token depends on its own pixel alone."""
+        check_rows(rows, self.side)
         return self.encode(pixels)
 
     def encoder(self, cache: Path | None) -> Callable[[Tensor], Tensor]:

@@ -18,8 +18,8 @@ FORMAT = 1  # of that file
 TOKENIZERS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {
     "palette": PaletteTokenizer.from_dict,
     "patches": PatchTokenizer.from_dict,
-    "rgb": RGBTokenizer.from_dict,
     "vqvae": VQVAETokenizer.from_dict,
+    "rgb": RGBTokenizer.from_dict,
 }
 
 
