@@ -12,7 +12,7 @@ from torch import Tensor
 
 from igpt.tokens.vqvae import VQVAE, scale_pixels
 
-# Bound of |z₃₂ - z₆₄| over the longest vector of the image: over 20 times the greatest that was measured, of photographs
+# Bound of |z₃₂ - z₆₄| over the longest vector of the image: over 20 times the greatest measured, of photographs
 # and noise with AVX2 and AVX-512: 7e-7 of trained networks (docs/tokens.md), 1.1e-6 of untrained ones of 256 channels.
 ERROR = 2.5e-5
 ALARM = 10  # an error above ERROR / ALARM is a sign that the bound may not hold: the image is encoded in float64
