@@ -203,7 +203,7 @@ def test_the_row_of_patches(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^callbacks=probe reads the layers of a network, this run trains none"):
         train_tokenizer(tmp_path / "probe", callbacks=[watcher])
     numbers = train_tokenizer(tmp_path, patches=True, steps=4).numbers
-    tokenizer = PatchSettings(patch=2, k=32, n_patches=100_000, iterations=12, order="raster", seed=0).build(
+    tokenizer = PatchSettings(patch=2, k=32, n_patches=200_000, iterations=20, order="raster", seed=0).build(
         source, tmp_path / "other"
     )  # type: ignore[arg-type]
     pixels = source.split("val").pixels
