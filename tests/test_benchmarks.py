@@ -269,6 +269,19 @@ def test_encoding_and_kmeans(photos: Path, tmp_path: Path) -> None:
     assert own == pytest.approx(reference, rel=0.05)
 
 
+def test_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: the task and a plain loop have the same losses, before and after the codes start; else no figures."""
+    import tokenizer
+
+    monkeypatch.setattr(tokenizer, "disable_malloc_trim", lambda: None)
+    small = ["--side", "16", "--crop", "8", "--batch", "4", "--codes", "16", "--hidden", "8", "--steps", "5", *ONCE]
+    report = tokenizer.main([*small, "--precision", "fp32"])
+    assert set(report["images_per_s"]) == {"plain loop fp32", "task=tokenizer fp32", "encoding"}
+    monkeypatch.setattr(tokenizer, "crop_pixels", lambda pixels, keys, side, multiple: pixels[:, :side, :side])
+    with pytest.raises(SystemExit, match="the loss of task=tokenizer and of plain loop differ"):
+        tokenizer.main([*small, "--precision", "fp32"])
+
+
 @pytest.mark.usefixtures("medium")
 def test_probe() -> None:
     """Invariant: features equal Hugging Face's (the benchmark says so or ends), and fits end near the minimum."""

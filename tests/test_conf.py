@@ -62,8 +62,8 @@ def built(*overrides: str) -> Components:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
         choices = dict(cfg.hydra.runtime.choices)
-        cfg = compose("config", overrides=list(overrides))
-    return Components(RunConfig(cfg, choices))
+        cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        return Components(RunConfig(cfg, choices))
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

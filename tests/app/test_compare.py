@@ -234,6 +234,52 @@ def test_an_older_run_belongs_to_the_numbers_of_its_experiment(tmp_path: Path) -
     assert beside(folder) == []
 
 
+def density(tmp_path: Path, number: str, n: int = 10_000, **settings: Any) -> Path:
+    """An evaluation of a network on RGB tokens of CIFAR-10, on paper."""
+    tokens = {"tokens._target_": "igpt.tokens.rgb.RGBSettings", "model.n_layer": 12, "model.n_embd": 256}
+    of_data = {"data.name": "cifar10", "data.resolution": 32}
+    first = made(tmp_path / RUNS / "pretrain-rgb", loss(2.2), **{**tokens, **of_data, "task.batch_size": 64})
+    (first / "model").mkdir()
+    origin = {
+        "network": {"n_layer": 12, "n_embd": 256, "n_vocab": 256, "n_ctx": 3072}, "objective": {"name": "ar"},
+        "tokenizer": {"kind": "rgb", "permutation": list(range(1024))}, "step": 10, "weights_sha256": "f" * 64,
+    }  # fmt: skip
+    (first / "model" / "config.json").write_text(json.dumps(origin))
+    given = {
+        **of_data, "task.name": "evaluate", "task.paper": "bits_per_dim_cifar10", "init": f"{RUNS}/pretrain-rgb",
+        "task.split": number.partition("/")[0], "model.name": "checkpoint", "objective.name": "checkpoint", **settings,
+    }  # fmt: skip
+    numbers = {number: Number(3.21, "bits/dim", n, 0.01)}
+    return made(tmp_path / RUNS / "evaluate-rgb", numbers, provenance={"weights": "f" * 64}, **given)
+
+
+def test_a_density_stands_among_the_published_ones(tmp_path: Path) -> None:
+    """By hand: in the last row of its table, with its number; the other methods' rows have none."""
+    rows = compare_with_paper([read_run(density(tmp_path, "test/bits_per_dim"))])
+    assert [row.published.value for row in rows] == [3.14, 3.03, 2.92, 2.90, 2.85, 2.80, 2.65, 2.56, None]
+    assert [row.ours for row in rows[:-1]] == [None] * 8
+    assert isinstance(rows[-1].ours, Number)
+    assert (rows[-1].ours.value, rows[-1].ours.interval) == (3.21, pytest.approx((3.1904, 3.2296)))
+    assert rows[-1].differs == []
+    assert rows[-1].published.command == "python train.py experiment=paper/bits_per_dim_cifar10 init=RUN"
+
+
+@pytest.mark.parametrize(
+    ("number", "settings", "message"),
+    [
+        ("test/bits_per_dim_of_these_pixels", {}, "of these pixels, not of the published images"),
+        ("val/bits_per_dim", {"n": 5000}, "measured on val, not test"),
+        ("test/bits_per_dim", {"n": 500}, "on 500 images (paper: 10,000)"),
+        ("test/bits_per_dim_of_these_pixels", {"data.resolution": 16}, "data.resolution 16 (paper: 32)"),
+    ],
+)
+def test_what_a_density_differs_in_is_said(tmp_path: Path, number: str, settings: dict[str, Any], message: str) -> None:
+    """Invariant: a number of lossy, resized or other pixels does not pass for one of the published images."""
+    (row,) = beside(density(tmp_path, number, **settings))
+    assert isinstance(row.ours, Number)
+    assert any(line.startswith(message) for line in row.differs), row.differs
+
+
 def test_a_key_is_a_label(tmp_path: Path) -> None:
     """Invariant: neither a run's name nor a pipeline's depends on it; one that is none is refused, with the nearest."""
     assert built("task.paper=pretrain_s").run.name == built().run.name
@@ -317,6 +363,19 @@ def test_losses_of_other_tokens_do_not_compare(tmp_path: Path) -> None:
     assert of_losses.caution == "not comparable: these are of several objectives"
     assert table(of_losses)[0][1] == "val/loss_gen, nats/token (in no order)"
     assert summarize(folders, "val/accuracy").caution == ""
+
+
+def test_bits_per_dimension_of_other_sizes_do_not_compare(tmp_path: Path) -> None:
+    """By hand: a density is one in any order of the tokens, not at any size; bits per pixel depend on the tokens."""
+    numbers = {f"val/{name}": Number(3.0, unit, 9) for name, unit in (("dim", "bits/dim"), ("pixel", "bits/pixel"))}
+    folders = [
+        made(tmp_path / f"{side}-{order}", numbers, provenance={"tokenizer": order}, data__resolution=side,
+             tokens__order=order)
+        for side, order in ((8, "raster"), (8, "random"), (16, "raster"))
+    ]  # fmt: skip
+    assert summarize(folders, "val/dim").caution == "not comparable: these are of several resolutions"
+    assert summarize(folders[:2], "val/dim").caution == ""
+    assert summarize(folders[:2], "val/pixel").caution == "not comparable: these are of several tokenizers"
 
 
 def run_compare(tmp_path: Path, *overrides: str) -> tuple[Result, Path]:

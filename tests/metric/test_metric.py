@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from igpt.metric.likelihood import likelihood_numbers, position_nats, unigram_nats
+from igpt.metric.likelihood import PER_DIM, BitUnit, likelihood_numbers, position_nats, unigram_nats
 from igpt.metric.throughput import Meter, train_flops_per_image
 from igpt.model.config import GPTConfig
 
@@ -27,6 +27,29 @@ def test_the_papers_bits() -> None:
     """Independent source: iGPT-L's 2.0466 nats are 2.9526 bits."""
     nats = torch.tensor([2.0466], dtype=torch.float64)
     assert likelihood_numbers("test", nats)["test/bits_per_token"].value == pytest.approx(2.9526, abs=1e-4)
+
+
+def test_bits_of_pixels_and_dimensions() -> None:
+    """By hand: ln 2 and 3 ln 2 nats a token are 1 and 3 bits; a quarter a pixel in 2×2 patches, thrice that in RGB."""
+    nats = torch.tensor([math.log(2), 3 * math.log(2)], dtype=torch.float64)
+    for tokens, bits in ((0.25, 0.5), (3.0, 6.0)):
+        numbers = likelihood_numbers("val", nats, [BitUnit("bits_per_pixel", "bits/pixel", tokens), PER_DIM])
+        assert numbers["val/bits_per_pixel"].value == pytest.approx(bits)
+        assert numbers["val/bits_per_pixel"].stderr == pytest.approx(tokens)  # 2 values 2 bits apart: 1 bit a token
+        assert numbers["val/bits_per_dim"].value == pytest.approx(2)
+
+
+def test_histograms_of_many_images() -> None:
+    """Independent source: log-probabilities looked up token by token, over more images than are counted at once."""
+    rng = np.random.default_rng(0)
+    train, held_out = rng.integers(0, 7, (2500, 3)), rng.integers(0, 7, (1300, 3)).astype(np.int16)
+    by_place = np.array([[(train[:, t] == v).sum() + 1 for v in range(7)] for t in range(3)], float)
+    nats = -np.log(by_place / by_place.sum(1, keepdims=True))
+    assert position_nats(train, held_out, 7) == pytest.approx(
+        np.mean([nats[t, row[t]] for row in held_out for t in range(3)])
+    )
+    overall = by_place.sum(0) - 2  # one added to each, not three
+    assert unigram_nats(train, held_out, 7) == pytest.approx(-np.log(overall / overall.sum())[held_out].mean())
 
 
 def test_histograms_by_hand() -> None:

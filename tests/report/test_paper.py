@@ -16,6 +16,7 @@ TITLES = {
     "parameters": "Sizes", "loss": "Generative loss", "probe": "Linear probe: CIFAR", "low_data": "Few labels",
     "probe_imagenet": "Linear probe: ImageNet", "finetune": "Fine-tuning",
 }  # fmt: skip
+DENSITIES = [row for row in PAPER.rows if row.table.startswith("Bits per dimension")]
 FILES = sorted(path.stem for path in (CONF / "experiment" / "paper").glob("*.yaml"))
 NAMES = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100", "STL-10": "stl10", "ImageNet": "imagenet"}
 
@@ -152,7 +153,7 @@ def test_others_numbers_are_the_digests(digest: str) -> None:
             assert cell, part
             name, value = cell.groups()
             names.append((setting.split()[0], name.lower(), float(value)))
-    beside = [p for p in PAPER.rows if not p.is_ours and p not in select_rows("low_data")]
+    beside = [p for p in PAPER.rows if not p.is_ours and p not in [*select_rows("low_data"), *DENSITIES]]
     titles = {value: key for key, value in NAMES.items()}
     own = [(titles[str(p.dataset)], p.method.lower(), round(100 * (p.value or 0), 4)) for p in beside]
     spelt = [(data, "amdim-l" if name == "amdim(-l)" else name, value) for data, name, value in names]
@@ -162,16 +163,37 @@ def test_others_numbers_are_the_digests(digest: str) -> None:
     assert not any(p.command for p in PAPER.rows if not p.is_ours)
 
 
+def test_densities_are_those_of_their_abstracts() -> None:
+    """Independent source, by hand: the abstracts of PixelSNAIL, the Image Transformer, i-DODE; test/bits_per_dim."""
+    stated = {
+        ("PixelSNAIL", "cifar10"): [2.85], ("PixelSNAIL", "downsampled_imagenet"): [3.80],
+        ("Image Transformer", "downsampled_imagenet"): [3.77], ("gated PixelCNN", "downsampled_imagenet"): [3.83],
+        ("i-DODE", "cifar10"): [2.56], ("i-DODE", "downsampled_imagenet"): [3.69, 3.43],
+    }  # fmt: skip
+    of_32 = [p for p in DENSITIES if p.resolution == 32]
+    assert stated == {(m, d): [p.value for p in of_32 if (p.method, p.dataset) == (m, d)] for m, d in stated}
+    tables = {p.table: [row for row in DENSITIES if row.table == p.table] for p in DENSITIES}
+    assert [len(rows) for rows in tables.values()] == [9, 7, 6]
+    for *others, own in tables.values():  # from high to low; the last row is for runs of this repository
+        values = [p.value for p in others]
+        assert values == sorted(values, reverse=True)
+        assert {(p.key, p.is_ours, p.printed.endswith(" bits/dim")) for p in others} == {("", False, True)}
+        assert own.is_ours
+        assert own.unpublished
+        assert own.value is None
+
+
 def test_every_number_has_a_command_or_a_reason() -> None:
     """Invariant; and its weights have a recipe."""
     for published in PAPER.rows:
         assert published.command or published.why_not
         assert ("init=RUN" in published.command) == bool(published.key and published.init)
         if published.init is not None:
+            assert published.run.startswith(f"experiment=paper/{published.init}")
+        if published.init is not None and published not in DENSITIES:
             recipe = PAPER.recipes[published.init].network
             assert recipe == {key: getattr(published, key) for key in ("method", "objective", "resolution")}
-            assert published.run.startswith(f"experiment=paper/{published.init}")
-    assert {p.method for p in PAPER.rows if p.is_ours} == {*PAPER.sizes, "iGPT's VQ-VAE"}
+    assert {p.method for p in PAPER.rows if p.is_ours and p not in DENSITIES} == {*PAPER.sizes, "iGPT's VQ-VAE"}
 
 
 def composed(name: str) -> dict[str, object]:
@@ -182,7 +204,31 @@ def composed(name: str) -> dict[str, object]:
     return {str(key): value for key, value in body.items()}
 
 
-@pytest.mark.parametrize("name", FILES)
+OF_DENSITIES = sorted({str(name) for row in DENSITIES if row.key for name in (row.key, row.init)})
+
+
+@pytest.mark.parametrize("name", OF_DENSITIES)
+def test_a_density_is_measured_on_the_images_of_the_published_ones(name: str) -> None:
+    """Round trip: files of pretraining and of evaluation name the row of their table, and list the others.
+
+    Images are not cropped, flipped or, if they have that size, resized; next tokens are predicted, of RGB values.
+    """
+    config = composed(name)
+    (own,) = (row for row in DENSITIES if name in (row.key, row.init))
+    others = [row for row in DENSITIES if row.table == own.table and row is not own]
+    assert config["published"] == [format_row(row) for row in others]
+    settings = flatten(config)
+    expected = {
+        "task.paper": own.key, "data.name": own.dataset, "data.resolution": own.resolution, "data.crop.size": None,
+        "data.crop.eval_short_side": None, "data.augment.flip": False, "data.augment.pad": 0,
+    } | ({"task.name": "evaluate", "task.split": "test"} if name == own.key else {
+        "task.name": "pretrain", "tokens._target_": "igpt.tokens.rgb.RGBSettings", "tokens.order": "raster",
+        "objective.name": "ar",
+    })  # fmt: skip
+    assert {key: settings[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in OF_DENSITIES])
 def test_an_experiment_file_says_what_is_published(name: str) -> None:
     """Round trip: its lines are those of the numbers it is for; and each setting that the paper states is the paper's.
 

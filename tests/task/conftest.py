@@ -5,7 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from hydra.utils import get_object
 
 from igpt.checkpoint.find import find_weights
@@ -20,11 +23,12 @@ from igpt.objective.bert import BERT
 from igpt.run.components import Components
 from igpt.run.targets import task_settings
 from igpt.settings.fields import parse_settings
-from igpt.tokens.datamodule import TokenDataModule
+from igpt.tokens.datamodule import PixelDataModule, TokenDataModule
 from igpt.tokens.kmeans import fit_palette
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.vqvae_tokenizer import VQVAESettings
 from igpt.training.hardware import HardwareConfig
 from igpt.training.trainer import Runner
 from tests.conftest import parts_of_run, perturbed
@@ -152,6 +156,37 @@ EVALUATE: dict[str, Any] = {
     "accuracy": "auto",
     "eval_masks": 5,
 }
+VQVAE: dict[str, Any] = {
+    "path": None,
+    "order": "raster",
+    "factor": 2,
+    "codes": 32,
+    "quantizer": "ema",
+    "code_width": 4,
+    "hidden": 8,
+    "residual_blocks": 1,
+    "loss": "l2",
+    "commitment": 0.25,
+    "decay": 0.8,
+    "unquantised_steps": 3,
+    "restart_below": 0.5,
+}
+TOKENIZER: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 8,
+    "learning_rate": 0.01,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "weight_decay": 0.0,
+    "warmup_steps": 2,
+    "crop": 8,
+    "val_every": 4,
+    "log_every": 1,
+    "checkpoint_every": 4,
+    "checkpoint_keep": 9,
+    "compare_with": [],
+    "patches": False,
+}
 PARTS = ("on", "callbacks", "loggers", "objective", "cache", "network")  # of `Lab.components`, not settings of a task
 
 
@@ -238,6 +273,47 @@ class Lab:
 
     def evaluate(self, folder: Path, weights: Weights, **changed: Any) -> Any:
         return self.execute("evaluate", folder, weights, **{**EVALUATE, **changed})
+
+
+def smooth_pictures(n: int, *, side: int = 12, seed: int = 0) -> np.ndarray:
+    """Pictures of colours that change slowly, (n, side, side, 3) uint8."""
+    colours = torch.from_numpy(np.random.default_rng(seed).uniform(0, 255, (n, 3, 4, 4)))
+    pixels = F.interpolate(colours, size=(side, side), mode="bilinear", align_corners=True)
+    return pixels.round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def pictures(side: int = 12) -> Arrays:
+    """60 smooth pictures to train on, 21 to validate."""
+    parts = {"train": (60, 0), "val": (21, 1)}
+    splits = {name: smooth_pictures(n, side=side, seed=seed) for name, (n, seed) in parts.items()}
+    full = {name: ArraySplit(pixels, np.zeros(len(pixels), dtype=np.int64)) for name, pixels in splits.items()}
+    return Arrays(full, n_class=None, class_names=None, resolution=side)
+
+
+def train_tokenizer(
+    folder: Path,
+    *,
+    on: HardwareConfig | None = None,
+    callbacks: Any = (),
+    source: Any = None,
+    tokens: dict[str, Any] | None = None,
+    **changed: Any,
+) -> Result:
+    """`task=tokenizer` with TOKENIZER's settings and VQVAE's, on smooth pictures."""
+    on, source = on or machine(), source or pictures()
+    components = parts_of_run(
+        runner=Runner(machine=on, folder=folder, callbacks=list(callbacks)),
+        hardware=on,
+        run_dir=folder,
+        cache_dir=folder / "cache",
+        seed=0,
+        source=source,
+        vqvae_settings=parse_settings(VQVAESettings, VQVAE | (tokens or {}), "tokens"),
+        build_pixel_datamodule=lambda plan: PixelDataModule(source=source, seed=0, num_workers=0, plan=plan),
+    )
+    target = "igpt.task.train_tokenizer.run"
+    found: Result = get_object(target)(components, task_settings(target, {**TOKENIZER, **changed}))
+    return found
 
 
 def check_bad_settings(task: str, good: dict[str, Any], changed: dict[str, Any], message: str) -> None:

@@ -32,10 +32,11 @@ from igpt.training.hardware import HardwareConfig
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.utils import files, keyed
 from tests.data.conftest import mixture
-from tests.task.conftest import Lab, machine
+from tests.task.conftest import Lab, machine, train_tokenizer
 from tests.task.test_finished_step import OwnError, Raise
 from tests.task.test_stopping import Send
 from tests.tokens.test_palette import random_palette
+from tests.tokens.test_quantizer import train_quantizer
 
 DEEPSPEED = ("deepspeed_2", "deepspeed_3", "deepspeed_3_offload")
 SHARDED_WITH: dict[str, dict[str, Any]] = {
@@ -267,6 +268,12 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     answers["saved"] = None if saved is None else parse_step(saved)
     answers["repaired"] = {name: c.y for name, c in lab.pretrain(place / "failed", **stopped).curves.items()}
 
+    tokens = train_tokenizer(place / "tokenizer", on=on_all(micro_batch=2))
+    answers["tokenizer"] = {name: curve.y for name, curve in tokens.curves.items()}
+    answers["tokenizer refused"] = raised(
+        ValueError, train_tokenizer, place / "sharded tokenizer", on=on_all(strategy="fsdp")
+    )
+
     answers["not finite"] = raised(
         NonFiniteLossError, lab.pretrain, place / "nan", on=on_all(), learning_rate=1e30, warmup_steps=0
     )
@@ -281,6 +288,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
         patch.setattr(AtomicCheckpointIO, "write", refuse)  # a disk that is full, for one save
         lab.pretrain(place / "full disk", on=on_all())
 
+    answers["codes"] = train_quantizer(rank.index, rank.count)
     answers["streamed"] = streamed(place, rank)
     answers["sharded"] = sharded(lab, place, rank)
 

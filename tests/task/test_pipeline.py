@@ -12,22 +12,26 @@ from igpt.report.summary import summarize
 from igpt.run.sweep import Job
 from igpt.run.targets import task_settings
 from igpt.task.pipeline import run
+from igpt.utils import files
 from tests.conftest import parts_of_run
 from tests.report.test_page import finished
 
 
 class Stages:
-    """Stages that note what they were started from; those named `train…` leave weights."""
+    """Stages that note what they were started from; those named `train…` leave weights, `tokenize…` a tokenizer."""
 
     def __init__(self, results: dict[str, Result]) -> None:
-        self.results, self.started = results, {}
+        self.results, self.started, self.tokenizers = results, {}, {}
 
     started: dict[str, Any]
+    tokenizers: dict[str, str | None]
 
-    def __call__(self, name: str, *, folder: Path, init: Any) -> tuple[Result, Path]:
-        self.started[name] = init
+    def __call__(self, name: str, *, folder: Path, init: Any, tokenizer: str | None) -> tuple[Result, Path]:
+        self.started[name], self.tokenizers[name] = init, tokenizer
         if name.startswith("train"):
             (folder / "model").mkdir(parents=True)
+        if name.startswith("tokenize"):
+            files.write_json(folder / "model" / "tokenizer.json", {})
         return self.results.get(name, Result()), folder
 
 
@@ -60,6 +64,15 @@ def test_each_stage_starts_from_the_weights_it_names(tmp_path: Path) -> None:
         "compared": [a, b],
         "last": a,
     }
+
+
+def test_stages_take_the_last_tokenizer(tmp_path: Path) -> None:
+    """Invariant: of the stages before; it is no weights to start from."""
+    stages = Stages({})
+    pipeline(stages, tmp_path, stages={name: {} for name in ("train_a", "tokenize", "train_b", "probe")}, bars={})
+    tokenizer = str(tmp_path / "2_tokenize")
+    assert stages.tokenizers == {"train_a": None, "tokenize": None, "train_b": tokenizer, "probe": tokenizer}
+    assert stages.started["train_b"] == str(tmp_path / "1_train_a")
 
 
 def test_everything_is_named_by_its_stage(tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ from igpt.distributed.launcher import run_ranks
 from igpt.model.config import GPTConfig
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
+from igpt.tokens.tokenizer_registry import TOKENIZER, read_tokenizer
 from igpt.training.cost_estimate import estimate_cost
 from tests.conftest import ROOT
-from tests.task.conftest import SIZES, Lab, machine
+from tests.task.conftest import SIZES, Lab, machine, train_tokenizer
 from tests.task.ranks_work import DEEPSPEED, SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples
+from tests.tokens.test_quantizer import train_quantizer
 
 
 def worked(place: Path, *part: str, count: int = 2) -> Path:
@@ -77,6 +79,18 @@ def test_the_losses_of_one_process(answers: list[dict[str, Any]], alone: Lab, tm
     assert len(one.curves["train/loss_gen"].y) == 20
     bert = alone.pretrain(tmp_path / "bert", objective=BERT(mask_probability=0.15))
     assert answers[0]["bert"] == pytest.approx(bert.curves["train/loss_gen"].y, rel=1e-5)
+
+
+def test_the_tokenizer_of_one_process(answers: list[dict[str, Any]], place: Path, tmp_path: Path) -> None:
+    """Invariant: the losses and the codebook of a VQ-VAE, its start and restarts included; it cannot be sharded."""
+    one = train_tokenizer(tmp_path, on=machine(micro_batch=4))
+    for name, curve in one.curves.items():
+        assert answers[0]["tokenizer"][name] == pytest.approx(curve.y, rel=1e-5)
+    files = [run / "model" / TOKENIZER for run in (tmp_path, place / "tokenizer")]
+    networks = [read_tokenizer(file).load_network(torch.device("cpu")) for file in files]  # type: ignore[attr-defined]
+    alone, shared = (network.quantizer.codebook for network in networks)
+    assert torch.allclose(shared, alone, rtol=1e-5, atol=1e-5)
+    assert "trainer=ddp" in answers[0]["tokenizer refused"]
 
 
 def test_a_network_in_parts_learns_as_a_whole_one(answers: list[dict[str, Any]]) -> None:
@@ -252,6 +266,15 @@ def test_samples_are_shared_out(place: Path, answers: list[dict[str, Any]]) -> N
     """Invariant: five images over two ranks are the five of one process, in their order."""
     for answer in answers:
         assert torch.equal(answer["samples"], samples(place / "whole"))
+
+
+def test_the_codes_of_one_process(answers: list[dict[str, Any]]) -> None:
+    """Invariant: the same on both ranks to the bit; those of one process to 1e-12, and to the last bit of float32."""
+    expected = train_quantizer(0, 1)
+    for name, value in expected.items():
+        assert torch.equal(answers[0]["codes"][name], answers[1]["codes"][name])
+        tolerance = 1e-12 if value.dtype == torch.float64 else 1e-6
+        assert torch.allclose(answers[0]["codes"][name].double(), value.double(), rtol=tolerance, atol=tolerance)
 
 
 def test_one_rank_is_asked_to_stop_and_all_do(place: Path, answers: list[dict[str, Any]]) -> None:

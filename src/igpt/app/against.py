@@ -6,6 +6,7 @@ from fnmatch import filter as matching
 from pathlib import Path
 from typing import Any
 
+from igpt.metric.likelihood import OF_THESE_PIXELS
 from igpt.metric.result import Number
 from igpt.report.closing_table import format_readable
 from igpt.report.groups import format_typed, group_by_seed
@@ -68,7 +69,7 @@ def paper_key(run: RunRecord) -> str:
 
 def read_measured(row: PublishedRow, run: RunRecord) -> Number | str | None:
     """The run's value of a published number; of a figure, its numbers and pictures as text; None if it has none."""
-    if row.value is None:
+    if row.value is None and not row.unpublished:
         patterns = [_name_within(run, pattern) for pattern in row.number.split(", ")]
         shown = {name: f"{name} {format_readable(number)}" for name, number in run.result.numbers.items()}
         shown |= {name: str(file) for name, file in run.result.files.items()}
@@ -81,10 +82,11 @@ def read_measured(row: PublishedRow, run: RunRecord) -> Number | str | None:
 
 
 def _name_within(run: RunRecord, name: str) -> str:
-    """The key of a number in the run's result: `name`, or the same number on a later one of SPLITS."""
+    """The key of a number in the run's result: `name`, of these pixels alone, or on a later one of SPLITS."""
     split, _, of = name.partition("/")
     splits = SPLITS[SPLITS.index(split) :] if split in SPLITS else ()
-    return next((f"{other}/{of}" for other in splits if f"{other}/{of}" in run.result.numbers), name)
+    keys = [f"{other}/{of}{end}" for other in splits for end in ("", OF_THESE_PIXELS)]
+    return next((key for key in keys if key in run.result.numbers), name)
 
 
 def list_differences(row: PublishedRow, run: RunRecord) -> list[str]:
@@ -107,7 +109,10 @@ def list_differences(row: PublishedRow, run: RunRecord) -> list[str]:
 def _list_measuring_differences(row: PublishedRow, run: RunRecord) -> list[str]:
     """Differences in the split, the number of images, and the place of the images."""
     name, number, n = _name_within(run, row.number), read_measured(row, run), load_paper().images.get(row.dataset or "")
-    lines = [] if name == row.number else [f"measured on {name.partition('/')[0]}, not {row.number.partition('/')[0]}"]
+    split, asked = (key.partition("/")[0] for key in (name, row.number))
+    lines = [] if split == asked else [f"measured on {split}, not {asked}"]
+    if name.endswith(OF_THESE_PIXELS):
+        lines.append("of these pixels, not of the published images: theirs are lossless and not resized")
     if isinstance(number, Number) and number.deviation is None and n not in (None, number.n):
         lines.append(f"on {number.n:,} images (paper: {n:,})")
     place = run.settings.get("data.path")

@@ -247,6 +247,8 @@ def read_training_checkpoint(path: Path) -> Weights:
 def extract_metadata(checkpoint: Any, path: Path) -> CheckpointMetadata:
     """The metadata in a training checkpoint. Raises ValueError if it has none."""
     saved = checkpoint if isinstance(checkpoint, dict) else {}
+    if "tokenizer" in saved:
+        raise ValueError(f"{path} is of a tokenizer, not a network: tokens=vqvae tokens.path=RUN_FOLDER takes it")
     if METADATA_KEY not in saved or "format" not in saved:
         raise ValueError(f"{path} is no checkpoint of a network that this project trained: it does not say what it is")
     return read_metadata(saved[METADATA_KEY], path, check_format(saved["format"], path))

@@ -16,6 +16,7 @@ from igpt.settings.data import Fraction, LabelsPerClass
 from igpt.settings.fields import Seed, Share
 
 LEVELS = 16  # the largest grey level: 0 … 16
+CHANGES = f"{LEVELS + 1} grey levels spread over 0 … 255, in three equal channels"
 
 
 class Digits:
@@ -59,7 +60,7 @@ class Digits:
             of_train = labels[indices["train"]]
             rows = balanced_subset(of_train, per_class=labels_per_class, seed=subset_seed, where="digits")
             indices["train"] = indices["train"][rows]
-        self._splits = {name: ArraySplit(pixels[rows], labels[rows]) for name, rows in indices.items()}
+        self._splits = {name: ArraySplit(pixels[rows], labels[rows], CHANGES) for name, rows in indices.items()}
         self._moved = VariedSplit(self._splits["train"], partial(shift_images, by=shift, share=shift_share))
 
     def split(self, name: str) -> ArraySplit:

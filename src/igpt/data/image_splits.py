@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from igpt.data import cache as pixel_cache
 from igpt.data.crop import Crop
 from igpt.data.image_table import Table
+from igpt.data.pixel_changes import LOOKED_AT, describe_changes
 from igpt.data.source import Pixels
 
 
@@ -29,6 +30,12 @@ class DecodedSplit:
     def labels(self) -> np.ndarray:
         labels: np.ndarray = self.of_table[self.rows]
         return labels
+
+    @cached_property
+    def pixel_changes(self) -> str:
+        """Of images evenly spaced over the split."""
+        some = self.rows[:: max(1, -(-len(self.rows) // LOOKED_AT))].tolist()
+        return describe_changes((data, self.crop) for _, data in self.table.read_encoded(some))
 
     def prepare(self) -> None: ...
 
@@ -64,6 +71,10 @@ class CachedSplit:
     @property
     def labels(self) -> np.ndarray:
         return self.decoded.labels
+
+    @property
+    def pixel_changes(self) -> str:
+        return self.decoded.pixel_changes
 
     def prepare(self) -> None:
         if self._pixels is None and len(self):

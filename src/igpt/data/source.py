@@ -28,6 +28,14 @@ class Split(Protocol):
         """The labels of all images, (N,) int64, without reading an image."""
         ...
 
+    @property
+    def pixel_changes(self) -> str:
+        """What sets the pixels apart from stored lossless 8-bit RGB, as `JPEG files; resized from 32×32`; "": nothing.
+
+        Found from some of the images.
+        """
+        ...
+
     def prepare(self) -> None:
         """Builds caches that make reads fast. Optional: `read` returns the same without it."""
         ...
@@ -97,6 +105,7 @@ class ArraySplit:
 
     pixels: np.ndarray
     labels: np.ndarray
+    pixel_changes: str = ""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -121,6 +130,10 @@ class VariedSplit:
     @property
     def labels(self) -> np.ndarray:
         return self.plain.labels
+
+    @property
+    def pixel_changes(self) -> str:
+        return self.plain.pixel_changes
 
     def prepare(self) -> None:
         self.plain.prepare()

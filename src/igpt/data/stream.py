@@ -13,6 +13,7 @@ from igpt.data.classes import Classes
 from igpt.data.crop import CropPlan, padded_crop
 from igpt.data.image_decoding import BadImageError, decode_rgb, open_image
 from igpt.data.image_table import Cell, read_cell
+from igpt.data.pixel_changes import LOOKED_AT, describe_changes
 from igpt.data.shard_reader import ReaderState, ShardAssignment, ShardReader
 from igpt.data.shards import BadShardError, Shards
 from igpt.data.source import ArraySplit, Pixels
@@ -129,11 +130,15 @@ class ImageStream:
                 pixels[mine] = padded_crop(pixels[mine], part_keys, pad=part.cut.pad, flip=part.cut.flip)
         return Pixels(pixels, np.array([record.label for record in records], dtype=np.int64))
 
-    def take(self, n: int, seed: int) -> list[tuple[np.ndarray, int]]:
-        """The first n images in the order of a single reader, in the evaluation crop, with labels."""
+    def take(self, n: int, seed: int) -> tuple[list[tuple[np.ndarray, int]], str]:
+        """The first n images in the order of a single reader, in the evaluation crop, with labels, and their changes.
+
+        The changes are those that `describe_changes` finds in the first of them.
+        """
         records = islice(self.make_reader(0, 1, seed).iterate_epoch(self.initial_state()), n)
         of = [(self.parts[record.part].cut.evaluation, record) for record, _ in records]
-        return [(crop.crop_named(record.data, 0, record.place), record.label) for crop, record in of]
+        images = [(crop.crop_named(record.data, 0, record.place), record.label) for crop, record in of]
+        return images, describe_changes((record.data, crop) for crop, record in of[:LOOKED_AT])
 
 
 class StreamedImages:
@@ -172,9 +177,10 @@ class StreamedImages:
 
     def split(self, name: str) -> ArraySplit:
         if name not in self._kept:
-            images = self._streams[name].take(self.held_in_memory, self.split_seed) if name in self._streams else []
+            stream = self._streams.get(name)
+            images, changes = stream.take(self.held_in_memory, self.split_seed) if stream else ([], "")
             pixels = np.array([pixels for pixels, _ in images], np.uint8).reshape(-1, self.side, self.side, 3)
-            self._kept[name] = ArraySplit(pixels, np.array([label for _, label in images], dtype=np.int64))
+            self._kept[name] = ArraySplit(pixels, np.array([label for _, label in images], dtype=np.int64), changes)
             log.info("data: keeping %d images of the stream as %s", len(images), name)
         return self._kept[name]
 

@@ -28,6 +28,14 @@ def float32_matmul_precision(precision: str) -> AbstractContextManager[None]:
     return _setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, precision)
 
 
+def cudnn_tf32(allowed: bool) -> AbstractContextManager[None]:
+    """Sets whether float32 convolutions on a GPU may round to TF32 in the block."""
+    import torch
+
+    cudnn = torch.backends.cudnn
+    return _setting(lambda: cudnn.allow_tf32, lambda value: setattr(cudnn, "allow_tf32", value), allowed)
+
+
 def num_threads(count: int) -> AbstractContextManager[None]:
     """Sets the number of PyTorch's intra-op threads in the block."""
     import torch

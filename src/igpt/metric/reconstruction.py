@@ -9,7 +9,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from igpt.metric.result import Curve, Number
 
 LEVELS = 255.0  # range of a pixel
-SSIM_WINDOW = 11  # pixels a side (Wang et al. 2004), Gaussian of σ 1.5; smaller images have no SSIM
+SSIM_WINDOW = 11  # pixels a side (Wang et al. 2004), Gaussian of σ 1.5, borders reflected; smaller images have no SSIM
 UNITS = {"psnr": "dB", "ssim": "of 1", "mae": "grey levels"}
 MOST_POINTS = 512  # of the curve of code use
 

@@ -21,7 +21,7 @@ KINDS = {  # suffix of a picture's name → (heading, caption)
     "completions": ("Completions", "A held-out image, the part of it that was given, and how the network went on."),
     "reconstructed_images": (
         "Reconstructions",
-        "Held-out images, and what each tokenizer draws from its tokens, with the difference: black is none.",
+        "Held-out images, and what each tokenizer draws from its tokens, with the error, amplified: black is none.",
     ),
     "palette_images": ("Palette", "Images, and the same in the colours of the palette."),
     "colours": ("Palette", "Every colour of the palette, in the order of the tokens."),

@@ -1,4 +1,4 @@
-"""The published numbers of Chen et al. 2020, from `paper.yaml`, and the command that measures each here."""
+"""Published numbers: Chen et al. 2020 (`paper.yaml`), densities (`densities.yaml`), and how to measure each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,10 @@ from omegaconf import OmegaConf
 
 from igpt.utils.overrides import suggest_name
 
-DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "stl10": "STL-10", "imagenet": "ImageNet"}
+DATASETS = {
+    "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "stl10": "STL-10", "imagenet": "ImageNet",
+    "downsampled_imagenet": "downsampled ImageNet",
+}  # fmt: skip
 PRETRAINING = "pretraining."  # before the settings of the run that trained the weights
 
 
@@ -21,7 +24,8 @@ class PublishedRow:
     table: str  # title of its table
     method: str  # iGPT-S, M, L, XL; iGPT's VQ-VAE; or another paper's
     source: str
-    value: float | None = None  # None: a figure, whose claim is in `detail`
+    value: float | None = None  # None: a figure, whose claim is in `detail`; or `unpublished`
+    unpublished: bool = False  # of no publication: the row of this repository's runs among other methods
     unit: str = "share"
     dataset: str | None = None  # as in conf/data; None: any
     objective: str | None = None  # ar, bert; None: another method, or either
@@ -42,7 +46,7 @@ class PublishedRow:
     @property
     def is_ours(self) -> bool:
         """Whether it is of an Image GPT."""
-        return self.method.startswith("iGPT")
+        return self.method.startswith(("iGPT", "Image GPT"))
 
     @property
     def command(self) -> str:
@@ -57,9 +61,9 @@ class PublishedRow:
         """The experiment or released weights that RUN stands for; "" without RUN."""
         if self.init is None:
             return ""
-        recipe = load_paper().recipes[self.init]
-        tokens = f" tokens.path=TOKENIZER, of experiment=paper/{recipe.tokenizer}" if recipe.tokenizer else ""
-        return f"experiment=paper/{self.init}{tokens}" + (f", or {recipe.released}" if recipe.released else "")
+        recipe = load_paper().recipes.get(self.init)
+        tokens = f" tokens.path=TOKENIZER, of experiment=paper/{recipe.tokenizer}" if recipe and recipe.tokenizer else ""
+        return f"experiment=paper/{self.init}{tokens}" + (f", or {recipe.released}" if recipe and recipe.released else "")
 
     @property
     def network(self) -> str:
@@ -79,7 +83,8 @@ class PublishedRow:
         """The value as the paper prints it; a figure's claim."""
         if self.value is None:
             return self.detail
-        text = f"{self.value / 1e6:.0f}M" if self.unit == "weights" else f"{self.value:.4f} {self.unit}"
+        decimals = 2 if self.unit == "bits/dim" else 4
+        text = f"{self.value / 1e6:.0f}M" if self.unit == "weights" else f"{self.value:.{decimals}f} {self.unit}"
         if self.unit == "share":
             digits = 0 if self.relation in ("≈", "almost") else 1 if abs(1000 * self.value % 1) < 1e-6 else 2
             spread = "" if self.spread is None else f" ± {100 * self.spread:.1f}"
@@ -143,8 +148,8 @@ class Paper:
         if row.method in self.sizes:
             expected |= self.sizes[row.method].expects | self.everywhere
         expected |= row.expects
-        if row.init is not None:
-            recipe = self.recipes[row.init]
+        recipe = self.recipes.get(row.init or "")
+        if recipe is not None:
             of_weights = recipe.expects | {
                 "data.resolution": recipe.network["resolution"],
                 "trainer.precision": self.everywhere["trainer.precision"],
@@ -156,13 +161,18 @@ class Paper:
 
 @cache
 def load_paper() -> Paper:
-    """The content of `paper.yaml`."""
-    data: Any = OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml")))
+    """The content of `paper.yaml` and `densities.yaml`."""
+    names = "paper.yaml", "densities.yaml"
+    data, densities = (OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name(name))) for name in names)
+    assert isinstance(data, dict)
+    assert isinstance(densities, dict)
     return Paper(
         {name: Size(**size) for name, size in data["sizes"].items()},
         {name: Recipe(**recipe) for name, recipe in data["recipes"].items()},
         tuple(
-            PublishedRow(table["title"], **table["common"] | row) for table in data["tables"] for row in table["rows"]
+            PublishedRow(table["title"], **table["common"] | row)
+            for table in (*data["tables"], *densities["tables"])
+            for row in table["rows"]
         ),
         data["images"],
         data["everywhere"],

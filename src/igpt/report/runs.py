@@ -320,11 +320,11 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def summarize_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The metadata of weights without the palette; the permutation of tokens becomes `order`, `raster` or `other`."""
+    """The metadata of weights without the numbers in their tokenizer; `order` of its tokens: `raster` or `other`."""
     summary = {key: value for key, value in metadata.items() if key not in ("palette", "permutation", "tokenizer")}
     tokenizer = metadata.get("tokenizer")
     of_tokens = tokenizer if isinstance(tokenizer, dict) else {}
     if of_tokens:
-        summary["tokenizer"] = {key: of_tokens[key] for key in ("kind", "hash", "patch") if key in of_tokens}
+        summary["tokenizer"] = {key: of_tokens[key] for key in ("kind", "hash", "patch", "config") if key in of_tokens}
     order = of_tokens.get("permutation", metadata.get("permutation"))
     return summary | ({"order": "raster" if order == sorted(order) else "other"} if isinstance(order, list) else {})

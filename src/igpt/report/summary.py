@@ -136,17 +136,18 @@ def summarize_by_data(runs: Sequence[RunRecord], metric: str, left_out: dict[Pat
 
 
 def caution(runs: Sequence[RunRecord], unit: str) -> str:
-    """The reason why numbers are not comparable: several datasets; of losses per token also several objectives,
-    resolutions or tokenizers.
+    """The reason why numbers are not comparable: several datasets; of losses per token or pixel also several
+    objectives, resolutions or tokenizers; of losses per dimension several resolutions.
     """  # fmt: skip
+    per_token = unit.endswith(("/token", "/pixel"))
     of_what: dict[str, set[Any]] = {"datasets": {*group_by_data(runs)}}
-    if unit.endswith("/token"):
-        of_what |= {
-            "objectives": {read_objective(run) for run in runs},
-            "resolutions": {run.settings.get("data.resolution") for run in runs},
-            # older results have only the palette's hash, equal to the tokenizer's in raster order
-            "tokenizers": {str((of := run.result.provenance).get("tokenizer", of.get("palette"))) for run in runs},
-        }
+    if per_token:
+        of_what["objectives"] = {read_objective(run) for run in runs}
+    if per_token or unit.startswith("bits/dim"):
+        of_what["resolutions"] = {run.settings.get("data.resolution") for run in runs}
+    if per_token:  # older results have only the palette's hash, equal to the tokenizer's in raster order
+        provenances = [run.result.provenance for run in runs]
+        of_what["tokenizers"] = {str(of.get("tokenizer", of.get("palette"))) for of in provenances}
     several = [name for name, kinds in of_what.items() if len(kinds) > 1]
     return f"not comparable: these are of several {' and '.join(several)}" if several else ""
 

@@ -143,7 +143,7 @@ class Components:
         settings: TokenizerSettings = checked_partial(self.run.config["tokens"], "tokens")()
         return settings
 
-    @property
+    @cached_property
     def vqvae_settings(self) -> VQVAESettings:
         """The settings of the tokenizer that this run trains.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt.data.source import Source
-from igpt.metric.likelihood import likelihood_numbers
+from igpt.metric.likelihood import BitUnit, likelihood_numbers
 from igpt.metric.result import Number
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
@@ -50,8 +50,10 @@ def classes_hash(source: Source) -> str:
 class ClassScore:
     """Accumulates predictions per image, then computes loss and accuracy over all ranks, each image counted once."""
 
-    def __init__(self, objective: Objective, *, n_class: int, eval_masks: int, seed: int) -> None:
-        self.objective, self.n_class, self.seed = objective, n_class, seed
+    def __init__(
+        self, objective: Objective, *, n_class: int, eval_masks: int, seed: int, units: Sequence[BitUnit] = ()
+    ) -> None:
+        self.objective, self.n_class, self.seed, self.units = objective, n_class, seed, units
         self.eval_masks = 1 if objective.causal else eval_masks
         self._seen: list[tuple[Tensor, Tensor]] = []
 
@@ -77,7 +79,7 @@ class ClassScore:
         """The numbers of the split, and the predicted class of each image, (N,). Clears what was added."""
         nats, loss, right, one, predictions = table_of_images(self._seen, trainer, 5, n_image)
         self._seen = []
-        numbers = likelihood_numbers(split, nats)
+        numbers = likelihood_numbers(split, nats, self.units)
         stderr = float(loss.std()) / n_image**0.5 if n_image > 1 else None
         numbers[f"{split}/loss_clf"] = Number(float(loss.mean()), "nats/image", n_image, stderr)
         numbers[f"{split}/accuracy"] = accuracy_number(right.numpy() > 0)

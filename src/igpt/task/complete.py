@@ -66,7 +66,9 @@ def run(components: Components, settings: CompleteSettings) -> Result:
     continued = data.decode(drawn).reshape(count, completions, side, side, 3)
     grid = np.concatenate([quantised[:, None], shown[:, None], continued], axis=1)
     titles = ("original", "given", *(f"completion {i + 1}" for i in range(completions)))
-    agree = (drawn == originals.repeat_interleave(completions, 0))[:, ~prompt_mask].double()
+    cells = (count, completions, -1, data.tokenizer.grid.channels)  # a pixel, or a token that shows several
+    is_given = prompt_mask.view(cells[2:]).all(-1)  # (R²,), or fewer
+    agree = (drawn == originals.repeat_interleave(completions, 0)).view(cells).all(-1)[:, :, ~is_given].double()
     numbers = {}
     if agree.numel():
         share = float(agree.mean())

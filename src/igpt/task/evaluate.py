@@ -16,7 +16,7 @@ from igpt.probe.scores import count_confusions
 from igpt.run.components import Components
 from igpt.settings.reading import EvaluateSettings
 from igpt.task.class_score import ClassScore, classes_hash
-from igpt.task.generative_score import GenerativeScore
+from igpt.task.generative_score import GenerativeScore, choose_units
 from igpt.tokens.batches import Batch
 
 
@@ -30,10 +30,11 @@ class EvaluateModule(L.LightningModule):
         components.hardware.prepare(net)
         self.net, self.head, self.split = net, head, split
         self.n_image = len(components.source.split(split))
-        self.generative_score = GenerativeScore(components.objective)
+        units = choose_units(components, split)
+        self.generative_score = GenerativeScore(components.objective, units)
         if head is not None:
             self.class_score = ClassScore(
-                components.objective, n_class=len(head.wclf), eval_masks=eval_masks, seed=components.seed
+                components.objective, n_class=len(head.wclf), eval_masks=eval_masks, seed=components.seed, units=units
             )
         self.numbers: dict[str, Number] = {}
         self.predictions = np.empty(0)  # (N,) predicted classes

@@ -22,6 +22,7 @@ from igpt.probe.scores import count_confusions
 from igpt.run.components import Components
 from igpt.settings.training import FinetuneSettings
 from igpt.task.class_score import ClassScore, check_classes, classes_hash
+from igpt.task.generative_score import choose_units
 from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
@@ -50,7 +51,10 @@ class FinetuneModule(TrainedModule):
         self.objective, self.weights, self.n_class = components.objective, components.weights, n_class
         self.joint = JointObjective(self.objective, settings.loss_weights)
         self.split, self.n_image = split, n_image  # of the validation
-        self.score = ClassScore(self.objective, n_class=n_class, eval_masks=settings.eval_masks, seed=components.seed)
+        self.score = ClassScore(
+            self.objective, n_class=n_class, eval_masks=settings.eval_masks, seed=components.seed,
+            units=choose_units(components, split),
+        )  # fmt: skip
         self.predictions = torch.empty(0).numpy()  # (N,) predicted classes of the last validation
         self.net: GPT | None = None
 

@@ -17,7 +17,7 @@ from igpt.metric.throughput import train_flops_per_image
 from igpt.model.gpt import GPT
 from igpt.run.components import Components
 from igpt.settings.training import PretrainSettings
-from igpt.task.generative_score import GenerativeScore
+from igpt.task.generative_score import GenerativeScore, choose_units
 from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
@@ -42,7 +42,7 @@ class PretrainModule(TrainedModule):
         self.n_val = n_val  # validation images
         self.n_weight = sum(weight.numel() for weight in meta_model(components.network).parameters())
         self.n_shardable: int | None = self.n_weight
-        self.score = GenerativeScore(self.objective)
+        self.score = GenerativeScore(self.objective, choose_units(components, "val"))
         self.net: GPT | None = None
 
     def configure_model(self) -> None:
@@ -84,7 +84,8 @@ class PretrainModule(TrainedModule):
         self.score.add(self.net, batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.finish_validation(self.score.numbers("val", self.trainer, self.n_val), ["val/loss_gen"])
+        numbers = self.score.numbers("val", self.trainer, self.n_val)
+        self.finish_validation(numbers, ["val/loss_gen", *(f"val/{unit.key}" for unit in self.score.units)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -76,5 +76,5 @@ def draw_comparison(pixels: np.ndarray, tokenizers: dict[str, Tokenizer]) -> Gri
         images = tokenizer.decode(tokenizer.encode(torch.from_numpy(pixels)))
         difference = np.abs(images.astype(np.int64) - pixels) * AMPLIFIED
         columns += [images, difference.clip(max=255).astype(np.uint8)]
-        titles += [name or "tokens", f"difference ×{AMPLIFIED}"]
+        titles += [name, f"error x {AMPLIFIED}"]
     return Grid(np.stack(columns, axis=1), tuple(titles))

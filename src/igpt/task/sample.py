@@ -40,7 +40,7 @@ def draw_images(
     n_new = net.n_ctx if known is None else int((~known).sum())
     mine = torch.arange(rank.index, len(rng_keys), rank.count)
     total = len(mine) * n_new
-    with tqdm(total=total, unit="pixel", unit_scale=True, desc="sampling", disable=None, leave=False) as bar:
+    with tqdm(total=total, unit="token", unit_scale=True, desc="sampling", disable=None, leave=False) as bar:
         for rows in torch.split(mine, batch_size):
             uniforms = keyed.uniform(rng_keys[rows], net.n_ctx).to(device)  # (b, T)
             tokens = generate(
@@ -57,7 +57,7 @@ def draw_images(
     for index, batch_keys in enumerate(everyone):
         tokens[index :: rank.count] = batch_keys
     seconds = time.perf_counter() - start
-    log.info("drew %d images in %.1f s: %.0f pixels/s", len(rng_keys), seconds, len(rng_keys) * n_new / seconds)
+    log.info("drew %d images in %.1f s: %.0f tokens/s", len(rng_keys), seconds, len(rng_keys) * n_new / seconds)
     return tokens
 
 

@@ -170,14 +170,18 @@ class TokenDataModule(PixelDataModule):
         return self.encode_rows(name, self.sample_rows(name, at_most=at_most))
 
     def encode_rows(self, name: str, rows: np.ndarray) -> Tensor:
-        """The images at `rows` of a split as tokens on the CPU, (N, T) of `token_dtype`."""
+        """The images at `rows` of a split as tokens on the CPU, (N, T) of `token_dtype`.
+
+        They are encoded on the device of the trainer that this is attached to.
+        """
         split = self.source.split(name)
         split.prepare()
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         dtype = token_dtype(self.tokenizer.n_vocab)
         tokens = torch.empty(len(rows), self.tokenizer.grid.n_ctx, dtype=dtype)
         start = 0
         for pixels in map_chunks(partial(plain_pixels, split), rows, f"reading {name}"):
-            tokens[start : start + len(pixels)] = self.encode(torch.from_numpy(pixels)).to(dtype)
+            tokens[start : start + len(pixels)] = self.encode(torch.from_numpy(pixels).to(device)).to(dtype)
             start += len(pixels)
         return tokens
 

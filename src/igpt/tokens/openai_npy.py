@@ -77,6 +77,8 @@ class OpenAITokens:
 class TokenSplit:
     """One pair of arrays as a `Split`: tokens (N, R²) and one-hot labels (N, K)."""
 
+    pixel_changes = "colours of a palette"
+
     def __init__(self, stem: Path, side: int, palette: Palette) -> None:
         self.stem, self.side, self.palette = stem, side, palette
 

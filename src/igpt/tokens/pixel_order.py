@@ -43,15 +43,15 @@ class PixelOrder:
         return self.permutation == tuple(range(self.side**2))
 
     def flatten(self, grid: Tensor) -> Tensor:
-        """Grid to sequence: (B, R, R) → (B, T)."""
-        sequence = grid.flatten(1)
+        """Grid to sequence: (B, R, R, …) → (B, R², …)."""
+        sequence = grid.flatten(1, 2)
         return sequence if self.is_raster else sequence[:, self._index(grid.device)]
 
     def unflatten(self, sequence: Tensor) -> Tensor:
-        """Sequence to grid, the inverse of `flatten`: (B, T) → (B, R, R)."""
+        """Sequence to grid, the inverse of `flatten`: (B, R², …) → (B, R, R, …)."""
         if not self.is_raster:
             sequence = sequence[:, self._index(sequence.device).argsort()]
-        return sequence.view(-1, self.side, self.side)
+        return sequence.view(-1, self.side, self.side, *sequence.shape[2:])
 
     def known_positions(self, rows: int) -> Tensor:
         """Mask of the positions in the top `rows` rows of the image: (T,) bool.

@@ -1,10 +1,11 @@
-"""The vector quantiser of the VQ-VAE: a codebook updated by exponential moving averages, without dead codes.
+"""Quantisers of the VQ-VAE: what they share, and the codebook of exponential moving averages without dead codes.
 
 Source: van den Oord et al. 2017, appendix A.1 (EMA). Start by k-means and restarts of unused codes: as in later work
 (Dhariwal et al. 2020, Jukebox §3.1). All randomness is keyed, all sums are float64: a resumed training goes on to the
 bit, and the number of processes changes nothing but rounding.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from igpt.distributed import ranks
+from igpt.tokens.code_search import Nearest, nearest_codes, nearest_codes_within, nearest_in_float64
 from igpt.utils import keyed
 
-CHUNK = 1 << 22  # most distances at a time
 EPSILON = 1e-5  # of Laplace smoothing of the counts, as in the paper's code
 LLOYD = 10  # iterations of Lloyd's algorithm in the k-means start
 
@@ -28,15 +29,44 @@ class Quantized(NamedTuple):
     commitment: Tensor  # scalar: mean squared distance between vectors and their codes, which are constants
 
 
+class Quantizer(nn.Module, ABC):
+    """K codes of width D: vectors ↔ tokens 0 … K - 1."""
+
+    has_codes = True  # of the codes that start later: whether they have
+
+    def __init__(self, codes: int, width: int) -> None:
+        super().__init__()
+        self.n_code, self.width = codes, width
+
+    @abstractmethod
+    def forward(self, vectors: Tensor, keys: Tensor) -> Quantized:
+        """Quantises the vectors of B images with their keys: (B, n, D) float32, (B,) int64 → `Quantized`, N = B · n."""
+
+    @abstractmethod
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """The codes of tokens: (…) int64 → (…, D) float32."""
+
+    @abstractmethod
+    def nearest(self, vectors: Tensor, distances: Tensor) -> Nearest:
+        """The tokens of vectors, each known up to a Euclidean distance: (N, D) float32, (N,) → `Nearest`."""
+
+    @abstractmethod
+    def nearest_in_float64(self, vectors: Tensor) -> Tensor:
+        """The tokens of vectors, the lowest on a tie: (N, D) float64 → (N,) int64."""
+
+    def update(self, *, seed: int, step: int, decay: float, unquantised_steps: int, restart_below: float) -> None:
+        """Ends an optimiser step, on all ranks together; codes that do not move need none."""
+
+
 class MicroBatch(NamedTuple):
-    """The vectors of a micro-batch, kept until the optimiser step: of B images, each with a key of its own."""
+    """The vectors of B images, kept until the optimiser step, with the keys of the images."""
 
     vectors: Tensor  # (B, n, D) float32
     keys: Tensor  # (B,) int64
     tokens: Tensor  # (B, n) int64
 
 
-class EMAQuantizer(nn.Module):
+class EMAQuantizer(Quantizer):
     """K codes of width D. A code is the moving average of the vectors that it was the nearest of.
 
     `forward` quantises a micro-batch and keeps its vectors; `update` ends the optimiser step. Until step
@@ -51,23 +81,23 @@ class EMAQuantizer(nn.Module):
     is_started: Tensor
 
     def __init__(self, codes: int, width: int) -> None:
-        super().__init__()
-        self.n_code, self.width = codes, width
+        super().__init__(codes, width)
         self.register_buffer("codebook", torch.zeros(codes, width))
         self.register_buffer("counts", torch.zeros(codes, dtype=torch.float64))
         self.register_buffer("totals", torch.zeros(codes, width, dtype=torch.float64))
         self.register_buffer("is_started", torch.zeros((), dtype=torch.bool))
-        self._step: list[MicroBatch] = []  # micro-batches since the last update
+        self.has_codes = False  # `is_started`, known without asking the device
+        self.register_load_state_dict_post_hook(_read_is_started)  # type: ignore[no-untyped-call]  # as PyTorch has it
+        self._step: list[MicroBatch] = []  # since the last update
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """The codes of tokens: (…) int64 → (…, D) float32."""
         return F.embedding(tokens, self.codebook)
 
     def forward(self, vectors: Tensor, keys: Tensor) -> Quantized:
         """Quantises the vectors of B images with their keys: (B, n, D) float32, (B,) int64 → `Quantized`, N = B · n."""
         flat = vectors.flatten(0, 1)
-        if bool(self.is_started):
-            tokens = nearest_codes(flat.detach(), self.codebook)
+        if self.has_codes:
+            tokens = nearest_codes(flat, self.codebook)
             codes = self.lookup(tokens)
             quantized = Quantized(flat + (codes - flat).detach(), tokens, F.mse_loss(flat, codes))
         else:
@@ -76,26 +106,32 @@ class EMAQuantizer(nn.Module):
             self._step.append(MicroBatch(vectors.detach(), keys, quantized.tokens.view(vectors.shape[:2])))
         return quantized
 
+    def nearest(self, vectors: Tensor, distances: Tensor) -> Nearest:
+        return nearest_codes_within(vectors, self.codebook, distances)
+
+    def nearest_in_float64(self, vectors: Tensor) -> Tensor:
+        return nearest_in_float64(vectors, self.codebook)
+
     @torch.no_grad()
     def update(self, *, seed: int, step: int, decay: float, unquantised_steps: int, restart_below: float) -> None:
         """Ends an optimiser step: moves the codes, or starts them, from the vectors of all its micro-batches and ranks.
 
         A code whose count is below `restart_below` × the mean count becomes a vector of this step, drawn by
-        (seed, step, code), with the mean count of the others.
+        (seed, step, code), with the mean count of all codes.
 
         Raises:
-            ValueError: the vectors of the step that starts the codes are fewer than these.
+            ValueError: the vectors of the step that starts the codes are fewer than these, or not finite.
         """
         batches, self._step = self._step, []
-        if not bool(self.is_started):
+        if not self.has_codes:
             if step >= unquantised_steps:
                 self._start(gather_by_key(batches), seed=seed)
             return
         tokens = torch.cat([batch.tokens.flatten() for batch in batches])
         vectors = torch.cat([batch.vectors.flatten(0, 1) for batch in batches])
-        counts, sums = sum_by_code(vectors, tokens, self.n_code)
+        counts, totals = sum_by_code(vectors, tokens, self.n_code)
         self.counts.mul_(decay).add_(all_reduce(counts), alpha=1 - decay)
-        self.totals.mul_(decay).add_(all_reduce(sums), alpha=1 - decay)
+        self.totals.mul_(decay).add_(all_reduce(totals), alpha=1 - decay)
         self._restart(batches, seed=seed, step=step, below=restart_below)
         total = self.counts.sum()
         smoothed = (self.counts + EPSILON) / (total + self.n_code * EPSILON) * total
@@ -103,54 +139,51 @@ class EMAQuantizer(nn.Module):
 
     def _start(self, vectors: Tensor, *, seed: int) -> None:
         """k-means of the vectors of a step, in an order that no rank changes: (N, D)."""
+        if not vectors.isfinite().all():
+            raise ValueError(
+                "the encoder's vectors are not finite, no codes can begin from them: begin again with a lower "
+                "task.learning_rate or more task.warmup_steps"
+            )
         if len(vectors) < self.n_code:
             raise ValueError(
                 f"the codebook has {self.n_code:,} codes and a step {len(vectors):,} vectors to begin them from: "
                 "raise task.batch_size, or lower tokens.codes"
             )
-        chosen = keyed.generator(seed, "codes").permutation(len(vectors))[: self.n_code]
-        centres = vectors[torch.as_tensor(chosen, device=vectors.device)]
+        drawn = keyed.generator(seed, "codes").permutation(len(vectors))[: self.n_code]
+        centres = vectors[torch.as_tensor(drawn, device=vectors.device)]
         for _ in range(LLOYD):
-            counts, sums = sum_by_code(vectors, nearest_codes(vectors, centres), self.n_code)
-            centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centres).float()
+            counts, totals = sum_by_code(vectors, nearest_codes(vectors, centres), self.n_code)
+            centres = torch.where(counts[:, None] > 0, totals / counts[:, None].clamp(min=1), centres).float()
         counts, _ = sum_by_code(vectors, nearest_codes(vectors, centres), self.n_code)
-        for buffer, value in (
-            (self.codebook, centres),
-            (self.counts, counts),
-            (self.totals, centres * counts[:, None]),
-        ):
+        totals = centres * counts[:, None]
+        for buffer, value in ((self.codebook, centres), (self.counts, counts), (self.totals, totals)):
             buffer.copy_(value)
             if dist.is_initialized():
                 dist.broadcast(buffer, src=0)
         self.is_started.fill_(True)
+        self.has_codes = True
 
     def _restart(self, batches: list[MicroBatch], *, seed: int, step: int, below: float) -> None:
+        """Draws a vector for every code, so that no device is asked which codes need one."""
+        index = torch.arange(self.n_code, device=self.counts.device)
+        drawn = keyed.uniform(keyed.per_example_keys(keyed.key(seed, "restart", step), index), 1)[:, 0]
+        vectors = select_by_key(batches, drawn)  # (K, D)
         mean = self.counts.mean()
-        (unused,) = (self.counts < below * mean).nonzero(as_tuple=True)
-        if not len(unused):
-            return
-        drawn = keyed.uniform(keyed.per_example_keys(keyed.key(seed, "restart", step), unused), 1)[:, 0]
-        vectors = select_by_key(batches, drawn)  # (U, D)
-        self.counts[unused] = mean
-        self.totals[unused] = vectors.double() * mean
+        unused = self.counts < below * mean
+        self.counts.copy_(torch.where(unused, mean, self.counts))
+        self.totals.copy_(torch.where(unused[:, None], vectors * mean, self.totals))
 
 
-@torch.no_grad()
-def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The index of each vector's nearest code, in float32: (N, D), (K, D) → (N,) int64. Memory: CHUNK distances."""
-    norms = codebook.square().sum(1)
-    found = [
-        torch.addmm(norms, some, codebook.T, alpha=-2).argmin(1)  # without the square of the vector, a constant
-        for some in torch.split(vectors, max(1, CHUNK // len(codebook)))
-    ]
-    return torch.cat(found) if found else vectors.new_zeros(0, dtype=torch.int64)
+def _read_is_started(quantizer: EMAQuantizer, incompatible: Any) -> None:
+    """After weights are loaded."""
+    quantizer.has_codes = bool(quantizer.is_started)
 
 
 def sum_by_code(vectors: Tensor, tokens: Tensor, n_code: int) -> tuple[Tensor, Tensor]:
     """Number and sum of the vectors of each code: (N, D), (N,) → (K,), (K, D) float64."""
     counts = torch.bincount(tokens, minlength=n_code).double()
-    sums = torch.zeros(n_code, vectors.shape[1], dtype=torch.float64, device=vectors.device)
-    return counts, sums.index_add_(0, tokens, vectors.double())
+    totals = torch.zeros(n_code, vectors.shape[1], dtype=torch.float64, device=vectors.device)
+    return counts, totals.index_add_(0, tokens, vectors.double())
 
 
 def all_reduce(values: Tensor) -> Tensor:
@@ -169,14 +202,16 @@ def gather_by_key(batches: list[MicroBatch]) -> Tensor:
 
 
 def select_by_key(batches: list[MicroBatch], drawn: Tensor) -> Tensor:
-    """The vector at each share `drawn` of those that `gather_by_key` would gather: (U,) in [0, 1) → (U, D)."""
+    """The vector at each share `drawn` of those that `gather_by_key` would gather: (U,) in [0, 1) → (U, D) float64."""
     vectors, keys = (torch.cat(parts) for parts in zip(*(batch[:2] for batch in batches), strict=True))
-    per_image = vectors.shape[1]
-    everywhere = torch.cat([keys.new_tensor(part) for part in ranks.all_gather_object(keys.tolist())])
-    index = (drawn * len(everywhere) * per_image).long()
-    wanted = everywhere.sort(stable=True).values[index // per_image]  # (U,) keys of images
-    order = keys.argsort(stable=True)
-    place = torch.searchsorted(keys[order], wanted).clamp(max=len(keys) - 1)
-    here = keys[order][place] == wanted
-    found = vectors[order[place], index % per_image] * here[:, None]
-    return all_reduce(found)
+    n, per_image = vectors.shape[:2]
+    everywhere, first = keys, 0  # ranks have the same number of images
+    if dist.is_initialized():
+        parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, keys)
+        everywhere, first = torch.cat(parts), dist.get_rank() * n
+    index = (drawn * len(everywhere) * per_image).long()  # (U,)
+    image = everywhere.argsort(stable=True)[index // per_image] - first  # counted from those of this rank
+    found = vectors[image.clamp(0, n - 1), index % per_image].double()
+    is_here = (image >= 0) & (image < n)
+    return all_reduce(torch.where(is_here[:, None], found, 0.0))

@@ -6,6 +6,7 @@ from typing import Any
 
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.patches import PatchTokenizer
+from igpt.tokens.rgb import RGBTokenizer
 from igpt.tokens.tokenizer import Tokenizer
 from igpt.tokens.vqvae_tokenizer import VQVAETokenizer
 from igpt.utils import files
@@ -18,6 +19,7 @@ TOKENIZERS: dict[str, Callable[[Mapping[str, Any]], Tokenizer]] = {
     "palette": PaletteTokenizer.from_dict,
     "patches": PatchTokenizer.from_dict,
     "vqvae": VQVAETokenizer.from_dict,
+    "rgb": RGBTokenizer.from_dict,
 }
 
 

@@ -6,18 +6,20 @@ K codes. There is no layer that looks at the whole image, so a network trained o
 """
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from igpt.settings.fields import Decay, NonNegative, Settings, Share, WholeNumber
-from igpt.tokens.quantizer import EMAQuantizer, Quantized
+from igpt.tokens.fsq import FSQ, choose_levels
+from igpt.tokens.quantizer import EMAQuantizer, Quantized, Quantizer
 from igpt.utils import keyed
 
 MOST_CODES = 1 << 16
+MOST_NUMBERS = 40_000_000  # 213 MB as text, within what one JSON file may hold
 Width = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -35,6 +37,26 @@ class VQVAEConfig(Settings):
     decay: Decay  # of the codes' moving averages
     unquantised_steps: WholeNumber  # optimiser steps before k-means starts the codes
     restart_below: Share  # of the mean count: codes below it are restarted
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        n = count_saved_numbers(self)
+        if n > MOST_NUMBERS:
+            raise ValueError(
+                f"a VQ-VAE of {n:,} numbers is too large to be saved (at most {MOST_NUMBERS:,}): lower "
+                "tokens.hidden, tokens.residual_blocks or tokens.codes"
+            )
+        return self
+
+    @property
+    def width(self) -> int:
+        """D, numbers of a code: `code_width`, or what FSQ has for so many codes."""
+        return len(choose_levels(self.codes)) if self.quantizer == "fsq" else self.code_width
+
+    @property
+    def encoder_reach(self) -> int:
+        """Tokens on each side of a token that its vector depends on; of the last, all but one row of pixels."""
+        return 2 + self.residual_blocks
 
 
 class ResidualBlock(nn.Module):
@@ -59,13 +81,13 @@ def build_encoder(config: VQVAEConfig) -> nn.Sequential:
         layers += [nn.Conv2d(3 if i == 0 else hidden, hidden, 4, stride=2, padding=1), nn.ReLU()]
     layers += [nn.Conv2d(hidden, hidden, 3, padding=1)]
     layers += [ResidualBlock(hidden) for _ in range(config.residual_blocks)]
-    return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(hidden, config.code_width, 1))
+    return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(hidden, config.width, 1))
 
 
 def build_decoder(config: VQVAEConfig) -> nn.Sequential:
     """(B, D, R/f, R/f) → (B, 3, R, R), about [-1, 1]."""
     hidden, doublings = config.hidden, int(math.log2(config.factor))
-    layers: list[nn.Module] = [nn.Conv2d(config.code_width, hidden, 3, padding=1)]
+    layers: list[nn.Module] = [nn.Conv2d(config.width, hidden, 3, padding=1)]
     layers += [ResidualBlock(hidden) for _ in range(config.residual_blocks)]
     for i in range(doublings):
         last = i == doublings - 1
@@ -80,7 +102,9 @@ class VQVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = build_encoder(config), build_decoder(config)
-        self.quantizer = EMAQuantizer(config.codes, config.code_width)
+        self.quantizer: Quantizer = (
+            FSQ(config.codes) if config.quantizer == "fsq" else EMAQuantizer(config.codes, config.code_width)
+        )
 
     def forward(self, images: Tensor, keys: Tensor) -> tuple[Tensor, Quantized]:
         """Reconstructions of images and what the quantiser did: (B, 3, R, R), (B,) → (B, 3, R, R), `Quantized`."""
@@ -90,6 +114,24 @@ class VQVAE(nn.Module):
             quantized = self.quantizer(latents.permute(0, 2, 3, 1).flatten(1, 2), keys)
         codes = quantized.vectors.view(b, rows, columns, d).permute(0, 3, 1, 2)
         return self.decoder(codes), quantized
+
+
+def count_saved_numbers(config: VQVAEConfig) -> int:
+    """The number of weights and of the codebook's numbers."""
+    with torch.device("meta"):
+        parts = build_encoder(config), build_decoder(config)
+    codebook = config.codes * config.width if config.quantizer == "ema" else 0
+    return codebook + sum(weight.numel() for part in parts for weight in part.parameters())
+
+
+def find_undetermined(config: VQVAEConfig, unknown: Tensor) -> Tensor:
+    """Mask of the pixels that the decoder makes with any unknown token: (h, w) → (f · h, f · w) bool."""
+    reach = 1 + config.residual_blocks  # of the convolutions of width 3
+    mask = F.max_pool2d(unknown[None, None].float(), 2 * reach + 1, stride=1, padding=reach)
+    ones = torch.ones(1, 1, 4, 4, device=mask.device)
+    for _ in range(int(math.log2(config.factor))):
+        mask = (F.conv_transpose2d(mask, ones, stride=2, padding=1) > 0).float()
+    return mask[0, 0] > 0
 
 
 @torch.no_grad()
@@ -103,9 +145,9 @@ def init_weights(network: nn.Module, seed: int) -> None:
         weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=draw))
 
 
-def scale_pixels(pixels: Tensor) -> Tensor:
-    """Levels to [-1, 1], channels first: (B, R, R, 3) uint8 → (B, 3, R, R) float32."""
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+def scale_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Levels to [-1, 1], channels first: (B, R, R, 3) uint8 → (B, 3, R, R)."""
+    return pixels.permute(0, 3, 1, 2).to(dtype) / 127.5 - 1
 
 
 def round_pixels(images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from igpt.distributed.sharding import unsharded_shape
+from igpt.metric.likelihood import PER_DIM, PER_DIM_OF_THESE_PIXELS
 from igpt.metric.result import Curve, Number
 from igpt.metric.throughput import Meter
 from igpt.settings.training import TrainingSettings
@@ -21,7 +22,10 @@ from igpt.training.nan_guard import FiniteGuard
 log = logging.getLogger(__name__)
 
 UNTIMED, TIMED = 3, 5  # warm-up steps that are not timed; steps timed after them
-UNITS = {"loss_gen": "nats/token", "loss_clf": "nats/image", "accuracy": "share", "loss": "nats"}
+UNITS = {
+    "loss_gen": "nats/token", "loss_clf": "nats/image", "accuracy": "share", "loss": "nats",
+    "bits_per_pixel": "bits/pixel", **{key: unit for key, unit, _ in (PER_DIM, PER_DIM_OF_THESE_PIXELS)},
+}  # fmt: skip
 
 
 class TrainedModule(L.LightningModule):

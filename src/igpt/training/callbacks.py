@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from igpt.data.source import plain_pixels
 from igpt.metric.result import Grid
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.report.bystanders import Bystander
 from igpt.report.figures import grid_picture
 from igpt.settings.fields import Count, Temperature
-from igpt.tokens.datamodule import TokenDataModule
+from igpt.tokens.datamodule import PixelDataModule, TokenDataModule
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
@@ -71,7 +73,10 @@ class ProgressBar(L.Callback):
 
 
 class SampleGrid(L.Callback):
-    """Saves a grid of samples every `every` validations, always from the same random numbers, so grids compare."""
+    """Saves a grid of samples every `every` validations, always from the same random numbers, so grids compare.
+
+    While a tokenizer is trained: its reconstructions of `count` validation images.
+    """
 
     is_observer = True  # changes nothing in training
 
@@ -81,11 +86,20 @@ class SampleGrid(L.Callback):
         self.bystander = Bystander("samples while it trains")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        net, data = pl_module.net, getattr(trainer, "datamodule", None)
-        assert isinstance(data, TokenDataModule)
-        assert isinstance(net, GPT)
+        data = getattr(trainer, "datamodule", None)
         passes = trainer.global_step * trainer.accumulate_grad_batches
         due = trainer.state.fn == "fit" and passes // int(trainer.val_check_interval or 1) % self.every == 0
+        if not isinstance(data, TokenDataModule):
+            assert isinstance(data, PixelDataModule)
+            if due and trainer.is_global_zero:
+                module: Any = pl_module  # a VQVAEModule
+                rows = data.sample_rows("val", at_most=self.count).tolist()
+                with self.bystander:
+                    pixels = torch.from_numpy(plain_pixels(data.source.split("val"), rows))
+                    save_grid(trainer, "reconstructions", module.draw_reconstructions(pixels))
+            return
+        net = pl_module.net
+        assert isinstance(net, GPT)
         together = isinstance(net.wte, DTensor)  # sharded: every rank takes part in each forward pass
         if not (due and net.causal and (together or trainer.is_global_zero)):
             return
@@ -99,9 +113,13 @@ class SampleGrid(L.Callback):
         if not trainer.is_global_zero:
             return
         with self.bystander:
-            images = data.decode(draw() if tokens is None else tokens)  # (N, R, R, 3)
-            path = Path(trainer.default_root_dir) / "samples" / f"step_{trainer.global_step:07d}.png"
-            grid_picture(path, Grid.square(images))
-            for logger in trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    logger.log_image("samples", [str(path)], step=trainer.global_step)
+            save_grid(trainer, "samples", data.decode(draw() if tokens is None else tokens))
+
+
+def save_grid(trainer: L.Trainer, name: str, images: np.ndarray) -> None:
+    """Writes images (N, R, R, 3) uint8 to `name/step_0001000.png` in the run directory, and to W&B."""
+    path = Path(trainer.default_root_dir) / name / f"step_{trainer.global_step:07d}.png"
+    grid_picture(path, Grid.square(images))
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [str(path)], step=trainer.global_step)

@@ -49,7 +49,8 @@ class OnlineLinearProbe(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
-        assert isinstance(data, TokenDataModule)
+        if not isinstance(data, TokenDataModule):
+            raise ValueError("callbacks=probe reads the layers of a network, this run trains none: leave it out")
         if data.source.n_class is None:
             raise ValueError(f"callbacks=probe needs labels, data={data.source.name} has none")
         module: Any = pl_module  # a PretrainModule

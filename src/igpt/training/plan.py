@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from igpt.model import c_library, dispatch
 from igpt.model.config import GPTConfig
-from igpt.tokens.quantizer import CHUNK
+from igpt.tokens.code_search import CHUNK, GPU_CHUNK
 from igpt.tokens.vqvae import VQVAEConfig, build_decoder, build_encoder
 from igpt.training import cost_estimate as counted
 from igpt.training.hardware import HardwareConfig
@@ -69,7 +69,7 @@ def count_vqvae_cost(config: VQVAEConfig, side: int) -> VQVAECost:
     for weight in weights:
         saved.pop(weight.untyped_storage()._cdata, None)
     n_vector = (side // config.factor) ** 2
-    search = 2 * n_vector * config.codes * config.code_width
+    search = 2 * n_vector * config.codes * config.width if config.quantizer == "ema" else 0
     return VQVAECost(sum(w.numel() for w in weights), counter.get_total_flops() + search, sum(saved.values()))
 
 
@@ -88,7 +88,7 @@ def plan_tokenizer(
         optimiser=counted.ADAM * weights,
         host=0.0,
         activations=micro_batch * cost.activations / (1 if machine.precision == "32-true" else 2),
-        working=float(CHUNK * counted.WIDE),  # distances to codes
+        working=float((CHUNK if on_cpu else GPU_CHUNK) * counted.WIDE),  # distances to codes
         flops_per_image=cost.flops,
         images_per_step=batch_size,
         steps=steps,
@@ -98,7 +98,14 @@ def plan_tokenizer(
     )
     n_vector = batch_size * (side // config.factor) ** 2
     rows = counted.format_plan(plan, memory=_find_memory(machine, on_cpu, devices))
-    return [rows[0], ("vectors a step", f"{n_vector:,} for {config.codes:,} codes"), *rows[1:]]
+    return [
+        rows[0],
+        (
+            "vectors a step",
+            f"{n_vector:,}, {'enough' if n_vector >= config.codes else 'too few'} for {config.codes:,} codes",
+        ),
+        *rows[1:],
+    ]
 
 
 def _is_on_cpu(machine: HardwareConfig) -> bool:

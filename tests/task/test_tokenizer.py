@@ -1,0 +1,322 @@
+"""`task=tokenizer`: training of a VQ-VAE, its numbers, and what it refuses."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from igpt.checkpoint.find import find_weights
+from igpt.checkpoint.resume import find_checkpoints
+from igpt.data.source import ArraySplit
+from igpt.distributed.signals import StoppedError
+from igpt.metric.reconstruction import code_numbers, code_use_curve, image_figures, reconstruction_numbers
+from igpt.metric.result import Result
+from igpt.report.closing_table import closing_table
+from igpt.run import launch
+from igpt.settings.fields import parse_settings
+from igpt.settings.training import TokenizerTaskSettings
+from igpt.task.train_tokenizer import VQVAEModule, crop_pixels, name_tokenizers
+from igpt.tokens import quantizer, tokenizer_registry
+from igpt.tokens.datamodule import ONE_BY_ONE, PixelDataModule
+from igpt.tokens.patches import PatchSettings
+from igpt.tokens.vqvae import VQVAEConfig
+from igpt.training.nan_guard import NonFiniteLossError
+from igpt.training.online_probe import OnlineLinearProbe
+from igpt.training.plan import count_vqvae_cost, plan_tokenizer
+from igpt.training.trainer import Runner
+from igpt.utils import keyed
+from tests.conftest import ROOT
+from tests.data.conftest import mixture
+from tests.task.conftest import TOKENIZER, VQVAE, Arrays, machine, pictures, smooth_pictures, train_tokenizer
+from tests.task.test_finished_step import OwnError
+from tests.task.test_stopping import Send
+
+CONFIG = VQVAEConfig(**{key: value for key, value in VQVAE.items() if key not in ("path", "order")})
+
+
+def tokenizer_hash(folder: Path) -> str:
+    return tokenizer_registry.find_tokenizer(str(folder)).hash
+
+
+def test_resumed_it_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    """Invariant: stopped before and after the codes start, resumed: curves and every weight of one go; some restart."""
+    full = train_tokenizer(tmp_path / "whole")
+    for step in (1, 7):
+        with pytest.raises(StoppedError):
+            train_tokenizer(tmp_path / "cut", callbacks=[Send(signal.SIGTERM, step=step)])
+    resumed = train_tokenizer(tmp_path / "cut")
+    assert resumed.curves == full.curves
+    assert tokenizer_hash(tmp_path / "cut") == tokenizer_hash(tmp_path / "whole")
+    assert resumed.numbers == full.numbers
+    train_tokenizer(tmp_path / "never", tokens={"restart_below": 0.0})
+    assert tokenizer_hash(tmp_path / "never") != tokenizer_hash(tmp_path / "whole")
+
+
+def test_an_error_while_the_codes_are_updated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: half an update is not saved as the step before it; resumed, all is as if nothing had happened."""
+    full = train_tokenizer(tmp_path / "whole", checkpoint_every=2)
+    update = quantizer.EMAQuantizer.update
+
+    def fail(self: quantizer.EMAQuantizer, *, step: int, **how: Any) -> None:
+        update(self, step=step, **how)
+        if step == 8:
+            raise OwnError
+
+    with monkeypatch.context() as patch, pytest.raises(OwnError):
+        patch.setattr(quantizer.EMAQuantizer, "update", fail)
+        train_tokenizer(tmp_path / "cut", checkpoint_every=2)
+    assert [path.stem for path in find_checkpoints(tmp_path / "cut")][-1] == "step_0000006"
+    assert train_tokenizer(tmp_path / "cut", checkpoint_every=2).curves == full.curves
+
+
+def test_micro_batches_change_nothing(tmp_path: Path) -> None:
+    """Invariant: the codes are updated once a step, whatever its passes; validation does not depend on batches."""
+    full = train_tokenizer(tmp_path / "whole")
+    parts = train_tokenizer(tmp_path / "parts", on=machine(micro_batch=2))
+    for name, curve in full.curves.items():
+        assert parts.curves[name].y == pytest.approx(curve.y, rel=1e-4)
+    assert parts.numbers["val/psnr"].value == pytest.approx(full.numbers["val/psnr"].value, rel=1e-5)
+    assert parts.numbers["val/psnr"].n == 21
+
+
+def test_figures_of_an_image() -> None:
+    """Independent source: the formulas of Wang et al. 2004 and of PSNR and MAE in NumPy; an exact image is finite."""
+    rng = np.random.default_rng(0)
+    pixels = smooth_pictures(2, side=16)
+    other = np.clip(pixels + rng.integers(-20, 20, pixels.shape), 0, 255).astype(np.uint8)
+    figures = image_figures(torch.from_numpy(pixels), torch.from_numpy(other))
+    at = np.arange(11) - 5
+    window = np.exp(-(at[:, None] ** 2 + at[None] ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def mean(levels: np.ndarray) -> np.ndarray:  # (R, R, 3) → the same; torchmetrics reflects the borders
+        mirrored = np.pad(levels, ((5, 5), (5, 5), (0, 0)), mode="reflect")
+        patches = np.lib.stride_tricks.sliding_window_view(mirrored, (11, 11), axis=(0, 1))
+        return (patches * window).sum((-2, -1))
+
+    for i, (x, y) in enumerate(zip(pixels.astype(float), other.astype(float), strict=True)):
+        mx, my = mean(x), mean(y)
+        sx, sy, sxy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+        ssim = (2 * mx * my + c1) * (2 * sxy + c2) / ((mx**2 + my**2 + c1) * (sx + sy + c2))
+        assert float(figures["ssim"][i]) == pytest.approx(ssim.mean(), abs=1e-6)
+        assert float(figures["psnr"][i]) == pytest.approx(10 * np.log10(255**2 / ((x - y) ** 2).mean()), abs=1e-5)
+        assert float(figures["mae"][i]) == pytest.approx(np.abs(x - y).mean(), abs=1e-9)
+    same = image_figures(torch.from_numpy(pixels), torch.from_numpy(pixels))
+    assert same["psnr"].tolist() == pytest.approx([10 * np.log10(255**2 * 3 * 16**2)] * 2)
+    assert "ssim" not in image_figures(torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 8, 3))
+    assert reconstruction_numbers("val", {"psnr": torch.tensor([1.0, 3.0])})["val/psnr"].stderr == pytest.approx(1.0)
+
+
+def test_code_use_by_hand() -> None:
+    """By hand: uses of 2, 0, 1 and 1 have the entropy 1.5 bits, so a perplexity of 2√2, of four codes."""
+    numbers = code_numbers("val", torch.tensor([2, 0, 1, 1]))
+    assert numbers["val/codes_used"].value == 0.75
+    assert numbers["val/perplexity_share"].value == pytest.approx(2**0.5 / 2)
+    assert numbers["val/perplexity_share"].n == 4
+    assert code_use_curve(torch.tensor([2, 0, 1, 1])).y == [2.0, 1.0, 1.0, 0.0]
+    assert len(code_use_curve(torch.arange(5000)).y) == 512
+
+
+def test_crops() -> None:
+    """Invariant: a square of the image itself at a multiple of the factor, by the image's key alone; all are drawn."""
+    pixels = torch.arange(12 * 12 * 3).view(1, 12, 12, 3).expand(200, -1, -1, -1)
+    rng_keys = keyed.per_example_keys(5, torch.arange(200))
+    crops = crop_pixels(pixels, rng_keys, side=8, multiple=2)
+    corners = [divmod(int(crop[0, 0, 0]) // 3, 12) for crop in crops]
+    assert set(corners) == {(y, x) for y in (0, 2, 4) for x in (0, 2, 4)}
+    assert all(torch.equal(c, p[y : y + 8, x : x + 8]) for c, p, (y, x) in zip(crops, pixels, corners, strict=True))
+    assert torch.equal(crop_pixels(pixels[7:9], rng_keys[7:9], side=8, multiple=2), crops[7:9])
+    assert torch.equal(crop_pixels(pixels, rng_keys, side=12, multiple=2), pixels)
+
+
+def test_collapsed_codes_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By hand: one code of 32 used is 3 % and a perplexity of 1: said once, and not before the codes have started."""
+    data = PixelDataModule(source=pictures(), seed=0, num_workers=0, plan=ONE_BY_ONE)
+    settings = parse_settings(TokenizerTaskSettings, TOKENIZER, "task")
+    module = VQVAEModule(machine(), settings, CONFIG, side=12, seed=0, n_val=21)
+    runner = Runner(machine=machine(), folder=tmp_path)
+    runner.validate(module, data)
+    assert "collapsed" not in caplog.text
+    assert module.numbers["val/codes_used"].value == 1 / 32
+    module.network.quantizer.has_codes = True
+    runner.validate(module, data)
+    runner.validate(module, data)
+    assert caplog.text.count("the codes have collapsed: 3.1 % of 32 are used, perplexity ÷ K is 0.031") == 1
+
+
+def run_digits(place: Path, *changed: str) -> tuple[Result, Path]:
+    """A run of `train.py` on digits, in this process."""
+    result, folder = launch.run(
+        "task=tokenizer", "data=digits", "trainer=cpu", "tokens.codes=16", "tokens.hidden=8", "tokens.code_width=4",
+        "tokens.residual_blocks=1", "tokens.unquantised_steps=3", "task.steps=8", "task.batch_size=8",
+        "task.warmup_steps=2", "task.val_every=4", "task.log_every=4", f"paths.runs={place / 'runs'}",
+        f"paths.cache={place / 'cache'}", *changed, conf=ROOT / "conf",
+    )  # fmt: skip
+    assert folder is not None
+    return result, folder
+
+
+def test_a_run_and_its_page(tmp_path: Path) -> None:
+    """Invariant: name, files, pictures, the row of k-means, a warning where that is better, what to run next."""
+    result, folder = run_digits(tmp_path)
+    assert folder.name.startswith("tokenizer-vqvae-digits8-l2-s0-")
+    assert {path.name for path in (folder / "model").iterdir()} == {"tokenizer.json"}
+    page, warning = (folder / "report.html").read_text(), result.warnings[0]
+    assert "does not beat k-means on bare 2×2 patches of the same rate" in warning
+    assert warning in page
+    assert warning in closing_table(result, folder, 1.0)
+    for heading in ("Reconstructions", "Reconstructions while it trained"):
+        assert f"<h2>{heading}</h2>" in page
+    assert f"python train.py task=pretrain tokens=vqvae tokens.path={folder}" in page
+    assert len(list((folder / "reconstructions").iterdir())) == 2
+    assert "train/loss" in (folder / "metrics" / "from_0000000" / "metrics.csv").read_text()
+    for name, number in result.numbers.items():
+        if name.startswith(("val/", "patches/")):
+            assert number.n in (150, 150 * 16, 1), name
+    assert result.numbers["val/rate"].value == 4 * 16 / 64
+    assert run_digits(tmp_path, "model=igpt_pico", "objective=bert", "callbacks=none")[1] == folder  # finished
+
+    _, other = run_digits(tmp_path, "tokens.loss=l1", f"task.compare_with=[{folder}]", "task.patches=false")
+    beside = json.loads((other / "result.json").read_text())["numbers"]
+    assert beside["vqvae_l2/psnr"]["value"] == pytest.approx(result.numbers["val/psnr"].value)
+    assert name_tokenizers([str(folder), str(folder / "model")], side=8).keys() == {"vqvae_l2", "vqvae_l2-2"}
+    compared, _ = launch.run("task=compare", f"paths.runs={tmp_path / 'runs'}", conf=ROOT / "conf")
+    best = max(result.numbers["val/psnr"].value, beside["val/psnr"]["value"])
+    assert compared.numbers["best tokenizer/val/psnr"].value == pytest.approx(best)
+    with pytest.raises(ValueError, match=r"is of a tokenizer, not a network: tokens=vqvae tokens\.path=RUN_FOLDER"):
+        find_weights(str(find_checkpoints(folder)[-1]))
+
+
+def test_the_row_of_patches(tmp_path: Path) -> None:
+    """Independent source: the mean PSNR of `tokens=patches` of the same sizes, in NumPy."""
+    source = pictures()
+    watcher = OnlineLinearProbe(
+        every=1, depths=[0.0], train_images=1, val_images=1, strength=1.0, batch_size=1, norm="raw"
+    )
+    with pytest.raises(ValueError, match=r"^callbacks=probe reads the layers of a network, this run trains none"):
+        train_tokenizer(tmp_path / "probe", callbacks=[watcher])
+    numbers = train_tokenizer(tmp_path, patches=True, steps=4).numbers
+    tokenizer = PatchSettings(patch=2, k=32, n_patches=100_000, iterations=12, order="raster", seed=0).build(
+        source, tmp_path / "other"
+    )  # type: ignore[arg-type]
+    pixels = source.split("val").pixels
+    error = tokenizer.decode(tokenizer.encode(torch.from_numpy(pixels))).astype(float) - pixels
+    psnr = 10 * np.log10(255**2 / (error**2).mean((1, 2, 3)))
+    assert numbers["patches/psnr"].value == pytest.approx(psnr.mean())
+    assert numbers["patches/rate"].value == numbers["val/rate"].value == 5 / 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"crop": 14}, r"^task\.crop=14 is more than the 12 pixels of the images"),
+        ({"crop": 7}, r"^tokens\.factor=2 does not divide task\.crop=7: take a multiple"),
+        ({"batch_size": 1}, r"^tokens\.codes=32 are more than the 16 vectors of a step"),
+        ({"steps": 3}, r"^task\.steps=3 end before the codes begin, after tokens\.unquantised_steps=3"),
+        ({"on": {"precision": "bf16-true"}}, r"^trainer\.precision=bf16-true is for large networks"),
+        ({"on": {"activation_checkpointing": True}}, r"^trainer\.activation_checkpointing=true is for large"),
+        ({"compare_with": ["/nowhere"]}, r"no tokenizer at .*/nowhere"),
+    ],
+)
+def test_settings_that_are_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    """By hand: one line, before any work."""
+    on = machine(**changed.pop("on", {}))
+    with pytest.raises(ValueError, match=message) as refused:
+        train_tokenizer(tmp_path / "run", on=on, **changed)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tokens=patches", r"^task=tokenizer trains a VQ-VAE: tokens=vqvae; tokens=patches is made by"),
+        ("tokens.path=/somewhere", r"^task=tokenizer trains a tokenizer, tokens\.path=/somewhere names one"),
+        ("init=/somewhere", r"^task=tokenizer begins with weights that are drawn: leave init="),
+        ("data.resolution=7", r"^tokens\.factor=2 does not divide data\.resolution=7"),
+    ],
+)
+def test_commands_that_are_refused(tmp_path: Path, override: str, message: str) -> None:
+    """By hand: one line, and no run folder is left."""
+    with pytest.raises(ValueError, match=message):
+        launch.run("task=tokenizer", "data=digits", f"paths.runs={tmp_path / 'runs'}", override, conf=ROOT / "conf")
+    assert not [*(tmp_path / "runs").glob("*")]
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    """Invariant: the run ends by a line that names the step; what was saved before is left and is finite."""
+    with pytest.raises(NonFiniteLossError, match="the loss of step 6 is not finite: the run is stopped"):
+        train_tokenizer(tmp_path, callbacks=[Break(step=5)], val_every=0, checkpoint_every=1)
+    newest = torch.load(find_checkpoints(tmp_path)[-1], weights_only=True)["state_dict"]
+    assert find_checkpoints(tmp_path)[-1].stem == "step_0000005"
+    assert all(tensor.double().isfinite().all() for tensor in newest.values())
+
+
+class Break(Send):
+    """Sets a weight of the encoder to NaN in the middle of an optimiser step."""
+
+    def __init__(self, *, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:  # type: ignore[override]
+        if trainer.global_step == self.step:
+            pl_module.network.encoder[0].weight.data[0] = torch.nan
+
+
+def test_streams_and_few_grey_images(tmp_path: Path) -> None:
+    """Invariant: a stream is read; grey images of one level, five of them, and no validation images do no harm."""
+    stream = mixture(tmp_path / "shards", num_readers=None)
+    streamed = train_tokenizer(tmp_path / "stream", source=stream, steps=4, val_every=0)
+    assert streamed.numbers["train/images_seen"].value == 32
+    grey = ArraySplit(np.full((5, 12, 12, 3), 128, dtype=np.uint8), np.zeros(5, dtype=np.int64))
+    few = Arrays({"train": grey, "val": ArraySplit(grey.pixels[:1], grey.labels[:1])}, None, None, resolution=12)
+    assert train_tokenizer(tmp_path / "grey", source=few).numbers["val/psnr"].n == 1
+    few.splits["val"] = ArraySplit(grey.pixels[:0], grey.labels[:0])
+    result = train_tokenizer(tmp_path / "none", source=few, val_every=0, steps=5)
+    assert set(result.numbers) == {"parameters", "train/images_seen"}
+    with pytest.raises(ValueError, match="nothing to validate on"):
+        train_tokenizer(tmp_path / "no", source=few)
+
+
+def test_the_plan_of_a_training() -> None:
+    """By hand: weights and operations of each convolution; the first one needs no gradient of its input."""
+    rows = dict(plan_tokenizer(machine(plan=True), CONFIG, side=8, batch_size=8, steps=10))
+    convolutions = [  # inputs, outputs, kernel, places of the kernel
+        (3, 8, 16, 16), (8, 8, 9, 16), (8, 2, 9, 16), (2, 8, 1, 16), (8, 4, 1, 16),  # encoder
+        (4, 8, 9, 16), (8, 2, 9, 16), (2, 8, 1, 16), (8, 3, 16, 16),  # decoder; its last one is transposed
+    ]  # fmt: skip
+    weights = sum(a * b * k + b for a, b, k, _ in convolutions)
+    products = [a * b * k * n for a, b, k, n in convolutions]
+    assert rows["weights"] == f"{weights:,}"
+    assert count_vqvae_cost(CONFIG, 8).flops == 6 * sum(products) - 2 * products[0] + 2 * 16 * 32 * 4
+    assert rows["vectors a step"] == "128, enough for 32 codes"
+
+
+def test_what_is_learnt(tmp_path: Path) -> None:
+    """A floor: 22 dB, where codes at their start reach 14 and a network without codes 10."""
+    tokens = {"codes": 64, "hidden": 24, "decay": 0.9, "unquantised_steps": 20, "restart_below": 0.05}
+    settings = {"steps": 150, "batch_size": 16, "val_every": 0, "checkpoint_every": 1000, "log_every": 50}
+    numbers = train_tokenizer(tmp_path, tokens=tokens, **settings).numbers
+    assert numbers["val/psnr"].value > 22
+    assert numbers["val/codes_used"].value > 0.8
+
+
+@pytest.mark.slow
+def test_photographs(shared: Path, tmp_path: Path) -> None:
+    """A floor: 29 dB after a minute on 400 photographs, where k-means on bare patches has 30.8 after as long."""
+    folder = shared / "data" / "imagenet-sample"
+    if not folder.is_dir():
+        pytest.skip("needs imagenet-sample in the shared folder")
+    result, _ = launch.run(
+        "task=tokenizer", "data=folder", f"data.path={folder}", "data.resolution=96", "tokens.hidden=64", "trainer=cpu",
+        "trainer.precision=bf16-mixed", "task.steps=400", "task.batch_size=16", "task.crop=48", "task.warmup_steps=20",
+        "task.val_every=0", "task.patches=false", f"paths.runs={tmp_path}", f"paths.cache={tmp_path}",
+        conf=ROOT / "conf",
+    )  # fmt: skip
+    assert result.numbers["val/psnr"].value > 29
+    assert result.numbers["val/codes_used"].value > 0.8
