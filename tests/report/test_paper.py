@@ -73,9 +73,7 @@ def test_recipes_are_the_digests(digest: str) -> None:
         for model, rate in zip(models.split(" / "), values, strict=True):
             rates[f"iGPT-{model}", objective.lower(), int(resolution[:2])] = rate, "[M]" not in text
     published = {name: r for name, r in PAPER.recipes.items() if not r.tokenizer}
-    assert {
-        (*r.network.values(),): (r.expects["task.learning_rate"], r.confirmed) for r in published.values()
-    } == rates
+    assert {(*r.network.values(),): (r.expects["task.learning_rate"], r.confirmed) for r in published.values()} == rates
     assert {name for name in PAPER.recipes if name not in published} == {"pretrain_l_vq96", "pretrain_l_vq192"}
 
 
