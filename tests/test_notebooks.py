@@ -13,7 +13,7 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant: all code cells in turn, in one namespace, as a reader would run them, with less to fit; no `def` in any."""
+    """Invariant: all code cells in turn, in one namespace, as a reader would, with less to fit; none has a `def`."""
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
     assert cells
     shutil.copytree(quickstart, tmp_path / "runs" / quickstart.name)  # the runs beside the notebooks
