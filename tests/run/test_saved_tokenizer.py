@@ -17,15 +17,14 @@ from igpt.run.launch import run
 from igpt.tokens.tokenizer_registry import TOKENIZER, save_tokenizer
 from tests.conftest import ROOT
 from tests.test_conf import CONF, built
-from tests.tokens.test_every_tokenizer import make_vqvae
+from tests.tokens.test_every_tokenizer import CASES, NETWORK, Trained, make_vqvae
 
 FAST = ("trainer=cpu", "callbacks=none", "logger=[csv]")
 STEPS = "batch_size: 16, warmup_steps: 1, val_every: 2, log_every: 1, checkpoint_every: 2"
 STAGES = f"""+task.stages={{
     tokenizer: {{steps: 4, {STEPS}, patches: false}},
     pretrain: {{steps: 2, {STEPS}}},
-    evaluate: {{baseline_images: 0}},
-    finetune: {{from: null, steps: 2, {STEPS}, test: false}}}}""".replace("\n", "")
+    evaluate: {{baseline_images: 0}}}}""".replace("\n", "")
 TINY = ("tokens=vqvae", "tokens.codes=8", "tokens.code_width=2", "tokens.hidden=8", "tokens.residual_blocks=0",
         "tokens.unquantised_steps=1", "model.n_layer=1", "model.n_embd=16")  # fmt: skip
 
@@ -153,17 +152,42 @@ def test_losses_on_other_tokens_are_not_ranked(pipeline: tuple[Result, Path], pa
     assert summary.caution == "not comparable: these are of several tokenizers"
 
 
+def test_other_held_out_images_are_said(pipeline: tuple[Result, Path], caplog: pytest.LogCaptureFixture) -> None:
+    """Invariant: of the run that trained the tokenizer, also where its file is named."""
+    path = f"tokens.path={pipeline[1] / '1_tokenizer' / 'model'}"
+    for overrides, expected in (((), ""), (("data.split_seed=5",), "data.split_seed 0 ≠ 5")):
+        caplog.clear()
+        built("tokens=vqvae", path, *overrides).check_tokenizer()
+        assert ("held out other images than this run does" in caplog.text) == bool(expected)
+        assert expected in caplog.text
+
+
 def test_later_stages_take_the_tokenizer(pipeline: tuple[Result, Path]) -> None:
     """Invariant: the pipeline's own, in weights that are trained on it; it is no weights to start from."""
     result, folder = pipeline
     tokenizer = find_vqvae(str(folder))  # of its only stage that has one
     assert tokenizer == find_vqvae(str(folder / "1_tokenizer"))
     assert result.provenance["evaluate"]["tokenizer"] == tokenizer.hash
-    for name in ("2_pretrain", "4_finetune"):
-        assert find_weights(str(folder / name)).tokenizer == tokenizer
-        record = read_run(folder / name)
-        assert record.begun["files_sha256"] == {"init": None, "tokens.path": tokenizer.hash}
-        assert record.config["tokens"]["path"] == str(folder / "1_tokenizer")
+    assert find_weights(str(folder / "2_pretrain")).tokenizer == tokenizer
+    record = read_run(folder / "2_pretrain")
+    assert record.begun["files_sha256"] == {"init": None, "tokens.path": tokenizer.hash}
+    assert record.config["tokens"]["path"] == str(folder / "1_tokenizer")
+
+
+def test_it_is_fine_tuned_on(pipeline: tuple[Result, Path], tmp_path: Path) -> None:
+    """Invariant: from scratch with `tokens.path`, or from weights: the same tokens."""
+    pretrained = pipeline[1] / "2_pretrain"
+    how = ("task=finetune", "task.test=false", "task.steps=2", *(each for each in NETWORK if "steps=4" not in each))
+    ways = {
+        "scratch": ("tokens=vqvae", f"tokens.path={pretrained}"),
+        "weights": (f"init={pretrained}", "model=checkpoint", "tokens=checkpoint", "objective=checkpoint"),
+    }
+    for name, chosen in ways.items():
+        size = how if name == "scratch" else tuple(each for each in how if not each.startswith("model."))
+        trained = Trained(tmp_path / name, CASES["vqvae"], chosen)
+        result = trained.run(name, *size, *chosen)
+        assert result.provenance["tokenizer"] == find_vqvae(str(pretrained)).hash
+        assert find_weights(str(tmp_path / name)).tokenizer == find_vqvae(str(pretrained))
 
 
 def test_a_pipeline_goes_on(pipeline: tuple[Result, Path], tmp_path: Path) -> None:
@@ -181,12 +205,11 @@ def test_finished_runs_stand_in(pipeline: tuple[Result, Path], tmp_path: Path) -
     """Invariant: for the tokenizer and for what was trained on it; on another tokenizer it is another run."""
     result, folder = pipeline
     tokenizer, pretrain = (f"+task.stages.{name[2:]}.run={folder / name}" for name in ("1_tokenizer", "2_pretrain"))
-    fewer = re.sub(", *finetune: {.*?}", "", STAGES)
-    again, fresh = start(tmp_path, "task=pipeline", *TINY, fewer, tokenizer, pretrain)
+    again, fresh = start(tmp_path, "task=pipeline", *TINY, STAGES, tokenizer, pretrain)
     assert again.numbers["evaluate/val/loss_gen"] == result.numbers["evaluate/val/loss_gen"]
     assert [path.parent.name for path in fresh.glob("*/run.json")] == ["3_evaluate"]
     with pytest.raises(ValueError, match=r"stages\.pretrain\.run=.*began from other files \(tokens\.path\)"):
-        start(tmp_path / "other", "task=pipeline", *TINY, fewer.replace("{steps: 4", "{steps: 2"), pretrain)
+        start(tmp_path / "other", "task=pipeline", *TINY, STAGES.replace("{steps: 4", "{steps: 2"), pretrain)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +218,11 @@ def test_finished_runs_stand_in(pipeline: tuple[Result, Path], tmp_path: Path) -
         (STAGES, (*TINY, "model.n_head=3"), "n_head"),
         (STAGES, ("tokens=vqvae", "tokens.path={place}/one"), r"task=tokenizer trains a tokenizer, tokens\.path=.*one"),
         (STAGES, ("tokens=fitted",), "task=tokenizer trains a VQ-VAE: tokens=vqvae; tokens=fitted is"),
-        (STAGES.replace("from: null", "from: tokenizer"), TINY, "that stage trains a tokenizer, and no network"),
+        (
+            STAGES.replace("{baseline", "{from: tokenizer, baseline"),
+            TINY,
+            "that stage trains a tokenizer",
+        ),
         (re.sub("tokenizer: {.*?}, *", "", STAGES), TINY, "tokens=vqvae needs a trained tokenizer"),
     ],
 )

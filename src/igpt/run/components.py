@@ -66,13 +66,21 @@ class Components:
             _ = self.vqvae_settings
 
     def check_tokenizer(self) -> None:
-        """Raises ValueError if images are to be read as tokens of a trained tokenizer, and none is named."""
+        """Raises ValueError if images are to be read as tokens of a trained tokenizer, and none is named.
+
+        Warns where the run that trained it held out other images.
+        """
         run = self.run
-        if "tokens" in run.requires and run.reads_saved_tokenizer and run.saved_tokenizer is None:
+        if "tokens" not in run.requires or not run.reads_saved_tokenizer:
+            return
+        if run.saved_tokenizer is None:
             raise ValueError(
                 "tokens=vqvae needs a trained tokenizer: tokens.path=RUN_FOLDER of task=tokenizer, or of a network "
                 "that was trained on one"
             )
+        place = Path(run.config["tokens"]["path"])
+        folders = (place, *place.parents[:2])
+        compare_splits(run.config["data"], next((p for p in folders if (p / "run.json").is_file()), place))
 
     def _partials(self, group: str) -> list[Callable[..., Any]]:
         """A checked partial of every entry of `callbacks` or `logger` that is not null."""

@@ -54,12 +54,12 @@ def _hash_file(path: str | None) -> str | None:
 
 
 def read_data_settings(folder: Path) -> dict[str, Any]:
-    """The data settings of the run that trained the weights of a run directory, followed through imports."""
+    """The data settings of the run that trained the weights or tokenizer of a run directory, through imports."""
     for _ in range(10):  # imports of imports
         if not (folder / "run.json").is_file():
             break
         config = read_record(folder / "run.json")["config"]
-        if "network" in config["task"]["requires"]:
+        if {"network", "tokenizer"} & {*config["task"]["requires"]}:
             data: dict[str, Any] = config["data"]
             return data
         if config.get("init") is None:
@@ -71,7 +71,7 @@ def read_data_settings(folder: Path) -> dict[str, Any]:
 
 
 def compare_splits(settings: Mapping[str, Any], run: Path) -> None:
-    """Warns where the run that trained the weights held out other images: it may have trained on held-out ones of ours.
+    """Warns where the run of weights or of a tokenizer held out other images: it may have been trained on ours.
 
     `settings`: the data settings of this run.
     """
