@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from igpt.metric.result import Number
 from igpt.report import sweep_report
 from igpt.report.page import render_page
 from igpt.report.summary import summarize
@@ -87,6 +88,17 @@ def test_a_picture_of_a_sweep_that_cannot_be_drawn(tmp_path: Path, caplog: pytes
     (tmp_path / PICTURE).rmdir()
     report_sweep(tmp_path, folders, metric="val/loss_gen", command="again")
     assert Image.open(tmp_path / PICTURE).size[0] > 300
+
+
+def test_a_metric_that_no_run_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By hand: the first number in common stands for it, as of tokenizers, which have no loss per token."""
+    numbers = [{"val/psnr": Number(value, "dB", 9), "parameters": Number(5, "weights", 1)} for value in (30.0, 31.0)]
+    folders = [made(tmp_path / str(i), of, model__name=str(i)) for i, of in enumerate(numbers)]
+    with caplog.at_level("INFO"):
+        report_sweep(tmp_path, folders, metric="val/loss_gen", command="again")
+    record = json.loads((tmp_path / ROWS).read_text())
+    assert record["metric"] == "val/psnr"
+    assert [row["mean"] for row in record["rows"]] == [31.0, 30.0]
 
 
 def test_nothing_to_compare(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

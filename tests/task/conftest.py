@@ -179,6 +179,7 @@ TOKENIZER: dict[str, Any] = {
     "beta2": 0.99,
     "weight_decay": 0.0,
     "warmup_steps": 2,
+    "decay_share": 0.4,
     "crop": 8,
     "val_every": 4,
     "log_every": 1,

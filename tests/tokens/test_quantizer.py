@@ -10,7 +10,7 @@ from torch import Tensor
 from vector_quantize_pytorch import VectorQuantize
 
 from igpt.tokens import quantizer as quantizers
-from igpt.tokens.code_search import find_repeated, nearest_codes, nearest_codes_within, nearest_in_float64
+from igpt.tokens.code_search import find_repeated, nearest_codes, nearest_codes_within, nearest_in_float64, search
 from igpt.tokens.quantizer import EMAQuantizer, sum_by_code
 
 UPDATE: dict[str, Any] = {"seed": 3, "decay": 0.9, "unquantised_steps": 1, "restart_below": 0.0}
@@ -105,6 +105,13 @@ def test_a_certain_code_stays_the_nearest() -> None:
     border = (codebook[two.indices[:, 0]] - codebook[two.indices[:, 1]]).norm(dim=1)
     close = (two.values[:, 1].square() - two.values[:, 0].square()) / (2 * border) < 0.9 * distance
     assert not (close & (two.indices[:, 0] != 3) & nearest.is_certain).any()
+    vectors[:100] = (codebook[100:200] + codebook[200:]) / 2  # between two codes, up to rounding
+    nearest = nearest_codes_within(vectors, codebook, torch.zeros(2000))
+    assert torch.equal(nearest.tokens, nearest_in_float64(vectors.double(), codebook))
+    assert not torch.equal(nearest.tokens, nearest_codes(vectors, codebook))
+    assert search(vectors, codebook[3:8], runner_up=True, repeated=find_repeated(codebook[3:8]))[2].isfinite().all()
+    only = codebook[:1].expand(5, 4)
+    assert search(vectors, only, runner_up=True, repeated=find_repeated(only))[2].isinf().all()
     same = nearest_codes_within(vectors, codebook[:1].expand(5, 4), torch.full((2000,), distance))
     assert same.is_certain.all()
     assert not same.tokens.any()
@@ -172,7 +179,7 @@ def test_an_unused_code_begins_anew() -> None:
 
 
 def train_quantizer(rank: int, count: int) -> dict[str, Tensor]:
-    """The codes after five steps of four images, with restarts, of which this rank has its share; one is drawn twice."""
+    """The codes after five steps of four images, with restarts; of the images a rank has its share, one comes twice."""
     quantizer = EMAQuantizer(32, 4)
     for number in range(1, 6):
         images = draw(4, 60, 4, seed=number)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from igpt.settings.fields import Count, Decay, NonNegative, Positive, Settings, WeightDecay, WholeNumber
+from igpt.settings.fields import Count, Decay, NonNegative, Positive, Settings, Share, WeightDecay, WholeNumber
 
 
 class LossWeights(Settings):
@@ -55,6 +55,7 @@ class PretrainSettings(AdamSettings):
 class TokenizerTaskSettings(AdamSettings):
     """`task=tokenizer`. Recipe: van den Oord et al. 2017, appendix A.1, with a schedule that ends at zero."""
 
+    decay_share: Share  # of the steps, at the end, in which the learning rate falls to zero
     crop: Count | None  # pixels a side; None: whole images
     val_every: WholeNumber  # optimiser steps; 0: only at the end
     compare_with: list[str]

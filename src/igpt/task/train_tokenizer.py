@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from igpt.checkpoint.igpt_format import check_equal
 from igpt.data.source import Stream, plain_pixels
@@ -28,7 +29,7 @@ from igpt.tokens.vqvae_tokenizer import VQVAETokenizer
 from igpt.training.base_module import UNITS, TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.hardware import HardwareConfig
-from igpt.training.optimizers import every_step, make_adam, make_scheduler
+from igpt.training.optimizers import every_step, make_adam, warmup_linear
 from igpt.training.plan import count_vqvae_cost
 from igpt.utils import keyed
 
@@ -73,7 +74,8 @@ class VQVAEModule(TrainedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_adam(self.network.parameters(), **self.settings.adam)
-        return every_step(make_scheduler(optimizer, warmup_steps=self.settings.warmup_steps, steps=self.steps))
+        how = {"warmup_steps": self.settings.warmup_steps, "decay_share": self.settings.decay_share}
+        return every_step(LambdaLR(optimizer, lambda step: warmup_linear(step, steps=self.steps, **how)))
 
     def measure_error(self, images: Tensor, target: Tensor) -> Tensor:
         """The reconstruction error of each image, `l2` or `l1` in [-1, 1]: 2 × (B, 3, R, R) → (B,)."""

@@ -40,7 +40,7 @@ def nearest_codes_within(vectors: Tensor, codebook: Tensor, distances: Tensor) -
     is_certain = second - least > 2 * rounding + 2 * distances * (radii[0] + radii[1])  # not if NaN
     codes = codebook.double()
     for rows in torch.split((~is_certain).nonzero()[:, 0], max(1, CHUNK // len(codebook))):
-        squares = _squared_distances(vectors[rows].double(), codes).masked_fill(repeated, torch.inf)  # (n, K)
+        squares = _squared_distances(vectors[rows].double(), codes)  # (n, K)
         least, tokens[rows] = squares.min(1)
         apart = _squared_distances(codes[tokens[rows]], codes).sqrt()
         margins = ((squares - least[:, None]) / (2 * apart)).nan_to_num(torch.inf, posinf=torch.inf).amin(1)

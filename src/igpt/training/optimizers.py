@@ -22,6 +22,14 @@ def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def warmup_linear(step: int, *, warmup_steps: int, steps: int, decay_share: float) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then the peak, then linear to 0 at `steps`.
+
+    `decay_share`: the share of all steps in which it falls.
+    """
+    return min(1.0, (step + 1) / max(1, warmup_steps), (steps - step) / max(1.0, decay_share * steps))
+
+
 def make_adam(
     parameters: Iterable[nn.Parameter], *, learning_rate: float, beta1: float, beta2: float, weight_decay: float
 ) -> Adam:
