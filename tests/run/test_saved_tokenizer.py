@@ -174,6 +174,15 @@ def test_later_stages_take_the_tokenizer(pipeline: tuple[Result, Path]) -> None:
     assert record.config["tokens"]["path"] == str(folder / "1_tokenizer")
 
 
+def test_features_are_cached_by_tokenizer(tokenizers: Path) -> None:
+    """Invariant: the same weights on other tokens have other features, all else equal."""
+    one, other = (
+        built("task=pretrain", "tokens=vqvae", f"tokens.path={tokenizers / name}").cache_key
+        for name in ("one", "other")
+    )
+    assert {key for key in one if one[key] != other[key]} == {"tokenizer"}
+
+
 def test_it_is_fine_tuned_on(pipeline: tuple[Result, Path], tmp_path: Path) -> None:
     """Invariant: from scratch with `tokens.path`, or from weights: the same tokens."""
     pretrained = pipeline[1] / "2_pretrain"

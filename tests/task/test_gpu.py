@@ -1,7 +1,10 @@
 """What only a GPU can show. `python -m pytest -m gpu`"""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from igpt.model.gpt import GPT
 from igpt.utils import keyed
 from tests.conftest import perturbed, small_net
 from tests.task.conftest import Lab, machine
+from tests.tokens.test_datamodule import module
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,3 +90,20 @@ def test_training_follows_the_cpu(tmp_path: Path, lab: Lab, changed: dict[str, o
     on_gpu = lab.pretrain(tmp_path / "gpu", on=machine(accelerator="gpu", **changed))
     rel = 2e-2 if changed else 1e-4
     assert on_gpu.curves["train/loss_gen"].y == pytest.approx(on_cpu.curves["train/loss_gen"].y, rel=rel)
+
+
+def test_tokens_for_baselines_are_made_on_it() -> None:
+    """Invariant: those of the CPU, where they end."""
+    data = module()
+    encoder, devices = data._encoder, []
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        devices.append(pixels.device.type)
+        return encoder(pixels)
+
+    data._encoder, rows = encode, np.arange(20)
+    expected = data.encode_rows("val", rows)
+    attached: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))
+    data.trainer = attached
+    assert torch.equal(data.encode_rows("val", rows), expected)
+    assert devices == ["cpu", "cuda"]

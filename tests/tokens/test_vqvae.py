@@ -318,7 +318,7 @@ def test_an_encoder_that_overflows() -> None:
 
 
 def test_settings(tmp_path: Path) -> None:
-    """By hand: 32 / 2 is 16 a side; without a path, and for images of another size, one line."""
+    """By hand: 32 / 2 is 16 a side. It is not fitted to images."""
     settings = VQVAESettings(**CONFIG, path=None, order="raster")
     digits = Digits(
         name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=0, shift_share=0.0
@@ -328,8 +328,3 @@ def test_settings(tmp_path: Path) -> None:
         settings.sizes(31)
     with pytest.raises(ValueError, match=r"needs a trained tokenizer: tokens.path=RUN_FOLDER of task=tokenizer"):
         settings.build(digits, tmp_path)
-    for side in (8, 32):
-        save_tokenizer(tmp_path / str(side) / "tokenizer.json", build_tokenizer(side=side))
-    assert VQVAESettings(**CONFIG, path=str(tmp_path / "8"), order="raster").build(digits, tmp_path).side == 8
-    with pytest.raises(ValueError, match=r"a VQ-VAE of 32×32 pixels, data gives 8×8: take data of its resolution"):
-        VQVAESettings(**CONFIG, path=str(tmp_path / "32"), order="raster").build(digits, tmp_path)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from igpt.model.gpt import GPT
-from igpt.training.optimizers import MuonAdam, make_adam, make_scheduler, warmup_cosine
+from igpt.training.optimizers import MuonAdam, make_adam, make_scheduler, warmup_cosine, warmup_linear
 from tests.conftest import small_net
 
 
@@ -21,6 +21,13 @@ def test_schedule_in_closed_form() -> None:
     assert share[35] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     assert share[110] == pytest.approx(0.0)
     assert warmup_cosine(0, warmup_steps=0, steps=5) == 1.0
+
+
+def test_linear_schedule_by_hand() -> None:
+    """By hand: halves up to the peak, which holds to step 6 of 10, and quarters down to nothing."""
+    share = [warmup_linear(step, warmup_steps=2, steps=10, decay_share=0.4) for step in range(11)]
+    assert share == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    assert [warmup_linear(step, warmup_steps=0, steps=2, decay_share=0.0) for step in range(3)] == [1, 1, 0]
 
 
 def test_adam_step_by_hand() -> None:

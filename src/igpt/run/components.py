@@ -28,7 +28,7 @@ from igpt.run.targets import checked_part, checked_partial, task_settings, witho
 from igpt.settings.fields import parse_settings
 from igpt.tokens.datamodule import ONE_BY_ONE, PixelDataModule, TokenDataModule
 from igpt.tokens.tokenizer import Tokenizer, TokenizerSettings
-from igpt.tokens.vqvae_tokenizer import VQVAESettings
+from igpt.tokens.vqvae_tokenizer import UNTRAINED, VQVAESettings
 from igpt.training.hardware import HardwareConfig, disable_malloc_trim
 from igpt.training.loggers import RunInfo
 from igpt.training.trainer import Runner
@@ -74,10 +74,7 @@ class Components:
         if "tokens" not in run.requires or not run.reads_saved_tokenizer:
             return
         if run.saved_tokenizer is None:
-            raise ValueError(
-                "tokens=vqvae needs a trained tokenizer: tokens.path=RUN_FOLDER of task=tokenizer, or of a network "
-                "that was trained on one"
-            )
+            raise ValueError(UNTRAINED)
         place = Path(run.config["tokens"]["path"])
         folders = (place, *place.parents[:2])
         compare_splits(run.config["data"], next((p for p in folders if (p / "run.json").is_file()), place))

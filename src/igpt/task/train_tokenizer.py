@@ -1,6 +1,7 @@
 """`task=tokenizer`: trains a VQ-VAE, the tokenizer of later runs."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,8 +75,9 @@ class VQVAEModule(TrainedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_adam(self.network.parameters(), **self.settings.adam)
-        how = {"warmup_steps": self.settings.warmup_steps, "decay_share": self.settings.decay_share}
-        return every_step(LambdaLR(optimizer, lambda step: warmup_linear(step, steps=self.steps, **how)))
+        warmup_steps, decay_share = self.settings.warmup_steps, self.settings.decay_share
+        schedule = partial(warmup_linear, warmup_steps=warmup_steps, steps=self.steps, decay_share=decay_share)
+        return every_step(LambdaLR(optimizer, schedule))
 
     def measure_error(self, images: Tensor, target: Tensor) -> Tensor:
         """The reconstruction error of each image, `l2` or `l1` in [-1, 1]: 2 × (B, 3, R, R) → (B,)."""

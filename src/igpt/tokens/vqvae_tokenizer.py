@@ -23,6 +23,9 @@ from igpt.tokens.pixel_order import PixelOrder, check_rows
 from igpt.tokens.tokenizer import TokenGrid
 from igpt.tokens.vqvae import VQVAE, VQVAEConfig, find_undetermined, round_pixels
 
+UNTRAINED = (
+    "tokens=vqvae needs a trained tokenizer: tokens.path=RUN_FOLDER of task=tokenizer, or of a network trained on one"
+)
 _CHUNK = 8  # images at a time
 _GPU_CHUNK = 64
 
@@ -216,18 +219,5 @@ class VQVAESettings(VQVAEConfig):
         return (resolution // self.factor) ** 2, self.codes
 
     def build(self, source: Source, cache: Path) -> VQVAETokenizer:
-        """The trained tokenizer in `path`. Raises ValueError without one, or for images of another resolution."""
-        self.sizes(source.resolution)
-        if self.path is None:
-            raise ValueError("tokens=vqvae needs a trained tokenizer: tokens.path=RUN_FOLDER of task=tokenizer")
-        from igpt.tokens.tokenizer_registry import find_tokenizer  # it imports this module
-
-        tokenizer = find_tokenizer(self.path)
-        if not isinstance(tokenizer, VQVAETokenizer):
-            raise ValueError(f"tokens.path={self.path} holds {tokenizer.describe()}, not a VQ-VAE")
-        if tokenizer.side != source.resolution:
-            raise ValueError(
-                f"a VQ-VAE of {tokenizer.side}×{tokenizer.side} pixels, data gives {source.resolution}×"
-                f"{source.resolution}: take data of its resolution, or train another one with task=tokenizer"
-            )
-        return tokenizer
+        """Raises ValueError: a VQ-VAE is not fitted by the run that uses it, but read from `path` before."""
+        raise ValueError(UNTRAINED)
