@@ -185,6 +185,8 @@ def test_a_run_and_its_page(tmp_path: Path) -> None:
     beside = json.loads((other / "result.json").read_text())["numbers"]
     assert beside["vqvae_l2/psnr"]["value"] == pytest.approx(result.numbers["val/psnr"].value)
     assert name_tokenizers([str(folder), str(folder / "model")], side=8).keys() == {"vqvae_l2", "vqvae_l2-2"}
+    with pytest.raises(ValueError, match=r"is of 8×8 pixels, data gives 12×12"):
+        name_tokenizers([str(folder)], side=12)
     compared, _ = launch.run("task=compare", f"paths.runs={tmp_path / 'runs'}", conf=ROOT / "conf")
     best = max(result.numbers["val/psnr"].value, beside["val/psnr"]["value"])
     assert compared.numbers["best tokenizer/val/psnr"].value == pytest.approx(best)
@@ -314,9 +316,9 @@ def test_photographs(shared: Path, tmp_path: Path) -> None:
         pytest.skip("needs imagenet-sample in the shared folder")
     result, _ = launch.run(
         "task=tokenizer", "data=folder", f"data.path={folder}", "data.resolution=96", "tokens.hidden=64", "trainer=cpu",
-        "trainer.precision=bf16-mixed", "task.steps=400", "task.batch_size=16", "task.crop=48", "task.warmup_steps=20",
-        "task.val_every=0", "task.patches=false", f"paths.runs={tmp_path}", f"paths.cache={tmp_path}",
-        conf=ROOT / "conf",
+        "trainer.precision=bf16-mixed", "task.steps=450", "task.batch_size=16", "task.crop=48", "task.warmup_steps=20",
+        "task.learning_rate=0.003", "task.val_every=0", "task.patches=false", f"paths.runs={tmp_path}",
+        f"paths.cache={tmp_path}", conf=ROOT / "conf",
     )  # fmt: skip
     assert result.numbers["val/psnr"].value > 29
     assert result.numbers["val/codes_used"].value > 0.8
