@@ -38,6 +38,7 @@ from igpt.run.launch import (
     launch,
 )
 from igpt.run.launch import main as launch_main
+from igpt.run.pipeline_stages import stage_configs
 from igpt.run.run_config import CHECKPOINT, RunConfig
 from igpt.run.run_dir import find_run_dir
 from igpt.run.saved_overrides import record_overrides
@@ -489,6 +490,26 @@ def test_the_plan_of_a_run(caplog: pytest.LogCaptureFixture, tmp_path: Path, mon
     assert re.search(r"a step .* at 40% of 100 TFLOP/s on 64 device", message)
     assert re.search(r"fits +yes: .* of 80\.00 GB", message)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("side", [96, 192])
+def test_the_plan_of_the_first_version(side: int, caplog: pytest.LogCaptureFixture) -> None:
+    """By hand: iGPT-L with 48×48 positions and 4,096 codes; and as many vectors in a step of either tokenizer."""
+    n, d, positions, codes = 48, 1536, 48**2, 4096
+    weights = n * (12 * d**2 + 2 * d) + d + 2 * codes * d + positions * d + d
+    assert f"{weights:,}" in planned(caplog, f"experiment=paper/pretrain_l_vq{side}")
+    for name in (f"vqvae_{side}", f"vqvae_{side}_l1"):
+        assert f"{128 * positions:,}, enough for {codes:,} codes" in planned(caplog, f"experiment=paper/{name}")
+
+
+@pytest.mark.parametrize("name", ["vqvae_photographs", "vqvae_cifar10"])
+def test_a_pipeline_through_a_vqvae_starts(name: str, tmp_path: Path) -> None:
+    """Invariant: every stage has valid settings, the tokens of later ones are those of the first."""
+    build = built(f"experiment={name}", f"data.path={tmp_path}", "task.stages.probe={}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        stages = stage_configs(build.run)
+    assert [stage.trains_tokenizer for stage in stages.values()] == [True] + [False] * 5
+    assert stages["pretrain"].cfg.tokens._target_.endswith("VQVAESettings")
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,12 @@ class PublishedRow:
         """The experiment or released weights that RUN stands for; "" without RUN."""
         if self.init is None:
             return ""
-        recipe = load_paper().recipes.get(self.init)
-        tokenizer = recipe and recipe.tokenizer
-        tokens = f" tokens.path=TOKENIZER, of experiment=paper/{tokenizer}" if tokenizer else ""
-        return f"experiment=paper/{self.init}{tokens}" + (
-            f", or {recipe.released}" if recipe and recipe.released else ""
-        )
+        text, recipe = f"experiment=paper/{self.init}", load_paper().recipes.get(self.init)
+        if recipe is not None and recipe.tokenizer:
+            text += f" tokens.path=TOKENIZER, of experiment=paper/{recipe.tokenizer}"
+        if recipe is not None and recipe.released:
+            text += f", or {recipe.released}"
+        return text
 
     @property
     def network(self) -> str:
