@@ -189,34 +189,34 @@ def test_tokens_of_the_top(factor: int) -> None:
     other[:, rows // factor * factor :] = 255 - other[:, rows // factor * factor :]
     assert torch.equal(tokenizer.encode_top(other, rows), top)
     assert not torch.equal(tokenizer.encode(other)[:, known], top[:, known])
-    assert not top[:, ~known].any()
     grid, full = (tokenizer.order.unflatten(each) for each in (top, tokenizer.encode(pixels)))
     n_row, reach = rows // factor, tokenizer.config.encoder_reach
     assert torch.equal(grid[:, : n_row - reach], full[:, : n_row - reach])
+    assert torch.equal(grid[:, n_row:], grid[:, n_row - 1 : n_row].expand_as(grid[:, n_row:]))
     assert torch.equal(tokenizer.encode_top(pixels, SIDE), tokenizer.encode(pixels))
     assert not tokenizer.encode_top(pixels, factor - 1).any()
     with pytest.raises(ValueError, match="a prompt has 0 to 32 rows"):
         tokenizer.encode_top(pixels, 33)
 
 
-@pytest.mark.parametrize("changed", [{}, {"factor": 4, "residual_blocks": 2}], ids=str)
-def test_visible_pixels_are_determined(changed: dict[str, Any]) -> None:
-    """Invariant: other unknown tokens never change a visible pixel, and change each that is not."""
+@pytest.mark.parametrize("changed", [{}, {"factor": 4, "residual_blocks": 2}, {"residual_blocks": 0}], ids=str)
+def test_how_far_a_token_reaches(changed: dict[str, Any]) -> None:
+    """Invariant, in float64: another token changes pixels up to `reach` beside its own, and no further."""
     network = build_network(**changed)
     tokenizer, exact = build_tokenizer(network), build_copy(network)
-    draw = torch.Generator().manual_seed(0)
-    for known in (tokenizer.known_tokens(20), torch.rand(tokenizer.grid.n_ctx, generator=draw) < 0.99):
-        visible = tokenizer.visible_pixels(known)
-        assert 0 < int(visible.sum()) < SIDE**2
-        tokens = torch.randint(256, (20, tokenizer.grid.n_ctx), generator=draw)
-        tokens[:, known] = tokens[:1, known]
-        images = tokenizer.decode(tokens)
-        assert (images == images[:1])[:, visible.numpy()].all()
-        assert (images != images[:1])[:, ~visible.numpy()].any()
-        codes = exact.quantizer.lookup(tokenizer.order.unflatten(tokens)).permute(0, 3, 1, 2)
-        unrounded = exact.decoder(codes)  # (20, 3, R, R) float64
-        assert torch.equal((unrounded - unrounded[:1]).abs().amax((0, 1)) < 1e-14, visible)
-    assert tokenizer.visible_pixels(torch.ones(tokenizer.grid.n_ctx, dtype=torch.bool)).all()
+    n, factor, reach = tokenizer.order.side, tokenizer.config.factor, tokenizer.reach
+    tokens = torch.randint(256, (20, tokenizer.grid.n_ctx), generator=torch.Generator().manual_seed(0))
+    place = n // 2 * n + n // 2
+    tokens[:, torch.arange(n * n) != place] = tokens[:1, torch.arange(n * n) != place]
+    codes = exact.quantizer.lookup(tokenizer.order.unflatten(tokens)).permute(0, 3, 1, 2)
+    images = exact.decoder(codes)  # (20, 3, R, R) float64
+    changed_pixels = (images - images[:1]).abs().amax((0, 1)) > 1e-14
+    pixels = torch.arange(SIDE)
+    near = (pixels >= n // 2 * factor - reach) & (pixels < (n // 2 + 1) * factor + reach)
+    assert torch.equal(changed_pixels, near[:, None] & near)
+    own = tokenizer.visible_pixels(torch.arange(n * n) == place)
+    assert own.sum() == factor**2
+    assert own[n // 2 * factor : (n // 2 + 1) * factor, n // 2 * factor : (n // 2 + 1) * factor].all()
 
 
 def test_decode() -> None:

@@ -143,7 +143,8 @@ class Workbench:
                 tokens, settled = next(steps)
             if (there - n_known) % row == 0 or there == n_ctx:
                 visible = known | (torch.arange(n_ctx) < settled)
-                yield Drawing(self._render(tokens, visible), there * self.side / n_ctx)
+                shown = torch.where(visible.to(device), tokens, given)  # what is not drawn may change pixels beside it
+                yield Drawing(self._render(shown, visible), there * self.side / n_ctx)
 
     def nearest(self, chosen: DemoImage, *, layer: int, k: int) -> Iterator[tuple[int, int] | list[DemoImage]]:
         """Yields (done, total) while the training images are read, then the list of the k nearest.

@@ -53,7 +53,7 @@ def run(components: Components, settings: CompleteSettings) -> Result:
     rng_keys = keyed.per_example_keys(keyed.per_example_keys(keyed.key(seed, "complete"), image), which)
     prompt_mask = data.tokenizer.known_tokens(n_row)  # (T,)
     if (n_full_row := count_decided_rows(data.tokenizer, n_row)) < n_row:
-        message = "%d of the %d rows are fixed: a token shows several rows, the lowest change with what is drawn below"
+        message = "the upper %d of the %d given rows stay as they are: the others change with what is drawn below"
         log.warning(message, n_full_row, n_row)
     prompts = given.repeat_interleave(completions, 0)  # (N·M, T)
     with components.hardware.inference(weights.net()) as net:
@@ -73,7 +73,8 @@ def run(components: Components, settings: CompleteSettings) -> Result:
     if agree.numel():
         share = float(agree.mean())
         interval = wilson_interval(share, count)  # completions of one image are no further images
-        numbers["complete/pixels_as_original"] = Number(share, "share", count, interval=interval)
+        what = "pixels" if data.tokenizer.grid.rows == side else "tokens"
+        numbers[f"complete/{what}_as_original"] = Number(share, "share", count, interval=interval)
     return Result(
         numbers=numbers,
         grids={"completions": Grid(grid, titles)},

@@ -24,6 +24,7 @@ class PaletteTokenizer:
     palette: Palette
     order: PixelOrder
     kind = "palette"
+    reach = 0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PaletteTokenizer) and self.hash == other.hash

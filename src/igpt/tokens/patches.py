@@ -45,6 +45,7 @@ class PatchTokenizer:
     patch: int  # p, pixels a side
     order: PixelOrder  # of the patches
     kind = "patches"
+    reach = 0
 
     def __post_init__(self) -> None:
         k, width = self.centres.shape if self.centres.ndim == 2 else (0, 0)

@@ -29,6 +29,7 @@ class RGBTokenizer:
 
     order: PixelOrder
     kind = "rgb"
+    reach = 0
     n_vocab = LEVELS
 
     def __eq__(self, other: object) -> bool:

@@ -73,7 +73,12 @@ class Tokenizer(Protocol):
         ...
 
     def visible_pixels(self, tokens: Tensor) -> Tensor:
-        """Mask of the pixels that these tokens determine, whatever the others are: (T,) bool → (R, R) bool."""
+        """Mask of the pixels that these tokens stand for: (T,) bool → (R, R) bool."""
+        ...
+
+    @property
+    def reach(self) -> int:
+        """Pixels on each side of those that a token stands for that also change with it; 0 but for networks."""
         ...
 
     def describe(self) -> str:
@@ -86,8 +91,12 @@ class Tokenizer(Protocol):
 
 
 def count_decided_rows(tokenizer: Tokenizer, rows: int) -> int:
-    """The number of complete pixel rows among the top `rows`; fewer if a token spans several rows."""
-    return int(tokenizer.visible_pixels(tokenizer.known_tokens(rows)).all(1).sum())
+    """The number of complete pixel rows among the top `rows` that their tokens determine, whatever the others are.
+
+    Fewer than `rows` if a token stands for several rows, or changes rows above its own.
+    """
+    n_shown = int(tokenizer.visible_pixels(tokenizer.known_tokens(rows)).all(1).sum())
+    return n_shown if n_shown == tokenizer.side else max(0, n_shown - tokenizer.reach)
 
 
 def token_dtype(n_vocab: int) -> torch.dtype:

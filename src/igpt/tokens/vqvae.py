@@ -58,6 +58,14 @@ class VQVAEConfig(Settings):
         """Tokens on each side of a token that its vector depends on; of the last, all but one row of pixels."""
         return 2 + self.residual_blocks
 
+    @property
+    def decoder_reach(self) -> int:
+        """Pixels on each side of a token's f × f that also change with it."""
+        reach = 1 + self.residual_blocks  # tokens, by the convolutions of width 3
+        for _ in range(int(math.log2(self.factor))):
+            reach = 2 * reach + 1  # by a transposed convolution of width 4
+        return reach
+
 
 class ResidualBlock(nn.Module):
     """x + conv1(relu(conv3(relu(x)))): (B, H, h, w) → the same."""
@@ -122,16 +130,6 @@ def count_saved_numbers(config: VQVAEConfig) -> int:
         parts = build_encoder(config), build_decoder(config)
     codebook = config.codes * config.width if config.quantizer == "ema" else 0
     return codebook + sum(weight.numel() for part in parts for weight in part.parameters())
-
-
-def find_undetermined(config: VQVAEConfig, unknown: Tensor) -> Tensor:
-    """Mask of the pixels that the decoder makes with any unknown token: (h, w) → (f · h, f · w) bool."""
-    reach = 1 + config.residual_blocks  # of the convolutions of width 3
-    mask = F.max_pool2d(unknown[None, None].float(), 2 * reach + 1, stride=1, padding=reach)
-    ones = torch.ones(1, 1, 4, 4, device=mask.device)
-    for _ in range(int(math.log2(config.factor))):
-        mask = (F.conv_transpose2d(mask, ones, stride=2, padding=1) > 0).float()
-    return mask[0, 0] > 0
 
 
 @torch.no_grad()

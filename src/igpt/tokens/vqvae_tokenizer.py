@@ -21,7 +21,7 @@ from igpt.settings.fields import parse_settings
 from igpt.tokens.exact_encoding import encode_exactly
 from igpt.tokens.pixel_order import PixelOrder, check_rows
 from igpt.tokens.tokenizer import TokenGrid
-from igpt.tokens.vqvae import VQVAE, VQVAEConfig, find_undetermined, round_pixels
+from igpt.tokens.vqvae import VQVAE, VQVAEConfig, round_pixels
 
 UNTRAINED = (
     "tokens=vqvae needs a trained tokenizer: tokens.path=RUN_FOLDER of task=tokenizer, or of a network trained on one"
@@ -66,6 +66,10 @@ class VQVAETokenizer:
     def grid(self) -> TokenGrid:
         return TokenGrid(self.order.side, self.order.side)
 
+    @property
+    def reach(self) -> int:
+        return self.config.decoder_reach
+
     @cached_property
     def hash(self) -> str:
         about = ["vqvae", self.config.model_dump(), self.side, self.order.permutation]
@@ -107,12 +111,14 @@ class VQVAETokenizer:
         """Tokens of which those in `known_tokens(rows)` depend on the top `rows` rows alone: (B, R, R, 3) → (B, T).
 
         The image is cut below them, as if it ended there; `encode` sees further rows, and may give others for the last
-        ones. The other tokens are 0.
+        ones. The other tokens repeat the last row, so that decoded it looks as if the image went on.
         """
         check_rows(rows, self.side)
         n = rows // self.config.factor
         grid = pixels.new_zeros((len(pixels), self.order.side, self.order.side), dtype=torch.int64)
         grid[:, :n] = self._encode_grid(pixels[:, : n * self.config.factor])
+        if n:
+            grid[:, n:] = grid[:, n - 1 : n]
         return self.order.flatten(grid)
 
     def decode(self, tokens: Tensor) -> np.ndarray:
@@ -133,8 +139,8 @@ class VQVAETokenizer:
         return self.order.known_positions(rows // self.config.factor)
 
     def visible_pixels(self, tokens: Tensor) -> Tensor:
-        """Pixels are determined if all tokens are known that the decoder makes them of."""
-        return ~find_undetermined(self.config, ~self.order.unflatten(tokens[None])[0])
+        grid = self.order.unflatten(tokens[None])[0]  # (R/f, R/f)
+        return grid.repeat_interleave(self.config.factor, 0).repeat_interleave(self.config.factor, 1)
 
     def describe(self) -> str:
         return f"VQ-VAE of {self.n_vocab:,} codes, {self.config.factor}×{self.config.factor} pixels each"
