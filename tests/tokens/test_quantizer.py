@@ -105,6 +105,12 @@ def test_a_certain_code_stays_the_nearest() -> None:
     border = (codebook[two.indices[:, 0]] - codebook[two.indices[:, 1]]).norm(dim=1)
     close = (two.values[:, 1].square() - two.values[:, 0].square()) / (2 * border) < 0.9 * distance
     assert not (close & (two.indices[:, 0] != 3) & nearest.is_certain).any()
+    apart = torch.cdist(own, codebook.double())
+    borders = (others.square() - others.amin(1, keepdim=True).square()) / (2 * apart)
+    borders = borders.masked_fill(find_repeated(codebook), torch.inf).scatter(1, nearest.tokens[:, None], torch.inf)
+    few = nearest_codes_within(vectors, codebook, torch.full((2000,), 0.0005))
+    assert 5 < int((~few.is_certain).sum()) < 100
+    assert torch.equal(few.is_certain, borders.amin(1) > 0.0005)
     vectors[:100] = (codebook[100:200] + codebook[200:]) / 2  # between two codes, up to rounding
     nearest = nearest_codes_within(vectors, codebook, torch.zeros(2000))
     assert torch.equal(nearest.tokens, nearest_in_float64(vectors.double(), codebook))
