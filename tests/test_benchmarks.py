@@ -17,8 +17,11 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import save_model
 from igpt.model import c_library
 from igpt.objective.ar import AR
+from igpt.tokens.exact_encoding import ALARM, ERROR
+from igpt.tokens.tokenizer_registry import save_tokenizer
 from tests.checkpoint.test_igpt_format import make_metadata
 from tests.conftest import attention_in_graph, small_net
+from tests.tokens.test_vqvae import build_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ONCE = ["--rounds", "1"]
@@ -108,6 +111,16 @@ def test_training_step(medium: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert own["against_hf"] == pytest.approx(hf["seconds"][0] / own["seconds"][0])
     assert own["against_shipped"] == pytest.approx(rows["hf fp32"]["seconds"][0] / own["seconds"][0])
     assert {"command", "commit", "torch", "cpu", "limits"} <= set(report)
+
+
+def test_exact_tokens(tmp_path: Path) -> None:
+    """By hand: at least one vector an image is computed again, float32 is off by far less than its bound."""
+    import exact_tokens
+
+    save_tokenizer(tmp_path / "tokenizer.json", build_tokenizer())
+    report = exact_tokens.main(["--tokenizer", str(tmp_path), "--count", "9", *ONCE])
+    assert report["recomputed"] >= 1
+    assert 1e-9 < report["rounding"] < ERROR / ALARM
 
 
 def test_rows_that_disagree_give_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,11 +270,13 @@ class Break(Send):
             pl_module.network.encoder[0].weight.data[0] = torch.nan
 
 
-def test_streams_and_few_grey_images(tmp_path: Path) -> None:
+def test_streams_and_few_grey_images_and_fixed_codes(tmp_path: Path) -> None:
     """Invariant: a stream is read; grey images of one level, five of them, and no validation images do no harm."""
     stream = mixture(tmp_path / "shards", num_readers=None)
     streamed = train_tokenizer(tmp_path / "stream", source=stream, steps=4, val_every=0)
     assert streamed.numbers["train/images_seen"].value == 32
+    fixed = train_tokenizer(tmp_path / "fsq", tokens={"quantizer": "fsq"}, steps=3, batch_size=1, warmup_steps=1)
+    assert fixed.numbers["val/codes_used"].value > 0.05  # a fixed grid needs neither a start nor as many vectors
     grey = ArraySplit(np.full((5, 12, 12, 3), 128, dtype=np.uint8), np.zeros(5, dtype=np.int64))
     few = Arrays({"train": grey, "val": ArraySplit(grey.pixels[:1], grey.labels[:1])}, None, None, resolution=12)
     assert train_tokenizer(tmp_path / "grey", source=few).numbers["val/psnr"].n == 1

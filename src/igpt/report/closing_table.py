@@ -29,18 +29,8 @@ def closing_table(result: Result, folder: Path, seconds: float, *, published: Se
     to_open = [*page, *(path for path in inside if path.suffix in {".png", ".html"})]
     places = [str(folder / path) for path in to_open]
     texts = [read_text(folder, path) for path in inside if path.suffix == ".txt"]
-    parts = [
-        *texts,
-        *result.early_stops,
-        *result.warnings,
-        rule,
-        *lines,
-        rule,
-        *names,
-        *places,
-        f"{folder}  ({seconds:.0f} s)",
-    ]
-    return "\n".join(parts)
+    first = [*texts, *result.early_stops, *result.warnings]
+    return "\n".join([*first, rule, *lines, rule, *names, *places, f"{folder}  ({seconds:.0f} s)"])
 
 
 def read_text(folder: Path, path: Path) -> str:

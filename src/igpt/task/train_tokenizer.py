@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from igpt.checkpoint.igpt_format import check_equal
 from igpt.data.source import Stream, plain_pixels
 from igpt.distributed import ranks
+from igpt.metric.reconstruction import SSIM_WINDOW, code_use_curve
 from igpt.metric.reconstruction import UNITS as OF_IMAGES
-from igpt.metric.reconstruction import code_use_curve
 from igpt.metric.result import Number, Result
 from igpt.run.components import Components
 from igpt.settings.training import TokenizerTaskSettings
@@ -62,7 +62,7 @@ class VQVAEModule(TrainedModule):
         self.crop = settings.crop or side  # pixels a side of the images trained on
         flops = count_vqvae_cost(config, self.crop).flops
         super().__init__(hardware, settings, flops_per_image=flops, n_ctx=(self.crop // config.factor) ** 2)
-        self.config, self.seed, self.n_val = config, seed, n_val
+        self.config, self.seed = config, seed
         self.network = VQVAE(config)
         init_weights(self.network, seed)
         for part in (self.network.encoder, self.network.decoder):
@@ -178,7 +178,11 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
     images = data.source.training()
     n_train = "a stream" if isinstance(images, Stream) else len(images)
     beside = name_tokenizers(settings.compare_with, side=side)
-    if settings.patches and n_val and config.codes <= K_MAX:
+    if n_val and side < SSIM_WINDOW:
+        log.info("no SSIM: its window of %d pixels is larger than the images", SSIM_WINDOW)
+    if settings.patches and n_val and config.codes > K_MAX:
+        log.info("no row of k-means on patches: it takes at most %d codes", K_MAX)
+    elif settings.patches and n_val:
         beside["patches"] = PatchSettings(patch=config.factor, k=config.codes, **PATCHES).build(
             data.source, components.cache_dir
         )
