@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.matmul, aten.linear}
 
-# what pytest, Inductor, W&B and scikit-learn keep there for themselves as long as the process lives
-OTHERS = ("PYTEST_CURRENT_TEST", "_TORCHINDUCTOR_", "WANDB_SERVICE", "KMP_")
+# what pytest, Inductor, Triton, Lightning, W&B and scikit-learn keep there for themselves as long as the process lives
+OTHERS = ("PYTEST_CURRENT_TEST", "_TORCHINDUCTOR_", "TRITON_", "CUDA_DEVICE_ORDER", "WANDB_SERVICE", "KMP_")
 SIGNALS = signal.valid_signals() - {signal.SIGCHLD}
 
 

@@ -16,6 +16,7 @@ from igpt.utils import keyed
 from tests.conftest import perturbed, small_net
 from tests.task.conftest import Lab, machine
 from tests.tokens.test_datamodule import module
+from tests.tokens.test_vqvae import build_network, build_tokenizer, draw_pixels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,3 +108,13 @@ def test_tokens_for_baselines_are_made_on_it() -> None:
     data.trainer = attached
     assert torch.equal(data.encode_rows("val", rows), expected)
     assert devices == ["cpu", "cuda"]
+
+
+@pytest.mark.parametrize("changed", [{}, {"factor": 4}, {"quantizer": "fsq", "codes": 4096}], ids=str)
+def test_tokens_of_a_vqvae_are_the_cpus(changed: dict[str, Any]) -> None:
+    """Invariant: the same code of every vector, in any batch, under autocast too."""
+    tokenizer, pixels = build_tokenizer(build_network(**changed)), draw_pixels(24)
+    expected = tokenizer.encode(pixels)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert torch.equal(tokenizer.encode(pixels.cuda()).cpu(), expected)
+    assert torch.equal(torch.cat([tokenizer.encode(some) for some in pixels.cuda().split(5)]).cpu(), expected)

@@ -13,7 +13,7 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.resume import find_checkpoints
 from igpt.data.source import ArraySplit
 from igpt.distributed.signals import StoppedError
-from igpt.metric.reconstruction import code_numbers, code_use_curve, image_figures, reconstruction_numbers
+from igpt.metric.reconstruction import code_numbers, code_use_histogram, image_figures, reconstruction_numbers
 from igpt.metric.result import Result
 from igpt.report.closing_table import closing_table
 from igpt.run import launch
@@ -118,8 +118,9 @@ def test_code_use_by_hand() -> None:
     assert numbers["val/codes_used"].value == 0.75
     assert numbers["val/perplexity_share"].value == pytest.approx(2**0.5 / 2)
     assert numbers["val/perplexity_share"].n == 4
-    assert code_use_curve(torch.tensor([2, 0, 1, 1])).y == [2.0, 1.0, 1.0, 0.0]
-    assert len(code_use_curve(torch.arange(5000)).y) == 512
+    histogram = code_use_histogram(torch.tensor([2, 0, 1, 1]))
+    assert {x: y for x, y in zip(histogram.x, histogram.y, strict=True) if y} == {0.0: 0.5, 1.0: 0.25}
+    assert sum(code_use_histogram(torch.arange(5000)).y) == pytest.approx(4999 / 5000)
 
 
 def test_crops() -> None:
@@ -211,6 +212,11 @@ def test_the_row_of_patches(tmp_path: Path) -> None:
     psnr = 10 * np.log10(255**2 / (error**2).mean((1, 2, 3)))
     assert numbers["patches/psnr"].value == pytest.approx(psnr.mean())
     assert numbers["patches/rate"].value == numbers["val/rate"].value == 5 / 4
+    assert numbers["patches/tokens_returned"].value == 1
+    trained = tokenizer_registry.find_tokenizer(str(tmp_path))
+    tokens = trained.encode(torch.from_numpy(pixels))
+    returned = trained.encode(torch.from_numpy(trained.decode(tokens))) == tokens
+    assert numbers["val/tokens_returned"].value == pytest.approx(float(returned.double().mean()))
 
 
 @pytest.mark.parametrize(

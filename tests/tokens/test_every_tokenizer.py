@@ -157,7 +157,7 @@ def test_there_and_back(tokenizer: Tokenizer, case: Case) -> None:
 
 
 def test_given_tokens_know_nothing_below(tokenizer: Tokenizer, case: Case) -> None:
-    """Invariant: hidden pixels change no given token, unknown tokens no row that is said to stay; by hand: those rows."""
+    """Invariant: hidden pixels change no given token, unknown tokens no row that is to stay; by hand: these rows."""
     pixels = make_pixels(6)
     generator = torch.Generator().manual_seed(0)
     for rows in (0, 5, ROWS, SIDE):

@@ -10,8 +10,8 @@ from igpt.metric.result import Curve, Number
 
 LEVELS = 255.0  # range of a pixel
 SSIM_WINDOW = 11  # pixels a side (Wang et al. 2004), Gaussian of σ 1.5, borders reflected; smaller images have no SSIM
-UNITS = {"psnr": "dB", "ssim": "of 1", "mae": "grey levels"}
-MOST_POINTS = 512  # of the curve of code use
+UNITS = {"psnr": "dB", "ssim": "of 1", "mae": "grey levels", "tokens_returned": "share"}
+OCTAVES, PER_OCTAVE = 6, 2  # of the histogram of code use: from 2⁻⁶ to 2⁶ times the mean
 
 
 def image_figures(pixels: Tensor, reconstructed: Tensor) -> dict[str, Tensor]:
@@ -52,8 +52,14 @@ def code_numbers(split: str, counts: Tensor) -> dict[str, Number]:
     }
 
 
-def code_use_curve(counts: Tensor) -> Curve:
-    """Uses of each code ÷ their mean, the most used first, at no more than MOST_POINTS codes."""
-    uses = counts.double().sort(descending=True).values / counts.double().mean()
-    kept = torch.linspace(0, len(uses) - 1, min(len(uses), MOST_POINTS)).round().long()
-    return Curve((kept + 1.0).tolist(), uses[kept].tolist(), "code, the most used first", "uses ÷ their mean")
+def code_use_histogram(counts: Tensor) -> Curve:
+    """Share of the K codes by their uses ÷ the mean, in bins of half an octave; from the uses of each code, (K,).
+
+    Codes without a use are left out, rarer and more frequent ones than the bins lie in the outermost.
+    """
+    used = counts[counts > 0].double()
+    octaves = (used / counts.double().mean()).log2().clamp(-OCTAVES, OCTAVES)  # (U,)
+    index = ((octaves + OCTAVES) * PER_OCTAVE).round().long()
+    shares = torch.bincount(index, minlength=2 * OCTAVES * PER_OCTAVE + 1).double() / len(counts)
+    places = [i / PER_OCTAVE - OCTAVES for i in range(len(shares))]
+    return Curve(places, shares.tolist(), "uses of a code ÷ their mean, log₂", "share of codes")

@@ -61,7 +61,8 @@ class ReconstructionModule(L.LightningModule):
         if len(batch.rows):
             tokens = self.tokenizer.encode(batch.tokens)
             pixels = torch.from_numpy(self.tokenizer.decode(tokens)).to(tokens.device)
-            self.score.add(batch, tokens, pixels)
+            returned = (self.tokenizer.encode(pixels) == tokens).double().mean(1)
+            self.score.add(batch, tokens, pixels, {"tokens_returned": returned})
 
     def on_validation_epoch_end(self) -> None:
         self.numbers, self.counts = self.score.numbers(self.name, self.trainer)

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from igpt.checkpoint.igpt_format import check_equal
 from igpt.data.source import Stream, plain_pixels
 from igpt.distributed import ranks
-from igpt.metric.reconstruction import SSIM_WINDOW, code_use_curve
+from igpt.metric.reconstruction import SSIM_WINDOW, code_use_histogram
 from igpt.metric.reconstruction import UNITS as OF_IMAGES
 from igpt.metric.result import Number, Result
 from igpt.run.components import Components
@@ -228,7 +228,7 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
             measured = ReconstructionModule(each, name=name, n_image=n_val)
             runner.validate(measured, data)
             numbers |= measured.numbers
-            result.curves[f"{name}/code_use"] = code_use_curve(measured.counts)
+            result.curves[f"{name}/code_use"] = code_use_histogram(measured.counts)
         result.numbers = numbers | result.numbers
         pixels = plain_pixels(data.source.split("val"), data.sample_rows("val", at_most=SHOWN).tolist())
         result.grids["reconstructed_images"] = draw_comparison(pixels, {"this run": tokenizer, **beside})
