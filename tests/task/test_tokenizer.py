@@ -241,18 +241,23 @@ def test_settings_that_are_refused(tmp_path: Path, changed: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
         ("tokens=patches", r"^task=tokenizer trains a VQ-VAE: tokens=vqvae; tokens=patches is made by"),
         ("tokens.path=/somewhere", r"^task=tokenizer trains a tokenizer, tokens\.path=/somewhere names one"),
         ("init=/somewhere", r"^task=tokenizer begins with weights that are drawn: leave init="),
         ("data.resolution=7", r"^tokens\.factor=2 does not divide data\.resolution=7"),
+        ("tokens.factor=3", r"^tokens\.factor must be one of 2, 4, got 3"),
+        ("tokens.quantizer=fsq tokens.codes=100", r"^tokens\.quantizer=fsq has no levels for tokens\.codes=100"),
+        ("tokens.hidden=4096 tokens.residual_blocks=64", r"^a VQ-VAE of 5,521,125,387 numbers is too large"),
     ],
 )
-def test_commands_that_are_refused(tmp_path: Path, override: str, message: str) -> None:
+def test_commands_that_are_refused(tmp_path: Path, overrides: str, message: str) -> None:
     """By hand: one line, and no run folder is left."""
-    with pytest.raises(ValueError, match=message):
-        launch.run("task=tokenizer", "data=digits", f"paths.runs={tmp_path / 'runs'}", override, conf=ROOT / "conf")
+    with pytest.raises(ValueError, match=message) as refused:
+        runs = f"paths.runs={tmp_path / 'runs'}"
+        launch.run("task=tokenizer", "data=digits", runs, *overrides.split(), conf=ROOT / "conf")
+    assert "\n" not in str(refused.value)
     assert not [*(tmp_path / "runs").glob("*")]
 
 
