@@ -148,6 +148,11 @@ def test_collapsed_codes_are_warned_of(tmp_path: Path, caplog: pytest.LogCapture
     runner.validate(module, data)
     runner.validate(module, data)
     assert caplog.text.count("the codes have collapsed: 3.1 % of 32 are used, perplexity ÷ K is 0.031") == 1
+    one = {"codes": 64, "unquantised_steps": 0, "restart_below": 0.0}  # and without validation in the training
+    few = ArraySplit(np.full((5, 12, 12, 3), 128, dtype=np.uint8), np.zeros(5, dtype=np.int64))
+    grey = Arrays({"train": few, "val": few}, None, None, resolution=12)
+    result = train_tokenizer(tmp_path / "grey", source=grey, tokens=one, steps=2, warmup_steps=1, val_every=0)
+    assert "the codes have collapsed" in result.warnings[0]
 
 
 def run_digits(place: Path, *changed: str) -> tuple[Result, Path]:
