@@ -265,7 +265,10 @@ def name_tokenizers(folders: list[str], *, side: int) -> dict[str, Tokenizer]:
     """
     named: dict[str, Tokenizer] = {}
     for folder in folders:
-        tokenizer = find_tokenizer(folder)
+        try:
+            tokenizer = find_tokenizer(folder)
+        except ValueError as error:
+            raise ValueError(f"task.compare_with: {error}") from error
         if tokenizer.side != side:
             raise ValueError(
                 f"task.compare_with: {folder} is of {tokenizer.side}×{tokenizer.side} pixels, data gives {side}×{side}"
