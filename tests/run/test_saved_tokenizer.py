@@ -162,6 +162,10 @@ def test_other_held_out_images_are_said(pipeline: tuple[Result, Path], caplog: p
         built("tokens=vqvae", path, *overrides).check_tokenizer()
         assert ("held out other images than this run does" in caplog.text) == bool(expected)
         assert expected in caplog.text
+        assert "was trained on images of" not in caplog.text
+    caplog.set_level("INFO")
+    built("tokens=vqvae", path, "data=cifar10", "data.resolution=8").check_tokenizer()
+    assert "was trained on images of digits: one trained on cifar10 may show these better" in caplog.text
 
 
 def test_later_stages_take_the_tokenizer(pipeline: tuple[Result, Path]) -> None:
