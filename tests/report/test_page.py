@@ -476,6 +476,19 @@ def test_a_run_in_a_sentence(tmp_path: Path, task: dict[str, Any], sentence: str
     assert sentence in Page(render_page(folder.path)).text
 
 
+def test_what_is_predicted(tmp_path: Path) -> None:
+    """By hand: of a palette's tokens pixels, of others what they stand for."""
+    task = {"name": "pretrain", "requires": [], "steps": 2, "batch_size": 8}
+    for target, objective, predicted in (
+        ("igpt.tokens.vqvae_tokenizer.VQVAESettings", "ar", "the next code of a VQ-VAE of digits"),
+        ("igpt.tokens.patches.PatchSettings", "bert", "masked patches of digits"),
+        ("igpt.tokens.palette_tokenizer.PaletteSettings", "bert", "masked pixels of digits"),
+    ):
+        config = {"task": task, "tokens": {"_target_": target}, "objective": {"name": objective}}
+        folder = finished(tmp_path / f"{target}-{objective}", Result(), config, "pretrain").path
+        assert f"learns to predict {predicted}" in Page(render_page(folder)).text
+
+
 def test_numbers_to_be_seen_first(tmp_path: Path) -> None:
     """By hand: shares as percent, with their interval or deviation; what it was measured on."""
     for number, text in (

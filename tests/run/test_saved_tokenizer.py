@@ -150,6 +150,8 @@ def test_losses_on_other_tokens_are_not_ranked(pipeline: tuple[Result, Path], pa
     runs = [read_run(pipeline[1] / "2_pretrain"), read_run(palette_run)]
     (summary,) = summarize_groups(runs, "val/loss_gen").values()
     assert summary.caution == "not comparable: these are of several tokenizers"
+    assert "tokens.path" in summary.rows[0].settings  # which stands for the VQ-VAE's own settings
+    assert not {"tokens.factor", "tokens.codes"} & summary.rows[0].settings.keys()
 
 
 def test_other_held_out_images_are_said(pipeline: tuple[Result, Path], caplog: pytest.LogCaptureFixture) -> None:
@@ -160,6 +162,10 @@ def test_other_held_out_images_are_said(pipeline: tuple[Result, Path], caplog: p
         built("tokens=vqvae", path, *overrides).check_tokenizer()
         assert ("held out other images than this run does" in caplog.text) == bool(expected)
         assert expected in caplog.text
+        assert "was trained on images of" not in caplog.text
+    caplog.set_level("INFO")
+    built("tokens=vqvae", path, "data=cifar10", "data.resolution=8").check_tokenizer()
+    assert "was trained on images of digits: one trained on cifar10 may show these better" in caplog.text
 
 
 def test_later_stages_take_the_tokenizer(pipeline: tuple[Result, Path]) -> None:

@@ -148,6 +148,11 @@ def test_collapsed_codes_are_warned_of(tmp_path: Path, caplog: pytest.LogCapture
     runner.validate(module, data)
     runner.validate(module, data)
     assert caplog.text.count("the codes have collapsed: 3.1 % of 32 are used, perplexity ÷ K is 0.031") == 1
+    one = {"codes": 64, "unquantised_steps": 0, "restart_below": 0.0}  # and without validation in the training
+    few = ArraySplit(np.full((5, 12, 12, 3), 128, dtype=np.uint8), np.zeros(5, dtype=np.int64))
+    grey = Arrays({"train": few, "val": few}, None, None, resolution=12)
+    result = train_tokenizer(tmp_path / "grey", source=grey, tokens=one, steps=2, warmup_steps=1, val_every=0)
+    assert "the codes have collapsed" in result.warnings[0]
 
 
 def run_digits(place: Path, *changed: str) -> tuple[Result, Path]:
@@ -228,7 +233,7 @@ def test_the_row_of_patches(tmp_path: Path) -> None:
         ({"steps": 3}, r"^task\.steps=3 end before the codes begin, after tokens\.unquantised_steps=3"),
         ({"on": {"precision": "bf16-true"}}, r"^trainer\.precision=bf16-true is for large networks"),
         ({"on": {"activation_checkpointing": True}}, r"^trainer\.activation_checkpointing=true is for large"),
-        ({"compare_with": ["/nowhere"]}, r"no tokenizer at .*/nowhere"),
+        ({"compare_with": ["/nowhere"]}, r"^task\.compare_with: no tokenizer at /nowhere: give"),
     ],
 )
 def test_settings_that_are_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -241,18 +246,23 @@ def test_settings_that_are_refused(tmp_path: Path, changed: dict[str, Any], mess
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
         ("tokens=patches", r"^task=tokenizer trains a VQ-VAE: tokens=vqvae; tokens=patches is made by"),
         ("tokens.path=/somewhere", r"^task=tokenizer trains a tokenizer, tokens\.path=/somewhere names one"),
         ("init=/somewhere", r"^task=tokenizer begins with weights that are drawn: leave init="),
         ("data.resolution=7", r"^tokens\.factor=2 does not divide data\.resolution=7"),
+        ("tokens.factor=3", r"^tokens\.factor must be one of 2, 4, got 3"),
+        ("tokens.quantizer=fsq tokens.codes=100", r"^tokens\.quantizer=fsq has no levels for tokens\.codes=100"),
+        ("tokens.hidden=4096 tokens.residual_blocks=64", r"^a VQ-VAE of 5,521,125,387 numbers is too large"),
     ],
 )
-def test_commands_that_are_refused(tmp_path: Path, override: str, message: str) -> None:
+def test_commands_that_are_refused(tmp_path: Path, overrides: str, message: str) -> None:
     """By hand: one line, and no run folder is left."""
-    with pytest.raises(ValueError, match=message):
-        launch.run("task=tokenizer", "data=digits", f"paths.runs={tmp_path / 'runs'}", override, conf=ROOT / "conf")
+    with pytest.raises(ValueError, match=message) as refused:
+        runs = f"paths.runs={tmp_path / 'runs'}"
+        launch.run("task=tokenizer", "data=digits", runs, *overrides.split(), conf=ROOT / "conf")
+    assert "\n" not in str(refused.value)
     assert not [*(tmp_path / "runs").glob("*")]
 
 

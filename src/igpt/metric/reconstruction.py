@@ -10,7 +10,7 @@ from igpt.metric.result import Curve, Number
 
 LEVELS = 255.0  # range of a pixel
 SSIM_WINDOW = 11  # pixels a side (Wang et al. 2004), Gaussian of σ 1.5, borders reflected; smaller images have no SSIM
-UNITS = {"psnr": "dB", "ssim": "of 1", "mae": "grey levels", "tokens_returned": "share"}
+UNITS = {"psnr": "dB", "ssim": "SSIM index", "mae": "grey levels", "tokens_returned": "share"}
 OCTAVES, PER_OCTAVE = 6, 2  # of the histogram of code use: from 2⁻⁶ to 2⁶ times the mean
 
 

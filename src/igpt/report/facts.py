@@ -17,8 +17,11 @@ MAIN = (
 )  # fmt: skip
 N_MAIN = 4  # numbers shown large: the first of each kind in MAIN
 KINDS = {  # suffix of a picture's name → (heading, caption)
-    "samples": ("Samples", "Drawn from the network, pixel by pixel."),
-    "completions": ("Completions", "A held-out image, the part of it that was given, and how the network went on."),
+    "samples": ("Samples", "Drawn from the network, token by token."),
+    "completions": (
+        "Completions",
+        "A held-out image as its tokens show it, the part that was given, and how the network went on.",
+    ),
     "reconstructed_images": (
         "Reconstructions",
         "Held-out images, and what each tokenizer draws from its tokens, with the error, amplified: black is none.",
@@ -27,6 +30,11 @@ KINDS = {  # suffix of a picture's name → (heading, caption)
     "colours": ("Palette", "Every colour of the palette, in the order of the tokens."),
     "confusion": ("Confusion matrix", "Row: the true class. Column: what it was taken for. Images counted."),
     "": ("Pictures", ""),
+}
+TOKENS = {  # settings of a tokenizer → what one of its tokens stands for, and several
+    "PatchSettings": ("patch", "patches"),
+    "RGBSettings": ("RGB value", "RGB values"),
+    "VQVAESettings": ("code of a VQ-VAE", "codes of a VQ-VAE"),
 }
 GROUPS = ("model", "data", "objective")
 NAME = re.compile(r"\w+?-(?P<model>.+)-(?P<data>[^-]*[^-\d][^-]*(-\d+)?)-(?P<objective>[a-z]+)-s\d+-[0-9a-f]{8}(-\d+)?")
@@ -53,6 +61,13 @@ def describe_images(run: RunRecord) -> str:
     name, side = data.get("name"), data.get("resolution")
     known = (name_images(data), f"{name}{side}", name)  # of this release, of older ones, without names
     return f"{name_dataset(data)} at {side}×{side}" if option in known else option
+
+
+def describe_predicted(run: RunRecord) -> str:
+    """What the network of the run learns to predict: `the next pixel`, `masked codes of a VQ-VAE`."""
+    settings = str(run.config.get("tokens", {}).get("_target_")).rpartition(".")[2]
+    one, several = TOKENS.get(settings, ("pixel", "pixels"))
+    return {"ar": f"the next {one}", "bert": f"masked {several}"}.get(read_names(run)["objective"], several)
 
 
 def main_numbers(run: RunRecord) -> list[tuple[str, Number]]:

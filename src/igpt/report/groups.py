@@ -22,6 +22,8 @@ def list_settings(run: RunRecord, *, deep: int = 3) -> dict[str, Any]:
         for key, value in flat.items()
         if key != "seed" and (key.startswith("callbacks.") or key.rpartition(".")[2] not in OF_THE_CODE)
     }
+    if settings.get("tokens.path") is not None and "tokens.factor" in settings:  # a VQ-VAE, its settings are the file's
+        settings = {key: value for key, value in settings.items() if key == "tokens.path" or key[:7] != "tokens."}
     history = run.init_history
     if run.config.get("init") is None:
         return settings

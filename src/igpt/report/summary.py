@@ -17,7 +17,7 @@ from igpt.report.runs import RunRecord, read_objective, read_runs
 from igpt.utils.overrides import suggest_name
 
 LOWER = ("nats", "bits", "grey levels")  # prefixes of units where lower is better
-HIGHER = ("share", "dB", "Spearman", "images/s", "tokens/s", "pixels/s")  # where higher is better
+HIGHER = ("share", "dB", "SSIM", "Spearman", "images/s", "tokens/s", "pixels/s")  # where higher is better
 MOST = 40  # maximal rows of a picture
 
 

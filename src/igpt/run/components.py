@@ -1,5 +1,6 @@
 """The parts of a run (data, tokenizer, network, Trainer …), each built from the config at its first use."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -22,9 +23,10 @@ from igpt.objective import registry
 from igpt.objective.base import Objective
 from igpt.report.folder import RunFolder
 from igpt.report.paper import check_paper_key
-from igpt.run.fingerprint import compare_splits
+from igpt.run.fingerprint import compare_splits, read_data_settings
 from igpt.run.run_config import RunConfig
 from igpt.run.targets import checked_part, checked_partial, task_settings, without
+from igpt.settings.data import name_dataset
 from igpt.settings.fields import parse_settings
 from igpt.tokens.datamodule import ONE_BY_ONE, PixelDataModule, TokenDataModule
 from igpt.tokens.tokenizer import Tokenizer, TokenizerSettings
@@ -32,6 +34,8 @@ from igpt.tokens.vqvae_tokenizer import UNTRAINED, VQVAESettings
 from igpt.training.hardware import HardwareConfig, disable_malloc_trim
 from igpt.training.loggers import RunInfo
 from igpt.training.trainer import Runner
+
+log = logging.getLogger(__name__)
 
 NOT_OF_FEATURES = ("palette_size", "augment", "shift", "shift_share")  # settings of the data
 
@@ -68,7 +72,7 @@ class Components:
     def check_tokenizer(self) -> None:
         """Raises ValueError if images are to be read as tokens of a trained tokenizer, and none is named.
 
-        Warns where the run that trained it held out other images.
+        Logs where the run that trained it held out other images, or was of another dataset.
         """
         run = self.run
         if "tokens" not in run.requires or not run.reads_saved_tokenizer:
@@ -76,8 +80,14 @@ class Components:
         if run.saved_tokenizer is None:
             raise ValueError(UNTRAINED)
         place = Path(run.config["tokens"]["path"])
-        folders = (place, *place.parents[:2])
-        compare_splits(run.config["data"], next((p for p in folders if (p / "run.json").is_file()), place))
+        folder = next((p for p in (place, *place.parents[:2]) if (p / "run.json").is_file()), place)
+        compare_splits(run.config["data"], folder)
+        trained, read = read_data_settings(folder), run.config["data"]
+        if trained and name_dataset(trained) != name_dataset(read):
+            log.info(
+                "tokens.path=%s was trained on images of %s: one trained on %s may show these better",
+                place, name_dataset(trained), name_dataset(read),
+            )  # fmt: skip
 
     def _partials(self, group: str) -> list[Callable[..., Any]]:
         """A checked partial of every entry of `callbacks` or `logger` that is not null."""

@@ -67,8 +67,9 @@ def parse_arguments(
     unknown = next((key for key in settings if key not in parameters), None)
     if unknown is not None:
         raise ValueError(f"{where} has no setting {unknown!r}{suggest_name(unknown, parameters)}")
-    is_model = inspect.isclass(target) and issubclass(target, BaseModel)
-    signature = target.__init__ if inspect.isclass(target) and not is_model else target
+    if inspect.isclass(target) and issubclass(target, BaseModel):  # with its own checks of several settings together
+        return dict(parse_settings(target, {**settings, **built}, where))
+    signature = target.__init__ if inspect.isclass(target) else target
     hints = get_type_hints(signature, include_extras=True)
     plain = {key: value for key, value in settings.items() if key not in built}
     fields: dict[str, Any] = {key: (hints.get(key, Any), ...) for key in plain}

@@ -52,9 +52,11 @@ def run(components: Components, settings: CompleteSettings) -> Result:
     which = torch.arange(completions).repeat(count)
     rng_keys = keyed.per_example_keys(keyed.per_example_keys(keyed.key(seed, "complete"), image), which)
     prompt_mask = data.tokenizer.known_tokens(n_row)  # (T,)
+    warning = {}
     if (n_full_row := count_decided_rows(data.tokenizer, n_row)) < n_row:
-        message = "the upper %d of the %d given rows stay as they are: the others change with what is drawn below"
-        log.warning(message, n_full_row, n_row)
+        stay = f"the upper {n_full_row} of the {n_row} given rows stay as they are"
+        warning["warning"] = f"{stay}: the others change with what is drawn below"
+        log.warning("%s", warning["warning"])
     prompts = given.repeat_interleave(completions, 0)  # (N·M, T)
     with components.hardware.inference(weights.net()) as net:
         drawn = draw_images(
@@ -87,5 +89,6 @@ def run(components: Components, settings: CompleteSettings) -> Result:
             "split": split,
             "images": chosen.tolist(),
             "rows": n_row,
+            **warning,
         },
     )

@@ -131,20 +131,10 @@ class VQVAEModule(TrainedModule):
     def on_validation_epoch_end(self) -> None:
         numbers, _ = self.score.numbers("val", self.trainer)
         self.finish_validation(numbers, list(numbers))
-        self._warn_of_collapse(numbers)
-
-    def _warn_of_collapse(self, numbers: dict[str, Number]) -> None:
-        used, perplexity = numbers["val/codes_used"], numbers["val/perplexity_share"]
-        most = min(1.0, used.n / self.config.codes)  # of few images not all codes can be used
-        collapsed = used.value < FEW_USED * most or perplexity.value < LOW_PERPLEXITY * most
-        if collapsed and not self.is_alarmed and self.network.quantizer.has_codes:
+        collapse = describe_collapse(numbers, self.config)
+        if collapse and not self.is_alarmed and self.network.quantizer.has_codes:
             self.is_alarmed = True
-            log.warning(
-                "the codes have collapsed: %.1f %% of %d are used, perplexity ÷ K is %.3f; narrower codes "
-                "(tokens.code_width), a higher tokens.restart_below, more tokens.unquantised_steps or a lower "
-                "task.learning_rate help",
-                100 * used.value, self.config.codes, perplexity.value,
-            )  # fmt: skip
+            log.warning("%s", collapse)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -232,7 +222,8 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
         result.numbers = numbers | result.numbers
         pixels = plain_pixels(data.source.split("val"), data.sample_rows("val", at_most=SHOWN).tolist())
         result.grids["reconstructed_images"] = draw_comparison(pixels, {"this run": tokenizer, **beside})
-        if warning := compare_with_patches(numbers, factor=config.factor):
+        found = describe_collapse(numbers, config), compare_with_patches(numbers, factor=config.factor)
+        if warning := "; ".join(each for each in found if each):
             result.provenance["warning"] = warning
             log.warning("%s", warning)
     return result
@@ -274,7 +265,10 @@ def name_tokenizers(folders: list[str], *, side: int) -> dict[str, Tokenizer]:
     """
     named: dict[str, Tokenizer] = {}
     for folder in folders:
-        tokenizer = find_tokenizer(folder)
+        try:
+            tokenizer = find_tokenizer(folder)
+        except ValueError as error:
+            raise ValueError(f"task.compare_with: {error}") from error
         if tokenizer.side != side:
             raise ValueError(
                 f"task.compare_with: {folder} is of {tokenizer.side}×{tokenizer.side} pixels, data gives {side}×{side}"
@@ -283,6 +277,23 @@ def name_tokenizers(folders: list[str], *, side: int) -> dict[str, Tokenizer]:
         alike = sum(other.rpartition("-")[0] == name or other == name for other in named)
         named[f"{name}-{alike + 1}" if alike else name] = tokenizer
     return named
+
+
+def describe_collapse(numbers: dict[str, Number], config: VQVAEConfig) -> str:
+    """A warning if few codes are used, or most tokens are of a few of them; else ""."""
+    used, perplexity = numbers["val/codes_used"], numbers["val/perplexity_share"]
+    most = min(1.0, used.n / config.codes)  # of few images not all codes can be used
+    if used.value >= FEW_USED * most and perplexity.value >= LOW_PERPLEXITY * most:
+        return ""
+    learnt = (
+        "narrower codes (tokens.code_width), a higher tokens.restart_below, more tokens.unquantised_steps or a lower "
+        "task.learning_rate help"
+    )
+    fixed = "more task.steps, fewer tokens.codes or tokens.quantizer=ema help"
+    return (
+        f"the codes have collapsed: {100 * used.value:.1f} % of {config.codes} are used, perplexity ÷ K is "
+        f"{perplexity.value:.3f}; {learnt if config.quantizer == 'ema' else fixed}"
+    )
 
 
 def compare_with_patches(numbers: dict[str, Number], *, factor: int) -> str:

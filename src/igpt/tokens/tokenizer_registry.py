@@ -58,7 +58,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def find_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer at `tokens.path`: a run folder of task=tokenizer, its folder `model`, or the file in it.
+    """The tokenizer at a path: a run folder of task=tokenizer, its folder `model`, or the file in it.
 
     Raises:
         ValueError: there is none, or it is damaged.
@@ -67,4 +67,4 @@ def find_tokenizer(path: str) -> Tokenizer:
     for file in (place, place / TOKENIZER, place / "model" / TOKENIZER):
         if file.is_file():
             return read_tokenizer(file)
-    raise ValueError(f"no tokenizer at tokens.path={path}: give the folder of a finished run of task=tokenizer")
+    raise ValueError(f"no tokenizer at {path}: give the folder of a finished run of task=tokenizer")
