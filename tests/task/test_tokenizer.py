@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from igpt.checkpoint.find import find_weights
+from igpt.checkpoint.find import find_vqvae, find_weights
 from igpt.checkpoint.resume import find_checkpoints
 from igpt.data.source import ArraySplit
 from igpt.distributed.signals import StoppedError
@@ -20,12 +20,11 @@ from igpt.run import launch
 from igpt.settings.fields import parse_settings
 from igpt.settings.training import TokenizerTaskSettings
 from igpt.task.train_tokenizer import VQVAEModule, crop_pixels, name_tokenizers
-from igpt.tokens import quantizer, tokenizer_registry
+from igpt.tokens import quantizer
 from igpt.tokens.datamodule import ONE_BY_ONE, PixelDataModule
 from igpt.tokens.patches import PatchSettings
 from igpt.tokens.vqvae import VQVAEConfig
 from igpt.training.nan_guard import NonFiniteLossError
-from igpt.training.online_probe import OnlineLinearProbe
 from igpt.training.plan import count_vqvae_cost, plan_tokenizer
 from igpt.training.trainer import Runner
 from igpt.utils import keyed
@@ -39,7 +38,7 @@ CONFIG = VQVAEConfig(**{key: value for key, value in VQVAE.items() if key not in
 
 
 def tokenizer_hash(folder: Path) -> str:
-    return tokenizer_registry.find_tokenizer(str(folder)).hash
+    return find_vqvae(str(folder)).hash
 
 
 def test_resumed_it_is_the_same_to_the_bit(tmp_path: Path) -> None:
@@ -198,11 +197,6 @@ def test_a_run_and_its_page(tmp_path: Path) -> None:
 def test_the_row_of_patches(tmp_path: Path) -> None:
     """Independent source: the mean PSNR of `tokens=patches` of the same sizes, in NumPy."""
     source = pictures()
-    watcher = OnlineLinearProbe(
-        every=1, depths=[0.0], train_images=1, val_images=1, strength=1.0, batch_size=1, norm="raw"
-    )
-    with pytest.raises(ValueError, match=r"^callbacks=probe reads the layers of a network, this run trains none"):
-        train_tokenizer(tmp_path / "probe", callbacks=[watcher])
     numbers = train_tokenizer(tmp_path, patches=True, steps=4).numbers
     tokenizer = PatchSettings(patch=2, k=32, n_patches=200_000, iterations=20, order="raster", seed=0).build(
         source, tmp_path / "other"
@@ -213,7 +207,13 @@ def test_the_row_of_patches(tmp_path: Path) -> None:
     assert numbers["patches/psnr"].value == pytest.approx(psnr.mean())
     assert numbers["patches/rate"].value == numbers["val/rate"].value == 5 / 4
     assert numbers["patches/tokens_returned"].value == 1
-    trained = tokenizer_registry.find_tokenizer(str(tmp_path))
+
+
+def test_the_share_of_tokens_that_come_back(tmp_path: Path) -> None:
+    """Independent source: of the saved tokenizer, encoded, decoded and encoded again in one batch."""
+    numbers = train_tokenizer(tmp_path, steps=4).numbers
+    pixels = pictures().split("val").pixels
+    trained = find_vqvae(str(tmp_path))
     tokens = trained.encode(torch.from_numpy(pixels))
     returned = trained.encode(torch.from_numpy(trained.decode(tokens))) == tokens
     assert numbers["val/tokens_returned"].value == pytest.approx(float(returned.double().mean()))
@@ -228,7 +228,7 @@ def test_the_row_of_patches(tmp_path: Path) -> None:
         ({"steps": 3}, r"^task\.steps=3 end before the codes begin, after tokens\.unquantised_steps=3"),
         ({"on": {"precision": "bf16-true"}}, r"^trainer\.precision=bf16-true is for large networks"),
         ({"on": {"activation_checkpointing": True}}, r"^trainer\.activation_checkpointing=true is for large"),
-        ({"compare_with": ["/nowhere"]}, r"no tokenizer at .*/nowhere"),
+        ({"compare_with": ["/nowhere"]}, r"^task\.compare_with=/nowhere: there is nothing"),
     ],
 )
 def test_settings_that_are_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:

@@ -37,8 +37,8 @@ def find_weights(path: str, *, palette: str | None = None, n_head: int | None = 
         raise ValueError(escape_text(shorten(str(error), MOST_MESSAGE))) from error
 
 
-def find_vqvae(path: str) -> VQVAETokenizer:
-    """The VQ-VAE named by `tokens.path`.
+def find_vqvae(path: str, *, setting: str = "tokens.path") -> VQVAETokenizer:
+    """The VQ-VAE at the path that a setting names.
 
     A run directory of `task=tokenizer`, its `model/` or the file in that; a pipeline with one such stage; or a network
     that was trained on a VQ-VAE, by any path that `init=` takes.
@@ -57,7 +57,7 @@ def find_vqvae(path: str) -> VQVAETokenizer:
         if not isinstance(tokenizer, VQVAETokenizer):
             raise ValueError(f"its tokens are {tokenizer.describe()}, expected those of a VQ-VAE of task=tokenizer")
     except (ValueError, RuntimeError) as error:  # RuntimeError: `~USER` without such a user
-        message = f"tokens.path={path}: {error}"
+        message = f"{setting}={path}: {error}"
         raise ValueError(escape_text(shorten(message, MOST_MESSAGE))) from error
     return tokenizer
 

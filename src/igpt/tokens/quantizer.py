@@ -58,7 +58,7 @@ class Quantizer(nn.Module, ABC):
         """Ends an optimiser step, on all ranks together; codes that do not move need none."""
 
 
-class Images(NamedTuple):
+class ImageVectors(NamedTuple):
     """The vectors of B images, kept until the optimiser step, with the keys of the images."""
 
     vectors: Tensor  # (B, n, D) float32
@@ -88,7 +88,7 @@ class EMAQuantizer(Quantizer):
         self.register_buffer("is_started", torch.zeros((), dtype=torch.bool))
         self.has_codes = False  # `is_started`, known without asking the device
         self.register_load_state_dict_post_hook(_read_is_started)  # type: ignore[no-untyped-call]  # as PyTorch has it
-        self._step: list[Images] = []  # since the last update
+        self._step: list[ImageVectors] = []  # since the last update
 
     def lookup(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.codebook)
@@ -103,7 +103,7 @@ class EMAQuantizer(Quantizer):
         else:
             quantized = Quantized(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device), flat.sum() * 0)
         if self.training:
-            self._step.append(Images(vectors.detach(), keys, quantized.tokens.view(vectors.shape[:2])))
+            self._step.append(ImageVectors(vectors.detach(), keys, quantized.tokens.view(vectors.shape[:2])))
         return quantized
 
     def nearest(self, vectors: Tensor, distances: Tensor) -> Nearest:
@@ -122,7 +122,7 @@ class EMAQuantizer(Quantizer):
         Raises:
             ValueError: the vectors of the step that starts the codes are fewer than these, or not finite.
         """
-        images, self._step = Images(*map(torch.cat, zip(*self._step, strict=True))), []
+        images, self._step = ImageVectors(*map(torch.cat, zip(*self._step, strict=True))), []
         if not self.has_codes:
             if step >= unquantised_steps:
                 self._start(gather_by_key(images), seed=seed)
@@ -161,7 +161,7 @@ class EMAQuantizer(Quantizer):
         self.is_started.fill_(True)
         self.has_codes = True
 
-    def _restart(self, images: Images, *, seed: int, step: int, below: float) -> None:
+    def _restart(self, images: ImageVectors, *, seed: int, step: int, below: float) -> None:
         """Draws a vector for every code, so that no device is asked which codes need one."""
         index = torch.arange(self.n_code, device=self.counts.device)
         drawn = keyed.uniform(keyed.per_example_keys(keyed.key(seed, "restart", step), index), 1)[:, 0]
@@ -191,14 +191,14 @@ def all_reduce(values: Tensor) -> Tensor:
     return values
 
 
-def gather_by_key(images: Images) -> Tensor:
+def gather_by_key(images: ImageVectors) -> Tensor:
     """The vectors of all ranks, images in the order of their keys: (N, D)."""
     everywhere: list[Any] = ranks.all_gather_object((images.vectors.cpu(), images.keys.cpu()))
     vectors, keys = map(torch.cat, zip(*everywhere, strict=True))
     return vectors[keys.argsort(stable=True)].flatten(0, 1).to(images.vectors.device)
 
 
-def select_by_key(images: Images, drawn: Tensor) -> Tensor:
+def select_by_key(images: ImageVectors, drawn: Tensor) -> Tensor:
     """The vector at each share `drawn` of those that `gather_by_key` would gather: (U,) in [0, 1) → (U, D) float64."""
     vectors, keys, _ = images
     n, per_image = vectors.shape[:2]
