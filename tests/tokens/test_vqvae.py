@@ -2,6 +2,7 @@
 
 import base64
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.tokenizer import Tokenizer
 from igpt.tokens.tokenizer_registry import read_tokenizer, save_tokenizer, tokenizer_to_dict
 from igpt.tokens.vqvae import VQVAE, VQVAEConfig, init_weights, scale_pixels
-from igpt.tokens.vqvae_tokenizer import VQVAESettings, VQVAETokenizer
+from igpt.tokens.vqvae_tokenizer import VQVAESettings, VQVAETokenizer, unrounded_float32
 
 CONFIG: dict[str, Any] = {
     "factor": 2, "codes": 256, "code_width": 4, "hidden": 12, "residual_blocks": 1, "quantizer": "ema", "loss": "l2",
@@ -118,6 +119,27 @@ def test_tokens_are_those_of_float64(changed: dict[str, Any]) -> None:
     assert tokenizer.encode(pixels[:0]).shape == (0, tokenizer.grid.n_ctx)
     used = network(scale_pixels(pixels), torch.arange(24))[1].tokens.view(24, -1)
     assert (used != expected).any()  # float32 alone gives others: this test sees the difference
+
+
+def test_threads_leave_the_precision_as_it_was() -> None:
+    """Invariant: after two that encode at once, in whatever order they end, the precision is that of before."""
+    inside, left = threading.Event(), threading.Event()
+
+    def encode(begun: threading.Event, end: threading.Event) -> None:
+        with unrounded_float32(torch.device("cpu")):
+            begun.set()
+            end.wait(0.1)
+
+    with float32_matmul_precision("medium"):
+        first = threading.Thread(target=encode, args=(inside, threading.Event()))
+        first.start()
+        inside.wait(5)
+        second = threading.Thread(target=encode, args=(threading.Event(), left))
+        second.start()
+        first.join()
+        left.set()
+        second.join()
+        assert torch.get_float32_matmul_precision() == "medium"
 
 
 def test_tokens_of_fsq_are_those_of_float64() -> None:

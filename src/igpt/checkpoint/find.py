@@ -121,6 +121,8 @@ def _has_tensors(folder: Path) -> bool:
 
 def _explain_missing(local: Path) -> str:
     """Error message: the reason why a path holds no weights, and the path probably meant."""
+    if local.name == TOKENIZER or any((folder / TOKENIZER).is_file() for folder in (local, local / "model")):
+        return f"a tokenizer and no network: tokens=vqvae tokens.path={local} trains one on its tokens"
     if local.is_file():
         if local.suffix == ".safetensors" and (local.parent / CONFIG).is_file():
             return (
@@ -128,14 +130,10 @@ def _explain_missing(local: Path) -> str:
             )
         if _has_tensors(local.parent) and not (local.parent / CONFIG).is_file():
             return f"weights without their {CONFIG}, which says what network they are of: copy both"
-        if local.name == TOKENIZER:
-            return f"a tokenizer and no network: tokens=vqvae tokens.path={local} trains one on its tokens"
         return (
             "this file is no checkpoint; give a finished run folder, a model.safetensors beside its config.json, a "
             ".ckpt of a run, or any file of a checkpoint of OpenAI's"
         )
-    if any((folder / TOKENIZER).is_file() for folder in (local, local / "model")):
-        return f"a tokenizer and no network: tokens=vqvae tokens.path={local} trains one on its tokens"
     stages = sorted(p.parent.parent.name for p in local.glob(f"*/model/{CONFIG}"))
     if stages:
         return (

@@ -75,7 +75,7 @@ class Components:
             return
         if run.saved_tokenizer is None:
             raise ValueError(UNTRAINED)
-        place = Path(run.config["tokens"]["path"])
+        place = Path(run.config["tokens"]["path"]).expanduser()
         folders = (place, *place.parents[:2])
         compare_splits(run.config["data"], next((p for p in folders if (p / "run.json").is_file()), place))
 

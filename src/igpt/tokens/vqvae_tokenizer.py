@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -28,6 +29,7 @@ UNTRAINED = (
 )
 _CHUNK = 8  # images at a time
 _GPU_CHUNK = 64
+_PRECISION = threading.RLock()
 
 
 class VQVAETokenizer(GridTokenizer):
@@ -187,9 +189,12 @@ def chunk_size(device: torch.device) -> int:
 
 @contextmanager
 def unrounded_float32(device: torch.device) -> Iterator[None]:
-    """Context manager: float32 operands are rounded to no shorter format, and nothing is kept for a gradient."""
+    """Context manager: float32 operands are rounded to no shorter format, and nothing is kept for a gradient.
+
+    One thread at a time, since the precision is the process's.
+    """
     matmul, convolutions = float32_matmul_precision("highest"), cudnn_tf32(False)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), matmul, convolutions:
+    with _PRECISION, torch.no_grad(), torch.autocast(device.type, enabled=False), matmul, convolutions:
         yield
 
 
