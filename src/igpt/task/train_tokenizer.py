@@ -54,7 +54,7 @@ class VQVAEModule(TrainedModule):
     settings: TokenizerTaskSettings
     units: ClassVar = {
         **UNITS, **OF_IMAGES, "codes_used": "share", "perplexity_share": "share",
-        **dict.fromkeys(("loss", "reconstruction", "commitment"), "error in [-1, 1]"),
+        **dict.fromkeys(("loss", "commitment"), OF_IMAGES["reconstruction"]),
     }  # fmt: skip
 
     def __init__(
