@@ -186,6 +186,7 @@ def test_the_share_of_tokens_that_come_back(tmp_path: Path) -> None:
         ({"steps": 3}, r"^task\.steps=3 end before the codes begin, after tokens\.unquantised_steps=3"),
         ({"on": {"precision": "bf16-true"}}, r"^trainer\.precision=bf16-true is for large networks"),
         ({"on": {"activation_checkpointing": True}}, r"^trainer\.activation_checkpointing=true is for large"),
+        ({"tokens": {"order": "spiral"}}, r"^tokens\.order must be raster, random or random:SEED, got 'spiral'"),
         ({"compare_with": ["/nowhere"]}, r"^task\.compare_with=/nowhere: there is nothing"),
     ],
 )

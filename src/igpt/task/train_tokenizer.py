@@ -173,6 +173,7 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
     side = components.source.resolution
     check_settings(hardware, settings, trained, side=side)
     config = VQVAEConfig(**trained.model_dump(include=set(VQVAEConfig.model_fields)))
+    order = PixelOrder.from_name(side // config.factor, trained.order)
     data = components.build_pixel_datamodule(plan=hardware.train_batch_layout(settings.batch_size))
     n_val = len(data.source.split("val"))
     if settings.val_every and not n_val:
@@ -203,7 +204,6 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
             f"the training ended at step {progress.step}, before tokens.unquantised_steps={config.unquantised_steps}: "
             "there are no codes"
         )
-    order = PixelOrder.from_name(side // config.factor, trained.order)
     tokenizer = VQVAETokenizer(module.network, side, order)
     if hardware.rank.is_first:
         save_tokenizer(runner.folder / "model" / TOKENIZER, tokenizer)
