@@ -72,7 +72,7 @@ class RunConfig:
                 f"gives {data.resolution}×{data.resolution}: train one of these images, task=tokenizer"
             )
         default = hydra.compose(f"tokens/{self.choices['tokens']}").tokens
-        saved = {**tokenizer.config.model_dump(), "order": _name_order(tokenizer.order, tokens.order)}
+        saved = {**tokenizer.config.model_dump(), "order": _name_order(tokenizer.order, str(tokens.order))}
         for key, value in saved.items():
             if tokens[key] not in (value, default[key]):
                 raise ValueError(
