@@ -16,10 +16,10 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
+from igpt.checkpoint.find import find_vqvae
 from igpt.distributed.process_state import num_threads
 from igpt.tokens.code_search import nearest_codes
 from igpt.tokens.exact_encoding import encode_exactly
-from igpt.tokens.tokenizer_registry import find_tokenizer
 from igpt.tokens.vqvae import scale_pixels
 from igpt.tokens.vqvae_tokenizer import VQVAETokenizer, unrounded_float32
 
@@ -85,9 +85,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
     print(machine.about())
-    tokenizer = find_tokenizer(args.tokenizer)
-    if not isinstance(tokenizer, VQVAETokenizer):
-        raise SystemExit(f"{args.tokenizer} holds {tokenizer.describe()}, no VQ-VAE")
+    tokenizer = find_vqvae(args.tokenizer)
     pixels = crop_photographs(tokenizer.side, args.count)
     networks = tokenizer.load_network(CPU), tokenizer.load_network(CPU, torch.float64)
     with unrounded_float32(CPU):

@@ -94,6 +94,8 @@ REFUSED = [
         r"tokens\.codes=512, and the VQ-VAE in .* has 24: leave it out",
     ),
     (("tokens.path={place}/one", "tokens.loss=l1"), r"tokens\.loss=l1, and the VQ-VAE in .* has l2"),
+    (("tokens.path={place}/one", "tokens.order=3"), r"^tokens\.order must be text, got 3"),
+    (("tokens.path=5",), r"^tokens\.path must be text or null, got 5"),
     (("tokens.path={place}/one", "tokens.order=random:4"), r"tokens\.order=random:4, and the VQ-VAE in .* has raster"),
 ]
 

@@ -17,7 +17,7 @@ from igpt.settings.fields import parse_arguments
 from igpt.tokens.palette import Palette
 from igpt.training import online_probe
 from igpt.training.online_probe import OnlineLinearProbe
-from tests.task.conftest import Arrays, Lab
+from tests.task.conftest import Arrays, Lab, train_tokenizer
 
 SETTINGS: dict[str, Any] = {
     "every": 1,
@@ -99,3 +99,9 @@ def test_images_without_labels(tmp_path: Path, few: Arrays, palette: Palette) ->
     unlabelled = Arrays(few.splits, n_class=None)
     with pytest.raises(ValueError, match="needs labels"):
         Lab(unlabelled, palette).pretrain(tmp_path, callbacks=(OnlineLinearProbe(**SETTINGS),))
+
+
+def test_a_tokenizer_has_no_layers_to_read(tmp_path: Path) -> None:
+    """By hand: one line, before the first step."""
+    with pytest.raises(ValueError, match=r"^callbacks=probe reads the layers of a network, this run trains none"):
+        train_tokenizer(tmp_path, callbacks=[OnlineLinearProbe(**SETTINGS)])

@@ -9,29 +9,26 @@ import numpy as np
 import pytest
 import torch
 
-from igpt.checkpoint.find import find_weights
+from igpt.checkpoint.find import find_vqvae, find_weights
 from igpt.checkpoint.resume import find_checkpoints
 from igpt.data.source import ArraySplit
 from igpt.distributed.signals import StoppedError
-from igpt.metric.reconstruction import code_numbers, code_use_histogram, image_figures, reconstruction_numbers
 from igpt.metric.result import Result
 from igpt.report.closing_table import closing_table
 from igpt.run import launch
 from igpt.settings.fields import parse_settings
 from igpt.settings.training import TokenizerTaskSettings
 from igpt.task.train_tokenizer import VQVAEModule, crop_pixels, name_tokenizers
-from igpt.tokens import quantizer, tokenizer_registry
+from igpt.tokens import quantizer
 from igpt.tokens.datamodule import ONE_BY_ONE, PixelDataModule
 from igpt.tokens.patches import PatchSettings
 from igpt.tokens.vqvae import VQVAEConfig
 from igpt.training.nan_guard import NonFiniteLossError
-from igpt.training.online_probe import OnlineLinearProbe
-from igpt.training.plan import count_vqvae_cost, plan_tokenizer
 from igpt.training.trainer import Runner
 from igpt.utils import keyed
 from tests.conftest import ROOT
 from tests.data.conftest import mixture
-from tests.task.conftest import TOKENIZER, VQVAE, Arrays, machine, pictures, smooth_pictures, train_tokenizer
+from tests.task.conftest import TOKENIZER, VQVAE, Arrays, machine, pictures, train_tokenizer
 from tests.task.test_finished_step import OwnError
 from tests.task.test_stopping import Send
 
@@ -39,7 +36,7 @@ CONFIG = VQVAEConfig(**{key: value for key, value in VQVAE.items() if key not in
 
 
 def tokenizer_hash(folder: Path) -> str:
-    return tokenizer_registry.find_tokenizer(str(folder)).hash
+    return find_vqvae(str(folder)).hash
 
 
 def test_resumed_it_is_the_same_to_the_bit(tmp_path: Path) -> None:
@@ -81,46 +78,6 @@ def test_micro_batches_change_nothing(tmp_path: Path) -> None:
         assert parts.curves[name].y == pytest.approx(curve.y, rel=1e-4)
     assert parts.numbers["val/psnr"].value == pytest.approx(full.numbers["val/psnr"].value, rel=1e-5)
     assert parts.numbers["val/psnr"].n == 21
-
-
-def test_figures_of_an_image() -> None:
-    """Independent source: the formulas of Wang et al. 2004 and of PSNR and MAE in NumPy; an exact image is finite."""
-    rng = np.random.default_rng(0)
-    pixels = smooth_pictures(2, side=16)
-    other = np.clip(pixels + rng.integers(-20, 20, pixels.shape), 0, 255).astype(np.uint8)
-    figures = image_figures(torch.from_numpy(pixels), torch.from_numpy(other))
-    at = np.arange(11) - 5
-    window = np.exp(-(at[:, None] ** 2 + at[None] ** 2) / (2 * 1.5**2))
-    window /= window.sum()
-
-    def mean(levels: np.ndarray) -> np.ndarray:  # (R, R, 3) → the same; torchmetrics reflects the borders
-        mirrored = np.pad(levels, ((5, 5), (5, 5), (0, 0)), mode="reflect")
-        patches = np.lib.stride_tricks.sliding_window_view(mirrored, (11, 11), axis=(0, 1))
-        return (patches * window).sum((-2, -1))
-
-    for i, (x, y) in enumerate(zip(pixels.astype(float), other.astype(float), strict=True)):
-        mx, my = mean(x), mean(y)
-        sx, sy, sxy = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
-        c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-        ssim = (2 * mx * my + c1) * (2 * sxy + c2) / ((mx**2 + my**2 + c1) * (sx + sy + c2))
-        assert float(figures["ssim"][i]) == pytest.approx(ssim.mean(), abs=4e-5)
-        assert float(figures["psnr"][i]) == pytest.approx(10 * np.log10(255**2 / ((x - y) ** 2).mean()), abs=1e-5)
-        assert float(figures["mae"][i]) == pytest.approx(np.abs(x - y).mean(), abs=1e-9)
-    same = image_figures(torch.from_numpy(pixels), torch.from_numpy(pixels))
-    assert same["psnr"].tolist() == pytest.approx([10 * np.log10(255**2 * 3 * 16**2)] * 2)
-    assert "ssim" not in image_figures(torch.zeros(1, 8, 8, 3), torch.zeros(1, 8, 8, 3))
-    assert reconstruction_numbers("val", {"psnr": torch.tensor([1.0, 3.0])})["val/psnr"].stderr == pytest.approx(1.0)
-
-
-def test_code_use_by_hand() -> None:
-    """By hand: uses of 2, 0, 1 and 1 have the entropy 1.5 bits, so a perplexity of 2√2, of four codes."""
-    numbers = code_numbers("val", torch.tensor([2, 0, 1, 1]))
-    assert numbers["val/codes_used"].value == 0.75
-    assert numbers["val/perplexity_share"].value == pytest.approx(2**0.5 / 2)
-    assert numbers["val/perplexity_share"].n == 4
-    histogram = code_use_histogram(torch.tensor([2, 0, 1, 1]))
-    assert {x: y for x, y in zip(histogram.x, histogram.y, strict=True) if y} == {0.0: 0.5, 1.0: 0.25}
-    assert sum(code_use_histogram(torch.arange(5000)).y) == pytest.approx(4999 / 5000)
 
 
 def test_crops() -> None:
@@ -203,11 +160,6 @@ def test_a_run_and_its_page(tmp_path: Path) -> None:
 def test_the_row_of_patches(tmp_path: Path) -> None:
     """Independent source: the mean PSNR of `tokens=patches` of the same sizes, in NumPy."""
     source = pictures()
-    watcher = OnlineLinearProbe(
-        every=1, depths=[0.0], train_images=1, val_images=1, strength=1.0, batch_size=1, norm="raw"
-    )
-    with pytest.raises(ValueError, match=r"^callbacks=probe reads the layers of a network, this run trains none"):
-        train_tokenizer(tmp_path / "probe", callbacks=[watcher])
     numbers = train_tokenizer(tmp_path, patches=True, steps=4).numbers
     tokenizer = PatchSettings(patch=2, k=32, n_patches=200_000, iterations=20, order="raster", seed=0).build(
         source, tmp_path / "other"
@@ -218,7 +170,13 @@ def test_the_row_of_patches(tmp_path: Path) -> None:
     assert numbers["patches/psnr"].value == pytest.approx(psnr.mean())
     assert numbers["patches/rate"].value == numbers["val/rate"].value == 5 / 4
     assert numbers["patches/tokens_returned"].value == 1
-    trained = tokenizer_registry.find_tokenizer(str(tmp_path))
+
+
+def test_the_share_of_tokens_that_come_back(tmp_path: Path) -> None:
+    """Independent source: of the saved tokenizer, encoded, decoded and encoded again in one batch."""
+    numbers = train_tokenizer(tmp_path, steps=4).numbers
+    pixels = pictures().split("val").pixels
+    trained = find_vqvae(str(tmp_path))
     tokens = trained.encode(torch.from_numpy(pixels))
     returned = trained.encode(torch.from_numpy(trained.decode(tokens))) == tokens
     assert numbers["val/tokens_returned"].value == pytest.approx(float(returned.double().mean()))
@@ -233,7 +191,8 @@ def test_the_row_of_patches(tmp_path: Path) -> None:
         ({"steps": 3}, r"^task\.steps=3 end before the codes begin, after tokens\.unquantised_steps=3"),
         ({"on": {"precision": "bf16-true"}}, r"^trainer\.precision=bf16-true is for large networks"),
         ({"on": {"activation_checkpointing": True}}, r"^trainer\.activation_checkpointing=true is for large"),
-        ({"compare_with": ["/nowhere"]}, r"^task\.compare_with: no tokenizer at /nowhere: give"),
+        ({"tokens": {"order": "spiral"}}, r"^tokens\.order must be raster, random or random:SEED, got 'spiral'"),
+        ({"compare_with": ["/nowhere"]}, r"^task\.compare_with=/nowhere: there is nothing"),
     ],
 )
 def test_settings_that_are_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -286,13 +245,21 @@ class Break(Send):
             pl_module.network.encoder[0].weight.data[0] = torch.nan
 
 
-def test_streams_and_few_grey_images_and_fixed_codes(tmp_path: Path) -> None:
-    """Invariant: a stream is read; grey images of one level, five of them, and no validation images do no harm."""
+def test_a_stream(tmp_path: Path) -> None:
+    """By hand: four steps of eight images."""
     stream = mixture(tmp_path / "shards", num_readers=None)
     streamed = train_tokenizer(tmp_path / "stream", source=stream, steps=4, val_every=0)
     assert streamed.numbers["train/images_seen"].value == 32
+
+
+def test_fixed_codes(tmp_path: Path) -> None:
+    """Invariant: of FSQ, which needs neither a start nor as many vectors as codes."""
     fixed = train_tokenizer(tmp_path / "fsq", tokens={"quantizer": "fsq"}, steps=3, batch_size=1, warmup_steps=1)
-    assert fixed.numbers["val/codes_used"].value > 0.05  # a fixed grid needs neither a start nor as many vectors
+    assert fixed.numbers["val/codes_used"].value > 0.05
+
+
+def test_few_grey_images(tmp_path: Path) -> None:
+    """Invariant: five images of one level do no harm; without validation images there are no numbers of theirs."""
     grey = ArraySplit(np.full((5, 12, 12, 3), 128, dtype=np.uint8), np.zeros(5, dtype=np.int64))
     few = Arrays({"train": grey, "val": ArraySplit(grey.pixels[:1], grey.labels[:1])}, None, None, resolution=12)
     assert train_tokenizer(tmp_path / "grey", source=few).numbers["val/psnr"].n == 1
@@ -301,20 +268,6 @@ def test_streams_and_few_grey_images_and_fixed_codes(tmp_path: Path) -> None:
     assert set(result.numbers) == {"parameters", "train/images_seen"}
     with pytest.raises(ValueError, match="nothing to validate on"):
         train_tokenizer(tmp_path / "no", source=few)
-
-
-def test_the_plan_of_a_training() -> None:
-    """By hand: weights and operations of each convolution; the first one needs no gradient of its input."""
-    rows = dict(plan_tokenizer(machine(plan=True), CONFIG, side=8, batch_size=8, steps=10))
-    convolutions = [  # inputs, outputs, kernel, places of the kernel
-        (3, 8, 16, 16), (8, 8, 9, 16), (8, 2, 9, 16), (2, 8, 1, 16), (8, 4, 1, 16),  # encoder
-        (4, 8, 9, 16), (8, 2, 9, 16), (2, 8, 1, 16), (8, 3, 16, 16),  # decoder; its last one is transposed
-    ]  # fmt: skip
-    weights = sum(a * b * k + b for a, b, k, _ in convolutions)
-    products = [a * b * k * n for a, b, k, n in convolutions]
-    assert rows["weights"] == f"{weights:,}"
-    assert count_vqvae_cost(CONFIG, 8).flops == 6 * sum(products) - 2 * products[0] + 2 * 16 * 32 * 4
-    assert rows["vectors a step"] == "128, enough for 32 codes"
 
 
 def test_what_is_learnt(tmp_path: Path) -> None:

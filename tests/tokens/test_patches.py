@@ -79,7 +79,7 @@ def test_what_is_known_of_some_rows(tokenizer: PatchTokenizer) -> None:
     [
         ({"hash": "0" * 12}, "the patches' hash is"),
         ({"patch": 3}, r"patches of 3 pixels a side are float32 \(2 … 4096, 27\)"),
-        ({"patch": 2.0}, "whole numbers"),
+        ({"patch": 2.0}, "size is no whole number"),
         ({"permutation": [0, 0, 1, 2]}, "must hold 0 … 3 once"),
         ({"centres": [[9.0] * 12] * 24}, "finite numbers in"),
         ({"centres": None}, "float32"),

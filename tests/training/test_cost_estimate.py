@@ -11,11 +11,12 @@ from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
+from igpt.tokens.vqvae_tokenizer import VQVAESettings
 from igpt.training.cost_estimate import ADAM, count_parameters, estimate_activation_bytes, estimate_cost, format_plan
 from igpt.training.optimizers import make_adam
-from igpt.training.plan import plan_run
+from igpt.training.plan import count_vqvae_cost, plan_run, plan_tokenizer
 from tests.conftest import attention_in_graph, needs_compiler, small_net
-from tests.task.conftest import machine
+from tests.task.conftest import VQVAE, machine
 
 SMALL = GPTConfig(n_layer=3, n_embd=96, n_head=4, n_ctx=144, n_vocab=50, causal=True)
 USUAL: dict[str, Any] = {"strategy": "ddp", "recompute": False, "scores": 0, "fused_norm": True}
@@ -229,3 +230,18 @@ def test_the_plan_is_that_of_the_settings(changed: dict[str, Any], by_hand: dict
         assert lines != plan_run(
             machine(plan=True, attention_backend="sdpa", memory_gb=24.0), network, batch_size=4000, steps=1000
         )
+
+
+def test_the_plan_of_a_tokenizer() -> None:
+    """By hand: weights and operations of each convolution; the first one needs no gradient of its input."""
+    config = VQVAESettings(**VQVAE)
+    rows = dict(plan_tokenizer(machine(plan=True), config, side=8, batch_size=8, steps=10))
+    convolutions = [  # inputs, outputs, kernel, places of the kernel
+        (3, 8, 16, 16), (8, 8, 9, 16), (8, 2, 9, 16), (2, 8, 1, 16), (8, 4, 1, 16),  # encoder
+        (4, 8, 9, 16), (8, 2, 9, 16), (2, 8, 1, 16), (8, 3, 16, 16),  # decoder; its last one is transposed
+    ]  # fmt: skip
+    weights = sum(a * b * k + b for a, b, k, _ in convolutions)
+    products = [a * b * k * n for a, b, k, n in convolutions]
+    assert rows["weights"] == f"{weights:,}"
+    assert count_vqvae_cost(config, 8).flops == 6 * sum(products) - 2 * products[0] + 2 * 16 * 32 * 4
+    assert rows["vectors a step"] == "128, enough for 32 codes"

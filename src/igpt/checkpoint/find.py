@@ -37,8 +37,8 @@ def find_weights(path: str, *, palette: str | None = None, n_head: int | None = 
         raise ValueError(escape_text(shorten(str(error), MOST_MESSAGE))) from error
 
 
-def find_vqvae(path: str) -> VQVAETokenizer:
-    """The VQ-VAE named by `tokens.path`.
+def find_vqvae(path: str, *, setting: str = "tokens.path") -> VQVAETokenizer:
+    """The VQ-VAE at the path that a setting names.
 
     A run directory of `task=tokenizer`, its `model/` or the file in that; a pipeline with one such stage; or a network
     that was trained on a VQ-VAE, by any path that `init=` takes.
@@ -57,7 +57,7 @@ def find_vqvae(path: str) -> VQVAETokenizer:
         if not isinstance(tokenizer, VQVAETokenizer):
             raise ValueError(f"its tokens are {tokenizer.describe()}, expected those of a VQ-VAE of task=tokenizer")
     except (ValueError, RuntimeError) as error:  # RuntimeError: `~USER` without such a user
-        message = f"tokens.path={path}: {error}"
+        message = f"{setting}={path}: {error}"
         raise ValueError(escape_text(shorten(message, MOST_MESSAGE))) from error
     return tokenizer
 
@@ -121,6 +121,8 @@ def _has_tensors(folder: Path) -> bool:
 
 def _explain_missing(local: Path) -> str:
     """Error message: the reason why a path holds no weights, and the path probably meant."""
+    if local.name == TOKENIZER or any((folder / TOKENIZER).is_file() for folder in (local, local / "model")):
+        return f"a tokenizer and no network: tokens=vqvae tokens.path={local} trains one on its tokens"
     if local.is_file():
         if local.suffix == ".safetensors" and (local.parent / CONFIG).is_file():
             return (
@@ -128,14 +130,10 @@ def _explain_missing(local: Path) -> str:
             )
         if _has_tensors(local.parent) and not (local.parent / CONFIG).is_file():
             return f"weights without their {CONFIG}, which says what network they are of: copy both"
-        if local.name == TOKENIZER:
-            return f"a tokenizer and no network: tokens=vqvae tokens.path={local} trains one on its tokens"
         return (
             "this file is no checkpoint; give a finished run folder, a model.safetensors beside its config.json, a "
             ".ckpt of a run, or any file of a checkpoint of OpenAI's"
         )
-    if any((folder / TOKENIZER).is_file() for folder in (local, local / "model")):
-        return f"a tokenizer and no network: tokens=vqvae tokens.path={local} trains one on its tokens"
     stages = sorted(p.parent.parent.name for p in local.glob(f"*/model/{CONFIG}"))
     if stages:
         return (

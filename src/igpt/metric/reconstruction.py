@@ -10,7 +10,10 @@ from igpt.metric.result import Curve, Number
 
 LEVELS = 255.0  # range of a pixel
 SSIM_WINDOW = 11  # pixels a side (Wang et al. 2004), Gaussian of σ 1.5, borders reflected; smaller images have no SSIM
-UNITS = {"psnr": "dB", "ssim": "SSIM index", "mae": "grey levels", "tokens_returned": "share"}
+UNITS = {
+    "psnr": "dB", "ssim": "SSIM index", "mae": "grey levels", "tokens_returned": "share",
+    "reconstruction": "error in [-1, 1]",
+}  # fmt: skip
 OCTAVES, PER_OCTAVE = 6, 2  # of the histogram of code use: from 2⁻⁶ to 2⁶ times the mean
 
 
@@ -37,7 +40,7 @@ def reconstruction_numbers(split: str, figures: dict[str, Tensor]) -> dict[str, 
     for name, values in figures.items():
         n = len(values)
         stderr = float(values.std()) / math.sqrt(n) if n > 1 else None
-        numbers[f"{split}/{name}"] = Number(float(values.mean()), UNITS.get(name, name), n, stderr)
+        numbers[f"{split}/{name}"] = Number(float(values.mean()), UNITS[name], n, stderr)
     return numbers
 
 

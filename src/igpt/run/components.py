@@ -79,7 +79,7 @@ class Components:
             return
         if run.saved_tokenizer is None:
             raise ValueError(UNTRAINED)
-        place = Path(run.config["tokens"]["path"])
+        place = Path(run.config["tokens"]["path"]).expanduser()
         folder = next((p for p in (place, *place.parents[:2]) if (p / "run.json").is_file()), place)
         compare_splits(run.config["data"], folder)
         trained, read = read_data_settings(folder), run.config["data"]

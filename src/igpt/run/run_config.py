@@ -14,7 +14,7 @@ from igpt.data.listing import list_files
 from igpt.report.folder import format_run_name, identity
 from igpt.report.runs import FoundRuns, find_runs
 from igpt.run import fingerprint
-from igpt.run.targets import find_target
+from igpt.run.targets import checked_partial, find_target
 from igpt.settings.data import name_images
 from igpt.settings.fields import parse_settings
 from igpt.settings.run import RunSettings, check_structure
@@ -60,11 +60,13 @@ class RunConfig:
         """The VQ-VAE of `tokens.path`; replaces the settings in `tokens` by its own.
 
         Raises:
-            ValueError: a setting that is neither the VQ-VAE's nor the default, or images of another resolution.
+            ValueError: an invalid setting or one that is neither the VQ-VAE's nor the default; images of another
+                resolution.
         """
         tokens, data = self.cfg.tokens, self.cfg.data
         if tokens.get("path") is None or not self.reads_saved_tokenizer:
             return None
+        checked_partial(to_dict(tokens), "tokens")()  # not `self.config`, which stays as it is first read
         tokenizer = find_vqvae(tokens.path)
         if self.requires & {"tokens", "stages"} and tokenizer.side != data.resolution:
             raise ValueError(

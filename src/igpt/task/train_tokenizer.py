@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from igpt.checkpoint.find import find_vqvae
 from igpt.checkpoint.igpt_format import check_equal
 from igpt.data.source import Stream, plain_pixels
 from igpt.distributed import ranks
@@ -24,7 +25,7 @@ from igpt.tokens.batches import Batch
 from igpt.tokens.patches import K_MAX, PatchSettings
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.tokenizer import Tokenizer
-from igpt.tokens.tokenizer_registry import TOKENIZER, find_tokenizer, save_tokenizer
+from igpt.tokens.tokenizer_registry import TOKENIZER, save_tokenizer
 from igpt.tokens.vqvae import VQVAE, VQVAEConfig, init_weights, round_pixels, scale_pixels
 from igpt.tokens.vqvae_tokenizer import VQVAETokenizer
 from igpt.training.base_module import UNITS, TrainedModule
@@ -53,7 +54,7 @@ class VQVAEModule(TrainedModule):
     settings: TokenizerTaskSettings
     units: ClassVar = {
         **UNITS, **OF_IMAGES, "codes_used": "share", "perplexity_share": "share",
-        **dict.fromkeys(("loss", "reconstruction", "commitment"), "error in [-1, 1]"),
+        **dict.fromkeys(("loss", "commitment"), OF_IMAGES["reconstruction"]),
     }  # fmt: skip
 
     def __init__(
@@ -162,6 +163,7 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
     side = components.source.resolution
     check_settings(hardware, settings, trained, side=side)
     config = VQVAEConfig(**trained.model_dump(include=set(VQVAEConfig.model_fields)))
+    order = PixelOrder.from_name(side // config.factor, trained.order)
     data = components.build_pixel_datamodule(plan=hardware.train_batch_layout(settings.batch_size))
     n_val = len(data.source.split("val"))
     if settings.val_every and not n_val:
@@ -192,7 +194,6 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
             f"the training ended at step {progress.step}, before tokens.unquantised_steps={config.unquantised_steps}: "
             "there are no codes"
         )
-    order = PixelOrder.from_name(side // config.factor, trained.order)
     tokenizer = VQVAETokenizer(module.network, side, order)
     if hardware.rank.is_first:
         save_tokenizer(runner.folder / "model" / TOKENIZER, tokenizer)
@@ -258,23 +259,20 @@ def check_settings(
 
 
 def name_tokenizers(folders: list[str], *, side: int) -> dict[str, Tokenizer]:
-    """The tokenizers of runs by kind and loss (`vqvae_l1`), numbered where several are alike.
+    """The VQ-VAEs of runs by their loss (`vqvae_l1`), numbered where several are alike.
 
     Raises:
         ValueError: no tokenizer there, or one of another resolution.
     """
     named: dict[str, Tokenizer] = {}
     for folder in folders:
-        try:
-            tokenizer = find_tokenizer(folder)
-        except ValueError as error:
-            raise ValueError(f"task.compare_with: {error}") from error
+        tokenizer = find_vqvae(folder, setting="task.compare_with")
         if tokenizer.side != side:
             raise ValueError(
                 f"task.compare_with: {folder} is of {tokenizer.side}×{tokenizer.side} pixels, data gives {side}×{side}"
             )
-        name = f"{tokenizer.kind}_{tokenizer.config.loss}" if isinstance(tokenizer, VQVAETokenizer) else tokenizer.kind
-        alike = sum(other.rpartition("-")[0] == name or other == name for other in named)
+        name = f"vqvae_{tokenizer.config.loss}"
+        alike = sum(other.partition("-")[0] == name for other in named)
         named[f"{name}-{alike + 1}" if alike else name] = tokenizer
     return named
 

@@ -12,37 +12,22 @@ from torch import Tensor
 from igpt.data.source import Source
 from igpt.tokens.lookup import LookupEncoder
 from igpt.tokens.palette import Palette
-from igpt.tokens.pixel_order import PixelOrder, check_rows
-from igpt.tokens.tokenizer import TokenGrid
+from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.tokenizer import GridTokenizer
 from igpt.utils import files
 
 
 @dataclass(frozen=True, eq=False)
-class PaletteTokenizer:
+class PaletteTokenizer(GridTokenizer):
     """One token a pixel: the index of its nearest colour. Source: Chen et al. 2020, §3.2 ("9-bit RGB")."""
 
     palette: Palette
     order: PixelOrder
     kind = "palette"
-    reach = 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PaletteTokenizer) and self.hash == other.hash
-
-    def __hash__(self) -> int:
-        return hash(self.hash)
 
     @property
     def n_vocab(self) -> int:
         return self.palette.k
-
-    @property
-    def grid(self) -> TokenGrid:
-        return TokenGrid(self.order.side, self.order.side)
-
-    @property
-    def side(self) -> int:
-        return self.order.side
 
     @cached_property
     def hash(self) -> str:
@@ -63,16 +48,6 @@ class PaletteTokenizer:
     def decode(self, tokens: Tensor) -> np.ndarray:
         return self.palette.decode(self.order.unflatten(tokens))
 
-    def encode_top(self, pixels: Tensor, rows: int) -> Tensor:
-        check_rows(rows, self.side)
-        return self.encode(pixels)
-
-    def known_tokens(self, rows: int) -> Tensor:
-        return self.order.known_positions(rows)
-
-    def visible_pixels(self, tokens: Tensor) -> Tensor:
-        return self.order.unflatten(tokens[None])[0]
-
     def describe(self) -> str:
         order = "" if self.order.is_raster else ", in another order than row by row"
         return f"{self.palette.k} colours{order}"
@@ -87,15 +62,13 @@ class PaletteTokenizer:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "PaletteTokenizer":
         """The inverse of `to_dict`. Raises ValueError on invalid colours, a wrong hash or an invalid permutation."""
-        centres, permutation = saved["centres"], saved["permutation"]
+        centres, order = saved["centres"], PixelOrder.from_list(saved["permutation"])
         if not isinstance(centres, list) or not all(isinstance(c, list) and len(c) == 3 for c in centres):
             raise ValueError("the palette has not three numbers for each colour")
-        if not isinstance(permutation, list) or not all(type(i) is int for i in permutation):
-            raise ValueError("the permutation holds no whole numbers")
         palette = Palette(np.asarray(centres, dtype=np.float32))
         if palette.hash != saved["hash"]:
             raise ValueError(f"the palette's hash is {palette.hash}, not the {saved['hash']!r:.60} that is stated")
-        return cls(palette, PixelOrder(round(len(permutation) ** 0.5), tuple(permutation)))
+        return cls(palette, order)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ At p = 2 a sequence is a quarter as long as with one token per pixel.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from igpt.data.source import Source
 from igpt.settings.data import Resolution
 from igpt.settings.fields import Count, Seed, Settings
 from igpt.tokens.kmeans import dark_to_light, sample_images, weighted_kmeans
-from igpt.tokens.pixel_order import PixelOrder, check_rows
-from igpt.tokens.tokenizer import TokenGrid
+from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.tokenizer import GridTokenizer
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _DOUBT = 1e-9  # closer distances are recomputed exactly: far above the rounding
 
 
 @dataclass(frozen=True, eq=False)
-class PatchTokenizer:
+class PatchTokenizer(GridTokenizer):
     """One token per patch. `centres` (k, 3 p²) float32 in [-1, 1]: each patch row by row.
 
     Raises:
@@ -45,7 +45,6 @@ class PatchTokenizer:
     patch: int  # p, pixels a side
     order: PixelOrder  # of the patches
     kind = "patches"
-    reach = 0
 
     def __post_init__(self) -> None:
         k, width = self.centres.shape if self.centres.ndim == 2 else (0, 0)
@@ -57,23 +56,13 @@ class PatchTokenizer:
         if not np.isfinite(self.centres).all() or np.abs(self.centres).max() > 1:
             raise ValueError("patches hold finite numbers in [-1, 1]")
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, PatchTokenizer) and self.hash == other.hash
-
-    def __hash__(self) -> int:
-        return hash(self.hash)
-
     @property
     def n_vocab(self) -> int:
         return len(self.centres)
 
     @property
-    def grid(self) -> TokenGrid:
-        return TokenGrid(self.order.side, self.order.side)
-
-    @property
-    def side(self) -> int:
-        return self.order.side * self.patch
+    def cell(self) -> int:
+        return self.patch
 
     @cached_property
     def hash(self) -> str:
@@ -99,9 +88,6 @@ class PatchTokenizer:
             nearest.append(best)
         return self.order.flatten(torch.cat(nearest).view(len(pixels), self.order.side, self.order.side))
 
-    def encoder(self, cache: Path | None) -> Callable[[Tensor], Tensor]:
-        return self.encode
-
     def decode(self, tokens: Tensor) -> np.ndarray:
         grid = self.order.unflatten(tokens.cpu()).numpy()  # (B, R/p, R/p)
         if grid.size and (grid.min() < 0 or grid.max() >= self.n_vocab):
@@ -110,18 +96,6 @@ class PatchTokenizer:
         b, n, p = len(grid), self.order.side, self.patch
         patches: np.ndarray = levels[grid].reshape(b, n, n, p, p, 3)
         return patches.transpose(0, 1, 3, 2, 4, 5).reshape(b, n * p, n * p, 3)
-
-    def encode_top(self, pixels: Tensor, rows: int) -> Tensor:
-        check_rows(rows, self.side)
-        return self.encode(pixels)
-
-    def known_tokens(self, rows: int) -> Tensor:
-        check_rows(rows, self.side)
-        return self.order.known_positions(rows // self.patch)
-
-    def visible_pixels(self, tokens: Tensor) -> Tensor:
-        grid = self.order.unflatten(tokens[None])[0]  # (R/p, R/p)
-        return grid.repeat_interleave(self.patch, 0).repeat_interleave(self.patch, 1)
 
     def describe(self) -> str:
         return f"{self.n_vocab} patches of {self.patch}×{self.patch} pixels"
@@ -137,10 +111,9 @@ class PatchTokenizer:
     @staticmethod
     def from_dict(saved: Mapping[str, Any]) -> "PatchTokenizer":
         """The inverse of `to_dict`. Raises ValueError on invalid patches or a wrong hash."""
-        permutation = saved["permutation"]
-        if not isinstance(permutation, list) or not all(type(i) is int for i in [saved["patch"], *permutation]):
-            raise ValueError("the patch's size and the permutation are whole numbers")
-        order = PixelOrder(round(len(permutation) ** 0.5), tuple(permutation))
+        order = PixelOrder.from_list(saved["permutation"])
+        if type(saved["patch"]) is not int:
+            raise ValueError("the patch's size is no whole number")
         tokenizer = PatchTokenizer(np.asarray(saved["centres"], dtype=np.float32), saved["patch"], order)
         if tokenizer.hash != saved["hash"]:
             raise ValueError(f"the patches' hash is {tokenizer.hash}, not the {saved['hash']!r:.60} that is stated")

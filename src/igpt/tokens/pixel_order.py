@@ -1,6 +1,7 @@
 """The order of the cells of a square grid, grid ↔ sequence: raster order or any other fixed permutation."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,13 @@ class PixelOrder:
         if name == "raster":
             return PixelOrder(side, tuple(range(side**2)))
         return PixelOrder(side, tuple(keyed.generator(int(seed or 0), "raster").permutation(side**2).tolist()))
+
+    @staticmethod
+    def from_list(permutation: Any) -> "PixelOrder":
+        """From the permutation in a file. Raises ValueError if it is none."""
+        if not isinstance(permutation, list) or not all(type(i) is int for i in permutation):
+            raise ValueError("the permutation holds no whole numbers")
+        return PixelOrder(round(len(permutation) ** 0.5), tuple(permutation))
 
     @property
     def is_raster(self) -> bool:

@@ -58,7 +58,7 @@ class Quantizer(nn.Module, ABC):
         """Ends an optimiser step, on all ranks together; codes that do not move need none."""
 
 
-class MicroBatch(NamedTuple):
+class ImageVectors(NamedTuple):
     """The vectors of B images, kept until the optimiser step, with the keys of the images."""
 
     vectors: Tensor  # (B, n, D) float32
@@ -88,7 +88,7 @@ class EMAQuantizer(Quantizer):
         self.register_buffer("is_started", torch.zeros((), dtype=torch.bool))
         self.has_codes = False  # `is_started`, known without asking the device
         self.register_load_state_dict_post_hook(_read_is_started)  # type: ignore[no-untyped-call]  # as PyTorch has it
-        self._step: list[MicroBatch] = []  # since the last update
+        self._step: list[ImageVectors] = []  # since the last update
 
     def lookup(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.codebook)
@@ -103,7 +103,7 @@ class EMAQuantizer(Quantizer):
         else:
             quantized = Quantized(flat, torch.zeros(len(flat), dtype=torch.int64, device=flat.device), flat.sum() * 0)
         if self.training:
-            self._step.append(MicroBatch(vectors.detach(), keys, quantized.tokens.view(vectors.shape[:2])))
+            self._step.append(ImageVectors(vectors.detach(), keys, quantized.tokens.view(vectors.shape[:2])))
         return quantized
 
     def nearest(self, vectors: Tensor, distances: Tensor) -> Nearest:
@@ -122,17 +122,15 @@ class EMAQuantizer(Quantizer):
         Raises:
             ValueError: the vectors of the step that starts the codes are fewer than these, or not finite.
         """
-        batches, self._step = self._step, []
+        images, self._step = ImageVectors(*map(torch.cat, zip(*self._step, strict=True))), []
         if not self.has_codes:
             if step >= unquantised_steps:
-                self._start(gather_by_key(batches), seed=seed)
+                self._start(gather_by_key(images), seed=seed)
             return
-        tokens = torch.cat([batch.tokens.flatten() for batch in batches])
-        vectors = torch.cat([batch.vectors.flatten(0, 1) for batch in batches])
-        counts, totals = sum_by_code(vectors, tokens, self.n_code)
+        counts, totals = sum_by_code(images.vectors.flatten(0, 1), images.tokens.flatten(), self.n_code)
         self.counts.mul_(decay).add_(all_reduce(counts), alpha=1 - decay)
         self.totals.mul_(decay).add_(all_reduce(totals), alpha=1 - decay)
-        self._restart(batches, seed=seed, step=step, below=restart_below)
+        self._restart(images, seed=seed, step=step, below=restart_below)
         total = self.counts.sum()
         smoothed = (self.counts + EPSILON) / (total + self.n_code * EPSILON) * total
         self.codebook.copy_(self.totals / smoothed[:, None])
@@ -163,11 +161,11 @@ class EMAQuantizer(Quantizer):
         self.is_started.fill_(True)
         self.has_codes = True
 
-    def _restart(self, batches: list[MicroBatch], *, seed: int, step: int, below: float) -> None:
+    def _restart(self, images: ImageVectors, *, seed: int, step: int, below: float) -> None:
         """Draws a vector for every code, so that no device is asked which codes need one."""
         index = torch.arange(self.n_code, device=self.counts.device)
         drawn = keyed.uniform(keyed.per_example_keys(keyed.key(seed, "restart", step), index), 1)[:, 0]
-        vectors = select_by_key(batches, drawn)  # (K, D)
+        vectors = select_by_key(images, drawn)  # (K, D)
         mean = self.counts.mean()
         unused = self.counts < below * mean
         self.counts.copy_(torch.where(unused, mean, self.counts))
@@ -181,9 +179,9 @@ def _read_is_started(quantizer: EMAQuantizer, incompatible: Any) -> None:
 
 def sum_by_code(vectors: Tensor, tokens: Tensor, n_code: int) -> tuple[Tensor, Tensor]:
     """Number and sum of the vectors of each code: (N, D), (N,) → (K,), (K, D) float64."""
-    counts = torch.bincount(tokens, minlength=n_code).double()
-    totals = torch.zeros(n_code, vectors.shape[1], dtype=torch.float64, device=vectors.device)
-    return counts, totals.index_add_(0, tokens, vectors.double())
+    wide = vectors.double()
+    counts = wide.new_zeros(n_code).index_add_(0, tokens, wide.new_ones(len(wide)))  # bincount would ask the device
+    return counts, wide.new_zeros(n_code, wide.shape[1]).index_add_(0, tokens, wide)
 
 
 def all_reduce(values: Tensor) -> Tensor:
@@ -193,17 +191,16 @@ def all_reduce(values: Tensor) -> Tensor:
     return values
 
 
-def gather_by_key(batches: list[MicroBatch]) -> Tensor:
-    """The vectors of all micro-batches and ranks, images in the order of their keys: (N, D)."""
-    vectors, keys = (torch.cat(parts).cpu() for parts in zip(*(batch[:2] for batch in batches), strict=True))
-    everywhere: list[Any] = ranks.all_gather_object((vectors, keys))
-    vectors, keys = (torch.cat(parts) for parts in zip(*everywhere, strict=True))
-    return vectors[keys.argsort(stable=True)].flatten(0, 1).to(batches[0].vectors.device)
+def gather_by_key(images: ImageVectors) -> Tensor:
+    """The vectors of all ranks, images in the order of their keys: (N, D)."""
+    everywhere: list[Any] = ranks.all_gather_object((images.vectors.cpu(), images.keys.cpu()))
+    vectors, keys = map(torch.cat, zip(*everywhere, strict=True))
+    return vectors[keys.argsort(stable=True)].flatten(0, 1).to(images.vectors.device)
 
 
-def select_by_key(batches: list[MicroBatch], drawn: Tensor) -> Tensor:
+def select_by_key(images: ImageVectors, drawn: Tensor) -> Tensor:
     """The vector at each share `drawn` of those that `gather_by_key` would gather: (U,) in [0, 1) → (U, D) float64."""
-    vectors, keys = (torch.cat(parts) for parts in zip(*(batch[:2] for batch in batches), strict=True))
+    vectors, keys, _ = images
     n, per_image = vectors.shape[:2]
     everywhere, first = keys, 0  # ranks have the same number of images
     if dist.is_initialized():

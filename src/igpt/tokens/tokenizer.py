@@ -1,5 +1,6 @@
 """The tokenizer protocol: pixels ↔ tokens. Other packages use tokenizers through it alone."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from igpt.data.source import Source
+from igpt.tokens.pixel_order import PixelOrder, check_rows
 
 
 class TokenGrid(NamedTuple):
@@ -88,6 +90,57 @@ class Tokenizer(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """The tokenizer as JSON values, without its kind; see `tokenizer_registry`."""
         ...
+
+
+class GridTokenizer(ABC):
+    """The members that tokenizers have in common, of `cell` × `cell` pixels a token, which depends on them alone."""
+
+    order: PixelOrder
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GridTokenizer) and self.hash == other.hash
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    @property
+    @abstractmethod
+    def hash(self) -> str: ...
+
+    @property
+    def cell(self) -> int:
+        """Pixels a side of a token."""
+        return 1
+
+    @property
+    def reach(self) -> int:
+        return 0
+
+    @property
+    def grid(self) -> TokenGrid:
+        return TokenGrid(self.order.side, self.order.side)
+
+    @property
+    def side(self) -> int:
+        return self.order.side * self.cell
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor: ...
+
+    def encode_top(self, pixels: Tensor, rows: int) -> Tensor:
+        check_rows(rows, self.side)
+        return self.encode(pixels)
+
+    def encoder(self, cache: Path | None) -> Callable[[Tensor], Tensor]:
+        return self.encode
+
+    def known_tokens(self, rows: int) -> Tensor:
+        check_rows(rows, self.side)
+        return self.order.known_positions(rows // self.cell)
+
+    def visible_pixels(self, tokens: Tensor) -> Tensor:
+        grid = self.order.unflatten(tokens[None])[0]  # (R/cell, R/cell)
+        return grid.repeat_interleave(self.cell, 0).repeat_interleave(self.cell, 1)
 
 
 def count_decided_rows(tokenizer: Tokenizer, rows: int) -> int:

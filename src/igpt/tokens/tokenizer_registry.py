@@ -55,16 +55,3 @@ def read_tokenizer(path: Path) -> Tokenizer:
         return tokenizer_from_dict({key: value for key, value in saved.items() if key != "format"})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def find_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer at a path: a run folder of task=tokenizer, its folder `model`, or the file in it.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
-    place = Path(path)
-    for file in (place, place / TOKENIZER, place / "model" / TOKENIZER):
-        if file.is_file():
-            return read_tokenizer(file)
-    raise ValueError(f"no tokenizer at {path}: give the folder of a finished run of task=tokenizer")

@@ -3,7 +3,8 @@
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from igpt.distributed.process_state import cudnn_tf32, float32_matmul_precision
 from igpt.settings.fields import parse_settings
 from igpt.tokens.exact_encoding import encode_exactly
 from igpt.tokens.pixel_order import PixelOrder, check_rows
-from igpt.tokens.tokenizer import TokenGrid
+from igpt.tokens.tokenizer import GridTokenizer
 from igpt.tokens.vqvae import VQVAE, VQVAEConfig, round_pixels
 
 UNTRAINED = (
@@ -28,9 +29,10 @@ UNTRAINED = (
 )
 _CHUNK = 8  # images at a time
 _GPU_CHUNK = 64
+_PRECISION = threading.RLock()
 
 
-class VQVAETokenizer:
+class VQVAETokenizer(GridTokenizer):
     """One token for f × f pixels, by a copy of a trained network. Equal networks have equal tokens everywhere.
 
     Raises:
@@ -40,8 +42,8 @@ class VQVAETokenizer:
     kind = "vqvae"
 
     def __init__(self, network: VQVAE, side: int, order: PixelOrder) -> None:
-        self.config, self.side, self.order = network.config, side, order
-        if side != order.side * self.config.factor:
+        self.config, self.order = network.config, order
+        if side != self.side:
             raise ValueError(
                 f"{len(order.permutation):,} tokens of {self.config.factor}×{self.config.factor} pixels are not an "
                 f"image of {side}×{side}"
@@ -52,19 +54,13 @@ class VQVAETokenizer:
                 raise ValueError(f"the VQ-VAE's {name} holds numbers that are not finite")
         self._networks: dict[tuple[torch.device, torch.dtype], VQVAE] = {}
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, VQVAETokenizer) and self.hash == other.hash
-
-    def __hash__(self) -> int:
-        return hash(self.hash)
-
     @property
     def n_vocab(self) -> int:
         return self.config.codes
 
     @property
-    def grid(self) -> TokenGrid:
-        return TokenGrid(self.order.side, self.order.side)
+    def cell(self) -> int:
+        return self.config.factor
 
     @property
     def reach(self) -> int:
@@ -104,9 +100,6 @@ class VQVAETokenizer:
                     tokens.copy_(encode_exactly(*networks, some).tokens)
         return grid
 
-    def encoder(self, cache: Path | None) -> Callable[[Tensor], Tensor]:
-        return self.encode
-
     def encode_top(self, pixels: Tensor, rows: int) -> Tensor:
         """Tokens of which those in `known_tokens(rows)` depend on the top `rows` rows alone: (B, R, R, 3) → (B, T).
 
@@ -134,14 +127,6 @@ class VQVAETokenizer:
                 images[start : start + step] = round_pixels(network.decoder(codes)).cpu().numpy()
         return images
 
-    def known_tokens(self, rows: int) -> Tensor:
-        check_rows(rows, self.side)
-        return self.order.known_positions(rows // self.config.factor)
-
-    def visible_pixels(self, tokens: Tensor) -> Tensor:
-        grid = self.order.unflatten(tokens[None])[0]  # (R/f, R/f)
-        return grid.repeat_interleave(self.config.factor, 0).repeat_interleave(self.config.factor, 1)
-
     def describe(self) -> str:
         return f"VQ-VAE of {self.n_vocab:,} codes, {self.config.factor}×{self.config.factor} pixels each"
 
@@ -158,10 +143,9 @@ class VQVAETokenizer:
     def from_dict(saved: Mapping[str, Any]) -> "VQVAETokenizer":
         """The inverse of `to_dict`. Raises ValueError on invalid sizes or weights, or a wrong hash."""
         config = parse_settings(VQVAEConfig, saved["config"], "the VQ-VAE's config")
-        side, permutation = saved["side"], saved["permutation"]
-        if not isinstance(permutation, list) or not all(type(i) is int for i in [side, *permutation]):
-            raise ValueError("the side and the permutation are whole numbers")
-        order = PixelOrder(round(len(permutation) ** 0.5), tuple(permutation))
+        order = PixelOrder.from_list(saved["permutation"])
+        if type(saved["side"]) is not int:
+            raise ValueError("the side is no whole number")
         with torch.device("meta"):
             expected = saved_tensors(VQVAE(config))
         size = 4 * sum(tensor.numel() for tensor in expected.values())
@@ -179,7 +163,7 @@ class VQVAETokenizer:
             raise ValueError(f"the VQ-VAE's weights are not those of its config: {different[0]:.60} differs")
         network = VQVAE(config)
         network.load_state_dict(tensors, strict=False)
-        tokenizer = VQVAETokenizer(network, side, order)
+        tokenizer = VQVAETokenizer(network, saved["side"], order)
         if tokenizer.hash != saved["hash"]:
             raise ValueError(f"the VQ-VAE's hash is {tokenizer.hash}, not the {saved['hash']!r:.60} that is stated")
         return tokenizer
@@ -205,9 +189,12 @@ def chunk_size(device: torch.device) -> int:
 
 @contextmanager
 def unrounded_float32(device: torch.device) -> Iterator[None]:
-    """Context manager: float32 operands are rounded to no shorter format, and nothing is kept for a gradient."""
+    """Context manager: float32 operands are rounded to no shorter format, and nothing is kept for a gradient.
+
+    One thread at a time, since the precision is the process's.
+    """
     matmul, convolutions = float32_matmul_precision("highest"), cudnn_tf32(False)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), matmul, convolutions:
+    with _PRECISION, torch.no_grad(), torch.autocast(device.type, enabled=False), matmul, convolutions:
         yield
 
 
