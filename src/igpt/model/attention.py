@@ -37,14 +37,19 @@ def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
     return qkv.view(b, t, 3, n_head, width // 3 // n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, backend: str = "auto") -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, backend: str = "auto", bias: Tensor | None = None
+) -> Tensor:
     """Softmax attention of q over k and v: (B, H, T, D), 2 × (B, H, S, D) → (B, H, T, D), scaled by 1/√D.
 
-    With `causal`, position i sees positions 0 … i. `backend`: `sdpa` (PyTorch's fused kernels), `bmm` (batched matrix
+    `bias` (H, T, S) is added to the scores; only without `causal`. With `causal`, position i sees positions 0 … i. `backend`: `sdpa` (PyTorch's fused kernels), `bmm` (batched matrix
     products), `blocks` (matrix products that skip most masked keys; without `causal` the same as `bmm`), or `auto`.
     """
     if backend in ("auto", "native"):
         backend = dispatch.unfused_attention_backend(q.device, q.dtype, t=q.shape[2], causal=causal)
+    if bias is not None:
+        assert not causal, "a bias of causal attention is -∞ for later keys"
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     b, h, t, d = q.shape

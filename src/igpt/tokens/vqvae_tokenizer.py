@@ -204,12 +204,12 @@ class VQVAESettings(VQVAEConfig):
     path: str | None  # run folder of task=tokenizer
     order: str
 
-    def sizes(self, resolution: int) -> tuple[int, int]:
+    def sizes(self, resolution: int) -> tuple[TokenGrid, int]:
         if resolution % self.factor:
             raise ValueError(
                 f"tokens.factor={self.factor} does not divide data.resolution={resolution}: take a multiple of it"
             )
-        return (resolution // self.factor) ** 2, self.codes
+        return TokenGrid(resolution // self.factor, resolution // self.factor), self.codes
 
     def build(self, source: Source, cache: Path) -> VQVAETokenizer:
         """Raises ValueError: a VQ-VAE is not fitted by the run that uses it, but read from `path` before."""
