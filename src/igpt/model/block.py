@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from igpt.model import dispatch
 from igpt.model.attention import attend, masked_attention, self_attention, split_heads
 from igpt.model.config import GPTConfig
 from igpt.model.layers import MLP, Linear, Norm
@@ -93,6 +94,16 @@ class Attention(nn.Module):
         projected: Tensor = self.c_proj(out)
         return projected, first_value
 
+    def prepare_tables(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Computes this layer's mask and offsets for activations of a dtype on a device, unless they are there."""
+        if self.offsets is not None:
+            self.offsets.prepare(device)
+        if self.mask is not None:
+            backend, is_dense = self.backend, self.relative is not None
+            if backend == "auto" or is_dense:
+                backend = dispatch.sparse_backend(device, dtype, dense=is_dense)
+            self.mask.prepare(device, backend)
+
     def _transform(self, qkv: Tensor, first_value: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
         """Queries, keys and values as attention reads them, of positions start, start + 1, …: (B, T, 3C) → the same."""
         q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, H, D)
@@ -113,13 +124,9 @@ class Attention(nn.Module):
             return linear_attention(q, k, v, causal=self.causal).transpose(1, 2).flatten(2)
         if self.mask is None and self.relative is None:
             return self_attention(qkv, self.n_head, causal=self.causal, backend=self.backend)
-        t = qkv.shape[1]
-        if self.mask is not None:  # of all positions; in a prompt the later ones, which none sees, are zeros
-            qkv = F.pad(qkv, (0, 0, 0, self.mask.n_ctx - t))
-        out = masked_attention(
-            qkv, self.n_head, self.mask, causal=self.causal, bias=self._bias(qkv.shape[1]), backend=self.backend
+        return masked_attention(
+            qkv, self.n_head, mask=self.mask, causal=self.causal, bias=self._bias(qkv.shape[1]), backend=self.backend
         )
-        return out[:, :t]
 
     def _bias(self, t: int) -> Tensor | None:
         """The scores of the offsets of positions 0 … t - 1: (H, t, t); None without `relative_bias`."""
@@ -149,7 +156,7 @@ class Attention(nn.Module):
         k, v = cache.keys[layer], cache.values[layer]
         if self.is_linear:
             return attend_to_state(q, k, v).transpose(1, 2).flatten(2)
-        seen: slice | Tensor = slice(end) if self.mask is None else self.mask.visible_keys(end - 1, q.device)
+        seen: slice | Tensor = slice(end) if self.mask is None else self.mask.pattern.visible_keys(end - 1).to(q.device)
         bias = None
         if self.relative is not None and self.offsets is not None:
             table = F.pad(self.relative.flatten(1), (0, 1))

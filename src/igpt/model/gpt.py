@@ -49,17 +49,14 @@ class GPT(nn.Module):
         if self.causal:
             self.sos = nn.Parameter(torch.full((self.n_embd,), math.nan))  # start of sequence
         rotations = [each for each in self.encodings if type(each).rotate is not Positions.rotate]
-        self._masks = {pattern: SparseMask(pattern) for pattern in config.patterns if isinstance(pattern, Pattern)}
-        self._offsets = Offsets(config) if config.relative_bias else None
+        masks = {pattern: SparseMask(pattern) for pattern in config.patterns if isinstance(pattern, Pattern)}
+        offsets = Offsets(config) if config.relative_bias else None
         self.h = nn.ModuleList(
-            Block(config, Attention(config, layer, rotations, self._find_mask(pattern), self._offsets))
+            Block(config, Attention(config, layer, rotations, masks.get(pattern) if isinstance(pattern, Pattern) else None, offsets))
             for layer, pattern in enumerate(config.patterns)
         )
         self.ln_f = Norm(self.n_embd)
         self.wtet = nn.Parameter(torch.full((self.n_vocab, self.n_embd), math.nan))  # output head, not tied to wte
-
-    def _find_mask(self, pattern: str | Pattern) -> SparseMask | None:
-        return self._masks[pattern] if isinstance(pattern, Pattern) else None
 
     @property
     def encodings(self) -> list[Positions]:
@@ -75,10 +72,11 @@ class GPT(nn.Module):
                 table.copy_(computed)
 
     def prepare_tables(self) -> None:
-        """Computes the masks and offsets of the blocks on this network's device, unless they are there."""
-        for table in (*self._masks.values(), self._offsets):
-            if table is not None:
-                table.prepare(self.wte.device)
+        """Computes masks and offsets on this network's device, unless they are there: compiled blocks only read them."""
+        device = self.wte.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.dtype
+        for block in self.blocks:
+            block.attn.prepare_tables(device, dtype)
 
     @property
     def blocks(self) -> list[Block]:

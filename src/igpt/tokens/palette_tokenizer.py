@@ -13,7 +13,7 @@ from igpt.data.source import Source
 from igpt.tokens.lookup import LookupEncoder
 from igpt.tokens.palette import Palette
 from igpt.tokens.pixel_order import PixelOrder
-from igpt.tokens.tokenizer import GridTokenizer
+from igpt.tokens.tokenizer import GridTokenizer, TokenGrid
 from igpt.utils import files
 
 

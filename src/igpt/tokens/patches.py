@@ -23,7 +23,7 @@ from igpt.settings.data import Resolution
 from igpt.settings.fields import Count, Seed, Settings
 from igpt.tokens.kmeans import dark_to_light, sample_images, weighted_kmeans
 from igpt.tokens.pixel_order import PixelOrder
-from igpt.tokens.tokenizer import GridTokenizer
+from igpt.tokens.tokenizer import GridTokenizer, TokenGrid
 from igpt.utils import files
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from igpt.distributed.process_state import cudnn_tf32, float32_matmul_precision
 from igpt.settings.fields import parse_settings
 from igpt.tokens.exact_encoding import encode_exactly
 from igpt.tokens.pixel_order import PixelOrder, check_rows
-from igpt.tokens.tokenizer import GridTokenizer
+from igpt.tokens.tokenizer import GridTokenizer, TokenGrid
 from igpt.tokens.vqvae import VQVAE, VQVAEConfig, round_pixels
 
 UNTRAINED = (
