@@ -52,11 +52,16 @@ def masked_attention(
     backend = dispatch.sparse_backend(backend, qkv.device, qkv.dtype, dense=is_dense)
     if mask is not None:
         mask.prepare(qkv.device, backend, dense=is_dense)
+    out: Tensor
+    if backend == "native":
+        assert mask is not None
+        out = c_attention.attend_sparse(qkv, n_head, *mask.lanes)[0]
+        return out
     q, k, v = split_heads(qkv, n_head)
     if backend == "blocks":
         assert mask is not None
         flat = (part.reshape(b * n_head, t, -1) for part in (q, k, v))
-        out: Tensor = _SparseBlocks.apply(*flat, *mask.blocks)  # type: ignore[no-untyped-call]  # PyTorch has no type
+        out = _SparseBlocks.apply(*flat, *mask.blocks)  # type: ignore[no-untyped-call]  # PyTorch has no type
         out = out.view(b, n_head, t, -1)
     else:
         visible = None

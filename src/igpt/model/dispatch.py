@@ -57,13 +57,15 @@ def unfused_attention_backend(device: torch.device, dtype: torch.dtype, *, t: in
 def sparse_backend(
     requested: str, device: torch.device, dtype: torch.dtype = torch.float32, *, dense: bool = False
 ) -> str:
-    """Backend of attention through a sparse mask, `requested` if it can: `blocks`, `sdpa` or `bmm`.
+    """Backend of attention through a sparse mask, `requested` if it can: `native`, `blocks`, `sdpa` or `bmm`.
 
     `dense`: with a bias on the scores, or over a prompt, which `sdpa` and `bmm` alone compute.
     """
-    if requested in (("sdpa", "bmm") if dense else ("sdpa", "bmm", "blocks")):
+    if requested in (("sdpa", "bmm") if dense else ("sdpa", "bmm", "blocks", "native")):
         return requested
-    return "sdpa" if dense or device.type != "cpu" else "blocks"
+    if dense or device.type != "cpu":
+        return "sdpa"
+    return "native" if dtype in DTYPES and c_library.is_available() else "blocks"
 
 
 def block_size(dtype: torch.dtype) -> int:

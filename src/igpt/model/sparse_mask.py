@@ -10,6 +10,7 @@ from igpt.model import dispatch
 from igpt.model.patterns import Cells, Pattern
 
 MOST_POSITIONS = 1 << 14  # building takes T² steps, a few seconds at this T, and the dense mask T² bytes
+LANES = 32  # queries of a block in attend_sparse.c: bits of an int32
 TOGETHER = 64  # queries of one block of matrix products
 
 
@@ -38,6 +39,7 @@ class SparseMask:
         self.device = device
         self.dense: Tensor | None = None  # (T, T) bool: query i sees key j
         self.blocks: tuple[Tensor, ...] = ()  # per block: queries (n,), keys (m,) int64, hidden (n, m) bool
+        self.lanes: tuple[Tensor, ...] = ()  # tables of attend_sparse.c, int32, see `_build_lanes`
 
     def prepare(self, device: torch.device, backend: str = "auto", *, dense: bool = False) -> None:
         """Builds the tables that `dispatch.sparse_backend` of these arguments reads on this device, unless present.
@@ -45,7 +47,7 @@ class SparseMask:
         Compiled code that does not find them calls this itself, at the price of a break in its graph.
         """
         backend = dispatch.sparse_backend(backend, device, dense=dense)
-        present = {"blocks": bool(self.blocks)}.get(backend, self.dense is not None)
+        present = {"native": bool(self.lanes), "blocks": bool(self.blocks)}.get(backend, self.dense is not None)
         if device != self.device or not present:
             self._build(device, backend)
 
@@ -54,7 +56,9 @@ class SparseMask:
         if device != self.device:
             self._forget(device)
         with torch.inference_mode(False), torch.no_grad():  # the tables serve training, too
-            if backend == "blocks":
+            if backend == "native":
+                self.lanes = self._build_lanes()
+            elif backend == "blocks":
                 self.blocks = tuple(table.to(device) for block in self._list_blocks(TOGETHER) for table in block)
             else:
                 self.dense = self._build_dense().to(device)
@@ -62,6 +66,20 @@ class SparseMask:
     def _build_dense(self) -> Tensor:
         t = self.pattern.layout.n_ctx
         return torch.cat([self.pattern.mask_rows(start, min(start + 512, t)) for start in range(0, t, 512)])
+
+    def _build_lanes(self) -> tuple[Tensor, ...]:
+        """Queries in order (T,); of every block its first key (⌈T / LANES⌉ + 1,); keys (N,) and their bits (N,).
+
+        Bit i of a key is set if query i of its block sees it. A last block's missing queries see what its first does.
+        """
+        blocks = list(self._list_blocks(LANES))
+        bits = []
+        for chosen, _, hidden in blocks:
+            visible = torch.cat([~hidden, ~hidden[:1].expand(LANES - len(chosen), -1)])
+            bits.append((visible.long() << torch.arange(LANES)[:, None]).sum(0))
+        starts = torch.tensor([0, *(len(keys) for _, keys, _ in blocks)]).cumsum(0)
+        order, keys = (torch.cat([block[i] for block in blocks]) for i in (0, 1))
+        return order.int(), starts.int(), keys.int(), torch.cat(bits).int()
 
     def _list_blocks(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All queries in blocks of `size`, each with the keys that any of them sees, and which of these are hidden."""
