@@ -99,9 +99,7 @@ class Attention(nn.Module):
         if self.offsets is not None:
             self.offsets.prepare(device)
         if self.mask is not None:
-            backend, is_dense = self.backend, self.relative is not None
-            if backend == "auto" or is_dense:
-                backend = dispatch.sparse_backend(device, dtype, dense=is_dense)
+            backend = dispatch.sparse_backend(self.backend, device, dtype, dense=self.relative is not None)
             self.mask.prepare(device, backend)
 
     def _transform(self, qkv: Tensor, first_value: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
@@ -111,11 +109,11 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         for rotate in self.rotate:
             q, k = (rotate(each.transpose(1, 2), start).transpose(1, 2) for each in (q, k))
+        first_value = v if first_value is None else first_value
         if self.value_mix is not None:
-            assert first_value is not None
             own, first = self.value_mix.to(v.dtype).unbind()
             v = own * v + first * first_value
-        return torch.stack((q, k, v), 2).flatten(2), v if first_value is None else first_value
+        return torch.stack((q, k, v), 2).flatten(2), first_value
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """Attention of positions 0, 1, … over themselves: (B, T, 3C) → (B, T, C)."""
