@@ -95,6 +95,7 @@ def machine(**changed: Any) -> HardwareConfig:
 
 PRETRAIN: dict[str, Any] = {
     "steps": 8,
+    "operations": None,
     "batch_size": 100,
     "optimizer": "adam",
     "learning_rate": 0.01,
