@@ -112,8 +112,14 @@ class HardwareConfig(HardwareSettings):
             gains = dispatch.is_worth_compiling(self.device, n_embd=net.n_embd, flops=flops, half=half)
             compiled = gains and not self.zero_stage
         net.checkpointing, net.decoding = self.activation_checkpointing, self.decoding
-        if self.attention_backend == "native" and (lacking := net.blocks[0].attn.not_in_c):
+        chosen = self.attention_backend
+        if chosen == "native" and (lacking := net.blocks[0].attn.not_in_c):
             raise ValueError(f"trainer.attention_backend=native does not compute {lacking}: choose auto")
+        if chosen != "auto" and any(block.attn.is_linear for block in net.blocks):
+            raise ValueError(
+                f"trainer.attention_backend={chosen} computes attention scores, model.attention=linear has none: "
+                "choose auto"
+            )
         for block in net.blocks:
             block.attn.backend = self.attention_backend
             if compiled:
