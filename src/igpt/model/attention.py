@@ -89,7 +89,7 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: SparseMask) -> Tensor:
     if q.device.type != "cuda" and torch.is_grad_enabled() and q.requires_grad:
         raise ValueError(f"attention_backend=flex has no backward pass on a {q.device.type}, only on CUDA: choose auto")
     compiled = q.device.type == "cuda" and not torch.compiler.is_compiling()
-    attend: Callable[..., Any] = _compile_flex() if compiled else flex_attention
+    attend: Any = _compile_flex() if compiled else flex_attention
     out: Tensor = attend(q, k, v, block_mask=mask.flex)
     return out
 
