@@ -123,11 +123,11 @@ def test_two_layers_reach_every_earlier_position(name: str, rows: int, columns: 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_window_of_the_whole_grid_is_full_attention(backend: str, causal: bool) -> None:
     """Invariant: local with a radius of at least the side."""
-    qkv = draw(63).requires_grad_()
+    qkv = (draw(63) / 1.5).requires_grad_()
     mask = SparseMask(Pattern("local", 0, causal, TokenLayout(7, 9), radius=9))
     expected = differentiate(self_attention(qkv, N_HEAD, causal=causal), qkv)
     (out, gradient), (same, d_same) = attend_sparsely(qkv, mask, backend), expected
-    assert (out - same).abs().max() < 1e-6
+    assert (out - same).abs().max() < 1e-6 * same.abs().max()
     assert (gradient - d_same).abs().max() < 3e-6 * d_same.abs().max()
 
 
@@ -234,6 +234,7 @@ def test_a_prompt_is_the_start_of_a_sequence(backend: str) -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_gives_the_same_where_it_runs() -> None:
     """Independent source: the definition in float64. On a CPU FlexAttention has no backward pass, which is said."""
     for i, name in enumerate(SPARSE):
