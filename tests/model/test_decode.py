@@ -20,6 +20,7 @@ from igpt.model.gpt import GPT
 from igpt.model.verify import verify_attention
 from tests.conftest import needs_compiler, small_net
 from tests.model.test_gpt import attended
+from tests.model.test_sparse_attention import check_against_definition
 from tests.task.conftest import machine
 
 WAYS = [pytest.param("native", marks=needs_compiler), "columns", "graphs", "layers"]
@@ -312,6 +313,7 @@ def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             exact = attended(qkv.double(), 3, causal, "sdpa")
             for one, same in zip(attended(qkv, 3, causal, "native"), exact, strict=True):
                 assert (one - same).abs().max() < 1e-5 * same.abs().max()
+        check_against_definition("native")
     finally:
         c_library.load_library.cache_clear()
 
