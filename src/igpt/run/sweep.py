@@ -33,6 +33,7 @@ from igpt.run.logs import log_file, refuse, set_up_logging
 from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import find_run_dir
 from igpt.run.saved_overrides import search_path_arguments
+from igpt.run.variants import apply_variant
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -283,6 +284,7 @@ def _predict_folders(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None
             continue  # a new directory
         try:
             config = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+            apply_variant(config, job.overrides)
             run = RunConfig(config, dict(cfg.hydra.runtime.choices))
             job.folder = str(find_run_dir(run).path.absolute())
         except (ValueError, OSError, OmegaConfBaseException):
