@@ -85,6 +85,8 @@ def describe_uncertainty(numbers: Iterable[Number]) -> str:
 def format_number(number: Number) -> str:
     """The value with its uncertainty, without unit: standard deviation of a mean, else 95 % interval."""
     text, around = _rounded(number, 1, 4)
+    if number.unit == "FLOP":
+        return f"{number.value:.3e}"
     if abs(number.value) >= 1e4 or (float(number.value).is_integer() and not around):
         text = f"{round(number.value):,}"
     return text + around + (" (std)" if number.deviation is not None else "")
