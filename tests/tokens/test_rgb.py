@@ -46,7 +46,7 @@ def test_channels_follow_one_another() -> None:
     other = RGBTokenizer(PixelOrder(2, (2, 0, 3, 1)))
     assert other.encode(pixels).tolist() == [[7, 8, 9, 1, 2, 3, 255, 0, 12, 4, 5, 6]]
     assert (tokenizer.n_vocab, tokenizer.grid, tokenizer.grid.n_ctx, tokenizer.side) == (256, TokenGrid(2, 2, 3), 12, 2)
-    assert RGBSettings(order="raster").sizes(32) == (3072, 256)
+    assert RGBSettings(order="raster").sizes(32) == (TokenGrid(32, 32, 3), 256)
 
 
 @pytest.mark.parametrize("order", ["raster", "random:3"])

@@ -344,7 +344,7 @@ def test_settings(tmp_path: Path) -> None:
     digits = Digits(
         name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=0, shift_share=0.0
     )
-    assert settings.sizes(32) == (256, 256)
+    assert settings.sizes(32) == (TokenGrid(16, 16), 256)
     with pytest.raises(ValueError, match=r"tokens.factor=2 does not divide data.resolution=31"):
         settings.sizes(31)
     with pytest.raises(ValueError, match=r"needs a trained tokenizer: tokens.path=RUN_FOLDER of task=tokenizer"):

@@ -22,6 +22,7 @@ from igpt.distributed import ranks
 from igpt.distributed.sharding import copy_into_sharded, unsharded_shape
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
+from igpt.model.patterns import TokenLayout
 from igpt.tokens.tokenizer import Tokenizer
 from igpt.tokens.tokenizer_registry import tokenizer_from_dict, tokenizer_to_dict
 from igpt.utils import files
@@ -69,6 +70,13 @@ class CheckpointMetadata:
             raise ValueError(
                 f"its network reads {sizes[0]} tokens of {sizes[1]}, its tokenizer ({self.tokenizer.describe()}) makes "
                 f"{self.tokenizer.grid.n_ctx} of {self.tokenizer.n_vocab}"
+            )
+        layout, order = self.network.layout, self.tokenizer.order
+        permutation = None if order.is_raster else order.permutation
+        if layout is not None and layout != TokenLayout(*self.tokenizer.grid, permutation):
+            raise ValueError(
+                f"its network reads tokens of a grid of {layout.rows} × {layout.columns} × {layout.channels} in an order "
+                "that are not its tokenizer's"
             )
 
     def to_dict(self) -> dict[str, Any]:

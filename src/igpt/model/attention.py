@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from igpt.model import c_attention, dispatch
+from igpt.model.sparse_mask import SparseMask
 
 
 def self_attention(qkv: Tensor, n_head: int, *, causal: bool, backend: str = "auto") -> Tensor:
@@ -31,20 +32,79 @@ def self_attention(qkv: Tensor, n_head: int, *, causal: bool, backend: str = "au
     return attend(q, k, v, causal=causal, backend=backend).transpose(1, 2).reshape(b, t, width // 3)
 
 
+def masked_attention(
+    qkv: Tensor,
+    n_head: int,
+    *,
+    causal: bool,
+    mask: SparseMask | None = None,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`self_attention` through a sparse mask, with a bias (H, T, T) added to the scores, or with both: → (B, T, C).
+
+    Without a mask, all positions are visible, or with `causal` itself and earlier ones. With one, its pattern says
+    which, and qkv may be a prompt, the first positions only. Prompts and biases are computed by `sdpa` or `bmm`, whose
+    masks are dense.
+    """
+    b, t, width = qkv.shape
+    is_dense = mask is None or bias is not None or t < mask.pattern.layout.n_ctx
+    backend = dispatch.sparse_backend(backend, qkv.device, qkv.dtype, dense=is_dense)
+    if mask is not None:
+        mask.prepare(qkv.device, backend, dense=is_dense)
+    out: Tensor
+    if backend == "native":
+        assert mask is not None
+        out = c_attention.attend_sparse(qkv, n_head, *mask.lanes)[0]
+        return out
+    q, k, v = split_heads(qkv, n_head)
+    if backend == "blocks":
+        assert mask is not None
+        flat = (part.reshape(b * n_head, t, -1) for part in (q, k, v))
+        out = _SparseBlocks.apply(*flat, *mask.blocks)  # type: ignore[no-untyped-call]  # PyTorch has no type
+        out = out.view(b, n_head, t, -1)
+    else:
+        visible = None
+        if mask is not None:
+            assert mask.dense is not None
+            visible = mask.dense[:t, :t]
+        elif causal:
+            visible = torch.ones(t, t, dtype=torch.bool, device=qkv.device).tril()
+        out = _attend_dense(q, k, v, visible, None if bias is None else bias[:, :t, :t].to(q.dtype), backend)
+    return out.transpose(1, 2).reshape(b, t, width // 3)
+
+
+def _attend_dense(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, bias: Tensor | None, backend: str) -> Tensor:
+    """Attention where `visible` (T, T) is True, with `bias` (H, T, T) added to the scores: → (B, H, T, D)."""
+    if backend == "sdpa":
+        if bias is None or visible is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible if bias is None else bias)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(~visible, -math.inf))
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    scores = scores if bias is None else scores + bias
+    scores = scores if visible is None else scores.masked_fill(~visible, -math.inf)
+    return scores.softmax(-1) @ v
+
+
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
     """Queries, keys and values split into heads, as views: (B, T, 3C) → 3 × (B, H, T, D)."""
     b, t, width = qkv.shape
     return qkv.view(b, t, 3, n_head, width // 3 // n_head).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, backend: str = "auto") -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, backend: str = "auto", bias: Tensor | None = None
+) -> Tensor:
     """Softmax attention of q over k and v: (B, H, T, D), 2 × (B, H, S, D) → (B, H, T, D), scaled by 1/√D.
 
-    With `causal`, position i sees positions 0 … i. `backend`: `sdpa` (PyTorch's fused kernels), `bmm` (batched matrix
+    `bias` (H, T, S) is added to the scores; only without `causal`. With `causal`, position i sees positions 0 … i. `backend`: `sdpa` (PyTorch's fused kernels), `bmm` (batched matrix
     products), `blocks` (matrix products that skip most masked keys; without `causal` the same as `bmm`), or `auto`.
     """
     if backend in ("auto", "native"):
         backend = dispatch.unfused_attention_backend(q.device, q.dtype, t=q.shape[2], causal=causal)
+    if bias is not None:
+        assert not causal, "a bias of causal attention is -∞ for later keys"
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     b, h, t, d = q.shape
@@ -105,3 +165,39 @@ class _CausalBlocks(torch.autograd.Function):
             dk[:, :end] += torch.bmm(ds.mT, q[:, start:end])
             dq[:, start:end] = torch.bmm(ds, k[:, :end])
         return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv
+
+
+class _SparseBlocks(torch.autograd.Function):
+    """Attention through a sparse mask, one block of queries at a time against the keys that any of them sees.
+
+    `tables` are `SparseMask.blocks`. The softmax of every block is saved for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> Tensor:
+        scale = 1 / math.sqrt(q.shape[-1])
+        out, saved = torch.empty_like(v), []
+        with torch.autocast(q.device.type, enabled=False):
+            for queries, keys, hidden in zip(tables[::3], tables[1::3], tables[2::3], strict=True):
+                scores = torch.bmm(q[:, queries], k[:, keys].mT).mul_(scale)  # (B·H, n, m)
+                p = scores.masked_fill_(hidden, -math.inf).softmax(-1)
+                out[:, queries] = torch.bmm(p, v[:, keys])
+                saved.append(p)
+        ctx.save_for_backward(q, k, v, *tables, *saved)
+        ctx.n_block, ctx.scale = len(saved), scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *others = ctx.saved_tensors
+        tables, saved = others[: 3 * ctx.n_block], others[3 * ctx.n_block :]
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for queries, keys, p in zip(tables[::3], tables[1::3], saved, strict=True):
+            along = d_out[:, queries]
+            dv.index_add_(1, keys, torch.bmm(p.mT, along))
+            dp = torch.bmm(along, v[:, keys].mT)
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            dk.index_add_(1, keys, torch.bmm(ds.mT, q[:, queries]))
+            dq[:, queries] = torch.bmm(ds, k[:, keys])
+        return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, *([None] * len(tables))

@@ -1,4 +1,4 @@
-"""The C library (`attend.c`, `decode.c`): compiled for this CPU at first use, cached on disk, loaded with ctypes."""
+"""The C library (`attend*.c`, `decode.c`): compiled for this CPU at first use, cached on disk, loaded with ctypes."""
 
 import ctypes
 import functools
@@ -21,8 +21,8 @@ from igpt.utils import files
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "attend.c", FOLDER / "decode.c")
-HEADER = FOLDER / "vector.h"
+SOURCES = (FOLDER / "attend.c", FOLDER / "attend_sparse.c", FOLDER / "decode.c")
+HEADERS = (FOLDER / "vector.h", FOLDER / "attend.h")
 VECTOR = 8  # floats, the width that decode.c is written for
 FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
@@ -59,6 +59,9 @@ def load_library() -> ctypes.CDLL | None:
     _declare(loaded.igpt_attend_room, long, [long] * 3)
     _declare(loaded.igpt_attend, None, [*[long] * 7, *[pointer] * 4])
     _declare(loaded.igpt_attend_backward, None, [*[long] * 7, *[pointer] * 6])
+    _declare(loaded.igpt_attend_sparse_room, long, [*[long] * 3, pointer])
+    _declare(loaded.igpt_attend_sparse, None, [*[long] * 6, *[pointer] * 8])
+    _declare(loaded.igpt_attend_sparse_backward, None, [*[long] * 6, *[pointer] * 10])
     return loaded
 
 
@@ -110,7 +113,7 @@ def library_path(compiler: list[str]) -> Path:
 
     Machines of different CPUs can therefore share one home directory. `keep_library` adds the content's SHA-256.
     """
-    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, HEADER)]
+    texts = [path.read_text(encoding="utf-8") for path in (*SOURCES, *HEADERS)]
     options = [*compiler[1:], *target(compiler), *FLAGS]
     made_of = "\0".join([*texts, *options, compiler_version(compiler) or "", platform.machine(), cpu.cpu_features()])
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]

@@ -22,8 +22,10 @@ from torch import Tensor
 from igpt.model import c_library, dispatch
 from igpt.model.c_library import VECTOR
 from igpt.model.config import SIZES, GPTConfig
-from igpt.model.gpt import GELU_SLOPE, GPT, NORM_EPS, Cache
+from igpt.model.block import Cache
+from igpt.model.gpt import GPT
 from igpt.model.graphs import RecordedStep
+from igpt.model.layers import GELU_SLOPE, NORM_EPS
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +43,14 @@ class DecodeBackend:
     make_step: Callable[[GPT, Cache], Step]
     supported_settings: tuple[str, ...]
 
+    def list_lacking(self, net: GPT) -> str:
+        """The settings of a network that this step does not compute; "" if it computes all.
+
+        Encodings that add a vector per position are a learned table to it.
+        """
+        has_table = net.position_table() is not None
+        return net.config.unsupported((*self.supported_settings, "positions") if has_table else self.supported_settings)
+
 
 def make_decode_step(net: GPT, cache: Cache, backend: str = "auto") -> Step:
     """The decode step with one of the backends `dispatch.DECODING`; auto: `net.decoding`, or the fastest.
@@ -56,7 +66,7 @@ def make_decode_step(net: GPT, cache: Cache, backend: str = "auto") -> Step:
     if name == "auto":
         weight = net.blocks[0].mlp.c_fc.weight  # a block's weight: under FSDP, wte may be gathered for a while
         name = dispatch.decode_backend(weight, n_embd=net.n_embd, n_head=net.n_head)
-    if lacking := net.config.unsupported(BACKENDS[name].supported_settings):
+    if lacking := BACKENDS[name].list_lacking(net):
         if requested != "auto":
             raise ValueError(f"trainer.decoding={name} does not compute {lacking}: choose auto")
         name = "layers"
@@ -124,13 +134,13 @@ def make_columns_step(net: GPT, cache: Cache) -> Step:
 
     Weight matrices are stored by rows, so W @ x reads them in order, where x @ Wᵀ does not.
     """
-    heads = net.n_head
+    heads, table = net.n_head, _read_positions(net)
 
     @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # PyTorch has no type for it
     def step(tokens: Tensor) -> Tensor:
         assert tokens.shape[1] == 1, "one new token for each image"
         now = cache.length
-        x = (F.embedding(tokens[:, 0], net.wte) + net.wpe[now]).t().contiguous()  # (C, B)
+        x = (F.embedding(tokens[:, 0], net.wte) + table[now]).t().contiguous()  # (C, B)
         c, b = x.shape
         for block, keys, values in zip(net.blocks, cache.keys, cache.values, strict=True):
             qkv = torch.mm(block.attn.c_attn.weight, _lay_out(_normalize(x, block.ln_1.g)))
@@ -161,7 +171,7 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
             f"are {net.wte.dtype} on {net.wte.device.type}, heads of {net.n_embd // net.n_head}: choose auto"
         )
     compiled = c_library.require_library("trainer.decoding=native")
-    now, batch = cache.length, cache.keys[0].shape[0]
+    now, batch, table = cache.length, cache.keys[0].shape[0], _read_positions(net)
     room_for = -(-net.n_ctx // VECTOR) * VECTOR  # positions
     lie: list[Tensor] = []
     while cache.keys:  # only one layer at a time is in memory twice
@@ -185,7 +195,7 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
         assert now < net.n_ctx, "the cache is full"
         assert weights  # the closure keeps them alive: C reads their addresses
         assert lie  # the same
-        x = F.embedding(tokens[:, 0], net.wte) + net.wpe[now]  # (B, C)
+        x = F.embedding(tokens[:, 0], net.wte) + table[now]  # (B, C)
         logits = torch.empty(batch, net.n_vocab, dtype=torch.float32, device="cpu")
         ends = (x.data_ptr(), workspace.data_ptr(), logits.data_ptr())
         compiled.igpt_step(*sizes, now, threads, NORM_EPS, *addresses, *ends)
@@ -193,6 +203,13 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
         return logits
 
     return step
+
+
+def _read_positions(net: GPT) -> Tensor:
+    """What is added to the embeddings, (T, C)."""
+    table = net.position_table()
+    assert table is not None, "make_decode_step has seen to it"
+    return table.detach()
 
 
 def _interleave_keys(keys: Tensor, values: Tensor, room_for: int) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,20 @@ def unfused_attention_backend(device: torch.device, dtype: torch.dtype, *, t: in
     return "bmm" if t <= LONG else "sdpa"
 
 
+def sparse_backend(
+    requested: str, device: torch.device, dtype: torch.dtype = torch.float32, *, dense: bool = False
+) -> str:
+    """Backend of attention through a sparse mask, `requested` if it can: `native`, `blocks`, `sdpa` or `bmm`.
+
+    `dense`: with a bias on the scores, or over a prompt, which `sdpa` and `bmm` alone compute.
+    """
+    if requested in (("sdpa", "bmm") if dense else ("sdpa", "bmm", "blocks", "native")):
+        return requested
+    if dense or device.type != "cpu":
+        return "sdpa"
+    return "native" if dtype in DTYPES and c_library.is_available() else "blocks"
+
+
 def block_size(dtype: torch.dtype) -> int:
     """Queries per block of the backend `blocks`."""
     return BLOCK.get(dtype, SHORT)

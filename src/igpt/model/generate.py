@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from igpt.model import decode
-from igpt.model.gpt import GPT, Cache
+from igpt.model.block import Cache
+from igpt.model.gpt import GPT
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ def prefill(net: GPT, prompts: Tensor) -> tuple[Tensor, Cache]:
     few = net.new_cache(len(distinct))
     logits = net.step(distinct, few)[which]
     cache.length = few.length
-    for all_of, read in zip([*cache.keys, *cache.values], [*few.keys, *few.values], strict=True):
-        all_of[:, :, : few.length] = read[which, :, : few.length]  # (B, H, t + 1, D)
+    for layer, block in enumerate(net.blocks):
+        read = slice(None) if block.attn.is_linear else slice(few.length)  # a state is whole at any length
+        for all_of, some in ((cache.keys[layer], few.keys[layer]), (cache.values[layer], few.values[layer])):
+            all_of[:, :, read] = some[which][:, :, read]
     return logits, cache

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt.model.gpt import GELU_SLOPE, GPT, NORM_EPS, Cache
+from igpt.model.block import Cache
+from igpt.model.gpt import GPT
+from igpt.model.layers import GELU_SLOPE, NORM_EPS
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,9 @@ class RecordedStep:
             for block in net.blocks
         ]  # fmt: skip
         self.head = self._narrow(net.wtet)
+        table = net.position_table()
+        assert table is not None, "make_decode_step has seen to it"
+        self.table = table.detach()
         self.tokens = torch.zeros(self.keys[0].shape[0], dtype=torch.int64, device=device)
         self.position = torch.tensor([self.now], device=device)
         self.mask = torch.zeros(net.n_ctx, dtype=self.dtype, device=device)  # additive: 0 for positions seen
@@ -93,7 +98,7 @@ class RecordedStep:
         net, end = self.net, self._end
         b, c, h = len(self.tokens), net.n_embd, net.n_head
         self.mask.index_fill_(0, self.position, 0.0)
-        x = F.embedding(self.tokens, net.wte) + net.wpe.index_select(0, self.position)  # (B, C)
+        x = F.embedding(self.tokens, net.wte) + self.table.index_select(0, self.position)  # (B, C)
         layers = zip(net.blocks, self.weights, self.keys, self.values, strict=True)
         for block, (c_attn, c_proj, c_fc, out), keys, values in layers:
             qkv = F.linear(self._normalize(x, block.ln_1.g), c_attn).view(b, 3, h, 1, c // h)

@@ -1,4 +1,4 @@
-/* Vectors of W floats (W is defined before this is included), for decode.c and attend.c. */
+/* Vectors of W floats (W is defined before this is included), for decode.c and attend.h. */
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>

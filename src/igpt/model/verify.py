@@ -32,7 +32,7 @@ def verify_attention(net: GPT) -> None:
         outputs = []
         for backend in ("native", "sdpa"):
             block.attn.backend = backend
-            outputs.append(block.attn(x).float())
+            outputs.append(block.attn(x)[0].float())
         block.attn.backend = was
     largest = float(outputs[1].abs().max())
     off = float((outputs[0] - outputs[1]).abs().max())

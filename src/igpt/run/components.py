@@ -29,7 +29,8 @@ from igpt.run.targets import checked_part, checked_partial, task_settings, witho
 from igpt.settings.data import name_dataset
 from igpt.settings.fields import parse_settings
 from igpt.tokens.datamodule import ONE_BY_ONE, PixelDataModule, TokenDataModule
-from igpt.tokens.tokenizer import Tokenizer, TokenizerSettings
+from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.tokenizer import TokenGrid, Tokenizer, TokenizerSettings
 from igpt.tokens.vqvae_tokenizer import UNTRAINED, VQVAESettings
 from igpt.training.hardware import HardwareConfig, disable_malloc_trim
 from igpt.training.loggers import RunInfo
@@ -225,11 +226,10 @@ class Components:
     @cached_property
     def network(self) -> GPTConfig:
         """The network's config: of the group `model`, or of the weights (`model=checkpoint`)."""
-        n_ctx, n_vocab = self.tokenizer.grid.n_ctx, self.tokenizer.n_vocab
+        grid, order, n_vocab = self.tokenizer.grid, self.tokenizer.order, self.tokenizer.n_vocab
         if self.weights is not None and self.run.takes_from_weights("model"):
-            saved = self.weights.metadata.network
-            return replace(saved, n_ctx=n_ctx, n_vocab=n_vocab, causal=self.objective.causal)
-        return self._network(n_ctx=n_ctx, n_vocab=n_vocab)
+            return replace(self.weights.metadata.network, **self._sizes(grid, order, n_vocab))
+        return self._network(grid, order, n_vocab)
 
     @property
     def planned_network(self) -> GPTConfig:
@@ -241,14 +241,24 @@ class Components:
             return self.weights.metadata.network
         if self.weights is not None and self.run.takes_from_weights("tokens"):
             return self.network
-        n_ctx, n_vocab = self.tokenizer_settings.sizes(self.run.cfg.data.resolution)
-        return self._network(n_ctx=n_ctx, n_vocab=n_vocab)
+        settings = self.tokenizer_settings
+        grid, n_vocab = settings.sizes(self.run.cfg.data.resolution)
+        if self.run.saved_tokenizer is not None:
+            return self._network(grid, self.run.saved_tokenizer.order, n_vocab)
+        return self._network(grid, PixelOrder.from_name(grid.rows, settings.order), n_vocab)
 
-    def _network(self, *, n_ctx: int, n_vocab: int) -> GPTConfig:
-        """The network's config of `conf/model/`, with these sizes and `causal` of the objective."""
+    def _network(self, grid: TokenGrid, order: PixelOrder, n_vocab: int) -> GPTConfig:
+        """The network's config of `conf/model/`, for these tokens and the objective."""
         build = checked_partial(without(self.run.config["model"], "name"), "model")
-        network: GPTConfig = build(n_ctx=n_ctx, n_vocab=n_vocab, causal=self.objective.causal)
+        network: GPTConfig = build(**self._sizes(grid, order, n_vocab))
         return network
+
+    def _sizes(self, grid: TokenGrid, order: PixelOrder, n_vocab: int) -> dict[str, Any]:
+        """The settings of a network that come from its tokens and its objective."""
+        return {
+            "n_ctx": grid.n_ctx, "n_vocab": n_vocab, "causal": self.objective.causal, "grid": tuple(grid),
+            "permutation": None if order.is_raster else order.permutation,
+        }  # fmt: skip
 
     def build_network(self) -> GPT:
         """The network, its weights not yet initialised."""
@@ -286,7 +296,8 @@ class Components:
         metadata, folder, takes = self.weights.metadata, self.weights.folder, self.run.takes_from_weights
         if not takes("model"):
             saved = metadata.network
-            network = self._network(n_ctx=saved.n_ctx, n_vocab=saved.n_vocab)
+            tokenizer = metadata.tokenizer
+            network = self._network(tokenizer.grid, tokenizer.order, tokenizer.n_vocab)
             igpt_format.check_equal("network", saved.to_dict(), {**network.to_dict(), "causal": saved.causal}, folder)
         if not takes("objective"):
             igpt_format.check_equal("objective", metadata.objective, self.run.objective_settings, folder)

@@ -13,7 +13,7 @@ from igpt.data.source import Source
 from igpt.tokens.lookup import LookupEncoder
 from igpt.tokens.palette import Palette
 from igpt.tokens.pixel_order import PixelOrder
-from igpt.tokens.tokenizer import GridTokenizer
+from igpt.tokens.tokenizer import GridTokenizer, TokenGrid
 from igpt.utils import files
 
 
@@ -79,11 +79,11 @@ class PaletteSettings:
     palette: Callable[[Source, Path], Palette]  # partial with its own settings
     path: str | None = None  # file of a palette that is not fitted
 
-    def sizes(self, resolution: int) -> tuple[int, int]:
-        """T and V. V is an upper bound for a fitted palette, since images may have fewer colours."""
+    def sizes(self, resolution: int) -> tuple[TokenGrid, int]:
+        """The token grid and V. V is an upper bound for a fitted palette, since images may have fewer colours."""
         settings = getattr(self.palette, "keywords", {})
         k = settings.get("k") or (Palette.load(Path(self.path)).k if self.path else 512)
-        return resolution**2, k
+        return TokenGrid(resolution, resolution), k
 
     def build(self, source: Source, cache: Path) -> PaletteTokenizer:
         return PaletteTokenizer(self.palette(source, cache), PixelOrder.from_name(source.resolution, self.order))

@@ -23,7 +23,7 @@ from igpt.settings.data import Resolution
 from igpt.settings.fields import Count, Seed, Settings
 from igpt.tokens.kmeans import dark_to_light, sample_images, weighted_kmeans
 from igpt.tokens.pixel_order import PixelOrder
-from igpt.tokens.tokenizer import GridTokenizer
+from igpt.tokens.tokenizer import GridTokenizer, TokenGrid
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -138,12 +138,12 @@ class PatchSettings(Settings):
     order: str
     seed: Seed
 
-    def sizes(self, resolution: int) -> tuple[int, int]:
+    def sizes(self, resolution: int) -> tuple[TokenGrid, int]:
         if resolution % self.patch:
             raise ValueError(
                 f"tokens.patch={self.patch} does not divide data.resolution={resolution}: take a divisor of it"
             )
-        return (resolution // self.patch) ** 2, self.k
+        return TokenGrid(resolution // self.patch, resolution // self.patch), self.k
 
     def build(self, source: Source, cache: Path) -> PatchTokenizer:
         """The tokenizer fitted to a source's training images once, then read from `cache`.

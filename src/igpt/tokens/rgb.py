@@ -79,8 +79,8 @@ class RGBSettings(Settings):
 
     order: str
 
-    def sizes(self, resolution: int) -> tuple[int, int]:
-        return CHANNELS * resolution**2, LEVELS
+    def sizes(self, resolution: int) -> tuple[TokenGrid, int]:
+        return TokenGrid(resolution, resolution, CHANNELS), LEVELS
 
     def build(self, source: Source, cache: Path) -> RGBTokenizer:
         return RGBTokenizer(PixelOrder.from_name(source.resolution, self.order))

@@ -33,6 +33,11 @@ class Tokenizer(Protocol):
     kind: str  # its name in `TOKENIZERS`
 
     @property
+    def order(self) -> PixelOrder:
+        """The order of the grid's cells in the sequence; the channels of a cell follow each other."""
+        ...
+
+    @property
     def n_vocab(self) -> int:
         """V: tokens are 0 … V - 1."""
         ...
@@ -160,8 +165,10 @@ def token_dtype(n_vocab: int) -> torch.dtype:
 class TokenizerSettings(Protocol):
     """The settings of a tokenizer, from a file in `conf/tokens/`."""
 
-    def sizes(self, resolution: int) -> tuple[int, int]:
-        """T and V at a resolution, from the settings alone. Raises ValueError if they do not fit it."""
+    order: str  # of the cells, as `PixelOrder.from_name` reads it
+
+    def sizes(self, resolution: int) -> tuple[TokenGrid, int]:
+        """The token grid and V at a resolution, from the settings alone. Raises ValueError if they do not fit it."""
         ...
 
     def build(self, source: Source, cache: Path) -> Tokenizer:

@@ -21,7 +21,7 @@ from igpt.distributed.process_state import cudnn_tf32, float32_matmul_precision
 from igpt.settings.fields import parse_settings
 from igpt.tokens.exact_encoding import encode_exactly
 from igpt.tokens.pixel_order import PixelOrder, check_rows
-from igpt.tokens.tokenizer import GridTokenizer
+from igpt.tokens.tokenizer import GridTokenizer, TokenGrid
 from igpt.tokens.vqvae import VQVAE, VQVAEConfig, round_pixels
 
 UNTRAINED = (
@@ -204,12 +204,12 @@ class VQVAESettings(VQVAEConfig):
     path: str | None  # run folder of task=tokenizer
     order: str
 
-    def sizes(self, resolution: int) -> tuple[int, int]:
+    def sizes(self, resolution: int) -> tuple[TokenGrid, int]:
         if resolution % self.factor:
             raise ValueError(
                 f"tokens.factor={self.factor} does not divide data.resolution={resolution}: take a multiple of it"
             )
-        return (resolution // self.factor) ** 2, self.codes
+        return TokenGrid(resolution // self.factor, resolution // self.factor), self.codes
 
     def build(self, source: Source, cache: Path) -> VQVAETokenizer:
         """Raises ValueError: a VQ-VAE is not fitted by the run that uses it, but read from `path` before."""

@@ -1,0 +1,111 @@
+"""Tables of an attention pattern for the backends that compute it, built from its one rule and kept on a device."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igpt.model import dispatch
+from igpt.model.patterns import Cells, Pattern
+
+MOST_POSITIONS = 1 << 14  # building takes T² steps, a few seconds at this T, and the dense mask T² bytes
+LANES = 32  # queries of a block in attend_sparse.c: bits of an int32
+TOGETHER = 64  # queries of one block of matrix products
+
+
+class SparseMask:
+    """The mask of a pattern as every backend reads it; one object serves all layers of the same pattern.
+
+    `prepare` builds what a backend reads. A copy builds its own again.
+
+    Raises:
+        ValueError: more than `MOST_POSITIONS` positions.
+    """
+
+    def __init__(self, pattern: Pattern) -> None:
+        if pattern.layout.n_ctx > MOST_POSITIONS:
+            raise ValueError(
+                f"model.attention={pattern.name} takes at most {MOST_POSITIONS:,} positions, got "
+                f"{pattern.layout.n_ctx:,}: choose full or linear"
+            )
+        self.pattern = pattern
+        self._forget(torch.device("cpu"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SparseMask, (self.pattern,)
+
+    def _forget(self, device: torch.device) -> None:
+        self.device = device
+        self.dense: Tensor | None = None  # (T, T) bool: query i sees key j
+        self.blocks: tuple[Tensor, ...] = ()  # per block: queries (n,), keys (m,) int64, hidden (n, m) bool
+        self.lanes: tuple[Tensor, ...] = ()  # tables of attend_sparse.c, int32, see `_build_lanes`
+
+    def prepare(self, device: torch.device, backend: str = "auto", *, dense: bool = False) -> None:
+        """Builds the tables that `dispatch.sparse_backend` of these arguments reads on this device, unless present.
+
+        Compiled code that does not find them calls this itself, at the price of a break in its graph.
+        """
+        backend = dispatch.sparse_backend(backend, device, dense=dense)
+        present = {"native": bool(self.lanes), "blocks": bool(self.blocks)}.get(backend, self.dense is not None)
+        if device != self.device or not present:
+            self._build(device, backend)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch has no type for it
+    def _build(self, device: torch.device, backend: str) -> None:
+        if device != self.device:
+            self._forget(device)
+        with torch.inference_mode(False), torch.no_grad():  # the tables serve training, too
+            if backend == "native":
+                self.lanes = self._build_lanes()
+            elif backend == "blocks":
+                self.blocks = tuple(table.to(device) for block in self._list_blocks(TOGETHER) for table in block)
+            else:
+                self.dense = self._build_dense().to(device)
+
+    def _build_dense(self) -> Tensor:
+        t = self.pattern.layout.n_ctx
+        return torch.cat([self.pattern.mask_rows(start, min(start + 512, t)) for start in range(0, t, 512)])
+
+    def _build_lanes(self) -> tuple[Tensor, ...]:
+        """Queries in order (T,); of every block its first key (⌈T / LANES⌉ + 1,); keys (N,) and their bits (N,).
+
+        Bit i of a key is set if query i of its block sees it. A last block's missing queries see what its first does.
+        """
+        blocks = list(self._list_blocks(LANES))
+        bits = []
+        for chosen, _, hidden in blocks:
+            visible = torch.cat([~hidden, ~hidden[:1].expand(LANES - len(chosen), -1)])
+            bits.append((visible.long() << torch.arange(LANES)[:, None]).sum(0))
+        starts = torch.tensor([0, *(len(keys) for _, keys, _ in blocks)]).cumsum(0)
+        order, keys = (torch.cat([block[i] for block in blocks]) for i in (0, 1))
+        return order.int(), starts.int(), keys.int(), torch.cat(bits).int()
+
+    def _list_blocks(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All queries in blocks of `size`, each with the keys that any of them sees, and which of these are hidden."""
+        layout = self.pattern.layout
+        queries, keys = layout.queries(), Cells(*(each[None] for each in layout.keys(self.pattern.causal)))
+        for chosen in torch.split(order_queries(self.pattern, size), size):
+            visible = self.pattern.is_visible(Cells(*(each[chosen, None] for each in queries)), keys)  # (n, T)
+            seen = visible.any(0).nonzero()[:, 0]
+            yield chosen, seen, ~visible[:, seen]
+
+
+def order_queries(pattern: Pattern, size: int) -> Tensor:
+    """Positions in an order in which neighbours see much the same keys: (T,) int64.
+
+    Local: square pieces of the grid of about `size` tokens. Axial: rows; columns. The second half of strided: all that
+    are a number of strides apart. Else the sequence.
+    """
+    layout = pattern.layout
+    index, row, column = layout.queries()
+    t, first, second = layout.n_ctx, index, index * 0
+    if pattern.name == "local":
+        high = 1 << (size.bit_length() - 1) // 2
+        wide = max(1, size // high // layout.channels) * layout.channels
+        first, second = row // high * layout.row_length + column // wide, row * layout.row_length + column
+    elif pattern.name == "axial":
+        first, second = (row, column) if pattern.half == 0 else (column, row)
+    elif pattern.name == "strided" and pattern.half == 1:
+        first, second = index % pattern.stride, index
+    return (first * t + second).argsort(stable=True)
