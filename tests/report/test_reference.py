@@ -73,7 +73,7 @@ def test_columns_and_differences_are_scipys(folders: list[Path]) -> None:
     assert heading[3:6] == ("probe/val/accuracy, share", "difference", "train/operations, FLOP")
     verdicts = [(line[2].split("] ")[-1], line[4].split("] ")[-1]) for line in (local, paper, axial)]
     assert verdicts == [("better", "worse"), ("reference", "reference"), ("within the spread", "within the spread")]
-    assert local[5] == "1.000e+12"  # the same of all seeds: no interval
+    assert local[5] == "1e+12"  # the same of all seeds: no interval
     assert "[" in local[1]
     assert "std" not in " ".join(local)
 

@@ -95,6 +95,7 @@ TABLE: dict[int, Changes] = {
         },
     ),
     3: Changes(),  # paths to read are absolute in the config; older ones are relative to the folder the run started in
+    4: Changes(added={"task.operations": ("task._target_", "igpt.task.pretrain.run", None)}),
 }
 NOW_SCRIPTS = {"task=trace": "python benchmarks/trace_network.py INIT TOKENS.npy"}
 ABSOLUTE_PATHS = 3  # first version with absolute paths in the config
