@@ -37,7 +37,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "value_residual": {"value_residual": True},
     "relu2": {"activation": "relu2"},
     "swiglu": {"activation": "swiglu"},
-    "all_recipes": {"qk_norm": True, "value_residual": True, "activation": "swiglu", "attention": ["strided", "linear"]},
+    "all_recipes": {
+        "qk_norm": True,
+        "value_residual": True,
+        "activation": "swiglu",
+        "attention": ["strided", "linear"],
+    },
 }
 GRIDS = {"cells": (SIDE, SIDE, 1), "channels": (3, 3, 3)}
 

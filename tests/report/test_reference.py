@@ -110,7 +110,8 @@ def test_the_end_of_a_sweep_with_columns(folders: list[Path], tmp_path: Path, ca
 def test_a_bad_table_is_refused_before_the_first_job() -> None:
     jobs = [["variant=paper", "seed=0"], ["variant=local", "+task.learning_rate=0.003", "seed=0"]]
     check_table(jobs, columns=["a"], reference="variant=local task.learning_rate=3e-3", cost="b")
-    assert find_reference("variant=local", [{"variant": "paper"}, {"variant": "local"}]) == 1
+    rows = [{"variant": "paper"}, {"variant": "local"}]
+    assert (find_reference("variant=local", rows), find_reference("variant=local,paper", rows)) == (1, 0)
     for given, message in (
         ({"reference": "variant=papr"}, r"^hydra.launcher.reference='variant=papr' names no row; there are variant=pa"),
         (

@@ -57,7 +57,12 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, config: GPTConfig, layer: int, rotations: list[Positions], mask: SparseMask | None, offsets: Offsets | None
+        self,
+        config: GPTConfig,
+        layer: int,
+        rotations: list[Positions],
+        mask: SparseMask | None,
+        offsets: Offsets | None,
     ) -> None:
         super().__init__()
         self.n_head, self.causal, self.backend = config.n_head, config.causal, "auto"

@@ -52,7 +52,12 @@ class GPT(nn.Module):
         masks = {pattern: SparseMask(pattern) for pattern in config.patterns if isinstance(pattern, Pattern)}
         offsets = Offsets(config) if config.relative_bias else None
         self.h = nn.ModuleList(
-            Block(config, Attention(config, layer, rotations, masks.get(pattern) if isinstance(pattern, Pattern) else None, offsets))
+            Block(
+                config,
+                Attention(
+                    config, layer, rotations, masks.get(pattern) if isinstance(pattern, Pattern) else None, offsets
+                ),
+            )
             for layer, pattern in enumerate(config.patterns)
         )
         self.ln_f = Norm(self.n_embd)

@@ -48,25 +48,26 @@ def compare_means(values: Sequence[float], reference: Sequence[float], *, lower_
 
 
 def find_reference(reference: str, rows: Sequence[Mapping[str, str]]) -> int:
-    """The first of several rows (setting → value) with all settings of `reference`, `KEY=VALUE KEY=VALUE`.
+    """The first of several rows (setting → value) with all settings of `reference`, `KEY=VALUE KEY=VALUE,OR_VALUE`.
 
     Raises:
         ValueError: no such row, or another form.
     """
     wanted = parse_reference(reference)
     for i, settings in enumerate(rows):
-        if all(_is_same(settings.get(key), value) for key, value in wanted.items()):
+        if all(any(_is_same(settings.get(key), value) for value in values) for key, values in wanted.items()):
             return i
     there = "; ".join(dict.fromkeys(" ".join(f"{k}={v}" for k, v in row.items() if k in wanted) for row in rows))
     raise ValueError(f"reference={escape_text(reference)!r} names no row" + (f"; there are {there}" if there else ""))
 
 
-def parse_reference(reference: str) -> dict[str, str]:
-    """Setting → value. Raises ValueError for another form than `KEY=VALUE KEY=VALUE`."""
+def parse_reference(reference: str) -> dict[str, list[str]]:
+    """Setting → values, each of which will do. Raises ValueError for another form than `KEY=VALUE KEY=VALUE,OR_VALUE`.
+    """  # fmt: skip
     pairs = [part.partition("=") for part in reference.split()]
     if not pairs or not all(key and value for key, _, value in pairs):
         raise ValueError(f"reference must be settings of a row, as in 'variant=paper', got {escape_text(reference)!r}")
-    return {key: value for key, _, value in pairs}
+    return {key: value.split(",") for key, _, value in pairs}
 
 
 def _is_same(shown: str | None, wanted: str) -> bool:
