@@ -14,7 +14,7 @@ from igpt.report.equal_loss import compare_at_equal_loss, find_crossing, list_an
 from igpt.report.groups import list_differing
 from igpt.report.reference import compare_means, find_reference
 from igpt.report.summary import summarize, table
-from igpt.report.sweep_report import PAGE, PLANE, ROWS, check_table, report_sweep
+from igpt.report.sweep_report import MARKDOWN, PAGE, PLANE, ROWS, check_table, report_sweep
 from igpt.utils import files
 from tests.app.test_compare import made
 
@@ -102,6 +102,10 @@ def test_the_end_of_a_sweep_with_columns(folders: list[Path], tmp_path: Path, ca
         assert text in caplog.text
         assert text in page
     assert Image.open(place / PLANE).size[0] > 600
+    *_, axial, _, key = (place / MARKDOWN).read_text().splitlines()
+    assert axial.startswith("| variant=axial | 2.0167 [")
+    assert axial.endswith(" | 1e+12 | 3 |")
+    assert key.startswith("[low, high]")
     with caplog.at_level("INFO"):
         report_sweep(place, folders, metric="val/loss_gen", command="", reference="variant=gone")
     assert "hydra.launcher.reference='variant=gone' names no row; there are variant=local" in caplog.text

@@ -9,7 +9,7 @@ from typing import Any
 
 from igpt.metric.result import find_key
 from igpt.report.bystanders import Bystander
-from igpt.report.closing_table import align_columns
+from igpt.report.closing_table import align_columns, format_markdown
 from igpt.report.equal_loss import build_length_curves, list_answers
 from igpt.report.figures import PlanePoint, curves_figure, plane_figure
 from igpt.report.page import link_to, write_html
@@ -22,6 +22,7 @@ from igpt.utils import files
 log = logging.getLogger(__name__)
 
 PICTURE, PAGE, ROWS = "comparison.png", "report.html", "comparison.json"
+MARKDOWN = "comparison.md"
 PLANE = "comparison_plane.png"  # the two first numbers that are judged, one against the other
 TABLE = ("columns", "reference", "cost")  # arguments of `report_sweep` that have defaults
 KEPT = ("settings", "mean", "deviation", "interval", "values")  # fields of a row in ROWS
@@ -83,6 +84,7 @@ def report_sweep(
             **{name: partial(writer, result=result) for name, (result, writer, _) in pictures.items()},
             PAGE: partial(write_comparison, summaries=summaries, command=command, cost=cost),
             ROWS: partial(files.write_json, value=record),
+            MARKDOWN: partial(_write_markdown, summaries=summaries, answers=answers),
         }
         written = []
         for name, write in writers.items():
@@ -123,6 +125,17 @@ def write_comparison(path: Path, summaries: Sequence[Summary], *, command: str, 
     answers = [[] if cost is None else list_answers(result, cost) for result in summaries]
     tables = [*zip(summaries, map(table, summaries), links, answers, strict=True)]
     return write_html(path, "comparison.html", pictures, tables=tables, command=command)
+
+
+def _write_markdown(path: Path, summaries: Sequence[Summary], answers: Sequence[Sequence[Sequence[str]]]) -> None:
+    """Writes the tables without the run directories, for a document."""
+    blocks = []
+    for result, answer in zip(summaries, answers, strict=True):
+        lines = [line[:-1] for line in table(result)]
+        blocks += [result.data, format_markdown(lines), result.key, result.caution]
+        blocks += [format_markdown(answer)] if answer else []
+    with files.atomic_write(path) as file:
+        file.write(("\n\n".join(filter(None, blocks)) + "\n").encode())
 
 
 def draw_plane(path: Path, result: Summary) -> None:
