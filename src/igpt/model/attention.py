@@ -4,13 +4,16 @@ Sizes: B images, H heads, T queries, S keys, D the size of a head. Source: `mode
 and -inf give the same float32 softmax.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import flex_attention
 
 from igpt.model import c_attention, dispatch
 from igpt.model.sparse_mask import SparseMask
@@ -50,16 +53,23 @@ def masked_attention(
     b, t, width = qkv.shape
     is_dense = mask is None or bias is not None or t < mask.pattern.layout.n_ctx
     backend = dispatch.sparse_backend(backend, qkv.device, qkv.dtype, dense=is_dense)
+    if backend == "flex" and width // 3 // n_head < dispatch.FLEX_HEAD:
+        backend = "sdpa"
     if mask is not None:
-        mask.prepare(qkv.device, backend, dense=is_dense)
+        mask.prepare(qkv.device, backend)
     out: Tensor
     if backend == "native":
         assert mask is not None
+        assert mask.lanes is not None
         out = c_attention.attend_sparse(qkv, n_head, *mask.lanes)[0]
         return out
     q, k, v = split_heads(qkv, n_head)
-    if backend == "blocks":
+    if backend == "flex":
         assert mask is not None
+        out = _attend_flex(q, k, v, mask)
+    elif backend == "blocks":
+        assert mask is not None
+        assert mask.blocks is not None
         flat = (part.reshape(b * n_head, t, -1) for part in (q, k, v))
         out = _SparseBlocks.apply(*flat, *mask.blocks)  # type: ignore[no-untyped-call]  # PyTorch has no type
         out = out.view(b, n_head, t, -1)
@@ -72,6 +82,21 @@ def masked_attention(
             visible = torch.ones(t, t, dtype=torch.bool, device=qkv.device).tril()
         out = _attend_dense(q, k, v, visible, None if bias is None else bias[:, :t, :t].to(q.dtype), backend)
     return out.transpose(1, 2).reshape(b, t, width // 3)
+
+
+def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: SparseMask) -> Tensor:
+    """PyTorch's FlexAttention, which skips blocks of hidden keys where it is compiled: → (B, H, T, D)."""
+    if q.device.type != "cuda" and torch.is_grad_enabled() and q.requires_grad:
+        raise ValueError(f"attention_backend=flex has no backward pass on a {q.device.type}, only on CUDA: choose auto")
+    compiled = q.device.type == "cuda" and not torch.compiler.is_compiling()
+    attend: Any = _compile_flex() if compiled else flex_attention
+    out: Tensor = attend(q, k, v, block_mask=mask.flex)
+    return out
+
+
+@functools.cache
+def _compile_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
 
 
 def _attend_dense(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, bias: Tensor | None, backend: str) -> Tensor:
@@ -97,10 +122,11 @@ def attend(
 ) -> Tensor:
     """Softmax attention of q over k and v: (B, H, T, D), 2 × (B, H, S, D) → (B, H, T, D), scaled by 1/√D.
 
-    `bias` (H, T, S) is added to the scores; only without `causal`. With `causal`, position i sees positions 0 … i. `backend`: `sdpa` (PyTorch's fused kernels), `bmm` (batched matrix
-    products), `blocks` (matrix products that skip most masked keys; without `causal` the same as `bmm`), or `auto`.
+    `bias` (H, T, S) is added to the scores; only without `causal`. With `causal`, position i sees positions 0 … i.
+    `backend`: `sdpa` (PyTorch's fused kernels), `bmm` (batched matrix products), `blocks` (matrix products that skip
+    most masked keys; without `causal` the same as `bmm`), or `auto`.
     """
-    if backend in ("auto", "native"):
+    if backend in ("auto", "native", "flex"):
         backend = dispatch.unfused_attention_backend(q.device, q.dtype, t=q.shape[2], causal=causal)
     if bias is not None:
         assert not causal, "a bias of causal attention is -∞ for later keys"

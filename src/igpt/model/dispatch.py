@@ -25,6 +25,7 @@ LONG = 512  # positions: beyond, float32 scores saved for the backward pass cost
 BLOCK = {torch.float32: 128, torch.bfloat16: 256}  # queries
 DTYPES = (torch.float32, torch.bfloat16)  # supported by `attend.c`
 NARROW = 128  # n_embd
+FLEX_HEAD = 16  # smallest head that FlexAttention compiles
 # lower bound of a training step's FLOP/s, and seconds of training from which compiling pays
 WAIT = {"cpu": (4e10, 900.0), "cuda": (1e14, 120.0)}
 
@@ -57,14 +58,18 @@ def unfused_attention_backend(device: torch.device, dtype: torch.dtype, *, t: in
 def sparse_backend(
     requested: str, device: torch.device, dtype: torch.dtype = torch.float32, *, dense: bool = False
 ) -> str:
-    """Backend of attention through a sparse mask, `requested` if it can: `native`, `blocks`, `sdpa` or `bmm`.
+    """Backend of attention through a sparse mask, `requested` if it can: one of `ATTENTION`.
 
-    `dense`: with a bias on the scores, or over a prompt, which `sdpa` and `bmm` alone compute.
+    On a CPU `attend_sparse.c`, else `blocks`, on a GPU FlexAttention: all skip most hidden keys. PyTorch's fused kernel
+    with a dense mask takes longer than full attention. `dense`: with a bias on the scores, or over a prompt, which
+    `sdpa` and `bmm` alone compute.
     """
-    if requested in (("sdpa", "bmm") if dense else ("sdpa", "bmm", "blocks", "native")):
+    if dense:
+        return "bmm" if requested == "bmm" else "sdpa"
+    if requested != "auto":
         return requested
-    if dense or device.type != "cpu":
-        return "sdpa"
+    if device.type != "cpu":
+        return "flex" if device.type == "cuda" else "sdpa"
     return "native" if dtype in DTYPES and c_library.is_available() else "blocks"
 
 

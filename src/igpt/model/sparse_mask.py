@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from igpt.model import dispatch
 from igpt.model.patterns import Cells, Pattern
 
 MOST_POSITIONS = 1 << 14  # building takes T² steps, a few seconds at this T, and the dense mask T² bytes
@@ -38,17 +38,17 @@ class SparseMask:
     def _forget(self, device: torch.device) -> None:
         self.device = device
         self.dense: Tensor | None = None  # (T, T) bool: query i sees key j
-        self.blocks: tuple[Tensor, ...] = ()  # per block: queries (n,), keys (m,) int64, hidden (n, m) bool
-        self.lanes: tuple[Tensor, ...] = ()  # tables of attend_sparse.c, int32, see `_build_lanes`
+        self.blocks: tuple[Tensor, ...] | None = None  # per block: queries (n,), keys (m,) int64, hidden (n, m) bool
+        self.lanes: tuple[Tensor, ...] | None = None  # tables of attend_sparse.c, int32, see `_build_lanes`
+        self.flex: BlockMask | None = None  # of FlexAttention
 
-    def prepare(self, device: torch.device, backend: str = "auto", *, dense: bool = False) -> None:
-        """Builds the tables that `dispatch.sparse_backend` of these arguments reads on this device, unless present.
+    def prepare(self, device: torch.device, backend: str) -> None:
+        """Builds the tables that a backend (`dispatch.sparse_backend`) reads on this device, unless they are there.
 
         Compiled code that does not find them calls this itself, at the price of a break in its graph.
         """
-        backend = dispatch.sparse_backend(backend, device, dense=dense)
-        present = {"native": bool(self.lanes), "blocks": bool(self.blocks)}.get(backend, self.dense is not None)
-        if device != self.device or not present:
+        tables = {"native": self.lanes, "blocks": self.blocks, "flex": self.flex}.get(backend, self.dense)
+        if device != self.device or tables is None:
             self._build(device, backend)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch has no type for it
@@ -60,8 +60,25 @@ class SparseMask:
                 self.lanes = self._build_lanes()
             elif backend == "blocks":
                 self.blocks = tuple(table.to(device) for block in self._list_blocks(TOGETHER) for table in block)
+            elif backend == "flex":
+                self.flex = self._build_flex()
             else:
                 self.dense = self._build_dense().to(device)
+
+    def count_saved_scores(self, backend: str) -> int:
+        """Number of scores saved for the backward pass, per image and head."""
+        if backend == "blocks":
+            return sum(hidden.numel() for _, _, hidden in self._list_blocks(TOGETHER))
+        return self.pattern.layout.n_ctx**2 if backend == "bmm" else 0
+
+    def _build_flex(self) -> BlockMask:
+        pattern, t = self.pattern, self.pattern.layout.n_ctx
+        queries, keys = pattern.layout.queries(self.device), pattern.layout.keys(pattern.causal, self.device)
+
+        def is_visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return pattern.is_visible(Cells(*(each[query] for each in queries)), Cells(*(each[key] for each in keys)))
+
+        return create_block_mask(is_visible, None, None, t, t, device=self.device)
 
     def _build_dense(self) -> Tensor:
         t = self.pattern.layout.n_ctx

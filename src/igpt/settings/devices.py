@@ -8,7 +8,7 @@ from igpt.settings.fields import Count, Settings
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 Strategy = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_3", "deepspeed_3_offload"]
-AttentionBackend = Literal["auto", "native", "sdpa", "blocks", "bmm"]
+AttentionBackend = Literal["auto", "native", "sdpa", "blocks", "bmm", "flex"]
 DecodeBackend = Literal["auto", "native", "columns", "graphs", "layers"]
 MatmulPrecision = Literal["auto", "highest", "high", "medium"]
 

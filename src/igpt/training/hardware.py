@@ -18,6 +18,7 @@ from igpt.distributed.process_state import float32_matmul_precision
 from igpt.distributed.ranks import Rank, this_rank
 from igpt.model import c_library, cpu, dispatch
 from igpt.model.gpt import GPT
+from igpt.model.patterns import SPARSE
 from igpt.model.verify import verify_attention
 from igpt.settings.devices import HardwareSettings
 from igpt.training.deepspeed import INSTALL
@@ -44,6 +45,10 @@ class HardwareConfig(HardwareSettings):
                     f"trainer.attention_backend=native is for a CPU, this would run on {self.device.type}: choose auto"
                 )
             c_library.require_library("trainer.attention_backend=native")
+        if self.attention_backend == "flex" and self.device.type != "cuda":
+            raise ValueError(
+                f"trainer.attention_backend=flex is for a CUDA GPU, this would run on {self.device.type}: choose auto"
+            )
         if self.decoding not in ("auto", "layers"):
             self._check_decoding()
         if self.zero_stage:
@@ -112,12 +117,28 @@ class HardwareConfig(HardwareSettings):
             gains = dispatch.is_worth_compiling(self.device, n_embd=net.n_embd, flops=flops, half=half)
             compiled = gains and not self.zero_stage
         net.checkpointing, net.decoding = self.activation_checkpointing, self.decoding
-        if self.attention_backend == "native" and (lacking := net.blocks[0].attn.not_in_c):
-            raise ValueError(f"trainer.attention_backend=native does not compute {lacking}: choose auto")
+        self._check_attention(net)
         for block in net.blocks:
             block.attn.backend = self.attention_backend
             if compiled:
                 block.compile()
+
+    def _check_attention(self, net: GPT) -> None:
+        """Raises ValueError if the chosen attention backend does not compute this network."""
+        layers, backend = [block.attn for block in net.blocks], self.attention_backend
+        lacking = next((layer.not_in_c for layer in layers if layer.not_in_c and not layer.is_linear), "")
+        if backend in ("native", "flex") and lacking:
+            raise ValueError(f"trainer.attention_backend={backend} does not compute {lacking}: choose auto")
+        if backend != "auto" and any(layer.is_linear for layer in layers):
+            raise ValueError(
+                f"trainer.attention_backend={backend} computes attention scores, model.attention=linear has none: "
+                "choose auto"
+            )
+        if backend == "flex" and all(layer.mask is None for layer in layers):
+            raise ValueError(
+                f"trainer.attention_backend=flex is for model.attention={', '.join(SPARSE)}, this network has none "
+                "of these: choose auto"
+            )
 
     def _check_decoding(self) -> None:
         if self.is_sharded:
