@@ -47,7 +47,7 @@ from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.training import hardware as machines
 from igpt.training.deepspeed import ZeRO
-from tests.conftest import small_net
+from tests.conftest import learned_numbers, small_net
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [
@@ -331,7 +331,7 @@ def test_a_stopped_pipeline_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
         with initialize_config_dir(str(CONF), version_base="1.3"):
             result = launch(build.run.cfg, choices=build.run.choices, overrides=overrides)
         (folder,) = (tmp_path / runs).iterdir()
-        return {key: number.value for key, number in result.numbers.items() if "per_s" not in key}, folder
+        return {key: of.value for key, of in learned_numbers(result).items() if "per_s" not in key}, folder
 
     full, _ = start(runs="whole")
     again: list[str] = []

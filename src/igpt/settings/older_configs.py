@@ -51,7 +51,7 @@ class Changes:
     joined: Mapping[str, Joined] = field(default_factory=dict)  # key of the new list → its old switches
     renamed: Mapping[str, str | None] = field(default_factory=dict)  # old key → new key; None: removed
     added: Mapping[str, tuple[str, Any, Any]] = field(default_factory=dict)
-    # new key → (another key, its value or ...: any, value of the new key in such a config)
+    # new key → (another key, its value, several in a tuple, or ...: any, value of the new key in such a config)
 
 
 TABLE: dict[int, Changes] = {
@@ -98,6 +98,11 @@ TABLE: dict[int, Changes] = {
     4: Changes(
         added={
             "task.operations": ("task._target_", "igpt.task.pretrain.run", None),
+            "task.schedule": ("task._target_", "igpt.task.pretrain.run", "cosine"),
+            "task.decay_share": ("task._target_", "igpt.task.pretrain.run", None),
+            "task.cooled_at": ("task._target_", "igpt.task.pretrain.run", []),
+            "task.ema": ("task._target_", "igpt.task.pretrain.run", None),
+            "task.gradient_clip": ("task._target_", ("igpt.task.pretrain.run", "igpt.task.finetune.run"), None),
             **{
                 f"model.{key}": ("model._target_", "igpt.model.config.GPTConfig", value)
                 for key, value in {
@@ -110,7 +115,7 @@ TABLE: dict[int, Changes] = {
                     "activation": "quick_gelu",
                 }.items()
             },
-        }
+        },
     ),
 }
 NOW_SCRIPTS = {"task=trace": "python benchmarks/trace_network.py INIT TOKENS.npy"}
@@ -267,7 +272,8 @@ def _changed(settings: Flat, changes: Changes) -> Flat:
     }
     for key, (other, expected, meant) in changes.added.items():
         for path, value in list(now.items()):
-            if (match := _match(path, other)) and not match[1] and expected in (..., value):
+            values = expected if isinstance(expected, tuple) else (expected,)
+            if (match := _match(path, other)) and not match[1] and (... in values or value in values):
                 now.setdefault(_beside(other, key, match[0]), meant)
     return now
 
