@@ -187,7 +187,7 @@ def plane_figure(path: Path, points: Sequence[PlanePoint], *, x_label: str, y_la
         axes.annotate(
             textwrap.shorten(point.name, 44, placeholder="…"), (point.x, point.y), (1.04, height),
             textcoords="axes fraction", va="center", fontsize=8.5, color=ink,
-            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": ink, "alpha": 0.6},
+            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": ink, "alpha": 0.6, "relpos": (0, 0.5)},
         )  # fmt: skip
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)

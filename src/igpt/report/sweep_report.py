@@ -12,6 +12,7 @@ from igpt.report.bystanders import Bystander
 from igpt.report.closing_table import align_columns, format_markdown
 from igpt.report.equal_loss import build_length_curves, list_answers
 from igpt.report.figures import PlanePoint, curves_figure, plane_figure
+from igpt.report.groups import VARIANT
 from igpt.report.page import link_to, write_html
 from igpt.report.pictures import Picture
 from igpt.report.reference import find_reference
@@ -146,7 +147,8 @@ def draw_plane(path: Path, result: Summary) -> None:
     for row in result.rows:
         x, y = (row.number if name == result.metric else row.average(name) for name in (x_name, y_name))
         if x is not None and y is not None:
-            points.append(PlanePoint(row.name, x.value, y.value, x.confidence_interval, y.confidence_interval))
+            name = row.settings.get(VARIANT, row.name) if len(row.settings) == 1 else row.name
+            points.append(PlanePoint(name, x.value, y.value, x.confidence_interval, y.confidence_interval))
     x_label, y_label = (f"{name}, {units[name]}" for name in (x_name, y_name))
     plane_figure(path, points, x_label=f"{x_label} (bars: 95 % intervals)", y_label=y_label)
 
