@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from igpt.checkpoint.igpt_format import CheckpointMetadata, save_model
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
 from igpt.model.config import GPTConfig
+from igpt.model.gpt import GPT
 from igpt.report.closing_table import closing_table
 from igpt.report.folder import RunFolder
 from igpt.run.arguments import check_overrides, parse_overrides, prepare_arguments
@@ -87,6 +89,22 @@ def test_every_size_builds_on_the_meta_device(model: str, tmp_path: Path) -> Non
     sizes = {key: build.run.cfg.model[key] for key in ("n_layer", "n_embd", "n_head")}
     assert net.config == GPTConfig(**sizes, n_ctx=64, n_vocab=17, causal=True)
     assert all(weight.is_meta for weight in net.parameters())
+
+
+@pytest.mark.parametrize("variant", [option for group, option in OPTIONS if group == "variant"])
+def test_every_variant_builds_in_every_size_on_the_meta_device(variant: str) -> None:
+    """Invariant: a variant of the network is one in every size; its settings are those of pretraining."""
+    of_variant = OmegaConf.to_container(OmegaConf.load(CONF / "variant" / f"{variant}.yaml"))
+    assert isinstance(of_variant, dict)
+    assert {*of_variant.get("pretraining", {})} <= {*OmegaConf.load(CONF / "task" / "pretrain.yaml")}
+    of_tokens = {"n_ctx": 64, "n_vocab": 17, "causal": True, "grid": (8, 8, 1)}
+    for path in sorted((CONF / "model").glob("igpt_*.yaml")):
+        sizes = {str(key): value for key, value in OmegaConf.load(path).items() if str(key).startswith("n_")}
+        config = GPTConfig(**{**sizes, **of_tokens, **of_variant.get("model", {})})
+        assert (config == GPTConfig(**{**sizes, **of_tokens})) == ("model" not in of_variant)
+        with torch.device("meta"):
+            net = GPT(replace(config, n_layer=2))
+        assert all(weight.is_meta for weight in net.parameters())
 
 
 def test_bert_sees_both_ways(tmp_path: Path) -> None:
