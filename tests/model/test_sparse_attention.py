@@ -337,4 +337,4 @@ def test_blocks_read_few_hidden_keys() -> None:
     layout, pairs = TokenLayout(64, 64), 4096 * 4097 / 2
     for name, half, most in (("local", 0, 242 / 2048), ("strided", 1, 0.05), ("fixed", 0, 0.05), ("axial", 1, 0.05)):
         _, _, keys, _ = SparseMask(Pattern(name, half, True, layout, 7, 64))._build_lanes()
-        assert len(keys) * sparse_mask.LANES / pairs < most, name
+        assert len(keys) * sparse_mask.BLOCK / pairs < most, name
