@@ -266,7 +266,9 @@ def read_facts(work: Path) -> dict[str, Any]:
             facts[name] = {key: record[key] for key in ("curves", "class_names", "provenance")}
             facts[name]["files"] = sorted({*record["files"].values(), *list_not_written(path.parent)})
             facts[name]["numbers"] = {
-                key: number for key, number in record["numbers"].items() if not number["unit"].endswith("/s")
+                key: number
+                for key, number in record["numbers"].items()
+                if number["unit"] not in ("s", "GB") and not number["unit"].endswith("/s")
             }
         elif path.name == "jobs.json":
             jobs = json.loads(path.read_text())["jobs"]

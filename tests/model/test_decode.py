@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from igpt.model import c_attention, c_library, decode, dispatch, gpt, graphs
+from igpt.model.attention import split_heads
+from igpt.model.block import Attention, Cache
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
-from igpt.model.gpt import GPT, Attention, Cache
+from igpt.model.gpt import GPT
 from igpt.model.verify import verify_attention
 from tests.conftest import needs_compiler, small_net
 from tests.model.test_gpt import attended
@@ -145,27 +147,29 @@ def test_a_recording_that_fails_costs_speed_only(
 class ScaledAttention(Attention):
     """As after an edit of the block: a weight more, which scales what attention gives."""
 
-    def __init__(self, config: GPTConfig, rotate: Any = None) -> None:
-        super().__init__(config, rotate)
+    def __init__(self, config: GPTConfig, *parts: Any) -> None:
+        super().__init__(config, *parts)
         self.scale = nn.Parameter(torch.full((config.n_embd,), 1.05))
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
-        return super().forward(x, cache, layer) * self.scale
+    def forward(self, *inputs: Any) -> tuple[torch.Tensor, None]:
+        return super().forward(*inputs)[0] * self.scale, None
 
 
 class FarAttention(Attention):
     """As after an edit that shows from the fourth key on: what lies further back than two positions counts less."""
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, first_value: None = None, cache: Cache | None = None, layer: int = 0
+    ) -> tuple[torch.Tensor, None]:
         start = 0 if cache is None else cache.length
         qkv = self.c_attn(x)
-        q, k, v = self._split_heads(qkv, start) if cache is None else self._update_kv_cache(qkv, cache, layer)
+        q, k, v = split_heads(qkv, self.n_head) if cache is None else self._update_kv_cache(qkv, cache, layer)
         if cache is not None:
             k, v = (kept[layer][:, :, : start + x.shape[1]] for kept in (cache.keys, cache.values))
         back = torch.arange(start, start + x.shape[1])[:, None] - torch.arange(k.shape[2])
         bias = torch.where(back < 0, -torch.inf, torch.where(back > 2, -1.0, 0.0))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.c_proj(out.transpose(1, 2).flatten(2))
+        return self.c_proj(out.transpose(1, 2).flatten(2)), None
 
 
 @pytest.mark.parametrize("edited", [ScaledAttention, FarAttention])
@@ -194,8 +198,11 @@ def test_a_step_that_is_not_the_forward_pass_draws_nothing(backend: str, monkeyp
     """After an edit of the pass over whole images that forgot the step of one token, there is no way left to draw."""
 
     class Windowed(Attention):
-        def forward(self, x: torch.Tensor, cache: Cache | None = None, layer: int = 0) -> torch.Tensor:
-            return super().forward(x, cache, layer) * (1.0 if cache is not None and x.shape[1] == 1 else 1.05)
+        def forward(
+            self, x: torch.Tensor, first_value: None = None, cache: Cache | None = None, layer: int = 0
+        ) -> tuple[torch.Tensor, None]:
+            is_step = cache is not None and x.shape[1] == 1
+            return super().forward(x, None, cache, layer)[0] * (1.0 if is_step else 1.05), None
 
     monkeypatch.setattr(gpt, "Attention", Windowed)
     net = small_net()

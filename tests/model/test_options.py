@@ -37,7 +37,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "value_residual": {"value_residual": True},
     "relu2": {"activation": "relu2"},
     "swiglu": {"activation": "swiglu"},
-    "all_recipes": {"qk_norm": True, "value_residual": True, "activation": "swiglu", "attention": ["strided", "linear"]},
+    "all_recipes": {
+        "qk_norm": True,
+        "value_residual": True,
+        "activation": "swiglu",
+        "attention": ["strided", "linear"],
+    },
 }
 GRIDS = {"cells": (SIDE, SIDE, 1), "channels": (3, 3, 3)}
 
@@ -81,7 +86,7 @@ def test_no_logit_sees_its_own_or_a_later_token(option: str, grid: str, shuffled
 
 @pytest.mark.parametrize(("option", "grid", "shuffled"), CASES)
 @torch.inference_mode()
-def test_decoding_with_a_cache_is_the_whole_pass(option: str, grid: str, shuffled: bool) -> None:
+def test_decoding_with_a_cache_is_the_full_pass(option: str, grid: str, shuffled: bool) -> None:
     """Invariant: logits from the cache equal those of a full pass to 1e-5, after prompts of several lengths."""
     net = make(option, grid=grid, shuffled=shuffled)
     tokens = draw_tokens(net)
@@ -102,10 +107,10 @@ def test_prompts_in_common_are_read_once(option: str) -> None:
     prompts = draw_tokens(net, 1).expand(3, -1).clone()
     known = torch.arange(net.n_ctx) < 6
     uniforms, sampling = keyed.uniform(torch.arange(3), net.n_ctx), Sampling(1.0, None, None)
-    cached, whole = (
+    cached, full = (
         generate(net, uniforms, sampling, prompts=prompts, known=known, cached=cached) for cached in (True, False)
     )
-    assert torch.equal(cached, whole)
+    assert torch.equal(cached, full)
     assert prefill(net, prompts[:, :6])[1].length == 7
 
 
@@ -149,7 +154,7 @@ def test_factorised_is_a_learned_table_of_sums() -> None:
     """Independent source: the paper's network with its table set to row + column (+ channel), to the bit."""
     for grid, permutation in (("cells", None), ("channels", (4, 2, 0, 8, 1, 3, 7, 5, 6))):
         net = make("factorised", grid=grid, shuffled=permutation is not None)
-        rows, columns, channels = GRIDS[grid]
+        columns, channels = GRIDS[grid][1:]
         plain = GPT(replace(net.config, positions="learned"))
         state = {name: weight for name, weight in net.state_dict().items() if not name.startswith("positions.")}
         parts = net.positions["factorised"]

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
-from igpt.metric.result import Result
+from igpt.metric.result import Number, Result
 from igpt.model import c_library, dispatch
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
@@ -30,7 +31,7 @@ from igpt.training.loggers import csv as csv_logger
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.training.optimizers import warmup_cosine
 from tests.conftest import attention_in_graph, needs_compiler, small_net
-from tests.task.conftest import PRETRAIN, SIZES, Lab, check_bad_settings, machine
+from tests.task.conftest import PRETRAIN, SIZES, Lab, check_bad_settings, learned_numbers, machine
 
 
 class StopAfter(L.Callback):
@@ -108,10 +109,23 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, lab: Lab, unbroken: tuple[
     expected = weights(unbroken[0])
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(tmp_path).items())
     assert result.curves == unbroken[1].curves
-    assert result.numbers == unbroken[1].numbers
+    assert learned_numbers(result) == learned_numbers(unbroken[1])
     assert len(result.curves["train/loss_gen"].x) == 8
     kept = [f"step_000000{step}.{kind}" for step in (4, 8) for kind in ("ckpt", "sha256")]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.json", "latest", *kept]
+
+
+def test_the_cost_is_measured(unbroken: tuple[Path, Result]) -> None:
+    """By hand: 800 images of 64 positions, of each 6 operations a weight of 2 layers of 12 · 16² and of 17 · 16, and
+    12 · 16 · 32 of each layer's attention; 8 steps, three of which are not timed; no more memory than ever.
+    """
+    numbers = unbroken[1].numbers
+    image = 64 * (6 * (2 * 12 * 16**2 + 17 * 16) + 2 * 12 * 16 * 32)
+    assert numbers["train/operations"] == Number(800.0 * image, "FLOP", 800)
+    assert numbers["train/step_seconds"].n == 5
+    assert 0 < numbers["train/step_seconds"].value < 60
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert 1e8 < numbers["train/peak_memory"].value * 1e9 <= most  # PyTorch alone takes more
 
 
 def test_accumulated_equals_one_batch(tmp_path: Path, lab: Lab, unbroken: tuple[Path, Result]) -> None:

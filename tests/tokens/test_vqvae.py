@@ -19,7 +19,7 @@ from igpt.distributed.process_state import float32_matmul_precision, num_threads
 from igpt.tokens.code_search import nearest_codes
 from igpt.tokens.exact_encoding import encode_exactly, encode_windows
 from igpt.tokens.pixel_order import PixelOrder
-from igpt.tokens.tokenizer import Tokenizer
+from igpt.tokens.tokenizer import TokenGrid, Tokenizer
 from igpt.tokens.tokenizer_registry import read_tokenizer, save_tokenizer, tokenizer_to_dict
 from igpt.tokens.vqvae import VQVAE, VQVAEConfig, init_weights, scale_pixels
 from igpt.tokens.vqvae_tokenizer import VQVAESettings, VQVAETokenizer, unrounded_float32

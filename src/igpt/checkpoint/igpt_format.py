@@ -75,8 +75,8 @@ class CheckpointMetadata:
         permutation = None if order.is_raster else order.permutation
         if layout is not None and layout != TokenLayout(*self.tokenizer.grid, permutation):
             raise ValueError(
-                f"its network reads tokens of a grid of {layout.rows} × {layout.columns} × {layout.channels} in an order "
-                "that are not its tokenizer's"
+                f"its network reads tokens of a grid of {layout.rows} × {layout.columns} × {layout.channels}, or in an "
+                "order, that are not its tokenizer's"
             )
 
     def to_dict(self) -> dict[str, Any]:

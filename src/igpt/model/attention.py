@@ -122,8 +122,9 @@ def attend(
 ) -> Tensor:
     """Softmax attention of q over k and v: (B, H, T, D), 2 × (B, H, S, D) → (B, H, T, D), scaled by 1/√D.
 
-    `bias` (H, T, S) is added to the scores; only without `causal`. With `causal`, position i sees positions 0 … i. `backend`: `sdpa` (PyTorch's fused kernels), `bmm` (batched matrix
-    products), `blocks` (matrix products that skip most masked keys; without `causal` the same as `bmm`), or `auto`.
+    `bias` (H, T, S) is added to the scores; only without `causal`. With `causal`, position i sees positions 0 … i.
+    `backend`: `sdpa` (PyTorch's fused kernels), `bmm` (batched matrix products), `blocks` (matrix products that skip
+    most masked keys; without `causal` the same as `bmm`), or `auto`.
     """
     if backend in ("auto", "native", "flex"):
         backend = dispatch.unfused_attention_backend(q.device, q.dtype, t=q.shape[2], causal=causal)

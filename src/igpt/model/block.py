@@ -19,6 +19,9 @@ from igpt.model.patterns import relative_offsets
 from igpt.model.positions import Positions
 from igpt.model.sparse_mask import SparseMask
 
+# settings with which attention in C computes a layer, unless it is linear
+IN_C = tuple(name for name in GPTConfig.__dataclass_fields__ if name != "relative_bias")
+
 
 @dataclass
 class Cache:
@@ -57,7 +60,12 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, config: GPTConfig, layer: int, rotations: list[Positions], mask: SparseMask | None, offsets: Offsets | None
+        self,
+        config: GPTConfig,
+        layer: int,
+        rotations: list[Positions],
+        mask: SparseMask | None,
+        offsets: Offsets | None,
     ) -> None:
         super().__init__()
         self.n_head, self.causal, self.backend = config.n_head, config.causal, "auto"
@@ -74,9 +82,8 @@ class Attention(nn.Module):
         self.relative = None
         if offsets is not None:
             self.relative = nn.Parameter(torch.full((self.n_head, *offsets.shape), math.nan))
-        # settings that `attend.c` lacks
-        lacking = config.unsupported((name for name in config.__dataclass_fields__ if name != "relative_bias"))
-        self.not_in_c = "attention=linear" if self.is_linear else lacking
+        # settings that attention in C lacks
+        self.not_in_c = "attention=linear" if self.is_linear else config.unsupported(IN_C)
 
     def forward(
         self, x: Tensor, first_value: Tensor | None = None, cache: Cache | None = None, layer: int = 0
@@ -104,7 +111,7 @@ class Attention(nn.Module):
 
     def _transform(self, qkv: Tensor, first_value: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
         """Queries, keys and values as attention reads them, of positions start, start + 1, …: (B, T, 3C) → the same."""
-        q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, H, D)
+        q, k, v = qkv.view(*qkv.shape[:2], 3, self.n_head, -1).unbind(2)  # (B, T, H, D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         for rotate in self.rotate:
@@ -120,6 +127,9 @@ class Attention(nn.Module):
         if self.is_linear:
             q, k, v = split_heads(qkv, self.n_head)
             return linear_attention(q, k, v, causal=self.causal).transpose(1, 2).flatten(2)
+        if self.not_in_c and self.mask is None and self.relative is None:
+            q, k, v = split_heads(qkv, self.n_head)
+            return attend(q, k, v, causal=self.causal, backend=self.backend).transpose(1, 2).flatten(2)
         if self.mask is None and self.relative is None:
             return self_attention(qkv, self.n_head, causal=self.causal, backend=self.backend)
         return masked_attention(

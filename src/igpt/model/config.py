@@ -70,7 +70,9 @@ class GPTConfig:
         for kind in ("table", "rotation"):
             same = [name for name in names if ("table" if name == "learned" else POSITIONS[name].kind) == kind]
             if len(same) > 1:
-                raise ValueError(f"model.positions={self.positions}: {' and '.join(same)} are both a {kind}: choose one")
+                raise ValueError(
+                    f"model.positions={self.positions}: {' and '.join(same)} are both a {kind}: choose one"
+                )
         for name in names:
             if name != "learned":
                 POSITIONS[name].check(self)

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt.model import c_library, dispatch
+from igpt.model.block import Cache
 from igpt.model.c_library import VECTOR
 from igpt.model.config import SIZES, GPTConfig
-from igpt.model.block import Cache
 from igpt.model.gpt import GPT
 from igpt.model.graphs import RecordedStep
 from igpt.model.layers import GELU_SLOPE, NORM_EPS

@@ -52,7 +52,12 @@ class GPT(nn.Module):
         masks = {pattern: SparseMask(pattern) for pattern in config.patterns if isinstance(pattern, Pattern)}
         offsets = Offsets(config) if config.relative_bias else None
         self.h = nn.ModuleList(
-            Block(config, Attention(config, layer, rotations, masks.get(pattern) if isinstance(pattern, Pattern) else None, offsets))
+            Block(
+                config,
+                Attention(
+                    config, layer, rotations, masks.get(pattern) if isinstance(pattern, Pattern) else None, offsets
+                ),
+            )
             for layer, pattern in enumerate(config.patterns)
         )
         self.ln_f = Norm(self.n_embd)
@@ -72,7 +77,7 @@ class GPT(nn.Module):
                 table.copy_(computed)
 
     def prepare_tables(self) -> None:
-        """Computes masks and offsets on this network's device, unless they are there: compiled blocks only read them."""
+        """Computes masks and offsets on this network's device, unless present; compiled blocks only read them."""
         device = self.wte.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else self.wte.dtype
         for block in self.blocks:
@@ -132,7 +137,7 @@ class GPT(nn.Module):
 
     def position_table(self) -> Tensor | None:
         """The vectors that are added to the embeddings, (T, C); None where encodings do more than this."""
-        tables = [self.wpe] if hasattr(self, "wpe") else []
+        tables: list[Tensor] = [self.wpe] if hasattr(self, "wpe") else []
         tables += [each.table(0, self.n_ctx) for each in self.encodings if isinstance(each, Factorised)]
         return tables[0] if len(tables) == 1 and len(self.encodings) + hasattr(self, "wpe") == 1 else None
 

@@ -1,6 +1,6 @@
-"""Layers of a block without attention: linear map, RMS norm, MLP. Source: OpenAI's `model.py`, unless a layer says else.
+"""Layers of a block without attention: linear map, RMS norm, MLP.
 
-Weights are unset (NaN) until `GPT.init_weights` or a load.
+Source: OpenAI's `model.py`, unless a layer says else. Weights are unset (NaN) until `GPT.init_weights` or a load.
 """
 
 import math

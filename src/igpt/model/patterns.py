@@ -20,7 +20,7 @@ ATTENTION = ("full", *SPARSE, "linear")
 class Cells(NamedTuple):
     """Coordinates of tokens, int64 tensors of one shape: place in the sequence, row and token column of the grid."""
 
-    index: Tensor
+    place: Tensor
     row: Tensor
     column: Tensor
 
@@ -89,22 +89,22 @@ class Pattern:
         `query` are those of `TokenLayout.queries`, `key` of `TokenLayout.keys`.
         """
         shift = int(self.causal)
-        seen = self._is_in_pattern(query, key) | (key.index + shift == query.index)
+        seen = self._is_in_pattern(query, key) | (key.place + shift == query.place)
         if not self.causal:
             return seen
-        return (seen | (key.index < 0)) & (key.index < query.index)
+        return (seen | (key.place < 0)) & (key.place < query.place)
 
     def _is_in_pattern(self, query: Cells, key: Cells) -> Tensor:
         if self.name == "local":
             across = query.column // self.layout.channels - key.column // self.layout.channels
             return ((query.row - key.row).abs() <= self.radius) & (across.abs() <= self.radius)
         if self.name == "strided":
-            ago = query.index - key.index
+            ago = query.place - key.place
             return ago.abs() <= self.stride if self.half == 0 else ago % self.stride == 0
         if self.name == "fixed":  # in positions, not in tokens: the last key of a block must have seen all of it
-            place = key.index + int(self.causal)
+            place = key.place + int(self.causal)
             if self.half == 0:
-                return query.index // self.stride == place // self.stride
+                return query.place // self.stride == place // self.stride
             return place % self.stride >= self.stride - max(1, self.stride // 8)
         return query.row == key.row if self.half == 0 else query.column == key.column
 
@@ -152,4 +152,4 @@ def relative_offsets(layout: TokenLayout, *, causal: bool, device: torch.device 
     down = query.row[:, None] - key.row + layout.rows - 1
     across = query.column[:, None] - key.column + layout.row_length - 1
     wide = 2 * layout.row_length - 1
-    return torch.where(key.index < 0, (2 * layout.rows - 1) * wide, down * wide + across)
+    return torch.where(key.place < 0, (2 * layout.rows - 1) * wide, down * wide + across)

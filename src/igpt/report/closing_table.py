@@ -85,7 +85,8 @@ def describe_uncertainty(numbers: Iterable[Number]) -> str:
 def format_number(number: Number) -> str:
     """The value with its uncertainty, without unit: standard deviation of a mean, else 95 % interval."""
     text, around = _rounded(number, 1, 4)
-    if abs(number.value) >= 1e4 or (float(number.value).is_integer() and not around):
+    is_integer = float(number.value).is_integer() and not around
+    if not _is_huge(number) and (abs(number.value) >= 1e4 or is_integer):
         text = f"{round(number.value):,}"
     return text + around + (" (std)" if number.deviation is not None else "")
 
@@ -93,8 +94,14 @@ def format_number(number: Number) -> str:
 def _rounded(number: Number, scale: int, digits: int) -> tuple[str, str]:
     """(value, uncertainty) as text: the latter is ` ± deviation`, else ` [low, high]`, else ""."""
     around, interval = "", number.confidence_interval
+    shape = ".4g" if _is_huge(number) else f".{digits}f"
     if number.deviation is not None:
-        around = f" ± {scale * number.deviation:.{digits}f}"
+        around = f" ± {scale * number.deviation:{shape}}"
     elif interval is not None:
-        around = " [{:.{d}f}, {:.{d}f}]".format(*(scale * end for end in interval), d=digits)
-    return f"{scale * number.value:,.{digits}f}", around
+        around = " [{:{s}}, {:{s}}]".format(*(scale * end for end in interval), s=shape)
+    return f"{scale * number.value:{'' if _is_huge(number) else ','}{shape}}", around
+
+
+def _is_huge(number: Number) -> bool:
+    """Whether powers of ten show the value better, as of floating-point operations."""
+    return abs(number.value) >= 1e12

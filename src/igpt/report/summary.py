@@ -167,8 +167,10 @@ def average_seeds(numbers: Sequence[Number]) -> Number:
 
 
 def is_lower_better(metric: str, unit: str) -> bool:
-    """Whether lower is better: for losses, errors and times."""
-    return unit.startswith(LOWER) or any(word in metric for word in ("loss", "error", "seconds"))
+    """Whether lower is better: for losses, errors and costs."""
+    return unit.startswith(LOWER) or any(
+        word in metric for word in ("loss", "error", "seconds", "memory", "operations")
+    )
 
 
 def find_common_metric(runs: Sequence[RunRecord]) -> str | None:

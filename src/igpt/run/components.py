@@ -61,6 +61,10 @@ class Components:
         task = self.run.config["task"]
         check_paper_key(task, "task")
         task_settings(task["_target_"], task)
+        self.check_parts()
+
+    def check_parts(self) -> None:
+        """As `check_settings`, without the settings of the task."""
         self._partials("callbacks")
         self._partials("logger")
         if self.run.requires & {"tokens", "tokenizer", "stages"}:

@@ -17,6 +17,7 @@ from igpt.report.page import write_page
 from igpt.report.runs import read_finished, summarize_metadata
 from igpt.run.components import Components
 from igpt.run.finished import complete_finished
+from igpt.run.operations import resolve_steps
 from igpt.run.pipeline_stages import stage_configs
 from igpt.run.run_config import CHECKPOINT, RunConfig
 from igpt.run.targets import checked_task
@@ -54,6 +55,7 @@ def prepare_task(components: Components) -> Callable[[Components], Result]:
     task = checked_task(components.run.config["task"])
     components.check_weights()
     if "stages" in components.run.requires and not hasattr(components, "run_stage"):  # of a pipeline inside another
+        resolve_steps(components.run)
         components.run_stage = stage_runner(components)
     return task
 

@@ -32,6 +32,7 @@ from igpt.run.components import Components
 from igpt.run.execute import check_batch, prepare_task, run_and_report, stage_runner
 from igpt.run.finished import complete_finished
 from igpt.run.logs import log_file, set_up_logging
+from igpt.run.operations import resolve_steps
 from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import resolve_run_dir, resume_command
 from igpt.run.saved_overrides import record_overrides, search_path_arguments
@@ -134,8 +135,10 @@ def build_components(*overrides: str, conf: Path | str = "conf") -> Components:
     Raises:
         ValueError: bad input, with the command's one-line message.
     """
-    with _composed(overrides, conf) as (cfg, hydra_cfg, _):
-        return Components(RunConfig(cfg, dict(hydra_cfg.runtime.choices)))
+    with _composed(overrides, conf) as (cfg, hydra_cfg, arguments):
+        run = RunConfig(cfg, dict(hydra_cfg.runtime.choices))
+        resolve_steps(run, arguments)
+        return Components(run)
 
 
 @contextmanager
@@ -170,9 +173,10 @@ def launch(
         task = checked_task(to_dict(cfg.task))
         return task() if ranks.this_rank().is_first else Result()
     run = RunConfig(cfg, choices, search_path)
+    of_operations = resolve_steps(run, overrides)
     components = Components(run)
     if components.hardware.plan:
-        return show_plan(components)
+        return show_plan(components, of_operations)
     components.check_settings()
     components.check_tokenizer()
     check_batch(components.hardware, cfg.task)
@@ -205,6 +209,8 @@ def launch(
             components.hardware.warn_of_rounding()
             processes_text = f", {rank.count} processes" if rank.count > 1 else ""
             log.info("%s, in %s%s", describe_run(run), folder.path, processes_text)
+            for line in of_operations:
+                log.info("%s", line)
             while_it_runs.enter_context(components.hardware.kernel_cache())
             try:
                 return run_and_report(components)
@@ -235,8 +241,10 @@ def describe_run(run: RunConfig) -> str:
     return subject
 
 
-def show_plan(components: Components) -> Result:
+def show_plan(components: Components, lines: Sequence[str] = ()) -> Result:
     """Logs the memory and time that a training run would take, from its settings alone; builds and trains nothing.
+
+    `lines`: of text, logged before it.
 
     Raises:
         ValueError: a task that trains no network.
@@ -250,7 +258,8 @@ def show_plan(components: Components) -> Result:
         rows = plan_tokenizer(components.hardware, components.vqvae_settings, side=side, **of_run)
     else:
         rows = plan_run(components.hardware, components.planned_network, **of_run)
-    log.info("%s", align_columns([(f"{run.task} {run.model_name} on {run.data_name}", "planned"), *rows]))
+    table = align_columns([(f"{run.task} {run.model_name} on {run.data_name}", "planned"), *rows])
+    log.info("%s", "\n".join([*lines, table]))
     return Result()
 
 

@@ -30,6 +30,7 @@ from igpt.report.sweep_report import report_sweep
 from igpt.run.arguments import resolve_paths
 from igpt.run.finished import complete_finished
 from igpt.run.logs import log_file, refuse, set_up_logging
+from igpt.run.operations import resolve_steps
 from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import find_run_dir
 from igpt.run.saved_overrides import search_path_arguments
@@ -98,8 +99,7 @@ def launch(
                 OmegaConf.save(sweep, folder / "multirun.yaml")  # Hydra's config of the sweep
             _load_finished(jobs, configs, metric, sweep=_name_sweep(folder))
             at_once = n_jobs or max(1, len(gpus) // max(job.n_process for job in jobs))
-            running = Sweep(folder, jobs, gpus=gpus, n_jobs=at_once, metric=metric)
-            received = running.run(command=_build_command(configs[0]))
+            received = Sweep(folder, jobs, gpus=gpus, n_jobs=at_once, metric=metric).run(_build_command(configs[0]))
     except Timeout:
         refuse(f"{folder} is in use: the same sweep is running")
     except (ValueError, OSError) as error:
@@ -284,6 +284,7 @@ def _predict_folders(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None
         try:
             config = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
             run = RunConfig(config, dict(cfg.hydra.runtime.choices))
+            resolve_steps(run)
             job.folder = str(find_run_dir(run).path.absolute())
         except (ValueError, OSError, OmegaConfBaseException):
             continue
@@ -315,7 +316,6 @@ def _load_finished(jobs: Sequence[Job], configs: Sequence[DictConfig], metric: s
 
 def _build_job_return(job: Job, cfg: DictConfig) -> JobReturn:
     """The job's metric for the sweeper; NaN if it failed."""
-    place = job.folder or ""  # "": failed before its directory was known
-    returned = JobReturn(overrides=job.overrides, cfg=cfg, working_dir=place, status=JobStatus.COMPLETED)
+    returned = JobReturn(overrides=job.overrides, cfg=cfg, working_dir=job.folder or "", status=JobStatus.COMPLETED)
     returned.return_value = math.nan if job.state == FAILED else job.value  # an exception would end the sweep
     return returned

@@ -95,6 +95,23 @@ TABLE: dict[int, Changes] = {
         },
     ),
     3: Changes(),  # paths to read are absolute in the config; older ones are relative to the folder the run started in
+    4: Changes(
+        added={
+            "task.operations": ("task._target_", "igpt.task.pretrain.run", None),
+            **{
+                f"model.{key}": ("model._target_", "igpt.model.config.GPTConfig", value)
+                for key, value in {
+                    "relative_bias": False,
+                    "attention": "full",
+                    "radius": None,
+                    "stride": None,
+                    "qk_norm": False,
+                    "value_residual": False,
+                    "activation": "quick_gelu",
+                }.items()
+            },
+        }
+    ),
 }
 NOW_SCRIPTS = {"task=trace": "python benchmarks/trace_network.py INIT TOKENS.npy"}
 ABSOLUTE_PATHS = 3  # first version with absolute paths in the config

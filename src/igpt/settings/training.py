@@ -1,6 +1,6 @@
 """Settings of the tasks that train a network."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -32,11 +32,15 @@ class AdamSettings(TrainingSettings):
     beta2: Decay
     warmup_steps: WholeNumber
     checkpoint_keep: Count
+    length: ClassVar[str] = "task.steps"  # settings that decide how long the training is
 
     @model_validator(mode="after")
     def _check_warmup(self) -> "AdamSettings":
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"task.warmup_steps {self.warmup_steps} must be below task.steps {self.steps}")
+            raise ValueError(
+                f"task.warmup_steps {self.warmup_steps} must be below task.steps {self.steps}: lower the warm-up, or "
+                f"raise {self.length}"
+            )
         return self
 
     @property
@@ -50,6 +54,8 @@ class PretrainSettings(AdamSettings):
 
     optimizer: Literal["adam", "muon"]
     val_every: WholeNumber  # optimiser steps; 0: only at the end
+    operations: Positive | None  # FLOP of the whole training; null once they have decided `steps`
+    length: ClassVar[str] = "task.steps or task.operations"
 
 
 class TokenizerTaskSettings(AdamSettings):

@@ -17,6 +17,7 @@ from igpt.metric.throughput import Meter
 from igpt.settings.training import TrainingSettings
 from igpt.tokens.batches import Batch
 from igpt.training.hardware import HardwareConfig
+from igpt.training.measured_cost import StepTimer
 from igpt.training.nan_guard import FiniteGuard
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class TrainedModule(L.LightningModule):
         self.updated_to = 0  # last optimiser step whose change of the weights has begun in this process
         self._step: dict[str, Tensor] = {}  # running means over the micro-batches of this optimiser step
         self._passes = 0
+        self.timer: StepTimer | None = None  # of this process, from its first step on
 
     @property
     def flops_here(self) -> float:
@@ -95,12 +97,17 @@ class TrainedModule(L.LightningModule):
         )
         self.logged_step = self.begun = self.global_step
         self.timed_since: float | None = None
+        # on a GPU only the steps that are logged are waited for
+        self.timer = StepTimer(self.begun, _now(), n_untimed=UNTIMED if self.device.type == "cpu" else 1)
         n_weight = sum(prod(unsharded_shape(p)) for p in self.parameters() if p.requires_grad)
         log.info("%s weights, steps %d to %d", f"{n_weight:,}", self.global_step + 1, self.steps)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         step = self.global_step
         self._log_eta(step)
+        assert self.timer is not None
+        if self.device.type == "cpu" or step % self.log_every == 0:
+            self.timer.mark(step, time.perf_counter())
         if step % self.log_every or step == self.logged_step:
             return
         self.meter.add((step - self.logged_step) * self.batch_size)
@@ -155,10 +162,14 @@ class TrainedModule(L.LightningModule):
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "fit":
             self.meter.pause()
+            if self.timer is not None:
+                self.timer.pause(time.perf_counter())
 
     def on_validation_end(self) -> None:
         if self.trainer.state.fn == "fit":
             self.meter.resume()
+            if self.timer is not None:
+                self.timer.resume(time.perf_counter())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["history"] = {name: [list(point) for point in points] for name, points in self.history.items()}

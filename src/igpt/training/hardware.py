@@ -124,10 +124,16 @@ class HardwareConfig(HardwareSettings):
                 block.compile()
 
     def _check_attention(self, net: GPT) -> None:
+        """Raises ValueError if the chosen attention backend does not compute this network."""
         layers, backend = [block.attn for block in net.blocks], self.attention_backend
-        lacking = next((layer.not_in_c for layer in layers if layer.not_in_c), "")
+        lacking = next((layer.not_in_c for layer in layers if layer.not_in_c and not layer.is_linear), "")
         if backend in ("native", "flex") and lacking:
             raise ValueError(f"trainer.attention_backend={backend} does not compute {lacking}: choose auto")
+        if backend != "auto" and any(layer.is_linear for layer in layers):
+            raise ValueError(
+                f"trainer.attention_backend={backend} computes attention scores, model.attention=linear has none: "
+                "choose auto"
+            )
         if backend == "flex" and all(layer.mask is None for layer in layers):
             raise ValueError(
                 f"trainer.attention_backend=flex is for model.attention={', '.join(SPARSE)}, this network has none "

@@ -14,12 +14,14 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.distributed.ranks import Ranks, broadcast_from_rank0
+from igpt.metric.result import Number
 from igpt.settings.training import TrainingSettings
 from igpt.training.checkpoint_callback import Checkpoints, is_observer
 from igpt.training.deepspeed import ZeRO
 from igpt.training.fsdp import FSDP
 from igpt.training.hardware import HardwareConfig, matmul_precision
 from igpt.training.loggers import guard
+from igpt.training.measured_cost import peak_memory, reset_peak_memory
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +30,11 @@ IN_PIECES = 2_000_000_000  # weights; above it checkpoints are sharded by defaul
 
 @dataclass(frozen=True)
 class Progress:
-    """The end of a training: the optimiser steps that were taken, and who ended it before its last one, if it did."""
+    """The end of a training: its optimiser steps, who ended it before its last one, if it did, and its memory."""
 
     step: int
     stopped_early: str | None  # as `stopped early by EarlyStopping at step 4 of 8`
+    peak_memory: Number  # GB, of this process
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -86,13 +89,14 @@ class Runner:
                 *sorted([saving, *self.callbacks], key=lambda each: (is_observer(each), each is saving)),
             ],
         )
+        reset_peak_memory(self.machine.device)
         with saving.stop.install_handlers(), matmul_precision(self.machine.matmul_precision, self.machine.device):
             trainer.fit(module, data, ckpt_path=self.resume_from, weights_only=True)
         step, early = trainer.global_step, None
         if step < settings.steps:
             early = f"stopped early by {saving.stopped_by or 'the Trainer'} at step {step:,} of {settings.steps:,}"
             log.info("%s", early)
-        return Progress(step, early)
+        return Progress(step, early, peak_memory(self.machine.device))
 
     def validate(self, module: L.LightningModule, data: L.LightningDataModule) -> None:
         """Runs the module's validation over the evaluation split once."""

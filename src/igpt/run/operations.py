@@ -1,0 +1,64 @@
+"""Optimiser steps of a training whose length is given in floating-point operations: `task.operations`."""
+
+from collections.abc import Iterator, Sequence
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from igpt.metric.throughput import train_flops_per_image
+from igpt.run.components import Components
+from igpt.run.pipeline_stages import compose_stage
+from igpt.run.run_config import CHECKPOINT, RunConfig, to_dict
+
+
+def resolve_steps(run: RunConfig, overrides: Sequence[str] = ()) -> list[str]:
+    """Replaces `operations` by the `steps` they make, in the task of a run and in its stages; returns a line on each.
+
+    So the run is the one, by name and by identity, that states these steps. `overrides`: those of the command.
+
+    Raises:
+        ValueError: steps that were typed as well; a network that is known only after an earlier stage.
+    """
+    lines = []
+    for place, settings in _list_trainings(run):
+        operations = settings.operations
+        if type(operations) not in (int, float) or operations <= 0:
+            continue  # refused when the settings are checked
+        if any(text.lstrip("+").startswith(f"{place}.steps=") for text in overrides):
+            raise ValueError(
+                f"{place}.operations={operations:g} decides the steps, and {place}.steps is given, too: leave one out"
+            )
+        of_task = run
+        if run.cfg.task is not settings:  # a stage's own settings; those of its task without `steps` are valid for now
+            name = place.rpartition(".")[2]
+            stage = compose_stage(run, name, {key: of for key, of in to_dict(settings).items() if key != "steps"})
+            if CHECKPOINT in stage.choices.values():
+                raise ValueError(
+                    f"{place}.operations: the network of an earlier stage is not known yet: give {place}.steps"
+                )
+            of_task = RunConfig(stage.cfg, stage.choices)
+        batch_size = of_task.cfg.task.batch_size
+        if type(batch_size) is not int or batch_size <= 0:
+            continue
+        components = Components(of_task)
+        components.check_parts()
+        flops = train_flops_per_image(components.planned_network)
+        with open_dict(settings):
+            settings.steps = max(1, round(operations / (flops * batch_size)))
+            if of_task is run:
+                settings.operations = None
+            else:
+                del settings.operations
+        lines.append(f"{place}.operations={operations:g}: {settings.steps:,} steps of {batch_size:,} images, "
+                     f"{flops:.4g} operations an image")  # fmt: skip
+    if lines:
+        del run.config  # which is cached
+    return lines
+
+
+def _list_trainings(run: RunConfig) -> Iterator[tuple[str, DictConfig]]:
+    """Key and settings of the task, or of every stage of a pipeline, that has `operations`."""
+    task = run.cfg.task
+    stages = task.stages.items() if "stages" in run.requires and OmegaConf.is_dict(task.get("stages")) else ()
+    for place, settings in (("task", task), *((f"task.stages.{name}", of) for name, of in stages)):
+        if OmegaConf.is_dict(settings) and settings.get("operations") is not None:
+            yield place, settings

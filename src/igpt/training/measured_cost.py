@@ -1,0 +1,63 @@
+"""Measured cost of a training in this process: seconds of an optimiser step, and the peak of its memory."""
+
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from igpt.metric.result import Number
+
+GB = 1e9  # bytes
+
+
+class StepTimer:
+    """Median seconds of an optimiser step between calls of `mark`; time from `pause` to `resume` does not count.
+
+    `n_untimed`: first intervals that do not count, unless there are no others.
+    """
+
+    def __init__(self, step: int, now: float, *, n_untimed: int) -> None:
+        self._step, self._since, self._n_untimed = step, now, n_untimed
+        self._paused_at = 0.0
+        self._seconds: list[float] = []  # of a step, in every interval
+
+    def mark(self, step: int, now: float) -> None:
+        """Ends an interval, of all steps since the last; the same step again (of another micro-batch) ends none."""
+        if step > self._step:
+            self._seconds.append((now - self._since) / (step - self._step))
+            self._step, self._since = step, now
+
+    def pause(self, now: float) -> None:
+        self._paused_at = now
+
+    def resume(self, now: float) -> None:
+        self._since += now - self._paused_at
+
+    @property
+    def number(self) -> Number | None:
+        """Seconds a step, over n intervals; None before the first."""
+        timed = self._seconds[self._n_untimed :] or self._seconds
+        return Number(median(timed), "s", len(timed)) if timed else None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begins a new measurement of `peak_memory`; where the kernel refuses, it goes on from the process's start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # no Linux, or a container that may not
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory becomes the present value
+
+
+def peak_memory(device: torch.device) -> Number:
+    """GB: of a GPU what PyTorch had allocated at most, else the highest resident memory of this process."""
+    if device.type == "cuda":
+        return Number(torch.cuda.max_memory_allocated(device) / GB, "GB", 1)
+    with suppress(OSError):  # no Linux
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return Number(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")) / GB, "GB", 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Number(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB, "GB", 1)
