@@ -190,9 +190,9 @@ def test_sparse_attention_in_c_as_an_operator() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_sparse_attention_compiles(backend: str) -> None:
-    """Invariant: compiled as one graph, where its tables are there, it gives the same; built where nothing trains."""
+    """Invariant: compiled as one graph, where its tables are there, it gives the same; these may be built anywhere."""
     mask = SparseMask(make_pattern("axial", 1, True, (5, 7, 1)))
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.device("meta"):
         mask.prepare(torch.device("cpu"), backend)
 
     def attend(qkv: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ class SparseMask:
         bits = []
         for chosen, _, hidden in blocks:
             visible = torch.cat([~hidden, ~hidden[:1].expand(BLOCK - len(chosen), -1)])
-            bits.append((visible.long() << torch.arange(BLOCK)[:, None]).sum(0))
-        starts = torch.tensor([0, *(len(keys) for _, keys, _ in blocks)]).cumsum(0)
+            bits.append((visible.long() << torch.arange(BLOCK, device="cpu")[:, None]).sum(0))
+        starts = torch.tensor([0, *(len(keys) for _, keys, _ in blocks)], device="cpu").cumsum(0)
         order, keys = (torch.cat([block[i] for block in blocks]) for i in (0, 1))
         return order.int(), starts.int(), keys.int(), torch.cat(bits).int()
 
