@@ -258,7 +258,7 @@ def test_backends_that_cannot_are_refused() -> None:
         flex.prepare(make("local_bias_rope"))
     flex.prepare(make("local"))
     if c_library.is_available():
-        with pytest.raises(ValueError, match="attention_backend=native computes attention scores, model.attention=linear has none"):
+        with pytest.raises(ValueError, match=r"native computes attention scores, model.attention=linear has none"):
             machine(attention_backend="native").prepare(make("mixed"))
     too_long = Pattern("local", 0, True, TokenLayout(129, 128), radius=2)
     with pytest.raises(ValueError, match=r"model.attention=local takes at most 16,384 positions, got 16,512"):
