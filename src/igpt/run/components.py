@@ -70,7 +70,9 @@ class Components:
         if self.run.requires & {"tokens", "tokenizer", "stages"}:
             self._source_partial()
         if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
-            _ = self.planned_network
+            self.hardware.check_network(self.planned_network)
+        elif self.weights is not None:
+            self.hardware.check_network(self.weights.metadata.network)
         if "tokenizer" in self.run.requires:
             _ = self.vqvae_settings
 
@@ -253,8 +255,10 @@ class Components:
 
     def _network(self, grid: TokenGrid, order: PixelOrder, n_vocab: int) -> GPTConfig:
         """The network's config of `conf/model/`, for these tokens and the objective."""
-        build = checked_partial(without(self.run.config["model"], "name"), "model")
-        network: GPTConfig = build(**self._sizes(grid, order, n_vocab))
+        settings, sizes = self.run.config["model"], self._sizes(grid, order, n_vocab)
+        if given := next((name for name in sizes if name in settings), None):
+            raise ValueError(f"model.{given} comes from the tokens and the objective: leave it out")
+        network: GPTConfig = checked_partial(without(settings, "name"), "model")(**sizes)
         return network
 
     def _sizes(self, grid: TokenGrid, order: PixelOrder, n_vocab: int) -> dict[str, Any]:
