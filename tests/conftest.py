@@ -15,6 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from igpt.metric.result import Number, Result
 from igpt.model import c_library, cpu
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
@@ -90,6 +91,11 @@ def parts_of_run(**parts: Any) -> Components:
     components = object.__new__(Components)
     vars(components).update(parts)
     return components
+
+
+def learned_numbers(result: Result) -> dict[str, Number]:
+    """The numbers of a result but those that measure the machine, which differ between equal runs."""
+    return {key: number for key, number in result.numbers.items() if number.unit not in ("s", "GB")}
 
 
 def small_net(*, causal: bool = True, n_layer: int = 3, n_ctx: int = 16, n_vocab: int = 11) -> GPT:

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from igpt.checkpoint.igpt_format import CheckpointMetadata, save_model
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
 from igpt.model.config import GPTConfig
+from igpt.model.gpt import GPT
 from igpt.report.closing_table import closing_table
 from igpt.report.folder import RunFolder
 from igpt.run.arguments import check_overrides, parse_overrides, prepare_arguments
@@ -47,7 +49,7 @@ from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.training import hardware as machines
 from igpt.training.deepspeed import ZeRO
-from tests.conftest import small_net
+from tests.conftest import learned_numbers, small_net
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [
@@ -87,6 +89,22 @@ def test_every_size_builds_on_the_meta_device(model: str, tmp_path: Path) -> Non
     sizes = {key: build.run.cfg.model[key] for key in ("n_layer", "n_embd", "n_head")}
     assert net.config == GPTConfig(**sizes, n_ctx=64, n_vocab=17, causal=True)
     assert all(weight.is_meta for weight in net.parameters())
+
+
+@pytest.mark.parametrize("variant", [option for group, option in OPTIONS if group == "variant"])
+def test_every_variant_builds_in_every_size_on_the_meta_device(variant: str) -> None:
+    """Invariant: a variant of the network is one in every size; its settings are those of pretraining."""
+    of_variant = OmegaConf.to_container(OmegaConf.load(CONF / "variant" / f"{variant}.yaml"))
+    assert isinstance(of_variant, dict)
+    assert {*of_variant.get("pretraining", {})} <= {*OmegaConf.load(CONF / "task" / "pretrain.yaml")}
+    of_tokens = {"n_ctx": 64, "n_vocab": 17, "causal": True, "grid": (8, 8, 1)}
+    for path in sorted((CONF / "model").glob("igpt_*.yaml")):
+        sizes = {str(key): value for key, value in OmegaConf.load(path).items() if str(key).startswith("n_")}
+        config = GPTConfig(**{**sizes, **of_tokens, **of_variant.get("model", {})})
+        assert (config == GPTConfig(**{**sizes, **of_tokens})) == ("model" not in of_variant)
+        with torch.device("meta"):
+            net = GPT(replace(config, n_layer=2))
+        assert all(weight.is_meta for weight in net.parameters())
 
 
 def test_bert_sees_both_ways(tmp_path: Path) -> None:
@@ -331,7 +349,7 @@ def test_a_stopped_pipeline_goes_on_where_it_stopped(tmp_path: Path, monkeypatch
         with initialize_config_dir(str(CONF), version_base="1.3"):
             result = launch(build.run.cfg, choices=build.run.choices, overrides=overrides)
         (folder,) = (tmp_path / runs).iterdir()
-        return {key: number.value for key, number in result.numbers.items() if "per_s" not in key}, folder
+        return {key: of.value for key, of in learned_numbers(result).items() if "per_s" not in key}, folder
 
     full, _ = start(runs="whole")
     again: list[str] = []

@@ -2,14 +2,17 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from igpt.metric.likelihood import PER_DIM, BitUnit, likelihood_numbers, position_nats, unigram_nats
 from igpt.metric.throughput import Meter, train_flops_per_image
 from igpt.model.config import GPTConfig
+from igpt.model.gpt import GPT
 
 
 def test_mean_and_standard_error() -> None:
@@ -68,6 +71,62 @@ def test_flops_by_hand() -> None:
     assert 4 * flops == pytest.approx(312.5e9, rel=1e-3)
     full = train_flops_per_image(replace(network, causal=False))
     assert full - flops == 6 * 12 * 1024**2 * 256
+
+
+SETTINGS = [  # beyond the paper's
+    {},
+    {"positions": "factorised+rope_2d", "qk_norm": True, "value_residual": True},
+    {"activation": "relu2"},
+    {"activation": "swiglu"},
+    {"attention": "local", "radius": 1},
+    {"attention": "strided", "stride": 8},
+    {"attention": "fixed"},
+    {"attention": "axial"},
+    {"attention": "linear"},
+    {"attention": ["local", "full", "linear"], "radius": 2, "activation": "swiglu"},
+]
+
+
+@pytest.mark.parametrize("changed", SETTINGS, ids=str)
+def test_flops_by_decoding(changed: dict[str, Any]) -> None:
+    """Independent source: thrice the operations that PyTorch counts while an image is decoded token by token.
+
+    Decoding computes visible pairs only, and linear attention by its state. By hand, counted besides: half a pair on
+    the diagonal of full attention, and the sum of weights by which linear attention divides.
+    """
+    network = GPTConfig(n_layer=3, n_embd=24, n_head=2, n_ctx=16, n_vocab=7, causal=True, grid=(4, 4, 1), **changed)
+    net = GPT(network)
+    net.init_weights(0)
+    cache, tokens = net.new_cache(1), torch.zeros(1, 16, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for i in range(16):
+            net.step(tokens[:, max(0, i - 1) : i], cache)
+    halves = sum(pattern == "full" for pattern in network.patterns) * 12 * 24 * 16 / 2
+    divided = sum(pattern == "linear" for pattern in network.patterns) * 6 * 24 * 16
+    assert train_flops_per_image(network) == 3 * counter.get_total_flops() - halves - divided
+
+
+@pytest.mark.parametrize("changed", [{}, {"attention": "local", "radius": 1}, {"relative_bias": True}], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_flops_by_training(causal: bool, changed: dict[str, Any]) -> None:
+    """Independent source: what PyTorch counts of a forward and backward pass, without the pairs that are masked.
+
+    By hand, counted besides: the gradient of the gain of five norms, a product.
+    """
+    network = GPTConfig(n_layer=2, n_embd=24, n_head=2, n_ctx=16, n_vocab=7, causal=causal, grid=(4, 4, 1), **changed)
+    net = GPT(network)
+    net.init_weights(0)
+    for block in net.blocks:
+        block.attn.backend = "bmm"
+    with FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, 16, dtype=torch.int64)).sum().backward()
+    masked = 16**2 / 2 if causal else 0
+    if "radius" in changed:  # by hand: a pixel sees itself and its neighbours, of causal attention earlier ones
+        pixels = [(i, *divmod(i, 4)) for i in range(16)]
+        near = [(i, j) for i, y, x in pixels for j, v, u in pixels if max(abs(y - v), abs(x - u)) <= 1]
+        before = {(i, j + 1) for i, j in near if j < i} | {(i, i) for i in range(16)} | {(i, 0) for i in range(16)}
+        masked = 16**2 - len(before if causal else near)
+    assert train_flops_per_image(network) == counter.get_total_flops() - 2 * 12 * 24 * masked - 5 * 2 * 24 * 16
 
 
 def test_the_meter_counts_only_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights, save_model
 from igpt.data.digits import Digits
 from igpt.data.source import ArraySplit
-from igpt.metric.result import Number, Result
+from igpt.metric.result import Result
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
@@ -96,6 +96,11 @@ def machine(**changed: Any) -> HardwareConfig:
 PRETRAIN: dict[str, Any] = {
     "steps": 8,
     "operations": None,
+    "schedule": "cosine",
+    "decay_share": None,
+    "cooled_at": [],
+    "ema": None,
+    "gradient_clip": None,
     "batch_size": 100,
     "optimizer": "adam",
     "learning_rate": 0.01,
@@ -134,6 +139,7 @@ PROBE: dict[str, Any] = {
     "baselines": [],
 }
 FINETUNE: dict[str, Any] = {
+    "gradient_clip": None,
     "steps": 6,
     "batch_size": 50,
     "learning_rate": 0.003,
@@ -275,11 +281,6 @@ class Lab:
 
     def evaluate(self, folder: Path, weights: Weights, **changed: Any) -> Any:
         return self.execute("evaluate", folder, weights, **{**EVALUATE, **changed})
-
-
-def learned_numbers(result: Result) -> dict[str, Number]:
-    """The numbers of a result but those that measure the machine, which differ between equal runs."""
-    return {key: number for key, number in result.numbers.items() if number.unit not in ("s", "GB")}
 
 
 def smooth_pictures(n: int, *, side: int = 12, seed: int = 0) -> np.ndarray:

@@ -45,6 +45,7 @@ SHARDED_WITH: dict[str, dict[str, Any]] = {
     "bfloat16": {"precision": "bf16-true"},
 }
 TWENTY: dict[str, Any] = {"steps": 20, "val_every": 8, "checkpoint_every": 10}
+CLIPPED: dict[str, Any] = {"steps": 3, "warmup_steps": 1, "val_every": 3, "gradient_clip": 0.2}
 SETTINGS = {"name": "digits", "resolution": 8, "split_seed": 0, "shift": 1, "shift_share": 0.5}
 
 
@@ -123,6 +124,8 @@ def sharded(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     for name, changed in SHARDED_WITH.items():
         done = lab.pretrain(place / f"sharded {name}", on=on_all(strategy="fsdp", **changed), steps=2, val_every=2)
         answers[f"with {name}"] = done.curves["train/loss_gen"].y
+    clipped = lab.pretrain(place / "sharded clipped", on=on_all(strategy="fsdp"), **CLIPPED)
+    answers["clipped"] = clipped.curves["train/loss_gen"].y
     answers["bert"] = (
         lab.pretrain(place / "sharded bert", on=on_all(strategy="fsdp"), objective=BERT(mask_probability=0.15))
         .curves["train/loss_gen"].y
@@ -155,6 +158,8 @@ def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
         answers[strategy] = {name: curve.y for name, curve in run.curves.items()}
         answers[f"{strategy} validated"] = run.numbers["val/loss_gen"].value
         answers[f"{strategy} held"] = held[-1]
+        clipped = lab.pretrain(place / f"{strategy} clipped", on=on_all(strategy=strategy), **CLIPPED)
+        answers[f"{strategy} clipped"] = clipped.curves["train/loss_gen"].y
         if strategy != "deepspeed_2":  # `by turns` stops and resumes the third stage
             continue
         folder = place / f"{strategy} stopped"
@@ -249,6 +254,8 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     answers["bert"] = (
         lab.pretrain(place / "bert", on=on_all(), objective=BERT(mask_probability=0.15)).curves["train/loss_gen"].y
     )
+    recipe = lab.pretrain(place / "recipe", on=on_all(), ema=0.5, **CLIPPED)
+    answers["recipe"] = {name: curve.y for name, curve in recipe.curves.items()}
     answers["evaluated"] = evaluated(lab, place / "whole", on_all(), AR())
     answers["evaluated bert"] = evaluated(lab, place / "bert", on_all(), BERT(mask_probability=0.15))
     answers["samples"] = samples(place / "whole")

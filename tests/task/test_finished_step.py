@@ -13,8 +13,9 @@ from igpt.metric.result import Result
 from igpt.objective.ar import AR
 from igpt.tokens.batches import StreamState
 from igpt.training.nan_guard import NonFiniteLossError
+from tests.conftest import learned_numbers
 from tests.data.conftest import mixture
-from tests.task.conftest import FINETUNE, Lab, drawn, learned_numbers, machine
+from tests.task.conftest import FINETUNE, Lab, drawn, machine
 
 SMALL: dict[str, Any] = {"steps": 7, "batch_size": 20, "val_every": 2, "checkpoint_every": 100}
 

@@ -30,8 +30,8 @@ from igpt.training.loggers import RunInfo
 from igpt.training.loggers import csv as csv_logger
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.training.optimizers import warmup_cosine
-from tests.conftest import attention_in_graph, needs_compiler, small_net
-from tests.task.conftest import PRETRAIN, SIZES, Lab, check_bad_settings, learned_numbers, machine
+from tests.conftest import attention_in_graph, learned_numbers, needs_compiler, small_net
+from tests.task.conftest import PRETRAIN, SIZES, Lab, check_bad_settings, machine
 
 
 class StopAfter(L.Callback):

@@ -22,7 +22,7 @@ from igpt.tokens.tokenizer_registry import TOKENIZER, read_tokenizer
 from igpt.training.cost_estimate import estimate_cost
 from tests.conftest import ROOT
 from tests.task.conftest import SIZES, Lab, machine, train_tokenizer
-from tests.task.ranks_work import DEEPSPEED, SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples
+from tests.task.ranks_work import CLIPPED, DEEPSPEED, SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples
 from tests.tokens.test_quantizer import train_quantizer
 
 
@@ -81,6 +81,26 @@ def test_the_losses_of_one_process(answers: list[dict[str, Any]], alone: Lab, tm
     assert answers[0]["bert"] == pytest.approx(bert.curves["train/loss_gen"].y, rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, alone: Lab) -> dict[str, list[float]]:
+    """The curves of a run with clipped gradients and averaged weights, on one process."""
+    result = alone.pretrain(tmp_path_factory.mktemp("one") / "recipe", ema=0.5, **CLIPPED)
+    return {name: curve.y for name, curve in result.curves.items()}
+
+
+def test_later_recipes_of_one_process(
+    answers: list[dict[str, Any]], alone: Lab, recipe: dict[str, list[float]], tmp_path: Path
+) -> None:
+    """Invariant: clipped gradients and averaged weights; sharded gradients are clipped by the norm of all of them."""
+    for answer in answers:
+        for name, curve in recipe.items():
+            assert answer["recipe"][name] == pytest.approx(curve, rel=1e-5)
+        assert answer["sharded"]["clipped"] == pytest.approx(recipe["train/loss_gen"], rel=1e-5)
+    assert recipe["val/loss_gen_ema"] != recipe["val/loss_gen"]
+    free = alone.pretrain(tmp_path, **{**CLIPPED, "gradient_clip": None}).curves["train/loss_gen"].y
+    assert free[2] != pytest.approx(recipe["train/loss_gen"][2], rel=1e-4)
+
+
 def test_the_tokenizer_of_one_process(answers: list[dict[str, Any]], place: Path, tmp_path: Path) -> None:
     """Invariant: the losses and the codebook of a VQ-VAE, its start and restarts included; it cannot be sharded."""
     one = train_tokenizer(tmp_path, on=machine(micro_batch=4))
@@ -104,9 +124,12 @@ def test_a_network_in_parts_learns_as_a_whole_one(answers: list[dict[str, Any]])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", DEEPSPEED)
-def test_deepspeed_learns_as_a_whole_one(by_zero: list[dict[str, Any]], reference: Any, strategy: str) -> None:
-    """Invariant: 20 losses and the validations as on one process, also when stopped and resumed."""
+def test_deepspeed_learns_as_a_whole_one(
+    by_zero: list[dict[str, Any]], reference: Any, recipe: dict[str, list[float]], strategy: str
+) -> None:
+    """Invariant: 20 losses and the validations as on one process, also when stopped and resumed; clipped, too."""
     for answers in by_zero:
+        assert answers[f"{strategy} clipped"] == pytest.approx(recipe["train/loss_gen"], rel=1e-5)
         for name, curve in reference.curves.items():
             assert answers[strategy][name] == pytest.approx(curve.y, rel=1e-5)
         assert answers[f"{strategy} validated"] == pytest.approx(reference.numbers["val/loss_gen"].value, rel=1e-5)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from igpt.model.gpt import GPT
-from igpt.training.optimizers import MuonAdam, make_adam, make_scheduler, warmup_cosine, warmup_linear
+from igpt.training.optimizers import MuonAdam, make_adam, make_scheduler, warmup_cosine, warmup_stable_decay
 from tests.conftest import small_net
 
 
@@ -25,9 +25,20 @@ def test_schedule_in_closed_form() -> None:
 
 def test_linear_schedule_by_hand() -> None:
     """By hand: halves up to the peak, which holds to step 6 of 10, and quarters down to nothing."""
-    share = [warmup_linear(step, warmup_steps=2, steps=10, decay_share=0.4) for step in range(11)]
+    share = [warmup_stable_decay(step, warmup_steps=2, decay_share=0.4, ends=[10]) for step in range(11)]
     assert share == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
-    assert [warmup_linear(step, warmup_steps=0, steps=2, decay_share=0.0) for step in range(3)] == [1, 1, 0]
+    assert [warmup_stable_decay(step, warmup_steps=0, decay_share=0.0, ends=[2]) for step in range(3)] == [1, 1, 0]
+
+
+def test_schedule_with_cool_downs_by_hand() -> None:
+    """By hand: fifths of 10 and of 40 steps fall to nothing, by halves and by eighths; after the first, all at once.
+
+    Its area: 40 steps less half of what warm-up and cool-downs take, one step each half up and half down.
+    """
+    share = [warmup_stable_decay(step, warmup_steps=4, decay_share=0.2, ends=[10, 40]) for step in range(41)]
+    up, peak = [0.25, 0.5, 0.75, 1], [1.0]
+    assert share == pytest.approx(up + peak * 5 + [0.5] + peak * 22 + [1 - i / 8 for i in range(9)])
+    assert sum(share) == pytest.approx(40 - (4 - 1) / 2 - (2 - 1) / 2 - (8 - 1) / 2)
 
 
 def test_adam_step_by_hand() -> None:

@@ -50,10 +50,10 @@ def run(components: Components, settings: CompareSettings) -> Result:
         raise ValueError("; ".join([f"there is no finished run to compare in {where}", *first]))
     single, problems_of_stages = split_comparable(finished.runs)
     beside = compare_with_paper(single, every=settings.all)
-    summaries = summarize_groups(finished.runs, settings.metric)
+    summaries = summarize_groups(finished.runs, settings.metric, settings.numbers, settings.reference)
     each = {path.resolve(): (path, why) for path, why in (finished.problems | problems_of_stages).items()}
     problems = dict(each.values())  # a stage may be named as a run, too
-    text = ComparisonText(finished.runs, problems, beside, summaries, settings.numbers)
+    text = ComparisonText(finished.runs, problems, beside, summaries)
     result = Result(
         numbers={
             "compare/runs": Number(len(finished.runs), "runs", len(finished.runs)),
@@ -93,20 +93,32 @@ def split_comparable(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], dict[P
     }
 
 
-def summarize_groups(runs: Sequence[RunRecord], metric: str | None) -> dict[str, Summary]:
+def summarize_groups(
+    runs: Sequence[RunRecord], metric: str | None, columns: Sequence[str], reference: str | None
+) -> dict[str, Summary]:
     """Task (and images, where its runs are on several) → summary by `metric`, or by the first number in common.
 
+    `columns`, `reference`: as of `summarize`; summaries without a row of `reference` are without differences.
+
     Raises:
-        ValueError: no run has `metric`.
+        ValueError: no run has `metric`, or `reference` names no row of any summary.
     """
     if metric is not None and runs:
         summarize_runs(runs, metric)  # raises, with the numbers there are
-    summaries = {}
+    summaries: dict[str, Summary] = {}
+    unmatched: list[ValueError] = []
     for task in dict.fromkeys(other.task for other in runs):
         for data, some in group_by_data([other for other in runs if other.task == task]).items():
             every = [key for other in some for key in other.result.numbers]
             chosen = metric or find_common_metric(some) or next(iter(every), None)
-            if chosen is not None and find_key(every, chosen) is not None:
-                title = f"{task} {data}".strip()
-                summaries[title] = replace(summarize_runs(some, chosen), data=data)
+            if chosen is None or find_key(every, chosen) is None:
+                continue
+            try:
+                result = summarize_runs(some, chosen, columns=columns, reference=reference)
+            except ValueError as error:
+                unmatched.append(error)
+                result = summarize_runs(some, chosen, columns=columns)
+            summaries[f"{task} {data}".strip()] = replace(result, data=data)
+    if unmatched and len(unmatched) == len(summaries):
+        raise ValueError(f"task.{unmatched[0]}")
     return summaries

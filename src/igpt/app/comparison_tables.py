@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from igpt.app.against import PaperComparison
-from igpt.metric.result import Number, find_key
-from igpt.report import summary
-from igpt.report.closing_table import align_columns, describe_uncertainty, format_number, format_readable
+from igpt.metric.result import Number
+from igpt.report.closing_table import align_columns, describe_uncertainty, format_markdown, format_readable
 from igpt.report.runs import RunRecord
-from igpt.report.summary import Summary, average_seeds, shorten_folders
+from igpt.report.summary import Summary, shorten_folders, table
 
 HEADINGS = ("paper", "ours", "setting", "command")
 FIELDS = (
@@ -30,7 +29,6 @@ class ComparisonText:
     problems: Mapping[Path, str]
     beside: Sequence[PaperComparison]
     summaries: Mapping[str, Summary]
-    numbers: Sequence[str]  # further columns of the summaries
 
     @property
     def pictures(self) -> dict[str, str]:
@@ -58,17 +56,17 @@ class ComparisonText:
             lines = [part for line, row in zip(body, rows, strict=True) for part in (line, *_below(row))]
             blocks.append("\n".join(filter(None, [title, heading, rule, *lines, _key_to_paper_table(rows)])))
         for title, result in self.summaries.items():
-            blocks.append("\n".join([f"task={title}", align_columns(self._summary(result)), *self._remarks(result)]))
+            blocks.append("\n".join([f"task={title}", align_columns(table(result)), *self._remarks(result)]))
         return "\n\n".join([*blocks, "\n  ".join(self.messages)]) + "\n"
 
     def markdown(self) -> str:
         """The Markdown: a table for each of the paper's, and one for each task."""
         blocks = ["# Runs compared"]
         for title, rows in self._tables().items():
-            blocks += [f"## {title}", grid([HEADINGS, *map(_markdown_row, rows)])]
+            blocks += [f"## {title}", format_markdown([HEADINGS, *map(_markdown_row, rows)])]
             blocks += filter(None, [_key_to_paper_table(rows)])
         for title, result in self.summaries.items():
-            blocks += [f"## task={title}", grid(self._summary(result)), *self._remarks(result)]
+            blocks += [f"## task={title}", format_markdown(table(result)), *self._remarks(result)]
             blocks += [f"![{result.metric}]({self.pictures[title]}.png)"] if title in self.pictures else []
         counted, *lines = self.messages
         return "\n\n".join([*blocks, "\n".join([counted, *(f"- {line}" for line in lines)])]) + "\n"
@@ -105,41 +103,10 @@ class ComparisonText:
             tables.setdefault(row.published.table, []).append(replace(row, differs=["as above"]) if repeats else row)
         return tables
 
-    def _summary(self, result: Summary) -> list[tuple[str, ...]]:
-        """The table of a task's runs, with a column for each further number."""
-        (settings, metric, *rest), *lines = summary.table(result)
-        columns = self._columns(result)
-        units = {key: next((of.unit for of in column if of is not None), "") for key, column in columns.items()}
-        table = [(settings, metric, *(", ".join(filter(None, pair)) for pair in units.items()), *rest)]
-        for i, (settings, value, *rest) in enumerate(lines):
-            more = ["–" if (number := column[i]) is None else format_number(number) for column in columns.values()]
-            table.append((settings, value, *more, *rest))
-        return table
-
-    def _columns(self, result: Summary) -> dict[str, list[Number | None]]:
-        """Further number → its mean over seeds in each row of a summary; None where not all runs have it."""
-        of_folder = {run.folder: run.result.numbers for run in self.runs}
-        columns: dict[str, list[Number | None]] = {}
-        for name in self.numbers:
-            for group in result.rows:
-                numbers = [of_folder[folder] for folder in group.folders]
-                own = [of[key] for of in numbers if (key := find_key(of, name)) is not None]
-                mean = average_seeds(own) if len(own) == len(numbers) else None
-                columns.setdefault(name, []).append(mean)
-        return {name: column for name, column in columns.items() if name != result.metric}
-
     def _remarks(self, result: Summary) -> list[str]:
         """The key to uncertainties, the caution and the left-out runs of a summary, a line each."""
-        numbers = [number for column in self._columns(result).values() for number in column if number is not None]
-        key = describe_uncertainty([*(row.number for row in result.rows), *numbers])
         lines = [f"left out: {shorten_folders([path])}: {why}" for path, why in result.left_out.items()]
-        return [*filter(None, (key, result.caution)), *lines]
-
-
-def grid(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is the heading."""
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+        return [*filter(None, (result.key, result.caution)), *lines]
 
 
 def _format_published(row: PaperComparison) -> str:

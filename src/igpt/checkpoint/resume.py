@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,17 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(named, key=parse_step)
 
 
-def mark_latest(path: Path, *, keep: int) -> None:
-    """Makes `path` the checkpoint to resume from; deletes all in its folder but the newest `keep` and the best."""
+def mark_latest(path: Path, *, keep: int, kept: Collection[int] = ()) -> None:
+    """Makes `path` the checkpoint to resume from; deletes all in its folder but the newest `keep` and the best.
+
+    `kept`: steps whose checkpoints are not deleted either.
+    """
     with files.atomic_write(path.parent / LATEST) as file:
         file.write(f"{path.name}\n".encode())
     best = read_best(path.parent.parent)
     for old in find_checkpoints(path.parent.parent)[:-keep]:
-        if old != path and (best is None or old.name != best["checkpoint"]):
+        is_best = best is not None and old.name == best["checkpoint"]
+        if old != path and not is_best and parse_step(old) not in kept:
             AtomicCheckpointIO().remove_checkpoint(old)
 
 

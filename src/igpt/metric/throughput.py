@@ -1,20 +1,41 @@
 """Cost and speed of training: floating-point operations from the network's sizes, images and tokens per second."""
 
 import time
+from functools import cache
 
 from igpt.model.config import GPTConfig
+from igpt.model.patterns import Pattern
 
 
 def train_flops_per_image(network: GPTConfig) -> float:
     """Floating-point operations of one image's forward and backward pass.
 
-    6 per weight matrix element and token (2 forward, 4 backward) plus the attention's two products, half of these if
-    causal. Norms, embeddings and recomputed activations do not count.
+    6 per weight matrix element and token (2 forward, 4 backward) plus 12 C per pair of query and key, of which full
+    attention has T² (half of these if causal) and a sparse pattern those that are visible, whatever a backend computes.
+    Linear attention adds keys times values, (D, D) per head, to its state and reads it, as in decoding: 12 C D per
+    token. What is not a product of matrices does not count: norms (of queries and keys, too), rotations, biases of
+    scores, mixed values, embeddings, activations; neither do recomputed activations.
     """
-    n_embd, n_ctx = network.n_embd, network.n_ctx
-    matrix_weights = 12 * network.n_layer * n_embd**2 + n_embd * network.n_vocab
-    attention = 12 * network.n_layer * n_ctx * n_embd * (0.5 if network.causal else 1.0)
-    return float(n_ctx * (6 * matrix_weights + attention))
+    c, t = network.n_embd, network.n_ctx
+    of_mlp = (3 if network.activation == "swiglu" else 2) * c * network.hidden_size
+    matrix_weights = network.n_layer * (4 * c**2 + of_mlp) + c * network.n_vocab
+    pairs = sum(_count_pairs(network, pattern) for pattern in network.patterns)
+    return float(t * 6 * matrix_weights + 12 * c * pairs)
+
+
+def _count_pairs(network: GPTConfig, pattern: str | Pattern) -> float:
+    """Pairs of query and key in one layer; of linear attention the number of as many operations."""
+    t = network.n_ctx
+    if pattern == "linear":
+        return t * network.n_embd // network.n_head
+    if isinstance(pattern, Pattern):
+        return _count_visible_pairs(pattern)
+    return t**2 / 2 if network.causal else t**2
+
+
+@cache
+def _count_visible_pairs(pattern: Pattern) -> int:
+    return pattern.count_pairs()
 
 
 class Meter:

@@ -54,6 +54,12 @@ def align_columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([heading, "─" * max(map(len, [heading, *lines])), *lines])
 
 
+def format_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is the heading."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
 def _align(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
     """A line for each row, columns padded to equal width; `sides`: `<` or `>` for each column."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -159,6 +159,42 @@ def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
     _save(path, figure)
 
 
+@dataclass(frozen=True)
+class PlanePoint:
+    """One point of `plane_figure`, with its 95 % intervals, if known."""
+
+    name: str
+    x: float
+    y: float
+    x_interval: tuple[float, float] | None
+    y_interval: tuple[float, float] | None
+
+
+@LITERAL
+def plane_figure(path: Path, points: Sequence[PlanePoint], *, x_label: str, y_label: str) -> None:
+    """Writes points in a plane with their intervals; each is named at the right, in its order from the top."""
+    points = sorted(points, key=lambda point: -point.y)
+    figure = Figure(figsize=(9, max(4.5, 1.5 + 0.24 * len(points))), layout="constrained")
+    axes = figure.add_subplot()
+    low, high = (f([end for p in points for end in (p.y_interval or (p.y, p.y))]) for f in (min, max))
+    margin = 0.04 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+    heights = np.linspace(0.98, 0.02, len(points)) if len(points) > 1 else [0.5]
+    for i, (point, height) in enumerate(zip(points, heights, strict=True)):
+        x_reach, y_reach = _reach([point.x], [point.x_interval]), _reach([point.y], [point.y_interval])
+        ink = f"C{i % 10}"
+        axes.errorbar(point.x, point.y, y_reach, x_reach, fmt="o", ms=5, capsize=3, lw=0.9, color=ink)
+        axes.annotate(
+            textwrap.shorten(point.name, 44, placeholder="…"), (point.x, point.y), (1.04, height),
+            textcoords="axes fraction", va="center", fontsize=8.5, color=ink,
+            arrowprops={"arrowstyle": "-", "lw": 0.6, "color": ink, "alpha": 0.6, "relpos": (0, 0.5)},
+        )  # fmt: skip
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(path, figure)
+
+
 def _reach(values: Sequence[float], intervals: Sequence[tuple[float, float] | None]) -> np.ndarray:
     """Distances from each value to the ends of its interval, (2, n), for matplotlib; 0 without an interval."""
     ends = [interval or (value, value) for value, interval in zip(values, intervals, strict=True)]

@@ -10,6 +10,9 @@ from igpt.utils.overrides import format_value
 
 OF_THE_CODE = ("_target_", "_partial_")
 CHOSEN = {"model.name": "model", "objective.name": "objective"}  # setting → its name on the command line
+VARIANT = "variant"  # chosen option that sets others, recorded beside the config
+# settings of a task that a variant sets, or that follow from it (steps: from the operations)
+OF_VARIANTS = ("optimizer", "learning_rate", "schedule", "decay_share", "ema", "gradient_clip", "steps")
 LONGEST = 48  # characters shown of a value
 DATA = ("name", "path", "n_class", "classes", "label_column")  # settings of data that say which images and labels
 
@@ -86,6 +89,19 @@ def _list_data(run: RunRecord) -> dict[str, dict[str, Any]]:
     return {key: dict(of) for key, of in ({"data": data} | of_stages).items() if isinstance(of, dict)}
 
 
+def describe_groups(groups: Sequence[Sequence[RunRecord]]) -> list[dict[str, str]]:
+    """For each group of runs that differ only in seeds, the settings that not all groups have in common, as text.
+
+    Variants are told by their names, as `variant=local`: a name is no setting, so that runs with and without one are
+    the same where their settings are.
+    """
+    settings = []
+    for group in groups:
+        names = [name for run in group if (name := (run.begun.get("of") or {}).get(VARIANT)) is not None]
+        settings.append(({VARIANT: names[0]} if names else {}) | list_settings(group[0]))
+    return list_differing(settings)
+
+
 def list_differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """For each of several settings, the values that not all have in common, as text.
 
@@ -99,11 +115,14 @@ def list_differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]
 
 
 def _is_implied_by(key: str, other: str, values: Mapping[str, Sequence[str]]) -> bool:
-    """Whether `other` determines `key` in `values`: the name or class of its group, or the palette size of the data."""
+    """Whether `other` determines `key` in `values`: the name or class of its group, the palette size of the data, or a
+    variant's name what variants set.
+    """  # fmt: skip
     group, _, last = other.rpartition(".")
+    varied = other == VARIANT and (key.startswith("model.") or key.rpartition(".")[2] in OF_VARIANTS)
     names = last in ("name", "_target_") and key.startswith(f"{group}.")
     colours = key.endswith("tokens.palette.k") and other == f"{key.removesuffix('tokens.palette.k')}data.palette_size"
-    if key == other or not (names or colours):
+    if key == other or not (names or colours or varied):
         return False
     return len(set(zip(values[other], values[key], strict=True))) == len(set(values[other]))
 

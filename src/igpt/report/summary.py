@@ -1,8 +1,9 @@
-"""One number over many runs: mean and spread over seeds, the best first, with the settings that differ."""
+"""Numbers over many runs: mean and spread over seeds, the best first, with the settings that differ."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from scipy.stats import t as student
 
 from igpt.metric.result import Number, find_key
 from igpt.report.closing_table import describe_uncertainty, format_number
+from igpt.report.facts import find_number
 from igpt.report.figures import Point, points_figure
-from igpt.report.groups import group_by_data, group_by_seed, list_differing, list_settings
+from igpt.report.groups import describe_groups, group_by_data, group_by_seed
+from igpt.report.reference import WITHIN, Difference, compare_means, find_reference
 from igpt.report.runs import RunRecord, read_objective, read_runs
 from igpt.utils.overrides import suggest_name
 
@@ -33,6 +36,8 @@ class SeedGroup:
     number: Number  # mean over seeds
     values: tuple[float, ...]  # of each seed
     folders: list[Path]  # in the same order
+    seeds: tuple[int, ...] = ()  # in the same order
+    further: dict[str, tuple[Number, ...]] = field(default_factory=dict)  # number → that of each seed, if all have it
 
     @property
     def mean(self) -> float:
@@ -58,6 +63,10 @@ class SeedGroup:
         """The settings in a line."""
         return " ".join(f"{key}={value}" for key, value in self.settings.items()) or "all alike"
 
+    def average(self, name: str) -> Number | None:
+        """The mean over seeds of a further number; None where not all have it."""
+        return average_seeds(self.further[name]) if name in self.further else None
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -73,27 +82,72 @@ class Summary:
     left_out: dict[Path, str]
     caution: str = ""  # reason why the rows are not comparable, if they are not
     data: str = ""  # the images, where there are summaries of several
+    columns: tuple[str, ...] = ()  # further numbers
+    reference: SeedGroup | None = None  # the row that the others are compared with
 
     @property
     def key(self) -> str:
         """The key to the uncertainties in `table`; "" if there are none."""
-        return describe_uncertainty(row.number for row in self.rows)
+        numbers = [number for row in self.rows for number in (row.number, *map(row.average, self.columns)) if number]
+        key = describe_uncertainty(map(self.shown, numbers))
+        if self.reference is None:
+            return key
+        welch = f"difference: from {self.reference.name}, with the 95 % interval of Welch's t, for each row by itself"
+        return f"{key}; {welch}; {WITHIN}: the interval holds 0"
+
+    def shown(self, number: Number) -> Number:
+        """A mean as `table` shows it: beside further columns with its interval, in place of the deviation."""
+        if not (self.columns or self.reference) or number.deviation is None:
+            return number
+        return replace(number, deviation=None) if number.deviation else Number(number.value, number.unit, number.n)
+
+    def differ(self, row: SeedGroup, name: str) -> Difference | None:
+        """The difference of a row's number from the reference's; None for the reference itself, or without one."""
+        if self.reference in (None, row):
+            return None
+        own, others = (
+            group.values if name == self.metric else tuple(number.value for number in group.further.get(name, ()))
+            for group in (row, self.reference)
+        )
+        lower = is_lower_better(name, self.unit if name == self.metric else self.units[name])
+        return compare_means(own, others, lower_is_better=lower) if own and others else None
+
+    @property
+    def units(self) -> dict[str, str]:
+        """Further number → its unit, "" where no row has it."""
+        averages = {name: [row.further[name][0] for row in self.rows if name in row.further] for name in self.columns}
+        return {name: numbers[0].unit if numbers else "" for name, numbers in averages.items()}
+
+    @property
+    def judged(self) -> list[str]:
+        """The metric and the further numbers of which it is known whether lower or higher is better."""
+        units = {self.metric: self.unit, **self.units}
+        return [name for name, unit in units.items() if unit.startswith((*LOWER, *HIGHER))]
 
 
-def summarize(folders: Sequence[Path], metric: str) -> Summary:
+def summarize(
+    folders: Sequence[Path], metric: str, *, columns: Sequence[str] = (), reference: str | None = None
+) -> Summary:
     """The runs of some directories by `metric`, a key of `numbers` in result.json such as `val/loss_gen`.
+
+    `columns`: further numbers. `reference`: settings of the row that the others are compared with, `KEY=VALUE …`; of
+    several such rows it is the best.
 
     Raises:
         NothingFoundError: no finished run has the metric; the message lists the ones they have.
+        ValueError: no row has the settings of `reference`.
     """
     read = read_runs([Path(folder) for folder in folders])
-    return summarize_runs(read.runs, metric, read.problems)
+    return summarize_runs(read.runs, metric, read.problems, columns=columns, reference=reference)
 
 
-def summarize_runs(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None) -> Summary:
+def summarize_runs(
+    runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None, *,
+    columns: Sequence[str] = (), reference: str | None = None,
+) -> Summary:  # fmt: skip
     """`summarize` for runs that have been read; `left_out`: directory → reason for those that could not be.
 
-    Of a pipeline, `metric` may be the `name` of a number `stage/name` that one stage alone has.
+    Of a pipeline, `metric` may be the `name` of a number `stage/name` that one stage alone has; `columns`, too.
     """
     names = {key for run in runs if (key := find_key(run.result.numbers, metric)) is not None}
     requested, metric = metric, names.pop() if len(names) == 1 else metric
@@ -108,29 +162,41 @@ def summarize_runs(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, 
     groups, repeated = group_by_seed(having)
     left_out |= {older.folder: f"{run.folder.name} is the same run" for older, run in repeated.items()}
     rows = []
-    for group, settings in zip(groups, list_differing([list_settings(group[0]) for group in groups]), strict=True):
+    columns = tuple(dict.fromkeys(name for name in columns if name != metric))
+    for group, settings in zip(groups, describe_groups(groups), strict=True):
         numbers = [run.result.numbers[metric] for run in group]
         values = tuple(number.value for number in numbers)
-        rows.append(SeedGroup(settings, average_seeds(numbers), values, [run.folder for run in group]))
+        of_columns = {name: tuple(filter(None, (find_number(run, name) for run in group))) for name in columns}
+        further = {name: of for name, of in of_columns.items() if len(of) == len(group)}
+        folders, seeds = [run.folder for run in group], tuple(run.config["seed"] for run in group)
+        rows.append(SeedGroup(settings, average_seeds(numbers), values, folders, seeds, further))
     unit = rows[0].number.unit
     lower = is_lower_better(metric, unit)
     why = caution(having, unit)
     if not why:
         rows.sort(key=lambda row: row.mean if lower else -row.mean)
-    return Summary(metric, unit, lower, rows, left_out, why)
+    if reference is None or why:
+        return Summary(metric, unit, lower, rows, left_out, why, columns=columns)
+    beside = rows[find_reference(reference, [row.settings for row in rows])]
+    return Summary(metric, unit, lower, rows, left_out, columns=columns, reference=beside)
 
 
-def summarize_by_data(runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None) -> list[Summary]:
+def summarize_by_data(
+    runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None, *,
+    columns: Sequence[str] = (), reference: str | None = None,
+) -> list[Summary]:  # fmt: skip
     """`summarize_runs` for each group of runs on the same images and labels; `left_out` goes to the first.
 
     Raises:
         NothingFoundError: no run has the metric.
+        ValueError: no row of a group has the settings of `reference`.
     """
     groups = group_by_data([run for run in runs if find_key(run.result.numbers, metric) is not None])
+    summarize_group = partial(summarize_runs, metric=metric, columns=columns, reference=reference)
     if len(groups) < 2:
-        return [summarize_runs(runs, metric, left_out)]
+        return [summarize_group(runs, left_out=left_out)]
     lacking = [run for run in runs if not any(run in group for group in groups.values())]
-    first, *others = (replace(summarize_runs(group, metric), data=label) for label, group in groups.items())
+    first, *others = (replace(summarize_group(group), data=label) for label, group in groups.items())
     more = (left_out or {}) | {run.folder: f"it has no {metric}" for run in lacking}
     return [replace(first, left_out=more | first.left_out), *others]
 
@@ -191,12 +257,29 @@ def describe_direction(result: Summary) -> str:
 
 
 def table(result: Summary) -> list[tuple[str, ...]]:
-    """Rows of text, the heading first: settings, mean with spread, number of seeds, run directory."""
-    heading = ("settings", f"{result.metric}, {result.unit} ({describe_direction(result)})", "seeds", "run")
-    return [
-        heading,
-        *((row.name, format_number(row.number), str(row.n), shorten_folders(row.folders)) for row in result.rows),
-    ]
+    """Rows of text, the heading first: settings, mean with spread, further numbers, number of seeds, run directory.
+
+    Beside a reference, the differences from it follow the numbers of which it is known what is better.
+    """
+    units = {result.metric: f"{result.unit} ({describe_direction(result)})", **result.units}
+    headings = ["settings"]
+    for name, unit in units.items():
+        headings += [", ".join(filter(None, (name, unit)))] + ["difference"] * _has_difference(result, name)
+    lines = [(*headings, "seeds", "run")]
+    for row in result.rows:
+        cells = [row.name]
+        for name in units:
+            number = row.number if name == result.metric else row.average(name)
+            cells.append("–" if number is None else format_number(result.shown(number)))
+            if _has_difference(result, name):
+                difference = result.differ(row, name)
+                cells.append("reference" if row is result.reference else "–" if difference is None else difference.text)
+        lines.append((*cells, str(row.n), shorten_folders(row.folders)))
+    return lines
+
+
+def _has_difference(result: Summary, name: str) -> bool:
+    return result.reference is not None and name in result.judged
 
 
 def shorten_folders(folders: Sequence[Path]) -> str:

@@ -2,14 +2,20 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from igpt.metric.result import find_key
 from igpt.report.bystanders import Bystander
-from igpt.report.closing_table import align_columns
+from igpt.report.closing_table import align_columns, format_markdown
+from igpt.report.equal_loss import build_length_curves, list_answers
+from igpt.report.figures import PlanePoint, curves_figure, plane_figure
+from igpt.report.groups import VARIANT
 from igpt.report.page import link_to, write_html
 from igpt.report.pictures import Picture
+from igpt.report.reference import find_reference
 from igpt.report.runs import read_runs
 from igpt.report.summary import NothingFoundError, Summary, draw, find_common_metric, summarize_by_data, table
 from igpt.utils import files
@@ -17,68 +23,155 @@ from igpt.utils import files
 log = logging.getLogger(__name__)
 
 PICTURE, PAGE, ROWS = "comparison.png", "report.html", "comparison.json"
+MARKDOWN = "comparison.md"
+PLANE = "comparison_plane.png"  # the two first numbers that are judged, one against the other
+TABLE = ("columns", "reference", "cost")  # arguments of `report_sweep` that have defaults
 KEPT = ("settings", "mean", "deviation", "interval", "values")  # fields of a row in ROWS
 
 
-def report_sweep(place: Path, folders: Sequence[Path], *, metric: str, command: str) -> None:
+def check_table(jobs: Sequence[Sequence[str]], *, columns: Any = (), reference: Any = None, cost: Any = None) -> None:
+    """Checks the table's settings before the first job of a sweep; `jobs`: the overrides of each.
+
+    Raises:
+        ValueError: a setting of another type, a `reference` that no job has, or a `cost` without a reference.
+    """
+    if isinstance(columns, str) or not all(isinstance(name, str) for name in columns):
+        raise ValueError(f"hydra.launcher.columns must be a list of numbers, as [probe/val/accuracy], got {columns}")
+    if not isinstance(reference, str | None) or not isinstance(cost, str | None):
+        raise ValueError(f"hydra.launcher.reference and cost must be text, got {reference} and {cost}")
+    if reference is None:
+        if cost is not None:
+            raise ValueError("hydra.launcher.cost is compared with that of a reference: hydra.launcher.reference=…")
+        return
+    settings = [dict(text.lstrip("+").partition("=")[::2] for text in overrides) for overrides in jobs]
+    try:
+        find_reference(reference, settings)
+    except ValueError as error:
+        raise ValueError(f"hydra.launcher.{error}") from error
+
+
+def report_sweep(
+    place: Path, folders: Sequence[Path], *, metric: str, command: str,
+    columns: Sequence[str] = (), reference: str | None = None, cost: str | None = None,
+) -> None:  # fmt: skip
     """Logs tables of the runs by `metric`, the best first; writes pictures, page and JSON into `place`.
 
     Runs on other images or labels are another table. Unfinished runs are left out and listed on the page. Does nothing
     for fewer than two finished runs. Where none has `metric`, the first number in common (`find_common_metric`) stands
-    for it. Errors are only logged, as the runs are saved.
+    for it. `columns`, `reference`: as of `summarize`; a reference that no run has is only logged. `cost`: a further
+    number, of which the share that reaches the reference's metric is told (`igpt.report.equal_loss`). Errors are only
+    logged, as the runs are saved.
     """
     with Bystander("the comparison of this sweep"):
         read = read_runs(list(dict.fromkeys(folders)))
         if read.runs and not any(find_key(run.result.numbers, metric) for run in read.runs):
             metric = find_common_metric(read.runs) or metric
+        columns = [*columns, *([] if cost is None else [cost])]
+        summarize = partial(summarize_by_data, read.runs, metric, read.problems, columns=columns)
         try:
-            summaries = summarize_by_data(read.runs, metric, read.problems)
+            summaries = summarize(reference=reference)
         except NothingFoundError as error:
             log.info("nothing to compare: %s", error)
             return
+        except ValueError as error:
+            log.warning("hydra.launcher.%s", error)
+            summaries = summarize()
         if sum(row.n for result in summaries for row in result.rows) < 2:
             return
-        rows = [
-            {key: getattr(row, key) for key in KEPT} | {"data": result.data, "folders": [*map(str, row.folders)]}
-            for result in summaries
-            for row in result.rows
-        ]
-        record = {"metric": metric, "unit": summaries[0].unit, "rows": rows}
-        pictures = dict(zip(_picture_names(summaries), summaries, strict=True))
+        answers = [[] if cost is None else list_answers(result, cost) for result in summaries]
+        record = {"metric": metric, "unit": summaries[0].unit, "rows": _list_rows(summaries), "equal_metric": answers}
+        pictures = _list_pictures(summaries, cost)
         writers: dict[str, Callable[[Path], object]] = {
-            **{name: partial(draw, result=result) for name, result in pictures.items()},
-            PAGE: partial(write_comparison, summaries=summaries, command=command),
+            **{name: partial(writer, result=result) for name, (result, writer, _) in pictures.items()},
+            PAGE: partial(write_comparison, summaries=summaries, command=command, cost=cost),
             ROWS: partial(files.write_json, value=record),
+            MARKDOWN: partial(_write_markdown, summaries=summaries, answers=answers),
         }
         written = []
         for name, write in writers.items():
             with Bystander(place / name):
                 write(place / name)
                 written.append(name)
-        for name, result in pictures.items():
-            picture = str(place / name) if name in written else ""
-            parts = (result.data, align_columns(table(result)), result.key, result.caution, picture)
-            log.info("%s", "\n".join(filter(None, parts)))
+        for result, answer in zip(summaries, answers, strict=True):
+            drawn = [str(place / name) for name, (of, _, _) in pictures.items() if of is result and name in written]
+            parts = (result.data, align_columns(table(result)), result.key, result.caution)
+            log.info("%s", "\n".join(filter(None, (*parts, align_columns(answer) if answer else "", *drawn))))
         if PAGE in written:
             log.info("%s", place / PAGE)
 
 
-def write_comparison(path: Path, summaries: Sequence[Summary], *, command: str) -> Path:
+def _list_rows(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+    """The rows for ROWS, with the means of the further numbers and the differences from the reference."""
+    rows = []
+    for result in summaries:
+        for row in result.rows:
+            averages = {name: number for name in result.columns if (number := row.average(name)) is not None}
+            differences = {name: of for name in result.judged if (of := result.differ(row, name)) is not None}
+            rows.append(
+                {key: getattr(row, key) for key in KEPT}
+                | {"data": result.data, "folders": [*map(str, row.folders)]}
+                | {"numbers": {name: asdict(number) for name, number in averages.items()}}
+                | {"differences": {name: asdict(of) | {"verdict": of.verdict} for name, of in differences.items()}}
+            )
+    return rows
+
+
+def write_comparison(path: Path, summaries: Sequence[Summary], *, command: str, cost: str | None = None) -> Path:
     """Writes the page of a sweep, each row linked to the page of its first run; returns its path."""
-    rows = [[(row, link_to(path, row.folders[0])) for row in result.rows] for result in summaries]
     pictures = [
-        Picture(
-            "Pictures",
-            ", ".join(filter(None, (f"{result.metric} of each setting", result.data))),
-            path.parent / name,
-            name,
-        )
-        for name, result in zip(_picture_names(summaries), summaries, strict=True)
+        Picture("Pictures", ", ".join(filter(None, (caption, result.data))), path.parent / name, name)
+        for name, (result, _, caption) in _list_pictures(summaries, cost).items()
     ]
-    tables = [*zip(summaries, rows, strict=True)]
+    links = [[link_to(path, row.folders[0]) for row in result.rows] for result in summaries]
+    answers = [[] if cost is None else list_answers(result, cost) for result in summaries]
+    tables = [*zip(summaries, map(table, summaries), links, answers, strict=True)]
     return write_html(path, "comparison.html", pictures, tables=tables, command=command)
 
 
-def _picture_names(summaries: Sequence[Summary]) -> list[str]:
-    """`comparison.png`, `comparison_2.png` …."""
-    return [PICTURE, *(f"comparison_{i}.png" for i in range(2, len(summaries) + 1))]
+def _write_markdown(path: Path, summaries: Sequence[Summary], answers: Sequence[Sequence[Sequence[str]]]) -> None:
+    """Writes the tables without the run directories, for a document."""
+    blocks = []
+    for result, answer in zip(summaries, answers, strict=True):
+        lines = [line[:-1] for line in table(result)]
+        blocks += [result.data, format_markdown(lines), result.key, result.caution]
+        blocks += [format_markdown(answer)] if answer else []
+    with files.atomic_write(path) as file:
+        file.write(("\n\n".join(filter(None, blocks)) + "\n").encode())
+
+
+def draw_plane(path: Path, result: Summary) -> None:
+    """Writes the two first judged numbers of each row, one against the other, with their 95 % intervals."""
+    x_name, y_name = result.judged[:2]
+    units = {result.metric: result.unit, **result.units}
+    points = []
+    for row in result.rows:
+        x, y = (row.number if name == result.metric else row.average(name) for name in (x_name, y_name))
+        if x is not None and y is not None:
+            name = row.settings.get(VARIANT, row.name) if len(row.settings) == 1 else row.name
+            points.append(PlanePoint(name, x.value, y.value, x.confidence_interval, y.confidence_interval))
+    x_label, y_label = (f"{name}, {units[name]}" for name in (x_name, y_name))
+    plane_figure(path, points, x_label=f"{x_label} (bars: 95 % intervals)", y_label=y_label)
+
+
+def draw_lengths(path: Path, result: Summary, cost: str) -> None:
+    """Writes the curves of `build_length_curves`."""
+    curves_figure(path, build_length_curves(result, cost))
+
+
+def _list_pictures(
+    summaries: Sequence[Summary], cost: str | None
+) -> dict[str, tuple[Summary, Callable[..., None], str]]:
+    """Name → (summary, its writer, caption): `comparison.png`, `comparison_2.png` …, and `comparison_plane.png` ….
+
+    The latter for two judged numbers and several rows; with a cost, the curves over it.
+    """
+    pictures: dict[str, tuple[Summary, Callable[..., None], str]] = {}
+    for i, result in enumerate(summaries, 1):
+        suffix = f"_{i}.png" if i > 1 else ".png"
+        pictures[PICTURE.replace(".png", suffix)] = result, draw, f"{result.metric} of each setting"
+        plane = PLANE.replace(".png", suffix)
+        if cost is not None:
+            pictures[plane] = result, partial(draw_lengths, cost=cost), f"{result.metric} over {cost}"
+        elif len(result.judged) > 1 and len(result.rows) > 1 and not result.caution:
+            pictures[plane] = result, draw_plane, f"{result.judged[1]} against {result.judged[0]}"
+    return pictures

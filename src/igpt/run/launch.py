@@ -37,6 +37,7 @@ from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import resolve_run_dir, resume_command
 from igpt.run.saved_overrides import record_overrides, search_path_arguments
 from igpt.run.targets import checked_task
+from igpt.run.variants import apply_variant
 from igpt.settings.run import check_structure
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.training.plan import plan_run, plan_tokenizer
@@ -136,6 +137,7 @@ def build_components(*overrides: str, conf: Path | str = "conf") -> Components:
         ValueError: bad input, with the command's one-line message.
     """
     with _composed(overrides, conf) as (cfg, hydra_cfg, arguments):
+        apply_variant(cfg, arguments)
         run = RunConfig(cfg, dict(hydra_cfg.runtime.choices))
         resolve_steps(run, arguments)
         return Components(run)
@@ -166,6 +168,7 @@ def launch(
     """
     check_structure(to_dict(cfg, resolve=False))
     resolve_paths(cfg)
+    apply_variant(cfg, overrides)
     if not cfg.task.requires:
         # `task=report` has no run directory, it writes into finished ones
         if cfg.resume not in (None, "auto"):

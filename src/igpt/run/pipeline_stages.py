@@ -105,6 +105,7 @@ def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> Sta
         if not isinstance(option, str) or not OPTION.fullmatch(option):
             raise ValueError(f"{where}.{group} must be the name of an option, as in conf/{group}/, got {option!r}")
     overrides = [f"{group}={option}" for group, option in chosen.items()]
+    overrides += [f"variant={variant}"] if (variant := run.choices.get("variant")) else []  # of a stage's own model
     fresh = hydra.compose("config", overrides=overrides, return_hydra_config=True)
     choices = dict(fresh.hydra.runtime.choices)
     cfg = run.cfg.copy()

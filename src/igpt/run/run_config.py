@@ -151,10 +151,11 @@ class RunConfig:
 
     @property
     def subject(self) -> dict[str, str]:
-        """The names of model, data and objective, and the chosen option of `data`."""
+        """The names of model, data and objective, and the chosen options of `data` and, if there is one, `variant`."""
         objective = self.objective_settings["name"]
         names = {"model": self.model_name, "data": self.data_name, "objective": objective}
-        return {**names, "data_option": self.choices["data"]}
+        variant = {"variant": chosen} if (chosen := self.choices.get("variant")) else {}
+        return {**names, "data_option": self.choices["data"], **variant}
 
     @property
     def name(self) -> str:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from igpt.distributed.launcher import SWEEP
 from igpt.distributed.process_state import environment
 from igpt.report.bystanders import Bystander
-from igpt.report.sweep_report import report_sweep
+from igpt.report.sweep_report import TABLE, report_sweep
 from igpt.run.logs import refuse, set_up_logging
 from igpt.run.sweep import format_command
 from igpt.utils import files
@@ -197,7 +197,9 @@ def _search(
     except OSError as error:
         refuse(str(error))
     folders = [Path(folder) for folder in tried if folder]
-    report_sweep(place, folders, metric=config.hydra.launcher.metric, command=format_command())
+    launcher = config.hydra.launcher
+    table = {key: launcher[key] for key in TABLE if key in launcher}
+    report_sweep(place, folders, metric=launcher.metric, command=format_command(), **table)
 
 
 def _loss(config: DictConfig, job: JobReturn, direction: str) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 from hydra.core.utils import JobReturn, JobStatus
@@ -26,7 +26,7 @@ from igpt.distributed.signals import STOPPED
 from igpt.metric.result import find_key
 from igpt.report.bystanders import Bystander
 from igpt.report.closing_table import align_columns, read_text
-from igpt.report.sweep_report import report_sweep
+from igpt.report.sweep_report import check_table, report_sweep
 from igpt.run.arguments import resolve_paths
 from igpt.run.finished import complete_finished
 from igpt.run.logs import log_file, refuse, set_up_logging
@@ -34,6 +34,7 @@ from igpt.run.operations import resolve_steps
 from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import find_run_dir
 from igpt.run.saved_overrides import search_path_arguments
+from igpt.run.variants import apply_variant
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,11 @@ class Job:
 
 
 def launch(
-    sweep: DictConfig, configs: Sequence[DictConfig], *, first: int, n_jobs: int | None, metric: str
+    sweep: DictConfig, configs: Sequence[DictConfig], *, first: int, n_jobs: int | None, metric: str, **table: Any
 ) -> list[JobReturn]:
     """Runs the unfinished jobs of a sweep, logs a table of all jobs, and returns their metrics.
+
+    `table`: further settings of `report_sweep`, which compares the runs at the end.
 
     The same command continues an interrupted sweep: finished jobs are skipped, started ones resume, failed ones run
     again. A failed job does not stop the sweep or a sweeper's later jobs; the command's exit code is 1 then.
@@ -92,6 +95,8 @@ def launch(
         _predict_folders(jobs, configs)
         if n_jobs is not None and n_jobs < 1:
             raise ValueError(f"hydra.launcher.n_jobs starts at 1, or null, got {n_jobs}")
+        if SWEEP not in os.environ:  # a search checks nothing of jobs that it does not know yet
+            check_table([job.overrides for job in jobs], **table)
         gpus = _share_gpus(jobs, configs)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0), log_file(folder / "log.txt"):
@@ -99,7 +104,8 @@ def launch(
                 OmegaConf.save(sweep, folder / "multirun.yaml")  # Hydra's config of the sweep
             _load_finished(jobs, configs, metric, sweep=_name_sweep(folder))
             at_once = n_jobs or max(1, len(gpus) // max(job.n_process for job in jobs))
-            received = Sweep(folder, jobs, gpus=gpus, n_jobs=at_once, metric=metric).run(_build_command(configs[0]))
+            running = Sweep(folder, jobs, gpus=gpus, n_jobs=at_once, metric=metric, table=table)
+            received = running.run(command=_build_command(configs[0]))
     except Timeout:
         refuse(f"{folder} is in use: the same sweep is running")
     except (ValueError, OSError) as error:
@@ -121,6 +127,7 @@ class Sweep:
     gpus: list[str]
     n_jobs: int
     metric: str
+    table: dict[str, Any]  # further settings of `report_sweep`
 
     def __post_init__(self) -> None:
         self._jobs_path = self.folder / "jobs.json"
@@ -161,7 +168,7 @@ class Sweep:
         log.info("%d jobs: %s\n%s", len(states), counts, self._format_table())
         folders = [Path(job.folder) for job in self.jobs if job.folder is not None and job.state in (FINISHED, FAILED)]
         if SWEEP not in os.environ:  # a search compares its jobs at its end
-            report_sweep(self.folder, folders, metric=self.metric, command=format_command())
+            report_sweep(self.folder, folders, metric=self.metric, command=format_command(), **self.table)
         return children.received_signal
 
     def _start(self, job: Job, children: Children, command: Sequence[str]) -> Child:
@@ -283,6 +290,7 @@ def _predict_folders(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None
             continue  # a new directory
         try:
             config = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+            apply_variant(config, job.overrides)
             run = RunConfig(config, dict(cfg.hydra.runtime.choices))
             resolve_steps(run)
             job.folder = str(find_run_dir(run).path.absolute())

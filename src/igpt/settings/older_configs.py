@@ -51,9 +51,12 @@ class Changes:
     joined: Mapping[str, Joined] = field(default_factory=dict)  # key of the new list → its old switches
     renamed: Mapping[str, str | None] = field(default_factory=dict)  # old key → new key; None: removed
     added: Mapping[str, tuple[str, Any, Any]] = field(default_factory=dict)
-    # new key → (another key, its value or ...: any, value of the new key in such a config)
+    # new key → (another key, its value, several in a tuple, or ...: any, value of the new key in such a config)
 
 
+# choices of a network that releases before version 4 had not
+NETWORK: dict[str, str | bool | None] = {"attention": "full", "activation": "quick_gelu", "radius": None, "stride": None}
+NETWORK |= dict.fromkeys(("relative_bias", "qk_norm", "value_residual"), False)
 TABLE: dict[int, Changes] = {
     2: Changes(
         targets={
@@ -98,19 +101,20 @@ TABLE: dict[int, Changes] = {
     4: Changes(
         added={
             "task.operations": ("task._target_", "igpt.task.pretrain.run", None),
+            "task.schedule": ("task._target_", "igpt.task.pretrain.run", "cosine"),
+            "task.decay_share": ("task._target_", "igpt.task.pretrain.run", None),
+            "task.cooled_at": ("task._target_", "igpt.task.pretrain.run", []),
+            "task.ema": ("task._target_", "igpt.task.pretrain.run", None),
+            "task.gradient_clip": ("task._target_", ("igpt.task.pretrain.run", "igpt.task.finetune.run"), None),
             **{
                 f"model.{key}": ("model._target_", "igpt.model.config.GPTConfig", value)
-                for key, value in {
-                    "relative_bias": False,
-                    "attention": "full",
-                    "radius": None,
-                    "stride": None,
-                    "qk_norm": False,
-                    "value_residual": False,
-                    "activation": "quick_gelu",
-                }.items()
+                for key, value in NETWORK.items()
             },
+<<<<<<< HEAD
         }
+=======
+        },
+>>>>>>> w24-study
     ),
 }
 NOW_SCRIPTS = {"task=trace": "python benchmarks/trace_network.py INIT TOKENS.npy"}
@@ -267,7 +271,8 @@ def _changed(settings: Flat, changes: Changes) -> Flat:
     }
     for key, (other, expected, meant) in changes.added.items():
         for path, value in list(now.items()):
-            if (match := _match(path, other)) and not match[1] and expected in (..., value):
+            values = expected if isinstance(expected, tuple) else (expected,)
+            if (match := _match(path, other)) and not match[1] and (... in values or value in values):
                 now.setdefault(_beside(other, key, match[0]), meant)
     return now
 

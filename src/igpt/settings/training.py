@@ -55,7 +55,39 @@ class PretrainSettings(AdamSettings):
     optimizer: Literal["adam", "muon"]
     val_every: WholeNumber  # optimiser steps; 0: only at the end
     operations: Positive | None  # FLOP of the whole training; null once they have decided `steps`
+    schedule: Literal["cosine", "wsd"]
+    decay_share: Share | None  # of the steps up to a cooled one, in which the rate falls to zero; wsd's alone
+    ema: Decay | None  # of the average of the weights over optimiser steps; None: no average
+    gradient_clip: Positive | None  # largest norm of a step's gradient
+    cooled_at: list[Count]  # optimiser steps before the last at which the rate of wsd has fallen to zero
     length: ClassVar[str] = "task.steps or task.operations"
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> "PretrainSettings":
+        if self.schedule == "cosine":
+            if self.decay_share is not None or self.cooled_at:
+                raise ValueError(
+                    "task.decay_share and task.cooled_at are settings of task.schedule=wsd, got task.schedule=cosine: "
+                    "choose wsd, or leave them out"
+                )
+            return self
+        if self.decay_share is None:
+            raise ValueError("task.schedule=wsd needs task.decay_share, the share of the steps that cools, as 0.2")
+        before, of_before = self.warmup_steps, f"the warm-up (task.warmup_steps {self.warmup_steps})"
+        for end in (*self.cooled_at, self.steps):
+            key = "task.steps" if end == self.steps else "task.cooled_at"
+            if end <= before or end > self.steps:
+                raise ValueError(
+                    f"task.cooled_at {self.cooled_at} must rise, from above task.warmup_steps {self.warmup_steps} to "
+                    f"below task.steps {self.steps}"
+                )
+            if end * (1 - self.decay_share) < before:
+                raise ValueError(
+                    f"{key} {end}: its cool-down, the last {self.decay_share:g} of the steps, would begin before "
+                    f"{of_before} has ended: lower task.decay_share, or cool later"
+                )
+            before, of_before = end, f"the one to task.cooled_at {end}"
+        return self
 
 
 class TokenizerTaskSettings(AdamSettings):
@@ -71,6 +103,7 @@ class TokenizerTaskSettings(AdamSettings):
 class FinetuneSettings(AdamSettings):
     """`task=finetune`. Recipe: Chen et al. 2020, §2.3 and §3.1."""
 
+    gradient_clip: Positive | None  # largest norm of a step's gradient
     loss_weights: LossWeights
     eval_masks: Count
     val_every: Count  # optimiser steps

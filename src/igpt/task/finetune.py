@@ -122,7 +122,7 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
         runner.folder, settings, trained.guard, keep=settings.checkpoint_keep, val_every=settings.val_every,
         monitor="val/accuracy", highest=True, patience=settings.patience,
     )  # fmt: skip
-    progress = runner.fit(trained, data, settings, saving)
+    progress = runner.fit(trained, data, settings, saving, gradient_clip=settings.gradient_clip)
     saving.restore_best(trained, trained.history["val/accuracy"][-1][0])
     best = ranks.broadcast_from_rank0(lambda: read_best(runner.folder))
     assert best is not None, "FinetuneSettings has seen to it that a validation is reached"

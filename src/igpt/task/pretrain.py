@@ -22,6 +22,7 @@ from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import full_state
+from igpt.training.ema import WeightAverage
 from igpt.training.optimizers import every_step, make_optimizer, make_scheduler
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,10 @@ class PretrainModule(TrainedModule):
         self.n_weight = sum(weight.numel() for weight in meta_model(components.network).parameters())
         self.n_shardable: int | None = self.n_weight
         self.score = GenerativeScore(self.objective, choose_units(components, "val"))
+        self.score_of_average = GenerativeScore(self.objective)
         self.net: GPT | None = None
+        self.average: WeightAverage | None = None  # of the weights, where there is `task.ema`
+        self._saved_average: dict[str, Tensor] | None = None  # of the checkpoint
 
     def configure_model(self) -> None:
         if self.net is not None:
@@ -69,8 +73,13 @@ class PretrainModule(TrainedModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         assert self.net is not None
-        optimizer = make_optimizer(self.settings.optimizer, self.net, **self.settings.adam)
-        return every_step(make_scheduler(optimizer, warmup_steps=self.settings.warmup_steps, steps=self.steps))
+        settings = self.settings
+        optimizer = make_optimizer(settings.optimizer, self.net, **settings.adam)
+        schedule = make_scheduler(
+            optimizer, warmup_steps=settings.warmup_steps, steps=self.steps, decay_share=settings.decay_share,
+            cooled_at=settings.cooled_at,
+        )  # fmt: skip
+        return every_step(schedule)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.net is not None
@@ -79,18 +88,39 @@ class PretrainModule(TrainedModule):
         loss = self.objective.loss(self.net(tokens, visible), tokens, visible)  # nats per token
         return self.accumulate(loss, {"loss_gen": loss})
 
+    def on_fit_start(self) -> None:
+        if self.settings.ema is not None:
+            assert self.net is not None
+            self.average = WeightAverage(self.net, self.settings.ema, self._saved_average)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            assert self.net is not None
+            self.average.update(self.net, self.global_step)  # which counts this step later
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.net is not None
         self.score.add(self.net, batch)
+        if self.average is not None:
+            with self.average.applied(self.net):
+                self.score_of_average.add(self.net, batch)
 
     def on_validation_epoch_end(self) -> None:
         numbers = self.score.numbers("val", self.trainer, self.n_val)
-        self.finish_validation(numbers, ["val/loss_gen", *(f"val/{unit.key}" for unit in self.score.units)])
+        curves = ["val/loss_gen", *(f"val/{unit.key}" for unit in self.score.units)]
+        if self.average is not None:
+            of_average = self.score_of_average.numbers("val", self.trainer, self.n_val)
+            numbers["val/loss_gen_ema"] = of_average["val/loss_gen"]
+            curves.append("val/loss_gen_ema")
+        self.finish_validation(numbers, curves)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["format"] = igpt_format.FORMAT
         checkpoint[igpt_format.METADATA_KEY] = self.components.checkpoint_metadata(step=self.global_step).to_dict()
+        if self.average is not None:
+            checkpoint["ema"] = dict(self.average.weights)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         path = Path(self.trainer.ckpt_path or "")
@@ -99,6 +129,7 @@ class PretrainModule(TrainedModule):
         check_equal("objective", saved.objective, expected.objective, path)
         check_equal("tokenizer", saved.tokenizer.hash, expected.tokenizer.hash, path)
         super().on_load_checkpoint(checkpoint)
+        self._saved_average = checkpoint.get("ema")
 
 
 def run(components: Components, settings: PretrainSettings) -> Result:
@@ -108,6 +139,11 @@ def run(components: Components, settings: PretrainSettings) -> Result:
         raise ValueError(
             f"task.optimizer=muon works on whole matrices, trainer={hardware.strategy} takes them apart: choose "
             "task.optimizer=adam, or trainer=ddp"
+        )
+    if hardware.is_sharded and settings.ema is not None:
+        raise ValueError(
+            f"task.ema averages whole weights, trainer={hardware.strategy} takes them apart: choose task.ema=null, or "
+            "trainer=ddp"
         )
     data = components.build_datamodule(plan=hardware.train_batch_layout(settings.batch_size))
     n_val = len(data.source.split("val"))
@@ -119,12 +155,19 @@ def run(components: Components, settings: PretrainSettings) -> Result:
     runner = components.runner  # which starts the loggers
     module = PretrainModule(components, settings, n_val=n_val)
     saving = Checkpoints(
-        runner.folder, settings, module.guard, keep=settings.checkpoint_keep, val_every=settings.val_every
-    )
-    progress = runner.fit(module, data, settings, saving)
+        runner.folder, settings, module.guard, keep=settings.checkpoint_keep, val_every=settings.val_every,
+        cooled_at=settings.cooled_at,
+    )  # fmt: skip
+    progress = runner.fit(module, data, settings, saving, gradient_clip=settings.gradient_clip)
     assert module.net is not None
     state = full_state(module.net) if hardware.zero_stage else module.net.state_dict()
-    save_model(runner.folder / "model", state, components.checkpoint_metadata(step=progress.step))
+    metadata = components.checkpoint_metadata(step=progress.step)
+    save_model(runner.folder / "model", state, metadata)
+    averaged = {}
+    if module.average is not None:
+        averaged["model_ema"] = Path("model_ema")
+        save_model(runner.folder / "model_ema", {**state, **module.average.weights}, metadata)
+        log.info("the averaged weights are in init=%s", runner.folder / "model_ema")
     if hardware.zero_stage:
         ranks.barrier()  # until rank 0 has written it
         module.load_full_model(read_model(runner.folder / "model"))
@@ -141,7 +184,7 @@ def run(components: Components, settings: PretrainSettings) -> Result:
             "train/peak_memory": progress.peak_memory,
         },
         curves=module.curves(),
-        files={"model": Path("model"), "checkpoints": Path("checkpoints")},
+        files={"model": Path("model"), **averaged, "checkpoints": Path("checkpoints")},
         provenance={
             "step": progress.step,
             "seed": components.seed,

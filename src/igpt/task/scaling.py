@@ -46,9 +46,12 @@ def run(components: Components, settings: ScalingSettings) -> Result:
         metadata = checkpoints[-1].metadata
         if (metadata.tokenizer.hash, metadata.objective) != (tokenizer, cache_key["objective"]):
             raise ValueError(f"task.runs: {path} has another tokenizer or objective: losses cannot be compared")
-        data = read_record(Path(path) / "run.json")["config"].get("data", {})
-        if other := split_differences(cache_key["data"], data):
+        config = read_record(Path(path) / "run.json")["config"]
+        if other := split_differences(cache_key["data"], config.get("data", {})):
             raise ValueError(f"task.runs: {path} held out other images (data.{', data.'.join(other)})")
+        if cooled := config["task"].get("cooled_at"):  # the others are not comparable: their rate was high
+            ends = {*cooled, config["task"]["steps"]}
+            every[path] = [each for each in checkpoints if each.metadata.step in ends] or checkpoints
     names = {path: checkpoints[-1].metadata.model for path, checkpoints in every.items()}
     if len(set(names.values())) < len(names):  # several runs of one size
         names = {path: f"{name}, seed {every[path][-1].metadata.seed}" for path, name in names.items()}

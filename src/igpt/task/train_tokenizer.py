@@ -31,7 +31,7 @@ from igpt.tokens.vqvae_tokenizer import VQVAETokenizer
 from igpt.training.base_module import UNITS, TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.hardware import HardwareConfig
-from igpt.training.optimizers import every_step, make_adam, warmup_linear
+from igpt.training.optimizers import every_step, make_adam, warmup_stable_decay
 from igpt.training.plan import count_vqvae_cost
 from igpt.utils import keyed
 
@@ -78,7 +78,7 @@ class VQVAEModule(TrainedModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_adam(self.network.parameters(), **self.settings.adam)
         warmup_steps, decay_share = self.settings.warmup_steps, self.settings.decay_share
-        schedule = partial(warmup_linear, warmup_steps=warmup_steps, steps=self.steps, decay_share=decay_share)
+        schedule = partial(warmup_stable_decay, warmup_steps=warmup_steps, decay_share=decay_share, ends=(self.steps,))
         return every_step(LambdaLR(optimizer, schedule))
 
     def measure_error(self, images: Tensor, target: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 
 UNTIMED, TIMED = 3, 5  # warm-up steps that are not timed; steps timed after them
 UNITS = {
-    "loss_gen": "nats/token", "loss_clf": "nats/image", "accuracy": "share", "loss": "nats",
-    "bits_per_pixel": "bits/pixel", **{key: unit for key, unit, _ in (PER_DIM, PER_DIM_OF_THESE_PIXELS)},
+    "loss_gen": "nats/token", "loss_gen_ema": "nats/token", "loss_clf": "nats/image", "loss": "nats",
+    "accuracy": "share", "bits_per_pixel": "bits/pixel",
+    **{key: unit for key, unit, _ in (PER_DIM, PER_DIM_OF_THESE_PIXELS)},
 }  # fmt: skip
 
 

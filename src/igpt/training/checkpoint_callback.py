@@ -2,6 +2,7 @@
 
 import logging
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class FinishedStepMarker(L.Callback):
 class Checkpoints(L.Callback):
     """Saves every `checkpoint_every` steps, at the best validation and at the end; keeps the best and `keep` newest.
 
+    The steps `cooled_at`, at which the learning rate has fallen to zero, are saved as well, and always kept.
     Best is the highest or lowest of the module's `numbers[monitor]`. Training ends after `patience` validations without
     an improvement. After a stop signal, the current optimiser step and its validation are finished, then the state is
     saved. Before an exception ends the run, the last finished step is saved.
@@ -69,7 +71,9 @@ class Checkpoints(L.Callback):
         highest: bool = False,
         patience: int | None = None,
         finite: bool = True,
+        cooled_at: Sequence[int] = (),
     ) -> None:
+        self.cooled_at = frozenset(cooled_at)
         self.finite = finite  # require finite weights; False where heads of too high a rate may diverge
         self.monitor, self.sign, self.patience = monitor, -1.0 if highest else 1.0, patience
         self.guard, self.stop = guard, StopRequest()
@@ -195,7 +199,7 @@ class Checkpoints(L.Callback):
             trainer.strategy.save_checkpoint(checkpoint, path)
             if written.write_error is not None:
                 raise written.write_error
-        mark_latest(path, keep=self.keep)
+        mark_latest(path, keep=self.keep, kept=self.cooled_at)
         self._saved = step, self.stopped_by
 
     def _record_early_stop(self, trainer: L.Trainer) -> None:
@@ -214,8 +218,9 @@ class Checkpoints(L.Callback):
 
     def _finish_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         stop = self.stopping.update(self.stop.number)
-        if trainer.global_step % self.every == 0 or stop:
-            self._save(trainer, module, needed=stop > 0)
+        is_cooled = trainer.global_step in self.cooled_at
+        if trainer.global_step % self.every == 0 or is_cooled or stop:
+            self._save(trainer, module, needed=is_cooled or stop > 0)
         if stop and trainer.global_step < trainer.max_steps:
             raise StoppedError(signal.Signals(stop), trainer.global_step)
 
@@ -243,7 +248,7 @@ class Checkpoints(L.Callback):
             try:
                 if best is not None:
                     mark_best(path, name=self.monitor, value=best)
-                mark_latest(path, keep=self.keep)
+                mark_latest(path, keep=self.keep, kept=self.cooled_at)
             except OSError as error:
                 written.write_error = error
         refused = ranks.broadcast_from_rank0(lambda: None if written.write_error is None else str(written.write_error))

@@ -1,7 +1,7 @@
 """Optimisers (the paper's Adam, and Muon) and the learning-rate schedule."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,15 @@ def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def warmup_linear(step: int, *, warmup_steps: int, steps: int, decay_share: float) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then the peak, then linear to 0 at `steps`.
+def warmup_stable_decay(step: int, *, warmup_steps: int, decay_share: float, ends: Sequence[int]) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then the peak, and linear to 0 at each of `ends`.
 
-    `decay_share`: the share of all steps in which it falls.
+    After each but the last, the training's, it returns to the peak at once. `decay_share`: the share of the steps up to
+    an end in which it falls. Sources: Hu et al. 2024, "MiniCPM" (WSD); Wen et al. 2024, "Understanding
+    warmup-stable-decay learning rates: a river valley loss landscape view" (several ends: WSD-S).
     """
-    return min(1.0, (step + 1) / max(1, warmup_steps), (steps - step) / max(1.0, decay_share * steps))
+    end = next((end for end in ends if step < end), ends[-1])
+    return min(1.0, (step + 1) / max(1, warmup_steps), (end - step) / max(1.0, decay_share * end))
 
 
 def make_adam(
@@ -71,9 +74,24 @@ def make_optimizer(name: str, net: nn.Module, **settings: float) -> Optimizer:
     return MuonAdam(net, **settings) if name == "muon" else make_adam(net.parameters(), **settings)
 
 
-def make_scheduler(optimizer: Optimizer, *, warmup_steps: int, steps: int) -> LambdaLR:
-    """A scheduler that multiplies the optimiser's rate by `warmup_cosine`."""
-    return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup_steps, steps=steps))
+def make_scheduler(
+    optimizer: Optimizer,
+    *,
+    warmup_steps: int,
+    steps: int,
+    decay_share: float | None = None,
+    cooled_at: Sequence[int] = (),
+) -> LambdaLR:
+    """A scheduler that multiplies the optimiser's rate by `warmup_cosine`; with a `decay_share` by
+    `warmup_stable_decay`, whose ends are the steps `cooled_at` and the last.
+    """
+    if decay_share is None:
+        return LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup_steps=warmup_steps, steps=steps))
+    share, ends = decay_share, (*cooled_at, steps)
+    return LambdaLR(
+        optimizer,
+        lambda step: warmup_stable_decay(step, warmup_steps=warmup_steps, decay_share=share, ends=ends),
+    )
 
 
 def every_step(schedule: LambdaLR) -> OptimizerLRScheduler:

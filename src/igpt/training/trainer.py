@@ -57,14 +57,20 @@ class Runner:
         return broadcast_from_rank0(lambda: latest_checkpoint(self.folder))
 
     def fit(
-        self, module: L.LightningModule, data: L.LightningDataModule, settings: TrainingSettings, saving: Checkpoints
+        self,
+        module: L.LightningModule,
+        data: L.LightningDataModule,
+        settings: TrainingSettings,
+        saving: Checkpoints,
+        *,
+        gradient_clip: float | None = None,
     ) -> Progress:
         """Trains for `settings.steps` optimiser steps, resuming from the newest checkpoint of the run directory if any.
 
         Callbacks other than observers are called before a checkpoint is saved, which therefore holds what they did.
 
         The run is one Lightning epoch over an infinite loader. `saving.val_every` 0: no validation during training.
-        Signals are recorded in `saving.stop` meanwhile.
+        Signals are recorded in `saving.stop` meanwhile. `gradient_clip`: largest norm of a step's gradient.
         """
         if self.machine.is_sharded and getattr(module, "n_shardable", None) is None:
             raise ValueError(
@@ -83,6 +89,7 @@ class Runner:
             limit_val_batches=1.0 if val_every else 0,
             num_sanity_val_steps=0,
             log_every_n_steps=settings.log_every,
+            gradient_clip_val=gradient_clip,
             logger=[guard(logger) for logger in self.loggers],
             callbacks=[
                 saving.marker,

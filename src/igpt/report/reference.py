@@ -1,0 +1,78 @@
+"""Differences between means over seeds and those of a reference: Welch's interval, and a verdict."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import ttest_ind
+
+from igpt.utils.overrides import escape_text
+
+WITHIN = "within the spread"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean minus the reference's."""
+
+    value: float
+    interval: tuple[float, float] | None  # 95 % confidence interval; None: one of the two has a single seed
+    lower_is_better: bool
+
+    @property
+    def verdict(self) -> str:
+        """`better` or `worse` where the interval lies on one side of 0."""
+        if self.interval is None:
+            return "one seed"
+        low, high = self.interval
+        if low <= 0 <= high:
+            return WITHIN
+        return "better" if (high < 0) == self.lower_is_better else "worse"
+
+    @property
+    def text(self) -> str:
+        """`-0.0120 [-0.0190, -0.0050] better`."""
+        around = "" if self.interval is None else " [{:+.4f}, {:+.4f}]".format(*self.interval)
+        return f"{self.value:+.4f}{around} {self.verdict}"
+
+
+def compare_means(values: Sequence[float], reference: Sequence[float], *, lower_is_better: bool) -> Difference:
+    """The difference of two means, with the 95 % interval of Welch's t (seeds independent, spreads unequal)."""
+    difference = float(np.mean(values) - np.mean(reference))
+    if min(len(values), len(reference)) < 2:
+        return Difference(difference, None, lower_is_better)
+    if np.ptp(values) == np.ptp(reference) == 0:  # Welch's degrees of freedom are 0 / 0
+        return Difference(difference, (difference, difference), lower_is_better)
+    low, high = ttest_ind(values, reference, equal_var=False).confidence_interval()
+    return Difference(difference, (float(low), float(high)), lower_is_better)
+
+
+def find_reference(reference: str, rows: Sequence[Mapping[str, str]]) -> int:
+    """The first of several rows (setting → value) with all settings of `reference`, `KEY=VALUE KEY=VALUE,OR_VALUE`.
+
+    Raises:
+        ValueError: no such row, or another form.
+    """
+    wanted = parse_reference(reference)
+    for i, settings in enumerate(rows):
+        if all(any(_is_same(settings.get(key), value) for value in values) for key, values in wanted.items()):
+            return i
+    there = "; ".join(dict.fromkeys(" ".join(f"{k}={v}" for k, v in row.items() if k in wanted) for row in rows))
+    raise ValueError(f"reference={escape_text(reference)!r} names no row" + (f"; there are {there}" if there else ""))
+
+
+def parse_reference(reference: str) -> dict[str, list[str]]:
+    """Setting → values, each of which will do. Raises ValueError for another form than `KEY=VALUE KEY=VALUE,OR_VALUE`.
+    """  # fmt: skip
+    pairs = [part.partition("=") for part in reference.split()]
+    if not pairs or not all(key and value for key, _, value in pairs):
+        raise ValueError(f"reference must be settings of a row, as in 'variant=paper', got {escape_text(reference)!r}")
+    return {key: value.split(",") for key, _, value in pairs}
+
+
+def _is_same(shown: str | None, wanted: str) -> bool:
+    """Whether two texts are the same value: 3e-3 is 0.003."""
+    try:
+        return shown == wanted or float(shown or "") == float(wanted)
+    except ValueError:
+        return False
