@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -306,7 +306,7 @@ class Components:
             saved = metadata.network
             tokenizer = metadata.tokenizer
             network = self._network(tokenizer.grid, tokenizer.order, tokenizer.n_vocab)
-            igpt_format.check_equal("network", saved.to_dict(), {**network.to_dict(), "causal": saved.causal}, folder)
+            igpt_format.check_equal("network", asdict(saved), {**asdict(network), "causal": saved.causal}, folder)
         if not takes("objective"):
             igpt_format.check_equal("objective", metadata.objective, self.run.objective_settings, folder)
         if takes("tokens"):
