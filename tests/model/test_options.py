@@ -126,6 +126,18 @@ def test_masked_networks_have_the_options(option: str) -> None:
         assert not torch.equal(net(tokens)[:, -3], before[:, -3])
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "blocks", "bmm"])
+def test_a_batch_without_images(backend: str) -> None:
+    """Invariant: a rank that has no image left of a validation computes with the others, under any backend."""
+    for option in OPTIONS:
+        net = make(option)
+        for block in net.blocks:
+            block.attn.backend = backend
+        logits = net(torch.zeros(0, net.n_ctx, dtype=torch.int64))
+        assert logits.shape == (0, net.n_ctx, net.n_vocab)
+        logits.sum().backward()
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_gradients(option: str) -> None:
     """Independent source: finite differences in float64 of a loss of all logits, along one direction per weight."""

@@ -18,6 +18,7 @@ from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
 from igpt.distributed import ranks
 from igpt.distributed.signals import StoppedError
+from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
@@ -32,7 +33,7 @@ from igpt.training.hardware import HardwareConfig
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.utils import files, keyed
 from tests.data.conftest import mixture
-from tests.task.conftest import Lab, machine, train_tokenizer
+from tests.task.conftest import SIZES, Lab, machine, train_tokenizer
 from tests.task.test_finished_step import OwnError, Raise
 from tests.task.test_stopping import Send
 from tests.tokens.test_palette import random_palette
@@ -46,6 +47,16 @@ SHARDED_WITH: dict[str, dict[str, Any]] = {
 }
 TWENTY: dict[str, Any] = {"steps": 20, "val_every": 8, "checkpoint_every": 10}
 CLIPPED: dict[str, Any] = {"steps": 3, "warmup_steps": 1, "val_every": 3, "gradient_clip": 0.2}
+BEYOND: dict[str, GPTConfig] = {
+    name: GPTConfig(
+        **SIZES, grid=(8, 8, 1), radius=1, qk_norm=True, value_residual=True, activation="swiglu", **changed
+    )
+    for name, changed in {
+        "biases": {"attention": "local", "positions": "factorised+rope_2d", "relative_bias": True},
+        "linear": {"attention": ("local", "linear"), "positions": "factorised"},
+    }.items()
+}
+SHORT: dict[str, Any] = {"steps": 3, "warmup_steps": 1, "val_every": 3, "batch_size": 20}
 SETTINGS = {"name": "digits", "resolution": 8, "split_seed": 0, "shift": 1, "shift_share": 0.5}
 
 
@@ -124,6 +135,9 @@ def sharded(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     for name, changed in SHARDED_WITH.items():
         done = lab.pretrain(place / f"sharded {name}", on=on_all(strategy="fsdp", **changed), steps=2, val_every=2)
         answers[f"with {name}"] = done.curves["train/loss_gen"].y
+    for name, network in BEYOND.items():
+        done = lab.pretrain(place / f"sharded {name}", on=on_all(strategy="fsdp"), network=network, **SHORT)
+        answers[f"beyond {name}"] = done.curves["train/loss_gen"].y
     clipped = lab.pretrain(place / "sharded clipped", on=on_all(strategy="fsdp"), **CLIPPED)
     answers["clipped"] = clipped.curves["train/loss_gen"].y
     answers["bert"] = (

@@ -22,7 +22,18 @@ from igpt.tokens.tokenizer_registry import TOKENIZER, read_tokenizer
 from igpt.training.cost_estimate import estimate_cost
 from tests.conftest import ROOT
 from tests.task.conftest import SIZES, Lab, machine, train_tokenizer
-from tests.task.ranks_work import CLIPPED, DEEPSPEED, SHARDED_WITH, TWENTY, a_lab, evaluated, read_off, samples
+from tests.task.ranks_work import (
+    BEYOND,
+    CLIPPED,
+    DEEPSPEED,
+    SHARDED_WITH,
+    SHORT,
+    TWENTY,
+    a_lab,
+    evaluated,
+    read_off,
+    samples,
+)
 from tests.tokens.test_quantizer import train_quantizer
 
 
@@ -188,6 +199,20 @@ def test_what_sharding_goes_together_with(answers: list[dict[str, Any]]) -> None
         first, second = answers[0]["sharded"][f"with {name}"]
         assert first == pytest.approx(np.log(17), rel=1e-2)
         assert second < first
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_networks_with_options_are_sharded(
+    name: str, place: Path, answers: list[dict[str, Any]], alone: Lab, tmp_path: Path
+) -> None:
+    """Invariant: the losses of one process, with tables of sines, masks and offsets computed after sharding."""
+    one = alone.pretrain(tmp_path, network=BEYOND[name], **SHORT).curves["train/loss_gen"].y
+    assert len(one) == 3
+    for answer in answers:
+        assert answer["sharded"][f"beyond {name}"] == pytest.approx(one, rel=1e-5)
+    weights, expected = (find_weights(str(run)).net().state_dict() for run in (place / f"sharded {name}", tmp_path))
+    for key, weight in expected.items():
+        torch.testing.assert_close(weights[key], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_a_sharded_run_is_resumed_to_the_bit(place: Path, answers: list[dict[str, Any]]) -> None:

@@ -70,9 +70,9 @@ def masked_attention(
     elif backend == "blocks":
         assert mask is not None
         assert mask.blocks is not None
-        flat = (part.reshape(b * n_head, t, -1) for part in (q, k, v))
+        flat = (part.reshape(b * n_head, t, width // 3 // n_head) for part in (q, k, v))
         out = _SparseBlocks.apply(*flat, *mask.blocks)  # type: ignore[no-untyped-call]  # PyTorch has no type
-        out = out.view(b, n_head, t, -1)
+        out = out.view(b, n_head, t, width // 3 // n_head)
     else:
         visible = None
         if mask is not None:

@@ -111,7 +111,8 @@ class Attention(nn.Module):
 
     def _transform(self, qkv: Tensor, first_value: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
         """Queries, keys and values as attention reads them, of positions start, start + 1, …: (B, T, 3C) → the same."""
-        q, k, v = qkv.view(*qkv.shape[:2], 3, self.n_head, -1).unbind(2)  # (B, T, H, D)
+        b, t, width = qkv.shape
+        q, k, v = qkv.view(b, t, 3, self.n_head, width // 3 // self.n_head).unbind(2)  # (B, T, H, D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         for rotate in self.rotate:

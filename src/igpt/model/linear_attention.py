@@ -21,7 +21,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, chunk: in
         if not causal:
             return _divide(q @ (k.mT @ v), q @ k.sum(-2)[..., None]).to(dtype)
         b, h, t, d = q.shape
-        shape = (b, h, -1, chunk, d)  # (B, H, N, c, D)
+        shape = (b, h, -(-t // chunk), chunk, d)  # (B, H, N, c, D)
         q, k, v = (F.pad(x, (0, 0, 0, -t % chunk)).view(shape) for x in (q, k, v))
         states, sums = k.mT @ v, k.sum(-2)  # of each chunk: (B, H, N, D, D), (B, H, N, D)
         before = F.pad(states.cumsum(2), (0, 0, 0, 0, 1, 0))[:, :, :-1]  # of all earlier chunks
