@@ -215,3 +215,16 @@ def test_other_tokens_and_objectives(typed: tuple[str, ...], tmp_path: Path) -> 
     other = {**weights.metadata.to_dict(), "network": weights.metadata.network.to_dict() | {"grid": [4, 16, channels]}}
     with pytest.raises(ValueError, match="grid"):
         CheckpointMetadata.from_dict(other, FORMAT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [MIXED, LINEAR], ids=["mixed", "linear"])
+def test_compiled_blocks(options: tuple[str, ...], tmp_path: Path) -> None:
+    """Invariant: compiled, the losses are those of eager blocks."""
+    losses = [
+        start(tmp_path / how, *PRETRAIN, *options, "task.steps=3", "task.log_every=1", f"trainer.compile={how}")[0]
+        .curves["train/loss_gen"].y
+        for how in ("true", "false")
+    ]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(losses[0]) == 3
