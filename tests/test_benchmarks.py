@@ -232,6 +232,36 @@ def test_attention_that_differs_gives_no_figures(monkeypatch: pytest.MonkeyPatch
         attention.main(["--lengths", "16", "--heads", "8", *ONCE])
 
 
+def test_attention_by_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: a window of 7 in a grid of 6 × 6 is full attention; C saves its outputs and one number a query."""
+    import attention
+
+    monkeypatch.setattr(attention, "disable_malloc_trim", lambda: None)
+    report = attention.main(["--patterns", "--sides", "6", *ONCE])
+    (shape,) = report["shapes"]
+    backends = ("native", "without C") if c_library.is_available() else ("without C",)
+    names = [f"{name} {backend}" for name in ("full", "local", "strided", "fixed", "axial") for backend in backends]
+    assert list(shape["rows"]) == [*names, "linear without C"]
+    assert [len(row.result) for row in shape["rows"].values()] == [1] * 2 * len(backends) + [2] * 3 * len(backends) + [
+        1
+    ]
+    for backend in backends:
+        full, local = (shape["rows"][f"{name} {backend}"].result for name in ("full", "local"))
+        torch.testing.assert_close(local, full, rtol=0, atol=1e-5)
+        assert not torch.allclose(shape["rows"][f"axial {backend}"].result, full, atol=1e-2)
+    if c_library.is_available():
+        assert shape["saved"]["axial native"] == 36 * (256 + 8) * 4 / 2**20
+
+    attend = attention.masked_attention
+    monkeypatch.setattr(
+        attention,
+        "masked_attention",
+        lambda *given, backend, **named: attend(*given, backend=backend, **named) * (1.01 if backend != "bmm" else 1),
+    )
+    with pytest.raises(SystemExit, match=r"output and gradient of local .* differ by .*: no figures"):
+        attention.main(["--patterns", "--sides", "6", *ONCE])
+
+
 @pytest.mark.usefixtures("medium_rounds")
 def test_rounded_products_are_not_taken_for_float32(monkeypatch: pytest.MonkeyPatch, shared: ModuleType) -> None:
     """Invariant: what is called float32 is held to float32; the precision is put back also where that ends it."""

@@ -190,9 +190,9 @@ def test_sparse_attention_in_c_as_an_operator() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_sparse_attention_compiles(backend: str) -> None:
-    """Invariant: compiled as one graph, where its tables are there, it gives the same; built where nothing trains."""
+    """Invariant: compiled as one graph, where its tables are there, it gives the same; these may be built anywhere."""
     mask = SparseMask(make_pattern("axial", 1, True, (5, 7, 1)))
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.device("meta"):
         mask.prepare(torch.device("cpu"), backend)
 
     def attend(qkv: Tensor) -> Tensor:
@@ -258,9 +258,7 @@ def test_backends_that_cannot_are_refused() -> None:
         flex.prepare(make("local_bias_rope"))
     flex.prepare(make("local"))
     if c_library.is_available():
-        with pytest.raises(
-            ValueError, match="attention_backend=native computes attention scores, model.attention=linear has none"
-        ):
+        with pytest.raises(ValueError, match=r"native computes attention scores, model.attention=linear has none"):
             machine(attention_backend="native").prepare(make("mixed"))
     too_long = Pattern("local", 0, True, TokenLayout(129, 128), radius=2)
     with pytest.raises(ValueError, match=r"model.attention=local takes at most 16,384 positions, got 16,512"):
@@ -339,4 +337,4 @@ def test_blocks_read_few_hidden_keys() -> None:
     layout, pairs = TokenLayout(64, 64), 4096 * 4097 / 2
     for name, half, most in (("local", 0, 242 / 2048), ("strided", 1, 0.05), ("fixed", 0, 0.05), ("axial", 1, 0.05)):
         _, _, keys, _ = SparseMask(Pattern(name, half, True, layout, 7, 64))._build_lanes()
-        assert len(keys) * sparse_mask.LANES / pairs < most, name
+        assert len(keys) * sparse_mask.BLOCK / pairs < most, name

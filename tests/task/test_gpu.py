@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from igpt.model import decode, graphs
+from igpt.model.attention import masked_attention
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
+from igpt.model.patterns import SPARSE, Pattern, TokenLayout
+from igpt.model.sparse_mask import SparseMask
 from igpt.utils import keyed
 from tests.conftest import perturbed, small_net
 from tests.task.conftest import Lab, machine
@@ -64,6 +67,30 @@ def test_cached_draws_equal_uncached() -> None:
     uniforms = keyed.uniform(keyed.per_example_keys(keyed.key(0, "test"), torch.arange(8)), 64).cuda()
     sampling = Sampling(1.0, None, None)
     assert torch.equal(generate(net, uniforms, sampling), generate(net, uniforms, sampling, cached=False))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", SPARSE)
+def test_flex_attention_equals_the_cpus(name: str, compiled: bool) -> None:
+    """Invariant: outputs and gradients of a dense mask on the CPU, float32 to 1e-3 and bfloat16 to 3 %."""
+    layout = TokenLayout(12, 15, 1, tuple(torch.randperm(180, generator=torch.Generator().manual_seed(0)).tolist()))
+    for half, causal in ((0, True), (1, True), (1, False)):
+        mask = SparseMask(Pattern(name, half, causal, layout, radius=3, stride=15))
+        along = torch.randn(2, 180, 64)
+
+        def attend(qkv: torch.Tensor, backend: str, mask: SparseMask = mask, causal: bool = causal) -> torch.Tensor:
+            return masked_attention(qkv, 2, causal=causal, mask=mask, backend=backend)
+
+        for dtype, rounding in ((torch.float32, 1e-3), (torch.bfloat16, 3e-2)):
+            qkv = torch.randn(2, 180, 192).to(dtype).requires_grad_()
+            on_gpu = qkv.detach().cuda().requires_grad_()
+            expected = attend(qkv, "sdpa")
+            mask.prepare(on_gpu.device, "flex")
+            out = (torch.compile(attend) if compiled else attend)(on_gpu, "auto")
+            (gradient,) = torch.autograd.grad(out, on_gpu, along.to(dtype).cuda())
+            (same,) = torch.autograd.grad(expected, qkv, along.to(dtype))
+            assert (out.cpu() - expected).abs().max() < rounding * expected.abs().max()
+            assert (gradient.cpu() - same).abs().max() < rounding * same.abs().max()
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -4,7 +4,7 @@
  */
 #include "attend.h"
 
-enum { Q = 32 }; /* queries of a block, `LANES` in sparse_mask.py */
+enum { Q = 32 }; /* queries of a block, `BLOCK` in sparse_mask.py */
 typedef struct {
     const int32_t *order, *starts, *keys; /* of each query its position, of each block its first entry in `keys` */
     const uint32_t *bits;

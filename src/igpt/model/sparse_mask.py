@@ -10,8 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from igpt.model.patterns import Cells, Pattern
 
 MOST_POSITIONS = 1 << 14  # building takes T² steps, a few seconds at this T, and the dense mask T² bytes
-LANES = 32  # queries of a block in attend_sparse.c: bits of an int32
-TOGETHER = 64  # queries of one block of matrix products
+BLOCK = 32  # queries of a block: bits of an int32, and Q in attend_sparse.c; products gain nothing from larger ones
 
 
 class SparseMask:
@@ -59,7 +58,7 @@ class SparseMask:
             if backend == "native":
                 self.lanes = self._build_lanes()
             elif backend == "blocks":
-                self.blocks = tuple(table.to(device) for block in self._list_blocks(TOGETHER) for table in block)
+                self.blocks = tuple(table.to(device) for block in self._list_blocks() for table in block)
             elif backend == "flex":
                 self.flex = self._build_flex()
             else:
@@ -68,7 +67,7 @@ class SparseMask:
     def count_saved_scores(self, backend: str) -> int:
         """Number of scores saved for the backward pass, per image and head."""
         if backend == "blocks":
-            return sum(hidden.numel() for _, _, hidden in self._list_blocks(TOGETHER))
+            return sum(hidden.numel() for _, _, hidden in self._list_blocks())
         return self.pattern.layout.n_ctx**2 if backend == "bmm" else 0
 
     def _build_flex(self) -> BlockMask:
@@ -85,44 +84,43 @@ class SparseMask:
         return torch.cat([self.pattern.mask_rows(start, min(start + 512, t)) for start in range(0, t, 512)])
 
     def _build_lanes(self) -> tuple[Tensor, ...]:
-        """Queries in order (T,); of every block its first key (⌈T / LANES⌉ + 1,); keys (N,) and their bits (N,).
+        """Queries in order (T,); of every block its first key (⌈T / BLOCK⌉ + 1,); keys (N,) and their bits (N,).
 
         Bit i of a key is set if query i of its block sees it. A last block's missing queries see what its first does.
         """
-        blocks = list(self._list_blocks(LANES))
+        blocks = list(self._list_blocks())
         bits = []
         for chosen, _, hidden in blocks:
-            visible = torch.cat([~hidden, ~hidden[:1].expand(LANES - len(chosen), -1)])
-            bits.append((visible.long() << torch.arange(LANES)[:, None]).sum(0))
-        starts = torch.tensor([0, *(len(keys) for _, keys, _ in blocks)]).cumsum(0)
+            visible = torch.cat([~hidden, ~hidden[:1].expand(BLOCK - len(chosen), -1)])
+            bits.append((visible.long() << torch.arange(BLOCK, device="cpu")[:, None]).sum(0))
+        starts = torch.tensor([0, *(len(keys) for _, keys, _ in blocks)], device="cpu").cumsum(0)
         order, keys = (torch.cat([block[i] for block in blocks]) for i in (0, 1))
         return order.int(), starts.int(), keys.int(), torch.cat(bits).int()
 
-    def _list_blocks(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """All queries in blocks of `size`, each with the keys that any of them sees, and which of these are hidden."""
+    def _list_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """All queries in blocks of `BLOCK`, each with the keys that any of them sees, and which of these are hidden."""
         layout = self.pattern.layout
         queries, keys = layout.queries(), Cells(*(each[None] for each in layout.keys(self.pattern.causal)))
-        for chosen in torch.split(order_queries(self.pattern, size), size):
+        for chosen in torch.split(order_queries(self.pattern), BLOCK):
             visible = self.pattern.is_visible(Cells(*(each[chosen, None] for each in queries)), keys)  # (n, T)
             seen = visible.any(0).nonzero()[:, 0]
             yield chosen, seen, ~visible[:, seen]
 
 
-def order_queries(pattern: Pattern, size: int) -> Tensor:
+def order_queries(pattern: Pattern) -> Tensor:
     """Positions in an order in which neighbours see much the same keys: (T,) int64.
 
-    Local: square pieces of the grid of about `size` tokens. Axial: rows; columns. The second half of strided: all that
-    are a number of strides apart. Else the sequence.
+    Local: pieces of four rows of the grid and about `BLOCK` tokens. Axial: rows; columns. The second half of strided:
+    all that are a number of strides apart. Else the sequence.
     """
     layout = pattern.layout
     index, row, column = layout.queries()
-    t, first, second = layout.n_ctx, index, index * 0
+    first, second = index * 0, index
     if pattern.name == "local":
-        high = 1 << (size.bit_length() - 1) // 2
-        wide = max(1, size // high // layout.channels) * layout.channels
-        first, second = row // high * layout.row_length + column // wide, row * layout.row_length + column
+        wide = max(1, BLOCK // 4 // layout.channels) * layout.channels
+        first, second = row // 4 * layout.row_length + column // wide, row * layout.row_length + column
     elif pattern.name == "axial":
         first, second = (row, column) if pattern.half == 0 else (column, row)
     elif pattern.name == "strided" and pattern.half == 1:
-        first, second = index % pattern.stride, index
-    return (first * t + second).argsort(stable=True)
+        first = index % pattern.stride
+    return (first * layout.n_ctx + second).argsort(stable=True)

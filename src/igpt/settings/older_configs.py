@@ -54,6 +54,9 @@ class Changes:
     # new key → (another key, its value, several in a tuple, or ...: any, value of the new key in such a config)
 
 
+# choices of a network that releases before version 4 had not
+NETWORK: dict[str, str | bool | None] = {"attention": "full", "activation": "quick_gelu", "radius": None, "stride": None}
+NETWORK |= dict.fromkeys(("relative_bias", "qk_norm", "value_residual"), False)
 TABLE: dict[int, Changes] = {
     2: Changes(
         targets={
@@ -105,17 +108,13 @@ TABLE: dict[int, Changes] = {
             "task.gradient_clip": ("task._target_", ("igpt.task.pretrain.run", "igpt.task.finetune.run"), None),
             **{
                 f"model.{key}": ("model._target_", "igpt.model.config.GPTConfig", value)
-                for key, value in {
-                    "relative_bias": False,
-                    "attention": "full",
-                    "radius": None,
-                    "stride": None,
-                    "qk_norm": False,
-                    "value_residual": False,
-                    "activation": "quick_gelu",
-                }.items()
+                for key, value in NETWORK.items()
             },
+<<<<<<< HEAD
+        }
+=======
         },
+>>>>>>> w24-study
     ),
 }
 NOW_SCRIPTS = {"task=trace": "python benchmarks/trace_network.py INIT TOKENS.npy"}
