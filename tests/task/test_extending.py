@@ -186,7 +186,8 @@ def test_a_tokenizer(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tokenizer_registry, "TOKENIZERS", dict(tokenizer_registry.TOKENIZERS))
     names: dict[str, Any] = {
         "torch": torch, "np": np, "Tensor": Tensor, "NamedTuple": NamedTuple, "Palette": Palette,
-        "PaletteTokenizer": PaletteTokenizer, "PixelOrder": PixelOrder, "TokenGrid": TokenGrid, "TOKENIZERS": tokenizer_registry.TOKENIZERS,
+        "PaletteTokenizer": PaletteTokenizer, "PixelOrder": PixelOrder, "TokenGrid": TokenGrid,
+        "TOKENIZERS": tokenizer_registry.TOKENIZERS,
         "__name__": "luma",
     }  # fmt: skip
     exec(shown_under("A tokenizer"), names)
