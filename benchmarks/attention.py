@@ -20,7 +20,7 @@ import torch
 from igpt.distributed.process_state import float32_matmul_precision
 from igpt.model import c_library, dispatch
 from igpt.model.attention import masked_attention, self_attention, split_heads
-from igpt.model.linear_attention import linear_attention
+from igpt.model.linear_attention import CHUNK, linear_attention
 from igpt.model.patterns import ALTERNATING, SPARSE, Pattern, TokenLayout
 from igpt.model.sparse_mask import SparseMask
 from igpt.training.hardware import disable_malloc_trim
@@ -87,13 +87,13 @@ def pattern_ways(side: int, device: str) -> dict[str, tuple[list[Attend], list[A
                     [attend(sparse, mask) for mask in masks],
                     [attend("bmm", mask) for mask in masks],
                 )
-    found["linear without C"] = [attend_linearly(64)], [attend_linearly(t)]
+    found["linear without C"] = [attend_linearly(CHUNK)], [attend_linearly(t)]
     return found
 
 
 def run_patterns(sides: Sequence[int], rounds: int, device: str) -> list[dict[str, Any]]:
-    """Times and saved bytes of every pattern, one table a grid."""
-    shapes = []
+    """Times and saved bytes of every pattern; prints ms (min – max), times as fast as the first row, MiB."""
+    shapes, cells = [], dict[str, list[str]]()
     for side in sides:
         t, generator = side**2, torch.Generator(device).manual_seed(0)
         qkv = torch.randn(1, t, 3 * 32 * HEADS, device=device, generator=generator, requires_grad=True)
@@ -120,11 +120,15 @@ def run_patterns(sides: Sequence[int], rounds: int, device: str) -> list[dict[st
         for name, (_, dense) in ways.items():
             expected = machine.Timed(result=both(dense))
             machine.agree("output and gradient", {f"{name}, dense": expected, name: times[name]}, lambda _: 1e-4)
-        full = statistics.median(times[next(iter(ways))].seconds)
-        print(f"\n{t:,} positions\n\n| | ms | min – max | times as fast | saved, MiB |\n|---|---|---|---|---|")
+        full = times[next(iter(ways))].median
         for name, (layers, _) in ways.items():
-            low, high, median = (1e3 * f(times[name].seconds) / len(layers) for f in (min, max, statistics.median))
-            print(f"| {name} | {median:.1f} | {low:.1f} – {high:.1f} | {1e3 * full / median:.2f} | {saved[name]:.1f} |")
+            times[name].seconds = [seconds / len(layers) for seconds in times[name].seconds]  # of one layer
+            row = times[name]
+            cell = f"{1e3 * row.median:.1f} ({row.spread}), {full / row.median:.1f}×, {saved[name]:.1f}"
+            cells.setdefault(name, []).append(cell)
+    print("| | " + " | ".join(f"{side**2:,}" for side in sides) + " |\n" + "|---" * (1 + len(sides)) + "|")
+    for name, row_cells in cells.items():
+        print(f"| {name} | " + " | ".join(row_cells) + " |")
     return shapes
 
 

@@ -1,5 +1,6 @@
 """The network's options beyond the paper: positions, attention patterns, later recipes."""
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -233,6 +234,15 @@ def test_qk_norm_ignores_the_scale_of_queries_and_keys() -> None:
     torch.testing.assert_close(net(tokens), before, rtol=1e-3, atol=1e-3)
     net.blocks[0].attn.c_attn.weight[2 * net.n_embd :] *= 64
     assert (net(tokens) - before).abs().max() > 0.1
+
+
+def test_qk_norm_is_fused_in_mixed_precision() -> None:
+    """Independent source: PyTorch warns where it cannot, of queries in bfloat16 and their gains in float32."""
+    net = make("qk_norm")
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        net(draw_tokens(net)).sum().backward()
+    assert net.blocks[0].attn.q_norm.g.grad is not None
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ def test_deepspeed_holds_what_was_planned(by_zero: list[dict[str, Any]], strateg
     """Independent source: the bytes of weights and optimiser in each rank, within 15 %."""
     planned = estimate_cost(
         GPTConfig(**SIZES), batch_size=100, micro_batch=25, steps=1, devices=2, strategy=strategy, precision="32-true",
-        recompute=False, scores=0, fused_norm=True,
+        recompute=False, backends=["sdpa"] * SIZES["n_layer"], on_gpu=True,
     )  # fmt: skip
     for answers in by_zero:
         assert answers[f"{strategy} held"] == pytest.approx(planned.weights + planned.optimiser, rel=0.15)

@@ -1,5 +1,6 @@
 """Later recipes: cool-downs on the way, averaged weights, clipped gradients."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +104,17 @@ def test_the_average_by_hand(trained: tuple[Path, Result, Steps], tmp_path: Path
 
 
 def test_a_cool_down_and_the_average_are_resumed(tmp_path: Path, lab: Lab, trained: tuple[Path, Result, Steps]) -> None:
-    """Invariant: crashed in a cool-down, resumed from the step before: all to the bit, and cooled checkpoints stay."""
+    """Invariant: crashed in a cool-down, resumed from the step before: all to the bit, and cooled checkpoints stay.
+
+    So are the averaged weights where the run ended after its last checkpoint, and no step is left.
+    """
     with pytest.raises(KeyError):
         lab.pretrain(tmp_path, callbacks=(StopAfter(3),), **RECIPE)
     assert [parse_step(path) for path in find_checkpoints(tmp_path)] == [2]
+    lab.pretrain(tmp_path, **RECIPE)
+    shutil.rmtree(tmp_path / "model_ema")
     result = lab.pretrain(tmp_path, **RECIPE)
+    assert "train/step_seconds" not in result.numbers
     assert result.curves == trained[1].curves
     assert learned_numbers(result) == learned_numbers(trained[1])
     for name in ("model", "model_ema"):

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from igpt.checkpoint.find import find_weights
+from igpt.checkpoint.resume import find_checkpoints
 from igpt.metric.result import Result
 from igpt.objective.bert import BERT
 from igpt.probe.lbfgs import TOLERANCE
@@ -28,9 +29,9 @@ def scaled(lab: Lab, folder: Path, runs: list[Path], **changed: Any) -> Result:
     return lab.execute("scaling", folder, **{**settings, **changed})
 
 
-def started(run: Path) -> Path:
+def started(run: Path, **task: Any) -> Path:
     """Adds what launch writes before a run begins, as far as it is read."""
-    (run / "run.json").write_text(json.dumps({"config": {"task": {"batch_size": 100}}}))
+    (run / "run.json").write_text(json.dumps({"config": {"task": {"batch_size": 100, **task}}}))
     return run
 
 
@@ -53,6 +54,16 @@ def test_every_point_is_what_evaluation_and_probe_say(
     assert curve.x == [result.numbers[f"tiny/{seen}_images/loss_gen"].value for seen in (400, 800)]
     assert result.curves["tiny: loss"].x == [400.0, 800.0]
     assert 0 < result.provenance["suboptimality"] <= TOLERANCE
+
+
+def test_of_a_run_that_cools_down_the_cooled_ones_count(tmp_path: Path, few: Arrays, palette: Palette) -> None:
+    """By hand: checkpoints of steps 3, 4, 6 and 8, of which 4 and 6 have a rate that was high."""
+    lab = Lab(few, palette)
+    recipe: dict[str, Any] = {"schedule": "wsd", "decay_share": 0.4, "cooled_at": [3], "warmup_steps": 1}
+    lab.pretrain(tmp_path / "run", checkpoint_every=2, checkpoint_keep=3, **recipe)
+    assert len(find_checkpoints(tmp_path / "run")) == 4
+    result = scaled(lab, tmp_path / "scaling", [started(tmp_path / "run", steps=8, **recipe)])
+    assert result.curves["tiny: loss"].x == [300.0, 800.0]
 
 
 def test_runs_that_do_not_compare(

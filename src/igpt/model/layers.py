@@ -60,7 +60,7 @@ class Norm(nn.Module):
         if x.device.type == "cpu" and x.dtype == self.g.dtype == torch.float32 and not torch.compiler.is_compiling():
             y: Tensor = _CPUNorm.apply(x, self.g)  # type: ignore[no-untyped-call]  # PyTorch has no type for it
             return y
-        return F.rms_norm(x, self.g.shape, self.g, NORM_EPS)
+        return F.rms_norm(x, self.g.shape, self.g.to(x.dtype), NORM_EPS)  # of queries and keys, under autocast
 
 
 class MLP(nn.Module):

@@ -19,7 +19,8 @@ def resolve_steps(run: RunConfig, overrides: Sequence[str] = ()) -> list[str]:
         ValueError: steps that were typed as well; a network that is known only after an earlier stage.
     """
     lines = []
-    for place, settings in _list_trainings(run):
+    for stage_name, settings in _list_trainings(run):
+        place = "task" if stage_name is None else f"task.stages.{stage_name}"
         operations = settings.operations
         if type(operations) not in (int, float) or operations <= 0:
             continue  # refused when the settings are checked
@@ -28,9 +29,9 @@ def resolve_steps(run: RunConfig, overrides: Sequence[str] = ()) -> list[str]:
                 f"{place}.operations={operations:g} decides the steps, and {place}.steps is given, too: leave one out"
             )
         of_task = run
-        if run.cfg.task is not settings:  # a stage's own settings; those of its task without `steps` are valid for now
-            name = place.rpartition(".")[2]
-            stage = compose_stage(run, name, {key: of for key, of in to_dict(settings).items() if key != "steps"})
+        if stage_name is not None:
+            own = {key: value for key, value in to_dict(settings).items() if key != "steps"}  # which are not known yet
+            stage = compose_stage(run, stage_name, own)
             if CHECKPOINT in stage.choices.values():
                 raise ValueError(
                     f"{place}.operations: the network of an earlier stage is not known yet: give {place}.steps"
@@ -44,8 +45,8 @@ def resolve_steps(run: RunConfig, overrides: Sequence[str] = ()) -> list[str]:
         flops = train_flops_per_image(components.planned_network)
         with open_dict(settings):
             settings.steps = max(1, round(operations / (flops * batch_size)))
-            if of_task is run:
-                settings.operations = None
+            if stage_name is None:
+                settings.operations = None  # as conf/task/pretrain.yaml has it
             else:
                 del settings.operations
         lines.append(f"{place}.operations={operations:g}: {settings.steps:,} steps of {batch_size:,} images, "
@@ -55,10 +56,10 @@ def resolve_steps(run: RunConfig, overrides: Sequence[str] = ()) -> list[str]:
     return lines
 
 
-def _list_trainings(run: RunConfig) -> Iterator[tuple[str, DictConfig]]:
-    """Key and settings of the task, or of every stage of a pipeline, that has `operations`."""
+def _list_trainings(run: RunConfig) -> Iterator[tuple[str | None, DictConfig]]:
+    """The settings with `operations`: of the task, or of a pipeline's stages, with the stage's name."""
     task = run.cfg.task
     stages = task.stages.items() if "stages" in run.requires and OmegaConf.is_dict(task.get("stages")) else ()
-    for place, settings in (("task", task), *((f"task.stages.{name}", of) for name, of in stages)):
+    for name, settings in ((None, task), *stages):
         if OmegaConf.is_dict(settings) and settings.get("operations") is not None:
-            yield place, settings
+            yield name, settings

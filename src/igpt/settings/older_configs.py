@@ -55,7 +55,12 @@ class Changes:
 
 
 # choices of a network that releases before version 4 had not
-NETWORK: dict[str, str | bool | None] = {"attention": "full", "activation": "quick_gelu", "radius": None, "stride": None}
+NETWORK: dict[str, str | bool | None] = {
+    "attention": "full",
+    "activation": "quick_gelu",
+    "radius": None,
+    "stride": None,
+}
 NETWORK |= dict.fromkeys(("relative_bias", "qk_norm", "value_residual"), False)
 TABLE: dict[int, Changes] = {
     2: Changes(
@@ -110,11 +115,7 @@ TABLE: dict[int, Changes] = {
                 f"model.{key}": ("model._target_", "igpt.model.config.GPTConfig", value)
                 for key, value in NETWORK.items()
             },
-<<<<<<< HEAD
-        }
-=======
         },
->>>>>>> w24-study
     ),
 }
 NOW_SCRIPTS = {"task=trace": "python benchmarks/trace_network.py INIT TOKENS.npy"}

@@ -1,13 +1,21 @@
 """Cost estimate of a training run before it starts: memory per device, FLOPs, days.
 
-Computed from the network's sizes alone. Activations saved for the backward pass are counted tensor by tensor for this
+Computed from the network's config alone. Activations saved for the backward pass are counted tensor by tensor for this
 project's layers (`tests/training/test_cost_estimate.py` compares them with what autograd saves).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from igpt.metric.throughput import train_flops_per_image
+from igpt.model import dispatch
 from igpt.model.config import GPTConfig
+from igpt.model.gpt import GPT
+from igpt.model.linear_attention import CHUNK
+from igpt.model.patterns import Pattern
+from igpt.model.sparse_mask import SparseMask
 
 GB = 1e9
 WIDE, NARROW = 4, 2  # bytes per float32, per bfloat16
@@ -26,7 +34,7 @@ class Plan:
     optimiser: float
     host: float  # offloaded to host memory, per device
     activations: float  # saved by the forward pass for the backward pass
-    working: float  # gathered weights in use and gradients before reduce-scatter
+    working: float  # gathered weights in use, gradients before reduce-scatter, tables of masks
     flops_per_image: float
     images_per_step: int
     steps: int
@@ -51,9 +59,12 @@ class Plan:
 
 
 def count_parameters(network: GPTConfig) -> dict[str, int]:
-    """Number of weights in one block (`block`) and outside the blocks (`rest`)."""
-    c, t, v = network.n_embd, network.n_ctx, network.n_vocab
-    return {"block": 12 * c**2 + 2 * c, "rest": (2 * v + t) * c + c + (c if network.causal else 0)}
+    """Number of weights in all blocks (`blocks`), in the largest block (`block`) and outside the blocks (`rest`)."""
+    with torch.device("meta"):  # shapes without memory
+        net = GPT(network)
+    blocks = [sum(weight.numel() for weight in block.parameters()) for block in net.blocks]
+    n = sum(weight.numel() for weight in net.parameters())
+    return {"blocks": sum(blocks), "block": max(blocks), "rest": n - sum(blocks)}
 
 
 def estimate_cost(
@@ -66,28 +77,29 @@ def estimate_cost(
     strategy: str,
     precision: str,
     recompute: bool,
-    scores: int,
-    fused_norm: bool,
+    backends: Sequence[str],
+    on_gpu: bool,
     peak_flops: float | None = None,
     utilisation: float = 0.4,
 ) -> Plan:
     """The cost of a run: `micro_batch` images per forward pass of a device, `batch_size` per step over all.
 
-    `strategy`: ddp (replicated), fsdp, deepspeed_2, deepspeed_3 or deepspeed_3_offload. `scores`: attention scores
-    saved per head and image, 0 for fused attention. `fused_norm`: norms save only their input, in any precision.
+    `strategy`: ddp (replicated), fsdp, deepspeed_2, deepspeed_3 or deepspeed_3_offload. `backends`: of attention, one
+    per layer; of linear attention any. `on_gpu`: norms save only their input, in any precision, and `sdpa` with biases
+    no scores.
     """
     sizes = count_parameters(network)
-    n = network.n_layer * sizes["block"] + sizes["rest"]
+    n = sizes["blocks"] + sizes["rest"]
     zero_stage = int(strategy.split("_")[1]) if strategy.startswith("deepspeed") else 0
     # bytes per weight
     width = NARROW if precision == "bf16-true" or (zero_stage and precision == "bf16-mixed") else WIDE
     parts = 1 if strategy == "ddp" else devices
     on_device, in_host = n * width / (1 if zero_stage == 2 else parts), 0.0
     gradients, optimiser = n * width / parts, ADAM * n * width / parts
-    working = 0.0
+    working = float(_count_table_bytes(network, backends))
     if zero_stage:  # float32 master weights beside the moments
         optimiser = (ADAM + 1) * n * WIDE / parts
-        working = 2 * width * min(BUCKET, n)  # gradient buckets in flight
+        working += 2 * width * min(BUCKET, n)  # gradient buckets in flight
         precision = "bf16-true" if width == NARROW else precision
     if strategy.endswith("offload"):
         in_host, on_device, gradients, optimiser = on_device + gradients + optimiser, 0.0, 0.0, 0.0
@@ -95,7 +107,7 @@ def estimate_cost(
         # gathered: the rest for a whole pass, of the blocks the current and the next
         working += width * (2 * sizes["rest"] + 3 * sizes["block"])
     activations = estimate_activation_bytes(
-        network, micro_batch, precision=precision, recompute=recompute, scores=scores, fused_norm=fused_norm
+        network, micro_batch, precision=precision, recompute=recompute, backends=backends, on_gpu=on_gpu
     )
     return Plan(
         n_weight=n,
@@ -115,28 +127,93 @@ def estimate_cost(
 
 
 def estimate_activation_bytes(
-    network: GPTConfig, images: int, *, precision: str, recompute: bool, scores: int, fused_norm: bool
+    network: GPTConfig, images: int, *, precision: str, recompute: bool, backends: Sequence[str], on_gpu: bool
 ) -> float:
     """Bytes of activations saved at the end of the forward pass of `images` images.
 
-    With `recompute`: during the backward pass of the first block, after its activations were recomputed.
+    With `recompute`: during the backward pass of the largest block, after its activations were recomputed.
     """
-    c, t, h, v = network.n_embd, network.n_ctx, network.n_head, network.n_vocab
-    tokens = images * t
+    c, tokens = network.n_embd, images * network.n_ctx
     product = WIDE if precision == "32-true" else NARROW  # bytes per element of matmul inputs
     stream = NARROW if precision == "bf16-true" else WIDE  # bytes per element of the residual stream
-    normed = 2 * stream  # its two norms' inputs
-    if precision == "bf16-true" and not fused_norm:
-        normed = 2 * 2 * WIDE  # computed in float32: the input and the normalised input are saved
-    block = tokens * c * (14 * product + normed)  # two normed inputs, q, k, v, attention's output, 4 + 4 in the MLP
-    block += images * h * (scores * product if scores else t * WIDE)
-    block += 8 * c**2 * product  # the MLP's matrices times the constants of quick-GELU
-    if precision == "bf16-mixed":
-        block += 4 * c**2 * product  # bfloat16 copies of the other matrices, which autocast saves for the backward pass
-    head = tokens * (c * (product + (stream if fused_norm or precision != "bf16-true" else 2 * WIDE)) + v * WIDE)
+    layers = list(zip(network.patterns, backends, strict=True))
+    sizes = {
+        (pattern, backend): _estimate_block_bytes(
+            network, pattern, images, precision=precision, backend=backend, on_gpu=on_gpu
+        )
+        for pattern, backend in dict.fromkeys(layers)
+    }
+    head = tokens * c * (product + (stream if on_gpu or precision != "bf16-true" else 2 * WIDE))
+    head += tokens * network.n_vocab * WIDE
+    if on_gpu and network.relative_bias:  # of every pair's bias, in the backward pass of one layer at a time
+        head += images * network.n_head * network.n_ctx**2 * product
     if recompute:
-        return network.n_layer * tokens * c * stream + block + head
-    return network.n_layer * block + head
+        first_value = tokens * 3 * c * product if network.value_residual else 0
+        return len(layers) * tokens * c * stream + first_value + max(sizes.values()) + head
+    return sum(sizes[layer] for layer in layers) + head
+
+
+def _estimate_block_bytes(
+    network: GPTConfig, pattern: str | Pattern, images: int, *, precision: str, backend: str, on_gpu: bool
+) -> float:
+    """Bytes of activations that one block saves."""
+    c, tokens, hidden = network.n_embd, images * network.n_ctx, network.hidden_size
+    product = WIDE if precision == "32-true" else NARROW
+    stream = NARROW if precision == "bf16-true" else WIDE
+    is_gated, is_scaled = network.activation == "swiglu", network.activation == "quick_gelu"
+    normed = 2 * stream  # its two norms' inputs
+    if precision == "bf16-true" and not on_gpu:
+        normed = 2 * 2 * WIDE  # computed in float32: the input and the normalised input are saved
+    block: float = tokens * c * (3 * product + normed)  # two normed inputs, attention's output
+    block += tokens * hidden * product * (4 if is_gated else 2)  # the MLP's inner activations
+    unfused_norm = network.qk_norm and product == NARROW and not on_gpu
+    if unfused_norm:
+        block += tokens * 4 * c * WIDE  # of queries and keys, as above
+    if network.value_residual or (network.qk_norm and not unfused_norm):
+        block += tokens * 3 * c * product  # q, k, v as they were before
+    block += _estimate_attention_bytes(network, pattern, images, product=product, backend=backend, on_gpu=on_gpu)
+    of_mlp = (3 if is_gated else 2) * c * hidden
+    if is_scaled:
+        block += of_mlp * product  # the MLP's matrices times the constants of quick-GELU
+    if precision == "bf16-mixed":  # bfloat16 copies of the other matrices, which autocast saves for the backward pass
+        block += (4 * c**2 + (0 if is_scaled else of_mlp)) * product
+    return block
+
+
+def _estimate_attention_bytes(
+    network: GPTConfig, pattern: str | Pattern, images: int, *, product: int, backend: str, on_gpu: bool
+) -> float:
+    """Bytes that attention itself saves: queries, keys, values, scores, masks."""
+    c, t, h = network.n_embd, network.n_ctx, network.n_head
+    if pattern == "linear":  # float32: queries, keys and values (which bfloat16 has not saved), then what chunks need
+        saved = images * t * c * (3 if product == WIDE else 2)
+        if not network.causal:
+            return WIDE * (saved + images * c * (5 * t + c // h))
+        padded = -(-t // CHUNK) * CHUNK
+        return WIDE * (saved + images * padded * (4 * c + h * CHUNK + c * (c // h) / CHUNK))
+    is_dense = backend in ("sdpa", "bmm")
+    if network.relative_bias:
+        mask = t**2 if network.causal or pattern != "full" else 0
+        if on_gpu and backend == "sdpa":
+            return images * t * (3 * c * product + h * WIDE) + h * t**2 * product + mask
+        width = WIDE if backend == "sdpa" else product  # which is computed in float32
+        return images * width * (3 * c * t + h * t**2) + mask
+    mask = 0
+    if isinstance(pattern, Pattern):
+        scores = SparseMask(pattern).count_saved_scores(backend)
+        if is_dense:
+            mask = t**2 * (product if backend == "sdpa" else 1)
+    else:
+        dtype = torch.float32 if product == WIDE else torch.bfloat16
+        scores = dispatch.count_saved_scores(dtype, backend, t=t, causal=network.causal)
+    return images * (3 * c * t * product + h * (scores * product if scores else t * WIDE)) + mask
+
+
+def _count_table_bytes(network: GPTConfig, backends: Sequence[str]) -> int:
+    """Bytes of dense masks and of indices of offsets; the tables of other backends are small."""
+    layers = zip(network.patterns, backends, strict=True)
+    masks = {pattern for pattern, backend in layers if isinstance(pattern, Pattern) and backend in ("sdpa", "bmm")}
+    return network.n_ctx**2 * (len(masks) + 8 * network.relative_bias)
 
 
 def format_plan(cost: Plan, *, memory: float | None) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from igpt.model import c_library, dispatch
 from igpt.model.config import GPTConfig
+from igpt.model.patterns import Pattern
 from igpt.tokens.code_search import CHUNK, GPU_CHUNK
 from igpt.tokens.vqvae import VQVAEConfig, build_decoder, build_encoder
 from igpt.training import cost_estimate as counted
@@ -32,8 +33,8 @@ def plan_run(machine: HardwareConfig, network: GPTConfig, *, batch_size: int, st
         strategy=machine.strategy if devices > 1 or machine.zero_stage else "ddp",
         precision=machine.precision,
         recompute=machine.activation_checkpointing,
-        scores=_count_scores(machine, network, on_cpu),
-        fused_norm=not on_cpu,
+        backends=_choose_backends(machine, network, on_cpu),
+        on_gpu=not on_cpu,
         peak_flops=None if machine.peak_tflops is None else machine.peak_tflops * 1e12,
         utilisation=machine.utilisation,
     )
@@ -125,16 +126,21 @@ def _share_batch(machine: HardwareConfig, batch_size: int, on_cpu: bool) -> tupl
     return devices, micro_batch
 
 
-def _count_scores(machine: HardwareConfig, network: GPTConfig, on_cpu: bool) -> int:
-    """Attention scores saved per head and image for the backward pass."""
+def _choose_backends(machine: HardwareConfig, network: GPTConfig, on_cpu: bool) -> list[str]:
+    """Attention backend of every layer."""
     dtype = torch.float32 if machine.precision == "32-true" else torch.bfloat16
-    t, causal = network.n_ctx, network.causal
-    path: str = machine.attention_backend
-    device = torch.device("cpu" if on_cpu else "cuda")
-    if path == "auto":  # nothing is compiled for a plan
-        in_c = on_cpu and c_library.find_compiler() is not None
-        path = "native" if in_c else dispatch.unfused_attention_backend(device, dtype, t=t, causal=causal)
-    return dispatch.count_saved_scores(dtype, path, t=t, causal=causal)
+    device, requested = torch.device("cpu" if on_cpu else "cuda"), str(machine.attention_backend)
+    if requested == "auto" and on_cpu and c_library.find_compiler() is not None:  # nothing is compiled for a plan
+        requested = "native"
+    full = requested
+    if requested in ("auto", "flex"):
+        full = dispatch.unfused_attention_backend(device, dtype, t=network.n_ctx, causal=network.causal)
+    if network.relative_bias:
+        full = dispatch.sparse_backend(requested, device, dtype, dense=True)
+    sparse = dispatch.sparse_backend(requested, device, dtype, dense=network.relative_bias)
+    if sparse == "flex" and network.n_embd // network.n_head < dispatch.FLEX_HEAD:
+        sparse = "sdpa"
+    return [sparse if isinstance(pattern, Pattern) else full for pattern in network.patterns]
 
 
 def _find_memory(machine: HardwareConfig, on_cpu: bool, devices: int) -> float | None:
