@@ -238,6 +238,7 @@ class Lab:
         """The parts of a run on the digits, each as it is, whatever a config would say."""
         objective, on, metadata = objective or AR(), on or machine(), self.metadata(objective)
         network = network or metadata.keywords["network"]
+        metadata = partial(metadata, network=network)
         key = {"data": {"name": self.digits.name}, "precision": "32-true", "seed": seed}
         return parts_of_run(
             runner=Runner(machine=on, folder=folder, callbacks=list(callbacks), loggers=list(loggers)),

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ class Weights:
         Raises:
             ValueError: another config, missing, unexpected or misshapen tensors, NaN or infinity, or a damaged file.
         """
-        check_equal("network", self.metadata.network.to_dict(), net.config.to_dict(), self.folder)
+        check_equal("network", asdict(self.metadata.network), asdict(net.config), self.folder)
         state, weights = self.state(), net.state_dict(keep_vars=True)
         tensors.check_fit(self.path, state, {name: unsharded_shape(weight) for name, weight in weights.items()})
         for name, weight in weights.items():
@@ -291,7 +291,8 @@ def check_equal(what: str, saved: Any, expected: Any, where: Path) -> None:
     detail = f"{saved} ≠ {expected}"
     if isinstance(saved, dict) and isinstance(expected, dict):
         keys = sorted(saved.keys() | expected.keys())
-        detail = "; ".join(f"{k} {saved.get(k)} ≠ {expected.get(k)}" for k in keys if saved.get(k) != expected.get(k))
+        unequal = (key for key in keys if saved.get(key) != expected.get(key))
+        detail = "; ".join(f"{key} {saved.get(key)!s:.60} ≠ {expected.get(key)!s:.60}" for key in unequal)
     raise ValueError(
         f"{where}: its {what} is not this run's ({detail}): choose what the checkpoint has, or other weights"
     )

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,9 @@ class Components:
         if self.run.requires & {"tokens", "tokenizer", "stages"}:
             self._source_partial()
         if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
-            _ = self.planned_network
+            self.hardware.check_network(self.planned_network)
+        elif self.weights is not None:
+            self.hardware.check_network(self.weights.metadata.network)
         if "tokenizer" in self.run.requires:
             _ = self.vqvae_settings
 
@@ -253,8 +255,10 @@ class Components:
 
     def _network(self, grid: TokenGrid, order: PixelOrder, n_vocab: int) -> GPTConfig:
         """The network's config of `conf/model/`, for these tokens and the objective."""
-        build = checked_partial(without(self.run.config["model"], "name"), "model")
-        network: GPTConfig = build(**self._sizes(grid, order, n_vocab))
+        settings, sizes = self.run.config["model"], self._sizes(grid, order, n_vocab)
+        if given := next((name for name in sizes if name in settings), None):
+            raise ValueError(f"model.{given} comes from the tokens and the objective: leave it out")
+        network: GPTConfig = checked_partial(without(settings, "name"), "model")(**sizes)
         return network
 
     def _sizes(self, grid: TokenGrid, order: PixelOrder, n_vocab: int) -> dict[str, Any]:
@@ -302,7 +306,7 @@ class Components:
             saved = metadata.network
             tokenizer = metadata.tokenizer
             network = self._network(tokenizer.grid, tokenizer.order, tokenizer.n_vocab)
-            igpt_format.check_equal("network", saved.to_dict(), {**network.to_dict(), "causal": saved.causal}, folder)
+            igpt_format.check_equal("network", asdict(saved), {**asdict(network), "causal": saved.causal}, folder)
         if not takes("objective"):
             igpt_format.check_equal("objective", metadata.objective, self.run.objective_settings, folder)
         if takes("tokens"):

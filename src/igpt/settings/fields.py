@@ -127,8 +127,8 @@ def _annotation_at(model: type[BaseModel], path: list[str]) -> Any:
 MAPPING = "settings, as {name: value}"
 _KINDS = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
-    "dict": MAPPING, "mapping": MAPPING, "model": MAPPING, "none": "null", "finite": "a finite number",
-    "path": "a path",
+    "tuple": "a list", "dict": MAPPING, "mapping": MAPPING, "model": MAPPING, "none": "null",
+    "finite": "a finite number", "path": "a path",
 }  # fmt: skip
 _BOUNDS = {
     "greater_than_equal": "at least {ge:g}", "greater_than": "above {gt:g}", "less_than_equal": "at most {le:g}",

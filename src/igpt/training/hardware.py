@@ -17,8 +17,10 @@ from igpt.distributed.cores import count_cores
 from igpt.distributed.process_state import float32_matmul_precision
 from igpt.distributed.ranks import Rank, this_rank
 from igpt.model import c_library, cpu, dispatch
+from igpt.model.block import IN_C
+from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
-from igpt.model.patterns import SPARSE
+from igpt.model.patterns import SPARSE, Pattern
 from igpt.model.verify import verify_attention
 from igpt.settings.devices import HardwareSettings
 from igpt.training.deepspeed import INSTALL
@@ -117,24 +119,27 @@ class HardwareConfig(HardwareSettings):
             gains = dispatch.is_worth_compiling(self.device, n_embd=net.n_embd, flops=flops, half=half)
             compiled = gains and not self.zero_stage
         net.checkpointing, net.decoding = self.activation_checkpointing, self.decoding
-        self._check_attention(net)
+        self.check_network(net.config)
         for block in net.blocks:
             block.attn.backend = self.attention_backend
             if compiled:
                 block.compile()
 
-    def _check_attention(self, net: GPT) -> None:
+    def check_network(self, network: GPTConfig) -> None:
         """Raises ValueError if the chosen attention backend does not compute this network."""
-        layers, backend = [block.attn for block in net.blocks], self.attention_backend
-        lacking = next((layer.not_in_c for layer in layers if layer.not_in_c and not layer.is_linear), "")
-        if backend in ("native", "flex") and lacking:
+        backend, patterns, lacking = self.attention_backend, network.patterns, ""
+        if backend in ("native", "flex"):
+            lacking = network.unsupported(IN_C)
+        elif backend == "blocks" and network.relative_bias:
+            lacking = "relative_bias=True"
+        if lacking:
             raise ValueError(f"trainer.attention_backend={backend} does not compute {lacking}: choose auto")
-        if backend != "auto" and any(layer.is_linear for layer in layers):
+        if backend != "auto" and "linear" in patterns:
             raise ValueError(
                 f"trainer.attention_backend={backend} computes attention scores, model.attention=linear has none: "
                 "choose auto"
             )
-        if backend == "flex" and all(layer.mask is None for layer in layers):
+        if backend == "flex" and not any(isinstance(pattern, Pattern) for pattern in patterns):
             raise ValueError(
                 f"trainer.attention_backend=flex is for model.attention={', '.join(SPARSE)}, this network has none "
                 "of these: choose auto"

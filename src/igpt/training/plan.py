@@ -20,8 +20,9 @@ def plan_run(machine: HardwareConfig, network: GPTConfig, *, batch_size: int, st
     """The cost estimate as table rows (label, value). Nothing is allocated.
 
     Raises:
-        ValueError: the batch does not divide over the devices.
+        ValueError: the batch does not divide over the devices, or the attention backend does not compute this network.
     """
+    machine.check_network(network)
     on_cpu = _is_on_cpu(machine)
     devices, micro_batch = _share_batch(machine, batch_size, on_cpu)
     plan = counted.estimate_cost(
