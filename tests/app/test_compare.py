@@ -430,7 +430,7 @@ def test_broken_and_unfinished_runs_are_counted(tmp_path: Path, caplog: pytest.L
     assert (same, again.numbers) == (folder, result.numbers)
     assert "1.5000 ± 0.7071 (std)" in caplog.text
     made(place / "new", loss(0.5), model__name="igpt_mini")
-    columns = ("task.metric=val/accuracy", "task.numbers=[val/loss_gen]", "task.reference='model=igpt_mini'")
+    columns = ("task.metric=val/accuracy", "task.numbers=[val/loss_gen]", "task.reference={model:igpt_mini}")
     newer, another = run_compare(tmp_path, *columns)
     assert another != folder
     assert newer.numbers["compare/runs"].value == 4
@@ -438,8 +438,8 @@ def test_broken_and_unfinished_runs_are_counted(tmp_path: Path, caplog: pytest.L
     text = (another / "compare.txt").read_text()
     assert "val/loss_gen, nats/token  " in text
     assert "[low, high]: 95 % confidence interval; difference: from model=igpt_mini, with the 95 % interval" in text
-    with pytest.raises(ValueError, match=r"^task.reference='model=mini' names no row; there are model=igpt_mini"):
-        run_compare(tmp_path, "task.reference='model=mini'")
+    with pytest.raises(ValueError, match=r"^task.reference: no row has model=mini; there are model=igpt_mini"):
+        run_compare(tmp_path, "task.reference={model:mini}")
 
 
 def test_a_picture_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ COLUMNS = ("probe/val/accuracy", "train/operations")
 
 def test_columns_and_differences_are_scipys(folders: list[Path]) -> None:
     """Oracle: scipy's t interval of a mean, and its Welch interval of a difference; rows read as their variant."""
-    result = summarize(folders, "val/loss_gen", columns=COLUMNS, reference="variant=paper")
+    result = summarize(folders, "val/loss_gen", columns=COLUMNS, reference={"variant": "paper"})
     assert [row.name for row in result.rows] == ["variant=local", "variant=paper", "variant=axial"]
     for row in result.rows:
         variant = row.settings["variant"]
@@ -92,7 +92,7 @@ def test_the_end_of_a_sweep_with_columns(folders: list[Path], tmp_path: Path, ca
     place.mkdir()
     with caplog.at_level("INFO"):
         report_sweep(
-            place, folders, metric="val/loss_gen", command="", columns=COLUMNS, reference="variant=paper"
+            place, folders, metric="val/loss_gen", command="", columns=COLUMNS, reference={"variant": "paper"}
         )  # fmt: skip
     first = json.loads((place / ROWS).read_text())["rows"][0]
     assert first["numbers"]["probe/val/accuracy"]["value"] == pytest.approx(0.3)
@@ -107,23 +107,27 @@ def test_the_end_of_a_sweep_with_columns(folders: list[Path], tmp_path: Path, ca
     assert axial.endswith(" | 1e+12 | 3 |")
     assert key.startswith("[low, high]")
     with caplog.at_level("INFO"):
-        report_sweep(place, folders, metric="val/loss_gen", command="", reference="variant=gone")
-    assert "hydra.launcher.reference='variant=gone' names no row; there are variant=local" in caplog.text
+        report_sweep(place, folders, metric="val/loss_gen", command="", reference={"variant": "gone"})
+    assert "hydra.launcher.reference: no row has variant=gone; there are variant=local" in caplog.text
 
 
 def test_a_bad_table_is_refused_before_the_first_job() -> None:
     jobs = [["variant=paper", "seed=0"], ["variant=local", "+task.learning_rate=0.003", "seed=0"]]
-    check_table(jobs, columns=["a"], reference="variant=local task.learning_rate=3e-3", cost="b")
+    check_table(jobs, columns=["a"], reference={"variant": "local", "task.learning_rate": 3e-3}, cost="b")
     rows = [{"variant": "paper"}, {"variant": "local"}]
-    assert (find_reference("variant=local", rows), find_reference("variant=local,paper", rows)) == (1, 0)
+    assert find_reference({"variant": "local"}, rows) == 1
+    assert find_reference({"variant": ["local", "paper"]}, rows) == 0
     for given, message in (
-        ({"reference": "variant=papr"}, r"^hydra.launcher.reference='variant=papr' names no row; there are variant=pa"),
+        (
+            {"reference": {"variant": "papr"}},
+            r"^hydra.launcher.reference: no row has variant=papr; there are variant=pa",
+        ),
         (
             {"reference": "paper"},
-            r"^hydra.launcher.reference must be settings of a row, as in 'variant=paper', got 'pa",
+            r"^hydra.launcher.reference must be settings of a row, as {variant: paper}, got paper",
         ),
         ({"columns": "val/accuracy"}, r"^hydra.launcher.columns must be a list of numbers, as \[probe/val/accuracy\]"),
-        ({"reference": 3}, r"^hydra.launcher.reference and cost must be text, got 3 and None"),
+        ({"cost": 3}, r"^hydra.launcher.cost must be a number's name, as train/operations, got 3"),
         ({"cost": "train/operations"}, r"^hydra.launcher.cost is compared with that of a reference"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -164,7 +168,7 @@ def test_the_share_of_the_cost_at_equal_loss(tmp_path: Path) -> None:
                 runs.append(record_variant(made(tmp_path / f"{recipe}-{length}-{seed}", of, **settings), recipe))
     cost = "train/operations"
     result = summarize(
-        runs, "val/loss_gen", columns=["val/accuracy", cost], reference="variant=paper task.steps=600"
+        runs, "val/loss_gen", columns=["val/accuracy", cost], reference={"variant": "paper", "task.steps": 600}
     )  # fmt: skip
     muon, slow = compare_at_equal_loss(result, cost)
     assert (muon.name, muon.is_bound, slow.name, slow.share) == ("variant=muon", False, "variant=slow", None)
@@ -173,7 +177,7 @@ def test_the_share_of_the_cost_at_equal_loss(tmp_path: Path) -> None:
     assert muon.differences["val/accuracy"].value == pytest.approx(-0.02)
     assert muon.differences["val/accuracy"].verdict == "worse"
     assert [line[1] for line in list_answers(result, cost)[1:]] == ["0.5000 [0.5000, 0.5000]", "not reached"]
-    with_cost = {"columns": ["val/accuracy"], "cost": cost, "reference": "variant=paper"}
+    with_cost = {"columns": ["val/accuracy"], "cost": cost, "reference": {"variant": "paper"}}
     report_sweep(tmp_path, runs, metric="val/loss_gen", command="", **with_cost)
     (answers,) = json.loads((tmp_path / ROWS).read_text())["equal_metric"]
     assert answers[1][:2] == ["variant=muon", "0.5000 [0.5000, 0.5000]"]

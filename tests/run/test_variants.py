@@ -4,7 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
+from igpt.report.sweep_report import TABLE, check_table
+from igpt.run.arguments import check_overrides
 from igpt.run.launch import build_components
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -44,3 +48,18 @@ def test_a_variant_of_a_training_needs_one() -> None:
         ValueError, match=r"^this variant sets model.attention, and model=checkpoint is the network of in"
     ):
         composed("variant=local", "model=checkpoint")
+
+
+@pytest.mark.parametrize("experiment", ["priors", "recipe"])
+def test_an_experiment_over_variants_composes(experiment: str) -> None:
+    """Invariant: what it varies is there to be varied, its reference is among its jobs, and its numbers are a run's."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        hydra = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True).hydra
+    varied: Any = OmegaConf.to_container(hydra.sweeper.params)
+    swept = [f"{key}={values}" for key, values in varied.items()]
+    check_overrides([f"experiment={experiment}", "data=digits", *swept], [CONF])
+    check_overrides([f"experiment={experiment}", *(text.partition(",")[0] for text in swept)], [CONF])
+    jobs = [[f"variant={name}"] for name in varied["variant"].split(",")]
+    table: Any = OmegaConf.to_container(hydra.launcher)
+    check_table(jobs, **{key: table[key] for key in TABLE})
+    assert {key.partition("/")[0] for key in (table["metric"], *table["columns"])} <= {"pretrain", "probe"}

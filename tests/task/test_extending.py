@@ -31,6 +31,7 @@ from igpt.tokens import tokenizer_registry
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
+from igpt.tokens.tokenizer import TokenGrid
 from igpt.training.loggers import RunInfo
 from igpt.utils import keyed
 from tests.checkpoint.test_igpt_format import make_metadata
@@ -185,7 +186,8 @@ def test_a_tokenizer(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tokenizer_registry, "TOKENIZERS", dict(tokenizer_registry.TOKENIZERS))
     names: dict[str, Any] = {
         "torch": torch, "np": np, "Tensor": Tensor, "NamedTuple": NamedTuple, "Palette": Palette,
-        "PaletteTokenizer": PaletteTokenizer, "PixelOrder": PixelOrder, "TOKENIZERS": tokenizer_registry.TOKENIZERS,
+        "PaletteTokenizer": PaletteTokenizer, "PixelOrder": PixelOrder, "TokenGrid": TokenGrid,
+        "TOKENIZERS": tokenizer_registry.TOKENIZERS,
         "__name__": "luma",
     }  # fmt: skip
     exec(shown_under("A tokenizer"), names)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from igpt.app.against import compare_with_paper
 from igpt.app.comparison_tables import ComparisonText
@@ -94,7 +95,7 @@ def split_comparable(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], dict[P
 
 
 def summarize_groups(
-    runs: Sequence[RunRecord], metric: str | None, columns: Sequence[str], reference: str | None
+    runs: Sequence[RunRecord], metric: str | None, columns: Sequence[str], reference: dict[str, Any] | None
 ) -> dict[str, Summary]:
     """Task (and images, where its runs are on several) → summary by `metric`, or by the first number in common.
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import ttest_ind
 
-from igpt.utils.overrides import escape_text
+from igpt.utils.overrides import escape_text, format_value
 
 WITHIN = "within the spread"
 
@@ -47,27 +48,23 @@ def compare_means(values: Sequence[float], reference: Sequence[float], *, lower_
     return Difference(difference, (float(low), float(high)), lower_is_better)
 
 
-def find_reference(reference: str, rows: Sequence[Mapping[str, str]]) -> int:
-    """The first of several rows (setting → value) with all settings of `reference`, `KEY=VALUE KEY=VALUE,OR_VALUE`.
+Settings = Mapping[str, Any]  # setting of a row → its value, or a list of values, each of which will do
+
+
+def find_reference(reference: Settings, rows: Sequence[Mapping[str, str]]) -> int:
+    """The first of several rows (setting → value as text) with all settings of `reference`.
 
     Raises:
-        ValueError: no such row, or another form.
+        ValueError: no such row; the message has the values that there are.
     """
-    wanted = parse_reference(reference)
+    wanted = {key: value if isinstance(value, list) else [value] for key, value in reference.items()}
+    texts = {key: [format_value(value, quoted=False) for value in values] for key, values in wanted.items()}
     for i, settings in enumerate(rows):
-        if all(any(_is_same(settings.get(key), value) for value in values) for key, values in wanted.items()):
+        if all(any(_is_same(settings.get(key), text) for text in texts[key]) for key in texts):
             return i
-    there = "; ".join(dict.fromkeys(" ".join(f"{k}={v}" for k, v in row.items() if k in wanted) for row in rows))
-    raise ValueError(f"reference={escape_text(reference)!r} names no row" + (f"; there are {there}" if there else ""))
-
-
-def parse_reference(reference: str) -> dict[str, list[str]]:
-    """Setting → values, each of which will do. Raises ValueError for another form than `KEY=VALUE KEY=VALUE,OR_VALUE`.
-    """  # fmt: skip
-    pairs = [part.partition("=") for part in reference.split()]
-    if not pairs or not all(key and value for key, _, value in pairs):
-        raise ValueError(f"reference must be settings of a row, as in 'variant=paper', got {escape_text(reference)!r}")
-    return {key: value.split(",") for key, _, value in pairs}
+    there = "; ".join(dict.fromkeys(" ".join(f"{k}={v}" for k, v in row.items() if k in texts) for row in rows))
+    shown = " ".join(f"{key}={','.join(values)}" for key, values in texts.items())
+    raise ValueError(f"reference: no row has {escape_text(shown)}" + (f"; there are {there}" if there else ""))
 
 
 def _is_same(shown: str | None, wanted: str) -> bool:

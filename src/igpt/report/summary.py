@@ -15,7 +15,7 @@ from igpt.report.closing_table import describe_uncertainty, format_number
 from igpt.report.facts import find_number
 from igpt.report.figures import Point, points_figure
 from igpt.report.groups import describe_groups, group_by_data, group_by_seed
-from igpt.report.reference import WITHIN, Difference, compare_means, find_reference
+from igpt.report.reference import WITHIN, Difference, Settings, compare_means, find_reference
 from igpt.report.runs import RunRecord, read_objective, read_runs
 from igpt.utils.overrides import suggest_name
 
@@ -126,12 +126,12 @@ class Summary:
 
 
 def summarize(
-    folders: Sequence[Path], metric: str, *, columns: Sequence[str] = (), reference: str | None = None
+    folders: Sequence[Path], metric: str, *, columns: Sequence[str] = (), reference: Settings | None = None
 ) -> Summary:
     """The runs of some directories by `metric`, a key of `numbers` in result.json such as `val/loss_gen`.
 
-    `columns`: further numbers. `reference`: settings of the row that the others are compared with, `KEY=VALUE …`; of
-    several such rows it is the best.
+    `columns`: further numbers. `reference`: settings of the row that the others are compared with, a value or
+    several of each; of several such rows it is the best.
 
     Raises:
         NothingFoundError: no finished run has the metric; the message lists the ones they have.
@@ -143,7 +143,7 @@ def summarize(
 
 def summarize_runs(
     runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None, *,
-    columns: Sequence[str] = (), reference: str | None = None,
+    columns: Sequence[str] = (), reference: Settings | None = None,
 ) -> Summary:  # fmt: skip
     """`summarize` for runs that have been read; `left_out`: directory → reason for those that could not be.
 
@@ -183,7 +183,7 @@ def summarize_runs(
 
 def summarize_by_data(
     runs: Sequence[RunRecord], metric: str, left_out: dict[Path, str] | None = None, *,
-    columns: Sequence[str] = (), reference: str | None = None,
+    columns: Sequence[str] = (), reference: Settings | None = None,
 ) -> list[Summary]:  # fmt: skip
     """`summarize_runs` for each group of runs on the same images and labels; `left_out` goes to the first.
 

@@ -1,7 +1,7 @@
 """The comparison at the end of a sweep: its runs as tables, pictures and a page."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from igpt.report.figures import PlanePoint, curves_figure, plane_figure
 from igpt.report.groups import VARIANT
 from igpt.report.page import link_to, write_html
 from igpt.report.pictures import Picture
-from igpt.report.reference import find_reference
+from igpt.report.reference import Settings, find_reference
 from igpt.report.runs import read_runs
 from igpt.report.summary import NothingFoundError, Summary, draw, find_common_metric, summarize_by_data, table
 from igpt.utils import files
@@ -37,8 +37,10 @@ def check_table(jobs: Sequence[Sequence[str]], *, columns: Any = (), reference: 
     """
     if isinstance(columns, str) or not all(isinstance(name, str) for name in columns):
         raise ValueError(f"hydra.launcher.columns must be a list of numbers, as [probe/val/accuracy], got {columns}")
-    if not isinstance(reference, str | None) or not isinstance(cost, str | None):
-        raise ValueError(f"hydra.launcher.reference and cost must be text, got {reference} and {cost}")
+    if not isinstance(reference, Mapping | None):
+        raise ValueError(f"hydra.launcher.reference must be settings of a row, as {{variant: paper}}, got {reference}")
+    if not isinstance(cost, str | None):
+        raise ValueError(f"hydra.launcher.cost must be a number's name, as train/operations, got {cost}")
     if reference is None:
         if cost is not None:
             raise ValueError("hydra.launcher.cost is compared with that of a reference: hydra.launcher.reference=…")
@@ -52,7 +54,7 @@ def check_table(jobs: Sequence[Sequence[str]], *, columns: Any = (), reference: 
 
 def report_sweep(
     place: Path, folders: Sequence[Path], *, metric: str, command: str,
-    columns: Sequence[str] = (), reference: str | None = None, cost: str | None = None,
+    columns: Sequence[str] = (), reference: Settings | None = None, cost: str | None = None,
 ) -> None:  # fmt: skip
     """Logs tables of the runs by `metric`, the best first; writes pictures, page and JSON into `place`.
 

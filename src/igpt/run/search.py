@@ -197,9 +197,9 @@ def _search(
     except OSError as error:
         refuse(str(error))
     folders = [Path(folder) for folder in tried if folder]
-    launcher = config.hydra.launcher
+    launcher: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     table = {key: launcher[key] for key in TABLE if key in launcher}
-    report_sweep(place, folders, metric=launcher.metric, command=format_command(), **table)
+    report_sweep(place, folders, metric=launcher["metric"], command=format_command(), **table)
 
 
 def _loss(config: DictConfig, job: JobReturn, direction: str) -> float:

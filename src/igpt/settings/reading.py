@@ -48,7 +48,7 @@ class CompareSettings(Settings):
     runs: list[str] | str
     metric: str | None
     numbers: list[str]
-    reference: str | None
+    reference: dict[str, Any] | None
     all: bool
 
 
