@@ -282,7 +282,7 @@ def test_sparse_attention_is_planned_as_it_is_computed(in_c: bool, monkeypatch: 
     if not in_c:
         monkeypatch.setattr(c_library, "is_available", lambda: False)
         monkeypatch.setattr(c_library, "find_compiler", lambda: None)
-    local = replace(SMALL, n_layer=2, attention=("local", "linear"), radius=2, grid=(12, 12, 1))
+    local = replace(SMALL, n_layer=2, attention=("local", "full"), radius=2, grid=(12, 12, 1))
     for network, planned in (
         (local, "native" if in_c else "blocks"),
         (replace(local, attention="local", relative_bias=True), "sdpa"),
