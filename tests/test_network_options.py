@@ -178,8 +178,7 @@ def test_training_goes_on_to_the_bit(options: tuple[str, ...], tmp_path: Path) -
         return
     given = (f"init={run}", *FEW)
     for task, settings in {
-        "sample": ("task.count=2",),
-        "complete": ("task.count=2",),
+        "complete": ("task.count=2", "task.completions=1"),
         "probe": ("task.baselines=[]", "task.C_grid=[1.0]"),
         "finetune": (
             "model=checkpoint",
@@ -191,7 +190,7 @@ def test_training_goes_on_to_the_bit(options: tuple[str, ...], tmp_path: Path) -
         "evaluate": (),
     }.items():
         result, _ = start(tmp_path / task, f"task={task}", *given, *settings)
-        assert result.numbers or task in ("sample", "complete")
+        assert result.numbers or task == "complete"
 
 
 @pytest.mark.parametrize(

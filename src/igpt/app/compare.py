@@ -95,7 +95,10 @@ def split_comparable(runs: Sequence[RunRecord]) -> tuple[list[RunRecord], dict[P
 
 
 def summarize_groups(
-    runs: Sequence[RunRecord], metric: str | None, columns: Sequence[str], reference: dict[str, Any] | None
+    runs: Sequence[RunRecord],
+    metric: str | None,
+    columns: Sequence[str] = (),
+    reference: dict[str, Any] | None = None,
 ) -> dict[str, Summary]:
     """Task (and images, where its runs are on several) → summary by `metric`, or by the first number in common.
 
