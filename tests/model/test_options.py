@@ -162,6 +162,16 @@ def test_gradients(option: str) -> None:
         assert slope == pytest.approx((values[0] - values[1]) / (2 * eps), rel=1e-4, abs=1e-7), name
 
 
+@pytest.mark.parametrize("option", ["relative_bias", "local_bias_rope", "mixed", "strided"])
+def test_training_after_sampling(option: str) -> None:
+    """Invariant: tables that a pass in inference mode has built serve the backward pass."""
+    net = make(option)
+    with torch.inference_mode():
+        net(draw_tokens(net))
+    net(draw_tokens(net)).sum().backward()
+    assert net.blocks[0].attn.c_attn.weight.grad is not None
+
+
 @torch.no_grad()
 def test_factorised_is_a_learned_table_of_sums() -> None:
     """Independent source: the paper's network with its table set to row + column (+ channel), to the bit."""

@@ -47,7 +47,8 @@ class Offsets:
     def prepare(self, device: torch.device) -> None:
         """Computes `index` (T, T) on a device unless it is there."""
         if self.index.numel() == 0 or self.index.device != device:
-            self.index = relative_offsets(self.layout, causal=self.causal, device=device)
+            with torch.inference_mode(False):  # it serves training, too
+                self.index = relative_offsets(self.layout, causal=self.causal, device=device)
 
 
 class Attention(nn.Module):
