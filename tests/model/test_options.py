@@ -2,14 +2,16 @@
 
 import warnings
 from dataclasses import replace
+from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from igpt.model import decode
+from igpt.model.block import Block
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate, prefill
 from igpt.model.gpt import GPT
@@ -17,6 +19,7 @@ from igpt.model.linear_attention import attend_to_state, feature_map, linear_att
 from igpt.model.patterns import TokenLayout
 from igpt.utils import keyed
 from tests.conftest import perturbed
+from tests.task.conftest import machine
 
 SIDE = 5
 SHUFFLED = tuple(torch.randperm(SIDE**2, generator=torch.Generator().manual_seed(3)).tolist())
@@ -170,6 +173,22 @@ def test_training_after_sampling(option: str) -> None:
         net(draw_tokens(net))
     net(draw_tokens(net)).sum().backward()
     assert net.blocks[0].attn.c_attn.weight.grad is not None
+
+
+@pytest.mark.slow
+def test_blocks_of_many_kinds_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Independent source: PyTorch ends with an error where it would give up compiling (and compute eagerly)."""
+    monkeypatch.setattr(Block, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    monkeypatch.setitem(OPTIONS, "kinds", {"attention": ["local", "axial", "axial", "full"], "radius": 1})
+    monkeypatch.setitem(OPTIONS["kinds"], "value_residual", True)
+    monkeypatch.setitem(SIZES, "n_layer", 5)
+    net = make("kinds")
+    machine(compile=True).prepare(net)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        net(draw_tokens(net)).sum().backward()
+        for batch in (2, 3):
+            with torch.inference_mode():
+                net(draw_tokens(net, batch))
 
 
 @torch.no_grad()
