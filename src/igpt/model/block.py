@@ -70,14 +70,15 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.n_head, self.causal, self.backend = config.n_head, config.causal, "auto"
+        self.head_size = config.n_embd // config.n_head  # D
         self.mask, self.offsets = mask, offsets  # not modules: the blocks share them
         self.is_linear = config.patterns[layer] == "linear"
         self.rotate = [positions.rotate for positions in rotations]
         self.is_plain = not (rotations or config.qk_norm or config.value_residual)  # q, k, v are those of `c_attn`
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k, v; in each, heads are blocks of D rows
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.q_norm = Norm(config.n_embd // config.n_head) if config.qk_norm else None
-        self.k_norm = Norm(config.n_embd // config.n_head) if config.qk_norm else None
+        self.q_norm = Norm(self.head_size) if config.qk_norm else None
+        self.k_norm = Norm(self.head_size) if config.qk_norm else None
         # of this block's values and the first one's
         self.value_mix = nn.Parameter(torch.full((2,), math.nan)) if config.value_residual and layer else None
         self.relative = None
@@ -107,7 +108,9 @@ class Attention(nn.Module):
         if self.offsets is not None:
             self.offsets.prepare(device)
         if self.mask is not None:
-            backend = dispatch.sparse_backend(self.backend, device, dtype, dense=self.relative is not None)
+            backend = dispatch.sparse_backend(
+                self.backend, device, dtype, head_size=self.head_size, dense=self.relative is not None
+            )
             self.mask.prepare(device, backend)
 
     def _transform(self, qkv: Tensor, first_value: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
