@@ -329,6 +329,13 @@ def test_the_bias_starts_as_the_papers_network_and_is_one_number_per_offset() ->
     torch.testing.assert_close(attn(x)[0][0], expected, rtol=0, atol=1e-5)
 
 
+def test_a_radius_of_a_strangers_file() -> None:
+    """By hand: a number that no tensor holds is refused with the config, not in a pass of the network."""
+    saved = {**SIZES, "n_ctx": 25, "causal": True, "attention": "local", "radius": 1 << 70, "grid": [5, 5, 1]}
+    with pytest.raises(ValueError, match=r"^model\.radius must be a whole number of 1 to 16,777,216, got 11805"):
+        GPTConfig.from_dict(saved)
+
+
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
 @torch.no_grad()
 def test_activations(activation: str) -> None:

@@ -94,10 +94,10 @@ class GPTConfig:
             if value is not None and not is_read:
                 raise ValueError(f"model.{name}={value} is for model.attention={' or '.join(readers)}: leave it out")
             least = {"radius": 1, "stride": 2}[name]
-            if value is not None and (type(value) is not int or value < least):
-                raise ValueError(f"model.{name} must be a whole number of at least {least}, got {value!r:.60}")
+            if value is not None and (type(value) is not int or not least <= value <= LARGEST):
+                raise ValueError(f"model.{name} must be a whole number of {least} to {LARGEST:,}, got {value!r:.60}")
         if "local" in names and self.radius is None:
-            raise ValueError("model.attention=local needs the radius of its window: model.radius=3, in tokens")
+            raise ValueError("model.attention=local needs the radius of its window: model.radius=3, in cells of the grid")
         if "linear" in names:
             of_scores = [f"positions={self.positions}"] * self.rotates + ["relative_bias=true"] * self.relative_bias
             if of_scores:
