@@ -69,7 +69,8 @@ class Pattern:
     """The attention pattern of a layer. `half`: which of its two an alternating pattern has here, 0 or 1.
 
     - `local`: tokens at most `radius` cells away in rows and in columns (Parmar et al. 2018, "Image Transformer", §3.3)
-    - `strided`: the last `stride` tokens; every `stride`-th one (Child et al. 2019, "Sparse Transformers", §4.3)
+    - `strided`: the last `stride` tokens; every `stride`-th one (Child et al. 2019, "Sparse Transformers", §4.3, who
+      count positions, whose keys carry the token before)
     - `fixed`: the same block of `stride` positions; the last eighth of every block (as strided)
     - `axial`: the same row; the same column (Ho et al. 2019, "Axial Attention")
 
