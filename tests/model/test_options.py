@@ -286,6 +286,17 @@ def test_qk_norm_is_fused_in_mixed_precision() -> None:
     assert net.blocks[0].attn.q_norm.g.grad is not None
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+@torch.no_grad()
+def test_first_values_are_kept_where_they_are_mixed(option: str) -> None:
+    """Invariant: other networks hold no values of an earlier block, also not through activation checkpoints."""
+    net = make(option)
+    h = net.embed(draw_tokens(net))
+    net.prepare_tables()
+    kept = net.blocks[0](h)[1]
+    assert (kept is not None) == net.config.value_residual
+
+
 @torch.no_grad()
 def test_value_residual_mixes_the_first_values() -> None:
     """Independent source: with weights 1 and 0 the paper's network; with 0 and 1 the first block's values decide."""

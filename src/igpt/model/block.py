@@ -75,6 +75,7 @@ class Attention(nn.Module):
         self.is_linear = config.patterns[layer] == "linear"
         self.rotate = [positions.rotate for positions in rotations]
         self.is_plain = not (rotations or config.qk_norm or config.value_residual)  # q, k, v are those of `c_attn`
+        self.keeps_value = config.value_residual and layer == 0
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k, v; in each, heads are blocks of D rows
         self.c_proj = Linear(config.n_embd, config.n_embd)
         self.q_norm = Norm(self.head_size) if config.qk_norm else None
@@ -121,8 +122,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         for rotate in self.rotate:
             q, k = (rotate(each.transpose(1, 2), start).transpose(1, 2) for each in (q, k))
-        first_value = v if first_value is None else first_value
+        if self.keeps_value:
+            first_value = v
         if self.value_mix is not None:
+            assert first_value is not None
             own, first = self.value_mix.to(v.dtype).unbind()
             v = own * v + first * first_value
         return torch.stack((q, k, v), 2).flatten(2), first_value
