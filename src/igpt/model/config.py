@@ -97,7 +97,7 @@ class GPTConfig:
             if value is not None and (type(value) is not int or not least <= value <= LARGEST):
                 raise ValueError(f"model.{name} must be a whole number of {least} to {LARGEST:,}, got {value!r:.60}")
         if "local" in names and self.radius is None:
-            raise ValueError("model.attention=local needs the radius of its window: model.radius=3, in cells of the grid")
+            raise ValueError("model.attention=local needs the radius of its window: model.radius=3, in cells")
         if "linear" in names:
             of_scores = [f"positions={self.positions}"] * self.rotates + ["relative_bias=true"] * self.relative_bias
             if of_scores:
