@@ -17,6 +17,7 @@ from igpt.model.generate import Sampling, generate, prefill
 from igpt.model.gpt import GPT
 from igpt.model.linear_attention import attend_to_state, feature_map, linear_attention, read_state
 from igpt.model.patterns import TokenLayout
+from igpt.model.positions import Factorised
 from igpt.utils import keyed
 from tests.conftest import perturbed
 from tests.task.conftest import machine
@@ -101,6 +102,14 @@ def test_decoding_with_a_cache_is_the_full_pass(option: str, grid: str, shuffled
         step = decode.make_decode_step(net, cache)
         for i in range(start, net.n_ctx - 1):
             torch.testing.assert_close(step(tokens[:, i : i + 1]), full[:, i + 1], rtol=0, atol=1e-5)
+
+
+def test_weights_are_not_read_to_choose_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: sharded tables cannot be added up; which backends compute a network follows from its settings."""
+    monkeypatch.setattr(Factorised, "table", None)
+    lacking = {name: decode.BACKENDS["native"].list_lacking(make(name)) for name in OPTIONS}
+    assert [name for name, settings in lacking.items() if not settings] == ["factorised"]
+    assert lacking["factorised_rope_2d"] == "positions=factorised+rope_2d"
 
 
 @torch.inference_mode()
