@@ -172,7 +172,11 @@ class Attention(nn.Module):
         k, v = cache.keys[layer], cache.values[layer]
         if self.is_linear:
             return attend_to_state(q, k, v).transpose(1, 2).flatten(2)
-        seen: slice | Tensor = slice(end) if self.mask is None else self.mask.pattern.visible_keys(end - 1).to(q.device)
+        seen: slice | Tensor = slice(end)
+        if self.mask is not None:
+            self.mask.prepare(q.device, "sdpa")
+            assert self.mask.dense is not None
+            seen = self.mask.dense[end - 1].nonzero()[:, 0]
         bias = None
         if self.relative is not None and self.offsets is not None:
             table = F.pad(self.relative.flatten(1), (0, 1))

@@ -115,10 +115,6 @@ class Pattern:
         chosen = Cells(*(each[start:end, None] for each in query))
         return self.is_visible(chosen, Cells(*(each[None] for each in key)))
 
-    def visible_keys(self, position: int) -> Tensor:
-        """The positions that one query sees, in order: (n,) int64."""
-        return self.mask_rows(position, position + 1)[0].nonzero()[:, 0]
-
     def count_pairs(self) -> int:
         """Number of visible pairs of query and key."""
         t = self.layout.n_ctx
