@@ -79,7 +79,7 @@ REFUSED = [
     ("model.attention=local model.radius=0", r"^model\.radius must be at least 1 or null, got 0$"),
     ("model.attention=local model.radius=x", r"^model\.radius must be a whole number or null, got 'x'$"),
     ("model.attention=local model.radius=1.5", r"^model\.radius must be a whole number or null, got 1\.5$"),
-    ("model.attention=local", r"^model\.attention=local needs the radius of its window: model\.radius=3, in tokens$"),
+    ("model.attention=local", r"^model\.attention=local needs the radius of its window: model\.radius=3, in cells$"),
     ("model.attention=axial model.radius=3", r"^model\.radius=3 is for model\.attention=local: leave it out$"),
     ("model.attention=strided model.stride=7", r"^model\.stride=7 does not divide the 64 tokens of an image"),
     ("model.attention=fixed model.stride=64", r"^model\.stride=64 does not divide the 64 tokens of an image"),

@@ -2,21 +2,25 @@
 
 import warnings
 from dataclasses import replace
+from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from igpt.model import decode
+from igpt.model.block import Block
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate, prefill
 from igpt.model.gpt import GPT
 from igpt.model.linear_attention import attend_to_state, feature_map, linear_attention, read_state
 from igpt.model.patterns import TokenLayout
+from igpt.model.positions import Factorised
 from igpt.utils import keyed
 from tests.conftest import perturbed
+from tests.task.conftest import machine
 
 SIDE = 5
 SHUFFLED = tuple(torch.randperm(SIDE**2, generator=torch.Generator().manual_seed(3)).tolist())
@@ -100,6 +104,14 @@ def test_decoding_with_a_cache_is_the_full_pass(option: str, grid: str, shuffled
             torch.testing.assert_close(step(tokens[:, i : i + 1]), full[:, i + 1], rtol=0, atol=1e-5)
 
 
+def test_weights_are_not_read_to_choose_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: sharded tables cannot be added up; which backends compute a network follows from its settings."""
+    monkeypatch.setattr(Factorised, "table", None)
+    lacking = {name: decode.BACKENDS["native"].list_lacking(make(name)) for name in OPTIONS}
+    assert [name for name, settings in lacking.items() if not settings] == ["factorised"]
+    assert lacking["factorised_rope_2d"] == "positions=factorised+rope_2d"
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("option", ["linear", "mixed", "local", "value_residual", "factorised"])
 def test_prompts_in_common_are_read_once(option: str) -> None:
@@ -160,6 +172,32 @@ def test_gradients(option: str) -> None:
                 values.append(float(loss()))
                 weight.add_(along, alpha=-sign * eps)
         assert slope == pytest.approx((values[0] - values[1]) / (2 * eps), rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.parametrize("option", ["relative_bias", "local_bias_rope", "mixed", "strided"])
+def test_training_after_sampling(option: str) -> None:
+    """Invariant: tables that a pass in inference mode has built serve the backward pass."""
+    net = make(option)
+    with torch.inference_mode():
+        net(draw_tokens(net))
+    net(draw_tokens(net)).sum().backward()
+    assert net.blocks[0].attn.c_attn.weight.grad is not None
+
+
+@pytest.mark.slow
+def test_blocks_of_many_kinds_are_all_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Independent source: PyTorch ends with an error where it would give up compiling (and compute eagerly)."""
+    monkeypatch.setattr(Block, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    monkeypatch.setitem(OPTIONS, "kinds", {"attention": ["local", "axial", "axial", "full"], "radius": 1})
+    monkeypatch.setitem(OPTIONS["kinds"], "value_residual", True)
+    monkeypatch.setitem(SIZES, "n_layer", 5)
+    net = make("kinds")
+    machine(compile=True).prepare(net)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        net(draw_tokens(net)).sum().backward()
+        for batch in (2, 3):
+            with torch.inference_mode():
+                net(draw_tokens(net, batch))
 
 
 @torch.no_grad()
@@ -257,6 +295,17 @@ def test_qk_norm_is_fused_in_mixed_precision() -> None:
     assert net.blocks[0].attn.q_norm.g.grad is not None
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+@torch.no_grad()
+def test_first_values_are_kept_where_they_are_mixed(option: str) -> None:
+    """Invariant: other networks hold no values of an earlier block, also not through activation checkpoints."""
+    net = make(option)
+    h = net.embed(draw_tokens(net))
+    net.prepare_tables()
+    kept = net.blocks[0](h)[1]
+    assert (kept is not None) == net.config.value_residual
+
+
 @torch.no_grad()
 def test_value_residual_mixes_the_first_values() -> None:
     """Independent source: with weights 1 and 0 the paper's network; with 0 and 1 the first block's values decide."""
@@ -298,6 +347,13 @@ def test_the_bias_starts_as_the_papers_network_and_is_one_number_per_offset() ->
             out[i, head] = scores.softmax(-1) @ v[: i + 1, head]
     expected = out.flatten(1) @ attn.c_proj.weight.T
     torch.testing.assert_close(attn(x)[0][0], expected, rtol=0, atol=1e-5)
+
+
+def test_a_radius_of_a_strangers_file() -> None:
+    """By hand: a number that no tensor holds is refused with the config, not in a pass of the network."""
+    saved = {**SIZES, "n_ctx": 25, "causal": True, "attention": "local", "radius": 1 << 70, "grid": [5, 5, 1]}
+    with pytest.raises(ValueError, match=r"^model\.radius must be a whole number of 1 to 16,777,216, got 11805"):
+        GPTConfig.from_dict(saved)
 
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])

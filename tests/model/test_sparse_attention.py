@@ -265,14 +265,13 @@ def test_backends_that_cannot_are_refused() -> None:
     if c_library.is_available():
         with pytest.raises(ValueError, match=r"native computes attention scores, model.attention=linear has none"):
             machine(attention_backend="native").prepare(make("mixed"))
-    too_long = Pattern("local", 0, True, TokenLayout(129, 128), radius=2)
-    with pytest.raises(ValueError, match=r"model.attention=local takes at most 16,384 positions, got 16,512"):
-        SparseMask(too_long)
 
 
 def test_which_backend_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert dispatch.sparse_backend("auto", gpu) == "flex"
+    for requested, chosen in (("auto", "sdpa"), ("flex", "sdpa"), ("bmm", "bmm")):
+        assert dispatch.sparse_backend(requested, gpu, head_size=8) == chosen
     assert dispatch.sparse_backend("auto", cpu, torch.float64) == "blocks"
     assert (
         dispatch.sparse_backend("auto", cpu, dense=True) == dispatch.sparse_backend("native", cpu, dense=True) == "sdpa"

@@ -52,9 +52,8 @@ def masked_attention(
     """
     b, t, width = qkv.shape
     is_dense = mask is None or bias is not None or t < mask.pattern.layout.n_ctx
-    backend = dispatch.sparse_backend(backend, qkv.device, qkv.dtype, dense=is_dense)
-    if backend == "flex" and width // 3 // n_head < dispatch.FLEX_HEAD:
-        backend = "sdpa"
+    head_size = width // 3 // n_head
+    backend = dispatch.sparse_backend(backend, qkv.device, qkv.dtype, head_size=head_size, dense=is_dense)
     if mask is not None:
         mask.prepare(qkv.device, backend)
     out: Tensor
@@ -70,9 +69,9 @@ def masked_attention(
     elif backend == "blocks":
         assert mask is not None
         assert mask.blocks is not None
-        flat = (part.reshape(b * n_head, t, width // 3 // n_head) for part in (q, k, v))
+        flat = (part.reshape(b * n_head, t, head_size) for part in (q, k, v))
         out = _SparseBlocks.apply(*flat, *mask.blocks)  # type: ignore[no-untyped-call]  # PyTorch has no type
-        out = out.view(b, n_head, t, width // 3 // n_head)
+        out = out.view(b, n_head, t, head_size)
     else:
         visible = None
         if mask is not None:

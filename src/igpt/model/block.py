@@ -47,7 +47,8 @@ class Offsets:
     def prepare(self, device: torch.device) -> None:
         """Computes `index` (T, T) on a device unless it is there."""
         if self.index.numel() == 0 or self.index.device != device:
-            self.index = relative_offsets(self.layout, causal=self.causal, device=device)
+            with torch.inference_mode(False):  # it serves training, too
+                self.index = relative_offsets(self.layout, causal=self.causal, device=device)
 
 
 class Attention(nn.Module):
@@ -69,14 +70,16 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.n_head, self.causal, self.backend = config.n_head, config.causal, "auto"
+        self.head_size = config.n_embd // config.n_head  # D
         self.mask, self.offsets = mask, offsets  # not modules: the blocks share them
         self.is_linear = config.patterns[layer] == "linear"
         self.rotate = [positions.rotate for positions in rotations]
         self.is_plain = not (rotations or config.qk_norm or config.value_residual)  # q, k, v are those of `c_attn`
+        self.keeps_value = config.value_residual and layer == 0
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # q, k, v; in each, heads are blocks of D rows
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.q_norm = Norm(config.n_embd // config.n_head) if config.qk_norm else None
-        self.k_norm = Norm(config.n_embd // config.n_head) if config.qk_norm else None
+        self.q_norm = Norm(self.head_size) if config.qk_norm else None
+        self.k_norm = Norm(self.head_size) if config.qk_norm else None
         # of this block's values and the first one's
         self.value_mix = nn.Parameter(torch.full((2,), math.nan)) if config.value_residual and layer else None
         self.relative = None
@@ -106,7 +109,9 @@ class Attention(nn.Module):
         if self.offsets is not None:
             self.offsets.prepare(device)
         if self.mask is not None:
-            backend = dispatch.sparse_backend(self.backend, device, dtype, dense=self.relative is not None)
+            backend = dispatch.sparse_backend(
+                self.backend, device, dtype, head_size=self.head_size, dense=self.relative is not None
+            )
             self.mask.prepare(device, backend)
 
     def _transform(self, qkv: Tensor, first_value: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
@@ -117,8 +122,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         for rotate in self.rotate:
             q, k = (rotate(each.transpose(1, 2), start).transpose(1, 2) for each in (q, k))
-        first_value = v if first_value is None else first_value
+        if self.keeps_value:
+            first_value = v
         if self.value_mix is not None:
+            assert first_value is not None
             own, first = self.value_mix.to(v.dtype).unbind()
             v = own * v + first * first_value
         return torch.stack((q, k, v), 2).flatten(2), first_value
@@ -165,7 +172,11 @@ class Attention(nn.Module):
         k, v = cache.keys[layer], cache.values[layer]
         if self.is_linear:
             return attend_to_state(q, k, v).transpose(1, 2).flatten(2)
-        seen: slice | Tensor = slice(end) if self.mask is None else self.mask.pattern.visible_keys(end - 1).to(q.device)
+        seen: slice | Tensor = slice(end)
+        if self.mask is not None:
+            self.mask.prepare(q.device, "sdpa")
+            assert self.mask.dense is not None
+            seen = self.mask.dense[end - 1].nonzero()[:, 0]
         bias = None
         if self.relative is not None and self.offsets is not None:
             table = F.pad(self.relative.flatten(1), (0, 1))

@@ -13,7 +13,7 @@ from igpt.model.positions import POSITIONS
 LARGEST = 1 << 24  # upper bound of every size: larger values are typing errors
 MOST_BLOCKS = 1 << 12  # the paper's largest network has 60
 MOST_POSITIONS = 1 << 20  # 1,024 × 1,024 pixels
-MOST_SPARSE = 1 << 14  # positions of a network with a mask of its own, which takes T² bits
+MOST_SPARSE = 1 << 14  # positions with a mask: building it takes T² steps, some seconds, and a dense one T² bytes
 Size = Annotated[int, Field(ge=1, le=LARGEST)]
 Activation = Literal["quick_gelu", "relu2", "swiglu"]
 
@@ -94,10 +94,10 @@ class GPTConfig:
             if value is not None and not is_read:
                 raise ValueError(f"model.{name}={value} is for model.attention={' or '.join(readers)}: leave it out")
             least = {"radius": 1, "stride": 2}[name]
-            if value is not None and (type(value) is not int or value < least):
-                raise ValueError(f"model.{name} must be a whole number of at least {least}, got {value!r:.60}")
+            if value is not None and (type(value) is not int or not least <= value <= LARGEST):
+                raise ValueError(f"model.{name} must be a whole number of {least} to {LARGEST:,}, got {value!r:.60}")
         if "local" in names and self.radius is None:
-            raise ValueError("model.attention=local needs the radius of its window: model.radius=3, in tokens")
+            raise ValueError("model.attention=local needs the radius of its window: model.radius=3, in cells")
         if "linear" in names:
             of_scores = [f"positions={self.positions}"] * self.rotates + ["relative_bias=true"] * self.relative_bias
             if of_scores:
@@ -132,7 +132,7 @@ class GPTConfig:
         if (is_sparse or self.relative_bias) and self.n_ctx > MOST_SPARSE:
             raise ValueError(
                 f"{self.n_ctx:,} positions: sparse patterns and model.relative_bias keep a table of all pairs, up to "
-                f"{MOST_SPARSE:,} positions: choose a lower resolution"
+                f"{MOST_SPARSE:,} positions: choose a lower resolution, or full or linear attention"
             )
         stride = self.stride
         if stride is not None and (stride >= self.n_ctx or self.n_ctx % stride):

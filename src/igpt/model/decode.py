@@ -48,8 +48,8 @@ class DecodeBackend:
 
         Encodings that add a vector per position are a learned table to it.
         """
-        has_table = net.position_table() is not None
-        return net.config.unsupported((*self.supported_settings, "positions") if has_table else self.supported_settings)
+        positions = ("positions",) if net.has_position_table else ()
+        return net.config.unsupported((*self.supported_settings, *positions))
 
 
 def make_decode_step(net: GPT, cache: Cache, backend: str = "auto") -> Step:
@@ -134,7 +134,7 @@ def make_columns_step(net: GPT, cache: Cache) -> Step:
 
     Weight matrices are stored by rows, so W @ x reads them in order, where x @ Wᵀ does not.
     """
-    heads, table = net.n_head, _read_positions(net)
+    heads, table = net.n_head, net.position_table().detach()
 
     @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # PyTorch has no type for it
     def step(tokens: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
             f"are {net.wte.dtype} on {net.wte.device.type}, heads of {net.n_embd // net.n_head}: choose auto"
         )
     compiled = c_library.require_library("trainer.decoding=native")
-    now, batch, table = cache.length, cache.keys[0].shape[0], _read_positions(net)
+    now, batch, table = cache.length, cache.keys[0].shape[0], net.position_table().detach()
     room_for = -(-net.n_ctx // VECTOR) * VECTOR  # positions
     lie: list[Tensor] = []
     while cache.keys:  # only one layer at a time is in memory twice
@@ -203,13 +203,6 @@ def make_c_step(net: GPT, cache: Cache) -> Step:
         return logits
 
     return step
-
-
-def _read_positions(net: GPT) -> Tensor:
-    """What is added to the embeddings, (T, C)."""
-    table = net.position_table()
-    assert table is not None, "make_decode_step has seen to it"
-    return table.detach()
 
 
 def _interleave_keys(keys: Tensor, values: Tensor, room_for: int) -> tuple[Tensor, Tensor]:

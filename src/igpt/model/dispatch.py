@@ -56,7 +56,12 @@ def unfused_attention_backend(device: torch.device, dtype: torch.dtype, *, t: in
 
 
 def sparse_backend(
-    requested: str, device: torch.device, dtype: torch.dtype = torch.float32, *, dense: bool = False
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    head_size: int = FLEX_HEAD,
+    dense: bool = False,
 ) -> str:
     """Backend of attention through a sparse mask, `requested` if it can: one of `ATTENTION`.
 
@@ -66,10 +71,12 @@ def sparse_backend(
     """
     if dense:
         return "bmm" if requested == "bmm" else "sdpa"
+    if requested == "flex" or (requested == "auto" and device.type == "cuda"):
+        return "flex" if head_size >= FLEX_HEAD else "sdpa"
     if requested != "auto":
         return requested
     if device.type != "cpu":
-        return "flex" if device.type == "cuda" else "sdpa"
+        return "sdpa"
     return "native" if dtype in DTYPES and c_library.is_available() else "blocks"
 
 

@@ -67,8 +67,7 @@ def generate(
     """Images sampled from the network: uniforms (B, T) in [0, 1) → tokens (B, T) int64.
 
     Where `known` (T,) is True, the token of `prompts` (B, T) replaces the drawn one. It conditions the tokens after it
-    in
-    the pixel order: in raster order, known first rows are a prompt. Row i depends on row i of the arguments alone.
+    in the pixel order: in raster order, known first rows are a prompt. Row i depends on row i of the arguments alone.
     `on_token` is called with each drawn position. `backend`: one of `dispatch.DECODING`; auto: `net.decoding`, or the
     fastest. `cached=False` runs a full forward pass per token, as OpenAI's sampler does: slow, for tests.
 

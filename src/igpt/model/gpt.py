@@ -135,11 +135,17 @@ class GPT(nn.Module):
             content = positions.add(content, start)
         return content
 
-    def position_table(self) -> Tensor | None:
-        """The vectors that are added to the embeddings, (T, C); None where encodings do more than this."""
-        tables: list[Tensor] = [self.wpe] if hasattr(self, "wpe") else []
-        tables += [each.table(0, self.n_ctx) for each in self.encodings if isinstance(each, Factorised)]
-        return tables[0] if len(tables) == 1 and len(self.encodings) + hasattr(self, "wpe") == 1 else None
+    @property
+    def has_position_table(self) -> bool:
+        """Whether positions are one table of vectors that are added to the embeddings, and nothing else."""
+        is_added = all(isinstance(each, Factorised) for each in self.encodings)
+        return is_added and len(self.encodings) + hasattr(self, "wpe") == 1
+
+    def position_table(self) -> Tensor:
+        """The vectors that are added to the embeddings, (T, C); only with `has_position_table`, of whole weights."""
+        assert self.has_position_table, "make_decode_step has seen to it"
+        encodings = [each for each in self.encodings if isinstance(each, Factorised)]
+        return encodings[0].table(0, self.n_ctx) if encodings else self.wpe
 
     def hidden_states(self, tokens: Tensor, visible: Tensor | None = None) -> Iterator[Tensor]:
         """The residual stream h^0, …, h^L, one (B, T, C) at a time: the embedding, then after each block."""

@@ -41,9 +41,7 @@ class RecordedStep:
             for block in net.blocks
         ]  # fmt: skip
         self.head = self._narrow(net.wtet)
-        table = net.position_table()
-        assert table is not None, "make_decode_step has seen to it"
-        self.table = table.detach()
+        self.table = net.position_table().detach()
         self.tokens = torch.zeros(self.keys[0].shape[0], dtype=torch.int64, device=device)
         self.position = torch.tensor([self.now], device=device)
         self.mask = torch.zeros(net.n_ctx, dtype=self.dtype, device=device)  # additive: 0 for positions seen

@@ -69,7 +69,8 @@ class Pattern:
     """The attention pattern of a layer. `half`: which of its two an alternating pattern has here, 0 or 1.
 
     - `local`: tokens at most `radius` cells away in rows and in columns (Parmar et al. 2018, "Image Transformer", §3.3)
-    - `strided`: the last `stride` tokens; every `stride`-th one (Child et al. 2019, "Sparse Transformers", §4.3)
+    - `strided`: the last `stride` tokens; every `stride`-th one (Child et al. 2019, "Sparse Transformers", §4.3, who
+      count positions, whose keys carry the token before)
     - `fixed`: the same block of `stride` positions; the last eighth of every block (as strided)
     - `axial`: the same row; the same column (Ho et al. 2019, "Axial Attention")
 
@@ -113,10 +114,6 @@ class Pattern:
         query, key = self.layout.queries(device), self.layout.keys(self.causal, device)
         chosen = Cells(*(each[start:end, None] for each in query))
         return self.is_visible(chosen, Cells(*(each[None] for each in key)))
-
-    def visible_keys(self, position: int) -> Tensor:
-        """The positions that one query sees, in order: (n,) int64."""
-        return self.mask_rows(position, position + 1)[0].nonzero()[:, 0]
 
     def count_pairs(self) -> int:
         """Number of visible pairs of query and key."""

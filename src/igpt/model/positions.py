@@ -42,8 +42,8 @@ class Positions(nn.Module):
 class Factorised(Positions):
     """A learned vector per row plus one per column, plus one per channel where cells have several tokens.
 
-    Position i has the row and column of token i, which it predicts. Source: Parmar et al. 2018, "Image Transformer",
-    §3.1; Ho et al. 2019, "Axial Attention".
+    Position i has the row and column of token i, which it predicts. Source: sums of vectors by row, column and channel
+    as Child et al. 2019, "Sparse Transformers", §5.3; Parmar et al. 2018, "Image Transformer", §3.1, joins two halves.
     """
 
     kind = "table"

@@ -9,7 +9,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from igpt.model.patterns import Cells, Pattern
 
-MOST_POSITIONS = 1 << 14  # building takes T² steps, a few seconds at this T, and the dense mask T² bytes
 BLOCK = 32  # queries of a block: bits of an int32, and Q in attend_sparse.c; products gain nothing from larger ones
 
 
@@ -17,17 +16,9 @@ class SparseMask:
     """The mask of a pattern as every backend reads it; one object serves all layers of the same pattern.
 
     `prepare` builds what a backend reads. A copy builds its own again.
-
-    Raises:
-        ValueError: more than `MOST_POSITIONS` positions.
     """
 
     def __init__(self, pattern: Pattern) -> None:
-        if pattern.layout.n_ctx > MOST_POSITIONS:
-            raise ValueError(
-                f"model.attention={pattern.name} takes at most {MOST_POSITIONS:,} positions, got "
-                f"{pattern.layout.n_ctx:,}: choose full or linear"
-            )
         self.pattern = pattern
         self._forget(torch.device("cpu"))
 

@@ -19,12 +19,13 @@ def apply_variant(cfg: DictConfig, overrides: Sequence[str]) -> None:
     `overrides` stand. A variant's settings of the network are in `model` already.
 
     Raises:
-        ValueError: a variant with such settings for a run that pretrains nothing, or one of the network's settings for
-            `model=checkpoint`.
+        ValueError: a variant with such settings for a run that pretrains nothing, or settings of the network for
+            `model=checkpoint`, of a variant or typed.
     """
     if cfg.model.get("name") == CHECKPOINT and (more := [str(key) for key in cfg.model if key != "name"]):
         raise ValueError(
-            f"this variant sets model.{more[0]}, and model=checkpoint is the network of init=: leave it out"
+            f"model.{more[0]} is set (by the command or its variant), and model=checkpoint is the network of init=: "
+            "leave it out"
         )
     if RECIPE not in cfg:
         return

@@ -120,10 +120,11 @@ class HardwareConfig(HardwareSettings):
             compiled = gains and not self.zero_stage
         net.checkpointing, net.decoding = self.activation_checkpointing, self.decoding
         self.check_network(net.config)
+        kinds = {(block.attn.mask, block.attn.is_linear, block.attn.value_mix is None) for block in net.blocks}
         for block in net.blocks:
             block.attn.backend = self.attention_backend
-            if compiled:
-                block.compile()
+            if compiled:  # each kind in training and in validation, for batches of several sizes
+                block.compile(recompile_limit=max(8, 4 * len(kinds)))
 
     def check_network(self, network: GPTConfig) -> None:
         """Raises ValueError if the chosen attention backend does not compute this network."""

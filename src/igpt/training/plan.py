@@ -138,9 +138,8 @@ def _choose_backends(machine: HardwareConfig, network: GPTConfig, on_cpu: bool) 
         full = dispatch.unfused_attention_backend(device, dtype, t=network.n_ctx, causal=network.causal)
     if network.relative_bias:
         full = dispatch.sparse_backend(requested, device, dtype, dense=True)
-    sparse = dispatch.sparse_backend(requested, device, dtype, dense=network.relative_bias)
-    if sparse == "flex" and network.n_embd // network.n_head < dispatch.FLEX_HEAD:
-        sparse = "sdpa"
+    head_size = network.n_embd // network.n_head
+    sparse = dispatch.sparse_backend(requested, device, dtype, head_size=head_size, dense=network.relative_bias)
     return [sparse if isinstance(pattern, Pattern) else full for pattern in network.patterns]
 
 
