@@ -163,7 +163,7 @@ def a_sweep(place: Path, *settings: str, n_jobs: int = 2, gpus: list[str] | None
     ]
     (place / "sweep").mkdir(exist_ok=True)
     sweep._load_finished(jobs, [OmegaConf.create({"logger": None})] * len(jobs), "val/loss_gen", sweep="a sweep")
-    return Sweep(place / "sweep", jobs, gpus=gpus or [], n_jobs=n_jobs, metric="val/loss_gen")
+    return Sweep(place / "sweep", jobs, gpus=gpus or [], n_jobs=n_jobs, metric="val/loss_gen", table={})
 
 
 def run(of: Sweep, place: Path) -> str | None:

@@ -42,7 +42,7 @@ class Offsets:
         assert config.layout is not None
         self.layout, self.causal = config.layout, config.causal
         self.shape = (2 * self.layout.rows - 1, 2 * self.layout.row_length - 1)
-        self.index = torch.empty(0, 0, dtype=torch.int64, device="cpu")
+        self.index = torch.empty(0, 0, dtype=torch.int32, device="cpu")
 
     def prepare(self, device: torch.device) -> None:
         """Computes `index` (T, T) on a device unless it is there."""

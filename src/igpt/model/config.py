@@ -76,6 +76,8 @@ class GPTConfig:
         for name in names:
             if name != "learned":
                 POSITIONS[name].check(self)
+        names.sort(key=lambda name: (name != "learned", list(options).index(name)))  # equal networks are equal
+        object.__setattr__(self, "positions", "+".join(names))
 
     def _check_attention(self) -> None:
         given = self.attention

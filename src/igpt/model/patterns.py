@@ -140,7 +140,7 @@ def layer_patterns(
 
 
 def relative_offsets(layout: TokenLayout, *, causal: bool, device: torch.device | str = "cpu") -> Tensor:
-    """Index of every pair's offset in a table of 2·rows - 1 by 2·row_length - 1: (T, T) int64.
+    """Index of every pair's offset in a table of 2·rows - 1 by 2·row_length - 1: (T, T) int32.
 
     Rows: query minus key, from -(rows - 1); then token columns likewise. Pairs with the start vector have the index
     after the last.
@@ -149,4 +149,4 @@ def relative_offsets(layout: TokenLayout, *, causal: bool, device: torch.device 
     down = query.row[:, None] - key.row + layout.rows - 1
     across = query.column[:, None] - key.column + layout.row_length - 1
     wide = 2 * layout.row_length - 1
-    return torch.where(key.place < 0, (2 * layout.rows - 1) * wide, down * wide + across)
+    return torch.where(key.place < 0, (2 * layout.rows - 1) * wide, down * wide + across).int()

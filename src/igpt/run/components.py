@@ -28,6 +28,7 @@ from igpt.run.run_config import RunConfig
 from igpt.run.targets import checked_part, checked_partial, task_settings, without
 from igpt.settings.data import name_dataset
 from igpt.settings.fields import parse_settings
+from igpt.settings.training import PretrainSettings
 from igpt.tokens.datamodule import ONE_BY_ONE, PixelDataModule, TokenDataModule
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.tokenizer import TokenGrid, Tokenizer, TokenizerSettings
@@ -60,7 +61,9 @@ class Components:
         """Raises ValueError, with the setting's name, for an invalid setting; builds nothing."""
         task = self.run.config["task"]
         check_paper_key(task, "task")
-        task_settings(task["_target_"], task)
+        settings = task_settings(task["_target_"], task)
+        if isinstance(settings, PretrainSettings) and self.hardware.is_sharded:
+            settings.check_sharded(self.hardware.strategy)
         self.check_parts()
 
     def check_parts(self) -> None:

@@ -89,6 +89,16 @@ class PretrainSettings(AdamSettings):
             before, of_before = end, f"the one to task.cooled_at {end}"
         return self
 
+    def check_sharded(self, strategy: str) -> None:
+        """Raises ValueError for what a strategy that shards weights over the ranks cannot do."""
+        apart = f"trainer={strategy} takes them apart: choose"
+        if self.optimizer == "muon":
+            raise ValueError(
+                f"task.optimizer=muon works on whole matrices, {apart} task.optimizer=adam, or trainer=ddp"
+            )
+        if self.ema is not None:
+            raise ValueError(f"task.ema averages whole weights, {apart} task.ema=null, or trainer=ddp")
+
 
 class TokenizerTaskSettings(AdamSettings):
     """`task=tokenizer`. Recipe: van den Oord et al. 2017, appendix A.1, with a schedule that ends at zero."""

@@ -135,16 +135,8 @@ class PretrainModule(TrainedModule):
 def run(components: Components, settings: PretrainSettings) -> Result:
     """Trains a network; writes `model/` and `checkpoints/` to the run directory."""
     hardware = components.hardware
-    if hardware.is_sharded and settings.optimizer == "muon":
-        raise ValueError(
-            f"task.optimizer=muon works on whole matrices, trainer={hardware.strategy} takes them apart: choose "
-            "task.optimizer=adam, or trainer=ddp"
-        )
-    if hardware.is_sharded and settings.ema is not None:
-        raise ValueError(
-            f"task.ema averages whole weights, trainer={hardware.strategy} takes them apart: choose task.ema=null, or "
-            "trainer=ddp"
-        )
+    if hardware.is_sharded:
+        settings.check_sharded(hardware.strategy)
     data = components.build_datamodule(plan=hardware.train_batch_layout(settings.batch_size))
     n_val = len(data.source.split("val"))
     if settings.val_every and not n_val:

@@ -213,7 +213,7 @@ def _count_table_bytes(network: GPTConfig, backends: Sequence[str]) -> int:
     """Bytes of dense masks and of indices of offsets; the tables of other backends are small."""
     layers = zip(network.patterns, backends, strict=True)
     masks = {pattern for pattern, backend in layers if isinstance(pattern, Pattern) and backend in ("sdpa", "bmm")}
-    return network.n_ctx**2 * (len(masks) + 8 * network.relative_bias)
+    return network.n_ctx**2 * (len(masks) + 4 * network.relative_bias)
 
 
 def format_plan(cost: Plan, *, memory: float | None) -> list[tuple[str, str]]:
