@@ -416,3 +416,14 @@ def test_masks_go_with_the_objective(small_weights: Path, tmp_path: Path) -> Non
     np.save(tmp_path / "ids.npy", np.zeros((1, 16), np.int64))
     with pytest.raises(SystemExit, match="for networks of masked pixels"):
         trace_network.main([str(small_weights), str(tmp_path / "ids.npy"), "--visible", str(tmp_path / "ids.npy")])
+
+
+def test_steps_of_variants(capsys: pytest.CaptureFixture[str]) -> None:
+    """Invariant: a variant's steps are those of its network: other losses than the paper's from the second on."""
+    small = "--side 4 --batch 2 --rounds 1 --eager --float32 --variants local swiglu".split()
+    import variants
+
+    rows = variants.main(small)["variants"]
+    assert list(rows) == ["paper", "local", "swiglu"]
+    assert len({float(row["rows"].result) for row in rows.values()}) == 3
+    assert "| local |" in capsys.readouterr().out
