@@ -47,7 +47,7 @@ def make_step(network: GPTConfig, tokens: torch.Tensor, *, half: bool, compiled:
     optimizer = make_adam(net.parameters(), learning_rate=3e-3, beta1=0.9, beta2=0.95, weight_decay=0.0)
     if compiled:
         for block in net.blocks:
-            block.compile()
+            block.compile(recompile_limit=200)  # of all networks in this process
 
     def step() -> torch.Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):
