@@ -191,13 +191,14 @@ def test_blocks_of_many_kinds_are_all_compiled(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(OPTIONS, "kinds", {"attention": ["local", "axial", "axial", "full"], "radius": 1})
     monkeypatch.setitem(OPTIONS["kinds"], "value_residual", True)
     monkeypatch.setitem(SIZES, "n_layer", 5)
-    net = make("kinds")
+    net, plain = make("kinds"), make("kinds")
     machine(compile=True).prepare(net)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         net(draw_tokens(net)).sum().backward()
         for batch in (2, 3):
+            tokens = draw_tokens(net, batch)
             with torch.inference_mode():
-                net(draw_tokens(net, batch))
+                torch.testing.assert_close(net(tokens), plain(tokens))
 
 
 @torch.no_grad()
