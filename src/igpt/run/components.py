@@ -246,15 +246,13 @@ class Components:
 
         n_vocab is an upper bound where the tokenizer has to be fitted.
         """
-        if self.weights is not None and self.run.takes_from_weights("model"):
-            return self.weights.metadata.network
-        if self.weights is not None and self.run.takes_from_weights("tokens"):
-            return self.network
-        settings = self.tokenizer_settings
+        weights, takes = self.weights, self.run.takes_from_weights
+        if weights is not None and (takes("model") or takes("tokens")):
+            return weights.metadata.network if takes("model") else self.network
+        settings, saved = self.tokenizer_settings, self.run.saved_tokenizer
         grid, n_vocab = settings.sizes(self.run.cfg.data.resolution)
-        if self.run.saved_tokenizer is not None:
-            return self._network(grid, self.run.saved_tokenizer.order, n_vocab)
-        return self._network(grid, PixelOrder.from_name(grid.rows, settings.order), n_vocab)
+        order = PixelOrder.from_name(grid.rows, settings.order) if saved is None else saved.order
+        return self._network(grid, order, n_vocab)
 
     def _network(self, grid: TokenGrid, order: PixelOrder, n_vocab: int) -> GPTConfig:
         """The network's config of `conf/model/`, for these tokens and the objective."""
