@@ -8,7 +8,7 @@ import inspect
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,11 @@ from igpt.checkpoint.huggingface import PREPROCESSOR, is_huggingface_folder, rea
 from igpt.checkpoint.igpt_format import CONFIG
 from igpt.checkpoint.tensors import first_line, list_part_files
 from igpt.encoder.encoder import Preprocessing, each_channel
+from igpt.settings.fields import Pooling
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
-Pooling = Literal["auto", "mean", "cls"]
 INSTALL = "needs transformers, which is not installed here: pip install transformers==5.23.0 (or igpt[baselines])"
 PIXEL = 1 / 255  # scale of a pixel before mean and deviation, by default
 

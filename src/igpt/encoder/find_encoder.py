@@ -2,9 +2,10 @@
 
 import torch
 
-from igpt.encoder.backbones import Pooling, load_backbone
+from igpt.encoder.backbones import load_backbone
 from igpt.encoder.encoder import Encoder
 from igpt.encoder.lite0 import load_lite0
+from igpt.settings.fields import Pooling
 
 
 def find_encoder(

@@ -27,10 +27,7 @@ STAGES = (  # blocks, kernel, stride of the first block, expansion, channels
     (1, 3, 1, 6, 320),
 )  # fmt: skip
 MEAN, STD = 127.0, 128.0  # of pixels from 0 to 255
-SMALL, FULL = (
-    96,
-    224,
-)  # pixels a side: for images of at most SMALL_IMAGE, where 224 costs five times as much; and as trained
+FULL, SMALL = 224, 96  # pixels a side at which it sees images: as trained; and those of at most SMALL_IMAGE
 SMALL_IMAGE = 64
 
 

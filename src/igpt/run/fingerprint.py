@@ -37,6 +37,8 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, runs: Hashes | 
         return found_out | runs
     for run in config["task"].get("runs", []):
         found_out[f"task.runs {Path(run).name}"] = find_weights(run).sha256
+    if "encoder" in config["task"] and (path := Path(str(config["task"]["encoder"]))).exists():
+        found_out["task.encoder"] = files.sha256(path)
     for group, key in (("task", "palette"), ("data", "clusters")):
         if (sha := _hash_file(config[group].get(key))) is not None:
             found_out[f"{group}.{key}"] = sha
