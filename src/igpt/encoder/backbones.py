@@ -107,7 +107,7 @@ def load_backbone(spec: str, *, device: torch.device, input_size: int | None, po
     """
     if importlib.util.find_spec("transformers") is None:
         raise ValueError(f"task.encoder={spec} {INSTALL}")
-    folder = Path(spec).expanduser()
+    folder = Path(spec)
     if not folder.is_dir() and HUB_NAME.fullmatch(spec) and not Path(Path(spec).parts[0]).exists():
         folder = download_from_hub(spec)
     if not is_huggingface_folder(folder):
