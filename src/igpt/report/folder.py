@@ -34,7 +34,7 @@ OBSERVERS = (
 )
 OF_A_NETWORK = ("model", "objective")  # groups that are not part of the identity of a run that trains a tokenizer
 OUTSIDE_TASK = ("requires", "run_folder", "paper")  # keys of a task: constants of the task, and a label
-OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep")
+OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep", ".keep_steps")
 OF_THE_MACHINE = "precision"  # the only identity setting of the trainer: the others change only rounding
 RECORDS = {"run.json", "log.txt", ".lock", "hparams.yaml"}  # of a run that has done nothing yet
 LOCK_SECONDS = 10  # DataLoader workers of a killed run hold its lock for up to five
