@@ -20,7 +20,8 @@ def list_paths(place: Path | str) -> list[str]:
     final = folder / "model"
     if (final / CONFIG).is_file():
         config = files.read_json(final / CONFIG)
-        by_step.pop(config.get("step") if isinstance(config, dict) else None, None)
+        last = config.get("step") if isinstance(config, dict) else None
+        by_step = {step: path for step, path in by_step.items() if step != last}
         return [*(str(by_step[step]) for step in sorted(by_step)), str(final)]
     if by_step:
         return [str(by_step[step]) for step in sorted(by_step)]
@@ -34,10 +35,12 @@ def _has_weights(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or openai.find_prefix(folder) is not None
 
 
-def list_weights(run: Path | str) -> list[Weights]:
-    """The weights at each of `list_paths`, by step; the final ones of a run last.
+def list_weights(run: Path | str, *, palette: str | None = None) -> list[Weights]:
+    """The weights at each of `list_paths`, by step; the final ones of a run last. `palette`: as of `find_weights`.
 
     Raises:
         ValueError: no weights, or damaged ones.
     """
-    return sorted((find_weights(path) for path in list_paths(run)), key=lambda weights: weights.metadata.step)
+    return sorted(
+        (find_weights(path, palette=palette) for path in list_paths(run)), key=lambda weights: weights.metadata.step
+    )

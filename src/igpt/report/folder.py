@@ -19,7 +19,14 @@ from filelock import FileLock, Timeout
 
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.bystanders import Bystander, describe_error
-from igpt.report.figures import bars_figure, curves_figure, grid_picture, matrix_figure, palette_picture
+from igpt.report.figures import (
+    bars_figure,
+    curves_figure,
+    grid_picture,
+    marked_lines_figure,
+    matrix_figure,
+    palette_picture,
+)
 from igpt.settings.older_configs import VERSION, read_record
 from igpt.settings.paths import is_same_place
 from igpt.utils import files
@@ -244,6 +251,8 @@ class RunFolder:
             write(name, ".png", matrix_figure, matrix, result.class_names.get(name))
         for name, bars in result.bars.items():
             write(name, ".png", bars_figure, bars)
+        for name, lines in result.lines.items():
+            write(name, ".png", marked_lines_figure, lines)
         if result.curves:
             write("curves", ".png", curves_figure, result.curves)
         record = {

@@ -28,6 +28,7 @@ PLACES: dict[str, tuple[Keys, ...]] = {
         ("data", "streams", "*"),
         ("task", "stages", "*", "data"),
         ("task", "stages", "*", "data", "streams", "*"),
+        *(("task", *of, "probe_data", *streams) for of in ((), ("stages", "*")) for streams in ((), ("streams", "*"))),
     ),
 }
 
@@ -117,7 +118,15 @@ TABLE: dict[int, Changes] = {
             },
         },
     ),
-    5: Changes(added={"task.keep_steps": ("task._target_", "igpt.task.pretrain.run", [])}),
+    5: Changes(
+        values={"task.paper": {"scaling": "figure3"}},
+        added={
+            "task.keep_steps": ("task._target_", "igpt.task.pretrain.run", []),
+            "task.probe_data": ("task._target_", "igpt.task.scaling.run", None),
+            "task.split": ("task._target_", "igpt.task.scaling.run", "val"),
+            "task.eval_masks": ("task._target_", "igpt.task.scaling.run", 1),
+        },
+    ),
 }
 NOW_SCRIPTS = {"task=trace": "python benchmarks/trace_network.py INIT TOKENS.npy"}
 ABSOLUTE_PATHS = 3  # first version with absolute paths in the config
