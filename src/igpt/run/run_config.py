@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from igpt.checkpoint.find import find_vqvae, find_weights
 from igpt.checkpoint.igpt_format import Weights
+from igpt.checkpoint.kept import list_paths
 from igpt.data.listing import list_files
 from igpt.report.folder import format_run_name, identity
 from igpt.report.runs import FoundRuns, find_runs
@@ -98,7 +99,7 @@ class RunConfig:
             raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
         if reads_runs and not (OmegaConf.is_list(cfg.task.runs) and all(isinstance(run, str) for run in cfg.task.runs)):
             raise ValueError(f"task.runs must be a list of run folders, got {cfg.task.runs}")
-        start = cfg.task.runs[0] if reads_runs and cfg.init is None else cfg.init
+        start = list_paths(cfg.task.runs[0])[-1] if reads_runs and cfg.init is None else cfg.init
         if start is not None:
             settings = cfg.task.get("stages", {}).get("import") or cfg.task  # not stored in OpenAI's checkpoints
             palette = settings.get("palette") or cfg.data.get("clusters")

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 READ = re.compile(  # settings that are paths to read
-    r"init|resume|tokens(\.palette)?\.path|data(\.streams\.\w+)?\.(path|clusters)|"
-    r"task\.(palette|runs|compare_with|encoder)|task\.stages\.\w+\.(run|palette|compare_with|encoder|data\.path)"
+    r"init|resume|tokens(\.palette)?\.path|(task\.probe_)?data(\.streams\.\w+)?\.(path|clusters)|"
+    r"task\.(palette|runs|compare_with|encoder)|task\.stages\.\w+\.(run|palette|compare_with|encoder|(probe_)?data\.path)"
 )
-HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # also accept a name on the Hub
+HUB = re.compile(  # also accept a name on the Hub
+    r"init|(task\.probe_)?data(\.streams\.\w+)?\.path|task\.stages\.\w+\.(probe_)?data\.path|task\.runs"
+)
 LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|compare_with)")  # also accept a list
 ENCODER = re.compile(r"task\.(stages\.\w+\.)?encoder")  # a path only if something is there
 NO_PATHS = ("lite0",)  # names of encoders, whatever lies in the working directory
