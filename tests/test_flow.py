@@ -20,11 +20,13 @@ ROOMS: dict[str, set[str]] = {
     "metric": {"model"},
     "tokens": BASE | {"data"},
     "checkpoint": BASE | {"model", "tokens"},
+    "encoder": BASE | {"checkpoint"},
     "probe": BASE | {"data", "metric"},
     "report": BASE | {"data", "metric"},
     "training": BASE | {"data", "model", "objective", "metric", "tokens", "checkpoint", "probe", "report"},
     "run": BASE | {"data", "model", "objective", "metric", "tokens", "checkpoint", "report", "training"},
-    "task": BASE | {"data", "model", "objective", "metric", "tokens", "checkpoint", "probe", "training", "run"},
+    "task": BASE
+    | {"data", "model", "objective", "metric", "tokens", "checkpoint", "encoder", "probe", "training", "run"},
     "app": BASE | {"data", "model", "metric", "tokens", "checkpoint", "probe", "report", "training", "run", "task"},
     "hub": {"utils", "model", "checkpoint"},
 }
