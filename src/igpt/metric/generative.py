@@ -2,6 +2,7 @@
 nearest training images. All in float64; features of a set are (N, D).
 """
 
+from collections.abc import Callable
 from math import sqrt
 
 import torch
@@ -13,67 +14,81 @@ from igpt.metric.result import Number
 from igpt.metric.share import share_number, wilson_interval
 
 N_BLOCK = 20  # of the jackknife: 19 degrees of freedom
+T_QUANTILE = float(student.ppf(0.975, N_BLOCK - 1))  # of a 95 % interval
 FEWEST = 2 * N_BLOCK  # images of a set: without one block, two of another are still a pair
 NEIGHBOURS = 3  # k of precision and recall (Kynkäänniemi et al. 2019)
 FEW_FOR_FRECHET = 10_000  # images, below which a Fréchet distance is mostly bias: it grows as images become fewer
 AT_ONCE = 1024  # rows of a block of distances
+Blocks = tuple[Tensor, ...]  # rows of each
 ROUNDING = 1e-12  # of the squares of two images in float64, with room to spare
 
 
 def kernel_distance(real: Tensor, drawn: Tensor) -> Number:
     """KID: the unbiased estimate of MMD² with the kernel (x·y / D + 1)³; 0 on average for sets of one distribution.
 
-    Standard error: jackknife over `N_BLOCK` blocks of each set, of equal size but for one image, which is not too small
-    on average (Efron & Stein 1981); images are taken to be in random order. Interval: Student's t. Source: Bińkowski et
-    al. 2018, who average over subsets; all pairs of images at once are as unbiased, and vary less.
+    Standard error: `jackknife` over blocks of each set, of equal size but for one image; images are taken to be in
+    random order. Interval: Student's t. Source: Bińkowski et al. 2018, who average over subsets; all pairs of images at
+    once are as unbiased, and vary less.
 
     Raises:
         ValueError: fewer than `FEWEST` images in a set.
     """
-    check_enough(len(real), len(drawn))
-    parts = [torch.tensor_split(torch.arange(len(images)), N_BLOCK) for images in (real, drawn)]
-    pairs = {}
-    for name, x, y, of_x, of_y in (
-        ("real", real, real, *parts[:1] * 2), ("drawn", drawn, drawn, *parts[1:] * 2), ("cross", real, drawn, *parts)
-    ):  # fmt: skip
-        pairs[name] = torch.stack([_sum_kernel(x[rows], y, of_y) for rows in of_x])  # (N_BLOCK, N_BLOCK)
-    alone = torch.stack([_self_kernel(real, parts[0]), _self_kernel(drawn, parts[1])])  # (2, N_BLOCK)
-    sizes = torch.tensor([[len(rows) for rows in part] for part in parts]).double()  # (2, N_BLOCK)
+    check_enough(len(real), "real images")
+    check_enough(len(drawn), "drawn images")
+    of_real, of_drawn = _split_blocks(real), _split_blocks(drawn)
+    real_pairs, drawn_pairs = _sum_kernel(real, real, of_real, of_real), _sum_kernel(drawn, drawn, of_drawn, of_drawn)
+    cross_pairs = _sum_kernel(real, drawn, of_real, of_drawn)  # (N_BLOCK, N_BLOCK)
+    real_alone, drawn_alone = _sum_self_kernel(real, of_real), _sum_self_kernel(drawn, of_drawn)  # (N_BLOCK,)
+    sizes = torch.tensor([[len(rows) for rows in parts] for parts in (of_real, of_drawn)]).double()  # (2, N_BLOCK)
 
     def estimate(kept: Tensor) -> float:
-        n, m = (sizes * kept).sum(1).tolist()
-        within = [float(kept @ pairs[name] @ kept - alone[i] @ kept) for i, name in enumerate(("real", "drawn"))]
-        return within[0] / (n * (n - 1)) + within[1] / (m * (m - 1)) - 2 * float(kept @ pairs["cross"] @ kept) / (n * m)
+        """The estimate from the blocks where `kept` (N_BLOCK,) is 1."""
+        n, m = (sizes @ kept).tolist()
+        in_real = (kept @ real_pairs @ kept - real_alone @ kept) / (n * (n - 1))
+        in_drawn = (kept @ drawn_pairs @ kept - drawn_alone @ kept) / (m * (m - 1))
+        return float(in_real + in_drawn - 2 * kept @ cross_pairs @ kept / (n * m))
 
-    every = torch.ones(N_BLOCK).double()
-    without = torch.tensor([estimate(every - one) for one in torch.eye(N_BLOCK).double()]).double()
-    value, stderr = estimate(every), float(without.std(correction=0)) * sqrt(N_BLOCK - 1)
-    around = float(student.ppf(0.975, N_BLOCK - 1)) * stderr
+    value, stderr = jackknife(estimate)
+    around = T_QUANTILE * stderr
     return Number(value, "MMD²", len(drawn), stderr, (value - around, value + around))
 
 
-def check_enough(*counts: int) -> None:
-    """Raises ValueError for a set of fewer than `FEWEST` images."""
-    if min(counts) < FEWEST:
-        several = " and ".join(map(str, counts))
-        raise ValueError(f"sample quality needs at least {FEWEST} images in each set, got {several}")
+def jackknife(estimate: Callable[[Tensor], float]) -> tuple[float, float]:
+    """An estimate from all of N_BLOCK blocks of each set, and its standard error by leaving out one after the other.
+
+    `estimate`: takes a mask of the blocks to use, (N_BLOCK,) of 0 and 1. The error is not too small on average (Efron &
+    Stein 1981).
+    """
+    every = torch.ones(N_BLOCK).double()
+    without = torch.tensor([estimate(every - one) for one in torch.eye(N_BLOCK).double()]).double()
+    return estimate(every), float(without.std(correction=0)) * sqrt(N_BLOCK - 1)
+
+
+def check_enough(n: int, what: str) -> None:
+    """Raises ValueError where `what` gives fewer than `FEWEST` images."""
+    if n < FEWEST:
+        raise ValueError(f"{what}: sample quality needs at least {FEWEST} images of each kind, got {n}")
+
+
+def _split_blocks(images: Tensor) -> Blocks:
+    return torch.tensor_split(torch.arange(len(images)), N_BLOCK)
+
+
+def _sum_kernel(x: Tensor, y: Tensor, of_x: Blocks, of_y: Blocks) -> Tensor:
+    """Sums of the kernel between each block of x and each of y: (N_BLOCK, N_BLOCK)."""
+    rows = [_kernel(x[block] @ y.T, x.shape[1]).sum(0) for block in of_x]
+    return torch.stack([torch.stack([row[block].sum() for block in of_y]) for row in rows])
+
+
+def _sum_self_kernel(x: Tensor, of_x: Blocks) -> Tensor:
+    """Sums of each image's kernel with itself: (N_BLOCK,)."""
+    alone = _kernel(x.square().sum(1), x.shape[1])
+    return torch.stack([alone[block].sum() for block in of_x])
 
 
 def _kernel(products: Tensor, width: int) -> Tensor:
     base = products / width + 1
     return base * base * base  # ten times as fast as a power
-
-
-def _sum_kernel(some: Tensor, others: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-    """Sums of the kernel between some images and each part of the others: (parts,)."""
-    of_others = _kernel(some @ others.T, some.shape[1]).sum(0)  # (N,)
-    return torch.stack([of_others[rows].sum() for rows in parts])
-
-
-def _self_kernel(images: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-    """Sums of each image's kernel with itself: (parts,)."""
-    alone = _kernel(images.square().sum(1), images.shape[1])
-    return torch.stack([alone[rows].sum() for rows in parts])
 
 
 class _Features(nn.Identity):
@@ -104,8 +119,10 @@ def precision_and_recall(real: Tensor, drawn: Tensor) -> tuple[Number, Number]:
 
 def _is_among(images: Tensor, others: Tensor) -> Tensor:
     """Whether each image lies in the ball of one of the others to its NEIGHBOURS-th nearest of them: (N,) bool."""
-    radii = torch.cat([_distances(some, others).kthvalue(NEIGHBOURS + 1).values for some in others.split(AT_ONCE)])
-    return torch.cat([(_distances(some, others) <= radii).any(1) for some in images.split(AT_ONCE)])
+    radii = torch.cat(
+        [_distances(some, others).kthvalue(NEIGHBOURS + 1).values for some in torch.split(others, AT_ONCE)]
+    )
+    return torch.cat([(_distances(some, others) <= radii).any(1) for some in torch.split(images, AT_ONCE)])
 
 
 def _distances(some: Tensor, others: Tensor) -> Tensor:
@@ -117,29 +134,54 @@ def _distances(some: Tensor, others: Tensor) -> Tensor:
 
 def find_nearest_images(images: Tensor, others: Tensor, *, k: int = 1) -> tuple[Tensor, Tensor]:
     """Euclidean distances of each image to its `k` nearest of the others, and their rows: (N, k), (N, k)."""
-    found = [_distances(some, others).topk(k, largest=False) for some in images.split(AT_ONCE)]
+    found = [_distances(some, others).topk(k, largest=False) for some in torch.split(images, AT_ONCE)]
     return torch.cat([values for values, _ in found]), torch.cat([rows for _, rows in found])
 
 
 def memorisation_numbers(drawn: Tensor, *, training: Tensor, held_out: Tensor) -> dict[str, Number]:
     """`nearest_in_train`, `nearest_excess` and `nearest_distance_ratio` of drawn images.
 
-    - share of drawn images whose nearest real image is a training image, not a held-out one. Of a model that has learnt
-      no single image it is the training images' share of all real images, as these are exchangeable;
+    - share of drawn images whose nearest real image is a training image, not a held-out one. Of a model that repeats no
+      training image it is the training images' share of all real images, as these are exchangeable;
     - its excess, (share - expected) / (1 - expected): 0 is expected without memorisation, 1 if all drawn images are
       copies of training images, and their share if some are. After the data-copying test of Meehan, Chaudhuri &
-      Dasgupta 2020, with the nearest neighbours of Schilling 1986;
+      Dasgupta 2020, with the nearest neighbours of Schilling 1986. Interval: the wider of Wilson's, for these real
+      images, and the `jackknife`'s, over blocks of real images, too;
     - median distance from a drawn image to the nearest training image, over that from a held-out image: 0 for copies.
+
+    Raises:
+        ValueError: fewer than `FEWEST` images of a kind.
     """
-    n = len(drawn)
-    to_training, to_held_out = (find_nearest_images(drawn, real)[0][:, 0] for real in (training, held_out))
-    share = float((to_training < to_held_out).double().mean())
+    for images, what in ((drawn, "drawn"), (training, "training"), (held_out, "held-out")):
+        check_enough(len(images), f"{what} images")
+    n, of_drawn = len(drawn), torch.empty(len(drawn), dtype=torch.int64)
+    for i, rows in enumerate(_split_blocks(drawn)):
+        of_drawn[rows] = i
+    to_training, to_held_out = _block_distances(drawn, training), _block_distances(drawn, held_out)  # (N, N_BLOCK)
+
+    def estimate(kept: Tensor) -> float:
+        """The share from the blocks where `kept` (N_BLOCK,) is 1."""
+        blocks = kept.bool()
+        nearer = to_training[:, blocks].amin(1) < to_held_out[:, blocks].amin(1)
+        return float(nearer[blocks[of_drawn]].double().mean())
+
+    share, stderr = jackknife(estimate)
     expected = len(training) / (len(training) + len(held_out))
-    low, high = ((end - expected) / (1 - expected) for end in wilson_interval(share, n))
-    stderr = sqrt(share * (1 - share) / n) / (1 - expected)
+    low, high = wilson_interval(share, n)
+    around = T_QUANTILE * stderr
+    ends = [(end - expected) / (1 - expected) for end in (min(low, share - around), max(high, share + around))]
     usual = find_nearest_images(held_out, training)[0].median()
     return {
         "nearest_in_train": share_number(share, n),
-        "nearest_excess": Number((share - expected) / (1 - expected), "share", n, stderr, (low, high)),
-        "nearest_distance_ratio": Number(float(to_training.median() / usual), "of held-out images' distance", n),
+        "nearest_excess": Number(
+            (share - expected) / (1 - expected), "share", n, stderr / (1 - expected), (ends[0], ends[1])
+        ),
+        "nearest_distance_ratio": Number(
+            float(to_training.amin(1).median() / usual), "of held-out images' distance", n
+        ),
     }
+
+
+def _block_distances(drawn: Tensor, real: Tensor) -> Tensor:
+    """Distance of each drawn image to the nearest of each block of real images: (N, N_BLOCK)."""
+    return torch.stack([find_nearest_images(drawn, real[rows])[0][:, 0] for rows in _split_blocks(real)], dim=1)

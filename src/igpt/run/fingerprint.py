@@ -36,13 +36,20 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, runs: Hashes | 
     if runs is not None:
         return found_out | runs
     for run in config["task"].get("runs", []):
-        found_out[f"task.runs {Path(run).name}"] = find_weights(run).sha256
+        found_out[f"task.runs {Path(run).name}"] = _hash_run(Path(run))
     for group, key in (("task", "palette"), ("data", "clusters")):
         if (sha := _hash_file(config[group].get(key))) is not None:
             found_out[f"{group}.{key}"] = sha
     return found_out | {
         f"task.compare_with {Path(file).name}": _hash_file(file) for file in config["task"].get("compare_with", [])
     }
+
+
+def _hash_run(run: Path) -> str:
+    """SHA-256 of the weights of a run, or of the result of one that has none."""
+    result = run / "result.json"
+    has_weights = (run / "model").is_dir() or (run / "checkpoints").is_dir()
+    return files.sha256(result) if result.is_file() and not has_weights else find_weights(str(run)).sha256
 
 
 def _hash_file(path: str | None) -> str | None:

@@ -91,11 +91,11 @@ class RunConfig:
                 raise ValueError(f"task={self.task} begins with weights that are drawn: leave init={cfg.init} out")
             return None
         reads_runs = "runs" in cfg.task and "finished_runs" not in self.requires  # the weights, not the numbers
-        if reads_runs and not cfg.task.runs:
+        if reads_runs and not cfg.task.runs and "weights" not in self.requires:
             raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
         if reads_runs and not (OmegaConf.is_list(cfg.task.runs) and all(isinstance(run, str) for run in cfg.task.runs)):
             raise ValueError(f"task.runs must be a list of run folders, got {cfg.task.runs}")
-        start = cfg.task.runs[0] if reads_runs and cfg.init is None else cfg.init
+        start = cfg.task.runs[0] if reads_runs and cfg.task.runs and cfg.init is None else cfg.init
         if start is not None:
             settings = cfg.task.get("stages", {}).get("import") or cfg.task  # not stored in OpenAI's checkpoints
             palette = settings.get("palette") or cfg.data.get("clusters")
