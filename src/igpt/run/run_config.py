@@ -95,6 +95,8 @@ class RunConfig:
             raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
         if reads_runs and not (OmegaConf.is_list(cfg.task.runs) and all(isinstance(run, str) for run in cfg.task.runs)):
             raise ValueError(f"task.runs must be a list of run folders, got {cfg.task.runs}")
+        if reads_runs and cfg.task.runs and cfg.init is not None and "weights" in self.requires:
+            raise ValueError(f"task={self.task}: init={cfg.init} and task.runs={list(cfg.task.runs)}: give one of them")
         start = cfg.task.runs[0] if reads_runs and cfg.task.runs and cfg.init is None else cfg.init
         if start is not None:
             settings = cfg.task.get("stages", {}).get("import") or cfg.task  # not stored in OpenAI's checkpoints

@@ -106,8 +106,6 @@ def list_trainings(components: Components, settings: QualitySettings) -> dict[st
         weights = components.trained_weights
         check_draws(weights)
         return {weights.metadata.model: [Checkpoint(weights, 0, {})]}
-    if components.init is not None:
-        raise ValueError(f"init={components.init} and task.runs={settings.runs}: give one of them")
     measured: dict[str, dict[str, Number]] = {}
     every: dict[str, list[Weights]] = {}
     for run in settings.runs:
