@@ -276,7 +276,8 @@ def test_a_recipe_in_small(tmp_path: Path) -> None:
     """iGPT-XL's recipe with a nano network, sharded over two processes on a CPU; its weights are read by one."""
     small = (
         "model=igpt_nano", "data=digits", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.nodes=1",
-        "trainer.compile=false", "task.batch_size=8", "task.steps=4", "task.warmup_steps=1", "task.val_every=2",
+        "trainer.compile=false", "task.batch_size=8", "task.steps=4", "task.keep_steps=[2]", "task.warmup_steps=1",
+        "task.val_every=2",
     )  # fmt: skip
     train_py("experiment=pretrain_igpt_xl_64", *small, cwd=tmp_path)
     (run,) = (tmp_path / "runs").iterdir()

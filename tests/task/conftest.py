@@ -112,6 +112,7 @@ PRETRAIN: dict[str, Any] = {
     "log_every": 1,
     "checkpoint_every": 4,
     "checkpoint_keep": 2,
+    "keep_steps": [],
 }
 SGD: dict[str, Any] = {
     "rates": [0.1, 1.0],

@@ -118,7 +118,7 @@ def sharded(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
             assert all(isinstance(tensor, DTensor) for tensor in kept)
             answers["held"] = sum(t.to_local().nbytes for t in kept) / sum(t.numel() * t.element_size() for t in kept)
 
-    parts = {"on": on_all(micro_batch=25, strategy="fsdp"), **TWENTY}
+    parts = {"on": on_all(micro_batch=25, strategy="fsdp"), "keep_steps": [4, 16], **TWENTY}
     run = lab.pretrain(place / "sharded", callbacks=(Held(), SampleGrid(count=3, every=1, temperature=1.0)), **parts)
     answers["curves"] = {name: curve.y for name, curve in run.curves.items()}
     answers["evaluated"] = evaluated(lab, place / "sharded", on_all(strategy="fsdp"), AR())
@@ -166,7 +166,7 @@ def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
             held.append(sum(storages.values()))
 
     for strategy in DEEPSPEED:
-        on = {"on": on_all(micro_batch=25, strategy=strategy), **TWENTY}
+        on = {"on": on_all(micro_batch=25, strategy=strategy), "keep_steps": [4, 16], **TWENTY}
         held: list[int] = []
         run = lab.pretrain(place / strategy, callbacks=(Held(), SampleGrid(count=3, every=1, temperature=1.0)), **on)
         answers[strategy] = {name: curve.y for name, curve in run.curves.items()}

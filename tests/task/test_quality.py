@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from igpt.checkpoint.find import find_weights
+from igpt.checkpoint.kept import list_weights
 from igpt.data.digits import Digits
 from igpt.data.source import ArraySplit
 from igpt.metric.generative import kernel_distance
@@ -68,7 +69,8 @@ def measure(many: Arrays, palette: Palette, tmp_path: Path) -> Callable[..., Res
 
 def start(run: Path, **task: Any) -> Path:
     """Writes what launch does before a run begins, as far as it is read."""
-    (run / "run.json").write_text(json.dumps({"config": {"task": {"batch_size": 100, **task}}}))
+    config = {"data": {"name": "few"}, "task": {"requires": ["network"], "batch_size": 100, **task}}
+    (run / "run.json").write_text(json.dumps({"config": config}))
     return run
 
 
@@ -132,7 +134,7 @@ def test_over_checkpoints_with_what_a_probe_read(
     """Round trip: each checkpoint has the numbers that it has alone, and is joined with its own accuracy and loss."""
     Lab(many, palette).pretrain(tmp_path / "run", val_every=4, steps=8)
     run = start(tmp_path / "run")
-    hashes = [find_weights(str(path)).sha256 for path in sorted((run / "checkpoints").glob("*.ckpt"))]
+    hashes = [weights.sha256 for weights in list_weights(run)]
     scaling = tmp_path / "scaling"
     scaling.mkdir()
     numbers = {
@@ -176,5 +178,5 @@ def test_what_is_refused(
     encoder.weight[0] = np.nan
     with pytest.raises(ValueError, match=r"stub gives NaN or infinity for 120 of 120 images \(train images\)"):
         measure(weights)
-    with pytest.raises(ValueError, match="no checkpoints"):
+    with pytest.raises(ValueError, match=r"no config\.json"):
         measure(weights, runs=[str(tmp_path)])

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from igpt.checkpoint.find import find_weights
-from igpt.checkpoint.resume import latest_checkpoint
-from igpt.checkpoint.sharded import read_state
+from igpt.checkpoint.resume import find_kept, latest_checkpoint
+from igpt.checkpoint.sharded import STATE, read_state
 from igpt.distributed.launcher import run_ranks
 from igpt.model.config import GPTConfig
 from igpt.objective.ar import AR
@@ -171,6 +171,9 @@ def test_what_deepspeed_saves_is_what_fsdp_does(zero_place: Path, by_zero: list[
         for name, tensor in peer.items():
             full = tensor.read()
             torch.testing.assert_close(other[name].read(), full, rtol=0, atol=1e-4 * float(full.abs().max()))
+    for strategy, other in zip(DEEPSPEED, saved, strict=True):  # the weights that are kept are those of the checkpoint
+        kept = find_weights(str(find_kept(zero_place / strategy)[16])).net().state_dict()
+        assert all(torch.equal(weight, other[f"{STATE}net.{name}"].read()) for name, weight in kept.items())
 
 
 @pytest.mark.slow
@@ -223,6 +226,9 @@ def test_a_sharded_run_is_resumed_to_the_bit(place: Path, answers: list[dict[str
         assert answers[0]["sharded"][f"{name} resumed"] == answers[0]["sharded"]["curves"]
         resumed = load_file(place / f"sharded {name}" / "model" / "model.safetensors")
         assert all(torch.equal(resumed[key], weight) for key, weight in never.items())
+        for step in (4, 16):  # kept before the stop and after it: there once, the same bits
+            one, other = (find_kept(place / run)[step] / "model.safetensors" for run in ("sharded", f"sharded {name}"))
+            assert one.read_bytes() == other.read_bytes()
     in_pieces = latest_checkpoint(place / "sharded pieces")
     assert in_pieces is not None
     assert len(list(in_pieces.glob("*.distcp"))) == 2

@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 
 import igpt
 from igpt.checkpoint.find import find_weights
+from igpt.checkpoint.kept import list_weights
 from igpt.checkpoint.resume import find_checkpoints, parse_step
 from igpt.metric.result import Result
 from igpt.training.ema import warmed_up_decay
 from igpt.training.hardware import HardwareConfig
+from igpt.utils import files
 from tests.conftest import learned_numbers
 from tests.task.conftest import PRETRAIN, Lab, check_bad_settings, machine
 from tests.task.test_pretrain import StopAfter
@@ -22,8 +24,11 @@ from tests.task.test_pretrain import StopAfter
 # Steps 2 and 3 of 3 cool, then 6 to 8 of 8; two passes a step
 RECIPE: dict[str, Any] = {
     "schedule": "wsd", "decay_share": 0.4, "cooled_at": [3], "warmup_steps": 1, "ema": 0.25, "gradient_clip": 0.2,
-    "checkpoint_every": 2, "checkpoint_keep": 1, "on": machine(micro_batch=50),
+    "checkpoint_every": 2, "checkpoint_keep": 1, "keep_steps": [2, 5, 8], "on": machine(micro_batch=50),
 }  # fmt: skip
+
+
+KEPT, KEPT_AVERAGE = "model_step_0000002", "model_ema_step_0000002"
 
 
 class Steps(L.Callback):
@@ -110,6 +115,11 @@ def test_a_cool_down_and_the_average_are_resumed(tmp_path: Path, lab: Lab, train
     """
     with pytest.raises(KeyError):
         lab.pretrain(tmp_path, callbacks=(StopAfter(3),), **RECIPE)
+    kept = {path.name: files.sha256(path / "model.safetensors") for path in trained[0].glob("model*_step_*")}
+    assert {
+        name: files.sha256(tmp_path / name / "model.safetensors") for name in (KEPT, KEPT_AVERAGE)
+    }.items() < kept.items()
+    shutil.rmtree(tmp_path / KEPT)  # as by a kill after the checkpoint of that step, and before its weights were kept
     assert [parse_step(path) for path in find_checkpoints(tmp_path)] == [2]
     lab.pretrain(tmp_path, **RECIPE)
     shutil.rmtree(tmp_path / "model_ema")
@@ -120,8 +130,29 @@ def test_a_cool_down_and_the_average_are_resumed(tmp_path: Path, lab: Lab, train
     for name in ("model", "model_ema"):
         own, expected = (load_file(folder / name / "model.safetensors") for folder in (tmp_path, trained[0]))
         assert all(torch.equal(own[name], weight) for name, weight in expected.items())
+    assert {path.name: files.sha256(path / "model.safetensors") for path in tmp_path.glob("model*_step_*")} == kept
     for folder in (tmp_path, trained[0]):
         assert [parse_step(path) for path in find_checkpoints(folder)] == [3, 8]
+
+
+def test_the_steps_that_are_kept_are_weights(trained: tuple[Path, Result, Steps], lab: Lab, tmp_path: Path) -> None:
+    """Independent source: the weights noted at steps 2, 5 and 8. Each step is listed once, the cooled one as it is."""
+    folder, _, steps = trained
+    listed = list_weights(folder)
+    assert [(of.metadata.step, of.folder.name) for of in listed] == [
+        (2, KEPT), (3, "checkpoints"), (5, "model_step_0000005"), (8, "model"),
+    ]  # fmt: skip
+    for of in (*listed, find_weights(str(folder / "model_step_0000008"))):
+        noted = steps.weights[of.metadata.step]
+        assert all(torch.equal(weight, noted[name].float()) for name, weight in of.net().state_dict().items())
+    assert sorted(path.name for path in (folder / KEPT).iterdir()) == ["config.json", "model.safetensors"]
+    assert len(list(folder.glob("model*_step_*"))) == 6  # with those of the average
+    with pytest.raises(ValueError, match=rf"nothing of that name; kept steps of that run: init=\S+/{KEPT}, init="):
+        find_weights(str(folder / "model_step_0000004"))
+    unfinished = Path(shutil.copytree(folder, tmp_path / "run", ignore=shutil.ignore_patterns("model", "*_0000005")))
+    assert [of.metadata.step for of in list_weights(unfinished)] == [2, 3, 8]
+    with pytest.raises(ValueError, match=rf"not finished: .*take what it has so far, init=\S+ckpt, init=\S+/{KEPT}"):
+        find_weights(str(unfinished))
 
 
 def test_without_an_average_there_is_none(pretrained: Path) -> None:
@@ -172,6 +203,10 @@ WSD: dict[str, Any] = {"schedule": "wsd", "decay_share": 0.2, "steps": 100, "war
         ({**WSD, "cooled_at": [50, 60]}, r"cooled_at 60: .* begin before the one to task\.cooled_at 50 has ended"),
         ({**WSD, "cooled_at": [90]}, r"task\.steps 100: its cool-down, the last 0\.2 of the steps, would begin before"),
         ({"schedule": "linear"}, r"schedule must be one of cosine, wsd"),
+        ({"keep_steps": [2, 9]}, r"task\.keep_steps \[2, 9\] must rise, within 1 … task\.steps 8: leave out"),
+        ({"keep_steps": [4, 2]}, r"task\.keep_steps \[4, 2\] must rise"),
+        ({"keep_steps": [2, 2]}, r"task\.keep_steps \[2, 2\] must rise"),
+        ({"keep_steps": [0]}, r"task\.keep_steps\.0 must be at least 1, got 0"),
         ({"ema": 1.0}, r"task\.ema must be below 1 or null"),
         ({"gradient_clip": 0}, r"task\.gradient_clip must be at least 1e-100 or null"),
     ],

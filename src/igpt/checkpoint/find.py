@@ -6,7 +6,7 @@ from pathlib import Path
 
 from igpt.checkpoint import huggingface, igpt_format, openai, sharded, tensors
 from igpt.checkpoint.igpt_format import CONFIG, Weights
-from igpt.checkpoint.resume import read_latest
+from igpt.checkpoint.resume import find_kept, read_latest
 from igpt.tokens.tokenizer import Tokenizer
 from igpt.tokens.tokenizer_registry import TOKENIZER, read_tokenizer
 from igpt.tokens.vqvae_tokenizer import VQVAETokenizer
@@ -144,7 +144,11 @@ def _explain_missing(local: Path) -> str:
         if (newest := read_latest(folder)) is not None:
             if (folder.parent / "model" / CONFIG).is_file():
                 return f"these are checkpoints of a finished run: init={folder.parent}, or one of them, init={newest}"
-            return f"this run is not finished: resume={newest.parent.parent}, or take what it has so far, init={newest}"
+            kept = "".join(f", init={path}" for path in find_kept(folder.parent).values())
+            so_far = f"init={newest}{kept}"
+            return f"this run is not finished: resume={newest.parent.parent}, or take what it has so far, {so_far}"
+    if not local.exists() and (kept_beside := find_kept(local.parent).values()):
+        return f"there is nothing of that name; kept steps of that run: {', '.join(f'init={at}' for at in kept_beside)}"
     if steps := sorted({path.parent.name for path in local.glob("*/*.index")}, key=lambda s: (len(s), s)):
         return (
             f"it holds {len(steps)} checkpoint(s) of OpenAI's, choose one: {', '.join(str(local / s) for s in steps)}"

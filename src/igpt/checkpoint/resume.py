@@ -108,6 +108,17 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(named, key=parse_step)
 
 
+def kept_path(folder: Path, step: int, *, average: bool = False) -> Path:
+    """Folder of the weights of a step that are kept for good (`task.keep_steps`), or of their average."""
+    return folder / f"model{'_ema' if average else ''}_step_{step:07d}"
+
+
+def find_kept(folder: Path) -> dict[int, Path]:
+    """Step → folder of the weights that a run directory keeps for good, the earliest first; without averages."""
+    named = {path: re.fullmatch(r"model_step_(\d+)", path.name) for path in folder.glob("model_step_*")}
+    return dict(sorted((int(match[1]), path) for path, match in named.items() if match and path.is_dir()))
+
+
 def mark_latest(path: Path, *, keep: int, kept: Collection[int] = ()) -> None:
     """Makes `path` the checkpoint to resume from; deletes all in its folder but the newest `keep` and the best.
 

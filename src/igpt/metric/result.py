@@ -73,6 +73,17 @@ class Bars:
     y_unit: str
 
 
+@dataclass(frozen=True)
+class MarkedLines:
+    """Lines with a marker at each point, and its 95 % interval where known."""
+
+    points: dict[str, list[tuple[float, Number]]]  # line → (x, y) of each point, in order
+    x_unit: str
+    y_unit: str
+    title: str
+    x_falls: bool = False  # the largest x is at the left
+
+
 @dataclass
 class Result:
     """Return value of a task; `report` writes it. Keys are `split/name`, as in `val/loss_gen`."""
@@ -83,6 +94,7 @@ class Result:
     palettes: dict[str, np.ndarray] = field(default_factory=dict)  # name → (k, 3) uint8
     arrays: dict[str, np.ndarray] = field(default_factory=dict)  # name → tokens, saved as name_tokens.npy
     bars: dict[str, Bars] = field(default_factory=dict)
+    lines: dict[str, MarkedLines] = field(default_factory=dict)
     matrices: dict[str, np.ndarray] = field(default_factory=dict)  # name → (K, K) counts: row true, column predicted
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # matrix name → its class names, if known
     files: dict[str, Path] = field(default_factory=dict)

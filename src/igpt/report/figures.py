@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from igpt.data.classes import format_class_name
-from igpt.metric.result import Bars, Curve, Grid
+from igpt.metric.result import Bars, Curve, Grid, MarkedLines
 from igpt.utils import files
 
 CELL = 96  # pixels a side that an image is shown at, at least
@@ -126,6 +126,26 @@ def bars_figure(path: Path, bars: Bars) -> None:
     has_intervals = any(of.confidence_interval for group in bars.heights.values() for of in group.values())
     axes.set_ylabel(bars.y_unit + (", with 95 % intervals" if has_intervals else ""))
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(path, figure)
+
+
+@LITERAL
+def marked_lines_figure(path: Path, lines: MarkedLines) -> None:
+    """Writes the lines with their markers and intervals, the title above."""
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in lines.points.items():
+        values = [number.value for _, number in points]
+        reach = _reach(values, [number.confidence_interval for _, number in points])
+        axes.errorbar(
+            [x for x, _ in points], values, reach, marker="o", ms=5, lw=1.4, elinewidth=0.8, capsize=2, label=name
+        )
+    axes.set(xlabel=lines.x_unit, ylabel=lines.y_unit)
+    axes.set_title("\n".join(textwrap.wrap(lines.title, 84)), fontsize=10)
+    if lines.x_falls:
+        axes.invert_xaxis()
+    axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(path, figure)
 

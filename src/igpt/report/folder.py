@@ -19,7 +19,14 @@ from filelock import FileLock, Timeout
 
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.bystanders import Bystander, describe_error
-from igpt.report.figures import bars_figure, curves_figure, grid_picture, matrix_figure, palette_picture
+from igpt.report.figures import (
+    bars_figure,
+    curves_figure,
+    grid_picture,
+    marked_lines_figure,
+    matrix_figure,
+    palette_picture,
+)
 from igpt.settings.older_configs import VERSION, read_record
 from igpt.settings.paths import is_same_place
 from igpt.utils import files
@@ -34,7 +41,7 @@ OBSERVERS = (
 )
 OF_A_NETWORK = ("model", "objective")  # groups that are not part of the identity of a run that trains a tokenizer
 OUTSIDE_TASK = ("requires", "run_folder", "paper")  # keys of a task: constants of the task, and a label
-OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep")
+OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep", ".keep_steps")
 OF_THE_MACHINE = "precision"  # the only identity setting of the trainer: the others change only rounding
 RECORDS = {"run.json", "log.txt", ".lock", "hparams.yaml"}  # of a run that has done nothing yet
 LOCK_SECONDS = 10  # DataLoader workers of a killed run hold its lock for up to five
@@ -244,6 +251,8 @@ class RunFolder:
             write(name, ".png", matrix_figure, matrix, result.class_names.get(name))
         for name, bars in result.bars.items():
             write(name, ".png", bars_figure, bars)
+        for name, lines in result.lines.items():
+            write(name, ".png", marked_lines_figure, lines)
         if result.curves:
             write("curves", ".png", curves_figure, result.curves)
         record = {

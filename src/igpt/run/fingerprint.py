@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt.checkpoint.find import find_weights
+from igpt.checkpoint.kept import list_paths
 from igpt.data.listing import ListFiles, hash_files
 from igpt.data.shards import expand_shard_path
 from igpt.data.split import split_differences
@@ -26,7 +27,8 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, runs: Hashes | 
     `init`: the hash of the initial weights. `runs`: the hashes of the compared runs, for `task=compare`.
     """
     found_out: Hashes = {"init": init, "tokens.path": _hash_file(config["tokens"].get("path"))}
-    for option, settings in {"data": config["data"], **config["data"].get("streams", {})}.items():
+    probed = {"task.probe_data": settings} if (settings := config["task"].get("probe_data")) else {}
+    for option, settings in {"data": config["data"], **config["data"].get("streams", {}), **probed}.items():
         images = settings.get("path")
         if images is not None and Path(images).exists():
             found_out[f"{option}.path"] = hash_files(Path(images), list_files)
@@ -35,8 +37,10 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, runs: Hashes | 
             found_out[f"{option}.path"] = hashlib.sha256("\n".join(listed).encode()).hexdigest()
     if runs is not None:
         return found_out | runs
-    for run in config["task"].get("runs", []):
-        found_out[f"task.runs {Path(run).name}"] = _hash_run(Path(run))
+    palette = config["task"].get("palette") or config["data"].get("clusters")
+    for position, run in enumerate(config["task"].get("runs", []), start=1):
+        name = f"task.runs {Path(run).name}"
+        found_out[f"{name} {position}" if name in found_out else name] = hash_steps(run, palette)
     for group, key in (("task", "palette"), ("data", "clusters")):
         if (sha := _hash_file(config[group].get(key))) is not None:
             found_out[f"{group}.{key}"] = sha
@@ -45,11 +49,17 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, runs: Hashes | 
     }
 
 
-def _hash_run(run: Path) -> str:
-    """SHA-256 of the weights of a run, or of the result of one that has none."""
-    result = run / "result.json"
-    has_weights = (run / "model").is_dir() or (run / "checkpoints").is_dir()
-    return files.sha256(result) if result.is_file() and not has_weights else find_weights(str(run)).sha256
+def hash_steps(run: str, palette: str | None) -> str:
+    """The SHA-256 of a run's final weights, which its other steps led to; where there are none, of all steps.
+
+    Of a finished run without weights, such as one that measured them: of its result.
+    """
+    paths, result = list_paths(run), Path(run) / "result.json"
+    if paths == [run] and result.is_file():
+        return files.sha256(result)
+    if len(paths) == 1 or Path(paths[-1]).name == "model":
+        return find_weights(paths[-1], palette=palette).sha256
+    return files.hash_json([find_weights(path, palette=palette).sha256 for path in paths])
 
 
 def _hash_file(path: str | None) -> str | None:
@@ -62,13 +72,18 @@ def _hash_file(path: str | None) -> str | None:
 
 def read_data_settings(folder: Path) -> dict[str, Any]:
     """The data settings of the run that trained the weights or tokenizer of a run directory, through imports."""
+    data: dict[str, Any] = read_training_config(folder).get("data", {})
+    return data
+
+
+def read_training_config(folder: Path) -> dict[str, Any]:
+    """The config of the run that trained the weights or tokenizer of a run directory, through imports; {}: unknown."""
     for _ in range(10):  # imports of imports
         if not (folder / "run.json").is_file():
             break
-        config = read_record(folder / "run.json")["config"]
+        config: dict[str, Any] = read_record(folder / "run.json")["config"]
         if {"network", "tokenizer"} & {*config["task"]["requires"]}:
-            data: dict[str, Any] = config["data"]
-            return data
+            return config
         if config.get("init") is None:
             break
         if (run_folder := resolve_nearest(folder, str(config["init"]))) is None:

@@ -19,6 +19,7 @@ from igpt.utils.overrides import escape_interpolation, suggest_name
 
 GROUPS = ("model", "objective")  # config groups with an option of a stage's own
 DATA = "data"  # key of a stage: overrides of its data settings
+PROBE_DATA = "probe_data"  # setting of a task: a second dataset
 OPTION = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)  # Hydra would also read `../../folder/file` and `/folder/file`
 STAND_IN = "run"  # key of a stage: the directory of a finished run to use instead of running it
 
@@ -108,6 +109,13 @@ def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> Sta
     overrides = [f"{group}={option}" for group, option in chosen.items()]
     overrides += [f"variant={variant}"] if (variant := run.choices.get("variant")) else []  # of a stage's own model
     fresh = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+    if settings.get(PROBE_DATA) is not None and PROBE_DATA in fresh.task:
+        option, own = _split_option(settings[PROBE_DATA], f"{where}.{PROBE_DATA}")
+        settings = {key: value for key, value in settings.items() if key != PROBE_DATA} | (
+            {PROBE_DATA: own} if own else {}
+        )
+        overrides += [f"data@task.{PROBE_DATA}={option}"]
+        fresh = hydra.compose("config", overrides=overrides, return_hydra_config=True)
     choices = dict(fresh.hydra.runtime.choices)
     cfg = run.cfg.copy()
     with open_dict(cfg):
@@ -127,6 +135,17 @@ def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> Sta
     check_paper_key(spec, where)
     task_settings(spec["_target_"], spec, where)
     return StageConfig(name, cfg, choices, None if stand_in is None else Path(stand_in))
+
+
+def _split_option(settings: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """(option, own settings) of a stage's own choice from a group: the option's name, or {option: …, setting: …}."""
+    own = dict(settings) if isinstance(settings, dict) else {"option": settings}
+    option = own.pop("option", None)
+    if not isinstance(option, str) or not OPTION.fullmatch(option):
+        raise ValueError(
+            f"{where} must be the name of an option, as in conf/data/, or {{option: NAME, …}}, got {option!r}"
+        )
+    return option, own
 
 
 def _merge(config: DictConfig, settings: Mapping[Any, Any], where: str) -> DictConfig:

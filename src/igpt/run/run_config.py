@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from igpt.checkpoint.find import find_vqvae, find_weights
 from igpt.checkpoint.igpt_format import Weights
+from igpt.checkpoint.kept import list_paths
 from igpt.data.listing import list_files
 from igpt.report.folder import format_run_name, identity
 from igpt.report.runs import FoundRuns, find_runs
@@ -97,7 +98,8 @@ class RunConfig:
             raise ValueError(f"task.runs must be a list of run folders, got {cfg.task.runs}")
         if reads_runs and cfg.task.runs and cfg.init is not None and "weights" in self.requires:
             raise ValueError(f"task={self.task}: init={cfg.init} and task.runs={list(cfg.task.runs)}: give one of them")
-        start = cfg.task.runs[0] if reads_runs and cfg.task.runs and cfg.init is None else cfg.init
+        is_first = reads_runs and cfg.task.runs and cfg.init is None
+        start = list_paths(cfg.task.runs[0])[-1] if is_first else cfg.init
         if start is not None:
             settings = cfg.task.get("stages", {}).get("import") or cfg.task  # not stored in OpenAI's checkpoints
             palette = settings.get("palette") or cfg.data.get("clusters")

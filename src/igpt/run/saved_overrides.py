@@ -26,6 +26,7 @@ NOT_RECORDED = ("resume=", "rerun=", "hydra.", "hydra/")
 LONGEST = 10_000  # characters of an override
 MOST = 1_000  # overrides of a run
 MOST_BRACKETS = 50  # in an override
+PLACES = {("data", "task.probe_data")}  # (group, package) of options that are chosen for another place
 SEARCH_PATH = "hydra.searchpath"
 # Hydra's name of the source of a config folder → how it was typed
 TYPED_AS = {"command-line": "--config-dir", f"{SEARCH_PATH} in command-line": SEARCH_PATH}
@@ -95,7 +96,9 @@ def resume_overrides(
     if record.get("overrides", ()) is None:
         raise ValueError(f"resume={folder}: this is a stage of a pipeline; continue that: resume={folder.parent}")
     saved, search_path = (_read_texts(record, key, path) for key in ("overrides", "search_path"))
-    known = {override.key_or_group for override in typed}
+    known = {
+        str(override.get_key_element()).lstrip("+~") for override in typed
+    }  # with the place, as data@task.probe_data
     new = [text for text in saved if text.partition("=")[0].lstrip("+~") not in known | {"resume", "rerun"}]
     missing = [
         *(search_path if len(config_dirs) == 1 else ()),
@@ -126,7 +129,8 @@ def is_plain(text: str, config_dirs: Sequence[Path]) -> bool:
     except (HydraException, RecursionError):
         return False
     key = override.key_or_group
-    if override.package is not None or override.is_sweep_override() or not _is_plain_key(key):
+    is_elsewhere = override.package is not None and (key, override.package) not in PLACES
+    if is_elsewhere or override.is_sweep_override() or not _is_plain_key(key):
         return False
     if override.is_delete():
         return True

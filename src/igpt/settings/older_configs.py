@@ -28,6 +28,7 @@ PLACES: dict[str, tuple[Keys, ...]] = {
         ("data", "streams", "*"),
         ("task", "stages", "*", "data"),
         ("task", "stages", "*", "data", "streams", "*"),
+        *(("task", *of, "probe_data", *streams) for of in ((), ("stages", "*")) for streams in ((), ("streams", "*"))),
     ),
 }
 
@@ -115,6 +116,15 @@ TABLE: dict[int, Changes] = {
                 f"model.{key}": ("model._target_", "igpt.model.config.GPTConfig", value)
                 for key, value in NETWORK.items()
             },
+        },
+    ),
+    5: Changes(
+        values={"task.paper": {"scaling": "figure3"}},
+        added={
+            "task.keep_steps": ("task._target_", "igpt.task.pretrain.run", []),
+            "task.probe_data": ("task._target_", "igpt.task.scaling.run", None),
+            "task.split": ("task._target_", "igpt.task.scaling.run", "val"),
+            "task.eval_masks": ("task._target_", "igpt.task.scaling.run", 1),
         },
     ),
 }

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 READ = re.compile(  # settings that are paths to read
-    r"init|resume|tokens(\.palette)?\.path|data(\.streams\.\w+)?\.(path|clusters)|task\.(palette|runs|compare_with)|"
-    r"task\.stages\.\w+\.(run|palette|compare_with|data\.path)"
+    r"init|resume|tokens(\.palette)?\.path|(task\.probe_)?data(\.streams\.\w+)?\.(path|clusters)|"
+    r"task\.(palette|runs|compare_with)|task\.stages\.\w+\.(run|palette|compare_with|(probe_)?data\.path)"
 )
-HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # also accept a name on the Hub
+HUB = re.compile(  # also accept a name on the Hub
+    r"init|(task\.probe_)?data(\.streams\.\w+)?\.path|task\.stages\.\w+\.(probe_)?data\.path|task\.runs"
+)
 LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|compare_with)")  # also accept a list
 WRITTEN = re.compile(r"paths\.(runs|cache)")
 

@@ -1,6 +1,6 @@
 """Settings of the tasks that use a network's features."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -73,3 +73,6 @@ class ScalingSettings(FeatureSettings):
     """`task=scaling`. Source: Chen et al. 2020, Figure 3."""
 
     runs: list[str]
+    probe_data: dict[str, Any] | None  # as the group `data`; None: the images of the loss
+    split: Split  # of the loss
+    eval_masks: Count

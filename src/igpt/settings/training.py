@@ -60,7 +60,18 @@ class PretrainSettings(AdamSettings):
     ema: Decay | None  # of the average of the weights over optimiser steps; None: no average
     gradient_clip: Positive | None  # largest norm of a step's gradient
     cooled_at: list[Count]  # optimiser steps before the last at which the rate of wsd has fallen to zero
+    keep_steps: list[Count]  # optimiser steps whose weights are kept for good
     length: ClassVar[str] = "task.steps or task.operations"
+
+    @model_validator(mode="after")
+    def _check_keep_steps(self) -> "PretrainSettings":
+        kept = self.keep_steps
+        if kept != sorted(set(kept)) or (kept and kept[-1] > self.steps):
+            raise ValueError(
+                f"task.keep_steps {kept} must rise, within 1 … task.steps {self.steps}: leave out those that do not, "
+                "or all, task.keep_steps=[]"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_schedule(self) -> "PretrainSettings":

@@ -1,6 +1,7 @@
 """`task=pretrain`: generative pretraining with the paper's recipe."""
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from igpt.checkpoint import igpt_format
 from igpt.checkpoint.igpt_format import Weights, check_equal, meta_model, read_model, save_model
+from igpt.checkpoint.resume import kept_path
 from igpt.data.source import Stream
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
@@ -24,6 +26,7 @@ from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import full_state
 from igpt.training.ema import WeightAverage
 from igpt.training.optimizers import every_step, make_optimizer, make_scheduler
+from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +102,43 @@ class PretrainModule(TrainedModule):
             assert self.net is not None
             self.average.update(self.net, self.global_step)  # which counts this step later
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._keep_step()  # resumed here, and perhaps killed before they were kept
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self._keep_step()
+
+    def _keep_step(self) -> None:
+        """Keeps the weights of this step if it is one of `keep_steps`; those of the last when training has ended."""
+        if self.global_step in self.settings.keep_steps and self.global_step < self.steps:
+            self.guard.check()
+            self.keep_weights(self.global_step)
+
+    def save_weights(self, step: int, model: Path, model_ema: Path) -> None:
+        """Writes the weights, and their average if there is one, into these folders. All ranks must call it."""
+        assert self.net is not None
+        state = full_state(self.net) if self.machine.zero_stage else self.net.state_dict()
+        metadata = self.components.checkpoint_metadata(step=step)
+        save_model(model, state, metadata)
+        if self.average is not None:
+            save_model(model_ema, {**state, **self.average.weights}, metadata)
+
+    def keep_weights(self, step: int) -> None:
+        """Writes the weights of this step, for good, each folder atomically. All ranks must call it."""
+        folder, first = self.components.runner.folder, ranks.this_rank().is_first
+        kept = [kept_path(folder, step, average=average) for average in (False, True)]
+        with ExitStack() as written:
+            parts = [written.enter_context(files.temporary_folder(path)) if first else path for path in kept]
+            self.save_weights(step, *parts)
+            for part, path in zip(parts, kept, strict=True):
+                if first and (part / igpt_format.CONFIG).is_file():
+                    files.remove(path)  # of the same step, before the run was resumed from an earlier one
+                    files.move_into_place(part, path)
+        log.info("the weights of step %s are kept in init=%s", f"{step:,}", kept[0])
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.net is not None
         self.score.add(self.net, batch)
@@ -152,13 +192,12 @@ def run(components: Components, settings: PretrainSettings) -> Result:
     )  # fmt: skip
     progress = runner.fit(module, data, settings, saving, gradient_clip=settings.gradient_clip)
     assert module.net is not None
-    state = full_state(module.net) if hardware.zero_stage else module.net.state_dict()
-    metadata = components.checkpoint_metadata(step=progress.step)
-    save_model(runner.folder / "model", state, metadata)
+    module.save_weights(progress.step, runner.folder / "model", runner.folder / "model_ema")
+    if progress.step in settings.keep_steps:
+        module.keep_weights(progress.step)
     averaged = {}
     if module.average is not None:
         averaged["model_ema"] = Path("model_ema")
-        save_model(runner.folder / "model_ema", {**state, **module.average.weights}, metadata)
         log.info("the averaged weights are in init=%s", runner.folder / "model_ema")
     if hardware.zero_stage:
         ranks.barrier()  # until rank 0 has written it

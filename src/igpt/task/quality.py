@@ -7,22 +7,23 @@ same images. How far it repeats them is measured apart, by nearest images.
 
 import logging
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from igpt.checkpoint.igpt_format import Weights
-from igpt.data.split import split_differences
 from igpt.encoder.find_encoder import find_encoder
 from igpt.metric.generative import FEW_FOR_FRECHET
 from igpt.metric.result import Curve, Grid, Number, Result
+from igpt.metric.statistics import rank_correlation, rank_correlation_interval
 from igpt.model.gpt import GPT
 from igpt.run.components import Components
 from igpt.settings.generation import QualitySettings
 from igpt.settings.older_configs import read_record
 from igpt.task.compared_images import SHOWN, Judge, RealImages, draw_kinds
-from igpt.task.scaling import list_checkpoints, rank_correlation
+from igpt.task.scaling import ACCURACY, check_data, collect_lines
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +32,11 @@ MEASURING = ("scaling", "probe", "evaluate")  # tasks whose finished runs give a
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights to measure; of a run, with the images they had seen and what finished runs say of them."""
+    """Weights to measure, with the images they had seen in pretraining and what finished runs say of them."""
 
     weights: Weights
-    seen: int
+    prefix: str  # of its numbers' names
+    seen: int | None  # images; None: not known
     measured: dict[str, Number]  # `accuracy` of a probe, `loss_gen`; empty if not known
 
 
@@ -44,7 +46,7 @@ def run(components: Components, settings: QualitySettings) -> Result:
     Numbers: `samples/kid` …; over checkpoints `NAME/N_images/samples/kid`; the same of `completions`. Reference rows:
     `real` (as many training images), `tokenized` (the same through the tokenizer), `untrained` (a network not trained).
     """
-    trainings = list_trainings(components, settings)
+    trainings, warnings = list_trainings(components, settings)
     real = RealImages(components, settings)
     real.check()
     tokenizer, hardware, seed = components.tokenizer, components.hardware, components.seed
@@ -64,8 +66,7 @@ def run(components: Components, settings: QualitySettings) -> Result:
     shown = []
     for name, checkpoints in trainings.items():
         for checkpoint in checkpoints:
-            weights = checkpoint.weights
-            prefix = f"{name}/{checkpoint.seen}_images/" if settings.runs else ""
+            weights, prefix = checkpoint.weights, checkpoint.prefix
             for kind, images in draw_kinds(weights.net(), tokenizer, real, name=weights.sha256).items():
                 numbers, features = judge.compare(kind, images)
                 result.numbers |= {f"{prefix}{key}": number for key, number in numbers.items()}
@@ -88,16 +89,18 @@ def run(components: Components, settings: QualitySettings) -> Result:
         "images": {"val": len(judge.held_out), "train": len(judge.training)},
     }  # fmt: skip
     if min(settings.samples, len(judge.held_out)) < FEW_FOR_FRECHET:
-        result.provenance["warning"] = (
+        warnings.append(
             f"fd_{judge.encoder.name} of {settings.samples:,} and {len(judge.held_out):,} images is mostly bias below "
             f"{FEW_FOR_FRECHET:,} of each: compare it with that of real images and of as many samples only; see KID"
         )
+    if warnings:
+        result.provenance["warning"] = "; ".join(warnings)
         log.warning("%s", result.provenance["warning"])
     return result
 
 
-def list_trainings(components: Components, settings: QualitySettings) -> dict[str, list[Checkpoint]]:
-    """The weights to measure, by the name of their training.
+def list_trainings(components: Components, settings: QualitySettings) -> tuple[dict[str, list[Checkpoint]], list[str]]:
+    """The weights to measure, by the name of their training; warnings.
 
     Raises:
         ValueError: no weights, weights that cannot draw images, or of other tokens or held-out images than the first.
@@ -105,33 +108,26 @@ def list_trainings(components: Components, settings: QualitySettings) -> dict[st
     if not settings.runs:
         weights = components.trained_weights
         check_draws(weights)
-        return {weights.metadata.model: [Checkpoint(weights, 0, {})]}
+        return {weights.metadata.model: [Checkpoint(weights, "", None, {})]}, []
     measured: dict[str, dict[str, Number]] = {}
-    every: dict[str, list[Weights]] = {}
+    places = []
     for run in settings.runs:
         record = Path(run) / "result.json"
-        if record.is_file() and read_record(record).get("task") in MEASURING:
-            for sha256, numbers in read_measured(record).items():
-                measured[sha256] = measured.get(sha256, {}) | numbers
-        else:
-            every[run] = list_checkpoints(run)
-    names = {path: weights[-1].metadata.model for path, weights in every.items()}
-    if len(set(names.values())) < len(names):
-        names = {path: Path(path).name for path in names}
-    trainings = {}
-    for path, checkpoints in every.items():
-        check_draws(checkpoints[-1])
-        if checkpoints[-1].tokenizer.hash != components.tokenizer.hash:
-            raise ValueError(f"task.runs: {path} has another tokenizer than the first: their images do not compare")
-        config = read_record(Path(path) / "run.json")["config"]
-        if other := split_differences(components.cache_key["data"], config.get("data", {})):
-            raise ValueError(f"task.runs: {path} held out other images (data.{', data.'.join(other)})")
-        size = int(config["task"]["batch_size"])
-        trainings[names[path]] = [
-            Checkpoint(weights, weights.metadata.step * size, measured.get(weights.sha256, {}))
-            for weights in checkpoints
-        ]
-    return trainings
+        if not record.is_file() or read_record(record).get("task") not in MEASURING:
+            places.append(run)
+            continue
+        for sha256, numbers in read_measured(record).items():
+            measured[sha256] = measured.get(sha256, {}) | numbers
+    data = components.cache_key["data"]
+    lines = collect_lines(places, palette=data.get("clusters"))
+    trainings: dict[str, list[Checkpoint]] = {line.name: [] for line in lines}
+    for line in lines:
+        check_draws(line.last)
+        for weights in line.weights:
+            seen = line.count_images_seen(weights)
+            prefix = f"{line.name}/{weights.folder.name if seen is None else f'{seen}_images'}/"
+            trainings[line.name].append(Checkpoint(weights, prefix, seen, measured.get(weights.sha256, {})))
+    return trainings, check_data(lines, data, "val")
 
 
 def check_draws(weights: Weights) -> None:
@@ -153,11 +149,11 @@ def read_measured(path: Path) -> dict[str, dict[str, Number]]:
     else:  # several trainings, each with the numbers of its checkpoints in the order of their hashes
         places = {}
         for name, hashes in weights.items():
-            of_name = [key for key in numbers if key.startswith(f"{name}/") and key.endswith("_images/loss_gen")]
+            of_name = [key for key in numbers if key.startswith(f"{name}/") and key.endswith("/loss_gen")]
             places |= zip([key.rpartition("/")[0] for key in of_name], hashes, strict=True)
     return {
         sha256: {
-            what: Number(**{**fields, "interval": fields["interval"] and tuple(fields["interval"])})
+            what: Number(**{**fields, "interval": fields.get("interval") and tuple(fields["interval"])})
             for what in ("accuracy", "loss_gen")
             if (fields := numbers.get(f"{place}/{what}")) is not None
         }
@@ -167,7 +163,7 @@ def read_measured(path: Path) -> dict[str, dict[str, Number]]:
 
 def add_curves(result: Result, name: str, checkpoints: list[Checkpoint], encoder: str) -> None:
     """Adds a training's curves over the images seen, and of its probe accuracy over KID, with 95 % intervals."""
-    kid, accuracy = f"KID, {encoder}", "best layer's val accuracy"
+    kid, accuracy = f"KID, {encoder}", ACCURACY
     fd, seen = f"fd_{encoder}", "images seen"
     lines = {  # of a number: the line's name, the unit of its axis
         "samples/kid": ("KID", kid), "completions/kid": ("KID of completions", kid),
@@ -177,22 +173,25 @@ def add_curves(result: Result, name: str, checkpoints: list[Checkpoint], encoder
     }  # fmt: skip
     table = []  # a row of numbers for each checkpoint
     for each in checkpoints:
-        prefix = f"{name}/{each.seen}_images/"
-        own = {key.removeprefix(prefix): number for key, number in result.numbers.items() if key.startswith(prefix)}
-        table.append({seen: Number(float(each.seen), "images", 1), **each.measured, **own})
+        numbers = result.numbers.items()
+        own = {key.removeprefix(each.prefix): number for key, number in numbers if key.startswith(each.prefix)}
+        images = {} if each.seen is None else {seen: Number(float(each.seen), "images", 1)}
+        table.append({**images, **each.measured, **own})
     for key, (label, unit) in lines.items():
-        if rows := [row for row in table if key in row]:
+        if rows := [row for row in table if key in row and seen in row]:
             result.curves[f"{name}: {label}"] = join_points(rows, seen, key, x_unit=seen, y_unit=unit)
     for key, label in (("kid", "KID"), (fd, fd)):
-        rows = [{**row, "real": result.numbers[f"real/{key}"]} for row in table]
+        rows = [{**row, "real": result.numbers[f"real/{key}"]} for row in table if seen in row]
         unit = lines[f"samples/{key}"][1]
         result.curves[f"real images: {label}"] = join_points(rows, seen, "real", x_unit=seen, y_unit=unit)
     if rows := [row for row in table if "accuracy" in row]:
         curve = join_points(rows, "samples/kid", "accuracy", x_unit=kid, y_unit=accuracy)
         result.curves[name] = curve
-        if len(set(curve.x)) > 2 and len(set(curve.y)) > 1:
-            rank = rank_correlation([-x for x in curve.x], curve.y)
-            result.numbers[f"{name}/rank_correlation"] = Number(rank, "Spearman, -KID and accuracy", len(rows))
+        better = [-x for x in curve.x]
+        if not isnan(rank := rank_correlation(better, curve.y)):
+            interval = rank_correlation_interval(better, curve.y)
+            number = Number(rank, "Spearman, -KID and accuracy", len(rows), interval=interval)
+            result.numbers[f"{name}/rank_correlation"] = number
 
 
 def join_points(rows: list[dict[str, Number]], x: str, y: str, *, x_unit: str, y_unit: str) -> Curve:

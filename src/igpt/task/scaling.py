@@ -1,19 +1,24 @@
-"""`task=scaling`: generative loss against probe accuracy, over the checkpoints of several runs."""
+"""`task=scaling`: generative loss against probe accuracy, over the steps of several pretrainings."""
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from scipy.stats import rankdata
 
-from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
-from igpt.checkpoint.resume import find_checkpoints
+from igpt.checkpoint.kept import list_weights
 from igpt.data.split import split_differences
-from igpt.metric.result import Curve, Number, Result
+from igpt.metric.result import Curve, MarkedLines, Number, Result
+from igpt.metric.statistics import gap_at_equal_x, rank_correlation, rank_correlation_interval
 from igpt.probe.selection import FittedHead, GridScores, grid_search, report_convergence, select_best
 from igpt.run.components import Components
-from igpt.settings.older_configs import read_record
+from igpt.run.fingerprint import compare_splits, read_training_config
+from igpt.run.probe_data import build_probe_components
 from igpt.settings.probing import ScalingSettings
 from igpt.task.class_score import check_classes
 from igpt.task.evaluate import EvaluateModule
@@ -22,89 +27,209 @@ from igpt.training.hardware import matmul_precision
 
 log = logging.getLogger(__name__)
 
+BATCH_SIZE = 128  # of pretraining, where no run says it: OpenAI's (Chen et al. 2020, §3.1)
+ACCURACY = "best layer's val accuracy"
 
-def list_checkpoints(run: str) -> list[Weights]:
-    """All checkpoints of a pretraining run, oldest first.
+
+@dataclass(frozen=True)
+class Line:
+    """The steps of one pretraining, or of one size among weights from elsewhere."""
+
+    place: str  # in task.runs, of the first
+    weights: list[Weights]  # by step
+    config: dict[str, Any]  # of the pretraining run; {}: unknown
+    name: str = ""
+
+    @property
+    def last(self) -> Weights:
+        return self.weights[-1]
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a whole pretraining run, as opposed to weights that were named one by one."""
+        return bool(self.config) and (Path(self.place) / "run.json").is_file()
+
+    def takes(self, other: "Line") -> bool:
+        """Whether another line is a further step of this one: both named one by one, of one size, data and seed."""
+        mine, its = ((of.model, of.data, of.seed) for of in (self.last.metadata, other.last.metadata))
+        steps = {weights.metadata.step for weights in self.weights}
+        is_single = len(other.weights) == 1 and other.last.metadata.step not in steps
+        return is_single and not (self.is_run or other.is_run) and (mine, self.config) == (its, other.config)
+
+    def count_images_seen(self, weights: Weights) -> int | None:
+        """Images seen in pretraining up to these weights; None where they do not say their step."""
+        return weights.metadata.step * int(self.config.get("task", {}).get("batch_size", BATCH_SIZE)) or None
+
+
+def collect_lines(places: Sequence[str], *, palette: str | None = None) -> list[Line]:
+    """The lines of the figure, named: one for each run or folder of steps; single weights are joined by their size.
+
+    Of a run that cools down on the way, the cooled steps: the rate of the others was high.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no weights at a place, or weights with other tokens or another objective than the first.
     """
-    paths = find_checkpoints(Path(run))
-    if not paths:
-        raise ValueError(
-            f"task.runs: {run} has no checkpoints: train with task.checkpoint_keep at what there is to save"
-        )
-    return [find_weights(str(path)) for path in paths]
+    lines: list[Line] = []
+    for place in places:
+        steps = list_weights(place, palette=palette)
+        config = read_training_config(steps[-1].folder.parent)
+        if cooled := config.get("task", {}).get("cooled_at"):
+            ends = {*cooled, config["task"]["steps"]}
+            steps = [each for each in steps if each.metadata.step in ends] or steps
+        line = Line(place, steps, config)
+        peer = next((peer for peer in lines if peer.takes(line)), None)
+        if peer is None:
+            lines.append(line)
+        else:
+            joined = sorted([*peer.weights, *steps], key=lambda weights: weights.metadata.step)
+            lines[lines.index(peer)] = replace(peer, weights=joined)
+    first = lines[0].last
+    for line in lines:
+        for weights in line.weights:
+            _check_comparable(weights, first)
+    return _name_lines(lines)
+
+
+def _check_comparable(weights: Weights, first: Weights) -> None:
+    """Raises ValueError unless the losses of both are of the same tokens and objective."""
+    one, other = weights.metadata, first.metadata
+    sides = (f"{of.tokenizer.side}×{of.tokenizer.side} pixels" for of in (one, other))
+    tokens = (f"{of.tokenizer.describe()}, {of.tokenizer.hash}" for of in (one, other))
+    for what, mine, its in (
+        ("resolution", *sides),
+        ("tokens", *tokens),
+        ("objective", *(" ".join(str(value) for value in of.objective.values()) for of in (one, other))),
+    ):
+        if mine != its:
+            raise ValueError(
+                f"task.runs: {weights.path} has another {what} ({mine}) than {first.path} ({its}): their losses cannot "
+                "be compared, give them figures of their own"
+            )
+
+
+def _name_lines(lines: list[Line]) -> list[Line]:
+    """The lines named by size; several of one size also by seed, or else by their place."""
+    for name in (
+        lambda line: line.last.metadata.model,
+        lambda line: f"{line.last.metadata.model}, seed {line.last.metadata.seed}",
+        lambda line: Path(line.place).name,
+    ):
+        named = [replace(line, name=name(line)) for line in lines]
+        if max(Counter(line.name for line in named).values()) == 1:
+            return named
+    return [replace(line, name=line.place) for line in lines]
+
+
+def check_data(lines: Sequence[Line], data: dict[str, Any], split: str) -> list[str]:
+    """Warnings on weights whose held-out images nobody knows. `data`: the settings of the images of the loss.
+
+    Raises:
+        ValueError: a run that was pretrained on another dataset, or held out other images.
+    """
+    warnings = []
+    for line in lines:
+        trained_on = line.config.get("data", {})
+        if trained_on and trained_on.get("name") != data.get("name"):
+            raise ValueError(
+                f"task.runs: {line.place} was pretrained on {trained_on.get('name')}, and the loss would be that of "
+                f"{data.get('name')}: choose data={trained_on.get('name')}, and {data.get('name')} for the probe, "
+                "data@task.probe_data=OPTION"
+            )
+        if other := split_differences(data, trained_on) if trained_on else []:
+            raise ValueError(f"task.runs: {line.place} held out other images (data.{', data.'.join(other)})")
+        if not line.config and split != "test":
+            warnings.append(
+                f"{line.place} ({line.last.metadata.data}) does not say which images it held out: it may have been "
+                f"trained on the {split} images of data={data.get('name')}; task.split=test has others"
+            )
+    return warnings
 
 
 def run(components: Components, settings: ScalingSettings) -> Result:
-    """Loss and best-layer probe accuracy on val, for each checkpoint of each run (Chen et al. 2020, Figure 3)."""
+    """Loss and best-layer probe accuracy on val, for each step of each pretraining (Chen et al. 2020, Figure 3).
+
+    The loss is that of `task=evaluate`, the accuracy that of `task=probe`, on the images of `probe_data` if given.
+    """
     runner, hardware, source, seed = components.runner, components.hardware, components.source, components.seed
-    every = {run: list_checkpoints(run) for run in settings.runs}
-    tokenizer, cache_key = components.tokenizer.hash, components.cache_key
-    for path, checkpoints in every.items():
-        metadata = checkpoints[-1].metadata
-        if (metadata.tokenizer.hash, metadata.objective) != (tokenizer, cache_key["objective"]):
-            raise ValueError(f"task.runs: {path} has another tokenizer or objective: losses cannot be compared")
-        config = read_record(Path(path) / "run.json")["config"]
-        if other := split_differences(cache_key["data"], config.get("data", {})):
-            raise ValueError(f"task.runs: {path} held out other images (data.{', data.'.join(other)})")
-        if cooled := config["task"].get("cooled_at"):  # the others are not comparable: their rate was high
-            ends = {*cooled, config["task"]["steps"]}
-            every[path] = [each for each in checkpoints if each.metadata.step in ends] or checkpoints
-    names = {path: checkpoints[-1].metadata.model for path, checkpoints in every.items()}
-    if len(set(names.values())) < len(names):  # several runs of one size
-        names = {path: f"{name}, seed {every[path][-1].metadata.seed}" for path, name in names.items()}
-    if len(set(names.values())) < len(names):
-        names = {path: Path(path).name for path in names}
-    result = Result()
+    lines = collect_lines(settings.runs, palette=components.cache_key["data"].get("clusters"))
+    warnings = check_data(lines, components.cache_key["data"], settings.split)
+    for warning in warnings:
+        log.warning("%s", warning)
+    probed = components if settings.probe_data is None else build_probe_components(components)
+    if probed is not components:
+        for line in lines:
+            compare_splits(probed.run.config["data"], line.last.folder.parent)
+    n_class = check_classes(probed.source, ["val"])
+    reader = FeatureReader(probed, settings)
+    loss_axis, masks = f"{settings.split} loss (nats/token)", 1 if components.objective.causal else settings.eval_masks
+    result, points = Result(), dict[str, list[tuple[float, Number]]]()
     fits: dict[str, GridScores | FittedHead] = {}
-    n_class = check_classes(source, ["val"])
-    reader = FeatureReader(components, settings)
-    for path, checkpoints in every.items():
-        name = names[path]
-        size = int(read_record(Path(path) / "run.json")["config"]["task"]["batch_size"])
-        losses, shares, images = [], [], []
-        for weights in checkpoints:
+    for line in lines:
+        name, points[line.name] = line.name, []
+        images: list[float] = []
+        for weights in line.weights:
             net = weights.net()
-            scored = EvaluateModule(components, net, split="val")
+            scored = EvaluateModule(components, net, split=settings.split)
             plan = hardware.eval_batch_layout(settings.batch_size)
-            runner.validate(scored, components.build_datamodule(plan=plan, eval_split="val"))
-            train, val = (reader.read_masked(net, weights.sha256, split, eval_masks=1) for split in ("train", "val"))
+            runner.validate(scored, components.build_datamodule(plan=plan, eval_split=settings.split))
+            train, val = (reader.read_masked(net, weights.sha256, part, eval_masks=masks) for part in ("train", "val"))
             with matmul_precision(hardware.matmul_precision, hardware.device):
                 table = grid_search(train, val, settings.C_grid, n_class=n_class, device=hardware.device, seed=seed)
             best = select_best(table, layer=None)
-            loss, share = scored.numbers["val/loss_gen"], table.number(best)
-            seen = weights.metadata.step * size
-            log.info("%s, %s images: %.4f nats/token, %.4f at layer %d", name, f"{seen:,}", loss.value, share.value,
-                     best.layers[0])  # fmt: skip
-            checkpoint = f"{name}/{seen}_images"
-            fits[checkpoint] = table
+            loss, share = scored.numbers[f"{settings.split}/loss_gen"], table.number(best)
+            seen = line.count_images_seen(weights)
+            step = weights.folder.name if seen is None else f"{seen}_images"
+            log.info("%s, %s: %.4f nats/token, %.4f at layer %d", name, step, loss.value, share.value, best.layers[0])
+            fits[f"{name}/{step}"] = table
             result.numbers |= {
-                f"{checkpoint}/loss_gen": loss, f"{checkpoint}/accuracy": share,
-                f"{checkpoint}/layer": Number(best.layers[0], f"of 0 … {net.n_layer}", 1),
+                f"{name}/{step}/loss_gen": loss, f"{name}/{step}/accuracy": share,
+                f"{name}/{step}/layer": Number(best.layers[0], f"of 0 … {net.n_layer}", 1),
             }  # fmt: skip
-            losses.append(loss.value)
-            shares.append(share.value)
-            images.append(float(seen))
-        result.curves |= {
-            name: Curve(losses, shares, "val loss (nats/token)", "best layer's val accuracy"),
-            f"{name}: probe": Curve(images, shares, "images seen", "best layer's val accuracy"),
-            f"{name}: loss": Curve(images, losses, "images seen", "val loss (nats/token)"),
-        }
-        if len(set(losses)) > 1 and len(set(shares)) > 1:
-            result.numbers[f"{name}/rank_correlation"] = Number(
-                rank_correlation([-loss for loss in losses], shares), "Spearman, -loss and accuracy", len(losses)
-            )
+            points[name].append((loss.value, share))
+            images += [] if seen is None else [float(seen)]
+        losses, shares = [loss for loss, _ in points[name]], [share.value for _, share in points[name]]
+        result.curves[name] = Curve(losses, shares, loss_axis, ACCURACY)
+        if len(images) == len(losses):
+            result.curves[f"{name}: probe"] = Curve(images, shares, "images seen", ACCURACY)
+            result.curves[f"{name}: loss"] = Curve(images, losses, "images seen", loss_axis)
+    result.numbers |= compare_points({line.name: points[line.name] for line in sorted(lines, key=_count_weights)})
+    of = (f"{each.source.name}, {each.source.resolution}×{each.source.resolution}" for each in (components, probed))
+    title = "loss: {split} of {}; probe: val of {}".format(*of, split=settings.split)
+    result.lines["figure3"] = MarkedLines(points, loss_axis, ACCURACY, title, x_falls=True)
     result.provenance = {
-        "weights": {names[path]: [weights.sha256 for weights in checkpoints] for path, checkpoints in every.items()},
-        "tokenizer": tokenizer, "norm": settings.norm, "pooling": "mean over positions", "solver": "lbfgs",
-        "chosen_on": "val",
-        "labels": len(source.split("train")), "seed": seed, **report_convergence(fits),
+        "weights": {line.name: [weights.sha256 for weights in line.weights] for line in lines},
+        "tokenizer": components.tokenizer.hash, "norm": settings.norm, "pooling": "mean over positions",
+        "solver": "lbfgs", "chosen_on": "val", "masks": masks, "split": settings.split, "loss_images": source.name,
+        "probed_images": probed.source.name, "labels": len(probed.source.split("train")), "seed": seed,
+        **({"warning": "; ".join(warnings)} if warnings else {}), **report_convergence(fits),
     }  # fmt: skip
     return result
 
 
-def rank_correlation(x: list[float], y: list[float]) -> float:
-    """Spearman's rank correlation; ties have their mean rank."""
-    return float(np.corrcoef(rankdata(x) - 1, rankdata(y) - 1)[0, 1])
+def _count_weights(line: Line) -> int:
+    return line.last.n_parameter
+
+
+def compare_points(points: dict[str, list[tuple[float, Number]]]) -> dict[str, Number]:
+    """The statistics of the figure. `points`: the lines, from small networks to large, each of (loss, accuracy).
+
+    Rank correlations of -loss and accuracy: along each line, over the last points of all, over all points. And how much
+    more a larger network's probe reads at equal loss than the next smaller one's, where their losses overlap.
+    """
+    values = {name: [(-loss, share.value) for loss, share in line] for name, line in points.items()}
+    of_several = {
+        "final": [line[-1] for line in values.values()],
+        "all": [pair for line in values.values() for pair in line],
+    }
+    numbers = {}
+    for name, pairs in {**values, **(of_several if len(values) > 1 else {})}.items():
+        x, y = np.transpose(pairs).tolist()
+        if not np.isnan(correlation := rank_correlation(x, y)):
+            interval = rank_correlation_interval(x, y)
+            unit = "Spearman, -loss and accuracy"
+            numbers[f"{name}/rank_correlation"] = Number(correlation, unit, len(x), interval=interval)
+    for smaller, larger in pairwise(points):
+        if (gap := gap_at_equal_x(values[smaller], values[larger])) is not None:
+            n = len(values[smaller]) + len(values[larger])
+            numbers[f"equal_loss/{larger} - {smaller}"] = Number(gap, "share, mean where the losses overlap", n)
+    return numbers
