@@ -157,7 +157,8 @@ def test_over_checkpoints_with_what_a_probe_read(
     assert result.curves["tiny: loss"].x == [400, 800]
     assert result.curves["tiny: loss"].y == [2.5, 2.25]
     assert result.curves["real images: KID"].y == [result.numbers["real/kid"].value] * 2
-    assert result.grids["samples"].images.shape[:2] == (2, 8)
+    assert result.grids["samples"].images.shape[:2] == (8, 2)
+    assert result.grids["samples"].titles == ("tiny 400", "tiny 800")
     assert "untrained/kid" in result.numbers
 
 

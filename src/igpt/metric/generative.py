@@ -146,7 +146,7 @@ def memorisation_numbers(drawn: Tensor, *, training: Tensor, held_out: Tensor) -
     - its excess, (share - expected) / (1 - expected): 0 is expected without memorisation, 1 if all drawn images are
       copies of training images, and their share if some are. After the data-copying test of Meehan, Chaudhuri &
       Dasgupta 2020, with the nearest neighbours of Schilling 1986. Interval: the wider of Wilson's, for these real
-      images, and the `jackknife`'s, over blocks of real images, too;
+      images, and the `jackknife`'s, over blocks of real images, too, as one of them may be the nearest of many;
     - median distance from a drawn image to the nearest training image, over that from a held-out image: 0 for copies.
 
     Raises:
@@ -169,16 +169,13 @@ def memorisation_numbers(drawn: Tensor, *, training: Tensor, held_out: Tensor) -
     expected = len(training) / (len(training) + len(held_out))
     low, high = wilson_interval(share, n)
     around = T_QUANTILE * stderr
-    ends = [(end - expected) / (1 - expected) for end in (min(low, share - around), max(high, share + around))]
-    usual = find_nearest_images(held_out, training)[0].median()
+    low, high = max(0.0, min(low, share - around)), min(1.0, max(high, share + around))
+    interval = ((low - expected) / (1 - expected), (high - expected) / (1 - expected))
+    ratio = float(to_training.amin(1).median() / find_nearest_images(held_out, training)[0].median())
     return {
         "nearest_in_train": share_number(share, n),
-        "nearest_excess": Number(
-            (share - expected) / (1 - expected), "share", n, stderr / (1 - expected), (ends[0], ends[1])
-        ),
-        "nearest_distance_ratio": Number(
-            float(to_training.amin(1).median() / usual), "of held-out images' distance", n
-        ),
+        "nearest_excess": Number((share - expected) / (1 - expected), "share", n, stderr / (1 - expected), interval),
+        "nearest_distance_ratio": Number(ratio, "of held-out images' distance", n),
     }
 
 

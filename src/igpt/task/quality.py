@@ -39,6 +39,12 @@ class Checkpoint:
     seen: int | None  # images; None: not known
     measured: dict[str, Number]  # `accuracy` of a probe, `loss_gen`; empty if not known
 
+    @property
+    def title(self) -> str:
+        """Of a column of a picture: narrow."""
+        name = self.weights.metadata.model.removeprefix("igpt_")
+        return name if self.seen is None else f"{name} {self.seen:,}"
+
 
 def run(components: Components, settings: QualitySettings) -> Result:
     """Sample quality of the weights of `init=`, or over the checkpoints of `runs`, with reference rows.
@@ -63,7 +69,7 @@ def run(components: Components, settings: QualitySettings) -> Result:
         fresh.init_weights(seed)
         name = f"untrained, seed {seed}, {sorted(fresh.config.to_dict().items())}"
         result.numbers |= judge.compare("untrained", draw_kinds(fresh, tokenizer, real, name=name)["samples"])[0]
-    shown = []
+    shown: dict[str, np.ndarray] = {}  # title → images
     for name, checkpoints in trainings.items():
         for checkpoint in checkpoints:
             weights, prefix = checkpoint.weights, checkpoint.prefix
@@ -74,12 +80,12 @@ def run(components: Components, settings: QualitySettings) -> Result:
                 kid = numbers[f"{kind}/kid"]
                 log.info("%s%s: KID %.4f, standard error %.4f", prefix, kind, kid.value, kid.stderr)
                 if kind == "samples":
-                    shown.append(images)
+                    shown[checkpoint.title] = images[: SHOWN**2]
         if settings.runs:
             add_curves(result, name, checkpoints, judge.encoder.name)
-    result.grids["samples"] = Grid(np.stack([images[:SHOWN] for images in shown]))
-    if not settings.runs:
-        result.grids["samples"] = Grid.square(shown[0][: SHOWN**2])
+    columns = [images[:SHOWN] for images in shown.values()]
+    grid = Grid(np.stack(columns, axis=1), tuple(shown)) if settings.runs else Grid.square(next(iter(shown.values())))
+    result.grids["samples"] = grid
     hashes = {name: [each.weights.sha256 for each in checkpoints] for name, checkpoints in trainings.items()}
     encoder = {"name": judge.encoder.name, "hash": judge.encoder.hash, "input_size": judge.encoder.input_size}
     result.provenance = {
