@@ -654,6 +654,18 @@ def test_published_numbers_stand_below_ones_own() -> None:
     assert built("published=[a]").run.name == built().run.name
 
 
+def test_quality_of_weights_or_of_runs(tmp_path: Path) -> None:
+    """Invariant: sample quality takes either, not both, and says so before work."""
+    save_small(tmp_path)
+    place = f"init={tmp_path}", f"task.runs=[{tmp_path}]"
+    for each in place:
+        assert built("task=quality", each).trained_weights.folder == tmp_path / "model"
+    with pytest.raises(ValueError, match=r"task=quality: init=.* and task\.runs=.*: give one of them"):
+        built("task=quality", *place)
+    with pytest.raises(ValueError, match="task=quality needs trained weights"):
+        built("task=quality")
+
+
 def test_scaling_without_runs() -> None:
     with pytest.raises(ValueError, match=r"task=scaling compares runs: task\.runs="):
         built("task=scaling")

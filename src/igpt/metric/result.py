@@ -43,6 +43,8 @@ class Curve:
     y: list[float]
     x_unit: str
     y_unit: str
+    x_intervals: list[tuple[float, float]] | None = None  # 95 % confidence intervals
+    y_intervals: list[tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)

@@ -81,13 +81,21 @@ def group_by_unit(curves: Mapping[str, Curve], *, least: int = 1) -> dict[tuple[
 
 @LITERAL
 def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
-    """Writes one plot for each pair of units, stacked; curves of a single point are left out."""
+    """Writes one plot for each pair of units, stacked, more than four in two columns; no curve of a single point."""
     groups = group_by_unit(curves, least=2)
-    figure = Figure(figsize=(7, 4 * max(1, len(groups))), layout="constrained")
+    columns = 1 if len(groups) <= 4 else 2
+    rows = -(-len(groups) // columns) or 1
+    figure = Figure(figsize=(7 * columns, 4 * rows), layout="constrained")
     for place, ((x_unit, y_unit), lines) in enumerate(groups.items(), start=1):
-        axes = figure.add_subplot(len(groups), 1, place)
+        axes = figure.add_subplot(rows, columns, place)
         for name, curve in lines.items():
-            axes.plot(curve.x, curve.y, label=name, linewidth=1.4, marker="o" if len(curve.x) <= 65 else None, ms=3)
+            (line,) = axes.plot(curve.x, curve.y, label=name, lw=1.4, marker="o" if len(curve.x) <= 65 else None, ms=3)
+            x_reach, y_reach = (
+                None if ends is None else _reach(values, ends)
+                for values, ends in ((curve.x, curve.x_intervals), (curve.y, curve.y_intervals))
+            )
+            ink = line.get_color()
+            axes.errorbar(curve.x, curve.y, y_reach, x_reach, fmt="none", lw=0.9, capsize=2, color=ink)
         axes.set(xlabel=x_unit, ylabel=y_unit)
         if all(float(x).is_integer() for curve in lines.values() for x in curve.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -19,7 +19,7 @@ from igpt.report.reference import WITHIN, Difference, Settings, compare_means, f
 from igpt.report.runs import RunRecord, read_objective, read_runs
 from igpt.utils.overrides import suggest_name
 
-LOWER = ("nats", "bits", "grey levels")  # prefixes of units where lower is better
+LOWER = ("nats", "bits", "grey levels", "MMD²", "squared distance")  # prefixes of units where lower is better
 HIGHER = ("share", "dB", "SSIM", "Spearman", "images/s", "tokens/s", "pixels/s")  # where higher is better
 MOST = 40  # maximal rows of a picture
 

@@ -52,8 +52,13 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, runs: Hashes | 
 
 
 def hash_steps(run: str, palette: str | None) -> str:
-    """The SHA-256 of a run's final weights, which its other steps led to; where there are none, of all steps."""
-    paths = list_paths(run)
+    """The SHA-256 of a run's final weights, which its other steps led to; where there are none, of all steps.
+
+    Of a finished run without weights, such as one that measured them: of its result.
+    """
+    paths, result = list_paths(run), Path(run) / "result.json"
+    if paths == [run] and result.is_file():
+        return files.sha256(result)
     if len(paths) == 1 or Path(paths[-1]).name == "model":
         return find_weights(paths[-1], palette=palette).sha256
     return files.hash_json([find_weights(path, palette=palette).sha256 for path in paths])

@@ -87,7 +87,8 @@ def stage_configs(run: RunConfig) -> dict[str, StageConfig]:
             )
         if isinstance(before := settings.get(FROM), str) and before in stages and stages[before].trains_tokenizer:
             raise ValueError(f"task.stages.{name}.from={before}: that stage trains a tokenizer, and no network")
-        if (FROM in settings and OmegaConf.is_list(settings[FROM])) != ("runs" in stage.cfg.task):
+        of_several = FROM in settings and OmegaConf.is_list(settings[FROM])
+        if of_several != ("runs" in stage.cfg.task) and (of_several or "weights" not in stage.cfg.task.requires):
             raise ValueError(f"task.stages.{name}.from: a list of stages is for tasks with runs, and these need one")
         stage.check_stand_in()
         stages[stage.name] = stage

@@ -95,11 +95,14 @@ class RunConfig:
         if "images" in self.requires and cfg.init is not None:
             raise ValueError(f"task={self.task} reads no weights of ours, task.encoder does: leave init={cfg.init} out")
         reads_runs = "runs" in cfg.task and "finished_runs" not in self.requires  # the weights, not the numbers
-        if reads_runs and not cfg.task.runs:
+        if reads_runs and not cfg.task.runs and "weights" not in self.requires:
             raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
         if reads_runs and not (OmegaConf.is_list(cfg.task.runs) and all(isinstance(run, str) for run in cfg.task.runs)):
             raise ValueError(f"task.runs must be a list of run folders, got {cfg.task.runs}")
-        start = list_paths(cfg.task.runs[0])[-1] if reads_runs and cfg.init is None else cfg.init
+        if reads_runs and cfg.task.runs and cfg.init is not None and "weights" in self.requires:
+            raise ValueError(f"task={self.task}: init={cfg.init} and task.runs={list(cfg.task.runs)}: give one of them")
+        is_first = reads_runs and cfg.task.runs and cfg.init is None
+        start = list_paths(cfg.task.runs[0])[-1] if is_first else cfg.init
         if start is not None:
             settings = cfg.task.get("stages", {}).get("import") or cfg.task  # not stored in OpenAI's checkpoints
             palette = settings.get("palette") or cfg.data.get("clusters")

@@ -1,6 +1,6 @@
 """Settings of the tasks that sample images."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,14 +9,31 @@ from igpt.settings.fields import Count, FeatureDtype, Norm, Settings, Share, Spl
 TopP = Annotated[float, Field(gt=0, le=1)]
 
 
-class SampleSettings(Settings):
-    """`task=sample`."""
+class SamplingSettings(Settings):
+    """How images are drawn."""
 
-    count: Count
     batch_size: Count  # images sampled at a time
     temperature: Temperature
     top_k: Count | None
     top_p: TopP | None
+
+
+class SampleSettings(SamplingSettings):
+    """`task=sample`."""
+
+    count: Count
+
+
+class QualitySettings(SamplingSettings):
+    """`task=quality`."""
+
+    runs: list[str]
+    encoder: str
+    samples: Count
+    completions: WholeNumber
+    held_out_images: Count
+    training_images: Count
+    baselines: list[Literal["untrained", "tokenized"]]
 
 
 class CompleteSettings(SampleSettings):
