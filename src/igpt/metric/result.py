@@ -43,6 +43,7 @@ class Curve:
     y: list[float]
     x_unit: str
     y_unit: str
+    best: tuple[float, float] | None = None  # 95 % interval of the x where y is highest
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,13 @@ def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
     for place, ((x_unit, y_unit), lines) in enumerate(groups.items(), start=1):
         axes = figure.add_subplot(len(groups), 1, place)
         for name, curve in lines.items():
-            axes.plot(curve.x, curve.y, label=name, linewidth=1.4, marker="o" if len(curve.x) <= 65 else None, ms=3)
+            (line,) = axes.plot(curve.x, curve.y, label=name, lw=1.4, marker="o" if len(curve.x) <= 65 else None, ms=3)
+            if curve.best is not None:
+                top = int(np.argmax(curve.y))
+                reach, ink = _reach([curve.x[top]], [curve.best]), line.get_color()
+                axes.errorbar(curve.x[top], curve.y[top], xerr=reach, fmt="*", ms=11, lw=1.4, capsize=4, color=ink)
+        if any(curve.best is not None for curve in lines.values()):
+            axes.plot([], [], "*", ms=9, color="black", label="highest, with its 95 % interval along the axis")
         axes.set(xlabel=x_unit, ylabel=y_unit)
         if all(float(x).is_integer() for curve in lines.values() for x in curve.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -270,8 +270,8 @@ def _write_array(path: Path, array: np.ndarray) -> None:
 def parse_result(record: dict[str, Any]) -> Result:
     """The task's `Result` read back from a `result.json`: numbers, curves, files, class names, provenance."""
     return Result(
-        numbers={key: _number(number) for key, number in record["numbers"].items()},
-        curves={key: Curve(**curve) for key, curve in record["curves"].items()},
+        numbers={key: Number(**_with_interval(number, "interval")) for key, number in record["numbers"].items()},
+        curves={key: Curve(**_with_interval(curve, "best")) for key, curve in record["curves"].items()},
         files={key: Path(path) for key, path in record["files"].items()},
         class_names={key: _names(names) for key, names in record.get("class_names", {}).items()},
         provenance=record["provenance"],
@@ -284,9 +284,10 @@ def _names(written: Any) -> tuple[str, ...]:
     return tuple(written)
 
 
-def _number(fields: dict[str, Any]) -> Number:
-    interval = fields.get("interval")
-    return Number(**{**fields, "interval": None if interval is None else (interval[0], interval[1])})
+def _with_interval(fields: dict[str, Any], key: str) -> dict[str, Any]:
+    """The fields with the list at `key` as a pair; None if it is missing."""
+    ends = fields.get(key)
+    return {**fields, key: None if ends is None else (ends[0], ends[1])}
 
 
 def environment() -> dict[str, Any]:
