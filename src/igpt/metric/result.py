@@ -70,6 +70,8 @@ class Bars:
 
     heights: dict[str, dict[str, Number]]  # group → series → height
     y_unit: str
+    parts: dict[str, dict[str, Number]] = field(default_factory=dict)  # group → series → a height inside the bar
+    part_name: str = ""  # of those, for the legend
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Result:
     palettes: dict[str, np.ndarray] = field(default_factory=dict)  # name → (k, 3) uint8
     arrays: dict[str, np.ndarray] = field(default_factory=dict)  # name → tokens, saved as name_tokens.npy
     bars: dict[str, Bars] = field(default_factory=dict)
+    charts: dict[str, dict[str, Curve]] = field(default_factory=dict)  # picture → its curves
     matrices: dict[str, np.ndarray] = field(default_factory=dict)  # name → (K, K) counts: row true, column predicted
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # matrix name → its class names, if known
     files: dict[str, Path] = field(default_factory=dict)

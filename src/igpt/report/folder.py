@@ -33,7 +33,12 @@ OBSERVERS = (
     "igpt.training.online_probe.OnlineLinearProbe",
 )
 OF_A_NETWORK = ("model", "objective")  # groups that are not part of the identity of a run that trains a tokenizer
-OUTSIDE_TASK = ("requires", "run_folder", "paper")  # keys of a task: constants of the task, and a label
+OUTSIDE_TASK = (
+    "requires",
+    "run_folder",
+    "paper",
+    "init",
+)  # keys of a task: constants, a label; a stage's path to weights
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep")
 OF_THE_MACHINE = "precision"  # the only identity setting of the trainer: the others change only rounding
 RECORDS = {"run.json", "log.txt", ".lock", "hparams.yaml"}  # of a run that has done nothing yet
@@ -244,6 +249,8 @@ class RunFolder:
             write(name, ".png", matrix_figure, matrix, result.class_names.get(name))
         for name, bars in result.bars.items():
             write(name, ".png", bars_figure, bars)
+        for name, curves in result.charts.items():
+            write(name, ".png", curves_figure, curves)
         if result.curves:
             write("curves", ".png", curves_figure, result.curves)
         record = {

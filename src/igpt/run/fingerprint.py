@@ -26,7 +26,14 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, runs: Hashes | 
     `init`: the hash of the initial weights. `runs`: the hashes of the compared runs, for `task=compare`.
     """
     found_out: Hashes = {"init": init, "tokens.path": _hash_file(config["tokens"].get("path"))}
-    for option, settings in {"data": config["data"], **config["data"].get("streams", {})}.items():
+    sources = {"data": config["data"], **config["data"].get("streams", {})}
+    stages = config["task"].get("stages") or {}
+    for name, stage in ((f"task.stages.{name}", stage) for name, stage in stages.items() if stage is not None):
+        if isinstance(data := stage.get("data"), dict):
+            sources[f"{name}.data"] = data
+        if isinstance(own := stage.get("init"), str):
+            found_out[f"{name}.init"] = find_weights(own).sha256
+    for option, settings in sources.items():
         images = settings.get("path")
         if images is not None and Path(images).exists():
             found_out[f"{option}.path"] = hash_files(Path(images), list_files)

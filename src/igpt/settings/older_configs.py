@@ -117,6 +117,7 @@ TABLE: dict[int, Changes] = {
             },
         },
     ),
+    5: Changes(added={"task.curves": ("task._target_", "igpt.task.pipeline.run", {})}),
 }
 NOW_SCRIPTS = {"task=trace": "python benchmarks/trace_network.py INIT TOKENS.npy"}
 ABSOLUTE_PATHS = 3  # first version with absolute paths in the config

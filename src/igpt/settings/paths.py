@@ -8,9 +8,11 @@ from typing import Any
 
 READ = re.compile(  # settings that are paths to read
     r"init|resume|tokens(\.palette)?\.path|data(\.streams\.\w+)?\.(path|clusters)|task\.(palette|runs|compare_with)|"
-    r"task\.stages\.\w+\.(run|palette|compare_with|data\.path)"
+    r"task\.stages\.\w+\.(init|run|palette|compare_with|data\.path)"
 )
-HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # also accept a name on the Hub
+HUB = re.compile(
+    r"(task\.stages\.\w+\.)?init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path"
+)  # also accept a name on the Hub
 LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|compare_with)")  # also accept a list
 WRITTEN = re.compile(r"paths\.(runs|cache)")
 
