@@ -25,12 +25,13 @@ def check(build: Components) -> None:
         stage_runner(build)
 
 
-@pytest.mark.parametrize(("data", "side"), [("cifar100", 32), ("{option: cifar100, resolution: 8, path: /here}", 8)])
-def test_a_stage_reads_its_own_dataset(data: str, side: int) -> None:
+@pytest.mark.parametrize(("data", "side"), [("cifar100", 32), ("{option: cifar100, resolution: 8, path: HERE}", 8)])
+def test_a_stage_reads_its_own_dataset(data: str, side: int, tmp_path: Path) -> None:
     """Invariant: it has the settings of its option and its own; without an option, the pipeline's and its own."""
+    data = data.replace("HERE", str(tmp_path))
     listed = f"{{pretrain: {{}}, probe: {{data: {data}}}, again: {{task: probe, data: {{labels_per_class: 4}}}}}}"
     stages = stages_of("data=cifar10", "data.path=/there", f"++task.stages={listed}")
-    alone = built("data=cifar100", f"data.resolution={side}", *(["data.path=/here"] if side == 8 else []))
+    alone = built("data=cifar100", f"data.resolution={side}", *([f"data.path={tmp_path}"] if side == 8 else []))
     assert stages["probe"].cfg.data == alone.run.cfg.data
     assert stages["probe"].choices["data"] == "cifar100"
     assert stages["pretrain"].cfg.data.path == stages["again"].cfg.data.path == "/there"
@@ -56,6 +57,8 @@ def test_a_stage_reads_its_own_dataset(data: str, side: int) -> None:
         ("{data: {option: cifar100, resolution: many}, init: RUN}", r"data\.resolution must be a whole number"),
         ("{data: cifar100, init: RUN}", r"reads 8×8 pixels .*, data=cifar100 gives 32×32"),
         ("{objective: bert, init: RUN}", "RUN.* objective"),
+        ("{data: folder}", r"^task\.stages\.probe\.data=folder needs to know where the images are: task"),
+        ("{data: {option: folder, path: ./gone}}", r"^task\.stages\.probe\.data\.path=\./gone: there is no such file"),
         ("{init: NOWHERE}", r"^task\.stages\.probe: init=NOWHERE: no config\.json"),
         ("{}", r"^task\.stages\.probe: task=probe needs trained weights"),
     ],
@@ -72,7 +75,7 @@ def test_a_stage_is_checked_before_the_first_one_starts(stage: str, message: str
 def test_figures_are_checked_before_they_start(tmp_path: Path) -> None:
     """Invariant: AR from init=, BERT from its own; the other objective is refused. Paths are typed without a +."""
     ar, bert = (save_small(tmp_path / name, causal=name == "ar") for name in ("ar", "bert"))
-    data = tmp_path / "data"
+    (data := tmp_path / "data").mkdir()
     typed = [
         "experiment=paper/figure4", "data.resolution=8", f"init={ar}", f"task.stages.probe_bert.init={bert}",
         f"task.stages.probe_ar_imagenet.data.path={data}", f"paths.cache={tmp_path}",

@@ -10,6 +10,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from igpt.data.images import check_path
 from igpt.report.folder import RunFolder, changes
 from igpt.report.paper import check_paper_key
 from igpt.run.run_config import RunConfig, to_dict
@@ -22,6 +23,7 @@ GROUPS = ("model", "objective")  # config groups with an option of a stage's own
 DATA = "data"  # key of a stage: the name of an option, or overrides of its data settings, with the option as OWN
 OWN = "option"  # key of these: an option of conf/data/ in place of the pipeline's
 OPTION = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)  # Hydra would also read `../../folder/file` and `/folder/file`
+IMAGES = "igpt.data.images.Images"
 STAND_IN = "run"  # key of a stage: the directory of a finished run to use instead of running it
 
 
@@ -138,6 +140,8 @@ def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> Sta
         else:
             choices[DATA] = run.choices[DATA]
         cfg.data = _merge(cfg.data, {key: value for key, value in data.items() if key != OWN}, f"{where}.data")
+        if (DATA in chosen or "path" in data) and cfg.data._target_ == IMAGES:
+            check_path(cfg.data.path, cfg.data.name, f"{where}.data")
     of_stage = ("task", FROM, INIT, STAND_IN, DATA, *GROUPS)
     of_task = {str(key): value for key, value in settings.items() if key not in of_stage}
     cfg.task = _merge(cfg.task, of_task, where)
