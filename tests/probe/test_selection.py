@@ -108,6 +108,24 @@ def test_a_window_is_its_layers_side_by_side(both: tuple[FeatureSet, FeatureSet]
 
 
 @pytest.mark.parametrize("folded", [False, True])
+def test_the_images_that_a_layer_is_right_on(both: tuple[FeatureSet, FeatureSet], folded: bool) -> None:
+    """Independent source: scikit-learn's predictions at the best strength of each layer."""
+    train, val = both
+    folds = assign_folds(train.labels, 3, seed=0) if folded else None
+    table = grid_search(train, val, STRENGTHS, n_class=N_CLASS, device=CPU, seed=0, folds=folds)
+    assert table.correct is not None
+    assert np.allclose(table.correct.mean(axis=1), table.accuracy.max(axis=1))
+    for layer in range(3):
+        head = scikit_learn(select_best(table, layer=layer).strength)
+        x = values(train, [layer])
+        if folds is None:
+            right = head.fit(x, train.labels).predict(values(val, [layer])) == val.labels
+        else:
+            right = cross_val_predict(head, x, train.labels, cv=PredefinedSplit(folds)) == train.labels
+        assert (table.correct[layer] != right).sum() <= 1
+
+
+@pytest.mark.parametrize("folded", [False, True])
 def test_little_memory_changes_nothing(
     both: tuple[FeatureSet, FeatureSet], monkeypatch: pytest.MonkeyPatch, folded: bool
 ) -> None:

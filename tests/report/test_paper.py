@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -226,7 +227,37 @@ def test_a_density_is_measured_on_the_images_of_the_published_ones(name: str) ->
     assert {key: settings[key] for key in expected} == expected
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in OF_DENSITIES])
+OF_FIGURES = [name for name in FILES if name.startswith("figure")]
+
+
+@pytest.mark.parametrize(("name", "claim"), [("figure2", "rises to the middle"), ("figure4", "BERT: worse probes")])
+def test_a_figure_is_made_of_the_protocols(name: str, claim: str) -> None:
+    """Round trip: a stage has the settings of its key's file; the lines are those numbers of iGPT-L; rows name it."""
+    config = composed(name)
+    task: Any = config["task"]
+    lines = []
+    for stage, settings in task["stages"].items():
+        of_key, data = flatten(composed(settings["paper"])), flatten(settings.get("data", {}), "data")
+        own = {f"task.{key}": value for key, value in flatten(settings).items() if not key.startswith("data")}
+        stated = {key: value for key, value in (own | data).items() if key in of_key and key != "task.paper"}
+        assert stated == {key: of_key[key] for key in stated}, stage
+        option = data.get("data.option", "cifar10")
+        assert of_key["data.name"] == option.rstrip("0123456789") if option == "imagenet32" else option
+        rows = [row for row in PAPER.rows if row.key == settings["paper"] and row.method == "iGPT-L"]
+        lines += [
+            f"{stage}/{format_row(row)}" for row in rows
+            if row.value is not None and row.objective == settings.get("objective", "ar")
+        ]  # fmt: skip
+    assert config["published"] == lines
+    rows = [row for row in PAPER.rows if row.command.startswith(f"python train.py experiment=paper/{name} init=RUN")]
+    assert rows
+    assert all(row.printed.startswith(claim) for row in rows)
+    drawn = [*flatten(task["curves"]).values(), *flatten(task["bars"]).values()]
+    named = {key.partition("/")[0] for each in drawn for key in ([each] if isinstance(each, str) else each)}
+    assert named == {*task["stages"]}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in (*OF_DENSITIES, *OF_FIGURES)])
 def test_an_experiment_file_says_what_is_published(name: str) -> None:
     """Round trip: its lines are those of the numbers it is for; and each setting that the paper states is the paper's.
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from igpt.metric.result import Bars, Curve, Grid, Number, Result
 from igpt.report import folder as folder_module
-from igpt.report.closing_table import closing_table
+from igpt.report.closing_table import closing_table, format_number
 from igpt.report.figures import (
     AROUND_COLOURS,
     CELLS,
@@ -28,6 +29,7 @@ from igpt.report.figures import (
     points_figure,
 )
 from igpt.report.folder import RunFolder, differences, parse_result
+from igpt.report.plots import build_plots
 from igpt.utils import files
 
 
@@ -235,3 +237,39 @@ def test_another_version_is_refused(tmp_path: Path, content: object) -> None:
     files.write_json(tmp_path / "result.json", content)
     with pytest.raises(ValueError, match="another version"):
         RunFolder(tmp_path).read_result()
+
+
+def test_the_best_point_is_marked_with_its_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: a star at the highest point, a bar from end to end of the interval; other curves have none."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("igpt.report.figures._save", lambda path, figure, **_: drawn.append(figure))
+    x = [0.0, 1.0, 2.0, 3.0]
+    plain, marked = Curve(x, [0.1, 0.2, 0.1, 0.1], "layer", "accuracy"), [0.1, 0.3, 0.5, 0.4]
+    curves = {"plain": plain, "marked": Curve(x, marked, "layer", "accuracy", (1, 3))}
+    curves_figure(tmp_path / "c.png", curves)
+    (container,) = drawn[0].axes[0].containers
+    star, _, (bar,) = container
+    assert star.get_xydata().tolist() == [[2.0, 0.5]]
+    assert bar.get_segments()[0].tolist() == [[1.0, 0.5], [3.0, 0.5]]
+    (plot,) = build_plots(curves)
+    assert [line.best and line.best[0] for line in plot.lines] == [None, plot.lines[1].points[1][0]]
+    assert plot.lines[1].best == (*(plot.lines[1].points[i][0] for i in (1, 3)), plot.lines[1].points[2][1])
+
+
+def test_layers_are_counted() -> None:
+    """By hand: a layer and its interval are integers; a share is not."""
+    assert format_number(Number(7.0, "of 0 … 8", 150, interval=(5, 8))) == "7 [5, 8]"
+    assert format_number(Number(1.0, "share", 150, interval=(0.0, 1.0))) == "1.0000 [0.0000, 1.0000]"
+
+
+def test_a_bars_part_is_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the part of one bar alone, over its own."""
+    drawn: list[Any] = []
+    monkeypatch.setattr("igpt.report.figures._save", lambda path, figure, **_: drawn.append(figure))
+    heights = {group: {"probe": Number(height, "share", 9)} for group, height in (("AR", 0.5), ("BERT", 0.4))}
+    bars_figure(tmp_path / "b.png", Bars(heights, "share", {"BERT": {"probe": Number(0.3, "share", 9)}}, "one mask"))
+    full, inside = (each for each in drawn[0].axes[0].containers if len(getattr(each, "patches", ())) == 2)
+    assert [patch.get_height() for patch in full] == [0.5, 0.4]
+    assert [patch.get_height() for patch in inside] == [0.0, 0.3]
+    assert inside[1].get_x() == full[1].get_x()
+    assert drawn[0].axes[0].get_legend().get_texts()[-1].get_text() == "pale: one mask"

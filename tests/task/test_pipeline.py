@@ -37,11 +37,18 @@ class Stages:
 
 def pipeline(stage: Stages, folder: Path, *, init: str | None = None, **settings: Any) -> Result:
     components = parts_of_run(run_stage=stage, run_dir=folder, init=init)
-    return run(components, task_settings("igpt.task.pipeline.run", settings))
+    return run(components, parse(**settings))
+
+
+def parse(**settings: Any) -> Any:
+    return task_settings("igpt.task.pipeline.run", {"bars": {}, "curves": {}, **settings})
 
 
 def test_each_stage_starts_from_the_weights_it_names(tmp_path: Path) -> None:
-    """Invariant: unsaid, the last that left some; null, none; a list, all of them; a stage that is null is left out."""
+    """Invariant: unsaid, the last that left some; null, none; a list, all of them; a stage that is null is left out.
+
+    `init` is a stage's own; from a stage that left none, those that it was started from.
+    """
     stages = Stages({})
     listed: dict[str, Any] = {
         "first": {},
@@ -52,6 +59,10 @@ def test_each_stage_starts_from_the_weights_it_names(tmp_path: Path) -> None:
         "left_out": None,
         "compared": {"from": ["train_a", "train_b"]},
         "last": {},
+        "own": {"init": "elsewhere"},
+        "as_own": {"from": "own"},
+        "as_last": {"init": None},
+        "as_probe_b": {"from": "probe_b"},
     }
     pipeline(stages, tmp_path, init="given", stages=listed, bars={})
     a, b = str(tmp_path / "2_train_a"), str(tmp_path / "4_train_b")
@@ -63,6 +74,10 @@ def test_each_stage_starts_from_the_weights_it_names(tmp_path: Path) -> None:
         "probe_b": b,
         "compared": [a, b],
         "last": a,
+        "own": "elsewhere",
+        "as_own": "elsewhere",
+        "as_last": a,
+        "as_probe_b": b,
     }
 
 
@@ -111,7 +126,7 @@ def test_pictures_of_a_stage_elsewhere_are_copied(tmp_path: Path) -> None:
     paths = {"picture": "a.png", "secret": "../secret.txt", "full": str(tmp_path / "secret.txt"), "gone": "b.png"}
     result = Result(files={key: Path(path) for key, path in paths.items()} | {"model": Path("model")})
     components = parts_of_run(run_stage=lambda *_, **__: (result, elsewhere), run_dir=here, init=None)
-    merged = run(components, task_settings("igpt.task.pipeline.run", {"stages": {"probe": {}}, "bars": {}}))
+    merged = run(components, parse(stages={"probe": {}}))
     assert merged.files == {"probe/picture": Path("1_probe/a.png")}
     assert [path.read_bytes() for path in here.rglob("*") if path.is_file()] == [b"picture"]
 
@@ -142,12 +157,15 @@ def test_sweeps_and_pages_find_a_number_by_its_short_name(tmp_path: Path) -> Non
         ({"a": {}, "b": {"from": ["a", "c"]}}, {}, "no stage 'c' before it, but a"),
         ({"a": None, "b": {"from": "a"}}, {}, "no stage 'a' before it, but none"),
         ({"a": {}}, {"picture": {"group": {"A": "b/val/accuracy"}}}, "is to begin with the name of a stage: a"),
+        ({"a": {}}, {"picture": {"group": {"A": ["a/x", "b/x"]}}}, "is to begin with the name of a stage: a"),
+        ({"a": {"init": 5}}, {}, r"task\.stages\.a\.init must be a path to weights, or null, got 5"),
+        ({"a": {}, "b": {"init": "x", "from": "a"}}, {}, r"task\.stages\.b has weights of its own, init=x, and from=a"),
     ],
 )
 def test_a_stage_that_is_not_there(stages: dict[str, Any], bars: dict[str, Any], message: str) -> None:
     """Invariant: found before the first stage begins."""
     with pytest.raises(ValueError, match=message):
-        task_settings("igpt.task.pipeline.run", {"stages": stages, "bars": bars})
+        parse(stages=stages, bars=bars)
 
 
 def test_a_bar_of_a_number_that_was_not_found(tmp_path: Path) -> None:
@@ -156,3 +174,27 @@ def test_a_bar_of_a_number_that_was_not_found(tmp_path: Path) -> None:
     bars = {"picture": {"group": {"A": "a/val/accuracy"}}}
     with pytest.raises(ValueError, match=r"stage a has found no val/accuracy, but val/loss"):
         pipeline(Stages(results), tmp_path, stages={"a": {}}, bars=bars)
+
+
+def test_curves_of_several_stages_in_one_plot(tmp_path: Path) -> None:
+    """Invariant: each is that of its stage under the plot's own name; stages that are left out are in no picture."""
+    depths = {name: Curve([0.0, 1.0], [0.1, y], "layer", "accuracy", (1, 1)) for name, y in (("a", 0.5), ("b", 0.4))}
+    share, one = Number(0.5, "share", 4), Number(0.25, "share", 4)
+    results = {
+        name: Result(curves={"probe, val": of}, numbers={"test/accuracy": share, "test/accuracy_one_mask": one})
+        for name, of in depths.items()
+    }
+    keys = {name: f"{name}/test/accuracy" for name in "abc"}
+    bars = {"figure4": {"AR": {"probe": keys["a"]}, "BERT": {"probe": [keys["b"], "b/test/accuracy_one_mask"]},
+                        "other": {"probe": keys["c"]}}, "gone": {"other": {"probe": keys["c"]}}}  # fmt: skip
+    lines = {"figure2": {"A": "a/probe, val", "B": "b/probe, val", "C": "c/probe, val"}, "none": {"C": "c/probe, val"}}
+    merged = pipeline(Stages(results), tmp_path, stages={"a": {}, "b": {}, "c": None}, bars=bars, curves=lines)
+    assert merged.charts == {"figure2": {"A": depths["a"], "B": depths["b"]}}
+    found = merged.bars.pop("figure4")
+    assert found.heights == {"AR": {"probe": share}, "BERT": {"probe": share}}
+    assert (found.parts, found.part_name) == ({"BERT": {"probe": one}}, "accuracy one mask")
+    assert merged.bars == {}
+    with pytest.raises(ValueError, match=r"task\.curves: stage a has found no probe, test, but probe, val"):
+        pipeline(Stages(results), tmp_path, stages={"a": {}}, curves={"p": {"A": "a/probe, test"}})
+    with pytest.raises(ValueError, match=r"task\.curves: d/x is to begin with the name of a stage: a"):
+        parse(stages={"a": {}}, curves={"p": {"A": "d/x"}})

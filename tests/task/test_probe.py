@@ -32,6 +32,7 @@ from igpt.probe import selection
 from igpt.probe.lbfgs import TOLERANCE, logistic_regression
 from igpt.probe.selection import assign_folds
 from igpt.run.targets import task_settings
+from igpt.settings.fields import format_setting
 from igpt.task.class_score import check_classes
 from igpt.tokens.palette import Palette
 from igpt.training.nan_guard import NonFiniteLossError
@@ -262,11 +263,66 @@ def test_one_layer(tmp_path: Path, lab: Lab, ar: Weights, probed: tuple[Path, Re
 
 
 @pytest.mark.parametrize("solver", ["lbfgs", "sgd"])
-@pytest.mark.parametrize("layer", [-1, 3])
-def test_a_layer_that_is_not_there(tmp_path: Path, lab: Lab, ar: Weights, layer: int, solver: str) -> None:
-    expected = "lie in 0 … 2 \\(0: the embedding\\)" if layer > 0 else "be at least 0 or null"
-    with pytest.raises(ValueError, match=rf"task\.layer must {expected}, got {layer}"):
+@pytest.mark.parametrize("layer", [-1, 3, 1.0, 1.5, "first", True])
+def test_a_layer_that_is_not_there(tmp_path: Path, lab: Lab, ar: Weights, layer: Any, solver: str) -> None:
+    """Invariant: what is accepted is said."""
+    expected = (
+        r"lie in 0 … 2 \(0: the embedding\), or be last or" if layer == 3 else "be a layer's number .*, last, or null"
+    )
+    with pytest.raises(ValueError, match=rf"task\.layer must {expected}.*, got {format_setting(layer)}"):
         lab.probe(tmp_path, ar, layer=layer, solver=solver)
+
+
+@pytest.mark.parametrize(("named", "layer"), [("last", 2), (0.5, 1), (0.9, 2), (0.2, 0)])
+def test_a_layer_by_its_depth(
+    tmp_path: Path, lab: Lab, ar: Weights, probed: tuple[Path, Result], named: Any, layer: int
+) -> None:
+    """By hand: of layers 0 to 2, the nearest; its numbers are those of the layer by its number."""
+    results = [lab.probe(tmp_path, ar, layer=each, cache=probed[0] / "cache") for each in (named, layer)]
+    assert results[0].numbers == results[1].numbers
+    assert results[0].provenance["layers"] == [layer]
+
+
+@pytest.mark.parametrize(("layer", "shifted"), [("last", True), (1, False)])
+@pytest.mark.parametrize("solver", ["lbfgs", "sgd"])
+def test_a_window_off_its_centre_is_said(
+    tmp_path: Path, lab: Lab, ar: Weights, probed: tuple[Path, Result], caplog: pytest.LogCaptureFixture,
+    layer: Any, shifted: bool, solver: str,
+) -> None:  # fmt: skip
+    """By hand: three of layers 0 to 2 around the last one, and around the middle one."""
+    result = lab.probe(
+        tmp_path,
+        ar,
+        layer=layer,
+        concat_layers=3,
+        solver=solver,
+        test=False,
+        cache=probed[0] / "cache",
+        sgd={"steps": 2},
+    )
+    expected = "layers 0+1+2 are not centred on layer 2, as the paper's are: 2 below it and 0 above"
+    assert result.provenance["layers"] == [0, 1, 2]
+    assert [line.startswith(expected) for line in result.warnings] == [True] * shifted
+    assert (expected in caplog.text) == shifted
+
+
+def test_the_best_layer_and_the_fall_after_it(lab: Lab, ar: Weights, probed: tuple[Path, Result]) -> None:
+    """Independent source: scikit-learn's predictions on val, each layer at its best C; resampled by numpy."""
+    x, y = (features(lab, ar.net(), split) for split in ("train", "val")), [labels(lab, s) for s in ("train", "val")]
+    train, val = x
+    right = []
+    for layer in range(3):
+        fits = [sklearn(c).fit(train[layer], y[0]).predict(val[layer]) == y[1] for c in sorted(STRENGTHS)]
+        right.append(max(fits, key=np.sum))
+    drawn = np.random.default_rng(1).integers(60, size=(4000, 60))
+    shares = np.array(right)[:, drawn].mean(axis=2)  # (3, 4000)
+    low, high = np.quantile(shares.argmax(axis=0), [0.025, 0.975])
+    number, curve = probed[1].numbers["probe/layer"], probed[1].curves["probe, val"]
+    assert number.interval == curve.best == (low, high)
+    assert number.n == 60
+    fall = probed[1].numbers["val/fall_to_last_layer"]
+    assert fall.value == pytest.approx(max(curve.y) - curve.y[-1], abs=1e-9)
+    assert "untrained network, val" not in probed[1].curves or probed[1].curves["untrained network, val"].best is None
 
 
 def test_layers_together(tmp_path: Path, lab: Lab, ar: Weights, probed: tuple[Path, Result]) -> None:

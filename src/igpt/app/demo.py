@@ -12,6 +12,7 @@ from igpt.checkpoint.igpt_format import Weights
 from igpt.distributed.process_state import num_threads
 from igpt.distributed.signals import StopRequest
 from igpt.metric.result import Result
+from igpt.probe.depth import resolve_layer
 from igpt.report.runs import read_run
 from igpt.run.components import Components
 from igpt.settings.generation import DemoSettings
@@ -67,9 +68,7 @@ def run(components: Components, settings: DemoSettings) -> Result:
     from igpt.app.demo_page import serve
 
     data, depth = components.build_datamodule(), weights.metadata.network.n_layer
-    layer = depth // 2 if settings.layer is None else settings.layer
-    if layer > depth:
-        raise ValueError(f"task.layer must lie in 0 (the embedding) … {depth}, or be null; got {layer}")
+    layer = resolve_layer(0.5 if settings.layer is None else settings.layer, depth)
     rows = prompt_rows(0.5, settings.rows, data.tokenizer.side)
     settings = settings.model_copy(update={"layer": layer, "rows": rows})
     # The threads of a matrix product wait for each other in a busy loop, so one that shares its core with the browser

@@ -73,8 +73,8 @@ class Images:
         streaming: bool,
         stream: StreamSettings,
     ) -> None:
-        if path is None:
-            raise ValueError(f"data={name} needs to know where the images are: data.path=FOLDER")
+        check_path(path, name)
+        assert path is not None, "checked"
         names = splits.model_dump()
         if streaming and (labels_per_class is not None or test_fraction):
             raise ValueError(
@@ -148,6 +148,15 @@ class Images:
         return self._parts.training()
 
 
+def check_path(path: str | None, name: str, where: str = "data") -> None:
+    """Raises ValueError if `data.path` names nothing: no file or folder, shards, or Hub dataset. `where`: its group."""
+    if path is None:
+        raise ValueError(f"{where}={name} needs to know where the images are: {where}.path=FOLDER")
+    is_local = Path(path).exists() or expand_shard_path(path) is not None
+    if not is_local and (not HUB_NAME.fullmatch(path) or path.startswith(".")):
+        raise ValueError(f"{where}.path={path}: there is no such file or folder, and it is no Hub name either")
+
+
 def _find_splits(how: OpenOptions, name: str, list_files: ListFiles) -> Mapping[str, Open]:
     """Split name → function that opens it, for `data.path`: a local path, remote shards or a Hub dataset.
 
@@ -164,8 +173,6 @@ def _find_splits(how: OpenOptions, name: str, list_files: ListFiles) -> Mapping[
         if not shards:
             raise ValueError(f"data.path={how.path}: there is no such file")
         return open_shard_files(shards, how)
-    if not HUB_NAME.fullmatch(how.path) or how.path.startswith("."):
-        raise ValueError(f"data.path={how.path}: there is no such file or folder, and it is no Hub name either")
     return open_hub(how.path, name=name, columns=how.columns, streaming=how.streaming)
 
 

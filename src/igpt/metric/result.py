@@ -45,6 +45,7 @@ class Curve:
     y_unit: str
     x_intervals: list[tuple[float, float]] | None = None  # 95 % confidence intervals
     y_intervals: list[tuple[float, float]] | None = None
+    best: tuple[float, float] | None = None  # 95 % interval of the x where y is highest
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Bars:
 
     heights: dict[str, dict[str, Number]]  # group → series → height
     y_unit: str
+    parts: dict[str, dict[str, Number]] = field(default_factory=dict)  # group → series → a height inside the bar
+    part_name: str = ""  # of those, for the legend
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Result:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)  # name → tokens, saved as name_tokens.npy
     bars: dict[str, Bars] = field(default_factory=dict)
     lines: dict[str, MarkedLines] = field(default_factory=dict)
+    charts: dict[str, dict[str, Curve]] = field(default_factory=dict)  # picture → its curves
     matrices: dict[str, np.ndarray] = field(default_factory=dict)  # name → (K, K) counts: row true, column predicted
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # matrix name → its class names, if known
     files: dict[str, Path] = field(default_factory=dict)

@@ -82,6 +82,7 @@ class GridScores:
     windows: list[list[int]]
     C_grid: list[float]
     n_image: int
+    correct: np.ndarray | None = None  # (P, N) bool: the images that each window is right on at its best strength
     suboptimality: np.ndarray | None = None  # (P, S) of `Heads`, the largest over folds; None: not fitted by L-BFGS
 
     def curve(self) -> Curve:
@@ -94,6 +95,13 @@ class GridScores:
         row, column = self.windows.index(choice.layers), self.C_grid.index(choice.strength)
         share = float((self.one_mask if one_mask else self.accuracy)[row, column])
         return share_number(share, self.n_image, features=choice.features if features is None else features)
+
+
+def select_strengths(accuracy: np.ndarray, C_grid: Sequence[float]) -> np.ndarray:
+    """The best column of each row of (P, S), (P,); ties: the strongest regularisation."""
+    order = np.argsort(C_grid)
+    columns: np.ndarray = order[accuracy[:, order].argmax(axis=1)]
+    return columns
 
 
 def select_best(table: GridScores, *, layer: int | None) -> Choice:
@@ -122,6 +130,17 @@ def window_around(layer: int, size: int, n_layer: int) -> list[int]:
     """`size` adjacent layers in 0 … n_layer, centred on `layer`, or shifted to fit near either end."""
     first = min(max(0, layer - size // 2), n_layer + 1 - size)
     return list(range(first, first + size))
+
+
+def describe_shift(window: list[int], layer: int) -> str:
+    """A sentence on a window of `window_around` that is not centred on `layer`; "" for one that is."""
+    below, above = layer - window[0], window[-1] - layer
+    if below == above:
+        return ""
+    return (
+        f"layers {format_window(window)} are not centred on layer {layer}, as the paper's are: {below} below it and "
+        f"{above} above, where the network ends"
+    )
 
 
 def assign_folds(labels: np.ndarray, n: int, *, seed: int) -> np.ndarray:
@@ -157,6 +176,8 @@ def grid_search(
     windows = windows or [[layer] for layer in range(train.n_layer)]
     shape = len(windows), len(C_grid)
     right, right_one, suboptimality = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    n = len(val.labels if folds is None else train.labels)
+    correct = np.zeros((len(windows), n), dtype=bool)
     labels, val_labels = (torch.from_numpy(images.labels).to(device) for images in (train, val))
     for group in _group_windows(windows, train, device):
         some = [windows[i] for i in group]
@@ -167,17 +188,25 @@ def grid_search(
             del x
             suboptimality[group] = heads.suboptimality.cpu().numpy()
             predicted = _predict(heads, val, some, n_class, device, seed)  # 2 × (P, S, N)
-            right[group], right_one[group] = ((each == val_labels).sum(dim=-1).cpu().numpy() for each in predicted)
+            hits, hits_one = (each == val_labels for each in predicted)
+            right[group], right_one[group] = (each.sum(dim=-1).cpu().numpy() for each in (hits, hits_one))
+            correct[group] = _take_columns(hits, select_strengths(right[group], C_grid))
             continue
+        hits = torch.zeros((len(some), len(C_grid), n), dtype=torch.bool, device=device)
         for fold in range(int(folds.max()) + 1):
             inside = torch.from_numpy(folds != fold).to(device)
             heads = logistic_regression(x[:, inside], labels[inside], n_class=n_class, C_grid=C_grid, names=names)
             suboptimality[group] = np.maximum(suboptimality[group], heads.suboptimality.cpu().numpy())
-            correct = heads.scores(x[:, ~inside]).argmax(dim=-1) == labels[~inside]
-            right[group] += correct.sum(dim=-1).cpu().numpy()
-        right_one[group] = right[group]
-    n = len(val.labels if folds is None else train.labels)
-    return GridScores(right / n, right_one / n, windows, list(C_grid), n, suboptimality)
+            hits[..., ~inside] = heads.scores(x[:, ~inside]).argmax(dim=-1) == labels[~inside]
+        right[group] = right_one[group] = hits.sum(dim=-1).cpu().numpy()
+        correct[group] = _take_columns(hits, select_strengths(right[group], C_grid))
+    return GridScores(right / n, right_one / n, windows, list(C_grid), n, correct, suboptimality)
+
+
+def _take_columns(hits: Tensor, columns: np.ndarray) -> np.ndarray:
+    """One column of each row: (P, S, N), (P,) → (P, N)."""
+    taken: np.ndarray = hits[torch.arange(len(hits)), torch.from_numpy(columns)].cpu().numpy()
+    return taken
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def describe_uncertainty(numbers: Iterable[Number]) -> str:
 
 def format_number(number: Number) -> str:
     """The value with its uncertainty, without unit: standard deviation of a mean, else 95 % interval."""
-    text, around = _rounded(number, 1, 4)
+    text, around = _rounded(number, 1, 0 if _is_whole(number) else 4)
     is_integer = float(number.value).is_integer() and not around
     if not _is_huge(number) and (abs(number.value) >= 1e4 or is_integer):
         text = f"{round(number.value):,}"
@@ -106,6 +106,12 @@ def _rounded(number: Number, scale: int, digits: int) -> tuple[str, str]:
     elif interval is not None:
         around = " [{:{s}}, {:{s}}]".format(*(scale * end for end in interval), s=shape)
     return f"{scale * number.value:{'' if _is_huge(number) else ','}{shape}}", around
+
+
+def _is_whole(number: Number) -> bool:
+    """Whether it counts something, as a layer: value and interval are integers."""
+    values = (number.value, *(number.interval or (0.5,)))
+    return number.unit != "share" and number.deviation is None and all(float(value).is_integer() for value in values)
 
 
 def _is_huge(number: Number) -> bool:

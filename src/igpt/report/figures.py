@@ -96,6 +96,12 @@ def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
             )
             ink = line.get_color()
             axes.errorbar(curve.x, curve.y, y_reach, x_reach, fmt="none", lw=0.9, capsize=2, color=ink)
+            if curve.best is not None:
+                top = int(np.argmax(curve.y))
+                reach, ink = _reach([curve.x[top]], [curve.best]), line.get_color()
+                axes.errorbar(curve.x[top], curve.y[top], xerr=reach, fmt="*", ms=11, lw=1.4, capsize=4, color=ink)
+        if any(curve.best is not None for curve in lines.values()):
+            axes.plot([], [], "*-", ms=9, lw=1.4, color="black", label=f"best {x_unit}, with its 95 % interval")
         axes.set(xlabel=x_unit, ylabel=y_unit)
         if all(float(x).is_integer() for curve in lines.values() for x in curve.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -106,9 +112,11 @@ def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
 
 @LITERAL
 def bars_figure(path: Path, bars: Bars) -> None:
-    """Writes a bar chart: groups of bars with 95 % intervals, each height printed."""
+    """Writes a bar chart: groups of bars with 95 % intervals, each height printed; inside a bar, its part is pale."""
     series = list(dict.fromkeys(name for group in bars.heights.values() for name in group))
-    figure = Figure(figsize=(max(4.5, 2.2 * len(bars.heights)), 4), layout="constrained")
+    part_label = f"pale: {bars.part_name}"
+    of_legend = 0.08 * max(map(len, [*series, *([part_label] if bars.parts else [])]))  # inches
+    figure = Figure(figsize=(max(4.5, 2.2 * len(bars.heights)) + max(0.0, of_legend - 0.5), 4), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(series)
     tallest = max(number.value for group in bars.heights.values() for number in group.values())
@@ -119,12 +127,17 @@ def bars_figure(path: Path, bars: Bars) -> None:
         reach = _reach(heights, [number.confidence_interval for number in numbers.values()])
         lines = {"lw": 1, "capsize": 3}
         axes.bar(x, heights, 0.92 * width, yerr=reach, color=f"C{place}", label=name, error_kw=lines)
-        for middle, height in zip(x, heights, strict=True):
-            ink = "white" if height > 0.1 * tallest else "black"
+        parts = [bars.parts.get(group, {}).get(name) for group in bars.heights if name in bars.heights[group]]
+        inside = [0.0 if part is None else part.value for part in parts]
+        axes.bar(x, inside, 0.92 * width, color="white", alpha=0.4, ec="black", lw=[0.8 * (h > 0) for h in inside])
+        for middle, height, part in zip(x, heights, inside, strict=True):
+            ink = "white" if height > 0.1 * tallest and not part else "black"
             axes.text(middle, 0, f"{height:.3f}", ha="center", va="bottom", color=ink, fontsize=9)
-    axes.set_xticks(range(len(bars.heights)), list(bars.heights))
+    axes.set_xticks(range(len(bars.heights)), [textwrap.fill(group, 20) for group in bars.heights])
     has_intervals = any(of.confidence_interval for group in bars.heights.values() for of in group.values())
     axes.set_ylabel(bars.y_unit + (", with 95 % intervals" if has_intervals else ""))
+    if bars.parts:
+        axes.bar([0], [0], color="C0", alpha=0.6, ec="black", lw=0.8, label=part_label)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
     _save(path, figure)

@@ -41,7 +41,7 @@ OBSERVERS = (
 )
 # requirement of a task → groups that are not part of the identity of its runs, as it reads none of them
 UNUSED = {"tokenizer": ("model", "objective"), "images": ("model", "objective", "tokens")}
-OUTSIDE_TASK = ("requires", "run_folder", "paper")  # keys of a task: constants of the task, and a label
+OUTSIDE_TASK = ("requires", "run_folder", "paper", "init")  # keys of a task: constants, a label; a stage's weights
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep", ".keep_steps")
 OF_THE_MACHINE = "precision"  # the only identity setting of the trainer: the others change only rounding
 RECORDS = {"run.json", "log.txt", ".lock", "hparams.yaml"}  # of a run that has done nothing yet
@@ -254,6 +254,8 @@ class RunFolder:
             write(name, ".png", bars_figure, bars)
         for name, lines in result.lines.items():
             write(name, ".png", marked_lines_figure, lines)
+        for name, curves in result.charts.items():
+            write(name, ".png", curves_figure, curves)
         if result.curves:
             write("curves", ".png", curves_figure, result.curves)
         record = {
@@ -280,8 +282,8 @@ def _write_array(path: Path, array: np.ndarray) -> None:
 def parse_result(record: dict[str, Any]) -> Result:
     """The task's `Result` read back from a `result.json`: numbers, curves, files, class names, provenance."""
     return Result(
-        numbers={key: _number(number) for key, number in record["numbers"].items()},
-        curves={key: Curve(**curve) for key, curve in record["curves"].items()},
+        numbers={key: Number(**_with_interval(number, "interval")) for key, number in record["numbers"].items()},
+        curves={key: Curve(**_with_interval(curve, "best")) for key, curve in record["curves"].items()},
         files={key: Path(path) for key, path in record["files"].items()},
         class_names={key: _names(names) for key, names in record.get("class_names", {}).items()},
         provenance=record["provenance"],
@@ -294,9 +296,10 @@ def _names(written: Any) -> tuple[str, ...]:
     return tuple(written)
 
 
-def _number(fields: dict[str, Any]) -> Number:
-    interval = fields.get("interval")
-    return Number(**{**fields, "interval": None if interval is None else (interval[0], interval[1])})
+def _with_interval(fields: dict[str, Any], key: str) -> dict[str, Any]:
+    """The fields with the list at `key` as a pair; None if it is missing."""
+    ends = fields.get(key)
+    return {**fields, key: None if ends is None else (ends[0], ends[1])}
 
 
 def environment() -> dict[str, Any]:

@@ -27,6 +27,7 @@ class PlotLine:
     x: list[str]
     y: list[str]
     n_point: int  # points of the curve before thinning
+    best: tuple[float, float, float] | None = None  # of the highest point: the ends of its interval in x, and y
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,13 @@ def _build_plot(x_unit: str, y_unit: str, curves: Mapping[str, Curve], most: int
         kept = thin(curve.y, most)
         x, y = np.array(curve.x)[kept], np.array(curve.y)[kept]
         points = zip(_along(x, x_range, (0, SIDE), 1), _along(y, y_range, (SIDE, 0), 1), strict=True)
-        lines.append(PlotLine(name, list(points), [f"{a:.10g}" for a in x], [f"{b:.6g}" for b in y], len(curve.x)))
+        best = None
+        if curve.best is not None:
+            left, right = _along(np.array(curve.best), x_range, (0, SIDE), 1)
+            best = left, right, _along(np.array([max(curve.y)]), y_range, (SIDE, 0), 1)[0]
+        lines.append(
+            PlotLine(name, list(points), [f"{a:.10g}" for a in x], [f"{b:.6g}" for b in y], len(curve.x), best)
+        )
     x_ticks = _ticks(x_range, (0, 100), n=6, integer=bool((xs % 1 == 0).all()))
     return Plot(x_unit, y_unit, x_range, y_range, x_ticks, _ticks(y_range, (100, 0), n=5), lines)
 

@@ -189,7 +189,7 @@ def _check(run: RunRecord) -> None:
             raise ValueError("values that are no numbers")
         _ = f"{number.n:,}" + number.unit + number.features
     for curve in run.result.curves.values():
-        if len(curve.x) != len(curve.y) or not all(map(math.isfinite, [*curve.x, *curve.y])):
+        if len(curve.x) != len(curve.y) or not all(map(math.isfinite, [*curve.x, *curve.y, *(curve.best or ())])):
             raise ValueError("a curve of other lengths, or of no numbers")
         _ = curve.x_unit + curve.y_unit
     if not all(isinstance(part, dict) for part in (run.config, run.result.provenance, run.record["versions"])):

@@ -28,7 +28,14 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, runs: Hashes | 
     """
     found_out: Hashes = {"init": init, "tokens.path": _hash_file(config["tokens"].get("path"))}
     probed = {"task.probe_data": settings} if (settings := config["task"].get("probe_data")) else {}
-    for option, settings in {"data": config["data"], **config["data"].get("streams", {}), **probed}.items():
+    sources = {"data": config["data"], **config["data"].get("streams", {}), **probed}
+    stages = config["task"].get("stages") or {}
+    for name, stage in ((f"task.stages.{name}", stage) for name, stage in stages.items() if stage is not None):
+        if isinstance(data := stage.get("data"), dict):
+            sources[f"{name}.data"] = data
+        if isinstance(own := stage.get("init"), str):
+            found_out[f"{name}.init"] = find_weights(own).sha256
+    for option, settings in sources.items():
         images = settings.get("path")
         if images is not None and Path(images).exists():
             found_out[f"{option}.path"] = hash_files(Path(images), list_files)

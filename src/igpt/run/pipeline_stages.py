@@ -2,25 +2,29 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from igpt.data.images import check_path
 from igpt.report.folder import RunFolder, changes
 from igpt.report.paper import check_paper_key
-from igpt.run.run_config import CHECKPOINT, RunConfig, to_dict
+from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.targets import task_settings
 from igpt.settings.older_configs import answer
-from igpt.settings.reading import FROM
+from igpt.settings.reading import FROM, INIT
 from igpt.utils.overrides import escape_interpolation, suggest_name
 
 GROUPS = ("model", "objective")  # config groups with an option of a stage's own
-DATA = "data"  # key of a stage: overrides of its data settings
-PROBE_DATA = "probe_data"  # setting of a task: a second dataset
+DATA = "data"  # key of a stage: the name of an option, or overrides of its data settings, with the option as OWN
+PROBE_DATA = "probe_data"  # setting of a task: a second dataset, as DATA
+OWN = "option"  # key of these: an option of conf/data/ in place of the pipeline's
 OPTION = re.compile(r"[\w-]+(/[\w-]+)*", re.ASCII)  # Hydra would also read `../../folder/file` and `/folder/file`
+IMAGES = "igpt.data.images.Images"
 STAND_IN = "run"  # key of a stage: the directory of a finished run to use instead of running it
 
 
@@ -32,6 +36,11 @@ class StageConfig:
     cfg: DictConfig
     choices: dict[str, Any]
     stand_in: Path | None  # the directory of a finished run to use instead
+    waits: bool = False  # for the weights of an earlier stage; else `cfg.init` names its own, if it takes any
+
+    @property
+    def writes_weights(self) -> bool:
+        return "network" in self.cfg.task.requires or self.cfg.task.name == "import"
 
     @property
     def trains_tokenizer(self) -> bool:
@@ -39,9 +48,8 @@ class StageConfig:
 
     @property
     def is_independent(self) -> bool:
-        """Whether its config is known before the earlier stages have run: it takes no weights, and no runs."""
-        of_weights = self.cfg.init is not None or CHECKPOINT in self.choices.values()
-        return not of_weights and "runs" not in self.cfg.task
+        """Whether its config is known before the earlier stages have run: it takes none of their weights or runs."""
+        return not self.waits and "runs" not in self.cfg.task
 
     def check_stand_in(self) -> None:
         """Raises ValueError unless the stand-in run is finished and has the config of this stage.
@@ -77,6 +85,7 @@ def stage_configs(run: RunConfig) -> dict[str, StageConfig]:
         ValueError: an unknown or invalid setting, a task without a run directory, a stand-in run of another config.
     """
     stages: dict[str, StageConfig] = {}
+    written = False  # weights, by an earlier stage, for those that name none
     for name, settings in run.cfg.task.stages.items():
         if settings is None:
             continue
@@ -91,7 +100,13 @@ def stage_configs(run: RunConfig) -> dict[str, StageConfig]:
         if of_several != ("runs" in stage.cfg.task) and (of_several or "weights" not in stage.cfg.task.requires):
             raise ValueError(f"task.stages.{name}.from: a list of stages is for tasks with runs, and these need one")
         stage.check_stand_in()
-        stages[stage.name] = stage
+        waits = written and settings.get(INIT) is None
+        if FROM in settings:
+            source = stages.get(before) if isinstance(before, str) else None
+            waits = before is not None and (source is None or source.waits or source.writes_weights)
+            stage.cfg.init = None if source is None else source.cfg.init
+        stages[stage.name] = replace(stage, waits=waits)
+        written |= FROM not in settings and stage.writes_weights
     return stages
 
 
@@ -102,32 +117,40 @@ def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> Sta
         ValueError: an option that is no name, or a setting that the stage or its task does not have.
     """
     where = f"task.stages.{name}"
+    data_option, data = _split_option(settings.get(DATA, {}))
     chosen = {"task": settings.get("task", name)} | {group: settings[group] for group in GROUPS if group in settings}
+    chosen |= {} if data_option is None else {DATA: data_option}
     for group, option in chosen.items():
-        if not isinstance(option, str) or not OPTION.fullmatch(option):
-            raise ValueError(f"{where}.{group} must be the name of an option, as in conf/{group}/, got {option!r}")
+        check_option(group, option, f"{where}.{group}")
     overrides = [f"{group}={option}" for group, option in chosen.items()]
     overrides += [f"variant={variant}"] if (variant := run.choices.get("variant")) else []  # of a stage's own model
     fresh = hydra.compose("config", overrides=overrides, return_hydra_config=True)
     if settings.get(PROBE_DATA) is not None and PROBE_DATA in fresh.task:
-        option, own = _split_option(settings[PROBE_DATA], f"{where}.{PROBE_DATA}")
-        settings = {key: value for key, value in settings.items() if key != PROBE_DATA} | (
-            {PROBE_DATA: own} if own else {}
-        )
-        overrides += [f"data@task.{PROBE_DATA}={option}"]
+        probe_option, probe_data = _split_option(settings[PROBE_DATA])
+        check_option(DATA, probe_option, f"{where}.{PROBE_DATA}")
+        settings = {**settings, PROBE_DATA: probe_data}
+        overrides += [f"data@task.{PROBE_DATA}={probe_option}"]
         fresh = hydra.compose("config", overrides=overrides, return_hydra_config=True)
     choices = dict(fresh.hydra.runtime.choices)
     cfg = run.cfg.copy()
     with open_dict(cfg):
         cfg.task, cfg.published = fresh.task, []
-        cfg.init = None if "tokenizer" in fresh.task.requires else cfg.init
+        own = settings.get(INIT)
+        cfg.init = None if "tokenizer" in fresh.task.requires else cfg.init if own is None else _escape(own)
         for group in ("model", "tokens", "objective"):
             if choices[group] == "checkpoint" or group in chosen:
                 cfg[group] = fresh[group]
             else:
                 choices[group] = run.choices[group]
-        cfg.data = _merge(cfg.data, settings.get(DATA, {}), f"{where}.data")
-    of_task = {str(key): value for key, value in settings.items() if key not in ("task", FROM, STAND_IN, DATA, *GROUPS)}
+        if DATA in chosen:
+            cfg.data = fresh.data
+        else:
+            choices[DATA] = run.choices[DATA]
+        cfg.data = _merge(cfg.data, data, f"{where}.data")
+        if (DATA in chosen or "path" in data) and cfg.data._target_ == IMAGES:
+            check_path(cfg.data.path, cfg.data.name, f"{where}.data")
+    of_stage = ("task", FROM, INIT, STAND_IN, DATA, *GROUPS)
+    of_task = {str(key): value for key, value in settings.items() if key not in of_stage}
     cfg.task = _merge(cfg.task, of_task, where)
     OmegaConf.set_struct(cfg, True)
     stand_in = settings.get(STAND_IN)
@@ -137,15 +160,21 @@ def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> Sta
     return StageConfig(name, cfg, choices, None if stand_in is None else Path(stand_in))
 
 
-def _split_option(settings: Any, where: str) -> tuple[str, dict[str, Any]]:
-    """(option, own settings) of a stage's own choice from a group: the option's name, or {option: …, setting: …}."""
-    own = dict(settings) if isinstance(settings, dict) else {"option": settings}
-    option = own.pop("option", None)
+def _split_option(settings: Any) -> tuple[Any, dict[str, Any]]:
+    """(option, own settings) of a stage's own choice from a group: the option's name, or {option: NAME, setting: …}."""
+    own = dict(settings) if isinstance(settings, Mapping) else {OWN: settings}
+    return own.pop(OWN, None), own
+
+
+def check_option(group: str, option: Any, where: str) -> None:
+    """Raises ValueError unless the config group has an option of this name."""
     if not isinstance(option, str) or not OPTION.fullmatch(option):
-        raise ValueError(
-            f"{where} must be the name of an option, as in conf/data/, or {{option: NAME, …}}, got {option!r}"
-        )
-    return option, own
+        raise ValueError(f"{where} must be the name of an option, as in conf/{group}/, got {option!r}")
+    every = GlobalHydra.instance().config_loader().get_group_options(group)
+    options = [each for each in every if not each.rpartition("/")[2].startswith("_")]
+    if option not in every:
+        near = suggest_name(option, options)
+        raise ValueError(f"{where}={option}: there is no such option{near}; there are {', '.join(options)}")
 
 
 def _merge(config: DictConfig, settings: Mapping[Any, Any], where: str) -> DictConfig:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType, NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 
 from igpt.utils.overrides import format_value, suggest_name
 
@@ -27,6 +27,18 @@ Norm = Literal["ln_1", "raw"]  # of hidden states before pooling
 FeatureDtype = Literal["float16", "float32"]  # of features on disk
 Pooling = Literal["auto", "mean", "cls"]  # of an encoder's last layer
 
+
+def _check_layer(layer: Any) -> Any:
+    is_number = type(layer) is int and layer >= 0
+    if not (is_number or (type(layer) is float and 0 < layer < 1) or layer in (None, "last")):
+        raise ValueError(
+            "task.layer must be a layer's number (0: the embedding), a fraction of the depth (0.5: its middle), last, "
+            f"or null, got {format_setting(layer)}"
+        )
+    return layer
+
+
+Layer = Annotated[float | Literal["last"] | None, BeforeValidator(_check_layer)]  # `probe.depth.resolve_layer`
 STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from igpt.settings.fields import Count, FeatureDtype, Norm, Settings, Share, Split, Temperature, WholeNumber
+from igpt.settings.fields import Count, FeatureDtype, Layer, Norm, Settings, Share, Split, Temperature, WholeNumber
 
 TopP = Annotated[float, Field(gt=0, le=1)]
 
@@ -66,7 +66,7 @@ class DemoSettings(Settings):
     upload_pixels: Count
     nearest: Count
     among: Count
-    layer: WholeNumber | None
+    layer: Layer
     norm: Norm
     dtype: FeatureDtype
     batch_size: Count

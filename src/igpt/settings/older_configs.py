@@ -124,6 +124,7 @@ TABLE: dict[int, Changes] = {
             "task.keep_steps": ("task._target_", "igpt.task.pretrain.run", []),
             "task.probe_data": ("task._target_", "igpt.task.scaling.run", None),
             "task.split": ("task._target_", "igpt.task.scaling.run", "val"),
+            "task.curves": ("task._target_", "igpt.task.pipeline.run", {}),
             "task.eval_masks": ("task._target_", "igpt.task.scaling.run", 1),
         },
     ),

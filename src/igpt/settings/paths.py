@@ -8,10 +8,12 @@ from typing import Any
 
 READ = re.compile(  # settings that are paths to read
     r"init|resume|tokens(\.palette)?\.path|(task\.probe_)?data(\.streams\.\w+)?\.(path|clusters)|"
-    r"task\.(palette|runs|compare_with|encoder)|task\.stages\.\w+\.(run|palette|compare_with|encoder|(probe_)?data\.path)"
+    r"task\.(palette|runs|compare_with|encoder)|"
+    r"task\.stages\.\w+\.(init|run|palette|compare_with|encoder|(probe_)?data\.path)"
 )
 HUB = re.compile(  # also accept a name on the Hub
-    r"init|(task\.probe_)?data(\.streams\.\w+)?\.path|task\.stages\.\w+\.(probe_)?data\.path|task\.runs"
+    r"(task\.stages\.\w+\.)?init|(task\.probe_)?data(\.streams\.\w+)?\.path|"
+    r"task\.stages\.\w+\.(probe_)?data\.path|task\.runs"
 )
 LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|compare_with)")  # also accept a list
 ENCODER = re.compile(r"task\.(stages\.\w+\.)?encoder")  # a path only if something is there

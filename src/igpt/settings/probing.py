@@ -10,13 +10,13 @@ from igpt.settings.fields import (
     Count,
     Decay,
     FeatureDtype,
+    Layer,
     Norm,
     Pooling,
     Positive,
     Seed,
     Settings,
     Split,
-    WholeNumber,
 )
 from igpt.settings.training import TrainingSettings
 
@@ -51,7 +51,7 @@ class ProbeSettings(FeatureSettings):
 
     solver: Literal["lbfgs", "sgd"]
     sgd: SGDProbeSettings
-    layer: WholeNumber | None
+    layer: Layer
     concat_layers: Annotated[int, Field(ge=3), AfterValidator(_check_odd)] | None
     eval_masks: Count
     folds: Annotated[int, Field(ge=2)] | Literal["auto"] | None
@@ -97,7 +97,7 @@ class LowDataSettings(FeatureSettings):
     per_class: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)]  # labels of each class
     subsets: Annotated[int, Field(ge=2)]  # at least two, for a standard deviation
     subset_seed: Seed
-    layer: WholeNumber | None
+    layer: Layer
     eval_masks: Count
     baselines: list[Literal["pixels"]]
     split: Split

@@ -1,13 +1,15 @@
 """Settings of the tasks that neither train nor sample."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from igpt.settings.fields import Count, Settings, Split, WholeNumber
 
 FROM = "from"  # key of a stage: the earlier stage it takes weights from; a list for a task with `runs`; null: none
+INIT = "init"  # key of a stage: a path to weights of its own; null: none of its own
+HeightKey = str | Annotated[list[str], Field(min_length=2, max_length=2)]  # stage/number; a list: and a part of it
 
 
 class EvaluateSettings(Settings):
@@ -59,10 +61,13 @@ class ReportSettings(Settings):
 
 
 class PipelineSettings(Settings):
-    """`task=pipeline`: `stages`: name → settings (null: omitted); `bars`: picture → group → series → stage/number."""
+    """`task=pipeline`: `stages`: name → settings (null: omitted); `bars`: picture → group → series → stage/number;
+    `curves`: picture → name → stage/curve.
+    """
 
     stages: dict[str, dict[str, Any] | None]
-    bars: dict[str, dict[str, dict[str, str]]]
+    bars: dict[str, dict[str, dict[str, HeightKey]]]
+    curves: dict[str, dict[str, str]]
 
     @property
     def active_stages(self) -> dict[str, Mapping[str, Any]]:
@@ -76,13 +81,19 @@ class PipelineSettings(Settings):
             start = settings.get(FROM)
             if not isinstance(start, str | list | None):
                 raise ValueError(f"task.stages.{name}.from must be the name of a stage, or a list, got {start!r}")
+            if not isinstance(own := settings.get(INIT), str | None):
+                raise ValueError(f"task.stages.{name}.init must be a path to weights, or null, got {own!r}")
+            if own is not None and FROM in settings:
+                raise ValueError(f"task.stages.{name} has weights of its own, init={own}, and from={start}: choose one")
             for source in [start] if isinstance(start, str) else start or []:
                 if source not in before:
                     earlier = ", ".join(before) or "none"
                     raise ValueError(f"task.stages.{name}.from: there is no stage {source!r} before it, but {earlier}")
             before.append(name)
-        for groups in self.bars.values():
-            for key in (key for series in groups.values() for key in series.values()):
-                if key.partition("/")[0] not in before:
-                    raise ValueError(f"task.bars: {key} is to begin with the name of a stage: {', '.join(before)}")
+        bars = [key for groups in self.bars.values() for series in groups.values() for key in series.values()]
+        drawn = [("bars", key) for each in bars for key in ([each] if isinstance(each, str) else each)]
+        drawn += [("curves", key) for lines in self.curves.values() for key in lines.values()]
+        for where, key in drawn:
+            if key.partition("/")[0] not in self.stages:
+                raise ValueError(f"task.{where}: {key} is to begin with the name of a stage: {', '.join(before)}")
         return self

@@ -8,6 +8,7 @@ import numpy as np
 
 from igpt.data.split import balanced_subset
 from igpt.metric.result import Curve, Number, Result
+from igpt.probe.depth import number_layer, resolve_layer
 from igpt.probe.selection import (
     FeatureSet,
     FittedHead,
@@ -36,7 +37,7 @@ def run(components: Components, settings: LowDataSettings) -> Result:
     """
     weights, hardware = components.trained_weights, components.hardware
     source, seed = components.source, components.seed
-    split, layer, C_grid = settings.split, settings.layer, settings.C_grid
+    split, C_grid = settings.split, settings.C_grid
     if source.labels_per_class is not None:
         raise ValueError("task=low_data draws its subsets itself, task.per_class: leave data.labels_per_class=null")
     n_class = check_classes(source, ["val", split])
@@ -49,8 +50,7 @@ def run(components: Components, settings: LowDataSettings) -> Result:
     }
     reader = FeatureReader(components, settings)
     net = weights.net()
-    if layer is not None and not 0 <= layer <= net.n_layer:
-        raise ValueError(f"task.layer must lie in 0 … {net.n_layer} (0: the embedding), got {layer}")
+    layer = resolve_layer(settings.layer, net.n_layer)
     how: dict[str, Any] = {"n_class": n_class, "device": hardware.device, "seed": seed}
     result = Result()
     fits: dict[str, GridScores | FittedHead] = {}
@@ -58,10 +58,11 @@ def run(components: Components, settings: LowDataSettings) -> Result:
     held_out = reader.read_masked(net, weights.sha256, split, eval_masks=masks)
     with matmul_precision(hardware.matmul_precision, hardware.device):
         chosen_by = "given"
+        correct: np.ndarray | None = None
         if layer is None:
             val = reader.read_masked(net, weights.sha256, "val", eval_masks=masks)
             table = fits["all labels"] = grid_search(train, val, C_grid, **how)
-            layer = select_best(table, layer=None).layers[0]
+            layer, correct = select_best(table, layer=None).layers[0], table.correct
             chosen_by = f"probe with {len(labels):,} labels, on val"
         sets = {"features": (train.select_layer(layer), held_out.select_layer(layer))}
         if "pixels" in settings.baselines:
@@ -91,7 +92,7 @@ def run(components: Components, settings: LowDataSettings) -> Result:
             result.curves[f"{title}, {split}"] = Curve(
                 [float(n) for n in rows_of], means, "labels per class", "accuracy"
             )
-    result.numbers["probe/layer"] = Number(layer, f"of 0 … {net.n_layer}", 1)
+    result.numbers["probe/layer"] = number_layer(layer, net.n_layer, correct)
     result.provenance = {
         "weights": weights.sha256, "tokenizer": components.tokenizer.hash, "layer": layer, "layer_chosen_by": chosen_by,
         "norm": settings.norm, "pooling": "mean over positions", "solver": "lbfgs",

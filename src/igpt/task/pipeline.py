@@ -4,12 +4,12 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 from igpt.distributed import ranks
 from igpt.metric.result import Bars, Number, Result
 from igpt.run.components import Components
-from igpt.settings.reading import FROM, PipelineSettings
+from igpt.settings.reading import FROM, INIT, HeightKey, PipelineSettings
 from igpt.tokens.tokenizer_registry import TOKENIZER
 from igpt.utils import files
 
@@ -23,25 +23,31 @@ COPIED = (".png", ".txt", ".npy")  # files of a stage elsewhere that are copied,
 def run(components: Components, settings: PipelineSettings) -> Result:
     """Runs every stage in its own folder inside the run directory; returns all their results as `stage/name`.
 
-    A stage starts from the weights of the stage named in `from`; by default from those of the last that wrote some. Its
-    images become the tokens of the last tokenizer that was trained before it, unless its weights have their own.
+    A stage starts from its own weights, `init`, or from those of the stage named in `from` (that it wrote or, if it
+    writes none, started from); by default from those of the last that wrote some. Its images become the tokens of the
+    last tokenizer that was trained before it, unless its weights have their own.
     """
     folder, init, stages = components.run_dir, components.init, settings.active_stages
     tokenizer: str | None = None
     results: dict[str, Result] = {}
     places: dict[str, Path] = {}
+    weights: dict[str, str | None] = {}  # stage → those it wrote, else those it started from
     for position, (name, stage_settings) in enumerate(stages.items(), start=1):
         start: str | list[str] | None = init
-        if isinstance(source := stage_settings.get(FROM), list):
+        if (own := stage_settings.get(INIT)) is not None:
+            start = own
+        elif isinstance(source := stage_settings.get(FROM), list):
             start = [str(places[each]) for each in source]
         elif FROM in stage_settings:
-            start = None if source is None else str(places[source])
+            start = None if source is None else weights[source]
         log.info("stage %d of %d: %s", position, len(stages), name)
         stage_dir = folder / f"{position}_{name}"
         results[name], places[name] = components.run_stage(name, folder=stage_dir, init=start, tokenizer=tokenizer)
+        has_weights = (places[name] / "model").is_dir()
+        weights[name] = start if isinstance(start, str) and not has_weights else str(places[name])
         if (places[name] / "model" / TOKENIZER).is_file():
             tokenizer = str(places[name])
-        elif FROM not in stage_settings and (places[name] / "model").is_dir():
+        elif FROM not in stage_settings and has_weights:
             init = str(places[name])
     merged = Result(provenance={name: result.provenance for name, result in results.items()})
     for position, (name, result) in enumerate(results.items(), start=1):
@@ -50,12 +56,12 @@ def run(components: Components, settings: PipelineSettings) -> Result:
         merged.class_names |= _name_by_stage(name, result.class_names)
         merged.files |= _name_by_stage(name, gather_files(result, places[name], folder, f"{position}_{name}"))
     for picture, groups in settings.bars.items():
-        heights = {
-            group: {which: _find_number(results, key) for which, key in series.items()}
-            for group, series in groups.items()
-        }
-        units = [number.unit for series in heights.values() for number in series.values()]
-        merged.bars[picture] = Bars(heights, units[0])
+        if bars := _collect_bars(results, groups):
+            merged.bars[picture] = bars
+    for picture, lines in settings.curves.items():
+        found = {name: _find(results, key, "curves") for name, key in lines.items() if _stage_name(key) in results}
+        if found:
+            merged.charts[picture] = found
     return merged
 
 
@@ -81,9 +87,31 @@ def _name_by_stage(stage: str, values: Mapping[str, Value]) -> dict[str, Value]:
     return {f"{stage}/{key}": value for key, value in values.items()}
 
 
-def _find_number(results: Mapping[str, Result], key: str) -> Number:
+def _collect_bars(results: Mapping[str, Result], groups: Mapping[str, Mapping[str, HeightKey]]) -> Bars | None:
+    """The bars of the stages that were run; None without one."""
+    heights: dict[str, dict[str, Number]] = {}
+    parts: dict[str, dict[str, Number]] = {}
+    part_name = ""
+    for group, series in groups.items():
+        for which, keys in series.items():
+            key, *inside = [keys] if isinstance(keys, str) else keys
+            if _stage_name(key) in results:
+                heights.setdefault(group, {})[which] = _find(results, key, "numbers")
+                for part in inside:
+                    parts.setdefault(group, {})[which] = _find(results, part, "numbers")
+                    part_name = part.rpartition("/")[2].replace("_", " ")
+    units = [number.unit for series in heights.values() for number in series.values()]
+    return Bars(heights, units[0], parts, part_name) if units else None
+
+
+def _stage_name(key: str) -> str:
+    return key.partition("/")[0]
+
+
+def _find(results: Mapping[str, Result], key: str, kind: Literal["numbers", "curves"]) -> Any:
     stage, _, name = key.partition("/")
-    numbers = results[stage].numbers
-    if name not in numbers:
-        raise ValueError(f"task.bars: stage {stage} has found no {name}, but {', '.join(numbers)}")
-    return numbers[name]
+    found: Mapping[str, Any] = getattr(results[stage], kind)
+    if name not in found:
+        where = "bars" if kind == "numbers" else "curves"
+        raise ValueError(f"task.{where}: stage {stage} has found no {name}, but {', '.join(found)}")
+    return found[name]

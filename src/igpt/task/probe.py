@@ -1,6 +1,7 @@
 """`task=probe`: linear classifiers on the pooled features of every layer."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from igpt.distributed import ranks
 from igpt.metric.result import Curve, Number, Result
 from igpt.metric.share import share_number
 from igpt.model.gpt import GPT
+from igpt.probe.depth import fall_to_last_layer, number_layer, resolve_layer
 from igpt.probe.scores import accuracy_number, count_confusions, is_in_top_k
 from igpt.probe.selection import (
     Choice,
@@ -21,6 +23,7 @@ from igpt.probe.selection import (
     GridScores,
     assign_folds,
     choose_n_fold,
+    describe_shift,
     fit_head,
     grid_search,
     report_convergence,
@@ -44,11 +47,10 @@ def run(components: Components, settings: ProbeSettings) -> Result:
     Names start with `cv/` instead of `val/` if layer and C are chosen by cross-validation inside train.
     """
     weights, objective = components.trained_weights, components.objective
-    layer, concat, folds, refit = settings.layer, settings.concat_layers, settings.folds, settings.refit
+    concat, folds, refit = settings.concat_layers, settings.folds, settings.refit
     net = weights.net()
     n_layer = net.n_layer
-    if layer is not None and not 0 <= layer <= n_layer:
-        raise ValueError(f"task.layer must lie in 0 … {n_layer} (0: the embedding), got {layer}")
+    resolve_layer(settings.layer, n_layer)
     if concat is not None and concat > n_layer + 1:
         raise ValueError(f"task.concat_layers={concat}: the network has {n_layer + 1} layers to take together")
     source = components.source
@@ -68,6 +70,10 @@ def run(components: Components, settings: ProbeSettings) -> Result:
     solve = probe_by_sgd if settings.solver == "sgd" else probe_by_lbfgs
     result = solve(components, settings, net=net, n_class=n_class)
     result.files["probe"] = Path("probe.safetensors")
+    shift = describe_shift(result.provenance["layers"], int(result.numbers["probe/layer"].value))
+    if concat is not None and shift:
+        log.warning("task.concat_layers=%d: %s", concat, shift)
+        result.provenance["warning"] = shift
     result.provenance |= {
         "weights": weights.sha256, "tokenizer": components.tokenizer.hash, "norm": settings.norm,
         "pooling": "mean over positions", "solver": settings.solver, "masks": masks, "seed": components.seed,
@@ -77,13 +83,13 @@ def run(components: Components, settings: ProbeSettings) -> Result:
 
 def probe_by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n_class: int) -> Result:
     """SGD: trains heads for every layer (or `layer` with its neighbours) and learning rate at once."""
-    n_layer, layer, masks = net.n_layer, settings.layer, settings.eval_masks
+    n_layer, layer, masks = net.n_layer, resolve_layer(settings.layer, net.n_layer), settings.eval_masks
     if layer is None:
         windows = [[single] for single in range(n_layer + 1)]
     else:
         windows = [window_around(layer, settings.concat_layers or 1, n_layer)]
     module, progress, validate = train_heads(components, settings, net=net, windows=windows, n_class=n_class)
-    table = module.table()
+    table = module.table(components.source.split("val").labels)
     best = select_best(table, layer=None)
     result = build_result(table, best, n_layer=n_layer, layer=layer, eval_masks=masks, judged="val")
     result.numbers["probe/rate"] = Number(best.strength, "learning rate", 1)
@@ -111,7 +117,8 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
     """L-BFGS: logistic regression on cached features, every layer at every C."""
     weights, hardware = components.trained_weights, components.hardware
     source, seed = components.source, components.seed
-    n_layer, layer, folds, C_grid = net.n_layer, settings.layer, settings.folds, settings.C_grid
+    n_layer, folds, C_grid = net.n_layer, settings.folds, settings.C_grid
+    layer = resolve_layer(settings.layer, n_layer)
     assert folds != "auto", "run has chosen"
     how: dict[str, Any] = {"n_class": n_class, "device": hardware.device, "seed": seed}
     judged = "val" if folds is None else "cv"
@@ -184,14 +191,21 @@ def score_test(
 def build_result(
     table: GridScores, best: Choice, *, n_layer: int, layer: int | None, eval_masks: int, judged: str
 ) -> Result:
-    """Numbers and curve of the search: the best, and the embedding and the last layer as baselines."""
+    """Numbers and curve of the search: the best layer with its interval, the embedding and the last as baselines."""
     result = Result(numbers=score_choice(table, best, eval_masks=eval_masks, judged=judged))
     last = len(table.windows) - 1
-    result.numbers["probe/layer"] = Number(best.layers[0] if layer is None else layer, f"of 0 … {n_layer}", 1)
+    curve = table.curve()
+    result.numbers["probe/layer"] = number_layer(best.layers[0] if layer is None else layer, n_layer)
     if last:
+        assert table.correct is not None
+        found = number_layer(select_best(table, layer=None).layers[0], n_layer, table.correct)
+        curve = replace(curve, best=found.interval)
+        if layer is None:
+            result.numbers["probe/layer"] = found
         result.numbers[f"{judged}/embedding"] = table.number(select_best(table, layer=0))
         result.numbers[f"{judged}/last_layer"] = table.number(select_best(table, layer=last))
-    result.curves[f"probe, {judged}"] = table.curve()
+        result.numbers[f"{judged}/fall_to_last_layer"] = fall_to_last_layer(table.correct)
+    result.curves[f"probe, {judged}"] = curve
     return result
 
 

@@ -14,7 +14,7 @@ from igpt.metric.share import share_number
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
 from igpt.probe.scores import vote
-from igpt.probe.selection import GridScores
+from igpt.probe.selection import GridScores, select_strengths
 from igpt.run.components import Components
 from igpt.settings.probing import ProbeSettings
 from igpt.tokens.batches import Batch
@@ -125,11 +125,14 @@ class SGDProbeModule(TrainedModule):
         heads = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("net.")}
         checkpoint["state_dict"] = heads
 
-    def table(self) -> GridScores:
-        """Val accuracies of the last validation; 0 for diverged heads."""
+    def table(self, labels: np.ndarray) -> GridScores:
+        """Val accuracies of the last validation, of images with these labels; 0 for diverged heads."""
         accuracies = [weight.isfinite().flatten(1).all(dim=1) for weight in self.weights]  # R of (P,)
-        self.right = self.right * torch.stack(accuracies, dim=1).cpu().numpy()
-        return GridScores(self.right[0], self.right[1], self.windows, list(self.rates), self.n_image)
+        finite = torch.stack(accuracies, dim=1).cpu().numpy()
+        self.right = self.right * finite
+        cells = np.arange(len(finite)), select_strengths(self.right[0], self.rates)  # the best rate of each window
+        correct = (self.predictions[cells] == labels) & finite[cells][:, None]  # (P, N)
+        return GridScores(self.right[0], self.right[1], self.windows, list(self.rates), self.n_image, correct)
 
 
 def train_heads(
