@@ -211,7 +211,9 @@ class Components:
             )
         return tokenizer
 
-    def build_datamodule(self, *, plan: BatchPlan = ONE_BY_ONE, eval_split: str = "val") -> TokenDataModule:
+    def build_datamodule(
+        self, *, plan: BatchPlan = ONE_BY_ONE, eval_split: str = "val", with_val: bool = False, augment: bool = True
+    ) -> TokenDataModule:
         """The DataModule of token batches. `plan`: the distribution of a step's images over ranks and micro batches."""
         return TokenDataModule(
             source=self.source,
@@ -221,6 +223,8 @@ class Components:
             cache=self.cache_dir,
             plan=plan,
             eval_split=eval_split,
+            with_val=with_val,
+            augment=augment,
         )
 
     def build_pixel_datamodule(self, *, plan: BatchPlan) -> PixelDataModule:

@@ -117,6 +117,16 @@ TABLE: dict[int, Changes] = {
             },
         },
     ),
+    5: Changes(
+        values={"task.refit": {True: "auto"}},  # which solver=sgd passed over
+        added={
+            "task.refit": ("task._target_", "igpt.task.finetune.run", False),
+            "task.dropout": ("task._target_", "igpt.task.finetune.run", 0.0),
+            "task.resize_positions": ("task._target_", ("igpt.task.finetune.run", "igpt.task.probe.run"), False),
+            "task.sgd.search": ("task._target_", "igpt.task.probe.run", "together"),
+            "task.sgd.augment": ("task._target_", "igpt.task.probe.run", True),
+        },
+    ),
 }
 NOW_SCRIPTS = {"task=trace": "python benchmarks/trace_network.py INIT TOKENS.npy"}
 ABSOLUTE_PATHS = 3  # first version with absolute paths in the config
