@@ -123,9 +123,7 @@ def test_few_labels_stay_few(
 
 def test_a_probe_again(tmp_path: Path, lab: Lab, both: Lab, ar: Weights) -> None:
     """Invariant: the chosen layer and rate, trained on a split that holds train and val; val's numbers as without."""
-    plain, again = (
-        lab.probe(tmp_path / str(refit), ar, solver="sgd", refit=refit) for refit in ("auto", True)
-    )
+    plain, again = (lab.probe(tmp_path / str(refit), ar, solver="sgd", refit=refit) for refit in ("auto", True))
     layer, rate = (int(plain.numbers["probe/layer"].value), plain.numbers["probe/rate"].value)
     assert (again.numbers["val/accuracy"], again.curves) == (plain.numbers["val/accuracy"], plain.curves)
     same = both.probe(tmp_path / "both", ar, solver="sgd", layer=layer, sgd={"rates": [rate]})
