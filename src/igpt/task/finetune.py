@@ -196,6 +196,7 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
         "refitted_on_val": is_refitted,
         "tokenizer": data.tokenizer.hash,
         "from": weights.sha256 if weights else "scratch",
+        **({"positions_resized_from": weights.resized_from} if weights and weights.resized_from else {}),
         **progress.provenance,
     }
     return result

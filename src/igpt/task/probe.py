@@ -72,6 +72,7 @@ def run(components: Components, settings: ProbeSettings) -> Result:
     result.provenance |= {
         "weights": weights.sha256, "tokenizer": components.tokenizer.hash, "norm": settings.norm,
         "pooling": "mean over positions", "solver": settings.solver, "masks": masks, "seed": components.seed,
+        **({"positions_resized_from": weights.resized_from} if weights.resized_from else {}),
     }  # fmt: skip
     return result
 
