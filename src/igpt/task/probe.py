@@ -95,6 +95,7 @@ def probe_by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n
         module, validate = refit_head(
             components, settings, net=net, window=best.layers, rate=best.strength, n_class=n_class
         )
+        result.curves |= {name.replace("train/", "refit/"): curve for name, curve in module.curves().items()}
         cell = 0, 0
     if ranks.this_rank().is_first:
         weight, bias = module.weights[cell[1]][cell[0]], module.biases[cell[1]][cell[0]]
