@@ -86,15 +86,15 @@ def test_a_kill_while_it_is_trained_again(tmp_path: Path, lab: Lab, ar: Weights,
     """Invariant: stopped in the second training, a run goes on there, to the bit; done once more, nothing changes."""
     first = tmp_path / "checkpoints"
     with pytest.raises(StoppedError, match="after step 1"):  # `Send` alone would stop the first training
-        lab.finetune(tmp_path, ar, refit=True, val_every=6, callbacks=(AtRefit(first),))
+        lab.finetune(tmp_path, ar, refit=True, callbacks=(AtRefit(first),))
     assert (tmp_path / "refit" / "checkpoints" / "step_0000001.ckpt").is_file()
     assert not (tmp_path / "model").exists()
     before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
-    whole = lab.finetune(tmp_path / "whole", ar, refit=True, val_every=6)
+    folder, complete = refitted
     for _ in range(2):
-        resumed = lab.finetune(tmp_path, ar, refit=True, val_every=6)
-        assert equal(tmp_path, tmp_path / "whole")
-        assert (resumed.numbers, resumed.curves) == (whole.numbers, whole.curves)
+        resumed = lab.finetune(tmp_path, ar, refit=True)
+        assert equal(tmp_path, folder)
+        assert (resumed.numbers, resumed.curves) == (complete.numbers, complete.curves)
     assert {path: path.stat().st_mtime_ns for path in first.glob("step_*")}.items() <= before.items()
 
 

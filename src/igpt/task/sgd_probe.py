@@ -144,13 +144,13 @@ class SGDProbeModule(TrainedModule):
         return GridScores(self.right[0], self.right[1], self.windows, list(self.rates), self.n_image)
 
 
-Build = Callable[[list[float]], SGDProbeModule]  # the untrained heads of these rates
-Validate = Callable[[str], None]  # validates heads on a split
+ModuleFactory = Callable[[list[float]], SGDProbeModule]  # rates → their untrained heads
+Validation = Callable[[str], None]  # of heads, on a split
 
 
 def train_heads(
     components: Components, settings: ProbeSettings, *, net: GPT, windows: list[list[int]], n_class: int
-) -> tuple[SGDProbeModule, Progress, Validate]:
+) -> tuple[SGDProbeModule, Progress, Validation]:
     """Trains the heads; returns the module, validated on val, its progress, and a function to validate another split.
 
     Raises:
@@ -176,7 +176,7 @@ def train_heads(
 
 def refit_head(
     components: Components, settings: ProbeSettings, *, net: GPT, window: list[int], rate: float, n_class: int
-) -> tuple[SGDProbeModule, Validate]:
+) -> tuple[SGDProbeModule, Validation]:
     """Trains one head on train and val, in `refit/` of the run; returns it, and a function to validate a split."""
     log.info("training the head of layers %s at rate %g again, on train and val", window, rate)
     settings = settings.model_copy(update={"sgd": settings.sgd.model_copy(update={"rates": [rate]})})
@@ -185,7 +185,9 @@ def refit_head(
     return module, partial(_validate, components, module)
 
 
-def _search_in_turn(components: Components, rates: list[float], build: Build) -> tuple[SGDProbeModule, Progress]:
+def _search_in_turn(
+    components: Components, rates: list[float], build: ModuleFactory
+) -> tuple[SGDProbeModule, Progress]:
     """Trains one rate after another, from the largest down, until the best accuracy on val falls.
 
     Returns a module of all rates tried, as if they were trained together. A rate at which every head breaks down has
