@@ -90,7 +90,8 @@ def probe(tmp_path: Path, key: str = "test/accuracy", n: int = 10_000, **setting
         "init": f"{RUNS}/pretrain-l", **settings,
     }  # fmt: skip
     number = Number(0.96, "share", n, 0.002, (0.956, 0.964))
-    return made(tmp_path / RUNS / "probe-l", {key: number}, provenance={"weights": "f" * 64}, **given)
+    record = {"weights": "f" * 64, "refitted_on_val": True}
+    return made(tmp_path / RUNS / "probe-l", {key: number}, provenance=record, **given)
 
 
 def beside(*folders: Path) -> list[PaperComparison]:

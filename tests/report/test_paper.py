@@ -290,6 +290,8 @@ def test_an_experiment_file_says_what_is_published(name: str) -> None:
         {"data.name"} if name == "pretrain_xl" else set()
     )
     assert settings["trainer.precision"] == "32-true"
+    if "retrained with validation images" in stated:
+        assert settings["task.refit"] == ("auto" if settings.get("task.solver") == "lbfgs" else True)
 
 
 def test_every_experiment_named_is_there() -> None:

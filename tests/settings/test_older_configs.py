@@ -229,3 +229,15 @@ def test_versions_of_records(tmp_path: Path) -> None:
         assert "\n" not in str(message.value)
     with pytest.raises(ValueError, match="another version than 1 to"):
         read_record(tmp_path / "run.json", oldest=1)
+
+
+def test_a_probe_before_sgd_had_a_refit() -> None:
+    """By hand: task.refit=true, which only L-BFGS obeyed, is auto now; false stays; the other settings are off."""
+    sgd = {"rates": [1.0]}
+    for was, now in ((True, "auto"), (False, False)):
+        config = {"task": {"_target_": "igpt.task.probe.run", "refit": was, "sgd": sgd}}
+        task = updated_record({"version": 4, "config": config})["config"]["task"]
+        assert (task["refit"], task["resize_positions"]) == (now, False)
+        assert task["sgd"] == {**sgd, "search": "together", "augment": True}
+    tuned = updated_record({"version": 4, "config": {"task": {"_target_": "igpt.task.finetune.run"}}})["config"]["task"]
+    assert tuned == {"_target_": tuned["_target_"], "refit": False, "dropout": 0.0, "resize_positions": False}

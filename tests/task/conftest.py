@@ -14,7 +14,7 @@ from hydra.utils import get_object
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights, save_model
 from igpt.data.digits import Digits
-from igpt.data.source import ArraySplit
+from igpt.data.source import ArraySplit, JoinedSplit, Split
 from igpt.metric.result import Result
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
@@ -62,8 +62,9 @@ class Arrays:
     def split(self, name: str) -> ArraySplit:
         return self.splits[name]
 
-    def training(self) -> ArraySplit:
-        return self.splits["train"]
+    def training(self, *, with_val: bool = False) -> Split:
+        train = self.splits["train"]
+        return JoinedSplit(train, self.splits["val"]) if with_val else train
 
 
 @pytest.fixture(scope="session")
@@ -123,6 +124,8 @@ SGD: dict[str, Any] = {
     "val_every": 3,
     "log_every": 1,
     "checkpoint_every": 2,
+    "search": "together",
+    "augment": True,
 }
 PROBE: dict[str, Any] = {
     "norm": "ln_1",
@@ -135,7 +138,8 @@ PROBE: dict[str, Any] = {
     "concat_layers": None,
     "eval_masks": 5,
     "folds": None,
-    "refit": True,
+    "refit": "auto",
+    "resize_positions": False,
     "test": True,
     "baselines": [],
 }
@@ -155,6 +159,9 @@ FINETUNE: dict[str, Any] = {
     "log_every": 1,
     "checkpoint_every": 2,
     "checkpoint_keep": 1,
+    "dropout": 0.0,
+    "resize_positions": False,
+    "refit": False,
     "test": True,
 }
 EVALUATE: dict[str, Any] = {

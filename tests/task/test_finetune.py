@@ -473,3 +473,27 @@ def test_bad_settings(changed: dict[str, Any], message: str) -> None:
     for good in ({}, {"patience": None}, {"loss_weights": {"gen": 0.0, "clf": 2}}):
         assert task_settings("igpt.task.finetune.run", FINETUNE | good)
     check_bad_settings("finetune", FINETUNE | {"steps": 8}, changed, message)
+
+
+def test_dropout_does_not_depend_on_the_batch(tmp_path: Path, lab: Lab) -> None:
+    """Invariant: passes of 10 images give the losses of one of 50; validation drops nothing; a stop changes nothing.
+
+    By hand: the first loss of a head of zeros is ln 10 with dropout, too; later losses are not those without.
+    """
+    how: dict[str, Any] = {"dropout": 0.3, "steps": 4, "learning_rate": 0.01}
+    one = lab.finetune(tmp_path / "one", None, **how)
+    ten = lab.finetune(tmp_path / "ten", None, on=machine(micro_batch=10), **how)
+    without = lab.finetune(tmp_path / "without", None, **how | {"dropout": 0.0})
+    for name, curve in one.curves.items():
+        assert ten.curves[name].y == pytest.approx(curve.y, rel=1e-4, abs=OF_VAL if "accuracy" in name else 0)
+    assert one.curves["train/loss_clf"].y[0] == pytest.approx(LN_10, abs=1e-6)
+    assert abs(one.curves["train/loss_clf"].y[-1] - without.curves["train/loss_clf"].y[-1]) > 5e-4
+    weights = find_weights(str(tmp_path / "one"))
+    tokens = lab.tokens().sample_tokens("test").long()
+    with torch.no_grad():
+        loss = F.cross_entropy(weights.net()(tokens).flatten(0, 1), tokens.flatten())
+    assert one.numbers["test/loss_gen"].value == pytest.approx(float(loss), rel=1e-5)
+    with pytest.raises(StoppedError):
+        lab.finetune(tmp_path / "stopped", None, callbacks=(Send(signal.SIGTERM, step=2),), **how)
+    lab.finetune(tmp_path / "stopped", None, **how)
+    assert equal(tmp_path / "stopped", tmp_path / "one")

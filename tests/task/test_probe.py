@@ -669,6 +669,22 @@ def test_all_rates_too_high(tmp_path: Path, lab: Lab, large: Weights) -> None:
         lab.probe(tmp_path / "run", large, norm="raw", solver="sgd", sgd={"rates": [1e38, 1e38]})
 
 
+def test_in_turn_a_rate_too_high_is_passed_over(tmp_path: Path, lab: Lab, large: Weights) -> None:
+    """Where no head of a rate is finite, the next one is tried; where none of any is, that is an error."""
+
+    def search(name: str, rates: list[float]) -> Result:
+        sgd = {"rates": rates, "search": "in_turn"}
+        found: Result = lab.probe(tmp_path / name, large, norm="raw", solver="sgd", sgd=sgd, test=False)
+        return found
+
+    results = [search(f"{len(rates)}", rates) for rates in ([1e38, 1e-7], [1e-7])]
+    assert results[0].provenance["rates"] == [1e38, 1e-7]
+    for name in ("probe/rate", "probe/layer", "val/accuracy"):
+        assert results[0].numbers[name] == results[1].numbers[name]
+    with pytest.raises(NonFiniteLossError, match=r"task\.sgd\.rates"):
+        search("none", [1e38, 1e37])
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -693,6 +709,9 @@ def test_all_rates_too_high(tmp_path: Path, lab: Lab, large: Weights) -> None:
         ({"sgd": SGD | {"momentum": -0.9}}, r"task\.sgd"),
         ({"sgd": SGD | {"momentum": 1.5}}, r"task\.sgd"),
         ({"sgd": SGD | {"weight_decay": -0.1}}, r"task\.sgd"),
+        ({"sgd": SGD | {"search": "both"}}, r"task\.sgd\.search must be one of together, in_turn, got 'both'"),
+        ({"sgd": SGD | {"augment": "no"}}, r"task\.sgd\.augment must be true or false"),
+        ({"refit": "always"}, r"task\.refit must be true or false or auto"),
     ],
 )
 def test_bad_settings(changed: dict[str, Any], message: str) -> None:

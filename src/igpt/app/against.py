@@ -176,8 +176,8 @@ def collect_facts(run: RunRecord) -> dict[str, Any]:
         facts["task.layer"] = "last"
     if n_vocab := network.get("n_vocab") or ("model.n_layer" in settings and settings.get("data.palette_size")):
         facts["n_vocab"] = n_vocab
-    if run.task == "finetune" or settings.get("task.solver") == "sgd":
-        facts["retrained with validation images"] = "no"
+    if run.task in ("finetune", "probe"):
+        facts["retrained with validation images"] = "yes" if run.result.provenance.get("refitted_on_val") else "no"
     first = run if run.task == "pretrain" else run.init_history.pretraining
     if first is not None:
         of_weights = first.settings | {"images": count_images_seen(run, first)}

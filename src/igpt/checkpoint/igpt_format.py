@@ -118,6 +118,7 @@ class Weights:
     sha256: str
     state: Callable[[], State]  # lazy tensors by name
     wclf: LazyTensor | None = None  # class head (K, C), if the same file has one
+    resized_from: int | None = None  # pixels a side that its positions were interpolated from
 
     def __post_init__(self) -> None:
         tensors.check_fit(self.path, self.state(), network_shapes(self.path, self.metadata.network, self.state()))

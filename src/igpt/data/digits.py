@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 from igpt.data.crop import shift_images
 from igpt.data.listing import ListFiles
-from igpt.data.source import ArraySplit, Split, VariedSplit, check_split_name
+from igpt.data.source import ArraySplit, JoinedSplit, Split, VariedSplit, check_split_name
 from igpt.data.split import balanced_subset, split_indices
 from igpt.settings.data import Fraction, LabelsPerClass
 from igpt.settings.fields import Seed, Share
@@ -61,11 +61,12 @@ class Digits:
             rows = balanced_subset(of_train, per_class=labels_per_class, seed=subset_seed, where="digits")
             indices["train"] = indices["train"][rows]
         self._splits = {name: ArraySplit(pixels[rows], labels[rows], CHANGES) for name, rows in indices.items()}
-        self._moved = VariedSplit(self._splits["train"], partial(shift_images, by=shift, share=shift_share))
+        self._move = partial(shift_images, by=shift, share=shift_share)
 
     def split(self, name: str) -> ArraySplit:
         check_split_name(name)
         return self._splits[name]
 
-    def training(self) -> Split:
-        return self._moved
+    def training(self, *, with_val: bool = False) -> Split:
+        train, val = self._splits["train"], self._splits["val"]
+        return VariedSplit(JoinedSplit(train, val) if with_val else train, self._move)

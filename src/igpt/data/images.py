@@ -22,7 +22,7 @@ from igpt.data.image_table import Columns, Table
 from igpt.data.listing import ListFiles, list_files
 from igpt.data.local import Open, OpenOptions, open_listing, open_shard_files
 from igpt.data.shards import expand_shard_path
-from igpt.data.source import Split, Stream, VariedSplit, check_split_name
+from igpt.data.source import JoinedSplit, Split, Stream, VariedSplit, check_split_name
 from igpt.data.split import balanced_subset, split_indices
 from igpt.data.stream import StreamedImages
 from igpt.settings.data import (
@@ -144,8 +144,8 @@ class Images:
         check_split_name(name)
         return self._parts.split(name)
 
-    def training(self) -> Split | Stream:
-        return self._parts.training()
+    def training(self, *, with_val: bool = False) -> Split | Stream:
+        return self._parts.training(with_val=with_val)
 
 
 def check_path(path: str | None, name: str, where: str = "data") -> None:
@@ -255,13 +255,20 @@ class _Tables:
             return decoded
         return self._cached(decoded, decoded.rows)
 
-    def training(self) -> Split:
-        (decoded, good), cut = self.parts["train"], self.cut
-        decoded = replace(decoded, crop=cut.training)
-        plain = decoded if cut.training.is_random else self._cached(decoded, good)
+    def training(self, *, with_val: bool = False) -> Split:
+        cut = self.cut
+        plain = self._plain_training("train")
+        if with_val:
+            plain = JoinedSplit(plain, self._plain_training("val"))
         if not (cut.pad or cut.flip):
             return plain
         return VariedSplit(plain, partial(padded_crop, pad=cut.pad, flip=cut.flip))
+
+    def _plain_training(self, name: str) -> Split:
+        """A split in the training crop."""
+        decoded, good = self.parts[name]
+        decoded = replace(decoded, crop=self.cut.training)
+        return decoded if self.cut.training.is_random else self._cached(decoded, good)
 
     def _cached(self, decoded: DecodedSplit, rows: np.ndarray) -> CachedSplit:
         return CachedSplit(decoded, self.pixel_caches.path(decoded.table, rows, decoded.crop), rows)

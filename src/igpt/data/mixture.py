@@ -7,7 +7,7 @@ from pathlib import Path
 from igpt.data.images import Images
 from igpt.data.listing import ListFiles, list_files
 from igpt.data.source import Split, check_split_name
-from igpt.data.stream import ImageStream
+from igpt.data.stream import ImageStream, refuse_val
 from igpt.settings.data import MixtureStreamSettings, Resolution
 from igpt.settings.fields import NonNegative
 
@@ -64,5 +64,6 @@ class Mixture:
         check_split_name(name)
         return self._held_out.split(name)
 
-    def training(self) -> ImageStream:
+    def training(self, *, with_val: bool = False) -> ImageStream:
+        refuse_val(with_val)
         return self._training

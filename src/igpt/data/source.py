@@ -89,8 +89,12 @@ class Source(Protocol):
         """
         ...
 
-    def training(self) -> Split | Stream:
-        """The training images with the configured augmentation."""
+    def training(self, *, with_val: bool = False) -> Split | Stream:
+        """The training images with the configured augmentation; `with_val`: followed by those of val.
+
+        Raises:
+            ValueError: `with_val` of a stream.
+        """
         ...
 
 
@@ -141,6 +145,37 @@ class VariedSplit:
     def read(self, index: Sequence[int], rng_keys: Sequence[int]) -> Pixels:
         pixels, labels = self.plain.read(index, rng_keys)
         return Pixels(self.vary(pixels, rng_keys), labels)
+
+
+@dataclass(frozen=True)
+class JoinedSplit:
+    """The images of one split, followed by those of another."""
+
+    first: Split
+    second: Split
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return np.concatenate([self.first.labels, self.second.labels])
+
+    @property
+    def pixel_changes(self) -> str:
+        return self.first.pixel_changes
+
+    def prepare(self) -> None:
+        self.first.prepare()
+        self.second.prepare()
+
+    def read(self, index: Sequence[int], rng_keys: Sequence[int]) -> Pixels:
+        rows, keys = np.asarray(index, dtype=np.int64), np.asarray(rng_keys, dtype=np.int64)
+        is_first = rows < len(self.first)
+        parts = [(self.first, is_first, 0), (self.second, ~is_first, len(self.first))]
+        read = [part.read((rows[mine] - start).tolist(), keys[mine].tolist()) for part, mine, start in parts]
+        order = np.argsort(np.argsort(~is_first, kind="stable"), kind="stable")  # place of each row in what was read
+        return Pixels(*(np.concatenate(arrays)[order] for arrays in zip(*read, strict=True)))
 
 
 def check_split_name(name: str) -> None:

@@ -184,8 +184,17 @@ class StreamedImages:
             log.info("data: keeping %d images of the stream as %s", len(images), name)
         return self._kept[name]
 
-    def training(self) -> ImageStream:
+    def training(self, *, with_val: bool = False) -> ImageStream:
+        refuse_val(with_val)
         return self._streams["train"]
+
+
+def refuse_val(with_val: bool) -> None:
+    """Raises ValueError if the images of val are to be trained on, too: a stream has no rows to put them after."""
+    if with_val:
+        raise ValueError(
+            "a stream is read in turn, val cannot be added to it: data.streaming=false, or task.refit=false"
+        )
 
 
 def hash_to_unit_interval(data: bytes, seed: int) -> float:

@@ -194,12 +194,14 @@ class Block(nn.Module):
         self.attn = attention
         self.ln_2 = Norm(config.n_embd)
         self.mlp = MLP(config)
+        self.drop_attention: nn.Module = nn.Identity()  # or `Dropout`, by `add_dropout`
+        self.drop_mlp: nn.Module = nn.Identity()
 
     def forward(
         self, h: Tensor, first_value: Tensor | None = None, cache: Cache | None = None, layer: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream after this block, and the first block's values for `value_residual`."""
         out, first_value = self.attn(self.ln_1(h), first_value, cache, layer)
-        h = h + out
-        h = h + self.mlp(self.ln_2(h))
+        h = h + self.drop_attention(out)
+        h = h + self.drop_mlp(self.mlp(self.ln_2(h)))
         return h, first_value

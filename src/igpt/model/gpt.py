@@ -32,7 +32,8 @@ class GPT(nn.Module):
 
     `causal` (AR): a learned start vector `sos` shifts the input, so position i sees tokens 0 … i-1.
     Not causal (BERT): every position sees every position whose `visible` is True; the embedding of the others is
-    zeroed before the position is added. No biases, no dropout. Source: Chen et al. 2020, §2, `model.py:model`.
+    zeroed before the position is added. No biases; dropout only by `add_dropout`. Source: Chen et al. 2020, §2,
+    `model.py:model`.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -41,6 +42,7 @@ class GPT(nn.Module):
         self.n_layer, self.n_embd, self.n_head = config.n_layer, config.n_embd, config.n_head
         self.n_ctx, self.n_vocab, self.causal = config.n_ctx, config.n_vocab, config.causal
         self.checkpointing = False
+        self.drop: nn.Module = nn.Identity()  # of the embedding; or `Dropout`, by `add_dropout`
         self.decoding = "auto"  # decode backend of `generate`, one of `dispatch.DECODING`
         self.wte = nn.Parameter(torch.full((self.n_vocab, self.n_embd), math.nan))  # input tokens
         if "learned" in config.positions.split("+"):
@@ -149,7 +151,7 @@ class GPT(nn.Module):
 
     def hidden_states(self, tokens: Tensor, visible: Tensor | None = None) -> Iterator[Tensor]:
         """The residual stream h^0, …, h^L, one (B, T, C) at a time: the embedding, then after each block."""
-        h = self.embed(tokens, visible)
+        h = self.drop(self.embed(tokens, visible))
         yield h
         self.prepare_tables()
         first_value: Tensor | None = None

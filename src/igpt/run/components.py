@@ -196,9 +196,11 @@ class Components:
         saved = self.weights.tokenizer if self.weights is not None else None
         data = self.run.cfg.data
         if self.weights is not None and saved is not None and saved.side != data.resolution:
+            resizes = "resize_positions" in self.run.config["task"]
             raise ValueError(
                 f"{self.weights.folder} reads {saved.side}×{saved.side} pixels ({self.weights.metadata.data}), "
                 f"data={data.name} gives {data.resolution}×{data.resolution}"
+                + (": task.resize_positions=true interpolates its positions" if resizes else "")
             )
         if self.run.takes_from_weights("tokens"):
             assert saved is not None, "RunConfig has seen to it"
@@ -211,17 +213,14 @@ class Components:
             )
         return tokenizer
 
-    def build_datamodule(self, *, plan: BatchPlan = ONE_BY_ONE, eval_split: str = "val") -> TokenDataModule:
+    def build_datamodule(
+        self, *, plan: BatchPlan = ONE_BY_ONE, eval_split: str = "val", with_val: bool = False, augment: bool = True
+    ) -> TokenDataModule:
         """The DataModule of token batches. `plan`: the distribution of a step's images over ranks and micro batches."""
         return TokenDataModule(
-            source=self.source,
-            tokenizer=self.tokenizer,
-            seed=self.seed,
-            num_workers=self.hardware.n_reader,
-            cache=self.cache_dir,
-            plan=plan,
-            eval_split=eval_split,
-        )
+            source=self.source, tokenizer=self.tokenizer, seed=self.seed, num_workers=self.hardware.n_reader,
+            cache=self.cache_dir, plan=plan, eval_split=eval_split, with_val=with_val, augment=augment,
+        )  # fmt: skip
 
     def build_pixel_datamodule(self, *, plan: BatchPlan) -> PixelDataModule:
         """The DataModule of pixels, for a run that trains a tokenizer."""

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from igpt.checkpoint.find import find_vqvae, find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.checkpoint.kept import list_paths
+from igpt.checkpoint.resized import resize_weights
 from igpt.data.listing import list_files
 from igpt.report.folder import format_run_name, identity
 from igpt.report.runs import FoundRuns, find_runs
@@ -106,7 +107,9 @@ class RunConfig:
         if start is not None:
             settings = cfg.task.get("stages", {}).get("import") or cfg.task  # not stored in OpenAI's checkpoints
             palette = settings.get("palette") or cfg.data.get("clusters")
-            return find_weights(start, palette=palette, n_head=settings.get("n_head"))
+            weights = find_weights(start, palette=palette, n_head=settings.get("n_head"))
+            side, resizes = cfg.data.get("resolution"), cfg.task.get("resize_positions") is True
+            return resize_weights(weights, side) if resizes and type(side) is int and 0 < side <= 4096 else weights
         from_weights = [group for group in ("model", "tokens", "objective") if self.takes_from_weights(group)]
         if from_weights and self.requires & {"weights", "network"}:
             of_import = "OpenAI's or Hugging Face's, or a checkpoint"

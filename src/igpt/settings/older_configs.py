@@ -119,13 +119,21 @@ TABLE: dict[int, Changes] = {
         },
     ),
     5: Changes(
-        values={"task.paper": {"scaling": "figure3"}},
+        values={
+            "task.paper": {"scaling": "figure3"},
+            "task.refit": {True: "auto"},  # which solver=sgd passed over
+        },
         added={
             "task.keep_steps": ("task._target_", "igpt.task.pretrain.run", []),
             "task.probe_data": ("task._target_", "igpt.task.scaling.run", None),
             "task.split": ("task._target_", "igpt.task.scaling.run", "val"),
             "task.curves": ("task._target_", "igpt.task.pipeline.run", {}),
             "task.eval_masks": ("task._target_", "igpt.task.scaling.run", 1),
+            "task.refit": ("task._target_", "igpt.task.finetune.run", False),
+            "task.dropout": ("task._target_", "igpt.task.finetune.run", 0.0),
+            "task.resize_positions": ("task._target_", ("igpt.task.finetune.run", "igpt.task.probe.run"), False),
+            "task.sgd.search": ("task._target_", "igpt.task.probe.run", "together"),
+            "task.sgd.augment": ("task._target_", "igpt.task.probe.run", True),
         },
     ),
 }

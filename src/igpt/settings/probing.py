@@ -35,6 +35,8 @@ class SGDProbeSettings(TrainingSettings):
     rates: Annotated[list[Positive], Field(min_length=1)]
     momentum: Decay
     val_every: Count  # optimiser steps
+    search: Literal["together", "in_turn"]
+    augment: bool
 
 
 class FeatureSettings(Settings):
@@ -55,7 +57,8 @@ class ProbeSettings(FeatureSettings):
     concat_layers: Annotated[int, Field(ge=3), AfterValidator(_check_odd)] | None
     eval_masks: Count
     folds: Annotated[int, Field(ge=2)] | Literal["auto"] | None
-    refit: bool
+    refit: bool | Literal["auto"]
+    resize_positions: bool
     test: bool
     baselines: list[Literal["untrained", "pixels"]]
 

@@ -1,8 +1,8 @@
 """Settings of the tasks that train a network."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from igpt.settings.fields import Count, Decay, NonNegative, Positive, Settings, Share, WeightDecay, WholeNumber
 
@@ -129,6 +129,9 @@ class FinetuneSettings(AdamSettings):
     eval_masks: Count
     val_every: Count  # optimiser steps
     patience: Count | None
+    dropout: Annotated[float, Field(ge=0, le=0.9)]
+    resize_positions: bool
+    refit: bool
     test: bool
 
     @model_validator(mode="after")

@@ -11,10 +11,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from igpt.checkpoint.head_files import HeadMetadata, save_head
 from igpt.checkpoint.igpt_format import FORMAT, METADATA_KEY, check_format, save_model, weights_sha256
-from igpt.checkpoint.resume import AtomicCheckpointIO, read_best
+from igpt.checkpoint.resume import AtomicCheckpointIO, checkpoint_path, read_best
 from igpt.distributed import ranks
-from igpt.metric.result import Number, Result
+from igpt.metric.result import Curve, Number, Result
 from igpt.metric.throughput import train_flops_per_image
+from igpt.model.dropout import NetworkDropout, add_dropout
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.joint import JointObjective
@@ -57,6 +58,7 @@ class FinetuneModule(TrainedModule):
         )  # fmt: skip
         self.predictions = torch.empty(0).numpy()  # (N,) predicted classes of the last validation
         self.net: GPT | None = None
+        self.dropout: NetworkDropout | None = None
 
     def configure_model(self) -> None:
         if self.net is not None:
@@ -68,6 +70,8 @@ class FinetuneModule(TrainedModule):
             self.weights.load_into(self.net)
         self.head = ClassHead(n_embd=self.net.n_embd, n_class=self.n_class)
         ranks.check_agree("weights to begin with", {"digest": ranks.hash_module(self.net)})
+        if self.settings.dropout:
+            self.dropout = add_dropout(self.net, self.settings.dropout)
         self.machine.prepare(self.net, flops=self.flops_here)
         if not self.joint.has_generative_loss:
             self.net.wtet.requires_grad_(False)  # only L_GEN reads it
@@ -80,12 +84,19 @@ class FinetuneModule(TrainedModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.net is not None
         visible = self.objective.visible_mask(batch.tokens, batch.rng_keys)
+        if self.dropout is not None:
+            self.dropout.begin(batch.rng_keys)
         hidden = self.net.trunk(batch.tokens, visible)  # (B, T, C), read by both heads
         scores = self.head(hidden).float()  # (B, K)
         logits = self.net.logits(hidden) if self.joint.has_generative_loss else None  # (B, T, V)
         losses = self.joint.losses(logits, scores, batch.tokens, batch.labels, visible)
         accuracy = (scores.argmax(dim=-1) == batch.labels).float().mean()
         return self.accumulate(self.joint.total(losses), {**losses, "accuracy": accuracy})
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.dropout is not None:  # not before: a backward pass with activation checkpointing drops, too
+            self.dropout.end()
+        super().on_train_batch_end(outputs, batch, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self.net is not None
@@ -106,10 +117,21 @@ class FinetuneModule(TrainedModule):
 
 
 def run(components: Components, settings: FinetuneSettings) -> Result:
-    """Trains network and head, restores the step of best val accuracy, and evaluates test once with it."""
+    """Trains network and head, restores the step of best val accuracy, and evaluates test once with it.
+
+    With `refit` they are trained again on train and val up to that step, from the same initial weights, before test.
+    """
     hardware, weights = components.hardware, components.weights
-    data = components.build_datamodule(plan=hardware.train_batch_layout(settings.batch_size))
+    plan = hardware.train_batch_layout(settings.batch_size)
+    data = components.build_datamodule(plan=plan)
     source = data.source
+    is_refitted = settings.refit and source.labels_per_class is None  # else val's labels are not to be trained on
+    if is_refitted:
+        source.training(with_val=True)  # refused by streams, before a step
+    elif settings.refit:
+        log.warning("task.refit does not train on val: data.labels_per_class=%s limits labels", source.labels_per_class)
+    if settings.dropout and weights is not None:
+        log.info("task.dropout=%g of pretrained weights: the paper found no clear benefit", settings.dropout)
     splits = ["val", "test"] if settings.test else ["val"]
     n_class = check_classes(source, splits)
 
@@ -129,17 +151,27 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
     checkpoint = AtomicCheckpointIO().load_checkpoint(runner.folder / "checkpoints" / best["checkpoint"])
     log.info("step %d is the best: val accuracy %.4f", best["step"], best["value"])
     result = Result(curves=trained.curves())
+
+    def load_module(split: str, state: dict[str, Tensor]) -> FinetuneModule:
+        module = build_module(split)
+        module.configure_model()
+        module.load_state_dict(state)
+        return module
+
+    final: dict[str, Tensor] = checkpoint["state_dict"]
+    if is_refitted:
+        final, curves = refit(components, build_module("val"), best["step"])
+        result.curves |= {name.replace("train/", "refit/"): curve for name, curve in curves.items()}
     for split in splits:
-        judged = build_module(split)
-        judged.configure_model()
-        judged.load_state_dict(checkpoint["state_dict"])
-        assert judged.net is not None
+        judged = load_module(split, checkpoint["state_dict"] if split == "val" else final)
         if split == "val" and hardware.rank.is_first:
+            kept = load_module(split, final) if is_refitted else judged
+            assert kept.net is not None
             metadata = components.checkpoint_metadata(step=best["step"])
-            save_model(runner.folder / "model", judged.net.state_dict(), metadata)
+            save_model(runner.folder / "model", kept.net.state_dict(), metadata)
             sha256 = weights_sha256(runner.folder / "model")
             about = HeadMetadata(n_class, source.name, classes_hash(source), sha256, source.class_names)
-            save_head(runner.folder / "model", judged.head.wclf, about)
+            save_head(runner.folder / "model", kept.head.wclf, about)
         if split == "val" and trained.numbers and trained.history["val/accuracy"][-1][0] == best["step"]:
             judged.numbers = trained.numbers  # the last validation was the best
         else:
@@ -161,8 +193,26 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
         "seed": components.seed,
         "loss_weights": settings.loss_weights.model_dump(),
         "chosen_on": "val",
+        "refitted_on_val": is_refitted,
         "tokenizer": data.tokenizer.hash,
         "from": weights.sha256 if weights else "scratch",
+        **({"positions_resized_from": weights.resized_from} if weights and weights.resized_from else {}),
         **progress.provenance,
     }
     return result
+
+
+def refit(components: Components, module: FinetuneModule, steps: int) -> tuple[dict[str, Tensor], dict[str, Curve]]:
+    """The state after `steps` steps on train and val, in `refit/` of the run, resumable; and the curves of training.
+
+    Source: Chen et al. 2020, §3: validation images are folded back once the hyper-parameters are chosen.
+    """
+    log.info("training again on train and val, %d steps", steps)
+    settings = module.settings.model_copy(update={"steps": steps})
+    runner = components.runner.subfolder("refit")
+    data = components.build_datamodule(plan=module.machine.train_batch_layout(settings.batch_size), with_val=True)
+    saving = Checkpoints(runner.folder, settings, module.guard, keep=settings.checkpoint_keep, val_every=0)
+    module.steps = steps
+    runner.fit(module, data, settings, saving, gradient_clip=settings.gradient_clip)
+    last = AtomicCheckpointIO().load_checkpoint(checkpoint_path(runner.folder, steps))
+    return last["state_dict"], module.curves()

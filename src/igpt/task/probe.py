@@ -34,7 +34,7 @@ from igpt.run.components import Components
 from igpt.settings.probing import ProbeSettings
 from igpt.task.class_score import check_classes
 from igpt.task.feature_reader import FeatureReader
-from igpt.task.sgd_probe import train_heads
+from igpt.task.sgd_probe import refit_head, train_heads
 from igpt.training.hardware import matmul_precision
 from igpt.utils import files
 
@@ -47,7 +47,8 @@ def run(components: Components, settings: ProbeSettings) -> Result:
     Names start with `cv/` instead of `val/` if layer and C are chosen by cross-validation inside train.
     """
     weights, objective = components.trained_weights, components.objective
-    concat, folds, refit = settings.concat_layers, settings.folds, settings.refit
+    concat, folds = settings.concat_layers, settings.folds
+    refit = settings.solver == "lbfgs" if settings.refit == "auto" else settings.refit
     net = weights.net()
     n_layer = net.n_layer
     resolve_layer(settings.layer, n_layer)
@@ -77,6 +78,7 @@ def run(components: Components, settings: ProbeSettings) -> Result:
     result.provenance |= {
         "weights": weights.sha256, "tokenizer": components.tokenizer.hash, "norm": settings.norm,
         "pooling": "mean over positions", "solver": settings.solver, "masks": masks, "seed": components.seed,
+        **({"positions_resized_from": weights.resized_from} if weights.resized_from else {}),
     }  # fmt: skip
     return result
 
@@ -95,6 +97,12 @@ def probe_by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n
     result.numbers["probe/rate"] = Number(best.strength, "learning rate", 1)
     result.curves |= module.curves()
     cell = windows.index(best.layers), table.C_grid.index(best.strength)
+    if settings.refit:
+        module, validate = refit_head(
+            components, settings, net=net, window=best.layers, rate=best.strength, n_class=n_class
+        )
+        result.curves |= {name.replace("train/", "refit/"): curve for name, curve in module.curves().items()}
+        cell = 0, 0
     if ranks.this_rank().is_first:
         weight, bias = module.weights[cell[1]][cell[0]], module.biases[cell[1]][cell[0]]
         save_head(components.run_dir / "probe.safetensors", weight, bias, best.layers)
@@ -108,8 +116,11 @@ def probe_by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n
                 share = share_number(module.right[row][cell], len(labels), features=best.features)
                 result.numbers[f"test/{name}"] = share
         result.add_confusion(count_confusions(labels, predictions, n_class), source.class_names)
-    result.files["checkpoints"] = Path("checkpoints")
-    result.provenance = {"layers": best.layers, "rate": best.strength, "chosen_on": "val", **progress.provenance}
+    result.files["checkpoints"] = Path("checkpoints" if settings.sgd.search == "together" else "rates")
+    result.provenance = {
+        "layers": best.layers, "rate": best.strength, "rates": table.C_grid, "refitted_on_val": settings.refit,
+        "chosen_on": "val", **progress.provenance,
+    }  # fmt: skip
     return result
 
 

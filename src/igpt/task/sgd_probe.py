@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,13 @@ from igpt.model.gpt import GPT
 from igpt.probe.scores import vote
 from igpt.probe.selection import GridScores, select_strengths
 from igpt.run.components import Components
-from igpt.settings.probing import ProbeSettings
+from igpt.settings.probing import ProbeSettings, SGDProbeSettings
 from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
-from igpt.training.nan_guard import FiniteGuard
+from igpt.training.nan_guard import FiniteGuard, NonFiniteLossError
 from igpt.training.optimizers import every_step, make_scheduler
-from igpt.training.trainer import Progress
+from igpt.training.trainer import Progress, Runner
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
@@ -66,8 +67,11 @@ class SGDProbeModule(TrainedModule):
 
     def scores(self, features: Tensor) -> Tensor:
         """Class scores: (P, B, D) → (P, R, B, K)."""
-        weight, bias = torch.stack(list(self.weights), 1), torch.stack(list(self.biases), 1)  # (P, R, K, D)
-        scores: Tensor = torch.einsum("pbd,prkd->prbk", features, weight) + bias[:, :, None]
+        by_rate = [  # a product for each, so that the heads of a rate are the same alone and beside others
+            torch.einsum("pbd,pkd->pbk", features, weight) + bias[:, None]
+            for weight, bias in zip(self.weights, self.biases, strict=True)
+        ]
+        scores: Tensor = torch.stack(by_rate, 1)
         return scores
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -125,6 +129,14 @@ class SGDProbeModule(TrainedModule):
         heads = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("net.")}
         checkpoint["state_dict"] = heads
 
+    def mark_broken(self) -> None:
+        """Marks every head as diverged: NaN, and right for no image of val."""
+        with torch.no_grad():
+            for parameter in (*self.weights, *self.biases):
+                parameter.fill_(torch.nan)
+        heads = len(self.weights[0]), len(self.rates)
+        self.right, self.predictions = np.zeros((3, *heads)), np.zeros((*heads, self.n_image), dtype=np.int64)
+
     def table(self, labels: np.ndarray) -> GridScores:
         """Val accuracies of the last validation, of images with these labels; 0 for diverged heads."""
         accuracies = [weight.isfinite().flatten(1).all(dim=1) for weight in self.weights]  # R of (P,)
@@ -135,30 +147,105 @@ class SGDProbeModule(TrainedModule):
         return GridScores(self.right[0], self.right[1], self.windows, list(self.rates), self.n_image, correct)
 
 
+ModuleFactory = Callable[[list[float]], SGDProbeModule]  # rates → their untrained heads
+Validation = Callable[[str], None]  # of heads, on a split
+
+
 def train_heads(
     components: Components, settings: ProbeSettings, *, net: GPT, windows: list[list[int]], n_class: int
-) -> tuple[SGDProbeModule, Progress, Callable[[str], None]]:
+) -> tuple[SGDProbeModule, Progress, Validation]:
     """Trains the heads; returns the module, validated on val, its progress, and a function to validate another split.
 
     Raises:
-        ValueError: bf16-true, which would round the heads.
+        ValueError: bf16-true, which would round the heads; images that a stream does not have.
     """
-    hardware, sgd = components.hardware, settings.sgd
-    if hardware.precision == "bf16-true":
+    sgd = settings.sgd
+    if components.hardware.precision == "bf16-true":
         raise ValueError("task.solver=sgd keeps its heads in float32: choose trainer.precision=bf16-mixed")
-    data = components.build_datamodule(plan=hardware.train_batch_layout(sgd.batch_size))
-    runner = components.runner  # which starts the loggers
-    module = SGDProbeModule(components, settings, net=net, windows=windows, n_class=n_class)
+    components.build_datamodule(augment=sgd.augment, with_val=bool(settings.refit)).training_images()
+
+    def build(rates: list[float]) -> SGDProbeModule:
+        own = settings.model_copy(update={"sgd": sgd.model_copy(update={"rates": rates})})
+        return SGDProbeModule(components, own, net=net, windows=windows, n_class=n_class)
+
+    if sgd.search == "in_turn":
+        module, progress = _search_in_turn(components, sgd.rates, build)
+    else:
+        module = build(sgd.rates)
+        progress = _fit(components, module, components.runner)
+        _validate(components, module, "val")  # with the final weights, after all rates have reached 0
+    return module, progress, partial(_validate, components, module)
+
+
+def refit_head(
+    components: Components, settings: ProbeSettings, *, net: GPT, window: list[int], rate: float, n_class: int
+) -> tuple[SGDProbeModule, Validation]:
+    """Trains one head on train and val, in `refit/` of the run; returns it, and a function to validate a split."""
+    log.info("training the head of layers %s at rate %g again, on train and val", window, rate)
+    settings = settings.model_copy(update={"sgd": settings.sgd.model_copy(update={"rates": [rate]})})
+    module = SGDProbeModule(components, settings, net=net, windows=[window], n_class=n_class)
+    _fit(components, module, components.runner.subfolder("refit"), with_val=True)
+    return module, partial(_validate, components, module)
+
+
+def _search_in_turn(
+    components: Components, rates: list[float], build: ModuleFactory
+) -> tuple[SGDProbeModule, Progress]:
+    """Trains one rate after another, from the largest down, until the best accuracy on val falls.
+
+    Returns a module of all rates tried, as if they were trained together. A rate at which every head breaks down has
+    accuracy 0. Source: Chen et al. 2020, §3.1 and §3.2, whose search ends when the loss rises.
+
+    Raises:
+        NonFiniteLossError: every head of every rate broke down.
+    """
+    tried: list[SGDProbeModule] = []
+    progress: Progress | None = None
+    before, labels = 0.0, components.source.split("val").labels
+    for rate in sorted(rates, reverse=True):
+        module = build([rate])
+        try:
+            progress = _fit(components, module, components.runner.subfolder(f"rates/{rate}"))
+            _validate(components, module, "val")
+        except NonFiniteLossError as error:
+            if progress is None and rate == min(rates):
+                raise
+            log.info("rate %g: %s", rate, error)
+            module.mark_broken()
+        tried.append(module)
+        best = float(module.table(labels).accuracy.max())
+        log.info("rate %g: val accuracy of the best layer %.4f, before it %.4f", rate, best, before)
+        if best < before:
+            break
+        before = best
+    assert progress is not None, "else the last rate has raised"
+    together = build([module.rates[0] for module in tried])
+    with torch.no_grad():
+        for r, module in enumerate(tried):
+            together.weights[r].copy_(module.weights[0])
+            together.biases[r].copy_(module.biases[0])
+            for name, points in module.history.items():
+                kind, _, figure = name.partition("/")
+                together.history[f"{kind}/rate_{module.rates[0]:g}/{figure}"] = points
+    together.right = np.concatenate([module.right for module in tried], axis=2)
+    together.predictions = np.concatenate([module.predictions for module in tried], axis=1)
+    return together, progress
+
+
+def _fit(components: Components, module: SGDProbeModule, runner: Runner, *, with_val: bool = False) -> Progress:
+    """Trains the heads of a module in the folder of `runner`; `with_val`: on train and val, without validations."""
+    sgd = module.settings
+    assert isinstance(sgd, SGDProbeSettings)
+    plan = components.hardware.train_batch_layout(sgd.batch_size)
+    data = components.build_datamodule(plan=plan, augment=sgd.augment, with_val=with_val)
     saving = Checkpoints(
-        runner.folder, sgd, module.guard, keep=1, val_every=sgd.val_every, monitor="val/accuracy", highest=True,
-        finite=False,
+        runner.folder, sgd, module.guard, keep=1, val_every=0 if with_val else sgd.val_every, monitor="val/accuracy",
+        highest=True, finite=False,
     )  # fmt: skip
-    progress = runner.fit(module, data, sgd, saving)
-    reading = hardware.eval_batch_layout(sgd.batch_size)
+    return runner.fit(module, data, sgd, saving)
 
-    def read(split: str) -> None:
-        module.split, module.n_image = split, len(components.source.split(split))
-        runner.validate(module, components.build_datamodule(plan=reading, eval_split=split))
 
-    read("val")  # with the final weights, after all rates have reached 0
-    return module, progress, read
+def _validate(components: Components, module: SGDProbeModule, split: str) -> None:
+    module.split, module.n_image = split, len(components.source.split(split))
+    plan = components.hardware.eval_batch_layout(module.batch_size)
+    components.runner.validate(module, components.build_datamodule(plan=plan, eval_split=split))

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from igpt.data.cache import map_chunks
 from igpt.data.order import BatchPlan, EvalBatchSampler, InfiniteBatchSampler, Item, ReaderSchedule
-from igpt.data.source import Source, Split, Stream, plain_pixels
+from igpt.data.source import JoinedSplit, Source, Split, Stream, plain_pixels
 from igpt.data.workers import identity_collate, startable_workers
 from igpt.distributed.signals import ignore_signals
 from igpt.tokens.batches import Batch, PixelBatches, StreamBatch, StreamBatches, StreamState
@@ -30,26 +30,53 @@ ONE_BY_ONE = BatchPlan(batch_size=1, micro_batch=1)  # for tasks without a loade
 
 
 class PixelDataModule(L.LightningDataModule):
-    """Infinite training batches and one pass over `eval_split`: the `tokens` of a batch are pixels, uint8."""
+    """Infinite training batches and one pass over `eval_split`: the `tokens` of a batch are pixels, uint8.
+
+    `with_val`: trains on the images of train and val. `augment` false: on the images as in evaluation.
+    """
 
     def __init__(
-        self, *, source: Source, seed: int, num_workers: int, plan: BatchPlan = ONE_BY_ONE, eval_split: str = "val"
+        self,
+        *,
+        source: Source,
+        seed: int,
+        num_workers: int,
+        plan: BatchPlan = ONE_BY_ONE,
+        eval_split: str = "val",
+        with_val: bool = False,
+        augment: bool = True,
     ) -> None:
         super().__init__()
         self.source, self.plan, self.seed, self.num_workers = source, plan, seed, num_workers
-        self.eval_split = eval_split
+        self.eval_split, self.with_val, self.augment = eval_split, with_val, augment
         self.stream: StreamState | None = None
         self._warned: set[str] = set()  # splits already warned of
 
     def train_dataloader(self) -> DataLoader[Any]:
         """An infinite loader that starts at the trainer's step; for a stream, at the position in the checkpoint."""
         first_step = self.trainer.global_step if self.trainer else 0
-        images = self.source.training()
+        images = self.training_images()
         if isinstance(images, Stream):  # held-out images of a stream are not counted here: that would read them
             return self._stream_loader(images, first_step)
         self._warn_of_few("val")
         batches = InfiniteBatchSampler(len(images), plan=self.plan, seed=self.seed, first_step=first_step)
         return self._split_loader(images, batches, "train")
+
+    def training_images(self) -> Split | Stream:
+        """The images of training batches.
+
+        Raises:
+            ValueError: a stream, with `with_val` or without `augment`.
+        """
+        images = self.source.training(with_val=True) if self.with_val else self.source.training()
+        if self.augment:
+            return images
+        if isinstance(images, Stream):
+            raise ValueError(
+                "the images of a stream come in training crops alone: task.sgd.augment=true, or data.streaming=false"
+            )
+        train = self.source.split("train")
+        return JoinedSplit(train, self.source.split("val")) if self.with_val else train
 
     def _stream_loader(self, images: Stream, first_step: int) -> DataLoader[Any]:
         if self.stream is None:

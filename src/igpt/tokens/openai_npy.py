@@ -14,7 +14,7 @@ import torch
 from igpt.data.classes import CIFAR10, imagenet_names
 from igpt.data.errors import DataError
 from igpt.data.listing import ListFiles
-from igpt.data.source import Pixels, check_split_name
+from igpt.data.source import JoinedSplit, Pixels, Split, check_split_name
 from igpt.tokens.palette import Palette, read_npy
 
 FILES = {"train": "tr", "val": "va", "test": "te"}  # split → name in the released files
@@ -70,8 +70,9 @@ class OpenAITokens:
         check_split_name(name)
         return self._splits[name]
 
-    def training(self) -> "TokenSplit":
-        return self._splits["train"]
+    def training(self, *, with_val: bool = False) -> Split:
+        train, val = self._splits["train"], self._splits["val"]
+        return JoinedSplit(train, val) if with_val else train
 
 
 class TokenSplit:

@@ -56,6 +56,18 @@ class Runner:
         """The checkpoint to resume from; cached, as verifying it takes a while."""
         return broadcast_from_rank0(lambda: latest_checkpoint(self.folder))
 
+    def subfolder(self, name: str) -> "Runner":
+        """The runner of a further training of this run, with checkpoints of its own in a folder of the run.
+
+        Only observing callbacks watch it. Loggers do not, as their steps would go back.
+        """
+        others = [type(each).__name__ for each in self.callbacks if not is_observer(each)]
+        if others:
+            log.warning("%s: trained without %s, which may change a training", name, ", ".join(others))
+        return Runner(
+            self.machine, self.folder / name, callbacks=[each for each in self.callbacks if is_observer(each)]
+        )
+
     def fit(
         self,
         module: L.LightningModule,

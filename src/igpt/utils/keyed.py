@@ -48,6 +48,16 @@ def uniform(rng_keys: Tensor, n: int) -> Tensor:
     return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
 
+def bernoulli(rng_keys: Tensor, n: int, share: float) -> Tensor:
+    """True with probability `share`, a multiple of 2⁻¹⁶: (B,) int64 → (B, n) bool.
+
+    Entry (i, j) is a function of (keys[i], j) only. 64 bits give four entries: a quarter of the work of `uniform`.
+    """
+    counter = torch.arange(1, -(-n // 4) + 1, device=rng_keys.device, dtype=torch.int64)
+    bits = _mix(rng_keys[:, None] + counter * _GAMMA).view(torch.int16)[:, :n]  # (B, n) in -2¹⁵ … 2¹⁵ - 1
+    return bits < round(share * 2**16) - 2**15
+
+
 def _mix(z: Tensor) -> Tensor:
     """The splitmix64 finaliser on int64 with wrap-around; shifts are logical (unsigned)."""
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _MIX_1

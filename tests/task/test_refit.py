@@ -1,0 +1,149 @@
+"""The chosen settings trained again on train and val: what is reported and kept, and that it resumes."""
+
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from igpt.checkpoint.find import find_weights
+from igpt.checkpoint.igpt_format import Weights
+from igpt.data.source import ArraySplit, JoinedSplit
+from igpt.distributed.signals import StoppedError
+from igpt.metric.result import Result
+from igpt.tokens.palette import Palette
+from tests.task.conftest import Arrays, Lab
+from tests.task.test_stopping import Send
+
+
+class Watch(Send):
+    """Sends a signal as `Send`, and may: only what observes a run watches its second training, too."""
+
+    is_observer = True
+
+
+@pytest.fixture
+def lab(few: Arrays, palette: Palette) -> Lab:
+    return Lab(few, palette)
+
+
+@pytest.fixture(scope="module")
+def ar(pretrained: Path) -> Weights:
+    return find_weights(str(pretrained))
+
+
+@pytest.fixture
+def both(few: Arrays, palette: Palette) -> Lab:
+    """The same digits with those of val among the training images."""
+    parts = [few.split(name) for name in ("train", "val")]
+    joined = ArraySplit(
+        np.concatenate([part.pixels for part in parts]), np.concatenate([part.labels for part in parts])
+    )
+    return Lab(replace(few, splits=few.splits | {"train": joined}), palette)
+
+
+def model(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors") | load_file(folder / "model" / "head.safetensors")
+
+
+def equal(a: Path, b: Path) -> bool:
+    own, reference = model(a), model(b)
+    return own.keys() == reference.keys() and all(torch.equal(own[name], reference[name]) for name in own)
+
+
+@pytest.fixture(scope="module")
+def refitted(
+    tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palette, ar: Weights
+) -> tuple[Path, Result]:
+    """Fine-tuned for six steps, then again."""
+    folder = tmp_path_factory.mktemp("refitted")
+    return folder, Lab(few, palette).finetune(folder, ar, refit=True)
+
+
+def test_fine_tuning_again(tmp_path: Path, lab: Lab, both: Lab, ar: Weights, refitted: tuple[Path, Result]) -> None:
+    """Invariant: val's numbers are those without a refit; `model/` and test's are those of the best step of a training
+    on a split that holds both, to the bit.
+    """
+    folder, result = refitted
+    plain = lab.finetune(tmp_path / "plain", ar, test=False)
+    best = int(plain.numbers["best_step"].value)
+    for name in ("val/accuracy", "val/loss_gen", "best_step"):
+        assert result.numbers[name] == plain.numbers[name]
+    same = both.finetune(tmp_path / "both", ar, steps=best, val_every=best)
+    assert equal(folder, tmp_path / "both")
+    assert not equal(folder, tmp_path / "plain")
+    for name in ("test/accuracy", "test/loss_gen", "test/loss_clf"):
+        assert result.numbers[name] == same.numbers[name]
+    assert result.curves["refit/loss_clf"].y == same.curves["train/loss_clf"].y
+    assert [run.provenance["refitted_on_val"] for run in (result, plain)] == [True, False]
+
+
+def test_a_kill_while_it_is_trained_again(tmp_path: Path, lab: Lab, ar: Weights, refitted: tuple[Path, Result]) -> None:
+    """Invariant: stopped in the second training, a run goes on there, to the bit; done once more, nothing changes."""
+    first = tmp_path / "checkpoints"
+    with pytest.raises(StoppedError, match="after step 1"):  # `Send` alone would stop the first training
+        lab.finetune(tmp_path, ar, refit=True, callbacks=(AtRefit(first),))
+    assert (tmp_path / "refit" / "checkpoints" / "step_0000001.ckpt").is_file()
+    assert not (tmp_path / "model").exists()
+    before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    folder, complete = refitted
+    for _ in range(2):
+        resumed = lab.finetune(tmp_path, ar, refit=True)
+        assert equal(tmp_path, folder)
+        assert (resumed.numbers, resumed.curves) == (complete.numbers, complete.curves)
+    assert {path: path.stat().st_mtime_ns for path in first.glob("step_*")}.items() <= before.items()
+
+
+class AtRefit(Watch):
+    """Sends a signal at the first step of a training that begins after another one has ended."""
+
+    def __init__(self, first: Path) -> None:
+        super().__init__(signal.SIGTERM, step=0)
+        self.first = first
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if (self.first / "step_0000006.ckpt").is_file():
+            super().on_train_batch_start(trainer)
+
+
+def test_few_labels_stay_few(
+    tmp_path: Path, few: Arrays, palette: Palette, ar: Weights, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where labels are limited, those of val are not trained on, and that is said and recorded."""
+    lab = Lab(replace(few, labels_per_class=2), palette)
+    result = lab.finetune(tmp_path, ar, refit=True, steps=2, test=False)
+    assert result.provenance["refitted_on_val"] is False
+    assert "data.labels_per_class=2 limits labels" in caplog.text
+    assert not (tmp_path / "refit").exists()
+
+
+def test_a_probe_again(tmp_path: Path, lab: Lab, both: Lab, ar: Weights) -> None:
+    """Invariant: the chosen layer and rate, trained on a split that holds train and val; val's numbers as without."""
+    plain, again = (lab.probe(tmp_path / str(refit), ar, solver="sgd", refit=refit) for refit in ("auto", True))
+    layer, rate = (int(plain.numbers["probe/layer"].value), plain.numbers["probe/rate"].value)
+    same = both.probe(tmp_path / "both", ar, solver="sgd", layer=layer, sgd={"rates": [rate]})
+    assert again.numbers["val/accuracy"] == plain.numbers["val/accuracy"]
+    assert again.curves == plain.curves | {"refit/loss_clf": same.curves["train/loss_clf"]}
+    heads = [load_file(tmp_path / name / "probe.safetensors") for name in ("True", "both", "auto")]
+    for name in ("weight", "bias"):
+        assert torch.equal(heads[0][name], heads[1][name])
+        assert not torch.equal(heads[0][name], heads[2][name])
+    for name in ("test/accuracy", "test/top_5"):
+        assert again.numbers[name] == same.numbers[name]
+    assert [run.provenance["refitted_on_val"] for run in (plain, again)] == [False, True]
+
+
+def test_two_splits_as_one(few: Arrays) -> None:
+    """By hand: rows in any order, and twice, are those of the one or of the other."""
+    train, val = few.split("train"), few.split("val")
+    joined = JoinedSplit(train, val)
+    rows = [259, 3, 200, 199, 3]
+    pixels, labels = joined.read(rows, [0] * 5)
+    expected = [(val, 59), (train, 3), (val, 0), (train, 199), (train, 3)]
+    assert len(joined) == len(joined.labels) == 260
+    assert labels.tolist() == [int(of.labels[row]) for of, row in expected] == joined.labels[rows].tolist()
+    assert np.array_equal(pixels, np.stack([of.pixels[row] for of, row in expected]))
