@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from igpt.run import recipes as _  # registers ${recipe:…}
 from igpt.run.saved_overrides import SEARCH_PATH, format_plain, list_options, resume_overrides
 from igpt.settings.older_configs import NOW_SCRIPTS, answer
 from igpt.settings.paths import LISTS, READ, absolute_path, is_path

@@ -52,7 +52,9 @@ class StageConfig:
         folder = RunFolder(self.stand_in)
         if not folder.is_finished:
             raise ValueError(f"task.stages.{self.name}.run={folder.path}: no finished run is there")
-        saved, requested = folder.read_run()["config"], to_dict(self.cfg)
+        saved, cfg = folder.read_run()["config"], self.cfg.copy()
+        cfg.init = cfg.init or saved.get("init")  # that of an earlier stage, by whose network there are recipes
+        requested = to_dict(cfg)
         if requested["tokens"].get("path", "") is None:
             saved = {**saved, "tokens": {**saved["tokens"], "path": None}}
         differs, _ = changes(saved, requested)
