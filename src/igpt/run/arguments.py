@@ -29,6 +29,7 @@ from igpt.utils.overrides import (
 )
 
 AUTO = "resume=auto"
+SHOW = (("--cfg", "job"), ("-c", "job"))
 WITH_VALUE = (  # Hydra's flags
     "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p",
 )  # fmt: skip
@@ -42,6 +43,8 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
             or needs what is not taken from a file; a path that needs quotes, with the quoted form.
     """
     flags, overrides = _split_flags([_expand_home_in_argument(argument) for argument in arguments])
+    if any(pair in SHOW for pair in pairwise([*flags, ""])) or "--cfg=job" in flags:
+        flags = [*flags, "--resolve"]  # the values, also those of the recipe
     several = {"-m", "--multirun"} & {*flags}
     if several and not any(override.startswith(("resume=", "rerun=")) for override in overrides):
         overrides = [*overrides, AUTO]  # a sweep that was interrupted goes on
