@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from igpt.run import recipes as _  # registers ${recipe:…}
+from igpt.run.recipes import register_recipes
 from igpt.run.saved_overrides import SEARCH_PATH, format_plain, list_options, resume_overrides
 from igpt.settings.older_configs import NOW_SCRIPTS, answer
 from igpt.settings.paths import LISTS, READ, absolute_path, is_path
@@ -33,6 +33,8 @@ SHOW = (("--cfg", "job"), ("-c", "job"))
 WITH_VALUE = (  # Hydra's flags
     "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p",
 )  # fmt: skip
+
+register_recipes()  # before Hydra composes anything
 
 
 def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:

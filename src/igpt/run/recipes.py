@@ -14,7 +14,12 @@ from igpt.settings.recipe_table import Rate, load_recipes
 from igpt.utils import files
 
 PLACES = ("task", "data.augment")  # groups with values of the table
-SHOWN = {"learning_rate": "rate {:g}", "batch_size": "batch {:,}", "steps": "{:,} steps", "warmup_steps": "warm-up {:,}"}
+SHOWN = {
+    "learning_rate": "rate {:g}",
+    "batch_size": "batch {:,}",
+    "steps": "{:,} steps",
+    "warmup_steps": "warm-up {:,}",
+}
 PAPER = "Chen et al. 2020, §3.1"
 CHECKPOINT = "checkpoint"  # name of a model or objective that is that of the weights of init=
 
@@ -26,6 +31,11 @@ class Taken(NamedTuple):
     place: str  # its group
     key: str
     value: Any
+
+
+def register_recipes() -> None:
+    """Makes `${recipe:KEY}` known to OmegaConf."""
+    OmegaConf.register_new_resolver("recipe", _resolve, replace=True)
 
 
 def describe_recipe(cfg: DictConfig) -> str:
@@ -163,6 +173,3 @@ def _read_count(cfg: DictConfig, key: str) -> int | None:
     """The value of a setting if it is a whole number above 0."""
     value = _read(cfg, key)
     return value if type(value) is int and value > 0 else None
-
-
-OmegaConf.register_new_resolver("recipe", _resolve, replace=True)  # at import: before Hydra composes anything
