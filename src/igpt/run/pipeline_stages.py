@@ -53,7 +53,8 @@ class StageConfig:
         if not folder.is_finished:
             raise ValueError(f"task.stages.{self.name}.run={folder.path}: no finished run is there")
         saved, cfg = folder.read_run()["config"], self.cfg.copy()
-        cfg.init = cfg.init or saved.get("init")  # that of an earlier stage, by whose network there are recipes
+        if cfg.init is None and Path(str(saved.get("init"))).exists():
+            cfg.init = saved["init"]  # weights of an earlier stage, by whose size there is a recipe
         requested = to_dict(cfg)
         if requested["tokens"].get("path", "") is None:
             saved = {**saved, "tokens": {**saved["tokens"], "path": None}}

@@ -127,7 +127,10 @@ def _find_rate(cfg: DictConfig) -> tuple[Rate, bool]:
     pixels = _read_count(cfg, "tokens.factor") or _read_count(cfg, "tokens.patch") or 1  # of a token, a side
     side = (_read_count(cfg, "data.resolution") or 0) // pixels
     if CHECKPOINT in (model, objective) and isinstance(init, str):
-        names = _read_names(init) or _find_names(init, _read(cfg, "data.clusters"))
+        try:
+            names = _read_names(init) or _find_names(init, _read(cfg, "data.clusters"))
+        except (ValueError, OSError):  # no weights are there: the run is refused, or an earlier stage makes them
+            names = None, None, 0
         model, side = (names[0], names[2]) if model == CHECKPOINT else (model, side)
         objective = names[1] if objective == CHECKPOINT else objective
     rate = load_recipes().find_rate(model, objective, side)
@@ -151,13 +154,10 @@ def _read_names(init: str) -> Names | None:
 
 @cache
 def _find_names(init: str, palette: str | None) -> Names:
-    """Those of weights in another format; of none where there are no weights, which is refused later."""
+    """Those of weights in another format. Raises ValueError or OSError where there are none."""
     from igpt.checkpoint.find import find_weights  # imports PyTorch
 
-    try:
-        metadata = find_weights(init, palette=palette).metadata
-    except (ValueError, OSError):
-        return None, None, 0
+    metadata = find_weights(init, palette=palette).metadata
     return metadata.model, metadata.objective["name"], isqrt(metadata.network.n_ctx)
 
 
