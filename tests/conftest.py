@@ -95,7 +95,7 @@ def parts_of_run(**parts: Any) -> Components:
 
 def learned_numbers(result: Result) -> dict[str, Number]:
     """The numbers of a result but those that measure the machine, which differ between equal runs."""
-    return {key: number for key, number in result.numbers.items() if number.unit not in ("s", "GB")}
+    return {key: number for key, number in result.numbers.items() if number.unit not in ("s", "GB", "device-days")}
 
 
 def small_net(*, causal: bool = True, n_layer: int = 3, n_ctx: int = 16, n_vocab: int = 11) -> GPT:

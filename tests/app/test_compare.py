@@ -109,6 +109,22 @@ def test_a_run_as_the_papers_differs_in_nothing(tmp_path: Path) -> None:
     assert row.ours.interval == (0.956, 0.964)
 
 
+def test_the_compute_of_a_pretraining_stands_beside_the_published(tmp_path: Path) -> None:
+    """By hand: 33 device-days beside about 2,500 V100-days, and beside its size."""
+    folder = large(tmp_path, **{"task.paper": "pretrain_l"})
+    path = folder / "result.json"
+    record = json.loads(path.read_text())
+    record["numbers"]["train/device_days"] = {"value": 33.0, "unit": "device-days", "n": 32}
+    path.write_text(json.dumps(record))
+    rows = beside(folder)
+    assert [(row.published.printed, row.published.unit) for row in rows] == [
+        ("1362M", "weights"), ("≈ 2,500 V100-days", "V100-days"),
+    ]  # fmt: skip
+    assert isinstance(rows[1].ours, Number)
+    assert rows[1].ours.value == 33.0
+    assert rows[1].differs == []
+
+
 @pytest.mark.parametrize(
     ("of_probe", "of_pretraining", "message"),
     [

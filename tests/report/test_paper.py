@@ -15,7 +15,7 @@ from tests.test_conf import CONF
 PAPER = load_paper()
 TITLES = {
     "parameters": "Sizes", "loss": "Generative loss", "probe": "Linear probe: CIFAR", "low_data": "Few labels",
-    "probe_imagenet": "Linear probe: ImageNet", "finetune": "Fine-tuning",
+    "probe_imagenet": "Linear probe: ImageNet", "finetune": "Fine-tuning", "compute": "Compute",
 }  # fmt: skip
 DENSITIES = [row for row in PAPER.rows if row.table.startswith("Bits per dimension")]
 FILES = sorted(path.stem for path in (CONF / "experiment" / "paper").glob("*.yaml"))
@@ -152,13 +152,24 @@ def test_others_numbers_are_the_digests(digest: str) -> None:
             assert cell, part
             name, value = cell.groups()
             names.append((setting.split()[0], name.lower(), float(value)))
-    beside = [p for p in PAPER.rows if not p.is_ours and p not in [*select_rows("low_data"), *DENSITIES]]
+    others = [p for p in PAPER.rows if not p.is_ours and p not in DENSITIES]
+    beside = [p for p in others if p.value is not None and p not in [*select_rows("low_data"), *select_rows("compute")]]
     titles = {value: key for key, value in NAMES.items()}
     own = [(titles[str(p.dataset)], p.method.lower(), round(100 * (p.value or 0), 4)) for p in beside]
     spelt = [(data, "amdim-l" if name == "amdim(-l)" else name, value) for data, name, value in names]
     assert sorted(spelt) == sorted(own)
     assert "(88.61 at 40, 94.93 at 250)" in digest
     assert [p.value for p in select_rows("low_data", method="FixMatch")] == pytest.approx([0.8861, 0.9493])
+    order = "above Mean Teacher and MixMatch (with a much smaller spread than MixMatch at 40), below UDA and FixMatch"
+    assert order in digest
+    claims = {(p.table.split(":")[0], p.method): p.detail.split(",")[0] for p in others if p.value is None}
+    assert claims == {
+        ("Few labels", "Mean Teacher"): "below iGPT-L", ("Few labels", "MixMatch"): "below iGPT-L",
+        ("Few labels", "UDA"): "above iGPT-L",
+        ("Linear probe", "Wide ResNet"): "supervised: below iGPT-L's probe",  # the paper's abstract
+    }  # fmt: skip
+    assert "iGPT-L ≈ 2500 V100-days; a similar MoCo ≈ 70" in digest
+    assert {p.method: p.value for p in select_rows("compute")} == {"iGPT-L": 2500, "MoCo": 70}
     assert not any(p.command for p in PAPER.rows if not p.is_ours)
 
 

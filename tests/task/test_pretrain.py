@@ -110,6 +110,11 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, lab: Lab, unbroken: tuple[
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(tmp_path).items())
     assert result.curves == unbroken[1].curves
     assert learned_numbers(result) == learned_numbers(unbroken[1])
+    before, after = (
+        torch.load(tmp_path / "checkpoints" / f"step_000000{step}.ckpt", weights_only=True)["device_seconds"]
+        for step in (4, 8)
+    )
+    assert 0 < before < after <= result.numbers["train/device_days"].value * 86_400
     assert len(result.curves["train/loss_gen"].x) == 8
     kept = [f"step_000000{step}.{kind}" for step in (4, 8) for kind in ("ckpt", "sha256")]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.json", "latest", *kept]
@@ -123,6 +128,7 @@ def test_the_cost_is_measured(unbroken: tuple[Path, Result]) -> None:
     image = 64 * (6 * (2 * 12 * 16**2 + 17 * 16) + 2 * 12 * 16 * 32)
     assert numbers["train/operations"] == Number(800.0 * image, "FLOP", 800)
     assert numbers["train/step_seconds"].n == 5
+    assert numbers["train/device_days"].value * 86_400 > 5 * numbers["train/step_seconds"].value / 2
     assert 0 < numbers["train/step_seconds"].value < 60
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert 1e8 < numbers["train/peak_memory"].value * 1e9 <= most  # PyTorch alone takes more

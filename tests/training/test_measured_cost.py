@@ -8,7 +8,7 @@ import torch
 
 from igpt.metric.result import Number
 from igpt.report.closing_table import format_number
-from igpt.training.measured_cost import StepTimer, peak_memory, reset_peak_memory
+from igpt.training.measured_cost import StepTimer, TrainingClock, peak_memory, reset_peak_memory
 
 
 def test_seconds_of_a_step_by_hand() -> None:
@@ -24,6 +24,22 @@ def test_seconds_of_a_step_by_hand() -> None:
     timer.mark(13, 164.0)
     timer.mark(15, 171.0)
     assert timer.number == Number(3.0, "s", 3)
+
+
+def test_device_days_over_several_processes_by_hand() -> None:
+    """By hand: 21,600 seconds on two devices, saved, then 43,200 on one; of an older checkpoint nothing is known."""
+    first = TrainingClock(2)
+    first.start(100.0)
+    saved = first.read(21_700.0)
+    second = TrainingClock(1)
+    second.continue_from(saved)
+    second.start(0.0)
+    second.stop(43_200.0)
+    assert second.numbers == {"train/device_days": Number(1.0, "device-days", 1)}
+    second.continue_from(None)
+    second.start(0.0)
+    second.stop(1.0)
+    assert second.numbers == {}
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel resets no peak here")

@@ -120,7 +120,7 @@ def _list_measuring_differences(row: PublishedRow, run: RunRecord) -> list[str]:
     lines = [] if split == asked else [f"measured on {split}, not {asked}"]
     if name.endswith(OF_THESE_PIXELS):
         lines.append("of these pixels, not of the published images: theirs are lossless and not resized")
-    if isinstance(number, Number) and number.deviation is None and n not in (None, number.n):
+    if asked in SPLITS and isinstance(number, Number) and number.deviation is None and n not in (None, number.n):
         lines.append(f"on {number.n:,} images (paper: {n:,})")
     place = run.settings.get("data.path")
     return lines + ([f"images from a copy, {Path(place).name}"] if place and Path(str(place)).is_absolute() else [])

@@ -1,13 +1,14 @@
 """Published numbers: Chen et al. 2020 (`paper.yaml`), densities (`densities.yaml`), and how to measure each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from igpt.settings.recipe_table import load_recipes
 from igpt.utils.overrides import suggest_name
 
 DATASETS = {
@@ -86,8 +87,8 @@ class PublishedRow:
         """The value as the paper prints it; a figure's claim."""
         if self.value is None:
             return self.detail
-        decimals = 2 if self.unit == "bits/dim" else 4
-        text = f"{self.value / 1e6:.0f}M" if self.unit == "weights" else f"{self.value:.{decimals}f} {self.unit}"
+        decimals = {"bits/dim": 2, "V100-days": 0}.get(self.unit, 4)
+        text = f"{self.value / 1e6:.0f}M" if self.unit == "weights" else f"{self.value:,.{decimals}f} {self.unit}"
         if self.unit == "share":
             digits = 0 if self.relation in ("≈", "almost") else 1 if abs(1000 * self.value % 1) < 1e-6 else 2
             spread = "" if self.spread is None else f" ± {100 * self.spread:.1f}"
@@ -171,7 +172,7 @@ def load_paper() -> Paper:
     assert isinstance(densities, dict)
     return Paper(
         {name: Size(**size) for name, size in data["sizes"].items()},
-        {name: Recipe(**recipe) for name, recipe in data["recipes"].items()},
+        {name: _complete_recipe(Recipe(**recipe)) for name, recipe in data["recipes"].items()},
         tuple(
             PublishedRow(table["title"], **table["common"] | row)
             for table in (*data["tables"], *densities["tables"])
@@ -180,6 +181,21 @@ def load_paper() -> Paper:
         data["images"],
         data["everywhere"],
     )
+
+
+def _complete_recipe(recipe: Recipe) -> Recipe:
+    """With rate, batch, steps and warm-up of the table of recipes; unchanged on a tokenizer's tokens: not published."""
+    if recipe.tokenizer:
+        return recipe
+    method, objective, side = recipe.network.values()
+    rate = load_recipes().find_rate(f"igpt_{method.removeprefix('iGPT-').lower()}", objective, side)
+    length = load_recipes().find_length("imagenet")
+    steps = length.steps(rate.batch_size)
+    of_table = {
+        "task.learning_rate": rate.learning_rate, "task.batch_size": rate.batch_size, "task.steps": steps,
+        "task.warmup_steps": length.warmup_steps(rate.batch_size, steps),
+    }  # fmt: skip
+    return replace(recipe, expects=recipe.expects | of_table, confirmed=rate.confirmed)
 
 
 def check_paper_key(task: Mapping[Any, Any], where: str) -> None:

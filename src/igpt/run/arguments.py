@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from igpt.run.recipes import register_recipes
 from igpt.run.saved_overrides import SEARCH_PATH, format_plain, list_options, resume_overrides
 from igpt.settings.older_configs import NOW_SCRIPTS, answer
 from igpt.settings.paths import LISTS, READ, absolute_path, is_path
@@ -28,9 +29,12 @@ from igpt.utils.overrides import (
 )
 
 AUTO = "resume=auto"
+SHOW = (("--cfg", "job"), ("-c", "job"))
 WITH_VALUE = (  # Hydra's flags
     "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p",
 )  # fmt: skip
+
+register_recipes()  # before Hydra composes anything
 
 
 def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
@@ -41,6 +45,8 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
             or needs what is not taken from a file; a path that needs quotes, with the quoted form.
     """
     flags, overrides = _split_flags([_expand_home_in_argument(argument) for argument in arguments])
+    if any(pair in SHOW for pair in pairwise([*flags, ""])) or "--cfg=job" in flags:
+        flags = [*flags, "--resolve"]  # the values, also those of the recipe
     several = {"-m", "--multirun"} & {*flags}
     if several and not any(override.startswith(("resume=", "rerun=")) for override in overrides):
         overrides = [*overrides, AUTO]  # a sweep that was interrupted goes on

@@ -19,6 +19,7 @@ from igpt.run.components import Components
 from igpt.run.finished import complete_finished
 from igpt.run.operations import resolve_steps
 from igpt.run.pipeline_stages import stage_configs
+from igpt.run.recipes import describe_recipe, keep_recorded
 from igpt.run.run_config import CHECKPOINT, RunConfig
 from igpt.run.targets import checked_task
 from igpt.training import loggers
@@ -102,6 +103,7 @@ def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
             stage.cfg.init = init
         if tokenizer is not None and stage.choices["tokens"] != CHECKPOINT and not stage.trains_tokenizer:
             stage.cfg.tokens.path = tokenizer
+        keep_recorded(stage.cfg, stage_dir.path)
         components = Components(RunConfig(stage.cfg, stage.choices))
         components.run_dir = stage_dir.path
         if ranks.broadcast_from_rank0(lambda: stage_dir.is_finished):
@@ -115,6 +117,8 @@ def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
             if components.hardware.rank.is_first:
                 stage_dir.start(components.run.config, None, components.run.input_hashes, components.run.subject)
             ranks.barrier()
+            if recipe := describe_recipe(stage.cfg):
+                log.info("stage %s: %s", name, recipe)
             return run_and_report(components), stage_dir.path
 
     return run_stage

@@ -33,6 +33,7 @@ from igpt.run.execute import check_batch, prepare_task, run_and_report, stage_ru
 from igpt.run.finished import complete_finished
 from igpt.run.logs import log_file, set_up_logging
 from igpt.run.operations import resolve_steps
+from igpt.run.recipes import describe_recipe, keep_recorded
 from igpt.run.run_config import RunConfig, to_dict
 from igpt.run.run_dir import resolve_run_dir, resume_command
 from igpt.run.saved_overrides import record_overrides, search_path_arguments
@@ -175,11 +176,13 @@ def launch(
             raise ValueError(f"task={cfg.task.name} leaves no run: it cannot be resumed")
         task = checked_task(to_dict(cfg.task))
         return task() if ranks.this_rank().is_first else Result()
+    if isinstance(cfg.resume, str) and cfg.resume != "auto":
+        keep_recorded(cfg, Path(cfg.resume))
     run = RunConfig(cfg, choices, search_path)
     of_operations = resolve_steps(run, overrides)
     components = Components(run)
     if components.hardware.plan:
-        return show_plan(components, of_operations)
+        return show_plan(components, [*of_operations, *filter(None, [describe_recipe(cfg)])])
     components.check_settings()
     components.check_tokenizer()
     check_batch(components.hardware, cfg.task)
@@ -234,14 +237,14 @@ def report_finished(run: RunConfig, folder: RunFolder) -> Result:
 
 
 def describe_run(run: RunConfig) -> str:
-    """The run in a line: task, model, data, objective, steps and batch size."""
+    """The run in a line: task, model, data, objective, steps and batch size, and the recipe that it takes."""
     if "finished_runs" in run.requires:
         return run.task
     task = run.config["task"]
     subject = f"{run.task}: {run.model_name} on {run.data_name}, {run.objective_settings['name']}"
     if "steps" in task and isinstance(task.get("batch_size"), int):
-        return f"{subject}, {task['steps']:,} steps of {task['batch_size']:,} images"
-    return subject
+        subject += f", {task['steps']:,} steps of {task['batch_size']:,} images"
+    return "; ".join(filter(None, (subject, describe_recipe(run.cfg))))
 
 
 def show_plan(components: Components, lines: Sequence[str] = ()) -> Result:

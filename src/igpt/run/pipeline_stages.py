@@ -61,7 +61,10 @@ class StageConfig:
         folder = RunFolder(self.stand_in)
         if not folder.is_finished:
             raise ValueError(f"task.stages.{self.name}.run={folder.path}: no finished run is there")
-        saved, requested = folder.read_run()["config"], to_dict(self.cfg)
+        saved, cfg = folder.read_run()["config"], self.cfg.copy()
+        if cfg.init is None and Path(str(saved.get("init"))).exists():
+            cfg.init = saved["init"]  # weights of an earlier stage, by whose size there is a recipe
+        requested = to_dict(cfg)
         if requested["tokens"].get("path", "") is None:
             saved = {**saved, "tokens": {**saved["tokens"], "path": None}}
         differs, _ = changes(saved, requested)

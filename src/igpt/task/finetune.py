@@ -183,6 +183,7 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
             result.add_confusion(count_confusions(labels, judged.predictions, n_class), source.class_names)
     result.numbers["best_step"] = Number(best["step"], "optimiser steps", 1)
     result.numbers["train/images_seen"] = Number(best["step"] * settings.batch_size, "images", 1)
+    result.numbers |= trained.clock.numbers
     result.files |= {"model": Path("model"), "checkpoints": Path("checkpoints")}
     if source.labels_per_class is not None:
         log.warning(

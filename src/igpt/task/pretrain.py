@@ -213,6 +213,7 @@ def run(components: Components, settings: PretrainSettings) -> Result:
             "train/operations": Number(module.flops_per_image * seen, "FLOP", seen),
             **({"train/step_seconds": seconds} if (seconds := module.timer and module.timer.number) else {}),
             "train/peak_memory": progress.peak_memory,
+            **module.clock.numbers,
         },
         curves=module.curves(),
         files={"model": Path("model"), **averaged, "checkpoints": Path("checkpoints")},

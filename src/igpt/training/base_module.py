@@ -17,7 +17,7 @@ from igpt.metric.throughput import Meter
 from igpt.settings.training import TrainingSettings
 from igpt.tokens.batches import Batch
 from igpt.training.hardware import HardwareConfig
-from igpt.training.measured_cost import StepTimer
+from igpt.training.measured_cost import StepTimer, TrainingClock
 from igpt.training.nan_guard import FiniteGuard
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class TrainedModule(L.LightningModule):
         self._step: dict[str, Tensor] = {}  # running means over the micro-batches of this optimiser step
         self._passes = 0
         self.timer: StepTimer | None = None  # of this process, from its first step on
+        self.clock = TrainingClock(hardware.rank.count)
 
     @property
     def flops_here(self) -> float:
@@ -90,6 +91,7 @@ class TrainedModule(L.LightningModule):
         self.history.setdefault(name, []).append((step, value))
 
     def on_train_start(self) -> None:
+        self.clock.start(_now())
         peak = self.machine.peak_tflops
         self.meter = Meter(
             flops_per_image=self.flops_per_image,
@@ -102,6 +104,9 @@ class TrainedModule(L.LightningModule):
         self.timer = StepTimer(self.begun, _now(), n_untimed=UNTIMED if self.device.type == "cpu" else 1)
         n_weight = sum(prod(unsharded_shape(p)) for p in self.parameters() if p.requires_grad)
         log.info("%s weights, steps %d to %d", f"{n_weight:,}", self.global_step + 1, self.steps)
+
+    def on_train_end(self) -> None:
+        self.clock.stop(_now())
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         step = self.global_step
@@ -173,9 +178,11 @@ class TrainedModule(L.LightningModule):
                 self.timer.resume(time.perf_counter())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["device_seconds"] = self.clock.read(_now())
         checkpoint["history"] = {name: [list(point) for point in points] for name, points in self.history.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.clock.continue_from(checkpoint.get("device_seconds"))
         self.history = {name: [(int(x), float(y)) for x, y in points] for name, points in checkpoint["history"].items()}
 
     def curves(self) -> dict[str, Curve]:

@@ -1,4 +1,4 @@
-"""Measured cost of a training in this process: seconds of an optimiser step, and the peak of its memory."""
+"""Measured cost of a training: seconds of an optimiser step and peak memory of this process; device-days in all."""
 
 import resource
 import sys
@@ -9,6 +9,7 @@ from statistics import median
 import torch
 
 from igpt.metric.result import Number
+from igpt.training.cost_estimate import SECONDS_A_DAY
 
 GB = 1e9  # bytes
 
@@ -41,6 +42,39 @@ class StepTimer:
         """Seconds a step, over n intervals; None before the first."""
         timed = self._seconds[self._n_untimed :] or self._seconds
         return Number(median(timed), "s", len(timed)) if timed else None
+
+
+class TrainingClock:
+    """Wall seconds of a training (with its validations) times its devices, over all processes that continued it.
+
+    What a process did after its last checkpoint, before it was killed, is not counted.
+    """
+
+    def __init__(self, n_device: int) -> None:
+        self._n_device = n_device
+        self._before: float | None = 0.0  # device-seconds of earlier processes; None: not known
+        self._since: float | None = None  # while it runs
+
+    def continue_from(self, device_seconds: float | None) -> None:
+        """Goes on from a checkpoint's; None: it is of a release that did not measure them."""
+        self._before = device_seconds
+
+    def start(self, now: float) -> None:
+        self._since = now
+
+    def stop(self, now: float) -> None:
+        self._before, self._since = self.read(now), None
+
+    def read(self, now: float) -> float | None:
+        """Device-seconds so far; None if those of an earlier process are not known."""
+        running = 0.0 if self._since is None else (now - self._since) * self._n_device
+        return None if self._before is None else self._before + running
+
+    @property
+    def numbers(self) -> dict[str, Number]:
+        """`train/device_days` of a training that has ended; nothing if it is not known."""
+        days = {} if self._before is None else {"train/device_days": self._before / SECONDS_A_DAY}
+        return {name: Number(value, "device-days", self._n_device) for name, value in days.items()}
 
 
 def reset_peak_memory(device: torch.device) -> None:
