@@ -218,6 +218,7 @@ def test_a_run_belongs_to_the_numbers_it_names(tmp_path: Path) -> None:
     assert last.published.value == 0.939
     assert "task.layer null (paper: last)" in last.differs
     for layer in ("last", 48):  # the number of blocks, as older runs have it
+        shutil.rmtree(folder)
         (last,) = beside(probe(tmp_path, **{"task.paper": "probe_cifar10_last_layer", "task.layer": layer}))
         assert not any(line.startswith("task.layer") for line in last.differs)
     sizes = {"model.n_layer": 24, "model.n_embd": 512, "model.n_head": 8, "model.name": "igpt_s"}

@@ -107,6 +107,8 @@ def test_every_number_and_every_point_of_a_curve_is_there(quickstart: Path) -> N
             interval = number["interval"]
             if interval is None and number["stderr"] is not None:
                 interval = [number["value"] + side * 1.96 * number["stderr"] for side in (-1, 1)]
+            if key.endswith("probe/layer"):  # layers are counted
+                value, interval = f"{number['value']:.0f} [{interval[0]}, {interval[1]}]", None
             sure = " [{:.4f}, {:.4f}]".format(*interval) if interval is not None else ""
             assert f"{key}{value}{sure}{number['unit']}{number['n']:,}{number['features']}" in page.text
         lines = {tag["data-name"]: tag for tag in page.all("g")}

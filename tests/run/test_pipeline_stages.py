@@ -14,7 +14,7 @@ from igpt.run.pipeline_stages import StageConfig, stage_configs
 from tests.test_conf import CONF, built, save_small
 
 
-def stages_of(*overrides: str) -> dict[str, StageConfig]:
+def compose_stages(*overrides: str) -> dict[str, StageConfig]:
     build = built("task=pipeline", *overrides)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return stage_configs(build.run)
@@ -30,7 +30,7 @@ def test_a_stage_reads_its_own_dataset(data: str, side: int, tmp_path: Path) -> 
     """Invariant: it has the settings of its option and its own; without an option, the pipeline's and its own."""
     data = data.replace("HERE", str(tmp_path))
     listed = f"{{pretrain: {{}}, probe: {{data: {data}}}, again: {{task: probe, data: {{labels_per_class: 4}}}}}}"
-    stages = stages_of("data=cifar10", "data.path=/there", f"++task.stages={listed}")
+    stages = compose_stages("data=cifar10", "data.path=/there", f"++task.stages={listed}")
     alone = built("data=cifar100", f"data.resolution={side}", *([f"data.path={tmp_path}"] if side == 8 else []))
     assert stages["probe"].cfg.data == alone.run.cfg.data
     assert stages["probe"].choices["data"] == "cifar100"

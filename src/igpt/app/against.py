@@ -172,7 +172,7 @@ def collect_facts(run: RunRecord) -> dict[str, Any]:
         "tokens.order": metadata.get("order") or settings.get("tokens.order") or "raster",
         "tokenizer": (metadata.get("tokenizer") or {}).get("kind") or kind,
     }
-    if facts.get("task.layer") == network.get("n_layer", UNKNOWN):
+    if facts.get("task.layer") == facts["model.n_layer"]:
         facts["task.layer"] = "last"
     if n_vocab := network.get("n_vocab") or ("model.n_layer" in settings and settings.get("data.palette_size")):
         facts["n_vocab"] = n_vocab
