@@ -14,6 +14,7 @@ from igpt.data.digits import Digits
 from igpt.distributed.signals import StoppedError
 from igpt.task import sgd_probe
 from igpt.tokens.palette import Palette
+from tests.data.conftest import mixture
 from tests.task.conftest import Arrays, Lab
 from tests.task.test_refit import Watch
 
@@ -103,3 +104,12 @@ def test_images_without_augmentation(digits: Digits, palette: Palette, refit: bo
         assert len(images) == len(stored)  # type: ignore[arg-type]
         pixels = images.read(range(len(stored)), range(len(stored))).pixels
         assert np.array_equal(pixels, stored) == (not augment)
+
+
+def test_what_a_stream_cannot_give(tmp_path: Path, palette: Palette) -> None:
+    """Val after its images, or its images without random crops: an error that names the setting, before a step."""
+    lab = Lab(mixture(tmp_path / "shards", num_readers=1), palette)
+    with pytest.raises(ValueError, match=r"val cannot be added to it: .*task\.refit=false"):
+        lab.tokens(with_val=True).training_images()
+    with pytest.raises(ValueError, match=r"task\.sgd\.augment=true"):
+        lab.tokens(augment=False).training_images()
