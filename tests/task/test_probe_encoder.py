@@ -122,14 +122,14 @@ def test_given_features_give_the_encoders_numbers(
         assert given.numbers[name].value == pytest.approx(number.value, abs=OF_TEST), name
 
 
-@pytest.mark.parametrize("kind", ["mine.npy", "mine.safetensors", "whole.safetensors"])
+@pytest.mark.parametrize("kind", ["mine.npy", "mine.safetensors", "all.safetensors"])
 def test_features_of_all_splits_in_a_file(tmp_path: Path, features: dict[str, np.ndarray], kind: str) -> None:
     """Round trip: of all splits in turn, or one tensor each."""
-    whole = np.concatenate(list(features.values()))
+    full = np.concatenate(list(features.values()))
     if kind == "mine.npy":
-        np.save(tmp_path / kind, whole)
+        np.save(tmp_path / kind, full)
     else:
-        save_file(features if kind == "mine.safetensors" else {"features": whole}, tmp_path / kind)
+        save_file(features if kind == "mine.safetensors" else {"features": full}, tmp_path / kind)
     counts = {name: len(values) for name, values in features.items()}
     given = read_given_features(str(tmp_path / kind), counts, ["train", "test"])
     assert [*given] == ["train", "test"]
