@@ -113,7 +113,7 @@ def open_features(
 def read_encoded(encoder: Encoder, components: Components, settings: EncoderProbeSettings, split: str) -> FeatureSet:
     """The features of a split: from the cache, or computed by the encoder and written to it."""
     source, images = components.source, components.source.split(split)
-    data = components.image_key
+    data = components.run.image_key
     if split != "train":
         data["data"] = {key: value for key, value in data["data"].items() if key not in OF_TRAINING_ALONE}
     key = {**data, "encoder": encoder.hash, "split": split, "dtype": settings.dtype}
