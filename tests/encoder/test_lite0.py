@@ -13,24 +13,22 @@ from igpt.encoder import lite0
 from igpt.encoder.encoder import Preprocessing
 from igpt.encoder.find_encoder import find_encoder
 from igpt.encoder.lite0 import EfficientNetLite0, Lite0, SameConv, load_lite0, read_weights
-from tests.conftest import SHARED
 from tests.test_conf import built
 
 CPU = torch.device("cpu")
-PHOTOGRAPHS = SHARED / "data" / "imagenet-sample"
 IMAGENET = Preprocessing(224, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # of PyTorch's networks
 needs_weights = pytest.mark.skipif(importlib.util.find_spec(lite0.PACKAGE) is None, reason=f"needs {lite0.INSTALL}")
 
 
 @needs_weights
-@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="needs the photographs of ../shared")
-def test_its_own_top_1_on_photographs(tmp_path: Path) -> None:
+def test_its_own_top_1_on_photographs(tmp_path: Path, shared: Path) -> None:
     """Independent source: ILSVRC's labels, and 97 of 125 of a reference run, which normalised as PyTorch's networks do.
 
     With the normalisation it was trained with, (x - 127) / 128, it has more.
     """
     crop = ("data.resolution=224", "data.crop.eval_short_side=256", "data.crop.size=224", "data.crop.filter=bicubic")
-    images = built("data=imagenet32", f"data.path={PHOTOGRAPHS}", *crop, f"paths.cache={tmp_path}").source.split("test")
+    crop += (f"data.path={shared / 'data' / 'imagenet-sample'}", f"paths.cache={tmp_path}")
+    images = built("data=imagenet32", *crop).source.split("test")
     assert len(images) == 125
     encoder = load_lite0(device=CPU, resolution=224)
     right = []

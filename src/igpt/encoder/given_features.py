@@ -8,7 +8,7 @@ import numpy as np
 from igpt.checkpoint.tensors import first_line, read_safetensors
 
 SPLITS = ("train", "val", "test")
-WHOLE = "features"  # the rows of all splits in turn: a single .npy, or this tensor of a .safetensors
+ALL = "features"  # the rows of all splits in turn: a single .npy, or this tensor of a .safetensors
 ROWS = 16_384  # checked at a time
 
 
@@ -32,10 +32,10 @@ def read_given_features(spec: str, counts: Mapping[str, int], splits: Sequence[s
         arrays = _open_arrays(Path(spec))
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{where} cannot be read ({first_line(error)})") from error
-    if WHOLE in arrays and not arrays.keys() & counts.keys():
-        whole, images = arrays[WHOLE], list(counts.values())
-        _check_shape(whole, sum(images), where, f"{' + '.join(counts)} have {' + '.join(map(str, images))} =")
-        arrays = dict(zip(counts, np.split(whole, np.cumsum(images)[:-1]), strict=True))
+    if ALL in arrays and not arrays.keys() & counts.keys():
+        full, images = arrays[ALL], list(counts.values())
+        _check_shape(full, sum(images), where, f"{' + '.join(counts)} have {' + '.join(map(str, images))} =")
+        arrays = dict(zip(counts, np.split(full, np.cumsum(images)[:-1]), strict=True))
     for split in splits:
         if split not in arrays:
             raise ValueError(f"{where} has no features of {split}: {split}.npy in the folder, or a tensor {split}")
@@ -49,13 +49,13 @@ def read_given_features(spec: str, counts: Mapping[str, int], splits: Sequence[s
 
 
 def _open_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Split, or `WHOLE`, → array."""
+    """Split, or `ALL`, → array."""
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise ValueError("there is no such file")
         return {name: lazy.to_float32().read().numpy() for name, lazy in read_safetensors(path).items()}
     if path.suffix == ".npy":
-        return {WHOLE: np.load(path, mmap_mode="r", allow_pickle=False)}
+        return {ALL: np.load(path, mmap_mode="r", allow_pickle=False)}
     named = {split: path / f"{split}.npy" for split in SPLITS}
     return {split: np.load(file, mmap_mode="r", allow_pickle=False) for split, file in named.items() if file.is_file()}
 

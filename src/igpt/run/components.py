@@ -39,8 +39,6 @@ from igpt.training.trainer import Runner
 
 log = logging.getLogger(__name__)
 
-NOT_OF_FEATURES = ("palette_size", "augment", "shift", "shift_share")  # settings of the data
-
 
 class Components:
     """The parts of one run, built lazily and passed to its task.
@@ -288,20 +286,11 @@ class Components:
     def cache_key(self) -> dict[str, Any]:
         """Everything but the weights that determines the features of an image; part of their cache key."""
         return {
-            **self.image_key,
+            **self.run.image_key,
             "tokenizer": self.tokenizer.hash,
             "precision": self.hardware.precision,
             "objective": self.run.objective_settings,
             "seed": self.seed,
-        }
-
-    @property
-    def image_key(self) -> dict[str, Any]:
-        """Everything that determines the images of the splits."""
-        hashes = self.run.input_hashes.items()
-        return {
-            "data": {key: value for key, value in self.run.config["data"].items() if key not in NOT_OF_FEATURES},
-            "images": {key: sha for key, sha in hashes if key.endswith(".path") and key != "tokens.path"},
         }
 
     def check_weights(self) -> None:

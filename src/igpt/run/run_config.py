@@ -25,6 +25,7 @@ from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.vqvae_tokenizer import VQVAESettings, VQVAETokenizer
 from igpt.training.loggers import trains
 
+NOT_OF_FEATURES = ("palette_size", "augment", "shift", "shift_share")  # settings of the data
 CHECKPOINT = "checkpoint"  # option of model, tokens and objective: take it from the weights of init=
 
 
@@ -194,6 +195,14 @@ class RunConfig:
         init = self.weights.sha256 if self.weights is not None else None
         hashes = fingerprint.input_hashes(self.config, init=init, runs=compared, list_files=self.list_files)
         return hashes | ({} if self.saved_tokenizer is None else {"tokens.path": self.saved_tokenizer.hash})
+
+    @property
+    def image_key(self) -> dict[str, Any]:
+        """Everything that determines the images of the splits; part of the cache key of their features."""
+        return {
+            "data": {key: value for key, value in self.config["data"].items() if key not in NOT_OF_FEATURES},
+            "images": {k: sha for k, sha in self.input_hashes.items() if k.endswith(".path") and k != "tokens.path"},
+        }
 
     @cached_property
     def finished_runs(self) -> FoundRuns:

@@ -52,7 +52,7 @@ def run(components: Components, settings: EncoderProbeSettings) -> Result:
     needed = [split for split, is_read in zip(SPLITS, (True, n_fold is None or refit, settings.test), strict=True)
               if is_read]  # fmt: skip
     n_class = check_classes(source, [split for split in needed if split != "train"])
-    read, described = read_features_of(components, settings, needed)
+    read, described = open_features(components, settings, needed)
     how: dict[str, Any] = {"n_class": n_class, "device": components.hardware.device, "seed": components.seed}
     judged = "val" if n_fold is None else "cv"
     train = read("train")
@@ -85,7 +85,7 @@ def run(components: Components, settings: EncoderProbeSettings) -> Result:
     return result
 
 
-def read_features_of(
+def open_features(
     components: Components, settings: EncoderProbeSettings, needed: list[str]
 ) -> tuple[Callable[[str], FeatureSet], dict[str, Any]]:
     """(split → its features, what they are of): given ones, or computed by an encoder and kept in the cache."""
@@ -113,7 +113,7 @@ def read_features_of(
 def read_encoded(encoder: Encoder, components: Components, settings: EncoderProbeSettings, split: str) -> FeatureSet:
     """The features of a split: from the cache, or computed by the encoder and written to it."""
     source, images = components.source, components.source.split(split)
-    data = components.image_key
+    data = components.run.image_key
     if split != "train":
         data["data"] = {key: value for key, value in data["data"].items() if key not in OF_TRAINING_ALONE}
     key = {**data, "encoder": encoder.hash, "split": split, "dtype": settings.dtype}
