@@ -39,7 +39,14 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return full
 
 
-def made(folder: Path, numbers: dict[str, Number], *, provenance: Any = None, **settings: Any) -> Path:
+def made(
+    folder: Path,
+    numbers: dict[str, Number],
+    *,
+    provenance: Any = None,
+    of: dict[str, str] | None = None,
+    **settings: Any,
+) -> Path:
     """A finished run as `launch` leaves one; settings by dotted name, with `__` for the dots."""
     plain = {
         "seed": 0, "init": None, "task.name": "pretrain", "task.requires": ["network"], "data.name": "digits",
@@ -48,7 +55,7 @@ def made(folder: Path, numbers: dict[str, Number], *, provenance: Any = None, **
     }  # fmt: skip
     config = nested({**plain, **{key.replace("__", "."): value for key, value in settings.items()}})
     run = RunFolder(folder)
-    run.start(config, [], {})
+    run.start(config, [], {}, of)
     run.finish(config["task"]["name"], Result(numbers=numbers, provenance=provenance or {}), seconds=1.0)
     return folder
 
@@ -593,3 +600,27 @@ def test_a_stage_that_is_named_as_a_run_is_left_out_once(tmp_path: Path) -> None
     result, compared = run_compare(tmp_path, f"task.runs=[{folder},{folder}/../pipeline/1_probe]")
     assert result.numbers["compare/left_out"].value == 1
     assert (compared / "compare.txt").read_text().count("it is not finished") == 1
+
+
+def test_encoders_stand_in_the_table_of_probes(tmp_path: Path) -> None:
+    """By hand: one table, the best first, each row by its network; beside the paper, as another network."""
+    large(tmp_path)
+    key = "val/accuracy"
+    ours = probe(tmp_path, key=key)
+    of_encoder = {
+        "task.name": "probe_encoder", "task.requires": ["images"], "task.encoder": "lite0", "data.name": "cifar10",
+        "data.resolution": 32, "data.palette_size": 512, "task.paper": "probe_cifar10",
+    }  # fmt: skip
+    for size, accuracy in ((96, 0.97), (64, 0.95)):
+        number = {key: Number(accuracy, "share", 5000, 0.002)}
+        of = {"model": "lite0", "data": "cifar10-32", "objective": "none"}
+        made(tmp_path / RUNS / f"lite0-{size}", number, of=of, **of_encoder, task__input_size=size)
+    runs = [read_run(folder) for folder in (ours, *sorted((tmp_path / RUNS).glob("lite0-*")))]
+    (title,) = summaries = compare.summarize_groups(runs, key)
+    assert title == "probe"
+    rows = summaries[title].rows
+    assert [row.mean for row in rows] == [0.97, 0.96, 0.95]
+    assert [row.settings.get("task.input_size") for row in rows] == ["96", None, "64"]
+    assert [row.settings["model"] for row in rows] == ["lite0", "checkpoint", "lite0"]
+    differs = [row.differs for row in beside(*(run.folder for run in runs[1:]))]
+    assert differs == [["measured on val, not test", "on 5,000 images (paper: 10,000)", "another network, lite0"]] * 2

@@ -16,6 +16,7 @@ from igpt.report.summary import average_seeds
 
 SPLITS = ("test", "val", "cv")  # in order of preference
 UNKNOWN = "not known"
+OF_ENCODER = "probe_encoder"  # the task of networks that are not Image GPTs
 SIZE = ("model.n_layer", "model.n_embd")
 
 
@@ -48,10 +49,12 @@ def compare_with_paper(runs: Sequence[RunRecord], *, every: bool = False) -> lis
 def find_named_rows(run: RunRecord) -> list[PublishedRow]:
     """The published numbers of the run's KEY that it has measured.
 
-    Of several, those with the run's objective, and of these those with its size, if there are any.
+    Of several, those with the run's objective, and of these those with its size, if there are any. Of another encoder
+    no figures, which are of layers.
     """
     key, facts, expects = paper_key(run), collect_facts(run), load_paper().expects
     rows = [row for row in load_paper().rows if key and row.key == key and read_measured(row, run) is not None]
+    rows = [row for row in rows if run.task != OF_ENCODER or row.value is not None]
     for settings in (("objective.name",), SIZE):
         rows = [row for row in rows if all(expects(row).get(s) == facts[s] for s in settings)] or rows
     return rows
@@ -94,6 +97,9 @@ def list_differences(row: PublishedRow, run: RunRecord) -> list[str]:
     if run.task == "scaling":
         return _list_compared(run)
     facts, expected, lines = collect_facts(run), load_paper().expects(row), _list_measuring_differences(row, run)
+    if run.task == OF_ENCODER:
+        expected = {key: value for key, value in expected.items() if key.startswith(("data.", "task."))}
+        lines.append(f"another network, {facts['task.encoder']}")
     for key, value in expected.items():
         group = f"{PRETRAINING if key.startswith(PRETRAINING) else ''}data."
         other_data = expected.get(f"{group}name") not in (None, facts.get(f"{group}name"))
@@ -103,7 +109,8 @@ def list_differences(row: PublishedRow, run: RunRecord) -> list[str]:
             from_memory = is_rate and not load_paper().recipes[row.init or ""].confirmed
             paper = "paper, from memory" if from_memory else "paper"
             lines.append(f"{key} {_format_value(facts[key])} ({paper}: {_format_value(value)})")
-    return lines + (_list_weights_differences(run) if row.init is not None else [])
+    of_weights = row.init is not None and run.task != OF_ENCODER
+    return lines + (_list_weights_differences(run) if of_weights else [])
 
 
 def _list_measuring_differences(row: PublishedRow, run: RunRecord) -> list[str]:

@@ -15,7 +15,7 @@ from igpt.app.comparison_tables import ComparisonText
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result, find_key
 from igpt.report.bystanders import Bystander
-from igpt.report.groups import group_by_data
+from igpt.report.groups import TABLES, group_by_data
 from igpt.report.runs import RunRecord
 from igpt.report.summary import (
     Summary,
@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 def run(components: Components, settings: CompareSettings) -> Result:
     """Writes `compare.txt` (also logged), `compare.md`, `compare.csv`, and a picture for each table of several rows.
 
-    Runs of one task on the same images and labels are a table; nothing is ranked across tables. Unreadable runs are
+    Runs of one task (probes: of our networks and of other encoders) on the same images and labels are a table; nothing
+    is ranked across tables. Unreadable runs are
     listed and counted. Against the paper each stage of a pipeline is a run of its own; against other runs the pipeline
     is one.
 
@@ -111,8 +112,10 @@ def summarize_groups(
         summarize_runs(runs, metric)  # raises, with the numbers there are
     summaries: dict[str, Summary] = {}
     unmatched: list[ValueError] = []
-    for task in dict.fromkeys(other.task for other in runs):
-        for data, some in group_by_data([other for other in runs if other.task == task]).items():
+    tables = [TABLES.get(other.task, other.task) for other in runs]
+    for task in dict.fromkeys(tables):
+        of_table = [other for other, table in zip(runs, tables, strict=True) if table == task]
+        for data, some in group_by_data(of_table).items():
             every = [key for other in some for key in other.result.numbers]
             chosen = metric or find_common_metric(some) or next(iter(every), None)
             if chosen is None or find_key(every, chosen) is None:

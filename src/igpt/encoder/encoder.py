@@ -9,19 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Encoder(Protocol):
-    """A frozen network from images to one vector each."""
-
-    name: str  # for tables and file names
-    hash: str  # of the weights and of what is done to the pixels
-    width: int  # D, numbers per image
-    input_size: int  # pixels a side at which the network sees an image
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Features of images: (B, R, R, 3) uint8 → (B, D) float32, on the encoder's device."""
-        ...
-
-
 @dataclass(frozen=True)
 class Preprocessing:
     """Pixels → the input of a network: resized to `size`, then (x - mean) / std for each of red, green and blue."""
@@ -37,6 +24,21 @@ class Preprocessing:
             x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 255)
         mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (self.mean, self.std))
         return (x - mean) / std
+
+
+class Encoder(Protocol):
+    """A frozen network from images to one vector each."""
+
+    name: str  # for tables and file names
+    hash: str  # of the weights and of what is done to the pixels
+    width: int  # D, numbers per image
+    input_size: int  # pixels a side at which the network sees an image
+    preprocess: Preprocessing
+    pooling: str  # how the network's last layer becomes one vector: mean over the image, cls, or its own pooler
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features of images: (B, R, R, 3) uint8 → (B, D) float32, on the encoder's device."""
+        ...
 
 
 def each_channel(values: Sequence[float] | float) -> tuple[float, float, float]:

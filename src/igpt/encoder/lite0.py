@@ -27,10 +27,7 @@ STAGES = (  # blocks, kernel, stride of the first block, expansion, channels
     (1, 3, 1, 6, 320),
 )  # fmt: skip
 MEAN, STD = 127.0, 128.0  # of pixels from 0 to 255
-SMALL, FULL = (
-    96,
-    224,
-)  # pixels a side: for images of at most SMALL_IMAGE, where 224 costs five times as much; and as trained
+FULL, SMALL = 224, 96  # pixels a side at which it sees images: as trained; and those of at most SMALL_IMAGE
 SMALL_IMAGE = 64
 
 
@@ -62,10 +59,10 @@ class InvertedResidual(nn.Module):
         self.expands, self.adds = expansion != 1, stride == 1 and n_in == n_out
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y: Tensor = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
         y = F.relu6(self._bn1(self._depthwise_conv(y)))
         y = self._bn2(self._project_conv(y))
-        return torch.add(x, y) if self.adds else y
+        return x + y if self.adds else y
 
 
 def batch_norm(n: int) -> nn.BatchNorm2d:
@@ -103,7 +100,7 @@ class EfficientNetLite0(nn.Module):
 class Lite0:
     """EfficientNet-Lite0 as an `Encoder`: the 1,280 numbers its ImageNet classifier reads."""
 
-    name, width = "lite0", WIDTH
+    name, width, pooling = "lite0", WIDTH, "mean"
 
     def __init__(
         self, network: EfficientNetLite0, preprocess: Preprocessing, sha256: str, device: torch.device

@@ -39,7 +39,8 @@ OBSERVERS = (
     "igpt.training.callbacks.SampleGrid",
     "igpt.training.online_probe.OnlineLinearProbe",
 )
-OF_A_NETWORK = ("model", "objective")  # groups that are not part of the identity of a run that trains a tokenizer
+# requirement of a task → groups that are not part of the identity of its runs, as it reads none of them
+UNUSED = {"tokenizer": ("model", "objective"), "images": ("model", "objective", "tokens")}
 OUTSIDE_TASK = ("requires", "run_folder", "paper")  # keys of a task: constants of the task, and a label
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep", ".keep_steps")
 OF_THE_MACHINE = "precision"  # the only identity setting of the trainer: the others change only rounding
@@ -52,7 +53,7 @@ def deciding(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config that determines a run's result. Raises ValueError for what is no config of a run."""
     if bad := [key for key in ("task", "trainer") if not isinstance(config.get(key), dict)]:
         raise ValueError(f"a config without {bad[0]} is no run's: restore run.json, or start the run anew")
-    of_others = OF_A_NETWORK if "tokenizer" in (config["task"].get("requires") or ()) else ()
+    of_others = [group for part in config["task"].get("requires") or () for group in UNUSED.get(part, ())]
     chosen = {key: value for key, value in config.items() if key not in (*OUTSIDE_IDENTITY, *of_others, "callbacks")}
     trainer = {OF_THE_MACHINE: config["trainer"].get(OF_THE_MACHINE)}
     callbacks = deciding_callbacks(config)

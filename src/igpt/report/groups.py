@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from igpt.report.facts import read_names
 from igpt.report.folder import deciding
 from igpt.report.runs import RunRecord, flatten
 from igpt.utils.overrides import format_value
@@ -13,6 +14,9 @@ CHOSEN = {"model.name": "model", "objective.name": "objective"}  # setting → i
 VARIANT = "variant"  # chosen option that sets others, recorded beside the config
 # settings of a task that a variant sets, or that follow from it (steps: from the operations)
 OF_VARIANTS = ("optimizer", "learning_rate", "schedule", "decay_share", "ema", "gradient_clip", "steps")
+OF_ONE_TASK = {"task.name", "task.baselines"}  # not compared between tasks
+# task → the one in whose tables its runs stand, as they have the same numbers by the same protocol
+TABLES = {"probe_encoder": "probe"}
 LONGEST = 48  # characters shown of a value
 DATA = ("name", "path", "n_class", "classes", "label_column")  # settings of data that say which images and labels
 
@@ -93,13 +97,23 @@ def describe_groups(groups: Sequence[Sequence[RunRecord]]) -> list[dict[str, str
     """For each group of runs that differ only in seeds, the settings that not all groups have in common, as text.
 
     Variants are told by their names, as `variant=local`: a name is no setting, so that runs with and without one are
-    the same where their settings are.
+    the same where their settings are. Where tasks differ, a group has the name of its network first; settings that not
+    all tasks have are compared with those of its own task.
     """
     settings = []
     for group in groups:
         names = [name for run in group if (name := (run.begun.get("of") or {}).get(VARIANT)) is not None]
         settings.append(({VARIANT: names[0]} if names else {}) | list_settings(group[0]))
-    return list_differing(settings)
+    tasks = [group[0].task for group in groups]
+    if len({*tasks}) < 2:
+        return list_differing(settings)
+    common = {*settings[0]}.intersection(*settings) - OF_ONE_TASK
+    rows = list_differing([{key: value for key, value in some.items() if key in common} for some in settings])
+    for task in dict.fromkeys(tasks):
+        which = [i for i, other in enumerate(tasks) if other == task]
+        for i, own in zip(which, list_differing([settings[i] for i in which]), strict=True):
+            rows[i] = {"model": read_names(groups[i][0])["model"]} | rows[i] | own
+    return rows
 
 
 def list_differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -70,7 +70,7 @@ class Components:
         """As `check_settings`, without the settings of the task."""
         self._partials("callbacks")
         self._partials("logger")
-        if self.run.requires & {"tokens", "tokenizer", "stages"}:
+        if self.run.requires & {"images", "tokens", "tokenizer", "stages"}:
             self._source_partial()
         if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
             self.hardware.check_network(self.planned_network)
@@ -288,14 +288,21 @@ class Components:
     @cached_property
     def cache_key(self) -> dict[str, Any]:
         """Everything but the weights that determines the features of an image; part of their cache key."""
-        hashes = self.run.input_hashes.items()
         return {
-            "data": {key: value for key, value in self.run.config["data"].items() if key not in NOT_OF_FEATURES},
+            **self.image_key,
             "tokenizer": self.tokenizer.hash,
-            "images": {key: sha for key, sha in hashes if key.endswith(".path") and key != "tokens.path"},
             "precision": self.hardware.precision,
             "objective": self.run.objective_settings,
             "seed": self.seed,
+        }
+
+    @property
+    def image_key(self) -> dict[str, Any]:
+        """Everything that determines the images of the splits."""
+        hashes = self.run.input_hashes.items()
+        return {
+            "data": {key: value for key, value in self.run.config["data"].items() if key not in NOT_OF_FEATURES},
+            "images": {key: sha for key, sha in hashes if key.endswith(".path") and key != "tokens.path"},
         }
 
     def check_weights(self) -> None:

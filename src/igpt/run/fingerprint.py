@@ -41,6 +41,8 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, runs: Hashes | 
     for position, run in enumerate(config["task"].get("runs", []), start=1):
         name = f"task.runs {Path(run).name}"
         found_out[f"{name} {position}" if name in found_out else name] = hash_steps(run, palette)
+    if "encoder" in config["task"] and (path := Path(str(config["task"]["encoder"]))).exists():
+        found_out["task.encoder"] = files.sha256(path)
     for group, key in (("task", "palette"), ("data", "clusters")):
         if (sha := _hash_file(config[group].get(key))) is not None:
             found_out[f"{group}.{key}"] = sha

@@ -18,6 +18,7 @@ from igpt.run import fingerprint
 from igpt.run.targets import checked_partial, find_target
 from igpt.settings.data import name_images
 from igpt.settings.fields import parse_settings
+from igpt.settings.probing import name_encoder
 from igpt.settings.run import RunSettings, check_structure
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.vqvae_tokenizer import VQVAESettings, VQVAETokenizer
@@ -91,6 +92,8 @@ class RunConfig:
             if cfg.init is not None:
                 raise ValueError(f"task={self.task} begins with weights that are drawn: leave init={cfg.init} out")
             return None
+        if "images" in self.requires and cfg.init is not None:
+            raise ValueError(f"task={self.task} reads no weights of ours, task.encoder does: leave init={cfg.init} out")
         reads_runs = "runs" in cfg.task and "finished_runs" not in self.requires  # the weights, not the numbers
         if reads_runs and not cfg.task.runs and "weights" not in self.requires:
             raise ValueError(f"task={self.task} compares runs: task.runs=[RUN_FOLDER,RUN_FOLDER], of pretraining")
@@ -129,6 +132,8 @@ class RunConfig:
     def model_name(self) -> str:
         if "tokenizer" in self.requires:
             return str(self.choices["tokens"]).rpartition("/")[2]
+        if "images" in self.requires:
+            return name_encoder(str(self.cfg.task.encoder))
         if self.weights is not None and self.takes_from_weights("model"):
             return self.weights.metadata.model
         return str(self.cfg.model.name)
@@ -144,10 +149,12 @@ class RunConfig:
     def objective_settings(self) -> dict[str, Any]:
         """The objective's name and numbers, of the config or of the weights (`objective=checkpoint`).
 
-        Of a run that trains a tokenizer: the name of its reconstruction loss.
+        Of a run that trains a tokenizer: the name of its reconstruction loss; of one without a network of ours: none.
         """
         if "tokenizer" in self.requires:
             return {"name": str(self.config["tokens"].get("loss"))}
+        if "images" in self.requires:
+            return {"name": "none"}
         if self.weights is not None and self.takes_from_weights("objective"):
             return self.weights.metadata.objective
         settings: dict[str, Any] = self.config["objective"]

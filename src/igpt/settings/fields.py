@@ -25,6 +25,7 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Split = Literal["train", "val", "test"]
 Norm = Literal["ln_1", "raw"]  # of hidden states before pooling
 FeatureDtype = Literal["float16", "float32"]  # of features on disk
+Pooling = Literal["auto", "mean", "cls"]  # of an encoder's last layer
 
 STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 

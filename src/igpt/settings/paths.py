@@ -8,12 +8,14 @@ from typing import Any
 
 READ = re.compile(  # settings that are paths to read
     r"init|resume|tokens(\.palette)?\.path|(task\.probe_)?data(\.streams\.\w+)?\.(path|clusters)|"
-    r"task\.(palette|runs|compare_with)|task\.stages\.\w+\.(run|palette|compare_with|(probe_)?data\.path)"
+    r"task\.(palette|runs|compare_with|encoder)|task\.stages\.\w+\.(run|palette|compare_with|encoder|(probe_)?data\.path)"
 )
 HUB = re.compile(  # also accept a name on the Hub
     r"init|(task\.probe_)?data(\.streams\.\w+)?\.path|task\.stages\.\w+\.(probe_)?data\.path|task\.runs"
 )
 LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|compare_with)")  # also accept a list
+ENCODER = re.compile(r"task\.(stages\.\w+\.)?encoder")  # a path only if something is there
+NO_PATHS = ("lite0",)  # names of encoders, whatever lies in the working directory
 WRITTEN = re.compile(r"paths\.(runs|cache)")
 
 
@@ -43,6 +45,8 @@ def absolute_path(key: str, value: Any, folder: Path | None = None) -> Any:
         return value
     if isinstance(value, list):
         return [absolute_path(key, each, folder) for each in value]
+    if ENCODER.fullmatch(key) and (value in NO_PATHS or not ((folder or Path()) / str(value)).exists()):
+        return value
     if not isinstance(value, str) or "://" in value or (HUB.fullmatch(key) and not is_local_path(value, folder)):
         return value
     return str(((folder or Path()) / value).absolute())

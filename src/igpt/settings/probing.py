@@ -1,10 +1,23 @@
 """Settings of the tasks that use a network's features."""
 
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from igpt.settings.fields import Count, Decay, FeatureDtype, Norm, Positive, Seed, Settings, Split, WholeNumber
+from igpt.settings.fields import (
+    Count,
+    Decay,
+    FeatureDtype,
+    Norm,
+    Pooling,
+    Positive,
+    Seed,
+    Settings,
+    Split,
+    WholeNumber,
+)
 from igpt.settings.training import TrainingSettings
 
 CGrid = Annotated[list[Positive], Field(min_length=1)]  # scikit-learn's C
@@ -55,6 +68,27 @@ class ProbeSettings(FeatureSettings):
                 "task.solver=sgd with task.concat_layers needs to know around which layer: task.layer=N, the best one"
             )
         return self
+
+
+def name_encoder(spec: str) -> str:
+    """The name of an encoder for tables and files: `resnet-18` of `microsoft/resnet-18` or `/folder/resnet-18`."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(spec).name.removesuffix(".npy").removesuffix(".safetensors"))
+    return name.strip("._-")[:40] or "encoder"
+
+
+class EncoderProbeSettings(Settings):
+    """`task=probe_encoder`. Protocol: as of `task=probe` with L-BFGS."""
+
+    encoder: Annotated[str, Field(min_length=1)]
+    input_size: Annotated[int, Field(ge=1, le=4096)] | None  # pixels a side
+    pooling: Pooling
+    dtype: FeatureDtype
+    batch_size: Count  # images per forward pass
+    C_grid: CGrid
+    folds: Annotated[int, Field(ge=2)] | Literal["auto"] | None
+    refit: bool
+    test: bool
+    baselines: list[Literal["pixels"]]
 
 
 class LowDataSettings(FeatureSettings):

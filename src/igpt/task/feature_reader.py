@@ -1,7 +1,7 @@
 """Features of a frozen network on any split: computed in one pass with `Trainer.predict`, or read from the cache."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -73,6 +73,37 @@ class ProbeModule(L.LightningModule):
             writer.add(features, batch.rows, batch.labels)
 
 
+def read_or_write(
+    paths: list[Path], write: Callable[[], None], *, n_layer: int, labels: np.ndarray, split: str
+) -> list[Features]:
+    """The features in these files, after `write` has written them all where one is missing or damaged.
+
+    Called on every rank. `n_layer`: L of L + 1 layers; `labels` (N,): those of the images of `split`.
+
+    Raises:
+        ValueError: the files are not the same on every rank, or were written with other labels.
+    """
+
+    def read_all() -> list[Features] | None:
+        stored = [read_features(path, n_layer=n_layer, n_image=len(labels)) for path in paths]
+        complete = [features for features in stored if features is not None]
+        return complete if len(complete) == len(paths) else None
+
+    if not ranks.broadcast_from_rank0(lambda: read_all() is not None):  # else no lock: the cache may be read-only
+        lock = partial(file_lock, paths[0], problem=find_features_damage(paths[0]))
+        with lock() if ranks.this_rank().is_first else nullcontext():
+            if not ranks.broadcast_from_rank0(lambda: read_all() is not None):
+                write()
+            ranks.barrier()
+    stored = read_all()
+    if stored is None:
+        raise ValueError(f"{paths[0]} is not the same on every rank: give all machines the same paths.cache")
+    for path, features in zip(paths, stored, strict=True):
+        if not np.array_equal(features.labels, labels):
+            raise ValueError(f"the labels of {split} are not those that {path} was written with: remove that file")
+    return stored
+
+
 @dataclass(frozen=True)
 class FeatureReader:
     """Reads the features of a network on any split from the cache, or computes them in one pass."""
@@ -94,26 +125,8 @@ class FeatureReader:
         paths = [
             feature_path(components.cache_dir, data.source, split, mask=mask, **inputs) for mask in range(eval_masks)
         ]
-        known = partial(self._read_all, paths, n_layer=net.n_layer, n_image=len(images))
-        if not ranks.broadcast_from_rank0(lambda: known() is not None):  # else no lock: the cache may be read-only
-            lock = partial(file_lock, paths[0], problem=find_features_damage(paths[0]))
-            with lock() if ranks.this_rank().is_first else nullcontext():
-                if not ranks.broadcast_from_rank0(lambda: known() is not None):
-                    self._write(net, data, paths, split, n_image=len(images))
-                ranks.barrier()
-        stored = known()
-        if stored is None:
-            raise ValueError(f"{paths[0]} is not the same on every rank: give all machines the same paths.cache")
-        for path, features in zip(paths, stored, strict=True):
-            if not np.array_equal(features.labels, images.labels):
-                raise ValueError(f"the labels of {split} are not those that {path} was written with: remove that file")
-        return stored
-
-    def _read_all(self, paths: list[Path], *, n_layer: int, n_image: int) -> list[Features] | None:
-        """The features in all of these files, or None."""
-        stored = [read_features(path, n_layer=n_layer, n_image=n_image) for path in paths]
-        complete = [features for features in stored if features is not None]
-        return complete if len(complete) == len(paths) else None
+        write = partial(self._write, net, data, paths, split, n_image=len(images))
+        return read_or_write(paths, write, n_layer=net.n_layer, labels=images.labels, split=split)
 
     def _write(self, net: GPT, data: TokenDataModule, paths: list[Path], split: str, *, n_image: int) -> None:
         """Computes the features of a split, one file per mask."""

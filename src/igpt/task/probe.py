@@ -157,21 +157,28 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
             save_head(components.run_dir / "probe.safetensors", weight, bias, best.layers)
         if settings.test:
             held_out = images(net, weights.sha256, "test")
-            predictions, scores = heads.predict(held_out)
-            labels = held_out.labels
-            correct = {"accuracy": predictions == labels}
-            if settings.eval_masks > 1:
-                correct["accuracy_one_mask"] = scores.argmax(dim=-1).cpu().numpy() == labels
-            if n_class > 5:
-                correct["top_5"] = is_in_top_k(scores.cpu(), torch.from_numpy(labels), 5).numpy()
-            for name, of_images in correct.items():
-                result.numbers[f"test/{name}"] = accuracy_number(of_images, features=best.features)
-            result.add_confusion(count_confusions(labels, predictions, n_class), source.class_names)
+            score_test(result, heads, held_out, features=best.features, class_names=source.class_names)
     result.provenance = {
         "layers": best.layers, "C": best.strength, "refitted_on_val": settings.refit,
         "chosen_on": "val" if folds is None else f"{folds} folds of train", **report_convergence(fits),
     }  # fmt: skip
     return result
+
+
+def score_test(
+    result: Result, head: FittedHead, images: FeatureSet, *, features: str, class_names: tuple[str, ...] | None
+) -> None:
+    """Adds the accuracy of a head on test images, by vote over masks and of the first, its top 5 and its confusions."""
+    predictions, scores = head.predict(images)
+    labels = images.labels
+    correct = {"accuracy": predictions == labels}
+    if len(images.by_mask) > 1:
+        correct["accuracy_one_mask"] = scores.argmax(dim=-1).cpu().numpy() == labels
+    if head.n_class > 5:
+        correct["top_5"] = is_in_top_k(scores.cpu(), torch.from_numpy(labels), 5).numpy()
+    for name, of_images in correct.items():
+        result.numbers[f"test/{name}"] = accuracy_number(of_images, features=features)
+    result.add_confusion(count_confusions(labels, predictions, head.n_class), class_names)
 
 
 def build_result(
@@ -197,7 +204,7 @@ def score_choice(table: GridScores, choice: Choice, *, eval_masks: int, judged: 
 
 
 def save_head(path: Path, weight: Tensor, bias: Tensor, layers: list[int]) -> None:
-    """Writes weight (K, D) and bias (K,), and the layers whose concatenated features they read."""
+    """Writes weight (K, D) and bias (K,), and the layers whose concatenated features they read; none: an encoder's."""
     tensors = {"weight": weight.detach().cpu().contiguous(), "bias": bias.detach().cpu().contiguous()}
     with files.atomic_write(path) as file:
         file.write(save(tensors, metadata={"layers": " ".join(map(str, layers))}))

@@ -1,0 +1,74 @@
+"""Features that another program has computed: a row for each image, in the order of our splits."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from igpt.checkpoint.tensors import first_line, read_safetensors
+
+SPLITS = ("train", "val", "test")
+WHOLE = "features"  # the rows of all splits in turn: a single .npy, or this tensor of a .safetensors
+ROWS = 16_384  # checked at a time
+
+
+def is_features(spec: str) -> bool:
+    """Whether `task.encoder` names features: a .npy, a .safetensors, or a folder with the .npy of a split."""
+    path = Path(spec)
+    return path.suffix in (".npy", ".safetensors") or any((path / f"{split}.npy").is_file() for split in SPLITS)
+
+
+def read_given_features(spec: str, counts: Mapping[str, int], splits: Sequence[str]) -> dict[str, np.ndarray]:
+    """Features (N, D) of each of `splits`; those in .npy files are memory-mapped.
+
+    `counts`: split → images, of train, val and test in this order.
+
+    Raises:
+        ValueError: no such file or split, a damaged file, another number of rows than there are images, other
+            dimensions, several widths, or NaN or infinity.
+    """
+    where = f"task.encoder={spec}"
+    try:
+        arrays = _open_arrays(Path(spec))
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{where} cannot be read ({first_line(error)})") from error
+    if WHOLE in arrays and not arrays.keys() & counts.keys():
+        whole, images = arrays[WHOLE], list(counts.values())
+        _check_shape(whole, sum(images), where, f"{' + '.join(counts)} have {' + '.join(map(str, images))} =")
+        arrays = dict(zip(counts, np.split(whole, np.cumsum(images)[:-1]), strict=True))
+    for split in splits:
+        if split not in arrays:
+            raise ValueError(f"{where} has no features of {split}: {split}.npy in the folder, or a tensor {split}")
+        _check_shape(arrays[split], counts[split], f"{where}, {split}", f"{split} has")
+        for start in range(0, counts[split], ROWS):
+            _check_finite(arrays[split][start : start + ROWS], start, f"{where}, {split}")
+    widths = {split: arrays[split].shape[1] for split in splits}
+    if len({*widths.values()}) > 1:
+        raise ValueError(f"{where}: features of several widths, {widths}: take those of one encoder")
+    return {split: arrays[split] for split in splits}
+
+
+def _open_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Split, or `WHOLE`, → array."""
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ValueError("there is no such file")
+        return {name: lazy.to_float32().read().numpy() for name, lazy in read_safetensors(path).items()}
+    if path.suffix == ".npy":
+        return {WHOLE: np.load(path, mmap_mode="r", allow_pickle=False)}
+    named = {split: path / f"{split}.npy" for split in SPLITS}
+    return {split: np.load(file, mmap_mode="r", allow_pickle=False) for split, file in named.items() if file.is_file()}
+
+
+def _check_shape(array: np.ndarray, n_image: int, where: str, images: str) -> None:
+    if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.shape[1]:
+        raise ValueError(f"{where}: {array.dtype} {array.shape}, expected numbers of shape (images, width)")
+    if len(array) != n_image:
+        raise ValueError(f"{where}: {len(array):,} rows, but {images} {n_image:,} images: one row each, in their order")
+
+
+def _check_finite(rows: np.ndarray, start: int, where: str) -> None:
+    with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
+        is_fine = np.isfinite(rows.astype(np.float32)).all(axis=1)
+    if not is_fine.all():
+        raise ValueError(f"{where}: row {start + int(is_fine.argmin()):,} holds NaN or infinity: compute it again")
