@@ -20,7 +20,8 @@ from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.run.launch import run as run_command
-from tests.conftest import ROOT, small_net
+from igpt.task.scaling import collect_lines
+from tests.conftest import ROOT, perturbed, small_net
 from tests.oracle import released
 from tests.oracle.names import from_openai
 from tests.test_photographs import run
@@ -363,3 +364,33 @@ def test_openais_evaluation_as_one_command(
             logits = reference(input_ids=torch.cat([torch.full((3, 1), k), given[:, :-1]], 1)).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), given.flatten()).item()
         assert numbers[f"{stage}/{split}/loss_gen"]["value"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_release_is_a_line_for_each_size(tmp_path: Path) -> None:
+    """Round trip: two sizes of two steps, in folders as released: points by step, each the loss of task=evaluate.
+
+    Given step by step or by the size's folder, they are the same lines; a warning says what nobody knows of them.
+    """
+    for n_layer in (1, 2):
+        for step in (131000, 262000):
+            net = perturbed(GPT(small_net(n_layer=n_layer, n_ctx=64, n_vocab=17).config), seed=step)
+            place = tmp_path / "release" / f"igpt-{n_layer}" / str(step)
+            released.save(place / f"model.ckpt-{step}", released.variables(net.state_dict(), 3))
+    random_palette(17).save(tmp_path / "release" / "kmeans_centers.npy")
+    sizes = [tmp_path / "release" / f"igpt-{n_layer}" for n_layer in (1, 2)]
+    digits = ("data=digits", "data.labels_per_class=4", "trainer=cpu", "logger=none")
+    result, _ = run(tmp_path, "task=scaling", f"task.runs=[{sizes[0]},{sizes[1]}]", *digits, "task.C_grid=[1.0]")
+    named = {
+        line.name: line for line in collect_lines([str(size / step) for size in sizes for step in ("262000", "131000")])
+    }
+    for n_layer, size in zip((1, 2), sizes, strict=True):
+        name = f"igpt_{n_layer}x24"
+        steps = named[name].weights
+        assert [weights.metadata.step for weights in steps] == [131000, 262000]
+        assert [weights.sha256 for weights in steps] == result.provenance["weights"][name]
+        assert result.curves[f"{name}: loss"].x == [131000 * 128, 262000 * 128]
+        loss, _ = run(tmp_path, "task=evaluate", f"init={size / '262000'}", *digits)
+        assert result.numbers[f"{name}/{262000 * 128}_images/loss_gen"] == loss.numbers["val/loss_gen"]
+    (warning,) = result.warnings
+    assert "igpt-1 (imagenet8) does not say which images it held out" in warning
+    assert result.numbers["all/rank_correlation"].n == 4
