@@ -161,6 +161,8 @@ def test_over_checkpoints_with_what_a_probe_read(
     assert result.grids["samples"].images.shape[:2] == (8, 2)
     assert result.grids["samples"].titles == ("tiny 400", "tiny 800")
     assert "untrained/kid" in result.numbers
+    with pytest.raises(ValueError, match="give the pretraining run as well"):
+        measure(first, runs=[str(scaling)])
 
 
 def test_what_is_refused(

@@ -63,13 +63,12 @@ def run(components: Components, settings: QualitySettings) -> Result:
         pixels = real.read("train", real.training[: settings.samples])
         tokens = components.build_datamodule().encode(torch.from_numpy(pixels))
         result.numbers |= judge.compare("tokenized", tokenizer.decode(tokens))[0]
-    networks = {path: checkpoints[-1].weights.metadata.network for path, checkpoints in trainings.items()}
     if "untrained" in settings.baselines:
-        fresh = GPT(next(iter(networks.values())))
+        fresh = GPT(next(iter(trainings.values()))[-1].weights.metadata.network)
         fresh.init_weights(seed)
         name = f"untrained, seed {seed}, {sorted(fresh.config.to_dict().items())}"
         result.numbers |= judge.compare("untrained", draw_kinds(fresh, tokenizer, real, name=name)["samples"])[0]
-    shown: dict[str, np.ndarray] = {}  # title → images
+    shown = []
     for name, checkpoints in trainings.items():
         for checkpoint in checkpoints:
             weights, prefix = checkpoint.weights, checkpoint.prefix
@@ -80,12 +79,14 @@ def run(components: Components, settings: QualitySettings) -> Result:
                 kid = numbers[f"{kind}/kid"]
                 log.info("%s%s: KID %.4f, standard error %.4f", prefix, kind, kid.value, kid.stderr)
                 if kind == "samples":
-                    shown[checkpoint.title] = images[: SHOWN**2]
+                    shown.append((checkpoint.title, images))
         if settings.runs:
             add_curves(result, name, checkpoints, judge.encoder.name)
-    columns = [images[:SHOWN] for images in shown.values()]
-    grid = Grid(np.stack(columns, axis=1), tuple(shown)) if settings.runs else Grid.square(next(iter(shown.values())))
-    result.grids["samples"] = grid
+    result.grids["samples"] = (
+        Grid(np.stack([images[:SHOWN] for _, images in shown], axis=1), tuple(title for title, _ in shown))
+        if settings.runs
+        else Grid.square(shown[0][1][: SHOWN**2])
+    )
     hashes = {name: [each.weights.sha256 for each in checkpoints] for name, checkpoints in trainings.items()}
     encoder = {"name": judge.encoder.name, "hash": judge.encoder.hash, "input_size": judge.encoder.input_size}
     result.provenance = {
@@ -124,6 +125,8 @@ def list_trainings(components: Components, settings: QualitySettings) -> tuple[d
             continue
         for sha256, numbers in read_measured(record).items():
             measured[sha256] = measured.get(sha256, {}) | numbers
+    if not places:
+        raise ValueError(f"task.runs={settings.runs} measure weights: give the pretraining run as well, before them")
     data = components.cache_key["data"]
     lines = collect_lines(places, palette=data.get("clusters"))
     trainings: dict[str, list[Checkpoint]] = {line.name: [] for line in lines}

@@ -32,7 +32,7 @@ ACCURACY = "best layer's val accuracy"
 
 
 @dataclass(frozen=True)
-class Line:
+class ScalingLine:
     """The steps of one pretraining, or of one size among weights from elsewhere."""
 
     place: str  # in task.runs, of the first
@@ -49,7 +49,7 @@ class Line:
         """Whether it is a whole pretraining run, as opposed to weights that were named one by one."""
         return bool(self.config) and (Path(self.place) / "run.json").is_file()
 
-    def takes(self, other: "Line") -> bool:
+    def takes(self, other: "ScalingLine") -> bool:
         """Whether another line is a further step of this one: both named one by one, of one size, data and seed."""
         mine, its = ((of.model, of.data, of.seed) for of in (self.last.metadata, other.last.metadata))
         steps = {weights.metadata.step for weights in self.weights}
@@ -61,7 +61,7 @@ class Line:
         return weights.metadata.step * int(self.config.get("task", {}).get("batch_size", BATCH_SIZE)) or None
 
 
-def collect_lines(places: Sequence[str], *, palette: str | None = None) -> list[Line]:
+def collect_lines(places: Sequence[str], *, palette: str | None = None) -> list[ScalingLine]:
     """The lines of the figure, named: one for each run or folder of steps; single weights are joined by their size.
 
     Of a run that cools down on the way, the cooled steps: the rate of the others was high.
@@ -69,14 +69,14 @@ def collect_lines(places: Sequence[str], *, palette: str | None = None) -> list[
     Raises:
         ValueError: no weights at a place, or weights with other tokens or another objective than the first.
     """
-    lines: list[Line] = []
+    lines: list[ScalingLine] = []
     for place in places:
         steps = list_weights(place, palette=palette)
         config = read_training_config(steps[-1].folder.parent)
         if cooled := config.get("task", {}).get("cooled_at"):
             ends = {*cooled, config["task"]["steps"]}
             steps = [each for each in steps if each.metadata.step in ends] or steps
-        line = Line(place, steps, config)
+        line = ScalingLine(place, steps, config)
         peer = next((peer for peer in lines if peer.takes(line)), None)
         if peer is None:
             lines.append(line)
@@ -107,7 +107,7 @@ def _check_comparable(weights: Weights, first: Weights) -> None:
             )
 
 
-def _name_lines(lines: list[Line]) -> list[Line]:
+def _name_lines(lines: list[ScalingLine]) -> list[ScalingLine]:
     """The lines named by size; several of one size also by seed, or else by their place."""
     for name in (
         lambda line: line.last.metadata.model,
@@ -120,7 +120,7 @@ def _name_lines(lines: list[Line]) -> list[Line]:
     return [replace(line, name=line.place) for line in lines]
 
 
-def check_data(lines: Sequence[Line], data: dict[str, Any], split: str) -> list[str]:
+def check_data(lines: Sequence[ScalingLine], data: dict[str, Any], split: str) -> list[str]:
     """Warnings on weights whose held-out images nobody knows. `data`: the settings of the images of the loss.
 
     Raises:
@@ -206,7 +206,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
     return result
 
 
-def _count_weights(line: Line) -> int:
+def _count_weights(line: ScalingLine) -> int:
     return line.last.n_parameter
 
 
