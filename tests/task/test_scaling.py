@@ -160,7 +160,7 @@ def here(place: Path, *overrides: str) -> tuple[Result, Path | None]:
 
 
 def test_two_datasets_are_those_of_the_single_commands(place: Path, digit_runs: list[Path]) -> None:
-    """Round trip: every point is the loss of task=evaluate on digits and the accuracy of task=probe on photographs.
+    """Round trip: a point is the loss of task=evaluate on digits and the accuracy of task=probe on photographs.
 
     To the bit; the features of one are read by the other. The run is resumed by its record; its picture is on its page.
     """
@@ -170,17 +170,14 @@ def test_two_datasets_are_those_of_the_single_commands(place: Path, digit_runs: 
     probed = ("data@task.probe_data=folder", *(f"task.probe_{each}" for each in of))
     result, folder = here(place, "task=scaling", "data=digits", runs, *probed, *PROBE)
     features = sorted((place / "cache" / "features").iterdir())
-    for width, pretrained in zip((16, 32), digit_runs, strict=True):
-        for name, seen in (("model_step_0000002", 64), ("model_step_0000004", 128), ("", 160)):
-            init = f"init={pretrained / name}"
-            loss, _ = here(place, "task=evaluate", init, "data=digits", "trainer=cpu", "logger=none")
-            probe, _ = here(
-                place, "task=probe", init, "data=folder", *of, *PROBE, "task.test=false", "task.baselines=[]"
-            )
-            point = f"wide_{width}/{seen}_images"
-            assert result.numbers[f"{point}/loss_gen"] == loss.numbers["val/loss_gen"]
-            assert result.numbers[f"{point}/accuracy"] == probe.numbers["val/accuracy"]
-            assert result.numbers[f"{point}/layer"].value == probe.numbers["probe/layer"].value
+    for i, name, seen in ((0, "model_step_0000002", 64), (0, "", 160), (1, "model_step_0000004", 128)):
+        init = f"init={digit_runs[i] / name}"
+        loss, _ = here(place, "task=evaluate", init, "data=digits", "trainer=cpu", "logger=none")
+        probe, _ = here(place, "task=probe", init, "data=folder", *of, *PROBE, "task.test=false", "task.baselines=[]")
+        point = f"wide_{(16, 32)[i]}/{seen}_images"
+        assert result.numbers[f"{point}/loss_gen"] == loss.numbers["val/loss_gen"]
+        assert result.numbers[f"{point}/accuracy"] == probe.numbers["val/accuracy"]
+        assert result.numbers[f"{point}/layer"].value == probe.numbers["probe/layer"].value
     assert sorted((place / "cache" / "features").iterdir()) == features
     assert folder is not None
     assert (folder / "figure3.png").is_file()
