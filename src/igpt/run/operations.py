@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from igpt.metric.throughput import train_flops_per_image
+from igpt.metric.throughput import count_steps, train_flops_per_image
 from igpt.run.components import Components
 from igpt.run.pipeline_stages import compose_stage
 from igpt.run.run_config import CHECKPOINT, RunConfig, to_dict
@@ -44,7 +44,7 @@ def resolve_steps(run: RunConfig, overrides: Sequence[str] = ()) -> list[str]:
         components.check_parts()
         flops = train_flops_per_image(components.planned_network)
         with open_dict(settings):
-            settings.steps = max(1, round(operations / (flops * batch_size)))
+            settings.steps = count_steps(operations, flops, batch_size)
             if stage_name is None:
                 settings.operations = None  # as conf/task/pretrain.yaml has it
             else:

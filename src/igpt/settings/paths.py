@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 READ = re.compile(  # settings that are paths to read
-    r"init|resume|tokens(\.palette)?\.path|data(\.streams\.\w+)?\.(path|clusters)|task\.(palette|runs|compare_with)|"
+    r"init|resume|tokens(\.palette)?\.path|data(\.streams\.\w+)?\.(path|clusters)|task\.(palette|runs|compare_with|study)|"
     r"task\.stages\.\w+\.(run|palette|compare_with|data\.path)"
 )
 HUB = re.compile(r"init|data(\.streams\.\w+)?\.path|task\.stages\.\w+\.data\.path")  # also accept a name on the Hub
