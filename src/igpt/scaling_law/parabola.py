@@ -97,11 +97,10 @@ def fit_curves(samples: Samples, *, width: float | None) -> list[IsoflopCurve]:
     curves = []
     for group in samples.budgets:
         x, values = np.log10(samples.weights[group]), samples.values[group]
-        distance = np.abs(x - x[values.argmin()])
-        third = np.unique(distance)[min(LEAST, len(np.unique(distance))) - 1] if width is not None else np.inf
-        is_used = distance <= max(third, np.log10(width or np.inf) + 1e-9)
-        if len(np.unique(x[is_used])) < LEAST:  # sizes at equal distance on both sides
-            is_used = np.ones_like(is_used)
+        lowest = x[values.argmin()]
+        nearest = np.sort(np.abs(np.unique(x) - lowest))
+        reach = np.inf if width is None else max(nearest[LEAST - 1], np.log10(width))
+        is_used = np.abs(x - lowest) <= reach + 1e-9
         log_tokens = np.polyfit(x, np.log10(samples.tokens[group]), 2)
         operations = float(np.exp(np.log(samples.operations[group]).mean()))
         parabola = np.polyfit(x[is_used], values[is_used], 2)

@@ -106,9 +106,7 @@ def read_points(runs: Sequence[RunRecord]) -> list[StudyPoint]:
         points.setdefault(str(saved["weights_sha256"]), _build_point(run, saved))
     pretrainings = [run for run in single if run.task == PRETRAIN]
     if not pretrainings:
-        raise ValueError(
-            "task.runs: no finished pretraining is among them: give those of a study, or their pipelines"
-        )
+        raise ValueError("task.runs: no finished pretraining is among them: give those of a study, or their pipelines")
     _check_alike(pretrainings)
     _check_repetitions(list(points.values()))
     for name, target in TARGETS.items():
