@@ -91,7 +91,7 @@ def test_an_exact_parabola_is_exact() -> None:
 
 
 def test_minima_at_the_edge_are_called_so() -> None:
-    """Invariant: sizes that are all too small, or too large, have no minimum and no exponent; one such budget is left out."""
+    """Invariant: sizes that are all too small, or too large, have no minimum, no exponent; one such budget is out."""
     for shift, side in ((0.05, "larger"), (20.0, "smaller")):
         curves = fit_curves(study(shift=shift), width=None)
         assert {curve.edge for curve in curves} == {f"at the edge of the grid: {side} sizes"}
@@ -122,7 +122,7 @@ def test_only_sizes_near_the_lowest_enter_a_parabola() -> None:
 
 
 def test_intervals_cover_the_exponents() -> None:
-    """Coverage over 40 noisy studies (8 for the surface): nearly all 95 % intervals hold the true a, and are no points."""
+    """Coverage over 40 noisy studies (surface: 8): nearly all 95 % intervals hold the true a, and are no points."""
     held = {"parabolas": 0, "surface": 0}
     widths = []
     for seed in range(40):

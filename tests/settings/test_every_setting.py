@@ -47,7 +47,9 @@ def arguments(task: str, place: Path) -> list[str]:
         return [*given, STAGES]
     if task in ("report", "scaling"):
         return [*given, f"task.runs=[{init}]"]
-    return given if task in ("pretrain", "tokenizer", "palette", "compare") else [*given, f"init={init}"]
+    if task == "advise":
+        return [*given, f"task.study={init}", "task.operations=1e9"]
+    return given if task in ("pretrain", "tokenizer", "palette", "compare", "isoflop") else [*given, f"init={init}"]
 
 
 def names(cfg: DictConfig, group: str = "") -> Iterator[str]:

@@ -102,7 +102,7 @@ def advise(
     law, surface, name = fit.minima.of_weights, fit.surface, fit.name
     n_run = len(fit.samples.values)
     optima: dict[str, Number] = {}
-    if surface is not None and surface.surface.is_identified:
+    if surface is not None and surface.is_determined:
         value, interval = surface.find_optimum(operations)
         optima["surface"] = Number(value, "weights", n_run, interval=interval)
     if law is not None:

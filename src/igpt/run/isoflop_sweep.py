@@ -75,9 +75,10 @@ def isoflop(
             failed = len(returns) - len(finished)
             log.warning("%d of %d runs failed: the fit is that of the others", failed, len(returns))
         outside = [text for text in first if text.startswith("paths.")]
-        settings = [f"task.{key}={format_value(value)}" for key, value in fit.items()]
+        settings = [f"task.{key}={format_value(value, quoted=False)}" for key, value in fit.items()]
         runs = ",".join(map(quote_for_hydra, finished))
-        (fitted,) = launch([["task=isoflop", f"task.runs=[{runs}]", *settings, *outside]], len(jobs))
+        fitting = ["hydra/sweeper=isoflop", "task=isoflop", f"task.runs=[{runs}]"]  # this command sets hydra.sweeper.…
+        (fitted,) = launch([[*fitting, *settings, *outside]], len(jobs))
         pages += [Path(fitted.working_dir)] if fitted.working_dir else []
     return [*returns, fitted]
 

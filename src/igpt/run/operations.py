@@ -68,6 +68,7 @@ def list_trainings(run: RunConfig) -> Iterator[tuple[str | None, DictConfig]]:
     """The settings with `operations`: of the task, or of a pipeline's stages, with the stage's name."""
     task = run.cfg.task
     stages = task.stages.items() if "stages" in run.requires and OmegaConf.is_dict(task.get("stages")) else ()
-    for name, settings in ((None, task), *stages):
+    own = [(None, task)] if "network" in run.requires else []  # task=advise has operations, too
+    for name, settings in (*own, *stages):
         if OmegaConf.is_dict(settings) and settings.get("operations") is not None:
             yield name, settings

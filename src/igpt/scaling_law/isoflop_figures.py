@@ -115,7 +115,7 @@ def _draw_surface(axes: Axes, fit: TargetFit, name: str) -> None:
     levels = np.linspace(low - 0.15 * (high - low), high, 12)
     drawn = axes.contour(n, d, grid, levels=levels, cmap="viridis_r", linewidths=0.9)
     axes.clabel(drawn, fontsize=7, fmt="%.3g")
-    if surface.surface.is_identified:
+    if surface.is_determined:
         budgets = np.geomspace(samples.operations.min() / 3, samples.operations.max() * 3, 60)
         path = np.array([surface.surface.find_optimum(c, surface.gamma, surface.log_factor) for c in budgets])
         tokens = budgets / (10**surface.log_factor * path**surface.gamma)

@@ -31,7 +31,7 @@ class TargetFit:
         """a and b by the parabolas, and α, β, E, a, b by the surface, each with its 95 % interval, where known."""
         laws: dict[str, PowerLaw | None] = {"a": self.minima.of_weights, "b": self.minima.of_tokens}
         known = {name: (law.exponent, law.interval) for name, law in laws.items() if law is not None}
-        if self.surface is None or not self.surface.surface.is_identified:
+        if self.surface is None or not self.surface.is_determined:
             return known
         return known | {f"surface_{name}": value for name, value in self.surface.exponents.items()}
 
@@ -48,8 +48,10 @@ class TargetFit:
             remarks.append("an exponent needs the minima of two budgets")
         if self.surface is None:
             remarks.append("too few runs for a surface")
-        elif not self.surface.surface.is_identified:
-            remarks.append("these runs do not determine a surface: a term is zero, or an exponent without bounds")
+        elif not self.surface.is_determined:
+            remarks.append(
+                "these runs do not determine a surface: with other noise a term is zero, or an exponent without bounds"
+            )
         return remarks
 
     @property

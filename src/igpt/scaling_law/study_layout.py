@@ -80,7 +80,7 @@ def list_plan(planned: Sequence[PlannedRun], n_train: int | None) -> list[Row]:
     """Rows of text, the heading first. `n_train`: training images, for the epochs; None: a stream."""
     rows: list[Row] = [("budget, FLOP", "size", "weights", "steps", "images", "epochs", "tokens a weight")]
     for run in planned:
-        epochs = "–" if n_train is None else f"{run.images / n_train:.2g}"
+        epochs = "–" if n_train is None else format_count(run.images / n_train)
         counts = format_count(run.weights), f"{run.steps:,}", f"{run.images:,}", epochs
-        rows.append((f"{run.budget:.3g}", run.name, *counts, f"{run.tokens_per_weight:.3g}"))
+        rows.append((f"{run.budget:.3g}", run.name, *counts, format_count(run.tokens_per_weight)))
     return rows

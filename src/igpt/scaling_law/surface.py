@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import minimize, nnls
 
-from igpt.scaling_law.parabola import Interval, Samples, percentile_interval
+from igpt.scaling_law.parabola import MOST_LOST, Interval, Samples, percentile_interval
 from igpt.utils import keyed
 
 EXPONENTS = (0.02, 3.0)  # range of α and β
@@ -69,6 +69,12 @@ class SurfaceFit:
     gamma: float
     log_factor: float
     deviation: float  # root mean square of the residuals, with n - 5 in the denominator
+
+    @property
+    def is_determined(self) -> bool:
+        """Whether both terms are there, with exponents inside EXPONENTS, in the fit and in nearly all of its draws."""
+        is_lost = [not of.is_identified for of in self.draws]
+        return self.surface.is_identified and sum(is_lost) <= MOST_LOST * len(is_lost)
 
     @property
     def exponents(self) -> dict[str, tuple[float, Interval | None]]:
