@@ -24,7 +24,7 @@ from igpt.settings.reading import AdviseSettings, IsoflopSettings
 from igpt.utils import files
 
 WIDTHS = 8  # a suggested width is a multiple of this
-FAR = 10  # times the largest measured budget: said in capitals
+FAR = 10  # times the largest measured budget: reach in capitals
 REPEATED = 4  # epochs up to which repeated data is worth about as much as new (Muennighoff et al. 2023, of text)
 OF_STUDY = ("weights", "width", "huber", "bootstrap")  # settings of task=isoflop that decide its fits
 
@@ -184,9 +184,10 @@ def describe_reach(points: Sequence[StudyPoint], operations: float, result: Resu
     budgets, remarks = [point.operations for point in points], []
     if (beyond := operations / max(budgets)) > 1.1:
         times = f"{beyond:,.0f} times" if beyond >= FAR else f"{beyond:.1f} times"
-        said = f"extrapolated: {times} the largest measured budget ({max(budgets):.3g} FLOP)"
+        reach = f"extrapolated: {times} the largest measured budget ({max(budgets):.3g} FLOP)"
         remarks.append(
-            (said.upper() if beyond >= FAR else said) + "; intervals hold the runs' noise, not whether the law goes on"
+            (reach.upper() if beyond >= FAR else reach)
+            + "; intervals hold the runs' noise, not whether the law goes on"
         )
     elif operations < min(budgets) / 1.1:
         remarks.append(f"extrapolated: below the smallest measured budget ({min(budgets):.3g} FLOP)")

@@ -51,7 +51,7 @@ def _draw_curves(axes: Axes, fit: TargetFit, name: str) -> None:
         place = curve.minimum if curve.minimum is not None else at_end
         axes.plot(
             10**place, np.polyval(curve.parabola, place), "*", ms=13, color=ink, markeredgecolor="black",
-            markerfacecolor=ink if is_inside else "none", markeredgewidth=0.8,
+            markerfacecolor=ink if is_inside else "white", markeredgewidth=0.8, zorder=4,
         )  # fmt: skip
     axes.set(xlabel=name, ylabel=fit.label, xscale="log")
     _count_ticks(axes, "x")
@@ -94,6 +94,7 @@ def _draw_optima(axes: Axes, fit: TargetFit, law: PowerLaw | None, which: int) -
         axes.legend(frameon=False, fontsize=8)
     else:
         axes.text(0.5, 0.5, "no exponent: see the table", ha="center", transform=axes.transAxes, color="gray")
+        axes.set(xticks=[], yticks=[])
 
 
 def _draw_surface(axes: Axes, fit: TargetFit, name: str) -> None:
@@ -121,6 +122,8 @@ def _draw_surface(axes: Axes, fit: TargetFit, name: str) -> None:
         tokens = budgets / (10**surface.log_factor * path**surface.gamma)
         axes.plot(path, tokens, "--", lw=1.2, color="tab:gray", label="compute-optimal, by the surface")
         axes.legend(frameon=False, fontsize=8, loc="upper right")
+    else:
+        axes.set_title("not determined by these runs", fontsize=9, color="gray")
     axes.set(xlim=(n[0], n[-1]), ylim=(d[0], d[-1]))
 
 

@@ -10,6 +10,7 @@ from igpt.utils import keyed
 
 SAME_BUDGET = 1.1  # operations up to this factor apart are one budget: steps are whole numbers
 LEAST = 3  # sizes of a budget
+FARTHEST = 3  # decades of N from a budget's sizes; a minimum beyond is none: the parabola is a line
 MOST_LOST = 0.05  # share of the bootstrap's draws that may have no minimum; more: no interval
 
 Interval = tuple[float, float]
@@ -190,7 +191,8 @@ def _draw_vertices(curves: Sequence[IsoflopCurve], *, bootstrap: int, seed: int)
     vertices = []
     for middle, solve, fitted in fits:
         noise = rng.choice(pooled - pooled.mean(), (len(fitted), bootstrap)) * scale
-        vertices.append(middle + find_vertices(solve @ (fitted[:, None] + noise)))
+        offset = find_vertices(solve @ (fitted[:, None] + noise))
+        vertices.append(np.where(np.abs(offset) < FARTHEST, middle + offset, np.nan))
     return np.stack(vertices, axis=1)
 
 
