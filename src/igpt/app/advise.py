@@ -24,7 +24,7 @@ from igpt.settings.reading import AdviseSettings, IsoflopSettings
 from igpt.utils import files
 
 WIDTHS = 8  # a suggested width is a multiple of this
-FAR = 10  # times the largest measured budget: reach in capitals
+FAR = 10  # times the largest measured budget: warned of in capitals from here on
 REPEATED = 4  # epochs up to which repeated data is worth about as much as new (Muennighoff et al. 2023, of text)
 OF_STUDY = ("weights", "width", "huber", "bootstrap")  # settings of task=isoflop that decide its fits
 
@@ -58,7 +58,13 @@ def run(components: Components, settings: AdviseSettings) -> Result:
     for fit in fits:
         rows, numbers = advise(fit, points, operations, weights=task["weights"])
         result.numbers |= numbers
-        blocks += [f"{fit.name}: {fit.label}", align_columns(rows) if rows else "; ".join(fit.remarks)]
+        optima = [
+            f"N* by the {key.rpartition('_')[2]}: {format_count(number.value)}{format_interval(number.interval)}"
+            for key, number in numbers.items()
+            if "/weights_by_" in key
+        ]
+        title = "; ".join([f"{fit.name}: {fit.label}", *optima])
+        blocks += [title, align_columns(rows) if rows else "; ".join(fit.remarks)]
     if not result.numbers:
         raise ValueError(f"{where} has no exponents: {'; '.join(fits[0].remarks)}")
     if warning := describe_reach(points, operations, result):
@@ -138,8 +144,7 @@ def advise(
         sizes = f"{config.n_layer} × {config.n_embd}, {config.n_head}"
         cells = f"{format_count(shape.n)}", format_count(images), format_count(steps), epochs, f"{tokens / shape.n:.0f}"
         rows.append((shape.name, sizes, *cells, expected))
-    found = "; ".join(f"{n.value:.4g}{format_interval(n.interval)} by {method}" for method, n in optima.items())
-    return [*rows, (f"N*: {found}", *[""] * (len(heading) - 1))], numbers
+    return rows, numbers
 
 
 def suggest_shape(points: Sequence[StudyPoint], n: float, *, weights: str) -> Shape:
@@ -172,7 +177,7 @@ def list_nearest_options(points: Sequence[StudyPoint], n: float, *, weights: str
     for option in GlobalHydra.instance().config_loader().get_group_options("model"):
         if option == CHECKPOINT or option.startswith("_"):
             continue
-        model = hydra.compose(f"model/{option}").model
+        model = hydra.compose("config", overrides=[f"model={option}"]).model
         network = replace(base, **{key: model[key] for key in ("n_layer", "n_embd", "n_head")})
         shapes.append(Shape(f"model={option}", network, count_network_weights(network)[weights != "all"]))
     below = sorted((shape for shape in shapes if shape.n <= n), key=lambda shape: -shape.n)[:1]
