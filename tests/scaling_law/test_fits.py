@@ -127,13 +127,13 @@ def test_intervals_cover_the_exponents() -> None:
     widths = []
     for seed in range(40):
         samples = study(noise=0.003, seed=seed)
-        law = fit_minima(fit_curves(samples, width=None), bootstrap=200, seed=seed).of_weights
+        law = fit_minima(fit_curves(samples, width=None), bootstrap=100, seed=seed).of_weights
         assert law is not None
         assert law.interval is not None
         widths.append(law.interval[1] - law.interval[0])
         held["parabolas"] += law.interval[0] <= A <= law.interval[1]
         if seed < 8:
-            surface = fit_surface(samples, huber=None, bootstrap=40, seed=seed)
+            surface = fit_surface(samples, huber=None, bootstrap=25, seed=seed)
             assert surface is not None
             interval = surface.exponents["a"][1]
             assert interval is not None

@@ -45,7 +45,9 @@ def run(components: Components, settings: IsoflopSettings) -> Result:
         blocks = describe_fits(points, fits, settings.weights)
         texts = {
             "isoflop.txt": "\n\n".join(block if isinstance(block, str) else align_columns(block) for block in blocks),
-            "isoflop.md": "\n\n".join(block if isinstance(block, str) else format_markdown(block) for block in blocks),
+            "isoflop.md": "\n\n".join(
+                block if isinstance(block, str) else format_markdown(block) for block in blocks
+            ).replace("*", "\\*"),
         }
         for name, text in texts.items():
             with files.atomic_write(folder / name) as file:

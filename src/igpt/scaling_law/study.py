@@ -46,6 +46,10 @@ class TargetFit:
             remarks.append(f"{len(self.minima.inside)} of {n} budgets have their minimum inside the grid")
         if self.minima.inside and self.minima.of_weights is None:
             remarks.append("an exponent needs the minima of two budgets")
+        if (law := self.minima.of_weights) is not None and law.interval is None:
+            remarks.append(
+                "no interval of a: three runs a budget leave no residual, or with other noise a minimum is gone"
+            )
         if self.surface is None:
             remarks.append("too few runs for a surface")
         elif not self.surface.is_determined:
