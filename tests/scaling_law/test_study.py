@@ -282,5 +282,8 @@ def test_a_sweep_lays_out_runs_and_ends_in_the_fit(tmp_path: Path, monkeypatch: 
         assert (job.cfg.task.stages.pretrain.steps, job.model_name) == (steps, "igpt_2x8")
     with pytest.raises(ValueError, match="a size is \\[n_layer, n_embd, n_head\\], an option of conf/model/"):
         isoflop_sweep.name_sizes([[1, 8]], "task")
+    assert isoflop_sweep.read_window([5, 20000]) == (5.0, 20000.0)
+    with pytest.raises(ValueError, match="tokens_per_weight must be"):
+        isoflop_sweep.read_window([5])
     with pytest.raises(ValueError, match="igpt_1x8 stands twice"):
         isoflop_sweep.name_sizes([[1, 8, 1], [1, 8, 2]], "task")

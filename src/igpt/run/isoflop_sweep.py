@@ -47,7 +47,7 @@ def isoflop(
         named = name_sizes(sizes, place)
         budgets = [float(budget) for budget in budgets]
         trainings = {name: find_pretraining(compose_run(compose, [*first, *own]))[1] for name, own in named.items()}
-        window = None if tokens_per_weight is None else (float(tokens_per_weight[0]), float(tokens_per_weight[1]))
+        window = read_window(tokens_per_weight)
         known = {name: read_size(of) for name, of in trainings.items()}
         planned = plan_study(budgets, known, tokens_per_weight=window)
         n_train = count_train_images(training)
@@ -81,6 +81,15 @@ def isoflop(
         (fitted,) = launch([[*fitting, *settings, *outside]], len(jobs))
         pages += [Path(fitted.working_dir)] if fitted.working_dir else []
     return [*returns, fitted]
+
+
+def read_window(given: Any) -> tuple[float, float] | None:
+    """(low, high) of tokens_per_weight; None: all. Raises ValueError for anything else."""
+    if given is None:
+        return None
+    if isinstance(given, list) and len(given) == 2 and all(type(end) in (int, float) for end in given):
+        return float(given[0]), float(given[1])
+    raise ValueError(f"hydra.sweeper.tokens_per_weight must be [low, high] or null, got {given!r}")
 
 
 def _has_failed(job: JobReturn) -> bool:
