@@ -23,11 +23,13 @@ ROOMS: dict[str, set[str]] = {
     "encoder": BASE | {"checkpoint"},
     "probe": BASE | {"data", "metric"},
     "report": BASE | {"data", "metric"},
+    "scaling_law": BASE | {"model", "metric", "report"},
     "training": BASE | {"data", "model", "objective", "metric", "tokens", "checkpoint", "probe", "report"},
-    "run": BASE | {"data", "model", "objective", "metric", "tokens", "checkpoint", "report", "training"},
+    "run": BASE | {"data", "model", "objective", "metric", "tokens", "checkpoint", "report", "scaling_law", "training"},
     "task": BASE
     | {"data", "model", "objective", "metric", "tokens", "checkpoint", "encoder", "probe", "training", "run"},
-    "app": BASE | {"data", "model", "metric", "tokens", "checkpoint", "probe", "report", "training", "run", "task"},
+    "app": BASE
+    | {"data", "model", "metric", "tokens", "checkpoint", "probe", "report", "scaling_law", "training", "run", "task"},
     "hub": {"utils", "model", "checkpoint"},
 }
 

@@ -1,4 +1,4 @@
-"""Hydra sweeper plugins `hydra/sweeper=in_turn` and `optuna`; Hydra finds plugins in this package."""
+"""Hydra sweeper plugins `hydra/sweeper=in_turn`, `optuna` and `isoflop`; Hydra finds plugins in this package."""
 
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 
 class _Search(Sweeper):
-    """Launches jobs, reads their metrics, launches more; see `igpt.run.search`."""
+    """Launches jobs, reads their metrics, launches more; see `igpt.run.search` and `igpt.run.isoflop_sweep`."""
 
     kind: str
 
@@ -25,11 +25,11 @@ class _Search(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        from igpt.run import search  # lazy: Hydra imports this file at every start
+        from igpt.run import isoflop_sweep, search  # lazy: Hydra imports this file at every start
 
         assert self.config is not None
         compose = partial(self.context.config_loader.load_sweep_config, self.config)
-        run = getattr(search, self.kind)
+        run = getattr(isoflop_sweep if self.kind == "isoflop" else search, self.kind)
         return run(self.config, arguments, launch=self.launcher.launch, compose=compose, **self.settings)
 
 
@@ -43,3 +43,9 @@ class OptunaSweeper(_Search):
     """Tries values proposed by Optuna's TPE."""
 
     kind = "optuna"
+
+
+class IsoflopSweeper(_Search):
+    """Pretrains every size at every budget of operations, then fits the scaling study."""
+
+    kind = "isoflop"

@@ -47,9 +47,10 @@ def arguments(task: str, place: Path) -> list[str]:
         return [*given, STAGES]
     if task in ("report", "scaling"):
         return [*given, f"task.runs=[{init}]"]
-    return (
-        given if task in ("pretrain", "tokenizer", "palette", "compare", "probe_encoder") else [*given, f"init={init}"]
-    )
+    if task == "advise":
+        return [*given, f"task.study={init}", "task.operations=1e9"]
+    without_weights = ("pretrain", "tokenizer", "palette", "compare", "isoflop", "probe_encoder")
+    return given if task in without_weights else [*given, f"init={init}"]
 
 
 def names(cfg: DictConfig, group: str = "") -> Iterator[str]:

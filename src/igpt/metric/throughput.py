@@ -23,6 +23,11 @@ def train_flops_per_image(network: GPTConfig) -> float:
     return float(t * 6 * matrix_weights + 12 * c * pairs)
 
 
+def count_steps(operations: float, flops_per_image: float, batch_size: int) -> int:
+    """Optimiser steps that come nearest to these operations; one at least."""
+    return max(1, round(operations / (flops_per_image * batch_size)))
+
+
 def _count_pairs(network: GPTConfig, pattern: str | Pattern) -> float:
     """Pairs of query and key in one layer; of linear attention the number of as many operations."""
     t = network.n_ctx

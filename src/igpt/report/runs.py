@@ -15,7 +15,7 @@ from igpt.report.folder import RunFolder, parse_result
 from igpt.settings.older_configs import read_record
 from igpt.utils import files
 
-COMPARE = "compare"  # the task whose results are never compared
+OF_RUNS = ("compare", "isoflop", "advise")  # tasks whose results, numbers of several runs, are never compared
 DEEPEST = 4  # maximal depth of a run directory below a given one
 LONGEST_CHAIN = 9  # maximal runs in a chain of initial weights
 CHECKPOINT = re.compile(r"step_(\d+)(?:\.ckpt)?")
@@ -229,7 +229,7 @@ def read_runs(folders: Sequence[Path]) -> FoundRuns:
 def find_runs(folders: Sequence[str]) -> FoundRuns:
     """Every finished run of some paths, each once. A path: a run directory, a glob, or a directory that contains runs.
 
-    Unreadable runs go into `problems`. Results of `task=compare` are skipped.
+    Unreadable runs go into `problems`. Results of tasks that read runs (OF_RUNS) are skipped.
 
     Raises:
         ValueError: a path that matches nothing.
@@ -244,13 +244,13 @@ def find_runs(folders: Sequence[str]) -> FoundRuns:
             top = path.parent if path.name == "result.json" else path
             here |= {folder.resolve(): folder for folder in _run_folders(top)}
     every = read_runs(list(here.values()))
-    return FoundRuns([run for run in every.runs if run.task != COMPARE], every.problems)
+    return FoundRuns([run for run in every.runs if run.task not in OF_RUNS], every.problems)
 
 
 def _run_folders(folder: Path, depth: int = 0) -> Iterator[Path]:
     """Yields the run directories at or below a path; directories inside a run are not searched."""
     if any((folder / name).is_file() for name in ("run.json", "result.json")):
-        if not folder.name.startswith(f"{COMPARE}-") or (folder / "result.json").is_file():
+        if not folder.name.startswith(tuple(f"{task}-" for task in OF_RUNS)) or (folder / "result.json").is_file():
             yield folder
     elif folder.is_dir() and depth < DEEPEST:
         for inside in sorted(folder.iterdir()):

@@ -55,14 +55,15 @@ def check_table(jobs: Sequence[Sequence[str]], *, columns: Any = (), reference: 
 def report_sweep(
     place: Path, folders: Sequence[Path], *, metric: str, command: str,
     columns: Sequence[str] = (), reference: Settings | None = None, cost: str | None = None,
+    pages: Sequence[Path] = (),
 ) -> None:  # fmt: skip
     """Logs tables of the runs by `metric`, the best first; writes pictures, page and JSON into `place`.
 
     Runs on other images or labels are another table. Unfinished runs are left out and listed on the page. Does nothing
     for fewer than two finished runs. Where none has `metric`, the first number in common (`find_common_metric`) stands
     for it. `columns`, `reference`: as of `summarize`; a reference that no run has is only logged. `cost`: a further
-    number, of which the share that reaches the reference's metric is told (`igpt.report.equal_loss`). Errors are only
-    logged, as the runs are saved.
+    number, of which the share that reaches the reference's metric is told (`igpt.report.equal_loss`). `pages`: run
+    directories whose pages are linked, of what was made of these runs. Errors are only logged, as the runs are saved.
     """
     with Bystander("the comparison of this sweep"):
         read = read_runs(list(dict.fromkeys(folders)))
@@ -85,7 +86,7 @@ def report_sweep(
         pictures = _list_pictures(summaries, cost)
         writers: dict[str, Callable[[Path], object]] = {
             **{name: partial(writer, result=result) for name, (result, writer, _) in pictures.items()},
-            PAGE: partial(write_comparison, summaries=summaries, command=command, cost=cost),
+            PAGE: partial(write_comparison, summaries=summaries, command=command, cost=cost, pages=pages),
             ROWS: partial(files.write_json, value=record),
             MARKDOWN: partial(_write_markdown, summaries=summaries, answers=answers),
         }
@@ -118,16 +119,19 @@ def _list_rows(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_comparison(path: Path, summaries: Sequence[Summary], *, command: str, cost: str | None = None) -> Path:
-    """Writes the page of a sweep, each row linked to the page of its first run; returns its path."""
+def write_comparison(
+    path: Path, summaries: Sequence[Summary], *, command: str, cost: str | None = None, pages: Sequence[Path] = ()
+) -> Path:
+    """Writes the page of a sweep with links to that of each row's first run and to `pages`; returns its path."""
     pictures = [
         Picture("Pictures", ", ".join(filter(None, (caption, result.data))), path.parent / name, name)
         for name, (result, _, caption) in _list_pictures(summaries, cost).items()
     ]
     links = [[link_to(path, row.folders[0]) for row in result.rows] for result in summaries]
     answers = [[] if cost is None else list_answers(result, cost) for result in summaries]
+    made = {folder.name: link for folder in pages if (link := link_to(path, folder)) is not None}
     tables = [*zip(summaries, map(table, summaries), links, answers, strict=True)]
-    return write_html(path, "comparison.html", pictures, tables=tables, command=command)
+    return write_html(path, "comparison.html", pictures, tables=tables, command=command, pages=made)
 
 
 def _write_markdown(path: Path, summaries: Sequence[Summary], answers: Sequence[Sequence[Sequence[str]]]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from igpt.metric.throughput import train_flops_per_image
+from igpt.metric.throughput import count_steps, train_flops_per_image
 from igpt.run.components import Components
 from igpt.run.pipeline_stages import compose_stage
 from igpt.run.run_config import CHECKPOINT, RunConfig, to_dict
@@ -19,7 +19,7 @@ def resolve_steps(run: RunConfig, overrides: Sequence[str] = ()) -> list[str]:
         ValueError: steps that were typed as well; a network that is known only after an earlier stage.
     """
     lines = []
-    for stage_name, settings in _list_trainings(run):
+    for stage_name, settings in list_trainings(run):
         place = "task" if stage_name is None else f"task.stages.{stage_name}"
         operations = settings.operations
         if type(operations) not in (int, float) or operations <= 0:
@@ -28,15 +28,7 @@ def resolve_steps(run: RunConfig, overrides: Sequence[str] = ()) -> list[str]:
             raise ValueError(
                 f"{place}.operations={operations:g} decides the steps, and {place}.steps is given, too: leave one out"
             )
-        of_task = run
-        if stage_name is not None:
-            own = {key: value for key, value in to_dict(settings).items() if key != "steps"}  # which are not known yet
-            stage = compose_stage(run, stage_name, own)
-            if CHECKPOINT in stage.choices.values():
-                raise ValueError(
-                    f"{place}.operations: the network of an earlier stage is not known yet: give {place}.steps"
-                )
-            of_task = RunConfig(stage.cfg, stage.choices)
+        of_task = compose_training(run, stage_name, settings)
         batch_size = of_task.cfg.task.batch_size
         if type(batch_size) is not int or batch_size <= 0:
             continue
@@ -44,7 +36,7 @@ def resolve_steps(run: RunConfig, overrides: Sequence[str] = ()) -> list[str]:
         components.check_parts()
         flops = train_flops_per_image(components.planned_network)
         with open_dict(settings):
-            settings.steps = max(1, round(operations / (flops * batch_size)))
+            settings.steps = count_steps(operations, flops, batch_size)
             if stage_name is None:
                 settings.operations = None  # as conf/task/pretrain.yaml has it
             else:
@@ -56,10 +48,27 @@ def resolve_steps(run: RunConfig, overrides: Sequence[str] = ()) -> list[str]:
     return lines
 
 
-def _list_trainings(run: RunConfig) -> Iterator[tuple[str | None, DictConfig]]:
+def compose_training(run: RunConfig, stage_name: str | None, settings: DictConfig) -> RunConfig:
+    """The config of a training: the run's own, or that of a stage, whose settings are given.
+
+    Raises:
+        ValueError: a network that is known only after an earlier stage.
+    """
+    if stage_name is None:
+        return run
+    own = {key: value for key, value in to_dict(settings).items() if key != "steps"}  # which are not known yet
+    stage = compose_stage(run, stage_name, own)
+    if CHECKPOINT in stage.choices.values():
+        place = f"task.stages.{stage_name}"
+        raise ValueError(f"{place}.operations: the network of an earlier stage is not known yet: give {place}.steps")
+    return RunConfig(stage.cfg, stage.choices)
+
+
+def list_trainings(run: RunConfig) -> Iterator[tuple[str | None, DictConfig]]:
     """The settings with `operations`: of the task, or of a pipeline's stages, with the stage's name."""
     task = run.cfg.task
     stages = task.stages.items() if "stages" in run.requires and OmegaConf.is_dict(task.get("stages")) else ()
-    for name, settings in ((None, task), *stages):
+    own = [(None, task)] if "network" in run.requires else []  # task=advise has operations, too
+    for name, settings in (*own, *stages):
         if OmegaConf.is_dict(settings) and settings.get("operations") is not None:
             yield name, settings

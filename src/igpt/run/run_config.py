@@ -14,7 +14,7 @@ from igpt.checkpoint.kept import list_paths
 from igpt.checkpoint.resized import resize_weights
 from igpt.data.listing import list_files
 from igpt.report.folder import format_run_name, identity
-from igpt.report.runs import FoundRuns, find_runs
+from igpt.report.runs import FoundRuns, find_runs, read_runs
 from igpt.run import fingerprint
 from igpt.run.targets import checked_partial, find_target
 from igpt.settings.data import name_images
@@ -206,8 +206,10 @@ class RunConfig:
 
     @cached_property
     def finished_runs(self) -> FoundRuns:
-        """The finished runs of `task.runs`; of `paths.runs` where that is empty."""
-        places = self.config["task"]["runs"]
+        """The finished runs of `task.runs`, of `paths.runs` where that is empty; of `task.study` the run itself."""
+        if "study" in (task := self.config["task"]):
+            return FoundRuns() if task["study"] is None else read_runs([Path(task["study"])])
+        places = task["runs"]
         if not places:
             return find_runs([self.cfg.paths.runs]) if Path(self.cfg.paths.runs).is_dir() else FoundRuns()
         return find_runs([places] if isinstance(places, str) else places)

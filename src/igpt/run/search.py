@@ -46,14 +46,14 @@ def in_turn(
         SystemExit: code 2 for an invalid search.
     """
     set_up_logging()
-    combinations = _combinations(arguments, lambda name: name != key)
-    swept = [text for texts in _combinations(arguments, lambda name: name == key) for text in texts]
+    combinations = list_combinations(arguments, lambda name: name != key)
+    swept = [text for texts in list_combinations(arguments, lambda name: name == key) for text in texts]
     values = [text.split("=", 1)[1] for text in swept] or values  # own: `task.learning_rate=0.01,0.003` as an argument
     if not values:
         refuse("hydra.sweeper.values names one value or more, from the first to be tried to the last")
     what = {"in_turn": [key, values, direction, arguments, config.hydra.launcher.metric]}
     returns: list[JobReturn] = []
-    with _search(config, what, direction, compose, [*combinations[0], f"{key}={values[0]}"]) as tried:
+    with search(config, what, direction, compose, [*combinations[0], f"{key}={values[0]}"]) as tried:
         for chosen in combinations:
             best = math.inf
             for value in values:
@@ -86,7 +86,7 @@ def optuna(
         from optuna.trial import Trial, TrialState
     except ImportError:
         refuse(INSTALL)
-    fixed, *more = _combinations(arguments)
+    fixed, *more = list_combinations(arguments)
     if more:
         refuse(f"{' '.join(arguments)}: Optuna proposes what is in hydra.sweeper.space, several values go there")
     distributions = {key: _distribution(library.distributions, key, spec) for key, spec in space.items()}
@@ -96,7 +96,7 @@ def optuna(
     what = {"optuna": [dict(space), direction, seed, fixed, config.hydra.launcher.metric]}
     library.logging.set_verbosity(library.logging.WARNING)
     returns: list[JobReturn] = []
-    with _search(config, what, direction, compose, [*fixed, *example]) as tried:
+    with search(config, what, direction, compose, [*fixed, *example]) as tried:
         folder = Path(config.hydra.sweep.dir)
         database = (folder / "study.db").absolute()
         try:
@@ -157,7 +157,7 @@ def _is_in(spec: Mapping[str, Any], value: Any) -> bool:
     return isinstance(value, int | float) and bool(spec["low"] <= value <= spec["high"])
 
 
-def _combinations(arguments: list[str], wanted: Callable[[str], bool] = lambda name: True) -> list[list[str]]:
+def list_combinations(arguments: list[str], wanted: Callable[[str], bool] = lambda name: True) -> list[list[str]]:
     """Every combination (a list of `key=value`) of the swept settings whose name passes `wanted`; [[]] if none does."""
     parsed = OverridesParser.create().parse_overrides(arguments)
     (combinations,) = BasicSweeper.split_arguments([each for each in parsed if wanted(each.key_or_group)], None)
@@ -165,13 +165,19 @@ def _combinations(arguments: list[str], wanted: Callable[[str], bool] = lambda n
 
 
 @contextmanager
-def _search(
-    config: DictConfig, what: Mapping[str, Any], direction: str, compose: Compose, example: Sequence[str]
+def search(
+    config: DictConfig,
+    what: Mapping[str, Any],
+    direction: str,
+    compose: Compose,
+    example: Sequence[str],
+    pages: Sequence[Path] = (),
 ) -> Iterator[list[str | None]]:
     """Yields a list for the run directories of a search, and compares these runs after the block.
 
     The directory's name holds a hash of `what`, so that the same command continues the search. `example`, the overrides
     of one job, is composed first to find errors. In the block, the variable SWEEP names the search for its jobs.
+    `pages`: run directories that the comparison links to, known after the block.
     """
     if direction not in (LOWER, HIGHER):
         refuse(f"hydra.sweeper.direction must be {LOWER} or {HIGHER}, got {direction!r}")
@@ -199,7 +205,7 @@ def _search(
     folders = [Path(folder) for folder in tried if folder]
     launcher: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     table = {key: launcher[key] for key in TABLE if key in launcher}
-    report_sweep(place, folders, metric=launcher["metric"], command=format_command(), **table)
+    report_sweep(place, folders, metric=launcher["metric"], command=format_command(), pages=pages, **table)
 
 
 def _loss(config: DictConfig, job: JobReturn, direction: str) -> float:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from igpt.settings.fields import Count, Settings, Split, WholeNumber
+from igpt.settings.fields import Count, Positive, Settings, Split, WholeNumber
 
 FROM = "from"  # key of a stage: the earlier stage it takes weights from; a list for a task with `runs`; null: none
 INIT = "init"  # key of a stage: a path to weights of its own; null: none of its own
@@ -52,6 +52,34 @@ class CompareSettings(Settings):
     numbers: list[str]
     reference: dict[str, Any] | None
     all: bool
+
+
+class IsoflopSettings(Settings):
+    """`task=isoflop`."""
+
+    runs: list[str] | str
+    targets: list[Literal["loss", "probe", "kid", "fd_lite0"]]
+    weights: Literal["all", "non_embedding"]
+    width: Annotated[float, Field(ge=1, le=1e6)] | None  # factor between sizes; None: all enter a parabola
+    huber: Positive | None  # share of the median value; None: squares
+    bootstrap: WholeNumber  # draws
+
+
+class AdviseSettings(Settings):
+    """`task=advise`."""
+
+    study: str
+    operations: Positive | None  # floating-point operations of a training
+    hours: Positive | None
+    speed: Positive | None  # FLOP/s of all devices; None: the study's fastest run
+
+    @model_validator(mode="after")
+    def _check_compute(self) -> "AdviseSettings":
+        if (self.operations is None) == (self.hours is None):
+            raise ValueError("task.operations=1e18 or task.hours=24 says how much compute there is: give one of them")
+        if self.speed is not None and self.hours is None:
+            raise ValueError("task.speed turns task.hours into operations, which are given: leave it out")
+        return self
 
 
 class ReportSettings(Settings):

@@ -221,6 +221,7 @@ def run(components: Components, settings: PretrainSettings) -> Result:
             "step": progress.step,
             "seed": components.seed,
             "tokenizer": data.tokenizer.hash,
+            "train_images": n_train,
             **progress.provenance,
         },
     )
