@@ -268,7 +268,7 @@ def read_facts(work: Path) -> dict[str, Any]:
             facts[name]["numbers"] = {
                 key: number
                 for key, number in record["numbers"].items()
-                if number["unit"] not in ("s", "GB") and not number["unit"].endswith("/s")
+                if number["unit"] not in ("s", "GB", "device-days") and not number["unit"].endswith("/s")
             }
         elif path.name == "jobs.json":
             jobs = json.loads(path.read_text())["jobs"]

@@ -393,8 +393,8 @@ def test_a_resumed_run_with_other_settings(tmp_path: Path, caplog: pytest.LogCap
     assert "has no checkpoint yet: it starts from the first step" in caplog.text
     with caplog.at_level(logging.INFO):
         find_run_dir(built(f"resume={folder.path}", "trainer.num_workers=2", "task.log_every=7").run)
-    assert "trainer.num_workers None ≠ 2; task.log_every 100 ≠ 7" in caplog.text
-    with pytest.raises(ValueError, match=r"another run .*: task.steps 1000000 ≠ 5; seed 0 ≠ 1$"):
+    assert "trainer.num_workers None ≠ 2; task.log_every 20 ≠ 7" in caplog.text
+    with pytest.raises(ValueError, match=r"another run .*: task.steps 600 ≠ 5; task.warmup_steps 60 ≠ 0; seed 0 ≠ 1$"):
         find_run_dir(built(f"resume={folder.path}", "task.steps=5", "seed=1", "task.log_every=7").run)
     for override, message in (
         ("model=igpt_micro", "model.n_embd 64 ≠ 128"),

@@ -131,12 +131,18 @@ def test_operations_leave_a_warm_up_that_fits() -> None:
             "a tenth of the rate of iGPT-L, 32×32, next pixels (Chen et al. 2020, Table 5; the rate from memory, "
             "unverified): rate 0.0001; augmentation (Chen et al. 2020, §3.1): pad 4, flip",
         ),
+        (
+            "task=finetune data=cifar10 data.path=x task.learning_rate=1 task.batch_size=8 data.augment.pad=0",
+            "augmentation (Chen et al. 2020, §3.1): flip",
+        ),
         ("task=palette", ""),
     ],
 )
 def test_the_first_line_says_what_is_taken_and_from_whom(typed: str, recipe: str, tmp_path: Path) -> None:
     """By hand: only values that nobody gave; nothing where all are given."""
-    line = describe_run(built(*typed.replace("data.path=x", f"data.path={tmp_path}").split()).run)
+    run = built(*typed.replace("data.path=x", f"data.path={tmp_path}").split()).run
+    line = describe_run(run, ", in FOLDER")
+    assert line.partition("; ")[0].endswith(", in FOLDER")
     assert line.partition("; recipe: ")[2] == recipe
 
 

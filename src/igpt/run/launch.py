@@ -214,7 +214,7 @@ def launch(
             components.run_dir = folder.path
             components.hardware.warn_of_rounding()
             processes_text = f", {rank.count} processes" if rank.count > 1 else ""
-            log.info("%s, in %s%s", describe_run(run), folder.path, processes_text)
+            log.info("%s", describe_run(run, f", in {folder.path}{processes_text}"))
             for line in of_operations:
                 log.info("%s", line)
             while_it_runs.enter_context(components.hardware.kernel_cache())
@@ -236,15 +236,15 @@ def report_finished(run: RunConfig, folder: RunFolder) -> Result:
     return finished.result
 
 
-def describe_run(run: RunConfig) -> str:
-    """The run in a line: task, model, data, objective, steps and batch size, and the recipe that it takes."""
+def describe_run(run: RunConfig, where: str = "") -> str:
+    """The run in a line: task, model, data, objective, steps and batch size, `where`, and the recipe that it takes."""
     if "finished_runs" in run.requires:
-        return run.task
+        return run.task + where
     task = run.config["task"]
     subject = f"{run.task}: {run.model_name} on {run.data_name}, {run.objective_settings['name']}"
     if "steps" in task and isinstance(task.get("batch_size"), int):
         subject += f", {task['steps']:,} steps of {task['batch_size']:,} images"
-    return "; ".join(filter(None, (subject, describe_recipe(run.cfg))))
+    return "; ".join(filter(None, (subject + where, describe_recipe(run.cfg))))
 
 
 def show_plan(components: Components, lines: Sequence[str] = ()) -> Result:

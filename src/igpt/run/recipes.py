@@ -20,6 +20,7 @@ SHOWN = {
     "steps": "{:,} steps",
     "warmup_steps": "warm-up {:,}",
 }
+AUGMENTATION = {"pad": "pad {}", "flip": "flip"}
 PAPER = "Chen et al. 2020, §3.1"
 CHECKPOINT = "checkpoint"  # name of a model or objective that is that of the weights of init=
 
@@ -59,8 +60,8 @@ def describe_recipe(cfg: DictConfig) -> str:
         for row, keys in rows.items()
         if taken.keys() & keys
     ]
-    if is_tuned and taken.get("pad"):
-        texts.append(f"augmentation ({PAPER}): pad {taken['pad']}{', flip' if taken.get('flip') else ''}")
+    if augmentation := [AUGMENTATION[key].format(taken[key]) for key in AUGMENTATION if taken.get(key)]:
+        texts.append(f"augmentation ({PAPER}): {', '.join(augmentation)}")
     return f"recipe: {'; '.join(texts)}" if texts else ""
 
 
