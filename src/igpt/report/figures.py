@@ -144,7 +144,7 @@ def bars_figure(path: Path, bars: Bars) -> None:
 
 
 @LITERAL
-def marked_lines_figure(path: Path, lines: MarkedLines) -> None:
+def lines_figure(path: Path, lines: MarkedLines) -> None:
     """Writes the lines with their markers and intervals, the title above."""
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.add_subplot()

@@ -19,14 +19,7 @@ from filelock import FileLock, Timeout
 
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.bystanders import Bystander, describe_error
-from igpt.report.figures import (
-    bars_figure,
-    curves_figure,
-    grid_picture,
-    marked_lines_figure,
-    matrix_figure,
-    palette_picture,
-)
+from igpt.report.figures import bars_figure, curves_figure, grid_picture, lines_figure, matrix_figure, palette_picture
 from igpt.settings.older_configs import VERSION, read_record
 from igpt.settings.paths import is_same_place
 from igpt.utils import files
@@ -253,7 +246,7 @@ class RunFolder:
         for name, bars in result.bars.items():
             write(name, ".png", bars_figure, bars)
         for name, lines in result.lines.items():
-            write(name, ".png", marked_lines_figure, lines)
+            write(name, ".png", lines_figure, lines)
         for name, curves in result.charts.items():
             write(name, ".png", curves_figure, curves)
         if result.curves:
