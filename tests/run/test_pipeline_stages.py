@@ -57,7 +57,11 @@ def test_a_stage_reads_its_own_dataset(data: str, side: int, tmp_path: Path) -> 
         ("{model: igpt_sm}", r"task\.stages\.probe\.model=igpt_sm: there is no such option, did you mean igpt_s"),
         ("{data: {option: cifar100, resolution: many}, init: RUN}", r"data\.resolution must be a whole number"),
         ("{data: cifar100, init: RUN}", r"reads 8×8 pixels .*, data=cifar100 gives 32×32"),
-        ("{objective: bert, init: RUN}", "RUN.* objective"),
+        ("{objective: bert, init: RUN}", r"^task\.stages\.probe: .*RUN.* objective"),
+        (
+            "{task: scaling, from: [palette], probe_data: folder}",
+            r"^task\.stages\.probe\.probe_data=folder needs to know",
+        ),
         ("{data: folder}", r"^task\.stages\.probe\.data=folder needs to know where the images are: task"),
         ("{data: {option: folder, path: ./gone}}", r"^task\.stages\.probe\.data\.path=\./gone: there is no such file"),
         ("{init: NOWHERE}", r"^task\.stages\.probe: init=NOWHERE: no config\.json"),
