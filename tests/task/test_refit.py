@@ -16,11 +16,14 @@ from igpt.checkpoint.resume import AtomicCheckpointIO, find_checkpoints
 from igpt.data.source import ArraySplit, JoinedSplit
 from igpt.distributed.signals import StoppedError
 from igpt.metric.result import Result
+from igpt.report.folder import RunFolder
+from igpt.run.fingerprint import compare_splits
 from igpt.tokens.palette import Palette
 from igpt.training.cost_estimate import SECONDS_A_DAY
 from tests.conftest import learned_numbers
 from tests.task.conftest import Arrays, Lab
 from tests.task.test_stopping import Send
+from tests.test_conf import built
 
 
 class Watch(Send):
@@ -129,6 +132,19 @@ def test_few_labels_stay_few(
     assert result.provenance["refitted_on_val"] is False
     assert "data.labels_per_class=2 limits labels" in caplog.text
     assert not (tmp_path / "refit").exists()
+
+
+@pytest.mark.parametrize(
+    ("refit", "labels", "warned"), [("true", "null", True), ("true", 2, False), ("false", "null", False)]
+)
+def test_weights_that_have_seen_val_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, refit: str, labels: int | str, warned: bool
+) -> None:
+    """By hand: a warning where they are used on the same images; not where few labels left val out."""
+    run = built("task=finetune", f"task.refit={refit}", f"data.labels_per_class={labels}").run
+    RunFolder(tmp_path).start(run.config, None, {}, run.subject)
+    compare_splits(built("task=palette").run.config["data"], tmp_path)
+    assert ("val is not held out from it, test is" in caplog.text) is warned
 
 
 def test_a_probe_again(tmp_path: Path, lab: Lab, both: Lab, ar: Weights) -> None:
