@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import hydra
 import pytest
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
@@ -56,7 +57,11 @@ def test_a_stage_reads_its_own_dataset(data: str, side: int, tmp_path: Path) -> 
         ("{model: igpt_sm}", r"task\.stages\.probe\.model=igpt_sm: there is no such option, did you mean igpt_s"),
         ("{data: {option: cifar100, resolution: many}, init: RUN}", r"data\.resolution must be a whole number"),
         ("{data: cifar100, init: RUN}", r"reads 8×8 pixels .*, data=cifar100 gives 32×32"),
-        ("{objective: bert, init: RUN}", "RUN.* objective"),
+        ("{objective: bert, init: RUN}", r"^task\.stages\.probe: .*RUN.* objective"),
+        (
+            "{task: scaling, from: [palette], probe_data: folder}",
+            r"^task\.stages\.probe\.probe_data=folder needs to know",
+        ),
         ("{data: folder}", r"^task\.stages\.probe\.data=folder needs to know where the images are: task"),
         ("{data: {option: folder, path: ./gone}}", r"^task\.stages\.probe\.data\.path=\./gone: there is no such file"),
         ("{init: NOWHERE}", r"^task\.stages\.probe: init=NOWHERE: no config\.json"),
@@ -91,10 +96,24 @@ def test_figures_are_checked_before_they_start(tmp_path: Path) -> None:
     }
     assert not any(stage.waits for stage in stages.values())
     assert [stage.cfg.data.path for name, stage in stages.items() if "imagenet" in name] == [str(data)] * 2
-    assert stages["finetune_bert"].cfg.data.augment == {"pad": 4, "flip": True}
+    assert stages["finetune_bert"].cfg.data.augment == {"pad": 1, "flip": True}  # an eighth of 8 pixels
     check(build)
     with pytest.raises(ValueError, match="objective"):
         check(built(*typed, f"init={bert}"))
+
+
+@pytest.mark.parametrize("figure", ["figure2", "figure4"])
+def test_the_stages_of_a_figure_are_the_protocols_of_the_paper(figure: str, tmp_path: Path) -> None:
+    """Independent source: `experiment=paper/KEY`, which a stage with `paper: KEY` is to equal, refit and data too."""
+    ar, bert = (save_small(tmp_path / name, causal=name == "ar") for name in ("ar", "bert"))
+    given = ["task.stages.probe_ar_imagenet.data.path=.", f"task.stages.probe_bert.init={bert}"]
+    given = [] if figure == "figure2" else given
+    build = built(f"experiment=paper/{figure}", "data.resolution=8", "data.path=.", f"init={ar}", *given)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        for stage in stage_configs(build.run).values():
+            own = ["data.resolution=8", f"data.path={stage.cfg.data.path}", f"init={stage.cfg.init}"]
+            alone = hydra.compose("config", overrides=[f"experiment=paper/{stage.cfg.task.paper}", *own])
+            assert (stage.cfg.task, stage.cfg.data) == (alone.task, alone.data), stage.name
 
 
 def test_a_run_is_that_of_its_stages_weights(tmp_path: Path) -> None:

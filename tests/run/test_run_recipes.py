@@ -135,6 +135,10 @@ def test_operations_leave_a_warm_up_that_fits() -> None:
             "task=finetune data=cifar10 data.path=x task.learning_rate=1 task.batch_size=8 data.augment.pad=0",
             "augmentation (Chen et al. 2020, §3.1): flip",
         ),
+        (
+            "model=igpt_s data=imagenet32 data.path=x tokens=rgb task.steps=9 task.warmup_steps=0",
+            "as iGPT-S, 32×32, next pixels (Chen et al. 2020, Table 5): rate 0.003, batch 128",
+        ),
         ("task=palette", ""),
     ],
 )

@@ -348,11 +348,11 @@ def test_layers_together(tmp_path: Path, lab: Lab, ar: Weights, probed: tuple[Pa
 
 
 def test_folds_look_at_train_alone(
-    tmp_path: Path, lab: Lab, few: Arrays, ar: Weights, probed: tuple[Path, Result]
+    tmp_path: Path, lab: Lab, few: Arrays, ar: Weights, probed: tuple[Path, Result], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Independent source: scikit-learn's cross-validation. Invariant: a source without val will do.
 
-    `auto` is that where training images were cut down, here to no less than three of a class.
+    `auto` is that where training images were cut down, here to no less than three of a class; no refit then, and said.
     """
     lab.digits = replace(few, splits={name: few.splits[name] for name in ("train", "test")})
     result = lab.probe(
@@ -365,7 +365,8 @@ def test_folds_look_at_train_alone(
     assert result.numbers["cv/accuracy"].n == 200
     assert not [name for name in [*result.numbers, *result.curves] if "val" in name]
     lab.digits = replace(lab.digits, labels_per_class=3)
-    again = lab.probe(tmp_path / "b", ar, folds="auto", cache=probed[0] / "cache").numbers
+    again = lab.probe(tmp_path / "b", ar, folds="auto", refit=True, cache=probed[0] / "cache").numbers
+    assert "data.labels_per_class=3 limits labels" in caplog.text
     assert again == {name: result.numbers[name] for name in again}
     heads = [(tmp_path / name / "probe.safetensors").read_bytes() for name in ("a", "b")]
     assert heads[0] == heads[1]

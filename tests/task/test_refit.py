@@ -12,12 +12,18 @@ from safetensors.torch import load_file
 
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
+from igpt.checkpoint.resume import AtomicCheckpointIO, find_checkpoints
 from igpt.data.source import ArraySplit, JoinedSplit
 from igpt.distributed.signals import StoppedError
 from igpt.metric.result import Result
+from igpt.report.folder import RunFolder
+from igpt.run.fingerprint import compare_splits
 from igpt.tokens.palette import Palette
+from igpt.training.cost_estimate import SECONDS_A_DAY
+from tests.conftest import learned_numbers
 from tests.task.conftest import Arrays, Lab
 from tests.task.test_stopping import Send
+from tests.test_conf import built
 
 
 class Watch(Send):
@@ -83,7 +89,10 @@ def test_fine_tuning_again(tmp_path: Path, lab: Lab, both: Lab, ar: Weights, ref
 
 
 def test_a_kill_while_it_is_trained_again(tmp_path: Path, lab: Lab, ar: Weights, refitted: tuple[Path, Result]) -> None:
-    """Invariant: stopped in the second training, a run goes on there, to the bit; done once more, nothing changes."""
+    """Invariant: stopped in the second training, a run goes on there, to the bit; done once more, nothing changes.
+
+    Its device-days are those of both trainings: the last checkpoint of the second one counts from the first's.
+    """
     first = tmp_path / "checkpoints"
     with pytest.raises(StoppedError, match="after step 1"):  # `Send` alone would stop the first training
         lab.finetune(tmp_path, ar, refit=True, callbacks=(AtRefit(first),))
@@ -94,7 +103,11 @@ def test_a_kill_while_it_is_trained_again(tmp_path: Path, lab: Lab, ar: Weights,
     for _ in range(2):
         resumed = lab.finetune(tmp_path, ar, refit=True)
         assert equal(tmp_path, folder)
-        assert (resumed.numbers, resumed.curves) == (complete.numbers, complete.curves)
+        assert (learned_numbers(resumed), resumed.curves) == (learned_numbers(complete), complete.curves)
+    ends = [find_checkpoints(place)[-1] for place in (tmp_path, tmp_path / "refit")]
+    first_one, both = (AtomicCheckpointIO().load_checkpoint(end)["device_seconds"] for end in ends)
+    assert 0 < first_one < both
+    assert resumed.numbers["train/device_days"].value >= both / SECONDS_A_DAY
     assert {path: path.stat().st_mtime_ns for path in first.glob("step_*")}.items() <= before.items()
 
 
@@ -119,6 +132,19 @@ def test_few_labels_stay_few(
     assert result.provenance["refitted_on_val"] is False
     assert "data.labels_per_class=2 limits labels" in caplog.text
     assert not (tmp_path / "refit").exists()
+
+
+@pytest.mark.parametrize(
+    ("refit", "labels", "warned"), [("true", "null", True), ("true", 2, False), ("false", "null", False)]
+)
+def test_weights_that_have_seen_val_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, refit: str, labels: int | str, warned: bool
+) -> None:
+    """By hand: a warning where they are used on the same images; not where few labels left val out."""
+    run = built("task=finetune", f"task.refit={refit}", f"data.labels_per_class={labels}").run
+    RunFolder(tmp_path).start(run.config, None, {}, run.subject)
+    compare_splits(built("task=palette").run.config["data"], tmp_path)
+    assert ("val is not held out from it, test is" in caplog.text) is warned
 
 
 def test_a_probe_again(tmp_path: Path, lab: Lab, both: Lab, ar: Weights) -> None:

@@ -263,7 +263,7 @@ def test_single_weights_are_joined_by_size(place: Path, digit_runs: list[Path], 
     small, large = digit_runs
     huggingface.write(tmp_path / "hf", find_weights(str(large)))
     named = [str(large / "model_step_0000004"), str(tmp_path / "hf"), str(large / "model_step_0000002"), str(small)]
-    lines = scaling.collect_lines(named)
+    lines = scaling.collect_lines([*named, *named])  # twice is once
     assert [(line.name, [weights.metadata.step for weights in line.weights]) for line in lines] == [
         ("model_step_0000004", [2, 4]), ("hf", [5]), (small.name, [2, 4, 5]),
     ]  # fmt: skip

@@ -82,14 +82,14 @@ def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
         if stage.is_independent:
             try:
                 run = RunConfig(stage.cfg, stage.choices)
+                components = Components(run)
+                components.check_settings()
+                if run.weights is not None and run.takes_from_weights("tokens"):
+                    components.check_weights()
+                if not has_tokenizer:
+                    components.check_tokenizer()
             except ValueError as error:
                 raise ValueError(f"task.stages.{stage.name}: {error}") from error
-            components = Components(run)
-            components.check_settings()
-            if run.weights is not None and run.takes_from_weights("tokens"):
-                components.check_weights()
-            if not has_tokenizer:
-                components.check_tokenizer()
         has_tokenizer |= stage.trains_tokenizer
 
     def run_stage(

@@ -104,11 +104,14 @@ def read_training_config(folder: Path) -> dict[str, Any]:
 def compare_splits(settings: Mapping[str, Any], run: Path) -> None:
     """Warns where the run of weights or of a tokenizer held out other images: it may have been trained on ours.
 
-    `settings`: the data settings of this run.
+    Or was trained again on train and val, by `task.refit`. `settings`: the data settings of this run.
     """
-    pretrained = read_data_settings(run)
+    training = read_training_config(run)
+    pretrained = training.get("data", {})
     if pretrained.get("name") != settings["name"]:
         return
+    if training["task"].get("refit") is True and pretrained.get("labels_per_class") is None:
+        log.warning("%s was trained again on train and val (task.refit): val is not held out from it, test is", run)
     differ = split_differences(settings, pretrained)
     other = [f"data.{key} {pretrained.get(key)} ≠ {settings.get(key)}" for key in differ]
     if other:

@@ -120,17 +120,17 @@ def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> Sta
         ValueError: an option that is no name, or a setting that the stage or its task does not have.
     """
     where = f"task.stages.{name}"
-    data_option, data = _split_option(settings.get(DATA, {}))
+    data = _spell_out(settings.get(DATA, {}))
     chosen = {"task": settings.get("task", name)} | {group: settings[group] for group in GROUPS if group in settings}
-    chosen |= {} if data_option is None else {DATA: data_option}
+    chosen |= {DATA: data.pop(OWN)} if OWN in data else {}
     for group, option in chosen.items():
         check_option(group, option, f"{where}.{group}")
     overrides = [f"{group}={option}" for group, option in chosen.items()]
     overrides += [f"variant={variant}"] if (variant := run.choices.get("variant")) else []  # of a stage's own model
     fresh = hydra.compose("config", overrides=overrides, return_hydra_config=True)
     if settings.get(PROBE_DATA) is not None and PROBE_DATA in fresh.task:
-        probe_option, probe_data = _split_option(settings[PROBE_DATA])
-        check_option(DATA, probe_option, f"{where}.{PROBE_DATA}")
+        probe_data = _spell_out(settings[PROBE_DATA])
+        check_option(DATA, probe_option := probe_data.pop(OWN, None), f"{where}.{PROBE_DATA}")
         settings = {**settings, PROBE_DATA: probe_data}
         overrides += [f"data@task.{PROBE_DATA}={probe_option}"]
         fresh = hydra.compose("config", overrides=overrides, return_hydra_config=True)
@@ -155,6 +155,8 @@ def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> Sta
     of_stage = ("task", FROM, INIT, STAND_IN, DATA, *GROUPS)
     of_task = {str(key): value for key, value in settings.items() if key not in of_stage}
     cfg.task = _merge(cfg.task, of_task, where)
+    if (probed := cfg.task.get(PROBE_DATA)) is not None and probed._target_ == IMAGES:
+        check_path(probed.path, probed.name, f"{where}.{PROBE_DATA}")
     OmegaConf.set_struct(cfg, True)
     stand_in = settings.get(STAND_IN)
     spec = to_dict(cfg.task)
@@ -163,10 +165,9 @@ def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> Sta
     return StageConfig(name, cfg, choices, None if stand_in is None else Path(stand_in))
 
 
-def _split_option(settings: Any) -> tuple[Any, dict[str, Any]]:
-    """(option, own settings) of a stage's own choice from a group: the option's name, or {option: NAME, setting: …}."""
-    own = dict(settings) if isinstance(settings, Mapping) else {OWN: settings}
-    return own.pop(OWN, None), own
+def _spell_out(settings: Any) -> dict[str, Any]:
+    """A stage's choice of images as `{option: NAME, setting: …}`, also where it is the option's name alone."""
+    return dict(settings) if isinstance(settings, Mapping) else {OWN: settings}
 
 
 def check_option(group: str, option: Any, where: str) -> None:

@@ -22,6 +22,7 @@ SHOWN = {
 }
 AUGMENTATION = {"pad": "pad {}", "flip": "flip"}
 PAPER = "Chen et al. 2020, §3.1"
+RGB = "igpt.tokens.rgb.RGBSettings"  # three tokens a pixel
 CHECKPOINT = "checkpoint"  # name of a model or objective that is that of the weights of init=
 
 
@@ -138,7 +139,8 @@ def _find_rate(cfg: DictConfig) -> tuple[Rate, bool]:
         model, side = (names[0], names[2]) if model == CHECKPOINT else (model, side)
         objective = names[1] if objective == CHECKPOINT else objective
     rate = load_recipes().find_rate(model, objective, side)
-    return rate, (rate.model, rate.objective, rate.side, 1) == (model, objective, side, pixels)
+    is_of_pixels = pixels == 1 and _read(cfg, "tokens._target_") != RGB
+    return rate, is_of_pixels and (rate.model, rate.objective, rate.side) == (model, objective, side)
 
 
 Names = tuple[Any, Any, int]  # of weights: model, objective, tokens a side

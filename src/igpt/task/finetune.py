@@ -160,7 +160,9 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
 
     final: dict[str, Tensor] = checkpoint["state_dict"]
     if is_refitted:
-        final, curves = refit(components, build_module("val"), best["step"])
+        again = build_module("val")
+        again.clock = trained.clock  # the device-days of a run are those of both trainings
+        final, curves = refit(components, again, best["step"])
         result.curves |= {name.replace("train/", "refit/"): curve for name, curve in curves.items()}
     for split in splits:
         judged = load_module(split, checkpoint["state_dict"] if split == "val" else final)

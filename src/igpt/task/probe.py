@@ -55,14 +55,16 @@ def run(components: Components, settings: ProbeSettings) -> Result:
     if concat is not None and concat > n_layer + 1:
         raise ValueError(f"task.concat_layers={concat}: the network has {n_layer + 1} layers to take together")
     source = components.source
-    if source.labels_per_class is not None:  # no other labels may be used
+    if (n_label := source.labels_per_class) is not None:  # no other labels may be used
+        if settings.refit is True:
+            log.warning("task.refit does not train on val: data.labels_per_class=%s limits labels", n_label)
         refit = False
         if folds == "auto" and settings.solver == "sgd":
             raise ValueError(
                 "task.solver=sgd chooses on val, whose labels data.labels_per_class forbids: take task.solver=lbfgs, "
                 "or allow them, task.folds=null"
             )
-        folds = choose_n_fold(source.labels_per_class) if folds == "auto" else folds
+        folds = choose_n_fold(n_label) if folds == "auto" else folds
     folds = None if folds == "auto" else folds
     splits = [*(["val"] if folds is None or refit else []), *(["test"] if settings.test else [])]
     masks = settings.eval_masks if not objective.causal else 1  # an autoregressive objective has no masks

@@ -70,7 +70,7 @@ def collect_lines(places: Sequence[str], *, palette: str | None = None) -> list[
         ValueError: no weights at a place, or weights with other tokens or another objective than the first.
     """
     lines: list[ScalingLine] = []
-    for place in places:
+    for place in dict.fromkeys(places):  # one that is named twice counts once
         steps = list_weights(place, palette=palette)
         config = read_training_config(steps[-1].folder.parent)
         if cooled := config.get("task", {}).get("cooled_at"):
