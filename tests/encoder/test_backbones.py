@@ -121,6 +121,10 @@ def test_the_size_of_the_file(tmp_path: Path) -> None:
         ("lacking", "lacks weights, as encoder"),
         ("nan", "holds NaN or infinity"),
         ("code", "transformers does not read"),
+        ("kernel", "config.json has attn_implementation, which may fetch code from the Hub"),
+        ("depth", "transformers does not read"),
+        ("large", r"does not say how pixels become the network's input.*size 200000"),
+        ("mean", r"does not say how pixels become the network's input.*nan"),
         ("no class token", r"task\.encoder=it has no class token: task\.pooling=mean"),
         ("nothing", "expected lite0, a folder of transformers with its config.json"),
     ],
@@ -141,6 +145,14 @@ def test_a_folder_that_is_refused(tmp_path: Path, fault: str, message: str) -> N
         save_file(
             {key: value for key, value in state.items() if fault == "nan" or key != name}, weights, {"format": "pt"}
         )
+    if fault in ("large", "mean"):
+        preprocessor = json.loads((folder / "preprocessor_config.json").read_text())
+        own = {"size": 200_000} if fault == "large" else {"image_mean": [float("nan")] * 3}
+        (folder / "preprocessor_config.json").write_text(json.dumps({**preprocessor, "do_center_crop": False, **own}))
+    if fault in ("kernel", "depth"):
+        config = json.loads((folder / "config.json").read_text())
+        own = {"attn_implementation": "someone/kernel"} if fault == "kernel" else {"depths": "deep"}
+        (folder / "config.json").write_text(json.dumps(config | own))
     if fault == "code":
         config = json.loads((folder / "config.json").read_text())
         own = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}

@@ -148,6 +148,7 @@ COUNTS = {"train": 6, "val": 3, "test": 2}
         ({"val": np.zeros((3, 4))}, "several widths, {'train': 5, 'val': 4, 'test': 5}"),
         ({"val": np.zeros((3, 5, 1))}, r"val: float64 \(3, 5, 1\), expected numbers of shape \(images, width\)"),
         ({"val": np.array([["a"], ["b"], ["c"]])}, "expected numbers of shape"),
+        ({"val": np.zeros((3, 5), ">f4")}, r"val: >f4 \(3, 5\), expected numbers .* in this machine's byte order"),
         ({"val": np.array([[{}], [1], [2]], dtype=object)}, "cannot be read .*Python objects"),
         ({"val": None}, "has no features of val: val.npy in the folder, or a tensor val"),
     ],
@@ -166,5 +167,9 @@ def test_one_file_of_all_splits_that_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "mine.npy", np.zeros((10, 5)))
     with pytest.raises(ValueError, match=r"10 rows, but train \+ val \+ test have 6 \+ 3 \+ 2 = 11 images"):
         read_given_features(str(tmp_path / "mine.npy"), COUNTS, list(COUNTS))
+    np.savez(tmp_path / "arrays.npz", features=np.zeros((11, 5)))
+    (tmp_path / "arrays.npz").rename(tmp_path / "arrays.npy")
+    with pytest.raises(ValueError, match=r"arrays\.npy cannot be read \(the magic string is not correct"):
+        read_given_features(str(tmp_path / "arrays.npy"), COUNTS, list(COUNTS))
     with pytest.raises(ValueError, match=r"task\.encoder=.*none\.safetensors cannot be read \(there is no such file"):
         read_given_features(str(tmp_path / "none.safetensors"), COUNTS, list(COUNTS))

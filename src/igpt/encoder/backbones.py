@@ -5,7 +5,10 @@ Only `config.json`, `preprocessor_config.json` and safetensors files are read; n
 
 import importlib.util
 import inspect
+import json
 import logging
+import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ log = logging.getLogger(__name__)
 
 INSTALL = "needs transformers, which is not installed here: pip install transformers==5.23.0 (or igpt[baselines])"
 PIXEL = 1 / 255  # scale of a pixel before mean and deviation, by default
+LARGEST = 4096  # pixels a side, as of task.input_size
+FETCHES_CODE = re.compile(r'"(_?attn_implementation(?:_internal)?|quantization_config)": ')  # kernels of the Hub
 
 
 class Backbone:
@@ -46,7 +51,7 @@ class Backbone:
         black = torch.zeros(1, self.input_size, self.input_size, 3, dtype=torch.uint8)
         try:
             output = self._forward(black)
-        except (ValueError, RuntimeError, AttributeError, TypeError) as error:  # whatever it says of such an image
+        except Exception as error:  # whatever such a network, of any library, says of such an image
             side = self.input_size
             raise ValueError(
                 f"task.encoder={name} does not encode {side}×{side} pixels ({first_line(error)})"
@@ -136,6 +141,11 @@ def read_backbone(folder: Path) -> tuple[Any, set[str]]:
     transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if not all(path.is_file() for path in list_part_files(folder)):
         raise ValueError(f"task.encoder: {folder} has no model.safetensors, the only format that is read")
+    if found := FETCHES_CODE.search(json.dumps(read_config(folder / CONFIG))):
+        raise ValueError(
+            f"task.encoder: {folder / CONFIG} has {found[1]}, which may fetch code from the Hub: expected plain weights "
+            "and no such key, take it out if it is not needed"
+        )
     own: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **own)
@@ -144,7 +154,7 @@ def read_backbone(folder: Path) -> tuple[Any, set[str]]:
         network, report = transformers.AutoModel.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **own
         )
-    except (ValueError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # settings of someone else's: transformers checks few, and raises of every kind
         raise ValueError(f"task.encoder: transformers does not read {folder} ({first_line(error)})") from error
     if network.main_input_name != "pixel_values" or getattr(network.config, "num_channels", 3) != 3:
         raise ValueError(f"task.encoder: {folder} is no network of RGB images alone ({network.config.model_type})")
@@ -177,8 +187,9 @@ def read_preprocessing(folder: Path, input_size: int | None) -> Preprocessing:
         mean, std = each_channel(0.0), each_channel(1.0)
         if settings.get("do_normalize", True):
             mean, std = each_channel(settings["image_mean"]), each_channel(settings["image_std"])
-        if size < 1 or not scale > 0 or min(std) <= 0:
-            raise ValueError(f"size {size}, rescale_factor {scale}, image_std {std}")
+        is_finite = all(map(math.isfinite, (scale, *mean, *std)))
+        if not 1 <= size <= LARGEST or not is_finite or scale <= 0 or min(std) <= 0:
+            raise ValueError(f"size {size}, rescale_factor {scale}, image_mean {mean}, image_std {std}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not say how pixels become the network's input ({error!r:.200})") from error
     red, green, blue = (value / scale for value in mean)

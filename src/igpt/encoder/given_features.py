@@ -55,14 +55,18 @@ def _open_arrays(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("there is no such file")
         return {name: lazy.to_float32().read().numpy() for name, lazy in read_safetensors(path).items()}
     if path.suffix == ".npy":
-        return {ALL: np.load(path, mmap_mode="r", allow_pickle=False)}
+        return {ALL: np.lib.format.open_memmap(path, mode="r")}
     named = {split: path / f"{split}.npy" for split in SPLITS}
-    return {split: np.load(file, mmap_mode="r", allow_pickle=False) for split, file in named.items() if file.is_file()}
+    return {split: np.lib.format.open_memmap(file, mode="r") for split, file in named.items() if file.is_file()}
 
 
 def _check_shape(array: np.ndarray, n_image: int, where: str, images: str) -> None:
-    if array.ndim != 2 or array.dtype.kind not in "fiu" or not array.shape[1]:
-        raise ValueError(f"{where}: {array.dtype} {array.shape}, expected numbers of shape (images, width)")
+    is_number = array.dtype.kind in "fiu" and array.dtype.isnative and array.dtype.itemsize <= 8
+    if array.ndim != 2 or not is_number or not array.shape[1]:
+        raise ValueError(
+            f"{where}: {array.dtype} {array.shape}, expected numbers of shape (images, width), at most 64 bits each in "
+            "this machine's byte order"
+        )
     if len(array) != n_image:
         raise ValueError(f"{where}: {len(array):,} rows, but {images} {n_image:,} images: one row each, in their order")
 
