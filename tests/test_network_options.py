@@ -159,7 +159,7 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [MIXED, LINEAR], ids=["mixed", "linear"])
+@pytest.mark.parametrize("options", [pytest.param(MIXED, marks=pytest.mark.slow), LINEAR], ids=["mixed", "linear"])
 def test_training_goes_on_to_the_bit(options: tuple[str, ...], tmp_path: Path) -> None:
     """Invariant: 2 + 2 steps give the weights of 4. Every task reads what was saved."""
     typed = [*PRETRAIN, *options, "task.steps=4"]
