@@ -189,7 +189,7 @@ def test_a_stage_has_the_recipe_of_the_weights_it_is_given(tmp_path: Path, monke
     init, seen = save_igpt_l(tmp_path / "run"), []
     monkeypatch.setattr("igpt.run.execute.run_and_report", lambda components: seen.append(components.run.config))
     stage = "{task: finetune, model: checkpoint, objective: checkpoint, steps: 2, val_every: 1}"
-    pipeline = ("task=pipeline", "objective=bert", f"+task.stages={{tune: {stage}}}")
+    pipeline = ("task=pipeline", "objective=bert", f"+task.stages={{pretrain: {{}}, tune: {stage}}}")
     pipelines = built(*pipeline), built(*pipeline, f"+task.stages.tune.run={tmp_path / 'tuned'}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         run_stage = stage_runner(pipelines[0])
