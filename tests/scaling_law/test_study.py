@@ -263,7 +263,8 @@ def test_a_sweep_lays_out_runs_and_ends_in_the_fit(tmp_path: Path, monkeypatch: 
             return compose_config("config", overrides=list(overrides), return_hydra_config=True)
 
         isoflop_sweep.isoflop(
-            compose(arguments), arguments, launch=launch, compose=compose, budgets=[1.00000001e11], tokens_per_weight=None,
+            compose(arguments), arguments, launch=launch, compose=compose, budgets=[1.00000001e11],
+            tokens_per_weight=None,
             sizes=[[1, 8, 1], {"n_layer": 2, "n_embd": 8, "n_head": 1, "learning_rate": 0.02}, "igpt_pico"],
             fit={"weights": "non_embedding"},
         )  # fmt: skip

@@ -27,7 +27,7 @@ def find_encoder(
         return load_lite0(device=device, resolution=resolution, input_size=input_size)
     if is_features(spec):
         raise ValueError(
-            f"task.encoder={spec} holds features, those of other images cannot be computed with it: expected a network; "
+            f"task.encoder={spec} holds features, and other images have none: expected a network; "
             "task=probe_encoder takes features"
         )
     return load_backbone(spec, device=device, input_size=input_size, pooling=pooling)
