@@ -162,3 +162,9 @@ def test_a_folder_that_is_refused(tmp_path: Path, fault: str, message: str) -> N
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match=message):
         found(folder, pooling="cls" if fault == "no class token" else "auto")
+
+
+def test_features_are_no_encoder(tmp_path: Path) -> None:
+    """A file of features is refused where images are to be encoded."""
+    with pytest.raises(ValueError, match=r"holds features.*expected a network; task=probe_encoder takes features"):
+        found(tmp_path / "mine.npy")

@@ -263,7 +263,8 @@ def test_a_sweep_lays_out_runs_and_ends_in_the_fit(tmp_path: Path, monkeypatch: 
             return compose_config("config", overrides=list(overrides), return_hydra_config=True)
 
         isoflop_sweep.isoflop(
-            compose(arguments), arguments, launch=launch, compose=compose, budgets=[1e11], tokens_per_weight=None,
+            compose(arguments), arguments, launch=launch, compose=compose, budgets=[1.00000001e11],
+            tokens_per_weight=None,
             sizes=[[1, 8, 1], {"n_layer": 2, "n_embd": 8, "n_head": 1, "learning_rate": 0.02}, "igpt_pico"],
             fit={"weights": "non_embedding"},
         )  # fmt: skip
@@ -272,7 +273,7 @@ def test_a_sweep_lays_out_runs_and_ends_in_the_fit(tmp_path: Path, monkeypatch: 
             "hydra/sweeper=isoflop", "task=isoflop", 'task.runs=["run_0","run_2"]',
             "task.weights=non_embedding", f"paths.runs={tmp_path}",
         ]  # fmt: skip
-        assert [job[len(arguments) :][-1] for job in jobs] == ["++task.stages.pretrain.operations=1e+11"] * 3
+        assert [job[len(arguments) :][-1] for job in jobs] == ["++task.stages.pretrain.operations=1.00000001e+11"] * 3
         assert "++task.stages.pretrain.learning_rate=0.02" in jobs[1]
         assert "model=igpt_pico" in jobs[2]
         job = isoflop_sweep.compose_run(compose, jobs[1])
@@ -282,6 +283,8 @@ def test_a_sweep_lays_out_runs_and_ends_in_the_fit(tmp_path: Path, monkeypatch: 
         assert (job.cfg.task.stages.pretrain.steps, job.model_name) == (steps, "igpt_2x8")
     with pytest.raises(ValueError, match="a size is \\[n_layer, n_embd, n_head\\], an option of conf/model/"):
         isoflop_sweep.name_sizes([[1, 8]], "task")
+    with pytest.raises(ValueError, match="budgets must be a list of operations"):
+        isoflop_sweep.read_budgets([1e12, float("nan")])
     assert isoflop_sweep.read_window([5, 20000]) == (5.0, 20000.0)
     with pytest.raises(ValueError, match="tokens_per_weight must be"):
         isoflop_sweep.read_window([5])

@@ -50,9 +50,7 @@ def run(components: Components, settings: AdviseSettings) -> Result:
     study = found.runs[0]
     points = read_study(study.folder / study.files_inside.get("points", Path(POINTS)), where)
     task = {key: value for key, value in study.config["task"].items() if key in IsoflopSettings.model_fields}
-    targets = [name.removeprefix("isoflop_") for name in study.files_inside if name.startswith("isoflop_")]
-    chosen = [name for name in targets if name in points[0].targets] if not task["targets"] else task["targets"]
-    fits = fit_study(points, chosen, **{key: task[key] for key in OF_STUDY}, seed=int(study.config["seed"]))
+    fits = fit_study(points, task["targets"], **{key: task[key] for key in OF_STUDY}, seed=int(study.config["seed"]))
     operations = settings.operations or count_operations(points, settings)
     result, blocks = Result(), [f"{operations:.3g} FLOP, by {study.folder.name}"]
     for fit in fits:

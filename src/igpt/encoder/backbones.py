@@ -143,8 +143,8 @@ def read_backbone(folder: Path) -> tuple[Any, set[str]]:
         raise ValueError(f"task.encoder: {folder} has no model.safetensors, the only format that is read")
     if found := FETCHES_CODE.search(json.dumps(read_config(folder / CONFIG))):
         raise ValueError(
-            f"task.encoder: {folder / CONFIG} has {found[1]}, which may fetch code from the Hub: expected plain "
-            "weights and no such key, take it out if it is not needed"
+            f"task.encoder: {folder / CONFIG} has {found[1]}, which may fetch code from the Hub: expected weights "
+            "and no such key, take it out if it is not needed"
         )
     own: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:

@@ -4,6 +4,7 @@ import torch
 
 from igpt.encoder.backbones import load_backbone
 from igpt.encoder.encoder import Encoder
+from igpt.encoder.given_features import is_features
 from igpt.encoder.lite0 import load_lite0
 from igpt.settings.fields import Pooling
 
@@ -24,4 +25,9 @@ def find_encoder(
         if pooling != "auto":
             raise ValueError(f"task.pooling={pooling}: lite0 has one, the mean over the image: task.pooling=auto")
         return load_lite0(device=device, resolution=resolution, input_size=input_size)
+    if is_features(spec):
+        raise ValueError(
+            f"task.encoder={spec} holds features, and other images have none: expected a network; "
+            "task=probe_encoder takes features"
+        )
     return load_backbone(spec, device=device, input_size=input_size, pooling=pooling)

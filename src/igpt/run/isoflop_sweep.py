@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -45,7 +46,7 @@ def isoflop(
     try:
         place, training = find_pretraining(compose_run(compose, first))
         named = name_sizes(sizes, place)
-        budgets = [float(budget) for budget in budgets]
+        budgets = read_budgets(budgets)
         trainings = {name: find_pretraining(compose_run(compose, [*first, *own]))[1] for name, own in named.items()}
         window = read_window(tokens_per_weight)
         known = {name: read_size(of) for name, of in trainings.items()}
@@ -59,7 +60,7 @@ def isoflop(
     log.info("%s", align_columns(list_plan(planned, n_train)))
     log.info("%d pretrainings, %.3g operations together", len(planned) * len(combinations), operations)
     jobs = [
-        [*chosen, *named[run.name], f"++{place}.operations={run.budget:g}"]
+        [*chosen, *named[run.name], f"++{place}.operations={np.format_float_scientific(run.budget, trim='-')}"]
         for run in planned
         for chosen in combinations
     ]
@@ -81,6 +82,13 @@ def isoflop(
         (fitted,) = launch([[*fitting, *settings, *outside]], len(jobs))
         pages += [Path(fitted.working_dir)] if fitted.working_dir else []
     return [*returns, fitted]
+
+
+def read_budgets(given: Any) -> list[float]:
+    """Operations of each budget. Raises ValueError for anything but a list of finite numbers."""
+    if isinstance(given, list) and all(type(each) in (int, float) and math.isfinite(each) for each in given):
+        return [float(budget) for budget in given]
+    raise ValueError(f"hydra.sweeper.budgets must be a list of operations, as [1e12,1e13], got {given!r}")
 
 
 def read_window(given: Any) -> tuple[float, float] | None:
