@@ -245,7 +245,7 @@ def test_the_best_point_is_marked_with_its_interval(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("igpt.report.figures._save", lambda path, figure, **_: drawn.append(figure))
     x = [0.0, 1.0, 2.0, 3.0]
     plain, marked = Curve(x, [0.1, 0.2, 0.1, 0.1], "layer", "accuracy"), [0.1, 0.3, 0.5, 0.4]
-    curves = {"plain": plain, "marked": Curve(x, marked, "layer", "accuracy", (1, 3))}
+    curves = {"plain": plain, "marked": Curve(x, marked, "layer", "accuracy", best=(1, 3))}
     curves_figure(tmp_path / "c.png", curves)
     (container,) = drawn[0].axes[0].containers
     star, _, (bar,) = container

@@ -133,6 +133,7 @@ def test_a_text_in_a_stage_stays_a_text(tmp_path: Path, monkeypatch: pytest.Monk
         composed = RunConfig(
             OmegaConf.masked_copy(cfg, [*map(str, cfg.keys() - {"hydra"})]), dict(cfg.hydra.runtime.choices)
         )
+        (tmp_path / "${oc.env:SECRET}").mkdir()  # a stage's images are looked for before it starts
         (stage,) = stage_configs(composed).values()
     texts = [*leaves(to_dict(stage.cfg)), *leaves(composed.config)]
     assert ("path", "${oc.env:SECRET}") in texts

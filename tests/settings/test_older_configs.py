@@ -29,7 +29,7 @@ KEPT = ROOT / "tests" / "older_runs"
 # defaults of `task=pretrain` then, which are those of a table of recipes now
 DEFAULTS = {
     "steps": 1000000, "batch_size": 128, "learning_rate": 0.003, "warmup_steps": 9609, "val_every": 5000,
-    "log_every": 100, "checkpoint_every": 5000,
+    "log_every": 100, "checkpoint_every": 5000, "keep_steps": [],
 }  # fmt: skip
 
 

@@ -42,6 +42,8 @@ def load_task_settings(task: str) -> tuple[type[Settings], dict[str, Any]]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         spec = OmegaConf.to_container(compose("config", overrides=[f"task={task}"]).task, resolve=True)
     assert isinstance(spec, dict)
+    if task == "advise":
+        spec["operations"] = 1e9  # compute is always asked for
     model: type[Settings] = get_type_hints(get_object(spec["_target_"]))["settings"]
     return model, {str(key): value for key, value in spec.items() if key not in OF_LAUNCH}
 

@@ -43,6 +43,8 @@ def run(components: Components, settings: AdviseSettings) -> Result:
     Raises:
         ValueError: `task.study` is no finished task=isoflop, or has no exponents.
     """
+    if settings.study is None:
+        raise ValueError("task.study is not given: the run folder of a finished task=isoflop")
     found, where = components.run.finished_runs, f"task.study={settings.study}"
     if not found.runs or found.runs[0].task != "isoflop":
         why = next(iter(found.problems.values()), "it is no run of task=isoflop")

@@ -90,15 +90,16 @@ def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
         axes = figure.add_subplot(rows, columns, place)
         for name, curve in lines.items():
             (line,) = axes.plot(curve.x, curve.y, label=name, lw=1.4, marker="o" if len(curve.x) <= 65 else None, ms=3)
-            x_reach, y_reach = (
-                None if ends is None else _reach(values, ends)
-                for values, ends in ((curve.x, curve.x_intervals), (curve.y, curve.y_intervals))
-            )
             ink = line.get_color()
-            axes.errorbar(curve.x, curve.y, y_reach, x_reach, fmt="none", lw=0.9, capsize=2, color=ink)
+            if curve.x_intervals is not None or curve.y_intervals is not None:
+                x_reach, y_reach = (
+                    None if ends is None else _reach(values, ends)
+                    for values, ends in ((curve.x, curve.x_intervals), (curve.y, curve.y_intervals))
+                )
+                axes.errorbar(curve.x, curve.y, y_reach, x_reach, fmt="none", lw=0.9, capsize=2, color=ink)
             if curve.best is not None:
                 top = int(np.argmax(curve.y))
-                reach, ink = _reach([curve.x[top]], [curve.best]), line.get_color()
+                reach = _reach([curve.x[top]], [curve.best])
                 axes.errorbar(curve.x[top], curve.y[top], xerr=reach, fmt="*", ms=11, lw=1.4, capsize=4, color=ink)
         if any(curve.best is not None for curve in lines.values()):
             axes.plot([], [], "*-", ms=9, lw=1.4, color="black", label=f"best {x_unit}, with its 95 % interval")

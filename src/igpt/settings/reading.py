@@ -68,7 +68,7 @@ class IsoflopSettings(Settings):
 class AdviseSettings(Settings):
     """`task=advise`."""
 
-    study: str
+    study: str | None
     operations: Positive | None  # floating-point operations of a training
     hours: Positive | None
     speed: Positive | None  # FLOP/s of all devices; None: the study's fastest run
