@@ -159,6 +159,7 @@ def test_a_stopped_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(curves[0]["train/loss_gen"]["x"]) == 60
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_a_reader_of_its_messages(tmp_path: Path) -> None:
     """`python train.py … 2>&1 | head -1`: the run ends well, and log.txt has what nobody read."""
     command = [sys.executable, str(ROOT / "train.py"), "task=pretrain", *PRETRAIN, "task.steps=4"]
@@ -202,9 +203,8 @@ def test_a_sweep(tmp_path: Path) -> None:
     """Invariant: a folder a job, its table says what came of each; what differs is shown, what is equal is not."""
     settings = ["task=pretrain", *PRETRAIN, "task.steps=3", "task.val_every=0", "trainer.accelerator=cpu"]
     done = train_py(
-        "-m", *settings, "task.learning_rate=0.01,1e30", "hydra.launcher.n_jobs=2", "logger=[csv,wandb]",
-        "logger.wandb.offline=true", cwd=tmp_path, check=False,
-    )  # fmt: skip
+        "-m", *settings, "task.learning_rate=0.01,1e30", "hydra.launcher.n_jobs=2", cwd=tmp_path, check=False
+    )
     assert done.returncode == 1
     assert "2 jobs: 1 finished, 1 failed" in done.stderr
     assert "error: the loss of step" in done.stderr
@@ -215,9 +215,6 @@ def test_a_sweep(tmp_path: Path) -> None:
     assert sorted(p for p in (tmp_path / "runs").iterdir() if p.name != "sweeps") == sorted(folders)
     value = RunFolder(folders[0]).read_result()["numbers"]["val/loss_gen"]["value"]
     assert jobs[0]["value"] == value
-    logged = offline_runs(tmp_path)
-    assert sorted(run.exit_code for run in logged if run.exit_code is not None) == [0, 1]  # both are closed
-    assert {run.group for run in logged} == {f"sweep-{sweep.name}"}
     assert re.search(rf"0 +task.learning_rate=0.01 +finished +{value:.4f} +runs/{folders[0].name}", done.stderr)
 
 

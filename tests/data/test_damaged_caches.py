@@ -235,7 +235,7 @@ def test_what_a_killed_process_left(make_cached: Make, tmp_path: Path) -> None:
         assert list(folder.glob(".*.part")) == [mine]
 
 
-@pytest.mark.parametrize("make_cached", [load_pixels, compute_features])
+@pytest.mark.parametrize("make_cached", [load_pixels, pytest.param(compute_features, marks=pytest.mark.slow)])
 def test_killed_at_each_operation(make_cached: Make, tmp_path: Path) -> None:
     """Invariant: whichever sync, rename or removal is the last, the next process reads the same and leaves no more."""
     expected = make_cached(tmp_path)

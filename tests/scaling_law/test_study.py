@@ -190,6 +190,14 @@ def test_the_tasks(study: list[Path], tmp_path: Path, monkeypatch: pytest.Monkey
     step = train_flops_per_image(config) * 32
     assert abs(numbers["loss/images"] * step / 32 - 1e14) <= step / 2
     assert numbers["loss/expected"] == pytest.approx(loss(weights, numbers["loss/images"] * 64), rel=0.01)
+    inside, _ = run("task=advise", f"task.study={folder}", "task.operations=1e12", *places, conf=CONF)
+    n_layer, n_embd, *optima = (
+        inside.numbers[f"loss/{key}"].value
+        for key in ("n_layer", "n_embd", "weights_by_parabolas", "weights_by_surface")
+    )
+    weights, _ = count_network_weights(network(int(n_layer), int(n_embd), 1))
+    near = [abs(weights - optimum) for optimum in optima]
+    assert near[0] < near[1]  # the minima were measured there
     assert "EXTRAPOLATED: 33 TIMES THE LARGEST MEASURED BUDGET (3E+12 FLOP)" in advice.warnings[0]
     points = [replace(point, train_images=10_000, step_seconds=0.1) for point in read(study) if point.name == "5x48"]
     seen = numbers["loss/images"] / 10_000

@@ -178,7 +178,9 @@ def test_a_bar_of_a_number_that_was_not_found(tmp_path: Path) -> None:
 
 def test_curves_of_several_stages_in_one_plot(tmp_path: Path) -> None:
     """Invariant: each is that of its stage under the plot's own name; stages that are left out are in no picture."""
-    depths = {name: Curve([0.0, 1.0], [0.1, y], "layer", "accuracy", best=(1, 1)) for name, y in (("a", 0.5), ("b", 0.4))}
+    depths = {
+        name: Curve([0.0, 1.0], [0.1, y], "layer", "accuracy", best=(1, 1)) for name, y in (("a", 0.5), ("b", 0.4))
+    }
     share, one = Number(0.5, "share", 4), Number(0.25, "share", 4)
     results = {
         name: Result(curves={"probe, val": of}, numbers={"test/accuracy": share, "test/accuracy_one_mask": one})

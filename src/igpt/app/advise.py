@@ -102,8 +102,9 @@ def advise(
 ) -> tuple[list[Row], dict[str, Number]]:
     """Rows of text, the heading first, and numbers; none where the fit has neither exponents nor a surface.
 
-    First a network like the study's at the optimum of the surface (without one, of the parabolas), then the nearest
-    sizes of conf/model/ below and above it.
+    First a network like the study's at the optimum, then the nearest sizes of conf/model/ below and above it. The optimum
+    is the parabolas', whose minima were measured, up to the largest budget of the study, else the surface's; where only one
+    has been fitted, that.
     """
     law, surface, name = fit.minima.of_weights, fit.surface, fit.name
     n_run = len(fit.samples.values)
@@ -117,7 +118,9 @@ def advise(
     if not optima:
         return [], {}
     numbers = {f"{name}/weights_by_{method}": number for method, number in optima.items()}
-    best = next(iter(optima.values())).value
+    is_inside = operations <= max(point.operations for point in points)
+    chosen = "parabolas" if "parabolas" in optima and (is_inside or "surface" not in optima) else "surface"
+    best = optima[chosen].value
     suggested = suggest_shape(points, best, weights=weights)
     batch_size, known = points[-1].batch_size, [point.train_images for point in points if point.train_images]
     heading = ("network", "layers × width, heads", "weights", "images", f"steps of {batch_size}", "epochs",
