@@ -103,8 +103,8 @@ def advise(
     """Rows of text, the heading first, and numbers; none where the fit has neither exponents nor a surface.
 
     First a network like the study's at the optimum, then the nearest sizes of conf/model/ below and above it. Up to the
-    largest budget of the study that is the parabolas' optimum, whose minima were measured, beyond it the surface's; where
-    only one of both is fitted, that.
+    largest budget of the study that is the parabolas' optimum, whose minima were measured, beyond it the surface's;
+    where only one of both is fitted, that.
     """
     law, surface, name = fit.minima.of_weights, fit.surface, fit.name
     n_run = len(fit.samples.values)
