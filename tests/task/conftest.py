@@ -362,6 +362,11 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, digits: Digits, palette
 
 
 @pytest.fixture(scope="session")
+def ar(pretrained: Path) -> Weights:
+    return find_weights(str(pretrained))
+
+
+@pytest.fixture(scope="session")
 def masked(tmp_path_factory: pytest.TempPathFactory, digits: Digits, palette: Palette) -> Path:
     """The folder of one that predicts masked pixels."""
     folder = tmp_path_factory.mktemp("masked")

@@ -47,11 +47,6 @@ def lab(few: Arrays, palette: Palette) -> Lab:
 
 
 @pytest.fixture(scope="module")
-def ar(pretrained: Path) -> Weights:
-    return find_weights(str(pretrained))
-
-
-@pytest.fixture(scope="module")
 def bert(masked: Path) -> Weights:
     return find_weights(str(masked))
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.checkpoint.resume import AtomicCheckpointIO, find_checkpoints
 from igpt.data.source import ArraySplit, JoinedSplit
@@ -35,11 +34,6 @@ class Watch(Send):
 @pytest.fixture
 def lab(few: Arrays, palette: Palette) -> Lab:
     return Lab(few, palette)
-
-
-@pytest.fixture(scope="module")
-def ar(pretrained: Path) -> Weights:
-    return find_weights(str(pretrained))
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.data.digits import Digits
 from igpt.distributed.signals import StoppedError
@@ -24,11 +23,6 @@ RATES = [0.1, 3.0, 1.0]
 @pytest.fixture
 def lab(few: Arrays, palette: Palette) -> Lab:
     return Lab(few, palette)
-
-
-@pytest.fixture(scope="module")
-def ar(pretrained: Path) -> Weights:
-    return find_weights(str(pretrained))
 
 
 def heads(folder: Path) -> dict[str, torch.Tensor]:
