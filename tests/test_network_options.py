@@ -54,7 +54,9 @@ def saved_weights(run: Path) -> dict[str, torch.Tensor]:
     return find_weights(str(run)).net().state_dict()
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "size", [pytest.param(size, marks=pytest.mark.slow if size in ("igpt_l", "igpt_xl") else ()) for size in SIZES]
+)
 def test_every_size_has_every_option(size: str) -> None:
     """Invariant: each is composed and planned, and those with weights of their own have another number of them."""
     cfg, choices = compose_config(f"model={size}", "trainer.plan=true")

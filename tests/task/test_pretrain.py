@@ -130,7 +130,7 @@ def test_the_cost_is_measured(unbroken: tuple[Path, Result]) -> None:
     assert numbers["train/step_seconds"].n == 5
     assert numbers["train/device_days"].value * 86_400 > 5 * numbers["train/step_seconds"].value / 2
     assert 0 < numbers["train/step_seconds"].value < 60
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + 2**20  # the kernel counts pages in batches
     assert 1e8 < numbers["train/peak_memory"].value * 1e9 <= most  # PyTorch alone takes more
 
 
