@@ -163,6 +163,7 @@ def test_a_long_curve_keeps_its_ends_and_extremes(tmp_path: Path) -> None:
     assert f"({len(kept):,} of 30,000 points drawn)" in page.text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:constrained_layout not applied")  # 99 names below a plot
 def test_many_curves_leave_the_page_small(tmp_path: Path) -> None:
     """Invariant: below 5 MB, however many there are."""
@@ -254,6 +255,7 @@ def test_a_picture_is_shown_without_its_counts(tmp_path: Path, fault: str) -> No
     assert not [of for of in page.all("figure") if "data-k" in of]
 
 
+@pytest.mark.slow
 def test_many_classes_leave_the_page_small(tmp_path: Path) -> None:
     """Invariant: below 5 MB with 1,000 long names and every cell taken; then no counts are told."""
     result = Result()

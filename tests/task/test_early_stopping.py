@@ -93,6 +93,7 @@ def test_fine_tuning_and_heads_trained_by_sgd(tmp_path: Path, few: Arrays, palet
     assert probed.early_stops == ["stopped early by EarlyStopping at step 2 of 6"]
 
 
+@pytest.mark.slow
 def test_the_same_command_without_the_callback_is_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
