@@ -9,10 +9,9 @@ import pytest
 from igpt.report.folder import RunFolder, changes, deciding, identity
 from igpt.run.launch import run
 from igpt.run.run_dir import find_run_dir
+from igpt.settings.config_changes import TABLE, Changes
 from igpt.settings.older_configs import (
-    TABLE,
     VERSION,
-    Changes,
     answer,
     flat,
     nested,

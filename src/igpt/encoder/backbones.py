@@ -137,8 +137,8 @@ def read_backbone(folder: Path) -> tuple[Any, set[str]]:
     """(network in float32, names of the weights that its files lack). Raises ValueError, as `load_backbone`."""
     import transformers
 
-    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # transformers has no type for it
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers has no type for it
     if not all(path.is_file() for path in list_part_files(folder)):
         raise ValueError(f"task.encoder: {folder} has no model.safetensors, the only format that is read")
     if found := FETCHES_CODE.search(json.dumps(read_config(folder / CONFIG))):
