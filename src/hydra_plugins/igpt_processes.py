@@ -1,6 +1,7 @@
 """Hydra launcher plugin `hydra/launcher=processes`, the default; Hydra finds plugins in this package."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -19,8 +20,9 @@ class ProcessesLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from igpt.run.sweep import launch  # lazy: Hydra imports this file at every start
+        from igpt.run.init_defaults import complete_job  # lazy: Hydra imports this file at every start
+        from igpt.run.sweep import launch
 
-        load = self.context.config_loader.load_sweep_config
-        configs = [load(self.config, list(overrides)) for overrides in job_overrides]
+        load = partial(self.context.config_loader.load_sweep_config, self.config)
+        configs = [complete_job(load, list(overrides)) for overrides in job_overrides]
         return launch(self.config, configs, first=initial_job_idx, **self.settings)

@@ -14,7 +14,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from igpt.run.recipes import register_recipes
+from igpt.run.init_defaults import asks_for_data, init_overrides
+from igpt.run.recipes import CHECKPOINT, register_recipes
 from igpt.run.saved_overrides import SEARCH_PATH, format_plain, list_options, resume_overrides
 from igpt.settings.older_configs import NOW_SCRIPTS, answer
 from igpt.settings.paths import LISTS, READ, absolute_path, is_path
@@ -56,7 +57,8 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
     if resumed and resumed[-1] not in (None, "auto"):
         overrides = [*resume_overrides(Path(str(resumed[-1])), typed, flags, folders), *overrides]
     _check_paths(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
-    paths = check_overrides(overrides, folders).paths
+    overrides, cfg = complete_overrides(overrides, folders)
+    paths = cfg.paths
     if not OmegaConf.is_dict(paths):
         raise ValueError(f"paths must be settings, as {{name: value}}, got {format_value(paths)}")
     resolved: Any = OmegaConf.to_container(paths)  # once: a text in it that looks like an interpolation is none
@@ -149,10 +151,16 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
 
 
 def check_overrides(overrides: list[str], folders: list[Path]) -> DictConfig:
-    """The resolved config of these overrides, from these config folders.
+    """The resolved config of these overrides. Raises ValueError as `complete_overrides`."""
+    return complete_overrides(overrides, folders)[1]
+
+
+def complete_overrides(overrides: list[str], folders: list[Path]) -> tuple[list[str], DictConfig]:
+    """(overrides with those that `init=` adds in front, their resolved config), from these config folders.
 
     Raises:
-        ValueError: an override of a group, option or key that does not exist; with the nearest that does.
+        ValueError: an override of a group, option or key that does not exist, with the nearest that does; data that
+            `init=` cannot tell.
     """
     parsed = parse_overrides(overrides)
     conf, *config_dirs = folders
@@ -171,17 +179,31 @@ def check_overrides(overrides: list[str], folders: list[Path]) -> DictConfig:
         _check_options(override, folders)
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         where = [override for override in parsed if override.key_or_group == SEARCH_PATH]
-        keys = list(_flat_keys(OmegaConf.to_container(_compose_config([*where, *chosen]))))
+
+        def compose_options(overrides: Sequence[Override]) -> DictConfig:
+            options = (each for each in overrides if each.key_or_group in groups and not each.is_delete())
+            return _compose_config([*where, *options])
+
+        base = compose_options(parsed)
+        added = init_overrides(parsed, base, compose_options, [str(override.input_line) for override in where])
+        if added or any(map(asks_for_data, parsed)):
+            overrides = [*added, *(text for text in overrides if not asks_for_data(*parse_overrides([text])))]
+            parsed = [*parse_overrides(added), *(each for each in parsed if not asks_for_data(each))]
+            if any(
+                override.key_or_group.startswith("data.") for override in parsed
+            ):  # of which other keys are there now
+                base = compose_options(parsed)
+        keys = list(_flat_keys(OmegaConf.to_container(base)))
         for override in parsed:
             key = override.key_or_group
-            if override in chosen or key.startswith("hydra") or key in keys:
+            if key in groups or key.startswith("hydra") or key in keys:
                 continue
             if renamed := answer(key):
                 raise ValueError(renamed)
             if not (override.is_add() or override.is_force_add()):
                 near = suggest_name(key, [*groups, *keys])
                 raise ValueError(f"there is no setting or group {key!r}{near}; a new key needs a + in front")
-        return _compose_config(parsed)
+        return overrides, _compose_config(parsed)
 
 
 def _compose_config(overrides: list[Override]) -> DictConfig:
@@ -219,6 +241,10 @@ def _check_options(override: Override, folders: list[Path]) -> None:
         requested = value if isinstance(value, list) else [value]
     for option in requested:
         name = str(option).strip("'\"")
+        if group == "data" and name == CHECKPOINT and override.package is not None:
+            raise ValueError(
+                f"{group}@{override.package}={name}: choose an option, init= is of data= alone"
+            )
         if name not in ("null", "[]") and not name.startswith("[") and name not in options:
             if f"{group}={name}" in NOW_SCRIPTS:
                 raise ValueError(f"{group}={name} is a script now: {NOW_SCRIPTS[f'{group}={name}']}")

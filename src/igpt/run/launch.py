@@ -31,6 +31,7 @@ from igpt.run.arguments import prepare_arguments, resolve_paths, search_path_as_
 from igpt.run.components import Components
 from igpt.run.execute import check_batch, prepare_task, run_and_report, stage_runner
 from igpt.run.finished import complete_finished
+from igpt.run.init_defaults import describe_taken
 from igpt.run.logs import log_file, set_up_logging
 from igpt.run.operations import resolve_steps
 from igpt.run.recipes import describe_recipe, keep_recorded
@@ -188,8 +189,9 @@ def launch(
     check_batch(components.hardware, cfg.task)
     if "stages" in run.requires:
         components.run_stage = stage_runner(components)
+    taken = describe_taken(cfg, overrides)
     if not cfg.task.get("run_folder", True):
-        return run_interactive(components)
+        return run_interactive(components, taken)
     with ranks.process_group(components.hardware.device) as rank:
         check_ranks(run)
         folder, finished = ranks.broadcast_from_rank0(lambda: resolve_run_dir(run))
@@ -214,7 +216,7 @@ def launch(
             components.run_dir = folder.path
             components.hardware.warn_of_rounding()
             processes_text = f", {rank.count} processes" if rank.count > 1 else ""
-            log.info("%s", describe_run(run, f", in {folder.path}{processes_text}"))
+            log.info("%s", describe_run(run, f", in {folder.path}{processes_text}", taken))
             for line in of_operations:
                 log.info("%s", line)
             while_it_runs.enter_context(components.hardware.kernel_cache())
@@ -236,15 +238,15 @@ def report_finished(run: RunConfig, folder: RunFolder) -> Result:
     return finished.result
 
 
-def describe_run(run: RunConfig, where: str = "") -> str:
-    """The run in a line: task, model, data, objective, steps and batch size, `where`, and the recipe that it takes."""
+def describe_run(run: RunConfig, where: str = "", taken: str = "") -> str:
+    """The run in a line: task, model, data, objective, steps and batch size, `where`, what is `taken`, its recipe."""
     if "finished_runs" in run.requires:
         return run.task + where
     task = run.config["task"]
     subject = f"{run.task}: {run.model_name} on {run.data_name}, {run.objective_settings['name']}"
     if "steps" in task and isinstance(task.get("batch_size"), int):
         subject += f", {task['steps']:,} steps of {task['batch_size']:,} images"
-    return "; ".join(filter(None, (subject + where, describe_recipe(run.cfg))))
+    return "; ".join(filter(None, (subject + where, taken, describe_recipe(run.cfg))))
 
 
 def show_plan(components: Components, lines: Sequence[str] = ()) -> Result:
@@ -269,8 +271,8 @@ def show_plan(components: Components, lines: Sequence[str] = ()) -> Result:
     return Result()
 
 
-def run_interactive(components: Components) -> Result:
-    """Runs a task without a run directory (`task=demo`) until the user ends it.
+def run_interactive(components: Components, taken: str = "") -> Result:
+    """Runs a task without a run directory (`task=demo`) until the user ends it. `taken`: as of `describe_run`.
 
     Raises:
         ValueError: `resume=`, `rerun=true`, a sweep, or several processes.
@@ -282,6 +284,7 @@ def run_interactive(components: Components) -> Result:
     if hardware.rank.count > 1:
         raise ValueError(f"task={run.task} runs in one process: trainer.devices=1, got {hardware.rank.count}")
     hardware.warn_of_rounding()
+    log.info("%s", describe_run(run, taken=taken))
     with hardware.kernel_cache():
         components.run_dir = Path(run.cfg.paths.runs) / run.name
         return prepare_task(components)(components)

@@ -13,11 +13,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from igpt.data.images import check_path
 from igpt.report.folder import RunFolder, changes
 from igpt.report.paper import check_paper_key
-from igpt.run.run_config import RunConfig, to_dict
+from igpt.run.run_config import CHECKPOINT, RunConfig, to_dict
 from igpt.run.targets import task_settings
 from igpt.settings.older_configs import answer
 from igpt.settings.reading import FROM, INIT
-from igpt.utils.overrides import escape_interpolation, suggest_name
+from igpt.utils.overrides import escape_interpolations, suggest_name
 
 GROUPS = ("model", "objective")  # config groups with an option of a stage's own
 DATA = "data"  # key of a stage: the name of an option, or overrides of its data settings, with the option as OWN
@@ -139,7 +139,9 @@ def compose_stage(run: RunConfig, name: str, settings: Mapping[str, Any]) -> Sta
     with open_dict(cfg):
         cfg.task, cfg.published = fresh.task, []
         own = settings.get(INIT)
-        cfg.init = None if "tokenizer" in fresh.task.requires else cfg.init if own is None else _escape(own)
+        cfg.init = (
+            None if "tokenizer" in fresh.task.requires else cfg.init if own is None else escape_interpolations(own)
+        )
         for group in ("model", "tokens", "objective"):
             if choices[group] == "checkpoint" or group in chosen:
                 cfg[group] = fresh[group]
@@ -174,6 +176,8 @@ def check_option(group: str, option: Any, where: str) -> None:
     """Raises ValueError unless the config group has an option of this name."""
     if not isinstance(option, str) or not OPTION.fullmatch(option):
         raise ValueError(f"{where} must be the name of an option, as in conf/{group}/, got {option!r}")
+    if (group, option) == (DATA, CHECKPOINT):
+        raise ValueError(f"{where}={option}: a stage has the pipeline's data where it names none: leave it out")
     every = GlobalHydra.instance().config_loader().get_group_options(group)
     options = [each for each in every if not each.rpartition("/")[2].startswith("_")]
     if option not in every:
@@ -189,14 +193,5 @@ def _merge(config: DictConfig, settings: Mapping[Any, Any], where: str) -> DictC
             near = suggest_name(str(key), map(str, config))
             raise ValueError(answer(f"{where}.{key}") or f"{where} has no setting {key!r}{near}")
         is_group = isinstance(value, dict) and OmegaConf.is_dict(config[key]) and len(config[key])
-        merged[key] = _merge(config[key], value, f"{where}.{key}") if is_group else _escape(value)
+        merged[key] = _merge(config[key], value, f"{where}.{key}") if is_group else escape_interpolations(value)
     return merged
-
-
-def _escape(value: Any) -> Any:
-    """A resolved value whose texts OmegaConf reads as they are."""
-    if isinstance(value, list):
-        return [_escape(each) for each in value]
-    if isinstance(value, dict):
-        return {key: _escape(each) for key, each in value.items()}
-    return escape_interpolation(value) if isinstance(value, str) else value

@@ -28,6 +28,15 @@ def escape_interpolation(text: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
+def escape_interpolations(value: Any) -> Any:
+    """A resolved value whose texts OmegaConf reads as they are."""
+    if isinstance(value, list):
+        return [escape_interpolations(each) for each in value]
+    if isinstance(value, dict):
+        return {key: escape_interpolations(each) for key, each in value.items()}
+    return escape_interpolation(value) if isinstance(value, str) else value
+
+
 def quote_for_hydra(value: str) -> str:
     """A text in quotes for Hydra's grammar, in which a backslash escapes only before a quote."""
     quote = "'" if '"' in value and "'" not in value else '"'
