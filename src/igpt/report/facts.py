@@ -115,6 +115,14 @@ def data_overrides(run: RunRecord) -> list[str]:
     return [f"data={option}", *(format_setting(key, value) for key, value in known.items() if key not in chosen), *own]
 
 
+def _other_data(run: RunRecord) -> list[str]:
+    """As `data_overrides`, where `init=` with the weights of the run would take other images."""
+    if find_run_weights(run) != run.config.get("init"):  # its own, or a stage's
+        return []
+    trained = run.init_history.runs[0].config.get("data") if run.init_history.runs else None
+    return [] if trained == run.config.get("data") else data_overrides(run)
+
+
 def next_commands(run: RunRecord) -> list[tuple[str, str]]:
     """Commands that continue from a run: (description, command)."""
     weights, run_dir = find_run_weights(run), run.folder.parent if run.is_stage else run.folder
@@ -125,16 +133,15 @@ def next_commands(run: RunRecord) -> list[tuple[str, str]]:
         return [("train a network on its tokens", command("task=pretrain", *taken)), *following]
     if weights is None:
         return following
-    init, reading, draws = format_setting("init", weights), data_overrides(run), read_names(run)["objective"] != "bert"
+    init, reading, draws = format_setting("init", weights), _other_data(run), read_names(run)["objective"] != "bert"
     samples = [("draw images", command("task=sample", init, "task.count=16", "task.temperature=0.9"))]
     if run.task != "pipeline" and "tokens" not in run.config["task"]["requires"]:  # a task without images
         return [*samples, *following] if draws else following
-    same = [f"{group}=checkpoint" for group in ("model", "tokens", "objective")]
     completions = ("complete images from their upper half", command("task=complete", init, *reading))
     return [
         *([*samples, completions] if draws else []),
         ("probe every layer", command("task=probe", init, *reading)),
-        ("fine-tune", command("task=finetune", init, *same, *reading)),
+        ("fine-tune", command("task=finetune", init, *reading)),
         ("evaluate on the test split", command("task=evaluate", init, *reading, "task.split=test")),
         *following,
     ]

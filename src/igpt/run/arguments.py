@@ -242,9 +242,7 @@ def _check_options(override: Override, folders: list[Path]) -> None:
     for option in requested:
         name = str(option).strip("'\"")
         if group == "data" and name == CHECKPOINT and override.package is not None:
-            raise ValueError(
-                f"{group}@{override.package}={name}: choose an option, init= is of data= alone"
-            )
+            raise ValueError(f"{group}@{override.package}={name}: choose an option, init= is of data= alone")
         if name not in ("null", "[]") and not name.startswith("[") and name not in options:
             if f"{group}={name}" in NOW_SCRIPTS:
                 raise ValueError(f"{group}={name} is a script now: {NOW_SCRIPTS[f'{group}={name}']}")

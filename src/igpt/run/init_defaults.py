@@ -115,14 +115,14 @@ def _complete(cfg: DictConfig, overrides: Sequence[Override], where: Sequence[st
     if "network" in requires:
         free = (group for group in OF_WEIGHTS if not any(_is_at(key, group) for key in typed))
         added = [f"{group}={CHECKPOINT}" for group in free if group not in choices]
-    if asks or ("data" not in choices and "data" not in typed):
+    if asks or "data" not in choices:
         if (record := _find_record(init)) is not None:
             added += _recorded_data(record, f"{setting}={init}", overrides, where)
         elif "tokens" in requires:
             raise ValueError(f"{setting}={init}: {_explain_unknown(init)}")
         return added
     takes_tokens = choices.get("tokens") == CHECKPOINT or f"tokens={CHECKPOINT}" in added
-    if takes_tokens and typed & {"data", "data.resolution"} == {"data"} and choices["data"] == OWN:
+    if takes_tokens and choices["data"] == OWN and typed & {"data", "data.resolution"} == {"data"}:
         added.append(f"data.resolution={_find_resolution(init)}")
     return added
 
@@ -130,8 +130,9 @@ def _complete(cfg: DictConfig, overrides: Sequence[Override], where: Sequence[st
 def _find_init(cfg: DictConfig, overrides: Sequence[Override]) -> tuple[str, str | None]:
     """(setting, path) of the weights that a command reads: `init`, else the first of `task.runs`; None: none."""
     reads_runs = "runs" in cfg.task and "finished_runs" not in cfg.task.requires
-    runs = cfg.task.runs if reads_runs else []
-    named = OmegaConf.create({"paths": cfg.paths, "init": cfg.init, "task": {"runs": runs}})
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    runs = raw["task"]["runs"] if reads_runs else []
+    named = OmegaConf.create({"paths": raw["paths"], "init": raw["init"], "task": {"runs": runs}})
     for each in overrides:
         if each.key_or_group == "init" or (each.key_or_group == "task.runs" and reads_runs):
             OmegaConf.update(named, each.key_or_group, each.value())
@@ -210,7 +211,7 @@ def _recorded_data(record: Record, named: str, overrides: Sequence[Override], wh
     default = compose("config", overrides=[*where, f"data={option}"]).data
     typed = {str(text).partition("=")[0].lstrip("+~") for text in command.get("overrides") or ()}
     settings = _changed_settings(record[1]["config"], default, typed)
-    new = [each.get_key_element().lstrip("+~") for each in overrides]
+    new = [each.key_or_group for each in overrides if each.key_or_group != "data"]
     settings = {key: value for key, value in settings.items() if not any(_is_at(key, other) for other in new)}
     for key, value in settings.items():
         if READ.fullmatch(key) and isinstance(value, str) and os.path.isabs(value) and not is_local_path(value):
