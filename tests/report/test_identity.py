@@ -12,7 +12,7 @@ import pytest
 
 import igpt
 from igpt.metric.result import Result
-from igpt.report.folder import OBSERVERS, RunFolder, changes, deciding, describe_commit, identity
+from igpt.report.folder import OBSERVERS, RunFolder, changes, deciding, identity
 from igpt.report.groups import group_by_seed, list_differing
 from igpt.report.runs import RunRecord
 from igpt.utils import files
