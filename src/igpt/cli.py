@@ -15,7 +15,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # during the imports: Ctrl-C without a traceback
     from igpt.utils import program
 
-    if ASKED == ["--version"]:
+    if "--version" in ASKED:
         print(program.describe_versions())
         return
     import hydra

@@ -54,9 +54,7 @@ class PublishedRow:
     def command(self) -> str:
         """The command that measures it, with RUN for the directory of its pretraining; "" if there is none."""
         experiment = self.instead or (self.key and f"experiment=paper/{self.key}")
-        return experiment and " ".join(
-            filter(None, (program_name(), experiment, self.init and "init=RUN", self.more))
-        )
+        return experiment and " ".join(filter(None, (program_name(), experiment, self.init and "init=RUN", self.more)))
 
     @property
     def run(self) -> str:

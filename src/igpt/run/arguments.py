@@ -27,7 +27,7 @@ from igpt.utils.overrides import (
     quote_text,
     suggest_name,
 )
-from igpt.utils.program import default_cache
+from igpt.utils.program import default_cache, program_name
 
 AUTO = "resume=auto"
 SHOW = (("--cfg", "job"), ("-c", "job"))
@@ -37,6 +37,7 @@ WITH_VALUE = (  # Hydra's flags
 
 register_recipes()  # before Hydra composes anything
 OmegaConf.register_new_resolver("default_cache", default_cache, replace=True)
+OmegaConf.register_new_resolver("as_typed", lambda text: text.replace("python train.py", program_name()), replace=True)
 
 
 def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:

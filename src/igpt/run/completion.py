@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -64,8 +63,7 @@ def list_candidates(line: str, conf: Path) -> list[str]:
     *words, word = re.split(r"\s+", line.lstrip())
     start = next((i for i, each in enumerate(words, 1) if Path(each).name in (COMMAND, "train.py")), len(words))
     words = words[start:]
-    flags, overrides = split_flags(words)
-    folders = [conf, *find_config_dirs(flags, ())]
+    folders = [conf, *find_config_dirs(split_flags(words)[0], ())]
     before = words[-1] if words else ""
     if before in FOLDERS:
         found: Iterable[str] = _list_paths(word)
