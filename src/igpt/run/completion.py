@@ -91,8 +91,8 @@ def _list_groups(name: str, folders: Sequence[Path]) -> Iterable[str]:
 def _list_keys(name: str, words: Sequence[str], conf: Path) -> Iterable[str]:
     """`task.steps=`, `task.augment.` for the keys of the config in the part that a name begins with."""
     part = name.rpartition(".")[0]
-    cfg = _compose(words, conf)
-    settings = OmegaConf.select(cfg, part) if part else cfg
+    cfg = _compose(words, conf) if "/" not in name else None
+    settings = OmegaConf.select(cfg, part) if cfg and part else cfg
     for key in settings if isinstance(settings, DictConfig) else ():
         if not str(key).startswith("_"):
             is_part = not OmegaConf.is_missing(settings, key) and OmegaConf.is_dict(settings._get_node(key))
