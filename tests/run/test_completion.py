@@ -84,5 +84,5 @@ def test_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer(["install=bash"], CONF) == BASH
     monkeypatch.setenv("COMP_LINE", "igpt task=eval")
     assert answer(["query=bash"], CONF) == "task=evaluate"
-    with pytest.raises(ValueError, match="^-sc install=fish: there is -sc install=bash"):
+    with pytest.raises(ValueError, match=r"^-sc install=fish: there is -sc install=bash"):
         answer(["install=fish"], CONF)

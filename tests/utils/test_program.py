@@ -1,8 +1,9 @@
 """How igpt was started, and what follows from it: commands, config folder, caches, versions."""
 
-import shutil
+import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -77,12 +78,10 @@ def test_versions(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True,
-        env={"COMP_LINE": "igpt objective=", "PYTHONPATH": str(ROOT / "src"), "PATH": str(Path(shutil.which("git") or "").parent)},
+        env={**os.environ, "COMP_LINE": "igpt objective=", "PYTHONPATH": str(ROOT / "src")},
     )  # fmt: skip
     *options, ours, libraries, imported = done.stdout.splitlines()
     assert options == [f"objective={name}" for name in ("ar", "bert", "checkpoint")]
     assert ours.startswith(f"igpt {igpt.__version__}")
-    from importlib.metadata import version
-
     assert libraries.startswith(f"torch {version('torch')}, lightning {version('lightning')}, hydra-core 1.3")
     assert imported == "False"

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -90,13 +91,15 @@ def _list_groups(name: str, folders: Sequence[Path]) -> Iterable[str]:
 
 def _list_keys(name: str, words: Sequence[str], conf: Path) -> Iterable[str]:
     """`task.steps=`, `task.augment.` for the keys of the config in the part that a name begins with."""
+    if "/" in name:
+        return
     part = name.rpartition(".")[0]
-    cfg = _compose(words, conf) if "/" not in name else None
-    settings = OmegaConf.select(cfg, part) if cfg and part else cfg
-    for key in settings if isinstance(settings, DictConfig) else ():
-        if not str(key).startswith("_"):
-            is_part = not OmegaConf.is_missing(settings, key) and OmegaConf.is_dict(settings._get_node(key))
-            yield f"{part}{'.' * bool(part)}{key}{'.' if is_part else '='}"
+    cfg = _compose(words, conf)
+    settings = OmegaConf.select(cfg, part) if part else cfg
+    keys: Any = OmegaConf.to_container(settings) if isinstance(settings, DictConfig) else {}
+    for key, value in keys.items():
+        if not key.startswith("_"):
+            yield f"{part}{'.' * bool(part)}{key}{'.' if isinstance(value, dict) else '='}"
 
 
 def _list_values(word: str, words: Sequence[str], folders: Sequence[Path]) -> Iterable[str]:
