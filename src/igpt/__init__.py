@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from igpt.hub import ImageGPT, load
 
+__version__ = "0.2.0"  # what a change of it means: CHANGELOG.md
 __all__ = ["ImageGPT", "load"]
 
 

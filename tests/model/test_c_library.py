@@ -48,7 +48,7 @@ def load_again() -> ctypes.CDLL | None:
 
 
 def list_libraries(tmp_path: Path) -> list[Path]:
-    return list((tmp_path / "cache" / "igpt").iterdir())
+    return list((tmp_path / "cache" / "igpt" / "kernels").iterdir())
 
 
 def cut(path: Path) -> None:

@@ -303,7 +303,7 @@ def test_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     c_library.load_library.cache_clear()
     try:
         assert c_library.load_library() is not None
-        (kept,) = (tmp_path / "igpt").iterdir()
+        (kept,) = (tmp_path / "igpt" / "kernels").iterdir()
         assert kept.parent.stat().st_mode & 0o077 == 0
         monkeypatch.setattr(c_library, "compile_library", None)  # must not be called again
         c_library.load_library.cache_clear()

@@ -12,10 +12,11 @@ import pytest
 
 import igpt
 from igpt.metric.result import Result
-from igpt.report.folder import OBSERVERS, RunFolder, changes, deciding, describe_commit, identity
+from igpt.report.folder import OBSERVERS, RunFolder, changes, deciding, identity
 from igpt.report.groups import group_by_seed, list_differing
 from igpt.report.runs import RunRecord
 from igpt.utils import files
+from igpt.utils.program import describe_commit
 
 WATCHED = {"bar": {"_target_": "igpt.training.callbacks.ProgressBar"}}
 STOP = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss_gen"}

@@ -17,6 +17,7 @@ import torch
 
 from igpt.model import cpu
 from igpt.utils import files
+from igpt.utils.program import user_cache
 
 log = logging.getLogger(__name__)
 
@@ -117,8 +118,7 @@ def library_path(compiler: list[str]) -> Path:
     options = [*compiler[1:], *target(compiler), *FLAGS]
     made_of = "\0".join([*texts, *options, compiler_version(compiler) or "", platform.machine(), cpu.cpu_features()])
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "igpt" / f"native-{digest}.so"
+    return user_cache() / "kernels" / f"native-{digest}.so"
 
 
 def find_library(path: Path) -> Path | None:

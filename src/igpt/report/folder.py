@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +15,14 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+import igpt
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.bystanders import Bystander, describe_error
 from igpt.report.figures import bars_figure, curves_figure, grid_picture, lines_figure, matrix_figure, palette_picture
 from igpt.settings.older_configs import VERSION, read_record
 from igpt.settings.paths import is_same_place
 from igpt.utils import files
+from igpt.utils.program import find_commit, typed_command
 
 # Settings of where and whether to run: not part of a run's identity.
 OUTSIDE_IDENTITY = ("paths", "resume", "rerun", "init", "logger", "published")
@@ -297,23 +297,6 @@ def _with_interval(fields: dict[str, Any], key: str) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Git commit, package versions and command line of this process."""
-    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    commit = describe_commit(Path(__file__).parent)
-    return {"commit": commit, "versions": versions, "command": " ".join(["python", *sys.argv])}
-
-
-def describe_commit(folder: Path) -> str:
-    """The tag or commit of a git checkout, `-dirty` with changes; `unknown` without git. Writes nothing to it.
-
-    `git describe --dirty` would write the index: killed meanwhile, it leaves a lock that blocks the next commit.
-    """
-    git = ["git", "--no-optional-locks", "-C", str(folder)]
-    commands = ["describe", "--always", "--abbrev=12"], ["status", "--porcelain", "--untracked-files=no"]
-    try:
-        commit, changed = (
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-            for command in commands
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"  # not a git checkout, or no git: an installed package has none
-    return f"{commit}-dirty" if changed else commit
+    libraries = {name: version(name) for name in PACKAGES}
+    versions = {"igpt": igpt.__version__, **libraries, "python": platform.python_version()}
+    return {"commit": find_commit(), "versions": versions, "command": typed_command()}

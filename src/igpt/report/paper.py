@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from igpt.settings.recipe_table import load_recipes
 from igpt.utils.overrides import suggest_name
+from igpt.utils.program import program_name
 
 DATASETS = {
     "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "stl10": "STL-10", "imagenet": "ImageNet",
@@ -53,9 +54,7 @@ class PublishedRow:
     def command(self) -> str:
         """The command that measures it, with RUN for the directory of its pretraining; "" if there is none."""
         experiment = self.instead or (self.key and f"experiment=paper/{self.key}")
-        return experiment and " ".join(
-            filter(None, ("python train.py", experiment, self.init and "init=RUN", self.more))
-        )
+        return experiment and " ".join(filter(None, (program_name(), experiment, self.init and "init=RUN", self.more)))
 
     @property
     def run(self) -> str:

@@ -28,6 +28,7 @@ from igpt.utils.overrides import (
     quote_text,
     suggest_name,
 )
+from igpt.utils.program import default_cache, program_name
 
 AUTO = "resume=auto"
 SHOW = (("--cfg", "job"), ("-c", "job"))
@@ -36,6 +37,8 @@ WITH_VALUE = (  # Hydra's flags
 )  # fmt: skip
 
 register_recipes()  # before Hydra composes anything
+OmegaConf.register_new_resolver("default_cache", default_cache, replace=True)
+OmegaConf.register_new_resolver("as_typed", lambda text: text.replace("python train.py", program_name()), replace=True)
 
 
 def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
@@ -45,14 +48,14 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
         ValueError: a group, option or key that does not exist, with the nearest that does; a `resume=` that is no run,
             or needs what is not taken from a file; a path that needs quotes, with the quoted form.
     """
-    flags, overrides = _split_flags([_expand_home_in_argument(argument) for argument in arguments])
+    flags, overrides = split_flags([_expand_home_in_argument(argument) for argument in arguments])
     if any(pair in SHOW for pair in pairwise([*flags, ""])) or "--cfg=job" in flags:
         flags = [*flags, "--resolve"]  # the values, also those of the recipe
     several = {"-m", "--multirun"} & {*flags}
     if several and not any(override.startswith(("resume=", "rerun=")) for override in overrides):
         overrides = [*overrides, AUTO]  # a sweep that was interrupted goes on
     typed = parse_overrides(overrides)
-    folders = [conf, *_find_config_dirs(flags, typed)]
+    folders = [conf, *find_config_dirs(flags, typed)]
     resumed = [override.value() for override in typed if override.key_or_group == "resume"]
     if resumed and resumed[-1] not in (None, "auto"):
         overrides = [*resume_overrides(Path(str(resumed[-1])), typed, flags, folders), *overrides]
@@ -67,7 +70,7 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
     return [*flags, *overrides, *(f"paths.{key}={format_plain(path)}" for key, path in at_home.items())]
 
 
-def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """(flags with their values, overrides)."""
     flags: list[str] = []
     overrides: list[str] = []
@@ -120,12 +123,12 @@ def resolve_paths(cfg: DictConfig | ListConfig, group: str = "") -> None:
 
 def search_path_as_override(arguments: Sequence[str]) -> list[str]:
     """The arguments of `prepare_arguments` as overrides alone, for Hydra's Python interface."""
-    flags, overrides = _split_flags(arguments)
-    folders = [quote_for_hydra(f"file://{folder.absolute()}") for folder in _find_config_dirs(flags, ())]
+    flags, overrides = split_flags(arguments)
+    folders = [quote_for_hydra(f"file://{folder.absolute()}") for folder in find_config_dirs(flags, ())]
     return [*overrides, *([f"{SEARCH_PATH}=[{','.join(folders)}]"] if folders else [])]
 
 
-def _find_config_dirs(flags: Sequence[str], typed: Sequence[Override]) -> list[Path]:
+def find_config_dirs(flags: Sequence[str], typed: Sequence[Override]) -> list[Path]:
     """Additional config folders: `--config-dir FOLDER`, `-cd FOLDER`, `--config-dir=FOLDER`, `hydra.searchpath=[…]`."""
     named = [value for flag, value in pairwise([*flags, ""]) if flag in ("--config-dir", "-cd")]
     named += [flag.partition("=")[2] for flag in flags if flag.startswith("--config-dir=")]

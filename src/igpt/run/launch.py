@@ -44,6 +44,7 @@ from igpt.settings.run import check_structure
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.training.plan import plan_run, plan_tokenizer
 from igpt.utils import files
+from igpt.utils.program import find_conf
 
 log = logging.getLogger(__name__)
 
@@ -115,12 +116,11 @@ def explain_lost_rank(error: BaseException) -> str | None:
     return "another process of this run has ended; this one ends, too, as it cannot go on alone"
 
 
-def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path | None]:
+def run(*overrides: str, conf: Path | str | None = None) -> tuple[Result, Path | None]:
     """Runs `python train.py OVERRIDES` in this process; returns (result, run directory).
 
-    The run directory is None for a plan or a page, which write none. `conf`: the config folder of a clone of this
-    repository; `--config-dir FOLDER` among the overrides adds one. Relative paths are relative to the working
-    directory.
+    The run directory is None for a plan or a page, which write none. `conf`: another folder in place of igpt's own
+    `conf/`; `--config-dir FOLDER` among the overrides adds one. Relative paths are relative to the working directory.
 
     Raises:
         ValueError: bad input, with the command's one-line message.
@@ -132,7 +132,7 @@ def run(*overrides: str, conf: Path | str = "conf") -> tuple[Result, Path | None
     return result, folders[0] if folders else None
 
 
-def build_components(*overrides: str, conf: Path | str = "conf") -> Components:
+def build_components(*overrides: str, conf: Path | str | None = None) -> Components:
     """The parts of a run (images, tokenizer, network …) for use from Python, each built at its first use.
 
     Raises:
@@ -146,9 +146,9 @@ def build_components(*overrides: str, conf: Path | str = "conf") -> Components:
 
 
 @contextmanager
-def _composed(overrides: Sequence[str], conf: Path | str) -> Iterator[tuple[DictConfig, DictConfig, list[str]]]:
+def _composed(overrides: Sequence[str], conf: Path | str | None) -> Iterator[tuple[DictConfig, DictConfig, list[str]]]:
     """Yields (config, Hydra's config, overrides); Hydra stays initialised inside the block."""
-    folder = Path(conf).resolve()
+    folder = Path(find_conf() if conf is None else conf).resolve()
     arguments = search_path_as_override(prepare_arguments(list(overrides), folder))
     with initialize_config_dir(str(folder), version_base="1.3"):
         cfg = hydra.compose("config", overrides=arguments, return_hydra_config=True)

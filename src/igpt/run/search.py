@@ -20,9 +20,9 @@ from igpt.distributed.process_state import environment
 from igpt.report.bystanders import Bystander
 from igpt.report.sweep_report import TABLE, report_sweep
 from igpt.run.logs import refuse, set_up_logging
-from igpt.run.sweep import format_command
 from igpt.utils import files
 from igpt.utils.overrides import format_value
+from igpt.utils.program import typed_command
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def search(
     folders = [Path(folder) for folder in tried if folder]
     launcher: Any = OmegaConf.to_container(config.hydra.launcher, resolve=True)
     table = {key: launcher[key] for key in TABLE if key in launcher}
-    report_sweep(place, folders, metric=launcher["metric"], command=format_command(), pages=pages, **table)
+    report_sweep(place, folders, metric=launcher["metric"], command=typed_command(), pages=pages, **table)
 
 
 def _loss(config: DictConfig, job: JobReturn, direction: str) -> float:

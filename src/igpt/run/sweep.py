@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from igpt.run.run_dir import find_run_dir
 from igpt.run.saved_overrides import search_path_arguments
 from igpt.run.variants import apply_variant
 from igpt.utils import files
+from igpt.utils.program import program_arguments, typed_command
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class Sweep:
         log.info("%d jobs: %s\n%s", len(states), counts, self._format_table())
         folders = [Path(job.folder) for job in self.jobs if job.folder is not None and job.state in (FINISHED, FAILED)]
         if SWEEP not in os.environ:  # a search compares its jobs at its end
-            report_sweep(self.folder, folders, metric=self.metric, command=format_command(), **self.table)
+            report_sweep(self.folder, folders, metric=self.metric, command=typed_command(), **self.table)
         return children.received_signal
 
     def _start(self, job: Job, children: Children, command: Sequence[str]) -> Child:
@@ -240,11 +240,6 @@ class Sweep:
         return align_columns(rows)
 
 
-def format_command() -> str:
-    """The command line of this process, quoted for a shell."""
-    return shlex.join(["python", *sys.argv])
-
-
 def _shorten_path(folder: str | None) -> str:
     """The path relative to the working directory if it lies in it; – for None."""
     if folder is None:
@@ -253,8 +248,8 @@ def _shorten_path(folder: str | None) -> str:
 
 
 def _build_command(cfg: DictConfig) -> list[str]:
-    """The command of one job without its overrides: Python, this script, additional config folders."""
-    return [sys.executable, str(Path(sys.argv[0]).absolute()), *search_path_arguments(cfg.hydra)]
+    """The command of one job without its overrides: Python, this program, additional config folders."""
+    return [*program_arguments(), *search_path_arguments(cfg.hydra)]
 
 
 def _share_gpus(jobs: Sequence[Job], configs: Sequence[DictConfig]) -> list[str]:

@@ -24,6 +24,7 @@ from igpt.model.patterns import SPARSE, Pattern
 from igpt.model.verify import verify_attention
 from igpt.settings.devices import HardwareSettings
 from igpt.training.deepspeed import INSTALL
+from igpt.utils.program import program_name
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class HardwareConfig(HardwareSettings):
         if n_local * self.nodes != self.rank.count:
             raise ValueError(
                 f"trainer.devices={self.devices} × trainer.nodes={self.nodes} asks for {n_local * self.nodes} "
-                f"process(es), started: {self.rank.count}. On one machine `python train.py` starts them itself, on "
+                f"process(es), started: {self.rank.count}. On one machine `{program_name()}` starts them itself, on "
                 "several torchrun or srun does, as many as the settings say"
             )
         if self.device.type == "cuda" and self.rank.local >= torch.cuda.device_count():

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from difflib import SequenceMatcher
 from typing import Any
 
+from igpt.utils.program import program_name
+
 NEAR = 0.72  # least similarity of a suggestion (Ratcliff-Obershelp ratio)
 
 
@@ -68,8 +70,8 @@ def quote_for_shell(argument: str) -> str:
 
 
 def train_command(*arguments: str) -> str:
-    """`python train.py …`, quoted for a shell."""
-    return " ".join(["python train.py", *map(quote_for_shell, arguments)])
+    """`python train.py …`, or `igpt …` where that is the program, quoted for a shell."""
+    return " ".join([program_name(), *map(quote_for_shell, arguments)])
 
 
 def escape_text(text: str) -> str:
