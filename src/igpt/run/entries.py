@@ -1,0 +1,85 @@
+"""Entries of the groups `callbacks` and `logger` → callbacks and started loggers, or an error in one line."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import Logger
+
+from igpt.distributed.process_state import restore_environment
+from igpt.report.bystanders import describe_error
+from igpt.run.targets import checked_partial, find_target
+from igpt.training import lightning_callbacks, loggers
+from igpt.training.loggers import RunInfo
+
+
+def callback_builder(spec: Mapping[str, Any], where: str) -> Callable[[], L.Callback]:
+    """A function that builds a callback of checked settings; `where`: its key, as `callbacks.stop`.
+
+    Raises:
+        ValueError: a class that does not fit into a run, or a setting that it does not have. So does the function, for
+            what is refused when it is built, or is no callback.
+    """
+    target = find_target(spec.get("_target_"), where)
+    if inspect.isclass(target):
+        lightning_callbacks.check_class(target, where)
+    build = checked_partial(spec, where)
+
+    def call() -> L.Callback:
+        callback = _build(build, spec, where)
+        if not isinstance(callback, L.Callback):
+            raise ValueError(_describe_kind(callback, spec, where, "lightning.Callback"))
+        lightning_callbacks.check_class(type(callback), where)
+        return lightning_callbacks.guard(callback, where)
+
+    return call
+
+
+def logger_builder(spec: Mapping[str, Any], where: str) -> Callable[[Path, RunInfo, dict[str, Any]], Logger | None]:
+    """A function of the run's folder, its description and config that starts a logger, or returns None.
+
+    A function of this package, or like one of it, is called with folder and description; a class of loggers with its
+    own settings, and with what `own_settings` fills in. Its errors from here on end no run.
+
+    Raises:
+        ValueError: as `callback_builder`; the function, too, where the logger cannot be started.
+    """
+    build = checked_partial(spec, where)
+
+    def call(folder: Path, about: RunInfo, config: dict[str, Any]) -> Logger | None:
+        kind = build.func
+        if inspect.isclass(kind) and issubclass(kind, Logger):
+            start = partial(build, **loggers.own_settings(kind, spec, folder, about))
+        else:
+            start = partial(build, folder, about)
+        with restore_environment("WANDB_MODE"):  # Lightning sets it when offline, which would affect later runs
+            logger = _build(start, spec, where)
+            if logger is None:
+                return None
+            if not isinstance(logger, Logger):
+                raise ValueError(_describe_kind(logger, spec, where, "a Lightning Logger, or None"))
+            try:
+                _ = getattr(logger, "experiment", None)  # starts it
+                logger.log_hyperparams(config)
+            except Exception as error:  # of anybody's logger
+                raise ValueError(f"{where} cannot be started: {describe_error(error)}") from error
+        return loggers.guard(logger)
+
+    return call
+
+
+def _build(build: Callable[[], Any], spec: Mapping[str, Any], where: str) -> Any:
+    try:
+        return build()
+    except Exception as error:  # of anybody's class
+        if isinstance(error, ValueError) and str(spec["_target_"]).startswith("igpt."):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{where} cannot be built from its settings: {reason}") from error
+
+
+def _describe_kind(part: Any, spec: Mapping[str, Any], where: str, expected: str) -> str:
+    return f"{where}._target_={spec['_target_']} builds a {type(part).__name__}, expected {expected}"
