@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import lightning as L
@@ -23,15 +24,13 @@ def callback_builder(spec: Mapping[str, Any], where: str) -> Callable[[], L.Call
         ValueError: a class that does not fit into a run, or a setting that it does not have. So does the function, for
             what is refused when it is built, or is no callback.
     """
-    target = find_target(spec.get("_target_"), where)
+    target = _check_target(spec, where, L.Callback)
     if inspect.isclass(target):
         lightning_callbacks.check_class(target, where)
     build = checked_partial(spec, where)
 
     def call() -> L.Callback:
-        callback = _build(build, spec, where)
-        if not isinstance(callback, L.Callback):
-            raise ValueError(_describe_kind(callback, spec, where, "lightning.Callback"))
+        callback = _build(build, spec, where, L.Callback)
         lightning_callbacks.check_class(type(callback), where)
         return lightning_callbacks.guard(callback, where)
 
@@ -47,20 +46,18 @@ def logger_builder(spec: Mapping[str, Any], where: str) -> Callable[[Path, RunIn
     Raises:
         ValueError: as `callback_builder`; the function, too, where the logger cannot be started.
     """
+    target = _check_target(spec, where, Logger)
     build = checked_partial(spec, where)
 
     def call(folder: Path, about: RunInfo, config: dict[str, Any]) -> Logger | None:
-        kind = build.func
-        if inspect.isclass(kind) and issubclass(kind, Logger):
-            start = partial(build, **loggers.own_settings(kind, spec, folder, about))
+        if inspect.isclass(target):
+            start = partial(build, **loggers.own_settings(target, spec, folder, about))
         else:
             start = partial(build, folder, about)
         with restore_environment("WANDB_MODE"):  # Lightning sets it when offline, which would affect later runs
-            logger = _build(start, spec, where)
+            logger = _build(start, spec, where, Logger | None)
             if logger is None:
                 return None
-            if not isinstance(logger, Logger):
-                raise ValueError(_describe_kind(logger, spec, where, "a Lightning Logger, or None"))
             try:
                 _ = getattr(logger, "experiment", None)  # starts it
                 logger.log_hyperparams(config)
@@ -71,15 +68,26 @@ def logger_builder(spec: Mapping[str, Any], where: str) -> Callable[[Path, RunIn
     return call
 
 
-def _build(build: Callable[[], Any], spec: Mapping[str, Any], where: str) -> Any:
+def _check_target(spec: Mapping[str, Any], where: str, kind: type) -> Callable[..., Any]:
+    """The `_target_`: a function, or a class of this kind. Raises ValueError for anything else."""
+    name = spec.get("_target_")
+    target = find_target(name, where)
+    if inspect.isclass(target) and not issubclass(target, kind):
+        package, _, rest = str(name).partition(".")
+        other = f", did you mean lightning.pytorch.{rest}?" if package == "pytorch_lightning" else ""
+        raise ValueError(f"{where}._target_={name} is no lightning.pytorch {kind.__name__}{other}")
+    return target
+
+
+def _build(build: Callable[[], Any], spec: Mapping[str, Any], where: str, kind: type | UnionType) -> Any:
     try:
-        return build()
+        part = build()
     except Exception as error:  # of anybody's class
         if isinstance(error, ValueError) and str(spec["_target_"]).startswith("igpt."):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{where} cannot be built from its settings: {reason}") from error
-
-
-def _describe_kind(part: Any, spec: Mapping[str, Any], where: str, expected: str) -> str:
-    return f"{where}._target_={spec['_target_']} builds a {type(part).__name__}, expected {expected}"
+    if not isinstance(part, kind):
+        expected = getattr(kind, "__name__", kind)  # a union has no name
+        raise ValueError(f"{where}._target_={spec['_target_']} builds a {type(part).__name__}, expected {expected}")
+    return part

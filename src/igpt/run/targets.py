@@ -45,9 +45,6 @@ def find_target(name: Any, where: str) -> Callable[..., Any]:
 
 def _suggest_target(name: str) -> str:
     """A suggestion for a `_target_` that cannot be imported; an empty text if there is none."""
-    package, _, rest = name.partition(".")
-    if package == "pytorch_lightning":
-        return f", did you mean lightning.pytorch.{rest}?"
     module = sys.modules.get(name.rpartition(".")[0])
     return suggest_name(name, [f"{module.__name__}.{key}" for key in dir(module)] if module else ())
 

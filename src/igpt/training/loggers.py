@@ -158,7 +158,8 @@ def own_settings(kind: type[Logger], given: Mapping[str, Any], folder: Path, abo
     elif issubclass(kind, WandbLogger):
         found = {"name": about.run_id, "id": about.run_id, "resume": "allow"}
     accepted = signature(kind).parameters
-    for name, value in {"save_dir": folder, "root_dir": folder, "run_name": about.run_id}.items():
+    places = dict.fromkeys(("save_dir", "root_dir", "folder"), folder)
+    for name, value in {**places, "run_name": about.run_id, "about": about}.items():
         if name in accepted and accepted[name].default in (Parameter.empty, None, "."):
             found[name] = value
     return {name: value for name, value in found.items() if name not in given}
