@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+from lightning.fabric.loggers.logger import Logger
 
 from igpt.checkpoint import igpt_format
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights

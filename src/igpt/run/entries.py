@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import Logger
+from lightning.fabric.loggers.logger import Logger
 
 from igpt.distributed.process_state import restore_environment
 from igpt.report.bystanders import describe_error
@@ -50,7 +50,7 @@ def logger_builder(spec: Mapping[str, Any], where: str) -> Callable[[Path, RunIn
     build = checked_partial(spec, where)
 
     def call(folder: Path, about: RunInfo, config: dict[str, Any]) -> Logger | None:
-        if inspect.isclass(target):
+        if inspect.isclass(target) and issubclass(target, Logger):
             start = partial(build, **loggers.own_settings(target, spec, folder, about))
         else:
             start = partial(build, folder, about)
@@ -75,7 +75,7 @@ def _check_target(spec: Mapping[str, Any], where: str, kind: type) -> Callable[.
     if inspect.isclass(target) and not issubclass(target, kind):
         package, _, rest = str(name).partition(".")
         other = f", did you mean lightning.pytorch.{rest}?" if package == "pytorch_lightning" else ""
-        raise ValueError(f"{where}._target_={name} is no lightning.pytorch {kind.__name__}{other}")
+        raise ValueError(f"{where}._target_={name} is no {kind.__name__} of Lightning{other}")
     return target
 
 

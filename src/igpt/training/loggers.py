@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import numpy as np
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.fabric.loggers.logger import Logger  # of which all are, those of lightning.pytorch among them
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from pydantic import Field
 
