@@ -4,9 +4,11 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -88,16 +90,17 @@ def test_no_file_outside_is_shown(sent: Path) -> None:
         assert not any(word in text for word in (SECRET, "notes.txt", "linked.txt", "photo.png"))
 
 
-def test_no_picture_outside_is_uploaded(sent: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_no_picture_outside_is_uploaded(sent: Path, caplog: Any) -> None:
     class Board:
         summary: dict[str, Any] = {}  # noqa: RUF012
 
         def log(self, shown: dict[str, Any]) -> None:
             raise AssertionError(f"{shown} was uploaded")
 
-    monkeypatch.setattr(loggers, "_run", Board)
-    loggers.show(read_run(sent).result, sent)
+    other = MagicMock(spec=["log_metrics", "log_image"])
+    loggers.show([MagicMock(spec=WandbLogger, experiment=Board()), other], read_run(sent).result, sent)
     assert "was uploaded" not in caplog.text
+    other.log_image.assert_not_called()
 
 
 def test_no_run_outside_is_read(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def find_problem(cfg: DictConfig, choices: dict[str, Any], key: str, value: Any)
         ("paths=null", r"^paths must be settings, as \{name: value\}, got null$"),
         ("data.path=5", r"^data\.path=5: a path is expected, this is read as int"),
         ("data=null", r"^data=null: choose an option; there are cifar10, "),
-        ("logger=null", r"^logger=null: choose an option; there are csv, none, wandb$"),
+        ("logger=null", r"^logger=null: choose an option; there are csv, none, tensorboard, wandb$"),
         ("++logger.csv=5", r"^logger\.csv must be settings, as \{name: value\}, got 5$"),
         ("callbacks.samples=5", r"^callbacks\.samples must be settings, as \{name: value\}, got 5$"),
         ("callbacks.samples._target_=no.Such", r"^callbacks\.samples\._target_=no\.Such cannot be imported: No module"),

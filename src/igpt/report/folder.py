@@ -31,6 +31,14 @@ OBSERVERS = (
     "igpt.training.callbacks.ProgressBar",
     "igpt.training.callbacks.SampleGrid",
     "igpt.training.online_probe.OnlineLinearProbe",
+    # `training/lightning_callbacks.py` has their classes
+    "lightning.pytorch.callbacks.DeviceStatsMonitor",
+    "lightning.pytorch.callbacks.LearningRateMonitor",
+    "lightning.pytorch.callbacks.ModelSummary",
+    "lightning.pytorch.callbacks.RichModelSummary",
+    "lightning.pytorch.callbacks.RichProgressBar",
+    "lightning.pytorch.callbacks.ThroughputMonitor",
+    "lightning.pytorch.callbacks.TQDMProgressBar",
 )
 # requirement of a task → groups that are not part of the identity of its runs, as it reads none of them
 UNUSED = {"tokenizer": ("model", "objective"), "images": ("model", "objective", "tokens")}
@@ -38,6 +46,7 @@ OUTSIDE_TASK = ("requires", "run_folder", "paper", "init")  # keys of a task: co
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep", ".keep_steps")
 OF_THE_MACHINE = "precision"  # the only identity setting of the trainer: the others change only rounding
 RECORDS = {"run.json", "log.txt", ".lock", "hparams.yaml"}  # of a run that has done nothing yet
+OF_LOGGERS = {"wandb", "tensorboard"}  # their folders
 LOCK_SECONDS = 10  # DataLoader workers of a killed run hold its lock for up to five
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safetensors")
 
@@ -167,15 +176,15 @@ class RunFolder:
     def remove_if_refused(self) -> Iterator[None]:
         """Removes the directory at a ValueError of the block, if the block made it and left only records in it.
 
-        So a run that is refused before its work starts leaves nothing; one that had been begun is left as it is. W&B's
-        files count as records.
+        So a run that is refused before its work starts leaves nothing; one that had been begun is left as it is. Files
+        of W&B and TensorBoard count as records.
         """
         is_new = not self.is_started
         try:
             yield
         except ValueError:
             written = [path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file()]
-            if is_new and all(path.name in RECORDS or "wandb" in path.parts for path in written):
+            if is_new and all(path.name in RECORDS or OF_LOGGERS & set(path.parts) for path in written):
                 files.remove(self.path)
             raise
 

@@ -7,8 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.loggers import Logger
+from lightning.fabric.loggers.logger import Logger
 
 from igpt.checkpoint import igpt_format
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights
@@ -23,9 +22,10 @@ from igpt.objective import registry
 from igpt.objective.base import Objective
 from igpt.report.folder import RunFolder
 from igpt.report.paper import check_paper_key
+from igpt.run.entries import callback_builder, logger_builder
 from igpt.run.fingerprint import compare_splits, read_data_settings
 from igpt.run.run_config import RunConfig
-from igpt.run.targets import checked_part, checked_partial, task_settings, without
+from igpt.run.targets import checked_partial, task_settings, without
 from igpt.settings.data import name_dataset
 from igpt.settings.fields import parse_settings
 from igpt.settings.training import PretrainSettings
@@ -34,6 +34,7 @@ from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.tokenizer import TokenGrid, Tokenizer, TokenizerSettings
 from igpt.tokens.vqvae_tokenizer import UNTRAINED, VQVAESettings
 from igpt.training.hardware import HardwareConfig, disable_malloc_trim
+from igpt.training.lightning_callbacks import select
 from igpt.training.loggers import RunInfo
 from igpt.training.trainer import Runner
 
@@ -54,6 +55,7 @@ class Components:
         self.run = run
         self.seed, self.cache_dir, self.weights = run.seed, run.cache_dir, run.weights
         self.init: str | None = run.cfg.init
+        self.loggers: list[Logger] = []  # those that were started
 
     def check_settings(self) -> None:
         """Raises ValueError, with the setting's name, for an invalid setting; builds nothing."""
@@ -66,8 +68,8 @@ class Components:
 
     def check_parts(self) -> None:
         """As `check_settings`, without the settings of the task."""
-        self._partials("callbacks")
-        self._partials("logger")
+        self._builders("callbacks")
+        self._builders("logger")
         if self.run.requires & {"images", "tokens", "tokenizer", "stages"}:
             self._source_partial()
         if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
@@ -97,11 +99,11 @@ class Components:
                 place, name_dataset(trained), name_dataset(read),
             )  # fmt: skip
 
-    def _partials(self, group: str) -> list[Callable[..., Any]]:
-        """A checked partial of every entry of `callbacks` or `logger` that is not null."""
+    def _builders(self, group: str) -> list[Callable[..., Any]]:
+        """A builder of every entry of `callbacks` or `logger` that is not null."""
+        build = callback_builder if group == "callbacks" else logger_builder
         entries = self.run.config.get(group) or {}
-        kind = L.Callback if group == "callbacks" else Logger | None
-        return [checked_part(spec, f"{group}.{key}", kind) for key, spec in entries.items() if spec is not None]
+        return [build(spec, f"{group}.{key}") for key, spec in entries.items() if spec is not None]
 
     def _source_partial(self) -> Callable[..., Source]:
         return checked_partial(without(self.run.config["data"], "palette_size"), "data")
@@ -119,7 +121,7 @@ class Components:
     @cached_property
     def runner(self) -> Runner:
         """The Trainer calls; with the run's callbacks and loggers, if it trains."""
-        callbacks = [build() for build in self._partials("callbacks")] if self.run.trains else []
+        callbacks = select([build() for build in self._builders("callbacks")]) if self.run.trains else []
         if self.hardware.device.type == "cpu":
             disable_malloc_trim()
         runner = Runner(machine=self.hardware, folder=self.run_dir, callbacks=callbacks)
@@ -146,10 +148,10 @@ class Components:
             trains=self.run.trains,
             pipeline=self.run_dir.parent.name if (self.run_dir.parent / "run.json").is_file() else None,
         )
-        loggers = [logger for build in self._partials("logger") if (logger := build(self.run_dir, about)) is not None]
-        for logger in loggers:
-            logger.log_hyperparams(self.run.config)
-        return loggers
+        for build in self._builders("logger"):
+            if (logger := build(self.run_dir, about, self.run.config)) is not None:
+                self.loggers.append(logger)
+        return self.loggers
 
     @cached_property
     def source(self) -> Source:

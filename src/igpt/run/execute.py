@@ -33,7 +33,7 @@ def run_and_report(components: Components) -> Result:
     run, folder = components.run, RunFolder(components.run_dir)
     start = time.perf_counter()
     with ExitStack() as at_end:
-        at_end.push(lambda error_type, *_: loggers.close(error_type not in (None, StoppedError)))
+        at_end.push(lambda kind, *_: loggers.close(components.loggers, failed=kind not in (None, StoppedError)))
         task = prepare_task(components)
         if not run.trains:
             components.build_loggers()
@@ -43,7 +43,7 @@ def run_and_report(components: Components) -> Result:
             result.provenance["init"] = summarize_metadata(run.weights.metadata.to_dict())
         if components.hardware.rank.is_first:
             folder.finish(run.task, result, seconds=seconds)
-            loggers.show(result, folder.path)
+            loggers.show(components.loggers, result, folder.path)
             write_page(folder.path)  # last: where it is, all is done
     ranks.barrier()  # the next stage of a pipeline reads this one's files
     table = closing_table(result, folder.path, seconds, published=run.config["published"])

@@ -11,7 +11,7 @@ from igpt.report.facts import read_names
 from igpt.report.folder import RunFolder, format_run_name, identity
 from igpt.report.page import write_page
 from igpt.report.runs import RunRecord, read_run
-from igpt.run.targets import checked_partial
+from igpt.run.entries import logger_builder
 from igpt.training import loggers
 from igpt.training.loggers import RunInfo, trains
 from igpt.utils import files
@@ -63,17 +63,16 @@ def _send_result(run: RunRecord, key: str, spec: Mapping[str, Any], *, is_new: b
 
     Returns whether that succeeded; what fails is logged.
     """
-    failed = True
+    failed, started = True, []
     try:
         about = describe_finished(run, trains=is_new and trains(run.config["task"]))
-        logger = checked_partial(spec, f"logger.{key}")(run.folder, about)
+        logger = logger_builder(spec, f"logger.{key}")(run.folder, about, run.config)
         if logger is None:  # of training only, and nothing was trained
             return False
-        logger.log_hyperparams(run.config)
+        started.append(logger)
         for step, figures in sorted(list_figures(run).items()) if is_new else ():
             logger.log_metrics(figures, step=step)
-        logger.finalize("success")
-        loggers.show(run.result, run.folder)
+        loggers.show(started, run.result, run.folder)
         failed = False
     except Exception as error:  # of any logger: the run has its result
         log.warning("%s is finished, and logger=%s was not told: %s", run.folder, key, describe_error(error))
@@ -81,7 +80,7 @@ def _send_result(run: RunRecord, key: str, spec: Mapping[str, Any], *, is_new: b
     else:
         log.info("%s is finished; logger=%s was told what was found", run.folder, key)
     finally:
-        loggers.close(failed)
+        loggers.close(started, failed)
     return not failed
 
 

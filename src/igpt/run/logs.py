@@ -87,6 +87,7 @@ def set_up_logging(*, quiet: bool = False) -> None:
     root.setLevel(logging.WARNING)
     logging.getLogger("igpt").setLevel(logging.DEBUG)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.callbacks").setLevel(logging.INFO)  # those that were asked for
     # caused by Lightning's own code
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*", module="lightning.*")
 

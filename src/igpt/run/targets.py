@@ -2,16 +2,15 @@
 
 import inspect
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
-from functools import partial, wraps
-from types import UnionType
+from functools import partial
 from typing import Any, get_type_hints
-
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from igpt.metric.result import Result
 from igpt.settings.fields import Settings, format_setting, parse_arguments, parse_settings
 from igpt.settings.older_configs import answer
+from igpt.utils.overrides import suggest_name
 
 OF_LAUNCH = ("_target_", "name", "requires", "run_folder", "paper")  # keys of a task read by `launch`, not by the task
 
@@ -31,37 +30,23 @@ def checked_partial(spec: Mapping[str, Any], where: str) -> partial[Any]:
     return partial(target, **parse_arguments(target, settings, where, built=nested))
 
 
-def checked_part(spec: Mapping[str, Any], where: str, kind: type | UnionType) -> Callable[..., Any]:
-    """As `checked_partial`, of a callback or logger: a ValueError, too, is what it refuses when built, or another kind.
-
-    `kind`: what is to be built.
-    """
-    build = checked_partial(spec, where)
-
-    @wraps(build.func)
-    def call(*arguments: Any) -> Any:
-        try:
-            part = build(*arguments)
-        except (TypeError, RuntimeError, MisconfigurationException) as error:
-            raise ValueError(f"{where} cannot be built from its settings: {' '.join(str(error).split())}") from error
-        if not isinstance(part, kind):
-            expected = getattr(kind, "__name__", kind)  # a union has no name
-            raise ValueError(f"{where}._target_={spec['_target_']} builds a {type(part).__name__}, expected {expected}")
-        return part
-
-    return call
-
-
 def find_target(name: Any, where: str) -> Callable[..., Any]:
     """The class or function that a `_target_` names. Raises ValueError if there is none."""
     try:
         target = pkgutil.resolve_name(name) if isinstance(name, str) else None
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{where}._target_={name} cannot be imported: {' '.join(str(error).split())}") from error
+        why = " ".join(str(error).split())
+        raise ValueError(f"{where}._target_={name} cannot be imported: {why}{_suggest_target(name)}") from error
     if not callable(target):
         raise ValueError(f"{where}._target_ must name a class or function, got {format_setting(name)}")
     found: Callable[..., Any] = target
     return found
+
+
+def _suggest_target(name: str) -> str:
+    """A suggestion for a `_target_` that cannot be imported; an empty text if there is none."""
+    module = sys.modules.get(name.rpartition(".")[0])
+    return suggest_name(name, [f"{module.__name__}.{key}" for key in dir(module)] if module else ())
 
 
 def checked_task(spec: Mapping[str, Any]) -> Callable[..., Result]:

@@ -76,14 +76,19 @@ def parse_arguments(
     Raises:
         ValueError: as `parse_settings`.
     """
-    parameters = inspect.signature(target).parameters
+    every = inspect.signature(target).parameters
+    parameters = {key: each for key, each in every.items() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+    takes_others = any(each.kind is each.VAR_KEYWORD for each in every.values())
     unknown = next((key for key in settings if key not in parameters), None)
-    if unknown is not None:
+    if unknown is not None and not takes_others:
         raise ValueError(f"{where} has no setting {unknown!r}{suggest_name(unknown, parameters)}")
     if inspect.isclass(target) and issubclass(target, BaseModel):  # with its own checks of several settings together
         return dict(parse_settings(target, {**settings, **built}, where))
     signature = target.__init__ if inspect.isclass(target) else target
-    hints = get_type_hints(signature, include_extras=True)
+    try:
+        hints = get_type_hints(signature, include_extras=True)
+    except NameError:  # a library's class that imports a type for type checkers only
+        hints = {}
     plain = {key: value for key, value in settings.items() if key not in built}
     fields: dict[str, Any] = {key: (hints.get(key, Any), ...) for key in plain}
     arguments = parse_settings(create_model("Arguments", __config__=STRICT, **fields), plain, where)

@@ -152,7 +152,8 @@ class TrainedModule(L.LightningModule):
         figures = {**figures, "images_seen": images, "tokens_seen": images * self.n_ctx}
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=step)
-        self.log_dict(figures, logger=False, sync_dist=True)  # the values are equal on all ranks
+        for name, value in figures.items():  # equal on all ranks; Lightning's progress bars show the losses
+            self.log(name, value, logger=False, sync_dist=True, prog_bar="/loss" in name)
 
     def finish_validation(self, numbers: dict[str, Number], metrics: list[str]) -> None:
         """Finishes a validation: stores `numbers`; during training also logs and records those named in `metrics`."""

@@ -14,7 +14,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
@@ -26,6 +25,7 @@ from igpt.report.bystanders import Bystander
 from igpt.report.figures import grid_picture
 from igpt.settings.fields import Count, Temperature
 from igpt.tokens.datamodule import PixelDataModule, TokenDataModule
+from igpt.training.loggers import save_picture
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
@@ -117,9 +117,7 @@ class SampleGrid(L.Callback):
 
 
 def save_grid(trainer: L.Trainer, name: str, images: np.ndarray) -> None:
-    """Writes images (N, R, R, 3) uint8 to `name/step_0001000.png` in the run directory, and to W&B."""
+    """Writes images (N, R, R, 3) uint8 to `name/step_0001000.png` in the run directory, and to the loggers."""
     path = Path(trainer.default_root_dir) / name / f"step_{trainer.global_step:07d}.png"
     grid_picture(path, Grid.square(images))
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(name, [str(path)], step=trainer.global_step)
+    save_picture(trainer.loggers, name, path, trainer.global_step)

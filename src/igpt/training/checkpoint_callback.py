@@ -19,16 +19,12 @@ from igpt.metric.result import Number
 from igpt.report.bystanders import describe_error
 from igpt.settings.training import TrainingSettings
 from igpt.tokens.batches import StreamState
+from igpt.training.lightning_callbacks import is_observer
 from igpt.training.nan_guard import FiniteGuard, NonFiniteLossError
 
 log = logging.getLogger(__name__)
 
 PATIENCE = "task.patience"
-
-
-def is_observer(callback: L.Callback) -> bool:
-    """Whether a callback declares that it changes nothing in training."""
-    return bool(getattr(callback, "is_observer", False))
 
 
 class FinishedStepMarker(L.Callback):

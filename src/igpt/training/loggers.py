@@ -1,14 +1,20 @@
-"""Loggers: a CSV file and Weights & Biases for metrics during a run; W&B also for its result."""
+"""Loggers of a run (a CSV file, W&B, TensorBoard, any other of Lightning), and what they are sent of its result."""
 
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from inspect import Parameter, signature
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+import numpy as np
+from lightning.fabric.loggers.logger import Logger  # of which all are, those of lightning.pytorch among them
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from PIL import Image
 from pydantic import Field
 
 from igpt.data.classes import format_class_name
@@ -37,12 +43,19 @@ class RunInfo:
     pipeline: str | None  # the pipeline that it is a stage of
 
 
+class StepTable(CSVLogger):
+    """`metrics.csv` of a training: what was logged at its steps, not its result, which `result.json` has."""
+
+
 def guard(logger: Logger, name: object = None) -> Logger:
     """The logger itself, its methods replaced by ones whose errors are logged, once, and end no run.
 
-    These are the methods that training calls, be it in Lightning or here. `name`: what failed, for the message.
+    These are the methods that training calls, be it in Lightning or here. TensorBoard's gets the `log_image` that W&B's
+    has. `name`: what failed, for the message.
     """
     bystander = Bystander(name or f"logger {type(logger).__name__}")
+    if isinstance(logger, TensorBoardLogger) and not hasattr(logger, "log_image"):
+        setattr(logger, "log_image", partial(_log_image_to_tensorboard, logger))  # noqa: B010  # no such attribute
     hooks = ("log_hyperparams", "log_graph", "log_metrics", "log_image", "after_save_checkpoint", "save", "finalize")
     for method in hooks:
         if hasattr(logger, method):
@@ -62,7 +75,7 @@ def csv(folder: Path, about: RunInfo) -> Logger | None:
     """
     if not about.trains:
         return None
-    logger = CSVLogger(folder, name="metrics", version=f"from_{about.first_step:07d}", flush_logs_every_n_steps=1)
+    logger = StepTable(folder, name="metrics", version=f"from_{about.first_step:07d}", flush_logs_every_n_steps=1)
     with Bystander(logger.log_dir):
         _ = logger.experiment  # makes the folder
         return guard(logger, f"{logger.log_dir}/metrics.csv")
@@ -118,43 +131,128 @@ def wandb(
     return logger
 
 
-def show(result: Result, folder: Path) -> None:
-    """Adds a result to the current W&B run, if any: numbers, pictures, curves over layers, confusion matrices.
+def tensorboard(folder: Path, about: RunInfo) -> Logger:
+    """A TensorBoard logger to `tensorboard/`, where a resumed run continues: `tensorboard --logdir runs` shows all.
 
-    W&B errors are only logged: the result is in the run directory already.
+    Raises:
+        ValueError: TensorBoard is not installed.
     """
-    if (run := _run()) is None:
-        return
+    try:
+        return TensorBoardLogger(**own_settings(TensorBoardLogger, {}, folder, about))
+    except ModuleNotFoundError as error:
+        raise ValueError("logger=tensorboard needs the package of that name: pip install tensorboard") from error
+
+
+def own_settings(kind: type[Logger], given: Mapping[str, Any], folder: Path, about: RunInfo) -> dict[str, Any]:
+    """Arguments of a class of loggers that a run knows and that are not `given`: where it writes, and its name there.
+
+    TensorBoard and W&B continue the run that is resumed.
+    """
+    found: dict[str, Any] = {}
+    if issubclass(kind, TensorBoardLogger):
+        # it would import TensorFlow where that is installed, for seconds; its own stub writes the same files
+        sys.modules.setdefault("tensorboard.compat.notf", ModuleType("tensorboard.compat.notf"))
+        is_elsewhere = "save_dir" in given
+        found = {"version": about.run_id} if is_elsewhere else {"name": "tensorboard", "version": ""}
+        # what a killed process logged after the step that this one resumes from is not shown
+        found |= {"default_hp_metric": False, "purge_step": about.first_step + 1 if about.trains else None}
+    elif issubclass(kind, WandbLogger):
+        found = {"name": about.run_id, "id": about.run_id, "resume": "allow"}
+    accepted = signature(kind).parameters
+    places = dict.fromkeys(("save_dir", "root_dir", "folder"), folder)
+    for name, value in {**places, "run_name": about.run_id, "about": about}.items():
+        if name in accepted and accepted[name].default in (Parameter.empty, None, "."):
+            found[name] = value
+    return {name: value for name, value in found.items() if name not in given}
+
+
+def save_picture(loggers: Iterable[Logger], name: str, path: Path, step: int) -> None:
+    """Sends a PNG file to every logger that takes images, as the image `name` of an optimiser step."""
+    for logger in loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(name, [str(path)], step=step)
+
+
+def show(loggers: Iterable[Logger], result: Result, folder: Path) -> None:
+    """Adds a result to the loggers of its run: numbers, pictures, curves over layers, confusion matrices.
+
+    W&B and TensorBoard show them in ways of their own, others as metrics and images. An error of a logger is only
+    logged: the result is in the run directory already.
+    """
+    paths = {name: resolve_below(folder, path) for name, path in result.files.items() if path.suffix == ".png"}
+    pictures = {name: path for name, path in paths.items() if path is not None and path.is_file()}
+    for logger in loggers:
+        with Bystander(f"logger {type(logger).__name__} was not told all that was found"):
+            if isinstance(logger, WandbLogger):
+                _show_in_wandb(logger.experiment, result, pictures)
+            elif not isinstance(logger, StepTable):
+                _show_as_metrics(logger, result, pictures)
+
+
+def _show_as_metrics(logger: Logger, result: Result, pictures: Mapping[str, Path]) -> None:
+    """Numbers at the last step, TensorBoard's as those of its hyper-parameters; curves with x, a layer, as step."""
+    step = int(max((curve.x[-1] for curve in result.curves.values() if curve.x_unit == STEPS and curve.x), default=0))
+    numbers = {name: number.value for name, number in result.numbers.items()}
+    if isinstance(logger, TensorBoardLogger):
+        logger.log_hyperparams(dict(logger.hparams), numbers, step)
+    else:
+        logger.log_metrics(numbers, step=step)
+    logger.log_metrics(_list_bounds(result), step=step)
+    for name, curve in result.curves.items():
+        if curve.x_unit != STEPS and all(float(x).is_integer() for x in curve.x):
+            key = f"{curve.y_unit} over {curve.x_unit}/{name.replace(', ', ' ')}"  # MLflow refuses commas
+            for x, y in zip(curve.x, curve.y, strict=True):
+                logger.log_metrics({key: y}, step=int(x))
+    for name, path in pictures.items():
+        save_picture([logger], f"pictures/{name}", path, step)
+
+
+def _list_bounds(result: Result) -> dict[str, float]:
+    """Standard errors and 95 % intervals of the numbers: `name_stderr`, `name_low`, `name_high`."""
+    found = {}
+    for name, number in result.numbers.items():
+        if number.stderr is not None:
+            found[f"{name}_stderr"] = number.stderr
+        found |= {f"{name}_{end}": x for end, x in zip(("low", "high"), number.confidence_interval or (), strict=False)}
+    return found
+
+
+def _log_image_to_tensorboard(
+    logger: TensorBoardLogger, key: str, images: Sequence[str], step: int | None = None
+) -> None:
+    for path in images:
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        logger.experiment.add_image(key, pixels, step, dataformats="HWC")
+
+
+def _show_in_wandb(run: Any, result: Result, pictures: Mapping[str, Path]) -> None:
+    """Numbers as the summary of a W&B run; pictures, curves and confusion matrices (a cell each) as its media."""
     import wandb as library
 
-    with Bystander("W&B was not told all that was found"):
-        for name, number in result.numbers.items():
-            run.summary[name] = number.value
-            if number.stderr is not None:
-                run.summary[f"{name}_stderr"] = number.stderr
-            for end, bound in zip(("low", "high"), number.confidence_interval or (), strict=False):
-                run.summary[f"{name}_{end}"] = bound
-        paths = {name: resolve_below(folder, path) for name, path in result.files.items() if path.suffix == ".png"}
-        pictures = {name: str(path) for name, path in paths.items() if path is not None and path.is_file()}
-        shown: dict[str, Any] = {f"pictures/{name}": library.Image(path) for name, path in pictures.items()}
-        untrained = {name: curve for name, curve in result.curves.items() if curve.x_unit != STEPS}
-        for (x_unit, y_unit), lines in group_by_unit(untrained, least=2).items():
-            x, y = [curve.x for curve in lines.values()], [curve.y for curve in lines.values()]
-            title = f"{y_unit} over {x_unit}"
-            shown[f"curves/{title}"] = library.plot.line_series(x, y, keys=list(lines), title=title, xname=x_unit)
-        for name, matrix in result.matrices.items():
-            if len(matrix) <= MOST_CLASSES:
-                axis = class_axis(len(matrix), result.class_names.get(name))
-                rows = zip(axis, matrix.tolist(), strict=True)
-                cells = [[row, column, n] for row, counts in rows for column, n in zip(axis, counts, strict=True)]
-                shown[f"{name}_cells"] = library.plot_table(
-                    "wandb/confusion_matrix/v1",
-                    library.Table(["Actual", "Predicted", "nPredictions"], cells),
-                    {"Actual": "Actual", "Predicted": "Predicted", "nPredictions": "nPredictions"},
-                    {"title": name},
-                )
-        if shown:
-            run.log(shown)
+    for name, value in {
+        **{name: number.value for name, number in result.numbers.items()},
+        **_list_bounds(result),
+    }.items():
+        run.summary[name] = value
+    shown: dict[str, Any] = {f"pictures/{name}": library.Image(str(path)) for name, path in pictures.items()}
+    untrained = {name: curve for name, curve in result.curves.items() if curve.x_unit != STEPS}
+    for (x_unit, y_unit), lines in group_by_unit(untrained, least=2).items():
+        x, y = [curve.x for curve in lines.values()], [curve.y for curve in lines.values()]
+        title = f"{y_unit} over {x_unit}"
+        shown[f"curves/{title}"] = library.plot.line_series(x, y, keys=list(lines), title=title, xname=x_unit)
+    for name, matrix in result.matrices.items():
+        if len(matrix) <= MOST_CLASSES:
+            axis = class_axis(len(matrix), result.class_names.get(name))
+            rows = zip(axis, matrix.tolist(), strict=True)
+            cells = [[row, column, n] for row, counts in rows for column, n in zip(axis, counts, strict=True)]
+            shown[f"{name}_cells"] = library.plot_table(
+                "wandb/confusion_matrix/v1",
+                library.Table(["Actual", "Predicted", "nPredictions"], cells),
+                {"Actual": "Actual", "Predicted": "Predicted", "nPredictions": "nPredictions"},
+                {"title": name},
+            )
+    if shown:
+        run.log(shown)
 
 
 def class_axis(k: int, class_names: Sequence[str] | None) -> Sequence[str | int]:
@@ -166,14 +264,10 @@ def class_axis(k: int, class_names: Sequence[str] | None) -> Sequence[str | int]
     return [name if count[name] == 1 else f"{name} ({i})" for i, name in enumerate(shown)]
 
 
-def close(failed: bool) -> None:
-    """Finishes the W&B run of this process, if any, so that the next run starts its own."""
-    if _run() is None:
-        return
-    with Bystander("the W&B run could not be closed"):
-        sys.modules["wandb"].finish(exit_code=int(failed))
-
-
-def _run() -> Any:
-    """The W&B run of this process, or None."""
-    return getattr(sys.modules.get("wandb"), "run", None)
+def close(loggers: Iterable[Logger], failed: bool) -> None:
+    """Ends the run in every logger, and the W&B run of this process, so that the next run starts its own."""
+    for logger in loggers:
+        logger.finalize("failed" if failed else "success")
+    if getattr(library := sys.modules.get("wandb"), "run", None) is not None:
+        with Bystander("the W&B run could not be closed"):
+            library.finish(exit_code=int(failed))  # type: ignore[union-attr]  # it has a run

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.distributed.ranks import Ranks, broadcast_from_rank0
 from igpt.metric.result import Number
 from igpt.settings.training import TrainingSettings
-from igpt.training.checkpoint_callback import Checkpoints, is_observer
+from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import ZeRO
 from igpt.training.fsdp import FSDP
 from igpt.training.hardware import HardwareConfig, matmul_precision
+from igpt.training.lightning_callbacks import is_observer
 from igpt.training.loggers import guard
 from igpt.training.measured_cost import peak_memory, reset_peak_memory
 
@@ -151,7 +153,7 @@ class Runner:
             plugins=[AtomicCheckpointIO(), Ranks() if machine.rank.count > 1 else LightningEnvironment()],
             use_distributed_sampler=False,
             enable_checkpointing=False,
-            enable_progress_bar=False,
+            enable_progress_bar=any(isinstance(each, ProgressBar) for each in options.get("callbacks", ())),
             enable_model_summary=False,
             **options,
         )
