@@ -17,7 +17,7 @@ from igpt.report.groups import group_by_seed, list_differing
 from igpt.report.runs import RunRecord
 from igpt.utils import files
 
-WATCHED = {"bar": {"_target_": "igpt.training.callbacks.ProgressBar"}}
+WATCHED = {"bar": {"_target_": "igpt.training.progress_bar.ProgressBar"}}
 STOP = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss_gen"}
 
 

@@ -29,7 +29,7 @@ from igpt.utils import files
 OUTSIDE_IDENTITY = ("paths", "resume", "rerun", "init", "logger", "published")
 # Callbacks that declare that they only watch (`is_observer`): by name, as nothing named in a file is imported.
 OBSERVERS = (
-    "igpt.training.callbacks.ProgressBar",
+    "igpt.training.progress_bar.ProgressBar",
     "igpt.training.callbacks.SampleGrid",
     "igpt.training.online_probe.OnlineLinearProbe",
 )

@@ -109,6 +109,7 @@ TABLE: dict[int, Changes] = {
         },
     ),
     6: Changes(
+        targets={"igpt.training.callbacks.ProgressBar": "igpt.training.progress_bar.ProgressBar"},
         added={
             "trainer.lightning": ("trainer._target_", ..., {}),
             "task.gradient_clip": ("task._target_", "igpt.task.train_tokenizer.run", None),

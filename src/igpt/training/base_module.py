@@ -28,7 +28,7 @@ GRADIENT = "grad_norm"
 UNTIMED, TIMED = 3, 5  # warm-up steps that are not timed; steps timed after them
 UNITS = {
     "loss_gen": "nats/token", "loss_gen_ema": "nats/token", "loss_clf": "nats/image", "loss": "nats",
-    "accuracy": "share", "bits_per_pixel": "bits/pixel", "grad_norm": "norm", "grad_norm_max": "norm",
+    "accuracy": "share", "bits_per_pixel": "bits/pixel", **dict.fromkeys(("grad_norm", "grad_norm_max"), "gradient norm"),
     **{key: unit for key, unit, _ in (PER_DIM, PER_DIM_OF_THESE_PIXELS)},
 }  # fmt: skip
 
@@ -79,9 +79,10 @@ class TrainedModule(L.LightningModule):
             return
         step, self._passes = self.global_step + 1, 0
         self.rate = float(optimizer.param_groups[0]["lr"])  # read here: the scheduler steps before the rate is logged
-        if self.has_gradient_norm and not self.machine.zero_stage:  # DeepSpeed keeps gradients to itself
-            self._step[GRADIENT] = squared_gradient_norm(optimizer, self.machine.rank.count)
         names = sorted(self._step)
+        if self.has_gradient_norm and not self.machine.zero_stage:  # DeepSpeed keeps gradients to itself
+            names.append(GRADIENT)
+            self._step[GRADIENT] = squared_gradient_norm(optimizer, self.machine.rank.count)
         values = self.trainer.strategy.reduce(torch.stack([self._step[name] for name in names]), reduce_op="mean")
         assert isinstance(values, Tensor)
         self._step = {}
