@@ -17,8 +17,10 @@ def main(cfg: Any) -> None:
     from hydra.types import RunMode
 
     from igpt.distributed import launcher
+    from igpt.run.early_checks import check_early
 
     try:
+        check_early(cfg)
         n_process = 1 if launcher.is_rank() else launcher.count_devices(cfg.trainer)
     except ValueError as error:
         refuse(error)
@@ -28,6 +30,8 @@ def main(cfg: Any) -> None:
         if code := launcher.run_ranks([sys.executable, __file__, *arguments], n_process):
             sys.exit(code)
         return
+    if not launcher.is_rank():
+        print(f"{cfg.task.name}: loading PyTorch and Lightning", file=sys.stderr, flush=True)
     from igpt.run.launch import main as run  # slow imports, after Hydra has composed the config
 
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -64,7 +64,7 @@ class Components:
         if isinstance(settings, PretrainSettings) and self.hardware.is_sharded:
             settings.check_sharded(self.hardware.strategy)
         if self.hardware.lightning.gradient_clip_algorithm and task.get("gradient_clip", 0) is None:
-            raise ValueError("trainer.lightning.gradient_clip_algorithm is of task.gradient_clip, which is null: give it")
+            raise ValueError("trainer.lightning.gradient_clip_algorithm clips by task.gradient_clip, which is null")
         self.check_parts()
 
     def check_parts(self) -> None:

@@ -12,8 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from igpt.metric.result import Result
 from igpt.settings.fields import Settings, format_setting, parse_arguments, parse_settings
 from igpt.settings.older_configs import answer
-
-OF_LAUNCH = ("_target_", "name", "requires", "run_folder", "paper")  # keys of a task read by `launch`, not by the task
+from igpt.settings.run import OF_LAUNCH
 
 
 def checked_partial(spec: Mapping[str, Any], where: str) -> partial[Any]:

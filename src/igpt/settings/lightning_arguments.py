@@ -3,12 +3,23 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from igpt.settings.fields import Count, Settings
+from igpt.settings.fields import Count, Settings, format_setting
 from igpt.utils.overrides import suggest_name
 
-Limit = Count | Annotated[float, Field(gt=0, le=1)]  # whole: batches of task.batch_size images; else a share
+
+def _check_limit(limit: Any) -> Any:
+    is_whole, is_share = type(limit) is int and limit >= 1, type(limit) is float and 0 < limit <= 1
+    if not (is_whole or is_share or limit is None):
+        raise ValueError(
+            "trainer.lightning: a limit is a number of batches, from 1 on, or a share above 0.0 and up to 1.0, got "
+            f"{format_setting(limit)}"
+        )
+    return limit
+
+
+Limit = Annotated[int | float | None, BeforeValidator(_check_limit)]  # batches of task.batch_size images, or a share
 # Arguments that change what is learned or measured → their value that changes nothing, besides null. The others watch,
 # or change only rounding.
 DECIDING: Mapping[str, Any] = {
@@ -42,7 +53,7 @@ REFUSED: Mapping[str, str] = {
     "log_every_n_steps": "take task.log_every",
     "enable_checkpointing": "take task.checkpoint_every; a run without checkpoints could not be resumed",
     "enable_progress_bar": "take the group callbacks: callbacks=none, or callbacks.bar=null",
-    "accumulate_grad_batches": "take trainer.micro_batch: a step has task.batch_size images however they are shared out",
+    "accumulate_grad_batches": "take trainer.micro_batch: a step has task.batch_size images in any case",
     "gradient_clip_val": "take task.gradient_clip",
     "use_distributed_sampler": "the samplers here share out the images themselves, each once",
     "barebones": "it switches off what saves and logs a run; benchmarks/train_step.py measures bare speed",
@@ -58,10 +69,10 @@ REFUSED: Mapping[str, str] = {
 class LightningArguments(Settings):
     """Arguments of `lightning.Trainer` that are passed on, or done here as Lightning does them; null: its default."""
 
-    limit_train_batches: Limit | None = None  # of the training images
-    limit_val_batches: Limit | None = None
-    limit_test_batches: Limit | None = None
-    overfit_batches: Limit | None = None  # of train and val, without augmentation
+    limit_train_batches: Limit = None  # of the training images
+    limit_val_batches: Limit = None
+    limit_test_batches: Limit = None
+    overfit_batches: Limit = None  # of train and val, without augmentation
     fast_dev_run: bool | Count | None = None  # optimiser steps, and batches of val and test; true: 1
     gradient_clip_algorithm: Literal["norm", "value"] | None = None
     max_time: Annotated[str, Field(pattern=r"^\d{2}:\d{2}:\d{2}:\d{2}$")] | None = None  # DD:HH:MM:SS, of training

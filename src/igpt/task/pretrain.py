@@ -158,7 +158,11 @@ class PretrainModule(TrainedModule):
             numbers["val/loss_gen_ema"] = of_average["val/loss_gen"]
             curves.append("val/loss_gen_ema")
         self.finish_validation(numbers, curves)
-        if self.trainer.state.fn == "fit" and self.trainer.is_global_zero and any(map(takes_images, self.trainer.loggers)):
+        if (
+            self.trainer.state.fn == "fit"
+            and self.trainer.is_global_zero
+            and any(map(takes_images, self.trainer.loggers))
+        ):
             self.draw_loss_by_position(self.components.runner.folder, self.global_step, self.trainer.loggers)
 
     def draw_loss_by_position(self, folder: Path, step: int, loggers: Sequence[Logger] = ()) -> Path | None:

@@ -78,7 +78,9 @@ def describe_progress(
     losses = {name.removeprefix("train/loss"): value for name, value in newest.items() if name.startswith("train/loss")}
     parts = [f"{step:,}/{steps:,}"]
     if losses:
-        named = (f"{name.removeprefix('_') if len(losses) > 1 else 'loss'} {value:.4g}" for name, value in losses.items())
+        named = (
+            f"{name.removeprefix('_') if len(losses) > 1 else 'loss'} {value:.4g}" for name, value in losses.items()
+        )
         parts.append(" ".join(named))
     parts += [f"{duration((steps - step) / rate)} left"] if rate else []
     parts += [f"{rate * batch_size:,.0f} images/s"] if rate else []

@@ -90,7 +90,11 @@ class Runner:
             raise ValueError(
                 f"trainer={self.machine.strategy} shares out the network of task=pretrain only: choose trainer=ddp here"
             )
-        plan, arguments, steps = self.machine.train_batch_layout(settings.batch_size), self.machine.lightning, settings.steps
+        plan, arguments, steps = (
+            self.machine.train_batch_layout(settings.batch_size),
+            self.machine.lightning,
+            settings.steps,
+        )
         if arguments.dev_steps is not None:
             steps, saving.val_every = min(steps, arguments.dev_steps), min(saving.val_every, arguments.dev_steps)
         val_every = saving.val_every
