@@ -20,7 +20,8 @@ class PartOfSplit:
 
     @property
     def labels(self) -> np.ndarray:
-        return self.whole.labels[self.rows]
+        labels: np.ndarray = self.whole.labels[self.rows]
+        return labels
 
     @property
     def pixel_changes(self) -> str:

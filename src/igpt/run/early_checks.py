@@ -28,7 +28,7 @@ TASKS: Mapping[str, type[Settings]] = {
 def check_early(cfg: DictConfig) -> None:
     """Raises the ValueError that the run would end with, where its settings of trainer or task alone show it.
 
-    Nothing is checked of a resumed run, a variant and `task.operations`, whose settings are not yet those of the config.
+    Nothing is checked of a resumed run, a variant and `task.operations`: their settings are not known yet.
     """
     try:
         config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))

@@ -1,12 +1,11 @@
 """`task=pretrain`: generative pretraining with the paper's recipe."""
 
 import logging
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger
+import numpy as np
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -19,8 +18,6 @@ from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model.gpt import GPT
-from igpt.report.bystanders import Bystander
-from igpt.report.position_figure import position_figure
 from igpt.run.components import Components
 from igpt.settings.training import PretrainSettings
 from igpt.task.generative_score import GenerativeScore, choose_units
@@ -29,6 +26,8 @@ from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import full_state
 from igpt.training.ema import WeightAverage
+from igpt.training.loss_by_position import NAME as LOSS_BY_POSITION
+from igpt.training.loss_by_position import draw_loss_by_position, takes_images
 from igpt.training.optimizers import every_step, make_optimizer, make_scheduler
 from igpt.utils import files
 
@@ -158,27 +157,19 @@ class PretrainModule(TrainedModule):
             numbers["val/loss_gen_ema"] = of_average["val/loss_gen"]
             curves.append("val/loss_gen_ema")
         self.finish_validation(numbers, curves)
-        if (
-            self.trainer.state.fn == "fit"
-            and self.trainer.is_global_zero
-            and any(map(takes_images, self.trainer.loggers))
-        ):
-            self.draw_loss_by_position(self.components.runner.folder, self.global_step, self.trainer.loggers)
+        shown_to = [logger for logger in self.trainer.loggers if takes_images(logger)]
+        if self.trainer.state.fn == "fit" and shown_to:  # rank 0 has the loggers
+            folder, step = self.components.runner.folder, self.global_step
+            draw_loss_by_position(folder, self.loss_by_position, step=step, loggers=shown_to)
 
-    def draw_loss_by_position(self, folder: Path, step: int, loggers: Sequence[Logger] = ()) -> Path | None:
-        """Writes the picture of the last validation's loss by position, and shows it to loggers that take images.
-
-        Returns its place in the run directory; None if it could not be written.
-        """
-        name, nats = "loss_by_position", self.score.by_position
+    @property
+    def loss_by_position(self) -> np.ndarray:
+        """Mean nats per token of each cell of the token grid in the last validation: (R, C)."""
+        nats, tokenizer = self.score.by_position, self.components.tokenizer
         assert nats is not None
-        tokenizer, path = self.components.tokenizer, Path(name, f"step_{step:07d}.png")
-        cells = nats.view(-1, tokenizer.grid.channels).mean(1)  # (T,) → (R²,)
-        with Bystander(folder / path) as bystander:
-            position_figure(folder / path, tokenizer.order.unflatten(cells[None])[0].numpy())
-            for logger in filter(takes_images, loggers):
-                logger.log_image(name, [str(folder / path)], step=step)
-        return None if bystander.error is not None else path
+        cells = nats.view(-1, tokenizer.grid.channels).mean(1)  # (T,) → (cells,)
+        grid: np.ndarray = tokenizer.order.unflatten(cells[None])[0].numpy()
+        return grid
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -195,11 +186,6 @@ class PretrainModule(TrainedModule):
         check_equal("tokenizer", saved.tokenizer.hash, expected.tokenizer.hash, path)
         super().on_load_checkpoint(checkpoint)
         self._saved_average = checkpoint.get("ema")
-
-
-def takes_images(logger: Logger) -> bool:
-    """Whether a logger has Lightning's method for images."""
-    return hasattr(logger, "log_image")
 
 
 def run(components: Components, settings: PretrainSettings) -> Result:
@@ -232,11 +218,12 @@ def run(components: Components, settings: PretrainSettings) -> Result:
     if hardware.zero_stage:
         ranks.barrier()  # until rank 0 has written it
         module.load_full_model(read_model(runner.folder / "model"))
-    files_written: dict[str, Path] = {}
+    pictures: dict[str, Path] = {}
     if n_val:
         runner.validate(module, data)
-        if hardware.rank.is_first and (picture := module.draw_loss_by_position(runner.folder, progress.step)):
-            files_written["loss_by_position"] = picture
+        if hardware.rank.is_first:
+            picture = draw_loss_by_position(runner.folder, module.loss_by_position, step=progress.step)
+            pictures |= {} if picture is None else {LOSS_BY_POSITION: picture}
     seen = progress.step * settings.batch_size
     return Result(
         numbers={
@@ -249,7 +236,7 @@ def run(components: Components, settings: PretrainSettings) -> Result:
             **module.clock.numbers,
         },
         curves=module.curves(),
-        files={"model": Path("model"), **averaged, "checkpoints": Path("checkpoints"), **files_written},
+        files={"model": Path("model"), **averaged, "checkpoints": Path("checkpoints"), **pictures},
         provenance={
             "step": progress.step,
             "seed": components.seed,

@@ -106,7 +106,8 @@ class SGDProbeModule(TrainedModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            assert weight.grad is not None and bias.grad is not None
+            assert weight.grad is not None
+            assert bias.grad is not None
             norm = (weight.grad.square().sum((1, 2)) + bias.grad.square().sum(1)).sqrt()  # (P,)
             scale = (gradient_clip_val / norm).clamp(max=1.0)
             weight.grad *= scale[:, None, None]

@@ -28,7 +28,8 @@ GRADIENT = "grad_norm"
 UNTIMED, TIMED = 3, 5  # warm-up steps that are not timed; steps timed after them
 UNITS = {
     "loss_gen": "nats/token", "loss_gen_ema": "nats/token", "loss_clf": "nats/image", "loss": "nats",
-    "accuracy": "share", "bits_per_pixel": "bits/pixel", **dict.fromkeys(("grad_norm", "grad_norm_max"), "gradient norm"),
+    "accuracy": "share", "bits_per_pixel": "bits/pixel",
+    **dict.fromkeys(("grad_norm", "grad_norm_max"), "gradient norm"),
     **{key: unit for key, unit, _ in (PER_DIM, PER_DIM_OF_THESE_PIXELS)},
 }  # fmt: skip
 
@@ -36,7 +37,8 @@ UNITS = {
 class TrainedModule(L.LightningModule):
     """Averages named figures over micro-batches, ranks and the optimiser steps since the last log line.
 
-    `train/grad_norm` is the norm of the gradient before it is clipped, `train/grad_norm_max` its largest. A subclass calls `accumulate` in its training step and `finish_validation` at the end of each validation.
+    `train/grad_norm` is the norm of the gradient before it is clipped, `train/grad_norm_max` its largest. A subclass
+    calls `accumulate` in its training step and `finish_validation` at the end of each validation.
     """
 
     units: ClassVar[Mapping[str, str]] = UNITS  # name of a figure → its unit

@@ -78,10 +78,8 @@ def describe_progress(
     losses = {name.removeprefix("train/loss"): value for name, value in newest.items() if name.startswith("train/loss")}
     parts = [f"{step:,}/{steps:,}"]
     if losses:
-        named = (
-            f"{name.removeprefix('_') if len(losses) > 1 else 'loss'} {value:.4g}" for name, value in losses.items()
-        )
-        parts.append(" ".join(named))
+        names = [name.removeprefix("_") for name in losses] if len(losses) > 1 else ["loss"]
+        parts.append(" ".join(f"{name} {value:.4g}" for name, value in zip(names, losses.values(), strict=True)))
     parts += [f"{duration((steps - step) / rate)} left"] if rate else []
     parts += [f"{rate * batch_size:,.0f} images/s"] if rate else []
     parts += [f"lr {learning_rate:.2g}"] if learning_rate is not None else []

@@ -90,11 +90,8 @@ class Runner:
             raise ValueError(
                 f"trainer={self.machine.strategy} shares out the network of task=pretrain only: choose trainer=ddp here"
             )
-        plan, arguments, steps = (
-            self.machine.train_batch_layout(settings.batch_size),
-            self.machine.lightning,
-            settings.steps,
-        )
+        plan, arguments = self.machine.train_batch_layout(settings.batch_size), self.machine.lightning
+        steps = settings.steps
         if arguments.dev_steps is not None:
             steps, saving.val_every = min(steps, arguments.dev_steps), min(saving.val_every, arguments.dev_steps)
         val_every = saving.val_every
@@ -155,7 +152,8 @@ class Runner:
         chosen = self.machine.lightning.profiler
         if chosen is None or not self.machine.rank.is_first:
             return None
-        return PROFILERS[chosen](dirpath=self.folder / "profile", filename=chosen)
+        profiler: Profiler = PROFILERS[chosen](dirpath=self.folder / "profile", filename=chosen)
+        return profiler
 
     def _trainer(self, module: L.LightningModule, **options: Any) -> L.Trainer:
         machine = self.machine
