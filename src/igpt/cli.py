@@ -47,9 +47,11 @@ def run(cfg: Any) -> None:
     from hydra.types import RunMode
 
     from igpt.distributed import launcher
+    from igpt.run.early_checks import check_early
     from igpt.utils.program import program_arguments
 
     try:
+        check_early(cfg)
         n_process = 1 if launcher.is_rank() else launcher.count_devices(cfg.trainer)
     except ValueError as error:
         refuse(error)
@@ -59,6 +61,8 @@ def run(cfg: Any) -> None:
         if code := launcher.run_ranks([*program_arguments(), *arguments], n_process):
             sys.exit(code)
         return
+    if not launcher.is_rank():
+        print(f"{cfg.task.name}: loading PyTorch and Lightning", file=sys.stderr, flush=True)
     from igpt.run import launch  # slow imports, after Hydra has composed the config
 
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -18,7 +18,7 @@ from igpt.report.runs import RunRecord
 from igpt.utils import files
 from igpt.utils.program import describe_commit
 
-WATCHED = {"bar": {"_target_": "igpt.training.callbacks.ProgressBar"}}
+WATCHED = {"bar": {"_target_": "igpt.training.progress_bar.ProgressBar"}}
 STOP = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss_gen"}
 
 

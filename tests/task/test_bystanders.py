@@ -23,10 +23,11 @@ from igpt.report.bystanders import Bystander
 from igpt.run import launch
 from igpt.run.logs import StandardStream, guard_streams, log_file, set_up_logging
 from igpt.training import callbacks, online_probe
-from igpt.training.callbacks import ProgressBar, SampleGrid
+from igpt.training.callbacks import SampleGrid
 from igpt.training.loggers import RunInfo
 from igpt.training.loggers import csv as csv_logger
 from igpt.training.nan_guard import NonFiniteLossError
+from igpt.training.progress_bar import ProgressBar
 from tests.task.conftest import Lab
 from tests.task.test_finished_step import weights
 

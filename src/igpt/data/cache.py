@@ -35,7 +35,7 @@ def map_chunks(make: Callable[[Sequence[int]], T], rows: np.ndarray, what: str) 
     chunks: Any = [rows[start : start + _CHUNK].tolist() for start in range(0, len(rows), _CHUNK)]
     generator = torch.Generator()  # the DataLoader draws a seed: not from the global generator
     loader = DataLoader(chunks, batch_size=None, num_workers=n_process, collate_fn=make, generator=generator)
-    with tqdm(total=len(rows), desc=what, unit="image", disable=None) as bar:
+    with tqdm(total=len(rows), desc=what, unit="image", disable=None, leave=False) as bar:
         with torch.device("cpu"):  # the caller may have the meta device as default
             parts = iter(loader)
         try:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import numpy as np
 from pydantic import Field
-from sklearn.datasets import load_digits
 
 from igpt.data.crop import shift_images
 from igpt.data.listing import ListFiles
@@ -51,6 +50,8 @@ class Digits:
         if resolution != 8:
             raise ValueError(f"data.resolution={resolution}: the digits are 8×8 and come in no other size")
         self.name, self.resolution, self.labels_per_class = name, resolution, labels_per_class
+        from sklearn.datasets import load_digits  # slow to import, for this data alone
+
         digits = load_digits()
         grey = np.rint(digits.images * (255 / LEVELS)).astype(np.uint8)  # (N, 8, 8)
         pixels = np.repeat(grey[..., None], 3, axis=3)  # (N, 8, 8, 3)

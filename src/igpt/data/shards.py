@@ -14,8 +14,6 @@ from itertools import product
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from datasets.utils.file_utils import xopen
-
 from igpt.data.errors import DataError
 from igpt.data.image_table import Cell
 from igpt.data.listing import SHARD_EXTENSIONS
@@ -85,6 +83,8 @@ def is_remote(file: str) -> bool:
 def open_shard(file: str) -> IO[bytes]:
     """Opens a local or remote shard for reading and seeking. Failed remote reads are retried."""
     if is_remote(file):
+        from datasets.utils.file_utils import xopen  # slow to import, and not needed for local files
+
         remote: IO[bytes] = xopen(file, "rb")
         return remote
     if not stat.S_ISREG(os.stat(file).st_mode):  # opening a pipe would block

@@ -3,10 +3,10 @@
 from typing import Annotated
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from igpt.objective.base import token_nats
 from igpt.utils import keyed
 
 _STREAM = 2  # random stream of the masks, folded into each key; no other random choice uses it
@@ -33,8 +33,10 @@ class BERT:
         return u > threshold
 
     def per_example_loss(self, logits: Tensor, tokens: Tensor, visible: Tensor | None) -> Tensor:
+        return self.average_tokens(token_nats(logits, tokens), visible)
+
+    def average_tokens(self, nats: Tensor, visible: Tensor | None) -> Tensor:
         assert visible is not None
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view(tokens.shape)
         hidden = (~visible).to(nats)  # (B, T)
         return (nats * hidden).sum(dim=1) / hidden.sum(dim=1).clamp(min=1)
 

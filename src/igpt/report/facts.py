@@ -29,6 +29,10 @@ KINDS = {  # suffix of a picture's name → (heading, caption)
     "palette_images": ("Palette", "Images, and the same in the colours of the palette."),
     "colours": ("Palette", "Every colour of the palette, in the order of the tokens."),
     "confusion": ("Confusion matrix", "Row: the true class. Column: what it was taken for. Images counted."),
+    "loss_by_position": (
+        "Loss by position",
+        "Nats per token over the image, and row by row along it: where the network is surprised.",
+    ),
     "": ("Pictures", ""),
 }
 TOKENS = {  # settings of a tokenizer → what one of its tokens stands for, and several

@@ -19,6 +19,7 @@ import igpt
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.bystanders import Bystander, describe_error
 from igpt.report.figures import bars_figure, curves_figure, grid_picture, lines_figure, matrix_figure, palette_picture
+from igpt.settings.lightning_arguments import deciding_arguments
 from igpt.settings.older_configs import VERSION, read_record
 from igpt.settings.paths import is_same_place
 from igpt.utils import files
@@ -28,7 +29,7 @@ from igpt.utils.program import find_commit, typed_command
 OUTSIDE_IDENTITY = ("paths", "resume", "rerun", "init", "logger", "published")
 # Callbacks that declare that they only watch (`is_observer`): by name, as nothing named in a file is imported.
 OBSERVERS = (
-    "igpt.training.callbacks.ProgressBar",
+    "igpt.training.progress_bar.ProgressBar",
     "igpt.training.callbacks.SampleGrid",
     "igpt.training.online_probe.OnlineLinearProbe",
     # `training/lightning_callbacks.py` has their classes
@@ -44,9 +45,10 @@ OBSERVERS = (
 UNUSED = {"tokenizer": ("model", "objective"), "images": ("model", "objective", "tokens")}
 OUTSIDE_TASK = ("requires", "run_folder", "paper", "init")  # keys of a task: constants, a label; a stage's weights
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep", ".keep_steps")
-OF_THE_MACHINE = "precision"  # the only identity setting of the trainer: the others change only rounding
+OF_THE_MACHINE = "precision"  # besides `lightning`, the only identity setting of the trainer: others change rounding
 RECORDS = {"run.json", "log.txt", ".lock", "hparams.yaml"}  # of a run that has done nothing yet
 OF_LOGGERS = {"wandb", "tensorboard"}  # their folders
+DEBUG = "debug"  # key of a config, and folder in `paths.runs`, of runs that try something out and count for nothing
 LOCK_SECONDS = 10  # DataLoader workers of a killed run hold its lock for up to five
 PACKAGES = ("torch", "lightning", "hydra-core", "numpy", "scikit-learn", "safetensors")
 
@@ -58,6 +60,8 @@ def deciding(config: dict[str, Any]) -> dict[str, Any]:
     of_others = [group for part in config["task"].get("requires") or () for group in UNUSED.get(part, ())]
     chosen = {key: value for key, value in config.items() if key not in (*OUTSIDE_IDENTITY, *of_others, "callbacks")}
     trainer = {OF_THE_MACHINE: config["trainer"].get(OF_THE_MACHINE)}
+    if lightning := deciding_arguments(config["trainer"]):
+        trainer["lightning"] = lightning
     callbacks = deciding_callbacks(config)
     return (
         chosen

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt.metric.result import Result
-from igpt.report.folder import RunFolder, parse_result
+from igpt.report.folder import DEBUG, RunFolder, parse_result
 from igpt.settings.older_configs import read_record
 from igpt.utils import files
 
@@ -254,7 +254,7 @@ def _run_folders(folder: Path, depth: int = 0) -> Iterator[Path]:
             yield folder
     elif folder.is_dir() and depth < DEEPEST:
         for inside in sorted(folder.iterdir()):
-            if inside.is_dir() and not inside.name.startswith("."):
+            if inside.is_dir() and not inside.name.startswith(".") and inside.name != DEBUG:
                 yield from _run_folders(inside, depth + 1)
 
 

@@ -31,6 +31,7 @@ from igpt.utils.overrides import (
 from igpt.utils.program import default_cache, program_name
 
 AUTO = "resume=auto"
+OF_LIGHTNING = "trainer.lightning."  # arguments of Lightning's Trainer, which conf/ does not list: no + is needed
 SHOW = (("--cfg", "job"), ("-c", "job"))
 WITH_VALUE = (  # Hydra's flags
     "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package", "-p",
@@ -49,6 +50,7 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
             or needs what is not taken from a file; a path that needs quotes, with the quoted form.
     """
     flags, overrides = split_flags([_expand_home_in_argument(argument) for argument in arguments])
+    overrides = [re.sub(rf"^\+?(?={re.escape(OF_LIGHTNING)})", "++", override) for override in overrides]
     if any(pair in SHOW for pair in pairwise([*flags, ""])) or "--cfg=job" in flags:
         flags = [*flags, "--resolve"]  # the values, also those of the recipe
     several = {"-m", "--multirun"} & {*flags}

@@ -13,6 +13,7 @@ from igpt.checkpoint import igpt_format
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights
 from igpt.checkpoint.resume import parse_step
 from igpt.data.crop import Crop, evaluation_crop
+from igpt.data.limited import LimitedSource
 from igpt.data.order import BatchPlan
 from igpt.data.source import Source
 from igpt.metric.result import Result
@@ -64,6 +65,8 @@ class Components:
         settings = task_settings(task["_target_"], task)
         if isinstance(settings, PretrainSettings) and self.hardware.is_sharded:
             settings.check_sharded(self.hardware.strategy)
+        if self.hardware.lightning.gradient_clip_algorithm and task.get("gradient_clip", 0) is None:
+            raise ValueError("trainer.lightning.gradient_clip_algorithm clips by task.gradient_clip, which is null")
         self.check_parts()
 
     def check_parts(self) -> None:
@@ -155,7 +158,18 @@ class Components:
 
     @cached_property
     def source(self) -> Source:
-        """The images."""
+        """The images; of splits that `trainer.lightning` limits, a part."""
+        arguments, task = self.hardware.lightning, self.run.config["task"]
+        of_batches = task["sgd"] if task.get("solver") == "sgd" else task
+        limits, batch_size = arguments.limits, of_batches.get("batch_size")
+        if not limits or not isinstance(batch_size, int):  # nothing is read in batches
+            return self._whole_source
+        return LimitedSource(
+            self._whole_source, limits, batch_size=batch_size, augment=arguments.overfit_batches is None
+        )
+
+    @cached_property
+    def _whole_source(self) -> Source:
         return self._source_partial()(cache=self.cache_dir, list_files=self.run.list_files)
 
     @cached_property
@@ -205,7 +219,7 @@ class Components:
         if self.run.takes_from_weights("tokens"):
             assert saved is not None, "RunConfig has seen to it"
             return saved
-        tokenizer = self.run.saved_tokenizer or self.tokenizer_settings.build(self.source, self.cache_dir)
+        tokenizer = self.run.saved_tokenizer or self.tokenizer_settings.build(self._whole_source, self.cache_dir)
         if self.weights is not None and saved is not None and tokenizer.hash != saved.hash:
             raise ValueError(
                 f"{self.weights.folder} was trained on other tokens ({saved.describe()}, {saved.hash}) than "

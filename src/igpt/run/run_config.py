@@ -19,6 +19,7 @@ from igpt.run import fingerprint
 from igpt.run.targets import checked_partial, find_target
 from igpt.settings.data import name_images
 from igpt.settings.fields import parse_settings
+from igpt.settings.lightning_arguments import deciding_arguments
 from igpt.settings.probing import name_encoder
 from igpt.settings.run import RunSettings, check_structure
 from igpt.tokens.pixel_order import PixelOrder
@@ -201,6 +202,7 @@ class RunConfig:
         """Everything that determines the images of the splits; part of the cache key of their features."""
         return {
             "data": {key: value for key, value in self.config["data"].items() if key not in NOT_OF_FEATURES},
+            **({"limits": limits} if (limits := deciding_arguments(self.config["trainer"])) else {}),
             "images": {k: sha for k, sha in self.input_hashes.items() if k.endswith(".path") and k != "tokens.path"},
         }
 

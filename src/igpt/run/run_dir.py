@@ -10,7 +10,7 @@ from pathlib import Path
 
 from igpt.checkpoint.resume import has_checkpoint
 from igpt.distributed import launcher
-from igpt.report.folder import RunFolder, changes, deciding_callbacks, identity
+from igpt.report.folder import DEBUG, RunFolder, changes, deciding_callbacks, identity
 from igpt.run.run_config import RunConfig
 from igpt.utils import files
 from igpt.utils.overrides import format_text, train_command
@@ -61,7 +61,8 @@ def find_run_dir(run: RunConfig) -> RunFolder:
             log.info("resuming with other settings, which do not change what is learned: %s", "; ".join(harmless))
         return folder
     named = chain([name], (f"{name}-{n}" for n in count(2)))
-    folders = (RunFolder(Path(cfg.paths.runs) / each) for each in named)
+    runs = Path(cfg.paths.runs, *([DEBUG] if DEBUG in run.config else []))  # never beside runs that count
+    folders = (RunFolder(runs / each) for each in named)
     if cfg.rerun:
         return next(each for each in folders if not each.is_started)
     folder = next(each for each in folders if not has_other_callbacks(each, run))

@@ -145,7 +145,7 @@ class Sweep:
         )  # fmt: skip
         running: dict[int, tuple[Job, Child, float]] = {}
         free = list(self.gpus)
-        bar = tqdm(total=len(self.jobs), initial=done, unit="job", disable=None)
+        bar = tqdm(total=len(self.jobs), initial=done, unit="job", disable=None, leave=False)
         with Children().supervise() as children, bar:
 
             def has_free_slot() -> bool:

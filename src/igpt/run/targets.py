@@ -10,9 +10,8 @@ from typing import Any, get_type_hints
 from igpt.metric.result import Result
 from igpt.settings.fields import Settings, format_setting, parse_arguments, parse_settings
 from igpt.settings.older_configs import answer
+from igpt.settings.run import OF_LAUNCH
 from igpt.utils.overrides import suggest_name
-
-OF_LAUNCH = ("_target_", "name", "requires", "run_folder", "paper")  # keys of a task read by `launch`, not by the task
 
 
 def checked_partial(spec: Mapping[str, Any], where: str) -> partial[Any]:

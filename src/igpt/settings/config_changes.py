@@ -108,4 +108,12 @@ TABLE: dict[int, Changes] = {
             "task.sgd.augment": ("task._target_", "igpt.task.probe.run", True),
         },
     ),
+    6: Changes(
+        targets={"igpt.training.callbacks.ProgressBar": "igpt.training.progress_bar.ProgressBar"},
+        added={
+            "trainer.lightning": ("trainer._target_", ..., {}),
+            "task.gradient_clip": ("task._target_", "igpt.task.train_tokenizer.run", None),
+            "task.sgd.gradient_clip": ("task._target_", "igpt.task.probe.run", None),
+        },
+    ),
 }

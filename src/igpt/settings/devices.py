@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from igpt.settings.fields import Count, Settings
+from igpt.settings.lightning_arguments import LightningArguments
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 Strategy = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_3", "deepspeed_3_offload"]
@@ -14,7 +15,7 @@ MatmulPrecision = Literal["auto", "highest", "high", "medium"]
 
 
 class HardwareSettings(Settings):
-    """Hardware settings; they change a run's results only by rounding."""
+    """Hardware settings; but for some in `lightning`, they change a run's results only by rounding."""
 
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: Count | Literal["auto"]  # processes per machine, one GPU each; auto: as many as were started
@@ -33,6 +34,7 @@ class HardwareSettings(Settings):
     memory_gb: Annotated[float, Field(ge=0.001, le=1e6)] | None = None  # (plan) of one device; None: of this machine
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4  # (plan) expected share of peak_tflops
     decoding: DecodeBackend = "auto"  # how tokens are sampled one by one
+    lightning: LightningArguments = LightningArguments()  # further arguments of Lightning's Trainer
 
     @property
     def is_sharded(self) -> bool:

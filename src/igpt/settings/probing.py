@@ -34,6 +34,7 @@ class SGDProbeSettings(TrainingSettings):
 
     rates: Annotated[list[Positive], Field(min_length=1)]
     momentum: Decay
+    gradient_clip: Positive | None  # largest norm of a head's gradient
     val_every: Count  # optimiser steps
     search: Literal["together", "in_turn"]
     augment: bool

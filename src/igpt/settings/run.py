@@ -7,6 +7,7 @@ from typing import Any
 from igpt.settings.fields import MAPPING, Seed, Settings, format_setting
 
 GROUPS = ("data", "tokens", "model", "objective", "trainer", "task", "paths")  # parts that every config has
+OF_LAUNCH = ("_target_", "name", "requires", "run_folder", "paper")  # keys of a task read by `launch`, not by the task
 ENTRIES = ("logger", "callbacks")  # groups of entries, each with settings of its own; groups and entries may be null
 
 

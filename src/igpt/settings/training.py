@@ -114,6 +114,7 @@ class PretrainSettings(AdamSettings):
 class TokenizerTaskSettings(AdamSettings):
     """`task=tokenizer`. Recipe: van den Oord et al. 2017, appendix A.1, with a schedule that ends at zero."""
 
+    gradient_clip: Positive | None  # largest norm of a step's gradient
     decay_share: Share  # of the steps, at the end, in which the learning rate falls to zero
     crop: Count | None  # pixels a side; None: whole images
     val_every: WholeNumber  # optimiser steps; 0: only at the end

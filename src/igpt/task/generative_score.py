@@ -10,7 +10,7 @@ from torch import Tensor
 from igpt.metric.likelihood import PER_DIM, PER_DIM_OF_THESE_PIXELS, BitUnit, likelihood_numbers
 from igpt.metric.result import Number
 from igpt.model.gpt import GPT
-from igpt.objective.base import Objective
+from igpt.objective.base import Objective, token_nats
 from igpt.run.components import Components
 from igpt.tokens.batches import Batch
 from igpt.tokens.rgb import RGBTokenizer
@@ -43,17 +43,24 @@ class GenerativeScore:
 
     def __init__(self, objective: Objective, units: Sequence[BitUnit] = ()) -> None:
         self.objective, self.units = objective, units
+        self.by_position: Tensor | None = None  # (T,) mean nats of the tokens that were predicted; of the last numbers
         self._seen: list[tuple[Tensor, Tensor]] = []  # of each batch: rows (B,) and nats per token (1, B)
+        self._of_positions: list[Tensor] = []  # of each batch: sums of nats, numbers of tokens (2, T)
 
     def add(self, net: GPT, batch: Batch) -> None:
         visible = self.objective.visible_mask(batch.tokens, batch.rng_keys)  # (B, T) or None
-        nats = self.objective.per_example_loss(net(batch.tokens, visible), batch.tokens, visible)  # (B,)
-        self._seen.append((batch.rows, nats.double()[None]))
+        nats = token_nats(net(batch.tokens, visible), batch.tokens)  # (B, T)
+        self._seen.append((batch.rows, self.objective.average_tokens(nats, visible).double()[None]))
+        predicted = torch.ones_like(nats) if visible is None else (~visible).to(nats)
+        self._of_positions.append(torch.stack([(nats * predicted).double().sum(0), predicted.double().sum(0)]))
 
     def numbers(self, split: str, trainer: L.Trainer, n_image: int) -> dict[str, Number]:
         """The numbers over the `n_image` images of the split, each added exactly once since the last call."""
         (nats,) = table_of_images(self._seen, trainer, 1, n_image)
-        self._seen = []
+        of_positions = trainer.strategy.reduce(torch.stack(self._of_positions).sum(0), reduce_op="sum")
+        assert isinstance(of_positions, Tensor)
+        self.by_position = (of_positions[0] / of_positions[1]).cpu()  # NaN where no token was predicted
+        self._seen, self._of_positions = [], []
         return likelihood_numbers(split, nats, self.units)
 
 

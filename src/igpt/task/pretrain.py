@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -25,6 +26,8 @@ from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import full_state
 from igpt.training.ema import WeightAverage
+from igpt.training.loss_by_position import NAME as LOSS_BY_POSITION
+from igpt.training.loss_by_position import draw_loss_by_position, takes_images
 from igpt.training.optimizers import every_step, make_optimizer, make_scheduler
 from igpt.utils import files
 
@@ -154,6 +157,19 @@ class PretrainModule(TrainedModule):
             numbers["val/loss_gen_ema"] = of_average["val/loss_gen"]
             curves.append("val/loss_gen_ema")
         self.finish_validation(numbers, curves)
+        shown_to = [logger for logger in self.trainer.loggers if takes_images(logger)]
+        if self.trainer.state.fn == "fit" and shown_to:  # rank 0 has the loggers
+            folder, step = self.components.runner.folder, self.global_step
+            draw_loss_by_position(folder, self.loss_by_position, step=step, loggers=shown_to)
+
+    @property
+    def loss_by_position(self) -> np.ndarray:
+        """Mean nats per token of each cell of the token grid in the last validation: (R, C)."""
+        nats, tokenizer = self.score.by_position, self.components.tokenizer
+        assert nats is not None
+        cells = nats.view(-1, tokenizer.grid.channels).mean(1)  # (T,) → (cells,)
+        grid: np.ndarray = tokenizer.order.unflatten(cells[None])[0].numpy()
+        return grid
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -202,8 +218,12 @@ def run(components: Components, settings: PretrainSettings) -> Result:
     if hardware.zero_stage:
         ranks.barrier()  # until rank 0 has written it
         module.load_full_model(read_model(runner.folder / "model"))
+    pictures: dict[str, Path] = {}
     if n_val:
         runner.validate(module, data)
+        if hardware.rank.is_first:
+            picture = draw_loss_by_position(runner.folder, module.loss_by_position, step=progress.step)
+            pictures |= {} if picture is None else {LOSS_BY_POSITION: picture}
     seen = progress.step * settings.batch_size
     return Result(
         numbers={
@@ -216,7 +236,7 @@ def run(components: Components, settings: PretrainSettings) -> Result:
             **module.clock.numbers,
         },
         curves=module.curves(),
-        files={"model": Path("model"), **averaged, "checkpoints": Path("checkpoints")},
+        files={"model": Path("model"), **averaged, "checkpoints": Path("checkpoints"), **pictures},
         provenance={
             "step": progress.step,
             "seed": components.seed,

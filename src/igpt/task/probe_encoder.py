@@ -129,7 +129,7 @@ def encode_split(encoder: Encoder, images: Split, path: Path, settings: EncoderP
     rows = np.array_split(np.arange(len(images)), rank.count)[rank.index]
     writer = FeatureWriter(path, n_image=len(images), dtype=settings.dtype)
     try:
-        with tqdm(total=len(rows), desc=what, unit="image", disable=None) as bar:
+        with tqdm(total=len(rows), desc=what, unit="image", disable=None, leave=False) as bar:
             for start in range(0, len(rows), settings.batch_size):
                 batch = rows[start : start + settings.batch_size]
                 features = encoder.encode(torch.from_numpy(plain_pixels(images, batch.tolist())))

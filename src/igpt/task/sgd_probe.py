@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from igpt.metric.share import share_number
 from igpt.model.features import layer_features
@@ -35,6 +36,8 @@ class SGDProbeModule(TrainedModule):
     Source: Chen et al. 2020, §3.2 (ImageNet: SGD, momentum 0.9, rates from 30 down, cosine). A head that diverges does
     not affect the others.
     """
+
+    has_gradient_norm = False  # of all heads together, some of which may diverge
 
     def __init__(
         self, components: Components, settings: ProbeSettings, *, net: GPT, windows: list[list[int]], n_class: int
@@ -91,6 +94,24 @@ class SGDProbeModule(TrainedModule):
             losses = losses.view(labels.shape).mean(dim=-1)  # (P, R): heads share no weights, so their sum is minimised
         self.accumulate(least := losses.detach().nan_to_num(torch.inf).min(), {"loss_clf": least})
         return losses.sum()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips each head by its own norm, as heads are independent of each other; by value as Lightning does."""
+        if gradient_clip_val is None or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            assert weight.grad is not None
+            assert bias.grad is not None
+            norm = (weight.grad.square().sum((1, 2)) + bias.grad.square().sum(1)).sqrt()  # (P,)
+            scale = (gradient_clip_val / norm).clamp(max=1.0)
+            weight.grad *= scale[:, None, None]
+            bias.grad *= scale[:, None]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         every = []
@@ -242,7 +263,7 @@ def _fit(components: Components, module: SGDProbeModule, runner: Runner, *, with
         runner.folder, sgd, module.guard, keep=1, val_every=0 if with_val else sgd.val_every, monitor="val/accuracy",
         highest=True, finite=False,
     )  # fmt: skip
-    return runner.fit(module, data, sgd, saving)
+    return runner.fit(module, data, sgd, saving, gradient_clip=sgd.gradient_clip)
 
 
 def _validate(components: Components, module: SGDProbeModule, split: str) -> None:

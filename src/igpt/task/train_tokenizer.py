@@ -188,7 +188,7 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
         runner.folder, settings, module.guard, keep=settings.checkpoint_keep, val_every=settings.val_every,
         monitor="val/psnr", highest=True,
     )  # fmt: skip
-    progress = runner.fit(module, data, settings, saving)
+    progress = runner.fit(module, data, settings, saving, gradient_clip=settings.gradient_clip)
     if not module.network.quantizer.has_codes:
         raise ValueError(
             f"the training ended at step {progress.step}, before tokens.unquantised_steps={config.unquantised_steps}: "

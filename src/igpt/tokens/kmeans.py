@@ -9,7 +9,6 @@ from typing import IO
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 
 from igpt.data.cache import map_chunks, read_or_make
 from igpt.data.source import Source, Split, plain_pixels
@@ -43,6 +42,8 @@ def weighted_kmeans(
     """k-means centres in [-1, 1] of distinct points with counts: (U, D) uint8, (U,) → (min(k, U), D) float32."""
     points = levels / 127.5 - 1  # (U, D) float64
     if k < len(points):
+        from sklearn.cluster import KMeans  # takes half a second to import, and most runs find their palette fitted
+
         random_state = keyed.key(seed, "kmeans") % 2**32
         solver = KMeans(k, init="k-means++", n_init=restarts, max_iter=iterations, random_state=random_state)
         points = solver.fit(points, sample_weight=counts).cluster_centers_

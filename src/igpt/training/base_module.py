@@ -1,6 +1,7 @@
 """Base class of the LightningModules that train: losses per optimiser step, curves, throughput, logging."""
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from math import prod
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from igpt.distributed.sharding import unsharded_shape
-from igpt.metric.likelihood import PER_DIM, PER_DIM_OF_THESE_PIXELS
+from igpt.metric.likelihood import PER_DIM, PER_DIM_OF_THESE_PIXELS, PER_TOKEN
 from igpt.metric.result import Curve, Number
 from igpt.metric.throughput import Meter
 from igpt.settings.training import TrainingSettings
@@ -19,24 +20,29 @@ from igpt.tokens.batches import Batch
 from igpt.training.hardware import HardwareConfig
 from igpt.training.measured_cost import StepTimer, TrainingClock
 from igpt.training.nan_guard import FiniteGuard
+from igpt.training.step_means import StepMeans, squared_gradient_norm
 
 log = logging.getLogger(__name__)
 
+GRADIENT = "grad_norm"
 UNTIMED, TIMED = 3, 5  # warm-up steps that are not timed; steps timed after them
 UNITS = {
     "loss_gen": "nats/token", "loss_gen_ema": "nats/token", "loss_clf": "nats/image", "loss": "nats",
     "accuracy": "share", "bits_per_pixel": "bits/pixel",
+    **dict.fromkeys(("grad_norm", "grad_norm_max"), "gradient norm"),
     **{key: unit for key, unit, _ in (PER_DIM, PER_DIM_OF_THESE_PIXELS)},
 }  # fmt: skip
 
 
 class TrainedModule(L.LightningModule):
-    """Averages named figures over micro-batches and ranks of each optimiser step; logs them every `log_every` steps.
+    """Averages named figures over micro-batches, ranks and the optimiser steps since the last log line.
 
-    A subclass calls `accumulate` in its training step and `finish_validation` at the end of each validation.
+    `train/grad_norm` is the norm of the gradient before it is clipped, `train/grad_norm_max` its largest. A subclass
+    calls `accumulate` in its training step and `finish_validation` at the end of each validation.
     """
 
     units: ClassVar[Mapping[str, str]] = UNITS  # name of a figure → its unit
+    has_gradient_norm: ClassVar[bool] = True  # False where the weights are of several independent trainings
 
     def __init__(
         self, hardware: HardwareConfig, settings: TrainingSettings, *, flops_per_image: float, n_ctx: int
@@ -51,6 +57,7 @@ class TrainedModule(L.LightningModule):
         self.updated_to = 0  # last optimiser step whose change of the weights has begun in this process
         self._step: dict[str, Tensor] = {}  # running means over the micro-batches of this optimiser step
         self._passes = 0
+        self.means = StepMeans(peak=GRADIENT)  # since the last log line; saved in checkpoints
         self.timer: StepTimer | None = None  # of this process, from its first step on
         self.clock = TrainingClock(hardware.rank.count)
 
@@ -75,14 +82,20 @@ class TrainedModule(L.LightningModule):
         step, self._passes = self.global_step + 1, 0
         self.rate = float(optimizer.param_groups[0]["lr"])  # read here: the scheduler steps before the rate is logged
         names = sorted(self._step)
+        if self.has_gradient_norm and not self.machine.zero_stage:  # DeepSpeed keeps gradients to itself
+            names.append(GRADIENT)
+            self._step[GRADIENT] = squared_gradient_norm(optimizer, self.machine.rank.count)
         values = self.trainer.strategy.reduce(torch.stack([self._step[name] for name in names]), reduce_op="mean")
         assert isinstance(values, Tensor)
         self._step = {}
         self.guard.record(values[names.index("minimised")], step)
+        if GRADIENT in names:
+            values[names.index(GRADIENT)].sqrt_()
+        self.means.add(names, values)
         if step % self.log_every == 0:
             self.guard.check()
-            for name, value in zip(names, values.tolist(), strict=True):
-                if name != "minimised":
+            for name, value in self.means.read().items():
+                if name != "minimised" and math.isfinite(value):  # a gradient may overflow, its loss does not
                     self.record(f"train/{name}", step, value)
         self.updated_to = step  # the optimiser is next: this is the last hook before it
 
@@ -118,16 +131,17 @@ class TrainedModule(L.LightningModule):
             return
         self.meter.add((step - self.logged_step) * self.batch_size)
         self.logged_step = step
-        shown = {name: points[-1][1] for name, points in self.history.items() if points[-1][0] == step}
+        newest = {name: points[-1] for name, points in self.history.items() if name.startswith("train/")}
+        train = {name: value for name, (at, value) in newest.items() if at == step}
         figures = self.meter.read()
-        train = {name: value for name, value in shown.items() if name.startswith("train/")}
         self.log_metrics({**train, "lr": self.rate, **figures}, step)
         speed = f"{figures['images_per_s']:,.0f} images/s, {figures['tokens_per_s']:,.0f} tokens/s"
         if "flop_utilisation" in figures:
             speed += f", {figures['flop_utilisation']:.1%} of the stated peak"
         if step < self.steps:
             speed += f", {duration((self.steps - step) * self.batch_size / figures['images_per_s'])} left"
-        message = self.format_metrics({name.removeprefix("train/"): value for name, value in train.items()})
+        shown = {name.removeprefix("train/"): value for name, value in train.items() if GRADIENT not in name}
+        message = self.format_metrics(shown)
         log.info("step %d/%d: %s, %s", step, self.steps, message, speed, extra={"progress": True})
 
     def _log_eta(self, step: int) -> None:
@@ -149,7 +163,9 @@ class TrainedModule(L.LightningModule):
     def log_metrics(self, figures: dict[str, float], step: int) -> None:
         """Sends numbers, and the images and tokens seen, to every logger at `step`, unrounded, and to callbacks."""
         images = step * self.batch_size
-        figures = {**figures, "images_seen": images, "tokens_seen": images * self.n_ctx}
+        bits = {name.replace("loss_gen", PER_TOKEN.key): value / math.log(2) for name, value in figures.items()
+                if name.endswith("/loss_gen")}  # fmt: skip
+        figures = {**bits, **figures, "images_seen": images, "tokens_seen": images * self.n_ctx}
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=step)
         for name, value in figures.items():  # equal on all ranks; Lightning's progress bars show the losses
@@ -179,10 +195,13 @@ class TrainedModule(L.LightningModule):
                 self.timer.resume(time.perf_counter())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["step_means"] = self.means.state_dict()
         checkpoint["device_seconds"] = self.clock.read(_now())
         checkpoint["history"] = {name: [list(point) for point in points] for name, points in self.history.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if (since_log_line := checkpoint.get("step_means")) is not None:  # releases before had none
+            self.means.load_state_dict(since_log_line)
         self.clock.continue_from(checkpoint.get("device_seconds"))
         self.history = {name: [(int(x), float(y)) for x, y in points] for name, points in checkpoint["history"].items()}
 

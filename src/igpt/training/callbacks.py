@@ -1,12 +1,10 @@
-"""Lightning callbacks to watch a training: a progress bar and grids of samples.
+"""Lightning callbacks to watch a training: grids of samples.
 
 A callback declares by `is_observer = True` that it changes nothing in training; with its name in
 `report/folder.py: OBSERVERS` it is no part of a run's identity. Any other callback is.
 """
 
 import logging
-import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import lightning as L
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
-from tqdm.auto import tqdm
 
 from igpt.data.source import plain_pixels
 from igpt.metric.result import Grid
@@ -29,47 +26,6 @@ from igpt.training.loggers import save_picture
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
-
-
-class ProgressBar(L.Callback):
-    """One bar over all optimiser steps of the run; only on a terminal, log files get lines instead.
-
-    Its errors end no run, here and below.
-    """
-
-    is_observer = True  # changes nothing in training
-
-    def __init__(self) -> None:
-        bystander = Bystander("the progress bar")
-        for hook in ("on_train_start", "on_train_batch_end", "on_train_end", "on_exception"):
-            setattr(self, hook, bystander.guard(getattr(self, hook)))
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        hidden = not (sys.stderr.isatty() and trainer.is_global_zero)
-        size = shutil.get_terminal_size()  # 80 × 24 if the terminal reports no size, where tqdm would draw nothing
-        self.bar = tqdm(
-            total=trainer.max_steps,
-            initial=trainer.global_step,
-            unit="step",
-            disable=hidden,
-            leave=False,
-            ncols=size.columns,
-            nrows=size.lines,
-        )
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if self.bar.disable:
-            return
-        self.bar.update(trainer.global_step - self.bar.n)
-        curves = getattr(pl_module, "history", {})  # Python floats: no GPU synchronisation
-        self.bar.set_postfix({name: f"{points[-1][1]:.4g}" for name, points in curves.items()}, refresh=False)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.bar.close()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "bar"):
-            self.bar.close()
 
 
 class SampleGrid(L.Callback):

@@ -11,6 +11,7 @@ import lightning as L
 from lightning.fabric.loggers.logger import Logger
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
@@ -27,6 +28,7 @@ from igpt.training.measured_cost import peak_memory, reset_peak_memory
 
 log = logging.getLogger(__name__)
 
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 IN_PIECES = 2_000_000_000  # weights; above it checkpoints are sharded by default, too large for one process
 
 
@@ -90,12 +92,16 @@ class Runner:
             raise ValueError(
                 f"trainer={self.machine.strategy} shares out the network of task=pretrain only: choose trainer=ddp here"
             )
-        plan, val_every = self.machine.train_batch_layout(settings.batch_size), saving.val_every
+        plan, arguments = self.machine.train_batch_layout(settings.batch_size), self.machine.lightning
+        steps = settings.steps
+        if arguments.dev_steps is not None:
+            steps, saving.val_every = min(steps, arguments.dev_steps), min(saving.val_every, arguments.dev_steps)
+        val_every = saving.val_every
         if self.resume_from is not None:
             log.info("resuming from %s", self.resume_from)
         trainer = self._trainer(
             module,
-            max_steps=settings.steps,
+            max_steps=steps,
             max_epochs=-1,
             accumulate_grad_batches=plan.accumulate,
             val_check_interval=val_every * plan.accumulate if val_every else None,
@@ -109,13 +115,15 @@ class Runner:
                 saving.marker,
                 *sorted([saving, *self.callbacks], key=lambda each: (is_observer(each), each is saving)),
             ],
+            **arguments.of_training,
         )
         reset_peak_memory(self.machine.device)
         with saving.stop.install_handlers(), matmul_precision(self.machine.matmul_precision, self.machine.device):
             trainer.fit(module, data, ckpt_path=self.resume_from, weights_only=True)
         step, early = trainer.global_step, None
         if step < settings.steps:
-            early = f"stopped early by {saving.stopped_by or 'the Trainer'} at step {step:,} of {settings.steps:,}"
+            by = saving.stopped_by or ("the Trainer" if step < steps else "fast_dev_run")
+            early = f"stopped early by {by} at step {step:,} of {settings.steps:,}"
             log.info("%s", early)
         return Progress(step, early, peak_memory(self.machine.device))
 
@@ -141,6 +149,14 @@ class Runner:
             return FSDP(count=count, in_pieces=n_weight > IN_PIECES if requested == "auto" else requested)
         return DDPStrategy(gradient_as_bucket_view=True) if count > 1 else "auto"
 
+    def _profiler(self) -> Profiler | None:
+        """The profiler of `trainer.lightning.profiler`, which writes to `profile/` of the run directory; of rank 0."""
+        chosen = self.machine.lightning.profiler
+        if chosen is None or not self.machine.rank.is_first:
+            return None
+        profiler: Profiler = PROFILERS[chosen](dirpath=self.folder / "profile", filename=chosen)
+        return profiler
+
     def _trainer(self, module: L.LightningModule, **options: Any) -> L.Trainer:
         machine = self.machine
         trainer = L.Trainer(
@@ -154,8 +170,7 @@ class Runner:
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=any(isinstance(each, ProgressBar) for each in options.get("callbacks", ())),
-            enable_model_summary=False,
-            **options,
+            **{"enable_model_summary": False, "profiler": self._profiler(), **machine.lightning.passed, **options},
         )
         # Lightning's SIGTERM handler ends a run with exit code 0 and communicates with other ranks inside the handler
         connector = trainer._signal_connector
