@@ -233,9 +233,7 @@ def measure_here(rank: ranks.Rank, first: int) -> tuple[dict[str, float], list[l
     metrics = ClassMetrics(7, has_votes=True)
     scores, labels, votes = draw_scores(13, 7)
     for some in (slice(0, 8), slice(8, None)):
-        batch = [of[mine][some] for of in (scores, votes, labels)]
-        if len(batch[0]):
-            metrics.update(*batch)
+        metrics.update(*(of[mine][some] for of in (scores, votes, labels)))
     numbers, matrix = metrics.compute()
     return {name: number.value for name, number in numbers.items()}, matrix.tolist()
 

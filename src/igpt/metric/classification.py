@@ -33,6 +33,8 @@ class ClassMetrics(nn.Module):
 
     def update(self, scores: Tensor, predictions: Tensor, labels: Tensor) -> None:
         """Adds images: scores under the first mask (B, K), predicted classes (B,), labels (B,)."""
+        if not len(labels):  # of a rank whose images are done; torchmetrics takes no empty batch
+            return
         self.confusion.update(predictions, labels)
         first = scores.argmax(dim=-1)
         if self.one_mask is not None:

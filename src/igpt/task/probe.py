@@ -74,6 +74,8 @@ def run(components: Components, settings: ProbeSettings) -> Result:
     solve = probe_by_sgd if settings.solver == "sgd" else probe_by_lbfgs
     result = solve(components, settings, net=net, n_class=n_class)
     result.files["probe"] = Path("probe.safetensors")
+    if any(len(curve.x) > 1 for curve in result.curves.values() if curve.x_unit == "layer"):
+        result.curves["chance"] = Curve([0.0, float(n_layer)], [1 / n_class] * 2, "layer", "accuracy")
     shift = describe_shift(result.provenance["layers"], int(result.numbers["probe/layer"].value))
     if concat is not None and shift:
         log.warning("task.concat_layers=%d: %s", concat, shift)
