@@ -108,14 +108,26 @@ def format_readable(number: Number) -> str:
     return f"{text} %{around}"
 
 
-def _format_ends(low: float, high: float, digits: int) -> str:
-    """An interval: three significant digits, or more where the ends would be one number; at most `digits` decimals."""
+def format_interval(number: Number) -> str:
+    """The ends of the 95 % interval, of shares in percent: `86.8 to 93.5`; "" without one."""
+    if number.confidence_interval is None:
+        return ""
+    scale, digits = (100, 1) if number.unit == "share" else (1, 0 if _is_whole(number) else 4)
+    low, high = (scale * end for end in number.confidence_interval)
+    return " to ".join(_round_ends(low, high, digits))
+
+
+def _round_ends(low: float, high: float, digits: int) -> list[str]:
+    """The ends of an interval: three significant digits, or more where they would be one number.
+
+    At most `digits` decimals.
+    """
     apart = math.ceil(math.log10(2 / (high - low))) if high > low else digits
     ends = []
     for end in (low, high):
         significant = 2 - math.floor(math.log10(abs(end))) if end else 0
         ends.append(f"{end:,.{min(max(significant, apart, 0), digits)}f}" if end else "0")
-    return f" [{ends[0]}, {ends[1]}]"
+    return ends
 
 
 def describe_uncertainty(numbers: Iterable[Number]) -> str:
@@ -145,7 +157,7 @@ def _rounded(number: Number, scale: int, digits: int) -> tuple[str, str]:
         around = f" ± {scale * number.deviation:{shape}}"
     elif interval is not None:
         low, high = (scale * end for end in interval)
-        around = f" [{low:.3g}, {high:.3g}]" if _is_huge(number) else _format_ends(low, high, digits)
+        around = f" [{low:.3g}, {high:.3g}]" if _is_huge(number) else f" [{', '.join(_round_ends(low, high, digits))}]"
     return f"{scale * number.value:{'' if _is_huge(number) else ','}{shape}}", around
 
 

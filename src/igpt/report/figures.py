@@ -190,10 +190,14 @@ def bars_figure(path: Path, bars: Bars) -> None:
         axes.bar(x, inside, 0.92 * width, color="white", alpha=0.4, ec="black", lw=[0.8 * (h > 0) for h in inside])
         for middle, height, part in zip(x, heights, inside, strict=True):
             ink = "white" if height > 0.1 * tallest and not part else "black"
-            axes.text(middle, 0, f"{height:.3f}", ha="center", va="bottom", color=ink, fontsize=9)
+            text = f"{100 * height:.1f} %" if is_share(bars.y_unit) else f"{height:.3f}"
+            axes.text(middle, 0, text, ha="center", va="bottom", color=ink, fontsize=9)
     axes.set_xticks(range(len(bars.heights)), [textwrap.fill(group, 20) for group in bars.heights])
     has_intervals = any(of.confidence_interval for group in bars.heights.values() for of in group.values())
-    axes.set_ylabel(bars.y_unit + (", with 95 % intervals" if has_intervals else ""))
+    axes.set_ylabel(axis_name(bars.y_unit) + (", with 95 % intervals" if has_intervals else ""))
+    axes.grid(False, axis="x")
+    if is_share(bars.y_unit):
+        show_percent(axes.yaxis)
     if bars.parts:
         axes.bar([0], [0], color="C0", alpha=0.6, ec="black", lw=0.8, label=part_label)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -208,10 +212,10 @@ def lines_figure(path: Path, lines: MarkedLines) -> None:
     for name, points in lines.points.items():
         values = [number.value for _, number in points]
         reach = _reach(values, [number.confidence_interval for _, number in points])
-        axes.errorbar(
-            [x for x, _ in points], values, reach, marker="o", ms=5, lw=1.4, elinewidth=0.8, capsize=2, label=name
-        )
+        axes.errorbar([x for x, _ in points], values, reach, marker="o", ms=5, elinewidth=0.8, capsize=2, label=name)
     axes.set(xlabel=lines.x_unit, ylabel=lines.y_unit)
+    if is_share(lines.y_unit):
+        show_percent(axes.yaxis)
     axes.set_title("\n".join(textwrap.wrap(lines.title, 84)), fontsize=10)
     if lines.x_falls:
         axes.invert_xaxis()
@@ -231,7 +235,7 @@ class Point:
 
 
 @styled
-def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
+def points_figure(path: Path, points: Sequence[Point], *, label: str, in_percent: bool = False) -> None:
     """Writes a dot plot, the first point on top: values, intervals, and the single values behind each mean."""
     names = [textwrap.fill(point.name, 44) for point in points]
     height = 1.4 + 0.3 * len(points) + 0.14 * sum(name.count("\n") for name in names)
@@ -250,7 +254,9 @@ def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
     axes.set_yticks(range(len(points)), names, fontsize=8)
     axes.set(ylim=(len(points) - 0.4, -0.6))
     figure.supxlabel(label, fontsize=10)  # below the whole figure: the axes are narrower than a long line
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(False, axis="y")
+    if in_percent:
+        show_percent(axes.xaxis)
     figure.legend(loc="outside upper right", fontsize=8, ncols=len(kinds))
     save_figure(path, figure)
 
@@ -286,7 +292,6 @@ def plane_figure(path: Path, points: Sequence[PlanePoint], *, x_label: str, y_la
             arrowprops={"arrowstyle": "-", "lw": 0.6, "color": ink, "alpha": 0.6, "relpos": (0, 0.5)},
         )  # fmt: skip
     axes.set(xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.3)
     save_figure(path, figure)
 
 

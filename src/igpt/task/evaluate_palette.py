@@ -43,7 +43,8 @@ def run(components: Components, settings: PaletteTaskSettings) -> Result:
 
     palettes = {OURS: run_palette} | name_palettes(others)
     numbers, curves = {}, {}
-    rows, titles = [pixels[:SHOWN]], ["original"]
+    shown: list[np.ndarray] = [pixels[:SHOWN]]
+    titles = ["original"]
     for name, palette in palettes.items():
         distance = colour_distances(palette, pixels)  # (N, R, R), grey levels
         mse = float(np.mean(distance**2)) / 3
@@ -59,16 +60,16 @@ def run(components: Components, settings: PaletteTaskSettings) -> Result:
             levels.tolist(), share.tolist(), "distance from the original colour, grey levels", "share of pixels"
         )
         images = palette.decode(palette.encode(torch.from_numpy(pixels[:SHOWN])))
-        rows.append(images)
+        shown.append(images)
         titles.append(f"{name}: {palette.k} colours, {exact}")
         if mse > 0:
             error = np.abs(images.astype(np.int64) - pixels[:SHOWN]) * AMPLIFIED
-            rows.append(error.clip(max=255).astype(np.uint8))
+            shown.append(error.clip(max=255).astype(np.uint8))
             titles.append(f"its error, {AMPLIFIED} times as bright")
     return Result(
         numbers=numbers,
         curves=curves,
-        grids={"palette_images": Grid(np.stack(rows), row_titles=tuple(titles))},
+        grids={"palette_images": Grid(np.stack(shown), row_titles=tuple(titles))},
         palettes={name: palette.colours for name, palette in palettes.items()},
         files={"palette": path.relative_to(run_dir)},
         provenance={
