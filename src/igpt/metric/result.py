@@ -50,10 +50,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid of (R, R, 3) uint8 images, with a title over each column."""
+    """A grid of (R, R, 3) uint8 images, with a title over each column, or over each row."""
 
     images: np.ndarray  # (rows, columns, R, R, 3)
     titles: tuple[str, ...] = ()
+    row_titles: tuple[str, ...] = ()
 
     @staticmethod
     def square(images: np.ndarray) -> "Grid":

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from pydantic import Field
 
-from igpt.data.classes import format_class_name
+from igpt.data.classes import label_classes
 from igpt.distributed.launcher import SWEEP
 from igpt.distributed.process_state import restore_environment
 from igpt.metric.result import Result
@@ -242,7 +241,7 @@ def _show_in_wandb(run: Any, result: Result, pictures: Mapping[str, Path]) -> No
         shown[f"curves/{title}"] = library.plot.line_series(x, y, keys=list(lines), title=title, xname=x_unit)
     for name, matrix in result.matrices.items():
         if len(matrix) <= MOST_CLASSES:
-            axis = class_axis(len(matrix), result.class_names.get(name))
+            axis = label_classes(len(matrix), result.class_names.get(name))
             rows = zip(axis, matrix.tolist(), strict=True)
             cells = [[row, column, n] for row, counts in rows for column, n in zip(axis, counts, strict=True)]
             shown[f"{name}_cells"] = library.plot_table(
@@ -253,15 +252,6 @@ def _show_in_wandb(run: Any, result: Result, pictures: Mapping[str, Path]) -> No
             )
     if shown:
         run.log(shown)
-
-
-def class_axis(k: int, class_names: Sequence[str] | None) -> Sequence[str | int]:
-    """Unique axis labels of K classes: their names, numbered where two are equal; without names their indices."""
-    if class_names is None:
-        return range(k)
-    shown = [format_class_name(name) for name in class_names]
-    count = Counter(shown)
-    return [name if count[name] == 1 else f"{name} ({i})" for i, name in enumerate(shown)]
 
 
 def close(loggers: Iterable[Logger], failed: bool) -> None:
