@@ -100,9 +100,7 @@ def measure_spread(net: GPT, tokens: Tensor, layout: TokenLayout, visible: Tenso
         for table, of_heads in zip(by_head, (distance / on_tokens, entropy / t, 1 - on_tokens / t), strict=True):
             table[layer] = of_heads
     distance, entropy, start_share = by_head
-    return AttentionSpread(
-        distance[:, :-1], entropy[:, :-1], start_share[:, :-1], distance[:, -1], entropy[:, -1]
-    )
+    return AttentionSpread(distance[:, :-1], entropy[:, :-1], start_share[:, :-1], distance[:, -1], entropy[:, -1])
 
 
 def measure_distances(layout: TokenLayout, queries: Tensor, *, causal: bool) -> Tensor:
