@@ -26,6 +26,7 @@ from igpt.report.page import render_page, write_page
 from igpt.report.pictures import Picture, embed
 from igpt.report.plots import MOST_POINTS, build_plots, thin
 from igpt.report.runs import read_run
+from igpt.report.style import css_variables
 from igpt.report.summary import summarize
 from igpt.report.sweep_report import write_comparison as sweep_page
 from igpt.run.arguments import check_overrides
@@ -518,9 +519,7 @@ def test_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
 
 def test_colours_are_told_apart_in_light_and_dark() -> None:
     """Independent source: WCAG 2.2, 1.4.3 and 1.4.11: 4.5 to 1 for text, 3 to 1 for lines."""
-    light, dark = (
-        dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in (WEB / "style.css").read_text().split("@media", 2)[:2]
-    )
+    light, dark = (dict(re.findall(r"--(\w+): (#\w{6})", css_variables(theme))) for theme in ("light", "dark"))
 
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]

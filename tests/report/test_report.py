@@ -16,7 +16,6 @@ from igpt.report import folder as folder_module
 from igpt.report.closing_table import closing_table, format_number
 from igpt.report.figures import (
     AROUND_COLOURS,
-    CELLS,
     GAP,
     WHITE,
     Point,
@@ -30,6 +29,7 @@ from igpt.report.figures import (
 )
 from igpt.report.folder import RunFolder, differences, parse_result
 from igpt.report.plots import build_plots
+from igpt.report.style import CELLS
 from igpt.utils import files
 
 
@@ -242,7 +242,7 @@ def test_another_version_is_refused(tmp_path: Path, content: object) -> None:
 def test_the_best_point_is_marked_with_its_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: a star at the highest point, a bar from end to end of the interval; other curves have none."""
     drawn: list[Any] = []
-    monkeypatch.setattr("igpt.report.figures._save", lambda path, figure, **_: drawn.append(figure))
+    monkeypatch.setattr("igpt.report.figures.save_figure", lambda path, figure, **_: drawn.append(figure))
     x = [0.0, 1.0, 2.0, 3.0]
     plain, marked = Curve(x, [0.1, 0.2, 0.1, 0.1], "layer", "accuracy"), [0.1, 0.3, 0.5, 0.4]
     curves = {"plain": plain, "marked": Curve(x, marked, "layer", "accuracy", best=(1, 3))}
@@ -265,7 +265,7 @@ def test_layers_are_counted() -> None:
 def test_a_bars_part_is_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: the part of one bar alone, over its own."""
     drawn: list[Any] = []
-    monkeypatch.setattr("igpt.report.figures._save", lambda path, figure, **_: drawn.append(figure))
+    monkeypatch.setattr("igpt.report.figures.save_figure", lambda path, figure, **_: drawn.append(figure))
     heights = {group: {"probe": Number(height, "share", 9)} for group, height in (("AR", 0.5), ("BERT", 0.4))}
     bars_figure(tmp_path / "b.png", Bars(heights, "share", {"BERT": {"probe": Number(0.3, "share", 9)}}, "one mask"))
     full, inside = (each for each in drawn[0].axes[0].containers if len(getattr(each, "patches", ())) == 2)

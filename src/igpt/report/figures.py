@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
@@ -17,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from igpt.data.classes import format_class_name
 from igpt.metric.result import Bars, Curve, Grid, MarkedLines
+from igpt.report.style import DPI, save_figure, styled
 from igpt.utils import files
 
 CELL = 96  # pixels a side that an image is shown at, at least
@@ -24,11 +23,8 @@ GAP = 6
 WHITE = 255  # of every channel
 INK = (60, 60, 60)
 AROUND_COLOURS = (200, 215, 235)
-DPI = 130
 COUNTED, NAMED = 30, 100  # maximal classes of a confusion matrix with counts in its cells, with names at its rows
 LONGEST_LABEL = 24  # characters
-LITERAL = matplotlib.rc_context({"text.parse_math": False})  # decorator: a $ in a name is a dollar sign
-CELLS = "cells"  # PNG metadata of a matrix: left, top, width, height of its cells, as shares of the picture
 
 
 def draw_grid(grid: Grid) -> Image.Image:
@@ -79,7 +75,7 @@ def group_by_unit(curves: Mapping[str, Curve], *, least: int = 1) -> dict[tuple[
     return groups
 
 
-@LITERAL
+@styled
 def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
     """Writes one plot for each pair of units, stacked, more than four in two columns; no curve of a single point."""
     groups = group_by_unit(curves, least=2)
@@ -106,12 +102,11 @@ def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
         axes.set(xlabel=x_unit, ylabel=y_unit)
         if all(float(x).is_integer() for curve in lines.values() for x in curve.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-    _save(path, figure)
+        axes.legend()
+        save_figure(path, figure)
 
 
-@LITERAL
+@styled
 def bars_figure(path: Path, bars: Bars) -> None:
     """Writes a bar chart: groups of bars with 95 % intervals, each height printed; inside a bar, its part is pale."""
     series = list(dict.fromkeys(name for group in bars.heights.values() for name in group))
@@ -139,12 +134,11 @@ def bars_figure(path: Path, bars: Bars) -> None:
     axes.set_ylabel(bars.y_unit + (", with 95 % intervals" if has_intervals else ""))
     if bars.parts:
         axes.bar([0], [0], color="C0", alpha=0.6, ec="black", lw=0.8, label=part_label)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(path, figure)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(path, figure)
 
 
-@LITERAL
+@styled
 def lines_figure(path: Path, lines: MarkedLines) -> None:
     """Writes the lines with their markers and intervals, the title above."""
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -159,9 +153,8 @@ def lines_figure(path: Path, lines: MarkedLines) -> None:
     axes.set_title("\n".join(textwrap.wrap(lines.title, 84)), fontsize=10)
     if lines.x_falls:
         axes.invert_xaxis()
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(path, figure)
+    axes.legend()
+    save_figure(path, figure)
 
 
 @dataclass(frozen=True)
@@ -175,7 +168,7 @@ class Point:
     kind: str  # description of the interval, for the legend; one colour each
 
 
-@LITERAL
+@styled
 def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
     """Writes a dot plot, the first point on top: values, intervals, and the single values behind each mean."""
     names = [textwrap.fill(point.name, 44) for point in points]
@@ -196,9 +189,8 @@ def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
     axes.set(ylim=(len(points) - 0.4, -0.6))
     figure.supxlabel(label, fontsize=10)  # below the whole figure: the axes are narrower than a long line
     axes.grid(axis="x", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper right", frameon=False, fontsize=8, ncols=len(kinds))
-    _save(path, figure)
+    figure.legend(loc="outside upper right", fontsize=8, ncols=len(kinds))
+    save_figure(path, figure)
 
 
 @dataclass(frozen=True)
@@ -212,7 +204,7 @@ class PlanePoint:
     y_interval: tuple[float, float] | None
 
 
-@LITERAL
+@styled
 def plane_figure(path: Path, points: Sequence[PlanePoint], *, x_label: str, y_label: str) -> None:
     """Writes points in a plane with their intervals; each is named at the right, in its order from the top."""
     points = sorted(points, key=lambda point: -point.y)
@@ -233,8 +225,7 @@ def plane_figure(path: Path, points: Sequence[PlanePoint], *, x_label: str, y_la
         )  # fmt: skip
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(path, figure)
+    save_figure(path, figure)
 
 
 def _reach(values: Sequence[float], intervals: Sequence[tuple[float, float] | None]) -> np.ndarray:
@@ -243,7 +234,7 @@ def _reach(values: Sequence[float], intervals: Sequence[tuple[float, float] | No
     return np.transpose(np.abs(np.array(ends) - np.array(values)[:, None]))
 
 
-@LITERAL
+@styled
 def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | None = None) -> None:
     """Writes a confusion matrix (K, K) of counts, row: true class, column: predicted; coloured by share of the row.
 
@@ -272,7 +263,7 @@ def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | N
                 axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8, color=ink)
     axes.set(xlabel="taken for class", ylabel="class")
     axes.spines[:].set_visible(False)
-    _save(path, figure, cells=axes)
+    save_figure(path, figure, cells=axes)
 
 
 def fit_name(name: str, number: int) -> str:
@@ -287,15 +278,3 @@ def fit_name(name: str, number: int) -> str:
 def _characters() -> frozenset[int]:
     """Code points of the figures' font."""
     return frozenset(get_font(findfont(FontProperties())).get_charmap())
-
-
-def _save(path: Path, figure: Figure, *, cells: Axes | None = None) -> None:
-    """Writes a figure as PNG; the position of the axes `cells` goes into its metadata."""
-    with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
-        metadata = {}
-        if cells is not None:
-            figure.draw_without_rendering()  # computes the layout, which is then fixed
-            figure.set_layout_engine("none")
-            box = cells.get_position()
-            metadata = {CELLS: f"{box.x0:.6f} {1 - box.y1:.6f} {box.width:.6f} {box.height:.6f}"}
-        figure.savefig(temporary, format="png", dpi=DPI, metadata=metadata)

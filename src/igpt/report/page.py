@@ -20,6 +20,7 @@ from igpt.report.closing_table import REPORT, describe_uncertainty, format_numbe
 from igpt.report.pictures import Picture, data_uri, embed, read_cells
 from igpt.report.plots import build_plots
 from igpt.report.runs import RunRecord, flatten, read_run, read_runs
+from igpt.report.style import css_variables
 from igpt.settings.reading import ReportSettings
 from igpt.utils import files
 
@@ -107,7 +108,7 @@ def templates() -> Environment:
         facts.find_heading,
     )
     tiles.filters.update({function.__name__: function for function in given})
-    tiles.globals.update(facts=facts, above_curves=ABOVE_CURVES)
+    tiles.globals.update(facts=facts, above_curves=ABOVE_CURVES, css_variables=css_variables)
     return tiles
 
 

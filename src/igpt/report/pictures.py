@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from igpt.data.classes import format_class_name
-from igpt.report.figures import CELLS
+from igpt.report.style import CELLS
 
 log = logging.getLogger(__name__)
 

@@ -8,15 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from igpt.report.figures import DPI, LITERAL
+from igpt.report.style import save_figure, styled
 from igpt.scaling_law.parabola import PowerLaw
 from igpt.scaling_law.study import TargetFit, format_count
-from igpt.utils import files
 
 BEYOND = 1.5  # factor by which lines go beyond the runs
 
 
-@LITERAL
+@styled
 def isoflop_figure(path: Path, fit: TargetFit, *, weights: str) -> None:
     """Writes four plots: the target over N with parabolas (minima filled, those at an edge hollow), N* and D* over the
     budget with the power laws of both methods, and the surface's contours over N and D with the runs.
@@ -32,10 +31,7 @@ def isoflop_figure(path: Path, fit: TargetFit, *, weights: str) -> None:
         _draw_optima(axes, fit, law, which)
         axes.set(xlabel="budget C, FLOP", ylabel=f"compute-optimal {label}")
     _draw_surface(bottom[1], fit, name)
-    for axes in (*top, *bottom):
-        axes.spines[["top", "right"]].set_visible(False)
-    with files.atomic_path(path) as temporary, matplotlib.rc_context({"font.size": 10}):
-        figure.savefig(temporary, format="png", dpi=DPI)
+    save_figure(path, figure)
 
 
 def _draw_curves(axes: Axes, fit: TargetFit, name: str) -> None:
@@ -56,7 +52,7 @@ def _draw_curves(axes: Axes, fit: TargetFit, name: str) -> None:
     axes.set(xlabel=name, ylabel=fit.label, xscale="log")
     _count_ticks(axes, "x")
     axes.legend(
-        frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), title_fontsize=8,
+        fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), title_fontsize=8,
         title="★ minimum, ☆ at the edge of the grid; × not in the parabola", columnspacing=1.0, handletextpad=0.1,
     )  # fmt: skip
 
@@ -91,7 +87,7 @@ def _draw_optima(axes: Axes, fit: TargetFit, law: PowerLaw | None, which: int) -
     _count_ticks(axes, "y")
     _count_ticks(axes, "x")
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(fontsize=8)
     else:
         axes.text(0.5, 0.5, "no exponent: see the table", ha="center", transform=axes.transAxes, color="gray")
         axes.set(xticks=[], yticks=[])
@@ -121,7 +117,7 @@ def _draw_surface(axes: Axes, fit: TargetFit, name: str) -> None:
         path = np.array([surface.surface.find_optimum(c, surface.gamma, surface.log_factor) for c in budgets])
         tokens = budgets / (10**surface.log_factor * path**surface.gamma)
         axes.plot(path, tokens, "--", lw=1.2, color="tab:gray", label="compute-optimal, by the surface")
-        axes.legend(frameon=False, fontsize=8, loc="upper right")
+        axes.legend(fontsize=8, loc="upper right")
     else:
         axes.set_title("not determined by these runs", fontsize=9, color="gray")
     axes.set(xlim=(n[0], n[-1]), ylim=(d[0], d[-1]))
