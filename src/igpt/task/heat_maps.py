@@ -7,20 +7,20 @@ from torch import Tensor
 
 from igpt.tokens.tokenizer import Tokenizer
 
-UNMEASURED = (128, 128, 128)  # of a pixel without a value
+UNMEASURED = np.full(3, 128, dtype=np.uint8)  # of a pixel without a value
 HIDDEN, SEEN = 0.25, 0.6  # brightness of what a query does not see, and of what it sees, under the heat
 LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
-MARK = (0, 230, 118)  # of the query's cell
+MARK = np.array([0, 230, 118], dtype=np.uint8)  # of the query's cell
 
 
-def spread_over_pixels(values: Tensor, tokenizer: Tokenizer, *, share: bool = False) -> np.ndarray:
+def spread_over_pixels(values: Tensor, tokenizer: Tokenizer, *, add: bool = False) -> np.ndarray:
     """Values of tokens at the pixels that they stand for: (…, T) → (…, R, R) float64.
 
-    Of several tokens in a cell the mean, so that the mean over pixels is that over tokens; with `share` their sum.
+    Of several tokens in a cell the mean, so that the mean over pixels is that over tokens; with `add` their sum.
     """
     grid = tokenizer.grid
     cells = values.double().cpu().reshape(-1, grid.rows * grid.columns, grid.channels)
-    pixels = tokenizer.order.unflatten(cells.sum(-1) if share else cells.mean(-1))  # (N, rows, columns)
+    pixels = tokenizer.order.unflatten(cells.sum(-1) if add else cells.mean(-1))  # (N, rows, columns)
     cell = tokenizer.side // grid.rows
     pixels = pixels.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
     return pixels.reshape(*values.shape[:-1], tokenizer.side, tokenizer.side).numpy()
@@ -29,7 +29,7 @@ def spread_over_pixels(values: Tensor, tokenizer: Tokenizer, *, share: bool = Fa
 def draw_heat(values: np.ndarray, *, most: float) -> np.ndarray:
     """Colours from black (0) to pale yellow (`most` and more): (…, R, R) → (…, R, R, 3) uint8; NaN is grey."""
     colours = matplotlib.colormaps["inferno"](np.clip(values / max(most, 1e-30), 0, 1), bytes=True)[..., :3]
-    return np.where(np.isnan(values)[..., None], np.uint8(UNMEASURED), colours)
+    return np.where(np.isnan(values)[..., None], UNMEASURED, colours)
 
 
 def draw_attention(image: np.ndarray, weights: np.ndarray, seen: np.ndarray, query: np.ndarray) -> np.ndarray:
@@ -48,7 +48,7 @@ def draw_attention(image: np.ndarray, weights: np.ndarray, seen: np.ndarray, que
 
 def mark_query(image: np.ndarray, query: np.ndarray) -> np.ndarray:
     """The image with the pixels of the query in green: (R, R, 3) uint8, (R, R) bool → the same."""
-    return np.where(query[..., None], np.uint8(MARK), image)
+    return np.where(query[..., None], MARK, image)
 
 
 def locate_pixel(tokenizer: Tokenizer, row: int, column: int) -> int:
@@ -65,8 +65,8 @@ def locate_pixel(tokenizer: Tokenizer, row: int, column: int) -> int:
     return tokenizer.order.permutation.index(index) * grid.channels + grid.channels - 1
 
 
-def pixels_of_token(tokenizer: Tokenizer, position: int) -> np.ndarray:
+def find_token_pixels(tokenizer: Tokenizer, position: int) -> np.ndarray:
     """The pixels of the cell of a token: (R, R) bool."""
     places = torch.zeros(tokenizer.grid.n_ctx)
     places[position] = 1
-    return spread_over_pixels(places, tokenizer, share=True) > 0
+    return spread_over_pixels(places, tokenizer, add=True) > 0
