@@ -6,7 +6,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from igpt.probe import neighbours
-from igpt.probe.neighbours import classify_by_neighbours, find_nearest, find_nearest_centred
+from igpt.probe.neighbours import classify_by_neighbours, find_nearest, find_neighbours
 
 
 def test_nearest_is_the_largest_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,25 +26,25 @@ def test_nearest_is_the_largest_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cosines == pytest.approx(np.array(by_hand)[rows], abs=1e-12)
 
 
-def test_the_vote_is_that_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Independent source: scikit-learn's weighted k-NN on centred features, in parts as at once."""
+def test_neighbours_and_their_vote_are_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Independent source: scikit-learn's weighted k-NN, and its neighbours of centred features; in parts as at once."""
     monkeypatch.setattr(neighbours, "MOST_COSINES", 1000)
     rng = np.random.default_rng(0)
-    labels = rng.integers(4, size=300)
-    train = (rng.normal(size=(300, 6)) + labels[:, None] + 50).astype(np.float16)  # one large common component
-    queries = (rng.normal(size=(90, 6)) + rng.integers(4, size=90)[:, None] + 50).astype(np.float16)
-    mean = train.astype(np.float64).mean(0)
+    labels, of_queries = rng.integers(4, size=300), rng.integers(4, size=90)
+    train = (rng.normal(size=(300, 6)) + 2 * np.eye(6)[labels] + 2).astype(np.float16)
+    queries = (rng.normal(size=(90, 6)) + 2 * np.eye(6)[of_queries] + 2).astype(np.float16)
 
-    def vote(distances: np.ndarray) -> np.ndarray:  # scikit-learn's are 1 - cosine
+    def weigh(distances: np.ndarray) -> np.ndarray:  # scikit-learn's are 1 - cosine
         return np.exp((1 - distances) / 0.07)
 
-    judge = KNeighborsClassifier(n_neighbors=20, metric="cosine", weights=vote).fit(train - mean, labels)
-    given = torch.from_numpy(train), torch.from_numpy(labels), torch.from_numpy(queries)
-    predicted = classify_by_neighbours(*given, k=20, n_class=4)
-    assert predicted.tolist() == judge.predict(queries - mean).tolist()
-    rows, cosines = find_nearest_centred(given[0], given[2], k=20)
-    distances, by_judge = judge.kneighbors(queries - mean)
-    assert [set(row) for row in rows.tolist()] == [set(row) for row in by_judge.tolist()]
-    np.testing.assert_allclose(cosines, 1 - distances, atol=1e-5)
-    plain = KNeighborsClassifier(n_neighbors=20, metric="cosine", weights=vote).fit(train, labels)
-    assert (plain.predict(queries) != judge.predict(queries)).mean() > 0.1  # centring matters
+    judge = KNeighborsClassifier(n_neighbors=20, metric="cosine", weights=weigh).fit(train, labels)
+    given = torch.from_numpy(train), torch.from_numpy(queries)
+    predicted = classify_by_neighbours(given[0], torch.from_numpy(labels), given[1], k=20, n_class=4).numpy()
+    assert predicted.tolist() == judge.predict(queries).tolist()
+    assert 0.6 < (predicted == of_queries).mean() < 1
+    mean = train.astype(np.float64).mean(0)
+    for centred, less in ((False, 0 * mean), (True, mean)):
+        rows, cosines = find_neighbours(*given, k=20, centred=centred)
+        distances, by_judge = judge.fit(train - less, labels).kneighbors(queries - less)
+        assert [set(row) for row in rows.tolist()] == [set(row) for row in by_judge.tolist()]
+        np.testing.assert_allclose(cosines, 1 - distances, atol=1e-5)

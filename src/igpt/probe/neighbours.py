@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 AT_ONCE = 65536  # rows of features per block of `find_nearest`
 MOST_COSINES = 1 << 24  # in memory at a time
@@ -20,27 +21,28 @@ def find_nearest(features: np.ndarray, query: np.ndarray, *, k: int) -> tuple[np
     return rows, cosines[rows]
 
 
-def find_nearest_centred(train: Tensor, queries: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+def find_neighbours(train: Tensor, queries: Tensor, *, k: int, centred: bool) -> tuple[Tensor, Tensor]:
     """The k training rows of highest cosine similarity to each query, and the cosines: (N, C), (M, C) → 2 × (M, k).
 
-    The mean of the training features is subtracted from both first: a network's features share one large component,
-    beside which cosines of any two images are near 1 (Ethayarajh 2019).
+    `centred`: the mean of the training features is subtracted from both first. A network's features share one large
+    component, beside which the cosines of any two images are near 1 (Ethayarajh 2019).
     """
-    mean = train.double().mean(0).float()
-    train, queries = (torch.nn.functional.normalize(each.float() - mean, dim=1) for each in (train, queries))
+    train, queries = train.float(), queries.float()
+    if centred:
+        mean = train.mean(0, dtype=torch.float64).float()
+        train, queries = train - mean, queries - mean
+    train, queries = normalize(train, dim=1), normalize(queries, dim=1)
     found = [(some @ train.T).topk(k, dim=1) for some in torch.split(queries, max(1, MOST_COSINES // len(train)))]
     return torch.cat([rows for _, rows in found]), torch.cat([cosines for cosines, _ in found])
 
 
-def classify_by_neighbours(
-    train: Tensor, labels: Tensor, queries: Tensor, *, k: int, n_class: int, temperature: float = TEMPERATURE
-) -> Tensor:
+def classify_by_neighbours(train: Tensor, labels: Tensor, queries: Tensor, *, k: int, n_class: int) -> Tensor:
     """Classes of queries by a vote of their k nearest: features (N, C), labels (N,), queries (M, C) → (M,) int64.
 
-    A neighbour of cosine c has weight exp(c / temperature). Source: Caron et al. 2021, "Emerging Properties in
-    Self-Supervised Vision Transformers" (DINO), Appendix F.1 and `eval_knn.py`, here on centred features.
+    A neighbour of cosine c has weight exp(c / TEMPERATURE). Source: Caron et al. 2021, "Emerging Properties in
+    Self-Supervised Vision Transformers" (DINO), §4.1 and `eval_knn.py`.
     """
-    rows, cosines = find_nearest_centred(train, queries, k=k)
+    rows, cosines = find_neighbours(train, queries, k=k, centred=False)
     votes = torch.zeros(len(queries), n_class, device=queries.device)
-    votes.scatter_add_(1, labels[rows], ((cosines - 1) / temperature).exp())  # the same vote, and none overflows
+    votes.scatter_add_(1, labels[rows], ((cosines - 1) / TEMPERATURE).exp())  # the same vote, and none overflows
     return votes.argmax(dim=1)

@@ -17,7 +17,7 @@ from igpt.model.attention_maps import measure_spread
 from igpt.model.gpt import GPT
 from igpt.probe.depth import number_layer, resolve_layer
 from igpt.probe.feature_files import Features
-from igpt.probe.neighbours import classify_by_neighbours, find_nearest_centred
+from igpt.probe.neighbours import classify_by_neighbours, find_neighbours
 from igpt.run.components import Components
 from igpt.settings.probing import InspectSettings
 from igpt.task.attention_pictures import (
@@ -88,8 +88,10 @@ def run(components: Components, settings: InspectSettings) -> Result:
         arrays["knn_correct"] = correct
     if settings.neighbours:
         k = min(settings.neighbours, len(train_rows))
-        found, cosines = find_nearest_centred(*(torch.from_numpy(np.ascontiguousarray(each)) for each in
-                                                (train.values[layer], judged.values[layer][shown])), k=k)  # fmt: skip
+        of_train, of_shown = (
+            torch.from_numpy(np.array(of)) for of in (train.values[layer], judged.values[layer][shown])
+        )
+        found, cosines = find_neighbours(of_train, of_shown, k=k, centred=True)
         nearest = train_rows[found.numpy()]
         result.grids["neighbours"] = draw_neighbours(images, source.split("train"), nearest)
         arrays |= {"nearest": nearest, "nearest_cosines": cosines.numpy()}
