@@ -83,7 +83,14 @@ def draw_attention_maps(
         return None
     first = [mark_query(image, cell) for image in images for cell in cells for _ in heads]
     columns = [first, *drawn.values()]
-    return Grid(np.stack(columns, axis=1), ("query", *(f"layer {layer}" for layer in drawn)))
+    places = ["pixel {}, {}".format(*np.argwhere(cell)[0]) for cell in cells]  # its row and column, or a cell's first
+    captions = [
+        caption
+        for place in places * len(images)
+        for head in heads
+        for caption in (place, *(f"layer {layer}, head {head}" for layer in drawn))
+    ]
+    return Grid(np.stack(columns, axis=1), ("query", *(f"layer {layer}" for layer in drawn)), tuple(captions))
 
 
 def _place_keys(of_keys: Tensor, causal: bool) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from sklearn.decomposition import PCA
 from tqdm.auto import tqdm
 
+from igpt.data.classes import format_class_name
 from igpt.data.source import Source, Split, plain_pixels
 from igpt.distributed import ranks
 from igpt.metric.likelihood import likelihood_numbers
@@ -30,7 +31,7 @@ from igpt.task.attention_pictures import (
     list_spread_curves,
 )
 from igpt.task.feature_reader import FeatureReader, read_batch
-from igpt.task.loss_map import draw_losses, measure_token_losses
+from igpt.task.loss_map import TokenLosses, draw_losses, measure_token_losses
 from igpt.tokens.batches import Batch
 from igpt.utils import files
 
@@ -93,7 +94,7 @@ def run(components: Components, settings: InspectSettings) -> Result:
         )
         found, cosines = find_neighbours(of_train, of_shown, k=k, centred=True)
         nearest = train_rows[found.numpy()]
-        result.grids["neighbours"] = draw_neighbours(images, source.split("train"), nearest)
+        result.grids["neighbours"] = draw_neighbours(images, judged.labels[shown], source, nearest)
         arrays |= {"nearest": nearest, "nearest_cosines": cosines.numpy()}
     if (scatter := map_features(judged, layer, source)) is not None:
         result.scatters["feature_map"] = scatter
@@ -118,10 +119,11 @@ def show_losses(
         measure_token_losses(net, components.objective, Batch(*of_batch), eval_masks=settings.eval_masks)
         for of_batch in zip(*(torch.split(part, settings.batch_size) for part in batch), strict=True)
     ]
-    nats, per_image = (torch.cat(list(each)) for each in zip(*parts, strict=True))
-    result.numbers["shown/loss_gen"] = likelihood_numbers("shown", per_image)["shown/loss_gen"]
-    result.grids["loss_per_pixel"] = draw_losses(images, nats, components.tokenizer)
-    return {"token_nats": nats.numpy(), "image_nats": per_image.numpy()}
+    losses = TokenLosses(*(torch.cat(list(each)) for each in zip(*parts, strict=True)))
+    result.numbers["shown/loss_gen"] = likelihood_numbers("shown", losses.per_image)["shown/loss_gen"]
+    names = [name_class(components.source, label) for label in batch.labels.tolist()]
+    result.grids["loss_per_pixel"] = draw_losses(images, losses, components.tokenizer, names)
+    return {"token_nats": losses.nats.numpy(), "image_nats": losses.per_image.numpy()}
 
 
 def show_attention(
@@ -192,11 +194,20 @@ def flatten_pixels(split: Split, rows: np.ndarray) -> np.ndarray:
     return plain_pixels(split, rows.tolist()).reshape(1, len(rows), -1).astype(np.float32)
 
 
-def draw_neighbours(images: np.ndarray, train: Split, nearest: np.ndarray) -> Grid:
-    """Images (N, R, R, 3), each before its nearest training images, rows (N, k) of their split."""
-    n, k = nearest.shape
+def draw_neighbours(images: np.ndarray, labels: np.ndarray, source: Source, nearest: np.ndarray) -> Grid:
+    """Images (N, R, R, 3) with labels (N,), each before its nearest training images, rows (N, k) of their split."""
+    train, (n, k) = source.split("train"), nearest.shape
     found = plain_pixels(train, nearest.flatten().tolist()).reshape(n, k, *images.shape[1:])
-    return Grid(np.concatenate([images[:, None], found], axis=1), ("image", *(str(i + 1) for i in range(k))))
+    every = np.concatenate([labels[:, None], train.labels[nearest]], axis=1)
+    captions = tuple(name_class(source, label) for label in every.flatten().tolist())
+    return Grid(np.concatenate([images[:, None], found], axis=1), ("image", *(str(i + 1) for i in range(k))), captions)
+
+
+def name_class(source: Source, label: int) -> str:
+    """The name of a class; "class 3" for one without, "" for an image without a label."""
+    if label < 0:
+        return ""
+    return f"class {label}" if source.class_names is None else format_class_name(source.class_names[label])
 
 
 def map_features(images: Features, layer: int, source: Source) -> Scatter | None:

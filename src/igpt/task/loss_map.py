@@ -1,5 +1,6 @@
 """Where a network is surprised: its loss at every pixel of some images, whose mean is their loss."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,12 +49,17 @@ def measure_token_losses(net: GPT, objective: Objective, batch: Batch, *, eval_m
     return TokenLosses((total / count).cpu(), (per_image / masks).cpu())  # 0 / 0: NaN
 
 
-def draw_losses(images: np.ndarray, nats: Tensor, tokenizer: Tokenizer) -> Grid:
-    """Images (N, R, R, 3), each beside its loss per pixel as heat, all on one scale: black is 0; nats (N, T)."""
-    heat = spread_over_pixels(nats, tokenizer)  # (N, R, R)
+def draw_losses(images: np.ndarray, losses: TokenLosses, tokenizer: Tokenizer, names: Sequence[str]) -> Grid:
+    """Images (N, R, R, 3), each beside its loss per pixel as heat, all on one scale: black is 0.
+
+    `names`: the captions of the images; that of the heat is the image's loss.
+    """
+    heat = spread_over_pixels(losses.nats, tokenizer)  # (N, R, R)
     most = float(np.nanquantile(heat, BRIGHTEST))
     pairs = np.stack([images, draw_heat(heat, most=most)], axis=1)  # (N, 2, R, R, 3)
     n, columns = len(pairs), min(PAIRS, len(pairs))
     filled = np.full((-(-n // columns) * columns, *pairs.shape[1:]), 255, dtype=np.uint8)
     filled[:n] = pairs
-    return Grid(filled.reshape(-1, 2 * columns, *images.shape[1:]), ("image", f"0 to {most:.1f} nats") * columns)
+    grid = filled.reshape(-1, 2 * columns, *images.shape[1:])
+    captions = [text for name, nats in zip(names, losses.per_image, strict=True) for text in (name, f"{nats:.2f} nats")]
+    return Grid(grid, ("image", f"0 to {most:.1f} nats") * columns, tuple(captions))
