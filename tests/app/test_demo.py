@@ -18,7 +18,7 @@ import torch
 from hydra import initialize_config_dir
 from PIL import Image
 
-from igpt.app import demo, nearest
+from igpt.app import demo
 from igpt.app.demo_guard import UploadFolder
 from igpt.app.demo_page import DemoPage
 from igpt.app.nearest import TrainingFeatures
@@ -79,23 +79,6 @@ def bench(tmp_path: Path) -> Iterator[Workbench]:
     result = build_workbench(built_demo(tmp_path))
     yield result
     result.stop()
-
-
-def test_nearest_is_the_largest_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By brute force: one row after another, in parts or whole; of equal rows the first comes first."""
-    monkeypatch.setattr(nearest, "AT_ONCE", 7)
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(50, 5)).astype(np.float16)
-    features[31], features[12], features[20] = 2 * features[4], features[4], 0
-    query = features[4].astype(np.float32) + 0.1
-    by_hand = []
-    for row in features.astype(np.float64):
-        length = np.sqrt((row**2).sum() * (query.astype(np.float64) ** 2).sum())
-        by_hand.append((row * query).sum() / length if length else 0.0)
-    rows, cosines = nearest.find_nearest(features, query, k=6)
-    assert sorted(rows[:3].tolist()) == [4, 12, 31]
-    assert rows.tolist() == sorted(range(50), key=lambda i: (-round(by_hand[i], 12), i))[:6]
-    assert cosines == pytest.approx(np.array(by_hand)[rows], abs=1e-12)
 
 
 def neighbours(bench: Workbench, layer: int, k: int = 5) -> Any:

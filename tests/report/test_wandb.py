@@ -15,12 +15,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.loggers import WandbLogger
 
+from igpt.data.classes import label_classes
 from igpt.metric.result import Curve, Result
 from igpt.report.folder import RunFolder
 from igpt.run import launch, sweep
 from igpt.run.finished import complete_finished
 from igpt.training import loggers
-from igpt.training.loggers import class_axis
 from igpt.training.nan_guard import NonFiniteLossError
 from tests.conftest import ROOT
 from tests.offline import OfflineRun, offline_runs
@@ -93,7 +93,7 @@ def test_accuracy_over_layers_and_confusion(runs: dict[str, OfflineRun]) -> None
     }
     assert tables.keys() == {"accuracy over layer", "confusion_cells"}
     found = json.loads((find_run_folder(runs["probe"]) / "result.json").read_text())
-    assert found["curves"]["probe, val"]["x"] == [0, 1, 2]
+    assert found["curves"]["probe, val"]["x"] == ["class 0", "class 1", "class 2"]
     assert tables["accuracy over layer"] == [
         [x, name, y] for name, curve in found["curves"].items() for x, y in zip(curve["x"], curve["y"], strict=True)
     ]
@@ -111,8 +111,8 @@ def test_accuracy_over_layers_and_confusion(runs: dict[str, OfflineRun]) -> None
 
 def test_classes_of_a_chart_are_told_apart() -> None:
     """By hand: by name, with the number where two are shown alike; by number where there are no names."""
-    assert class_axis(3, ("cat", "dog\n", "dog")) == ["cat", "dog (1)", "dog (2)"]
-    assert list(class_axis(3, None)) == [0, 1, 2]
+    assert label_classes(3, ("cat", "dog\n", "dog")) == ["cat", "dog (1)", "dog (2)"]
+    assert list(label_classes(3, None)) == ["class 0", "class 1", "class 2"]
 
 
 def test_a_run_that_fails_is_closed_as_failed(tmp_path: Path) -> None:

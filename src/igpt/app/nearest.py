@@ -16,23 +16,11 @@ from igpt.data.source import plain_pixels
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
 from igpt.probe.feature_files import Features, FeatureWriter, find_features_damage, read_features
+from igpt.probe.neighbours import find_nearest
 from igpt.settings.generation import DemoSettings
 from igpt.task.feature_reader import feature_path
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.training.hardware import HardwareConfig
-
-AT_ONCE = 65536  # rows of features per block
-
-
-def find_nearest(features: np.ndarray, query: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows of highest cosine similarity, ties by row index: (N, C), (C,) → rows (k,), cosines (k,)."""
-    direction = query.astype(np.float64) / max(float(np.linalg.norm(query.astype(np.float64))), 1e-30)
-    cosines = np.empty(len(features))
-    for start in range(0, len(features), AT_ONCE):
-        some = np.asarray(features[start : start + AT_ONCE], dtype=np.float64)
-        cosines[start : start + AT_ONCE] = some @ direction / np.maximum(np.linalg.norm(some, axis=1), 1e-30)
-    rows = np.argsort(-cosines, kind="stable")[:k]
-    return rows, cosines[rows]
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Features that another program has computed: a row for each image, in the order of our splits."""
+"""Features that another program, or `task=features`, has computed: a row for each image, in the order of our splits."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +13,15 @@ ROWS = 16_384  # checked at a time
 
 
 def is_features(spec: str) -> bool:
-    """Whether `task.encoder` names features: a .npy, a .safetensors, or a folder with the .npy of a split."""
+    """Whether `task.encoder` names features: a .npy, a .safetensors, or a folder with a file of a split."""
     path = Path(spec)
-    return path.suffix in (".npy", ".safetensors") or any((path / f"{split}.npy").is_file() for split in SPLITS)
+    return path.suffix in (".npy", ".safetensors") or any(_find_split(path, split) for split in SPLITS)
+
+
+def _find_split(folder: Path, split: str) -> Path | None:
+    """The file of a split in a folder: `train.npy`, or as `task=features` names it; None if there is none."""
+    names = f"{split}.npy", f"features_{split}.npy", f"features_{split}.safetensors"
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def read_given_features(spec: str, counts: Mapping[str, int], splits: Sequence[str]) -> dict[str, np.ndarray]:
@@ -56,8 +62,18 @@ def _open_arrays(path: Path) -> dict[str, np.ndarray]:
         return {name: lazy.to_float32().read().numpy() for name, lazy in read_safetensors(path).items()}
     if path.suffix == ".npy":
         return {ALL: np.lib.format.open_memmap(path, mode="r")}
-    named = {split: path / f"{split}.npy" for split in SPLITS}
-    return {split: np.lib.format.open_memmap(file, mode="r") for split, file in named.items() if file.is_file()}
+    named = {split: _find_split(path, split) for split in SPLITS}
+    return {split: _open_split(file) for split, file in named.items() if file is not None}
+
+
+def _open_split(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":
+        return np.lib.format.open_memmap(path, mode="r")
+    tensors = read_safetensors(path, ignore="labels")
+    if ALL not in tensors:
+        raise ValueError(f"{path.name} has no tensor {ALL!r}")
+    values: np.ndarray = tensors[ALL].read().numpy()
+    return values
 
 
 def _check_shape(array: np.ndarray, n_image: int, where: str, images: str) -> None:

@@ -50,11 +50,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid of (R, R, 3) uint8 images, with a title over each column, or over each row."""
+    """A grid of (R, R, 3) uint8 images, with a title over each column or row, and a caption under each image."""
 
     images: np.ndarray  # (rows, columns, R, R, 3)
     titles: tuple[str, ...] = ()
     row_titles: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()  # one per image, row by row, of one or several lines; fewer leave the last without
 
     @staticmethod
     def square(images: np.ndarray) -> "Grid":
@@ -88,6 +89,18 @@ class MarkedLines:
     x_falls: bool = False  # the largest x is at the left
 
 
+@dataclass(frozen=True)
+class Scatter:
+    """Points of a plane, each of a class or of none."""
+
+    points: np.ndarray  # (N, 2)
+    classes: np.ndarray  # (N,) int64; -1: none
+    class_names: tuple[str, ...]  # by class
+    x_label: str
+    y_label: str
+    title: str = ""
+
+
 @dataclass
 class Result:
     """Return value of a task; `report` writes it. Keys are `split/name`, as in `val/loss_gen`."""
@@ -100,6 +113,7 @@ class Result:
     bars: dict[str, Bars] = field(default_factory=dict)
     lines: dict[str, MarkedLines] = field(default_factory=dict)
     charts: dict[str, dict[str, Curve]] = field(default_factory=dict)  # picture → its curves
+    scatters: dict[str, Scatter] = field(default_factory=dict)
     matrices: dict[str, np.ndarray] = field(default_factory=dict)  # name → (K, K) counts: row true, column predicted
     class_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # matrix name → its class names, if known
     files: dict[str, Path] = field(default_factory=dict)

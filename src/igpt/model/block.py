@@ -94,7 +94,7 @@ class Attention(nn.Module):
         """(B, T, C) → (B, T, C), and with `value_residual` the first block's values (B, T, H, D)."""
         qkv = self.c_attn(x)  # (B, T, 3C)
         if not self.is_plain:
-            qkv, first_value = self._transform(qkv, first_value, 0 if cache is None else cache.length)
+            qkv, first_value = self.transform(qkv, first_value, 0 if cache is None else cache.length)
         if cache is not None and x.shape[1] == 1:
             out = self._decode_step(qkv, cache, layer)
         else:
@@ -114,7 +114,7 @@ class Attention(nn.Module):
             )
             self.mask.prepare(device, backend)
 
-    def _transform(self, qkv: Tensor, first_value: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
+    def transform(self, qkv: Tensor, first_value: Tensor | None, start: int) -> tuple[Tensor, Tensor | None]:
         """Queries, keys and values as attention reads them, of positions start, start + 1, …: (B, T, 3C) → the same."""
         b, t, width = qkv.shape
         q, k, v = qkv.view(b, t, 3, self.n_head, width // 3 // self.n_head).unbind(2)  # (B, T, H, D)

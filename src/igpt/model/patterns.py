@@ -111,9 +111,12 @@ class Pattern:
 
     def mask_rows(self, start: int, end: int, device: torch.device | str = "cpu") -> Tensor:
         """Rows `start` to `end` of the mask, True where query i sees key j: (end - start, T) bool."""
-        query, key = self.layout.queries(device), self.layout.keys(self.causal, device)
-        chosen = Cells(*(each[start:end, None] for each in query))
-        return self.is_visible(chosen, Cells(*(each[None] for each in key)))
+        return self.select_rows(torch.arange(start, end, device=device))
+
+    def select_rows(self, queries: Tensor) -> Tensor:
+        """The mask's rows of these queries: (Q,) → (Q, T) bool."""
+        query, key = self.layout.locate(queries), self.layout.keys(self.causal, queries.device)
+        return self.is_visible(Cells(*(each[:, None] for each in query)), Cells(*(each[None] for each in key)))
 
     def count_pairs(self) -> int:
         """Number of visible pairs of query and key."""

@@ -12,7 +12,7 @@ from igpt.settings.data import name_dataset, name_images
 from igpt.utils.overrides import format_text, train_command
 
 MAIN = (
-    "test/accuracy", "val/loss_gen", "val/accuracy", "loss_gen", "_as_original", "psnr", "patches/psnr",
+    "test/accuracy", "val/loss_gen", "val/accuracy", "knn_accuracy", "loss_gen", "_as_original", "psnr", "patches/psnr",
     "codes_used", "perplexity_share", "mse", "parameters",
 )  # fmt: skip
 N_MAIN = 4  # numbers shown large: the first of each kind in MAIN
@@ -27,6 +27,17 @@ KINDS = {  # suffix of a picture's name → (heading, caption)
         "Held-out images, and what each tokenizer draws from its tokens, with the error, amplified: black is none.",
     ),
     "palette_images": ("Palette", "Images, and the same in the colours of the palette."),
+    "attention": (
+        "Attention",
+        "What one pixel, in green, attends to: a row for each image, pixel and head, a column for each layer. The "
+        "largest weight is the brightest, what it cannot see is dark.",
+    ),
+    "loss_per_pixel": ("Loss per pixel", "Where the network is surprised: images, and the loss at every pixel."),
+    "neighbours": (
+        "Nearest training images",
+        "Images, and the training images of the most similar features, whose mean is subtracted.",
+    ),
+    "feature_map": ("Map of features", "The two directions in which the features of images differ most."),
     "colours": ("Palette", "Every colour of the palette, in the order of the tokens."),
     "confusion": ("Confusion matrix", "Row: the true class. Column: what it was taken for. Images counted."),
     "loss_by_position": (

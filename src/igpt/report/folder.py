@@ -20,6 +20,7 @@ from igpt.metric.result import Curve, Number, Result
 from igpt.report.bystanders import Bystander, describe_error
 from igpt.report.confusion_figure import matrix_figure
 from igpt.report.figures import bars_figure, curves_figure, grid_picture, lines_figure, palette_picture
+from igpt.report.scatter import scatter_figure
 from igpt.settings.lightning_arguments import deciding_arguments
 from igpt.settings.older_configs import VERSION, read_record
 from igpt.settings.paths import is_same_place
@@ -263,6 +264,8 @@ class RunFolder:
             write(name, ".png", lines_figure, lines)
         for name, curves in result.charts.items():
             write(name, ".png", curves_figure, curves)
+        for name, scatter in result.scatters.items():
+            write(name, ".png", scatter_figure, scatter)
         if result.curves:
             write("curves", ".png", curves_figure, result.curves)
         record = {

@@ -28,7 +28,8 @@ FeatureDtype = Literal["float16", "float32"]  # of features on disk
 Pooling = Literal["auto", "mean", "cls"]  # of an encoder's last layer
 
 
-def _check_layer(layer: Any) -> Any:
+def check_layer(layer: Any) -> Any:
+    """A value of `task.layer`, unchanged. Raises ValueError if it names no layer."""
     is_number = type(layer) is int and layer >= 0
     if not (is_number or (type(layer) is float and 0 < layer < 1) or layer in (None, "last")):
         raise ValueError(
@@ -38,7 +39,7 @@ def _check_layer(layer: Any) -> Any:
     return layer
 
 
-Layer = Annotated[float | Literal["last"] | None, BeforeValidator(_check_layer)]  # `probe.depth.resolve_layer`
+Layer = Annotated[float | Literal["last"] | None, BeforeValidator(check_layer)]  # `probe.depth.resolve_layer`
 STRICT = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True)
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -17,9 +17,12 @@ from igpt.settings.fields import (
     Seed,
     Settings,
     Split,
+    WholeNumber,
+    check_layer,
 )
 from igpt.settings.training import TrainingSettings
 
+Pixel = Annotated[list[WholeNumber], Field(min_length=2, max_length=2)]  # row, column
 CGrid = Annotated[list[Positive], Field(min_length=1)]  # scikit-learn's C
 
 
@@ -40,12 +43,17 @@ class SGDProbeSettings(TrainingSettings):
     augment: bool
 
 
-class FeatureSettings(Settings):
-    """Features and the C values of their probes."""
+class PooledSettings(Settings):
+    """Pooled features of a network."""
 
     norm: Norm
     dtype: FeatureDtype
     batch_size: Count  # images per forward pass
+
+
+class FeatureSettings(PooledSettings):
+    """Features and the C values of their probes."""
+
     C_grid: CGrid
 
 
@@ -114,3 +122,40 @@ class ScalingSettings(FeatureSettings):
     probe_data: dict[str, Any] | None  # as the group `data`; None: the images of the loss
     split: Split  # of the loss
     eval_masks: Count
+
+
+class InspectSettings(PooledSettings):
+    """`task=inspect`."""
+
+    split: Split  # of the images shown and judged
+    count: Count  # images shown
+    eval_masks: Count
+    attention_images: WholeNumber
+    queries: Count | Annotated[list[Pixel], Field(min_length=1)]  # their number, or the pixels themselves
+    attention_layers: Annotated[list[Count], Field(min_length=1)] | None
+    attention_heads: Annotated[list[Count], Field(min_length=1)] | None
+    train_images: Count
+    val_images: Count
+    layer: Layer
+    k: Count
+    neighbours: WholeNumber
+
+
+def _check_layers(layers: Any) -> Any:
+    if layers == "all":
+        return layers
+    try:
+        each = [check_layer(layer) for layer in (layers if isinstance(layers, list) else [layers])]
+    except ValueError as error:
+        raise ValueError(f"{error}".replace("task.layer must", "task.layers: each must")) from error
+    if not each or None in each:
+        raise ValueError("task.layers must be all, a layer or a list of layers, got none")
+    return layers
+
+
+class ExportFeaturesSettings(PooledSettings):
+    """`task=features`."""
+
+    splits: Annotated[list[Split], Field(min_length=1)]
+    layers: Annotated[Any, AfterValidator(_check_layers)]
+    format: Literal["safetensors", "npy"]

@@ -10,8 +10,11 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
+from tqdm.auto import tqdm
 
 from igpt.data.cache import file_lock
+from igpt.data.order import Item
 from igpt.data.source import Source
 from igpt.distributed import ranks
 from igpt.model.features import layer_features
@@ -26,8 +29,8 @@ from igpt.probe.feature_files import (
 from igpt.probe.selection import FeatureSet
 from igpt.run.components import Components
 from igpt.settings.fields import FeatureDtype
-from igpt.settings.probing import FeatureSettings
-from igpt.tokens.batches import Batch
+from igpt.settings.probing import PooledSettings
+from igpt.tokens.batches import Batch, PixelBatches
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.utils import keyed
 
@@ -104,12 +107,19 @@ def read_or_write(
     return stored
 
 
+def read_batch(data: TokenDataModule, split: str, rows: np.ndarray, device: torch.device) -> Batch:
+    """The images at `rows` of a split as an evaluation reads them, tokenized on a device."""
+    images = PixelBatches(data.source.split(split), seed=data.seed, stream=split)
+    batch = images.__getitems__([Item(0, row) for row in rows.tolist()])
+    return Batch(*(part.to(device) for part in batch._replace(tokens=data.encode(batch.tokens.to(device)))))
+
+
 @dataclass(frozen=True)
 class FeatureReader:
     """Reads the features of a network on any split from the cache, or computes them in one pass."""
 
     components: Components
-    settings: FeatureSettings
+    settings: PooledSettings
 
     def read(self, net: GPT, name: str, split: str, *, eval_masks: int) -> list[Features]:
         """One `Features` per mask; `name`: identifies the network, e.g. the hash of its weights."""
@@ -127,6 +137,46 @@ class FeatureReader:
         ]
         write = partial(self._write, net, data, paths, split, n_image=len(images))
         return read_or_write(paths, write, n_layer=net.n_layer, labels=images.labels, split=split)
+
+    def read_sample(self, net: GPT, name: str, split: str, *, at_most: int) -> tuple[np.ndarray, Features]:
+        """Rows of at most `at_most` images of a split, drawn by the seed, and their features, under the first mask.
+
+        Taken from the features of the whole split where these are cached; else computed, and cached as those of some.
+        """
+        components, norm, dtype = self.components, self.settings.norm, self.settings.dtype
+        data = components.build_datamodule(eval_split=split)
+        images = data.source.split(split)
+        rows = data.sample_rows(split, at_most=at_most)
+        inputs: dict[str, Any] = {"cache_key": components.cache_key, "weights": name, "norm": norm, "dtype": dtype}
+        full = feature_path(components.cache_dir, data.source, split, **inputs)
+        of_all = ranks.broadcast_from_rank0(
+            lambda: read_features(full, n_layer=net.n_layer, n_image=len(images)) is not None
+        )
+        if of_all and (stored := read_features(full, n_layer=net.n_layer, n_image=len(images))) is not None:
+            return rows, Features(stored.values[:, rows], stored.labels[rows])
+        among: dict[str, Any] = {} if len(rows) == len(images) else {"among": at_most, "sampled_by": data.seed}
+        path = feature_path(components.cache_dir, data.source, split, **inputs, **among)
+        write = partial(self._write_sample, net, data, path, split, rows)
+        (stored,) = read_or_write([path], write, n_layer=net.n_layer, labels=images.labels[rows], split=split)
+        return rows, stored
+
+    def _write_sample(self, net: GPT, data: TokenDataModule, path: Path, split: str, rows: np.ndarray) -> None:
+        """Computes the features of these rows, each rank those of its part, with a progress bar."""
+        rank, objective = ranks.this_rank(), self.components.objective
+        writer = FeatureWriter(path, n_image=len(rows), dtype=self.settings.dtype)
+        mine = np.array_split(np.arange(len(rows)), rank.count)[rank.index]
+        try:
+            with tqdm(total=len(mine), desc=f"features: {split}", unit="image", disable=None, leave=False) as bar:
+                for places in torch.split(torch.from_numpy(mine), self.settings.batch_size):
+                    batch = read_batch(data, split, rows[places], net.wte.device)
+                    with torch.inference_mode():
+                        visible = objective.visible_mask(batch.tokens, batch.rng_keys)
+                        features = layer_features(net, batch.tokens, visible, norm=self.settings.norm)
+                    writer.add(features, places, batch.labels)
+                    bar.update(len(places))
+            writer.finish()
+        finally:
+            writer.discard()
 
     def _write(self, net: GPT, data: TokenDataModule, paths: list[Path], split: str, *, n_image: int) -> None:
         """Computes the features of a split, one file per mask."""
