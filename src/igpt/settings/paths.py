@@ -61,3 +61,21 @@ def is_same_place(key: str, one: Any, other: Any) -> bool:
     if not (READ.fullmatch(key) and isinstance(one, str) and isinstance(other, str)):
         return False
     return os.path.isabs(one) and os.path.isabs(other) and os.path.realpath(one) == os.path.realpath(other)
+
+
+def resolve_nearest(folder: Path, path: str) -> Path | None:
+    """Resolves a path from a run's config relative to the working directory, else to a parent of the run directory.
+
+    None if neither exists, or if it lies neither below the working directory nor beside the run (a stage: beside its
+    pipeline): the config of a run folder that was sent names whatever it likes.
+    """
+    outer = folder.absolute().parent
+    outer = outer.parent if (outer / "run.json").is_file() else outer
+    try:
+        place = Path(path).expanduser()
+        tried = [place, *(around / place for around in folder.absolute().parents)]
+        found = next((candidate for candidate in tried if candidate.exists()), None)
+        inside = found is not None and any(found.resolve().is_relative_to(top.resolve()) for top in (Path.cwd(), outer))
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have
+        return None
+    return found if inside else None
