@@ -29,6 +29,8 @@ KINDS = {  # suffix of a picture's name → (heading, caption)
     "palette_images": ("Palette", "Images, and the same in the colours of the palette."),
     "colours": ("Palette", "Every colour of the palette, in the order of the tokens."),
     "confusion": ("Confusion matrix", "Row: the true class. Column: what it was taken for. Images counted."),
+    "predictions": ("Pictures", "What the images are taken for, and how sure the head is."),
+    "mistakes": ("Pictures", "The most confident mistakes: what each image is taken for, and what it is."),
     "": ("Pictures", ""),
 }
 TOKENS = {  # settings of a tokenizer → what one of its tokens stands for, and several

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import logging
 import math
 import struct
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from igpt.data.classes import format_class_name
-from igpt.report.figures import CELLS
+from igpt.report.figures import CAPTIONS, CELLS
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ SMALLEST = 160  # pixels of the shorter side: minimum after shrinking
 WIDE, HIGH = 460, 560  # pixels: a larger picture is shown at half its size, to fit the screen
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 MOST_PIXELS, MOST_BYTES = 40_000_000, 100_000_000  # of a picture that is opened: it takes 160 MB of memory
+MOST_CAPTIONS, MOST_CAPTION = 400, 100  # of a grid; characters of one
 MOST_CLASSES = 2000  # maximal classes of a confusion matrix with counts under the pointer
 MOST_COUNTS = 100_000  # maximal non-empty cells, to limit the page's size
 
@@ -49,15 +51,16 @@ class Picture:
     width: int = 0
     height: int = 0
     pixels: bool = True  # images, as opposed to a diagram
+    captions: tuple[str, ...] = ()  # of the images in a grid, row by row
     note: str = ""  # message if it is missing, damaged or shrunk
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) on the page: the picture's, or exactly half if it is large, so that pixels stay squares.
 
-        Never half for diagrams and pictures with text: completions, images beside their palette version.
+        Never half for diagrams and pictures with text: completions, images beside their palette version, captions.
         """
-        is_complete = not self.pixels or self.path.stem.endswith(("completions", "images"))
+        is_complete = not self.pixels or self.captions or self.path.stem.endswith(("completions", "images"))
         by = 1 if is_complete or (self.width <= WIDE and self.height <= HIGH) else 2
         return self.width // by, self.height // by
 
@@ -94,9 +97,21 @@ def _read(picture: Picture) -> Picture:
             image.load()  # raises on a truncated file
             diagram = str(image.info.get("Software", "")).startswith("Matplotlib")
             width, height = image.size
-        return replace(picture, png=picture.path.read_bytes(), width=width, height=height, pixels=not diagram)
+            captions = _read_captions(image)
+        return replace(
+            picture, png=picture.path.read_bytes(), width=width, height=height, pixels=not diagram, captions=captions
+        )
     except (*DAMAGED, Image.DecompressionBombWarning) as error:
         return replace(picture, note=f"cannot be read ({type(error).__name__}): it is damaged")
+
+
+def _read_captions(image: Image.Image) -> tuple[str, ...]:
+    """The captions in a picture of `grid_picture`, each in one line; none in others."""
+    try:
+        captions = json.loads(image.info.get(CAPTIONS, "[]"))
+        return tuple(format_class_name(caption, most=MOST_CAPTION) for caption in captions[:MOST_CAPTIONS])
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):  # written by somebody else
+        return ()
 
 
 def _halve(picture: Picture) -> Picture:

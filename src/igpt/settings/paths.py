@@ -8,8 +8,8 @@ from typing import Any
 
 READ = re.compile(  # settings that are paths to read
     r"init|resume|tokens(\.palette)?\.path|(task\.probe_)?data(\.streams\.\w+)?\.(path|clusters)|"
-    r"task\.(palette|runs|compare_with|encoder|study)|"
-    r"task\.stages\.\w+\.(init|run|palette|compare_with|encoder|(probe_)?data\.path)"
+    r"task\.(palette|runs|compare_with|encoder|study|head)|"
+    r"task\.stages\.\w+\.(init|run|palette|compare_with|encoder|head|(probe_)?data\.path)"
 )
 HUB = re.compile(  # also accept a name on the Hub
     r"(task\.stages\.\w+\.)?init|(task\.probe_)?data(\.streams\.\w+)?\.path|"
