@@ -1,29 +1,24 @@
 """Arrays → PNG files: grids of images, palettes, curves, bars, points, matrices."""
 
-import json
 import textwrap
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 from igpt.data.classes import format_class_name
 from igpt.metric.result import Bars, Curve, Grid, MarkedLines
+from igpt.report.captions import LINE, caption_metadata, draw_captions, replace_unknown
 from igpt.utils import files
 
 CELL = 96  # pixels a side that an image is shown at, at least
 GAP = 6
-LINE = 14  # pixels of a line of a caption
 WHITE = 255  # of every channel
 INK = (60, 60, 60)
 AROUND_COLOURS = (200, 215, 235)
@@ -31,7 +26,6 @@ DPI = 130
 COUNTED, NAMED = 30, 100  # maximal classes of a confusion matrix with counts in its cells, with names at its rows
 LONGEST_LABEL = 24  # characters
 LITERAL = matplotlib.rc_context({"text.parse_math": False})  # decorator: a $ in a name is a dollar sign
-CAPTIONS = "captions"  # PNG metadata of a grid: the captions of its images, a JSON list
 CELLS = "cells"  # PNG metadata of a matrix: left, top, width, height of its cells, as shares of the picture
 
 
@@ -39,39 +33,23 @@ def draw_grid(grid: Grid) -> Image.Image:
     """The images of a grid on white, titles above, captions below; each pixel enlarged by an integer factor."""
     columns, side = grid.images.shape[1:3]
     captions = [caption.split("\n") for caption in grid.captions]
+    below = LINE * max(map(len, captions), default=0)  # pixels
     scale = 2 * -(-CELL // (2 * side))  # even, so that pixels stay squares at half size
     cell, head = side * scale, 22 if grid.titles else 0
-    below = LINE * max(map(len, captions), default=0)  # pixels
     cells = grid.images.repeat(scale, axis=2).repeat(scale, axis=3)
     pixels = _mosaic(np.pad(cells, ((0, 0), (0, 0), (GAP, below), (GAP, 0), (0, 0)), constant_values=WHITE))
     picture = Image.fromarray(np.pad(pixels, ((head, GAP), (0, GAP), (0, 0)), constant_values=WHITE))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
     for column, title in enumerate(grid.titles):
         pen.text((GAP + column * (cell + GAP) + cell // 2, 5), title, fill=INK, font=font, anchor="ma")
-    small = ImageFont.truetype(findfont(FontProperties()), 11)  # the font whose characters `fit_name` knows
-    for i, lines in enumerate(captions):
-        row, column = divmod(i, columns)
-        left, top = GAP + column * (cell + GAP), head + row * (GAP + cell + below) + GAP + cell
-        for number, line in enumerate(lines):
-            pen.text((left, top + 1 + LINE * number), _fit_line(line, small, cell), fill=INK, font=small)
+    draw_captions(pen, captions, columns, cell, GAP, head)
     return picture
-
-
-def _fit_line(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text in the font's characters, cut to a width in pixels."""
-    text = _replace_unknown(text)
-    while text and font.getlength(text) > width:
-        text = f"{text.removesuffix('…')[:-1].rstrip()}…" if len(text) > 1 else ""
-    return text
 
 
 def grid_picture(path: Path, grid: Grid) -> None:
     """Writes `draw_grid` as PNG, with the captions in its metadata."""
-    text = PngInfo()
-    if grid.captions:
-        text.add_itxt(CAPTIONS, json.dumps(grid.captions))
     with files.atomic_path(path) as temporary:
-        draw_grid(grid).save(temporary, format="PNG", pnginfo=text)
+        draw_grid(grid).save(temporary, format="PNG", pnginfo=caption_metadata(grid))
 
 
 def palette_picture(path: Path, colours: np.ndarray) -> None:
@@ -300,20 +278,8 @@ def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | N
 
 def fit_name(name: str, number: int) -> str:
     """A class's name with □ for characters that the font lacks; its number if only these are left."""
-    drawn = _replace_unknown(format_class_name(name, most=LONGEST_LABEL))
+    drawn = replace_unknown(format_class_name(name, most=LONGEST_LABEL))
     return drawn if any(c not in "□ …" for c in drawn) else str(number)
-
-
-def _replace_unknown(text: str) -> str:
-    """The text with □ for characters that the font lacks, or that are written from right to left."""
-    known = _characters()
-    return "".join(c if ord(c) in known and unicodedata.bidirectional(c) not in ("R", "AL") else "□" for c in text)
-
-
-@cache
-def _characters() -> frozenset[int]:
-    """Code points of the figures' font."""
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 def _save(path: Path, figure: Figure, *, cells: Axes | None = None) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import logging
 import math
 import struct
@@ -15,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from igpt.data.classes import format_class_name
-from igpt.report.figures import CAPTIONS, CELLS
+from igpt.report.captions import read_captions
+from igpt.report.figures import CELLS
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,6 @@ SMALLEST = 160  # pixels of the shorter side: minimum after shrinking
 WIDE, HIGH = 460, 560  # pixels: a larger picture is shown at half its size, to fit the screen
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 MOST_PIXELS, MOST_BYTES = 40_000_000, 100_000_000  # of a picture that is opened: it takes 160 MB of memory
-MOST_CAPTIONS, MOST_CAPTION = 400, 100  # of a grid; characters of one
 MOST_CLASSES = 2000  # maximal classes of a confusion matrix with counts under the pointer
 MOST_COUNTS = 100_000  # maximal non-empty cells, to limit the page's size
 
@@ -97,21 +96,12 @@ def _read(picture: Picture) -> Picture:
             image.load()  # raises on a truncated file
             diagram = str(image.info.get("Software", "")).startswith("Matplotlib")
             width, height = image.size
-            captions = _read_captions(image)
+            captions = read_captions(image)
         return replace(
             picture, png=picture.path.read_bytes(), width=width, height=height, pixels=not diagram, captions=captions
         )
     except (*DAMAGED, Image.DecompressionBombWarning) as error:
         return replace(picture, note=f"cannot be read ({type(error).__name__}): it is damaged")
-
-
-def _read_captions(image: Image.Image) -> tuple[str, ...]:
-    """The captions in a picture of `grid_picture`, each in one line; none in others."""
-    try:
-        captions = json.loads(image.info.get(CAPTIONS, "[]"))
-        return tuple(format_class_name(caption, most=MOST_CAPTION) for caption in captions[:MOST_CAPTIONS])
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):  # written by somebody else
-        return ()
 
 
 def _halve(picture: Picture) -> Picture:

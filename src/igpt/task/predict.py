@@ -181,7 +181,7 @@ def match_labels(source: Source, labels: np.ndarray, classifier: Classifier) -> 
             names = ", ".join(format_class_name(name) for name, _ in unknown.most_common(3))
             log.warning(
                 "%d images are of %d class(es) that the head does not know (%s%s): they count as without label; it "
-                "knows %s", unknown.total(), len(unknown), names, ", …" if len(unknown) > 3 else "", describe_classes(known),
+                "knows %s", unknown.total(), len(unknown), names, ", …" * (len(unknown) > 3), describe_classes(known),
             )  # fmt: skip
         return matched
     is_same = source.name == classifier.data
