@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 TABLE = "predictions.csv"
 MOST_CLASSES = 12  # rows of the summary by class
+SHORT = 16  # characters that fit under an image
 OF_ALL = "test"  # stream of the masks of `all`: those of the same images in a test split
 
 
@@ -229,7 +230,7 @@ def show(
         grid = Grid.square(plain_pixels(images, rows.tolist()))
         return Grid(grid.images, captions=tuple(captions))
 
-    names = [images.name(row).rpartition("/")[2] or images.name(row) for row in chosen.tolist()]
+    names = [name if len(name) <= SHORT else name.rpartition("/")[2] for name in map(images.name, chosen.tolist())]
     result.grids["predictions"] = draw(chosen, list(map(caption, chosen.tolist(), names)))
     wrong = np.flatnonzero(predictions.is_readable & (labels >= 0) & (classes != labels))
     worst = wrong[np.argsort(-probabilities[wrong], kind="stable")[: settings.mistakes]]
