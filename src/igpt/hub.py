@@ -141,17 +141,14 @@ class ImageGPT:
 
     def _open_array(self, image: Any) -> Image.Image:
         pixels, r = np.asarray(image), self.resolution
-        is_grey = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 1)
-        if (
-            pixels.dtype != np.uint8
-            or not (is_grey or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)))
-            or not pixels.size
-        ):
+        pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+        is_image = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+        if pixels.dtype != np.uint8 or not is_image or not pixels.size:
             raise ValueError(
                 f"images are uint8 of shape (B, {r}, {r}, 3), or each of its own size (H, W, 3), (H, W, 4) or (H, W), "
                 f"got {pixels.dtype} {pixels.shape}"
             )
-        return Image.fromarray(pixels[..., 0] if is_grey and pixels.ndim == 3 else pixels)
+        return Image.fromarray(np.ascontiguousarray(pixels))
 
     def predict(self, images: Images) -> list[Prediction]:
         """The class of each image, with its probability: those of `task=predict` for these images in this order.
@@ -180,6 +177,8 @@ class ImageGPT:
         if self.classifier is None:
             raise ValueError(f"{self.path} {NO_HEAD}")
         tokens, objective = self.encode(images), build_objective(**self.metadata.objective)
+        if not len(tokens):
+            raise ValueError("there is no image to classify")
         rows = torch.arange(len(tokens))
         rng_keys = keyed.per_example_keys(keyed.key(self.classifier.seed, "test", 0), rows)  # as of a test split
         parts = [
