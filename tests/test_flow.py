@@ -29,7 +29,8 @@ ROOMS: dict[str, set[str]] = {
     "task": BASE
     | {"data", "model", "objective", "metric", "tokens", "checkpoint", "encoder", "probe", "training", "run"},
     "app": BASE
-    | {"data", "model", "metric", "tokens", "checkpoint", "probe", "report", "scaling_law", "training", "run", "task"},
+    | {"data", "model", "objective", "metric", "tokens", "checkpoint", "probe", "report", "scaling_law", "training"}
+    | {"run", "task"},
     "hub": {"utils", "settings", "data", "model", "objective", "checkpoint", "probe"},
 }
 

@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from igpt.checkpoint.classifier import Classifier, find_class_head
+from igpt.checkpoint.classifier import Classifier, find_class_head, has_class_head
 from igpt.checkpoint.find import find_weights
-from igpt.checkpoint.head_files import has_head
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights
 from igpt.data.crop import Crop, evaluation_crop
 from igpt.data.image_decoding import BadImageError, decode_rgb, prepare_image, read_image_file, upright_size
@@ -64,8 +63,7 @@ class ImageGPT:
     @staticmethod
     def from_weights(weights: Weights, *, head: str | None = None) -> "ImageGPT":
         """Loads the network of some weights, with the head that belongs to them, or the probe at `head`."""
-        is_there = head is not None or weights.probe is not None or has_head(weights)
-        classifier = find_class_head(weights, head) if is_there else None
+        classifier = find_class_head(weights, head) if has_class_head(weights, head) else None
         return ImageGPT(weights.net(), weights.metadata, weights.path, classifier=classifier, crop=find_crop(weights))
 
     def __repr__(self) -> str:

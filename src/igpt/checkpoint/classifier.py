@@ -34,6 +34,11 @@ class Classifier:
         return f"class {label}" if self.class_names is None else self.class_names[label]
 
 
+def has_class_head(weights: Weights, probe: str | None = None) -> bool:
+    """Whether `find_class_head` looks for a head instead of raising that there is none."""
+    return probe is not None or weights.probe is not None or has_head(weights)
+
+
 def find_class_head(weights: Weights, probe: str | None = None) -> Classifier:
     """The head of some weights: the probe at the path `probe`, else the one they were found by, else their own.
 
@@ -43,7 +48,7 @@ def find_class_head(weights: Weights, probe: str | None = None) -> Classifier:
     place = weights.probe if probe is None else Path(probe).expanduser()
     if place is not None:
         return _read_probe(weights, place)
-    if not has_head(weights):
+    if not has_class_head(weights):
         raise ValueError(
             f"{weights.path} has no class head: init=RUN of task=finetune or task=probe, or task.head=PROBE_RUN beside "
             "the weights that it probed"

@@ -18,8 +18,9 @@ from igpt.settings.paths import resolve_nearest
 from igpt.utils import files
 
 PROBE = "probe.safetensors"
-FORMAT = 1  # of ABOUT; older files have LAYERS alone
-ABOUT, LAYERS = "probe", "layers"  # keys of the file's metadata: JSON, and numbers separated by blanks
+FORMAT = 1
+ABOUT = "probe"  # key of the file's metadata: JSON
+LAYERS = "layers"  # instead, in older files: numbers, separated by blanks
 DTYPES = {"float16": torch.float16, "float32": torch.float32}  # of features
 KINDS: dict[str, type] = {
     "norm": str, "dtype": str, "data": str, "weights": str, "resolution": int, "eval_masks": int, "seed": int,
@@ -45,13 +46,14 @@ def save_probe(path: Path, weight: Tensor, bias: Tensor, layers: list[int], abou
 
     `about`: None for the probe of an encoder that is not ours, which has no layers.
     """
-    metadata = {LAYERS: " ".join(map(str, layers))}
+    record: dict[str, Any] = {"format": FORMAT, "layers": layers}
     if about is not None:
-        record = {"format": FORMAT, **vars(about), "class_names": shorten_class_names(about.class_names)}
-        metadata[ABOUT] = json.dumps(record)
+        record |= vars(about) | {"class_names": shorten_class_names(about.class_names)}
     tensors = {"weight": weight.detach().cpu().contiguous(), "bias": bias.detach().cpu().contiguous()}
     with files.atomic_write(path) as file:
-        file.write(save(tensors, metadata=metadata))
+        file.write(
+            save(tensors, metadata={ABOUT: json.dumps(record)})
+        )  # one key: safetensors writes several in any order
 
 
 def find_probe(place: Path) -> Path | None:
@@ -71,19 +73,27 @@ def read_probe(path: Path) -> tuple[ProbeHead, ProbeMetadata]:
     tensors = read_safetensors(path)  # checks the header against the file's size
     try:
         with safe_open(path, framework="pt") as file:
-            written = file.metadata() or {}
-        if written.get(LAYERS) == "":
+            record = _read_record(file.metadata() or {}, path.parent)
+        if not (layers := record.pop("layers")):
             raise ValueError("it is a probe of an encoder, task=probe_encoder, and not of a network of ours")
-        layers = tuple(int(layer) for layer in written[LAYERS].split())
-        record = json.loads(written[ABOUT]) if ABOUT in written else _read_older(path.parent)
-        about = _parse_metadata(dict(record), n_class=tensors["bias"].shape[0])
+        if not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+            raise ValueError(f"layers is {layers!r:.60}, expected a list of numbers")
+        about = _parse_metadata(record, n_class=tensors["bias"].shape[0])
         weight, bias = tensors["weight"].read(), tensors["bias"].read()
         is_probe = len(tensors) == 2 and weight.dim() == 2 and bias.shape == weight.shape[:1]
         if not (is_probe and is_finite(weight) and is_finite(bias)):
             raise ValueError("its tensors are not the finite weight (K, D) and bias (K,) of a probe")
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no probe that can be read ({str(error)!r:.200}): run task=probe anew") from error
-    return ProbeHead(weight.float(), bias.float(), layers, about.norm, DTYPES[about.dtype]), about
+    return ProbeHead(weight.float(), bias.float(), tuple(layers), about.norm, DTYPES[about.dtype]), about
+
+
+def _read_record(metadata: dict[str, str], folder: Path) -> dict[str, Any]:
+    """What the metadata of a probe's file says, with that of an older one completed from its run folder."""
+    if ABOUT in metadata:
+        return dict(json.loads(metadata[ABOUT]))
+    layers = [int(layer) for layer in metadata[LAYERS].split()]
+    return {"layers": layers, **(_read_older(folder) if layers else {})}
 
 
 def _parse_metadata(record: dict[str, Any], *, n_class: int) -> ProbeMetadata:

@@ -195,7 +195,7 @@ class RunConfig:
         compared = self.finished_runs.input_hashes if "finished_runs" in self.requires else None
         init = self.weights.sha256 if self.weights is not None else None
         hashes = fingerprint.input_hashes(self.config, init=init, runs=compared, list_files=self.list_files)
-        if "head" in self.config["task"] and self.weights is not None:
+        if "head" in self.config["task"] and self.weights is not None and self.config["task"].get("run_folder", True):
             hashes["task.head"] = find_class_head(self.weights, self.config["task"]["head"]).sha256
         return hashes | ({} if self.saved_tokenizer is None else {"tokens.path": self.saved_tokenizer.hash})
 
