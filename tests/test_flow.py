@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "tokens": BASE | {"data"},
     "checkpoint": BASE | {"model", "tokens"},
     "encoder": BASE | {"checkpoint"},
-    "probe": BASE | {"data", "metric"},
+    "probe": BASE | {"data", "model", "objective", "metric"},
     "report": BASE | {"data", "metric"},
     "scaling_law": BASE | {"model", "metric", "report"},
     "training": BASE | {"data", "model", "objective", "metric", "tokens", "checkpoint", "probe", "report"},
@@ -29,8 +29,9 @@ ROOMS: dict[str, set[str]] = {
     "task": BASE
     | {"data", "model", "objective", "metric", "tokens", "checkpoint", "encoder", "probe", "training", "run"},
     "app": BASE
-    | {"data", "model", "metric", "tokens", "checkpoint", "probe", "report", "scaling_law", "training", "run", "task"},
-    "hub": {"utils", "model", "checkpoint"},
+    | {"data", "model", "objective", "metric", "tokens", "checkpoint", "probe", "report", "scaling_law", "training"}
+    | {"run", "task"},
+    "hub": {"utils", "settings", "data", "model", "objective", "checkpoint", "probe"},
     "cli": {"utils", "distributed", "run"},
     "__main__": {"cli"},
 }

@@ -49,7 +49,7 @@ def test_completions_keep_what_is_given(model: igpt.ImageGPT) -> None:
 
 
 def test_images_that_do_not_fit(model: igpt.ImageGPT) -> None:
-    for images in (np.zeros((2, 9, 9, 3), np.uint8), np.zeros((2, 8, 8, 3)), np.zeros((8, 8), np.uint8)):
+    for images in (np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 2), np.uint8), np.zeros((1, 0, 8, 3), np.uint8)):
         with pytest.raises(ValueError, match=r"uint8 of shape \(B, 8, 8, 3\)"):
             model.encode(images)
 

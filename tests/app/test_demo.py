@@ -55,7 +55,7 @@ def build_workbench(build: Components) -> Workbench:
     """The demo's parts but for its page: few images and choices, and small uploads."""
     weights = build.trained_weights
     settings = DemoSettings(
-        host="127.0.0.1", port=None, threads=None, split="val", choices=6, rows=2, completions=2, at_most=3,
+        head=None, host="127.0.0.1", port=None, threads=None, split="val", choices=6, rows=2, completions=2, at_most=3,
         temperature=1.0, top_k=None, allowed_hosts=["my-tunnel:9000"], upload_mb=1, uploads_mb=2, uploads=3,
         upload_seconds=60, upload_pixels=100_000, nearest=4, among=40, layer=1, norm="ln_1", dtype="float32",
         batch_size=16,

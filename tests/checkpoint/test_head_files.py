@@ -3,7 +3,7 @@
 import json
 import shutil
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.head_files import HeadMetadata, copy_head, find_head, read_head, save_head
 from igpt.checkpoint.igpt_format import save_model
+from igpt.checkpoint.probe_files import save_probe
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
-from igpt.task import probe
 from tests.checkpoint.test_igpt_format import make_metadata
 from tests.conftest import perturbed
 
@@ -66,7 +66,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path: Path, weight: torch.Tensor
         with pytest.raises(OSError, match=r"File too large: '.*/head\.safetensors'"):
             save_head(tmp_path, weight, HeadMetadata(5, "toy4", CLASSES, "0" * 64))
         with pytest.raises(OSError, match=r"File too large: '.*/probe\.safetensors'"):
-            probe.save_head(tmp_path / "probe.safetensors", weight, weight[:, 0], [1])
+            save_probe(tmp_path / "probe.safetensors", weight, weight[:, 0], [1], None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, size)
         signal.signal(signal.SIGXFSZ, before)
@@ -157,6 +157,9 @@ def test_a_head_of_before_classes_had_names(saved: Path) -> None:
         {"n_class": True},
         {"n_class": "5"},
         {"data": None},
+        {"eval_masks": "5"},
+        {"eval_masks": -1},
+        {"seed": 0.5},
     ],
     ids=str,
 )
@@ -218,7 +221,8 @@ def test_a_damaged_description(saved: Path, text: str) -> None:
 
 def test_what_is_written(saved: Path, weight: torch.Tensor) -> None:
     """Round trip: a description that others can read, and one tensor with the released checkpoint's name."""
-    about = HeadMetadata(5, "toy4", CLASSES, find_weights(str(saved)).sha256)
+    about = HeadMetadata(5, "toy4", CLASSES, find_weights(str(saved)).sha256, eval_masks=3, seed=7)
+    save_head(saved, weight, replace(about, class_names=NAMES))
     written = json.loads((saved / "head.json").read_text())
     assert asdict(about) | {"class_names": list(NAMES), "sha256": written["sha256"]} == written
     assert list(load_file(saved / "head.safetensors")) == ["wclf"]

@@ -11,8 +11,9 @@ from igpt.metric.result import Number
 from igpt.report.closing_table import format_readable
 from igpt.report.groups import format_typed, group_by_seed
 from igpt.report.paper import PRETRAINING, PublishedRow, load_paper
-from igpt.report.runs import RunRecord, read_objective, read_run, resolve_nearest
+from igpt.report.runs import RunRecord, read_objective, read_run
 from igpt.report.summary import average_seeds
+from igpt.settings.paths import resolve_nearest
 
 SPLITS = ("test", "val", "cv")  # in order of preference
 UNKNOWN = "not known"

@@ -8,6 +8,7 @@ import torch
 
 from igpt.app.nearest import TrainingFeatures
 from igpt.app.workbench import MEBIBYTE, Workbench
+from igpt.checkpoint.classifier import Classifier, has_class_head
 from igpt.checkpoint.igpt_format import Weights
 from igpt.distributed.process_state import num_threads
 from igpt.distributed.signals import StopRequest
@@ -23,17 +24,19 @@ log = logging.getLogger(__name__)
 INSTALL = "task=demo needs Gradio, which is not installed here: pip install gradio==6.31.0 (or igpt[demo])"
 
 
-def describe_weights(weights: Weights) -> dict[str, str]:
+def describe_weights(weights: Weights, classifier: Classifier | None = None) -> dict[str, str]:
     """The description of the weights on the page."""
     metadata, loss = weights.metadata, read_validation_loss(weights)
     side = metadata.tokenizer.side
     data = metadata.data.removesuffix(str(side)).removesuffix("-")
     sizes = f"{metadata.network.n_layer} blocks of {metadata.network.n_embd}, {weights.n_parameter:,} weights"
+    classes = {} if classifier is None else {"classes": f"{classifier.n_class:,}, by the {classifier.description}"}
     return {
         "weights": str(weights.path),
         "model": f"{metadata.model}: {sizes}, {metadata.tokenizer.describe()}",
         "trained on": f"{data} at {side}×{side}, {metadata.step:,} steps",
         "validation loss": "not known" if loss is None else f"{loss:.4f} nats per token",
+        **classes,
     }
 
 
@@ -81,7 +84,10 @@ def run(components: Components, settings: DemoSettings) -> Result:
         training = TrainingFeatures(
             net, machine, data, components.cache_dir, settings, weights=weights.sha256, cache_key=components.cache_key
         )
-        bench = Workbench(training, components.evaluation_crop, settings)
+        classifier = components.classifier if has_class_head(weights, settings.head) else None
+        if classifier is not None and isinstance(classifier.head, torch.nn.Module):
+            classifier.head.to(machine.device)
+        bench = Workbench(training, components.evaluation_crop, settings, classifier)
         uploads = UploadFolder(
             folder / "uploads",
             file_bytes=round(settings.upload_mb * MEBIBYTE),
@@ -91,7 +97,7 @@ def run(components: Components, settings: DemoSettings) -> Result:
         )
         request = StopRequest("ending the demo")
         try:
-            with request.install_handlers(), serve(bench, describe_weights(weights), uploads) as url:
+            with request.install_handlers(), serve(bench, describe_weights(weights, classifier), uploads) as url:
                 log.info("the page is at %s; Ctrl-C ends it", url)
                 if settings.host not in LOCAL:
                     warning = "task.host=%s: whoever reaches this machine can open it, there is no password"

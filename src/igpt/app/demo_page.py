@@ -92,15 +92,17 @@ class DemoPage:
                 raise ValueError("No file has come.")
             chosen = self.bench.read_upload(Path(file))
         except (ValueError, OSError) as error:
-            return *[gr.skip()] * 4, PIECES.note(str(error), problem=True)
+            unchanged = [gr.skip()] * (4 + (self.bench.classifier is not None))
+            return PIECES.note(str(error), problem=True), *unchanged
         finally:
             if file is not None:
                 Path(file).unlink(missing_ok=True)
         return self._choose(chosen, rows, "Your image was cut and resized as the data's are.")
 
     def _choose(self, chosen: DemoImage, rows: float, message: str) -> tuple[Any, ...]:
-        """Outputs after a choice: the image, its given rows, no completions, no nearest images, a message."""
-        return chosen, self.show_prompt(chosen, rows), "", "", PIECES.note(message)
+        """Outputs after a choice: a message, image, given rows, no completions, no nearest images; and classes."""
+        classes = [] if self.bench.classifier is None else [self.bench.classify(chosen)]
+        return PIECES.note(message), chosen, self.show_prompt(chosen, rows), "", "", *classes
 
     def show_prompt(self, chosen: DemoImage, rows: float) -> str:
         """HTML of the image as decoded from its tokens, and of its given rows."""
@@ -195,6 +197,11 @@ def build(bench: Workbench, about: Mapping[str, str], uploads: UploadFolder) -> 
                 message = gr.HTML(PIECES.note(""), elem_id="said")
                 given = gr.HTML(page.show_prompt(first[0], rows), elem_id="given")
                 drawn = gr.HTML("", elem_id="drawn")
+                classes = []
+                if bench.classifier is not None:
+                    gr.HTML('<h2 class="part">Class</h2>')
+                    shown = bench.classify(first[0])
+                    classes = [gr.Label(shown, show_label=False, container=False, elem_id="classes")]
                 gr.HTML('<h2 class="part">Nearest training images</h2>')
                 layers = gr.Slider(0, depth, layer, step=1, label="Layer", info=f"0: the embedding; {depth}: the last")
                 look = gr.Button("Find", elem_id="find")
@@ -207,7 +214,7 @@ def build(bench: Workbench, about: Mapping[str, str], uploads: UploadFolder) -> 
         stop.click(page.stop, None, None, **quiet)
         look.click(page.nearest, [chosen, layers], [found, about_found], concurrency_limit=None, **quiet)
         others.click(page.others, shelf, [shelf, gallery], **quiet)
-        of_choice = [chosen, given, drawn, found, message]
+        of_choice = [message, chosen, given, drawn, found, *classes]
         gallery.select(page.select_held_out, [shelf, given_rows], of_choice, **quiet)
         upload.upload(page.select_upload, [upload, given_rows], of_choice, **quiet)
         given_rows.release(page.show_prompt, [chosen, given_rows], given, **quiet)

@@ -11,13 +11,17 @@ import numpy as np
 import torch
 
 from igpt.app.nearest import TrainingFeatures
+from igpt.checkpoint.classifier import Classifier
 from igpt.data.classes import format_class_name
 from igpt.data.crop import Crop
 from igpt.data.image_decoding import BadImageError, open_image, read_image_file
 from igpt.data.source import plain_pixels
 from igpt.model.generate import Sampling, generate_stream
+from igpt.objective.ar import AR
+from igpt.probe.classify import classify, rank_classes
 from igpt.settings.generation import DemoSettings
 from igpt.task.complete import HIDDEN, prompt_rows
+from igpt.task.prediction_table import MOST_RANKED
 from igpt.tokens.tokenizer import count_decided_rows
 from igpt.utils import keyed
 
@@ -45,7 +49,10 @@ class Drawing(NamedTuple):
 class Workbench:
     """A network with the images of a split, and the operations on them. R is the resolution."""
 
-    def __init__(self, training: TrainingFeatures, crop: Crop, settings: DemoSettings) -> None:
+    def __init__(
+        self, training: TrainingFeatures, crop: Crop, settings: DemoSettings, classifier: Classifier | None = None
+    ) -> None:
+        self.classifier = classifier
         self.training, self.stopping, self.crop, self.settings = training, training.stopping, crop, settings
         self.net, self.machine, self.data = training.net, training.machine, training.data
         self.split = self.data.source.split(settings.split)
@@ -64,6 +71,20 @@ class Workbench:
         if names is None:
             return f"label\N{NO-BREAK SPACE}{label}"
         return f"class\N{NO-BREAK SPACE}{format_class_name(names[label])}"
+
+    @torch.inference_mode()
+    def classify(self, chosen: DemoImage) -> dict[str, float]:
+        """The probability of the likeliest classes of an image, by name, as `task=predict` gives them."""
+        assert self.classifier is not None, "the page asks only where there is one"
+        none, machine = torch.zeros(1, dtype=torch.int64), self.machine  # an autoregressive objective has no masks
+        tokens = self._tokens(chosen).to(self.net.wte.device)
+        with machine.autocast():
+            classes, probabilities = classify(
+                self.net, self.classifier.head, AR(), tokens, rng_keys=none, rows=none, masks=1, seed=0
+            )
+        ranked = rank_classes(classes, probabilities, min(MOST_RANKED, self.classifier.n_class))[0].tolist()
+        names = [format_class_name(self.classifier.name_class(label)) for label in ranked]
+        return dict(zip(names, probabilities[0, ranked].tolist(), strict=True))
 
     def choices(self, page: int, count: int | None = None) -> list[DemoImage]:
         """Page `page` of the shuffled held-out images, `count` or `task.choices` a page; wraps around at the end."""

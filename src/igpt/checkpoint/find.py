@@ -2,10 +2,13 @@
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from igpt.checkpoint import huggingface, igpt_format, openai, sharded, tensors
 from igpt.checkpoint.igpt_format import CONFIG, Weights
+from igpt.checkpoint.probe_files import find_probe, find_probed, read_probe
+from igpt.checkpoint.resized import resize_weights
 from igpt.checkpoint.resume import find_kept, read_latest
 from igpt.tokens.tokenizer import Tokenizer
 from igpt.tokens.tokenizer_registry import TOKENIZER, read_tokenizer
@@ -24,9 +27,9 @@ def find_weights(path: str, *, palette: str | None = None, n_head: int | None = 
     """The weights named by `init=`, from any format.
 
     Ours: a run directory, its `model/`, a file in that; a training checkpoint, sharded or not, or a file of a sharded
-    one. Hugging Face's ImageGPT: its folder, a file in it, or a name on the Hub. OpenAI's: the prefix, any one of its
-    files, or their folder. `palette` (default: searched beside the files) and `n_head` (if the shapes do not tell it)
-    apply to OpenAI's only.
+    one; a run of `task=probe`, for the weights that it probed. Hugging Face's ImageGPT: its folder, a file in it, or a
+    name on the Hub. OpenAI's: the prefix, any one of its files, or their folder. `palette` (default: searched beside
+    the files) and `n_head` (if the shapes do not tell it) apply to OpenAI's only.
 
     Raises:
         ValueError: nothing at that path, or an unknown format; the message names the likely fix.
@@ -82,6 +85,8 @@ def _find_weights(path: str, *, palette: str | None, n_head: int | None) -> Weig
     except RuntimeError as error:
         raise ValueError(f"init={path}: {error}") from error
     folder = local.parent if local.is_file() else local
+    if (probe := find_probe(local)) is not None and not _has_tensors(folder):
+        return _find_probed_weights(probe)
     of_folder = (CONFIG, tensors.WEIGHTS, huggingface.PREPROCESSOR, tensors.INDEX, huggingface.TORCH)
     if (folder / sharded.METADATA).is_file() or (folder.is_dir() and next(folder.glob(sharded.PIECES), None)):
         return sharded.read(_resolve_folder(local, folder))
@@ -106,6 +111,17 @@ def _find_weights(path: str, *, palette: str | None, n_head: int | None) -> Weig
     if HUB_NAME.fullmatch(path) and not Path(Path(path).parts[0]).exists():
         return _find_weights(str(download_from_hub(path)), palette=None, n_head=None)
     raise ValueError(f"init={path}: {_explain_missing(local)}")
+
+
+def _find_probed_weights(probe: Path) -> Weights:
+    """The weights that a run of task=probe read, with its probe."""
+    _, about = read_probe(probe)
+    path = find_probed(probe)
+    weights = _find_weights(path, palette=None, n_head=None)
+    if weights.sha256 != about.weights:
+        raise ValueError(f"init={probe.parent}: {path} holds other weights now than those that it probed")
+    log.info("%s: the weights that it probed are taken, %s", probe.parent, path)
+    return replace(resize_weights(weights, about.resolution), probe=probe)
 
 
 def _resolve_folder(path: Path, folder: Path) -> Path:

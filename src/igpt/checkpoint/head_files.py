@@ -31,6 +31,8 @@ class HeadMetadata:
     classes: str  # hash of the labels
     weights: str  # SHA-256 of the network's weights
     class_names: tuple[str, ...] | None = None  # by label; None: unknown
+    eval_masks: int | None = None  # masks per image, combined by vote; None: not recorded
+    seed: int | None = None  # of the masks and of the vote; None: not recorded
 
 
 def save_head(folder: Path, weight: Tensor, about: HeadMetadata) -> None:
@@ -78,6 +80,11 @@ def find_head(
             "%s does not say which labels its %d classes are: its accuracy is right only if they are this data's",
             weights.path, about.n_class,
         )  # fmt: skip
+    return build_head(weight)
+
+
+def build_head(weight: Tensor) -> ClassHead:
+    """The class head of a weight (K, C)."""
     head = ClassHead(n_embd=weight.shape[1], n_class=weight.shape[0])
     head.load_state_dict({"wclf": weight.to(torch.float32)})
     return head
@@ -119,17 +126,23 @@ def read_head(weights: Weights) -> tuple[HeadMetadata, Tensor]:
 def _parse_metadata(written: dict[str, Any]) -> HeadMetadata:
     """Parses `head.json`. Raises TypeError or ValueError on a missing or unknown field, or one of another type."""
     names = written.pop("class_names", None)  # missing in older files, and if unknown
-    if names is not None and not (
-        isinstance(names, list) and all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in names)
-    ):
-        raise ValueError(f"class_names is no list of names of at most {LONGEST_NAME} characters")
-    about = HeadMetadata(**written, class_names=None if names is None else tuple(names))
-    texts = (about.data, about.classes, about.weights)
-    if type(about.n_class) is not int or not all(isinstance(text, str) for text in texts):
+    about = HeadMetadata(**written)
+    texts, numbers = (about.data, about.classes, about.weights), (about.eval_masks, about.seed)
+    is_number = type(about.n_class) is int and all(number is None or type(number) is int for number in numbers)
+    if not is_number or not all(isinstance(text, str) for text in texts) or not 1 <= (about.eval_masks or 1) <= 10**4:
         raise ValueError("a field is of another kind")
-    if names is not None and len(names) != about.n_class:
-        raise ValueError(f"class_names has {len(names)} names, n_class is {about.n_class}")
-    return about
+    return replace(about, class_names=check_class_names(names, about.n_class))
+
+
+def check_class_names(names: Any, n_class: int) -> tuple[str, ...] | None:
+    """The class names as read from a file; None: unknown. Raises ValueError for anything but `n_class` short names."""
+    if names is None:
+        return None
+    if not (isinstance(names, list) and all(isinstance(name, str) and len(name) <= LONGEST_NAME for name in names)):
+        raise ValueError(f"class_names is no list of names of at most {LONGEST_NAME} characters")
+    if len(names) != n_class:
+        raise ValueError(f"class_names has {len(names)} names, n_class is {n_class}")
+    return tuple(names)
 
 
 def _describe_renamed_class(of_head: tuple[str, ...] | None, of_data: tuple[str, ...] | None) -> str:

@@ -119,6 +119,7 @@ class Weights:
     state: Callable[[], State]  # lazy tensors by name
     wclf: LazyTensor | None = None  # class head (K, C), if the same file has one
     resized_from: int | None = None  # pixels a side that its positions were interpolated from
+    probe: Path | None = None  # the probe of these weights that they were found by
 
     def __post_init__(self) -> None:
         tensors.check_fit(self.path, self.state(), network_shapes(self.path, self.metadata.network, self.state()))

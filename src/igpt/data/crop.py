@@ -41,7 +41,10 @@ class Crop:
 
     def __call__(self, data: bytes, key: int) -> np.ndarray:
         """Decodes `data` and crops it, at random by `key`: → (R, R, 3) uint8. Raises BadImageError."""
-        image = open_image(data)
+        return self.crop_image(open_image(data), key)
+
+    def crop_image(self, image: Image.Image, key: int) -> np.ndarray:
+        """As a call, of an image from `open_image` or `prepare_image`."""
         box, scale = self.box(*upright_size(image), key)
         side = box[2] - box[0]
         between = self.size if self.resize == "twice" else None  # pixels a side of the first of two steps

@@ -102,6 +102,27 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
+def prepare_image(image: Image.Image) -> Image.Image:
+    """An image of Pillow as `open_image` returns it: a copy; of a file that is not decoded yet, the file opened again.
+
+    Raises:
+        BadImageError: as `open_image`.
+    """
+    file = None if getattr(image, "is_animated", False) else getattr(image, "fp", None)  # None once it is decoded
+    if file is not None:  # so that its pixels are those of the data, which may be decoded at a reduced size
+        place = file.tell()
+        file.seek(0)
+        data = file.read(MOST_BYTES + 1)
+        file.seek(place)
+        return open_image(data)
+    try:
+        copy, orientation = image.copy(), image.getexif().get(metadata.ORIENTATION)
+    except Exception as error:  # as in `open_image`
+        raise BadImageError(f"it is damaged: {error}") from error
+    copy.info[_ORIENTATION] = orientation if orientation in _UPRIGHT else metadata.UPRIGHT
+    return copy
+
+
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of an image from `open_image`, after applying its EXIF orientation."""
     width, height = image.size

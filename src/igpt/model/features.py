@@ -1,5 +1,6 @@
 """Pooled features of every layer in one forward pass."""
 
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -11,12 +12,20 @@ from igpt.settings.fields import Norm
 NORMS = get_args(Norm)
 
 
-def layer_features(net: GPT, tokens: Tensor, visible: Tensor | None = None, *, norm: str = "ln_1") -> Tensor:
+def layer_features(
+    net: GPT,
+    tokens: Tensor,
+    visible: Tensor | None = None,
+    *,
+    norm: str = "ln_1",
+    layers: Sequence[int] | None = None,
+) -> Tensor:
     """Hidden states of all L + 1 layers, averaged over positions: tokens (B, T) → (L + 1, B, C).
 
     Layer 0 is the embedding, layer l the residual stream after l blocks. With `ln_1`, layer l < L goes through `ln_1`
     of the next block, and layer L through `ln_f` (Chen et al. 2020, §3.2). With `raw`, no norm is applied (the first
-    author's answer in openai/image-gpt#12). Only one layer's stream is in memory at a time.
+    author's answer in openai/image-gpt#12). Only one layer's stream is in memory at a time. `layers`: only those, in
+    ascending order; blocks above the last of them are not computed.
 
     Raises:
         ValueError: another `norm`.
@@ -24,8 +33,11 @@ def layer_features(net: GPT, tokens: Tensor, visible: Tensor | None = None, *, n
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     norms = [*(block.ln_1 for block in net.blocks), net.ln_f]
+    wanted = range(len(norms)) if layers is None else layers
+    up_to_last = zip(norms[: max(wanted) + 1], net.hidden_states(tokens, visible), strict=False)
     pooled = [
         (layer_norm(h) if norm == "ln_1" else h).mean(dim=1)  # (B, T, C) → (B, C)
-        for h, layer_norm in zip(net.hidden_states(tokens, visible), norms, strict=True)
+        for layer, (layer_norm, h) in enumerate(up_to_last)
+        if layer in wanted
     ]
     return torch.stack(pooled)

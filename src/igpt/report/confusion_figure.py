@@ -1,15 +1,13 @@
 """A confusion matrix → PNG."""
 
-import unicodedata
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from igpt.data.classes import format_class_name, label_classes
+from igpt.report.captions import replace_unknown
 from igpt.report.style import DPI, SHARES, SMALL, save_figure, styled
 
 COUNTED, NAMED = 30, 100  # maximal classes of a confusion matrix with counts in its cells, with names at its rows
@@ -52,13 +50,5 @@ def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | N
 
 def fit_name(name: str, number: int) -> str:
     """A class's name with □ for characters that the font lacks; `class 3` if only these are left."""
-    shown = format_class_name(name, most=LONGEST_LABEL)
-    known = _characters()
-    drawn = "".join(c if ord(c) in known and unicodedata.bidirectional(c) not in ("R", "AL") else "□" for c in shown)
+    drawn = replace_unknown(format_class_name(name, most=LONGEST_LABEL))
     return drawn if any(c not in "□ …" for c in drawn) else f"class {number}"
-
-
-@cache
-def _characters() -> frozenset[int]:
-    """Code points of the figures' font."""
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())

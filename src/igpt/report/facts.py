@@ -44,6 +44,8 @@ KINDS = {  # suffix of a picture's name → (heading, caption)
         "Loss by position",
         "Nats per token over the image, and row by row along it: where the network is surprised.",
     ),
+    "predictions": ("Pictures", "What the images are taken for, and how sure the head is."),
+    "mistakes": ("Pictures", "The most confident mistakes: what each image is taken for, and what it is."),
     "": ("Pictures", ""),
 }
 TOKENS = {  # settings of a tokenizer → what one of its tokens stands for, and several

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
 from igpt.metric.result import Bars, Curve, Grid, MarkedLines
+from igpt.report.captions import LINE, caption_metadata, draw_captions
 from igpt.report.display_names import axis_name, is_share, name_lines
 from igpt.report.style import BAND, HEIGHT, REFERENCE, SMALL, WIDTH, image_font, save_figure, show_percent, styled
 from igpt.utils import files
@@ -26,18 +27,21 @@ AROUND_COLOURS = (200, 215, 235)
 
 
 def draw_grid(grid: Grid) -> Image.Image:
-    """The images of a grid on white, titles above, each pixel enlarged by an integer factor."""
+    """The images of a grid on white, titles above, captions below; each pixel enlarged by an integer factor."""
     if grid.row_titles:
         return _draw_titled_rows(grid)
-    side = grid.images.shape[2]
+    columns, side = grid.images.shape[1:3]
+    captions = [caption.split("\n") for caption in grid.captions]
+    below = LINE * max(map(len, captions), default=0)  # pixels
     scale = 2 * -(-CELL // (2 * side))  # even, so that pixels stay squares at half size
     cell, head = side * scale, HEAD if grid.titles else 0
     cells = grid.images.repeat(scale, axis=2).repeat(scale, axis=3)
-    pixels = _mosaic(np.pad(cells, ((0, 0), (0, 0), (GAP, 0), (GAP, 0), (0, 0)), constant_values=WHITE))
+    pixels = _mosaic(np.pad(cells, ((0, 0), (0, 0), (GAP, below), (GAP, 0), (0, 0)), constant_values=WHITE))
     picture = Image.fromarray(np.pad(pixels, ((head, GAP), (0, GAP), (0, 0)), constant_values=WHITE))
     pen, font = ImageDraw.Draw(picture), image_font()
     for column, title in enumerate(grid.titles):
         pen.text((GAP + column * (cell + GAP) + cell // 2, 5), title, fill=INK, font=font, anchor="ma")
+    draw_captions(pen, captions, columns, cell, GAP, head)
     return picture
 
 
@@ -53,9 +57,9 @@ def _draw_titled_rows(grid: Grid) -> Image.Image:
 
 
 def grid_picture(path: Path, grid: Grid) -> None:
-    """Writes `draw_grid` as PNG."""
+    """Writes `draw_grid` as PNG, with the captions in its metadata."""
     with files.atomic_path(path) as temporary:
-        draw_grid(grid).save(temporary, format="PNG")
+        draw_grid(grid).save(temporary, format="PNG", pnginfo=caption_metadata(grid))
 
 
 def palette_picture(path: Path, colours: np.ndarray) -> None:

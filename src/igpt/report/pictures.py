@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from igpt.data.classes import format_class_name
+from igpt.report.captions import read_captions
 from igpt.report.class_table import read_counts
 from igpt.report.style import CELLS
 
@@ -48,15 +49,16 @@ class Picture:
     width: int = 0
     height: int = 0
     pixels: bool = True  # images, as opposed to a diagram
+    captions: tuple[str, ...] = ()  # of the images in a grid, row by row
     note: str = ""  # message if it is missing, damaged or shrunk
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) on the page: the picture's, or exactly half if it is large, so that pixels stay squares.
 
-        Never half for diagrams and pictures with text: completions, images beside their palette version.
+        Never half for diagrams and pictures with text: completions, images beside their palette version, captions.
         """
-        is_complete = not self.pixels or self.path.stem.endswith(("completions", "images"))
+        is_complete = not self.pixels or self.captions or self.path.stem.endswith(("completions", "images"))
         by = 1 if is_complete or (self.width <= WIDE and self.height <= HIGH) else 2
         return self.width // by, self.height // by
 
@@ -93,7 +95,10 @@ def _read(picture: Picture) -> Picture:
             image.load()  # raises on a truncated file
             diagram = str(image.info.get("Software", "")).startswith("Matplotlib")
             width, height = image.size
-        return replace(picture, png=picture.path.read_bytes(), width=width, height=height, pixels=not diagram)
+            captions = read_captions(image)
+        return replace(
+            picture, png=picture.path.read_bytes(), width=width, height=height, pixels=not diagram, captions=captions
+        )
     except (*DAMAGED, Image.DecompressionBombWarning) as error:
         return replace(picture, note=f"cannot be read ({type(error).__name__}): it is damaged")
 

@@ -14,6 +14,7 @@ from typing import Any
 from igpt.metric.result import Result
 from igpt.report.folder import DEBUG, RunFolder, parse_result
 from igpt.settings.older_configs import read_record
+from igpt.settings.paths import resolve_nearest
 from igpt.utils import files
 
 OF_RUNS = ("compare", "isoflop", "advise")  # tasks whose results, numbers of several runs, are never compared
@@ -260,24 +261,6 @@ def _run_folders(folder: Path, depth: int = 0) -> Iterator[Path]:
         for inside in sorted(folder.iterdir()):
             if inside.is_dir() and not inside.name.startswith(".") and inside.name != DEBUG:
                 yield from _run_folders(inside, depth + 1)
-
-
-def resolve_nearest(folder: Path, path: str) -> Path | None:
-    """Resolves a path from a run's config relative to the working directory, else to a parent of the run directory.
-
-    None if neither exists, or if it lies neither below the working directory nor beside the run (a stage: beside its
-    pipeline): the config of a run folder that was sent names whatever it likes.
-    """
-    outer = folder.absolute().parent
-    outer = outer.parent if (outer / "run.json").is_file() else outer
-    try:
-        place = Path(path).expanduser()
-        tried = [place, *(around / place for around in folder.absolute().parents)]
-        found = next((candidate for candidate in tried if candidate.exists()), None)
-        inside = found is not None and any(found.resolve().is_relative_to(top.resolve()) for top in (Path.cwd(), outer))
-    except (OSError, RuntimeError, ValueError):  # a name that no file can have
-        return None
-    return found if inside else None
 
 
 def trace_init(run: RunRecord, depth: int = 0) -> InitHistory:

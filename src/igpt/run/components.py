@@ -10,6 +10,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import Logger
 
 from igpt.checkpoint import igpt_format
+from igpt.checkpoint.classifier import Classifier, find_class_head
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights
 from igpt.checkpoint.resume import parse_step
 from igpt.data.crop import Crop, evaluation_crop
@@ -116,6 +117,11 @@ class Components:
         """The weights of `init=`, for a task that requires them."""
         assert self.weights is not None, "RunConfig has seen to it"
         return self.weights
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """The trained head of the weights, or that of `task.head`. Raises ValueError without one that fits them."""
+        return find_class_head(self.trained_weights, self.run.config["task"]["head"])
 
     @cached_property
     def hardware(self) -> HardwareConfig:

@@ -11,8 +11,8 @@ from igpt.checkpoint.kept import list_paths
 from igpt.data.listing import ListFiles, hash_files
 from igpt.data.shards import expand_shard_path
 from igpt.data.split import split_differences
-from igpt.report.runs import resolve_nearest
 from igpt.settings.older_configs import read_record
+from igpt.settings.paths import resolve_nearest
 from igpt.tokens.tokenizer_registry import TOKENIZER
 from igpt.utils import files
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from igpt.checkpoint.classifier import find_class_head
 from igpt.checkpoint.find import find_vqvae, find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.checkpoint.kept import list_paths
@@ -195,6 +196,8 @@ class RunConfig:
         compared = self.finished_runs.input_hashes if "finished_runs" in self.requires else None
         init = self.weights.sha256 if self.weights is not None else None
         hashes = fingerprint.input_hashes(self.config, init=init, runs=compared, list_files=self.list_files)
+        if "head" in self.config["task"] and self.weights is not None and self.config["task"].get("run_folder", True):
+            hashes["task.head"] = find_class_head(self.weights, self.config["task"]["head"]).sha256
         return hashes | ({} if self.saved_tokenizer is None else {"tokens.path": self.saved_tokenizer.hash})
 
     @property

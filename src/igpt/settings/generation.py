@@ -48,6 +48,7 @@ class CompleteSettings(SampleSettings):
 class DemoSettings(Settings):
     """`task=demo`."""
 
+    head: str | None
     host: str
     port: Annotated[int, Field(ge=1, le=65535)] | None
     threads: Count | None

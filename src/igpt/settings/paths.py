@@ -8,8 +8,8 @@ from typing import Any
 
 READ = re.compile(  # settings that are paths to read
     r"init|resume|tokens(\.palette)?\.path|(task\.probe_)?data(\.streams\.\w+)?\.(path|clusters)|"
-    r"task\.(palette|runs|compare_with|encoder|study)|"
-    r"task\.stages\.\w+\.(init|run|palette|compare_with|encoder|(probe_)?data\.path)"
+    r"task\.(palette|runs|compare_with|encoder|study|head)|"
+    r"task\.stages\.\w+\.(init|run|palette|compare_with|encoder|head|(probe_)?data\.path)"
 )
 HUB = re.compile(  # also accept a name on the Hub
     r"(task\.stages\.\w+\.)?init|(task\.probe_)?data(\.streams\.\w+)?\.path|"
@@ -61,3 +61,21 @@ def is_same_place(key: str, one: Any, other: Any) -> bool:
     if not (READ.fullmatch(key) and isinstance(one, str) and isinstance(other, str)):
         return False
     return os.path.isabs(one) and os.path.isabs(other) and os.path.realpath(one) == os.path.realpath(other)
+
+
+def resolve_nearest(folder: Path, path: str) -> Path | None:
+    """Resolves a path from a run's config relative to the working directory, else to a parent of the run directory.
+
+    None if neither exists, or if it lies neither below the working directory nor beside the run (a stage: beside its
+    pipeline): the config of a run folder that was sent names whatever it likes.
+    """
+    outer = folder.absolute().parent
+    outer = outer.parent if (outer / "run.json").is_file() else outer
+    try:
+        place = Path(path).expanduser()
+        tried = [place, *(around / place for around in folder.absolute().parents)]
+        found = next((candidate for candidate in tried if candidate.exists()), None)
+        inside = found is not None and any(found.resolve().is_relative_to(top.resolve()) for top in (Path.cwd(), outer))
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have
+        return None
+    return found if inside else None

@@ -22,6 +22,17 @@ class EvaluateSettings(Settings):
     eval_masks: Count
 
 
+class PredictSettings(Settings):
+    """`task=predict`."""
+
+    head: str | None
+    split: Split | Literal["auto", "all"]
+    batch_size: Count  # images per forward pass
+    eval_masks: Count | None
+    count: Count
+    mistakes: WholeNumber
+
+
 class PaletteTaskSettings(Settings):
     """`task=palette`."""
 

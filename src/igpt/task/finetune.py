@@ -171,7 +171,10 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
             metadata = components.checkpoint_metadata(step=best["step"])
             save_model(runner.folder / "model", kept.net.state_dict(), metadata)
             sha256 = weights_sha256(runner.folder / "model")
-            about = HeadMetadata(n_class, source.name, classes_hash(source), sha256, source.class_names)
+            about = HeadMetadata(
+                n_class, source.name, classes_hash(source), sha256, source.class_names, judged.score.eval_masks,
+                components.seed,
+            )  # fmt: skip
             save_head(runner.folder / "model", kept.head.wclf, about)
         if split == "val" and trained.numbers and trained.history["val/accuracy"][-1][0] == best["step"]:
             judged.numbers = trained.numbers  # the last validation was the best

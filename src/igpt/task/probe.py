@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
-from torch import Tensor
 
+from igpt.checkpoint.probe_files import PROBE, ProbeMetadata, save_probe
 from igpt.distributed import ranks
 from igpt.metric.classification import ClassMetrics
 from igpt.metric.result import Curve, Number, Result
@@ -35,7 +34,6 @@ from igpt.task.class_score import check_classes
 from igpt.task.feature_reader import FeatureReader
 from igpt.task.sgd_probe import refit_head, train_heads
 from igpt.training.hardware import matmul_precision
-from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ def run(components: Components, settings: ProbeSettings) -> Result:
     n_class = check_classes(source, splits)
     solve = probe_by_sgd if settings.solver == "sgd" else probe_by_lbfgs
     result = solve(components, settings, net=net, n_class=n_class)
-    result.files["probe"] = Path("probe.safetensors")
+    result.files["probe"] = Path(PROBE)
     if any(len(curve.x) > 1 for curve in result.curves.values() if curve.x_unit == "layer"):
         result.curves["chance"] = Curve([0.0, float(n_layer)], [1 / n_class] * 2, "layer", "accuracy")
     shift = describe_shift(result.provenance["layers"], int(result.numbers["probe/layer"].value))
@@ -110,7 +108,7 @@ def probe_by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n
         cell = 0, 0
     if ranks.this_rank().is_first:
         weight, bias = module.weights[cell[1]][cell[0]], module.biases[cell[1]][cell[0]]
-        save_head(components.run_dir / "probe.safetensors", weight, bias, best.layers)
+        save_probe(components.run_dir / PROBE, weight, bias, best.layers, describe_head(components, settings))
     if settings.test:
         module.cell = cell
         validate("test")
@@ -173,7 +171,7 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
         heads = fits["final"] = fit_head([train, val] if settings.refit else [train], best, **how)
         if ranks.this_rank().is_first:
             weight, bias = heads.heads.weight[0, 0], heads.heads.bias[0, 0]
-            save_head(components.run_dir / "probe.safetensors", weight, bias, best.layers)
+            save_probe(components.run_dir / PROBE, weight, bias, best.layers, describe_head(components, settings))
         if settings.test:
             held_out = images(net, weights.sha256, "test")
             score_test(result, heads, held_out, features=best.features, class_names=source.class_names)
@@ -182,6 +180,16 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
         "chosen_on": "val" if folds is None else f"{folds} folds of train", **report_convergence(fits),
     }  # fmt: skip
     return result
+
+
+def describe_head(components: Components, settings: ProbeSettings) -> ProbeMetadata:
+    """What is saved with the probe. Those of SGD read features that were never rounded."""
+    source = components.source
+    return ProbeMetadata(
+        norm=settings.norm, dtype=settings.dtype if settings.solver == "lbfgs" else "float32", data=source.name,
+        weights=components.trained_weights.sha256, resolution=components.tokenizer.side,
+        eval_masks=settings.eval_masks, seed=components.seed, class_names=source.class_names,
+    )  # fmt: skip
 
 
 def score_test(
@@ -225,10 +233,3 @@ def score_choice(table: GridScores, choice: Choice, *, eval_masks: int, judged: 
     if eval_masks > 1 and judged == "val":
         numbers[f"{judged}/accuracy_one_mask"] = table.number(choice, one_mask=True)
     return numbers
-
-
-def save_head(path: Path, weight: Tensor, bias: Tensor, layers: list[int]) -> None:
-    """Writes weight (K, D) and bias (K,), and the layers whose concatenated features they read; none: an encoder's."""
-    tensors = {"weight": weight.detach().cpu().contiguous(), "bias": bias.detach().cpu().contiguous()}
-    with files.atomic_write(path) as file:
-        file.write(save(tensors, metadata={"layers": " ".join(map(str, layers))}))

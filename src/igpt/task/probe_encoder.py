@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from igpt.checkpoint.probe_files import PROBE, save_probe
 from igpt.data.source import Split, plain_pixels
 from igpt.distributed import ranks
 from igpt.encoder.encoder import Encoder
@@ -32,7 +33,7 @@ from igpt.run.components import Components
 from igpt.settings.probing import EncoderProbeSettings
 from igpt.task.class_score import check_classes
 from igpt.task.feature_reader import OF_TRAINING_ALONE, read_or_write
-from igpt.task.probe import save_head, score_test
+from igpt.task.probe import score_test
 from igpt.training.hardware import matmul_precision
 
 log = logging.getLogger(__name__)
@@ -73,10 +74,10 @@ def run(components: Components, settings: EncoderProbeSettings) -> Result:
         head = fits["final"] = fit_head([train, val] if refit else [train], best, **how)
         if ranks.this_rank().is_first:
             weight, bias = head.heads.weight[0, 0], head.heads.bias[0, 0]
-            save_head(components.run_dir / "probe.safetensors", weight, bias, [])
+            save_probe(components.run_dir / PROBE, weight, bias, [], None)
         if settings.test:
             score_test(result, head, read("test"), features=name, class_names=source.class_names)
-    result.files["probe"] = Path("probe.safetensors")
+    result.files["probe"] = Path(PROBE)
     result.provenance = {
         **described, "C": best.strength, "refitted_on_val": refit, "solver": "lbfgs",
         "chosen_on": "val" if n_fold is None else f"{n_fold} folds of train", "seed": components.seed,
