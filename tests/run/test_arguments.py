@@ -161,7 +161,7 @@ def test_a_palette_at_home_is_read_and_counts(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_is_left_out_or_has_no_value() -> None:
-    """By hand: groups with an option `none` may be left out by Hydra's `~`; all else is right, or answered in a line."""
+    """By hand: groups with an option `none` may be left out by Hydra's `~`; all else is right, or has a line."""
     assert prepare_arguments(["~logger", "~callbacks"], CONF) == ["logger=none", "callbacks=none"]
     for right in (["+logger=wandb"], ["~logger.csv"], ["-m", "logger=csv,none", "resume=auto"]):
         assert prepare_arguments(right, CONF) == right
@@ -175,7 +175,7 @@ def test_what_is_left_out_or_has_no_value() -> None:
         "~logger=csv": "~logger=csv: logger=none leaves all out",
         "~nothing": "there is no setting or group 'nothing'",
         "logger=": "logger=: there is no such option; there are csv, ",
-        "+callbacks=probe": "+callbacks=probe: callbacks=probe chooses it, in place of the default: leave out the +",
+        "+callbacks=probe": "+callbacks=probe: callbacks=probe chooses it, without a +, in place of the default",
         "++logger=csv": "++logger=csv: logger=csv chooses it",
         "seed=0,1": "seed=0,1: this is several values, for a sweep (-m)",
         **{text: f"{text}: an argument is KEY=VALUE, +KEY=VALUE, or ~KEY" for text in ("++x", "logger", "~", "=x")},
