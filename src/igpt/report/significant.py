@@ -6,12 +6,13 @@ from igpt.metric.result import Number
 from igpt.report.closing_table import format_number
 
 LARGE = 1e4  # from here on in full, with thousands separators or as a power of ten
+MOST_DECIMALS = 4
 
 
 def count_decimals(value: float, spread: float | None) -> int:
-    """Decimals that show two significant digits of `spread`; without one, three of `value`."""
-    size, digits = (spread, 2) if spread else (abs(value), 3)
-    return 0 if not size else max(0, digits - 1 - math.floor(math.log10(size)))
+    """Decimals that show two significant digits of `spread`, at most MOST_DECIMALS; without one, three of `value`."""
+    size, digits, most = (spread, 2, MOST_DECIMALS) if spread else (abs(value), 3, 100)
+    return 0 if not size else min(most, max(0, digits - 1 - math.floor(math.log10(size))))
 
 
 def format_measured(number: Number) -> str:

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from igpt.metric.result import Curve
 from igpt.report.runs import RunRecord
@@ -91,9 +91,9 @@ def draw_training(path: Path, result: Summary, keys: Sequence[str]) -> None:
     sizes = {read_batch_size(row.runs[0], key) for row in rows for key in keys}
     axes_of = [(key, unit) for key in keys for unit in ([STEPS, IMAGES] if len(sizes - {None}) > 1 else [STEPS])]
     with matplotlib.rc_context(STYLE):
-        names = [textwrap.shorten(row.name, NAME_WIDTH, placeholder="…") for row in rows]
+        names = [textwrap.fill(row.name, NAME_WIDTH, break_on_hyphens=False) for row in rows]
         columns = 1 if max(map(len, names)) > NAME_WIDTH // 2 or len(names) < 3 else 2
-        of_legend = 0.22 * (1 + -(-len(names) // columns))
+        of_legend = 0.22 + 0.22 * -(-sum(1 + name.count("\n") for name in names) // columns)
         figure = Figure(figsize=(WIDTH, HEIGHT * len(axes_of) + of_legend), layout="constrained")
         plots = figure.subplots(len(axes_of), 1, squeeze=False)[:, 0]
         bright = [matplotlib.colormaps["viridis"](0.92 * i / max(1, len(rows) - 1)) for i in range(len(rows))]
@@ -131,6 +131,7 @@ def _draw_curves(axes: Axes, rows: Sequence[SeedGroup], colours: Sequence[object
     if starts and y_unit.startswith(LOWER) and max(tops) > max(starts):
         axes.set_ylim(top=max(starts) + 0.05 * (max(starts) - axes.get_ylim()[0]))
     axes.set(xlabel=unit, ylabel=f"{key}, {y_unit}")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(alpha=0.3)
 
 

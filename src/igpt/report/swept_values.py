@@ -27,6 +27,11 @@ class SweptValues:
         return sorted({value for line in self.lines.values() for value, _ in line})
 
     @property
+    def n_compared(self) -> int:
+        """Number of rows that another one is beside, alike but for this setting."""
+        return sum(len(line) for line in self.lines.values() if len(line) > 1)
+
+    @property
     def is_geometric(self) -> bool:
         """Whether the values' quotients are more alike than their differences."""
         values = np.array(self.values)
@@ -37,10 +42,10 @@ class SweptValues:
 
 
 def find_swept(result: Summary) -> SweptValues | None:
-    """The numeric setting with the most values among rows that are alike otherwise; None if no two rows are."""
+    """The numeric setting with the most values, then rows that are alike otherwise; None if no two rows are."""
     candidates = [SweptValues(key, _group_lines(result.rows, key)) for key in _list_numeric(result.rows)]
     varied = [swept for swept in candidates if any(len(line) > 1 for line in swept.lines.values())]
-    return max(varied, key=lambda swept: len(swept.values), default=None)
+    return max(varied, key=lambda swept: (len(swept.values), swept.n_compared), default=None)
 
 
 def warn_of_edges(result: Summary) -> list[str]:
