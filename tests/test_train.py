@@ -215,7 +215,8 @@ def test_a_sweep(tmp_path: Path) -> None:
     assert sorted(p for p in (tmp_path / "runs").iterdir() if p.name != "sweeps") == sorted(folders)
     value = RunFolder(folders[0]).read_result()["numbers"]["val/loss_gen"]["value"]
     assert jobs[0]["value"] == value
-    assert re.search(rf"0 +task.learning_rate=0.01 +finished +{value:.4f} +runs/{folders[0].name}", done.stderr)
+    assert (sweep / "job_001.txt").read_text().startswith("job 1/2: task.learning_rate=0.01\n")
+    assert re.search(rf"1 +task.learning_rate=0.01 +finished +{value:.4f} +runs/{folders[0].name}", done.stderr)
 
 
 @pytest.mark.slow

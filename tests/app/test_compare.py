@@ -16,7 +16,7 @@ from PIL import Image
 from igpt.app import compare
 from igpt.app.against import PaperComparison, compare_with_paper
 from igpt.app.compare import summarize, table
-from igpt.metric.result import Number, Result
+from igpt.metric.result import Curve, Number, Result
 from igpt.report.figures import Point, points_figure
 from igpt.report.folder import RunFolder
 from igpt.report.paper import load_paper
@@ -45,6 +45,7 @@ def made(
     *,
     provenance: Any = None,
     of: dict[str, str] | None = None,
+    curves: dict[str, Curve] | None = None,
     **settings: Any,
 ) -> Path:
     """A finished run as `launch` leaves one; settings by dotted name, with `__` for the dots."""
@@ -56,7 +57,7 @@ def made(
     config = nested({**plain, **{key.replace("__", "."): value for key, value in settings.items()}})
     run = RunFolder(folder)
     run.start(config, [], {}, of)
-    run.finish(config["task"]["name"], Result(numbers=numbers, provenance=provenance or {}), seconds=1.0)
+    run.finish(config["task"]["name"], Result(numbers, curves or {}, provenance=provenance or {}), seconds=1.0)
     return folder
 
 
@@ -340,7 +341,7 @@ def test_summary_groups_seeds_and_sorts(tmp_path: Path) -> None:
     assert [row.n for row in of_loss.rows] == [3, 3, 1]
     assert of_loss.rows[0].folders == folders[3:6]
     assert of_loss.lower_is_better
-    assert "1.1000 ± 0.1000 (std)" in table(of_loss)[1][1]
+    assert "1.10 ± 0.10 (std)" in table(of_loss)[1][1]
     of_accuracy = summarize(folders, "val/accuracy")
     assert not of_accuracy.lower_is_better
     assert [row.mean for row in of_accuracy.rows] == sorted((row.mean for row in of_accuracy.rows), reverse=True)
@@ -447,16 +448,16 @@ def test_broken_and_unfinished_runs_are_counted(tmp_path: Path, caplog: pytest.L
     for name, (_, why) in {**BROKEN, "unfinished": ("", "it is not finished")}.items():
         assert [line for line in text.splitlines() if f"{name}: " in line and why in line], (name, text)
     assert caplog.text.count("cut: ") == 1  # also in the terminal, each folder once
-    assert "1.5000 ± 0.7071 (std)" in caplog.text  # the table is what one sees
+    assert "1.50 ± 0.71 (std)" in caplog.text  # the table is what one sees
     rows_of_csv = list(csv.DictReader((folder / "compare.csv").open()))
     assert [float(row["ours"]) for row in rows_of_csv] == [1.5, 3.0]
-    assert "| model=igpt_nano | 1.5000 ± 0.7071 (std) | 2 |" in (folder / "compare.md").read_text()
+    assert "| model=igpt_nano | 1.50 ± 0.71 (std) | 2 |" in (folder / "compare.md").read_text()
     assert (folder / "compare_pretrain.png").is_file()
     caplog.clear()
     with caplog.at_level(logging.INFO):
         again, same = run_compare(tmp_path)
     assert (same, again.numbers) == (folder, result.numbers)
-    assert "1.5000 ± 0.7071 (std)" in caplog.text
+    assert "1.50 ± 0.71 (std)" in caplog.text
     made(place / "new", loss(0.5), model__name="igpt_mini")
     columns = ("task.metric=val/accuracy", "task.numbers=[val/loss_gen]", "task.reference={model:igpt_mini}")
     newer, another = run_compare(tmp_path, *columns)

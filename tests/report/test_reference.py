@@ -103,7 +103,7 @@ def test_the_end_of_a_sweep_with_columns(folders: list[Path], tmp_path: Path, ca
         assert text in page
     assert Image.open(place / PLANE).size[0] > 600
     *_, axial, _, key = (place / MARKDOWN).read_text().splitlines()
-    assert axial.startswith("| variant=axial | 2.0167 [")
+    assert axial.startswith("| variant=axial | 2.017 [")
     assert axial.endswith(" | 1e+12 | 3 |")
     assert key.startswith("[low, high]")
     with caplog.at_level("INFO"):

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import subprocess
 from pathlib import Path
 
@@ -157,3 +158,30 @@ def test_a_palette_at_home_is_read_and_counts(tmp_path: Path, monkeypatch: pytes
     assert folders[0] != folders[1]
     assert {folder.parent for folder in folders if folder} == {tmp_path / "home" / "runs"}
     assert os.listdir() in ([], [".cache"])
+
+
+def test_what_is_left_out_or_has_no_value() -> None:
+    """By hand: groups with an option `none` may be left out by Hydra's `~`; all else is right, or has a line."""
+    assert prepare_arguments(["~logger", "~callbacks"], CONF) == ["logger=none", "callbacks=none"]
+    for right in (["+logger=wandb"], ["~logger.csv"], ["-m", "logger=csv,none", "resume=auto"]):
+        assert prepare_arguments(right, CONF) == right
+    refused = {
+        "~data": "~data: every run has data: choose another, data=OPTION; there are cifar10, ",
+        "~seed": "~seed: every run has seed: change it, seed=VALUE, or leave the argument out",
+        "~paths.runs": "~paths.runs: every run has paths.runs: ",
+        "~sweep": "~sweep: no sweep is chosen unless one is typed: leave the argument out",
+        "~logger,csv": "~logger,csv: a deletion is ~KEY: for a sweep, -m logger=none,csv",
+        "~seed,model": "~seed,model: a deletion is ~KEY, and one at a time",
+        "~logger=csv": "~logger=csv: logger=none leaves all out",
+        "~nothing": "there is no setting or group 'nothing'",
+        "logger=": "logger=: there is no such option; there are csv, ",
+        "+callbacks=probe": "+callbacks=probe: callbacks=probe chooses it, without a +, in place of the default",
+        "++logger=csv": "++logger=csv: logger=csv chooses it",
+        "seed=0,1": "seed=0,1: this is several values, for a sweep (-m)",
+        **{text: f"{text}: an argument is KEY=VALUE, +KEY=VALUE, or ~KEY" for text in ("++x", "logger", "~", "=x")},
+    }
+    for text, message in refused.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
+            prepare_arguments(["-m", text] if "," in text and text[0] == "~" else [text], CONF)
+        assert "\n" not in str(error.value)
+        assert "a + in front" not in str(error.value)

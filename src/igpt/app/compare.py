@@ -7,6 +7,7 @@ For use from Python: in `igpt.report.summary`, `summarize(folders, metric)` retu
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from igpt.report.summary import (
     summarize_runs,
     table,
 )
+from igpt.report.sweep_pictures import Draw
 from igpt.run.components import Components
 from igpt.settings.reading import CompareSettings
 from igpt.utils import files
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def run(components: Components, settings: CompareSettings) -> Result:
-    """Writes `compare.txt` (also logged), `compare.md`, `compare.csv`, and a picture for each table of several rows.
+    """Writes `compare.txt` (also logged), `compare.md`, `compare.csv`, and pictures for each table of several rows.
 
     Runs of one task (probes: of our networks and of other encoders) on the same images and labels are a table; nothing
     is ranked across tables. Unreadable runs are
@@ -71,15 +73,18 @@ def run(components: Components, settings: CompareSettings) -> Result:
                 best.mean, rows.unit, best.n, interval=best.interval, deviation=best.deviation
             )
     written = {"txt": text.plain(), "md": text.markdown(), "csv": text.csv()}
-    drawn = {name: summaries[title] for title, name in text.pictures.items()}
+    drawn: dict[str, Draw] = {}
+    for title, name in text.pictures.items():
+        drawn[name] = partial(draw, result=summaries[title])
+        drawn |= {f"{name}_{kind}": write for kind, (write, _) in text.list_training_pictures(title).items()}
     result.files |= {f"compare_{suffix}": Path(f"compare.{suffix}") for suffix in written}
     if ranks.this_rank().is_first:
         for suffix, content in written.items():
             with files.atomic_write(folder / f"compare.{suffix}") as file:
                 file.write(content.encode())
-        for name, rows in drawn.items():
+        for name, write in drawn.items():
             with Bystander(folder / f"{name}.png"):
-                draw(folder / f"{name}.png", rows)
+                write(folder / f"{name}.png")
                 result.files[name] = Path(f"{name}.png")
     return result
 

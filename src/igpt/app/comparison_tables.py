@@ -12,6 +12,8 @@ from igpt.metric.result import Number
 from igpt.report.closing_table import align_columns, describe_uncertainty, format_markdown, format_readable
 from igpt.report.runs import RunRecord
 from igpt.report.summary import Summary, shorten_folders, table
+from igpt.report.sweep_pictures import Draw, list_sweep_pictures
+from igpt.report.swept_values import warn_of_edges
 
 HEADINGS = ("paper", "ours", "setting", "command")
 FIELDS = (
@@ -41,6 +43,10 @@ class ComparisonText:
         pairs = zip(self.summaries.items(), names, strict=True)
         return {title: name for (title, result), name in pairs if len(result.rows) > 1}
 
+    def list_training_pictures(self, title: str) -> dict[str, tuple[Draw, str]]:
+        """Kind → (writer, caption) of the pictures over training, of a summary of several rows."""
+        return list_sweep_pictures(self.summaries[title]) if title in self.pictures else {}
+
     @property
     def messages(self) -> list[str]:
         """The counts of runs and problems, then a line for each problem."""
@@ -67,7 +73,10 @@ class ComparisonText:
             blocks += filter(None, [_key_to_paper_table(rows)])
         for title, result in self.summaries.items():
             blocks += [f"## task={title}", format_markdown(table(result)), *self._remarks(result)]
-            blocks += [f"![{result.metric}]({self.pictures[title]}.png)"] if title in self.pictures else []
+            name = self.pictures.get(title)
+            drawn = {} if name is None else {name: result.metric}
+            drawn |= {f"{name}_{kind}": caption for kind, (_, caption) in self.list_training_pictures(title).items()}
+            blocks += [f"![{caption}]({file}.png)" for file, caption in drawn.items()]
         counted, *lines = self.messages
         return "\n\n".join([*blocks, "\n".join([counted, *(f"- {line}" for line in lines)])]) + "\n"
 
@@ -104,9 +113,9 @@ class ComparisonText:
         return tables
 
     def _remarks(self, result: Summary) -> list[str]:
-        """The key to uncertainties, the caution and the left-out runs of a summary, a line each."""
+        """The key to uncertainties, the caution, values at an edge and the left-out runs of a summary, a line each."""
         lines = [f"left out: {shorten_folders([path])}: {why}" for path, why in result.left_out.items()]
-        return [*filter(None, (result.key, result.caution)), *lines]
+        return [*filter(None, (result.key, result.caution)), *warn_of_edges(result), *lines]
 
 
 def _format_published(row: PaperComparison) -> str:

@@ -17,6 +17,7 @@ OF_VARIANTS = ("optimizer", "learning_rate", "schedule", "decay_share", "ema", "
 OF_ONE_TASK = {"task.name", "task.baselines"}  # not compared between tasks
 # task → the one in whose tables its runs stand, as they have the same numbers by the same protocol
 TABLES = {"probe_encoder": "probe"}
+INIT, SCRATCH = "init.", "scratch"  # prefix of the settings of the run that made the weights; without weights
 LONGEST = 48  # characters shown of a value
 DATA = ("name", "path", "n_class", "classes", "label_column")  # settings of data that say which images and labels
 
@@ -104,6 +105,7 @@ def describe_groups(groups: Sequence[Sequence[RunRecord]]) -> list[dict[str, str
     for group in groups:
         names = [name for run in group if (name := (run.begun.get("of") or {}).get(VARIANT)) is not None]
         settings.append(({VARIANT: names[0]} if names else {}) | list_settings(group[0]))
+    settings = _name_scratch(settings)
     tasks = [group[0].task for group in groups]
     if len({*tasks}) < 2:
         return list_differing(settings)
@@ -114,6 +116,23 @@ def describe_groups(groups: Sequence[Sequence[RunRecord]]) -> list[dict[str, str
         for i, own in zip(which, list_differing([settings[i] for i in which]), strict=True):
             rows[i] = {"model": read_names(groups[i][0])["model"]} | rows[i] | own
     return rows
+
+
+def _name_scratch(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings with `init=scratch` and `init=pretrain` (the task that made the weights), if there are both.
+
+    Of the history of the weights only that is kept in which those with one differ.
+    """
+    begun = [some for some in settings if f"{INIT}task.name" in some]
+    if len(begun) in (0, len(settings)) or any("init" in some for some in settings):
+        return settings
+    keys = dict.fromkeys(key for some in begun for key in some if key.startswith(INIT))
+    alike = {key for key in keys if len({repr(some.get(key)) for some in begun}) == 1}
+    named = []
+    for some in settings:
+        own = {key: value for key, value in some.items() if key not in alike}
+        named.append({"init": some.get(f"{INIT}task.name", SCRATCH)} | own)
+    return named
 
 
 def list_differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import ttest_ind
 
+from igpt.report.significant import count_decimals
 from igpt.utils.overrides import escape_text, format_value
 
 WITHIN = "within the spread"
@@ -32,9 +33,11 @@ class Difference:
 
     @property
     def text(self) -> str:
-        """`-0.0120 [-0.0190, -0.0050] better`."""
-        around = "" if self.interval is None else " [{:+.4f}, {:+.4f}]".format(*self.interval)
-        return f"{self.value:+.4f}{around} {self.verdict}"
+        """`-0.0120 [-0.0190, -0.0050] better`, rounded as far as the interval supports it."""
+        spread = None if self.interval is None else (self.interval[1] - self.interval[0]) / 2
+        decimals = count_decimals(self.value, spread)
+        around = "" if self.interval is None else " [{:+.{d}f}, {:+.{d}f}]".format(*self.interval, d=decimals)
+        return f"{self.value:+.{decimals}f}{around} {self.verdict}"
 
 
 def compare_means(values: Sequence[float], reference: Sequence[float], *, lower_is_better: bool) -> Difference:

@@ -20,6 +20,7 @@ from igpt.utils import files
 OF_RUNS = ("compare", "isoflop", "advise")  # tasks whose results, numbers of several runs, are never compared
 DEEPEST = 4  # maximal depth of a run directory below a given one
 LONGEST_CHAIN = 9  # maximal runs in a chain of initial weights
+STAGE = re.compile(r"\d+_(\w+)")  # directory of a stage
 CHECKPOINT = re.compile(r"step_(\d+)(?:\.ckpt)?")
 
 
@@ -56,6 +57,12 @@ class RunRecord:
     def is_stage(self) -> bool:
         """Whether it is a stage of a pipeline, whose directory is the parent."""
         return "overrides" in self.begun and self.begun["overrides"] is None
+
+    @property
+    def title(self) -> str:
+        """The task, of a stage of a pipeline the stage's name: `scratch`."""
+        named = STAGE.fullmatch(self.folder.absolute().name) if self.is_stage else None
+        return named[1] if named else self.task
 
     @cached_property
     def command_record(self) -> dict[str, Any]:

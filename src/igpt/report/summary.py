@@ -18,6 +18,7 @@ from igpt.report.figures import Point, points_figure
 from igpt.report.groups import describe_groups, group_by_data, group_by_seed
 from igpt.report.reference import WITHIN, Difference, Settings, compare_means, find_reference
 from igpt.report.runs import RunRecord, read_objective, read_runs
+from igpt.report.significant import format_measured
 from igpt.utils.overrides import suggest_name
 
 LOWER = ("nats", "bits", "grey levels", "MMD²", "squared distance")  # prefixes of units where lower is better
@@ -39,6 +40,7 @@ class SeedGroup:
     folders: list[Path]  # in the same order
     seeds: tuple[int, ...] = ()  # in the same order
     further: dict[str, tuple[Number, ...]] = field(default_factory=dict)  # number → that of each seed, if all have it
+    runs: tuple[RunRecord, ...] = ()  # in the same order
 
     @property
     def mean(self) -> float:
@@ -170,7 +172,7 @@ def summarize_runs(
         of_columns = {name: tuple(filter(None, (find_number(run, name) for run in group))) for name in columns}
         further = {name: of for name, of in of_columns.items() if len(of) == len(group)}
         folders, seeds = [run.folder for run in group], tuple(run.config["seed"] for run in group)
-        rows.append(SeedGroup(settings, average_seeds(numbers), values, folders, seeds, further))
+        rows.append(SeedGroup(settings, average_seeds(numbers), values, folders, seeds, further, tuple(group)))
     unit = rows[0].number.unit
     lower = is_lower_better(metric, unit)
     why = caution(having, unit)
@@ -271,7 +273,7 @@ def table(result: Summary) -> list[tuple[str, ...]]:
         cells = [row.name]
         for name in units:
             number = row.number if name == result.metric else row.average(name)
-            cells.append("–" if number is None else format_number(result.shown(number)))
+            cells.append("–" if number is None else format_measured(result.shown(number)))
             if _has_difference(result, name):
                 difference = result.differ(row, name)
                 cells.append("reference" if row is result.reference else "–" if difference is None else difference.text)

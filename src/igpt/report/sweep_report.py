@@ -18,6 +18,8 @@ from igpt.report.pictures import Picture
 from igpt.report.reference import Settings, find_reference
 from igpt.report.runs import read_runs
 from igpt.report.summary import NothingFoundError, Summary, draw, find_common_metric, summarize_by_data, table
+from igpt.report.sweep_pictures import list_sweep_pictures
+from igpt.report.swept_values import warn_of_edges
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -82,10 +84,12 @@ def report_sweep(
         if sum(row.n for result in summaries for row in result.rows) < 2:
             return
         answers = [[] if cost is None else list_answers(result, cost) for result in summaries]
+        edges = [warn_of_edges(result) for result in summaries]
         record = {"metric": metric, "unit": summaries[0].unit, "rows": _list_rows(summaries), "equal_metric": answers}
+        record["warnings"] = edges
         pictures = _list_pictures(summaries, cost)
         writers: dict[str, Callable[[Path], object]] = {
-            **{name: partial(writer, result=result) for name, (result, writer, _) in pictures.items()},
+            **{name: writer for name, (_, writer, _) in pictures.items()},
             PAGE: partial(write_comparison, summaries=summaries, command=command, cost=cost, pages=pages),
             ROWS: partial(files.write_json, value=record),
             MARKDOWN: partial(_write_markdown, summaries=summaries, answers=answers),
@@ -95,9 +99,9 @@ def report_sweep(
             with Bystander(place / name):
                 write(place / name)
                 written.append(name)
-        for result, answer in zip(summaries, answers, strict=True):
+        for result, answer, warnings in zip(summaries, answers, edges, strict=True):
             drawn = [str(place / name) for name, (of, _, _) in pictures.items() if of is result and name in written]
-            parts = (result.data, align_columns(table(result)), result.key, result.caution)
+            parts = (result.data, align_columns(table(result)), result.key, result.caution, *warnings)
             log.info("%s", "\n".join(filter(None, (*parts, align_columns(answer) if answer else "", *drawn))))
         if PAGE in written:
             log.info("%s", place / PAGE)
@@ -131,7 +135,8 @@ def write_comparison(
     answers = [[] if cost is None else list_answers(result, cost) for result in summaries]
     made = {folder.name: link for folder in pages if (link := link_to(path, folder)) is not None}
     tables = [*zip(summaries, map(table, summaries), links, answers, strict=True)]
-    return write_html(path, "comparison.html", pictures, tables=tables, command=command, pages=made)
+    warnings = [line for result in summaries for line in warn_of_edges(result)]
+    return write_html(path, "comparison.html", pictures, tables=tables, command=command, pages=made, warnings=warnings)
 
 
 def _write_markdown(path: Path, summaries: Sequence[Summary], answers: Sequence[Sequence[Sequence[str]]]) -> None:
@@ -139,7 +144,7 @@ def _write_markdown(path: Path, summaries: Sequence[Summary], answers: Sequence[
     blocks = []
     for result, answer in zip(summaries, answers, strict=True):
         lines = [line[:-1] for line in table(result)]
-        blocks += [result.data, format_markdown(lines), result.key, result.caution]
+        blocks += [result.data, format_markdown(lines), result.key, result.caution, *warn_of_edges(result)]
         blocks += [format_markdown(answer)] if answer else []
     with files.atomic_write(path) as file:
         file.write(("\n\n".join(filter(None, blocks)) + "\n").encode())
@@ -169,15 +174,26 @@ def _list_pictures(
 ) -> dict[str, tuple[Summary, Callable[..., None], str]]:
     """Name → (summary, its writer, caption): `comparison.png`, `comparison_2.png` …, and `comparison_plane.png` ….
 
-    The latter for two judged numbers and several rows; with a cost, the curves over it.
+    The latter for two judged numbers and several rows; with a cost, the curves over it. `comparison_curves.png` and
+    `comparison_swept.png`: those of `list_sweep_pictures`.
     """
     pictures: dict[str, tuple[Summary, Callable[..., None], str]] = {}
     for i, result in enumerate(summaries, 1):
         suffix = f"_{i}.png" if i > 1 else ".png"
-        pictures[PICTURE.replace(".png", suffix)] = result, draw, f"{result.metric} of each setting"
+        pictures[PICTURE.replace(".png", suffix)] = (
+            result,
+            partial(draw, result=result),
+            f"{result.metric} of each setting",
+        )
         plane = PLANE.replace(".png", suffix)
         if cost is not None:
-            pictures[plane] = result, partial(draw_lengths, cost=cost), f"{result.metric} over {cost}"
+            pictures[plane] = result, partial(draw_lengths, result=result, cost=cost), f"{result.metric} over {cost}"
         elif len(result.judged) > 1 and len(result.rows) > 1 and not result.caution:
-            pictures[plane] = result, draw_plane, f"{result.judged[1]} against {result.judged[0]}"
+            pictures[plane] = (
+                result,
+                partial(draw_plane, result=result),
+                f"{result.judged[1]} against {result.judged[0]}",
+            )
+        for kind, (write, caption) in list_sweep_pictures(result).items():
+            pictures[PICTURE.replace(".png", f"_{kind}{suffix}")] = result, write, caption
     return pictures

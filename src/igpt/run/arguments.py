@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from igpt.run.deletions import replace_deletions
 from igpt.run.init_defaults import asks_for_data, init_overrides
 from igpt.run.recipes import CHECKPOINT, register_recipes
 from igpt.run.saved_overrides import SEARCH_PATH, format_plain, list_options, resume_overrides
@@ -53,6 +54,7 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
     overrides = [re.sub(rf"^\+?(?={re.escape(OF_LIGHTNING)})", "++", override) for override in overrides]
     if any(pair in SHOW for pair in pairwise([*flags, ""])) or "--cfg=job" in flags:
         flags = [*flags, "--resolve"]  # the values, also those of the recipe
+    overrides = replace_deletions(overrides, conf)
     several = {"-m", "--multirun"} & {*flags}
     if several and not any(override.startswith(("resume=", "rerun=")) for override in overrides):
         overrides = [*overrides, AUTO]  # a sweep that was interrupted goes on
@@ -61,7 +63,7 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
     resumed = [override.value() for override in typed if override.key_or_group == "resume"]
     if resumed and resumed[-1] not in (None, "auto"):
         overrides = [*resume_overrides(Path(str(resumed[-1])), typed, flags, folders), *overrides]
-    _check_paths(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
+    _check_values(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
     overrides, cfg = complete_overrides(overrides, folders)
     paths = cfg.paths
     if not OmegaConf.is_dict(paths):
@@ -207,7 +209,8 @@ def complete_overrides(overrides: list[str], folders: list[Path]) -> tuple[list[
                 raise ValueError(renamed)
             if not (override.is_add() or override.is_force_add()):
                 near = suggest_name(key, [*groups, *keys])
-                raise ValueError(f"there is no setting or group {key!r}{near}; a new key needs a + in front")
+                new = "" if override.is_delete() else "; a new key needs a + in front"
+                raise ValueError(f"there is no setting or group {key!r}{near}{new}")
         return overrides, _compose_config(parsed)
 
 
@@ -234,6 +237,11 @@ def _compose_config(overrides: list[Override]) -> DictConfig:
 
 def _check_options(override: Override, folders: list[Path]) -> None:
     group = override.key_or_group
+    if override.is_force_add() or (override.is_add() and group != "logger"):  # of which there may be several
+        text = str(override.input_line)
+        raise ValueError(
+            f"{escape_text(text)}: {text.lstrip('+')} chooses it, in place of the default: leave out the +"
+        )
     options = list_options(group, folders)
     requested: list[Any] = []
     if override.value_type in (ValueType.CHOICE_SWEEP, ValueType.SIMPLE_CHOICE_SWEEP):
@@ -255,15 +263,14 @@ def _check_options(override: Override, folders: list[Path]) -> None:
             raise ValueError(f"{group}={name}: there is no such option{near}; there are {', '.join(options)}")
 
 
-def _check_paths(overrides: list[str], *, sweeps: bool) -> None:
-    """Raises ValueError, with the quoted form, for a path that Hydra parses as another type."""
+def _check_values(overrides: list[str], *, sweeps: bool) -> None:
+    """Raises ValueError for several values without `-m`, and, with the quoted form, for a path of another type."""
     for text, override in zip(overrides, parse_overrides(overrides), strict=True):
         key = override.key_or_group
-        if override.is_delete() or not is_path(key):
-            continue
-        if override.is_sweep_override():
-            if override.value_type == ValueType.SIMPLE_CHOICE_SWEEP and not sweeps:
-                raise ValueError(f"{escape_text(text)}: this is several values, for a sweep (-m){_quoting_hint(text)}")
+        if not sweeps and override.is_sweep_override() and not key.startswith("hydra"):
+            hint = _quoting_hint(text) if is_path(key) else ""
+            raise ValueError(f"{escape_text(text)}: this is several values, for a sweep (-m){hint}")
+        if override.is_delete() or not is_path(key) or override.is_sweep_override():
             continue
         value = override.value()
         values = value if isinstance(value, list) and LISTS.fullmatch(key) else [value]

@@ -46,7 +46,7 @@ WAITING, RUNNING, FINISHED, FAILED, INTERRUPTED = "waiting", "running", "finishe
 class Job:
     """One job of a sweep, as saved in `jobs.json`."""
 
-    number: int
+    number: int  # from 1
     overrides: list[str]
     state: str = WAITING
     exit_code: int | None = None
@@ -89,7 +89,7 @@ def launch(
     set_up_logging()
     for cfg in (sweep, *configs):
         resolve_paths(cfg)
-    jobs = [Job(first + i, list(cfg.hydra.overrides.task)) for i, cfg in enumerate(configs)]
+    jobs = [Job(i, list(cfg.hydra.overrides.task)) for i, cfg in enumerate(configs, start=first + 1)]
     folder = Path(sweep.hydra.sweep.dir) / files.hash_json([job.overrides for job in jobs])[:8]
     try:
         _predict_folders(jobs, configs)
@@ -104,7 +104,8 @@ def launch(
                 OmegaConf.save(sweep, folder / "multirun.yaml")  # Hydra's config of the sweep
             _load_finished(jobs, configs, metric, sweep=_name_sweep(folder))
             at_once = n_jobs or max(1, len(gpus) // max(job.n_process for job in jobs))
-            running = Sweep(folder, jobs, gpus=gpus, n_jobs=at_once, metric=metric, table=table)
+            typed = list(sweep.hydra.overrides.task)
+            running = Sweep(folder, jobs, gpus=gpus, n_jobs=at_once, metric=metric, table=table, typed=typed)
             received = running.run(command=_build_command(configs[0]))
     except Timeout:
         refuse(f"{folder} is in use: the same sweep is running")
@@ -128,6 +129,7 @@ class Sweep:
     n_jobs: int
     metric: str
     table: dict[str, Any]  # further settings of `report_sweep`
+    typed: Sequence[str] = ()  # overrides of the command
 
     def __post_init__(self) -> None:
         self._jobs_path = self.folder / "jobs.json"
@@ -183,8 +185,12 @@ class Sweep:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         if "OMP_NUM_THREADS" not in os.environ:  # parallel jobs would compete for the cores
             environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // (self.n_jobs * job.n_process)))
-        log.info("job %d begins: %s", job.number, self._describe_settings(job))
+        first_line = f"{self._name_job(job)}: {self._describe_settings(job)}"
+        log.info("%s", first_line)
         with self._open_output(job) as output:
+            with Bystander(self._output_path(job)):
+                output.write(f"{first_line}\n".encode(errors="backslashreplace"))
+                output.flush()  # before what the job writes
             return children.start(Child([*command, *job.overrides], output, environment, without=RANK_VARIABLES))
 
     def _record_end(self, job: Job, code: int, seconds: float, *, stopping: bool) -> None:
@@ -201,13 +207,14 @@ class Sweep:
             errors = [i for i, line in enumerate(lines) if line.startswith("error:")]
             lines = lines[errors[-1] :][:5] if errors else lines[-5:]
             log.error(
-                "job %d %s after %.0f s; %s says:\n%s", job.number, describe_exit(code), seconds,
+                "%s %s after %.0f s; %s says:\n%s", self._name_job(job), describe_exit(code), seconds,
                 self._output_path(job),
                 "\n".join(f"    {line}" for line in lines),
             )  # fmt: skip
         else:
             value = "" if job.value is None else f", {self.metric} {job.value:.4f}"
-            log.info("job %d %s after %.0f s%s: %s", job.number, job.state, seconds, value, _shorten_path(job.folder))
+            name, folder = self._name_job(job), _shorten_path(job.folder)
+            log.info("%s %s after %.0f s%s: %s", name, job.state, seconds, value, folder)
 
     def _save(self) -> None:
         with self._jobs_bystander:
@@ -226,9 +233,15 @@ class Sweep:
     def _tell_path(self, job: Job) -> Path:
         return self.folder / f".job_{job.number:03d}.folder"
 
+    def _name_job(self, job: Job) -> str:
+        """`job 3/8`; in a search, which does not know how many there will be, `job 3`."""
+        return f"job {job.number}" + ("" if SWEEP in os.environ else f"/{len(self.jobs)}")
+
     def _describe_settings(self, job: Job) -> str:
-        """The overrides of this job that not all jobs share."""
-        everywhere = set.intersection(*(set(other.overrides) for other in self.jobs))
+        """The overrides of this job that not all jobs share, and of a search those that it chose."""
+        everywhere = {*self.typed}
+        if len(self.jobs) > 1:
+            everywhere |= set.intersection(*(set(other.overrides) for other in self.jobs))
         return " ".join(override for override in job.overrides if override not in everywhere) or "–"
 
     def _format_table(self) -> str:
