@@ -11,7 +11,16 @@ import pytest
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+SLOW = ("04", "05", "06", "07")  # they train; .ci/run runs them
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith(SLOW) else [])
+        for path in sorted(NOTEBOOKS.glob("*.ipynb"))
+    ],
+)
 def test_a_notebook_runs(path: Path, quickstart: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: all code cells in turn, in one namespace, as a reader would, with less to fit; none has a `def`."""
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]

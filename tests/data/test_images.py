@@ -82,7 +82,7 @@ def test_folders_called_train_val_and_test(images: Shop, folder: Path, tmp_path:
     class_folders(root, ["cat", "dog"], 2, split="val", seed=500)
     class_folders(root, ["dog"], 3, split="test", seed=600)
     source = images(root, crop=RANDOM_CROP)
-    assert source.class_names == ("cat", "dog")
+    assert (source.class_names, source.n_class) == (("cat", "dog"), 2)
     assert images(root, n_class=2).class_names == ("cat", "dog")
     assert [len(source.split(name)) for name in ("train", "val", "test")] == [20, 4, 3]
     assert source.split("test").read(range(3), [0] * 3).labels.tolist() == [1, 1, 1]

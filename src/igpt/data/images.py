@@ -104,6 +104,7 @@ class Images:
         read_as = Classes.from_split_names(classes, n_class, [dataset[trained_on].names, *others])
         self.class_names = read_as.names
         if self.class_names is not None:
+            self.n_class = len(self.class_names)  # also where data.n_class=null
             log.info("data: %s", describe_classes(self.class_names))
         elif read_as.by_label is not None:
             log.warning("data.n_class=%s, but there are %s", n_class, describe_classes(read_as.by_label))

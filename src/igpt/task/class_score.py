@@ -24,7 +24,12 @@ from igpt.utils import files, keyed
 def check_classes(source: Source, splits: Sequence[str]) -> int:
     """The number of classes. Raises ValueError without labels, or if a class has no training images."""
     if source.n_class is None:
-        raise ValueError(f"data={source.name} has no labels (data.n_class=null): a probe needs some")
+        raise ValueError(
+            f"data={source.name} has no labels (data.n_class=null): give each class a folder of its own, or set "
+            "data.label_column and data.n_class"
+        )
+    if source.n_class < 2:
+        raise ValueError(f"data={source.name} has one class: there is nothing to tell it from")
     present = set(np.unique(source.split("train").labels).tolist())
     if -1 in present:
         raise ValueError(f"data={source.name}: some images have no label, a probe needs them all")
