@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from igpt.report.figures import DPI
-from igpt.utils import files
+from igpt.report.style import DPI, REFERENCE, save_figure, styled
 
 
+@styled
 def position_figure(path: Path, nats: np.ndarray) -> None:
     """Writes the mean nats of each cell of the token grid (R, C): a map of the image, and the curve in raster order."""
     figure = Figure(figsize=(9, 3.6), dpi=DPI)
@@ -21,9 +21,7 @@ def position_figure(path: Path, nats: np.ndarray) -> None:
     curve = figure.add_axes((0.53, 0.15, 0.45, 0.75))
     curve.plot(np.arange(1, nats.size + 1), nats.ravel(), lw=1.2)
     mean = float(nats.mean())
-    curve.axhline(mean, color="black", lw=0.8, ls=":")
+    curve.axhline(mean, **REFERENCE)
     curve.text(nats.size, mean, f"mean {mean:.3f}", ha="right", va="bottom", fontsize=9)
     curve.set(xlabel="position, row by row", ylabel="nats per token", xlim=(1, max(2, nats.size)))
-    curve.spines[["top", "right"]].set_visible(False)
-    with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(path, figure)

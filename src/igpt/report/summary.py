@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from igpt.metric.result import Number, find_key
-from igpt.report.closing_table import describe_uncertainty, format_number
+from igpt.report.closing_table import describe_uncertainty
 from igpt.report.display_names import display_name, display_unit, is_share
 from igpt.report.facts import find_number
 from igpt.report.figures import Point, points_figure

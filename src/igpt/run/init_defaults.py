@@ -21,7 +21,7 @@ from igpt.run.recipes import CHECKPOINT
 from igpt.run.saved_overrides import SEARCH_PATH, format_plain, is_plain
 from igpt.settings.data import OWN
 from igpt.settings.older_configs import flat, read_record
-from igpt.settings.paths import READ, is_local_path
+from igpt.settings.paths import READ, is_local_path, resolve_nearest
 from igpt.utils import files
 from igpt.utils.overrides import escape_interpolations, escape_text, shorten, train_command
 
@@ -170,8 +170,6 @@ def _find_record(init: str) -> Record | None:
             raise ValueError(f"{folder}/run.json is damaged (no task or data): restore it, or type data=…")
         if {"tokens", "stages"} & {*map(str, task["requires"])}:
             return folder, record
-        from igpt.report.runs import resolve_nearest  # imports Matplotlib
-
         before = resolve_nearest(folder, str(config.get("init")))
         if config.get("init") is None or before is None:
             return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm.auto import tqdm
 
 from igpt.checkpoint.classifier import Classifier
@@ -21,7 +22,6 @@ from igpt.metric.result import Grid, Number, Result
 from igpt.metric.share import share_number
 from igpt.model.gpt import GPT
 from igpt.probe.classify import classify, rank_classes
-from igpt.probe.scores import accuracy_number, count_confusions
 from igpt.run.components import Components
 from igpt.settings.older_configs import read_record
 from igpt.settings.reading import PredictSettings
@@ -202,11 +202,15 @@ def score(result: Result, predictions: Predictions, labels: np.ndarray, classifi
     judged = predictions.is_readable & (labels >= 0)
     ranked, true = predictions.ranked[judged], labels[judged]
     if len(true):
-        result.numbers[f"{split}/accuracy"] = accuracy_number(ranked[:, 0] == true, features=classifier.description)
+        right = float(np.mean(ranked[:, 0] == true))
+        result.numbers[f"{split}/accuracy"] = share_number(right, len(true), features=classifier.description)
         if classifier.n_class > MOST_RANKED:
             share = float(np.mean((ranked == true[:, None]).any(axis=1)))
             result.numbers[f"{split}/top_5"] = share_number(share, len(true), features=classifier.description)
-        result.add_confusion(count_confusions(true, ranked[:, 0], classifier.n_class), classifier.class_names)
+        counts = multiclass_confusion_matrix(
+            torch.from_numpy(ranked[:, 0]), torch.from_numpy(true), classifier.n_class
+        ).numpy()
+        result.add_confusion(counts, classifier.class_names)
     n_read = int(predictions.is_readable.sum())
     result.numbers["predict/images"] = Number(n_read, "images", n_read)
     if n_read < len(labels):

@@ -12,7 +12,7 @@ from lightning.pytorch import callbacks as of_lightning
 from igpt.distributed.ranks import this_rank
 from igpt.distributed.signals import RunEndedError
 from igpt.report.bystanders import Bystander, describe_error
-from igpt.training.callbacks import ProgressBar
+from igpt.training.progress_bar import ProgressBar
 
 # They change nothing in training: by exact type, as a class derived from one may. `report/folder.py` has their names.
 WATCHING = (
