@@ -54,8 +54,8 @@ class Grid:
 
     images: np.ndarray  # (rows, columns, R, R, 3)
     titles: tuple[str, ...] = ()
-    row_titles: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()  # one per image, row by row, of one or several lines; fewer leave the last without
+    row_titles: tuple[str, ...] = ()
 
     @staticmethod
     def square(images: np.ndarray) -> "Grid":
