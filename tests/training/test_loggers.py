@@ -110,6 +110,7 @@ def test_tensorboard_has_what_the_run_has(tmp_path: Path) -> None:
     assert scalars["val/loss_gen_low"][4] < result.numbers["val/loss_gen"].value < scalars["val/loss_gen_high"][4]
     settings, metrics = read_hyperparameters(folder / "tensorboard")
     assert (settings["task/steps"], settings["model/n_embd"], settings["data/name"]) == (4, 8, "digits")
+    assert not [key for key in settings if "_target_" in key or key.startswith("callbacks")]
     assert metrics == set(result.numbers)
     events = read_events(folder / "tensorboard")
     pictures = {f"samples/{each.step}": each for each in events.Images("samples")}

@@ -26,6 +26,18 @@ from igpt.report.figures import group_by_unit
 from igpt.utils.files import resolve_below
 
 STEPS = "optimiser step"  # x unit of curves that were logged during training
+# keys of a config that TensorBoard's table of hyper-parameters leaves out
+NO_HYPERPARAMETERS = (
+    "_target_",
+    "_partial_",
+    "requires",
+    "callbacks",
+    "logger",
+    "paths",
+    "published",
+    "rerun",
+    "resume",
+)
 MOST_CLASSES = 100  # largest confusion matrix shown cell by cell
 
 
@@ -194,7 +206,7 @@ def _show_as_metrics(logger: Logger, result: Result, pictures: Mapping[str, Path
     step = int(max((curve.x[-1] for curve in result.curves.values() if curve.x_unit == STEPS and curve.x), default=0))
     numbers = {name: number.value for name, number in result.numbers.items()}
     if isinstance(logger, TensorBoardLogger):
-        logger.log_hyperparams(dict(logger.hparams), numbers, step)
+        logger.log_hyperparams(_list_hyperparameters(dict(logger.hparams)), numbers, step)
     else:
         logger.log_metrics(numbers, step=step)
     logger.log_metrics(_list_bounds(result), step=step)
@@ -205,6 +217,15 @@ def _show_as_metrics(logger: Logger, result: Result, pictures: Mapping[str, Path
                 logger.log_metrics({key: y}, step=int(x))
     for name, path in pictures.items():
         save_picture([logger], f"pictures/{name}", path, step)
+
+
+def _list_hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config that a table of runs compares: no class names, and none that are null."""
+    return {
+        key: _list_hyperparameters(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if value is not None and key not in NO_HYPERPARAMETERS
+    }
 
 
 def _list_bounds(result: Result) -> dict[str, float]:
