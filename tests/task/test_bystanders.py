@@ -116,7 +116,7 @@ BYSTANDERS = {
     "from_0000000/metrics.csv: FileNotFoundError": remove_csv,
     "metrics/from_0000000: ": refuse_csv,
     "logger BrokenLogger: ConnectionError: the server is gone": break_logger,
-    "not supported. Try a dict or a scalar/tensor., from OSError: [Errno 28] No space left on device": break_tensorboard,
+    "a dict or a scalar/tensor., from OSError: [Errno 28] No space left on device": break_tensorboard,
     "samples while it trains: ": break_samples,
     "callbacks.probe: OSError: [Errno 28] No space left on device": break_probe,
     "the progress bar: OSError": break_bar,
