@@ -117,10 +117,9 @@ def wandb(
     settings = library.Settings(init_timeout=timeout, silent=True)
     if offline:
         settings.mode = "offline"
-    run_id = os.environ.get("WANDB_RUN_ID", about.run_id)
     logger = WandbLogger(
         name=about.run_id,
-        id=run_id,
+        id=_choose_wandb_id(about),
         project=project,
         entity=entity,
         offline=offline,
@@ -141,6 +140,11 @@ def wandb(
             "project; or logger.wandb.offline=true, which keeps the run in its folder until `wandb sync`"
         ) from error
     return logger
+
+
+def _choose_wandb_id(about: RunInfo) -> str:
+    """The id of a W&B agent, which has created the run; else the run's own."""
+    return os.environ.get("WANDB_RUN_ID", about.run_id)
 
 
 def tensorboard(folder: Path, about: RunInfo) -> Logger:
@@ -169,7 +173,7 @@ def own_settings(kind: type[Logger], given: Mapping[str, Any], folder: Path, abo
         # what a killed process logged after the step that this one resumes from is not shown
         found |= {"default_hp_metric": False, "purge_step": about.first_step + 1 if about.trains else None}
     elif issubclass(kind, WandbLogger):
-        found = {"name": about.run_id, "id": about.run_id, "resume": "allow"}
+        found = {"name": about.run_id, "id": _choose_wandb_id(about), "resume": "allow"}
     accepted = signature(kind).parameters
     places = dict.fromkeys(("save_dir", "root_dir", "folder"), folder)
     for name, value in {**places, "run_name": about.run_id, "about": about}.items():
@@ -250,11 +254,10 @@ def _show_in_wandb(run: Any, result: Result, pictures: Mapping[str, Path]) -> No
     """Numbers as the summary of a W&B run; pictures, curves and confusion matrices (a cell each) as its media."""
     import wandb as library
 
-    for name, value in {
-        **{name: number.value for name, number in result.numbers.items()},
-        **_list_bounds(result),
-    }.items():
-        run.summary[name] = value
+    for name, number in result.numbers.items():
+        run.summary[name] = number.value
+    for name, bound in _list_bounds(result).items():
+        run.summary[name] = bound
     shown: dict[str, Any] = {f"pictures/{name}": library.Image(str(path)) for name, path in pictures.items()}
     untrained = {name: curve for name, curve in result.curves.items() if curve.x_unit != STEPS}
     for (x_unit, y_unit), lines in group_by_unit(untrained, least=2).items():
