@@ -131,9 +131,10 @@ def test_a_sweep_over_finished_runs_shows_one_run_a_job(tmp_path: Path) -> None:
     settings = [*PRETRAIN, "callbacks=none", f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"]
     made = [launch.run(*settings, f"seed={seed}", conf=ROOT / "conf") for seed in (0, 1)]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    several = ["logger=[csv,wandb,tensorboard]", *OFFLINE[1:]]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         jobs = [
-            compose("config", overrides=[*settings, f"seed={seed}", *OFFLINE], return_hydra_config=True)
+            compose("config", overrides=[*settings, f"seed={seed}", *several], return_hydra_config=True)
             for seed in (0, 1)
         ]
     returned = sweep.launch(jobs[0], jobs, first=0, n_jobs=None, metric="val/loss_gen")
@@ -152,6 +153,7 @@ def test_a_sweep_over_finished_runs_shows_one_run_a_job(tmp_path: Path) -> None:
         losses = [row["train/loss_gen"] for row in each.history if "train/loss_gen" in row]
         assert losses == pytest.approx(result.curves["train/loss_gen"].y)
         assert list((each.folder / "files" / "media" / "images" / "pictures").glob("*.png"))
+        assert len(list((folder / "tensorboard").glob("events.*"))) == 1
     assert written == {path: path.stat().st_mtime_ns for path in written}
     sweep.launch(jobs[0], jobs, first=0, n_jobs=None, metric="val/loss_gen")
     wandb.teardown()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import Logger
 from omegaconf import OmegaConf
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from igpt.distributed.signals import StoppedError
 from igpt.report.bystanders import Bystander
@@ -26,6 +27,7 @@ from igpt.training import callbacks, online_probe
 from igpt.training.callbacks import SampleGrid
 from igpt.training.loggers import RunInfo
 from igpt.training.loggers import csv as csv_logger
+from igpt.training.loggers import tensorboard as tensorboard_logger
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.training.progress_bar import ProgressBar
 from tests.task.conftest import Lab
@@ -89,6 +91,11 @@ def break_logger(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"loggers": [BrokenLogger()]}
 
 
+def break_tensorboard(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    logger = tensorboard_logger(folder, ABOUT)
+    return {"loggers": [logger], "callbacks": [AtStart(lambda: patch.setattr(RecordWriter, "write", fail))]}
+
+
 def break_samples(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     (folder / "samples").write_text("a file")
     return {"callbacks": [SampleGrid(count=2, every=1, temperature=1.0)]}
@@ -110,6 +117,7 @@ BYSTANDERS = {
     "from_0000000/metrics.csv: FileNotFoundError": remove_csv,
     "metrics/from_0000000: ": refuse_csv,
     "logger BrokenLogger: ConnectionError: the server is gone": break_logger,
+    "a dict or a scalar/tensor., from OSError: [Errno 28] No space left on device": break_tensorboard,
     "samples while it trains: ": break_samples,
     "callbacks.probe: OSError: [Errno 28] No space left on device": break_probe,
     "the progress bar: OSError": break_bar,
@@ -123,6 +131,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, digits: Any, palette: 
     return weights(folder)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's writing thread
 @pytest.mark.parametrize(("message", "disturb"), BYSTANDERS.items(), ids=[way.__name__ for way in BYSTANDERS.values()])
 def test_a_bystander_ends_no_run(
     tmp_path: Path, lab: Lab, undisturbed: dict[str, torch.Tensor], message: str, disturb: Any,

@@ -14,6 +14,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import callbacks as of_lightning
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
@@ -32,6 +33,7 @@ from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.tokenizer import TokenGrid
+from igpt.training.lightning_callbacks import INSTEAD
 from igpt.training.loggers import RunInfo
 from igpt.utils import keyed
 from tests.checkpoint.test_igpt_format import make_metadata
@@ -41,12 +43,17 @@ from tests.task.conftest import SIZES, Lab
 from tests.test_conf import built
 
 
-def shown_under(heading: str) -> str:
-    """The Python code of one section."""
+def read_section(heading: str) -> str:
+    """The text of one section of the page."""
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     section = re.search(rf"^## {heading}$(.*?)^## ", text, re.MULTILINE | re.DOTALL)
     assert section is not None
-    (code,) = re.findall(r"```python\n(.*?)```", section[1], re.DOTALL)
+    return section[1]
+
+
+def shown_under(heading: str) -> str:
+    """The Python code of one section."""
+    (code,) = re.findall(r"```python\n(.*?)```", read_section(heading), re.DOTALL)
     assert sum(bool(line.strip()) for line in code.splitlines()) < 15
     return str(code)
 
@@ -217,20 +224,23 @@ def test_a_tokenizer(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) 
 def extensions(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module with the callback and the logger of the page, where a config can name them."""
     module = ModuleType("extensions")
-    vars(module).update(L=L, torch=torch, Count=Count, Logger=Logger, Path=Path, json=json, About=RunInfo)
+    vars(module).update(L=L, torch=torch, Count=Count, Logger=Logger, Path=Path, json=json, RunInfo=RunInfo)
     for heading in ("A callback", "A logger"):
         exec(shown_under(heading), vars(module))
     monkeypatch.setitem(sys.modules, "extensions", module)
     return module
 
 
+TINY = (
+    "trainer=cpu", "model.n_layer=1", "model.n_embd=8", "model.n_head=2", "task.steps=4", "task.batch_size=8",
+    "task.warmup_steps=1", "task.val_every=0", "task.log_every=2", "task.checkpoint_every=4",
+)  # fmt: skip
+
+
 @pytest.mark.usefixtures("extensions")
 def test_a_callback_and_a_logger(tmp_path: Path) -> None:
     """Invariant: what the logger is told is what the run's own curve says; the callback sees every second step."""
-    settings = ["model.n_layer=1", "model.n_embd=8", "model.n_head=2", "task.steps=4", "task.batch_size=8",
-                "task.warmup_steps=1", "task.val_every=0", "task.log_every=2", "task.checkpoint_every=4",
-                "trainer=cpu", f"paths.runs={tmp_path}", f"paths.cache={tmp_path / 'cache'}", "callbacks=none",
-                "logger=none"]  # fmt: skip
+    settings = [*TINY, f"paths.runs={tmp_path}", f"paths.cache={tmp_path / 'cache'}", "callbacks=none", "logger=none"]
     added = ["+callbacks.norm={_target_: extensions.GradientNorm, every: 2}",
              "+logger.json={_target_: extensions.json_lines, file: metrics.jsonl}"]  # fmt: skip
     _, folder = run(*settings, *added, conf=ROOT / "conf")
@@ -246,3 +256,41 @@ def test_a_callback_and_a_logger(tmp_path: Path) -> None:
     assert losses == dict(zip(map(int, curve["x"]), curve["y"], strict=True))
     with pytest.raises(ValueError, match=r"callbacks\.norm\.every must be at least 1, got 0"):
         run(*settings, "+callbacks.norm={_target_: extensions.GradientNorm, every: 0}", conf=ROOT / "conf")
+
+
+def test_lightnings_own_by_command_and_file(tmp_path: Path) -> None:
+    """Round trip: every command of the page in one, and its file: all that they name is in the run, and works."""
+    typed = [
+        word
+        for heading in ("A callback", "A logger")
+        for command in re.findall(r"^python train\.py (.*)", read_section(heading), re.MULTILINE)
+        for word in command.split()
+        if not word.startswith("+callbacks.stop")  # which the file says
+    ]
+    name, content = re.findall(
+        r"`conf/callbacks/(\w+)\.yaml`, it is .*?```yaml\n(.*?)```", read_section("A callback"), re.DOTALL
+    )[0]
+    (tmp_path / "own" / "callbacks").mkdir(parents=True)
+    (tmp_path / "own" / "callbacks" / f"{name}.yaml").write_text(content)
+    _, folder = run(
+        *TINY, "task.val_every=2", f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}", *typed,
+        "--config-dir", str(tmp_path / "own"), f"callbacks={name}", conf=ROOT / "conf",
+    )  # fmt: skip
+    assert folder is not None
+    config = json.loads((folder / "run.json").read_text())["config"]
+    assert {key: entry["_target_"].rpartition(".")[2] for key, entry in config["callbacks"].items()} == {
+        "bar": "RichProgressBar", "samples": "SampleGrid", "stop": "EarlyStopping", "rate": "LearningRateMonitor",
+    }  # fmt: skip
+    (table,) = (folder / "lightning_logs").rglob("metrics.csv")
+    assert "lr-Adam" in table.read_text()
+    checkpoint = torch.load(folder / "checkpoints" / "step_0000004.ckpt", weights_only=True)
+    assert [key for key in checkpoint["callbacks"] if key.startswith("EarlyStopping")]
+    assert list((folder / "tensorboard").glob("events.*"))
+
+
+def test_the_refusals_of_the_page_are_those_of_the_code() -> None:
+    """Round trip: each class that the table names is refused, and none that is not there."""
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", read_section("A callback"), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    refused = {name for name in of_lightning.__all__ if issubclass(getattr(of_lightning, name), tuple(INSTEAD))}
+    assert named == refused - {"Checkpoint"}  # a base class

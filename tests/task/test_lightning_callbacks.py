@@ -13,7 +13,8 @@ from igpt.report.folder import OBSERVERS
 from igpt.run.entries import callback_builder
 from igpt.training.callbacks import ProgressBar
 from igpt.training.lightning_callbacks import BASES, WATCHING, is_observer, select
-from tests.task.conftest import Lab
+from igpt.training.trainer import Runner
+from tests.task.conftest import Lab, machine
 from tests.task.test_finished_step import weights
 
 SMALL: dict[str, Any] = {"steps": 2, "batch_size": 20, "val_every": 1, "checkpoint_every": 2}
@@ -174,6 +175,8 @@ def test_one_progress_bar_and_who_watches_on_other_ranks(monkeypatch: pytest.Mon
     stop = of_lightning.EarlyStopping("val/loss_gen")
     assert select([ours, monitor, stop]) == [ours, monitor, stop]
     assert select([ours, bar, stop]) == [bar, stop]
+    runner = Runner(machine(), Path("run"), callbacks=[ours, bar, monitor, stop])
+    assert runner.subfolder("refit").callbacks == [ours, bar]  # without loggers
     monkeypatch.setenv("RANK", "1")
     for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")

@@ -46,7 +46,8 @@ class Bystander:
         """Logs the first error. Log handlers that fail meanwhile are bystanders, too, so this ends."""
         is_first, self.error = self.error is None, error
         if is_first:
-            log.warning("%s: %s; the run goes on", self.name, describe_error(error))
+            cause = f", from {describe_error(error.__cause__)}" if error.__cause__ else ""  # a library's may hide it
+            log.warning("%s: %s%s; the run goes on", self.name, describe_error(error), cause)
             log.debug("traceback", exc_info=error)
 
 

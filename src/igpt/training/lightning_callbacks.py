@@ -24,6 +24,7 @@ WATCHING = (
     of_lightning.ThroughputMonitor,
     of_lightning.TQDMProgressBar,
 )
+OF_LOGGERS = (of_lightning.DeviceStatsMonitor, of_lightning.LearningRateMonitor, of_lightning.ThroughputMonitor)
 BASES = (
     of_lightning.BaseFinetuning,
     of_lightning.BasePredictionWriter,
@@ -64,6 +65,11 @@ def check_class(kind: type, where: str) -> None:
 def is_observer(callback: L.Callback) -> bool:
     """Whether a callback declares that it changes nothing in training, or is one of WATCHING."""
     return type(callback) in WATCHING or bool(getattr(callback, "is_observer", False))
+
+
+def list_observers(callbacks: list[L.Callback]) -> list[L.Callback]:
+    """The observers that also watch a training without loggers."""
+    return [each for each in callbacks if is_observer(each) and not isinstance(each, OF_LOGGERS)]
 
 
 def select(callbacks: list[L.Callback]) -> list[L.Callback]:

@@ -25,6 +25,18 @@ from igpt.report.figures import group_by_unit
 from igpt.utils.files import resolve_below
 
 STEPS = "optimiser step"  # x unit of curves that were logged during training
+# keys of a config that TensorBoard's table of hyper-parameters leaves out
+NO_HYPERPARAMETERS = (
+    "_target_",
+    "_partial_",
+    "requires",
+    "callbacks",
+    "logger",
+    "paths",
+    "published",
+    "rerun",
+    "resume",
+)
 MOST_CLASSES = 100  # largest confusion matrix shown cell by cell
 
 
@@ -104,10 +116,9 @@ def wandb(
     settings = library.Settings(init_timeout=timeout, silent=True)
     if offline:
         settings.mode = "offline"
-    run_id = os.environ.get("WANDB_RUN_ID", about.run_id)
     logger = WandbLogger(
         name=about.run_id,
-        id=run_id,
+        id=_choose_wandb_id(about),
         project=project,
         entity=entity,
         offline=offline,
@@ -128,6 +139,11 @@ def wandb(
             "project; or logger.wandb.offline=true, which keeps the run in its folder until `wandb sync`"
         ) from error
     return logger
+
+
+def _choose_wandb_id(about: RunInfo) -> str:
+    """The id of a W&B agent, which has created the run; else the run's own."""
+    return os.environ.get("WANDB_RUN_ID", about.run_id)
 
 
 def tensorboard(folder: Path, about: RunInfo) -> Logger:
@@ -156,7 +172,7 @@ def own_settings(kind: type[Logger], given: Mapping[str, Any], folder: Path, abo
         # what a killed process logged after the step that this one resumes from is not shown
         found |= {"default_hp_metric": False, "purge_step": about.first_step + 1 if about.trains else None}
     elif issubclass(kind, WandbLogger):
-        found = {"name": about.run_id, "id": about.run_id, "resume": "allow"}
+        found = {"name": about.run_id, "id": _choose_wandb_id(about), "resume": "allow"}
     accepted = signature(kind).parameters
     places = dict.fromkeys(("save_dir", "root_dir", "folder"), folder)
     for name, value in {**places, "run_name": about.run_id, "about": about}.items():
@@ -193,7 +209,7 @@ def _show_as_metrics(logger: Logger, result: Result, pictures: Mapping[str, Path
     step = int(max((curve.x[-1] for curve in result.curves.values() if curve.x_unit == STEPS and curve.x), default=0))
     numbers = {name: number.value for name, number in result.numbers.items()}
     if isinstance(logger, TensorBoardLogger):
-        logger.log_hyperparams(dict(logger.hparams), numbers, step)
+        logger.log_hyperparams(_list_hyperparameters(dict(logger.hparams)), numbers, step)
     else:
         logger.log_metrics(numbers, step=step)
     logger.log_metrics(_list_bounds(result), step=step)
@@ -204,6 +220,15 @@ def _show_as_metrics(logger: Logger, result: Result, pictures: Mapping[str, Path
                 logger.log_metrics({key: y}, step=int(x))
     for name, path in pictures.items():
         save_picture([logger], f"pictures/{name}", path, step)
+
+
+def _list_hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config that a table of runs compares: no class names, and none that are null."""
+    return {
+        key: _list_hyperparameters(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if value is not None and key not in NO_HYPERPARAMETERS
+    }
 
 
 def _list_bounds(result: Result) -> dict[str, float]:
@@ -228,11 +253,10 @@ def _show_in_wandb(run: Any, result: Result, pictures: Mapping[str, Path]) -> No
     """Numbers as the summary of a W&B run; pictures, curves and confusion matrices (a cell each) as its media."""
     import wandb as library
 
-    for name, value in {
-        **{name: number.value for name, number in result.numbers.items()},
-        **_list_bounds(result),
-    }.items():
-        run.summary[name] = value
+    for name, number in result.numbers.items():
+        run.summary[name] = number.value
+    for name, bound in _list_bounds(result).items():
+        run.summary[name] = bound
     shown: dict[str, Any] = {f"pictures/{name}": library.Image(str(path)) for name, path in pictures.items()}
     untrained = {name: curve for name, curve in result.curves.items() if curve.x_unit != STEPS}
     for (x_unit, y_unit), lines in group_by_unit(untrained, least=2).items():

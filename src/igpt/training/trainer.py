@@ -22,7 +22,7 @@ from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import ZeRO
 from igpt.training.fsdp import FSDP
 from igpt.training.hardware import HardwareConfig, matmul_precision
-from igpt.training.lightning_callbacks import is_observer
+from igpt.training.lightning_callbacks import is_observer, list_observers
 from igpt.training.loggers import guard
 from igpt.training.measured_cost import peak_memory, reset_peak_memory
 
@@ -68,9 +68,7 @@ class Runner:
         others = [type(each).__name__ for each in self.callbacks if not is_observer(each)]
         if others:
             log.warning("%s: trained without %s, which may change a training", name, ", ".join(others))
-        return Runner(
-            self.machine, self.folder / name, callbacks=[each for each in self.callbacks if is_observer(each)]
-        )
+        return Runner(self.machine, self.folder / name, callbacks=list_observers(self.callbacks))
 
     def fit(
         self,
