@@ -31,7 +31,7 @@ CELLS = "cells"  # PNG metadata of a matrix: left, top, width, height of its cel
 
 def draw_grid(grid: Grid) -> Image.Image:
     """The images of a grid on white, titles above, captions below; each pixel enlarged by an integer factor."""
-    columns, side = grid.images.shape[1:3]
+    side, columns = grid.images.shape[2], grid.images.shape[1]
     captions = [caption.split("\n") for caption in grid.captions]
     below = LINE * max(map(len, captions), default=0)  # pixels
     scale = 2 * -(-CELL // (2 * side))  # even, so that pixels stay squares at half size
