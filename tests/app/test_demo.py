@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,12 @@ from igpt.app.demo_guard import UploadFolder
 from igpt.app.demo_page import DemoPage
 from igpt.app.nearest import TrainingFeatures
 from igpt.app.workbench import MEBIBYTE, Workbench
+from igpt.checkpoint.classifier import Classifier
 from igpt.data.crop import Crop
 from igpt.metric.result import Number, Result
 from igpt.model.features import layer_features
 from igpt.model.generate import Sampling
+from igpt.model.head import ProbeHead
 from igpt.report.folder import RunFolder
 from igpt.run.components import Components
 from igpt.run.execute import stage_runner
@@ -51,7 +54,16 @@ def built_demo(place: Path, *overrides: str, **saved: Any) -> Components:
     return built("task=demo", f"init={init}", f"paths.cache={place / 'cache'}", "trainer=cpu", *overrides)
 
 
-def build_workbench(build: Components) -> Workbench:
+def build_classifier(build: Components) -> Classifier:
+    """A probe of three classes that was drawn."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, build.trained_weights.metadata.network.n_embd, generator=generator)
+    head = ProbeHead(weight, torch.zeros(3), (1,), "ln_1", torch.float32)
+    names = ("<b>cat</b>", "dog", "horse\u202e")
+    return Classifier(head, 3, names, "toy", 1, 0, "", Path("probe.safetensors"), "probe of layer 1")
+
+
+def build_workbench(build: Components, classifier: Classifier | None = None) -> Workbench:
     """The demo's parts but for its page: few images and choices, and small uploads."""
     weights = build.trained_weights
     settings = DemoSettings(
@@ -64,7 +76,7 @@ def build_workbench(build: Components) -> Workbench:
         weights.net().eval(), build.hardware, build.build_datamodule(), build.cache_dir, settings,
         weights=weights.sha256, cache_key=build.cache_key,
     )  # fmt: skip
-    return Workbench(training, build.evaluation_crop, settings)
+    return Workbench(training, build.evaluation_crop, settings, classifier)
 
 
 def build_uploads(place: Path) -> UploadFolder:
@@ -124,6 +136,24 @@ def test_classes_are_called_by_name(bench: Workbench, tmp_path: Path, monkeypatc
     assert "<script" not in shown + found
     monkeypatch.setattr(type(bench.data.source), "class_names", None)
     assert page.add_label("cosine 0.5", 3) == "cosine 0.5, label\N{NO-BREAK SPACE}3"
+
+
+def test_images_are_classified(tmp_path: Path) -> None:
+    """Independent source: the scores by hand, of a chosen image and of an upload; a refused upload changes nothing."""
+    build = built_demo(tmp_path)
+    classifier = build_classifier(build)
+    bench = build_workbench(build, classifier)
+    page, chosen = DemoPage(bench, build_uploads(tmp_path)), bench.choices(0, 1)[0]
+    features = layer_features(bench.net, bench.data.encode(torch.from_numpy(chosen.pixels[None])))[1, 0]
+    shares = (features @ classifier.head.weight.T).softmax(-1).tolist()
+    shown = page._choose(chosen, 2, "")[-1]
+    by_hand = dict(zip(("<b>cat</b>", "dog", "horse\ufffd"), shares, strict=True))
+    assert shown == pytest.approx(by_hand, abs=1e-6)
+    assert list(shown) == sorted(by_hand, key=lambda name: -by_hand[name])
+    assert demo.describe_weights(build.trained_weights, classifier)["classes"] == "3, by the probe of layer 1"
+    request: Any = SimpleNamespace(session_hash="a")
+    assert len(page.select_upload(None, 2, request)) == len(page._choose(chosen, 2, ""))
+    bench.stop()
 
 
 def test_features_that_a_probe_left_are_taken(tmp_path: Path) -> None:

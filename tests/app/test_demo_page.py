@@ -14,11 +14,12 @@ import pytest
 from igpt.app.demo_page import serve
 from igpt.app.workbench import Workbench
 from igpt.model.generate import Sampling
-from tests.app.test_demo import build_uploads, build_workbench, built_demo
+from tests.app.test_demo import build_classifier, build_uploads, build_workbench, built_demo
 from tests.data.conftest import encoded, photo
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install -r requirements-dev.txt")
 PROGRAMS = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
+NAMES = ("<b>cat</b>", "dog", "horse\ufffd")  # of `build_classifier`, as shown
 WITHOUT = "needs a browser and its driver: apt-get install chromium chromium-driver"
 STATED = "return [...document.querySelectorAll('{} img')].map(i => [i.alt, i.complete && i.naturalWidth])"
 
@@ -51,7 +52,8 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[st
         return draw(*given)
 
     monkeypatch.setattr(Sampling, "draw", slowly)
-    bench = build_workbench(built_demo(tmp_path))
+    build = built_demo(tmp_path)
+    bench = build_workbench(build, build_classifier(build))
     about = {"weights": "here/<b>model</b>"}
     with serve(bench, about, build_uploads(tmp_path)) as url:
         yield url, bench
@@ -81,6 +83,9 @@ def test_the_page(browser: Any, served: tuple[str, Workbench], tmp_path: Path) -
     def images(selector: str) -> dict[str, int]:
         return dict(browser.execute_script(STATED.format(selector)))
 
+    def find_names() -> list[str]:
+        return [name for line in text("#classes").splitlines() if (name := line.strip()) in NAMES][-3:]
+
     address, bench = served
     first, second = (f"val image {chosen.index}" for chosen in bench.choices(0, 2))
     browser.get(address)
@@ -88,6 +93,8 @@ def test_the_page(browser: Any, served: tuple[str, Workbench], tmp_path: Path) -
     assert until(lambda: images("#given")) == {first: 8, "given": 8}
     assert browser.execute_script("return document.querySelectorAll('#choices button img').length") == 6
     assert "here/<b>model</b>" in text(".facts")
+    classes = [list(bench.classify(chosen)) for chosen in bench.choices(0, 2)]
+    assert find_names() == classes[0]
 
     browser.execute_script(
         "window.said = []; new MutationObserver(() => window.said.push(document.querySelector('#said').innerText))"
@@ -111,6 +118,7 @@ def test_the_page(browser: Any, served: tuple[str, Workbench], tmp_path: Path) -
     browser.execute_script("document.querySelectorAll('#choices .thumbnail-item')[1].click()")
     until(lambda: images("#given") == {second: 8, "given": 8})
     assert images("#drawn") == {}
+    until(lambda: find_names() == classes[1])
     click("#complete")  # and, while it draws, another choice
     until(lambda: text("#said").startswith("Row 3"))
     browser.execute_script("document.querySelectorAll('#choices .thumbnail-item')[0].click()")

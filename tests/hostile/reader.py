@@ -21,6 +21,7 @@ import torch
 import igpt
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.head_files import read_head
+from igpt.checkpoint.probe_files import read_probe
 from igpt.checkpoint.resume import AtomicCheckpointIO
 from igpt.data.images import Images
 from igpt.report import folder as run_folder
@@ -71,6 +72,7 @@ class SkippedError(ValueError):
 LOADERS: dict[str, Callable[..., object]] = {
     "load": lambda path: igpt.load(path),
     "head": lambda path: read_head(find_weights(str(path))),
+    "probe": lambda path: read_probe(path),
     "resume checkpoint": lambda path: AtomicCheckpointIO().load_checkpoint(path),
     "resume sharded checkpoint": lambda path: _load_into({"state_dict": {"net.wte": torch.empty(11, 24)}}, path),
     "palette": Palette.load,

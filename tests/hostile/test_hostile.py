@@ -217,6 +217,13 @@ CASES: dict[str, Case] = {
         w.head_fields(class_names=["a" * (4 << 20)] * 3), "class_names is no list", "head"
     ),
     "a head with another field": weights(w.head_fields(**{"x" * (4 << 20): 1}), "head.json is damaged", "head"),
+    "a probe with long names": weights(
+        w.with_probe(lambda r: r.update(class_names=["a" * (4 << 20)] * 3)), "class_names is no list", "probe"
+    ),
+    "a probe of millions of names": weights(
+        w.with_probe(lambda r: r.update(class_names=[""] * (1 << 22))), "4194304 names", "probe"
+    ),
+    "a probe with another field": weights(w.with_probe(lambda r: r.update({"x" * (4 << 20): 1})), "no probe", "probe"),
     # palettes and token arrays
     "a palette of a billion colours": weights(w.palette(w.npy("<f4", (1 << 30, 3))), "is no .npy array", "palette"),
     "a palette with code": weights(w.pickled_array, "is no .npy array", "palette"),

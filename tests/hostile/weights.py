@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from igpt.checkpoint import huggingface
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.head_files import HeadMetadata, save_head
 from igpt.checkpoint.igpt_format import FORMAT, save_model, weights_sha256
+from igpt.checkpoint.probe_files import ProbeMetadata
 from tests.checkpoint.test_igpt_format import make_metadata
 from tests.checkpoint.test_sharded import save_sharded
 from tests.conftest import Planted, small_net
@@ -372,6 +373,20 @@ def head_fields(**fields: Any) -> Make:
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
     return with_head(change)
+
+
+def with_probe(change: Callable[[dict[str, Any]], object]) -> Make:
+    """A good probe, with changes to what it says."""
+
+    def make(folder: Path) -> Path:
+        path = folder / "probe.safetensors"
+        about = ProbeMetadata("ln_1", "float16", "toy4", "0" * 64, 4, 1, 0, ("a", "b", "c"))
+        record = {"format": 1, "layers": [1], **vars(about)}
+        change(record)
+        save_file({"weight": torch.ones(3, 24), "bias": torch.ones(3)}, path, {"probe": json.dumps(record)})
+        return path
+
+    return make
 
 
 def npy(descr: Any, shape: Any, *, order: bool = False, data: bytes = b"", text: str = "") -> bytes:

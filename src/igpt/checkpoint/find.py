@@ -120,7 +120,6 @@ def _find_probed_weights(probe: Path) -> Weights:
     weights = _find_weights(path, palette=None, n_head=None)
     if weights.sha256 != about.weights:
         raise ValueError(f"init={probe.parent}: {path} holds other weights now than those that it probed")
-    log.info("%s: the weights that it probed are taken, %s", probe.parent, path)
     return replace(resize_weights(weights, about.resolution), probe=probe)
 
 

@@ -1,5 +1,6 @@
 """A run's config with everything derived from it: requirements, name, initial weights, input hashes."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,6 +27,8 @@ from igpt.settings.run import RunSettings, check_structure
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.vqvae_tokenizer import VQVAESettings, VQVAETokenizer
 from igpt.training.loggers import trains
+
+log = logging.getLogger(__name__)
 
 NOT_OF_FEATURES = ("palette_size", "augment", "shift", "shift_share")  # settings of the data
 CHECKPOINT = "checkpoint"  # option of model, tokens and objective: take it from the weights of init=
@@ -111,6 +114,8 @@ class RunConfig:
             settings = cfg.task.get("stages", {}).get("import") or cfg.task  # not stored in OpenAI's checkpoints
             palette = settings.get("palette") or cfg.data.get("clusters")
             weights = find_weights(start, palette=palette, n_head=settings.get("n_head"))
+            if weights.probe is not None:
+                log.info("init=%s is a probe: the weights that it probed are taken, %s", start, weights.path)
             side, resizes = cfg.data.get("resolution"), cfg.task.get("resize_positions") is True
             return resize_weights(weights, side) if resizes and type(side) is int and 0 < side <= 4096 else weights
         from_weights = [group for group in ("model", "tokens", "objective") if self.takes_from_weights(group)]

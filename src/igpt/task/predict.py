@@ -132,7 +132,6 @@ def run(components: Components, settings: PredictSettings) -> Result:
         first = int(np.argmin(predictions.is_readable))
         remark = f"{n_bad:,} of {len(images):,} images cannot be read, as {images.name(first)}"
         result.provenance["warning"] = f"{' '.join(remark.split())}: the column error of {TABLE} says why"
-        log.warning("%s", result.provenance["warning"])
     result.provenance |= {
         "weights": components.trained_weights.sha256, "tokenizer": components.tokenizer.hash,
         "head": classifier.description, "head_sha256": classifier.sha256, "split": split, "masks": masks,
