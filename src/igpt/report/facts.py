@@ -12,8 +12,8 @@ from igpt.settings.data import name_dataset, name_images
 from igpt.utils.overrides import format_text, train_command
 
 MAIN = (
-    "test/accuracy", "val/loss_gen", "val/accuracy", "all/accuracy", "knn_accuracy", "loss_gen", "_as_original", "psnr", "patches/psnr",
-    "codes_used", "perplexity_share", "mse", "parameters",
+    "test/accuracy", "val/loss_gen", "val/accuracy", "all/accuracy", "knn_accuracy", "loss_gen", "_as_original", "psnr",
+    "patches/psnr", "codes_used", "perplexity_share", "mse", "parameters",
 )  # fmt: skip
 N_MAIN = 4  # numbers shown large: the first of each kind in MAIN
 KINDS = {  # suffix of a picture's name → (heading, caption)
