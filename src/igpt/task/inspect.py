@@ -76,7 +76,8 @@ def run(components: Components, settings: InspectSettings) -> Result:
     else:
         chosen_by = f"k-NN on {split}" if layer is None else "task.layer"
         layer = show_knn(result, correct, layer, split=split)
-        pixels = flatten_pixels(source.split("train"), train_rows), flatten_pixels(source.split(split), rows)
+        pixels = [flatten_pixels(source.split(name), of) for name, of in (("train", train_rows), (split, rows))]
+        pixels = [values - pixels[0].mean(1) for values in pixels]  # they have no zero of their own
         raw = judge_layers(
             replace(train, values=pixels[0]), replace(judged, values=pixels[1]), source, k=settings.k,
             device=components.hardware.device,
