@@ -1,39 +1,13 @@
-"""Accuracy with its interval, votes, confusion."""
+"""Votes over masks."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
-from igpt.metric.share import wilson_interval
 from igpt.probe import scores as scores_module
-from igpt.probe.scores import accuracy_number, count_confusions, is_in_top_k, vote
+from igpt.probe.scores import vote
 from igpt.utils import keyed
-
-
-@pytest.mark.parametrize(("n", "right"), [(200, 150), (1000, 31), (60, 7), (14, 0), (14, 14), (1, 0), (1, 1)])
-def test_the_interval_is_wilsons(n: int, right: int) -> None:
-    """Independent source: scipy's Wilson interval; by hand: share and √(p (1 - p) / n). It has a width at both ends."""
-    number = accuracy_number(np.random.default_rng(0).permutation(np.arange(n) < right))
-    expected = binomtest(right, n).proportion_ci(method="wilson")
-    assert number.interval == pytest.approx((expected.low, expected.high), abs=1e-12)
-    assert number.interval is not None
-    assert 0 <= number.interval[0] < number.interval[1] <= 1
-    assert number.value == right / n
-    assert number.stderr == pytest.approx(math.sqrt(right * (n - right) / n**3))
-    assert (number.n, number.unit) == (n, "share")
-
-
-def test_the_interval_holds_the_mean_of_shares() -> None:
-    """Invariant: for a mean over images of shares in [0, 1], it holds the truth in 95 % of trials or more."""
-    rng, truth, held = np.random.default_rng(0), 0.1, 0
-    for _ in range(500):
-        low, high = wilson_interval(float(rng.beta(0.5, 4.5, size=30).mean()), 30)
-        held += low <= truth <= high
-    assert held >= 0.95 * 500
 
 
 def make_rng_keys(n: int, seed: int = 0) -> torch.Tensor:
@@ -95,22 +69,3 @@ def test_no_class_wins_without_a_vote() -> None:
     counts = torch.nn.functional.one_hot(predictions, 10).sum(dim=0)  # (N, K)
     winners = vote(predictions, n_class=10, rng_keys=make_rng_keys(2000))
     assert torch.equal(counts[torch.arange(2000), winners], counts.amax(dim=1))
-
-
-def test_confusion() -> None:
-    """Independent source: scikit-learn's; a class without images, and one that nobody was called, keep their places."""
-    generator = np.random.default_rng(0)
-    labels, predictions = generator.integers(4, size=500), generator.integers(1, 6, size=500)
-    assert np.array_equal(
-        count_confusions(labels, predictions, 6), confusion_matrix(labels, predictions, labels=range(6))
-    )
-
-
-def test_top_k() -> None:
-    """Independent source: scikit-learn's top-k accuracy of random scores."""
-    generator = torch.Generator().manual_seed(0)
-    scores, labels = torch.randn(300, 7, generator=generator), torch.randint(7, (300,), generator=generator)
-    for k in range(1, 7):
-        reference = top_k_accuracy_score(labels.numpy(), scores.numpy(), k=k, labels=range(7))
-        assert float(is_in_top_k(scores, labels, k).double().mean()) == pytest.approx(reference)
-    assert is_in_top_k(scores, labels, 7).all()

@@ -18,6 +18,7 @@ from igpt.data.digits import Digits
 from igpt.data.order import BatchPlan
 from igpt.distributed import ranks
 from igpt.distributed.signals import StoppedError
+from igpt.metric.classification import ClassMetrics
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling
 from igpt.objective.ar import AR
@@ -33,6 +34,7 @@ from igpt.training.hardware import HardwareConfig
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.utils import files, keyed
 from tests.data.conftest import mixture
+from tests.metric.test_classification import draw_scores
 from tests.task.conftest import SIZES, Lab, machine, train_tokenizer
 from tests.task.test_finished_step import OwnError, Raise
 from tests.task.test_stopping import Send
@@ -225,6 +227,17 @@ def save_in_pieces(run: Path, folder: Path) -> None:
         torch.save({"format": FORMAT, "origin": weights.metadata.to_dict()}, folder / "meta.pt")
 
 
+def measure_here(rank: ranks.Rank, first: int) -> tuple[dict[str, float], list[list[int]]]:
+    """The class metrics of 13 images of which the first rank has so many, in two batches, the second the others."""
+    mine = slice(0, first) if rank.is_first else slice(first, 13)
+    metrics = ClassMetrics(7, has_votes=True)
+    scores, labels, votes = draw_scores(13, 7)
+    for some in (slice(0, 8), slice(8, None)):
+        metrics.update(*(of[mine][some] for of in (scores, votes, labels)))
+    numbers, matrix = metrics.compute()
+    return {name: number.value for name, number in numbers.items()}, matrix.tolist()
+
+
 def streamed(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     """What two workers of each rank read of a stream, image by image: at once, and stopped and resumed on the way."""
     if rank.is_first:
@@ -310,6 +323,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
         lab.pretrain(place / "full disk", on=on_all())
 
     answers["codes"] = train_quantizer(rank.index, rank.count)
+    answers["classes"] = [measure_here(rank, uneven) for uneven in (9, 13)]
     answers["streamed"] = streamed(place, rank)
     answers["sharded"] = sharded(lab, place, rank)
 

@@ -76,7 +76,7 @@ def test_the_search_ends_where_it_falls(
     stated = iter(accuracies)
 
     def state(components: Any, module: Any, split: str) -> None:
-        module.right = np.full((3, 3, 1), next(stated))
+        module.right = np.full((2, 3, 1), next(stated))
         module.predictions = np.zeros((3, 1, 60), dtype=np.int64)
 
     monkeypatch.setattr(sgd_probe, "_fit", lambda *_, **__: sgd_probe.Progress(6, None, None))  # type: ignore[arg-type]

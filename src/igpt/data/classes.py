@@ -168,6 +168,15 @@ def format_class_name(name: str, *, most: int = 40) -> str:
     return (plain[: most - 1].rstrip() + "…" if cut else plain) or "''"
 
 
+def label_classes(k: int, names: Sequence[str] | None) -> list[str]:
+    """Unique labels of K classes to show: their names, numbered where two are equal; `class 3` without names."""
+    if names is None:
+        return [f"class {i}" for i in range(k)]
+    shown = [format_class_name(name) for name in names]
+    count = Counter(shown)
+    return [name if count[name] == 1 else f"{name} ({i})" for i, name in enumerate(shown)]
+
+
 def describe_classes(names: Sequence[str]) -> str:
     """The number of classes and the first names: `10 classes: airplane, automobile, bird, …`."""
     listed = [format_class_name(name) for name in names[:LISTED]]

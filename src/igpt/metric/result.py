@@ -50,10 +50,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid of (R, R, 3) uint8 images, with a title over each column and a caption under each image."""
+    """A grid of (R, R, 3) uint8 images, with a title over each column or row, and a caption under each image."""
 
     images: np.ndarray  # (rows, columns, R, R, 3)
     titles: tuple[str, ...] = ()
+    row_titles: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()  # one per image, row by row, of one or several lines; fewer leave the last without
 
     @staticmethod

@@ -1,19 +1,11 @@
-"""Scores of predictions: accuracy with its confidence interval, majority vote, confusion matrix, top k."""
+"""Majority votes over the predictions under several masks."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from igpt.metric.result import Number
-from igpt.metric.share import share_number
 from igpt.utils import keyed
 
 VOTE_COUNTS = 1 << 24  # size of the table of counts at a time: images × heads × classes
-
-
-def accuracy_number(correct: np.ndarray, *, features: str = "") -> Number:
-    """The share of True in (N,) bool, with its 95 % interval; a vote of masks is one answer for each image."""
-    return share_number(float(np.mean(correct)), len(correct), features=features)
 
 
 def vote(predictions: Tensor, *, n_class: int, rng_keys: Tensor) -> Tensor:
@@ -35,13 +27,3 @@ def vote(predictions: Tensor, *, n_class: int, rng_keys: Tensor) -> Tensor:
         # below one count: decides ties only
         voted[..., rows] = (counts + 0.5 * draw).argmax(dim=-1)
     return voted
-
-
-def count_confusions(labels: np.ndarray, predictions: np.ndarray, n_class: int) -> np.ndarray:
-    """Confusion matrix: number of images of class i (row) predicted as j (column), (N,), (N,) → (K, K) int64."""
-    return np.bincount(labels * n_class + predictions, minlength=n_class**2).reshape(n_class, n_class)
-
-
-def is_in_top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
-    """Whether the label is among the k highest scores: (N, K), (N,) → (N,) bool."""
-    return (scores.topk(k, dim=-1).indices == labels[:, None]).any(dim=-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from igpt.data.cache import map_chunks
 from igpt.data.source import Split, plain_pixels
 from igpt.metric.result import Curve, Number
-from igpt.metric.share import share_number
+from igpt.metric.share import share_number, wilson_interval
 from igpt.probe.feature_files import Features
 from igpt.probe.lbfgs import TOLERANCE, Heads, logistic_regression
 from igpt.probe.scores import vote
@@ -86,9 +86,11 @@ class GridScores:
     suboptimality: np.ndarray | None = None  # (P, S) of `Heads`, the largest over folds; None: not fitted by L-BFGS
 
     def curve(self) -> Curve:
-        """The best accuracy of each layer."""
-        return Curve([float(window[0]) for window in self.windows], self.accuracy.max(axis=1).tolist(), "layer",
-                     "accuracy")  # fmt: skip
+        """The best accuracy of each layer, with its 95 % interval over images."""
+        shares = self.accuracy.max(axis=1).tolist()
+        intervals = [wilson_interval(share, self.n_image) for share in shares]
+        layers = [float(window[0]) for window in self.windows]
+        return Curve(layers, shares, "layer", "accuracy", y_intervals=intervals)
 
     def number(self, choice: Choice, *, one_mask: bool = False, features: str | None = None) -> Number:
         """The accuracy of a choice, of its layers' features unless they are described otherwise."""

@@ -1,28 +1,37 @@
 """Numbers and tables as text, for the terminal and for pages."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from igpt.metric.result import Number, Result
+from igpt.report.class_table import describe_classes
+from igpt.report.display_names import FIGURES, SUBJECTS, display_name, display_unit, name_figure, rank_key, split_key
 from igpt.utils.files import resolve_below
 
 REPORT = "report.html"  # in a run directory
+MOST_ROWS = 15  # numbers that are logged
+GENERATIVE = ("loss_gen", "bits_per_")
+LATER = len(FIGURES) * len(SUBJECTS)  # beyond every rank
 LONGEST_TEXT = 1_000_000  # bytes of a text file that is shown
 
 
 def closing_table(result: Result, folder: Path, seconds: float, *, published: Sequence[str] = ()) -> str:
-    """The text logged at the end of a run: its .txt files, numbers, published numbers, and the files to open.
+    """The text logged at the end of a run: its .txt files, main numbers, published numbers, and the files to open.
 
     A training that ended early, and what the result warns of, are said first. Each number has its unit, uncertainty and
     count. `seconds`: duration of the run. Files that the result names outside of `folder` are neither read nor named.
     """
+    shown = {key: result.numbers[key] for key in choose_rows(result.numbers)}
     rows = [
-        (key, format_number(of), of.unit, ", ".join(filter(None, (f"n = {of.n:,}", of.features))))
-        for key, of in result.numbers.items()
+        (display_name(key), format_readable(of), ", ".join(filter(None, (f"n = {of.n:,}", of.features))))
+        for key, of in shown.items()
     ]
-    lines = _align(rows, "<><<")
+    lines = _align(rows, "<<<")
     rule = "─" * max((len(line) for line in lines), default=20)
-    lines += list(filter(None, [describe_uncertainty(result.numbers.values())]))
+    hidden = len(result.numbers) - len(shown)
+    lines += [f"{hidden} more in {REPORT}"] * (hidden > 0) + describe_classes(result, folder)
+    lines += list(filter(None, [describe_uncertainty(shown.values())]))
     names = ["published:", *(f"  {line}" for line in published), rule] if published else []
     page = [Path(REPORT)] if (folder / REPORT).is_file() else []
     inside = [path for path in result.files.values() if resolve_below(folder, path) is not None]
@@ -31,6 +40,25 @@ def closing_table(result: Result, folder: Path, seconds: float, *, published: Se
     texts = [read_text(folder, path) for path in inside if path.suffix == ".txt"]
     first = [*texts, *result.early_stops, *result.warnings]
     return "\n".join([*first, rule, *lines, rule, *names, *places, f"{folder}  ({seconds:.0f} s)"])
+
+
+def choose_rows(numbers: Mapping[str, Number]) -> list[str]:
+    """The keys of at most MOST_ROWS numbers, in the order in which people ask; of each stage of a pipeline one or more.
+
+    Where classes are predicted, the generative loss comes after what is said of them.
+    """
+    groups: dict[str, list[str]] = {}
+    for key in numbers:
+        groups.setdefault(key.removesuffix(split_key(key)), []).append(key)
+    ranks = {}
+    for keys in groups.values():
+        has_classes = any(name_figure(key) == "accuracy" for key in keys)
+        for key in keys:
+            ranks[key] = rank_key(key) + (LATER if has_classes and any(name in key for name in GENERATIVE) else 0)
+    first = [min(keys, key=ranks.__getitem__) for keys in groups.values()][:MOST_ROWS]
+    others = sorted(ranks.keys() - set(first), key=lambda key: (ranks[key], list(numbers).index(key)))
+    chosen = {*first, *others[: MOST_ROWS - len(first)]}
+    return [key for keys in groups.values() for key in sorted(keys, key=ranks.__getitem__) if key in chosen]
 
 
 def read_text(folder: Path, path: Path) -> str:
@@ -72,11 +100,34 @@ def _align(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
 def format_readable(number: Number) -> str:
     """The value with uncertainty and unit: shares in percent, integers with thousands separators."""
     if number.unit != "share":
-        return format_number(number) if float(number.value).is_integer() else f"{format_number(number)} {number.unit}"
+        plain = format_number(number)
+        return plain if float(number.value).is_integer() else f"{plain} {display_unit(number.unit)}"
     text, around = _rounded(number, 100, 1)
     if number.deviation is not None:
         return f"{text}{around} % (std of {number.n})"
     return f"{text} %{around}"
+
+
+def format_interval(number: Number) -> str:
+    """The ends of the 95 % interval, of shares in percent: `86.8 to 93.5`; "" without one."""
+    if number.confidence_interval is None:
+        return ""
+    scale, digits = (100, 1) if number.unit == "share" else (1, 0 if _is_whole(number) else 4)
+    low, high = (scale * end for end in number.confidence_interval)
+    return " to ".join(_round_ends(low, high, digits))
+
+
+def _round_ends(low: float, high: float, digits: int) -> list[str]:
+    """The ends of an interval: three significant digits, or more where they would be one number.
+
+    At most `digits` decimals.
+    """
+    apart = math.ceil(math.log10(2 / (high - low))) if high > low else digits
+    ends = []
+    for end in (low, high):
+        significant = 2 - math.floor(math.log10(abs(end))) if end else 0
+        ends.append(f"{end:,.{min(max(significant, apart, 0), digits)}f}" if end else "0")
+    return ends
 
 
 def describe_uncertainty(numbers: Iterable[Number]) -> str:
@@ -100,11 +151,13 @@ def format_number(number: Number) -> str:
 def _rounded(number: Number, scale: int, digits: int) -> tuple[str, str]:
     """(value, uncertainty) as text: the latter is ` ± deviation`, else ` [low, high]`, else ""."""
     around, interval = "", number.confidence_interval
-    shape = ".4g" if _is_huge(number) else f".{digits}f"
+    large = math.floor(math.log10(max(1.0, abs(scale * number.value))))
+    shape = ".4g" if _is_huge(number) else f".{min(digits, max(0, 4 - large))}f"
     if number.deviation is not None:
         around = f" ± {scale * number.deviation:{shape}}"
     elif interval is not None:
-        around = " [{:{s}}, {:{s}}]".format(*(scale * end for end in interval), s=shape)
+        low, high = (scale * end for end in interval)
+        around = f" [{low:.3g}, {high:.3g}]" if _is_huge(number) else f" [{', '.join(_round_ends(low, high, digits))}]"
     return f"{scale * number.value:{'' if _is_huge(number) else ','}{shape}}", around
 
 

@@ -1,43 +1,54 @@
-"""Arrays → PNG files: grids of images, palettes, curves, bars, points, matrices."""
+"""Arrays → PNG files: grids of images, palettes, curves, bars, points."""
 
 import textwrap
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from igpt.data.classes import format_class_name
 from igpt.metric.result import Bars, Curve, Grid, MarkedLines
-from igpt.report.style import DPI, save_figure, styled
+from igpt.report.display_names import axis_name, is_share, name_lines
+from igpt.report.style import BAND, HEIGHT, REFERENCE, SMALL, WIDTH, image_font, save_figure, show_percent, styled
 from igpt.utils import files
 
 CELL = 96  # pixels a side that an image is shown at, at least
 GAP = 6
+HEAD = 22  # pixels of a title
 WHITE = 255  # of every channel
 INK = (60, 60, 60)
+MARGIN = 0.03  # beyond 0 and 100 %, along an axis of shares
 AROUND_COLOURS = (200, 215, 235)
-COUNTED, NAMED = 30, 100  # maximal classes of a confusion matrix with counts in its cells, with names at its rows
-LONGEST_LABEL = 24  # characters
 
 
 def draw_grid(grid: Grid) -> Image.Image:
     """The images of a grid on white, titles above, each pixel enlarged by an integer factor."""
+    if grid.row_titles:
+        return _draw_titled_rows(grid)
     side = grid.images.shape[2]
     scale = 2 * -(-CELL // (2 * side))  # even, so that pixels stay squares at half size
-    cell, head = side * scale, 22 if grid.titles else 0
+    cell, head = side * scale, HEAD if grid.titles else 0
     cells = grid.images.repeat(scale, axis=2).repeat(scale, axis=3)
     pixels = _mosaic(np.pad(cells, ((0, 0), (0, 0), (GAP, 0), (GAP, 0), (0, 0)), constant_values=WHITE))
     picture = Image.fromarray(np.pad(pixels, ((head, GAP), (0, GAP), (0, 0)), constant_values=WHITE))
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    pen, font = ImageDraw.Draw(picture), image_font()
     for column, title in enumerate(grid.titles):
         pen.text((GAP + column * (cell + GAP) + cell // 2, 5), title, fill=INK, font=font, anchor="ma")
+    return picture
+
+
+def _draw_titled_rows(grid: Grid) -> Image.Image:
+    rows = [draw_grid(Grid(row[None])) for row in grid.images]
+    step = rows[0].height + HEAD
+    picture = Image.new("RGB", (rows[0].width, step * len(rows)), (WHITE,) * 3)
+    pen, font = ImageDraw.Draw(picture), image_font()
+    for i, (row, title) in enumerate(zip(rows, grid.row_titles, strict=True)):
+        picture.paste(row, (0, i * step + HEAD))
+        pen.text((GAP, i * step + 5), title, fill=INK, font=font)
     return picture
 
 
@@ -75,35 +86,86 @@ def group_by_unit(curves: Mapping[str, Curve], *, least: int = 1) -> dict[tuple[
     return groups
 
 
+def is_level(curve: Curve) -> bool:
+    """Whether a curve is a level that others are compared with, as chance or a baseline of pixels."""
+    return len(curve.x) == 2 and curve.y[0] == curve.y[1]
+
+
+def find_y_range(curves: Mapping[str, Curve]) -> tuple[float, float]:
+    """The range to show: all points and intervals, and the levels that are not far from them.
+
+    Far: so that less than half of the height would be left to the others.
+    """
+    levels = [curve.y[0] for curve in curves.values() if is_level(curve)]
+    others = [curve for curve in curves.values() if not is_level(curve)]
+    ends = [end for curve in others for pair in (curve.y_intervals or ()) for end in pair]
+    values = [*ends, *(y for curve in others for y in curve.y)] or levels
+    low, high = min(values), max(values)
+    near = [level for level in levels if max(level - high, low - level) <= (high - low) / 2]
+    return min([low, *near]), max([high, *near])
+
+
 @styled
 def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
     """Writes one plot for each pair of units, stacked, more than four in two columns; no curve of a single point."""
     groups = group_by_unit(curves, least=2)
     columns = 1 if len(groups) <= 4 else 2
     rows = -(-len(groups) // columns) or 1
-    figure = Figure(figsize=(7 * columns, 4 * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows), layout="constrained")
     for place, ((x_unit, y_unit), lines) in enumerate(groups.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
-        for name, curve in lines.items():
-            (line,) = axes.plot(curve.x, curve.y, label=name, lw=1.4, marker="o" if len(curve.x) <= 65 else None, ms=3)
-            ink = line.get_color()
-            if curve.x_intervals is not None or curve.y_intervals is not None:
-                x_reach, y_reach = (
-                    None if ends is None else _reach(values, ends)
-                    for values, ends in ((curve.x, curve.x_intervals), (curve.y, curve.y_intervals))
-                )
-                axes.errorbar(curve.x, curve.y, y_reach, x_reach, fmt="none", lw=0.9, capsize=2, color=ink)
-            if curve.best is not None:
-                top = int(np.argmax(curve.y))
-                reach = _reach([curve.x[top]], [curve.best])
-                axes.errorbar(curve.x[top], curve.y[top], xerr=reach, fmt="*", ms=11, lw=1.4, capsize=4, color=ink)
-        if any(curve.best is not None for curve in lines.values()):
-            axes.plot([], [], "*-", ms=9, lw=1.4, color="black", label=f"best {x_unit}, with its 95 % interval")
-        axes.set(xlabel=x_unit, ylabel=y_unit)
+        names = name_lines(lines)
+        for key, curve in lines.items():
+            if not is_level(curve):
+                _draw_curve(axes, curve, label=names[key], x_unit=x_unit)
+        _draw_levels(axes, {names[key]: curve for key, curve in lines.items()}, in_percent=is_share(y_unit))
+        axes.set(xlabel=axis_name(x_unit), ylabel=axis_name(y_unit, lines))
         if all(float(x).is_integer() for curve in lines.values() for x in curve.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend()
-        save_figure(path, figure)
+        if is_share(y_unit):
+            show_percent(axes.yaxis)
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -MARGIN), min(high, 1 + MARGIN))
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend()
+    save_figure(path, figure)
+
+
+def _draw_curve(axes: Axes, curve: Curve, *, label: str, x_unit: str) -> None:
+    """A line with its intervals as a band, or as bars where x has some, too; a star at its best point."""
+    (line,) = axes.plot(curve.x, curve.y, label=label, marker="o" if len(curve.x) <= 65 else None)
+    ink = line.get_color()
+    if curve.x_intervals is None and curve.y_intervals is not None:
+        axes.fill_between(curve.x, *np.transpose(curve.y_intervals), color=ink, **BAND)
+    elif curve.x_intervals is not None:
+        y_reach = None if curve.y_intervals is None else _reach(curve.y, curve.y_intervals)
+        reach = _reach(curve.x, curve.x_intervals)
+        axes.errorbar(curve.x, curve.y, y_reach, reach, fmt="none", lw=0.9, capsize=2, color=ink)
+    if curve.best is not None:
+        top = int(np.argmax(curve.y))
+        reach = _reach([curve.x[top]], [curve.best])
+        best = f"best {x_unit}: {curve.x[top]:g}, 95 % interval {curve.best[0]:g} to {curve.best[1]:g}"
+        axes.errorbar(curve.x[top], curve.y[top], xerr=reach, fmt="*", ms=12, lw=1.4, capsize=4, color=ink, label=best)
+
+
+def _draw_levels(axes: Axes, lines: Mapping[str, Curve], *, in_percent: bool) -> None:
+    """Dashed lines with their names at the right; one that is far from the others is only named in the legend."""
+    levels = {name: curve.y[0] for name, curve in lines.items() if is_level(curve)}
+    if not levels:
+        return
+    low, high = find_y_range(lines)
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low - margin, high + margin)
+    for name, y in levels.items():
+        text = f"{name} {100 * y:.1f} %" if in_percent else f"{name} {y:.4g}"
+        if low <= y <= high:
+            axes.axhline(y, **REFERENCE)
+            axes.annotate(
+                text, (1, y), (-2, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+                fontsize=SMALL, color=REFERENCE["color"],
+            )  # fmt: skip
+        else:
+            axes.plot([], [], label=f"{text}, {'below' if y < low else 'above'}", **REFERENCE)
 
 
 @styled
@@ -128,10 +190,14 @@ def bars_figure(path: Path, bars: Bars) -> None:
         axes.bar(x, inside, 0.92 * width, color="white", alpha=0.4, ec="black", lw=[0.8 * (h > 0) for h in inside])
         for middle, height, part in zip(x, heights, inside, strict=True):
             ink = "white" if height > 0.1 * tallest and not part else "black"
-            axes.text(middle, 0, f"{height:.3f}", ha="center", va="bottom", color=ink, fontsize=9)
+            text = f"{100 * height:.1f} %" if is_share(bars.y_unit) else f"{height:.3f}"
+            axes.text(middle, 0, text, ha="center", va="bottom", color=ink, fontsize=9)
     axes.set_xticks(range(len(bars.heights)), [textwrap.fill(group, 20) for group in bars.heights])
     has_intervals = any(of.confidence_interval for group in bars.heights.values() for of in group.values())
-    axes.set_ylabel(bars.y_unit + (", with 95 % intervals" if has_intervals else ""))
+    axes.set_ylabel(axis_name(bars.y_unit) + (", with 95 % intervals" if has_intervals else ""))
+    axes.grid(False, axis="x")
+    if is_share(bars.y_unit):
+        show_percent(axes.yaxis)
     if bars.parts:
         axes.bar([0], [0], color="C0", alpha=0.6, ec="black", lw=0.8, label=part_label)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -146,10 +212,10 @@ def lines_figure(path: Path, lines: MarkedLines) -> None:
     for name, points in lines.points.items():
         values = [number.value for _, number in points]
         reach = _reach(values, [number.confidence_interval for _, number in points])
-        axes.errorbar(
-            [x for x, _ in points], values, reach, marker="o", ms=5, lw=1.4, elinewidth=0.8, capsize=2, label=name
-        )
+        axes.errorbar([x for x, _ in points], values, reach, marker="o", ms=5, elinewidth=0.8, capsize=2, label=name)
     axes.set(xlabel=lines.x_unit, ylabel=lines.y_unit)
+    if is_share(lines.y_unit):
+        show_percent(axes.yaxis)
     axes.set_title("\n".join(textwrap.wrap(lines.title, 84)), fontsize=10)
     if lines.x_falls:
         axes.invert_xaxis()
@@ -169,7 +235,7 @@ class Point:
 
 
 @styled
-def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
+def points_figure(path: Path, points: Sequence[Point], *, label: str, in_percent: bool = False) -> None:
     """Writes a dot plot, the first point on top: values, intervals, and the single values behind each mean."""
     names = [textwrap.fill(point.name, 44) for point in points]
     height = 1.4 + 0.3 * len(points) + 0.14 * sum(name.count("\n") for name in names)
@@ -188,7 +254,9 @@ def points_figure(path: Path, points: Sequence[Point], *, label: str) -> None:
     axes.set_yticks(range(len(points)), names, fontsize=8)
     axes.set(ylim=(len(points) - 0.4, -0.6))
     figure.supxlabel(label, fontsize=10)  # below the whole figure: the axes are narrower than a long line
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(False, axis="y")
+    if in_percent:
+        show_percent(axes.xaxis)
     figure.legend(loc="outside upper right", fontsize=8, ncols=len(kinds))
     save_figure(path, figure)
 
@@ -224,7 +292,6 @@ def plane_figure(path: Path, points: Sequence[PlanePoint], *, x_label: str, y_la
             arrowprops={"arrowstyle": "-", "lw": 0.6, "color": ink, "alpha": 0.6, "relpos": (0, 0.5)},
         )  # fmt: skip
     axes.set(xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.3)
     save_figure(path, figure)
 
 
@@ -232,49 +299,3 @@ def _reach(values: Sequence[float], intervals: Sequence[tuple[float, float] | No
     """Distances from each value to the ends of its interval, (2, n), for matplotlib; 0 without an interval."""
     ends = [interval or (value, value) for value, interval in zip(values, intervals, strict=True)]
     return np.transpose(np.abs(np.array(ends) - np.array(values)[:, None]))
-
-
-@styled
-def matrix_figure(path: Path, matrix: np.ndarray, class_names: Sequence[str] | None = None) -> None:
-    """Writes a confusion matrix (K, K) of counts, row: true class, column: predicted; coloured by share of the row.
-
-    Classes have names where there is room, else numbers. The position of the cells is in the PNG's metadata.
-    """
-    k = len(matrix)
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    labels = None if class_names is None else [fit_name(name, i) for i, name in enumerate(class_names)]
-    each = k <= COUNTED or (labels is not None and k <= NAMED)  # whether every row has its tick
-    labels = [str(i) for i in range(k)] if labels is None else labels
-    size = 10 if k <= COUNTED else 6  # of the labels, in points
-    longest = max(map(len, labels), default=0) if each else 3
-    label_inches = 0.6 * size / 72 * longest  # inches
-    side = min(14.0, max(4.0, 0.45 * k + 1.5)) + max(0.0, label_inches - 0.2)
-    figure = Figure(figsize=(side, side), layout="constrained", dpi=DPI)
-    axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    if each:
-        upright = label_inches > 0.8 * max(3.0, 0.45 * k) / k  # labels wider than a column
-        axes.set_xticks(range(k), labels, fontsize=size, rotation=90 if upright else 0)
-        axes.set_yticks(range(k), labels, fontsize=size)
-    if k <= COUNTED:
-        for (row, column), share in np.ndenumerate(shares):
-            if matrix[row, column]:
-                ink = "white" if share > 0.5 else "black"
-                axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=8, color=ink)
-    axes.set(xlabel="taken for class", ylabel="class")
-    axes.spines[:].set_visible(False)
-    save_figure(path, figure, cells=axes)
-
-
-def fit_name(name: str, number: int) -> str:
-    """A class's name with □ for characters that the font lacks; its number if only these are left."""
-    shown = format_class_name(name, most=LONGEST_LABEL)
-    known = _characters()
-    drawn = "".join(c if ord(c) in known and unicodedata.bidirectional(c) not in ("R", "AL") else "□" for c in shown)
-    return drawn if any(c not in "□ …" for c in drawn) else str(number)
-
-
-@cache
-def _characters() -> frozenset[int]:
-    """Code points of the figures' font."""
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())

@@ -19,7 +19,8 @@ from filelock import FileLock, Timeout
 
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.bystanders import Bystander, describe_error
-from igpt.report.figures import bars_figure, curves_figure, grid_picture, lines_figure, matrix_figure, palette_picture
+from igpt.report.confusion_figure import matrix_figure
+from igpt.report.figures import bars_figure, curves_figure, grid_picture, lines_figure, palette_picture
 from igpt.report.scatter import scatter_figure
 from igpt.settings.older_configs import VERSION, read_record
 from igpt.settings.paths import is_same_place
@@ -279,7 +280,7 @@ def parse_result(record: dict[str, Any]) -> Result:
     """The task's `Result` read back from a `result.json`: numbers, curves, files, class names, provenance."""
     return Result(
         numbers={key: Number(**_with_interval(number, "interval")) for key, number in record["numbers"].items()},
-        curves={key: Curve(**_with_interval(curve, "best")) for key, curve in record["curves"].items()},
+        curves={key: _read_curve(curve) for key, curve in record["curves"].items()},
         files={key: Path(path) for key, path in record["files"].items()},
         class_names={key: _names(names) for key, names in record.get("class_names", {}).items()},
         provenance=record["provenance"],
@@ -290,6 +291,13 @@ def _names(written: Any) -> tuple[str, ...]:
     if not isinstance(written, list) or not all(isinstance(name, str) for name in written):
         raise ValueError("class_names holds something else than names")
     return tuple(written)
+
+
+def _read_curve(fields: dict[str, Any]) -> Curve:
+    of_points = {
+        key: [(low, high) for low, high in fields[key]] for key in ("x_intervals", "y_intervals") if fields.get(key)
+    }
+    return Curve(**_with_interval(fields, "best") | of_points)
 
 
 def _with_interval(fields: dict[str, Any], key: str) -> dict[str, Any]:

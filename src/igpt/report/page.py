@@ -16,7 +16,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from igpt.metric.result import Result
 from igpt.report import facts
 from igpt.report.bystanders import Bystander
-from igpt.report.closing_table import REPORT, describe_uncertainty, format_number, read_text
+from igpt.report.class_table import SHOWN, find_matrices, rank_classes
+from igpt.report.closing_table import (
+    REPORT,
+    describe_uncertainty,
+    format_interval,
+    format_number,
+    format_readable,
+    read_text,
+)
+from igpt.report.display_names import display_name, display_unit
 from igpt.report.pictures import Picture, data_uri, embed, read_cells
 from igpt.report.plots import build_plots
 from igpt.report.runs import RunRecord, flatten, read_run, read_runs
@@ -52,7 +61,9 @@ def render_page(folder: Path) -> Path:
     texts = {key: read_text(folder, file) for key, file in run.files_inside.items() if file.suffix == ".txt"}
     links = {stage.name: link_to(path, stage.folder) if stage.run else None for stage in run.stages}
     pictures = [*_pictures(run), *_training_samples(folder)]
-    return write_html(path, "report.html", pictures, run=run, texts=texts, links=links)
+    matrices = find_matrices(run.files_inside, run.result.class_names, folder)
+    classes = {key: rows for key, (matrix, names) in matrices.items() if (rows := rank_classes(matrix, names))}
+    return write_html(path, "report.html", pictures, run=run, texts=texts, links=links, classes=classes)
 
 
 def run(settings: ReportSettings) -> Result:
@@ -100,6 +111,10 @@ def templates() -> Environment:
     )
     given = (
         format_number,
+        format_readable,
+        format_interval,
+        display_name,
+        display_unit,
         describe_uncertainty,
         sha256,
         data_uri,
@@ -109,7 +124,7 @@ def templates() -> Environment:
         facts.find_heading,
     )
     tiles.filters.update({function.__name__: function for function in given})
-    tiles.globals.update(facts=facts, above_curves=ABOVE_CURVES, css_variables=css_variables)
+    tiles.globals.update(facts=facts, above_curves=ABOVE_CURVES, css_variables=css_variables, most_shown=SHOWN)
     return tiles
 
 

@@ -8,12 +8,12 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
 from igpt.data.classes import format_class_name
+from igpt.report.class_table import read_counts
 from igpt.report.style import CELLS
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,6 @@ SMALLEST = 160  # pixels of the shorter side: minimum after shrinking
 WIDE, HIGH = 460, 560  # pixels: a larger picture is shown at half its size, to fit the screen
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 MOST_PIXELS, MOST_BYTES = 40_000_000, 100_000_000  # of a picture that is opened: it takes 160 MB of memory
-MOST_CLASSES = 2000  # maximal classes of a confusion matrix with counts under the pointer
 MOST_COUNTS = 100_000  # maximal non-empty cells, to limit the page's size
 
 
@@ -122,17 +121,13 @@ def read_cells(picture: Path, counts: Path, names: Sequence[str] | None) -> Matr
             raise FileNotFoundError("one of the files is gone, or is no file")
         with Image.open(picture, formats=("PNG",)) as image:
             left, top, width, height = map(float, image.info[CELLS].split())
-        matrix = np.load(counts, mmap_mode="r", allow_pickle=False)
-        k = len(matrix)
-        if not isinstance(matrix, np.memmap) or matrix.dtype.kind not in "iu" or matrix.shape != (k, k):
-            raise ValueError(f"{counts} holds no counts")
-        if not 1 <= k <= MOST_CLASSES:
-            raise ValueError(f"{k:,} classes are too many to be told apart")
-    except (*DAMAGED, KeyError, AttributeError, TypeError, OverflowError, BadZipFile) as error:
+        matrix = read_counts(counts)
+    except (*DAMAGED, KeyError, AttributeError, TypeError, OverflowError) as error:
         log.debug("%s is shown without what is under the pointer: %r", picture, error)
         return None
     counted = matrix if np.count_nonzero(matrix) <= MOST_COUNTS else ()
     rows = [",".join(f"{column}:{row[column]}" for column in np.flatnonzero(row)) for row in counted]
     known = [format_class_name(name) for name in names or ()]
+    k = len(matrix)
     box = [100 * left, 100 * top, 100 * width, 100 * height]
     return MatrixCells(box, k, ";".join(rows), known if len(known) == k else [])

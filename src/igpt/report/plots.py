@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from igpt.metric.result import Curve
-from igpt.report.figures import group_by_unit
+from igpt.report.display_names import axis_name, is_share, name_lines
+from igpt.report.figures import MARGIN, find_y_range, group_by_unit, is_level
 
 SIDE = 1000  # width and height of the drawing, in units that the page scales
 MOST_POINTS = 2000  # maximal points of a line
@@ -22,12 +23,17 @@ Tick = tuple[float, str]  # position in percent of the axis, text
 class PlotLine:
     """One curve of a plot: its points in the drawing, and its values as text."""
 
+    key: str  # in result.json
     name: str
-    points: list[tuple[float, float]]  # (x, y) from the top left
+    points: list[tuple[float, float]]  # (x, y) from the top left; none of a level that is far from the others
     x: list[str]
     y: list[str]
     n_point: int  # points of the curve before thinning
     best: tuple[float, float, float] | None = None  # of the highest point: the ends of its interval in x, and y
+    best_at: str = ""  # its x and the interval of that, as text
+    band: tuple[tuple[float, float], ...] = ()  # outline of its 95 % intervals
+    level: str = ""  # of a level: its name and value
+    place: float = 0.0  # of a level: percent from the top; below 0 and above 100 if it is outside
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Plot:
 
     x_unit: str
     y_unit: str
+    y_name: str  # title of the axis
+    in_percent: bool  # y are shares
     x_range: Ends
     y_range: Ends
     x_ticks: list[Tick]
@@ -59,22 +67,44 @@ def build_plots(curves: Mapping[str, Curve]) -> list[Plot]:
 
 
 def _build_plot(x_unit: str, y_unit: str, curves: Mapping[str, Curve], most: int) -> Plot:
-    xs, ys = (np.concatenate([getattr(curve, axis) for curve in curves.values()]) for axis in "xy")
-    x_range, y_range = _range(xs, margin=0.02), _range(ys, margin=0.06)
+    xs, in_percent, names = np.concatenate([curve.x for curve in curves.values()]), is_share(y_unit), name_lines(curves)
+    x_range, y_range = _range(xs, margin=0.02), _range(np.array(find_y_range(curves)), margin=0.06)
+    if in_percent:
+        y_range = max(y_range[0], -MARGIN), min(y_range[1], 1 + MARGIN)
     lines = []
-    for name, curve in curves.items():
+    for key, curve in curves.items():
+        if is_level(curve):
+            lines.append(_build_level(key, names[key], curve, y_range, in_percent=in_percent))
+            continue
         kept = thin(curve.y, most)
         x, y = np.array(curve.x)[kept], np.array(curve.y)[kept]
         points = zip(_along(x, x_range, (0, SIDE), 1), _along(y, y_range, (SIDE, 0), 1), strict=True)
-        best = None
+        best, best_at, band = None, "", list[tuple[float, float]]()
         if curve.best is not None:
             left, right = _along(np.array(curve.best), x_range, (0, SIDE), 1)
             best = left, right, _along(np.array([max(curve.y)]), y_range, (SIDE, 0), 1)[0]
-        lines.append(
-            PlotLine(name, list(points), [f"{a:.10g}" for a in x], [f"{b:.6g}" for b in y], len(curve.x), best)
-        )
+            best_at = f"{curve.x[int(np.argmax(curve.y))]:g}, 95 % interval {curve.best[0]:g} to {curve.best[1]:g}"
+        if curve.y_intervals is not None and curve.x_intervals is None:
+            low, high = (_along(ends[kept], y_range, (SIDE, 0), 1) for ends in np.array(curve.y_intervals).T)
+            along = _along(x, x_range, (0, SIDE), 1)
+            band = [*zip(along, low, strict=True), *zip(along[::-1], high[::-1], strict=True)]
+        x_text, y_text = [f"{a:.10g}" for a in x], [f"{b:.6g}" for b in y]
+        lines.append(PlotLine(key, names[key], list(points), x_text, y_text, len(curve.x), best, best_at, tuple(band)))
     x_ticks = _ticks(x_range, (0, 100), n=6, integer=bool((xs % 1 == 0).all()))
-    return Plot(x_unit, y_unit, x_range, y_range, x_ticks, _ticks(y_range, (100, 0), n=5), lines)
+    y_ticks = _ticks(y_range, (100, 0), n=5, in_percent=in_percent)
+    y_name = axis_name(y_unit, curves)
+    return Plot(axis_name(x_unit), y_unit, y_name, in_percent, x_range, y_range, x_ticks, y_ticks, lines)
+
+
+def _build_level(key: str, name: str, curve: Curve, y_range: Ends, *, in_percent: bool) -> PlotLine:
+    y = curve.y[0]
+    place = 100 * (y_range[1] - y) / (y_range[1] - y_range[0])
+    points = [(0.0, round(SIDE / 100 * place, 1)), (float(SIDE), round(SIDE / 100 * place, 1))]
+    level = f"{name} {100 * y:.1f} %" if in_percent else f"{name} {y:.4g}"
+    if not 0 <= place <= 100:
+        points, level = [], f"{level}, {'below' if place > 100 else 'above'}"
+    x, values = [f"{a:.10g}" for a in curve.x], [f"{y:.6g}"] * 2
+    return PlotLine(key, name, points, x, values, 2, level=level, place=round(place, 2))
 
 
 def thin(y: list[float], most: int) -> list[int]:
@@ -100,9 +130,11 @@ def _along(values: np.ndarray, within: Ends, sides: Ends, digits: int) -> list[f
     return places
 
 
-def _ticks(within: Ends, sides: Ends, *, n: int, integer: bool = False) -> list[Tick]:
+def _ticks(within: Ends, sides: Ends, *, n: int, integer: bool = False, in_percent: bool = False) -> list[Tick]:
     values = np.array(MaxNLocator(nbins=n, integer=integer, steps=[1, 2, 2.5, 5, 10]).tick_values(*within))
     values = values[(values >= within[0]) & (values <= within[1])]
     thousands = abs(values).max(initial=0) >= 10_000
+    if in_percent:
+        return list(zip(_along(values, within, sides, 2), [f"{100 * value:.6g} %" for value in values], strict=True))
     text = [f"{value / 1000:,.10g}k" if thousands and value else f"{value:.6g}" for value in values]
     return list(zip(_along(values, within, sides, 2), text, strict=True))

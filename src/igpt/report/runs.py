@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,9 @@ def _check(run: RunRecord) -> None:
     for curve in run.result.curves.values():
         if len(curve.x) != len(curve.y) or not all(map(math.isfinite, [*curve.x, *curve.y, *(curve.best or ())])):
             raise ValueError("a curve of other lengths, or of no numbers")
+        for pairs in (curve.x_intervals, curve.y_intervals):
+            if pairs is not None and (len(pairs) != len(curve.x) or not all(map(math.isfinite, chain(*pairs)))):
+                raise ValueError("intervals of other lengths, or of no numbers")
         _ = curve.x_unit + curve.y_unit
     if not all(isinstance(part, dict) for part in (run.config, run.result.provenance, run.record["versions"])):
         raise ValueError("parts of another type")

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from igpt.metric.result import Scatter
-from igpt.report.figures import fit_name
+from igpt.report.confusion_figure import fit_name
 from igpt.report.style import LIGHT, save_figure, styled
 
 MOST_COLOURS = 20  # classes that have a colour each; more cannot be told apart

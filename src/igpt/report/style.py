@@ -16,6 +16,7 @@ On a page `--c0` … `--c7` are the same colours, `--ink`, `--muted`, `--rule`, 
 dark as the reader's system is: `css_variables`. PNGs are light; a page inverts them where it is dark.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.ticker import PercentFormatter
+from PIL import ImageFont
 
 from igpt.utils import files
 
@@ -74,6 +77,12 @@ styled = matplotlib.rc_context(RC)  # decorator of a function that draws a figur
 def show_percent(axis: Axis) -> None:
     """Ticks of shares in percent; with as many decimals as their distance needs."""
     axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+
+
+@cache
+def image_font(size: int = 12) -> ImageFont.FreeTypeFont:
+    """The charts' font, in pixels, for titles of images that Pillow draws."""
+    return ImageFont.truetype(findfont(FontProperties(family=RC["font.family"])), size)
 
 
 def save_figure(path: Path, figure: Figure, *, cells: Axes | None = None) -> None:

@@ -12,6 +12,7 @@ from scipy.stats import t as student
 
 from igpt.metric.result import Number, find_key
 from igpt.report.closing_table import describe_uncertainty, format_number
+from igpt.report.display_names import display_name, display_unit, is_share
 from igpt.report.facts import find_number
 from igpt.report.figures import Point, points_figure
 from igpt.report.groups import describe_groups, group_by_data, group_by_seed
@@ -305,5 +306,8 @@ def draw(path: Path, result: Summary) -> None:
     ]  # fmt: skip
     hidden = len(result.rows) - len(points)
     more = f"; {hidden} more rows are not drawn" if hidden else ""
-    label = f"{result.metric}, {result.unit} ({describe_direction(result)}{more})"
-    points_figure(path, points, label="\n".join(filter(None, (label, result.data, result.caution))))
+    in_percent = is_share(result.unit)
+    what = [display_name(result.metric), *([] if in_percent else [display_unit(result.unit)])]
+    label = f"{', '.join(what)} ({describe_direction(result)}{more})"
+    label = "\n".join(filter(None, (label, result.data, result.caution)))
+    points_figure(path, points, label=label, in_percent=in_percent)

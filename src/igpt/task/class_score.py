@@ -6,15 +6,16 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from igpt.data.source import Source
+from igpt.metric.classification import ClassMetrics
 from igpt.metric.likelihood import BitUnit, likelihood_numbers
 from igpt.metric.result import Number
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.base import Objective
-from igpt.probe.scores import accuracy_number, vote
+from igpt.probe.scores import vote
 from igpt.task.generative_score import table_of_images
 from igpt.tokens.batches import Batch
 from igpt.utils import files, keyed
@@ -47,14 +48,17 @@ def classes_hash(source: Source) -> str:
     return files.hash_json([source.name, source.n_class, labels])[:16]
 
 
-class ClassScore:
-    """Accumulates predictions per image, then computes loss and accuracy over all ranks, each image counted once."""
+class ClassScore(nn.Module):
+    """Accumulates predictions, then computes losses and `ClassMetrics` over all ranks, each image counted once."""
 
     def __init__(
         self, objective: Objective, *, n_class: int, eval_masks: int, seed: int, units: Sequence[BitUnit] = ()
     ) -> None:
+        super().__init__()
         self.objective, self.n_class, self.seed, self.units = objective, n_class, seed, units
         self.eval_masks = 1 if objective.causal else eval_masks
+        self.metrics = ClassMetrics(n_class, has_votes=self.eval_masks > 1)
+        self.confusion = np.empty((0, 0))  # (K, K) counts of the last split
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def add(self, net: GPT, head: ClassHead, batch: Batch) -> None:
@@ -67,22 +71,21 @@ class ClassScore:
             scores = head(hidden).float()  # (B, K)
             predictions.append(scores.argmax(dim=-1))
             if mask == 0:
+                first = scores
                 nats = self.objective.per_example_loss(net.logits(hidden), batch.tokens, visible).double()
                 loss = F.cross_entropy(scores, batch.labels, reduction="none").double()
         rng_keys = keyed.per_example_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
         by_vote = vote(torch.stack(predictions), n_class=self.n_class, rng_keys=rng_keys)
-        one = (predictions[0] == batch.labels).double()
-        right = (by_vote == batch.labels).double()
-        self._seen.append((batch.rows, torch.stack([nats, loss, right, one, by_vote.double()])))
+        self.metrics.update(first, by_vote, batch.labels)
+        self._seen.append((batch.rows, torch.stack([nats, loss, by_vote.double()])))
 
     def numbers(self, split: str, trainer: L.Trainer, n_image: int) -> tuple[dict[str, Number], np.ndarray]:
         """The numbers of the split, and the predicted class of each image, (N,). Clears what was added."""
-        nats, loss, right, one, predictions = table_of_images(self._seen, trainer, 5, n_image)
+        nats, loss, predictions = table_of_images(self._seen, trainer, 3, n_image)
         self._seen = []
         numbers = likelihood_numbers(split, nats, self.units)
         stderr = float(loss.std()) / n_image**0.5 if n_image > 1 else None
         numbers[f"{split}/loss_clf"] = Number(float(loss.mean()), "nats/image", n_image, stderr)
-        numbers[f"{split}/accuracy"] = accuracy_number(right.numpy() > 0)
-        if self.eval_masks > 1:
-            numbers[f"{split}/accuracy_one_mask"] = accuracy_number(one.numpy() > 0)
+        of_classes, self.confusion = self.metrics.compute()
+        numbers |= {f"{split}/{name}": number for name, number in of_classes.items()}
         return numbers, predictions.numpy().astype(np.int64)

@@ -12,7 +12,6 @@ from igpt.metric.likelihood import position_nats, unigram_nats
 from igpt.metric.result import Number, Result
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
-from igpt.probe.scores import count_confusions
 from igpt.run.components import Components
 from igpt.settings.reading import EvaluateSettings
 from igpt.task.class_score import ClassScore, classes_hash
@@ -73,8 +72,7 @@ def run(components: Components, settings: EvaluateSettings) -> Result:
         numbers=numbers, provenance={"weights": weights.sha256, "tokenizer": data.tokenizer.hash, "split": split}
     )
     if head is not None:
-        counts = count_confusions(data.source.split(split).labels, module.predictions, len(head.wclf))
-        result.add_confusion(counts, data.source.class_names)
+        result.add_confusion(module.class_score.confusion, data.source.class_names)
     return result
 
 

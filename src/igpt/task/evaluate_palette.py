@@ -10,6 +10,7 @@ from igpt.data.source import plain_pixels
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.run.components import Components
 from igpt.settings.reading import PaletteTaskSettings
+from igpt.task.reconstruction_score import AMPLIFIED
 from igpt.tokens.kmeans import colour_distances
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
@@ -41,24 +42,34 @@ def run(components: Components, settings: PaletteTaskSettings) -> Result:
         run_palette.save(path)
 
     palettes = {OURS: run_palette} | name_palettes(others)
-    numbers, curves, columns = {}, {}, [pixels[:SHOWN]]
+    numbers, curves = {}, {}
+    shown: list[np.ndarray] = [pixels[:SHOWN]]
+    titles = ["original"]
     for name, palette in palettes.items():
         distance = colour_distances(palette, pixels)  # (N, R, R), grey levels
         mse = float(np.mean(distance**2)) / 3
         numbers[f"{name}/colours"] = Number(palette.k, "colours", 1)
         numbers[f"{split}/{name}_mse"] = Number(mse, "grey levels²", n)
+        exact = "exact"
         if mse > 0:
-            numbers[f"{split}/{name}_psnr"] = Number(10 * math.log10(255**2 / mse), "dB", n)
+            psnr = numbers[f"{split}/{name}_psnr"] = Number(10 * math.log10(255**2 / mse), "dB", n)
+            exact = f"PSNR {psnr.value:.1f} dB"
         levels = np.arange(FURTHEST + 1.0)
         share = np.searchsorted(np.sort(distance, axis=None), levels, side="right") / distance.size
         curves[name] = Curve(
             levels.tolist(), share.tolist(), "distance from the original colour, grey levels", "share of pixels"
         )
-        columns.append(palette.decode(palette.encode(torch.from_numpy(pixels[:SHOWN]))))
+        images = palette.decode(palette.encode(torch.from_numpy(pixels[:SHOWN])))
+        shown.append(images)
+        titles.append(f"{name}: {palette.k} colours, {exact}")
+        if mse > 0:
+            error = np.abs(images.astype(np.int64) - pixels[:SHOWN]) * AMPLIFIED
+            shown.append(error.clip(max=255).astype(np.uint8))
+            titles.append(f"its error, {AMPLIFIED} times as bright")
     return Result(
         numbers=numbers,
         curves=curves,
-        grids={"palette_images": Grid(np.stack(columns, axis=1), ("original", *palettes))},
+        grids={"palette_images": Grid(np.stack(shown), row_titles=tuple(titles))},
         palettes={name: palette.colours for name, palette in palettes.items()},
         files={"palette": path.relative_to(run_dir)},
         provenance={

@@ -19,7 +19,6 @@ from igpt.model.dropout import NetworkDropout, add_dropout
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
 from igpt.objective.joint import JointObjective
-from igpt.probe.scores import count_confusions
 from igpt.run.components import Components
 from igpt.settings.training import FinetuneSettings
 from igpt.task.class_score import ClassScore, check_classes, classes_hash
@@ -181,8 +180,7 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
             runner.validate(judged, components.build_datamodule(plan=plan, eval_split=split))
         result.numbers |= judged.numbers
         if split == "test":
-            labels = source.split("test").labels
-            result.add_confusion(count_confusions(labels, judged.predictions, n_class), source.class_names)
+            result.add_confusion(judged.score.confusion, source.class_names)
     result.numbers["best_step"] = Number(best["step"], "optimiser steps", 1)
     result.numbers["train/images_seen"] = Number(best["step"] * settings.batch_size, "images", 1)
     result.numbers |= trained.clock.numbers

@@ -92,6 +92,8 @@ def run(components: Components, settings: LowDataSettings) -> Result:
             result.curves[f"{title}, {split}"] = Curve(
                 [float(n) for n in rows_of], means, "labels per class", "accuracy"
             )
+    ends = [float(end) for end in (min(rows_of), max(rows_of))]
+    result.curves["chance"] = Curve(ends, [1 / n_class] * 2, "labels per class", "accuracy")
     result.numbers["probe/layer"] = number_layer(layer, net.n_layer, correct)
     result.provenance = {
         "weights": weights.sha256, "tokenizer": components.tokenizer.hash, "layer": layer, "layer_chosen_by": chosen_by,

@@ -11,11 +11,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from igpt.distributed import ranks
+from igpt.metric.classification import ClassMetrics
 from igpt.metric.result import Curve, Number, Result
-from igpt.metric.share import share_number
 from igpt.model.gpt import GPT
 from igpt.probe.depth import fall_to_last_layer, number_layer, resolve_layer
-from igpt.probe.scores import accuracy_number, count_confusions, is_in_top_k
 from igpt.probe.selection import (
     Choice,
     FeatureSet,
@@ -39,6 +38,8 @@ from igpt.training.hardware import matmul_precision
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
+
+AT_ONCE = 4096  # images scored together: top 5 takes three tables of images × classes
 
 
 def run(components: Components, settings: ProbeSettings) -> Result:
@@ -73,6 +74,8 @@ def run(components: Components, settings: ProbeSettings) -> Result:
     solve = probe_by_sgd if settings.solver == "sgd" else probe_by_lbfgs
     result = solve(components, settings, net=net, n_class=n_class)
     result.files["probe"] = Path("probe.safetensors")
+    if any(len(curve.x) > 1 for curve in result.curves.values() if curve.x_unit == "layer"):
+        result.curves["chance"] = Curve([0.0, float(n_layer)], [1 / n_class] * 2, "layer", "accuracy")
     shift = describe_shift(result.provenance["layers"], int(result.numbers["probe/layer"].value))
     if concat is not None and shift:
         log.warning("task.concat_layers=%d: %s", concat, shift)
@@ -109,15 +112,11 @@ def probe_by_sgd(components: Components, settings: ProbeSettings, *, net: GPT, n
         weight, bias = module.weights[cell[1]][cell[0]], module.biases[cell[1]][cell[0]]
         save_head(components.run_dir / "probe.safetensors", weight, bias, best.layers)
     if settings.test:
+        module.cell = cell
         validate("test")
-        source = components.source
-        labels, predictions = source.split("test").labels, module.predictions[cell]
-        result.numbers["test/accuracy"] = accuracy_number(predictions == labels, features=best.features)
-        for name, row, is_measured in (("accuracy_one_mask", 1, masks > 1), ("top_5", 2, n_class > 5)):
-            if is_measured:
-                share = share_number(module.right[row][cell], len(labels), features=best.features)
-                result.numbers[f"test/{name}"] = share
-        result.add_confusion(count_confusions(labels, predictions, n_class), source.class_names)
+        numbers, confusion = module.test_scores
+        result.numbers |= {f"test/{name}": replace(of, features=best.features) for name, of in numbers.items()}
+        result.add_confusion(confusion, components.source.class_names)
     result.files["checkpoints"] = Path("checkpoints" if settings.sgd.search == "together" else "rates")
     result.provenance = {
         "layers": best.layers, "rate": best.strength, "rates": table.C_grid, "refitted_on_val": settings.refit,
@@ -188,17 +187,15 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
 def score_test(
     result: Result, head: FittedHead, images: FeatureSet, *, features: str, class_names: tuple[str, ...] | None
 ) -> None:
-    """Adds the accuracy of a head on test images, by vote over masks and of the first, its top 5 and its confusions."""
+    """Adds the `ClassMetrics` of a head on test images, by vote over masks, and its confusion matrix."""
     predictions, scores = head.predict(images)
-    labels = images.labels
-    correct = {"accuracy": predictions == labels}
-    if len(images.by_mask) > 1:
-        correct["accuracy_one_mask"] = scores.argmax(dim=-1).cpu().numpy() == labels
-    if head.n_class > 5:
-        correct["top_5"] = is_in_top_k(scores.cpu(), torch.from_numpy(labels), 5).numpy()
-    for name, of_images in correct.items():
-        result.numbers[f"test/{name}"] = accuracy_number(of_images, features=features)
-    result.add_confusion(count_confusions(labels, predictions, head.n_class), class_names)
+    metrics = ClassMetrics(head.n_class, has_votes=len(images.by_mask) > 1, synced=False)  # each rank has all images
+    answers, labels = torch.from_numpy(predictions), torch.from_numpy(images.labels)
+    for some in zip(*(torch.split(of, AT_ONCE) for of in (scores.cpu(), answers, labels)), strict=True):
+        metrics.update(*some)
+    numbers, confusion = metrics.compute(features=features)
+    result.numbers |= {f"test/{name}": number for name, number in numbers.items()}
+    result.add_confusion(confusion, class_names)
 
 
 def build_result(

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from igpt.metric.classification import ClassMetrics
+from igpt.metric.result import Number
 from igpt.metric.share import share_number
 from igpt.model.features import layer_features
 from igpt.model.gpt import GPT
@@ -52,10 +54,13 @@ class SGDProbeModule(TrainedModule):
         self.weights = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for _ in self.rates)  # (P, K, D) each
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for _ in self.rates)
         self.strict_loading = False  # the frozen network is not in checkpoints
-        self._right: Tensor | None = None  # (3, P, R) correct: by vote, under the first mask, in its top five
+        self._right: Tensor | None = None  # (2, P, R) correct: by vote, under the first mask
         self._predictions: list[tuple[Tensor, Tensor]] = []
-        self.right: np.ndarray = np.empty((3, 0, 0))
+        self.right: np.ndarray = np.empty((2, 0, 0))
         self.predictions: np.ndarray = np.empty((0, 0, 0))
+        self.cell = 0, 0  # window and rate of the head that test is read with
+        self.metrics = ClassMetrics(n_class, has_votes=self.eval_masks > 1)
+        self.test_scores: tuple[dict[str, Number], np.ndarray] = {}, np.empty((0, 0))
 
     def pool_features(self, batch: Batch, mask: int) -> Tensor:
         """The features under one mask, concatenated over the layers of each window: (P, B, D) float32."""
@@ -100,12 +105,13 @@ class SGDProbeModule(TrainedModule):
                 scores = self.scores(features)  # (P, R, B, K)
             every.append(scores.argmax(dim=-1))
             if mask == 0:
-                of_five = scores.topk(min(5, self.n_class), dim=-1).indices == batch.labels[:, None]
+                first = scores[self.cell]  # (B, K)
         predictions = torch.stack(every, dim=-2)
         rng_keys = keyed.per_example_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
         by_vote = vote(predictions, n_class=self.n_class, rng_keys=rng_keys)  # (P, R, B)
-        rights = [by_vote == batch.labels, predictions[..., 0, :] == batch.labels, of_five.any(dim=-1)]
-        right = torch.stack(rights).double().sum(dim=-1)
+        if self.split == "test":
+            self.metrics.update(first, by_vote[self.cell], batch.labels)
+        right = torch.stack([by_vote == batch.labels, predictions[..., 0, :] == batch.labels]).double().sum(dim=-1)
         self._right = right if self._right is None else self._right + right
         self._predictions.append((batch.rows, by_vote))
 
@@ -121,6 +127,8 @@ class SGDProbeModule(TrainedModule):
         assert isinstance(together, Tensor)
         self._right, self._predictions = None, []
         self.right, self.predictions = right.cpu().numpy() / self.n_image, together.cpu().numpy()
+        if self.split == "test":
+            self.test_scores = self.metrics.compute()
         name = f"{self.split}/accuracy"
         self.finish_validation({name: share_number(self.right[0].max(), self.n_image)}, [name])
 
@@ -135,7 +143,7 @@ class SGDProbeModule(TrainedModule):
             for parameter in (*self.weights, *self.biases):
                 parameter.fill_(torch.nan)
         heads = len(self.weights[0]), len(self.rates)
-        self.right, self.predictions = np.zeros((3, *heads)), np.zeros((*heads, self.n_image), dtype=np.int64)
+        self.right, self.predictions = np.zeros((2, *heads)), np.zeros((*heads, self.n_image), dtype=np.int64)
 
     def table(self, labels: np.ndarray) -> GridScores:
         """Val accuracies of the last validation, of images with these labels; 0 for diverged heads."""

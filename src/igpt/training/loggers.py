@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from pydantic import Field
 
-from igpt.data.classes import format_class_name
+from igpt.data.classes import label_classes
 from igpt.distributed.launcher import SWEEP
 from igpt.distributed.process_state import restore_environment
 from igpt.metric.result import Result
@@ -144,7 +143,7 @@ def show(result: Result, folder: Path) -> None:
             shown[f"curves/{title}"] = library.plot.line_series(x, y, keys=list(lines), title=title, xname=x_unit)
         for name, matrix in result.matrices.items():
             if len(matrix) <= MOST_CLASSES:
-                axis = class_axis(len(matrix), result.class_names.get(name))
+                axis = label_classes(len(matrix), result.class_names.get(name))
                 rows = zip(axis, matrix.tolist(), strict=True)
                 cells = [[row, column, n] for row, counts in rows for column, n in zip(axis, counts, strict=True)]
                 shown[f"{name}_cells"] = library.plot_table(
@@ -155,15 +154,6 @@ def show(result: Result, folder: Path) -> None:
                 )
         if shown:
             run.log(shown)
-
-
-def class_axis(k: int, class_names: Sequence[str] | None) -> Sequence[str | int]:
-    """Unique axis labels of K classes: their names, numbered where two are equal; without names their indices."""
-    if class_names is None:
-        return range(k)
-    shown = [format_class_name(name) for name in class_names]
-    count = Counter(shown)
-    return [name if count[name] == 1 else f"{name} ({i})" for i, name in enumerate(shown)]
 
 
 def close(failed: bool) -> None:

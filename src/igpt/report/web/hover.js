@@ -4,10 +4,10 @@ for (const area of document.querySelectorAll(".area")) {
   const numbers = (text) => text.split(" ").map(Number);
   const lines = [...area.querySelectorAll(".line")].map((line) => ({
     name: line.dataset.name,
-    colour: line.classList[1],
+    colour: [...line.classList].find((name) => name.startsWith("colour-")),
     x: numbers(line.dataset.x),
     y: numbers(line.dataset.y),
-    said: line.dataset.y.split(" "),
+    said: line.dataset.y.split(" ").map((y) => area.dataset.percent ? `${(100 * y).toFixed(1)} %` : y),
   }));
   const places = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
   const low = Number(area.dataset.low), high = Number(area.dataset.high);
