@@ -129,7 +129,7 @@ def test_the_page_shows_everything(found: Any) -> None:
     page = (components.run_dir / "report.html").read_text()
     for heading in ("Attention", "Loss per pixel", "Nearest training images", "Map of features"):
         assert f"<h2>{heading}</h2>" in page
-    for title in ("Accuracy", "Attention distance (pixels)", "Attention entropy (nats)"):
+    for title in ("Accuracy", "Attention distance in pixels", "Attention entropy in nats"):
         assert f"<h3>{title} over depth</h3>" in page
     assert "warning" not in result.provenance
     assert RunFolder(components.run_dir).read_result()["files"]["inspect"] == "inspect.npz"
@@ -209,14 +209,14 @@ def test_attention_is_drawn_where_its_keys_tokens_lie() -> None:
     assert draw_heat(np.array([[0.0, np.nan]]), most=1)[0, 1].tolist() == [128, 128, 128]
 
 
-@pytest.mark.parametrize(("n_class", "n_colour"), [(3, 3), (21, 0), (1, 0)])
-def test_points_have_the_colours_of_their_classes(n_class: int, n_colour: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n_class", "expected"), [(3, 3), (21, 0), (1, 0)])
+def test_points_have_the_colours_of_their_classes(n_class: int, expected: int, tmp_path: Path) -> None:
     """By hand: a colour for each class; all grey where there is one, or too many to tell apart."""
     points = np.random.default_rng(0).normal(size=(63, 2))
     scatter_figure(tmp_path / "map.png", Scatter(points, np.arange(63) % n_class, ("cat", "dog"), "x", "y", "title"))
     drawn = {tuple(colour) for colour in np.asarray(Image.open(tmp_path / "map.png").convert("RGB")).reshape(-1, 3)}
     table = {tuple(round(255 * part) for part in matplotlib.colormaps["tab20"](i)[:3]) for i in range(20)}
-    assert len(table & drawn) == n_colour
+    assert len(table & drawn) == expected
 
 
 @pytest.mark.parametrize(

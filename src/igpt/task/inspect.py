@@ -87,6 +87,8 @@ def run(components: Components, settings: InspectSettings) -> Result:
         result.numbers[f"{split}/knn_raw_pixels"] = share
         depth = [0.0, float(sizes.n_layer)]
         result.curves[f"raw pixels, {split}"] = Curve(depth, [share.value] * 2, "layer", "accuracy")
+        if source.n_class is not None:
+            result.curves["chance"] = Curve(depth, [1 / source.n_class] * 2, "layer", "accuracy")
         arrays["knn_correct"] = correct
     if settings.neighbours:
         k = min(settings.neighbours, len(train_rows))
@@ -201,7 +203,8 @@ def draw_neighbours(images: np.ndarray, labels: np.ndarray, source: Source, near
     found = plain_pixels(train, nearest.flatten().tolist()).reshape(n, k, *images.shape[1:])
     every = np.concatenate([labels[:, None], train.labels[nearest]], axis=1)
     captions = tuple(name_class(source, label) for label in every.flatten().tolist())
-    return Grid(np.concatenate([images[:, None], found], axis=1), ("image", *(str(i + 1) for i in range(k))), captions)
+    titles = "image", *(str(i + 1) for i in range(k))
+    return Grid(np.concatenate([images[:, None], found], axis=1), titles, captions=captions)
 
 
 def name_class(source: Source, label: int) -> str:
