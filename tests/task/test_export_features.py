@@ -69,12 +69,13 @@ def test_files_are_named(place: Path, tmp_path: Path) -> None:
     """By hand: the names below data.path, in the order of the rows, with the folders' names as classes."""
     images = class_folders(tmp_path / "photographs", ["cat", "dog, wet"], 6)
     data = "data=folder", f"data.path={images}", "data.resolution=8", "data.val_fraction=0.5", "trainer=cpu"
-    _, folder = execute(place, "task=features", f"init={place}", *data, "task.splits=[val]", "logger=none")
+    _, folder = execute(place, "task=features", f"init={place}", *data, "task.splits=[test,val]", "logger=none")
     lines = list(csv.DictReader((folder / "val.csv").open()))
     assert len(lines) == len(np.load(next((place.parent / "cache" / "features").glob("folder8-val-*.labels.npy"))))
     for line in lines:
         assert (images / line["file"]).is_file()
         assert (images / line["file"]).parent.name == line["class"] == ["cat", "dog, wet"][int(line["label"])]
+    assert not (folder / "test.csv").exists()  # the folder has no test images
     assert [line["file"] for line in lines] == sorted(line["file"] for line in lines)
 
 
