@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from igpt.run.launch import build_components, run
+from igpt.encoder.given_features import read_given_features
+from igpt.probe.feature_files import Features
+from igpt.run.launch import run
+from igpt.task.export_features import write_layer
 from tests.data.conftest import class_folders
 from tests.task.conftest import check_bad_settings
-from tests.test_conf import CONF, save_small
+from tests.test_conf import CONF, built, save_small
 
 FEATURES = {"splits": ["val"], "layers": "all", "format": "npy", "norm": "ln_1", "dtype": "float16", "batch_size": 64}
 FEW = ("data=digits", "data.val_fraction=0.2", "data.test_fraction=0.8", "trainer=cpu", "logger=none")
@@ -30,27 +33,30 @@ def execute(place: Path, *overrides: str) -> tuple[dict[str, float], Path]:
 
 
 def test_a_probe_of_exported_features_is_the_probe_of_the_network(place: Path) -> None:
-    """Round trip: the accuracy of `task=probe` on this layer, from either format; bits as in the cache."""
+    """Round trip: the accuracy of `task=probe` on this layer, and the same bits from either format."""
     init = f"init={place}"
     _, folder = execute(place, "task=features", init, *FEW, "task.layers=[2,last]")
     assert sorted(path.name for path in folder.glob("layer_*")) == ["layer_2", "layer_3"]
     how = "task.C_grid=[1.0]", "task.baselines=[]"
     probed, _ = execute(place, "task=probe", init, *FEW, *how, "task.layer=2")
-    _, in_npy = execute(place, "task=features", init, *FEW, "task.layers=2", "task.format=npy")
-    for exported in (folder, in_npy):
-        given, _ = execute(place, "task=probe_encoder", f"task.encoder={exported / 'layer_2'}", *FEW, *how)
-        for name in ("val/accuracy", "test/accuracy"):
-            assert given[name] == probed[name]
-    source = build_components("task=features", init, *FEW, conf=CONF).source
-    for split in ("train", "val", "test"):
+    given, _ = execute(place, "task=probe_encoder", f"task.encoder={folder / 'layer_2'}", *FEW, *how)
+    for name in ("val/accuracy", "test/accuracy"):
+        assert given[name] == probed[name]
+    source = built("task=features", init, *FEW).source
+    counts = {split: len(source.split(split)) for split in ("train", "val", "test")}
+    stored = {}
+    for split in counts:
         with safe_open(folder / "layer_2" / f"features_{split}.safetensors", framework="np") as file:
             values, labels, about = file.get_tensor("features"), file.get_tensor("labels"), file.metadata()
-        assert np.array_equal(values, np.load(in_npy / "layer_2" / f"features_{split}.npy"))
+        write_layer(place / "npy" / f"features_{split}.npy", Features(values[None], labels), 0, {}, source)
+        stored[split] = values
         assert values.shape == (len(labels), 24)
         assert values.dtype == np.float16
         assert labels.tolist() == source.split(split).labels.tolist()
         assert json.loads(about["class_names"]) == [*"0123456789"]
         assert (about["layer"], about["norm"]) == ("2", "ln_1")
+    of_npy = read_given_features(str(place / "npy"), counts, [*counts])
+    assert all(np.array_equal(of_npy[split], values) for split, values in stored.items())
     lines = list(csv.reader((folder / "val.csv").open()))
     assert lines[0] == ["file", "label", "class"]
     assert [line[0] for line in lines[1:]] == [str(i) for i in range(len(lines) - 1)]  # no files: rows
@@ -63,12 +69,13 @@ def test_files_are_named(place: Path, tmp_path: Path) -> None:
     """By hand: the names below data.path, in the order of the rows, with the folders' names as classes."""
     images = class_folders(tmp_path / "photographs", ["cat", "dog, wet"], 6)
     data = "data=folder", f"data.path={images}", "data.resolution=8", "data.val_fraction=0.5", "trainer=cpu"
-    _, folder = execute(place, "task=features", f"init={place}", *data, "task.splits=[val]", "logger=none")
+    _, folder = execute(place, "task=features", f"init={place}", *data, "task.splits=[test,val]", "logger=none")
     lines = list(csv.DictReader((folder / "val.csv").open()))
     assert len(lines) == len(np.load(next((place.parent / "cache" / "features").glob("folder8-val-*.labels.npy"))))
     for line in lines:
         assert (images / line["file"]).is_file()
         assert (images / line["file"]).parent.name == line["class"] == ["cat", "dog, wet"][int(line["label"])]
+    assert not (folder / "test.csv").exists()  # the folder has no test images
     assert [line["file"] for line in lines] == sorted(line["file"] for line in lines)
 
 

@@ -22,6 +22,11 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "psnr": "{} PSNR",
     "*/pixels_as_original": "completed pixels equal to the original",
     "*/tokens_as_original": "completed tokens equal to the original",
+    "knn_accuracy": "{} accuracy by nearest neighbours (k-NN)",
+    "knn_raw_pixels": "{} k-NN accuracy from raw pixels",
+    "shown/loss_gen": "loss of the images shown",
+    "inspect/layer": "layer of neighbours and map",
+    "features/width": "features of an image",
     "probe/layer": "best layer",
     "layer": "best layer",
     "untrained": "{} accuracy of an untrained network",
@@ -97,7 +102,7 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
 }
 LINES = {  # names of curves, before ", split"
     "probe": "linear probe", "low-data probe": "linear probe", "untrained network": "untrained network",
-    "raw pixels": "raw pixels", "chance": "chance",
+    "raw pixels": "raw pixels", "chance": "chance", "k-NN": "k-NN",
 }  # fmt: skip
 UNITS = {
     "nats/token": "nats per token", "nats/image": "nats per image", "bits/token": "bits per token",

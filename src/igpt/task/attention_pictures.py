@@ -90,7 +90,7 @@ def draw_attention_maps(
         for head in heads
         for caption in (place, *(f"layer {layer}, head {head}" for layer in drawn))
     ]
-    return Grid(np.stack(columns, axis=1), ("query", *(f"layer {layer}" for layer in drawn)), tuple(captions))
+    return Grid(np.stack(columns, axis=1), ("query", *(f"layer {layer}" for layer in drawn)), captions=tuple(captions))
 
 
 def _place_keys(of_keys: Tensor, causal: bool) -> Tensor:
@@ -101,11 +101,11 @@ def _place_keys(of_keys: Tensor, causal: bool) -> Tensor:
 def list_spread_curves(spread: AttentionSpread, *, cell: int, causal: bool) -> dict[str, Curve]:
     """Curves over depth of each head's distance (in pixels, `cell` a side of a token), entropy, and start vector."""
     measures: dict[str, tuple[Tensor, str, Tensor | None]] = {
-        "distance": (spread.distance * cell, "attention distance (pixels)", spread.uniform_distance * cell),
-        "entropy": (spread.entropy, "attention entropy (nats)", spread.uniform_entropy),
+        "distance": (spread.distance * cell, "attention distance in pixels", spread.uniform_distance * cell),
+        "entropy": (spread.entropy, "attention entropy in nats", spread.uniform_entropy),
     }
     if causal:
-        measures["start"] = spread.start_share, "attention on the start vector (share)", None
+        measures["start"] = spread.start_share, "share of attention on the start vector", None
     curves: dict[str, Curve] = {}
     softmax = (~spread.distance[:, 0].isnan()).nonzero()[:, 0]
     x = [float(layer + 1) for layer in softmax]

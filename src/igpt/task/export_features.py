@@ -33,8 +33,14 @@ def run(components: Components, settings: ExportFeaturesSettings) -> Result:
     weights, source, folder = components.trained_weights, components.source, components.run_dir
     layers = choose_layers(settings.layers, weights.metadata.network.n_layer)
     net, reader, result = weights.net(), FeatureReader(components, settings), Result()
+    splits = [split for split in dict.fromkeys(settings.splits) if len(source.split(split))]
+    if not splits:
+        raise ValueError(f"data={source.name} has no images in {', '.join(settings.splits)}: choose other task.splits")
+    if empty := [split for split in settings.splits if split not in splits]:
+        result.provenance["warning"] = f"no images in {', '.join(empty)}, so no features of them"
+        log.warning("features: %s has %s", source.name, result.provenance["warning"])
     about = {"weights": weights.sha256, "norm": settings.norm, "pooling": "mean over positions"}
-    for split in dict.fromkeys(settings.splits):
+    for split in splits:
         (features,) = reader.read(net, weights.sha256, split, eval_masks=1)
         result.numbers[f"{split}/images"] = Number(len(features.labels), "images", 1)
         result.files |= {split: Path(f"{split}.csv")}
@@ -48,7 +54,7 @@ def run(components: Components, settings: ExportFeaturesSettings) -> Result:
     log.info("features: task=probe_encoder task.encoder=%s probes them", folder / f"layer_{layers[0]}")
     width = features.values.shape[2]
     result.numbers["features/width"] = Number(width, "features", 1)
-    result.provenance = {**about, "tokenizer": components.tokenizer.hash, "layers": layers, "seed": components.seed}
+    result.provenance |= {**about, "tokenizer": components.tokenizer.hash, "layers": layers, "seed": components.seed}
     return result
 
 

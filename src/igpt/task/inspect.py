@@ -76,7 +76,8 @@ def run(components: Components, settings: InspectSettings) -> Result:
     else:
         chosen_by = f"k-NN on {split}" if layer is None else "task.layer"
         layer = show_knn(result, correct, layer, split=split)
-        pixels = flatten_pixels(source.split("train"), train_rows), flatten_pixels(source.split(split), rows)
+        pixels = [flatten_pixels(source.split(name), of) for name, of in (("train", train_rows), (split, rows))]
+        pixels = [values - pixels[0].mean(1) for values in pixels]  # they have no zero of their own
         raw = judge_layers(
             replace(train, values=pixels[0]), replace(judged, values=pixels[1]), source, k=settings.k,
             device=components.hardware.device,
@@ -86,6 +87,8 @@ def run(components: Components, settings: InspectSettings) -> Result:
         result.numbers[f"{split}/knn_raw_pixels"] = share
         depth = [0.0, float(sizes.n_layer)]
         result.curves[f"raw pixels, {split}"] = Curve(depth, [share.value] * 2, "layer", "accuracy")
+        if source.n_class is not None:
+            result.curves["chance"] = Curve(depth, [1 / source.n_class] * 2, "layer", "accuracy")
         arrays["knn_correct"] = correct
     if settings.neighbours:
         k = min(settings.neighbours, len(train_rows))
@@ -200,7 +203,8 @@ def draw_neighbours(images: np.ndarray, labels: np.ndarray, source: Source, near
     found = plain_pixels(train, nearest.flatten().tolist()).reshape(n, k, *images.shape[1:])
     every = np.concatenate([labels[:, None], train.labels[nearest]], axis=1)
     captions = tuple(name_class(source, label) for label in every.flatten().tolist())
-    return Grid(np.concatenate([images[:, None], found], axis=1), ("image", *(str(i + 1) for i in range(k))), captions)
+    titles = "image", *(str(i + 1) for i in range(k))
+    return Grid(np.concatenate([images[:, None], found], axis=1), titles, captions=captions)
 
 
 def name_class(source: Source, label: int) -> str:

@@ -62,4 +62,4 @@ def draw_losses(images: np.ndarray, losses: TokenLosses, tokenizer: Tokenizer, n
     filled[:n] = pairs
     grid = filled.reshape(-1, 2 * columns, *images.shape[1:])
     captions = [text for name, nats in zip(names, losses.per_image, strict=True) for text in (name, f"{nats:.2f} nats")]
-    return Grid(grid, ("image", f"0 to {most:.1f} nats") * columns, tuple(captions))
+    return Grid(grid, ("image", f"0 to {most:.1f} nats") * columns, captions=tuple(captions))
