@@ -130,7 +130,7 @@ def find_problem(cfg: DictConfig, choices: dict[str, Any], key: str, value: Any)
         ("paths.cache=null", r"^paths\.cache must be text, got null$"),
         ("paths=null", r"^paths must be settings, as \{name: value\}, got null$"),
         ("data.path=5", r"^data\.path=5: a path is expected, this is read as int"),
-        ("data=null", r"^data=null: choose an option; there are cifar10, "),
+        ("data=null", r"^data=null: choose an option; there are checkpoint, cifar10, "),
         ("logger=null", r"^logger=null: choose an option; there are csv, none, wandb$"),
         ("++logger.csv=5", r"^logger\.csv must be settings, as \{name: value\}, got 5$"),
         ("callbacks.samples=5", r"^callbacks\.samples must be settings, as \{name: value\}, got 5$"),
