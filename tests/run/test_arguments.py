@@ -102,7 +102,8 @@ def test_home_is_meant_by_a_tilde(setting: str, tmp_path: Path, monkeypatch: pyt
     """By hand, in quotes of both kinds."""
     monkeypatch.setenv("HOME", str(tmp_path))
     groups = {"tokens.path": ["tokens=openai"], "data.clusters": ["data=openai_npy"], "task.palette": ["task=import"],
-              "data.streams.web.path": ["data=imagenet64_web"], "data.path": ["data=folder"]}  # fmt: skip
+              "data.streams.web.path": ["data=imagenet64_web"], "data.path": ["data=folder"],
+              "init": ["task=sample"]}  # fmt: skip
     pipeline = ["task=pipeline"] if "stages" in setting else []
     quote = "'\""[len(setting) % 2]
     arguments = [*groups.get(setting, []), *pipeline, f"{setting}={quote}~/a b{quote}"]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from igpt.metric.result import Number, find_key
-from igpt.report.runs import RunRecord
+from igpt.report.folder import RunFolder
+from igpt.report.runs import RunRecord, resolve_nearest
 from igpt.settings.data import name_dataset, name_images
 from igpt.utils.overrides import format_text, train_command
 
@@ -133,11 +134,18 @@ def data_overrides(run: RunRecord) -> list[str]:
 
 
 def _other_data(run: RunRecord) -> list[str]:
-    """As `data_overrides`, where `init=` with the weights of the run would take other images."""
-    if find_run_weights(run) != run.config.get("init"):  # its own, or a stage's
+    """As `data_overrides`, where `init=` with the weights of the run would take other images, or it is not known."""
+    init = run.config.get("init")
+    if not isinstance(init, str) or find_run_weights(run) != init:  # its own weights, or a stage's
         return []
-    trained = run.init_history.runs[0].config.get("data") if run.init_history.runs else None
-    return [] if trained == run.config.get("data") else data_overrides(run)
+    beside = run.folder.absolute().parent / Path(init).name  # also where both were moved
+    place = beside if beside.is_dir() else resolve_nearest(run.folder, init)
+    around = () if place is None else (place, *place.parents[:2])
+    try:
+        trained = next(RunFolder(folder).read_run() for folder in around if (folder / "run.json").is_file())
+    except (StopIteration, ValueError, OSError):
+        return data_overrides(run)
+    return [] if trained["config"].get("data") == run.config.get("data") else data_overrides(run)
 
 
 def next_commands(run: RunRecord) -> list[tuple[str, str]]:
