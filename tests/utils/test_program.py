@@ -59,6 +59,7 @@ def test_an_installed_package(installed: Path, tmp_path: Path, monkeypatch: pyte
         assert train_command("task=sample") == "igpt task=sample"
         assert program.default_cache() == str(tmp_path / "cache" / "igpt")
     assert program.program_arguments() == [sys.executable, "-m", "igpt"]
+    assert program.typed_command() == "python -c"
     assert program.find_commit() == "unknown"
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py")])  # of a clone beside it: its conf/ may have been changed
     assert program.find_conf() == ROOT / "conf"
