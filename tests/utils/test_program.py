@@ -10,6 +10,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import igpt
+from igpt.run.arguments import prepare_arguments
 from igpt.run.run_dir import resume_command
 from igpt.utils import program
 from igpt.utils.overrides import train_command
@@ -76,8 +77,9 @@ def test_the_config_asks_how_it_was_started(started: str, monkeypatch: pytest.Mo
     """By hand: the cache, and the commands of --help."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     monkeypatch.setattr(sys, "argv", [started])
+    overrides = prepare_arguments(["seed=1"], ROOT / "conf")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", return_hydra_config=True)
+        cfg = compose("config", overrides=overrides, return_hydra_config=True)
     assert cfg.paths.cache == {"train.py": ".cache", "igpt": "/caches/igpt"}[started]
     command = {"train.py": "python train.py", "igpt": "igpt"}[started]
     assert f"\n  {command} task=sample init=RUN_FOLDER " in cfg.hydra.help.template
