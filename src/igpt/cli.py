@@ -21,13 +21,14 @@ def main() -> None:
     import hydra
 
     from igpt.distributed import launcher
-    from igpt.run import completion
     from igpt.run.arguments import prepare_arguments
 
     launcher.die_with_parent()
     conf = program.find_conf()
     try:
         if ASKED[:1] and ASKED[0] in COMPLETION:
+            from igpt.run import completion
+
             print(completion.answer(ASKED[1:], conf))
             return
         sys.argv[1:] = prepare_arguments(ASKED, conf)

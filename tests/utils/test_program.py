@@ -7,8 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 import igpt
+from igpt.run.arguments import prepare_arguments
 from igpt.run.run_dir import resume_command
 from igpt.utils import program
 from igpt.utils.overrides import train_command
@@ -59,6 +61,7 @@ def test_an_installed_package(installed: Path, tmp_path: Path, monkeypatch: pyte
         assert train_command("task=sample") == "igpt task=sample"
         assert program.default_cache() == str(tmp_path / "cache" / "igpt")
     assert program.program_arguments() == [sys.executable, "-m", "igpt"]
+    assert program.typed_command() == "python -c"
     assert program.find_commit() == "unknown"
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py")])  # of a clone beside it: its conf/ may have been changed
     assert program.find_conf() == ROOT / "conf"
@@ -67,6 +70,20 @@ def test_an_installed_package(installed: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HOME", "/somebody")
     monkeypatch.setattr(sys, "argv", ["igpt"])
     assert program.default_cache() == "/somebody/.cache/igpt"
+
+
+@pytest.mark.parametrize("started", ["train.py", "igpt"])
+def test_the_config_asks_how_it_was_started(started: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the cache, and the commands of --help."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    monkeypatch.setattr(sys, "argv", [started])
+    overrides = prepare_arguments(["seed=1"], ROOT / "conf")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=overrides, return_hydra_config=True)
+    assert cfg.paths.cache == {"train.py": ".cache", "igpt": "/caches/igpt"}[started]
+    command = {"train.py": "python train.py", "igpt": "igpt"}[started]
+    assert f"\n  {command} task=sample init=RUN_FOLDER " in cfg.hydra.help.template
+    assert ("train.py" in cfg.hydra.help.template) == (started == "train.py")
 
 
 def test_versions(tmp_path: Path) -> None:

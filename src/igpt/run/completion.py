@@ -98,7 +98,7 @@ def _list_keys(name: str, words: Sequence[str], conf: Path) -> Iterable[str]:
     settings = OmegaConf.select(cfg, part) if part else cfg
     keys: Any = OmegaConf.to_container(settings) if isinstance(settings, DictConfig) else {}
     for key, value in keys.items():
-        if not key.startswith("_"):
+        if not str(key).startswith("_"):
             yield f"{part}{'.' * bool(part)}{key}{'.' if isinstance(value, dict) else '='}"
 
 

@@ -57,7 +57,7 @@ def program_arguments() -> list[str]:
 
 def typed_command() -> str:
     """The command line of this process, quoted for a shell."""
-    return shlex.join([COMMAND, *sys.argv[1:]] if is_command() else ["python", *sys.argv])
+    return shlex.join([COMMAND, *sys.argv[1:]] if _is_script() or _is_module() else ["python", *sys.argv])
 
 
 def default_cache() -> str:
