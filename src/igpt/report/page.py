@@ -29,7 +29,7 @@ LARGEST = 4_900_000  # bytes of a page with its pictures: below 5 MB
 # folder of pictures drawn during training → their heading
 WHILE = {"samples": "Samples while it trained", "reconstructions": "Reconstructions while it trained"}
 ABOVE_CURVES = ("Samples", "Completions", "Reconstructions", "Pictures")  # headings, in page order
-BELOW_CURVES = (*WHILE.values(), "Confusion matrix", "Palette")
+BELOW_CURVES = ("Loss by position", *WHILE.values(), "Confusion matrix", "Palette")
 TRAINING_SAMPLES = 8  # maximal number of pictures under each heading of WHILE
 
 

@@ -113,7 +113,7 @@ class Runner:
                 saving.marker,
                 *sorted([saving, *self.callbacks], key=lambda each: (is_observer(each), each is saving)),
             ],
-            **arguments.of_training,
+            **arguments.fit_arguments,
         )
         reset_peak_memory(self.machine.device)
         with saving.stop.install_handlers(), matmul_precision(self.machine.matmul_precision, self.machine.device):
