@@ -141,8 +141,9 @@ def test_deepspeed_learns_as_a_whole_one(
     """Invariant: 20 losses and the validations as on one process, also when stopped and resumed; clipped, too."""
     for answers in by_zero:
         assert answers[f"{strategy} clipped"] == pytest.approx(recipe["train/loss_gen"], rel=1e-5)
-        for name, curve in reference.curves.items():
-            assert answers[strategy][name] == pytest.approx(curve.y, rel=1e-5)
+        assert answers[strategy].keys() == {name for name in reference.curves if "grad_norm" not in name}
+        for name, values in answers[strategy].items():
+            assert values == pytest.approx(reference.curves[name].y, rel=1e-5)
         assert answers[f"{strategy} validated"] == pytest.approx(reference.numbers["val/loss_gen"].value, rel=1e-5)
         if strategy == "deepspeed_2":
             assert answers[f"{strategy} stopped"].startswith("stopped by SIGTERM after step")
