@@ -376,5 +376,8 @@ def test_only_the_first_rank_writes(place: Path, answers: list[dict[str, Any]]) 
     names = {path.relative_to(place / "whole").as_posix() for path in (place / "whole").rglob("*")}
     saved = [f"checkpoints/step_00000{step}" for step in (10, 16, 20)]
     files = {"checkpoints/latest", "checkpoints/best.json", "model/config.json", "model/model.safetensors"}
-    assert names - {"checkpoints", "model"} <= files | {f"{s}.{kind}" for s in saved for kind in ("ckpt", "sha256")}
+    files |= {"loss_by_position/step_0000020.png"}
+    assert names - {"checkpoints", "model", "loss_by_position"} <= files | {
+        f"{s}.{kind}" for s in saved for kind in ("ckpt", "sha256")
+    }
     assert np.isin(["checkpoints/latest", "model/model.safetensors"], list(names)).all()

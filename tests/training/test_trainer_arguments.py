@@ -88,6 +88,7 @@ def test_a_dev_run_says_so_and_stands_in_for_nothing(tmp_path: Path) -> None:
     result, folder = run(*TINY, *SHORT, *where, "debug=fdr", "trainer.lightning.profiler=simple", conf=ROOT / "conf")
     assert folder is not None
     assert result.provenance["stopped_early"] == "stopped early by fast_dev_run at step 1 of 4"
+    assert result.warnings == ["debug=fdr: a trial, its numbers count for nothing"]
     assert result.numbers["val/loss_gen"].n == 16
     assert result.numbers["train/images_seen"].value == 16
     assert "optimizer_step" in (folder / "profile" / "fit-simple.txt").read_text()
