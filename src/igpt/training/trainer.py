@@ -66,8 +66,11 @@ class Runner:
         others = [type(each).__name__ for each in self.callbacks if not is_observer(each)]
         if others:
             log.warning("%s: trained without %s, which may change a training", name, ", ".join(others))
+        unlimited = self.machine.lightning.model_copy(update={"max_time": None})  # which is the first training's
         return Runner(
-            self.machine, self.folder / name, callbacks=[each for each in self.callbacks if is_observer(each)]
+            self.machine.model_copy(update={"lightning": unlimited}),
+            self.folder / name,
+            callbacks=[each for each in self.callbacks if is_observer(each)],
         )
 
     def fit(
