@@ -265,12 +265,12 @@ def test_bad_commands_end_in_one_line(
     """Without PyTorch, which takes seconds to import; so does a setting of a task that is out of bounds."""
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     done = train_py(*arguments, cwd=tmp_path, check=False)
-    imported, said = [], []
+    imported, messages = [], []
     for line in done.stderr.splitlines():
-        (imported if line.startswith("import time:") else said).append(line)
+        (imported if line.startswith("import time:") else messages).append(line)
     assert done.returncode == 2
-    assert said[0].startswith(message)
-    assert len(said) == 1
+    assert messages[0].startswith(message)
+    assert len(messages) == 1
     assert {"torch", "lightning"}.isdisjoint(line.rpartition("|")[2].strip() for line in imported)
     assert any("hydra" in line for line in imported)
 

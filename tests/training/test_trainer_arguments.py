@@ -71,8 +71,8 @@ def test_limits_cut_splits_evenly() -> None:
     """By hand: 2 batches of 5 of 40 images are every fourth; a share is of the split; val is cut beside train."""
     labels = np.arange(40)
     pixels = np.zeros((40, 8, 8, 3), dtype=np.uint8) + labels[:, None, None, None].astype(np.uint8)
-    whole = Arrays({name: ArraySplit(pixels, labels) for name in ("train", "val", "test")})
-    some = LimitedSource(whole, {"train": 2, "val": 0.05}, batch_size=5)
+    every = Arrays({name: ArraySplit(pixels, labels) for name in ("train", "val", "test")})
+    some = LimitedSource(every, {"train": 2, "val": 0.05}, batch_size=5)
     assert some.training().labels.tolist() == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36]
     assert some.split("val").labels.tolist() == [0, 20]
     assert len(some.split("test")) == 40
