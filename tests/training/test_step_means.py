@@ -1,11 +1,14 @@
 """Figures between two log lines: means over optimiser steps, the gradient's norm, the progress bar's text."""
 
+import ast
+
 import pytest
 import torch
 from torch import nn
 
 from igpt.training.progress_bar import describe_progress
 from igpt.training.step_means import StepMeans, squared_gradient_norm
+from tests.conftest import ROOT
 
 NAMES = ["loss", "grad_norm"]
 VALUES = [[1.0, 3.0], [2.0, 7.0], [6.0, 5.0]]
@@ -48,3 +51,15 @@ def test_progress_fits_its_width(width: int, parts: int) -> None:
     text = describe_progress(72, 600, 2.0, newest, batch_size=64, learning_rate=0.003, width=width)
     every = ["72/600", "loss 1.908", "4.4 min left", "128 images/s", "lr 0.003"]
     assert text == ", ".join(every[:parts])
+
+
+def test_every_bar_vanishes_and_is_hidden_off_a_terminal() -> None:
+    """Invariant, over all bars in src: `leave=False`, and `disable` (None: where stderr is no terminal)."""
+    files = [path.read_text() for path in (ROOT / "src").rglob("*.py")]
+    calls = [call for text in files for call in ast.walk(ast.parse(text)) if isinstance(call, ast.Call)]
+    bars = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "tqdm"]
+    assert len(bars) >= 7
+    for bar in bars:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in bar.keywords}
+        assert given["leave"] == "False"
+        assert given["disable"] in ("None", "hidden")
