@@ -32,8 +32,12 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
         (pin,) = pins[each.name.lower()].specifier
         assert pin.operator == "=="
         assert each.specifier.contains(pin.version), f"{each}, pinned to {pin.version}"
-    head = (ROOT / "requirements.txt").read_text().splitlines()
-    assert head[-2:] == ["-c constraints.txt", "-e ."]
+    text = (ROOT / "requirements.txt").read_text()
+    assert "\n-c constraints.txt\n" in text
+    assert text.endswith("\n-e .\n")
+    assert [each.name for each in read_requirements("requirements.txt")] == [
+        Requirement(each).name for each in PROJECT["dependencies"]
+    ]
     for name in ("requirements-dev.txt", "requirements-notebooks.txt"):
         assert (ROOT / name).read_text().startswith("-r requirements.txt\n")
 

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from PIL import Image
 from safetensors.numpy import load_file
 
 from igpt.report.folder import RunFolder
+from igpt.run.early_checks import TASKS, check_early
 from igpt.run.launch import run as run_command
+from igpt.run.targets import find_target
 from tests.conftest import ROOT, TINY, train_py
 from tests.offline import offline_runs
 from tests.test_photographs import run as run_here
@@ -253,15 +256,38 @@ def test_a_sweep_of_runs_of_two_processes_one_of_them_killed(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["task.stepz=3"], "error: there is no setting or group 'task.stepz', did you mean task.steps?"),
+        (["trainer.lightning.limit_val=3"], "error: lightning.Trainer has no argument 'limit_val' (trainer.lightning)"),
         (["resume=nowhere"], "error: resume=nowhere: no run.json there"),
     ],
 )
-def test_bad_commands_end_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_commands_end_in_one_line(
+    tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without PyTorch, which takes seconds to import; so does a setting of a task that is out of bounds."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     done = train_py(*arguments, cwd=tmp_path, check=False)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    imported, messages = [], []
+    for line in done.stderr.splitlines():
+        (imported if line.startswith("import time:") else messages).append(line)
+    assert done.returncode == 2
+    assert messages[0].startswith(message)
+    assert len(messages) == 1
+    assert {"torch", "lightning"}.isdisjoint(line.rpartition("|")[2].strip() for line in imported)
+    assert any("hydra" in line for line in imported)
+
+
+def test_settings_are_checked_early_as_they_are_later() -> None:
+    """Invariant: the message of `check_early` is that of the run; it says nothing of what is not settled yet."""
+    assert {target: find_target(target, "task").__annotations__["settings"] for target in TASKS} == TASKS
+    for override, message in (
+        ("task.steps=text", "task.steps must be a whole number, got 'text'"),
+        ("task.warmup_steps=99999999", "task.warmup_steps 99999999 must be below task.steps"),
+        ("trainer.precision=16", "trainer.precision must be one of"),
+    ):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            with pytest.raises(ValueError, match=message):
+                check_early(compose("config", overrides=[override]))
+            check_early(compose("config", overrides=["task.operations=1e9", "task.steps=null"]))
 
 
 def test_weights_that_are_not_there(tmp_path: Path) -> None:

@@ -56,14 +56,14 @@ def run(cfg: Any) -> None:
         n_process = 1 if launcher.is_rank() else launcher.count_devices(cfg.trainer)
     except ValueError as error:
         refuse(error)
+    if not launcher.is_rank():
+        print(f"{cfg.task.name}: loading PyTorch and Lightning", file=sys.stderr, flush=True)
     if n_process > 1:
         hydra_cfg = HydraConfig.get()  # of a sweep's job in this process, the arguments are Hydra's
         arguments = hydra_cfg.overrides.task if hydra_cfg.mode == RunMode.MULTIRUN else ASKED
         if code := launcher.run_ranks([*program_arguments(), *arguments], n_process):
             sys.exit(code)
         return
-    if not launcher.is_rank():
-        print(f"{cfg.task.name}: loading PyTorch and Lightning", file=sys.stderr, flush=True)
     from igpt.run import launch  # slow imports, after Hydra has composed the config
 
     signal.signal(signal.SIGINT, signal.default_int_handler)

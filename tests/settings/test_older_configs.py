@@ -249,6 +249,6 @@ def test_a_probe_before_sgd_had_a_refit() -> None:
         config = {"task": {"_target_": "igpt.task.probe.run", "refit": was, "sgd": sgd}}
         task = updated_record({"version": 4, "config": config})["config"]["task"]
         assert (task["refit"], task["resize_positions"]) == (now, False)
-        assert task["sgd"] == {**sgd, "search": "together", "augment": True}
+        assert task["sgd"] == {**sgd, "search": "together", "augment": True, "gradient_clip": None}
     tuned = updated_record({"version": 4, "config": {"task": {"_target_": "igpt.task.finetune.run"}}})["config"]["task"]
     assert tuned == {"_target_": tuned["_target_"], "refit": False, "dropout": 0.0, "resize_positions": False}

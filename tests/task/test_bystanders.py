@@ -23,7 +23,7 @@ from igpt.distributed.signals import StoppedError
 from igpt.report.bystanders import Bystander
 from igpt.run import launch
 from igpt.run.logs import StandardStream, guard_streams, log_file, set_up_logging
-from igpt.training import callbacks, online_probe
+from igpt.training import online_probe, progress_bar
 from igpt.training.callbacks import SampleGrid
 from igpt.training.loggers import RunInfo
 from igpt.training.loggers import csv as csv_logger
@@ -108,7 +108,7 @@ def break_probe(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def break_bar(folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    patch.setattr(callbacks, "tqdm", fail)
+    patch.setattr(progress_bar, "tqdm", fail)
     return {"callbacks": [ProgressBar()]}
 
 

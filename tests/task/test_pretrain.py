@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,13 +143,20 @@ def test_accumulated_equals_one_batch(tmp_path: Path, lab: Lab, unbroken: tuple[
         assert result.curves[name].y == pytest.approx(curve.y, rel=1e-5)
 
 
-def test_accumulated_resumes_exactly(tmp_path: Path, lab: Lab) -> None:
-    """Invariant: with accumulation too, a resumed run is the uninterrupted one, to the bit."""
-    on = machine(micro_batch=50)
-    uninterrupted = lab.pretrain(tmp_path / "a", on=on)
+def test_accumulated_resumes_exactly(tmp_path: Path, lab: Lab, unbroken: tuple[Path, Result]) -> None:
+    """Invariant: with accumulation too, a resumed run is the uninterrupted one, to the bit, from between log lines.
+
+    A point is the mean of the steps since the point before, `grad_norm_max` their largest.
+    """
+    how: dict[str, Any] = {"on": machine(micro_batch=50), "log_every": 3}
+    uninterrupted = lab.pretrain(tmp_path / "a", **how)
     with pytest.raises(KeyError):
-        lab.pretrain(tmp_path / "b", on=on, callbacks=(StopAfter(7),))
-    assert lab.pretrain(tmp_path / "b", on=on).curves == uninterrupted.curves
+        lab.pretrain(tmp_path / "b", **how, callbacks=(StopAfter(7),))
+    assert lab.pretrain(tmp_path / "b", **how).curves == uninterrupted.curves
+    for name, combine in (("loss_gen", np.mean), ("grad_norm", np.mean), ("grad_norm_max", np.max)):
+        curve, each = uninterrupted.curves[f"train/{name}"], unbroken[1].curves[f"train/{name}"].y
+        assert curve.x == [3, 6]
+        assert curve.y == pytest.approx([combine(each[:3]), combine(each[3:6])], rel=1e-5)
 
 
 def test_bert_trains_accumulates_and_resumes(tmp_path: Path, lab: Lab) -> None:
@@ -187,7 +195,7 @@ def test_the_losses_are_those_of_a_plain_loop(lab: Lab, unbroken: tuple[Path, Re
     net.init_weights(0)
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.95))
     rates = [0.005, 0.01, *(0.005 * (1 + math.cos(math.pi * step / 6)) for step in range(6))]
-    data, losses = lab.tokens(plan=BatchPlan(100, 100)), []
+    data, losses, norms = lab.tokens(plan=BatchPlan(100, 100)), [], []
     for rate, batch in zip(rates, data.train_dataloader(), strict=False):
         tokens = data.encode(batch.tokens)
         loss = F.cross_entropy(net(tokens).flatten(0, 1), tokens.flatten())
@@ -195,8 +203,10 @@ def test_the_losses_are_those_of_a_plain_loop(lab: Lab, unbroken: tuple[Path, Re
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), math.inf)))
         optimizer.step()
     curve = unbroken[1].curves["train/loss_gen"].y
+    assert unbroken[1].curves["train/grad_norm"].y == pytest.approx(norms, rel=1e-4)
     assert curve[0] == pytest.approx(2.833213, abs=1e-6)
     assert curve == pytest.approx(losses, rel=1e-5)
     saved = weights(unbroken[0])

@@ -12,7 +12,7 @@ from igpt.data.source import JoinedSplit, Pixels, Source, Split, Stream
 class PartOfSplit:
     """The images at `rows` of a split."""
 
-    whole: Split
+    full: Split
     rows: np.ndarray  # (N,) int64, ascending
 
     def __len__(self) -> int:
@@ -20,18 +20,18 @@ class PartOfSplit:
 
     @property
     def labels(self) -> np.ndarray:
-        labels: np.ndarray = self.whole.labels[self.rows]
+        labels: np.ndarray = self.full.labels[self.rows]
         return labels
 
     @property
     def pixel_changes(self) -> str:
-        return self.whole.pixel_changes
+        return self.full.pixel_changes
 
     def prepare(self) -> None:
-        self.whole.prepare()
+        self.full.prepare()
 
     def read(self, index: Sequence[int], rng_keys: Sequence[int]) -> Pixels:
-        return self.whole.read(self.rows[np.asarray(index, dtype=np.int64)].tolist(), rng_keys)
+        return self.full.read(self.rows[np.asarray(index, dtype=np.int64)].tolist(), rng_keys)
 
 
 class LimitedSource:
@@ -41,14 +41,14 @@ class LimitedSource:
     `augment` false: training images come as in evaluation.
     """
 
-    def __init__(self, whole: Source, limits: Mapping[str, float], *, batch_size: int, augment: bool = True) -> None:
-        self.whole, self.limits, self.batch_size, self.augment = whole, limits, batch_size, augment
-        self.name, self.resolution, self.labels_per_class = whole.name, whole.resolution, whole.labels_per_class
-        self.n_class, self.class_names = whole.n_class, whole.class_names
+    def __init__(self, full: Source, limits: Mapping[str, float], *, batch_size: int, augment: bool = True) -> None:
+        self.full, self.limits, self.batch_size, self.augment = full, limits, batch_size, augment
+        self.name, self.resolution, self.labels_per_class = full.name, full.resolution, full.labels_per_class
+        self.n_class, self.class_names = full.n_class, full.class_names
 
     def split(self, name: str) -> Split:
-        """The limited split `name`. Raises ValueError as the whole source's does."""
-        split = self.whole.split(name)
+        """The limited split `name`. Raises ValueError as the full source does."""
+        split = self.full.split(name)
         return PartOfSplit(split, self._rows(name, len(split))) if name in self.limits else split
 
     def training(self, *, with_val: bool = False) -> Split | Stream:
@@ -57,7 +57,7 @@ class LimitedSource:
         Raises:
             ValueError: a limit of a stream, whose images are not counted.
         """
-        images = self.whole.training(with_val=True) if with_val else self.whole.training()
+        images = self.full.training(with_val=True) if with_val else self.full.training()
         if isinstance(images, Stream):
             if "train" in self.limits:
                 raise ValueError(
@@ -65,7 +65,7 @@ class LimitedSource:
                     "lower task.steps"
                 )
             return images
-        n_val = len(self.whole.split("val")) if with_val else 0
+        n_val = len(self.full.split("val")) if with_val else 0
         n_train = len(images) - n_val
         rows = np.concatenate([self._rows("train", n_train), n_train + self._rows("val", n_val)])
         return PartOfSplit(images, rows) if self.augment else self._plain(with_val)

@@ -8,8 +8,9 @@ from typing import Any
 
 from igpt.metric.result import Number, find_key
 from igpt.report.folder import RunFolder
-from igpt.report.runs import RunRecord, resolve_nearest
+from igpt.report.runs import RunRecord
 from igpt.settings.data import name_dataset, name_images
+from igpt.settings.paths import resolve_nearest
 from igpt.utils.overrides import format_text, train_command
 
 MAIN = (

@@ -40,7 +40,7 @@ LARGEST = 4_900_000  # bytes of a page with its pictures: below 5 MB
 WHILE = {"samples": "Samples while it trained", "reconstructions": "Reconstructions while it trained"}
 INSPECTED = ("Attention", "Loss per pixel", "Nearest training images", "Map of features")
 ABOVE_CURVES = ("Samples", "Completions", "Reconstructions", *INSPECTED, "Pictures")  # headings, in page order
-BELOW_CURVES = (*WHILE.values(), "Confusion matrix", "Palette")
+BELOW_CURVES = ("Loss by position", *WHILE.values(), "Confusion matrix", "Palette")
 TRAINING_SAMPLES = 8  # maximal number of pictures under each heading of WHILE
 
 

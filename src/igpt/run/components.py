@@ -169,13 +169,13 @@ class Components:
         of_batches = task["sgd"] if task.get("solver") == "sgd" else task
         limits, batch_size = arguments.limits, of_batches.get("batch_size")
         if not limits or not isinstance(batch_size, int):  # nothing is read in batches
-            return self._whole_source
+            return self._full_source
         return LimitedSource(
-            self._whole_source, limits, batch_size=batch_size, augment=arguments.overfit_batches is None
+            self._full_source, limits, batch_size=batch_size, augment=arguments.overfit_batches is None
         )
 
     @cached_property
-    def _whole_source(self) -> Source:
+    def _full_source(self) -> Source:
         return self._source_partial()(cache=self.cache_dir, list_files=self.run.list_files)
 
     @cached_property
@@ -225,7 +225,7 @@ class Components:
         if self.run.takes_from_weights("tokens"):
             assert saved is not None, "RunConfig has seen to it"
             return saved
-        tokenizer = self.run.saved_tokenizer or self.tokenizer_settings.build(self._whole_source, self.cache_dir)
+        tokenizer = self.run.saved_tokenizer or self.tokenizer_settings.build(self._full_source, self.cache_dir)
         if self.weights is not None and saved is not None and tokenizer.hash != saved.hash:
             raise ValueError(
                 f"{self.weights.folder} was trained on other tokens ({saved.describe()}, {saved.hash}) than "

@@ -12,7 +12,7 @@ from igpt.distributed import ranks
 from igpt.distributed.signals import StoppedError
 from igpt.metric.result import Result
 from igpt.report.closing_table import closing_table
-from igpt.report.folder import RunFolder
+from igpt.report.folder import DEBUG, RunFolder
 from igpt.report.page import write_page
 from igpt.report.runs import read_finished, summarize_metadata
 from igpt.run.components import Components
@@ -39,6 +39,8 @@ def run_and_report(components: Components) -> Result:
             components.build_loggers()
         result = task(components)
         seconds = time.perf_counter() - start
+        if (option := run.config.get(DEBUG)) and folder.path.parent.name == DEBUG:  # not of each stage of a pipeline
+            result.provenance.setdefault("warning", f"debug={option}: a trial, its numbers count for nothing")
         if run.weights is not None:
             result.provenance["init"] = summarize_metadata(run.weights.metadata.to_dict())
         if components.hardware.rank.is_first:

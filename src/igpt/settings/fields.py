@@ -109,6 +109,8 @@ def describe_error(error: ValidationError, model: type[BaseModel], settings: Map
         return f"{name} is not given"
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
+        if message.startswith("must be "):
+            return f"{name} {message}"
         return message.replace("task.", f"{where}.") if where.startswith("task") else message
     expected = [_expectation(each) for each in details if _locate(settings, each["loc"])[0] == path]
     if value is not None and NoneType in get_args(_annotation_at(model, path)):

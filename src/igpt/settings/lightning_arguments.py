@@ -13,7 +13,7 @@ def _check_limit(limit: Any) -> Any:
     is_whole, is_share = type(limit) is int and limit >= 1, type(limit) is float and 0 < limit <= 1
     if not (is_whole or is_share or limit is None):
         raise ValueError(
-            "trainer.lightning: a limit is a number of batches, from 1 on, or a share above 0.0 and up to 1.0, got "
+            "must be a number of batches, from 1 on, or a share above 0.0 and up to 1.0, or null, got "
             f"{format_setting(limit)}"
         )
     return limit
@@ -115,7 +115,7 @@ class LightningArguments(Settings):
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
-    def of_training(self) -> dict[str, Any]:
+    def fit_arguments(self) -> dict[str, Any]:
         """Arguments for the Trainer of a training, besides `passed`."""
         names = ("gradient_clip_algorithm", "max_time")
         return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -144,6 +144,11 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
         monitor="val/accuracy", highest=True, patience=settings.patience,
     )  # fmt: skip
     progress = runner.fit(trained, data, settings, saving, gradient_clip=settings.gradient_clip)
+    if "val/accuracy" not in trained.history:
+        raise ValueError(
+            f"the training ended at step {progress.step}, before its first validation (task.val_every="
+            f"{settings.val_every}): there is no best step"
+        )
     saving.restore_best(trained, trained.history["val/accuracy"][-1][0])
     best = ranks.broadcast_from_rank0(lambda: read_best(runner.folder))
     assert best is not None, "FinetuneSettings has seen to it that a validation is reached"

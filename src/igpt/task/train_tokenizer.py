@@ -163,6 +163,8 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
     side = components.source.resolution
     check_settings(hardware, settings, trained, side=side)
     config = VQVAEConfig(**trained.model_dump(include=set(VQVAEConfig.model_fields)))
+    if hardware.lightning.dev_steps is not None:
+        config = config.model_copy(update={"unquantised_steps": 0})  # so that there are codes at the end
     order = PixelOrder.from_name(side // config.factor, trained.order)
     data = components.build_pixel_datamodule(plan=hardware.train_batch_layout(settings.batch_size))
     n_val = len(data.source.split("val"))

@@ -68,7 +68,9 @@ class Runner:
         others = [type(each).__name__ for each in self.callbacks if not is_observer(each)]
         if others:
             log.warning("%s: trained without %s, which may change a training", name, ", ".join(others))
-        return Runner(self.machine, self.folder / name, callbacks=list_observers(self.callbacks))
+        unlimited = self.machine.lightning.model_copy(update={"max_time": None})  # which is the first training's
+        machine = self.machine.model_copy(update={"lightning": unlimited})
+        return Runner(machine, self.folder / name, callbacks=list_observers(self.callbacks))
 
     def fit(
         self,
@@ -113,7 +115,7 @@ class Runner:
                 saving.marker,
                 *sorted([saving, *self.callbacks], key=lambda each: (is_observer(each), each is saving)),
             ],
-            **arguments.of_training,
+            **arguments.fit_arguments,
         )
         reset_peak_memory(self.machine.device)
         with saving.stop.install_handlers(), matmul_precision(self.machine.matmul_precision, self.machine.device):
