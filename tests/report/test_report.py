@@ -14,6 +14,7 @@ from PIL import Image
 from igpt.metric.result import Bars, Curve, Grid, Number, Result
 from igpt.report import folder as folder_module
 from igpt.report.closing_table import closing_table, format_number
+from igpt.report.confusion_figure import fit_name, matrix_figure
 from igpt.report.figures import (
     AROUND_COLOURS,
     GAP,
@@ -22,8 +23,6 @@ from igpt.report.figures import (
     bars_figure,
     curves_figure,
     draw_grid,
-    fit_name,
-    matrix_figure,
     palette_picture,
     points_figure,
 )
@@ -128,8 +127,8 @@ def test_a_dollar_is_drawn_as_one(tmp_path: Path, name: str) -> None:
 
 
 def test_names_that_can_be_drawn() -> None:
-    """By hand: DejaVu Sans has no Chinese, Matplotlib turns no text around; then the class is known by its number."""
-    drawn = ["$x_1$ $", "two lines", "2", "3", "😀 dog", "x" * 23 + "…", "\ufffd", r"$\frac{$", "''", "cat"]
+    """By hand: DejaVu Sans has no Chinese, Matplotlib turns no text around; then the class is known as class 2."""
+    drawn = ["$x_1$ $", "two lines", "class 2", "class 3", "😀 dog", "x" * 23 + "…", "\ufffd", r"$\frac{$", "''", "cat"]
     assert [fit_name(name, i) for i, name in enumerate(NAMES)] == drawn
     assert fit_name("犬 dog", 7) == "□ dog"
 
@@ -200,7 +199,7 @@ def test_a_result_is_read_back(tmp_path: Path) -> None:
     assert all((folder.path / path).is_file() for path in again.files.values())
     (folder.path / "report.html").touch()
     table = closing_table(result, folder.path, 1.5)
-    assert "1.2500 [1.0540, 1.4460]" in table  # ± 1.96 standard errors
+    assert "validation loss  1.2500 [1.05, 1.45] nats per token" in table  # ± 1.96 standard errors
     assert "[low, high]: 95 % confidence interval" in table
     assert "n = 7" in table
     assert [Path(line).name for line in table.splitlines()[4:6]] == ["report.html", "samples.png"]
@@ -259,7 +258,7 @@ def test_the_best_point_is_marked_with_its_interval(tmp_path: Path, monkeypatch:
 def test_layers_are_counted() -> None:
     """By hand: a layer and its interval are integers; a share is not."""
     assert format_number(Number(7.0, "of 0 … 8", 150, interval=(5, 8))) == "7 [5, 8]"
-    assert format_number(Number(1.0, "share", 150, interval=(0.0, 1.0))) == "1.0000 [0.0000, 1.0000]"
+    assert format_number(Number(1.0, "share", 150, interval=(0.0, 1.0))) == "1.0000 [0, 1.00]"
 
 
 def test_a_bars_part_is_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,7 @@ def axis_name(unit: str, keys: Iterable[str] = ()) -> str:
         return one or unit
     if unit in UNITS:
         return f"{one}, {UNITS[unit]}" if one else UNITS[unit]
-    return display_name(unit) if "/" in unit else unit
+    return display_name(unit) if "/" in unit and find_name(unit) else unit
 
 
 @cache

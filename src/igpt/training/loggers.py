@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -143,7 +143,7 @@ def show(result: Result, folder: Path) -> None:
             shown[f"curves/{title}"] = library.plot.line_series(x, y, keys=list(lines), title=title, xname=x_unit)
         for name, matrix in result.matrices.items():
             if len(matrix) <= MOST_CLASSES:
-                axis = label_classes(len(matrix), result.class_names.get(name))
+                axis = class_axis(len(matrix), result.class_names.get(name))
                 rows = zip(axis, matrix.tolist(), strict=True)
                 cells = [[row, column, n] for row, counts in rows for column, n in zip(axis, counts, strict=True)]
                 shown[f"{name}_cells"] = library.plot_table(
@@ -154,6 +154,11 @@ def show(result: Result, folder: Path) -> None:
                 )
         if shown:
             run.log(shown)
+
+
+def class_axis(k: int, class_names: Sequence[str] | None) -> list[str]:
+    """Unique axis labels of K classes, as `label_classes` has them."""
+    return label_classes(k, class_names)
 
 
 def close(failed: bool) -> None:
