@@ -18,6 +18,7 @@ from igpt.report.confusion_figure import fit_name, matrix_figure
 from igpt.report.figures import (
     AROUND_COLOURS,
     GAP,
+    HEAD,
     WHITE,
     Point,
     bars_figure,
@@ -28,7 +29,7 @@ from igpt.report.figures import (
 )
 from igpt.report.folder import RunFolder, differences, parse_result
 from igpt.report.plots import build_plots
-from igpt.report.style import CELLS
+from igpt.report.style import CELLS, COLOURS
 from igpt.utils import files
 
 
@@ -272,3 +273,52 @@ def test_a_bars_part_is_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [patch.get_height() for patch in inside] == [0.0, 0.3]
     assert inside[1].get_x() == full[1].get_x()
     assert drawn[0].axes[0].get_legend().get_texts()[-1].get_text() == "pale: one mask"
+
+
+def test_a_depth_curve_has_its_band_and_what_it_is_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: 95 % intervals as a band, a near level as a line with its name, a far one in the legend, ticks in %.
+
+    The same in the PNG and on the page.
+    """
+    drawn: list[Any] = []
+    monkeypatch.setattr("igpt.report.figures.save_figure", lambda path, figure, **_: drawn.append(figure))
+    intervals = [(0.8, 0.9), (0.85, 0.95), (0.7, 0.85)]
+    curves = {
+        "probe, val": Curve([0.0, 1.0, 2.0], [0.85, 0.9, 0.8], "layer", "accuracy", y_intervals=intervals, best=(0, 1)),
+        "raw pixels, val": Curve([0.0, 2.0], [0.96, 0.96], "layer", "accuracy"),
+        "chance": Curve([0.0, 2.0], [0.1, 0.1], "layer", "accuracy"),
+    }
+    curves_figure(tmp_path / "c.png", curves)
+    (axes,) = drawn[0].axes
+    ends = axes.collections[0].get_paths()[0].vertices
+    assert {(x, y) for x, pair in enumerate(intervals) for y in pair} <= {tuple(end) for end in ends.tolist()}
+    assert [text.get_text() for text in axes.texts] == ["raw pixels, validation 96.0 %"]
+    assert "chance 10.0 %, below" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert axes.lines[0].get_color() == COLOURS[0]
+    low, high = axes.get_ylim()
+    assert 0.6 < low < 0.7 < 0.96 < high <= 1.03
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "accuracy")
+    assert axes.yaxis.get_major_formatter()(0.9, 0) in ("90 %", "90.0 %")
+    (plot,) = build_plots(curves)
+    probe, pixels, chance = plot.lines
+    assert (probe.name, probe.best_at) == ("linear probe, validation", "1, 95 % interval 0 to 1")
+    assert len(probe.band) == 2 * len(intervals)
+    assert probe.band[0][1] > probe.points[0][1] > probe.band[-1][1]  # from the top
+    assert (pixels.level, len(pixels.points)) == ("raw pixels, validation 96.0 %", 2)
+    assert (chance.level, chance.points) == ("chance 10.0 %, below", [])
+    assert all(text.endswith(" %") for _, text in plot.y_ticks)
+
+
+def test_rows_of_images_have_titles() -> None:
+    """Round trip: below the title of each row are its images."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 48, 48, 3), dtype=np.uint8)
+    picture = np.asarray(draw_grid(Grid(images, row_titles=("original", "palette: 17 colours, exact"))))
+    step = len(picture) // 2
+    for row in range(2):
+        for column in range(3):
+            top, left = row * step + HEAD + GAP, GAP + column * (96 + GAP)
+            assert np.array_equal(picture[top : top + 96 : 2, left : left + 96 : 2], images[row, column])
+        title = picture[row * step : row * step + HEAD]
+        assert title.min() < 100 < title.max() == WHITE
