@@ -30,6 +30,7 @@ def test_names_by_hand() -> None:
     assert [display_name(key) for key in ("val/loss_gen", "finetune/test/top_5", "probe/layer", "a_b/new_one")] == [
         "validation loss", "finetune: test top-5 accuracy", "best layer", "a b: new one",
     ]  # fmt: skip
+    assert display_name("igpt_s: loss") == "igpt_s: loss"
     assert display_name("igpt_s/76800_images/accuracy") == "igpt_s: 76,800 images: accuracy"
     assert display_name("val/my_palette_mse") == "squared error of validation images in the colours of my_palette"
     assert name_figure("train/loss_gen") == name_figure("val/loss_gen") == "loss"

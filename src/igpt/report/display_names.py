@@ -109,13 +109,14 @@ COUNT = re.compile(r"^(\d+)_(images)$")
 def display_name(key: str) -> str:
     """The name of a number or curve; before it, with a colon, what stands before the known part of the key.
 
-    A key that no table knows is given with blanks: `new_figure/of_mine` → "new figure: of mine".
+    A key that no table knows is given with blanks, `new_figure/of_mine` → "new figure: of mine"; the name of a line
+    that is no key, as `igpt_s: loss`, as it is.
     """
     known = find_name(key)
     if known is not None:
         lead, name, _ = known
         return ": ".join([*lead, name])
-    return key.replace("_", " ").replace("/", ": ")
+    return key.replace("_", " ").replace("/", ": ") if "/" in key else key
 
 
 def name_lines(keys: Iterable[str]) -> dict[str, str]:
