@@ -28,7 +28,7 @@ OWN = ("Number", "share_number", "number_layer", "accuracy_number")  # calls tha
 def test_names_by_hand() -> None:
     """By hand; a key that no table knows is readable."""
     assert [display_name(key) for key in ("val/loss_gen", "finetune/test/top_5", "probe/layer", "a_b/new_one")] == [
-        "validation loss", "finetune: test top-5 accuracy", "best layer", "a b: new one",
+        "validation loss", "finetune: test top-5 accuracy", "layer of the probe", "a b: new one",
     ]  # fmt: skip
     assert display_name("igpt_s: loss") == "igpt_s: loss"
     assert display_name("igpt_s/76800_images/accuracy") == "igpt_s: 76,800 images: accuracy"
