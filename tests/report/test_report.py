@@ -300,7 +300,7 @@ def test_a_depth_curve_has_its_band_and_what_it_is_compared_with(
     low, high = axes.get_ylim()
     assert 0.6 < low < 0.7 < 0.96 < high <= 1.03
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "accuracy")
-    assert axes.yaxis.get_major_formatter()(0.9, 0) in ("90 %", "90.0 %")
+    assert axes.yaxis.get_major_formatter()(0.9, 0) == "90 %"
     (plot,) = build_plots(curves)
     probe, pixels, chance = plot.lines
     assert (probe.name, probe.best_at) == ("linear probe, validation", "1, 95 % interval 0 to 1")
