@@ -653,7 +653,7 @@ def test_published_numbers_stand_below_ones_own() -> None:
     """Invariant: neither in the results nor in the run's name."""
     result = Result(numbers={"test/accuracy": Number(0.5, "share", 10)})
     lines = closing_table(result, Path("run"), 1.0, published=["test/accuracy 0.963: iGPT-L"]).splitlines()
-    assert lines.index("  test/accuracy 0.963: iGPT-L") > next(i for i, x in enumerate(lines) if "0.5000" in x)
+    assert lines.index("  test/accuracy 0.963: iGPT-L") > next(i for i, x in enumerate(lines) if "50.0 %" in x)
     assert built("published=[a]").run.name == built().run.name
 
 

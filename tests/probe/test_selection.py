@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
@@ -186,7 +187,10 @@ def test_what_a_table_says() -> None:
     assert (number.value, number.n, number.unit) == (0.8, 50, "share")
     assert number.stderr == pytest.approx(0.0565685, rel=1e-5)
     assert table.number(Choice([1], 0.1), one_mask=True).value == 0.4
-    assert (table.curve().x, table.curve().y) == ([0.0, 1.0], [0.5, 0.8])
+    curve = table.curve()
+    assert (curve.x, curve.y, curve.y_unit) == ([0.0, 1.0], [0.5, 0.8], "accuracy")
+    wilson = [binomtest(right, 50).proportion_ci(method="wilson") for right in (25, 40)]
+    assert curve.y_intervals == [pytest.approx((ends.low, ends.high)) for ends in wilson]
 
 
 def test_folds_share_every_class_out() -> None:

@@ -94,25 +94,33 @@ def pipeline(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return place
 
 
+ROW = re.compile(
+    r'<tr><th scope="row">([^<]+)<code>(.+?)</code></th><td class="value">(.+?)</td><td class="value">(.+?)</td>'
+)
+
+
 def test_every_number_and_every_point_of_a_curve_is_there(quickstart: Path) -> None:
-    """Independent source: result.json, read and written out here. Every run and stage has left its page."""
+    """Independent source: result.json: values to four digits, intervals to three, shares in percent; each with a name.
+
+    Every run and stage has left its page.
+    """
     for folder in (quickstart, *quickstart.glob("[1-8]_*")):
         record = json.loads((folder / "result.json").read_text())
         page = Page(folder / "report.html")
+        rows = {key: of for *of, key in map(_read_row, ROW.findall((folder / "report.html").read_text()))}
+        assert rows.keys() == record["numbers"].keys()
         for key, number in record["numbers"].items():
-            assert key in page.text
-            is_complete = (
-                float(number["value"]).is_integer() and number["stderr"] is None and number["interval"] is None
-            )
-            value = f"{number['value']:,.0f}" if is_complete or number["value"] >= 1e4 else f"{number['value']:,.4f}"
+            name, (value, *ends), n = rows[key]
+            assert name not in key
+            scale = 100 if number["unit"] == "share" else 1
+            assert value == pytest.approx(scale * number["value"], rel=5e-4, abs=0.051 if scale > 1 else 5.1e-5)
             interval = number["interval"]
             if interval is None and number["stderr"] is not None:
                 interval = [number["value"] + side * 1.96 * number["stderr"] for side in (-1, 1)]
-            if key.endswith("probe/layer"):  # layers are counted
-                value, interval = f"{number['value']:.0f} [{interval[0]}, {interval[1]}]", None
-            sure = " [{:.4f}, {:.4f}]".format(*interval) if interval is not None else ""
-            assert f"{key}{value}{sure}{number['unit']}{number['n']:,}{number['features']}" in page.text
-        lines = {tag["data-name"]: tag for tag in page.all("g")}
+            assert ends == pytest.approx([scale * end for end in interval or ()], rel=5.1e-3, abs=0.051)
+            assert n == number["n"]
+            assert number["features"] in page.text
+        lines = {tag["data-key"]: tag for tag in page.all("g")}
         drawn = {key: curve for key, curve in record["curves"].items() if key in lines}
         assert {key for key, curve in record["curves"].items() if len(curve["x"]) > 1} <= drawn.keys()
         for key, curve in drawn.items():
@@ -120,6 +128,14 @@ def test_every_number_and_every_point_of_a_curve_is_there(quickstart: Path) -> N
             assert [float(y) for y in lines[key]["data-y"].split()] == pytest.approx(curve["y"], rel=1e-5)
         assert record["versions"]["torch"] in page.text
         assert record["commit"].removesuffix("-dirty") in page.text
+
+
+def _read_row(cells: tuple[str, ...]) -> tuple[str, list[float], int, str]:
+    """(name, value and ends of its interval, n, key) of a row of numbers."""
+    name, key, value, n = cells
+    figures = re.findall(r"-?[\d,]*\.?\d+(?:e[+-]?\d+)?", value)
+    plain = [float(figure.replace(",", "")) for figure in figures]
+    return name, plain if "[" in value else plain[:1], int(n.replace(",", "")), key.replace("<wbr>", "")
 
 
 def test_part_of_a_killed_writer_is_removed(tmp_path: Path) -> None:
@@ -227,10 +243,14 @@ def test_cells_of_a_confusion_matrix_have_names(tmp_path: Path) -> None:
     assert rows == [{column: 8 * (row + 1) + column for column in range(8)} for row in range(8)]
     shown = [HOSTILE[:39] + "…", "כלב", "two lines", "\ufffdevil", "x" * 39 + "…", "👩\u200d🌾", "\ufffd", "$x$"]
     assert "Classes" + "".join(shown) in page.text
-    assert (len(page.all("bdi")), len(page.all("script")), len(page.all("img"))) == (8, 1, 1)
+    assert (len(page.all("bdi")), len(page.all("script")), len(page.all("img"))) == (
+        8 + 16,
+        1,
+        1,
+    )  # and the table of classes
     unnamed = Page(render_page(classified(tmp_path / "unnamed", None).path))
     assert len([of for of in unnamed.all("figure") if "data-k" in of]) == 1
-    assert not unnamed.all("bdi")
+    assert "class 0" in unnamed.text
 
 
 @pytest.mark.parametrize("fault", ["gone", "text", "cut", "zip", "shape", "number", "older"])
@@ -497,13 +517,13 @@ def test_what_is_predicted(tmp_path: Path) -> None:
 def test_numbers_to_be_seen_first(tmp_path: Path) -> None:
     """By hand: shares as percent, with their interval or deviation; what it was measured on."""
     for number, text in (
-        (Number(0.917, "share", 1300, 0.01, (0.9, 0.95)), "91.7%test/accuracy95 %: 90.0 to 95.0, n = 1,300"),
-        (Number(0.5, "share", 3, deviation=0.02), "50.0%test/accuracy± 2.0 (std), n = 3"),
+        (Number(0.917, "share", 1300, 0.01, (0.9, 0.95)), "91.7%test accuracy95 %: 90.0 to 95.0, n = 1,300"),
+        (Number(0.5, "share", 3, deviation=0.02), "50.0%test accuracy± 2.0 (std), n = 3"),
         (
             Number(0.5, "nats", 9, 0.01, features="layer 3"),
-            "0.5000natstest/accuracy95 %: 0.4804 to 0.5196, n = 9layer 3",
+            "0.5000natstest accuracy95 %: 0.480 to 0.520, n = 9layer 3",
         ),
-        (Number(400_640, "weights", 1), "400,640weightstest/accuracy\n"),
+        (Number(400_640, "weights", 1), "400,640weightstest accuracy\n"),
     ):
         page = render_page(finished(tmp_path / number.unit / text[:3], Result(numbers={"test/accuracy": number})).path)
         assert text in Page(page).text
@@ -513,7 +533,7 @@ def test_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
     result = Result(numbers={"test/accuracy": Number(0.471, "share", 10_000, 0.005, (0.4612, 0.4808))})
     config = {"published": ["test/accuracy 0.963: iGPT-L (Chen et al. 2020)", "BERT: below AR"]}
     page = Page(render_page(finished(tmp_path / "run", result, config).path))
-    assert "test/accuracy 0.963: iGPT-L (Chen et al. 2020)0.4710 [0.4612, 0.4808] share" in page.text
+    assert "test/accuracy 0.963: iGPT-L (Chen et al. 2020)47.1 % [46.1, 48.1]" in page.text
     assert "BERT: below AR–" in page.text
 
 
@@ -624,7 +644,7 @@ def test_a_browser_shows_it_on_a_phone(pipeline: Path, tmp_path: Path) -> None:
     assert found["plain 0"]["crisp"] == 4  # samples, completions, palette; confusion matrices are diagrams
     record = json.loads((pipeline / "2_pretrain" / "result.json").read_text())
     last = record["curves"]["train/loss_gen"]
-    assert f"train/loss_gen\n{last['y'][-2]:.6g}" in found["plain 1"]["tip"].replace("\n\n", "\n")
+    assert f"training loss\n{last['y'][-2]:.6g}" in found["plain 1"]["tip"].replace("\n\n", "\n")
     assert f"optimiser step {last['x'][-2]:.0f}" in found["plain 1"]["tip"]
     assert found["no_script 1"]["tip"] is None
     assert found["plain 5"]["cell"].split("\n") == [

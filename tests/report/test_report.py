@@ -14,22 +14,22 @@ from PIL import Image
 from igpt.metric.result import Bars, Curve, Grid, Number, Result
 from igpt.report import folder as folder_module
 from igpt.report.closing_table import closing_table, format_number
+from igpt.report.confusion_figure import fit_name, matrix_figure
 from igpt.report.figures import (
     AROUND_COLOURS,
     GAP,
+    HEAD,
     WHITE,
     Point,
     bars_figure,
     curves_figure,
     draw_grid,
-    fit_name,
-    matrix_figure,
     palette_picture,
     points_figure,
 )
 from igpt.report.folder import RunFolder, differences, parse_result
 from igpt.report.plots import build_plots
-from igpt.report.style import CELLS
+from igpt.report.style import CELLS, COLOURS
 from igpt.utils import files
 
 
@@ -128,8 +128,8 @@ def test_a_dollar_is_drawn_as_one(tmp_path: Path, name: str) -> None:
 
 
 def test_names_that_can_be_drawn() -> None:
-    """By hand: DejaVu Sans has no Chinese, Matplotlib turns no text around; then the class is known by its number."""
-    drawn = ["$x_1$ $", "two lines", "2", "3", "😀 dog", "x" * 23 + "…", "\ufffd", r"$\frac{$", "''", "cat"]
+    """By hand: DejaVu Sans has no Chinese, Matplotlib turns no text around; then the class is known as class 2."""
+    drawn = ["$x_1$ $", "two lines", "class 2", "class 3", "😀 dog", "x" * 23 + "…", "\ufffd", r"$\frac{$", "''", "cat"]
     assert [fit_name(name, i) for i, name in enumerate(NAMES)] == drawn
     assert fit_name("犬 dog", 7) == "□ dog"
 
@@ -200,7 +200,7 @@ def test_a_result_is_read_back(tmp_path: Path) -> None:
     assert all((folder.path / path).is_file() for path in again.files.values())
     (folder.path / "report.html").touch()
     table = closing_table(result, folder.path, 1.5)
-    assert "1.2500 [1.0540, 1.4460]" in table  # ± 1.96 standard errors
+    assert "validation loss  1.2500 [1.05, 1.45] nats per token" in table  # ± 1.96 standard errors
     assert "[low, high]: 95 % confidence interval" in table
     assert "n = 7" in table
     assert [Path(line).name for line in table.splitlines()[4:6]] == ["report.html", "samples.png"]
@@ -259,7 +259,7 @@ def test_the_best_point_is_marked_with_its_interval(tmp_path: Path, monkeypatch:
 def test_layers_are_counted() -> None:
     """By hand: a layer and its interval are integers; a share is not."""
     assert format_number(Number(7.0, "of 0 … 8", 150, interval=(5, 8))) == "7 [5, 8]"
-    assert format_number(Number(1.0, "share", 150, interval=(0.0, 1.0))) == "1.0000 [0.0000, 1.0000]"
+    assert format_number(Number(1.0, "share", 150, interval=(0.0, 1.0))) == "1.0000 [0, 1.00]"
 
 
 def test_a_bars_part_is_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,3 +273,52 @@ def test_a_bars_part_is_inside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [patch.get_height() for patch in inside] == [0.0, 0.3]
     assert inside[1].get_x() == full[1].get_x()
     assert drawn[0].axes[0].get_legend().get_texts()[-1].get_text() == "pale: one mask"
+
+
+def test_a_depth_curve_has_its_band_and_what_it_is_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: 95 % intervals as a band, a near level as a line with its name, a far one in the legend, ticks in %.
+
+    The same in the PNG and on the page.
+    """
+    drawn: list[Any] = []
+    monkeypatch.setattr("igpt.report.figures.save_figure", lambda path, figure, **_: drawn.append(figure))
+    intervals = [(0.8, 0.9), (0.85, 0.95), (0.7, 0.85)]
+    curves = {
+        "probe, val": Curve([0.0, 1.0, 2.0], [0.85, 0.9, 0.8], "layer", "accuracy", y_intervals=intervals, best=(0, 1)),
+        "raw pixels, val": Curve([0.0, 2.0], [0.96, 0.96], "layer", "accuracy"),
+        "chance": Curve([0.0, 2.0], [0.1, 0.1], "layer", "accuracy"),
+    }
+    curves_figure(tmp_path / "c.png", curves)
+    (axes,) = drawn[0].axes
+    ends = axes.collections[0].get_paths()[0].vertices
+    assert {(x, y) for x, pair in enumerate(intervals) for y in pair} <= {tuple(end) for end in ends.tolist()}
+    assert [text.get_text() for text in axes.texts] == ["raw pixels, validation 96.0 %"]
+    assert "chance 10.0 %, below" in [text.get_text() for text in axes.get_legend().get_texts()]
+    assert axes.lines[0].get_color() == COLOURS[0]
+    low, high = axes.get_ylim()
+    assert 0.6 < low < 0.7 < 0.96 < high <= 1.03
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "accuracy")
+    assert axes.yaxis.get_major_formatter()(0.9, 0) == "90 %"
+    (plot,) = build_plots(curves)
+    probe, pixels, chance = plot.lines
+    assert (probe.name, probe.best_at) == ("linear probe, validation", "1, 95 % interval 0 to 1")
+    assert len(probe.band) == 2 * len(intervals)
+    assert probe.band[0][1] > probe.points[0][1] > probe.band[-1][1]  # from the top
+    assert (pixels.level, len(pixels.points)) == ("raw pixels, validation 96.0 %", 2)
+    assert (chance.level, chance.points) == ("chance 10.0 %, below", [])
+    assert all(text.endswith(" %") for _, text in plot.y_ticks)
+
+
+def test_rows_of_images_have_titles() -> None:
+    """Round trip: below the title of each row are its images."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 48, 48, 3), dtype=np.uint8)
+    picture = np.asarray(draw_grid(Grid(images, row_titles=("original", "palette: 17 colours, exact"))))
+    step = len(picture) // 2
+    for row in range(2):
+        for column in range(3):
+            top, left = row * step + HEAD + GAP, GAP + column * (96 + GAP)
+            assert np.array_equal(picture[top : top + 96 : 2, left : left + 96 : 2], images[row, column])
+        title = picture[row * step : row * step + HEAD]
+        assert title.min() < 100 < title.max() == WHITE

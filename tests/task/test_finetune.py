@@ -106,6 +106,12 @@ def test_what_is_reported_is_what_was_kept(lab: Lab, few: Arrays, uninterrupted:
         predictions = scores.argmax(dim=-1)
         numbers = {name: result.numbers[f"{split}/{name}"].value for name in ("accuracy", "loss_clf", "loss_gen")}
         assert numbers["accuracy"] == float((predictions == y).double().mean())
+        in_five = (scores.topk(5).indices == y[:, None]).any(dim=1).double().mean()
+        assert result.numbers[f"{split}/top_5"].value == float(in_five)
+        confidence, right = scores.softmax(dim=1).amax(dim=1), (predictions == y).float()
+        bins = (confidence * 15).long()
+        gaps = [abs(float((confidence - right)[bins == i].sum())) for i in range(15)]
+        assert result.numbers[f"{split}/calibration_error"].value == pytest.approx(sum(gaps) / len(y), abs=1e-5)
         assert numbers["loss_clf"] == pytest.approx(float(F.cross_entropy(scores, y)), rel=1e-5)
         assert numbers["loss_gen"] == pytest.approx(float(nats), rel=1e-5)
     expected = np.zeros((10, 10), dtype=np.int64)

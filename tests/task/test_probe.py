@@ -333,11 +333,12 @@ def test_layers_together(tmp_path: Path, lab: Lab, ar: Weights, probed: tuple[Pa
     y = {split: labels(lab, split) for split in x}
     shares = [sklearn(c).fit(x["train"], y["train"]).score(x["val"], y["val"]) for c in STRENGTHS]
     assert result.numbers["val/accuracy"].value == pytest.approx(max(shares), abs=OF_VAL)
+    assert (probed[1].curves["chance"].x, probed[1].curves["chance"].y) == ([0, 2], [0.1, 0.1])
     alone = probed[1].numbers["val/accuracy"]
     assert result.numbers["val/best_layer"] == alone
     assert alone.features == f"layer {probed[1].provenance['layers'][0]}"
     together = {key for key, number in result.numbers.items() if number.features == "layers 0, 1, 2"}
-    assert together == {"val/accuracy", "test/accuracy", "test/top_5"}
+    assert together == {"val/accuracy", "test/accuracy", "test/top_5", "test/calibration_error"}
     assert all(number.features for number in result.numbers.values() if number.unit == "share")
     fit = sklearn(result.provenance["C"])
     fit = fit.fit(np.concatenate([x["train"], x["val"]]), np.concatenate([y["train"], y["val"]]))

@@ -60,14 +60,14 @@ def describe_classes(result: Result, folder: Path) -> list[str]:
     lines = []
     for key, (matrix, names) in find_matrices(result.files, result.class_names, folder).items():
         rows = rank_classes(matrix, names)
-        if len(rows) < 3:
+        if len(rows) < 3 or rows[0].accuracy.value == rows[-1].accuracy.value:
             continue
         worst, best = rows[0], rows[-1]
         stage = key.removesuffix("confusion").rstrip("/")
         mistaken = f", mostly taken for {worst.mistaken_for}" if worst.mistaken_for else ""
         lines.append(
-            f"{f'{stage}: ' if stage else ''}worst class {worst.name} ({100 * worst.accuracy.value:.1f} %{mistaken}), "
-            f"best {best.name} ({100 * best.accuracy.value:.1f} %)"
+            f"{f'{stage}: ' if stage else ''}worst class: {worst.name} ({100 * worst.accuracy.value:.1f} %{mistaken}), "
+            f"best: {best.name} ({100 * best.accuracy.value:.1f} %)"
         )
     return lines
 

@@ -27,8 +27,8 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "shown/loss_gen": "loss of the images shown",
     "inspect/layer": "layer of neighbours and map",
     "features/width": "features of an image",
-    "probe/layer": "best layer",
-    "layer": "best layer",
+    "probe/layer": "layer of the probe",
+    "layer": "layer of the probe",
     "untrained": "{} accuracy of an untrained network",
     "raw_pixels": "{} accuracy from raw pixels",
     "raw_pixels_*_per_class": "{} accuracy from raw pixels, {0} labels a class",
@@ -114,13 +114,14 @@ COUNT = re.compile(r"^(\d+)_(images)$")
 def display_name(key: str) -> str:
     """The name of a number or curve; before it, with a colon, what stands before the known part of the key.
 
-    A key that no table knows is given with blanks: `new_figure/of_mine` → "new figure: of mine".
+    A key that no table knows is given with blanks, `new_figure/of_mine` → "new figure: of mine"; the name of a line
+    that is no key, as `igpt_s: loss`, as it is.
     """
     known = find_name(key)
     if known is not None:
         lead, name, _ = known
         return ": ".join([*lead, name])
-    return key.replace("_", " ").replace("/", ": ")
+    return key.replace("_", " ").replace("/", ": ") if "/" in key else key
 
 
 def name_lines(keys: Iterable[str]) -> dict[str, str]:
@@ -168,7 +169,7 @@ def axis_name(unit: str, keys: Iterable[str] = ()) -> str:
         return one or unit
     if unit in UNITS:
         return f"{one}, {UNITS[unit]}" if one else UNITS[unit]
-    return display_name(unit) if "/" in unit else unit
+    return display_name(unit) if "/" in unit and find_name(unit) else unit
 
 
 @cache

@@ -102,8 +102,8 @@ def find_y_range(curves: Mapping[str, Curve]) -> tuple[float, float]:
     """
     levels = [curve.y[0] for curve in curves.values() if is_level(curve)]
     others = [curve for curve in curves.values() if not is_level(curve)]
-    ends = [end for curve in others for pair in (curve.y_intervals or ()) for end in pair]
-    values = [*ends, *(y for curve in others for y in curve.y)] or levels
+    values = [end for curve in others for pair in (curve.y_intervals or ()) for end in pair]
+    values = [*values, *(y for curve in others for y in curve.y)] or levels
     low, high = min(values), max(values)
     near = [level for level in levels if max(level - high, low - level) <= (high - low) / 2]
     return min([low, *near]), max([high, *near])
@@ -125,7 +125,7 @@ def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
         _draw_levels(axes, {names[key]: curve for key, curve in lines.items()}, in_percent=is_share(y_unit))
         axes.set(xlabel=axis_name(x_unit), ylabel=axis_name(y_unit, lines))
         if all(float(x).is_integer() for curve in lines.values() for x in curve.x):
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if is_share(y_unit):
             show_percent(axes.yaxis)
             low, high = axes.get_ylim()
@@ -143,8 +143,8 @@ def _draw_curve(axes: Axes, curve: Curve, *, label: str, x_unit: str) -> None:
         axes.fill_between(curve.x, *np.transpose(curve.y_intervals), color=ink, **BAND)
     elif curve.x_intervals is not None:
         y_reach = None if curve.y_intervals is None else _reach(curve.y, curve.y_intervals)
-        reach = _reach(curve.x, curve.x_intervals)
-        axes.errorbar(curve.x, curve.y, y_reach, reach, fmt="none", lw=0.9, capsize=2, color=ink)
+        x_reach = _reach(curve.x, curve.x_intervals)
+        axes.errorbar(curve.x, curve.y, y_reach, x_reach, fmt="none", lw=0.9, capsize=2, color=ink)
     if curve.best is not None:
         top = int(np.argmax(curve.y))
         reach = _reach([curve.x[top]], [curve.best])
@@ -154,8 +154,7 @@ def _draw_curve(axes: Axes, curve: Curve, *, label: str, x_unit: str) -> None:
 
 def _draw_levels(axes: Axes, lines: Mapping[str, Curve], *, in_percent: bool) -> None:
     """Dashed lines with their names at the right; one that is far from the others is only named in the legend."""
-    levels = {name: curve.y[0] for name, curve in lines.items() if is_level(curve)}
-    if not levels:
+    if not (levels := {name: curve.y[0] for name, curve in lines.items() if is_level(curve)}):
         return
     low, high = find_y_range(lines)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0

@@ -21,7 +21,6 @@ from igpt.report.closing_table import (
     REPORT,
     describe_uncertainty,
     format_interval,
-    format_number,
     format_readable,
     read_text,
 )
@@ -110,7 +109,6 @@ def templates() -> Environment:
         lstrip_blocks=True,
     )
     given = (
-        format_number,
         format_readable,
         format_interval,
         display_name,

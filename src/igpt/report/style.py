@@ -26,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter
 from PIL import ImageFont
 
 from igpt.utils import files
@@ -75,8 +75,8 @@ styled = matplotlib.rc_context(RC)  # decorator of a function that draws a figur
 
 
 def show_percent(axis: Axis) -> None:
-    """Ticks of shares in percent; with as many decimals as their distance needs."""
-    axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    """Ticks of shares in percent; with as many decimals as they need."""
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{round(100 * share, 6) + 0.0:g} %"))
 
 
 @cache

@@ -27,7 +27,7 @@ from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import full_state
 from igpt.training.ema import WeightAverage
 from igpt.training.loss_by_position import NAME as LOSS_BY_POSITION
-from igpt.training.loss_by_position import draw_loss_by_position, takes_images
+from igpt.training.loss_by_position import draw_loss_by_position
 from igpt.training.optimizers import every_step, make_optimizer, make_scheduler
 from igpt.utils import files
 
@@ -157,7 +157,7 @@ class PretrainModule(TrainedModule):
             numbers["val/loss_gen_ema"] = of_average["val/loss_gen"]
             curves.append("val/loss_gen_ema")
         self.finish_validation(numbers, curves)
-        shown_to = [logger for logger in self.trainer.loggers if takes_images(logger)]
+        shown_to = [logger for logger in self.trainer.loggers if hasattr(logger, "log_image")]
         if self.trainer.state.fn == "fit" and shown_to:  # rank 0 has the loggers
             folder, step = self.components.runner.folder, self.global_step
             draw_loss_by_position(folder, self.loss_by_position, step=step, loggers=shown_to)

@@ -2,23 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import Logger
+from lightning.fabric.loggers.logger import Logger
 
 from igpt.report.bystanders import Bystander
 from igpt.report.position_figure import position_figure
+from igpt.training.loggers import save_picture
 
 NAME = "loss_by_position"
 
 
-def takes_images(logger: Logger) -> bool:
-    """Whether a logger has Lightning's method for images."""
-    return hasattr(logger, "log_image")
-
-
-def draw_loss_by_position(folder: Path, nats: np.ndarray, *, step: int, loggers: Sequence[Any] = ()) -> Path | None:
+def draw_loss_by_position(folder: Path, nats: np.ndarray, *, step: int, loggers: Sequence[Logger] = ()) -> Path | None:
     """Writes the mean nats of each cell (R, C) to `loss_by_position/step_….png` of the run directory; for loggers, too.
 
     Returns its place there; None if it could not be written.
@@ -26,6 +21,5 @@ def draw_loss_by_position(folder: Path, nats: np.ndarray, *, step: int, loggers:
     path = Path(NAME, f"step_{step:07d}.png")
     with Bystander(folder / path) as bystander:
         position_figure(folder / path, nats)
-        for logger in loggers:
-            logger.log_image(NAME, [str(folder / path)], step=step)
+        save_picture(loggers, NAME, folder / path, step)
     return None if bystander.error is not None else path
