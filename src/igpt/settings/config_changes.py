@@ -108,4 +108,10 @@ TABLE: dict[int, Changes] = {
             "task.sgd.augment": ("task._target_", "igpt.task.probe.run", True),
         },
     ),
+    6: Changes(
+        added={
+            "task.push": ("task._target_", "igpt.task.export_weights.run", None),
+            "task.private": ("task._target_", "igpt.task.export_weights.run", None),
+        },
+    ),
 }
