@@ -300,7 +300,5 @@ def _describe_limits(content: CardContent) -> str:
     if not metadata.network.causal:
         lines.append("- It predicts masked tokens and draws no samples.")
     if content.format == "huggingface":
-        lines.append(
-            "- Hugging Face's image processor resizes bilinearly, without the crop of this project's `data.crop`."
-        )
+        lines.append("- Hugging Face's image processor resizes bilinearly and does not crop, as `data.crop` does.")
     return "\n".join(lines)

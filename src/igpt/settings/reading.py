@@ -112,6 +112,15 @@ class ReportSettings(Settings):
     runs: list[str]
 
 
+class DashboardSettings(Settings):
+    """`task=dashboard`."""
+
+    project: str
+    entity: str | None
+    title: str
+    file: str
+
+
 class PipelineSettings(Settings):
     """`task=pipeline`: `stages`: name → settings (null: omitted); `bars`: picture → group → series → stage/number;
     `curves`: picture → name → stage/curve.
