@@ -175,7 +175,7 @@ def test_what_is_left_out_or_has_no_value() -> None:
         "~logger=csv": "~logger=csv: logger=none leaves all out",
         "~nothing": "there is no setting or group 'nothing'",
         "logger=": "logger=: there is no such option; there are csv, ",
-        "+callbacks=probe": "+callbacks=probe: callbacks=probe chooses it, without a +, in place of the default",
+        "+callbacks=probe": "+callbacks=probe: callbacks=probe chooses it, in place of the default: leave out the +",
         "++logger=csv": "++logger=csv: logger=csv chooses it",
         "seed=0,1": "seed=0,1: this is several values, for a sweep (-m)",
         **{text: f"{text}: an argument is KEY=VALUE, +KEY=VALUE, or ~KEY" for text in ("++x", "logger", "~", "=x")},
