@@ -54,11 +54,19 @@ def test_cards_of_other_weights(quickstart: Path, tmp_path: Path) -> None:
     card = ModelCard.load(tuned / "README.md")
     assert (card.data.library_name, card.data.pipeline_tag) == ("igpt", "image-classification")
     assert "Initial weights: of a pretraining on digits." in card.text
+    assert any(result.metric_name == "test/accuracy" for result in card.data.eval_results)
+    (step := tmp_path / "step").mkdir()
+    write_model_card(
+        step, find_weights(str(quickstart / "2_pretrain/checkpoints/step_0000003.ckpt")), format="huggingface"
+    )
+    card = ModelCard.load(step / "README.md")
+    assert card.data.eval_results is None  # the run's numbers are of its last step
+    assert "Step 3, seed 0." in card.text
     huggingface.write(tmp_path / "hf", native(tmp_path / "ours", small_net()))
     write_model_card(tmp_path / "hf", find_weights(str(tmp_path / "hf")), format="igpt")
     card = ModelCard.load(tmp_path / "hf" / "README.md")
     assert card.data.eval_results is None
-    for part in ("not recorded beside them", "None is recorded", "Licence of the data: not known"):
+    for part in ("not recorded beside them", "None is recorded of", "Licence of the data: not known"):
         assert part in card.text
 
 

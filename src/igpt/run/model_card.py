@@ -23,10 +23,8 @@ from igpt.utils.overrides import train_command
 
 CARD = "README.md"
 MOST_NUMBERS = 24
-HUB_DATA = {  # dataset → its name on the Hub
-    "cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k",
-    "stl10": "tanganke/stl10",
-}  # fmt: skip
+HUB_DATA = {name: f"uoft-cs/{name}" for name in ("cifar10", "cifar100")}  # dataset → its name on the Hub
+HUB_DATA |= {"imagenet": "ILSVRC/imagenet-1k", "stl10": "tanganke/stl10"}
 DATA_LICENCES = {  # dataset → what its authors say
     "digits": "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits, by way of scikit-learn)",
     "cifar10": "its authors state none (Krizhevsky 2009)",
@@ -48,17 +46,12 @@ CITATION = """```bibtex
   author    = {Chen, Mark and Radford, Alec and Child, Rewon and Wu, Jeffrey and Jun, Heewoo and Luan, David and
                Sutskever, Ilya},
   booktitle = {Proceedings of the 37th International Conference on Machine Learning},
-  series    = {Proceedings of Machine Learning Research},
-  volume    = {119},
-  pages     = {1691--1703},
-  year      = {2020}
+  volume    = {119}, pages = {1691--1703}, year = {2020}
 }
 
 @software{igpt,
   title  = {igpt: Image GPT as an experiment repository},
-  author = {{The igpt authors}},
-  year   = {2026},
-  note   = {commit COMMIT}
+  author = {{The igpt authors}}, year = {2026}, note = {commit COMMIT}
 }
 ```"""
 
@@ -75,10 +68,14 @@ class CardContent:
     measured: tuple[RunRecord, ...]  # other stages of its pipeline that read these weights
 
     @property
+    def is_final(self) -> bool:
+        """Whether these are the weights that the run's numbers are of: not those of a step, or averaged over steps."""
+        return self.weights.folder.name == "model"
+
+    @property
     def data(self) -> dict[str, Any]:
         """The settings of the images of the run; {} without one."""
-        data = self.run.config.get("data") if self.run else None
-        return data if isinstance(data, dict) else {}
+        return dict(self.run.config.get("data") or {}) if self.run else {}
 
     @property
     def dataset(self) -> str:
@@ -132,7 +129,7 @@ def _write_pictures(folder: Path, content: CardContent) -> dict[str, str]:
             if path is not None and path.suffix == ".png" and (run.folder / path).is_file():
                 shutil.copyfile(run.folder / path, folder / f"{name}.png")
                 pictures[f"{name}.png"] = caption
-    if "samples.png" not in pictures and content.run is not None:
+    if "samples.png" not in pictures and content.run is not None and content.is_final:
         drawn = [
             path for path in sorted((content.run.folder / "samples").glob("step_*.png"))
             if files.resolve_below(content.run.folder, path.relative_to(content.run.folder)) is not None
@@ -163,7 +160,7 @@ def render_card(content: CardContent, pictures: dict[str, str]) -> str:
     blocks = [
         f"---\n{_card_metadata(content, numbers)}\n---",
         f"# {content.name or f'{metadata.model} on {content.dataset}'}",
-        f"An Image GPT (Chen et al. 2020): {_describe_network(content)}, trained on {objective} of "
+        f"An Image GPT (Chen et al. 2020): {_describe_network(content)}, trained to predict {objective} in images of "
         f"{content.dataset} at {side}×{side} pixels.",
         *shown,
         "## Data",
@@ -173,7 +170,7 @@ def render_card(content: CardContent, pictures: dict[str, str]) -> str:
         "## Recipe",
         *_describe_recipe(content),
         "## Numbers",
-        format_markdown(rows) if numbers else "None is recorded beside these weights.",
+        format_markdown(rows) if numbers else "None is recorded of these weights.",
         *(["`[low, high]`: 95 % confidence interval; n: what it was measured on."] if numbers else []),
         "## How to load",
         _describe_loading(content),
@@ -219,7 +216,7 @@ def _card_metadata(content: CardContent, numbers: Sequence[tuple[str, Number, st
 def _list_numbers(content: CardContent) -> Iterable[tuple[str, Number, str]]:
     """(name, number, task) of losses, bits and accuracies; of each name the first, at most MOST_NUMBERS."""
     found: dict[str, tuple[str, Number, str]] = {}
-    for run in filter(None, (content.run, *content.measured)):
+    for run in filter(None, (content.run if content.is_final else None, *content.measured)):
         for name, number in run.result.numbers.items():
             if name.startswith(("val/", "test/")) and number.unit.startswith(UNITS):
                 found.setdefault(name, (name, number, run.title))
@@ -242,7 +239,7 @@ def _describe_recipe(content: CardContent) -> list[str]:
     rows = [(key, str(task[key])) for key in RECIPE if task.get(key) is not None]
     rows += [("precision", str(run.config.get("trainer", {}).get("precision")))]
     seen = run.result.numbers.get("train/images_seen")
-    rows += [("images seen", f"{seen.value:,.0f}")] if seen is not None else []
+    rows += [("images seen", f"{seen.value:,.0f}")] if seen is not None and content.is_final else []
     first = run.init_history.pretraining
     start = [f"Initial weights: of a pretraining on {name_dataset(first.config['data'])}."] if first else []
     return [
