@@ -45,8 +45,7 @@ CITATION = """```bibtex
   title     = {Generative Pretraining from Pixels},
   author    = {Chen, Mark and Radford, Alec and Child, Rewon and Wu, Jeffrey and Jun, Heewoo and Luan, David and
                Sutskever, Ilya},
-  booktitle = {Proceedings of the 37th International Conference on Machine Learning},
-  volume    = {119}, pages = {1691--1703}, year = {2020}
+  booktitle = {Proceedings of the 37th International Conference on Machine Learning}, volume = {119}, year = {2020}
 }
 
 @software{igpt,
