@@ -159,13 +159,14 @@ def test_did_you_mean(override: str, message: str) -> None:
         ("seed=0,1", "seed", [0, 1]),
         ("logger=[csv,wandb]", "logger.wandb.offline", [False]),
         ("logger=none", "logger", [{}]),
-        ("~callbacks", "callbacks", [None]),
+        ("~callbacks", "callbacks", [{}]),
         ("hydra.verbose=true", "hydra.verbose", [True]),
     ],
 )
 def test_good_arguments_pass(override: str, setting: str, values: list[Any]) -> None:
     """Independent source: Hydra, which takes what is passed on to it, and makes the settings of it that are meant."""
-    (passed,) = prepare_arguments([override], CONF)
+    flags = ["-m", "rerun=false"] if len(values) > 1 else []
+    *_, passed = prepare_arguments([*flags, override], CONF)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         options = GlobalHydra.instance().config_loader()
         (parsed,) = OverridesParser.create(options).parse_overrides([passed])

@@ -179,6 +179,8 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(tmp_path: Path, caplog: 
     assert [job.value for job in first.jobs] == [None, 4.0, 4.0, 4.0]
     assert "this one cannot be done" in caplog.text
     assert "4 jobs: 1 failed, 3 finished" in caplog.text
+    assert "job 0/4: name=job0 fails=yes" in caplog.messages
+    assert (tmp_path / "sweep" / "job_000.txt").read_text().startswith("job 0/4: name=job0 fails=yes\n")
     (tmp_path / "mended").touch()
     (left := tmp_path / "sweep" / ".jobs.json.abc.part").write_text("of a sweep that was killed")
     assert run(second := a_sweep(tmp_path, *lines), tmp_path) is None
@@ -190,6 +192,17 @@ def test_a_failed_job_stops_no_other_and_is_tried_again(tmp_path: Path, caplog: 
     jobs.unlink()  # of a sweep that was killed before it wrote this
     assert run(a_sweep(tmp_path, *lines), tmp_path) is None
     assert {job["state"] for job in json.loads(jobs.read_text())["jobs"]} == {FINISHED}
+
+
+def test_a_search_names_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: of one job at a time, all that was not typed; without the number of jobs, which is not known."""
+    of = Sweep(
+        tmp_path, [Job(3, ["model=a", "task.learning_rate=0.003"])], gpus=[], n_jobs=1, metric="val/loss_gen", table={},
+        typed=["model=a", "sweep=learning_rate"],
+    )  # fmt: skip
+    assert of._describe_settings(of.jobs[0]) == "task.learning_rate=0.003"
+    monkeypatch.setenv("IGPT_SWEEP", "a search")
+    assert of._name_job(of.jobs[0]) == "job 3"
 
 
 def test_a_sweep_goes_on_without_its_own_files(

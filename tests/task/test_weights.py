@@ -51,7 +51,7 @@ def test_our_own_format_is_plain(quickstart: Path, tmp_path: Path) -> None:
     """Round trip without this project's configs: safetensors and json alone, as `docs/weights.md` has it."""
     _, folder = run(tmp_path, "task=export", "task.format=igpt", f"init={quickstart / '2_pretrain'}")
     names = sorted(path.name for path in (folder / "igpt").iterdir())
-    assert names == ["config.json", "model.safetensors"]
+    assert names == ["README.md", "completions.png", "config.json", "model.safetensors", "palette.png", "samples.png"]
     net = GPT(GPTConfig(**json.loads((folder / "igpt" / "config.json").read_text())["network"]))
     net.load_state_dict(load_file(folder / "igpt" / "model.safetensors"))
     assert find_weights(str(folder / "igpt")).sha256 == find_weights(str(quickstart / "2_pretrain")).sha256
@@ -82,6 +82,77 @@ def test_an_export_that_was_stopped(quickstart: Path, tmp_path: Path) -> None:
     run(tmp_path, "task=export", init)
     assert {path.name: path.read_bytes() for path in (folder / "huggingface").iterdir()} == before
     assert not list(folder.glob(".huggingface*"))
+
+
+class Hub:
+    """Stands for `HfApi`: keeps what is uploaded; `broken` methods raise."""
+
+    def __init__(self, *broken: str) -> None:
+        self.broken, self.made, self.uploaded = set(broken), {}, {}
+
+    def _check(self, name: str) -> None:
+        if name in self.broken:
+            raise OSError("403 Forbidden: you may not\nRequest ID: 1")
+
+    def whoami(self) -> None:
+        self._check("whoami")
+
+    def create_repo(self, name: str, *, private: bool | None, exist_ok: bool) -> str:
+        self._check("create_repo")
+        assert exist_ok
+        self.made[name] = private
+        return f"https://hub/{name}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        self._check("upload_folder")
+        self.uploaded[repo_id] = sorted(path.name for path in folder_path.iterdir())
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_made_up")
+    return monkeypatch
+
+
+def test_an_export_is_uploaded(quickstart: Path, tmp_path: Path, online: pytest.MonkeyPatch) -> None:
+    """Invariant: a failed upload leaves the folder, and the same command tries again; what is sent is the folder."""
+    push = ("task=export", f"init={quickstart / '2_pretrain'}", "task.push=me/digits", "task.private=true")
+    hub = Hub("upload_folder")
+    online.setattr("huggingface_hub.HfApi", lambda: hub)
+    with pytest.raises(ValueError, match=r"^task\.push=me/digits: the upload failed \(OSError: 403 .* tries again$"):
+        run(tmp_path, *push)
+    (kept,) = (tmp_path / "runs").glob("*/huggingface/README.md")
+    hub.broken.clear()
+    result, folder = run(tmp_path, *push)
+    assert kept.parent.parent.resolve() == folder.resolve()
+    assert hub.made == {"me/digits": True}
+    assert hub.uploaded == {"me/digits": sorted(path.name for path in (folder / "huggingface").iterdir())}
+    assert result.provenance["pushed_to"] == "https://hub/me/digits"
+    assert "me/digits" in kept.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "message"),
+    [
+        ("me/digits", "token", r"^task\.push=me/digits needs a token of the Hub that may write: HF_TOKEN"),
+        ("me/digits", "offline", r"^task\.push=me/digits: HF_HUB_OFFLINE is set"),
+        ("me/digits", "whoami", r"^task\.push=me/digits: the Hub refuses .*: OSError: 403 Forbidden: you may not$"),
+        ("digits", "", r"^task\.push must be owner/name of a model on the Hub"),
+        ("me/two words", "", r"^task\.push must be owner/name .* got 'me/two words'$"),
+    ],
+)
+def test_an_upload_that_cannot_be_is_refused_first(
+    quickstart: Path, tmp_path: Path, online: pytest.MonkeyPatch, name: str, how: str, message: str
+) -> None:
+    """Before anything is exported: no run folder is left."""
+    online.setattr("huggingface_hub.HfApi", lambda: Hub(how))
+    online.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", how == "offline")
+    if how == "token":
+        online.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, "task=export", f"init={quickstart / '2_pretrain'}", f"task.push='{name}'")
+    assert not list((tmp_path / "runs").glob("*"))
 
 
 def no_config(place: Path) -> Path:

@@ -46,6 +46,7 @@ OBSERVERS = (
 # requirement of a task → groups that are not part of the identity of its runs, as it reads none of them
 UNUSED = {"tokenizer": ("model", "objective"), "images": ("model", "objective", "tokens")}
 OUTSIDE_TASK = ("requires", "run_folder", "paper", "init")  # keys of a task: constants, a label; a stage's weights
+NULL_OUTSIDE_TASK = ("push", "private")  # keys of a task that count unless they are null
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep", ".keep_steps")
 OF_THE_MACHINE = "precision"  # besides `lightning`, the only identity setting of the trainer: others change rounding
 RECORDS = {"run.json", "log.txt", ".lock", "hparams.yaml"}  # of a run that has done nothing yet
@@ -85,6 +86,7 @@ def deciding_callbacks(config: dict[str, Any]) -> dict[str, Any]:
 def _task_settings(task: dict[str, Any]) -> dict[str, Any]:
     """The settings of a task that determine its result; recursively for a pipeline's stages."""
     own = {key: value for key, value in task.items() if key not in OUTSIDE_TASK}
+    own = {key: value for key, value in own.items() if value is not None or key not in NULL_OUTSIDE_TASK}
     if isinstance(stages := own.get("stages"), dict):
         own["stages"] = {name: _task_settings(of) if isinstance(of, dict) else of for name, of in stages.items()}
     return own

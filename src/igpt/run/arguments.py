@@ -63,8 +63,12 @@ def prepare_arguments(arguments: list[str], conf: Path) -> list[str]:
     resumed = [override.value() for override in typed if override.key_or_group == "resume"]
     if resumed and resumed[-1] not in (None, "auto"):
         overrides = [*resume_overrides(Path(str(resumed[-1])), typed, flags, folders), *overrides]
-    _check_values(overrides, sweeps=bool(several) or any("hydra.mode" in override for override in overrides))
+    sweeps = bool(several) or any("hydra.mode" in override for override in overrides)
+    _check_paths(overrides, sweeps=sweeps)
     overrides, cfg = complete_overrides(overrides, folders)
+    lists = [each for each in typed if each.is_sweep_override() and not each.key_or_group.startswith("hydra")]
+    if lists and not sweeps:
+        raise ValueError(f"{escape_text(str(lists[0].input_line))}: this is several values, for a sweep (-m)")
     paths = cfg.paths
     if not OmegaConf.is_dict(paths):
         raise ValueError(f"paths must be settings, as {{name: value}}, got {format_value(paths)}")
@@ -263,14 +267,15 @@ def _check_options(override: Override, folders: list[Path]) -> None:
             raise ValueError(f"{group}={name}: there is no such option{near}; there are {', '.join(options)}")
 
 
-def _check_values(overrides: list[str], *, sweeps: bool) -> None:
-    """Raises ValueError for several values without `-m`, and, with the quoted form, for a path of another type."""
+def _check_paths(overrides: list[str], *, sweeps: bool) -> None:
+    """Raises ValueError, with the quoted form, for a path that Hydra parses as another type."""
     for text, override in zip(overrides, parse_overrides(overrides), strict=True):
         key = override.key_or_group
-        if not sweeps and override.is_sweep_override() and not key.startswith("hydra"):
-            hint = _quoting_hint(text) if is_path(key) else ""
-            raise ValueError(f"{escape_text(text)}: this is several values, for a sweep (-m){hint}")
-        if override.is_delete() or not is_path(key) or override.is_sweep_override():
+        if override.is_delete() or not is_path(key):
+            continue
+        if override.is_sweep_override():
+            if override.value_type == ValueType.SIMPLE_CHOICE_SWEEP and not sweeps:
+                raise ValueError(f"{escape_text(text)}: this is several values, for a sweep (-m){_quoting_hint(text)}")
             continue
         value = override.value()
         values = value if isinstance(value, list) and LISTS.fullmatch(key) else [value]

@@ -114,6 +114,8 @@ TABLE: dict[int, Changes] = {
             "trainer.lightning": ("trainer._target_", ..., {}),
             "task.gradient_clip": ("task._target_", "igpt.task.train_tokenizer.run", None),
             "task.sgd.gradient_clip": ("task._target_", "igpt.task.probe.run", None),
+            "task.push": ("task._target_", "igpt.task.export_weights.run", None),
+            "task.private": ("task._target_", "igpt.task.export_weights.run", None),
         },
     ),
 }

@@ -53,6 +53,30 @@ class ExportSettings(Settings):
 
     format: Literal["huggingface", "igpt"]
     class_head: bool
+    push: str | None  # owner/name on the Hub
+    private: bool | None  # of a new repository; None: as the owner's settings there have it
+
+    @model_validator(mode="after")
+    def _check_name(self) -> "ExportSettings":
+        if self.push is not None and not _is_repository(self.push):
+            raise ValueError(
+                f"task.push must be owner/name of a model on the Hub: letters, digits, - . and _, at most 96, got "
+                f"{self.push!r}"
+            )
+        if self.private is not None and self.push is None:
+            raise ValueError("task.private is of what is uploaded: give task.push=owner/name with it")
+        return self
+
+
+def _is_repository(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError  # lazy: slow, and of uploads only
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 class CompareSettings(Settings):
@@ -97,6 +121,15 @@ class ReportSettings(Settings):
     """`task=report`."""
 
     runs: list[str]
+
+
+class DashboardSettings(Settings):
+    """`task=dashboard`."""
+
+    project: str
+    entity: str | None
+    title: str
+    file: str
 
 
 class PipelineSettings(Settings):
