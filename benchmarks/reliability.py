@@ -61,7 +61,8 @@ FEW_LABELS = ("data.labels_per_class=null", "task.per_class=[2]", "task.subsets=
 PRETRAIN_STAGE = (f"task.stages.pretrain.{each}" for each in (*STEPS, "warmup_steps=2"))
 NO_STAGES = (f"task.stages.{name}=null" for name in ("complete", "probe", "finetune", "scratch"))
 FINISHED = "task.runs=[base/pretrained,base/evaluated]"
-ON_CHECKPOINT = ("init=base/pretrained", "model=checkpoint", "tokens=checkpoint", "objective=checkpoint", "trainer=cpu")
+GROUPS = tuple(f"{group}=checkpoint" for group in ("model", "tokens", "objective"))
+ON_CHECKPOINT = ("init=base/pretrained", "data=digits", *GROUPS, "trainer=cpu")
 DDP = ("trainer=ddp", "trainer.accelerator=cpu")
 
 

@@ -103,7 +103,7 @@ def test_a_finished_run_is_not_repeated_and_force_repeats_it_to_the_bit(
     caplog.set_level("INFO")
     run_command("experiment=quickstart", *TINY, conf=ROOT / "conf")
     assert "is finished; rerun=true repeats it" in caplog.text
-    assert "pretrain/val/loss_gen" in caplog.text
+    assert "validation loss" in caplog.text
     run_here(place, "experiment=quickstart", *TINY, "rerun=true")
     first, second = sorted((place / "runs").iterdir())
     assert second.name == f"{first.name}-2"

@@ -24,12 +24,12 @@ from igpt.checkpoint.head_files import read_head
 from igpt.checkpoint.probe_files import read_probe
 from igpt.checkpoint.resume import AtomicCheckpointIO
 from igpt.data.images import Images
-from igpt.report import folder as run_folder
 from igpt.run.launch import run
 from igpt.run.targets import checked_partial
 from igpt.tokens.openai_npy import OpenAITokens
 from igpt.tokens.palette import Palette
 from igpt.training.fsdp import _load_into
+from igpt.utils import program
 from tests.data.conftest import SETTINGS
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -160,7 +160,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Reads in this process, a fork; the largest memory beyond that of its start, and what it must not have done."""
     programs: list[str] = []
     # reads the commit of this package, for the record of a run
-    commit = ["git", "--no-optional-locks", "-C", str(Path(run_folder.__file__).parent)]
+    commit = ["git", "--no-optional-locks", "-C", str(program.PACKAGE.parents[1])]
 
     def note(event: str, arguments: Any) -> None:
         is_known = event == "subprocess.Popen" and [*arguments[1]][:4] == commit

@@ -15,6 +15,7 @@ from igpt.metric.result import Result
 from igpt.report.folder import OBSERVERS, RunFolder, changes, deciding, identity
 from igpt.report.groups import group_by_seed, list_differing
 from igpt.report.runs import RunRecord
+from igpt.training.lightning_callbacks import WATCHING
 from igpt.utils import files
 from igpt.utils.program import describe_commit
 
@@ -45,10 +46,9 @@ def test_those_that_declare_it_are_those_that_are_listed() -> None:
     for module in pkgutil.iter_modules(importlib.import_module("igpt.training").__path__, "igpt.training."):
         importlib.import_module(module.name)
     ours = [each for each in L.Callback.__subclasses__() if each.__module__.startswith(f"{igpt.__name__}.")]
-    assert {f"{each.__module__}.{each.__name__}" for each in ours if getattr(each, "is_observer", False)} == set(
-        OBSERVERS
-    )
-    assert len(ours) > len(OBSERVERS)  # the callback that saves changes what is kept
+    watching = {f"{each.__module__}.{each.__name__}" for each in ours if getattr(each, "is_observer", False)}
+    assert watching | {f"lightning.pytorch.callbacks.{each.__name__}" for each in WATCHING} == {*OBSERVERS}
+    assert len(ours) > len(watching)  # the callback that saves changes what is kept
 
 
 @pytest.mark.parametrize("other", [STOP, {"_target_": "mine.Freeze"}])

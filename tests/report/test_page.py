@@ -320,7 +320,9 @@ def test_the_pictures_of_a_run_are_in_its_page(pipeline: Path) -> None:
     shown = [base64.b64decode(tag["src"].partition(",")[2]) for tag in Page(pipeline / "report.html").all("img")]
     assert sorted(shown) == sorted((pipeline / path).read_bytes() for path in expected)
     pretrained = Page(pipeline / "2_pretrain" / "report.html")
-    assert len(pretrained.all("img")) == len(list((pipeline / "2_pretrain" / "samples").glob("step_*.png"))) == 2
+    samples = [*(pipeline / "2_pretrain" / "samples").glob("step_*.png")]
+    by_position = [*(pipeline / "2_pretrain" / "loss_by_position").glob("step_*.png")]
+    assert (len(pretrained.all("img")), len(samples), len(by_position)) == (3, 2, 1)
 
 
 def test_large_pictures_are_shrunk_and_that_is_said(tmp_path: Path) -> None:
@@ -387,7 +389,7 @@ def test_what_was_not_written_is_on_the_page(tmp_path: Path) -> None:
     text = render_page(finished(tmp_path / "run", Result(grids=grids)).path).read_text()
     section = text.partition('<section id="not-written">')[2].partition("</section>")[0]
     assert re.search(r"&lt;b&gt;.*png", section)
-    assert "IndexError" in section
+    assert "ValueError" in section
     assert "<b>" not in text
     grids.pop("<b>")
     assert "not-written" not in render_page(finished(tmp_path / "other", Result(grids=grids)).path).read_text()
@@ -640,7 +642,7 @@ def test_a_browser_shows_it_on_a_phone(pipeline: Path, tmp_path: Path) -> None:
         assert seen["wide"] == seen["room"] == 375, name
         assert seen["loaded"] == seen["images"], name
         assert seen["height"] > 300, name
-    assert found["plain 0"]["images"] == found["no_script 0"]["images"] == 7
+    assert found["plain 0"]["images"] == found["no_script 0"]["images"] == 8
     assert found["plain 0"]["crisp"] == 4  # samples, completions, palette; confusion matrices are diagrams
     record = json.loads((pipeline / "2_pretrain" / "result.json").read_text())
     last = record["curves"]["train/loss_gen"]

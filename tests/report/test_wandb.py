@@ -81,7 +81,7 @@ def test_losses_speed_and_samples(runs: dict[str, OfflineRun]) -> None:
     samples = {path.read_bytes() for path in (find_run_folder(runs["pretrain"]) / "samples").iterdir()}
     assert len(samples) == 2
     assert {path.read_bytes() for path in images.glob("samples_*.png")} == samples
-    (curves,) = (images / "pictures").glob("*.png")
+    (curves,) = (images / "pictures").glob("curves_*.png")
     assert curves.read_bytes() == (find_run_folder(runs["pretrain"]) / "curves.png").read_bytes()
 
 
@@ -93,7 +93,7 @@ def test_accuracy_over_layers_and_confusion(runs: dict[str, OfflineRun]) -> None
     }
     assert tables.keys() == {"accuracy over layer", "confusion_cells"}
     found = json.loads((find_run_folder(runs["probe"]) / "result.json").read_text())
-    assert found["curves"]["probe, val"]["x"] == ["class 0", "class 1", "class 2"]
+    assert found["curves"]["probe, val"]["x"] == [0, 1, 2]
     assert tables["accuracy over layer"] == [
         [x, name, y] for name, curve in found["curves"].items() for x, y in zip(curve["x"], curve["y"], strict=True)
     ]

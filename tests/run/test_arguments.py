@@ -167,7 +167,7 @@ def test_what_is_left_out_or_has_no_value() -> None:
     right = ["-m", "+logger=wandb", "~logger.csv", "model=igpt_pico,igpt_nano", "resume=auto"]
     assert prepare_arguments(right, CONF) == right
     refused = {
-        "~data": "~data: every run has data: choose another, data=OPTION; there are cifar10, ",
+        "~data": "~data: every run has data: choose another, data=OPTION; there are checkpoint, cifar10, ",
         "~seed": "~seed: every run has seed: change it, seed=VALUE, or leave the argument out",
         "~paths.runs": "~paths.runs: every run has paths.runs: ",
         "~sweep": "~sweep: no sweep is chosen unless one is typed: leave the argument out",

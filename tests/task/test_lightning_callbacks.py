@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import Logger
 
 from igpt.report.folder import OBSERVERS
 from igpt.run.entries import callback_builder
-from igpt.training.callbacks import ProgressBar
 from igpt.training.lightning_callbacks import BASES, WATCHING, is_observer, select
+from igpt.training.progress_bar import ProgressBar
 from igpt.training.trainer import Runner
 from tests.task.conftest import Lab, machine
 from tests.task.test_finished_step import weights

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from igpt.checkpoint import huggingface, igpt_format, openai, sharded, tensors
+from igpt.checkpoint.head_files import ABOUT, HEAD
 from igpt.checkpoint.igpt_format import CONFIG, Weights
 from igpt.checkpoint.probe_files import find_probe, find_probed, read_probe
 from igpt.checkpoint.resized import resize_weights
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 MOST_MESSAGE = 800  # characters of an error, which may quote names from a file
 EXPORTS = ("huggingface", "igpt")  # folders that task=export writes into its run directory
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_FILES = [CONFIG, huggingface.PREPROCESSOR, tensors.WEIGHTS, tensors.INDEX, "model-*.safetensors"]
+HUB_FILES = [CONFIG, huggingface.PREPROCESSOR, tensors.WEIGHTS, tensors.INDEX, "model-*.safetensors", HEAD, ABOUT]
 
 
 def find_weights(path: str, *, palette: str | None = None, n_head: int | None = None) -> Weights:

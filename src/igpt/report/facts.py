@@ -55,6 +55,7 @@ TOKENS = {  # settings of a tokenizer → what one of its tokens stands for, and
     "RGBSettings": ("RGB value", "RGB values"),
     "VQVAESettings": ("code of a VQ-VAE", "codes of a VQ-VAE"),
 }
+OTHERS = ("data=folder", "data.path=PHOTOS")  # images of the reader's
 GROUPS = ("model", "data", "objective")
 NAME = re.compile(r"\w+?-(?P<model>.+)-(?P<data>[^-]*[^-\d][^-]*(-\d+)?)-(?P<objective>[a-z]+)-s\d+-[0-9a-f]{8}(-\d+)?")
 
@@ -163,12 +164,16 @@ def next_commands(run: RunRecord) -> list[tuple[str, str]]:
     samples = [("draw images", command("task=sample", init, "task.count=16", "task.temperature=0.9"))]
     if run.task != "pipeline" and "tokens" not in run.config["task"]["requires"]:  # a task without images
         return [*samples, *following] if draws else following
+    has_head = run.task in ("probe", "finetune")
+    own = format_setting("init", run.folder)
     completions = ("complete images from their upper half", command("task=complete", init, *reading))
     return [
         *([*samples, completions] if draws else []),
         ("probe every layer", command("task=probe", init, *reading)),
         ("fine-tune", command("task=finetune", init, *reading)),
         ("evaluate on the test split", command("task=evaluate", init, *reading, "task.split=test")),
+        ("look inside: attention, loss per pixel, neighbours", command("task=inspect", init, *reading)),
+        *([("classify other photographs", command("task=predict", own, *OTHERS))] if has_head else []),
         *following,
     ]
 

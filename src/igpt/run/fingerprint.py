@@ -11,6 +11,7 @@ from igpt.checkpoint.kept import list_paths
 from igpt.data.listing import ListFiles, hash_files
 from igpt.data.shards import expand_shard_path
 from igpt.data.split import split_differences
+from igpt.settings.data import name_dataset
 from igpt.settings.older_configs import read_record
 from igpt.settings.paths import resolve_nearest
 from igpt.tokens.tokenizer_registry import TOKENIZER
@@ -108,7 +109,7 @@ def compare_splits(settings: Mapping[str, Any], run: Path) -> None:
     """
     training = read_training_config(run)
     pretrained = training.get("data", {})
-    if pretrained.get("name") != settings["name"]:
+    if not pretrained or name_dataset(pretrained) != name_dataset(settings):
         return
     if training["task"].get("refit") is True and pretrained.get("labels_per_class") is None:
         log.warning("%s was trained again on train and val (task.refit): val is not held out from it, test is", run)

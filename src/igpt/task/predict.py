@@ -98,9 +98,9 @@ def run(components: Components, settings: PredictSettings) -> Result:
     )  # fmt: skip
     data.images = images
     rank, parts = ranks.this_rank(), list[Predictions]()
-    path = components.run_dir / TABLE
+    path, hidden = components.run_dir / TABLE, None if rank.is_first else True
     with (
-        tqdm(total=len(images), desc="predicting", unit="image", disable=None if rank.is_first else True) as bar,
+        tqdm(total=len(images), desc="predicting", unit="image", disable=hidden, leave=False) as bar,
         open_table(path, images, labels, classifier) if rank.is_first else nullcontext(parts.append) as write,
     ):
 
