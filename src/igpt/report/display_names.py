@@ -139,6 +139,15 @@ def display_unit(unit: str) -> str:
     return UNITS.get(unit, unit)
 
 
+def name_with_unit(key: str, unit: str, *, of_axis: bool = False) -> str:
+    """The title of a column or an axis: "validation loss, nats per token"; of an axis of shares, in percent, the name.
+
+    "share" stands in titles of columns, whose values are no percents.
+    """
+    words = unit if unit == "share" else display_unit(unit)
+    return ", ".join([display_name(key), *([words] if words and not (of_axis and unit == "share") else [])])
+
+
 def is_share(unit: str) -> bool:
     """Whether values of a unit, or along an axis of this name, are shares, to be shown in percent."""
     return unit.startswith(("share", "precision")) or unit.endswith(("accuracy", ", share"))

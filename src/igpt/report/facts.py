@@ -91,10 +91,11 @@ def describe_predicted(run: RunRecord) -> str:
 
 
 def main_numbers(run: RunRecord) -> list[tuple[str, Number]]:
-    """The numbers to show large."""
+    """The numbers to show large: of a pipeline the test accuracies of its stages, at most all but one, then others."""
     numbers = run.result.numbers
-    first = [next((key for key in numbers if key.endswith(kind)), None) for kind in MAIN]
-    return [(key, numbers[key]) for key in dict.fromkeys(first) if key is not None][:N_MAIN]
+    tested = [key for key in numbers if key.endswith(MAIN[0])][: N_MAIN - 1 if run.stages else 1]
+    first = [next((key for key in numbers if key.endswith(kind)), None) for kind in MAIN[1:]]
+    return [(key, numbers[key]) for key in dict.fromkeys([*tested, *first]) if key is not None][:N_MAIN]
 
 
 def find_number(run: RunRecord, name: str) -> Number | None:
