@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 
 SUBJECTS = {  # what stands before the last "/" of a key → {} in FIGURES
-    "test": "test", "val": "validation", "cv": "cross-validation", "train": "training",
+    "all": "", "test": "test", "val": "validation", "cv": "cross-validation", "train": "training",
     "refit": "training (with validation images)", "samples": "samples", "completions": "completions",
     "real": "real images", "tokenized": "real images as tokens", "untrained": "samples of an untrained network",
 }  # fmt: skip
@@ -26,8 +26,6 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "knn_raw_pixels": "{} k-NN accuracy from raw pixels",
     "shown/loss_gen": "loss of the images shown",
     "inspect/layer": "layer of neighbours and map",
-    "predict/images": "images",
-    "predict/unreadable": "images that cannot be read",
     "dashboard/panels": "panels",
     "features/width": "features of an image",
     "probe/layer": "layer of the probe",
@@ -46,6 +44,8 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "top_5": "{} top-5 accuracy",
     "calibration_error": "{} calibration error",
     "accuracy_one_mask": "{} accuracy under one mask",
+    "predict/images": "images",
+    "predict/unreadable": "images that cannot be read",
     "loss_clf": "{} classification loss",
     "ssim": "{} SSIM",
     "mae": "{} mean absolute error",
@@ -100,7 +100,7 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "expected": "expected value",
     "n_layer": "layers",
     "n_embd": "width",
-    "images": "images",
+    "images": "{} images",
     "steps": "steps",
 }
 LINES = {  # names of curves, before ", split"
