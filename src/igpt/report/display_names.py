@@ -111,6 +111,7 @@ UNITS = {
     "nats/token": "nats per token", "nats/image": "nats per image", "bits/token": "bits per token",
     "bits/pixel": "bits per pixel", "bits/dim": "bits per dimension", "share": "%",
 }  # fmt: skip
+KEY = re.compile(r"[\w/ .,-]+")
 COUNT = re.compile(r"^(\d+)_(images)$")
 
 
@@ -124,7 +125,7 @@ def display_name(key: str) -> str:
     if known is not None:
         lead, name, _ = known
         return ": ".join([*lead, name])
-    return key.replace("_", " ").replace("/", ": ") if "/" in key else key
+    return key.replace("_", " ").replace("/", ": ") if "/" in key and KEY.fullmatch(key) else key
 
 
 def name_lines(keys: Iterable[str]) -> dict[str, str]:

@@ -48,8 +48,11 @@ KINDS = {  # suffix of a picture's name → (heading, caption)
     ),
     "predictions": ("Pictures", "What the images are taken for, and how sure the head is."),
     "mistakes": ("Pictures", "The most confident mistakes: what each image is taken for, and what it is."),
+    "_curves": ("Pictures", "Curves of training and validation, means over seeds, with ± one standard deviation."),
+    "_swept": ("Pictures", "The number compared, against the setting that was swept."),
     "": ("Pictures", ""),
 }
+OF_RUNS = {"compare": "Runs compared", "isoflop": "Scaling study"}  # tasks without a network → headings of their pages
 TOKENS = {  # settings of a tokenizer → what one of its tokens stands for, and several
     "PatchSettings": ("patch", "patches"),
     "RGBSettings": ("RGB value", "RGB values"),
