@@ -390,7 +390,7 @@ def test_losses_of_other_tokens_do_not_compare(tmp_path: Path) -> None:
     folders = [made(tmp_path / name, loss(1.0), objective__name=name) for name in ("ar", "bert")]
     of_losses = summarize(folders, "val/loss_gen")
     assert of_losses.caution == "not comparable: these are of several objectives"
-    assert table(of_losses)[0][1] == "val/loss_gen, nats/token (in no order)"
+    assert table(of_losses)[0][1] == "validation loss, nats per token (in no order)"
     assert summarize(folders, "val/accuracy").caution == ""
 
 
@@ -465,7 +465,7 @@ def test_broken_and_unfinished_runs_are_counted(tmp_path: Path, caplog: pytest.L
     assert newer.numbers["compare/runs"].value == 4
     assert newer.numbers["best pretrain/val/accuracy"].value == 2.0
     text = (another / "compare.txt").read_text()
-    assert "val/loss_gen, nats/token  " in text
+    assert "validation loss, nats per token  " in text
     assert "[low, high]: 95 % confidence interval; difference: from model=igpt_mini, with the 95 % interval" in text
     with pytest.raises(ValueError, match=r"^task.reference: no row has model=mini; there are model=igpt_mini"):
         run_compare(tmp_path, "task.reference={model:mini}")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from igpt.metric.result import Curve, Number, Result
+from igpt.report import display_names
 from igpt.report.class_table import describe_classes, rank_classes
 from igpt.report.closing_table import MOST_ROWS, choose_rows, closing_table, format_interval, format_readable
 from igpt.report.display_names import axis_name, display_name, find_name, name_figure, name_lines, rank_key
@@ -143,3 +144,12 @@ def test_curves_of_one_stage_are_named_without_it() -> None:
     assert name_lines({"a/val/loss_gen": Curve([0], [0], "", ""), "b/val/loss_gen": Curve([0], [0], "", "")}) == {
         "a/val/loss_gen": "a: validation loss", "b/val/loss_gen": "b: validation loss",
     }  # fmt: skip
+
+
+def test_titles_of_columns_and_axes() -> None:
+    """By hand: shares stand in percent along axes, as shares in tables; text that is no key stays as it is."""
+    assert display_names.name_with_unit("val/loss_gen", "nats/token") == "validation loss, nats per token"
+    assert display_names.name_with_unit("probe/val/accuracy", "share") == "probe: validation accuracy, share"
+    assert display_names.name_with_unit("probe/val/accuracy", "share", of_axis=True) == "probe: validation accuracy"
+    assert display_names.display_name("all/accuracy") == "accuracy"
+    assert display_names.display_name("</b> = 1/2") == "</b> = 1/2"

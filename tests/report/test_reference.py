@@ -69,8 +69,8 @@ def test_columns_and_differences_are_scipys(folders: list[Path]) -> None:
             assert difference.value == pytest.approx(np.mean(SHARES[variant]) - np.mean(SHARES["paper"]))
             assert difference.interval == pytest.approx(tuple(welch))
     heading, local, paper, axial = table(result)
-    assert heading[1:3] == ("pretrain/val/loss_gen, nats/token (lower is better)", "difference")
-    assert heading[3:6] == ("probe/val/accuracy, share", "difference", "train/operations, FLOP")
+    assert heading[1:3] == ("pretrain: validation loss, nats per token (lower is better)", "difference")
+    assert heading[3:6] == ("probe: validation accuracy, share", "difference", "operations of training, FLOP")
     verdicts = [(line[2].split("] ")[-1], line[4].split("] ")[-1]) for line in (local, paper, axial)]
     assert verdicts == [("better", "worse"), ("reference", "reference"), ("within the spread", "within the spread")]
     assert local[5] == "1e+12"  # the same of all seeds: no interval
@@ -98,7 +98,7 @@ def test_the_end_of_a_sweep_with_columns(folders: list[Path], tmp_path: Path, ca
     assert first["numbers"]["probe/val/accuracy"]["value"] == pytest.approx(0.3)
     assert first["differences"]["pretrain/val/loss_gen"]["verdict"] == "better"
     page = (place / PAGE).read_text()
-    for text in ("probe/val/accuracy, share", "better", "within the spread: the interval holds 0"):
+    for text in ("probe: validation accuracy, share", "better", "within the spread: the interval holds 0"):
         assert text in caplog.text
         assert text in page
     assert Image.open(place / PLANE).size[0] > 600

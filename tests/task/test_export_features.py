@@ -59,7 +59,7 @@ def test_a_probe_of_exported_features_is_the_probe_of_the_network(place: Path) -
     assert all(np.array_equal(of_npy[split], values) for split, values in stored.items())
     lines = list(csv.reader((folder / "val.csv").open()))
     assert lines[0] == ["file", "label", "class"]
-    assert [line[0] for line in lines[1:]] == [str(i) for i in range(len(lines) - 1)]  # no files: rows
+    assert [line[0] for line in lines[1:]] == [f"val/{i}" for i in range(len(lines) - 1)]  # no files: rows
     (folder / "layer_2" / "features_train.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match=r"layer_2 cannot be read \(.*is damaged"):
         execute(place, "task=probe_encoder", f"task.encoder={folder / 'layer_2'}", *FEW, *how)

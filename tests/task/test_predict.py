@@ -158,7 +158,7 @@ def test_photographs_by_class(probe: Path, photographs: Path, tmp_path: Path, ca
     with Image.open(folder / "mistakes.png") as picture:
         captions = read_captions(picture)
     wrong = sorted((row for row in table if row["is_right"] == "false"), key=lambda row: -float(row["probability"]))
-    shown = [f"{row['class']} {100 * float(row['probability']):.0f} % true: {row['true_class']}" for row in wrong[:3]]
+    shown = [f"{row['class']}, {100 * float(row['probability']):.0f} % true: {row['true_class']}" for row in wrong[:3]]
     assert list(captions) == shown
     page = (folder / "report.html").read_text()
     assert all(f"<bdi>{caption}</bdi>" in page for caption in captions)

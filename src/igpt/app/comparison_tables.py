@@ -10,6 +10,7 @@ from typing import Any
 from igpt.app.against import PaperComparison
 from igpt.metric.result import Number
 from igpt.report.closing_table import align_columns, describe_uncertainty, format_markdown, format_readable
+from igpt.report.display_names import display_name
 from igpt.report.runs import RunRecord
 from igpt.report.summary import Summary, shorten_folders, table
 from igpt.report.sweep_pictures import Draw, list_sweep_pictures
@@ -74,7 +75,7 @@ class ComparisonText:
         for title, result in self.summaries.items():
             blocks += [f"## task={title}", format_markdown(table(result)), *self._remarks(result)]
             name = self.pictures.get(title)
-            drawn = {} if name is None else {name: result.metric}
+            drawn = {} if name is None else {name: display_name(result.metric)}
             drawn |= {f"{name}_{kind}": caption for kind, (_, caption) in self.list_training_pictures(title).items()}
             blocks += [f"![{caption}]({file}.png)" for file, caption in drawn.items()]
         counted, *lines = self.messages

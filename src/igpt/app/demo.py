@@ -98,7 +98,7 @@ def run(components: Components, settings: DemoSettings) -> Result:
         request = StopRequest("ending the demo")
         try:
             with request.install_handlers(), serve(bench, describe_weights(weights, classifier), uploads) as url:
-                log.info("the page is at %s; Ctrl-C ends it", url)
+                log.info("the page is at %s (Ctrl-C ends it)", url)
                 if settings.host not in LOCAL:
                     warning = "task.host=%s: whoever reaches this machine can open it, there is no password"
                     log.warning(warning, settings.host)

@@ -1,6 +1,5 @@
 """Splits of a table: decoded on every read, or read from the pixel cache."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -10,10 +9,9 @@ import numpy as np
 
 from igpt.data import cache as pixel_cache
 from igpt.data.crop import Crop
-from igpt.data.image_files import ImageFiles
 from igpt.data.image_table import Table
 from igpt.data.pixel_changes import LOOKED_AT, describe_changes
-from igpt.data.source import Pixels, Split
+from igpt.data.source import Pixels
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,3 @@ class CachedSplit:
             return self.decoded.read(index, rng_keys)
         rows = self.decoded.rows[np.asarray(index, dtype=np.int64)]
         return Pixels(self._pixels[np.searchsorted(self.cached, rows)], self.decoded.of_table[rows])
-
-
-def list_file_names(split: Split) -> list[str] | None:
-    """The path below `data.path` of every image of a split; None where the images are no files of their own."""
-    decoded = split.decoded if isinstance(split, CachedSplit) else split
-    if not isinstance(decoded, DecodedSplit) or not isinstance(decoded.table, ImageFiles):
-        return None
-    return [os.fsdecode(decoded.table.paths[row].as_py()) for row in decoded.rows.tolist()]

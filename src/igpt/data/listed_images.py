@@ -69,13 +69,18 @@ class ListedImages:
         """The file's path below `data.path`; of images without files of their own split and row, `test/12`."""
         number, position = self.places[i].tolist()
         name, split = self.splits[number]
-        table, rows = _find_table(split)
-        row = position if rows is None else int(rows[position])
-        if isinstance(table, ImageFiles):
-            return os.fsdecode(table.paths[row].as_py())
-        if isinstance(table, TarTable):
-            return f"{os.path.basename(table.files[table.file_index[row]])}/{table.members[row]}"
-        return f"{name}/{row}"
+        return name_image(name, split, position)
+
+
+def name_image(name: str, split: Split, position: int) -> str:
+    """As `ListedImages.name`, of an image of the split of that name."""
+    table, rows = _find_table(split)
+    row = position if rows is None else int(rows[position])
+    if isinstance(table, ImageFiles):
+        return os.fsdecode(table.paths[row].as_py())
+    if isinstance(table, TarTable):
+        return f"{os.path.basename(table.files[table.file_index[row]])}/{table.members[row]}"
+    return f"{name}/{row}"
 
 
 def list_images(source: Source, split: str) -> ListedImages:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 
 SUBJECTS = {  # what stands before the last "/" of a key → {} in FIGURES
-    "test": "test", "val": "validation", "cv": "cross-validation", "train": "training",
+    "all": "", "test": "test", "val": "validation", "cv": "cross-validation", "train": "training",
     "refit": "training (with validation images)", "samples": "samples", "completions": "completions",
     "real": "real images", "tokenized": "real images as tokens", "untrained": "samples of an untrained network",
 }  # fmt: skip
@@ -26,8 +26,6 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "knn_raw_pixels": "{} k-NN accuracy from raw pixels",
     "shown/loss_gen": "loss of the images shown",
     "inspect/layer": "layer of neighbours and map",
-    "predict/images": "images",
-    "predict/unreadable": "images that cannot be read",
     "dashboard/panels": "panels",
     "features/width": "features of an image",
     "probe/layer": "layer of the probe",
@@ -46,6 +44,8 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "top_5": "{} top-5 accuracy",
     "calibration_error": "{} calibration error",
     "accuracy_one_mask": "{} accuracy under one mask",
+    "predict/images": "images",
+    "predict/unreadable": "images that cannot be read",
     "loss_clf": "{} classification loss",
     "ssim": "{} SSIM",
     "mae": "{} mean absolute error",
@@ -100,7 +100,7 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "expected": "expected value",
     "n_layer": "layers",
     "n_embd": "width",
-    "images": "images",
+    "images": "{} images",
     "steps": "steps",
 }
 LINES = {  # names of curves, before ", split"
@@ -111,6 +111,7 @@ UNITS = {
     "nats/token": "nats per token", "nats/image": "nats per image", "bits/token": "bits per token",
     "bits/pixel": "bits per pixel", "bits/dim": "bits per dimension", "share": "%",
 }  # fmt: skip
+KEY = re.compile(r"[\w/ .,-]+")
 COUNT = re.compile(r"^(\d+)_(images)$")
 
 
@@ -124,7 +125,7 @@ def display_name(key: str) -> str:
     if known is not None:
         lead, name, _ = known
         return ": ".join([*lead, name])
-    return key.replace("_", " ").replace("/", ": ") if "/" in key else key
+    return key.replace("_", " ").replace("/", ": ") if "/" in key and KEY.fullmatch(key) else key
 
 
 def name_lines(keys: Iterable[str]) -> dict[str, str]:
@@ -137,6 +138,15 @@ def name_lines(keys: Iterable[str]) -> dict[str, str]:
 def display_unit(unit: str) -> str:
     """A unit in words: `nats/token` → "nats per token"; unknown ones as they are."""
     return UNITS.get(unit, unit)
+
+
+def name_with_unit(key: str, unit: str, *, of_axis: bool = False) -> str:
+    """The title of a column or an axis: "validation loss, nats per token"; of an axis of shares, in percent, the name.
+
+    "share" stands in titles of columns, whose values are no percents.
+    """
+    words = unit if unit == "share" else display_unit(unit)
+    return ", ".join([display_name(key), *([words] if words and not (of_axis and unit == "share") else [])])
 
 
 def is_share(unit: str) -> bool:

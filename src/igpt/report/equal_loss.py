@@ -11,6 +11,7 @@ import numpy as np
 
 from igpt.metric.result import Curve, Number
 from igpt.report.closing_table import format_number
+from igpt.report.display_names import display_name, name_with_unit
 from igpt.report.reference import Difference
 from igpt.report.summary import SeedGroup, Summary, average_seeds, is_lower_better
 
@@ -124,7 +125,8 @@ def list_answers(result: Summary, cost: str) -> list[tuple[str, ...]]:
     """Rows of text, the heading first: recipe, share of the reference's cost, and the differences at equal metric."""
     answers = compare_at_equal_loss(result, cost)
     names = list(dict.fromkeys(name for answer in answers for name in answer.differences))
-    heading = ("settings", f"share of the {cost}", *(f"{name} at equal {result.metric}" for name in names))
+    equal = f"at equal {display_name(result.metric)}"
+    heading = ("settings", f"share of the {display_name(cost)}", *(f"{display_name(name)} {equal}" for name in names))
     lines = []
     for answer in answers:
         differences = (answer.differences.get(name) for name in names)
@@ -136,11 +138,11 @@ def build_length_curves(result: Summary, cost: str) -> dict[str, Curve]:
     """Means over seeds for each recipe: the metric over the cost, and the next judged number over the metric."""
     curves: dict[str, Curve] = {}
     beside = next((name for name in result.judged if name != result.metric), "")
-    axes = {name: f"{name}, {unit}" for name, unit in {result.metric: result.unit, **result.units}.items()}
+    axes = {name: name_with_unit(name, unit) for name, unit in {result.metric: result.unit, **result.units}.items()}
     for name, rows in group_lengths(result, cost).items():
         losses = [row.mean for row in rows]
         costs, seen = ([number.value for row in rows if (number := row.average(key))] for key in (cost, beside))
         curves[name] = Curve(costs, losses, axes[cost], axes[result.metric])
         if len(seen) == len(losses):
-            curves[f"{name}, {beside}"] = Curve(losses, seen, axes[result.metric], axes[beside])
+            curves[f"{name}, {display_name(beside)}"] = Curve(losses, seen, axes[result.metric], axes[beside])
     return curves

@@ -48,8 +48,11 @@ KINDS = {  # suffix of a picture's name → (heading, caption)
     ),
     "predictions": ("Pictures", "What the images are taken for, and how sure the head is."),
     "mistakes": ("Pictures", "The most confident mistakes: what each image is taken for, and what it is."),
+    "_curves": ("Pictures", "Curves of training and validation, means over seeds, with ± one standard deviation."),
+    "_swept": ("Pictures", "The number compared, against the setting that was swept."),
     "": ("Pictures", ""),
 }
+OF_RUNS = {"compare": "Runs compared", "isoflop": "Scaling study"}  # tasks without a network → headings of their pages
 TOKENS = {  # settings of a tokenizer → what one of its tokens stands for, and several
     "PatchSettings": ("patch", "patches"),
     "RGBSettings": ("RGB value", "RGB values"),
@@ -91,10 +94,11 @@ def describe_predicted(run: RunRecord) -> str:
 
 
 def main_numbers(run: RunRecord) -> list[tuple[str, Number]]:
-    """The numbers to show large."""
+    """The numbers to show large: of a pipeline the test accuracies of its stages, at most all but one, then others."""
     numbers = run.result.numbers
-    first = [next((key for key in numbers if key.endswith(kind)), None) for kind in MAIN]
-    return [(key, numbers[key]) for key in dict.fromkeys(first) if key is not None][:N_MAIN]
+    tested = [key for key in numbers if key.endswith(MAIN[0])][: N_MAIN - 1 if run.stages else 1]
+    first = [next((key for key in numbers if key.endswith(kind)), None) for kind in MAIN[1:]]
+    return [(key, numbers[key]) for key in dict.fromkeys([*tested, *first]) if key is not None][:N_MAIN]
 
 
 def find_number(run: RunRecord, name: str) -> Number | None:

@@ -22,6 +22,7 @@ GAP = 6
 HEAD = 22  # pixels of a title
 WHITE = 255  # of every channel
 INK = (60, 60, 60)
+NARROW = 6.2  # inches of a plot with long names: legible also on a phone
 MARGIN = 0.03  # beyond 0 and 100 %, along an axis of shares
 AROUND_COLOURS = (200, 215, 235)
 
@@ -240,10 +241,10 @@ class Point:
 @styled
 def points_figure(path: Path, points: Sequence[Point], *, label: str, in_percent: bool = False) -> None:
     """Writes a dot plot, the first point on top: values, intervals, and the single values behind each mean."""
-    names = [textwrap.fill(point.name, 44) for point in points]
-    height = 1.4 + 0.3 * len(points) + 0.14 * sum(name.count("\n") for name in names)
-    label = "\n".join(textwrap.fill(line, 92) for line in label.splitlines())
-    figure = Figure(figsize=(8, height + 0.2 * label.count("\n")), layout="constrained")
+    names = [textwrap.fill(point.name, 40) for point in points]
+    height = 1.4 + 0.32 * len(points) + 0.15 * sum(name.count("\n") for name in names)
+    label = "\n".join(textwrap.fill(line, 72) for line in label.splitlines())
+    figure = Figure(figsize=(NARROW, height + 0.2 * label.count("\n")), layout="constrained")
     axes = figure.add_subplot()
     kinds = list(dict.fromkeys(point.kind for point in points))
     for kind in kinds:
@@ -254,13 +255,13 @@ def points_figure(path: Path, points: Sequence[Point], *, label: str, in_percent
     for row, point in enumerate(points):
         if len(point.single) > 1:
             axes.plot(point.single, [row] * len(point.single), "|", ms=9, color="black", lw=1)
-    axes.set_yticks(range(len(points)), names, fontsize=8)
+    axes.set_yticks(range(len(points)), names, fontsize=SMALL)
     axes.set(ylim=(len(points) - 0.4, -0.6))
     figure.supxlabel(label, fontsize=10)  # below the whole figure: the axes are narrower than a long line
     axes.grid(False, axis="y")
     if in_percent:
         show_percent(axes.xaxis)
-    figure.legend(loc="outside upper right", fontsize=8, ncols=len(kinds))
+    figure.legend(loc="outside upper right", fontsize=SMALL, ncols=len(kinds))
     save_figure(path, figure)
 
 
@@ -276,25 +277,36 @@ class PlanePoint:
 
 
 @styled
-def plane_figure(path: Path, points: Sequence[PlanePoint], *, x_label: str, y_label: str) -> None:
+def plane_figure(
+    path: Path,
+    points: Sequence[PlanePoint],
+    *,
+    x_label: str,
+    y_label: str,
+    in_percent: tuple[bool, bool] = (False, False),  # x, y
+) -> None:
     """Writes points in a plane with their intervals; each is named at the right, in its order from the top."""
     points = sorted(points, key=lambda point: -point.y)
-    figure = Figure(figsize=(9, max(4.5, 1.5 + 0.24 * len(points))), layout="constrained")
+    figure = Figure(figsize=(WIDTH, max(HEIGHT, 1.5 + 0.4 * len(points))), layout="constrained")
     axes = figure.add_subplot()
     low, high = (f([end for p in points for end in (p.y_interval or (p.y, p.y))]) for f in (min, max))
     margin = 0.04 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
-    heights = np.linspace(0.98, 0.02, len(points)) if len(points) > 1 else [0.5]
+    heights = np.linspace(0.96, 0.04, len(points)) if len(points) > 1 else [0.5]
     for i, (point, height) in enumerate(zip(points, heights, strict=True)):
         x_reach, y_reach = _reach([point.x], [point.x_interval]), _reach([point.y], [point.y_interval])
         ink = f"C{i % 10}"
         axes.errorbar(point.x, point.y, y_reach, x_reach, fmt="o", ms=5, capsize=3, lw=0.9, color=ink)
         axes.annotate(
-            textwrap.shorten(point.name, 44, placeholder="…"), (point.x, point.y), (1.04, height),
-            textcoords="axes fraction", va="center", fontsize=8.5, color=ink,
+            textwrap.fill(textwrap.shorten(point.name, 72, placeholder="…"), 34, break_long_words=False),
+            (point.x, point.y), (1.04, height),
+            textcoords="axes fraction", va="center", fontsize=SMALL, color=ink,
             arrowprops={"arrowstyle": "-", "lw": 0.6, "color": ink, "alpha": 0.6, "relpos": (0, 0.5)},
         )  # fmt: skip
     axes.set(xlabel=x_label, ylabel=y_label)
+    for axis, are_shares in zip((axes.xaxis, axes.yaxis), in_percent, strict=True):
+        if are_shares:
+            show_percent(axis)
     save_figure(path, figure)
 
 

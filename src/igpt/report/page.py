@@ -136,7 +136,7 @@ def _pictures(run: RunRecord) -> list[Picture]:
     items = []
     for key, file in facts.list_pictures(run).items():
         stage, (title, seen) = key.rpartition("/")[0], facts.find_heading(key)
-        caption = f"{stage}: {seen}" if stage and seen else seen or key
+        caption = f"{stage}: {seen}" if stage and seen else seen or key.replace("_", " ")
         counts, path = run.files_inside.get(f"{key}_counts"), run.folder / file
         cells = counts and read_cells(path, run.folder / counts, run.result.class_names.get(key))
         items.append(Picture(title, caption, path, str(file), cells or None))

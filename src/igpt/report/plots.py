@@ -15,6 +15,8 @@ SIDE = 1000  # width and height of the drawing, in units that the page scales
 MOST_POINTS = 2000  # maximal points of a line
 MOST_TOGETHER = 40_000  # maximal points of all lines of a page
 
+ASKED = ("nats", "bits", "dB")  # beginnings of y units of the first plots
+
 Ends = tuple[float, float]
 Tick = tuple[float, str]  # position in percent of the axis, text
 
@@ -58,12 +60,20 @@ class Plot:
 
 
 def build_plots(curves: Mapping[str, Curve]) -> list[Plot]:
-    """A plot for each pair of units, most lines first; units without a line of two points are left out."""
+    """A plot for each pair of units, losses and shares before others, then most lines first.
+
+    Units without a line of two points are left out.
+    """
     most = max(2, min(MOST_POINTS, MOST_TOGETHER // max(1, len(curves))))
     groups = [
         (units, of) for units, of in group_by_unit(curves).items() if any(len(curve.x) > 1 for curve in of.values())
     ]
-    return [_build_plot(*units, of, most) for units, of in sorted(groups, key=lambda group: -len(group[1]))]
+    return [_build_plot(*units, of, most) for units, of in sorted(groups, key=_rank)]
+
+
+def _rank(group: tuple[tuple[str, str], dict[str, Curve]]) -> tuple[bool, int]:
+    (_, y_unit), curves = group
+    return not (is_share(y_unit) or y_unit.startswith(ASKED)), -len(curves)
 
 
 def _build_plot(x_unit: str, y_unit: str, curves: Mapping[str, Curve], most: int) -> Plot:

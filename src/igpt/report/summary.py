@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 from igpt.metric.result import Number, find_key
 from igpt.report.closing_table import describe_uncertainty
-from igpt.report.display_names import display_name, display_unit, is_share
+from igpt.report.display_names import is_share, name_with_unit
 from igpt.report.facts import find_number
 from igpt.report.figures import Point, points_figure
 from igpt.report.groups import describe_groups, group_by_data, group_by_seed
@@ -264,10 +264,11 @@ def table(result: Summary) -> list[tuple[str, ...]]:
 
     Beside a reference, the differences from it follow the numbers of which it is known what is better.
     """
-    units = {result.metric: f"{result.unit} ({describe_direction(result)})", **result.units}
+    units, direction = {result.metric: result.unit, **result.units}, f" ({describe_direction(result)})"
     headings = ["settings"]
     for name, unit in units.items():
-        headings += [", ".join(filter(None, (name, unit)))] + ["difference"] * _has_difference(result, name)
+        headings += [name_with_unit(name, unit) + direction * (name == result.metric)]
+        headings += ["difference"] * _has_difference(result, name)
     lines = [(*headings, "seeds", "run")]
     for row in result.rows:
         cells = [row.name]
@@ -309,7 +310,6 @@ def draw(path: Path, result: Summary) -> None:
     hidden = len(result.rows) - len(points)
     more = f"; {hidden} more rows are not drawn" if hidden else ""
     in_percent = is_share(result.unit)
-    what = [display_name(result.metric), *([] if in_percent else [display_unit(result.unit)])]
-    label = f"{', '.join(what)} ({describe_direction(result)}{more})"
+    label = f"{name_with_unit(result.metric, result.unit, of_axis=True)} ({describe_direction(result)}{more})"
     label = "\n".join(filter(None, (label, result.data, result.caution)))
     points_figure(path, points, label=label, in_percent=in_percent)

@@ -4,7 +4,6 @@ import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -13,18 +12,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from igpt.metric.result import Curve
+from igpt.report.display_names import display_name, name_with_unit
 from igpt.report.runs import RunRecord
+from igpt.report.style import BAND, COLOURS, SMALL, save_figure, show_percent, styled
 from igpt.report.summary import HIGHER, LOWER, SeedGroup, Summary, describe_direction
 from igpt.report.swept_values import SweptValues, find_swept, warn_of_edges
-from igpt.utils import files
 
 STEPS, IMAGES = "optimiser step", "images seen"  # x units
-STYLE: Any = {"text.parse_math": False, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-DPI = 130
 WIDTH, HEIGHT = 5.6, 3.1  # inches of one plot: legible also on a phone
 MOST_LINES, MOST_PLOTS = 10, 6
-NAME_WIDTH = 60  # characters of a line of the legend
-WARNING = "#a33b00"  # colour of the warning in a picture
+NAME_WIDTH, AXIS_WIDTH = 60, 44  # characters of a line of the legend, of the title of an axis
+WARNING = COLOURS[1]  # colour of the warning in a picture
 
 Draw = Callable[[Path], None]
 
@@ -38,7 +36,8 @@ def list_sweep_pictures(result: Summary) -> dict[str, tuple[Draw, str]]:
         caption = "curves of training and validation, means over seeds, with ± one standard deviation"
         pictures["curves"] = partial(draw_training, result=result, keys=keys), caption
     if (swept := find_swept(result)) is not None:
-        pictures["swept"] = partial(draw_swept, result=result, swept=swept), f"{result.metric} against {swept.key}"
+        caption = f"{display_name(result.metric)} against {swept.key}"
+        pictures["swept"] = partial(draw_swept, result=result, swept=swept), caption
     return pictures
 
 
@@ -79,6 +78,7 @@ def read_batch_size(run: RunRecord, name: str) -> int | None:
     return size if type(size) is int else None
 
 
+@styled
 def draw_training(path: Path, result: Summary, keys: Sequence[str]) -> None:
     """Writes a plot of each curve: a line for each row, at most MOST_LINES, the best; a pale band over its seeds.
 
@@ -90,49 +90,50 @@ def draw_training(path: Path, result: Summary, keys: Sequence[str]) -> None:
         rows.sort(key=lambda row: float(row.settings[swept.key]))
     sizes = {read_batch_size(row.runs[0], key) for row in rows for key in keys}
     axes_of = [(key, unit) for key in keys for unit in ([STEPS, IMAGES] if len(sizes - {None}) > 1 else [STEPS])]
-    with matplotlib.rc_context(STYLE):
-        names = [textwrap.fill(row.name, NAME_WIDTH, break_on_hyphens=False) for row in rows]
-        columns = 1 if max(map(len, names)) > NAME_WIDTH // 2 or len(names) < 3 else 2
-        of_legend = 0.22 + 0.22 * -(-sum(1 + name.count("\n") for name in names) // columns)
-        figure = Figure(figsize=(WIDTH, HEIGHT * len(axes_of) + of_legend), layout="constrained")
-        plots = figure.subplots(len(axes_of), 1, squeeze=False)[:, 0]
-        bright = [matplotlib.colormaps["viridis"](0.92 * i / max(1, len(rows) - 1)) for i in range(len(rows))]
-        colours = [f"C{i % 10}" for i in range(len(rows))] if swept is None else bright
-        for axes, (key, unit) in zip(plots, axes_of, strict=True):
-            _draw_curves(axes, rows, colours, key, unit)
-        hidden = sum(bool(row.runs) for row in result.rows) - len(rows)
-        title = f"the best {len(rows)} of {len(rows) + hidden}" if hidden else None
-        lines = plots[0].get_legend_handles_labels()[0]
-        handles = dict(zip([line.get_label() for line in lines], lines, strict=True))
-        labels = [(name, handles[row.name]) for name, row in zip(names, rows, strict=True) if row.name in handles]
-        figure.legend(
-            [line for _, line in labels], [name for name, _ in labels],
-            loc="outside upper center", frameon=False, fontsize=8.5, ncols=columns, title=title,
-        )  # fmt: skip
-        _save(path, figure)
+    names = [textwrap.fill(row.name, NAME_WIDTH, break_on_hyphens=False) for row in rows]
+    columns = 1 if max(map(len, names)) > NAME_WIDTH // 2 or len(names) < 3 else 2
+    of_legend = 0.22 + 0.22 * -(-sum(1 + name.count("\n") for name in names) // columns)
+    figure = Figure(figsize=(WIDTH, HEIGHT * len(axes_of) + of_legend), layout="constrained")
+    plots = figure.subplots(len(axes_of), 1, squeeze=False)[:, 0]
+    bright = [matplotlib.colormaps["viridis"](0.92 * i / max(1, len(rows) - 1)) for i in range(len(rows))]
+    colours = [f"C{i}" for i in range(len(rows))] if swept is None else bright
+    for axes, (key, unit) in zip(plots, axes_of, strict=True):
+        _draw_curves(axes, rows, colours, key, unit)
+    hidden = sum(bool(row.runs) for row in result.rows) - len(rows)
+    title = f"the best {len(rows)} of {len(rows) + hidden}" if hidden else None
+    lines = plots[0].get_legend_handles_labels()[0]
+    handles = dict(zip([line.get_label() for line in lines], lines, strict=True))
+    labels = [(name, handles[row.name]) for name, row in zip(names, rows, strict=True) if row.name in handles]
+    figure.legend(
+        [line for _, line in labels], [name for name, _ in labels],
+        loc="outside upper center", fontsize=SMALL, ncols=columns, title=title,
+    )  # fmt: skip
+    save_figure(path, figure)
 
 
 def _draw_curves(axes: Axes, rows: Sequence[SeedGroup], colours: Sequence[object], key: str, unit: str) -> None:
     starts, tops = [], []
     y_unit = ""
-    for row, colour in zip(rows, colours, strict=True):
+    for i, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         curve = average_curves(row, key)
         size = read_batch_size(row.runs[0], key) if unit == IMAGES else 1
         if not curve.x or size is None:
             continue
         x, y_unit = np.array(curve.x) * size, curve.y_unit
         marker = "o" if len(curve.x) <= 30 else None
-        axes.plot(x, curve.y, color=colour, lw=1.5, marker=marker, ms=3, label=row.name)
+        dash = "-" if i < len(COLOURS) else "--"
+        axes.plot(x, curve.y, dash, color=colour, lw=1.5, marker=marker, ms=3, label=row.name)
         if curve.y_intervals is not None:
             low, high = np.array(curve.y_intervals).T
-            axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+            axes.fill_between(x, low, high, color=colour, **BAND)
         starts.append(curve.y[0])
         tops.append(max(curve.y))
     if starts and y_unit.startswith(LOWER) and max(tops) > max(starts):
         axes.set_ylim(top=max(starts) + 0.05 * (max(starts) - axes.get_ylim()[0]))
-    axes.set(xlabel=unit, ylabel=f"{key}, {y_unit}")
+    axes.set(xlabel=unit, ylabel=_title_axis(key, y_unit))
+    if y_unit == "share":
+        show_percent(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 2.5, 5, 10]))
-    axes.grid(alpha=0.3)
 
 
 def _find_scale(result: Summary) -> SweptValues | None:
@@ -141,6 +142,7 @@ def _find_scale(result: Summary) -> SweptValues | None:
     return None if swept is None or len(swept.lines) > 1 or len(swept.values) < 3 else swept
 
 
+@styled
 def draw_swept(path: Path, result: Summary, swept: SweptValues) -> None:
     """Writes the metric against the swept value, a line for each choice of other settings, the best one circled.
 
@@ -148,49 +150,49 @@ def draw_swept(path: Path, result: Summary, swept: SweptValues) -> None:
     axis is logarithmic where the values are geometric. Warnings of `warn_of_edges` stand above.
     """
     lines = dict(list(swept.lines.items())[:MOST_LINES])
-    with matplotlib.rc_context(STYLE):
-        warnings = [textwrap.fill(line, 84) for line in warn_of_edges(result)]
-        height = HEIGHT + 0.6 + 0.2 * sum(1 + line.count("\n") for line in warnings)
-        figure = Figure(figsize=(WIDTH, height + 0.2 * len(lines) * bool(len(lines) > 1)), layout="constrained")
-        axes = figure.add_subplot()
-        for i, (others, points) in enumerate(lines.items()):
-            x, y = [value for value, _ in points], np.array([row.mean for _, row in points])
-            ends = np.array([_find_bar(row) for _, row in points])
-            reach = np.abs(ends.T - y)
-            axes.errorbar(x, y, reach, fmt="o-", ms=5, lw=1.5, elinewidth=1, capsize=3, color=f"C{i}", label=others)
-            for value, row in points:
-                if row.n > 1:
-                    axes.plot([value] * row.n, row.values, ".", ms=4, color="black", alpha=0.6, zorder=3)
-        best = next(
-            ((value, row) for line in lines.values() for value, row in line if row is result.rows[0]), None
-        )  # not drawn if its line is one too many
-        if best is not None:
-            axes.plot(best[0], best[1].mean, "o", ms=13, mfc="none", mec="black", mew=1.2, label="the best")
-        if swept.is_geometric:
-            axes.set_xscale("log")
-        if len(swept.values) <= 8:
-            axes.set_xticks(swept.values, [f"{value:g}" for value in swept.values])
-            axes.xaxis.set_minor_locator(NullLocator())
-        else:
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        bars = "± standard deviation over seeds" if result.rows[0].n > 1 else "95 % intervals over images"
-        axes.set(xlabel=f"{swept.key}   (bars: {bars})", ylabel=f"{result.metric}, {result.unit}")
-        axes.set_title(describe_direction(result), fontsize=8.5, loc="left")
-        axes.grid(alpha=0.3)
-        if len(lines) > 1:
-            figure.legend(loc="outside lower center", frameon=False, fontsize=8.5)
-        if warnings:
-            figure.suptitle("\n".join(warnings), fontsize=9, color=WARNING)
-        _save(path, figure)
+    warnings = [textwrap.fill(line, 84) for line in warn_of_edges(result)]
+    height = HEIGHT + 0.6 + 0.2 * sum(1 + line.count("\n") for line in warnings)
+    figure = Figure(figsize=(WIDTH, height + 0.2 * len(lines) * bool(len(lines) > 1)), layout="constrained")
+    axes = figure.add_subplot()
+    for i, (others, points) in enumerate(lines.items()):
+        dash = "o-" if i < len(COLOURS) else "o--"
+        x, y = [value for value, _ in points], np.array([row.mean for _, row in points])
+        ends = np.array([_find_bar(row) for _, row in points])
+        reach = np.abs(ends.T - y)
+        axes.errorbar(x, y, reach, fmt=dash, ms=5, lw=1.5, elinewidth=1, capsize=3, color=f"C{i}", label=others)
+        for value, row in points:
+            if row.n > 1:
+                axes.plot([value] * row.n, row.values, ".", ms=4, color="black", alpha=0.6, zorder=3)
+    best = next(
+        ((value, row) for line in lines.values() for value, row in line if row is result.rows[0]), None
+    )  # not drawn if its line is one too many
+    if best is not None:
+        axes.plot(best[0], best[1].mean, "o", ms=13, mfc="none", mec="black", mew=1.2, label="the best")
+    if swept.is_geometric:
+        axes.set_xscale("log")
+    if len(swept.values) <= 8:
+        axes.set_xticks(swept.values, [f"{value:g}" for value in swept.values])
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    bars = "± standard deviation over seeds" if result.rows[0].n > 1 else "95 % intervals over images"
+    axes.set(xlabel=f"{swept.key}   (bars: {bars})", ylabel=_title_axis(result.metric, result.unit))
+    if result.unit == "share":
+        show_percent(axes.yaxis)
+    axes.set_title(describe_direction(result), fontsize=SMALL, loc="left")
+    if len(lines) > 1:
+        figure.legend(loc="outside lower center", fontsize=SMALL)
+    if warnings:
+        figure.suptitle("\n".join(warnings), fontsize=9, color=WARNING)
+    save_figure(path, figure)
+
+
+def _title_axis(name: str, unit: str) -> str:
+    return textwrap.fill(name_with_unit(name, unit, of_axis=True), AXIS_WIDTH)
 
 
 def _find_bar(row: SeedGroup) -> tuple[float, float]:
     if row.deviation is not None:
         return row.mean - row.deviation, row.mean + row.deviation
     return row.interval or (row.mean, row.mean)
-
-
-def _save(path: Path, figure: Figure) -> None:
-    with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)

@@ -10,6 +10,7 @@ from typing import Any
 from igpt.metric.result import find_key
 from igpt.report.bystanders import Bystander
 from igpt.report.closing_table import align_columns, format_markdown
+from igpt.report.display_names import display_name, name_with_unit
 from igpt.report.equal_loss import build_length_curves, list_answers
 from igpt.report.figures import PlanePoint, curves_figure, plane_figure
 from igpt.report.groups import VARIANT
@@ -160,8 +161,9 @@ def draw_plane(path: Path, result: Summary) -> None:
         if x is not None and y is not None:
             name = row.settings.get(VARIANT, row.name) if len(row.settings) == 1 else row.name
             points.append(PlanePoint(name, x.value, y.value, x.confidence_interval, y.confidence_interval))
-    x_label, y_label = (f"{name}, {units[name]}" for name in (x_name, y_name))
-    plane_figure(path, points, x_label=f"{x_label} (bars: 95 % intervals)", y_label=y_label)
+    x_label, y_label = (name_with_unit(name, units[name], of_axis=True) for name in (x_name, y_name))
+    in_percent = units[x_name] == "share", units[y_name] == "share"
+    plane_figure(path, points, x_label=f"{x_label} (bars: 95 % intervals)", y_label=y_label, in_percent=in_percent)
 
 
 def draw_lengths(path: Path, result: Summary, cost: str) -> None:
@@ -183,16 +185,17 @@ def _list_pictures(
         pictures[PICTURE.replace(".png", suffix)] = (
             result,
             partial(draw, result=result),
-            f"{result.metric} of each setting",
+            f"{display_name(result.metric)} of each setting",
         )
         plane = PLANE.replace(".png", suffix)
         if cost is not None:
-            pictures[plane] = result, partial(draw_lengths, result=result, cost=cost), f"{result.metric} over {cost}"
+            caption = f"{display_name(result.metric)} over {display_name(cost)}"
+            pictures[plane] = result, partial(draw_lengths, result=result, cost=cost), caption
         elif len(result.judged) > 1 and len(result.rows) > 1 and not result.caution:
             pictures[plane] = (
                 result,
                 partial(draw_plane, result=result),
-                f"{result.judged[1]} against {result.judged[0]}",
+                f"{display_name(result.judged[1])} against {display_name(result.judged[0])}",
             )
         for kind, (write, caption) in list_sweep_pictures(result).items():
             pictures[PICTURE.replace(".png", f"_{kind}{suffix}")] = result, write, caption

@@ -91,6 +91,7 @@ def _draw_optima(axes: Axes, fit: TargetFit, law: PowerLaw | None, which: int) -
     else:
         axes.text(0.5, 0.5, "no exponent: see the table", ha="center", transform=axes.transAxes, color="gray")
         axes.set(xticks=[], yticks=[])
+        axes.minorticks_off()
 
 
 def _draw_surface(axes: Axes, fit: TargetFit, name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from igpt.data.image_splits import list_file_names
+from igpt.data.listed_images import name_image
 from igpt.data.source import Source
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
@@ -88,9 +88,9 @@ def write_layer(path: Path, features: Features, layer: int, about: dict[str, Any
 
 
 def write_listing(path: Path, source: Source, split: str) -> None:
-    """Writes a line for each image of a split: file, label (-1: none) and class; a row number without files."""
+    """Writes a line for each image of a split: file (`test/12` without files), label (-1: none) and class."""
     images = source.split(split)
-    names, classes = list_file_names(images) or map(str, range(len(images))), source.class_names
+    names, classes = [name_image(split, images, i) for i in range(len(images))], source.class_names
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow(("file", "label", "class"))

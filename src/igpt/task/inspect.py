@@ -222,6 +222,6 @@ def map_features(images: Features, layer: int, source: Source) -> Scatter | None
     fitted = PCA(n_components=2, svd_solver="full")  # exact, the largest loading positive: the same every time
     points = fitted.fit_transform(values)
     shares = fitted.explained_variance_ratio_
-    x, y = (f"component {i} ({share:.0%} of the variance)" for i, share in enumerate(shares, start=1))
+    x, y = (f"component {i} ({100 * share:.0f} % of the variance)" for i, share in enumerate(shares, start=1))
     title = f"Layer {layer}: features of {len(values):,} images"
     return Scatter(points, images.labels, source.class_names or (), x, y, title)

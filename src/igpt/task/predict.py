@@ -121,7 +121,7 @@ def run(components: Components, settings: PredictSettings) -> Result:
             raise ValueError(
                 f"none of the {len(images):,} images can be read, as {images.name(0)}: {images.find_problem(0)}"
             )
-    result = Result(files={"predictions": Path(TABLE), "classes": Path("classes.txt")})
+    result = Result(files={"predictions": Path(TABLE), "predicted_classes": Path("classes.txt")})
     score(result, predictions, labels, classifier, split)
     show(result, predictions, images, labels, classifier, settings)
     if rank.is_first:
@@ -180,8 +180,8 @@ def match_labels(source: Source, labels: np.ndarray, classifier: Classifier) -> 
         if unknown := Counter(own[label] for label in labels[has_label & (matched < 0)].tolist()):
             names = ", ".join(format_class_name(name) for name, _ in unknown.most_common(3))
             log.warning(
-                "%d images are of %d class(es) that the head does not know (%s%s): they count as without label; it "
-                "knows %s", unknown.total(), len(unknown), names, ", …" * (len(unknown) > 3), describe_classes(known),
+                "%d of the images count as without label, as the head does not know their classes (%s%s); it knows %s",
+                unknown.total(), names, ", …" * (len(unknown) > 3), describe_classes(known),
             )  # fmt: skip
         return matched
     is_same = source.name == classifier.data
@@ -227,7 +227,7 @@ def show(
 
     def caption(row: int, second: str) -> str:
         name = format_class_name(classifier.name_class(int(classes[row])))
-        return f"{name} {100 * probabilities[row]:.0f} %\n{format_class_name(second)}"
+        return f"{name}, {100 * probabilities[row]:.0f} %\n{format_class_name(second)}"
 
     def draw(rows: np.ndarray, captions: list[str]) -> Grid:
         grid = Grid.square(plain_pixels(images, rows.tolist()))
