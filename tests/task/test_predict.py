@@ -46,6 +46,7 @@ def predicted(place: Path, *overrides: str) -> tuple[Result, Path]:
     paths = (f"paths.runs={place / 'runs'}", f"paths.cache={place / 'cache'}")
     result, folder = run("task=predict", "trainer=cpu", *paths, *overrides, conf=ROOT / "conf")
     assert folder is not None
+    assert result.files["table"] == Path("predictions.csv")  # named at the end of the run, beside the pictures
     return result, folder
 
 

@@ -49,6 +49,18 @@ def test_another_argument_is_answered(arguments: dict[str, Any], message: str) -
         parse_settings(LightningArguments, arguments, "trainer.lightning")
 
 
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("trainer.max_epochs=3", r"^trainer\.max_epochs is an argument of Lightning's Trainer: .*: take task\.steps$"),
+        ("+trainer.detect_anomaly=true", r"^trainer\.detect_anomaly is .*: take trainer\.lightning\.detect_anomaly$"),
+    ],
+)
+def test_an_argument_beside_the_settings_of_the_trainer_is_answered(typed: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_overrides([typed], [ROOT / "conf"])
+
+
 def test_only_what_changes_a_result_is_part_of_the_identity() -> None:
     """Invariant, over all arguments: no argument, a watching one and Lightning's default give the same hash."""
 

@@ -35,7 +35,7 @@ def closing_table(result: Result, folder: Path, seconds: float, *, published: Se
     names = ["published:", *(f"  {line}" for line in published), rule] if published else []
     page = [Path(REPORT)] if (folder / REPORT).is_file() else []
     inside = [path for path in result.files.values() if resolve_below(folder, path) is not None]
-    to_open = [*page, *(path for path in inside if path.suffix in {".png", ".html"})]
+    to_open = [*page, *(path for path in inside if path.suffix in {".csv", ".png", ".html"})]
     places = [str(folder / path) for path in to_open]
     texts = [read_text(folder, path) for path in inside if path.suffix == ".txt"]
     first = [*texts, *result.early_stops, *result.warnings]

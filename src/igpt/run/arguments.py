@@ -18,6 +18,7 @@ from igpt.run.deletions import replace_deletions
 from igpt.run.init_defaults import asks_for_data, init_overrides
 from igpt.run.recipes import CHECKPOINT, register_recipes
 from igpt.run.saved_overrides import SEARCH_PATH, format_plain, list_options, resume_overrides
+from igpt.settings.lightning_arguments import answer_argument
 from igpt.settings.older_configs import NOW_SCRIPTS, answer
 from igpt.settings.paths import LISTS, READ, absolute_path, is_path
 from igpt.utils.overrides import (
@@ -200,17 +201,15 @@ def complete_overrides(overrides: list[str], folders: list[Path]) -> tuple[list[
         if added or any(map(asks_for_data, parsed)):
             overrides = [*added, *(text for text in overrides if not asks_for_data(*parse_overrides([text])))]
             parsed = [*parse_overrides(added), *(each for each in parsed if not asks_for_data(each))]
-            if any(
-                override.key_or_group.startswith("data.") for override in parsed
-            ):  # of which other keys are there now
+            if any(each.key_or_group.startswith("data.") for each in parsed):  # of which other keys are there now
                 base = compose_options(parsed)
         keys = list(_flat_keys(OmegaConf.to_container(base)))
         for override in parsed:
             key = override.key_or_group
             if key in groups or key.startswith("hydra") or key in keys:
                 continue
-            if renamed := answer(key):
-                raise ValueError(renamed)
+            if instead := answer(key) or answer_argument(key):
+                raise ValueError(instead)
             if not (override.is_add() or override.is_force_add()):
                 near = suggest_name(key, [*groups, *keys])
                 new = "" if override.is_delete() else "; a new key needs a + in front"

@@ -133,6 +133,16 @@ def deciding_arguments(trainer: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def answer_argument(key: str) -> str | None:
+    """What to type for a key `trainer.NAME` whose name is an argument of Lightning's Trainer; None for other keys."""
+    name = key.removeprefix("trainer.")
+    if f"trainer.{name}" != key:
+        return None
+    if name in LightningArguments.model_fields:
+        return f"{key} is an argument of Lightning's Trainer: take trainer.lightning.{name}"
+    return f"{key} is an argument of Lightning's Trainer: {REFUSED[name]}" if name in REFUSED else None
+
+
 def _is(value: Any, other: Any) -> bool:
     """Whether two values are equal and of one type: 1 is a batch, 1.0 is all of them."""
     return type(value) is type(other) and bool(value == other)

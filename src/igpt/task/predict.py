@@ -121,7 +121,7 @@ def run(components: Components, settings: PredictSettings) -> Result:
             raise ValueError(
                 f"none of the {len(images):,} images can be read, as {images.name(0)}: {images.find_problem(0)}"
             )
-    result = Result(files={"predictions": Path(TABLE), "predicted_classes": Path("classes.txt")})
+    result = Result(files={"table": Path(TABLE), "predicted_classes": Path("classes.txt")})
     score(result, predictions, labels, classifier, split)
     show(result, predictions, images, labels, classifier, settings)
     if rank.is_first:
