@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from igpt.utils.program import find_conf
 
@@ -19,7 +19,7 @@ def kept_compositions() -> Iterator[None]:
     """While it lasts, equal overrides of igpt's own `conf/` are composed once, and copied from then on.
 
     A run composes the same overrides up to three times, and each stage of a pipeline its task's. Compositions of other
-    folders, whose files tests change, and of sweeps are not kept; nor are errors.
+    folders, whose files tests change, and of sweeps are not kept; nor are errors. Equal YAML is parsed once.
     """
     kept: dict[tuple[Any, ...], bytes] = {}
     compose = ConfigLoaderImpl._load_configuration_impl
@@ -40,6 +40,19 @@ def kept_compositions() -> Iterator[None]:
         cfg.hydra.runtime.cwd = os.getcwd()  # the only part that the overrides do not decide
         return cfg
 
+    texts: dict[str, bytes] = {}
+    load = OmegaConf.load
+
+    def load_once(file: Any) -> Any:
+        if not hasattr(file, "seek"):  # a path
+            return load(file)
+        text = file.read()
+        if text not in texts:
+            file.seek(0)
+            texts[text] = pickle.dumps(load(file))
+        return pickle.loads(texts[text])
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", staticmethod(load_once))
         patch.setattr(ConfigLoaderImpl, "_load_configuration_impl", compose_once)
         yield
