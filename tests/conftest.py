@@ -20,6 +20,7 @@ from igpt.model import c_library, cpu
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.run.components import Components
+from tests.compositions import kept_compositions
 from tests.process_state import Restorer, RoundedProducts
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def kernel_cache() -> Iterator[None]:
     """Compiled networks of tests have a folder for this kind of CPU, as those of runs; else Inductor would name one."""
     with cpu.inductor_cache():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compositions() -> Iterator[None]:
+    """Equal overrides are composed once a process."""
+    with kept_compositions():
         yield
 
 

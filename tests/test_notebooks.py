@@ -11,13 +11,13 @@ import pytest
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
-SLOW = ("04", "05", "06", "07")  # they train; .ci/run runs them
+LONG = ("04", "05", "06", "07")  # they train; .ci/run runs them
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem.startswith(SLOW) else [])
+        pytest.param(path, id=path.stem, marks=[pytest.mark.ci] if path.stem.startswith(LONG) else [])
         for path in sorted(NOTEBOOKS.glob("*.ipynb"))
     ],
 )

@@ -161,6 +161,7 @@ def test_how_errors_end(tmp_path: Path, code: int, text: str, path: str, expecte
     assert (how, [problem.partition(":")[0] for problem in problems]) == expected
 
 
+@pytest.mark.ci
 def test_sample_of_kills_and_errors(tmp_path: Path) -> None:
     """Invariant: killed and resumed = undisturbed, to the bit; an error names its file, or changes nothing."""
     command = [sys.executable, str(BENCHMARKS / "reliability.py"), "--sample"]

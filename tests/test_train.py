@@ -202,6 +202,7 @@ def test_a_killed_rank_ends_the_run_which_one_process_goes_on_with(tmp_path: Pat
     assert RunFolder(run).is_finished
 
 
+@pytest.mark.ci
 def test_a_sweep(tmp_path: Path) -> None:
     """Invariant: a folder a job, its table says what came of each; what differs is shown, what is equal is not."""
     settings = ["task=pretrain", *PRETRAIN, "task.steps=3", "task.val_every=0", "trainer.accelerator=cpu"]

@@ -56,7 +56,7 @@ def oracle(shared: Path, kind: str) -> tuple[Path, dict[str, np.ndarray]]:
     return folder, dict(np.load(folder / "reference.npz"))
 
 
-@pytest.mark.parametrize("kind", ["ar", "bert"])
+@pytest.mark.parametrize("kind", ["ar", pytest.param("bert", marks=pytest.mark.ci)])
 def test_the_outputs_of_openais_code(shared: Path, kind: str, colours: Callable[[int], Path], tmp_path: Path) -> None:
     """Independent source: logits, block outputs and losses of OpenAI's model.py to 1e-5, by the commands alone."""
     folder, reference = oracle(shared, kind)

@@ -120,6 +120,7 @@ class Reports:
             self.failed.append((report.nodeid, report.when or "", str(report.longrepr)))
 
 
+@pytest.mark.ci
 def test_a_test_that_leaves_something_changed_fails_and_no_other(tmp_path: Path) -> None:
     """Invariant: of eleven tests ten change one thing each, each is told so, and the next one finds nothing changed."""
     (tmp_path / "test_leaking.py").write_text(LEAKING)

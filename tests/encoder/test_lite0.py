@@ -20,6 +20,7 @@ IMAGENET = Preprocessing(224, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 needs_weights = pytest.mark.skipif(importlib.util.find_spec(lite0.PACKAGE) is None, reason=f"needs {lite0.INSTALL}")
 
 
+@pytest.mark.ci
 @needs_weights
 def test_its_own_top_1_on_photographs(tmp_path: Path, shared: Path) -> None:
     """Independent source: ILSVRC's labels, and 97 of 125 of a reference run, which normalised as PyTorch's networks do.

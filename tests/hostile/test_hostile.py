@@ -277,7 +277,12 @@ CASES: dict[str, Case] = {
         "expected a whole number or a name",
     ),
     # parquet and tar files
-    "cells of 120 MB": Case(i.parquet([bytes(40 << 20)] * 3), "images", "unpacks to more than 100 times its size"),
+    "cells of 120 MB": Case(
+        i.parquet([bytes(40 << 20)] * 3),
+        "images",
+        "unpacks to more than 100 times its size",
+        marks=(pytest.mark.ci,),
+    ),
     "one cell seen 500 times": Case(i.many_of_one, "images", "unpacks to more than 100 times its size|cannot be read"),
     "one cell seen 500 times, as a stream": Case(
         i.many_of_one, "images, stream", "are no image|cannot be read|unpacks"

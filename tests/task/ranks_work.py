@@ -1,4 +1,4 @@
-"""What two ranks do for `test_ranks.py`: `python -m tests.task.ranks_work FOLDER [deepspeed | pieces]` in each."""
+"""What ranks do for `test_ranks.py`: `python -m tests.task.ranks_work FOLDER [deepspeed|options|pieces]` in each."""
 
 import os
 import signal
@@ -134,18 +134,24 @@ def sharded(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     still = {"steps": 1, "warmup_steps": 0, "val_every": 1, "learning_rate": 1e-30}
     started = lab.pretrain(place / "started", on=on_all(strategy="fsdp"), weights=begun, **still)
     answers["started"] = started.numbers["val/loss_gen"].value
-    for name, changed in SHARDED_WITH.items():
-        done = lab.pretrain(place / f"sharded {name}", on=on_all(strategy="fsdp", **changed), steps=2, val_every=2)
-        answers[f"with {name}"] = done.curves["train/loss_gen"].y
-    for name, network in BEYOND.items():
-        done = lab.pretrain(place / f"sharded {name}", on=on_all(strategy="fsdp"), network=network, **SHORT)
-        answers[f"beyond {name}"] = done.curves["train/loss_gen"].y
     clipped = lab.pretrain(place / "sharded clipped", on=on_all(strategy="fsdp"), **CLIPPED)
     answers["clipped"] = clipped.curves["train/loss_gen"].y
     answers["bert"] = (
         lab.pretrain(place / "sharded bert", on=on_all(strategy="fsdp"), objective=BERT(mask_probability=0.15))
         .curves["train/loss_gen"].y
     )  # fmt: skip
+    return answers
+
+
+def with_options(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
+    """The losses of sharded networks: with each setting of `SHARDED_WITH`, and each of `BEYOND`."""
+    answers: dict[str, Any] = {}
+    for name, changed in SHARDED_WITH.items():
+        done = lab.pretrain(place / f"sharded {name}", on=on_all(strategy="fsdp", **changed), steps=2, val_every=2)
+        answers[f"with {name}"] = done.curves["train/loss_gen"].y
+    for name, network in BEYOND.items():
+        done = lab.pretrain(place / f"sharded {name}", on=on_all(strategy="fsdp"), network=network, **SHORT)
+        answers[f"beyond {name}"] = done.curves["train/loss_gen"].y
     return answers
 
 
@@ -342,7 +348,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     with ranks.process_group(torch.device("cpu")) as rank:
-        apart = {"deepspeed": by_deepspeed, "pieces": in_pieces}
+        apart = {"deepspeed": by_deepspeed, "options": with_options, "pieces": in_pieces}
         found = apart[sys.argv[2]](a_lab(), place, rank) if sys.argv[2:] else work(place, rank)
         everyone = ranks.all_gather_object(found)
         if rank.is_first:

@@ -62,6 +62,17 @@ def answers(place: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def options_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return worked(tmp_path_factory.mktemp("options"), "options")
+
+
+@pytest.fixture(scope="module")
+def options(options_place: Path) -> list[dict[str, Any]]:
+    """What sharded networks with options came to, on two ranks."""
+    return answers_in(options_place)
+
+
+@pytest.fixture(scope="module")
 def zero_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return worked(tmp_path_factory.mktemp("deepspeed"), "deepspeed")
 
@@ -206,24 +217,28 @@ def test_a_run_may_change_its_strategy(by_zero: list[dict[str, Any]], reference:
         assert "is one file, as trainer=ddp and fsdp write it" in answers["one file"]
 
 
-def test_what_sharding_goes_together_with(answers: list[dict[str, Any]]) -> None:
+@pytest.mark.ci
+def test_what_sharding_goes_together_with(options: list[dict[str, Any]]) -> None:
     """Invariant: the first loss is ln 17 whatever the precision (the head starts at zero), and the second is lower."""
     for name in SHARDED_WITH:
-        first, second = answers[0]["sharded"][f"with {name}"]
+        first, second = options[0][f"with {name}"]
         assert first == pytest.approx(np.log(17), rel=1e-2)
         assert second < first
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", BEYOND)
 def test_networks_with_options_are_sharded(
-    name: str, place: Path, answers: list[dict[str, Any]], alone: Lab, tmp_path: Path
+    name: str, options_place: Path, options: list[dict[str, Any]], alone: Lab, tmp_path: Path
 ) -> None:
     """Invariant: the losses of one process, with tables of sines, masks and offsets computed after sharding."""
     one = alone.pretrain(tmp_path, network=BEYOND[name], **SHORT).curves["train/loss_gen"].y
     assert len(one) == 3
-    for answer in answers:
-        assert answer["sharded"][f"beyond {name}"] == pytest.approx(one, rel=1e-5)
-    weights, expected = (find_weights(str(run)).net().state_dict() for run in (place / f"sharded {name}", tmp_path))
+    for answer in options:
+        assert answer[f"beyond {name}"] == pytest.approx(one, rel=1e-5)
+    weights, expected = (
+        find_weights(str(run)).net().state_dict() for run in (options_place / f"sharded {name}", tmp_path)
+    )
     for key, weight in expected.items():
         torch.testing.assert_close(weights[key], weight, rtol=1e-3, atol=1e-4)
 
