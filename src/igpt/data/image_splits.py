@@ -12,6 +12,7 @@ from igpt.data import cache as pixel_cache
 from igpt.data.crop import Crop
 from igpt.data.image_files import ImageFiles
 from igpt.data.image_table import Table
+from igpt.data.limited import PartOfSplit
 from igpt.data.pixel_changes import LOOKED_AT, describe_changes
 from igpt.data.source import Pixels, Split
 
@@ -92,7 +93,16 @@ class CachedSplit:
 
 def list_file_names(split: Split) -> list[str] | None:
     """The path below `data.path` of every image of a split; None where the images are no files of their own."""
-    decoded = split.decoded if isinstance(split, CachedSplit) else split
-    if not isinstance(decoded, DecodedSplit) or not isinstance(decoded.table, ImageFiles):
+    table, rows = find_table(split)
+    if rows is None or not isinstance(table, ImageFiles):
         return None
-    return [os.fsdecode(decoded.table.paths[row].as_py()) for row in decoded.rows.tolist()]
+    return [os.fsdecode(table.paths[row].as_py()) for row in rows.tolist()]
+
+
+def find_table(split: Split) -> tuple[Table | None, np.ndarray | None]:
+    """The table that a split is of, and its rows there; of images in memory (None, rows of the whole split or None)."""
+    if isinstance(split, PartOfSplit):
+        table, rows = find_table(split.full)
+        return table, split.rows if rows is None else rows[split.rows]
+    decoded = split.decoded if isinstance(split, CachedSplit) else split
+    return (decoded.table, decoded.rows) if isinstance(decoded, DecodedSplit) else (None, None)
