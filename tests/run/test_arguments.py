@@ -170,7 +170,7 @@ def test_what_is_left_out_or_has_no_value() -> None:
         "~data": "~data: every run has data: choose another, data=OPTION; there are checkpoint, cifar10, ",
         "~seed": "~seed: every run has seed: change it, seed=VALUE, or leave the argument out",
         "~paths.runs": "~paths.runs: every run has paths.runs: ",
-        "~sweep": "~sweep: no sweep is chosen unless one is typed: leave the argument out",
+        **{f"~{key}": f"~{key}: no {key} is chosen unless one is typed: leave" for key in ("sweep", "debug")},
         "~logger,csv": "~logger,csv: a deletion is ~KEY: for a sweep, -m logger=none,csv",
         "~seed,model": "~seed,model: a deletion is ~KEY, and one at a time",
         "~logger=csv": "~logger=csv: logger=none leaves all out",

@@ -162,6 +162,10 @@ def test_a_record_brings_options_and_plain_values_only(data: Any, message: str, 
     with pytest.raises(ValueError, match=message) as caught:
         added("task=evaluate", f"init={folder}")
     assert len(str(caught.value).splitlines()) == 1
+    path = folder / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "search_path": 3}))
+    with pytest.raises(ValueError, match=r"run\.json is damaged: its search_path are no list of texts"):
+        added("task=evaluate", f"init={folder}")
 
 
 def test_a_text_of_a_record_is_no_interpolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

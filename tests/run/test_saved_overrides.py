@@ -21,8 +21,10 @@ from igpt.run.finished import complete_finished
 from igpt.run.launch import run
 from igpt.run.pipeline_stages import stage_configs
 from igpt.run.run_config import RunConfig, to_dict
+from igpt.run.run_dir import resume_command
 from igpt.run.saved_overrides import is_plain, record_overrides
 from igpt.utils.files import read_json
+from igpt.utils.overrides import train_command
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
@@ -252,6 +254,8 @@ def test_a_target_that_was_typed_is_typed_again(start: Path) -> None:
     typed = shlex.split(str(caught.value).rpartition("type it: ")[2])[2:]
     assert own in typed
     assert run(*typed, conf=CONF)[1] == folder
+    hint = resume_command(folder, (), ["seed=0", own, "resume=auto", "hydra.job.name=x", "logger=none"])
+    assert hint == train_command(own, f"resume={folder}")  # of a run that was interrupted
 
 
 def test_paths_are_places(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

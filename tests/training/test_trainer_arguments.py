@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from igpt.data.limited import LimitedSource
+from igpt.data.listed_images import list_images
 from igpt.data.source import ArraySplit
 from igpt.report.folder import DEBUG, deciding, identity
 from igpt.report.runs import find_runs
 from igpt.run.arguments import check_overrides, prepare_arguments
-from igpt.run.launch import run
+from igpt.run.launch import build_components, run
 from igpt.settings.fields import parse_settings
 from igpt.settings.lightning_arguments import DECIDING, REFUSED, LightningArguments
 from tests.conftest import ROOT
@@ -79,12 +80,21 @@ def test_only_what_changes_a_result_is_part_of_the_identity() -> None:
     assert "lightning" not in deciding(CONFIG)["trainer"]
 
 
+def test_features_are_cached_by_the_images_that_are_left() -> None:
+    """Two batches of 8 images and of 16 are other images, all else equal."""
+    probe = ("task=probe_encoder", "task.encoder=lite0", "trainer.lightning.limit_train_batches=2")
+    sizes = ("task.batch_size=8", "task.batch_size=16")
+    one, other = (build_components(*probe, size, conf=ROOT / "conf").run.image_key for size in sizes)
+    assert {key for key in one if one[key] != other[key]} == {"limits"}
+
+
 def test_limits_cut_splits_evenly() -> None:
     """By hand: 2 batches of 5 of 40 images are every fourth; a share is of the split; val is cut beside train."""
     labels = np.arange(40)
     pixels = np.zeros((40, 8, 8, 3), dtype=np.uint8) + labels[:, None, None, None].astype(np.uint8)
     every = Arrays({name: ArraySplit(pixels, labels) for name in ("train", "val", "test")})
     some = LimitedSource(every, {"train": 2, "val": 0.05}, batch_size=5)
+    assert list(map(list_images(some, "train").name, (1, 2))) == ["train/4", "train/8"]
     assert some.training().labels.tolist() == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36]
     assert some.split("val").labels.tolist() == [0, 20]
     assert len(some.split("test")) == 40

@@ -10,8 +10,9 @@ import numpy as np
 from igpt.data import cache as pixel_cache
 from igpt.data.crop import Crop
 from igpt.data.image_table import Table
+from igpt.data.limited import PartOfSplit
 from igpt.data.pixel_changes import LOOKED_AT, describe_changes
-from igpt.data.source import Pixels
+from igpt.data.source import Pixels, Split
 
 
 @dataclass(frozen=True)
@@ -86,3 +87,12 @@ class CachedSplit:
             return self.decoded.read(index, rng_keys)
         rows = self.decoded.rows[np.asarray(index, dtype=np.int64)]
         return Pixels(self._pixels[np.searchsorted(self.cached, rows)], self.decoded.of_table[rows])
+
+
+def find_table(split: Split) -> tuple[Table | None, np.ndarray | None]:
+    """The table that a split is of, and its rows there; of images in memory (None, rows of the whole split or None)."""
+    if isinstance(split, PartOfSplit):
+        table, rows = find_table(split.full)
+        return table, split.rows if rows is None else rows[split.rows]
+    decoded = split.decoded if isinstance(split, CachedSplit) else split
+    return (decoded.table, decoded.rows) if isinstance(decoded, DecodedSplit) else (None, None)

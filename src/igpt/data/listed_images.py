@@ -8,8 +8,7 @@ import numpy as np
 
 from igpt.data.image_decoding import BadImageError
 from igpt.data.image_files import ImageFiles
-from igpt.data.image_splits import CachedSplit, DecodedSplit
-from igpt.data.image_table import Table
+from igpt.data.image_splits import find_table
 from igpt.data.source import SPLITS, Pixels, Source, Split, Stream
 from igpt.data.tar_files import TarTable
 
@@ -74,7 +73,7 @@ class ListedImages:
 
 def name_image(name: str, split: Split, position: int) -> str:
     """As `ListedImages.name`, of an image of the split of that name."""
-    table, rows = _find_table(split)
+    table, rows = find_table(split)
     row = position if rows is None else int(rows[position])
     if isinstance(table, ImageFiles):
         return os.fsdecode(table.paths[row].as_py())
@@ -99,16 +98,10 @@ def list_images(source: Source, split: str) -> ListedImages:
     tables: dict[int, int] = {}  # identity of a table → its number, in the order of their first images' names
     places, keys = [], []
     for number, (_, images) in enumerate(named):
-        table, rows = _find_table(images)
+        table, rows = find_table(images)
         order = tables.setdefault(id(images if table is None else table), len(tables))
         positions = np.arange(len(images))
         places.append(np.stack([np.full(len(images), number), positions], axis=1))
         keys.append(np.stack([np.full(len(images), order), positions if rows is None else rows], axis=1))
     joined, of_table = np.concatenate(places), np.concatenate(keys)
     return ListedImages(source.resolution, tuple(named), joined[np.lexsort((of_table[:, 1], of_table[:, 0]))])
-
-
-def _find_table(split: Split) -> tuple[Table | None, np.ndarray | None]:
-    """The table that a split is of, and its rows there; (None, None) for others, in memory."""
-    decoded = split.decoded if isinstance(split, CachedSplit) else split
-    return (decoded.table, decoded.rows) if isinstance(decoded, DecodedSplit) else (None, None)

@@ -165,13 +165,11 @@ class Components:
     @cached_property
     def source(self) -> Source:
         """The images; of splits that `trainer.lightning` limits, a part."""
-        arguments, task = self.hardware.lightning, self.run.config["task"]
-        of_batches = task["sgd"] if task.get("solver") == "sgd" else task
-        limits, batch_size = arguments.limits, of_batches.get("batch_size")
-        if not limits or not isinstance(batch_size, int):  # nothing is read in batches
+        arguments, batch_size = self.hardware.lightning, self.run.batch_size
+        if not arguments.limits or not isinstance(batch_size, int):
             return self._full_source
         return LimitedSource(
-            self._full_source, limits, batch_size=batch_size, augment=arguments.overfit_batches is None
+            self._full_source, arguments.limits, batch_size=batch_size, augment=arguments.overfit_batches is None
         )
 
     @cached_property

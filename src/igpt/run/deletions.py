@@ -7,7 +7,7 @@ from igpt.run.saved_overrides import list_options
 from igpt.utils.overrides import escape_text
 
 NONE = "none"  # option of a group that may be left out, as `logger`
-NOTHING_CHOSEN = ("experiment", "variant", "sweep")  # groups without a choice unless one is typed
+NOTHING_CHOSEN = ("experiment", "variant", "sweep", "debug")  # groups without a choice unless one is typed
 ALWAYS = ("seed", "init", "resume", "rerun", "published", "paths")  # settings that every run has
 
 

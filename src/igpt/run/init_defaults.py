@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt.run.recipes import CHECKPOINT
-from igpt.run.saved_overrides import SEARCH_PATH, format_plain, is_plain
+from igpt.run.saved_overrides import SEARCH_PATH, format_plain, is_plain, read_texts
 from igpt.settings.data import OWN
 from igpt.settings.older_configs import flat, read_record
 from igpt.settings.paths import READ, is_local_path, resolve_nearest
@@ -202,7 +202,7 @@ def _recorded_data(record: Record, named: str, overrides: Sequence[Override], wh
     lines = [str(each.input_line) for each in overrides]
     loader = GlobalHydra.instance().config_loader()
     every = loader.get_group_options("data", config_name="config", overrides=list(where))
-    needed = [str(text) for text in command.get("search_path") or ()]
+    needed = read_texts(command, "search_path", record[0] / "run.json")
     if option not in every or option.rpartition("/")[2].startswith("_"):
         how = f"; if you trust it, type it: {train_command(*needed, *lines)}" if needed else ", choose another: data=…"
         raise ValueError(f"{named}: its data={escape_text(option)} is no option of conf/data/{how}")

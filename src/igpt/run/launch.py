@@ -223,7 +223,7 @@ def launch(
             try:
                 return run_and_report(components)
             except StoppedError as error:
-                log.warning("%s; continue with `%s`", error, resume_command(folder.path, run.search_path))
+                log.warning("%s; continue with `%s`", error, resume_command(folder.path, run.search_path, overrides))
                 raise
 
 

@@ -206,11 +206,18 @@ class RunConfig:
         return hashes | ({} if self.saved_tokenizer is None else {"tokens.path": self.saved_tokenizer.hash})
 
     @property
+    def batch_size(self) -> Any:
+        """Images of a step or of a pass, of which `trainer.lightning` limits a number; None: no batches are read."""
+        task = self.config["task"]
+        return (task["sgd"] if task.get("solver") == "sgd" else task).get("batch_size")
+
+    @property
     def image_key(self) -> dict[str, Any]:
         """Everything that determines the images of the splits; part of the cache key of their features."""
+        limits = deciding_arguments(self.config["trainer"])
         return {
             "data": {key: value for key, value in self.config["data"].items() if key not in NOT_OF_FEATURES},
-            **({"limits": limits} if (limits := deciding_arguments(self.config["trainer"])) else {}),
+            **({"limits": {**limits, "batch_size": self.batch_size}} if limits else {}),
             "images": {k: sha for k, sha in self.input_hashes.items() if k.endswith(".path") and k != "tokens.path"},
         }
 

@@ -12,6 +12,7 @@ from igpt.checkpoint.resume import has_checkpoint
 from igpt.distributed import launcher
 from igpt.report.folder import DEBUG, RunFolder, changes, deciding_callbacks, identity
 from igpt.run.run_config import RunConfig
+from igpt.run.saved_overrides import NOT_RECORDED, is_plain
 from igpt.utils import files
 from igpt.utils.overrides import format_text, train_command
 
@@ -76,9 +77,13 @@ def find_run_dir(run: RunConfig) -> RunFolder:
     return folder
 
 
-def resume_command(folder: Path, search_path: Sequence[str]) -> str:
-    """The command that continues a run. `search_path`: the arguments that name its additional config folders."""
-    return train_command(*search_path, f"resume={format_text(str(folder))}")
+def resume_command(folder: Path, search_path: Sequence[str], overrides: Sequence[str] = ()) -> str:
+    """The command that continues a run, with those of its `overrides` that `resume=` takes from no file.
+
+    `search_path`: the arguments that name its additional config folders.
+    """
+    missing = [text for text in overrides if not (text.startswith(NOT_RECORDED) or is_plain(text, ()))]
+    return train_command(*search_path, *missing, f"resume={format_text(str(folder))}")
 
 
 def has_other_callbacks(folder: RunFolder, run: RunConfig) -> bool:

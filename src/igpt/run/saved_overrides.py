@@ -95,7 +95,7 @@ def resume_overrides(
     record = read_record(path)
     if record.get("overrides", ()) is None:
         raise ValueError(f"resume={folder}: this is a stage of a pipeline; continue that: resume={folder.parent}")
-    saved, search_path = (_read_texts(record, key, path) for key in ("overrides", "search_path"))
+    saved, search_path = (read_texts(record, key, path) for key in ("overrides", "search_path"))
     known = {
         str(override.get_key_element()).lstrip("+~") for override in typed
     }  # with the place, as data@task.probe_data
@@ -113,7 +113,8 @@ def resume_overrides(
     return new
 
 
-def _read_texts(record: dict[str, Any], key: str, path: Path) -> list[str]:
+def read_texts(record: dict[str, Any], key: str, path: Path) -> list[str]:
+    """The list of texts `key` of the record in `path`. Raises ValueError if it is something else."""
     texts = record.get(key, [])
     if not isinstance(texts, list) or len(texts) > MOST or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{path} is damaged: its {key} are no list of texts; restore it, or start the run anew")
