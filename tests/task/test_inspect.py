@@ -119,7 +119,7 @@ def test_knn_neighbours_and_map_are_those_of_scikit_learn(found: Any) -> None:
     fitted = PCA(2).fit(of_val[best])
     np.testing.assert_allclose(np.abs(arrays["map"]), np.abs(fitted.transform(of_val[best])), atol=1e-4)
     scatter = result.scatters["feature_map"]
-    assert f"{fitted.explained_variance_ratio_[1]:.0%}" in scatter.y_label
+    assert f"{100 * fitted.explained_variance_ratio_[1]:.0f} %" in scatter.y_label
     assert (scatter.classes.tolist(), scatter.class_names) == (expected.tolist(), tuple("0123456789"))
 
 
