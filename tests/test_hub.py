@@ -134,7 +134,7 @@ def test_classes(quickstart: Path, model: igpt.ImageGPT) -> None:
 
 
 def test_images_that_do_not_fit(model: igpt.ImageGPT) -> None:
-    for images in (np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 2), np.uint8), np.zeros((1, 0, 8, 3), np.uint8)):
+    for images in (np.zeros((2, 8, 8, 3)), np.zeros((8, 8, 2), np.uint8), np.zeros((1, 0, 8, 3), np.uint8), 5):
         with pytest.raises(ValueError, match=r"uint8 of shape \(B, 8, 8, 3\)"):
             model.encode(images)
 

@@ -1,7 +1,7 @@
 """A trained network with its tokenizer, for notebooks and other programs: `igpt.load(path or Hub name)`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,7 +114,8 @@ class ImageGPT:
             images = images.cpu().numpy()
         if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (r, r, 3):
             return torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
-        if isinstance(images, Image.Image | str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        is_one = isinstance(images, Image.Image | str | Path) or not isinstance(images, Iterable)
+        if is_one or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]
         rows = [self._prepare(image) for image in images]
         pixels = np.stack(rows) if rows else np.empty((0, r, r, 3), np.uint8)
