@@ -114,10 +114,9 @@ class ImageGPT:
             images = images.cpu().numpy()
         if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[1:] == (r, r, 3):
             return torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
-        is_one = isinstance(images, Image.Image | str | Path) or not isinstance(images, Iterable)
-        if is_one or (isinstance(images, np.ndarray) and images.ndim < 4):
+        if isinstance(images, Image.Image | str | Path) or (isinstance(images, np.ndarray) and images.ndim < 4):
             images = [images]
-        rows = [self._prepare(image) for image in images]
+        rows = [self._prepare(image) for image in (images if isinstance(images, Iterable) else [images])]
         pixels = np.stack(rows) if rows else np.empty((0, r, r, 3), np.uint8)
         return torch.from_numpy(pixels).to(self.device)
 
