@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from igpt.report.folder import RunFolder, identity
 from igpt.run.arguments import check_overrides, parse_overrides, prepare_arguments
-from igpt.run.init_defaults import complete_job, init_overrides
+from igpt.run.init_defaults import complete_job, describe_taken, init_overrides
 from igpt.run.launch import run
 from igpt.run.run_config import to_dict
 from tests.conftest import ROOT
@@ -228,3 +228,6 @@ def test_the_first_line_says_what_was_taken(
     assert f"{folder}; data from {PRETRAINED}: digits" in caplog.text
     assert run(*base, "data=digits", conf=CONF) == (result, folder)
     assert run(f"resume={folder}", conf=CONF) == (result, folder)
+    cfg = OmegaConf.create({"paths": {}, "init": str(PRETRAINED), "task": {"requires": []}})
+    assert describe_taken(cfg, ["data=digits"]) == f"data from {PRETRAINED}: digits"
+    assert describe_taken(cfg, ["data=digits", "data.path=elsewhere"]) == ""  # other images

@@ -97,6 +97,8 @@ def describe_taken(cfg: DictConfig, overrides: Sequence[str]) -> str:
     if record is None or f"data={(option := _find_option(record))}" not in overrides:
         return ""
     recorded = {_format_setting(key, value) for key, value in _flat_data(record[1]["config"]["data"]).items()}
+    if any(text.startswith("data.path=") and text not in recorded for text in overrides):  # other images were typed
+        return ""
     return ", ".join([f"data from {init}: {option}", *(text for text in overrides if text.lstrip("+") in recorded)])
 
 
