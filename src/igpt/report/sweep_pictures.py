@@ -82,14 +82,14 @@ def read_batch_size(run: RunRecord, name: str) -> int | None:
 def draw_training(path: Path, result: Summary, keys: Sequence[str]) -> None:
     """Writes a plot of each curve: a line for each row, at most MOST_LINES, the best; a pale band over its seeds.
 
-    Where batch sizes differ, each plot stands there twice, the second one over images. Losses above all that training
-    began with are cut off.
+    Where batch sizes differ, a plot stands there twice, the second one over images. Losses are cut off that rise above
+    their start by more than the plot shows below it.
     """
     rows = [row for row in result.rows if row.runs][:MOST_LINES]
     if (swept := _find_scale(result)) is not None:
         rows.sort(key=lambda row: float(row.settings[swept.key]))
-    sizes = {read_batch_size(row.runs[0], key) for row in rows for key in keys}
-    axes_of = [(key, unit) for key in keys for unit in ([STEPS, IMAGES] if len(sizes - {None}) > 1 else [STEPS])]
+    sizes = {key: {read_batch_size(row.runs[0], key) for row in rows} - {None} for key in keys}
+    axes_of = [(key, unit) for key in keys for unit in ([STEPS, IMAGES] if len(sizes[key]) > 1 else [STEPS])]
     names = [textwrap.fill(row.name, NAME_WIDTH, break_on_hyphens=False) for row in rows]
     columns = 1 if max(map(len, names)) > NAME_WIDTH // 2 or len(names) < 3 else 2
     of_legend = 0.22 + 0.22 * -(-sum(1 + name.count("\n") for name in names) // columns)
@@ -128,8 +128,9 @@ def _draw_curves(axes: Axes, rows: Sequence[SeedGroup], colours: Sequence[object
             axes.fill_between(x, low, high, color=colour, **BAND)
         starts.append(curve.y[0])
         tops.append(max(curve.y))
-    if starts and y_unit.startswith(LOWER) and max(tops) > max(starts):
-        axes.set_ylim(top=max(starts) + 0.05 * (max(starts) - axes.get_ylim()[0]))
+    most = 2 * max(starts, default=0.0) - axes.get_ylim()[0]
+    if starts and y_unit.startswith(LOWER) and max(tops) > most:
+        axes.set_ylim(top=most)
     axes.set(xlabel=unit, ylabel=_title_axis(key, y_unit))
     if y_unit == "share":
         show_percent(axes.yaxis)
