@@ -9,7 +9,8 @@ import pytest
 
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.closing_table import closing_table
-from igpt.report.folder import RunFolder, changes, identity
+from igpt.report.folder import RunFolder
+from igpt.report.identity import changes, identity
 from igpt.report.runs import find_runs, read_finished
 from igpt.run.saved_overrides import resume_overrides
 from igpt.run.sweep import Job

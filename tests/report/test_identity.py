@@ -12,8 +12,9 @@ import pytest
 
 import igpt
 from igpt.metric.result import Result
-from igpt.report.folder import OBSERVERS, RunFolder, changes, deciding, identity
+from igpt.report.folder import RunFolder
 from igpt.report.groups import group_by_seed, list_differing
+from igpt.report.identity import OBSERVERS, changes, deciding, identity
 from igpt.report.runs import RunRecord
 from igpt.training.lightning_callbacks import WATCHING
 from igpt.utils import files

@@ -27,7 +27,8 @@ from igpt.report.figures import (
     palette_picture,
     points_figure,
 )
-from igpt.report.folder import RunFolder, differences, parse_result
+from igpt.report.folder import RunFolder, parse_result
+from igpt.report.identity import differences
 from igpt.report.plots import build_plots
 from igpt.report.style import CELLS, COLOURS
 from igpt.utils import files

@@ -12,7 +12,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from igpt.report.folder import RunFolder, identity
+from igpt.report.folder import RunFolder
+from igpt.report.identity import identity
 from igpt.run.arguments import check_overrides, parse_overrides, prepare_arguments
 from igpt.run.init_defaults import complete_job, describe_taken, init_overrides
 from igpt.run.launch import run

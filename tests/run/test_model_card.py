@@ -10,7 +10,7 @@ from PIL import Image
 
 from igpt.checkpoint import huggingface
 from igpt.checkpoint.find import find_weights
-from igpt.report.folder import identity
+from igpt.report.identity import identity
 from igpt.report.runs import read_run
 from igpt.run.model_card import _hide_paths, write_model_card
 from tests.app.test_compare import loss, made

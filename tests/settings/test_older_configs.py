@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from igpt.report.folder import RunFolder, changes, deciding, identity
+from igpt.report.folder import RunFolder
+from igpt.report.identity import changes, deciding, identity
 from igpt.run.launch import run
 from igpt.run.run_dir import find_run_dir
 from igpt.settings.config_changes import TABLE, Changes

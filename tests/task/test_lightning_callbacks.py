@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import callbacks as of_lightning
 from lightning.pytorch.loggers import Logger
 
-from igpt.report.folder import OBSERVERS
+from igpt.report.identity import OBSERVERS
 from igpt.run.entries import callback_builder
 from igpt.training.lightning_callbacks import BASES, WATCHING, is_observer, select
 from igpt.training.progress_bar import ProgressBar

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt.report.facts import read_names
-from igpt.report.folder import deciding
+from igpt.report.identity import deciding
 from igpt.report.runs import RunRecord, flatten
 from igpt.utils.overrides import format_value
 

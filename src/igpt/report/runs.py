@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from igpt.metric.result import Result
-from igpt.report.folder import DEBUG, RunFolder, parse_result
+from igpt.report.folder import RunFolder, parse_result
+from igpt.report.identity import DEBUG
 from igpt.settings.older_configs import read_record
 from igpt.settings.paths import resolve_nearest
 from igpt.utils import files

@@ -12,7 +12,8 @@ from igpt.distributed import ranks
 from igpt.distributed.signals import StoppedError
 from igpt.metric.result import Result
 from igpt.report.closing_table import closing_table
-from igpt.report.folder import DEBUG, RunFolder
+from igpt.report.folder import RunFolder
+from igpt.report.identity import DEBUG
 from igpt.report.page import write_page
 from igpt.report.runs import read_finished, summarize_metadata
 from igpt.run.components import Components

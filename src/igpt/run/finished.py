@@ -8,7 +8,8 @@ from typing import Any
 from igpt.report.bystanders import Bystander, describe_error
 from igpt.report.closing_table import REPORT
 from igpt.report.facts import read_names
-from igpt.report.folder import RunFolder, format_run_name, identity
+from igpt.report.folder import RunFolder
+from igpt.report.identity import format_run_name, identity
 from igpt.report.page import write_page
 from igpt.report.runs import RunRecord, read_run
 from igpt.run.entries import logger_builder

@@ -11,7 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from igpt.data.images import check_path
-from igpt.report.folder import RunFolder, changes
+from igpt.report.folder import RunFolder
+from igpt.report.identity import changes
 from igpt.report.paper import check_paper_key
 from igpt.run.run_config import CHECKPOINT, RunConfig, to_dict
 from igpt.run.targets import task_settings

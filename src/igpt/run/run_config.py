@@ -15,7 +15,7 @@ from igpt.checkpoint.igpt_format import Weights
 from igpt.checkpoint.kept import list_paths
 from igpt.checkpoint.resized import resize_weights
 from igpt.data.listing import list_files
-from igpt.report.folder import format_run_name, identity
+from igpt.report.identity import format_run_name, identity
 from igpt.report.runs import FoundRuns, find_runs, read_runs
 from igpt.run import fingerprint
 from igpt.run.targets import checked_partial, find_target

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from igpt.checkpoint.resume import has_checkpoint
 from igpt.distributed import launcher
-from igpt.report.folder import DEBUG, RunFolder, changes, deciding_callbacks, identity
+from igpt.report.folder import RunFolder
+from igpt.report.identity import DEBUG, changes, deciding_callbacks, identity
 from igpt.run.run_config import RunConfig
 from igpt.run.saved_overrides import NOT_RECORDED, is_plain
 from igpt.utils import files

@@ -1,7 +1,7 @@
 """Lightning callbacks to watch a training: grids of samples.
 
 A callback declares by `is_observer = True` that it changes nothing in training; with its name in
-`report/folder.py: OBSERVERS` it is no part of a run's identity. Any other callback is.
+`report/identity.py: OBSERVERS` it is no part of a run's identity. Any other callback is.
 """
 
 import logging

@@ -14,7 +14,7 @@ from igpt.distributed.signals import RunEndedError
 from igpt.report.bystanders import Bystander, describe_error
 from igpt.training.progress_bar import ProgressBar
 
-# They change nothing in training: by exact type, as a class derived from one may. `report/folder.py` has their names.
+# They change nothing in training: by exact type, as a class derived from one may. `report/identity.py` has their names.
 WATCHING = (
     of_lightning.DeviceStatsMonitor,
     of_lightning.LearningRateMonitor,
