@@ -342,6 +342,11 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     yes.close()
     odd = raised(ValueError, on_all().train_batch_layout, 101)
     answers["odd batch"] = odd
+
+    from tests.task import ranks_finetune, ranks_frozen, ranks_fsdp, ranks_network, ranks_step  # they import this module
+
+    for part in (ranks_step, ranks_fsdp, ranks_frozen, ranks_finetune, ranks_network):
+        answers |= part.work(lab, place, rank)
     return answers
 
 
