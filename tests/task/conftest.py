@@ -1,5 +1,7 @@
 """Small runs of pretraining, probing and fine-tuning, in this process."""
 
+import os
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from hydra.utils import get_object
 
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights, save_model
 from igpt.data.digits import Digits
 from igpt.data.source import ArraySplit, JoinedSplit, Split
+from igpt.distributed.launcher import run_ranks
 from igpt.metric.result import Result
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
@@ -31,7 +35,7 @@ from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.vqvae_tokenizer import VQVAESettings
 from igpt.training.hardware import HardwareConfig
 from igpt.training.trainer import Runner
-from tests.conftest import parts_of_run, perturbed
+from tests.conftest import ROOT, parts_of_run, perturbed
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_ctx": 64, "n_vocab": 17, "causal": True}
 
@@ -374,3 +378,34 @@ def masked(tmp_path_factory: pytest.TempPathFactory, digits: Digits, palette: Pa
     folder = tmp_path_factory.mktemp("masked")
     Lab(digits, palette).pretrain(folder, objective=BERT(mask_probability=0.15), val_every=0)
     return folder
+
+
+def worked(place: Path, *part: str, count: int = 2) -> Path:
+    """The same folder, after so many ranks have done their work in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert run_ranks([sys.executable, "-m", "tests.task.ranks_work", str(place), *part], count) == 0
+    return place
+
+
+def answers_in(place: Path) -> list[dict[str, Any]]:
+    answers: list[dict[str, Any]] = torch.load(place / "answers.pt", weights_only=True)
+    return answers
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks did their work, `ranks_work.py` and the modules it calls: once, for every process of the suite."""
+    of_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
+    place = tmp_path_factory.getbasetemp().parent / f"ranks-{of_run}"
+    with FileLock(f"{place}.lock"):
+        if not (place / "answers.pt").is_file():
+            place.mkdir(exist_ok=True)
+            worked(place)
+    return place
+
+
+@pytest.fixture(scope="session")
+def answers(place: Path) -> list[dict[str, Any]]:
+    """What each of these ranks answered."""
+    return answers_in(place)

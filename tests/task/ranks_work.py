@@ -343,7 +343,13 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     odd = raised(ValueError, on_all().train_batch_layout, 101)
     answers["odd batch"] = odd
 
-    from tests.task import ranks_finetune, ranks_frozen, ranks_fsdp, ranks_network, ranks_step  # they import this module
+    from tests.task import (  # they import this module
+        ranks_finetune,
+        ranks_frozen,
+        ranks_fsdp,
+        ranks_network,
+        ranks_step,
+    )
 
     for part in (ranks_step, ranks_fsdp, ranks_frozen, ranks_finetune, ranks_network):
         answers |= part.work(lab, place, rank)

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,13 @@ from safetensors.torch import load_file
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.resume import find_kept, latest_checkpoint
 from igpt.checkpoint.sharded import STATE, read_state
-from igpt.distributed.launcher import run_ranks
 from igpt.model.config import GPTConfig
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.tokens.tokenizer_registry import TOKENIZER, read_tokenizer
 from igpt.training.cost_estimate import estimate_cost
-from tests.conftest import ROOT
 from tests.metric.test_classification import draw_scores, measure
-from tests.task.conftest import SIZES, Lab, machine, train_tokenizer
+from tests.task.conftest import SIZES, Lab, answers_in, machine, train_tokenizer, worked
 from tests.task.ranks_work import (
     BEYOND,
     CLIPPED,
@@ -36,29 +33,6 @@ from tests.task.ranks_work import (
     samples,
 )
 from tests.tokens.test_quantizer import train_quantizer
-
-
-def worked(place: Path, *part: str, count: int = 2) -> Path:
-    """The same folder, after so many ranks have done their work in it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        assert run_ranks([sys.executable, "-m", "tests.task.ranks_work", str(place), *part], count) == 0
-    return place
-
-
-def answers_in(place: Path) -> list[dict[str, Any]]:
-    answers: list[dict[str, Any]] = torch.load(place / "answers.pt", weights_only=True)
-    return answers
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worked(tmp_path_factory.mktemp("ranks"))
-
-
-@pytest.fixture(scope="module")
-def answers(place: Path) -> list[dict[str, Any]]:
-    return answers_in(place)
 
 
 @pytest.fixture(scope="module")
