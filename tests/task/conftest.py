@@ -395,7 +395,7 @@ def answers_in(place: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where two ranks did their work, `ranks_work.py` and the modules it calls: once, for every process of the suite."""
+    """Where two ranks did the work of `ranks_work.py` and of the modules it calls: once, for the whole suite."""
     of_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", os.getpid())
     place = tmp_path_factory.getbasetemp().parent / f"ranks-{of_run}"
     with FileLock(f"{place}.lock"):
