@@ -111,9 +111,13 @@ def _attend_dense(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, bias:
 
 
 def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
-    """Queries, keys and values split into heads, as views: (B, T, 3C) → 3 × (B, H, T, D)."""
+    """Queries, keys and values split into heads, as views: (B, T, 3C) → 3 × (B, H, T, D).
+
+    Unbound before heads and positions change places, so that the backward pass joins their gradients in one copy.
+    """
     b, t, width = qkv.shape
-    return qkv.view(b, t, 3, n_head, width // 3 // n_head).permute(2, 0, 3, 1, 4).unbind(0)
+    parts = qkv.view(b, t, 3, n_head, width // 3 // n_head).unbind(2)  # 3 × (B, T, H, D)
+    return tuple(part.transpose(1, 2) for part in parts)
 
 
 def attend(
@@ -123,8 +127,13 @@ def attend(
 
     `bias` (H, T, S) is added to the scores; only without `causal`. With `causal`, position i sees positions 0 … i.
     `backend`: `sdpa` (PyTorch's fused kernels), `bmm` (batched matrix products), `blocks` (matrix products that skip
-    most masked keys; without `causal` the same as `bmm`), or `auto`.
+    most masked keys; without `causal` the same as `bmm`), or `auto`. One query is never computed by fused kernels on
+    CUDA (`dispatch.is_unfused_query`).
     """
+    if not causal and q.shape[2] == 1 and dispatch.is_unfused_query(q.device):
+        scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, 1, S)
+        scores = scores if bias is None else scores + bias
+        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
     if backend in ("auto", "native", "flex"):
         backend = dispatch.unfused_attention_backend(q.device, q.dtype, t=q.shape[2], causal=causal)
     if bias is not None:

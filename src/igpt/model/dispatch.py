@@ -55,6 +55,11 @@ def unfused_attention_backend(device: torch.device, dtype: torch.dtype, *, t: in
     return "bmm" if t <= LONG else "sdpa"
 
 
+def is_unfused_query(device: torch.device) -> bool:
+    """Whether attention of one query is plain products on this device: cuDNN plans anew for every number of keys."""
+    return device.type == "cuda"
+
+
 def sparse_backend(
     requested: str,
     device: torch.device,
