@@ -5,6 +5,7 @@ import pickle
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ SOURCE = Digits(
     name="digits", resolution=8, val_fraction=0.1, test_fraction=0.1, split_seed=0, shift=1, shift_share=0.5
 )
 PALETTE = fit_palette(SOURCE.split("train").pixels, k=17, iterations=10, restarts=1, seed=0)
+
+
+def trainer_at(step: int) -> Any:
+    return SimpleNamespace(global_step=step, strategy=SimpleNamespace(root_device=torch.device("cpu")))
 
 
 def module(micro_batch: int = 8, num_workers: int = 0, order: str = "raster") -> TokenDataModule:
@@ -219,7 +224,7 @@ def test_the_same_batches_on_two_ranks(photographs: Path, streaming: bool) -> No
 def test_it_starts_at_any_step(photographs: Path) -> None:
     """Invariant: starting at step 4, inside the second pass, continues what starting at 0 would have given."""
     later = photograph_data(photographs)
-    later.trainer = type("At", (), {"global_step": 4})()
+    later.trainer = trainer_at(4)
     expected = read(photograph_data(photographs), 8)[4:]
     assert all(map(torch.equal, joined(read(later, 4)), joined(expected)))
 
@@ -279,7 +284,7 @@ def test_places_in_a_stream_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"it has web of 4 shard.*it had web of 3 shard"):
         more.train_dataloader()
     none = data(BatchPlan(1, 1))
-    none.trainer = type("At", (), {"global_step": 4})()
+    none.trainer = trainer_at(4)
     with pytest.raises(ValueError, match="holds no place in the stream"):
         none.train_dataloader()
 

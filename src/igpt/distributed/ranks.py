@@ -8,6 +8,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,7 @@ from igpt.distributed.launcher import RENDEZVOUS_FILE
 from igpt.distributed.process_state import environment
 
 T = TypeVar("T")
+WORKS_ALONE = timedelta(days=1)  # the longest that a rank may hash, copy, fit or draw while the others wait for it
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,28 @@ def process_group(device: torch.device) -> Iterator[Rank]:
     dist.destroy_process_group()  # not after an error: other ranks may be gone
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sums of a tensor's entries over all ranks, on every rank and the tensor's device; a GPU is not waited for."""
+    if not dist.is_initialized():
+        return values
+    sums = values.clone()
+    dist.all_reduce(sums)
+    return sums
+
+
+@cache
+def _patient_group(world: Any) -> Any:
+    """A gloo group of the ranks of `world`, for waits while one of them works alone.
+
+    Its time-out is `WORKS_ALONE`; PyTorch's ends a run after 10 minutes (NCCL) or 30 (gloo). A rank that dies is not
+    waited for: its connections close, which is an error on the others at once.
+    """
+    return dist.new_group(backend="gloo", timeout=WORKS_ALONE)
+
+
 def barrier() -> None:
     """Waits until every rank has called it."""
-    if dist.is_initialized():
-        all_gather_object(None)
+    all_gather_object(None)
 
 
 def all_gather_object(value: T) -> list[T]:
@@ -89,7 +110,7 @@ def all_gather_object(value: T) -> list[T]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_patient_group(dist.group.WORLD))
     return values
 
 
@@ -107,7 +128,7 @@ def broadcast_from_rank0(make: Callable[[], T]) -> T:
             received = [(make(), None)]
         except ValueError as error:
             received = [(None, str(error))]
-    dist.broadcast_object_list(received, src=0)
+    dist.broadcast_object_list(received, src=0, group=_patient_group(dist.group.WORLD))
     result, reason = received[0]
     if reason is not None:
         raise ValueError(reason)
@@ -148,7 +169,8 @@ class AsyncMax:
             return number
         before = self.close()
         reduced = torch.tensor([number])
-        self._asked = reduced, dist.all_reduce(reduced, dist.ReduceOp.MAX, async_op=True)
+        group = _patient_group(dist.group.WORLD)
+        self._asked = reduced, dist.all_reduce(reduced, dist.ReduceOp.MAX, group=group, async_op=True)
         return before
 
     def close(self) -> int:

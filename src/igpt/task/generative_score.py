@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from igpt.distributed.ranks import sum_over_ranks
 from igpt.metric.likelihood import PER_DIM, PER_DIM_OF_THESE_PIXELS, BitUnit, likelihood_numbers
 from igpt.metric.result import Number
 from igpt.model.gpt import GPT
@@ -57,8 +58,7 @@ class GenerativeScore:
     def numbers(self, split: str, trainer: L.Trainer, n_image: int) -> dict[str, Number]:
         """The numbers over the `n_image` images of the split, each added exactly once since the last call."""
         (nats,) = table_of_images(self._seen, trainer, 1, n_image)
-        of_positions = trainer.strategy.reduce(torch.stack(self._of_positions).sum(0), reduce_op="sum")
-        assert isinstance(of_positions, Tensor)
+        of_positions = sum_over_ranks(torch.stack(self._of_positions).sum(0))
         self.by_position = (of_positions[0] / of_positions[1]).cpu()  # NaN where no token was predicted
         self._seen, self._of_positions = [], []
         return likelihood_numbers(split, nats, self.units)
@@ -70,7 +70,6 @@ def table_of_images(seen: list[tuple[Tensor, Tensor]], trainer: L.Trainer, n_fig
     for rows, figures in seen:
         table[:-1, rows] += figures
         table[-1, rows] += 1
-    everywhere = trainer.strategy.reduce(table, reduce_op="sum")  # exact: each column is nonzero on one rank only
-    assert isinstance(everywhere, Tensor)
+    everywhere = sum_over_ranks(table)  # exact: each column is nonzero on one rank only
     assert (everywhere[-1] == 1).all(), "an image was scored twice, or not at all"
     return everywhere[:-1].cpu()

@@ -117,7 +117,7 @@ class PretrainModule(TrainedModule):
     def _keep_step(self) -> None:
         """Keeps the weights of this step if it is one of `keep_steps`; those of the last when training has ended."""
         if self.global_step in self.settings.keep_steps and self.global_step < self.steps:
-            self.guard.check()
+            self.agree()
             self.keep_weights(self.global_step)
 
     def save_weights(self, step: int, model: Path, model_ema: Path) -> None:

@@ -40,8 +40,7 @@ class ReconstructionScore:
         """The numbers over all images of the split since the last call, and the uses of each code, (K,)."""
         self._names = next(names for names in ranks.all_gather_object(self._names) if names)
         table = table_of_images(self._seen, trainer, len(self._names), self.n_image)
-        counts = trainer.strategy.reduce(self._counts.to(trainer.strategy.root_device), reduce_op="sum")
-        assert isinstance(counts, Tensor)
+        counts = ranks.sum_over_ranks(self._counts.to(trainer.strategy.root_device))
         figures = dict(zip(self._names, table, strict=True))
         self._reset()
         return reconstruction_numbers(split, figures) | code_numbers(split, counts.cpu()), counts.cpu()

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from igpt.distributed.ranks import sum_over_ranks
 from igpt.metric.classification import ClassMetrics
 from igpt.metric.result import Number
 from igpt.metric.share import share_number
@@ -71,7 +72,8 @@ class SGDProbeModule(TrainedModule):
         with torch.no_grad():
             visible = self.objective.visible_mask(batch.tokens, rng_keys)
             layers = layer_features(self.net, batch.tokens, visible, norm=self.norm).float()  # (L + 1, B, C)
-            return torch.stack([torch.cat(list(layers[window]), dim=-1) for window in self.windows])
+            # each layer by itself: a list as an index would be copied to the device, which would be waited for
+            return torch.stack([torch.cat([layers[i] for i in window], dim=-1) for window in self.windows])
 
     def scores(self, features: Tensor) -> Tensor:
         """Class scores: (P, B, D) → (P, R, B, K)."""
@@ -138,14 +140,12 @@ class SGDProbeModule(TrainedModule):
 
     def on_validation_epoch_end(self) -> None:
         assert self._right is not None
-        right = self.trainer.strategy.reduce(self._right, reduce_op="sum")  # integers: exact in any order
-        assert isinstance(right, Tensor)
+        right = sum_over_ranks(self._right)  # integers: exact in any order
         heads = len(self.weights[0]), len(self.rates)
         predictions = torch.zeros((*heads, self.n_image), dtype=torch.int64, device=right.device)
         for rows, by_vote in self._predictions:
             predictions[:, :, rows] = by_vote
-        together = self.trainer.strategy.reduce(predictions, reduce_op="sum")
-        assert isinstance(together, Tensor)
+        together = sum_over_ranks(predictions)
         self._right, self._predictions = None, []
         self.right, self.predictions = right.cpu().numpy() / self.n_image, together.cpu().numpy()
         if self.split == "test":

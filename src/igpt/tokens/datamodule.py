@@ -16,6 +16,7 @@ from igpt.data.cache import map_chunks
 from igpt.data.order import BatchPlan, EvalBatchSampler, InfiniteBatchSampler, Item, ReaderSchedule
 from igpt.data.source import JoinedSplit, Source, Split, Stream, plain_pixels
 from igpt.data.workers import identity_collate, startable_workers
+from igpt.distributed import ranks
 from igpt.distributed.signals import ignore_signals
 from igpt.tokens.batches import Batch, PixelBatches, StreamBatch, StreamBatches, StreamState
 from igpt.tokens.openai_npy import OpenAITokens
@@ -51,6 +52,11 @@ class PixelDataModule(L.LightningDataModule):
         self.eval_split, self.with_val, self.augment = eval_split, with_val, augment
         self.stream: StreamState | None = None
         self._warned: set[str] = set()  # splits already warned of
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the trainer that this is attached to, else the CPU."""
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """An infinite loader that starts at the trainer's step; for a stream, at the position in the checkpoint."""
@@ -142,6 +148,7 @@ class PixelDataModule(L.LightningDataModule):
 
     def _split_loader(self, split: Split, batches: Iterable[list[Item]], stream: str) -> DataLoader[Any]:
         split.prepare()
+        ranks.barrier()  # it may take long on one machine; Lightning's own barrier, the next, does not wait for long
         return self._loader(PixelBatches(split, seed=self.seed, stream=stream), batch_sampler=batches)
 
     def _loader(self, images: Dataset[Any], n_worker: int | None = None, **how: Any) -> DataLoader[Any]:
@@ -151,7 +158,7 @@ class PixelDataModule(L.LightningDataModule):
             num_workers=n_worker,
             collate_fn=identity_collate,
             worker_init_fn=ignore_signals,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.device.type == "cuda",
             persistent_workers=n_worker > 0,
             **how,
         )
@@ -205,12 +212,11 @@ class TokenDataModule(PixelDataModule):
         """
         split = self.source.split(name)
         split.prepare()
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         dtype = token_dtype(self.tokenizer.n_vocab)
         tokens = torch.empty(len(rows), self.tokenizer.grid.n_ctx, dtype=dtype)
         start = 0
         for pixels in map_chunks(partial(plain_pixels, split), rows, f"reading {name}"):
-            tokens[start : start + len(pixels)] = self.encode(torch.from_numpy(pixels).to(device)).to(dtype)
+            tokens[start : start + len(pixels)] = self.encode(torch.from_numpy(pixels).to(self.device)).to(dtype)
             start += len(pixels)
         return tokens
 

@@ -128,8 +128,8 @@ class EMAQuantizer(Quantizer):
                 self._start(gather_by_key(images), seed=seed)
             return
         counts, totals = sum_by_code(images.vectors.flatten(0, 1), images.tokens.flatten(), self.n_code)
-        self.counts.mul_(decay).add_(all_reduce(counts), alpha=1 - decay)
-        self.totals.mul_(decay).add_(all_reduce(totals), alpha=1 - decay)
+        self.counts.mul_(decay).add_(ranks.sum_over_ranks(counts), alpha=1 - decay)
+        self.totals.mul_(decay).add_(ranks.sum_over_ranks(totals), alpha=1 - decay)
         self._restart(images, seed=seed, step=step, below=restart_below)
         total = self.counts.sum()
         smoothed = (self.counts + EPSILON) / (total + self.n_code * EPSILON) * total
@@ -184,13 +184,6 @@ def sum_by_code(vectors: Tensor, tokens: Tensor, n_code: int) -> tuple[Tensor, T
     return counts, wide.new_zeros(n_code, wide.shape[1]).index_add_(0, tokens, wide)
 
 
-def all_reduce(values: Tensor) -> Tensor:
-    """The sum over all ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
 def gather_by_key(images: ImageVectors) -> Tensor:
     """The vectors of all ranks, images in the order of their keys: (N, D)."""
     everywhere: list[Any] = ranks.all_gather_object((images.vectors.cpu(), images.keys.cpu()))
@@ -211,4 +204,4 @@ def select_by_key(images: ImageVectors, drawn: Tensor) -> Tensor:
     image = everywhere.argsort(stable=True)[index // per_image] - first  # counted from those of this rank
     found = vectors[image.clamp(0, n - 1), index % per_image].double()
     is_here = (image >= 0) & (image < n)
-    return all_reduce(torch.where(is_here[:, None], found, 0.0))
+    return ranks.sum_over_ranks(found.masked_fill(~is_here[:, None], 0.0))

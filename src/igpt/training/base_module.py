@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from igpt.distributed import ranks
 from igpt.distributed.sharding import unsharded_shape
 from igpt.metric.likelihood import PER_DIM, PER_DIM_OF_THESE_PIXELS, PER_TOKEN
 from igpt.metric.result import Curve, Number
@@ -20,7 +21,7 @@ from igpt.tokens.batches import Batch
 from igpt.training.hardware import HardwareConfig
 from igpt.training.measured_cost import StepTimer, TrainingClock
 from igpt.training.nan_guard import FiniteGuard
-from igpt.training.step_means import StepMeans, squared_gradient_norm
+from igpt.training.step_means import MINIMISED, StepMeans, squared_gradient_norm
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class TrainedModule(L.LightningModule):
         self.updated_to = 0  # last optimiser step whose change of the weights has begun in this process
         self._step: dict[str, Tensor] = {}  # running means over the micro-batches of this optimiser step
         self._passes = 0
-        self.means = StepMeans(peak=GRADIENT)  # since the last log line; saved in checkpoints
+        self.means = StepMeans(GRADIENT, hardware.rank.count)  # since the last log line; saved in checkpoints
         self.timer: StepTimer | None = None  # of this process, from its first step on
         self.clock = TrainingClock(hardware.rank.count)
 
@@ -70,13 +71,16 @@ class TrainedModule(L.LightningModule):
         """Returns the loss; accumulates it and the scalar `figures` of one micro-batch for logging."""
         passes = self.trainer.accumulate_grad_batches
         self._passes += 1
-        for name, value in {"minimised": loss, **figures}.items():
+        for name, value in {MINIMISED: loss, **figures}.items():
             share = value.detach().float() / passes
             self._step[name] = self._step[name] + share if name in self._step else share
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Checks that the loss is finite (on a CPU before weights change); records figures every `log_every` steps."""
+        """Keeps the figures of the step; every `log_every` steps checks the loss of all ranks and records the means.
+
+        One process on a CPU checks the loss of every step, before its weights change.
+        """
         if self._passes < self.trainer.accumulate_grad_batches:  # DeepSpeed calls this hook for every micro-batch
             return
         step, self._passes = self.global_step + 1, 0
@@ -85,26 +89,30 @@ class TrainedModule(L.LightningModule):
         if self.has_gradient_norm and not self.machine.zero_stage:  # DeepSpeed keeps gradients to itself
             names.append(GRADIENT)
             self._step[GRADIENT] = squared_gradient_norm(optimizer, self.machine.rank.count)
-        values = self.trainer.strategy.reduce(torch.stack([self._step[name] for name in names]), reduce_op="mean")
-        assert isinstance(values, Tensor)
+        self.guard.record(self._step[MINIMISED], step)
+        self.means.add(step, names, torch.stack([self._step[name] for name in names]))
         self._step = {}
-        self.guard.record(values[names.index("minimised")], step)
-        if GRADIENT in names:
-            values[names.index(GRADIENT)].sqrt_()
-        self.means.add(names, values)
         if step % self.log_every == 0:
-            self.guard.check()
+            self.agree()
             for name, value in self.means.read().items():
-                if name != "minimised" and math.isfinite(value):  # a gradient may overflow, its loss does not
+                if name != MINIMISED and math.isfinite(value):  # a gradient may overflow, its loss does not
                     self.record(f"train/{name}", step, value)
         self.updated_to = step  # the optimiser is next: this is the last hook before it
+
+    def agree(self) -> None:
+        """Sums the figures of the steps so far over all ranks. A collective; it waits for the device.
+
+        Raises:
+            NonFiniteLossError: on every rank, if the loss of a step was not finite on one of them.
+        """
+        self.guard.report(self.means.gather())
 
     def record(self, name: str, step: int, value: float) -> None:
         """Appends a point to the curve `name`."""
         self.history.setdefault(name, []).append((step, value))
 
     def on_train_start(self) -> None:
-        self.clock.start(_now())
+        self.clock.start(_now(self.device))
         peak = self.machine.peak_tflops
         self.meter = Meter(
             flops_per_image=self.flops_per_image,
@@ -114,12 +122,12 @@ class TrainedModule(L.LightningModule):
         self.logged_step = self.begun = self.global_step
         self.timed_since: float | None = None
         # on a GPU only the steps that are logged are waited for
-        self.timer = StepTimer(self.begun, _now(), n_untimed=UNTIMED if self.device.type == "cpu" else 1)
+        self.timer = StepTimer(self.begun, _now(self.device), n_untimed=UNTIMED if self.device.type == "cpu" else 1)
         n_weight = sum(prod(unsharded_shape(p)) for p in self.parameters() if p.requires_grad)
         log.info("%s weights, steps %d to %d", f"{n_weight:,}", self.global_step + 1, self.steps)
 
     def on_train_end(self) -> None:
-        self.clock.stop(_now())
+        self.clock.stop(_now(self.device))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         step = self.global_step
@@ -148,9 +156,9 @@ class TrainedModule(L.LightningModule):
         """Logs the expected duration once, a few steps after the start, since the first steps are slower."""
         begun, timed = self.begun + UNTIMED, self.begun + UNTIMED + TIMED
         if step == begun and self.timed_since is None:
-            self.timed_since = _now()
+            self.timed_since = _now(self.device)
         elif step == timed and self.timed_since is not None:
-            seconds, self.timed_since = (_now() - self.timed_since) / TIMED, None
+            seconds, self.timed_since = (_now(self.device) - self.timed_since) / TIMED, None
             log.info("%.3g s a step: %s to go, validation aside", seconds, duration((self.steps - step) * seconds))
 
     def format_metrics(self, figures: Mapping[str, float]) -> str:
@@ -168,8 +176,11 @@ class TrainedModule(L.LightningModule):
         figures = {**bits, **figures, "images_seen": images, "tokens_seen": images * self.n_ctx}
         for logger in self.trainer.loggers:
             logger.log_metrics(figures, step=step)
-        for name, value in figures.items():  # equal on all ranks; Lightning's progress bars show the losses
-            self.log(name, value, logger=False, sync_dist=True, prog_bar="/loss" in name)
+        # Equal on all ranks: `rank_zero_only` keeps Lightning from reducing them, `sync_dist` from advising to. On the
+        # host: Lightning reads what its progress bars show, the losses, after every micro-batch.
+        how: dict[str, Any] = {"logger": False, "sync_dist": True, "rank_zero_only": True}
+        for name, value in figures.items():
+            self.log(name, torch.tensor(value, dtype=torch.float32), prog_bar="/loss" in name, **how)
 
     def finish_validation(self, numbers: dict[str, Number], metrics: list[str]) -> None:
         """Finishes a validation: stores `numbers`; during training also logs and records those named in `metrics`."""
@@ -190,13 +201,14 @@ class TrainedModule(L.LightningModule):
 
     def on_validation_end(self) -> None:
         if self.trainer.state.fn == "fit":
+            ranks.barrier()  # rank 0 may have drawn or probed alone, longer than a collective of the next step waits
             self.meter.resume()
             if self.timer is not None:
                 self.timer.resume(time.perf_counter())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["step_means"] = self.means.state_dict()
-        checkpoint["device_seconds"] = self.clock.read(_now())
+        checkpoint["device_seconds"] = self.clock.read(_now(self.device))
         checkpoint["history"] = {name: [list(point) for point in points] for name, points in self.history.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -214,10 +226,10 @@ class TrainedModule(L.LightningModule):
         }  # fmt: skip
 
 
-def _now() -> float:
-    """Wall-clock seconds, after pending GPU work has finished."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _now(device: torch.device) -> float:
+    """Wall-clock seconds, after pending work of a GPU has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

@@ -228,7 +228,8 @@ class Checkpoints(L.Callback):
         path = checkpoint_path(self.folder, step)
         if self._saved == (step, self.stopped_by) and best is None:
             return True
-        self.guard.check()
+        trained: Any = module  # a TrainedModule
+        trained.agree()
         if self.finite and not all(ranks.all_gather_object(_is_finite(module))):
             raise NonFiniteLossError(
                 f"the weights after step {step} are not finite: nothing was saved, lower task.learning_rate"
@@ -239,7 +240,10 @@ class Checkpoints(L.Callback):
             step,
             self.stopped_by,
         ):  # else `on_exception` saved it, before the validation that finds it the best
-            trainer.save_checkpoint(path)  # on every rank: sharded strategies gather the state from all
+            # on every rank, as sharded strategies gather the state from all; `trainer.save_checkpoint` would then have
+            # the others wait in a barrier of NCCL, which gives up after ten minutes, while the first writes and hashes
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            trainer.strategy.save_checkpoint(checkpoint, path)
         if trainer.is_global_zero and written.write_error is None:
             try:
                 if best is not None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from igpt.distributed.ranks import this_rank
 from igpt.distributed.signals import RunEndedError
 
 
@@ -11,29 +12,33 @@ class NonFiniteLossError(RunEndedError):
 
 
 class FiniteGuard:
-    """Stores the first step with a non-finite loss, without a GPU synchronisation at every step.
+    """Refuses a non-finite loss, without a wait for a GPU or for other ranks at every step.
 
-    On a CPU `record` raises at once; on a GPU `check` does, which is called at every logged step and before every
-    checkpoint.
+    On a CPU without other ranks `record` raises at once. Else `report` does, on every rank: at every logged step and
+    before every checkpoint.
     """
 
     def __init__(self, *, hint: str = "a lower task.learning_rate or more task.warmup_steps") -> None:
         self.hint = hint
-        self._first_bad: Tensor | None = None
+        self._recorded: list[tuple[int, Tensor]] = []  # steps since the last report, and their losses here
 
     def record(self, loss: Tensor, step: int) -> None:
-        """Records the scalar loss of optimiser step `step` (counted from 1)."""
-        if self._first_bad is None:
-            self._first_bad = torch.zeros((), dtype=torch.int64, device=loss.device)
-        newly_bad = ~loss.isfinite() & (self._first_bad == 0)
-        self._first_bad = torch.where(newly_bad, step, self._first_bad)
-        if loss.device.type == "cpu":
+        """Records the scalar loss of optimiser step `step` (counted from 1) on this rank."""
+        self._recorded.append((step, loss))
+        if loss.device.type == "cpu" and this_rank().count == 1:
             self.check()
 
     def check(self) -> None:
-        """Raises NonFiniteLossError if any recorded loss was not finite."""
-        if self._first_bad is not None and (step := int(self._first_bad.item())):
+        """Raises NonFiniteLossError if a loss recorded here since the last report is not finite; asks no other rank."""
+        finite = torch.stack([loss for _, loss in self._recorded]).isfinite().tolist() if self._recorded else []
+        bad = [step for (step, _), is_finite in zip(self._recorded, finite, strict=True) if not is_finite]
+        self.report(min(bad, default=None))
+
+    def report(self, first_bad: int | None) -> None:
+        """Ends the steps recorded so far: raises NonFiniteLossError if there is a first bad one, of any rank."""
+        if first_bad is not None:
             raise NonFiniteLossError(
-                f"the loss of step {step} is not finite: the run is stopped and its last checkpoint kept; "
+                f"the loss of step {first_bad} is not finite: the run is stopped and its last checkpoint kept; "
                 f"begin again with {self.hint}"
             )
+        self._recorded = []

@@ -1,55 +1,95 @@
-"""Figures of optimiser steps, averaged over the steps between two log lines, without waiting for the device."""
+"""Figures of optimiser steps, averaged over ranks and the steps between two log lines, without a wait in a step."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from igpt.distributed.ranks import sum_over_ranks
+
+MINIMISED = "minimised"  # name of the loss that must be finite
+
 
 class StepMeans:
-    """Sums named scalars over optimiser steps on their device, in float64; only `read` waits for it.
+    """Keeps named scalars of every step on their device; only `gather` waits for it, and for the other ranks.
 
-    `peak`: name of a figure whose largest value is kept, too, as `PEAK_max`.
+    Sums are over ranks and steps, in float64, where sums of float32 are exact: how often they are gathered or saved
+    changes no mean. `peak`: name of a figure that is given as its square, to be averaged over the ranks; its root is
+    averaged over the steps, and the largest is kept, too, as `PEAK_max`.
     """
 
-    def __init__(self, peak: str) -> None:
-        self.peak = peak
+    def __init__(self, peak: str, n_rank: int) -> None:
+        self.peak, self.n_rank = peak, n_rank
         self._names: list[str] = []
-        self._steps = 0
+        self._pending: list[tuple[int, Tensor]] = []  # steps since the last `gather`, and their figures of this rank
+        self._clear()
 
-    def add(self, names: list[str], values: Tensor) -> None:
-        """Adds one step's values (N,) of the names."""
-        values = values.double()
-        largest = values[names.index(self.peak)] if self.peak in names else values[0]
-        if not self._steps or names != self._names:  # a first step, also of a release with other figures
-            self._names, self._steps, self._sums, self._largest = names, 1, values, largest
-            return
-        self._steps += 1
-        self._sums = self._sums.to(values.device) + values
-        self._largest = torch.maximum(self._largest.to(values.device), largest)
+    def _clear(self) -> None:
+        self._steps, self._sums, self._largest = 0, dict[str, float](), 0.0
+
+    def add(self, step: int, names: list[str], values: Tensor) -> None:
+        """Adds one step's values (N,) of the names, which are the same in every step."""
+        self._names = names
+        self._pending.append((step, values))
+
+    def gather(self) -> int | None:
+        """Sums the steps since the last call over all ranks. A collective: every rank must call it.
+
+        Returns the first of these steps whose loss was not finite on some rank; None if there is none.
+        """
+        if not self._pending:
+            return None
+        steps = [step for step, _ in self._pending]
+        totals = sum_over_ranks(self._stack()).cpu()
+        self._sum_up(totals)
+        finite: list[bool] = totals[:, self._names.index(MINIMISED)].isfinite().tolist()
+        return next((step for step, is_finite in zip(steps, finite, strict=True) if not is_finite), None)
+
+    def _stack(self) -> Tensor:
+        """The figures of this rank since the last call, (S, N) float64 on their device."""
+        values, self._pending = [values for _, values in self._pending], []
+        return torch.stack(values).double()
+
+    def _sum_up(self, totals: Tensor) -> None:
+        """Adds the sums over ranks of each step, (S, N) on the CPU."""
+        if self._sums.keys() != set(self._names):  # none yet, or those of a release with other figures
+            self._clear()
+            self._sums = dict.fromkeys(self._names, 0.0)
+        if self.peak in self._names:
+            peaks = totals[:, self._names.index(self.peak)]
+            roots = (peaks / self.n_rank).float().sqrt().double()
+            self._largest = float(np.maximum(self._largest, roots.max().item()))  # NaN if one is
+            peaks.copy_(roots * self.n_rank)
+        for name, total in zip(self._names, totals.sum(0).tolist(), strict=True):
+            self._sums[name] += total
+        self._steps += len(totals)
 
     def read(self) -> dict[str, float]:
-        """The means since the last reading, and the largest value; resets them."""
-        state = self.state_dict()
-        means = {name: total / state["steps"] for name, total in state["sums"].items()}
-        self._steps = 0
-        return means | ({f"{self.peak}_max": state["largest"]} if self.peak in means else {})
+        """The means of what was gathered since the last reading, and the largest value; begins anew."""
+        means = {name: total / (self._steps * self.n_rank) for name, total in self._sums.items()}
+        means |= {f"{self.peak}_max": self._largest} if self.peak in means else {}
+        self._clear()
+        return means
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums, largest value and number of steps since the last reading, as plain numbers."""
-        if not self._steps:
-            return {"steps": 0, "sums": {}, "largest": 0.0}
-        *sums, largest = torch.cat([self._sums, self._largest[None]]).tolist()
-        return {"steps": self._steps, "sums": dict(zip(self._names, sums, strict=True)), "largest": largest}
+        """Sums over ranks and steps, largest value, and numbers of steps and ranks since the last reading.
+
+        Steps that were not gathered, before an error ends the run, count with this rank's figures for all ranks.
+        """
+        if self._pending:
+            self._sum_up(self._stack().cpu() * self.n_rank)
+        return {"steps": self._steps, "sums": dict(self._sums), "largest": self._largest, "ranks": self.n_rank}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self._names, self._steps = list(map(str, state["sums"])), int(state["steps"])
-        self._sums = torch.tensor([float(total) for total in state["sums"].values()], dtype=torch.float64)
-        self._largest = torch.tensor(float(state["largest"]), dtype=torch.float64)
+        """The inverse of `state_dict`, also of one with another number of ranks."""
+        ranks = int(state.get("ranks", 1))  # the sums of older releases were of means over the ranks
+        factor = 1.0 if ranks == self.n_rank else self.n_rank / ranks
+        self._sums = {str(name): float(total) * factor for name, total in state["sums"].items()}
+        self._steps, self._largest, self._pending = int(state["steps"]), float(state["largest"]), []
 
 
 def squared_gradient_norm(optimizer: torch.optim.Optimizer, n_rank: int) -> Tensor:
