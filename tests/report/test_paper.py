@@ -300,7 +300,7 @@ def test_an_experiment_file_says_what_is_published(name: str) -> None:
     assert wrong.keys() - of_weights <= {"retrained with validation images", "pretraining.tokens.palette._target_"} | (
         {"data.name"} if name == "pretrain_xl" else set()
     )
-    assert settings["trainer.precision"] == "32-true"
+    assert settings["trainer.precision"] == "auto"  # float32 on a CPU; on a GPU the tables name what differs
     if "retrained with validation images" in stated:
         assert settings["task.refit"] == ("auto" if settings.get("task.solver") == "lbfgs" else True)
 

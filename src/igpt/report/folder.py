@@ -103,9 +103,12 @@ class RunFolder:
         files_sha256: dict[str, str | None],
         of: dict[str, str] | None = None,
         search_path: Sequence[str] = (),
+        *,
+        precision: str | None = None,
     ) -> None:
         """Writes `run.json` unless it exists. `overrides`: None for a stage of a pipeline.
 
+        `precision`: what `trainer.precision=auto` in `config` is on this device.
         `of`: names of model, data and objective, for the page. `search_path`: arguments that name config folders.
         """
         if not self.is_started:
@@ -116,6 +119,7 @@ class RunFolder:
                 "search_path": list(search_path),
                 "working_directory": os.getcwd(),
                 "config": config,
+                **({} if precision is None else {"precision": precision}),
                 "files_sha256": files_sha256,
                 **({} if of is None else {"of": of}),
                 **environment(),

@@ -118,7 +118,10 @@ def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
             return read_finished(stage_dir.path).result, stage_dir.path
         with stage_dir.remove_if_refused() if components.hardware.rank.is_first else nullcontext():
             if components.hardware.rank.is_first:
-                stage_dir.start(components.run.config, None, components.run.input_hashes, components.run.subject)
+                stage_dir.start(
+                    components.run.recorded_config, None, components.run.input_hashes, components.run.subject,
+                    precision=components.hardware.precision,
+                )  # fmt: skip
             ranks.barrier()
             if recipe := describe_recipe(stage.cfg):
                 log.info("stage %s: %s", name, recipe)

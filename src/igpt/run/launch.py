@@ -43,6 +43,7 @@ from igpt.run.variants import apply_variant
 from igpt.settings.run import check_structure
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.training.plan import plan_run, plan_tokenizer
+from igpt.training.precision import describe_device, list_precision_notes
 from igpt.utils import files
 from igpt.utils.program import find_conf
 
@@ -207,17 +208,18 @@ def launch(
             if rank.is_first:
                 while_it_runs.enter_context(folder.remove_if_refused())
                 folder.start(
-                    run.config, record_overrides(overrides, cfg), run.input_hashes, run.subject, run.search_path
-                )
+                    run.recorded_config, record_overrides(overrides, cfg), run.input_hashes, run.subject,
+                    run.search_path, precision=components.hardware.precision,
+                )  # fmt: skip
                 files.remove_parts(folder.path)
                 files.remove_parts(components.cache_dir, "*/.*.part")
                 while_it_runs.enter_context(log_file(folder.path / "log.txt"))
             ranks.barrier()  # the other ranks may read the directory from here on
             components.run_dir = folder.path
             components.hardware.warn_of_rounding()
-            processes_text = f", {rank.count} processes" if rank.count > 1 else ""
-            log.info("%s", describe_run(run, f", in {folder.path}{processes_text}", taken))
-            for line in of_operations:
+            device = describe_device(components.hardware) if run.computes else ""
+            log.info("%s", describe_run(run, ", ".join(filter(None, ["", f"in {folder.path}", device])), taken))
+            for line in (*of_operations, *list_precision_notes(components.hardware, trains=run.trains)):
                 log.info("%s", line)
             while_it_runs.enter_context(components.hardware.kernel_cache())
             try:
@@ -284,7 +286,9 @@ def run_interactive(components: Components, taken: str = "") -> Result:
     if hardware.rank.count > 1:
         raise ValueError(f"task={run.task} runs in one process: trainer.devices=1, got {hardware.rank.count}")
     hardware.warn_of_rounding()
-    log.info("%s", describe_run(run, taken=taken))
+    log.info("%s", describe_run(run, "".join(f", {device}" for device in [describe_device(hardware)] if device), taken))
+    for line in list_precision_notes(hardware, trains=False):
+        log.info("%s", line)
     with hardware.kernel_cache():
         components.run_dir = Path(run.cfg.paths.runs) / run.name
         return prepare_task(components)(components)

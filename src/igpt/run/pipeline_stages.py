@@ -14,7 +14,7 @@ from igpt.data.images import check_path
 from igpt.report.folder import RunFolder
 from igpt.report.identity import changes
 from igpt.report.paper import check_paper_key
-from igpt.run.run_config import CHECKPOINT, RunConfig, to_dict
+from igpt.run.run_config import CHECKPOINT, RunConfig, resolve_config, to_dict
 from igpt.run.targets import task_settings
 from igpt.settings.older_configs import answer
 from igpt.settings.reading import FROM, INIT
@@ -65,7 +65,7 @@ class StageConfig:
         saved, cfg = folder.read_run()["config"], self.cfg.copy()
         if cfg.init is None and Path(str(saved.get("init"))).exists():
             cfg.init = saved["init"]  # weights of an earlier stage, by whose size there is a recipe
-        requested = to_dict(cfg)
+        requested = resolve_config(cfg)
         if requested["tokens"].get("path", "") is None:
             saved = {**saved, "tokens": {**saved["tokens"], "path": None}}
         differs, _ = changes(saved, requested)

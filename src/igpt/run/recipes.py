@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from functools import cache
 from math import isqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from igpt.settings.devices import Precision
 from igpt.settings.older_configs import read_record
 from igpt.settings.recipe_table import Rate, load_recipes
 from igpt.utils import files
@@ -69,7 +70,8 @@ def describe_recipe(cfg: DictConfig) -> str:
 def keep_recorded(cfg: DictConfig, folder: Path) -> None:
     """Gives a config the values that the run in `folder` began with, where it takes others from the table.
 
-    So a run goes on by the recipe of the release that began it. Of the record only numbers and switches are taken.
+    So a run goes on by the recipe of the release that began it, and, where `trainer.precision` is `auto`, in the
+    precision that it began in. Of the record only numbers, switches and precisions are taken.
     """
     if not (folder / "run.json").is_file():
         return
@@ -81,6 +83,11 @@ def keep_recorded(cfg: DictConfig, folder: Path) -> None:
         recorded = group.get(each.key) if isinstance(group, dict) else None
         if isinstance(recorded, int | float) and recorded != each.value:
             each.group[each.key] = recorded
+    trainer = saved.get("trainer")
+    if _read(cfg, "trainer.precision") == "auto" and isinstance(trainer, dict):
+        began_in = trainer.get("precision")
+        if began_in in get_args(Precision):
+            cfg.trainer.precision = began_in
 
 
 def _list_taken(cfg: DictConfig) -> Iterator[Taken]:

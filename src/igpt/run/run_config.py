@@ -27,6 +27,7 @@ from igpt.settings.run import RunSettings, check_structure
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.vqvae_tokenizer import VQVAESettings, VQVAETokenizer
 from igpt.training.loggers import trains
+from igpt.training.precision import resolve_precision
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,12 @@ CHECKPOINT = "checkpoint"  # option of model, tokens and objective: take it from
 def to_dict(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:
     """The config as nested dicts and lists; interpolations are resolved, or left as text."""
     return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=resolve))
+
+
+def resolve_config(cfg: DictConfig) -> dict[str, Any]:
+    """As `to_dict`, and `trainer.precision=auto` is what it means on this machine."""
+    config = to_dict(cfg)
+    return {**config, "trainer": {**config["trainer"], "precision": resolve_precision(config["trainer"])}}
 
 
 class RunConfig:
@@ -131,8 +138,19 @@ class RunConfig:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The whole config, resolved."""
-        return to_dict(self.cfg)
+        """The whole config, resolved; so is `trainer.precision=auto`, for this machine."""
+        return resolve_config(self.cfg)
+
+    @property
+    def recorded_config(self) -> dict[str, Any]:
+        """The config to record: `trainer.precision` as it was set, `auto`, too."""
+        trainer = {**self.config["trainer"], "precision": self.cfg.trainer.get("precision")}
+        return {**self.config, "trainer": trainer}
+
+    @property
+    def computes(self) -> bool:
+        """Whether the task computes with a network."""
+        return "finished_runs" not in self.requires
 
     @property
     def trains(self) -> bool:

@@ -8,6 +8,7 @@ from igpt.settings.fields import Count, Settings
 from igpt.settings.lightning_arguments import LightningArguments
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
+PrecisionChoice = Literal["auto", "32-true", "bf16-mixed", "bf16-true"]
 Strategy = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_3", "deepspeed_3_offload"]
 AttentionBackend = Literal["auto", "native", "sdpa", "blocks", "bmm", "flex"]
 DecodeBackend = Literal["auto", "native", "columns", "graphs", "layers"]
@@ -22,7 +23,7 @@ class HardwareSettings(Settings):
     nodes: Count  # machines
     strategy: Strategy  # ddp (replicated), fsdp or DeepSpeed's stages (sharded)
     sharded_checkpoint: bool | Literal["auto"]  # fsdp: each rank writes its shard; auto: for large networks
-    precision: Precision
+    precision: PrecisionChoice  # auto: by the device (`training.precision.resolve_precision`)
     micro_batch: Count | None  # images per forward pass on one device; null: batch_size / devices
     compile: bool | Literal["auto"]  # torch.compile every block; auto: if training is long enough to gain
     activation_checkpointing: bool

@@ -51,10 +51,18 @@ def read_record(path: Path, *, oldest: int = 0) -> dict[str, Any]:
     if bad := [key for key, kind in kinds.items() if key in record and not isinstance(record[key], kind)]:
         raise ValueError(f"{path} is damaged ({bad[0]} is of another type): restore it, or start the run anew")
     try:
-        record = updated_record({**record, "version": version})
+        record = _with_precision(updated_record({**record, "version": version}))
         return record if version >= ABSOLUTE_PATHS else _with_absolute_paths(record, path.absolute().parent)
     except (RecursionError, TypeError, AttributeError) as error:  # nested too deeply, or otherwise than any config
         raise ValueError(f"{path} is damaged ({error}): restore it, or start the run anew") from error
+
+
+def _with_precision(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the precision that `trainer.precision=auto` was in its run."""
+    trainer = record.get("config", {}).get("trainer", {})
+    if trainer.get("precision") != "auto" or "precision" not in record:
+        return record
+    return {**record, "config": {**record["config"], "trainer": {**trainer, "precision": record["precision"]}}}
 
 
 def _with_absolute_paths(record: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import importlib.util
 import logging
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from pydantic import model_validator
@@ -14,7 +15,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from igpt.data.order import BatchPlan
 from igpt.distributed.cores import count_cores
-from igpt.distributed.process_state import float32_matmul_precision
+from igpt.distributed.process_state import cudnn_tf32, float32_matmul_precision
 from igpt.distributed.ranks import Rank, this_rank
 from igpt.model import c_library, cpu, dispatch
 from igpt.model.block import IN_C
@@ -22,8 +23,9 @@ from igpt.model.config import GPTConfig
 from igpt.model.gpt import FORWARD_METHODS, GPT
 from igpt.model.patterns import SPARSE, Pattern
 from igpt.model.verify import verify_attention
-from igpt.settings.devices import HardwareSettings
+from igpt.settings.devices import HardwareSettings, Precision
 from igpt.training.deepspeed import INSTALL
+from igpt.training.precision import resolve_precision
 from igpt.utils.program import program_name
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,13 @@ class HardwareConfig(HardwareSettings):
     Raises:
         ValueError: missing hardware, processes or library, or settings that exclude each other.
     """
+
+    precision: Precision  # resolved
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_precision(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return {**settings, "precision": resolve_precision(settings)} if "precision" in settings else settings
 
     @model_validator(mode="after")
     def _check(self) -> "HardwareConfig":
@@ -235,9 +244,18 @@ class HardwareConfig(HardwareSettings):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
 
-def matmul_precision(setting: str, device: torch.device) -> AbstractContextManager[None]:
-    """Context manager: float32 matmul precision `setting`; `auto`: that of `dispatch.matmul_precision`."""
-    return float32_matmul_precision(dispatch.matmul_precision(device) if setting == "auto" else setting)
+@contextmanager
+def matmul_precision(setting: str, device: torch.device) -> Iterator[None]:
+    """Context manager: float32 matmul precision `setting`; `auto`: that of `dispatch.matmul_precision`.
+
+    On a GPU, convolutions in float32 may round to TF32 exactly if products may, unlike by PyTorch's default.
+    """
+    chosen = dispatch.matmul_precision(device) if setting == "auto" else setting
+    with ExitStack() as changed:
+        changed.enter_context(float32_matmul_precision(chosen))
+        if device.type == "cuda":
+            changed.enter_context(cudnn_tf32(chosen != "highest"))
+        yield
 
 
 def disable_malloc_trim() -> None:
