@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from igpt.distributed.cores import count_cores
 from igpt.distributed.process_state import signal_handler
+from igpt.distributed.rank import this_rank
 from igpt.distributed.signals import SIGNALS, STOPPED
 from igpt.utils import files
 
@@ -134,8 +135,12 @@ class Children:
 
 
 def is_rank() -> bool:
-    """Whether this process is a rank of a distributed run, started by this package, torchrun or srun."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    """Whether this process is a rank of a distributed run, started by this package, torchrun or srun.
+
+    Raises:
+        ValueError: as `this_rank`.
+    """
+    return this_rank().count > 1 or "RANK" in os.environ
 
 
 def count_devices(trainer: Mapping[str, Any]) -> int:

@@ -4,7 +4,9 @@ With one process no operation communicates.
 """
 
 import hashlib
-import os
+import logging
+import re
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,41 +17,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import Tensor, nn
+from torch._C._distributed_c10d import Store
 
-from igpt.distributed.launcher import RENDEZVOUS_FILE
-from igpt.distributed.process_state import environment
+from igpt.distributed.gpus import check_gpus, describe_gpu
+from igpt.distributed.rank import Rank as Rank
+from igpt.distributed.rank import this_rank as this_rank
+from igpt.distributed.rendezvous import check_addresses, find_own_address, meet
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 WORKS_ALONE = timedelta(days=1)  # the longest that a rank may hash, copy, fit or draw while the others wait for it
-
-
-@dataclass(frozen=True)
-class Rank:
-    """The rank of this process in its run."""
-
-    index: int  # over all machines
-    local: int  # on this machine; also the index of its GPU
-    count: int  # processes of the run
-    n_local: int  # on this machine
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is rank 0, which writes."""
-        return self.index == 0
-
-
-def this_rank() -> Rank:
-    """The rank from the environment: of this package or torchrun (RANK, …), else srun (SLURM_…), else one process."""
-    env = os.environ
-    if "RANK" in env:
-        return Rank(int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"]))
-    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        n_node = int(env.get("SLURM_STEP_NUM_NODES", "1"))
-        count = int(env["SLURM_STEP_NUM_TASKS"])
-        return Rank(int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"]), count, count // n_node)
-    return Rank(0, 0, 1, 1)
 
 
 @contextmanager
@@ -57,28 +36,43 @@ def process_group(device: torch.device) -> Iterator[Rank]:
     """Context manager: the process group of the run's ranks.
 
     Backends: NCCL for tensors on a GPU, gloo for all else.
+
+    Raises:
+        ValueError: ranks that do not come, share a GPU or cannot connect.
     """
     rank = this_rank()
     if rank.count == 1 or dist.is_initialized():
         yield rank
         return
-    address: dict[str, str] = {}
-    meeting = os.environ.get(RENDEZVOUS_FILE)  # a file if one parent started all ranks: no port can be in use
-    if meeting is None and "MASTER_ADDR" not in os.environ:
-        first_node = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_NODELIST"])
-        port = 15000 + int(os.environ["SLURM_JOB_ID"]) % 10000  # equal on every node, different for every job
-        address = {"MASTER_ADDR": first_node, "MASTER_PORT": str(port)}
+    store, records = meet(rank, {"address": find_own_address(), "gpu": describe_gpu(device)})
+    check_addresses(records)
+    if (warning := check_gpus(records)) is not None and rank.is_first:
+        log.warning("%s", warning)
+    _connect(rank, store, device)
+    yield rank
+    dist.destroy_process_group()  # not after an error: other ranks may be gone
+
+
+def _connect(rank: Rank, store: Store, device: torch.device) -> None:
     on_gpu = device.type == "cuda"
-    with environment(**address):
+    try:
+        if on_gpu:
+            torch.cuda.set_device(device)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            init_method=None if meeting is None else f"file://{meeting}",
+            store=store,
             rank=rank.index,
             world_size=rank.count,
             device_id=device if on_gpu else None,
         )
-        yield rank
-    dist.destroy_process_group()  # not after an error: other ranks may be gone
+    except RuntimeError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        known = next((line for line in lines if re.match(r"(Last error|nccl\w+Error|CUDA error)", line)), "")
+        raise ValueError(
+            f"rank {rank.index} on {socket.gethostname()} cannot connect to the other ranks "
+            f"({' '.join(filter(None, [lines[0] if lines else repr(error), known]))}): NCCL_SOCKET_IFNAME and "
+            "GLOO_SOCKET_IFNAME choose the network interface, NCCL_DEBUG=WARN tells more"
+        ) from error
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -184,7 +178,11 @@ class AsyncMax:
 
 
 class Ranks(ClusterEnvironment):
-    """Lightning's cluster environment, from `this_rank`; Lightning starts no processes and opens no connection."""
+    """Lightning's cluster environment, from `this_rank`; Lightning starts no processes and opens no connection.
+
+    To Lightning each rank is a machine of one device: it needs to know neither how many ranks share a machine nor which
+    of its GPUs a rank sees.
+    """
 
     creates_processes_externally = True
     main_address, main_port = "127.0.0.1", 0  # never used: the process group exists already
@@ -200,11 +198,10 @@ class Ranks(ClusterEnvironment):
         return this_rank().index
 
     def local_rank(self) -> int:
-        return this_rank().local
+        return 0
 
     def node_rank(self) -> int:
-        rank = this_rank()
-        return rank.index // rank.n_local
+        return this_rank().index
 
     def set_world_size(self, size: int) -> None:
         assert size == self.world_size(), (size, self.world_size())

@@ -16,6 +16,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from igpt.data.order import BatchPlan
 from igpt.distributed.cores import count_cores
 from igpt.distributed.process_state import cudnn_tf32, float32_matmul_precision
+from igpt.distributed.gpus import gpu_index
+from igpt.distributed.process_state import float32_matmul_precision
 from igpt.distributed.ranks import Rank, this_rank
 from igpt.model import c_library, cpu, dispatch
 from igpt.model.block import IN_C
@@ -27,6 +29,7 @@ from igpt.settings.devices import HardwareSettings, Precision
 from igpt.training.deepspeed import INSTALL
 from igpt.training.precision import resolve_precision
 from igpt.utils.program import program_name
+from igpt.training.hardware_checks import check_processes
 
 log = logging.getLogger(__name__)
 
@@ -69,27 +72,14 @@ class HardwareConfig(HardwareSettings):
             raise ValueError(
                 "trainer=fsdp shares a network out over several processes: trainer.devices=auto, or more than 1"
             )
-        if self.accelerator == "gpu" and not torch.cuda.is_available():
-            raise ValueError("trainer=gpu, but PyTorch sees no GPU here: choose trainer=cpu, or install a CUDA build")
-        n_local = self.rank.n_local if self.devices == "auto" else self.devices
-        if n_local * self.nodes != self.rank.count:
-            raise ValueError(
-                f"trainer.devices={self.devices} × trainer.nodes={self.nodes} asks for {n_local * self.nodes} "
-                f"process(es), started: {self.rank.count}. On one machine `{program_name()}` starts them itself, on "
-                "several torchrun or srun does, as many as the settings say"
-            )
-        if self.device.type == "cuda" and self.rank.local >= torch.cuda.device_count():
-            raise ValueError(
-                f"{self.rank.n_local} processes on this machine need as many GPUs, there are "
-                f"{torch.cuda.device_count()}: lower trainer.devices, or choose trainer.accelerator=cpu"
-            )
+        check_processes(self, self.rank, self.device)
         return self
 
     @property
     def device(self) -> torch.device:
         """The device of this rank: a GPU, or the CPU if chosen or if there is no GPU."""
         on_gpu = self.accelerator != "cpu" and torch.cuda.is_available()
-        return torch.device("cuda", self.rank.local) if on_gpu else torch.device("cpu")
+        return torch.device("cuda", gpu_index(self.rank)) if on_gpu else torch.device("cpu")
 
     @property
     def rank(self) -> Rank:

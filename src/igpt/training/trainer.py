@@ -161,8 +161,8 @@ class Runner:
         machine = self.machine
         trainer = L.Trainer(
             accelerator=machine.device.type,
-            devices=machine.rank.n_local,
-            num_nodes=machine.nodes,
+            devices=1 if machine.device.index is None else [machine.device.index],
+            num_nodes=machine.rank.count,  # see `Ranks`
             strategy=self._strategy(module),
             precision=machine.precision,
             default_root_dir=self.folder,
