@@ -5,15 +5,17 @@ written in the sharded format of `trainer=fsdp`, each rank saving some complete 
 either strategy resumes them, and no code in them is executed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
@@ -150,6 +152,28 @@ class ZeRO(DeepSpeedStrategy):
     def _named_weights(self) -> list[tuple[str, nn.Parameter]]:
         assert self.lightning_module is not None
         return list(self.lightning_module.named_parameters())
+
+
+def gather_in_forward(module: nn.Module, owners: Iterable[nn.Module]) -> None:
+    """Has ZeRO 3 gather the weights of `owners`, not of their submodules, while `module` is called.
+
+    Else it gathers a module's weights while that module itself is called, which methods such as `GPT.trunk` are not.
+    """
+    from deepspeed.zero import register_external_parameter
+
+    for owner in owners:
+        for weight in owner.parameters(recurse=False):
+            if hasattr(weight, "ds_id"):  # it is sharded
+                register_external_parameter(module, weight)
+
+
+def release_training_state(module: L.LightningModule) -> None:
+    """Frees the weights, gradients and optimiser state that a module holds after its training; its figures stay."""
+    remove_module_hooks(module)  # DeepSpeed's
+    for name, _ in list(module.named_children()):
+        if next(module.get_submodule(name).parameters(), None) is not None:
+            setattr(module, name, None)
+    module.trainer = None  # which holds strategy and optimiser
 
 
 def gather_full(weight: nn.Parameter, moment: str | None = None) -> Tensor:

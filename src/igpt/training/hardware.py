@@ -24,6 +24,7 @@ from igpt.model.patterns import SPARSE, Pattern
 from igpt.model.verify import verify_attention
 from igpt.settings.devices import HardwareSettings
 from igpt.training.deepspeed import INSTALL
+from igpt.training.frozen_networks import build_frozen
 from igpt.utils.program import program_name
 
 log = logging.getLogger(__name__)
@@ -204,6 +205,10 @@ class HardwareConfig(HardwareSettings):
         net.allocate(self.device)
         fill(net)
         return net
+
+    def build_frozen(self, build: Callable[[], GPT], fill: Callable[[GPT], None]) -> GPT:
+        """A network in eval mode without gradients on this rank's device."""
+        return build_frozen(self, build, fill)
 
     @contextmanager
     def inference(self, net: GPT) -> Iterator[GPT]:
