@@ -68,12 +68,11 @@ def alone() -> Lab:
     return a_lab()
 
 
-def test_the_losses_of_one_process(answers: list[dict[str, Any]], alone: Lab, tmp_path: Path) -> None:
+def test_the_losses_of_one_process(answers: list[dict[str, Any]], alone: Lab, reference: Any, tmp_path: Path) -> None:
     """Invariant: the same global batch, with accumulation on either side, gives the same 20 losses; so does BERT."""
-    one = alone.pretrain(tmp_path / "ar", on=machine(micro_batch=50), **TWENTY)
-    for name, curve in one.curves.items():
+    for name, curve in reference.curves.items():
         assert answers[0]["curves"][name] == pytest.approx(curve.y, rel=1e-5)
-    assert len(one.curves["train/loss_gen"].y) == 20
+    assert len(reference.curves["train/loss_gen"].y) == 20
     bert = alone.pretrain(tmp_path / "bert", objective=BERT(mask_probability=0.15))
     assert answers[0]["bert"] == pytest.approx(bert.curves["train/loss_gen"].y, rel=1e-5)
 
@@ -245,11 +244,16 @@ def test_weights_of_a_sharded_run_are_those_of_any(place: Path, answers: list[di
     assert sorted(path.name for path in (place / "sharded" / "samples").iterdir())[0] == "step_0000008.png"
 
 
-def test_a_checkpoint_in_pieces_is_for_sharded_training(place: Path, alone: Lab, tmp_path: Path) -> None:
-    """One process cannot go on from it, and says what can."""
+def test_a_checkpoint_in_pieces_is_resumed_by_one_process(
+    place: Path, alone: Lab, reference: Any, tmp_path: Path
+) -> None:
+    """Invariant: begun by two ranks that share the network out, ended by one process, the losses of one process."""
     shutil.copytree(place / "sharded pieces", tmp_path / "run")
-    with pytest.raises(ValueError, match=r"is in pieces, as trainer=fsdp writes it.*init="):
-        alone.pretrain(tmp_path / "run", on=machine(micro_batch=50), **{**TWENTY, "steps": 24})
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_0000016.ckpt\n")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_0000020.ckpt")
+    resumed = alone.pretrain(tmp_path / "run", on=machine(micro_batch=50), **TWENTY)
+    for name, curve in reference.curves.items():
+        assert resumed.curves[name].y == pytest.approx(curve.y, rel=1e-5)
 
 
 def test_a_checkpoint_in_pieces_that_is_damaged(place: Path, tmp_path: Path) -> None:

@@ -61,9 +61,9 @@ class AtomicCheckpointIO(CheckpointIO):
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
         if Path(path).is_dir():
-            raise ValueError(
-                f"{path} is in pieces, as trainer=fsdp writes it: resume with that, or take its weights, init={path}"
-            )
+            from igpt.checkpoint.training_state import read_as_one_file  # which imports this module
+
+            return read_as_one_file(Path(path))
         try:
             torch_files.check_torch_file(Path(path))
             checkpoint: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)

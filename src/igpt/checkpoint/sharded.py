@@ -15,7 +15,7 @@ from functools import partial
 from itertools import pairwise, product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ from igpt.utils import files
 METADATA, REST, PIECES = ".metadata", "meta.pt", "*.distcp"
 STATE = "state_dict."  # Lightning's prefix of the module's tensors
 MOMENTS = "optimizer_0.state."  # its prefix of the optimiser's tensors
+SETTINGS = "optimizer_0.param_groups."  # its prefix of the optimiser's settings
 _STORES = "torch.distributed.checkpoint."
 MOST_DIMENSIONS = 8  # of a tensor
 
@@ -147,6 +148,44 @@ def read_state(folder: Path) -> State:
     }
 
 
+def read_values(folder: Path, prefix: str) -> dict[str, Any]:
+    """The values of a sharded checkpoint that are no tensors and whose names begin so, by their full names.
+
+    Raises:
+        ValueError: a missing or damaged file, or one with other than plain values, none of which are executed.
+    """
+    stored = _read_checked(folder)[0].fields["storage_data"]
+    found: dict[str, Any] = {}
+    for index, info in stored.items():
+        name, where = index.fields["fqn"], info.fields
+        if index.fields.get("offset") is not None or not str(name).startswith(prefix):
+            continue
+        try:
+            path = _file_beside(folder, where["relative_path"])
+            with path.open("rb") as file:
+                content = _read_part(file, int(where["offset"]), int(where["length"]))
+            found[name] = torch.load(content, weights_only=True)
+        except torch_files.DAMAGE as error:
+            raise ValueError(f"{folder}: {name:.80} is damaged ({tensors.first_line(error)}): copy it again") from error
+    return found
+
+
+def _file_beside(folder: Path, relative: Any) -> Path:
+    """A file of a folder by its name in the metadata. Raises ValueError if that leads elsewhere."""
+    if not isinstance(relative, str) or Path(relative).name != relative:
+        raise ValueError(f"it names {relative}, which is not a file beside it")
+    return folder / relative
+
+
+def _read_part(file: IO[bytes], start: int, length: int) -> io.BytesIO:
+    """A `torch.save` archive inside a file, checked to unpack to no more than it holds."""
+    file.seek(start)
+    content = io.BytesIO(file.read(length))
+    torch_files.check_archive(content, length)
+    content.seek(0)
+    return content
+
+
 def _read_checked(folder: Path) -> tuple[Any, dict[str, Described]]:
     """Returns (metadata record, shape, dtype and pieces of each tensor). Raises ValueError if a file is missing."""
     try:
@@ -208,9 +247,7 @@ def _list_tensors(folder: Path, metadata: Any) -> Iterator[tuple[str, Described]
         for chunk in described.fields["chunks"]:
             offsets, sizes = chunk.fields["offsets"], chunk.fields["sizes"]
             relative, start, length = places[name, offsets]
-            if Path(relative).name != relative:
-                raise ValueError(f"it names {relative}, which is not a file beside it")
-            pieces.append(_Chunk(offsets, sizes, folder / relative, int(start), int(length)))
+            pieces.append(_Chunk(offsets, sizes, _file_beside(folder, relative), int(start), int(length)))
         dtype = described.fields["properties"].state[0]
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{name} is of no kind")
@@ -242,10 +279,7 @@ def _assemble_tensor(shape: tuple[int, ...], dtype: torch.dtype, pieces: list[_C
     for piece in pieces:
         try:
             with piece.file.open("rb") as file:
-                file.seek(piece.start)
-                content = io.BytesIO(file.read(piece.length))
-            torch_files.check_archive(content, piece.length)
-            content.seek(0)
+                content = _read_part(file, piece.start, piece.length)
             part = torch.load(content, map_location="cpu", weights_only=True)
             if (part.dtype, part.numel()) != (dtype, prod(piece.sizes)):
                 raise ValueError(f"{part.numel()} numbers of {part.dtype}, expected {prod(piece.sizes)} of {dtype}")
