@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
-from igpt.checkpoint.head_files import HeadMetadata, save_head
-from igpt.checkpoint.igpt_format import FORMAT, METADATA_KEY, check_format, save_model, weights_sha256
-from igpt.checkpoint.resume import AtomicCheckpointIO, checkpoint_path, read_best
+from igpt.checkpoint.find import find_weights
+from igpt.checkpoint.head_files import HeadMetadata, build_head, save_head
+from igpt.checkpoint.igpt_format import (
+    FORMAT,
+    METADATA_KEY,
+    Weights,
+    check_format,
+    meta_model,
+    save_model,
+    weights_sha256,
+)
+from igpt.checkpoint.resume import checkpoint_path, read_best
 from igpt.distributed import ranks
 from igpt.metric.result import Curve, Number, Result
 from igpt.metric.throughput import train_flops_per_image
@@ -26,6 +36,7 @@ from igpt.task.generative_score import choose_units
 from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
+from igpt.training.deepspeed import gather_in_forward, release_training_state
 from igpt.training.optimizers import every_step, make_adam
 
 log = logging.getLogger(__name__)
@@ -56,24 +67,44 @@ class FinetuneModule(TrainedModule):
             units=choose_units(components, split),
         )  # fmt: skip
         self.predictions = torch.empty(0).numpy()  # (N,) predicted classes of the last validation
+        n_weight = sum(weight.numel() for weight in meta_model(network).parameters())
+        self.n_shardable: int | None = n_weight + n_class * network.n_embd
         self.net: GPT | None = None
         self.dropout: NetworkDropout | None = None
 
     def configure_model(self) -> None:
         if self.net is not None:
             return
-        self.net = self.components.build_network()
-        if self.weights is None:
-            self.net.init_weights(self.components.seed)
-        else:
-            self.weights.load_into(self.net)
+        mesh = getattr(self, "_device_mesh", None)
+        self.net = self.machine.build_model(
+            self.components.build_network, self._initialize, mesh, flops=self.flops_here
+        )
         self.head = ClassHead(n_embd=self.net.n_embd, n_class=self.n_class)
-        ranks.check_agree("weights to begin with", {"digest": ranks.hash_module(self.net)})
-        if self.settings.dropout:
-            self.dropout = add_dropout(self.net, self.settings.dropout)
-        self.machine.prepare(self.net, flops=self.flops_here)
+        if not self.machine.is_sharded:
+            ranks.check_agree("weights to begin with", {"digest": ranks.hash_module(self.net)})
+        elif self.machine.zero_stage:
+            gather_in_forward(self, [self.net, *self.net.encodings])  # `trunk` and `logits` read them
+        else:
+            assert mesh is not None
+            fully_shard(self.head, mesh=mesh["data_parallel"])
         if not self.joint.has_generative_loss:
             self.net.wtet.requires_grad_(False)  # only L_GEN reads it
+
+    def _initialize(self, net: GPT) -> None:
+        """Fills a new network's weights, and adds dropout."""
+        if self.weights is None:
+            net.init_weights(self.components.seed)
+        else:
+            self.weights.load_into(net)
+        if self.settings.dropout:  # here, since a network on the meta device would lose its keys
+            self.dropout = add_dropout(net, self.settings.dropout)
+
+    def load_frozen(self, weights: Weights) -> None:
+        """Takes the network and head of a checkpoint, to be judged: sharded over the ranks if training was."""
+        assert self.net is None, "of a module that was not trained"
+        assert weights.wclf is not None
+        self.net = self.machine.build_frozen(self.components.build_network, weights.load_into)
+        self.head, self.n_shardable = build_head(weights.wclf.read()), None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_adam([p for p in self.parameters() if p.requires_grad], **self.settings.adam)
@@ -152,38 +183,31 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
     saving.restore_best(trained, trained.history["val/accuracy"][-1][0])
     best = ranks.broadcast_from_rank0(lambda: read_best(runner.folder))
     assert best is not None, "FinetuneSettings has seen to it that a validation is reached"
-    checkpoint = AtomicCheckpointIO().load_checkpoint(runner.folder / "checkpoints" / best["checkpoint"])
     log.info("step %d is the best: val accuracy %.4f", best["step"], best["value"])
+    release_training_state(trained)
+    chosen = final = find_weights(str(runner.folder / "checkpoints" / best["checkpoint"]))
     result = Result(curves=trained.curves())
-
-    def load_module(split: str, state: dict[str, Tensor]) -> FinetuneModule:
-        module = build_module(split)
-        module.configure_model()
-        module.load_state_dict(state)
-        return module
-
-    final: dict[str, Tensor] = checkpoint["state_dict"]
     if is_refitted:
         again = build_module("val")
         again.clock = trained.clock  # the device-days of a run are those of both trainings
         final, curves = refit(components, again, best["step"])
         result.curves |= {name.replace("train/", "refit/"): curve for name, curve in curves.items()}
+    if hardware.rank.is_first:
+        network = {name: tensor.to_float32() for name, tensor in final.state().items()}
+        save_model(runner.folder / "model", network, components.checkpoint_metadata(step=best["step"]))
+        assert final.wclf is not None
+        sha256 = weights_sha256(runner.folder / "model")
+        about = HeadMetadata(
+            n_class, source.name, classes_hash(source), sha256, source.class_names, trained.score.eval_masks,
+            components.seed,
+        )  # fmt: skip
+        save_head(runner.folder / "model", final.wclf.to_float32().read(), about)
     for split in splits:
-        judged = load_module(split, checkpoint["state_dict"] if split == "val" else final)
-        if split == "val" and hardware.rank.is_first:
-            kept = load_module(split, final) if is_refitted else judged
-            assert kept.net is not None
-            metadata = components.checkpoint_metadata(step=best["step"])
-            save_model(runner.folder / "model", kept.net.state_dict(), metadata)
-            sha256 = weights_sha256(runner.folder / "model")
-            about = HeadMetadata(
-                n_class, source.name, classes_hash(source), sha256, source.class_names, judged.score.eval_masks,
-                components.seed,
-            )  # fmt: skip
-            save_head(runner.folder / "model", kept.head.wclf, about)
+        judged = build_module(split)
         if split == "val" and trained.numbers and trained.history["val/accuracy"][-1][0] == best["step"]:
             judged.numbers = trained.numbers  # the last validation was the best
         else:
+            judged.load_frozen(chosen if split == "val" else final)
             plan = hardware.eval_batch_layout(settings.batch_size)
             runner.validate(judged, components.build_datamodule(plan=plan, eval_split=split))
         result.numbers |= judged.numbers
@@ -211,8 +235,8 @@ def run(components: Components, settings: FinetuneSettings) -> Result:
     return result
 
 
-def refit(components: Components, module: FinetuneModule, steps: int) -> tuple[dict[str, Tensor], dict[str, Curve]]:
-    """The state after `steps` steps on train and val, in `refit/` of the run, resumable; and the curves of training.
+def refit(components: Components, module: FinetuneModule, steps: int) -> tuple[Weights, dict[str, Curve]]:
+    """The weights after `steps` steps on train and val, in `refit/` of the run, resumable; and the curves of training.
 
     Source: Chen et al. 2020, §3: validation images are folded back once the hyper-parameters are chosen.
     """
@@ -223,5 +247,5 @@ def refit(components: Components, module: FinetuneModule, steps: int) -> tuple[d
     saving = Checkpoints(runner.folder, settings, module.guard, keep=settings.checkpoint_keep, val_every=0)
     module.steps = steps
     runner.fit(module, data, settings, saving, gradient_clip=settings.gradient_clip)
-    last = AtomicCheckpointIO().load_checkpoint(checkpoint_path(runner.folder, steps))
-    return last["state_dict"], module.curves()
+    release_training_state(module)
+    return find_weights(str(checkpoint_path(runner.folder, steps))), module.curves()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from igpt.task.generative_score import GenerativeScore, choose_units
 from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
-from igpt.training.deepspeed import full_state
+from igpt.training.deepspeed import full_state, release_training_state
 from igpt.training.ema import WeightAverage
 from igpt.training.loss_by_position import NAME as LOSS_BY_POSITION
 from igpt.training.loss_by_position import draw_loss_by_position
@@ -65,11 +64,10 @@ class PretrainModule(TrainedModule):
         if not self.machine.is_sharded:
             ranks.check_agree("weights to begin with", {"digest": ranks.hash_module(self.net)})
 
-    def load_full_model(self, weights: Weights) -> None:
-        """After ZeRO training: replaces the sharded net by the full one, reloaded from disk on every rank."""
-        remove_module_hooks(self)  # DeepSpeed's
-        self.net, self.n_shardable = weights.net(), None
-        self.machine.prepare(self.net)
+    def load_frozen(self, weights: Weights) -> None:
+        """After ZeRO training: replaces the network by a frozen one with the weights that were saved."""
+        release_training_state(self)
+        self.net, self.n_shardable = self.machine.build_frozen(self.components.build_network, weights.load_into), None
 
     def _fill_weights(self, net: GPT) -> None:
         if self.weights is None:
@@ -217,7 +215,7 @@ def run(components: Components, settings: PretrainSettings) -> Result:
         log.info("the averaged weights are in init=%s", runner.folder / "model_ema")
     if hardware.zero_stage:
         ranks.barrier()  # until rank 0 has written it
-        module.load_full_model(read_model(runner.folder / "model"))
+        module.load_frozen(read_model(runner.folder / "model"))
     pictures: dict[str, Path] = {}
     if n_val:
         runner.validate(module, data)

@@ -18,6 +18,7 @@ from igpt.metric.result import Curve, Number
 from igpt.metric.throughput import Meter
 from igpt.settings.training import TrainingSettings
 from igpt.tokens.batches import Batch
+from igpt.training.deepspeed import ZeRO
 from igpt.training.hardware import HardwareConfig
 from igpt.training.measured_cost import StepTimer, TrainingClock
 from igpt.training.nan_guard import FiniteGuard
@@ -38,8 +39,9 @@ UNITS = {
 class TrainedModule(L.LightningModule):
     """Averages named figures over micro-batches, ranks and the optimiser steps since the last log line.
 
-    `train/grad_norm` is the norm of the gradient before it is clipped, `train/grad_norm_max` its largest. A subclass
-    calls `accumulate` in its training step and `finish_validation` at the end of each validation.
+    `train/grad_norm` is the norm of the gradient before it is clipped, `train/grad_norm_max` its largest; DeepSpeed
+    tells the former of the logged steps only. A subclass calls `accumulate` in its training step and
+    `finish_validation` at the end of each validation.
     """
 
     units: ClassVar[Mapping[str, str]] = UNITS  # name of a figure → its unit
@@ -106,6 +108,14 @@ class TrainedModule(L.LightningModule):
             NonFiniteLossError: on every rank, if the loss of a step was not finite on one of them.
         """
         self.guard.report(self.means.gather())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        step, strategy = self.updated_to, self.trainer.strategy
+        if not isinstance(strategy, ZeRO) or self._passes or step % self.log_every:
+            return
+        if math.isfinite(norm := strategy.gradient_norm):  # of this step alone
+            self.record(f"train/{GRADIENT}", step, norm)
 
     def record(self, name: str, step: int, value: float) -> None:
         """Appends a point to the curve `name`."""

@@ -5,21 +5,25 @@ written in the sharded format of `trainer=fsdp`, each rank saving some complete 
 either strategy resumes them, and no code in them is executed.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from igpt.checkpoint import sharded, torch_files
+from igpt.checkpoint import sharded
 from igpt.checkpoint.tensors import LazyTensor, State
+from igpt.checkpoint.training_state import read_training_state
 from igpt.distributed import ranks
 from igpt.distributed.sharding import copy_into_sharded, unsharded_shape
 from igpt.training.cost_estimate import BUCKET
@@ -76,6 +80,13 @@ class ZeRO(DeepSpeedStrategy):
         """Lightning has divided the loss by the accumulation steps already, so DeepSpeed must not."""
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    @property
+    def gradient_norm(self) -> float:
+        """The norm of the last step's gradient, before it was clipped; it waits for the device."""
+        engine: Any = self.model
+        norm = engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
     def _allocate_moments(self) -> dict[Any, dict[str, Tensor]]:
         """Allocates and returns Adam's state of the local flat partitions, which the first step would create."""
         zero: Any = self.optimizers[0]
@@ -105,44 +116,43 @@ class ZeRO(DeepSpeedStrategy):
         rank = ranks.this_rank()
         zero: Any = self.optimizers[0]
         step = next(iter(zero.optimizer.state.values()))[STEP]
-        groups = [{**group, "params": [name for name, _ in self._named_weights()]} for group in zero.param_groups]
+        trained = [name for name, weight in self._named_weights() if weight.requires_grad]
+        groups = [{**group, "params": trained} for group in zero.param_groups]
         mine: dict[str, Any] = {"optimizer_0": {"param_groups": groups}} if rank.is_first else {}
         for index, (name, weight) in enumerate(self._named_weights()):
             full_tensor = gather_full(weight)
-            moments = {key: gather_full(weight, key) for key in MOMENTS}
+            moments = {key: gather_full(weight, key) for key in MOMENTS} if weight.requires_grad else {}
             if index % rank.count == rank.index:
                 mine[f"{sharded.STATE}{name}"] = full_tensor.cpu()
-                for key, value in {**moments, STEP: torch.as_tensor(step, dtype=torch.float32)}.items():
+                if moments:
+                    moments[STEP] = torch.as_tensor(step, dtype=torch.float32)
+                for key, value in moments.items():
                     mine[f"{sharded.MOMENTS}{name}.{key}"] = value.cpu()
         save(mine, checkpoint_id=folder)
         if rank.is_first:
             torch.save(dict(rest), folder / sharded.REST)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads a sharded checkpoint of this strategy or `trainer=fsdp`, written by any number of processes."""
+        """Loads a checkpoint of any strategy, one file or sharded, written by any number of processes."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        folder = Path(checkpoint_path)
-        if not folder.is_dir():
-            raise ValueError(
-                f"{folder} is one file, as trainer=ddp and fsdp write it: resume with one of those, or begin a run "
-                f"with its weights, init={folder}"
-            )
-        state, moments_by_weight = sharded.read_state(folder), self._allocate_moments()
+        path = Path(checkpoint_path)
+        (state, rest), moments_by_weight = read_training_state(path), self._allocate_moments()
         steps = set()
         for name, weight in self._named_weights():
-            values = _read_tensor(state, f"{sharded.STATE}{name}", folder).to(self.root_device)
+            values = _read_tensor(state, f"{sharded.STATE}{name}", path).to(self.root_device)
             with torch.no_grad():
                 copy_into_sharded(weight, values)
+            if not weight.requires_grad:
+                continue
             safe_set_full_fp32_param(weight, values)
             for key in MOMENTS:
-                moment = _read_tensor(state, f"{sharded.MOMENTS}{name}.{key}", folder)
+                moment = _read_tensor(state, f"{sharded.MOMENTS}{name}.{key}", path)
                 safe_set_full_optimizer_state(weight, moment.to(self.root_device), key)
-            steps.add(float(_read_tensor(state, f"{sharded.MOMENTS}{name}.{STEP}", folder)))
+            steps.add(float(_read_tensor(state, f"{sharded.MOMENTS}{name}.{STEP}", path)))
         (step,) = steps
         for part in moments_by_weight.values():
             part[STEP].fill_(step)
-        rest: dict[str, Any] = torch_files.read_torch(folder / sharded.REST)
         for group, rate in zip(self.optimizers[0].param_groups, rest["lr_schedulers"][0]["_last_lr"], strict=True):
             group["lr"] = rate  # loading a scheduler does not restore the optimiser's current rate
         return rest
@@ -152,10 +162,36 @@ class ZeRO(DeepSpeedStrategy):
         return list(self.lightning_module.named_parameters())
 
 
+def gather_in_forward(module: nn.Module, owners: Iterable[nn.Module]) -> None:
+    """Has ZeRO 3 gather the weights of `owners`, not of their submodules, while `module` is called.
+
+    Else it gathers a module's weights while that module itself is called, which methods such as `GPT.trunk` are not.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for owner in owners:
+        for weight in owner.parameters(recurse=False):
+            if hasattr(weight, "ds_id"):  # it is sharded
+                register_external_parameter(module, weight)
+
+
+def release_training_state(module: L.LightningModule) -> None:
+    """Frees the weights, gradients and optimiser state that a module holds after its training; its figures stay."""
+    remove_module_hooks(module)  # DeepSpeed's
+    for name, _ in list(module.named_children()):
+        if next(module.get_submodule(name).parameters(), None) is not None:
+            setattr(module, name, None)
+    module.trainer = None  # which holds strategy and optimiser
+
+
 def gather_full(weight: nn.Parameter, moment: str | None = None) -> Tensor:
     """A complete weight, or one of its Adam moments, in float32. A collective: every rank must call it."""
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    if not weight.requires_grad:  # the optimiser has no float32 copy of it
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().float().clone()
     tensor = safe_get_full_fp32_param(weight) if moment is None else safe_get_full_optimizer_state(weight, moment)
     assert isinstance(tensor, Tensor), moment
     return tensor.detach().float().reshape(unsharded_shape(weight))
@@ -170,7 +206,7 @@ def full_state(net: nn.Module) -> State:
     return {name: one(weight) for name, weight in net.named_parameters()}
 
 
-def _read_tensor(state: State, name: str, folder: Path) -> Tensor:
+def _read_tensor(state: State, name: str, path: Path) -> Tensor:
     if name not in state:
-        raise ValueError(f"{folder} holds no {name}: it is of another network, or damaged")
+        raise ValueError(f"{path} holds no {name}: it is of another network, or damaged")
     return state[name].read()

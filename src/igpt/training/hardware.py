@@ -15,9 +15,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from igpt.data.order import BatchPlan
 from igpt.distributed.cores import count_cores
-from igpt.distributed.process_state import cudnn_tf32, float32_matmul_precision
 from igpt.distributed.gpus import gpu_index
-from igpt.distributed.process_state import float32_matmul_precision
+from igpt.distributed.process_state import cudnn_tf32, float32_matmul_precision
 from igpt.distributed.ranks import Rank, this_rank
 from igpt.model import c_library, cpu, dispatch
 from igpt.model.block import IN_C
@@ -27,9 +26,9 @@ from igpt.model.patterns import SPARSE, Pattern
 from igpt.model.verify import verify_attention
 from igpt.settings.devices import HardwareSettings, Precision
 from igpt.training.deepspeed import INSTALL
-from igpt.training.precision import resolve_precision
-from igpt.utils.program import program_name
+from igpt.training.frozen_networks import build_frozen
 from igpt.training.hardware_checks import check_processes
+from igpt.training.precision import resolve_precision
 
 log = logging.getLogger(__name__)
 
@@ -203,6 +202,10 @@ class HardwareConfig(HardwareSettings):
         net.allocate(self.device)
         fill(net)
         return net
+
+    def build_frozen(self, build: Callable[[], GPT], fill: Callable[[GPT], None]) -> GPT:
+        """A network in eval mode without gradients on this rank's device."""
+        return build_frozen(self, build, fill)
 
     @contextmanager
     def inference(self, net: GPT) -> Iterator[GPT]:
