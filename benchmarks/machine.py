@@ -4,11 +4,12 @@ import functools
 import json
 import multiprocessing as mp
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,45 @@ from igpt.distributed.process_state import float32_matmul_precision
 from igpt.model.cpu import inductor_cache, medium_format
 
 
+# dense bfloat16 TFLOP/s by the data sheet, by a part of the name that CUDA gives the card
+DATA_SHEETS = {
+    "GH200": 989.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0,
+    "L40S": 362.0, "L4": 121.0, "RTX 4090": 165.2,
+}  # fmt: skip
+
+
+def data_sheet_tflops(card: str) -> float | None:
+    """Dense bfloat16 TFLOP/s of a card by its data sheet; None for a card that `DATA_SHEETS` does not have."""
+    names = [name for name in DATA_SHEETS if re.search(rf"\b{name}\b", card)]
+    return DATA_SHEETS[max(names, key=len)] if names else None
+
+
 def peak_gflops(dtype: torch.dtype, matmul: str, device: str) -> float:
-    """The machine's own large matrix product, 4096³, best of five."""
-    x = torch.randn(4096, 4096, dtype=dtype, device=device)
+    """The machine's own large matrix product, best of five: 4096³; on a GPU 8192³, 20 in a row."""
+    n, in_row = (8192, 20) if device == "cuda" else (4096, 1)
+    x = torch.randn(n, n, dtype=dtype, device=device)
+    out = torch.empty_like(x)
     times = []
     with float32_matmul_precision(matmul):
         for _ in range(6):
+            if device == "cuda":
+                times.append(_time_on_gpu(lambda: torch.mm(x, x, out=out), in_row))
+                continue
             start = time.perf_counter()
             (x @ x)[0, 0].item()
             times.append(time.perf_counter() - start)
-    return 2 * 4096**3 / min(times) / 1e9
+    return 2 * n**3 / min(times) / 1e9
+
+
+def _time_on_gpu(run: Callable[[], Any], in_row: int) -> float:
+    """Seconds of one of `in_row` calls, by CUDA events: launches of later calls overlap with earlier calls."""
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    for _ in range(in_row):
+        run()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1e3 / in_row
 
 
 def bandwidth_gib(device: str) -> float:
@@ -75,7 +105,10 @@ def limits(device: str) -> Limits:
         medium(device): peak_gflops(torch.float32, "medium", device),
         "bf16": peak_gflops(torch.bfloat16, "highest", device),
     }
-    return Limits(products, bandwidth_gib(device))
+    reads = bandwidth_gib(device)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the sides need the memory
+    return Limits(products, reads)
 
 
 @dataclass
@@ -120,14 +153,27 @@ class Side:
         self._process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
         self._process.start()
         there.close()
-        self.names: list[str] = self._here.recv()
+        self._of = make.__name__
+        self.names: list[str] = self._receive()
 
     def rows(self) -> dict[str, Run]:
         return {name: functools.partial(self._run, name) for name in self.names}
 
     def _run(self, name: str) -> tuple[float, Any]:
         self._here.send(name)
-        answer: tuple[float, Any] = self._here.recv()
+        answer: tuple[float, Any] = self._receive()
+        return answer
+
+    def _receive(self) -> Any:
+        """What the process sends; ends the benchmark by a line where that has failed or died."""
+        try:
+            failed, answer = self._here.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            failed, answer = True, f"its process ended with exit code {code}{', killed (memory?)' * (code == -9)}"
+        if failed:
+            raise SystemExit(f"{self._of}: {answer}: no figures")
         return answer
 
     def close(self) -> None:
@@ -136,11 +182,39 @@ class Side:
 
 
 def _serve(pipe: Any, make: Callable[..., dict[str, Run]], arguments: tuple[Any, ...]) -> None:
-    with inductor_cache():
-        rows = make(*arguments)
-        pipe.send(list(rows))
-        while (name := pipe.recv()) is not None:
-            pipe.send(rows[name]())
+    try:
+        with inductor_cache():
+            rows = make(*arguments)
+            pipe.send((False, list(rows)))
+            while (name := pipe.recv()) is not None:
+                pipe.send((False, rows[name]()))
+    except torch.OutOfMemoryError as error:
+        pipe.send((True, first_line(error)))
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and its message's first sentence, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text.split('. ')[0]}" if text else type(error).__name__
+
+
+def take_turns(
+    sides: Sequence[tuple[Any, ...]], rounds: int, *, warm_up: int = 1, alone: bool | None = None
+) -> dict[str, Timed]:
+    """Rows of all sides, each (make, *arguments), as `interleaved`.
+
+    `alone`: one side lives at a time and does all its rounds, as on a GPU, whose memory they could not share.
+    """
+    if alone is None:
+        alone = torch.cuda.is_available()
+    times: dict[str, Timed] = {}
+    for group in [[side] for side in sides] if alone else [list(sides)]:
+        living = [Side(*side) for side in group]
+        rows = {name: run for side in living for name, run in side.rows().items()}
+        times |= interleaved(rows, rounds, warm_up=warm_up)
+        for side in living:
+            side.close()
+    return times
 
 
 def timed(run: Callable[[], Any]) -> Run:

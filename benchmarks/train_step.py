@@ -5,13 +5,14 @@
 Every row has the same weights to begin with, token ids, batch, loss over all positions and fused Adam; all must have
 the same losses in the first two steps, or there are no figures. Rows take turns, round by round, so that a machine that
 speeds up or slows down does so for all; the first round is a warm-up for all and is not counted. Each side is a process
-of its own: ours keeps freed memory (`disable_malloc_trim`), as our training does, Hugging Face's is as it ships
-(`--hold-peer`:
-with our setting, too). `fp32+medium` is `torch.set_float32_matmul_precision("medium")`, which users of any side can
+of its own, on a GPU one at a time; ours keeps freed memory (`disable_malloc_trim`), as our training does, Hugging Face's
+is as it ships (`--hold-peer`: with our setting, too). With `--peer-batch` sides are compared by images/s, their losses
+by rows of ours with that batch. `fp32+medium` is `torch.set_float32_matmul_precision("medium")`, which users of any side can
 set; where that rounds what is multiplied, rows are called `bf16-products` (CPUs with AMX) or `tf32-products` (GPUs).
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,10 @@ def our_rows(size: str, precisions: list[str], options: dict[str, Any]) -> dict[
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, rows = token_ids(size, device, options["batch"]), {}
     for label in labels(precisions, device):
-        for compiled in (False, True) if options["compiled"] else (False,):
+        for compiled in options["compiled"]:
             how = " compiled" if compiled else ""
             net = our_net(size, compiled=compiled, attention=options["attention"]).to(device)
-            rows[f"igpt{how} {label}"] = make_step(net, tokens, label)
+            rows[f"igpt{how}{options['of']} {label}"] = make_step(net, tokens, label)
             if options["plain"]:
                 rows[f"plain{how} {label}"] = make_step(plain_net(size, compiled=compiled).to(device), tokens, label)
     return rows
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", choices=sorted(SIZES), default="c")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, help="images of a step, where not the size's own")
+    parser.add_argument("--peer-batch", type=int, help="images of a step of Hugging Face's, where not the same")
     parser.add_argument("--precision", choices=["fp32", "bf16"], nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--no-peer", action="store_true", help="leave Hugging Face out")
     parser.add_argument("--no-compiled", action="store_true", help="leave compiled rows out")
@@ -104,37 +106,49 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
 
-    flops = step_flops(args.size, args.batch)
     options = {
-        "hold": not args.return_memory, "plain": args.plain, "compiled": not args.no_compiled,
-        "attention": args.attention, "batch": args.batch,
+        "hold": not args.return_memory, "plain": args.plain, "compiled": (False,) if args.no_compiled else (False, True),
+        "attention": args.attention, "batch": args.batch or SIZES[args.size][-1], "of": "",
     }  # fmt: skip
+    few = options | {"batch": args.peer_batch or options["batch"]}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     limits = machine.limits(device)
-    sides = [machine.Side(our_rows, args.size, args.precision, options)]
+    sides: list[tuple[Any, ...]] = [(our_rows, args.size, args.precision, options)]
+    if device == "cuda":  # one network at a time
+        kinds = itertools.product(args.precision, options["compiled"])
+        sides = [(our_rows, args.size, [p], options | {"compiled": (compiled,)}) for p, compiled in kinds]
+    if few["batch"] != options["batch"]:  # ours with theirs, to compare losses
+        own = {"compiled": (False,), "plain": False, "of": f" of {few['batch']}"}
+        sides.append((our_rows, args.size, args.precision, few | own))
     for hold in [False] * (not args.no_peer) + [True] * args.hold_peer:
-        sides.append(machine.Side(peer_rows, args.size, args.precision, options, hold))
-    times = machine.interleaved({name: run for side in sides for name, run in side.rows().items()}, args.rounds)
-    for side in sides:
-        side.close()
-    machine.agree("the loss", times, lambda name: TOLERANCE.get(name.split()[-1], EXACT))
+        sides.append((peer_rows, args.size, args.precision, few, hold))
+    times = machine.take_turns(sides, args.rounds)
+    batches = {name: (few if name.startswith("hf") or " of " in name else options)["batch"] for name in times}
+    for batch in dict.fromkeys(batches.values()):
+        alike = {name: row for name, row in times.items() if batches[name] == batch}
+        machine.agree("the loss", alike, lambda name: TOLERANCE.get(name.split()[-1], EXACT))
 
-    batch = args.batch or SIZES[args.size][-1]
-    print(f"{machine.about()}\n{limits}\nsize {args.size}: {SIZES[args.size]}, {flops / 1e9:.1f} GFLOP a step")
-    shipped = None if args.no_peer else times[f"hf {labels(args.precision, device)[0]}"].median
+    flops = step_flops(args.size, 1)
+    print(f"{machine.about()}\n{limits}\nsize {args.size}: {SIZES[args.size]}, {flops / 1e9:.1f} GFLOP an image")
+    rates = {name: batches[name] / row.median for name, row in times.items()}  # images/s
+    shipped = None if args.no_peer else rates[f"hf {labels(args.precision, device)[0]}"]
     print(
-        "| row | median ms | min – max | images/s | of the matrix-product peak | against hf | against hf as shipped |"
+        "| row | images | median ms | min – max | images/s | of the matrix-product peak | against hf | against hf as "
+        "shipped |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     report: dict[str, Any] = {"size": args.size, "limits": limits, "rows": {}}
     for name, row in times.items():
-        label = name.split()[-1]
-        share = flops / row.median / 1e9 / limits.gflops[label]
-        alike = None if args.no_peer else times[f"hf {label}"].median / row.median
-        best = None if shipped is None else shipped / row.median
-        report["rows"][name] = {"seconds": row.seconds, "of_peak": share, "against_hf": alike, "against_shipped": best}
-        ratios = " | ".join("" if ratio is None else f"{ratio:.2f}×" for ratio in (alike, best))
-        speed = f"{1e3 * row.median:.1f} | {row.spread} | {batch / row.median:.1f}"
+        label, rate = name.split()[-1], rates[name]
+        share = flops * rate / 1e9 / limits.gflops[label]
+        ratio = None if args.no_peer else rate / rates[f"hf {label}"]
+        best = None if shipped is None else rate / shipped
+        report["rows"][name] = {
+            "seconds": row.seconds, "images": batches[name], "of_peak": share, "against_hf": ratio,
+            "against_shipped": best,
+        }  # fmt: skip
+        ratios = " | ".join("" if each is None else f"{each:.2f}×" for each in (ratio, best))
+        speed = f"{batches[name]} | {1e3 * row.median:.1f} | {row.spread} | {rate:.1f}"
         print(f"| {name} | {speed} | {share:.2f} | {ratios} |")
     machine.write(args.out, report)
     return report

@@ -169,12 +169,12 @@ def test_sampling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     figure."""
     import sampling
 
-    few = ["--size", "tiny", "--batch", "3", "--ways", "columns", "layers", *ONCE]
+    few = ["--size", "tiny", "--batch", "3", "--peer-batch", "5", "--ways", "columns", "layers", *ONCE]
     report = sampling.main(few)
     names = [f"igpt ({'native' if c_library.is_available() else 'columns'})", "igpt columns", "igpt layers", "hf"]
     assert list(report["batches"][3]["rows"]) == (names if c_library.is_available() else [names[0], *names[2:]])
-    shapes = [row.result.shape for row in report["batches"][3]["rows"].values()]
-    assert shapes == [(3, 16)] * len(shapes)
+    assert [row.result for row in report["batches"][3]["rows"].values()] == [(3, 16)] * (len(names) - 1) + [(5, 16)]
+    assert report["batches"][3]["peer_batch"] == 5
     assert "greedy tokens of all rows are the same" in capsys.readouterr().out
     generate = sampling.generate
 
@@ -183,7 +183,7 @@ def test_sampling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         return tokens if backend != "layers" else torch.cat([tokens[:, :-1], (tokens[:, -1:] + 1) % net.n_vocab], 1)
 
     monkeypatch.setattr(sampling, "generate", wrong)
-    with pytest.raises(SystemExit, match="greedy tokens of layers and of Hugging Face differ: no figures"):
+    with pytest.raises(SystemExit, match="greedy tokens of igpt layers and of Hugging Face differ: no figures"):
         sampling.main(few)
 
 
