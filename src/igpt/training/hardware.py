@@ -19,7 +19,7 @@ from igpt.distributed.ranks import Rank, this_rank
 from igpt.model import c_library, cpu, dispatch
 from igpt.model.block import IN_C
 from igpt.model.config import GPTConfig
-from igpt.model.gpt import GPT
+from igpt.model.gpt import FORWARD_METHODS, GPT
 from igpt.model.patterns import SPARSE, Pattern
 from igpt.model.verify import verify_attention
 from igpt.settings.devices import HardwareSettings
@@ -199,7 +199,7 @@ class HardwareConfig(HardwareSettings):
         for block in net.blocks:
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(net, mesh=mesh["data_parallel"])
-        for method in ("trunk", "step", "logits"):
+        for method in FORWARD_METHODS:
             register_fsdp_forward_method(net, method)
         net.allocate(self.device)
         fill(net)
