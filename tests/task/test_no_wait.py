@@ -1,0 +1,78 @@
+"""Between two log lines no GPU is waited for, and a run on a CPU touches none: seen on a CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from igpt.checkpoint.find import find_weights
+from igpt.checkpoint.igpt_format import Weights
+from igpt.distributed.ranks import Rank
+from igpt.objective.bert import BERT
+from igpt.training import nan_guard
+from tests.task.conftest import Lab, machine, train_tokenizer
+from tests.training.device_watch import DeviceWatch, Watch
+
+SELDOM: dict[str, Any] = {"log_every": 4, "val_every": 8, "checkpoint_every": 8}
+BETWEEN = range(5, 8)  # after the first log line
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "sgd", "tokenizer"])
+def test_nothing_is_read_between_log_lines(
+    task: str, tmp_path: Path, lab: Lab, ar: Weights, masked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Invariant, of two micro-batches a step, with clipping, averages, masks and dropout: no number of the device."""
+    monkeypatch.setattr(nan_guard, "this_rank", lambda: Rank(0, 0, 2, 2))  # else a CPU reads the loss of every step
+    watch = Watch(monkeypatch, BETWEEN)
+    how: dict[str, Any] = {"on": machine(micro_batch=10), "callbacks": (watch,), "steps": 8, "batch_size": 20, **SELDOM}
+    if task == "pretrain":
+        lab.pretrain(tmp_path, ema=0.9, gradient_clip=0.5, **how)
+    elif task == "finetune":
+        bert, weights = BERT(mask_probability=0.15), find_weights(str(masked))
+        lab.finetune(tmp_path, weights, objective=bert, dropout=0.1, test=False, **how)
+    elif task == "sgd":
+        parts = {name: how.pop(name) for name in ("on", "callbacks")}
+        lab.probe(tmp_path, ar, **parts, solver="sgd", test=False, sgd=how)
+    else:
+        how |= {"on": machine(micro_batch=4), "batch_size": 8}
+        train_tokenizer(tmp_path, tokens={"unquantised_steps": 2}, **how)
+    assert watch.watched == 2 * len(BETWEEN)
+    assert watch.device.waits == []
+    assert watch.logged
+    assert all(isinstance(value, torch.Tensor) for value in watch.logged)  # on the host; a number would be copied
+
+
+def test_a_run_on_a_cpu_touches_no_gpu(tmp_path: Path, lab: Lab, ar: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PyTorch sees GPUs, but to make use of one is an error: training, validation, checkpoints and a probe."""
+    pinned = []
+
+    class Pins(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            pinned.append(trainer.train_dataloader.pin_memory)
+
+    def refuse() -> None:
+        raise AssertionError("a GPU was touched")
+
+    monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)  # which all begin with that need a GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    lab.pretrain(tmp_path / "pretrain", callbacks=(Pins(),), steps=8)
+    lab.probe(tmp_path / "probe", ar, test=False)
+    assert pinned == [False]
+
+
+def test_what_would_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: four that read the device, or copy indices to it; the others do neither."""
+    watch, x, on_host = DeviceWatch(monkeypatch), torch.ones(3), torch.ones(3)
+    watch.mark(x)
+    with watch.watching():
+        float((x + 1).sum())
+        (x * 2).tolist()
+        x[x > 0]
+        x[[0, 1]]
+        waits = len(watch.waits)
+        float(on_host.sum())
+        torch.where(x > 0, x, 0.0)[0] += 1
+    assert waits == len(watch.waits) == 4
