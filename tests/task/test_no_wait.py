@@ -16,28 +16,34 @@ from tests.task.conftest import Lab, machine, train_tokenizer
 from tests.training.device_watch import DeviceWatch, Watch
 
 SELDOM: dict[str, Any] = {"log_every": 4, "val_every": 8, "checkpoint_every": 8}
+TASKS = ("pretrain", "finetune", "sgd", "tokenizer")
 BETWEEN = range(5, 8)  # after the first log line
 
 
-@pytest.mark.parametrize("task", ["pretrain", "finetune", "sgd", "tokenizer"])
+def train(task: str, folder: Path, lab: Lab, ar: Weights, masked: Path, callback: L.Callback, **on: Any) -> None:
+    """8 steps of two micro-batches, logged at the fourth: with clipping, averages, masks, dropout or moving codes."""
+    how: dict[str, Any] = {"on": machine(micro_batch=10, **on), "callbacks": (callback,), "steps": 8, "batch_size": 20}
+    how |= SELDOM
+    if task == "pretrain":
+        lab.pretrain(folder, ema=0.9, gradient_clip=0.5, **how)
+    elif task == "finetune":
+        bert, weights = BERT(mask_probability=0.15), find_weights(str(masked))
+        lab.finetune(folder, weights, objective=bert, dropout=0.1, test=False, **how)
+    elif task == "sgd":
+        parts = {name: how.pop(name) for name in ("on", "callbacks")}
+        lab.probe(folder, ar, **parts, solver="sgd", test=False, sgd=how)
+    else:
+        train_tokenizer(folder, tokens={"unquantised_steps": 2}, **how)
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_nothing_is_read_between_log_lines(
     task: str, tmp_path: Path, lab: Lab, ar: Weights, masked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Invariant, of two micro-batches a step, with clipping, averages, masks and dropout: no number of the device."""
+    """Invariant: no number of the device, by this package or by Lightning."""
     monkeypatch.setattr(nan_guard, "this_rank", lambda: Rank(0, 0, 2, 2))  # else a CPU reads the loss of every step
     watch = Watch(monkeypatch, BETWEEN)
-    how: dict[str, Any] = {"on": machine(micro_batch=10), "callbacks": (watch,), "steps": 8, "batch_size": 20, **SELDOM}
-    if task == "pretrain":
-        lab.pretrain(tmp_path, ema=0.9, gradient_clip=0.5, **how)
-    elif task == "finetune":
-        bert, weights = BERT(mask_probability=0.15), find_weights(str(masked))
-        lab.finetune(tmp_path, weights, objective=bert, dropout=0.1, test=False, **how)
-    elif task == "sgd":
-        parts = {name: how.pop(name) for name in ("on", "callbacks")}
-        lab.probe(tmp_path, ar, **parts, solver="sgd", test=False, sgd=how)
-    else:
-        how |= {"on": machine(micro_batch=4), "batch_size": 8}
-        train_tokenizer(tmp_path, tokens={"unquantised_steps": 2}, **how)
+    train(task, tmp_path, lab, ar, masked, watch)
     assert watch.watched == 2 * len(BETWEEN)
     assert watch.device.waits == []
     assert watch.logged
