@@ -11,6 +11,7 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.distributed.ranks import Rank
 from igpt.objective.bert import BERT
+from igpt.tokens.pixel_order import PixelOrder
 from igpt.training import nan_guard
 from tests.task.conftest import Lab, machine, train_tokenizer
 from tests.training.device_watch import DeviceWatch, Watch
@@ -67,6 +68,15 @@ def test_a_run_on_a_cpu_touches_no_gpu(tmp_path: Path, lab: Lab, ar: Weights, mo
     lab.pretrain(tmp_path / "pretrain", callbacks=(Pins(),), steps=8)
     lab.probe(tmp_path / "probe", ar, test=False)
     assert pinned == [False]
+
+
+def test_an_order_of_pixels_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: to a device, by its first use."""
+    watch, order, grid = DeviceWatch(monkeypatch), PixelOrder.from_name(4, "random"), torch.arange(32).view(2, 4, 4)
+    with watch.watching():
+        for _ in range(3):
+            assert torch.equal(order.unflatten(order.flatten(grid)), grid)
+    assert watch.copies == 1
 
 
 def test_what_would_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

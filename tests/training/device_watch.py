@@ -31,6 +31,7 @@ class DeviceWatch(TorchDispatchMode):
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.copies = 0  # tensors made of numbers of Python
         self.active = False
         self._storages: dict[int, Any] = {}  # kept, so that no other takes its place
         for name in TO_HOST:
@@ -64,6 +65,7 @@ class DeviceWatch(TorchDispatchMode):
             or (operation is aten.repeat_interleave and func is not aten.repeat_interleave.self_int)
         ):
             self.waits.append(str(func))
+        self.copies += operation is aten.lift_fresh
         result = func(*args, **kwargs)
         if any(there) or kwargs.get("device") is not None:
             self.mark(*(each for each in tree_leaves(result) if isinstance(each, Tensor)))
