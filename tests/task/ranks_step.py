@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,22 @@ class Overflow(L.Callback):
             pl_module._step[MINIMISED] = torch.tensor(torch.inf)
 
 
+def measure_patience() -> list[float]:
+    """Seconds that a barrier and a broadcast of this package wait for a rank, by the options of their groups."""
+    waited: list[float] = []
+
+    def call(collective: Callable[..., None], *given: Any, group: Any, **named: Any) -> None:
+        waited.append(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+        collective(*given, group=group, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather_object", "broadcast_object_list"):
+            patch.setattr(dist, name, partial(call, getattr(dist, name)))
+        ranks.barrier()
+        ranks.broadcast_from_rank0(lambda: None)
+    return waited
+
+
 def work(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     from tests.task.ranks_work import on_all, raised
 
@@ -80,4 +97,5 @@ def work(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     answers["overflow"] = raised(NonFiniteLossError, lab.pretrain, place / "overflow", callbacks=overflow, **parts)
     newest = latest_checkpoint(place / "overflow")
     answers["saved before overflow"] = None if newest is None else parse_step(newest)
+    answers["patience"] = measure_patience()
     return answers

@@ -4,10 +4,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 
+from igpt.checkpoint.igpt_format import Weights
 from igpt.model import decode, graphs
 from igpt.model.attention import masked_attention
 from igpt.model.config import GPTConfig
@@ -18,6 +20,7 @@ from igpt.model.sparse_mask import SparseMask
 from igpt.utils import keyed
 from tests.conftest import perturbed, small_net
 from tests.task.conftest import Lab, machine
+from tests.task.test_no_wait import BETWEEN, TASKS, train
 from tests.tokens.test_datamodule import module
 from tests.tokens.test_vqvae import build_network, build_tokenizer, draw_pixels
 
@@ -145,3 +148,31 @@ def test_tokens_of_a_vqvae_are_the_cpus(changed: dict[str, Any]) -> None:
     with torch.autocast("cuda", dtype=torch.bfloat16):
         assert torch.equal(tokenizer.encode(pixels.cuda()).cpu(), expected)
     assert torch.equal(torch.cat([tokenizer.encode(some) for some in pixels.cuda().split(5)]).cpu(), expected)
+
+
+class Forbid(L.Callback):
+    """Has PyTorch raise at what waits for the GPU: from the fifth step on to the backward pass of the eighth."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step >= BETWEEN[0] - 1:
+            torch.cuda.set_sync_debug_mode("error")
+            self.steps.append(trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step >= BETWEEN[-1]:  # this step is logged
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("changed", [{}, {"precision": "bf16-mixed", "compile": True}], ids=str)
+@pytest.mark.parametrize("task", TASKS)
+def test_no_step_waits(task: str, changed: dict[str, Any], tmp_path: Path, lab: Lab, ar: Weights, masked: Path) -> None:
+    """Invariant: the transfer and encoding of batches, the steps, and all that Lightning does between them."""
+    forbid = Forbid()
+    try:
+        train(task, tmp_path, lab, ar, masked, forbid, accelerator="gpu", **changed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert set(forbid.steps) == {4, 5, 6, 7}

@@ -40,3 +40,8 @@ def test_a_loss_of_one_rank_that_is_not_finite(answers: list[dict[str, Any]]) ->
     for answer in answers:
         assert answer["overflow"].startswith("the loss of step 5 is not finite")
         assert answer["saved before overflow"] == 4
+
+
+def test_a_rank_that_works_alone_is_waited_for(answers: list[dict[str, Any]]) -> None:
+    """By hand: a day, where PyTorch's gloo gives up after half an hour."""
+    assert [answer["patience"] for answer in answers] == [[86_400.0] * 2] * 2

@@ -90,6 +90,7 @@ def set_up_logging(*, quiet: bool = False) -> None:
     logging.getLogger("lightning.pytorch.callbacks").setLevel(logging.INFO)  # those that were asked for
     # caused by Lightning's own code
     warnings.filterwarnings("ignore", message=r".*treespec, LeafSpec.*", module="lightning.*")
+    warnings.filterwarnings("ignore", message="GPU available but not used")  # trainer=cpu has chosen so
 
 
 @contextmanager

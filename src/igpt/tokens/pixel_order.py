@@ -1,6 +1,7 @@
 """The order of the cells of a square grid, grid ↔ sequence: raster order or any other fixed permutation."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class PixelOrder:
             raise ValueError("the permutation holds no whole numbers")
         return PixelOrder(round(len(permutation) ** 0.5), tuple(permutation))
 
-    @property
+    @cached_property
     def is_raster(self) -> bool:
         return self.permutation == tuple(range(self.side**2))
 
@@ -71,7 +72,15 @@ class PixelOrder:
         return torch.as_tensor(np.asarray(self.permutation) < rows * self.side)
 
     def _index(self, device: torch.device) -> Tensor:
-        return torch.tensor(self.permutation, device=device)
+        """The permutation on a device, copied once: a GPU is waited for."""
+        if device not in self._indices:
+            with torch.inference_mode(False):
+                self._indices[device] = torch.tensor(self.permutation, device=device)
+        return self._indices[device]
+
+    @cached_property
+    def _indices(self) -> dict[torch.device, Tensor]:
+        return {}
 
 
 def check_rows(rows: int, side: int) -> None:

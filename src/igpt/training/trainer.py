@@ -15,7 +15,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfi
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
-from igpt.distributed.ranks import Ranks, broadcast_from_rank0
+from igpt.distributed.ranks import Ranks, barrier, broadcast_from_rank0
 from igpt.metric.result import Number
 from igpt.settings.training import TrainingSettings
 from igpt.training.checkpoint_callback import Checkpoints
@@ -158,6 +158,8 @@ class Runner:
         return profiler
 
     def _trainer(self, module: L.LightningModule, **options: Any) -> L.Trainer:
+        """Lightning's Trainer, on every rank at the same time."""
+        barrier()  # the first may have saved or hashed something, longer than the Trainer's own barrier waits
         machine = self.machine
         trainer = L.Trainer(
             accelerator=machine.device.type,
