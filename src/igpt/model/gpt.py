@@ -7,7 +7,7 @@ weights have to load here. Names of parameters are those of the released checkpo
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,13 @@ from igpt.model.layers import Norm
 from igpt.model.patterns import Pattern
 from igpt.model.positions import POSITIONS, Factorised, Positions
 from igpt.model.sparse_mask import SparseMask
+from igpt.model.token_loss import chunked_nats, is_large
 from igpt.utils import keyed
 
 # weights that are not drawn: gains; a block's values and the first one's in equal parts (as Zhou et al. 2024); no bias
 INITIAL = {"g": 1.0, "value_mix": 0.5, "relative": 0.0}
 # methods that read weights and are called from outside `forward`: where weights are sharded, each gathers them
-FORWARD_METHODS = ("trunk", "step", "logits")
+FORWARD_METHODS = ("trunk", "step", "logits", "token_nats")
 
 
 class GPT(nn.Module):
@@ -192,8 +193,19 @@ class GPT(nn.Module):
         """Scores of every token: (…, C) → (…, V)."""
         return F.linear(hidden, self.wtet)
 
-    def forward(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
-        return self.logits(self.trunk(tokens, visible))
+    def token_nats(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """-log p of every token, in float32, its logits in chunks: hidden (B, T, C), tokens (B, T) → (B, T)."""
+        return chunked_nats(hidden, self.wtet, tokens)
+
+    def has_large_logits(self, tokens: Tensor) -> bool:
+        """Whether the logits of these tokens (B, T) are too many to be in memory at once: `token_nats` holds few."""
+        return is_large(tokens.numel(), self.n_vocab)
+
+    def forward(
+        self, tokens: Tensor, visible: Tensor | None = None, head: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """The logits; or what `head` computes of the last hidden states, while weights are whole where sharded."""
+        return (head or self.logits)(self.trunk(tokens, visible))
 
     def new_cache(self, batch: int) -> Cache:
         """An empty key/value cache for `batch` images, in the network's dtype and on its device."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from igpt.metric.throughput import train_flops_per_image
-from igpt.model import dispatch
+from igpt.model import dispatch, token_loss
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.model.linear_attention import CHUNK
@@ -148,7 +148,8 @@ def estimate_activation_bytes(
         for pattern, backend in dict.fromkeys(layers)
     }
     head = tokens * c * (product + (stream if on_gpu or not is_narrow else 2 * WIDE))
-    head += tokens * network.n_vocab * WIDE
+    if not token_loss.is_large(tokens, network.n_vocab):  # else computed again, in chunks
+        head += tokens * network.n_vocab * WIDE
     if on_gpu and network.relative_bias:  # of every pair's bias, in the backward pass of one layer at a time
         head += images * network.n_head * network.n_ctx**2 * product
     if recompute:
