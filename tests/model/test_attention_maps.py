@@ -38,7 +38,8 @@ def test_weights_times_values_are_the_blocks_output(option: str, grid: str, shuf
                 qkv, _ = block.attn.transform(qkv, first_value, 0)
             read = (weights @ split_heads(qkv, net.n_head)[2]).transpose(1, 2).flatten(2)  # (B, Q, C)
             torch.testing.assert_close(block.attn.c_proj(read), expected[:, queries], rtol=1e-4, atol=1e-5)
-        h, first_value = block(h, first_value)
+        h, added, first_value = block(h, None, first_value)
+        h = h + added
 
 
 @pytest.mark.parametrize("causal", [True, False])

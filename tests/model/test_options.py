@@ -303,7 +303,7 @@ def test_first_values_are_kept_where_they_are_mixed(option: str) -> None:
     net = make(option)
     h = net.embed(draw_tokens(net))
     net.prepare_tables()
-    kept = net.blocks[0](h)[1]
+    kept = net.blocks[0](h)[2]
     assert (kept is not None) == net.config.value_residual
 
 

@@ -8,6 +8,7 @@ import torch
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
 from igpt.objective.joint import JointObjective, LossWeights, classification_loss
+from tests.conftest import small_net
 
 
 def drawn(seed: int, *shape: int) -> torch.Tensor:
@@ -28,21 +29,24 @@ def test_the_sum_and_its_gradient(generative: AR | BERT) -> None:
     """Invariant: 0.5 · L_GEN + 2 · L_CLF, each as it is alone; gradients are the same sum of each one's."""
     tokens, labels = torch.randint(7, (3, 16)), torch.tensor([0, 2, 1])
     visible = generative.visible_mask(tokens, torch.arange(3))
-    logits, scores = drawn(0, 3, 16, 7).requires_grad_(), drawn(1, 3, 4).requires_grad_()
+    net = small_net(n_vocab=7)
+    hidden, scores = drawn(0, 3, 16, 24).requires_grad_(), drawn(1, 3, 4).requires_grad_()
     joint = JointObjective(generative, LossWeights(gen=0.5, clf=2.0))
-    losses = joint.losses(logits, scores, tokens, labels, visible)
+    losses = joint.losses(net, hidden, scores, tokens, labels, visible)
+    logits = net.logits(hidden)
     alone = {"loss_gen": generative.loss(logits, tokens, visible), "loss_clf": classification_loss(scores, labels)}
     assert {name: loss.item() for name, loss in losses.items()} == {name: loss.item() for name, loss in alone.items()}
     total = joint.total(losses)
     assert total.item() == pytest.approx(0.5 * alone["loss_gen"].item() + 2 * alone["loss_clf"].item())
-    both = torch.autograd.grad(total, [logits, scores])
-    for gradient, one, given, weight in zip(both, alone.values(), (logits, scores), (0.5, 2.0), strict=True):
+    both = torch.autograd.grad(total, [hidden, scores])
+    for gradient, one, given, weight in zip(both, alone.values(), (hidden, scores), (0.5, 2.0), strict=True):
         torch.testing.assert_close(gradient, weight * torch.autograd.grad(one, given)[0])
 
 
 def test_without_generation_the_token_head_is_not_read() -> None:
     joint = JointObjective(AR(), LossWeights(gen=0, clf=1))
-    losses = joint.losses(None, drawn(1, 3, 4), torch.zeros(3, 16, dtype=torch.int64), torch.arange(3), None)
+    tokens = torch.zeros(3, 16, dtype=torch.int64)
+    losses = joint.losses(small_net(), drawn(0, 3, 16, 24), drawn(1, 3, 4), tokens, torch.arange(3), None)
     assert not joint.has_generative_loss
     assert joint.total(losses) == losses["loss_clf"]
     assert set(losses) == {"loss_clf"}

@@ -11,14 +11,17 @@ import torch
 
 from igpt.checkpoint.igpt_format import Weights
 from igpt.model import decode, graphs
-from igpt.model.attention import masked_attention
+from igpt.model.attention import attend, masked_attention
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.model.patterns import SPARSE, Pattern, TokenLayout
 from igpt.model.sparse_mask import SparseMask
+from igpt.model.token_loss import chunked_nats
+from igpt.objective.ar import AR
 from igpt.utils import keyed
 from tests.conftest import perturbed, small_net
+from tests.model.test_gpt import RecordedOps
 from tests.task.conftest import Lab, machine
 from tests.task.test_no_wait import BETWEEN, TASKS, train
 from tests.tokens.test_datamodule import module
@@ -176,3 +179,68 @@ def test_no_step_waits(task: str, changed: dict[str, Any], tmp_path: Path, lab: 
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert set(forbid.steps) == {4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("backend", ["graphs", "layers"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_tokens_one_by_one_of_many_images(mixed: bool, backend: str) -> None:
+    """Invariant: heads of 64, 256 images: a recorded step, and the network's own, give the logits of forward passes."""
+    net = perturbed(GPT(GPTConfig(n_layer=2, n_embd=128, n_head=2, n_ctx=160, n_vocab=64, causal=True)), scale=0.02)
+    net = net.cuda()
+    tokens = torch.randint(64, (256, 160), device="cuda")
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+        full, cache = net(tokens).float(), net.new_cache(256)
+        net.step(tokens[:, :100], cache)
+        step = decode.make_decode_step(net, cache, backend)
+        for i in range(100, 159):
+            off = (step(tokens[:, i : i + 1]).float() - full[:, i + 1]).abs().max()
+            assert off < (0.05 * full.abs().max() if mixed else 1e-4)
+
+
+def test_one_query_is_not_fused() -> None:
+    """Invariant: the last position of causal attention, in float32 to 1e-5; no fused kernel plans for its keys."""
+    q, k, v = torch.randn(3, 4, 2, 70, 64, device="cuda")
+    last = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, -1:]
+    with RecordedOps() as called:
+        out = attend(q[:, :, -1:], k, v, causal=False, backend="auto")
+    assert (out - last).abs().max() < 1e-5
+    assert not any("scaled_dot_product" in name for name in called.names)
+
+
+@pytest.mark.parametrize("residual", ["float32", "bfloat16"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_follow_the_cpu(checkpointing: bool, compiled: bool, residual: str) -> None:
+    """Invariant: recomputed, compiled or both, in float32 those of the CPU to 1e-3, under autocast to 5 %."""
+    net, tokens = small_net(n_ctx=64), torch.randint(11, (4, 64))
+    expected = torch.autograd.grad(AR().loss(net(tokens), tokens, None), list(net.parameters()))
+    net, tokens = net.cuda(), tokens.cuda()
+    mixed = residual == "bfloat16"
+    precision = "bf16-mixed" if mixed else "32-true"
+    machine(
+        accelerator="gpu", compile=compiled, activation_checkpointing=checkpointing, residual=residual,
+        precision=precision,
+    ).prepare(net)  # fmt: skip
+    with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+        loss = AR().loss(net(tokens), tokens, None)
+    for one, same in zip(torch.autograd.grad(loss, list(net.parameters())), expected, strict=True):
+        assert (one.cpu() - same).norm() < (0.05 if mixed else 1e-3) * same.norm()
+
+
+def test_a_large_vocabulary_takes_little_memory() -> None:
+    """Invariant: the loss and gradients of all logits at once, to 1e-4, in less than half of the memory."""
+    hidden, head = torch.randn(8, 4096, 64, device="cuda"), torch.randn(8192, 64, device="cuda") / 8
+    tokens = torch.randint(8192, (8, 4096), device="cuda")
+    results, peaks = [], []
+    for in_chunks in (True, False):
+        inputs = [each.clone().requires_grad_() for each in (hidden, head)]
+        torch.cuda.reset_peak_memory_stats()
+        if in_chunks:
+            loss = chunked_nats(*inputs, tokens).mean()
+        else:
+            loss = torch.nn.functional.cross_entropy((inputs[0] @ inputs[1].T).flatten(0, 1), tokens.flatten())
+        results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+        peaks.append(torch.cuda.max_memory_allocated())
+    for one, same in zip(*results, strict=True):
+        assert (one - same).norm() < 1e-4 * same.norm()
+    assert peaks[0] < peaks[1] / 2

@@ -60,7 +60,8 @@ def iterate_attention(net: GPT, tokens: Tensor, visible: Tensor | None = None) -
             qkv = attention.c_attn(block.ln_1(h))
             qkv = qkv if attention.is_plain else attention.transform(qkv, first_value, 0)[0]
             yield AttentionMap(attention, *split_heads(qkv, net.n_head)[:2])
-        h, first_value = block(h, first_value)
+        h, added, first_value = block(h, None, first_value)
+        h = h + added
 
 
 class AttentionSpread(NamedTuple):

@@ -186,7 +186,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm GPT-2 block, (B, T, C) → (B, T, C)."""
+    """A pre-norm GPT-2 block. The residual stream is (B, T, C), and what the MLP before adds to it comes beside it.
+
+    So a compiled block fuses that addition with its first norm, forward and backward.
+    """
 
     def __init__(self, config: GPTConfig, attention: Attention) -> None:
         super().__init__()
@@ -198,10 +201,19 @@ class Block(nn.Module):
         self.drop_mlp: nn.Module = nn.Identity()
 
     def forward(
-        self, h: Tensor, first_value: Tensor | None = None, cache: Cache | None = None, layer: int = 0
-    ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream after this block, and the first block's values for `value_residual`."""
+        self,
+        h: Tensor,
+        added: Tensor | None = None,
+        first_value: Tensor | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The stream `h + added`, with attention's output → with the MLP's beside it; and values for `value_residual`.
+
+        The block's output is the sum of the first two; the third is the first block's values.
+        """
+        if added is not None:
+            h = h + added
         out, first_value = self.attn(self.ln_1(h), first_value, cache, layer)
         h = h + self.drop_attention(out)
-        h = h + self.drop_mlp(self.mlp(self.ln_2(h)))
-        return h, first_value
+        return h, self.drop_mlp(self.mlp(self.ln_2(h))), first_value

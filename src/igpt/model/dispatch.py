@@ -4,9 +4,7 @@ Backends are equal but for rounding (tests compare them), and a setting override
 `docs/performance.md`.
 """
 
-import os
 import platform
-import shlex
 from typing import get_args
 
 import torch
@@ -115,10 +113,7 @@ def is_worth_compiling(device: torch.device, *, n_embd: int, flops: float, half:
     wide float32 networks gain nothing. On a GPU all gain.
     """
     rate, seconds = WAIT.get(device.type, WAIT["cpu"])
-    if flops <= rate * seconds or (device.type == "cpu" and not half and n_embd > NARROW):
-        return False
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    return device.type != "cpu" or c_library.compiler_version(compiler) is not None
+    return flops > rate * seconds and (device.type != "cpu" or half or n_embd <= NARROW)
 
 
 def decode_backend(weight: Tensor, *, n_embd: int, n_head: int) -> str:

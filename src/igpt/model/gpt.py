@@ -7,7 +7,7 @@ weights have to load here. Names of parameters are those of the released checkpo
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,13 @@ from igpt.model.layers import Norm
 from igpt.model.patterns import Pattern
 from igpt.model.positions import POSITIONS, Factorised, Positions
 from igpt.model.sparse_mask import SparseMask
+from igpt.model.token_loss import chunked_nats, is_large
 from igpt.utils import keyed
 
 # weights that are not drawn: gains; a block's values and the first one's in equal parts (as Zhou et al. 2024); no bias
 INITIAL = {"g": 1.0, "value_mix": 0.5, "relative": 0.0}
 # methods that read weights and are called from outside `forward`: where weights are sharded, each gathers them
-FORWARD_METHODS = ("trunk", "step", "logits")
+FORWARD_METHODS = ("trunk", "step", "logits", "token_nats")
 
 
 class GPT(nn.Module):
@@ -44,6 +45,7 @@ class GPT(nn.Module):
         self.n_layer, self.n_embd, self.n_head = config.n_layer, config.n_embd, config.n_head
         self.n_ctx, self.n_vocab, self.causal = config.n_ctx, config.n_vocab, config.causal
         self.checkpointing = False
+        self.residual: torch.dtype | None = None  # of the residual stream under autocast, by `set_residual`
         self.drop: nn.Module = nn.Identity()  # of the embedding; or `Dropout`, by `add_dropout`
         self.decoding = "auto"  # decode backend of `generate`, one of `dispatch.DECODING`
         self.wte = nn.Parameter(torch.full((self.n_vocab, self.n_embd), math.nan))  # input tokens
@@ -79,6 +81,12 @@ class GPT(nn.Module):
             rebuilt = type(positions)(self.config)
             for table, computed in zip(positions.buffers(), rebuilt.buffers(), strict=True):
                 table.copy_(computed)
+
+    def set_residual(self, dtype: torch.dtype | None) -> None:
+        """Rounds the residual stream to a dtype after every addition; None: it keeps that of the weights."""
+        self.residual = dtype
+        for norm in (self.ln_f, *(norm for block in self.blocks for norm in (block.ln_1, block.ln_2))):
+            norm.is_narrow = dtype is not None
 
     def prepare_tables(self) -> None:
         """Computes masks and offsets on this network's device, unless present; compiled blocks only read them."""
@@ -137,7 +145,7 @@ class GPT(nn.Module):
             content = content + (self.wpe if (start, end) == (0, self.n_ctx) else self.wpe[start:end])
         for positions in self.encodings:
             content = positions.add(content, start)
-        return content
+        return content if self.residual is None else content.to(self.residual)
 
     @property
     def has_position_table(self) -> bool:
@@ -155,27 +163,49 @@ class GPT(nn.Module):
         """The residual stream h^0, …, h^L, one (B, T, C) at a time: the embedding, then after each block."""
         h = self.drop(self.embed(tokens, visible))
         yield h
-        self.prepare_tables()
-        first_value: Tensor | None = None
-        for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                h, first_value = checkpoint(block, h, first_value, use_reentrant=False, preserve_rng_state=False)
-            else:
-                h, first_value = block(h, first_value)
-            yield h
+        yield from (h for h, _ in self._run_blocks(h, joined=True))
 
     def trunk(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
         """The last hidden states after `ln_f`, input of the token and class heads: (B, T) → (B, T, C)."""
-        last = deque(self.hidden_states(tokens, visible), maxlen=1).pop()  # the others are freed
-        normed: Tensor = self.ln_f(last)
+        outputs = self._run_blocks(self.drop(self.embed(tokens, visible)), joined=False)
+        h, added = deque(outputs, maxlen=1).pop()  # the others are freed
+        normed: Tensor = self.ln_f(h if added is None else h + added)
         return normed
+
+    def _run_blocks(self, h: Tensor, *, joined: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The residual stream after each block, in two parts to be added, or in one where they are `joined`."""
+        self.prepare_tables()
+        recomputed = self.checkpointing and torch.is_grad_enabled()
+        added: Tensor | None = None
+        first_value: Tensor | None = None
+        for block in self.blocks:
+            if recomputed:
+                h, added, first_value = checkpoint(
+                    block, h, None, first_value, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                h, added, first_value = block(h, added, first_value)
+            if joined or recomputed:  # one tensor is kept, not two
+                h, added = h + added, None
+            yield h, added
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every token: (…, C) → (…, V)."""
         return F.linear(hidden, self.wtet)
 
-    def forward(self, tokens: Tensor, visible: Tensor | None = None) -> Tensor:
-        return self.logits(self.trunk(tokens, visible))
+    def token_nats(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """-log p of every token, in float32, its logits in chunks: hidden (B, T, C), tokens (B, T) → (B, T)."""
+        return chunked_nats(hidden, self.wtet, tokens)
+
+    def has_large_logits(self, tokens: Tensor) -> bool:
+        """Whether the logits of these tokens (B, T) are too many to be in memory at once: `token_nats` holds few."""
+        return is_large(tokens.numel(), self.n_vocab)
+
+    def forward(
+        self, tokens: Tensor, visible: Tensor | None = None, head: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """The logits; or what `head` computes of the last hidden states, while weights are whole where sharded."""
+        return (head or self.logits)(self.trunk(tokens, visible))
 
     def new_cache(self, batch: int) -> Cache:
         """An empty key/value cache for `batch` images, in the network's dtype and on its device."""
@@ -202,8 +232,9 @@ class GPT(nn.Module):
             content = torch.cat([self.sos.expand(len(tokens), 1, -1), content], dim=1)
         h = self._add_positions(content, cache.length)
         self.prepare_tables()
+        added: Tensor | None = None
         first_value: Tensor | None = None
         for layer, block in enumerate(self.blocks):
-            h, first_value = block(h, first_value, cache, layer)
+            h, added, first_value = block(h, added, first_value, cache, layer)
         cache.length += content.shape[1]
-        return self.logits(self.ln_f(h[:, -1]))  # (B, V)
+        return self.logits(self.ln_f(h[:, -1] if added is None else h[:, -1] + added[:, -1]))  # (B, V)

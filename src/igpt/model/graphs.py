@@ -97,6 +97,7 @@ class RecordedStep:
         b, c, h = len(self.tokens), net.n_embd, net.n_head
         self.mask.index_fill_(0, self.position, 0.0)
         x = F.embedding(self.tokens, net.wte) + self.table.index_select(0, self.position)  # (B, C)
+        x = x if net.residual is None else x.to(net.residual)
         layers = zip(net.blocks, self.weights, self.keys, self.values, strict=True)
         for block, (c_attn, c_proj, c_fc, out), keys, values in layers:
             qkv = F.linear(self._normalize(x, block.ln_1.g), c_attn).view(b, 3, h, 1, c // h)
@@ -112,4 +113,4 @@ class RecordedStep:
         self.position.add_(1).clamp_(max=net.n_ctx - 1)
 
     def _normalize(self, x: Tensor, g: Tensor) -> Tensor:
-        return F.rms_norm(x, g.shape, g, NORM_EPS).to(self.dtype)
+        return F.rms_norm(x, g.shape, g.to(x.dtype), NORM_EPS).to(self.dtype)

@@ -55,8 +55,12 @@ class Norm(nn.Module):
     def __init__(self, n_embd: int) -> None:
         super().__init__()
         self.g = nn.Parameter(torch.full((n_embd,), math.nan))
+        self.is_narrow = False  # gives the dtype of its input, under autocast too; sums in float32 all the same
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_narrow:
+            with torch.autocast(x.device.type, enabled=False):
+                return F.rms_norm(x, self.g.shape, self.g.to(x.dtype), NORM_EPS)
         if x.device.type == "cpu" and x.dtype == self.g.dtype == torch.float32 and not torch.compiler.is_compiling():
             y: Tensor = _CPUNorm.apply(x, self.g)  # type: ignore[no-untyped-call]  # PyTorch has no type for it
             return y

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt.objective.base import Objective
+from igpt.objective.base import Objective, TokenHead, generative_loss
 from igpt.settings.training import LossWeights
 
 
@@ -28,12 +28,12 @@ class JointObjective:
         return self.weights.gen > 0
 
     def losses(
-        self, logits: Tensor | None, scores: Tensor, tokens: Tensor, labels: Tensor, visible: Tensor | None
+        self, net: TokenHead, hidden: Tensor, scores: Tensor, tokens: Tensor, labels: Tensor, visible: Tensor | None
     ) -> dict[str, Tensor]:
-        """`loss_clf`, and `loss_gen` if there are logits (B, T, V); scores (B, K), tokens (B, T), labels (B,)."""
+        """`loss_clf`, and `loss_gen` if it counts; last hidden states (B, T, C), scores (B, K), labels (B,)."""
         losses = {"loss_clf": classification_loss(scores, labels)}
-        if logits is not None:
-            losses["loss_gen"] = self.generative.loss(logits, tokens, visible)
+        if self.has_generative_loss:
+            losses["loss_gen"] = generative_loss(self.generative, net, hidden, tokens, visible)
         return losses
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:

@@ -30,6 +30,7 @@ OUTSIDE_TASK = ("requires", "run_folder", "paper", "init")  # keys of a task: co
 NULL_OUTSIDE_TASK = ("push", "private")  # keys of a task that count unless they are null
 OFTEN = (".log_every", ".val_every", ".checkpoint_every", ".checkpoint_keep", ".keep_steps")
 OF_THE_MACHINE = "precision"  # besides `lightning`, the only identity setting of the trainer: others change rounding
+STREAM = "residual"  # another one, unless it is the default, which older runs do not state
 DEBUG = "debug"  # key of a config, and folder in `paths.runs`, of runs that try something out and count for nothing
 
 
@@ -40,6 +41,8 @@ def deciding(config: dict[str, Any]) -> dict[str, Any]:
     of_others = [group for part in config["task"].get("requires") or () for group in UNUSED.get(part, ())]
     chosen = {key: value for key, value in config.items() if key not in (*OUTSIDE_IDENTITY, *of_others, "callbacks")}
     trainer = {OF_THE_MACHINE: config["trainer"].get(OF_THE_MACHINE)}
+    if config["trainer"].get(STREAM, "float32") != "float32":
+        trainer[STREAM] = config["trainer"][STREAM]
     if lightning := deciding_arguments(config["trainer"]):
         trainer["lightning"] = lightning
     callbacks = deciding_callbacks(config)

@@ -41,6 +41,7 @@ from igpt.run.saved_overrides import record_overrides, search_path_arguments
 from igpt.run.targets import checked_task
 from igpt.run.variants import apply_variant
 from igpt.settings.run import check_structure
+from igpt.training.compiling import explain_compile_failure
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.training.plan import plan_run, plan_tokenizer
 from igpt.training.precision import describe_device, list_precision_notes
@@ -70,6 +71,7 @@ def main(cfg: DictConfig) -> None:
     except (RuntimeError, MemoryError) as error:
         lost_rank = explain_lost_rank(error)
         known = explain_out_of_memory(error) or explain_lost_worker(error) or explain_missing_metric(error)
+        known = known or explain_compile_failure(error)
         if (message := known or lost_rank) is None:
             raise
         log.debug("traceback", exc_info=True)

@@ -12,6 +12,7 @@ PrecisionChoice = Literal["auto", "32-true", "bf16-mixed", "bf16-true"]
 Strategy = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_3", "deepspeed_3_offload"]
 AttentionBackend = Literal["auto", "native", "sdpa", "blocks", "bmm", "flex"]
 DecodeBackend = Literal["auto", "native", "columns", "graphs", "layers"]
+Residual = Literal["float32", "bfloat16"]
 MatmulPrecision = Literal["auto", "highest", "high", "medium"]
 
 
@@ -34,6 +35,7 @@ class HardwareSettings(Settings):
     plan: bool = False  # only report what the run would cost
     memory_gb: Annotated[float, Field(ge=0.001, le=1e6)] | None = None  # (plan) of one device; None: of this machine
     utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4  # (plan) expected share of peak_tflops
+    residual: Residual = "float32"  # of the residual stream under bf16-mixed
     decoding: DecodeBackend = "auto"  # how tokens are sampled one by one
     lightning: LightningArguments = LightningArguments()  # further arguments of Lightning's Trainer
 

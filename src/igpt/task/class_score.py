@@ -14,7 +14,7 @@ from igpt.metric.likelihood import BitUnit, likelihood_numbers
 from igpt.metric.result import Number
 from igpt.model.gpt import GPT
 from igpt.model.head import ClassHead
-from igpt.objective.base import Objective
+from igpt.objective.base import Objective, hidden_nats
 from igpt.probe.scores import vote
 from igpt.task.generative_score import table_of_images
 from igpt.tokens.batches import Batch
@@ -77,7 +77,7 @@ class ClassScore(nn.Module):
             predictions.append(scores.argmax(dim=-1))
             if mask == 0:
                 first = scores
-                nats = self.objective.per_example_loss(net.logits(hidden), batch.tokens, visible).double()
+                nats = self.objective.average_tokens(hidden_nats(net, hidden, batch.tokens), visible).double()
                 loss = F.cross_entropy(scores, batch.labels, reduction="none").double()
         rng_keys = keyed.per_example_keys(keyed.key(self.seed, "vote"), batch.rows.cpu())
         by_vote = vote(torch.stack(predictions), n_class=self.n_class, rng_keys=rng_keys)

@@ -118,8 +118,7 @@ class FinetuneModule(TrainedModule):
             self.dropout.begin(batch.rng_keys)
         hidden = self.net.trunk(batch.tokens, visible)  # (B, T, C), read by both heads
         scores = self.head(hidden).float()  # (B, K)
-        logits = self.net.logits(hidden) if self.joint.has_generative_loss else None  # (B, T, V)
-        losses = self.joint.losses(logits, scores, batch.tokens, batch.labels, visible)
+        losses = self.joint.losses(self.net, hidden, scores, batch.tokens, batch.labels, visible)
         accuracy = (scores.argmax(dim=-1) == batch.labels).float().mean()
         return self.accumulate(self.joint.total(losses), {**losses, "accuracy": accuracy})
 

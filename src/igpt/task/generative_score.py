@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import lightning as L
 import torch
@@ -11,7 +12,7 @@ from igpt.distributed.ranks import sum_over_ranks
 from igpt.metric.likelihood import PER_DIM, PER_DIM_OF_THESE_PIXELS, BitUnit, likelihood_numbers
 from igpt.metric.result import Number
 from igpt.model.gpt import GPT
-from igpt.objective.base import Objective, token_nats
+from igpt.objective.base import Objective, hidden_nats
 from igpt.run.components import Components
 from igpt.tokens.batches import Batch
 from igpt.tokens.rgb import RGBTokenizer
@@ -50,7 +51,7 @@ class GenerativeScore:
 
     def add(self, net: GPT, batch: Batch) -> None:
         visible = self.objective.visible_mask(batch.tokens, batch.rng_keys)  # (B, T) or None
-        nats = token_nats(net(batch.tokens, visible), batch.tokens)  # (B, T)
+        nats = net(batch.tokens, visible, partial(hidden_nats, net, tokens=batch.tokens))  # (B, T)
         self._seen.append((batch.rows, self.objective.average_tokens(nats, visible).double()[None]))
         predicted = torch.ones_like(nats) if visible is None else (~visible).to(nats)
         self._of_positions.append(torch.stack([(nats * predicted).double().sum(0), predicted.double().sum(0)]))

@@ -1,16 +1,16 @@
 """Where a network is surprised: its loss at every pixel of some images, whose mean is their loss."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from igpt.metric.result import Grid
 from igpt.model.gpt import GPT
-from igpt.objective.base import Objective
+from igpt.objective.base import Objective, hidden_nats
 from igpt.task.heat_maps import draw_heat, spread_over_pixels
 from igpt.tokens.batches import Batch
 from igpt.tokens.tokenizer import Tokenizer
@@ -41,11 +41,10 @@ def measure_token_losses(net: GPT, objective: Objective, batch: Batch, *, eval_m
     for mask in range(masks):
         rng_keys = keyed.fold_in(batch.rng_keys, 100 + mask) if mask else batch.rng_keys
         visible = objective.visible_mask(tokens, rng_keys)
-        logits = net(tokens, visible)
+        nats = net(tokens, visible, partial(hidden_nats, net, tokens=tokens))  # (B, T)
         hidden = torch.ones_like(total) if visible is None else (~visible).double()
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="none").view(tokens.shape)
         total, count = total + nats * hidden, count + hidden
-        per_image += objective.per_example_loss(logits, tokens, visible).double()
+        per_image += objective.average_tokens(nats, visible).double()
     return TokenLosses((total / count).cpu(), (per_image / masks).cpu())  # 0 / 0: NaN
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model.gpt import GPT
+from igpt.objective.base import generative_loss
 from igpt.run.components import Components
 from igpt.settings.training import PretrainSettings
 from igpt.task.generative_score import GenerativeScore, choose_units
@@ -89,7 +91,8 @@ class PretrainModule(TrainedModule):
         assert self.net is not None
         tokens, rng_keys = batch.tokens, batch.rng_keys  # (B, T), (B,)
         visible = self.objective.visible_mask(tokens, rng_keys)  # (B, T) tokens the net may see; None: all
-        loss = self.objective.loss(self.net(tokens, visible), tokens, visible)  # nats per token
+        head = partial(generative_loss, self.objective, self.net, tokens=tokens, visible=visible)
+        loss = self.net(tokens, visible, head)  # nats per token
         return self.accumulate(loss, {"loss_gen": loss})
 
     def on_fit_start(self) -> None:

@@ -30,6 +30,7 @@ from igpt.tokens.vqvae import VQVAE, VQVAEConfig, init_weights, round_pixels, sc
 from igpt.tokens.vqvae_tokenizer import VQVAETokenizer
 from igpt.training.base_module import UNITS, TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
+from igpt.training.compiling import can_compile
 from igpt.training.hardware import HardwareConfig
 from igpt.training.optimizers import every_step, make_adam, warmup_stable_decay
 from igpt.training.plan import count_vqvae_cost
@@ -67,9 +68,10 @@ class VQVAEModule(TrainedModule):
         self.config, self.seed = config, seed
         self.network = VQVAE(config)
         init_weights(self.network, seed)
+        compiled = hardware.compile is True and can_compile(hardware.device, is_requested=True)
         for part in (self.network.encoder, self.network.decoder):
             part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in its stub
-            if hardware.compile is True:
+            if compiled:
                 part.compile()
         ranks.check_agree("weights to begin with", {"digest": ranks.hash_module(self.network)})
         self.score = ReconstructionScore(config.codes, n_val)

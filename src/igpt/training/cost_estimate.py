@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from igpt.metric.throughput import train_flops_per_image
-from igpt.model import dispatch
+from igpt.model import dispatch, token_loss
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.model.linear_attention import CHUNK
@@ -79,6 +79,7 @@ def estimate_cost(
     recompute: bool,
     backends: Sequence[str],
     on_gpu: bool,
+    residual: str = "float32",
     peak_flops: float | None = None,
     utilisation: float = 0.4,
 ) -> Plan:
@@ -107,8 +108,9 @@ def estimate_cost(
         # gathered: the rest for a whole pass, of the blocks the current and the next
         working += width * (2 * sizes["rest"] + 3 * sizes["block"])
     activations = estimate_activation_bytes(
-        network, micro_batch, precision=precision, recompute=recompute, backends=backends, on_gpu=on_gpu
-    )
+        network, micro_batch, precision=precision, recompute=recompute, backends=backends, on_gpu=on_gpu,
+        residual=residual,
+    )  # fmt: skip
     return Plan(
         n_weight=n,
         weights=on_device,
@@ -127,24 +129,27 @@ def estimate_cost(
 
 
 def estimate_activation_bytes(
-    network: GPTConfig, images: int, *, precision: str, recompute: bool, backends: Sequence[str], on_gpu: bool
-) -> float:
+    network: GPTConfig, images: int, *, precision: str, recompute: bool, backends: Sequence[str], on_gpu: bool,
+    residual: str = "float32",
+) -> float:  # fmt: skip
     """Bytes of activations saved at the end of the forward pass of `images` images.
 
     With `recompute`: during the backward pass of the largest block, after its activations were recomputed.
     """
     c, tokens = network.n_embd, images * network.n_ctx
     product = WIDE if precision == "32-true" else NARROW  # bytes per element of matmul inputs
-    stream = NARROW if precision == "bf16-true" else WIDE  # bytes per element of the residual stream
+    is_narrow = precision == "bf16-true" or residual == "bfloat16"
+    stream = NARROW if is_narrow else WIDE  # bytes per element of the residual stream
     layers = list(zip(network.patterns, backends, strict=True))
     sizes = {
         (pattern, backend): _estimate_block_bytes(
-            network, pattern, images, precision=precision, backend=backend, on_gpu=on_gpu
+            network, pattern, images, precision=precision, backend=backend, on_gpu=on_gpu, is_narrow=is_narrow
         )
         for pattern, backend in dict.fromkeys(layers)
     }
-    head = tokens * c * (product + (stream if on_gpu or precision != "bf16-true" else 2 * WIDE))
-    head += tokens * network.n_vocab * WIDE
+    head = tokens * c * (product + (stream if on_gpu or not is_narrow else 2 * WIDE))
+    if not token_loss.is_large(tokens, network.n_vocab):  # else computed again, in chunks
+        head += tokens * network.n_vocab * WIDE
     if on_gpu and network.relative_bias:  # of every pair's bias, in the backward pass of one layer at a time
         head += images * network.n_head * network.n_ctx**2 * product
     if recompute:
@@ -154,15 +159,16 @@ def estimate_activation_bytes(
 
 
 def _estimate_block_bytes(
-    network: GPTConfig, pattern: str | Pattern, images: int, *, precision: str, backend: str, on_gpu: bool
-) -> float:
-    """Bytes of activations that one block saves."""
+    network: GPTConfig, pattern: str | Pattern, images: int, *, precision: str, backend: str, on_gpu: bool,
+    is_narrow: bool,
+) -> float:  # fmt: skip
+    """Bytes of activations that one block saves; `is_narrow`: with a residual stream in bfloat16."""
     c, tokens, hidden = network.n_embd, images * network.n_ctx, network.hidden_size
     product = WIDE if precision == "32-true" else NARROW
-    stream = NARROW if precision == "bf16-true" else WIDE
+    stream = NARROW if is_narrow else WIDE
     is_gated, is_scaled = network.activation == "swiglu", network.activation == "quick_gelu"
     normed = 2 * stream  # its two norms' inputs
-    if precision == "bf16-true" and not on_gpu:
+    if is_narrow and not on_gpu:
         normed = 2 * 2 * WIDE  # computed in float32: the input and the normalised input are saved
     block: float = tokens * c * (3 * product + normed)  # two normed inputs, attention's output
     block += tokens * hidden * product * (4 if is_gated else 2)  # the MLP's inner activations

@@ -25,6 +25,7 @@ from igpt.model.gpt import FORWARD_METHODS, GPT
 from igpt.model.patterns import SPARSE, Pattern
 from igpt.model.verify import verify_attention
 from igpt.settings.devices import HardwareSettings, Precision
+from igpt.training import compiling
 from igpt.training.deepspeed import INSTALL
 from igpt.training.frozen_networks import build_frozen
 from igpt.training.hardware_checks import check_processes
@@ -108,25 +109,30 @@ class HardwareConfig(HardwareSettings):
         return BatchPlan(n * size, size, n_device=n, rank=self.rank.index)
 
     def prepare(self, net: GPT, *, flops: float = 0.0) -> None:
-        """Sets the network's attention backend, decoding, activation checkpointing and compilation.
+        """Sets the network's attention backend, decoding, activation checkpointing, stream and compilation.
 
         `flops`: operations per device of the training to come, by which `compile=auto` decides.
         """
-        compiled = self.compile
-        if compiled == "auto":
-            half = self.precision != "32-true"
-            gains = dispatch.is_worth_compiling(self.device, n_embd=net.n_embd, flops=flops, half=half)
-            compiled = gains and not self.zero_stage
-        net.checkpointing, net.decoding = self.activation_checkpointing, self.decoding
         self.check_network(net.config)
-        kinds = {(block.attn.mask, block.attn.is_linear, block.attn.value_mix is None) for block in net.blocks}
+        net.checkpointing, net.decoding = self.activation_checkpointing, self.decoding
+        net.set_residual(torch.bfloat16 if self.residual == "bfloat16" else None)
         for block in net.blocks:
             block.attn.backend = self.attention_backend
-            if compiled:  # each kind in training and in validation, for batches of several sizes
-                block.compile(recompile_limit=max(8, 4 * len(kinds)))
+        wanted = self.compile
+        if wanted == "auto":
+            half = self.precision != "32-true"
+            gains = dispatch.is_worth_compiling(self.device, n_embd=net.n_embd, flops=flops, half=half)
+            wanted = gains and not self.zero_stage
+        if wanted and compiling.can_compile(self.device, is_requested=self.compile is True):
+            compiling.compile_blocks(net)
 
     def check_network(self, network: GPTConfig) -> None:
-        """Raises ValueError if the chosen attention backend does not compute this network."""
+        """Raises ValueError if the chosen attention backend or precision does not compute this network."""
+        if self.residual == "bfloat16" and self.precision == "32-true":
+            raise ValueError(
+                "trainer.residual=bfloat16 is for trainer.precision=bf16-mixed (bf16-true has it), this computes in "
+                "float32: leave it out, or choose that precision"
+            )
         backend, patterns, lacking = self.attention_backend, network.patterns, ""
         if backend in ("native", "flex"):
             lacking = network.unsupported(IN_C)

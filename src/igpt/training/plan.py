@@ -33,6 +33,7 @@ def plan_run(machine: HardwareConfig, network: GPTConfig, *, batch_size: int, st
         devices=devices,
         strategy=machine.strategy if devices > 1 or machine.zero_stage else "ddp",
         precision=machine.precision,
+        residual=machine.residual,
         recompute=machine.activation_checkpointing,
         backends=_choose_backends(machine, network, on_cpu),
         on_gpu=not on_cpu,
