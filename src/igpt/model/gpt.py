@@ -26,6 +26,8 @@ from igpt.utils import keyed
 # weights that are not drawn: gains; a block's values and the first one's in equal parts (as Zhou et al. 2024); no bias
 INITIAL = {"g": 1.0, "value_mix": 0.5, "relative": 0.0}
 
+FORWARD_METHODS = ("trunk", "step", "logits")  # methods that read weights and are called from outside, beside `forward`
+
 
 class GPT(nn.Module):
     """Tokens (B, T) int64 → logits (B, T, V); `logits[:, i]` predicts `tokens[:, i]`.

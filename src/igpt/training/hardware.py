@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from pydantic import model_validator
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from igpt.data.order import BatchPlan
 from igpt.distributed.cores import count_cores
@@ -24,6 +23,7 @@ from igpt.model.patterns import SPARSE, Pattern
 from igpt.model.verify import verify_attention
 from igpt.settings.devices import HardwareSettings
 from igpt.training.deepspeed import INSTALL
+from igpt.training.fsdp import shard_network
 from igpt.utils.program import program_name
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class HardwareConfig(HardwareSettings):
         """The network to train: `build` creates it, `fill` sets its weights; `flops` as in `prepare`.
 
         Under FSDP it is created on the meta device and sharded block by block, and only the local shard is allocated:
-        no process ever holds the full network. Source: PyTorch's FSDP2.
+        no process ever holds the full network.
         """
         if not self.is_sharded or self.zero_stage:
             net = build()  # under ZeRO 3, DeepSpeed shards each weight at creation
@@ -196,11 +196,7 @@ class HardwareConfig(HardwareSettings):
         with torch.device("meta"):
             net = build()
         self.prepare(net, flops=flops)
-        for block in net.blocks:
-            fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(net, mesh=mesh["data_parallel"])
-        for method in ("trunk", "step", "logits"):
-            register_fsdp_forward_method(net, method)
+        shard_network(net, mesh["data_parallel"], mixed=self.precision == "bf16-mixed")
         net.allocate(self.device)
         fill(net)
         return net
