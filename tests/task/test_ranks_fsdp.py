@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from igpt.checkpoint.resume import AtomicCheckpointIO, find_checkpoints
+from igpt.checkpoint.resume import AtomicCheckpointIO, find_checkpoints, is_intact
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from tests.task.conftest import Lab, machine
@@ -86,3 +86,12 @@ def test_pieces_of_muon_and_average_are_resumed_by_one_process(
     resumed = alone.pretrain(folder, on=machine(micro_batch=50), **MUON)
     for name, values in found[0]["ddp muon"].items():
         assert resumed.curves[name].y == pytest.approx(values, rel=1e-5)
+
+
+def test_each_rank_hashes_what_it_wrote(place: Path, found: list[dict[str, Any]]) -> None:
+    """By hand: its own piece, and the first rank the two common files; the checksum is that of the whole folder."""
+    n_saved = 2
+    assert sorted(found[0]["hashed"]) == sorted([".metadata", "__0_0.distcp", "meta.pt"] * n_saved)
+    assert found[1]["hashed"] == ["__1_0.distcp"] * n_saved
+    for path in find_checkpoints(place / "fsdp muon"):
+        assert is_intact(path)

@@ -1,6 +1,7 @@
 """FSDP2: a network shared out over the ranks, the strategy under Lightning, and checkpoints, read like all others."""
 
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -171,19 +172,34 @@ def write_folder(path: Path, checkpoint_io: Any, write: Callable[[Path], None]) 
     if first:
         files.remove(unfinished)
     ranks.barrier()
+    hashes: dict[str, str] = {}
     try:
         write(unfinished)
+        hashes = _hash_own_parts(unfinished)
         refused = None
     except (OSError, RuntimeError, CheckpointException) as error:
         refused = tensors.first_line(error)
-    failed = [message for message in ranks.all_gather_object(refused) if message is not None]
+    found = ranks.all_gather_object((refused, hashes))
+    failed = [message for message, _ in found if message is not None]
     if first and not failed:
-        checkpoint_io.replace(unfinished, path)
+        checkpoint_io.replace(
+            unfinished, path, files.combine_sha256({k: v for _, part in found for k, v in part.items()})
+        )
     if failed:
         checkpoint_io.write_error = OSError(f"{path} could not be written ({failed[0]}): is the disk full?")
         if first:
             files.remove(unfinished)
     ranks.barrier()
+
+
+def _hash_own_parts(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name of what this rank has written; of the first rank, also of all that no rank's name is on."""
+    rank, hashes = ranks.this_rank(), {}
+    for file in folder.iterdir():
+        piece = re.fullmatch(r"__(\d+)_\d+\.distcp", file.name)
+        if (int(piece[1]) if piece else 0) == rank.index:
+            hashes[file.name] = files.sha256(file)
+    return hashes
 
 
 def _load_file(module: nn.Module, optimizers: list[Optimizer], path: Path) -> dict[str, Any]:
