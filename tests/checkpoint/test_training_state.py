@@ -1,5 +1,6 @@
 """The state of a training is the same from one file and from a folder in pieces, under the same names."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint, mark_latest
 from igpt.checkpoint.training_state import GROUPS, read_as_one_file, read_training_state
 from igpt.model.gpt import GPT
 from igpt.training.optimizers import make_optimizer
+from igpt.utils import files
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 RATES = {"learning_rate": 0.01, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1}
@@ -150,4 +153,33 @@ def test_a_folder_that_is_not_whole(saved: tuple[Path, Path], fault: Callable[[P
     fault(saved[1])
     with pytest.raises(ValueError, match=message) as error:
         read_as_one_file(saved[1])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["missing", "swapped", "cut", "none"])
+def test_every_part_is_under_the_checksum(tmp_path: Path, damage: str) -> None:
+    """By hand: the hashes of the parts, by name, make the checksum, whoever computed them."""
+    path, unfinished = tmp_path / "checkpoints" / "step_0000003.ckpt", tmp_path / "checkpoints" / ".part"
+    contents = {"__0_0.distcp": b"first", "__1_0.distcp": b"other", ".metadata": b"where", "meta.pt": b"rest"}
+    unfinished.mkdir(parents=True)
+    for name, content in contents.items():
+        (unfinished / name).write_bytes(content)
+    lines = [f"{name} {hashlib.sha256(contents[name]).hexdigest()}\n" for name in sorted(contents)]
+    expected = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert files.sha256(unfinished) == expected
+    AtomicCheckpointIO().replace(unfinished, path, expected)
+    mark_latest(path, keep=1)
+    one, other = path / "__0_0.distcp", path / "__1_0.distcp"
+    if damage == "none":
+        assert latest_checkpoint(tmp_path) == path
+        return
+    if damage == "missing":
+        other.unlink()
+    elif damage == "swapped":
+        one.write_bytes(contents[other.name])
+        other.write_bytes(contents[one.name])
+    else:
+        other.write_bytes(b"oth")
+    with pytest.raises(ValueError, match=r"holds no checkpoint that is whole \(1 are damaged\)") as error:
+        latest_checkpoint(tmp_path)
     assert "\n" not in str(error.value)

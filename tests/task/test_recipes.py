@@ -14,8 +14,8 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.kept import list_weights
 from igpt.checkpoint.resume import find_checkpoints, parse_step
 from igpt.metric.result import Result
+from igpt.run.targets import task_settings
 from igpt.training.ema import warmed_up_decay
-from igpt.training.hardware import HardwareConfig
 from igpt.utils import files
 from tests.conftest import learned_numbers
 from tests.task.conftest import PRETRAIN, Lab, check_bad_settings, machine
@@ -178,12 +178,18 @@ def test_the_decay_is_warmed_up() -> None:
     assert [warmed_up_decay(n, 0.999) for n in (0, 10, 10_000)] == [0.1, 0.55, 0.999]
 
 
-def test_weights_in_parts_are_not_averaged(tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HardwareConfig, "is_sharded", True)
-    with pytest.raises(
-        ValueError, match=r"^task\.ema averages whole weights, .* choose task\.ema=null, or trainer=ddp"
-    ):
-        lab.pretrain(tmp_path, ema=0.9)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"ema": 0.9}, r"^task\.ema averages whole weights, .* choose task\.ema=null, or trainer=fsdp"),
+        ({"optimizer": "muon"}, r"^task\.optimizer=muon works on whole matrices, .* or trainer=fsdp"),
+    ],
+)
+def test_what_deepspeed_does_not_do(changed: dict[str, Any], message: str) -> None:
+    settings = task_settings("igpt.task.pretrain.run", {**PRETRAIN, **changed})
+    settings.check_sharded("fsdp")
+    with pytest.raises(ValueError, match=message):
+        settings.check_sharded("deepspeed_3")
 
 
 WSD: dict[str, Any] = {"schedule": "wsd", "decay_share": 0.2, "steps": 100, "warmup_steps": 10}

@@ -142,7 +142,7 @@ def test_a_checkpoint_is_on_the_disk_before_others_go(tmp_path: Path, events: li
     (unfinished / "shard").write_bytes(b"of a rank")
     path = checkpoint_path(tmp_path, 3)
     events.clear()
-    AtomicCheckpointIO().replace(unfinished, path)
+    AtomicCheckpointIO().replace(unfinished, path, files.sha256(unfinished))
     mark_latest(path, keep=2)
     assert latest_checkpoint(tmp_path) == path
     first = events.index(("unlink", "step_0000001.ckpt"))

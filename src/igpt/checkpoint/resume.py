@@ -47,11 +47,11 @@ class AtomicCheckpointIO(CheckpointIO):
                 f"{path} could not be written ({error}): is the disk full? Older ones are untouched"
             ) from error
 
-    def replace(self, unfinished: Path, path: Path) -> None:
+    def replace(self, unfinished: Path, path: Path, sha256: str) -> None:
         """Renames a completely written folder to `path`, with its checksum; stores a disk error in `write_error`."""
         try:
             with files.atomic_write(checksum_path(path)) as checksum:
-                checksum.write(f"{files.sha256(unfinished)}\n".encode())
+                checksum.write(f"{sha256}\n".encode())
             files.remove(path)
             files.move_into_place(unfinished, path)
         except OSError as error:

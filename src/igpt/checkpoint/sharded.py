@@ -35,6 +35,7 @@ from igpt.checkpoint.igpt_format import Weights, extract_metadata, select_prefix
 from igpt.checkpoint.tensors import LazyTensor, State
 from igpt.utils import files
 
+EMA = "ema"  # key of the average of the weights, and with a point the prefix of its tensors
 METADATA, REST, PIECES = ".metadata", "meta.pt", "*.distcp"
 STATE = "state_dict."  # Lightning's prefix of the module's tensors
 MOMENTS = "optimizer_0.state."  # its prefix of the optimiser's tensors

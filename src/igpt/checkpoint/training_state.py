@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from igpt.checkpoint import sharded, torch_files
-from igpt.checkpoint.sharded import MOMENTS, STATE
+from igpt.checkpoint.igpt_format import select_prefix
+from igpt.checkpoint.sharded import EMA, MOMENTS, STATE
 from igpt.checkpoint.tensors import LazyTensor, State
 
 GROUPS = "optimizer_groups"  # key of the optimiser's groups in the rest
@@ -21,9 +22,9 @@ _BLOCK = re.compile(r"(^|\.)h\.\d+\.")  # in the name of a weight of a block
 def read_training_state(path: Path) -> tuple[State, dict[str, Any]]:
     """The tensors of a training checkpoint, each read when it is asked for, and the rest of it.
 
-    Tensors are named as in a folder in pieces: `state_dict.net.wte`, `optimizer_0.state.net.wte.exp_avg`. The rest is
-    counters, schedules and curves, and under `optimizer_groups` the groups of the optimiser: its settings, and the
-    names of its weights (`params`) in its order.
+    Tensors are named as in a folder in pieces: `state_dict.net.wte`, `optimizer_0.state.net.wte.exp_avg`, `ema.wte`.
+    The rest is counters, schedules and curves, and under `optimizer_groups` the groups of the optimiser: its settings,
+    and the names of its weights (`params`) in its order.
 
     Raises:
         ValueError: a missing or damaged file, or an optimiser of other weights than those beside it.
@@ -48,8 +49,9 @@ def read_as_one_file(path: Path) -> dict[str, Any]:
         "state": {number: values for number, values in read.items() if values},
         "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups],
     }
-    weights = {name.removeprefix(STATE): one.read() for name, one in state.items() if name.startswith(STATE)}
-    return {**rest, "state_dict": weights, STATES: [saved]}
+    weights = {name: one.read() for name, one in select_prefix(STATE, state).items()}
+    averages = {name: one.read() for name, one in select_prefix(f"{EMA}.", state).items()}
+    return {**rest, "state_dict": weights, STATES: [saved], **({EMA: averages} if averages else {})}
 
 
 def is_block_matrix(name: str, n_dim: int) -> bool:
@@ -72,12 +74,13 @@ def _read_folder(folder: Path) -> tuple[State, dict[str, Any]]:
 
 def _read_file(path: Path) -> tuple[State, dict[str, Any]]:
     checkpoint = _check_mapping(path, torch_files.read_torch(path))
-    weights, optimizers = checkpoint.pop("state_dict", None), checkpoint.pop(STATES, None)
+    weights, optimizers, averages = (checkpoint.pop(key, {}) for key in ("state_dict", STATES, EMA))
     try:
         (optimizer,) = optimizers
         saved, groups = dict(optimizer["state"]), [dict(group) for group in optimizer["param_groups"]]
         names = _name_by_number(dict(weights), [list(group["params"]) for group in groups])
         tensors = {f"{STATE}{name}": tensor for name, tensor in weights.items()}
+        tensors |= {f"{EMA}.{name}": tensor for name, tensor in averages.items()}
         for number, values in saved.items():
             tensors |= {f"{MOMENTS}{names[number]}.{key}": value for key, value in values.items()}
         for group in groups:
@@ -132,7 +135,7 @@ def _moments_by_weight(state: State) -> dict[str, dict[str, LazyTensor]]:
 
 def _check_optimizer(path: Path, state: State, groups: Iterable[Mapping[str, Any]]) -> None:
     """Raises ValueError unless the optimiser's groups name each weight once, and its tensors have their shapes."""
-    shapes = {name.removeprefix(STATE): one.shape for name, one in state.items() if name.startswith(STATE)}
+    shapes = {name: one.shape for name, one in select_prefix(STATE, state).items()}
     listed = [group.get("params") for group in groups]
     order = [name for names in listed if isinstance(names, list) for name in names]
     fits = all(isinstance(names, list) for names in listed) and len(order) == len(set(order))

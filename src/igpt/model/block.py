@@ -148,7 +148,10 @@ class Attention(nn.Module):
         """The scores of the offsets of positions 0 … t - 1: (H, t, t); None without `relative_bias`."""
         if self.relative is None or self.offsets is None:
             return None
-        table = F.pad(self.relative.flatten(1), (0, 1))  # the start vector has no offset: 0
+        # bfloat16 under trainer=fsdp: its gradient, a sum over pairs, stays float32
+        mixed = torch.is_autocast_enabled(self.relative.device.type)
+        relative = self.relative.float() if mixed else self.relative
+        table = F.pad(relative.flatten(1), (0, 1))  # the start vector has no offset: 0
         index = self.offsets.index[:t, :t]
         return table.index_select(1, index.flatten()).view(-1, t, t)
 

@@ -101,14 +101,16 @@ class PretrainSettings(AdamSettings):
         return self
 
     def check_sharded(self, strategy: str) -> None:
-        """Raises ValueError for what a strategy that shards weights over the ranks cannot do."""
+        """Raises ValueError for what DeepSpeed, which hides weights in flat partitions, cannot do; FSDP2 can."""
         apart = f"trainer={strategy} takes them apart: choose"
+        if strategy == "fsdp":
+            return
         if self.optimizer == "muon":
             raise ValueError(
-                f"task.optimizer=muon works on whole matrices, {apart} task.optimizer=adam, or trainer=ddp"
+                f"task.optimizer=muon works on whole matrices, {apart} task.optimizer=adam, or trainer=fsdp"
             )
         if self.ema is not None:
-            raise ValueError(f"task.ema averages whole weights, {apart} task.ema=null, or trainer=ddp")
+            raise ValueError(f"task.ema averages whole weights, {apart} task.ema=null, or trainer=fsdp")
 
 
 class TokenizerTaskSettings(AdamSettings):

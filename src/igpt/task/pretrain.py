@@ -13,6 +13,7 @@ from torch import Tensor
 from igpt.checkpoint import igpt_format
 from igpt.checkpoint.igpt_format import Weights, check_equal, meta_model, read_model, save_model
 from igpt.checkpoint.resume import kept_path
+from igpt.checkpoint.tensors import LazyTensor
 from igpt.data.source import Stream
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
@@ -54,7 +55,7 @@ class PretrainModule(TrainedModule):
         self.score_of_average = GenerativeScore(self.objective)
         self.net: GPT | None = None
         self.average: WeightAverage | None = None  # of the weights, where there is `task.ema`
-        self._saved_average: dict[str, Tensor] | None = None  # of the checkpoint
+        self._saved_average: dict[str, Tensor | LazyTensor] | None = None  # of the checkpoint
 
     def configure_model(self) -> None:
         if self.net is not None:
@@ -187,6 +188,8 @@ class PretrainModule(TrainedModule):
         check_equal("tokenizer", saved.tokenizer.hash, expected.tokenizer.hash, path)
         super().on_load_checkpoint(checkpoint)
         self._saved_average = checkpoint.get("ema")
+        if self.average is not None and self._saved_average is not None:  # trainer=fsdp loads after `on_fit_start`
+            self.average.load(self._saved_average)
 
 
 def run(components: Components, settings: PretrainSettings) -> Result:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from pydantic import model_validator
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from igpt.data.order import BatchPlan
 from igpt.distributed.cores import count_cores
@@ -21,13 +20,14 @@ from igpt.distributed.ranks import Rank, this_rank
 from igpt.model import c_library, cpu, dispatch
 from igpt.model.block import IN_C
 from igpt.model.config import GPTConfig
-from igpt.model.gpt import FORWARD_METHODS, GPT
+from igpt.model.gpt import GPT
 from igpt.model.patterns import SPARSE, Pattern
 from igpt.model.verify import verify_attention
 from igpt.settings.devices import HardwareSettings, Precision
 from igpt.training import compiling
 from igpt.training.deepspeed import INSTALL
 from igpt.training.frozen_networks import build_frozen
+from igpt.training.fsdp import shard_network
 from igpt.training.hardware_checks import check_processes
 from igpt.training.precision import resolve_precision
 
@@ -186,7 +186,7 @@ class HardwareConfig(HardwareSettings):
         """The network to train: `build` creates it, `fill` sets its weights; `flops` as in `prepare`.
 
         Under FSDP it is created on the meta device and sharded block by block, and only the local shard is allocated:
-        no process ever holds the full network. Source: PyTorch's FSDP2.
+        no process ever holds the full network.
         """
         if not self.is_sharded or self.zero_stage:
             net = build()  # under ZeRO 3, DeepSpeed shards each weight at creation
@@ -200,11 +200,7 @@ class HardwareConfig(HardwareSettings):
         with torch.device("meta"):
             net = build()
         self.prepare(net, flops=flops)
-        for block in net.blocks:
-            fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(net, mesh=mesh["data_parallel"])
-        for method in FORWARD_METHODS:
-            register_fsdp_forward_method(net, method)
+        shard_network(net, mesh["data_parallel"], mixed=self.precision == "bf16-mixed")
         net.allocate(self.device)
         fill(net)
         return net

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Adam, Muon, Optimizer
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 from torch.optim.lr_scheduler import LambdaLR
+
+from igpt.checkpoint.training_state import is_block_matrix
 
 
 def warmup_cosine(step: int, *, warmup_steps: int, steps: int) -> float:
@@ -45,14 +49,14 @@ class MuonAdam(Optimizer):
 
     Combines PyTorch's Muon and Adam as one optimiser with one learning rate: Muon's updates are scaled to the RMS of
     Adam's, so that a rate tuned for Adam fits (Liu et al. 2025, "Muon is scalable for LLM training"). Muon stores one
-    moment per weight, Adam two. Weights must not be sharded.
+    moment per weight, Adam two. Under FSDP2 every rank gathers each update, in bfloat16, and orthogonalises it whole.
     """
 
     def __init__(
         self, net: nn.Module, *, learning_rate: float, beta1: float, beta2: float, weight_decay: float
     ) -> None:
         named = list(net.named_parameters())
-        matrices = [weight for name, weight in named if ".h." in f".{name}" and weight.ndim == 2]
+        matrices = [weight for name, weight in named if is_block_matrix(name, weight.ndim)]
         chosen = {id(weight) for weight in matrices}
         self._muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         others = [weight for _, weight in named if id(weight) not in chosen]
@@ -65,8 +69,30 @@ class MuonAdam(Optimizer):
         for part, groups in ((self._muon, self.param_groups[:1]), (self._adam, self.param_groups[1:])):
             part.state, part.param_groups = self.state, groups  # loading a checkpoint replaces them
             step: Callable[[], Any] = part.step
-            step()
+            if part is self._muon and any(isinstance(weight, DTensor) for weight in groups[0]["params"]):
+                self._step_sharded(groups[0])
+            else:
+                step()
         return loss
+
+    @torch.no_grad()
+    def _step_sharded(self, group: dict[str, Any]) -> None:
+        """`Muon.step` of sharded matrices: as of whole ones, to the bit, with one gathering of each.
+
+        PyTorch's own computes on shards what it can: some 15 collectives a matrix, and sums of bfloat16 in other order.
+        """
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            momentum = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight.grad))
+            momentum.lerp_(weight.grad, 1 - group["momentum"])
+            update = weight.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+            direction = _zeropower_via_newtonschulz(
+                update.bfloat16().full_tensor(), group["ns_coefficients"], group["ns_steps"], group["eps"]
+            )
+            sharded = distribute_tensor(direction, weight.device_mesh, weight.placements, src_data_rank=None)
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(sharded, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], weight.shape))
 
 
 def make_optimizer(name: str, net: nn.Module, **settings: float) -> Optimizer:

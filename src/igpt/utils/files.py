@@ -9,9 +9,9 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -252,10 +252,9 @@ def remove_parts(folder: Path, pattern: str = "**/.*.part") -> None:
         except OSError:  # just gone, or another user's
             continue
         try:
-            if _lock(descriptor, wait=False):
-                remove(part)
-        except OSError:  # in a folder that is read-only
-            pass
+            with suppress(OSError):  # in a folder that is read-only
+                if _lock(descriptor, wait=False):
+                    remove(part)
         finally:
             os.close(descriptor)
 
@@ -267,8 +266,7 @@ def read_json(path: Path) -> Any:
         ValueError: the file, named, is not JSON, or would take more than MOST_JSON bytes of memory.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe, which would wait for a writer
+        if not stat.S_ISREG((status := path.stat()).st_mode):  # a pipe, which would wait for a writer
             raise ValueError("it is no regular file")
         if status.st_size > MOST_JSON:
             raise ValueError("it is too large")
@@ -290,7 +288,13 @@ def hash_json(value: Any, **how: Any) -> str:
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal; of a folder: of its files' names and hashes."""
     if path.is_dir():
-        sums = [f"{file.name} {sha256(file)}\n" for file in sorted(path.iterdir()) if file.is_file()]
-        return hashlib.sha256("".join(sums).encode()).hexdigest()
+        with ThreadPoolExecutor() as threads:
+            parts = {file.name: threads.submit(sha256, file) for file in path.iterdir() if file.is_file()}
+        return combine_sha256({name: part.result() for name, part in parts.items()})
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def combine_sha256(parts: Mapping[str, str]) -> str:
+    """The SHA-256 of a folder from its files' names and hashes."""
+    return hashlib.sha256("".join(f"{name} {parts[name]}\n" for name in sorted(parts)).encode()).hexdigest()
