@@ -120,8 +120,8 @@ def test_tables_of_masks(path: str) -> None:
         **USUAL | {"backends": [path] * 3},
     )
     without = estimate_cost(
-        replace(network, attention="full", relative_bias=False, radius=None), batch_size=1, micro_batch=1, steps=1, devices=1,
-        precision="32-true", **USUAL | {"backends": [path] * 3},
+        replace(network, attention="full", relative_bias=False, radius=None), batch_size=1, micro_batch=1, steps=1,
+        devices=1, precision="32-true", **USUAL | {"backends": [path] * 3},
     )  # fmt: skip
     assert found.working - without.working == sum(table.nbytes for table in tables)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from igpt.metric.result import Number
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
@@ -15,7 +16,7 @@ from igpt.training.communication import Communication, count_sent_bytes
 from igpt.training.cost_estimate import estimate_cost
 from igpt.training.ema import WeightAverage
 from igpt.training.optimizers import make_adam, make_optimizer
-from igpt.training.plan import estimate_run, plan_run
+from igpt.training.plan import compare_memory, estimate_memory, estimate_run, plan_run
 from tests.task.conftest import machine
 from tests.test_conf import built
 
@@ -210,3 +211,19 @@ def test_settings_that_exclude_each_other_are_refused_on_any_hardware(settings: 
     trainer = {key: value for key, value in built(*settings).run.config["trainer"].items() if key != "_target_"}
     with pytest.raises(ValueError, match=message):
         HardwareSettings.model_validate(trainer)
+
+
+def test_a_run_on_a_gpu_holds_its_peak_against_the_plan(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By hand: the ratio that is logged, of 3 GB measured; on a CPU, where the whole process is measured, nothing."""
+    options: dict[str, Any] = {"batch_size": 64, "optimizer": "adam", "has_average": False}
+    assert compare_memory(machine(), SMALL, Number(3.0, "GB", 1), **options) == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    on = machine(accelerator="gpu")
+    planned = estimate_memory(on, SMALL, **options)
+    with caplog.at_level("INFO"):
+        numbers = compare_memory(on, SMALL, Number(planned * 0.9 / 1e9, "GB", 1), **options)
+    assert numbers == {"train/planned_memory": Number(planned / 1e9, "GB", 1)}
+    assert "90 % of the planned" in caplog.text

@@ -7,6 +7,7 @@ project's layers (`tests/training/test_cost_estimate.py` compares them with what
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -115,7 +116,10 @@ def estimate_cost(
     """
     sizes = count_parameters(network)
     n, passes = sizes["blocks"] + sizes["rest"], max(1, batch_size // (devices * micro_batch))
-    set_precision = precision
+    sent, to_host = count_sent_bytes(
+        in_blocks=sizes["blocks"], rest=sizes["rest"], strategy=strategy, precision=precision, devices=devices,
+        passes=passes,
+    )  # fmt: skip
     zero_stage = int(strategy.split("_")[1]) if strategy.startswith("deepspeed") else 0
     # bytes per weight
     width = NARROW if precision == "bf16-true" or (zero_stage and precision == "bf16-mixed") else WIDE
@@ -146,10 +150,6 @@ def estimate_cost(
     working += _estimate_backward_bytes(
         network, micro_batch, precision=precision, recompute=recompute, backends=backends, on_gpu=on_gpu
     )
-    sent, to_host = count_sent_bytes(
-        in_blocks=sizes["blocks"], rest=sizes["rest"], strategy=strategy, precision=set_precision, devices=devices,
-        passes=passes,
-    )  # fmt: skip
     flops = train_flops_per_image(network)
     assumed = UTILISATION_RECOMPUTED if recompute else UTILISATION
     return Plan(
@@ -174,16 +174,9 @@ def estimate_cost(
 
 
 def estimate_activation_bytes(
-    network: GPTConfig,
-    images: int,
-    *,
-    precision: str,
-    recompute: bool,
-    backends: Sequence[str],
-    on_gpu: bool,
-    has_copies: bool = True,
-    is_cached: bool = True,
-) -> float:
+    network: GPTConfig, images: int, *, precision: str, recompute: bool, backends: Sequence[str], on_gpu: bool,
+    has_copies: bool = True, is_cached: bool = True,
+) -> float:  # fmt: skip
     """Bytes of activations saved at the end of the forward pass of `images` images.
 
     With `recompute`: during the backward pass of the largest block, after its activations were recomputed, or at the
@@ -222,10 +215,9 @@ def _estimate_backward_bytes(
     head = tokens * network.n_vocab * WIDE  # which is free by then
     of_block = tokens * (network.hidden_size * product + network.n_embd * stream) - head
     if recompute:  # the largest block is not computed again yet
-        of_loss -= max(
-            int(_estimate_block_bytes(network, pattern, images, precision=precision, backend=backend, on_gpu=on_gpu))
-            for pattern, backend in dict.fromkeys(zip(network.patterns, backends, strict=True))
-        )
+        kinds = {*zip(network.patterns, backends, strict=True)}
+        how: Any = {"precision": precision, "on_gpu": on_gpu}
+        of_loss -= int(max(_estimate_block_bytes(network, kind, images, backend=by, **how) for kind, by in kinds))
     return float(max(of_loss, of_block, 0))
 
 

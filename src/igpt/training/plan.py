@@ -1,5 +1,6 @@
 """`trainer.plan=true`: the cost estimate of a run on the hardware of its settings, which need not be this machine."""
 
+import logging
 import os
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from igpt.metric.result import Number
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model import c_library, dispatch
 from igpt.model.config import GPTConfig
@@ -17,6 +19,8 @@ from igpt.training import cost_estimate as counted
 from igpt.training.communication import GB, WIDE, Communication, count_sent_bytes
 from igpt.training.hardware import HardwareConfig
 from igpt.training.precision import is_for_gpu
+
+log = logging.getLogger(__name__)
 
 
 def plan_run(
@@ -69,6 +73,37 @@ def estimate_run(
         utilisation=machine.utilisation,
         bandwidth=None if machine.bandwidth_gbs is None else machine.bandwidth_gbs * GB,
     )
+
+
+def estimate_memory(
+    machine: HardwareConfig,
+    network: GPTConfig,
+    *,
+    batch_size: int,
+    optimizer: str = "adam",
+    has_average: bool = False,
+) -> float:
+    """Bytes of a device at the peak of a training step: what `torch.cuda.max_memory_allocated` should be on a GPU."""
+    return estimate_run(
+        machine, network, batch_size=batch_size, steps=1, optimizer=optimizer, has_average=has_average
+    ).memory
+
+
+def compare_memory(
+    machine: HardwareConfig, network: GPTConfig, measured: Number, *, batch_size: int, optimizer: str, has_average: bool
+) -> dict[str, Number]:
+    """`train/planned_memory` of a training on a GPU; logs the share of it that was measured, in GB.
+
+    On a CPU nothing: what is measured there are the pages of the whole process.
+    """
+    if machine.device.type != "cuda":
+        return {}
+    planned = estimate_memory(machine, network, batch_size=batch_size, optimizer=optimizer, has_average=has_average)
+    log.info(
+        "memory of a GPU at the peak: %s, %.0f %% of the planned %s",
+        format_gb(measured.value * GB), 100 * measured.value * GB / planned, format_gb(planned),
+    )  # fmt: skip
+    return {"train/planned_memory": Number(planned / GB, "GB", 1)}
 
 
 def format_plan(cost: counted.Plan, machine: HardwareConfig) -> list[tuple[str, str]]:
