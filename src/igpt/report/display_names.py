@@ -77,6 +77,7 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "operations": "operations of training",
     "step_seconds": "time of a step",
     "peak_memory": "peak memory",
+    "planned_memory": "peak memory by trainer.plan",
     "flop_utilisation": "share of the peak FLOP/s",
     "device_days": "time of all devices",
     "images_per_s": "speed",

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt.run.deletions import replace_deletions
+from igpt.run.early_checks import check_one_trainer
 from igpt.run.init_defaults import asks_for_data, init_overrides
 from igpt.run.recipes import CHECKPOINT, register_recipes
 from igpt.run.saved_overrides import SEARCH_PATH, format_plain, list_options, resume_overrides
@@ -189,6 +190,7 @@ def complete_overrides(overrides: list[str], folders: list[Path]) -> tuple[list[
     chosen = [override for override in parsed if override.key_or_group in groups and not override.is_delete()]
     for override in chosen:
         _check_options(override, folders)
+    check_one_trainer(chosen)
     with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
         where = [override for override in parsed if override.key_or_group == SEARCH_PATH]
 

@@ -1,8 +1,9 @@
 """Checks of a composed config's settings before PyTorch and Lightning are imported, which takes seconds."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,6 +24,14 @@ TASKS: Mapping[str, type[Settings]] = {
     "igpt.task.low_data.run": LowDataSettings,
     "igpt.task.scaling.run": ScalingSettings,
 }
+
+
+def check_one_trainer(overrides: Sequence[Override]) -> None:
+    """Raises ValueError if a command chooses several options of `trainer`, which exclude each other."""
+    values = [each.value() for each in overrides if each.key_or_group == "trainer" and not each.is_sweep_override()]
+    chosen = [str(option) for value in values for option in (value if isinstance(value, list) else [value])]
+    if len(set(chosen)) > 1:
+        raise ValueError(f"trainer={' and trainer='.join(chosen)}: choose one of them")
 
 
 def check_early(cfg: DictConfig) -> None:

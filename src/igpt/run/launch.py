@@ -269,7 +269,10 @@ def show_plan(components: Components, lines: Sequence[str] = ()) -> Result:
         side = task.crop or run.cfg.data.resolution
         rows = plan_tokenizer(components.hardware, components.vqvae_settings, side=side, **of_run)
     else:
-        rows = plan_run(components.hardware, components.planned_network, **of_run)
+        rows = plan_run(
+            components.hardware, components.planned_network, **of_run, optimizer=task.get("optimizer", "adam"),
+            has_average=task.get("ema") is not None,
+        )  # fmt: skip
     table = align_columns([(f"{run.task} {run.model_name} on {run.data_name}", "planned"), *rows])
     log.info("%s", "\n".join([*lines, table]))
     return Result()

@@ -110,8 +110,10 @@ TABLE: dict[int, Changes] = {
     ),
     6: Changes(
         targets={"igpt.training.callbacks.ProgressBar": "igpt.training.progress_bar.ProgressBar"},
+        values={"trainer.utilisation": {0.4: None}},  # which was assumed
         added={
             "trainer.lightning": ("trainer._target_", ..., {}),
+            "trainer.bandwidth_gbs": ("trainer._target_", ..., None),
             "task.gradient_clip": ("task._target_", "igpt.task.train_tokenizer.run", None),
             "task.sgd.gradient_clip": ("task._target_", "igpt.task.probe.run", None),
             "task.push": ("task._target_", "igpt.task.export_weights.run", None),

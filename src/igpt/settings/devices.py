@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from igpt.settings.fields import Count, Settings
 from igpt.settings.lightning_arguments import LightningArguments
@@ -34,10 +34,37 @@ class HardwareSettings(Settings):
     peak_tflops: Annotated[float, Field(ge=0.001, le=1e6)] | None  # of one device, for the reported utilisation
     plan: bool = False  # only report what the run would cost
     memory_gb: Annotated[float, Field(ge=0.001, le=1e6)] | None = None  # (plan) of one device; None: of this machine
-    utilisation: Annotated[float, Field(gt=0, le=1)] = 0.4  # (plan) expected share of peak_tflops
     residual: Residual = "float32"  # of the residual stream under bf16-mixed
+    utilisation: Annotated[float, Field(gt=0, le=1)] | None = None  # (plan) share of peak_tflops; None: assumed
+    bandwidth_gbs: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None  # (plan) that a device sends; None: not timed
     decoding: DecodeBackend = "auto"  # how tokens are sampled one by one
     lightning: LightningArguments = LightningArguments()  # further arguments of Lightning's Trainer
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "HardwareSettings":
+        """Raises ValueError for settings that exclude each other on any hardware."""
+        if self.zero_stage and (self.precision == "bf16-true" or self.compile is True):
+            what = "trainer.compile=true" if self.compile is True else "trainer.precision=bf16-true"
+            raise ValueError(
+                f"trainer={self.strategy} does not go with {what}: DeepSpeed hangs its own hooks on every layer, and "
+                "keeps float32 weights beside bfloat16 ones (bf16-mixed); trainer=fsdp takes both"
+            )
+        if self.is_sharded and self.decoding not in ("auto", "layers"):
+            raise ValueError(
+                f"trainer.decoding={self.decoding} reads whole weights, trainer={self.strategy} shares them out: "
+                "choose auto"
+            )
+        if self.sharded_checkpoint is True and not self.is_sharded:
+            raise ValueError(
+                "trainer.sharded_checkpoint=true has each process write its shard, under trainer=ddp and on one device "
+                "there are none: leave it at auto, or take trainer=fsdp"
+            )
+        if self.sharded_checkpoint is False and self.zero_stage:
+            raise ValueError(
+                f"trainer.sharded_checkpoint=false writes one file, trainer={self.strategy} a shard of each process: "
+                "leave it at auto, or take trainer=fsdp"
+            )
+        return self
 
     @property
     def is_sharded(self) -> bool:

@@ -31,6 +31,7 @@ from igpt.training.ema import WeightAverage
 from igpt.training.loss_by_position import NAME as LOSS_BY_POSITION
 from igpt.training.loss_by_position import draw_loss_by_position
 from igpt.training.optimizers import every_step, make_optimizer, make_scheduler
+from igpt.training.plan import compare_memory
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
@@ -229,6 +230,10 @@ def run(components: Components, settings: PretrainSettings) -> Result:
             picture = draw_loss_by_position(runner.folder, module.loss_by_position, step=progress.step)
             pictures |= {} if picture is None else {LOSS_BY_POSITION: picture}
     seen = progress.step * settings.batch_size
+    planned = compare_memory(
+        hardware, components.network, progress.peak_memory, batch_size=settings.batch_size,
+        optimizer=settings.optimizer, has_average=settings.ema is not None,
+    )  # fmt: skip
     return Result(
         numbers={
             **module.numbers,
@@ -237,6 +242,7 @@ def run(components: Components, settings: PretrainSettings) -> Result:
             "train/operations": Number(module.flops_per_image * seen, "FLOP", seen),
             **({"train/step_seconds": seconds} if (seconds := module.timer and module.timer.number) else {}),
             "train/peak_memory": progress.peak_memory,
+            **planned,
             **module.clock.numbers,
         },
         curves=module.curves(),

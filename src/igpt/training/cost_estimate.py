@@ -6,6 +6,8 @@ project's layers (`tests/training/test_cost_estimate.py` compares them with what
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -16,11 +18,11 @@ from igpt.model.gpt import GPT
 from igpt.model.linear_attention import CHUNK
 from igpt.model.patterns import Pattern
 from igpt.model.sparse_mask import SparseMask
+from igpt.training.communication import NARROW, WIDE, Communication, count_sent_bytes
 
-GB = 1e9
-WIDE, NARROW = 4, 2  # bytes per float32, per bfloat16
 SECONDS_A_DAY = 86_400
-ADAM = 2  # moments per weight
+ADAM, MUON = 2, 1  # moments per weight
+UTILISATION, UTILISATION_RECOMPUTED = 0.4, 0.3  # assumed, not measured: the second is 3/4 of the first
 BUCKET = 200_000_000  # elements per DeepSpeed communication bucket
 
 
@@ -32,39 +34,59 @@ class Plan:
     weights: float
     gradients: float
     optimiser: float
+    average: float  # of the weights over steps
     host: float  # offloaded to host memory, per device
     activations: float  # saved by the forward pass for the backward pass
     working: float  # gathered weights in use, gradients before reduce-scatter, tables of masks
-    flops_per_image: float
+    flops_per_image: float  # of the model: operations that recompute activations do not count
+    recomputed_flops: float  # per image, besides those of the model
+    images_per_pass: int  # on a device at a time
     images_per_step: int
     steps: int
     devices: int
+    communication: Communication
     peak_flops: float | None  # of one device
-    utilisation: float  # expected share of `peak_flops`
+    utilisation: float  # expected share of `peak_flops` by the model's operations, as a run reports it
 
     @property
     def memory(self) -> float:
-        return self.weights + self.gradients + self.optimiser + self.activations + self.working
+        """Bytes that a device holds at the peak of a step."""
+        held = self.weights + self.gradients + self.optimiser + self.average
+        return held + self.activations + self.working
 
     @property
     def step_seconds(self) -> float | None:
-        """Expected seconds per step, at `utilisation` of `peak_flops`; None without `peak_flops`."""
+        """Expected seconds of computation per step, at `utilisation` of `peak_flops`; None without `peak_flops`."""
         if self.peak_flops is None:
             return None
         return self.flops_per_image * self.images_per_step / (self.peak_flops * self.utilisation * self.devices)
 
     @property
-    def days(self) -> float | None:
-        return None if self.step_seconds is None else self.step_seconds * self.steps / SECONDS_A_DAY
+    def longest_step_seconds(self) -> float | None:
+        """Seconds per step if communication waits for computation; None without `peak_flops`."""
+        return None if self.step_seconds is None else self.step_seconds + (self.communication.seconds or 0.0)
+
+    @property
+    def shortest_step_seconds(self) -> float | None:
+        """Seconds per step if all communication is overlapped with computation; None without `peak_flops`."""
+        return None if self.step_seconds is None else max(self.step_seconds, self.communication.seconds or 0.0)
 
 
 def count_parameters(network: GPTConfig) -> dict[str, int]:
     """Number of weights in all blocks (`blocks`), in the largest block (`block`) and outside the blocks (`rest`)."""
+    blocks, block, rest, _ = _count_weights(network)
+    return {"blocks": blocks, "block": block, "rest": rest}
+
+
+@cache
+def _count_weights(network: GPTConfig) -> tuple[int, int, int, int]:
+    """As `count_parameters`; and of the matrices in all blocks, which Muon trains."""
     with torch.device("meta"):  # shapes without memory
         net = GPT(network)
     blocks = [sum(weight.numel() for weight in block.parameters()) for block in net.blocks]
+    matrices = [weight.numel() for block in net.blocks for weight in block.parameters() if weight.ndim == 2]
     n = sum(weight.numel() for weight in net.parameters())
-    return {"blocks": sum(blocks), "block": max(blocks), "rest": n - sum(blocks)}
+    return sum(blocks), max(blocks), n - sum(blocks), sum(matrices)
 
 
 def estimate_cost(
@@ -80,23 +102,32 @@ def estimate_cost(
     backends: Sequence[str],
     on_gpu: bool,
     residual: str = "float32",
+    is_compiled: bool = False,
+    optimizer: str = "adam",
+    has_average: bool = False,
     peak_flops: float | None = None,
-    utilisation: float = 0.4,
+    utilisation: float | None = None,
+    bandwidth: float | None = None,
 ) -> Plan:
     """The cost of a run: `micro_batch` images per forward pass of a device, `batch_size` per step over all.
 
     `strategy`: ddp (replicated), fsdp, deepspeed_2, deepspeed_3 or deepspeed_3_offload. `backends`: of attention, one
     per layer; of linear attention any. `on_gpu`: norms save only their input, in any precision, and `sdpa` with biases
-    no scores.
+    no scores. `has_average`: of the weights, in float32. `utilisation`: None assumes one. `bandwidth`: bytes a second.
     """
     sizes = count_parameters(network)
-    n = sizes["blocks"] + sizes["rest"]
+    n, passes = sizes["blocks"] + sizes["rest"], max(1, batch_size // (devices * micro_batch))
+    sent, to_host = count_sent_bytes(
+        in_blocks=sizes["blocks"], rest=sizes["rest"], strategy=strategy, precision=precision, devices=devices,
+        passes=passes,
+    )  # fmt: skip
     zero_stage = int(strategy.split("_")[1]) if strategy.startswith("deepspeed") else 0
     # bytes per weight
     width = NARROW if precision == "bf16-true" or (zero_stage and precision == "bf16-mixed") else WIDE
     parts = 1 if strategy == "ddp" else devices
     on_device, in_host = n * width / (1 if zero_stage == 2 else parts), 0.0
-    gradients, optimiser = n * width / parts, ADAM * n * width / parts
+    n_moment = ADAM * n - ((ADAM - MUON) * _count_weights(network)[3] if optimizer == "muon" else 0)
+    gradients, optimiser = n * width / parts, n_moment * width / parts
     working = float(_count_table_bytes(network, backends))
     if zero_stage:  # float32 master weights beside the moments
         optimiser = (ADAM + 1) * n * WIDE / parts
@@ -104,37 +135,55 @@ def estimate_cost(
         precision = "bf16-true" if width == NARROW else precision
     if strategy.endswith("offload"):
         in_host, on_device, gradients, optimiser = on_device + gradients + optimiser, 0.0, 0.0, 0.0
-    if strategy == "fsdp" or zero_stage == 3:
-        # gathered: the rest for a whole pass, of the blocks the current and the next
+    if zero_stage == 3:  # gathered: the rest for a whole pass, of the blocks the current and the next
         working += width * (2 * sizes["rest"] + 3 * sizes["block"])
+    if strategy == "fsdp":
+        # gathered: the rest for a whole pass, of the blocks, in the precision that they compute in, the current and the
+        # next; the gradients of the current block, and their copy that is reduced
+        computed = WIDE if precision == "32-true" else NARROW
+        working += 2 * width * sizes["rest"] + (3 * computed + width) * sizes["block"]
+        gradients += n * width if passes > 1 else 0  # whole on every device until the last pass
+    has_copies = precision == "bf16-mixed" and strategy != "fsdp"  # which gathers bfloat16 weights
     activations = estimate_activation_bytes(
+        network, micro_batch, precision=precision, recompute=recompute, backends=backends, on_gpu=on_gpu,
+        residual=residual, has_copies=has_copies, is_cached=has_copies and not is_compiled,
+    )  # fmt: skip
+    working += _estimate_backward_bytes(
         network, micro_batch, precision=precision, recompute=recompute, backends=backends, on_gpu=on_gpu,
         residual=residual,
     )  # fmt: skip
+    flops = train_flops_per_image(network)
+    assumed = UTILISATION_RECOMPUTED if recompute else UTILISATION
     return Plan(
         n_weight=n,
         weights=on_device,
         gradients=gradients,
         optimiser=optimiser,
+        average=float(n * WIDE) if has_average else 0.0,
         host=in_host,
         activations=activations,
         working=working,
-        flops_per_image=train_flops_per_image(network) * (4 / 3 if recompute else 1),
+        flops_per_image=flops,
+        recomputed_flops=flops / 3 if recompute else 0.0,
+        images_per_pass=micro_batch,
         images_per_step=batch_size,
         steps=steps,
         devices=devices,
+        communication=Communication(sent, to_host, bandwidth),
         peak_flops=peak_flops,
-        utilisation=utilisation,
+        utilisation=assumed if utilisation is None else utilisation,
     )
 
 
 def estimate_activation_bytes(
     network: GPTConfig, images: int, *, precision: str, recompute: bool, backends: Sequence[str], on_gpu: bool,
-    residual: str = "float32",
+    residual: str = "float32", has_copies: bool = True, is_cached: bool = True,
 ) -> float:  # fmt: skip
     """Bytes of activations saved at the end of the forward pass of `images` images.
 
-    With `recompute`: during the backward pass of the largest block, after its activations were recomputed.
+    With `recompute`: during the backward pass of the largest block, after its activations were recomputed, or at the
+    end of the forward pass. `has_copies`: autocast makes bfloat16 copies of matrices under `bf16-mixed`; `is_cached`:
+    it keeps these until the end of the forward pass.
     """
     c, tokens = network.n_embd, images * network.n_ctx
     product = WIDE if precision == "32-true" else NARROW  # bytes per element of matmul inputs
@@ -143,7 +192,14 @@ def estimate_activation_bytes(
     layers = list(zip(network.patterns, backends, strict=True))
     sizes = {
         (pattern, backend): _estimate_block_bytes(
-            network, pattern, images, precision=precision, backend=backend, on_gpu=on_gpu, is_narrow=is_narrow
+            network,
+            pattern,
+            images,
+            precision=precision,
+            backend=backend,
+            on_gpu=on_gpu,
+            is_narrow=is_narrow,
+            has_copies=has_copies,
         )
         for pattern, backend in dict.fromkeys(layers)
     }
@@ -154,13 +210,41 @@ def estimate_activation_bytes(
         head += images * network.n_head * network.n_ctx**2 * product
     if recompute:
         first_value = tokens * 3 * c * product if network.value_residual else 0
-        return len(layers) * tokens * c * stream + first_value + max(sizes.values()) + head
+        cache = len(layers) * _count_copied_weights(network) * NARROW if is_cached and precision == "bf16-mixed" else 0
+        return len(layers) * tokens * c * stream + first_value + max(*sizes.values(), cache) + head
     return sum(sizes[layer] for layer in layers) + head
+
+
+def _estimate_backward_bytes(
+    network: GPTConfig, images: int, *, precision: str, recompute: bool, backends: Sequence[str], on_gpu: bool,
+    residual: str,
+) -> float:  # fmt: skip
+    """Bytes that the backward pass needs at most besides what was saved for it: gradients of activations."""
+    tokens = images * network.n_ctx
+    product = WIDE if precision == "32-true" else NARROW
+    is_narrow = precision == "bf16-true" or residual == "bfloat16"
+    stream = NARROW if is_narrow else WIDE
+    is_chunked = token_loss.is_large(tokens, network.n_vocab)
+    # of scores and of their logarithms
+    of_loss = 2 * WIDE * (token_loss.CHUNK if is_chunked else tokens * network.n_vocab)
+    head = 0 if is_chunked else tokens * network.n_vocab * WIDE  # which is free by then
+    of_block = tokens * (network.hidden_size * product + network.n_embd * stream) - head
+    if recompute:  # the largest block is not computed again yet
+        kinds = {*zip(network.patterns, backends, strict=True)}
+        how: Any = {"precision": precision, "on_gpu": on_gpu, "is_narrow": is_narrow}
+        of_loss -= int(max(_estimate_block_bytes(network, kind, images, backend=by, **how) for kind, by in kinds))
+    return float(max(of_loss, of_block, 0))
+
+
+def _count_copied_weights(network: GPTConfig) -> int:
+    """Weights of a block of which autocast makes a copy; the MLP's of quick-GELU are multiplied by constants before."""
+    of_mlp = (3 if network.activation == "swiglu" else 2) * network.n_embd * network.hidden_size
+    return 4 * network.n_embd**2 + (0 if network.activation == "quick_gelu" else of_mlp)
 
 
 def _estimate_block_bytes(
     network: GPTConfig, pattern: str | Pattern, images: int, *, precision: str, backend: str, on_gpu: bool,
-    is_narrow: bool,
+    is_narrow: bool, has_copies: bool = True,
 ) -> float:  # fmt: skip
     """Bytes of activations that one block saves; `is_narrow`: with a residual stream in bfloat16."""
     c, tokens, hidden = network.n_embd, images * network.n_ctx, network.hidden_size
@@ -181,8 +265,8 @@ def _estimate_block_bytes(
     of_mlp = (3 if is_gated else 2) * c * hidden
     if is_scaled:
         block += of_mlp * product  # the MLP's matrices times the constants of quick-GELU
-    if precision == "bf16-mixed":  # bfloat16 copies of the other matrices, which autocast saves for the backward pass
-        block += (4 * c**2 + (0 if is_scaled else of_mlp)) * product
+    if precision == "bf16-mixed" and has_copies:  # of the other matrices, saved for the backward pass
+        block += _count_copied_weights(network) * product
     return block
 
 
@@ -220,37 +304,3 @@ def _count_table_bytes(network: GPTConfig, backends: Sequence[str]) -> int:
     layers = zip(network.patterns, backends, strict=True)
     masks = {pattern for pattern, backend in layers if isinstance(pattern, Pattern) and backend in ("sdpa", "bmm")}
     return network.n_ctx**2 * (len(masks) + 4 * network.relative_bias)
-
-
-def format_plan(cost: Plan, *, memory: float | None) -> list[tuple[str, str]]:
-    """The plan as table rows (label, value); `memory`: bytes of one device, to state whether it fits."""
-    rows = [
-        ("weights", f"{cost.n_weight:,}"),
-        ("memory on each device: weights", format_gb(cost.weights)),
-        ("  gradients", format_gb(cost.gradients)),
-        ("  optimiser", format_gb(cost.optimiser)),
-        ("  activations", format_gb(cost.activations)),
-        ("  put together while in use", format_gb(cost.working)),
-        ("  all of it", format_gb(cost.memory)),
-        *([("memory of the machine, for each device", format_gb(cost.host))] if cost.host else []),
-        ("operations an image", f"{cost.flops_per_image:.3g} FLOP"),
-        ("operations a step", f"{cost.flops_per_image * cost.images_per_step:.3g} FLOP"),
-        ("images in all", f"{cost.images_per_step * cost.steps:,}"),
-    ]
-    if cost.step_seconds is None or cost.days is None:
-        rows.append(("time", "state trainer.peak_tflops, of one device at this precision"))
-    else:
-        assert cost.peak_flops is not None
-        share = f"at {cost.utilisation:.0%} of {cost.peak_flops / 1e12:,.0f} TFLOP/s on {cost.devices} device(s)"
-        rows.append(("a step", f"{cost.step_seconds:,.2f} s {share}"))
-        rows.append(("all steps", f"{cost.days:,.2f} days, {cost.days * cost.devices:,.1f} device-days"))
-    if memory is None:
-        rows.append(("fits", "state trainer.memory_gb, of one device"))
-    else:
-        verdict = "yes" if cost.memory < 0.9 * memory else "hardly" if cost.memory < memory else "no"
-        rows.append(("fits", f"{verdict}: {format_gb(cost.memory)} of {format_gb(memory)}, without libraries"))
-    return rows
-
-
-def format_gb(n_byte: float) -> str:
-    return f"{n_byte / GB:,.2f} GB"

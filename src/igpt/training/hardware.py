@@ -152,11 +152,6 @@ class HardwareConfig(HardwareSettings):
             )
 
     def _check_decoding(self) -> None:
-        if self.is_sharded:
-            raise ValueError(
-                f"trainer.decoding={self.decoding} reads whole weights, trainer={self.strategy} shares them out: "
-                "choose auto"
-            )
         if self.decoding == "native" and (self.device.type != "cpu" or self.precision == "bf16-true"):
             raise ValueError(
                 "trainer.decoding=native reads float32 weights on a CPU, this is "
@@ -172,12 +167,6 @@ class HardwareConfig(HardwareSettings):
             raise ValueError(
                 f"trainer={self.strategy} shares a network out over several processes: trainer.devices=auto, or more "
                 "than 1; on one GPU trainer=gpu with trainer.activation_checkpointing=true takes the most"
-            )
-        if self.precision == "bf16-true" or self.compile is True:
-            what = "trainer.compile=true" if self.compile is True else "trainer.precision=bf16-true"
-            raise ValueError(
-                f"trainer={self.strategy} does not go with {what}: DeepSpeed hangs its own hooks on every layer, and "
-                "keeps float32 weights beside bfloat16 ones (bf16-mixed); trainer=fsdp takes both"
             )
 
     def build_model(
