@@ -572,6 +572,8 @@ def test_memory_of_a_gpu_that_ran_out(error: RuntimeError, monkeypatch: pytest.M
     message = explain_out_of_memory(error)
     assert message is not None
     assert len(message.splitlines()) == 1
+    told = explain_out_of_memory(RuntimeError("rank 1: MemoryError: Unable to allocate 2.00 GiB"))
+    assert str(told).startswith("the memory of the machine of rank 1 is full")
     for part in ("the GPU of rank 3 (on ", "trainer.micro_batch", "activation_checkpointing", "fsdp", "resume="):
         assert part in message
 

@@ -195,3 +195,12 @@ def test_what_a_rank_says_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     of_gpu = describe_gpu(torch.device("cuda", 0))
     assert json.loads(json.dumps(of_gpu)) == {"uuid": "f00", "name": "NVIDIA H100", "memory": "85 GB"}
     assert describe_gpu(torch.device("cpu")) is None
+
+    def busy(device: torch.device) -> None:
+        raise torch.AcceleratorError(
+            "CUDA error: all CUDA-capable devices are busy or unavailable\nFor debugging …", 46
+        )
+
+    monkeypatch.setattr("torch.cuda.get_device_properties", busy)
+    with pytest.raises(ValueError, match=r"^cuda:0 cannot be used \(.* busy or unavailable\): look at nvidia-smi$"):
+        describe_gpu(torch.device("cuda", 0))

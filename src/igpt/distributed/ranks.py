@@ -8,7 +8,6 @@ import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -23,8 +22,6 @@ from igpt.distributed.rank import this_rank as this_rank
 from igpt.distributed.rendezvous import check_addresses, find_own_address, meet
 
 log = logging.getLogger(__name__)
-
-WAIT_HOURS = 24  # of a collective of objects; those of tensors have PyTorch's 30 minutes
 
 T = TypeVar("T")
 
@@ -49,7 +46,6 @@ def process_group(device: torch.device) -> Iterator[Rank]:
     _connect(rank, store, device)
     yield rank
     dist.destroy_process_group()  # not after an error: other ranks may be gone
-    _Waiting.group = None
 
 
 def _connect(rank: Rank, store: Store, device: torch.device) -> None:
@@ -64,7 +60,6 @@ def _connect(rank: Rank, store: Store, device: torch.device) -> None:
             world_size=rank.count,
             device_id=device if on_gpu else None,
         )
-        _Waiting.group = dist.new_group(backend="gloo", timeout=timedelta(hours=WAIT_HOURS))
     except RuntimeError as error:
         reason = " ".join(str(error).partition("Exception raised from")[0].split())[:400]  # without a stack trace
         raise ValueError(
@@ -72,15 +67,6 @@ def _connect(rank: Rank, store: Store, device: torch.device) -> None:
             f"({reason}): NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the network interface, NCCL_DEBUG=WARN "
             "tells more"
         ) from error
-
-
-class _Waiting:
-    """The gloo group of the object collectives: a rank may work alone for long, as it decodes images or writes files.
-
-    One that has ended is noticed at once, as its connections close.
-    """
-
-    group: dist.ProcessGroup | None = None  # None: the default group, of whoever opened it
 
 
 def barrier() -> None:
@@ -94,7 +80,7 @@ def all_gather_object(value: T) -> list[T]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_Waiting.group)
+    dist.all_gather_object(values, value)
     return values
 
 
@@ -112,7 +98,7 @@ def broadcast_from_rank0(make: Callable[[], T]) -> T:
             received = [(make(), None)]
         except ValueError as error:
             received = [(None, str(error))]
-    dist.broadcast_object_list(received, src=0, group=_Waiting.group)
+    dist.broadcast_object_list(received, src=0)
     result, reason = received[0]
     if reason is not None:
         raise ValueError(reason)

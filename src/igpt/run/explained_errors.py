@@ -9,18 +9,20 @@ import torch.distributed as dist
 from igpt.distributed import ranks
 
 OUT_OF_GPU_MEMORY = re.compile(r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|^rank \d+: \w*MemoryError")
 
 
 def explain_out_of_memory(error: BaseException) -> str | None:
     """A message with remedies if the error means that memory ran out (PyTorch raises several kinds); else None."""
-    message = str(error)
+    message, rank = str(error), ranks.this_rank()
     on_gpu = isinstance(error, torch.OutOfMemoryError) or OUT_OF_GPU_MEMORY.search(message) is not None
-    if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in message:
+    if not on_gpu and not isinstance(error, MemoryError) and OUT_OF_MEMORY.search(message) is None:
         return None
-    rank = ranks.this_rank()
-    of_rank = "" if rank.count == 1 else f" of rank {rank.index} (on {socket.gethostname()})"
+    told = re.match(r"rank (\d+): ", message)  # by another rank
+    here = "" if rank.count == 1 else f" of rank {rank.index} (on {socket.gethostname()})"
+    what = "the GPU" if on_gpu else "the machine" if told else "this machine"
     return (
-        f"the memory of {'the GPU' if on_gpu else 'this machine'}{of_rank} is full: the same command with "
+        f"the memory of {what}{f' of rank {told[1]}' if told else here} is full: the same command with "
         "trainer.plan=true says what a training run takes; trainer.micro_batch=N (fewer images at a time), "
         "trainer.activation_checkpointing=true, trainer.precision=bf16-mixed and trainer=fsdp take less; "
         "resume=RUN_FOLDER goes on from its newest checkpoint with these"
