@@ -1,5 +1,7 @@
 """What only a GPU can show. `python -m pytest -m gpu`"""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from igpt.distributed.launcher import run_ranks
 from igpt.model import decode, graphs
 from igpt.model.attention import masked_attention
 from igpt.model.config import GPTConfig
@@ -15,8 +18,9 @@ from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.model.patterns import SPARSE, Pattern, TokenLayout
 from igpt.model.sparse_mask import SparseMask
+from igpt.report.folder import RunFolder
 from igpt.utils import keyed
-from tests.conftest import perturbed, small_net
+from tests.conftest import ROOT, perturbed, small_net
 from tests.task.conftest import Lab, machine
 from tests.tokens.test_datamodule import module
 from tests.tokens.test_vqvae import build_network, build_tokenizer, draw_pixels
@@ -145,3 +149,31 @@ def test_tokens_of_a_vqvae_are_the_cpus(changed: dict[str, Any]) -> None:
     with torch.autocast("cuda", dtype=torch.bfloat16):
         assert torch.equal(tokenizer.encode(pixels.cuda()).cpu(), expected)
     assert torch.equal(torch.cat([tokenizer.encode(some) for some in pixels.cuda().split(5)]).cpu(), expected)
+
+
+def test_two_ranks_on_one_gpu(capfd: pytest.CaptureFixture[str]) -> None:
+    """Invariant: it is told by its UUID before NCCL starts, which would hang or fail."""
+    code = "import torch; from igpt.distributed.ranks import process_group as p\nwith p(torch.device('cuda', 0)): pass"
+    assert run_ranks([sys.executable, "-c", code], 2) == 1
+    assert "rank 0 on " in (message := capfd.readouterr().err)
+    assert "have the same GPU, " in message
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_ranks_that_see_one_gpu_each(tmp_path: Path) -> None:
+    """Invariant: as under `srun --gpus-per-task=1`, two ranks train with the losses of one."""
+    script = tmp_path / "one_gpu.py"
+    script.write_text(
+        "import os; os.environ['CUDA_VISIBLE_DEVICES'] = os.environ['LOCAL_RANK']\nfrom igpt.cli import main; main()"
+    )
+    settings = ("task=pretrain", "model.n_layer=2", "model.n_embd=16", "task.warmup_steps=1", "task.steps=4")
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), "trainer=ddp")
+    for name, command in (("two", (*two, "trainer.devices=2")), ("one", (str(ROOT / "train.py"), "trainer=gpu"))):
+        (tmp_path / name).mkdir()
+        precision = ("trainer.precision=32-true", "trainer.compile=false")
+        subprocess.run([sys.executable, *command, *settings, *precision], cwd=tmp_path / name, check=True)
+    curves = [
+        RunFolder(next((tmp_path / name / "runs").iterdir())).read_result()["curves"]["train/loss_gen"]["y"]
+        for name in ("two", "one")
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
