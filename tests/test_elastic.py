@@ -62,9 +62,9 @@ def test_torchrun_starts_the_ranks_again(tmp_path: Path) -> None:
     (run,) = (path for path in (tmp_path / "runs").iterdir())
     assert "resuming from" in (run / "log.txt").read_text()
     _, uninterrupted = run_here(tmp_path / "one", *SETTINGS, "trainer=cpu")
-    restarted, whole = (RunFolder(each).read_result()["curves"]["train/loss_gen"] for each in (run, uninterrupted))
-    assert restarted["x"] == whole["x"]
-    assert restarted["y"] == pytest.approx(whole["y"], rel=1e-4)
+    restarted, expected = (RunFolder(each).read_result()["curves"]["train/loss_gen"] for each in (run, uninterrupted))
+    assert restarted["x"] == expected["x"]
+    assert restarted["y"] == pytest.approx(expected["y"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
