@@ -13,6 +13,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -32,13 +33,13 @@ from igpt.report.folder import RunFolder
 from igpt.run.arguments import check_overrides, parse_overrides, prepare_arguments
 from igpt.run.components import Components
 from igpt.run.execute import run_and_report, stage_runner
-from igpt.run.launch import (
+from igpt.run.explained_errors import (
     explain_lost_rank,
     explain_lost_worker,
     explain_missing_metric,
     explain_out_of_memory,
-    launch,
 )
+from igpt.run.launch import launch
 from igpt.run.launch import main as launch_main
 from igpt.run.pipeline_stages import stage_configs
 from igpt.run.run_config import CHECKPOINT, RunConfig
@@ -552,8 +553,29 @@ def test_memory_that_ran_out() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     message = explain_out_of_memory(raised.value)
     assert message is not None
+    assert "the memory of this machine is full" in message
     assert "trainer.plan=true" in message
     assert explain_out_of_memory(RuntimeError("shape mismatch")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_of_a_gpu_that_ran_out(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Independent source: what PyTorch raises. Of several ranks it says which; what to lower, and how to go on."""
+    monkeypatch.setattr(ranks, "this_rank", lambda: ranks.Rank(3, 1, 4, 2))
+    message = explain_out_of_memory(error)
+    assert message is not None
+    assert len(message.splitlines()) == 1
+    told = explain_out_of_memory(RuntimeError("rank 1: MemoryError: Unable to allocate 2.00 GiB"))
+    assert str(told).startswith("the memory of the machine of rank 1 is full")
+    for part in ("the GPU of rank 3 (on ", "trainer.micro_batch", "activation_checkpointing", "fsdp", "resume="):
+        assert part in message
 
 
 def test_a_worker_that_was_lost() -> None:
@@ -595,6 +617,10 @@ def test_a_rank_that_is_left_alone_says_so_in_a_line(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ranks, "this_rank", lambda: ranks.Rank(0, 0, 2, 2))
     assert str(explain_lost_rank(lost)).startswith("another process of this run has ended")
     assert explain_lost_rank(RuntimeError("shapes differ")) is None
+    network = dist.DistBackendError("NCCL error in: a.cpp:9, unhandled system error\nLast error:\nno route to host")
+    assert "no route to host; NCCL_DEBUG=WARN tells more" in str(explain_lost_rank(network))
+    remote = dist.DistBackendError("NCCL error in: a.cpp:9, remote process exited\nncclRemoteError: a peer is gone")
+    assert str(explain_lost_rank(remote)).startswith("another process of this run has ended")
     monkeypatch.setattr("igpt.run.launch.launch", lambda *_, **__: (_ for _ in ()).throw(lost))
     monkeypatch.setattr("igpt.run.launch.HydraConfig.get", lambda: MagicMock())
     with pytest.raises(SystemExit) as caught:

@@ -344,6 +344,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     answers["odd batch"] = odd
 
     from tests.task import (  # they import this module
+        ranks_cluster,
         ranks_finetune,
         ranks_frozen,
         ranks_fsdp,
@@ -351,7 +352,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
         ranks_step,
     )
 
-    for part in (ranks_step, ranks_fsdp, ranks_frozen, ranks_finetune, ranks_network):
+    for part in (ranks_step, ranks_fsdp, ranks_frozen, ranks_finetune, ranks_network, ranks_cluster):
         answers |= part.work(lab, place, rank)
     return answers
 

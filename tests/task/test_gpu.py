@@ -1,5 +1,7 @@
 """What only a GPU can show. `python -m pytest -m gpu`"""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from igpt.checkpoint.igpt_format import Weights
+from igpt.distributed.launcher import run_ranks
 from igpt.model import decode, graphs
 from igpt.model.attention import attend, masked_attention
 from igpt.model.config import GPTConfig
@@ -19,8 +22,9 @@ from igpt.model.patterns import SPARSE, Pattern, TokenLayout
 from igpt.model.sparse_mask import SparseMask
 from igpt.model.token_loss import chunked_nats
 from igpt.objective.ar import AR
+from igpt.report.folder import RunFolder
 from igpt.utils import keyed
-from tests.conftest import perturbed, small_net
+from tests.conftest import ROOT, perturbed, small_net
 from tests.model.test_gpt import RecordedOps
 from tests.task.conftest import Lab, machine
 from tests.task.test_no_wait import BETWEEN, TASKS, train
@@ -244,3 +248,31 @@ def test_a_large_vocabulary_takes_little_memory() -> None:
     for one, same in zip(*results, strict=True):
         assert (one - same).norm() < 1e-4 * same.norm()
     assert peaks[0] < peaks[1] / 2
+
+
+def test_two_ranks_on_one_gpu(capfd: pytest.CaptureFixture[str]) -> None:
+    """Invariant: it is told by its UUID before NCCL starts, which would hang or fail."""
+    code = "import torch; from igpt.distributed.ranks import process_group as p\nwith p(torch.device('cuda', 0)): pass"
+    assert run_ranks([sys.executable, "-c", code], 2) == 1
+    assert "rank 0 on " in (message := capfd.readouterr().err)
+    assert "have the same GPU, " in message
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_ranks_that_see_one_gpu_each(tmp_path: Path) -> None:
+    """Invariant: as under `srun --gpus-per-task=1`, two ranks train with the losses of one."""
+    script = tmp_path / "one_gpu.py"
+    script.write_text(
+        "import os; os.environ['CUDA_VISIBLE_DEVICES'] = os.environ['LOCAL_RANK']\nfrom igpt.cli import main; main()"
+    )
+    settings = ("task=pretrain", "model.n_layer=2", "model.n_embd=16", "task.warmup_steps=1", "task.steps=4")
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), "trainer=ddp")
+    for name, command in (("two", (*two, "trainer.devices=2")), ("one", (str(ROOT / "train.py"), "trainer=gpu"))):
+        (tmp_path / name).mkdir()
+        precision = ("trainer.precision=32-true", "trainer.compile=false")
+        subprocess.run([sys.executable, *command, *settings, *precision], cwd=tmp_path / name, check=True)
+    curves = [
+        RunFolder(next((tmp_path / name / "runs").iterdir())).read_result()["curves"]["train/loss_gen"]["y"]
+        for name in ("two", "one")
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)

@@ -177,7 +177,6 @@ def test_one_progress_bar_and_who_watches_on_other_ranks(monkeypatch: pytest.Mon
     assert select([ours, bar, stop]) == [bar, stop]
     runner = Runner(machine(), Path("run"), callbacks=[ours, bar, monitor, stop])
     assert runner.subfolder("refit").callbacks == [ours, bar]  # without loggers
-    monkeypatch.setenv("RANK", "1")
-    for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "2")
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     assert select([bar, monitor, stop]) == [stop]

@@ -17,10 +17,14 @@ def gpu_index(rank: Rank) -> int:
 
 
 def describe_gpu(device: torch.device) -> dict[str, Any] | None:
-    """UUID, name and memory (GB) of a GPU; None for a CPU."""
+    """UUID, name and memory (GB) of a GPU; None for a CPU. Raises ValueError if it cannot be used."""
     if device.type != "cuda":
         return None
-    properties = torch.cuda.get_device_properties(device)
+    try:
+        properties = torch.cuda.get_device_properties(device)
+    except RuntimeError as error:  # of CUDA: in use by another process alone, or broken
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{device} cannot be used ({reason}): look at nvidia-smi") from error
     return {
         "uuid": str(properties.uuid),
         "name": properties.name,

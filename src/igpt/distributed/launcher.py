@@ -238,5 +238,6 @@ def _report_failure(what: str, tell: Path) -> None:
 
 
 def describe_exit(code: int) -> str:
-    """`ended with exit code 2`, `was killed by SIGKILL`."""
-    return f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    """`ended with exit code 2`, `was killed by SIGKILL (…)`."""
+    why = " (the system does so when memory runs out: `dmesg`)" if code == -signal.SIGKILL else ""
+    return f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}{why}"

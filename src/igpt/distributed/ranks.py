@@ -5,7 +5,6 @@ With one process no operation communicates.
 
 import hashlib
 import logging
-import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -65,12 +64,11 @@ def _connect(rank: Rank, store: Store, device: torch.device) -> None:
             device_id=device if on_gpu else None,
         )
     except RuntimeError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        known = next((line for line in lines if re.match(r"(Last error|nccl\w+Error|CUDA error)", line)), "")
+        reason = " ".join(str(error).partition("Exception raised from")[0].split())[:400]  # without a stack trace
         raise ValueError(
             f"rank {rank.index} on {socket.gethostname()} cannot connect to the other ranks "
-            f"({' '.join(filter(None, [lines[0] if lines else repr(error), known]))}): NCCL_SOCKET_IFNAME and "
-            "GLOO_SOCKET_IFNAME choose the network interface, NCCL_DEBUG=WARN tells more"
+            f"({reason}): NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the network interface, NCCL_DEBUG=WARN "
+            "tells more"
         ) from error
 
 

@@ -17,6 +17,7 @@ from igpt.data.crop import Crop, evaluation_crop
 from igpt.data.limited import LimitedSource
 from igpt.data.order import BatchPlan
 from igpt.data.source import Source
+from igpt.distributed import ranks
 from igpt.metric.result import Result
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
@@ -223,7 +224,9 @@ class Components:
         if self.run.takes_from_weights("tokens"):
             assert saved is not None, "RunConfig has seen to it"
             return saved
-        tokenizer = self.run.saved_tokenizer or self.tokenizer_settings.build(self._full_source, self.cache_dir)
+        tokenizer = self.run.saved_tokenizer or ranks.broadcast_from_rank0(  # machines may round k-means differently
+            lambda: self.tokenizer_settings.build(self._full_source, self.cache_dir)
+        )
         if self.weights is not None and saved is not None and tokenizer.hash != saved.hash:
             raise ValueError(
                 f"{self.weights.folder} was trained on other tokens ({saved.describe()}, {saved.hash}) than "

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
-import torch.distributed as dist
 from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -30,6 +27,12 @@ from igpt.report.runs import read_finished
 from igpt.run.arguments import prepare_arguments, resolve_paths, search_path_as_override
 from igpt.run.components import Components
 from igpt.run.execute import check_batch, prepare_task, run_and_report, stage_runner
+from igpt.run.explained_errors import (
+    explain_lost_rank,
+    explain_lost_worker,
+    explain_missing_metric,
+    explain_out_of_memory,
+)
 from igpt.run.finished import complete_finished
 from igpt.run.init_defaults import describe_taken
 from igpt.run.logs import log_file, set_up_logging
@@ -77,46 +80,6 @@ def main(cfg: DictConfig) -> None:
         log.debug("traceback", exc_info=True)
         log.error("error: %s", message)
         sys.exit(2 if lost_rank is None else 1)  # 2 of all ranks means that each was refused the same
-
-
-def explain_out_of_memory(error: BaseException) -> str | None:
-    """A message with remedies if the error means that memory ran out (PyTorch raises several kinds); else None."""
-    message = str(error)
-    if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in message:
-        return None
-    where = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
-    return (
-        f"the memory of {where} is full: the same command with trainer.plan=true says what a training run takes; "
-        "trainer.micro_batch=N (fewer images at a time), trainer.activation_checkpointing=true, "
-        "trainer.precision=bf16-mixed and trainer=fsdp take less"
-    )
-
-
-def explain_lost_worker(error: BaseException) -> str | None:
-    """A message with remedies if the error means that a DataLoader worker died; else None."""
-    message = f"{error.__cause__ or error.__context__} {error}"  # PyTorch names the signal in the cause
-    if re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)", message) is None:
-        return None
-    match = re.search(r"killed by signal: [\w ]+", message)
-    how = match[0] if match else "it ended unexpectedly"
-    return (
-        f"a process that reads images has died ({how}): the system ends one that takes too much memory, or whose file "
-        "became shorter; trainer.num_workers=0 reads in this process, and resume=RUN_FOLDER goes on"
-    )
-
-
-def explain_missing_metric(error: BaseException) -> str | None:
-    """A message if a callback of Lightning's watches a metric that is not logged; else None."""
-    is_missing = "conditioned on metric" in str(error)
-    return f"callbacks: {' '.join(str(error).split())}" if is_missing else None
-
-
-def explain_lost_rank(error: BaseException) -> str | None:
-    """A message if the error means that another rank of this run has ended (gloo and NCCL raise several); else None."""
-    is_lost = isinstance(error, dist.DistError) or re.search(r"\bgloo\b|Connection (closed|reset) by peer", str(error))
-    if ranks.this_rank().count == 1 or not is_lost:
-        return None
-    return "another process of this run has ended; this one ends, too, as it cannot go on alone"
 
 
 def run(*overrides: str, conf: Path | str | None = None) -> tuple[Result, Path | None]:

@@ -180,9 +180,8 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
     if settings.patches and n_val and config.codes > K_MAX:
         log.info("no row of k-means on patches: it takes at most %d codes", K_MAX)
     elif settings.patches and n_val:
-        beside["patches"] = PatchSettings(patch=config.factor, k=config.codes, **PATCHES).build(
-            data.source, components.cache_dir
-        )
+        patches = PatchSettings(patch=config.factor, k=config.codes, **PATCHES)
+        beside["patches"] = ranks.broadcast_from_rank0(lambda: patches.build(data.source, components.cache_dir))
     ranks.check_agree(
         "images", {"train": n_train, "val": n_val} | {name: tokenizer.hash for name, tokenizer in beside.items()}
     )
