@@ -41,7 +41,7 @@ def render(report: Mapping[str, Any] | None) -> str:
     """The tables of all parts as Markdown, with the machine; of no report the sentence that there is none."""
     if not report or not report["units"]:
         return NO_FIGURES
-    from gpu_units import of_part
+    from gpu_units import select_part
 
     about, units = report["machine"], report["units"]
     commits = sorted({entry["commit"] for entry in units.values()})
@@ -51,7 +51,7 @@ def render(report: Mapping[str, Any] | None) -> str:
         f"{', '.join(commits)}."
     ]
     for part, (_, module, table, title) in PARTS.items():
-        figures = of_part(units, part)
+        figures = select_part(units, part)
         errors = [f"- `{name}`: {entry['error']}" for name, entry in figures.items() if "error" in entry]
         if rows := [*getattr(importlib.import_module(module), table)(figures), *([""] * bool(errors)), *errors]:
             lines += ["", f"**{title}**", "", *rows]

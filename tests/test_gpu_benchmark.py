@@ -184,7 +184,7 @@ def test_a_run_is_stopped_and_resumed(quickstart: Path, tmp_path: Path, monkeypa
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(gpu_runs.PICTURES)
     table = gpu_runs.make_cifar_table({"cifar10_32": {"seconds": 90.0, "result": found}})
     assert f"`{quickstart.name}`: 1.5 minutes, all stages." in table
-    with pytest.raises(RuntimeError, match="ended with exit code 1: data.path: no such folder"):
+    with pytest.raises(RuntimeError, match=r"ended with exit code 1: data\.path: no such folder"):
         gpu_runs.run_cifar(60, tmp_path, [])
 
 
@@ -217,7 +217,7 @@ def test_tests_that_passed_are_not_run_again(tmp_path: Path, monkeypatch: pytest
 
 
 def test_xl_is_trained_in_the_first_way_that_fits() -> None:
-    """Independent source: fp32 weights, gradients and Adam of XL are 16 B a weight, 109 GB: an H200's, not an H100's."""
+    """Independent source: fp32 weights, gradients and Adam of XL, 16 B a weight, are 109 GB: for an H200, no H100."""
     import gpu_memory
 
     assert gpu_memory.choose_xl_way(gpu_memory.XL, 0.92 * 150e9, "cuda") == ("bf16-mixed", True)
@@ -331,7 +331,7 @@ def test_the_page_shows_the_figures_on_record() -> None:
 
 
 def test_steps_that_sampling_compares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant: both give the greedy tokens of the network's own step; torch.compile is left out here, it takes long."""
+    """Invariant: both give the greedy tokens of the network's own step, without torch.compile."""
     import sampling
 
     asked: list[dict[str, Any]] = []
