@@ -36,6 +36,7 @@ from igpt.training.hardware import disable_malloc_trim
 
 PAPER: dict[str, Any] = {"short_side": (256, 384), "size": 224}
 K = 512
+BATCH = 128  # images that a loader reads at once
 
 
 def plain(crop: Crop) -> Callable[[bytes, int], np.ndarray]:
@@ -131,21 +132,25 @@ def encoding(pixels: np.ndarray, rounds: int) -> dict[str, float]:
 
 
 class Photographs(torch.utils.data.Dataset[torch.Tensor]):
-    """What a loader's worker does for one batch."""
+    """What a loader's worker does for one batch; without end."""
 
     def __init__(self, photos: list[bytes], crop: Crop) -> None:
         self.photos, self.crop = photos, crop
 
     def __len__(self) -> int:
-        return 12
+        return 1 << 30
 
     def __getitem__(self, batch: int) -> torch.Tensor:
-        keys = [(batch * 128 + i) for i in range(128)]
+        keys = [(batch * BATCH + i) for i in range(BATCH)]
         return torch.from_numpy(np.stack([self.crop(self.photos[key % len(self.photos)], key) for key in keys]))
 
 
-def loading(photos: list[bytes], workers: Sequence[int], size: str, device: str) -> dict[str, float]:
-    """Batches of 128 tokens on the device, as a training loop gets them, by number of workers; what training takes."""
+def loading(photos: list[bytes], workers: Sequence[int], size: str, device: str, least: float) -> dict[str, float]:
+    """Batches of tokens on the device, as a training loop gets them, by number of workers; what training takes.
+
+    The steady state: what workers had read before the first four batches of each were taken does not count, then
+    at least `least` seconds and four batches of each worker.
+    """
     takes = appetite(size, device)
     print(f"\ntraining of size {size} takes {takes:,.1f} images/s on this {device}")
     print("| workers | images/s at R = 32, as tokens on the device | of what training takes |\n|---|---|---|")
@@ -153,13 +158,25 @@ def loading(photos: list[bytes], workers: Sequence[int], size: str, device: str)
     palette = fit_palette(np.stack([crop(data, 0) for data in photos[:64]]), k=K, iterations=5, restarts=1, seed=0)
     encoder, rates = LookupEncoder(palette, None), {"takes": takes}
     for count in workers:
-        start, n = time.perf_counter(), 0
-        pinned = device == "cuda"
-        for batch in DataLoader(Photographs(photos, crop), batch_size=None, num_workers=count, pin_memory=pinned):
+        loader = DataLoader(Photographs(photos, crop), batch_size=None, num_workers=count, pin_memory=device == "cuda")
+        turns, n, start, elapsed = 4 * count or 1, 0, 0.0, 0.0
+        for i, batch in enumerate(loader):
             n += len(encoder(batch.to(device, non_blocking=True)))
-        rates[f"{count} workers"] = rate = n / (time.perf_counter() - start)
+            if i + 1 == turns:
+                machine.finish()
+                start, n = time.perf_counter(), 0
+            elif i + 1 >= 2 * turns:
+                machine.finish()
+                if (elapsed := time.perf_counter() - start) >= least:
+                    break
+        rates[f"{count} workers"] = rate = n / elapsed
         print(f"| {count} | {rate:,.0f} | {rate / takes:,.1f}× |", flush=True)
     return rates
+
+
+def list_photos(folder: Path) -> list[Path]:
+    """JPEGs in a folder, at any depth."""
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
 
 
 def appetite(size: str, device: str) -> float:
@@ -178,18 +195,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--cifar", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seconds", type=float, default=10.0, help="of loading with each number of workers, at least")
     parser.add_argument("--size", choices=sorted(SIZES), help="training of this takes what is loaded; a GPU: s")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    files = [path for path in sorted(args.photos.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
-    photos = [path.read_bytes() for path in files]
+    photos = [path.read_bytes() for path in list_photos(args.photos)]
     sizes = np.array([Image.open(io.BytesIO(data)).size for data in photos])
     print(f"{len(photos)} photographs, median {np.median(sizes, axis=0).astype(int).tolist()} pixels, "
           f"{np.mean([len(p) for p in photos]) / 1024:.0f} kB; Pillow {PIL.__version__}, torch {torch.__version__}, "
           f"{count_cores()} cores")  # fmt: skip
     report = {"crops": crops(photos, args.rounds)}
-    report["loading"] = loading(photos, args.workers, args.size or ("s" if device == "cuda" else "a"), device)
+    size = args.size or ("s" if device == "cuda" else "a")
+    report["loading"] = loading(photos, args.workers, size, device, args.seconds)
     crop = Crop(resolution=32, resize="once", draft=None, filter="bilinear", **PAPER)
     report["encoding photographs"] = encoding(
         np.stack([crop(data, key) for key in range(2) for data in photos])[:1000], args.rounds

@@ -20,7 +20,6 @@ from igpt.distributed.cores import count_cores
 from igpt.distributed.process_state import float32_matmul_precision
 from igpt.model.cpu import inductor_cache, medium_format
 
-
 # dense bfloat16 TFLOP/s by the data sheet, by a part of the name that CUDA gives the card
 DATA_SHEETS = {
     "GH200": 989.0, "H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0,
@@ -221,16 +220,17 @@ def timed(run: Callable[[], Any]) -> Run:
     """What calls something and returns the seconds it took, with a GPU's work done, and what it returned."""
 
     def call() -> tuple[float, Any]:
-        _finish()
+        finish()
         start = time.perf_counter()
         result = run()
-        _finish()
+        finish()
         return time.perf_counter() - start, result
 
     return call
 
 
-def _finish() -> None:
+def finish() -> None:
+    """Waits for a GPU's work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

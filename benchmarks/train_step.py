@@ -5,10 +5,11 @@
 Every row has the same weights to begin with, token ids, batch, loss over all positions and fused Adam; all must have
 the same losses in the first two steps, or there are no figures. Rows take turns, round by round, so that a machine that
 speeds up or slows down does so for all; the first round is a warm-up for all and is not counted. Each side is a process
-of its own, on a GPU one at a time; ours keeps freed memory (`disable_malloc_trim`), as our training does, Hugging Face's
-is as it ships (`--hold-peer`: with our setting, too). With `--peer-batch` sides are compared by images/s, their losses
-by rows of ours with that batch. `fp32+medium` is `torch.set_float32_matmul_precision("medium")`, which users of any side can
-set; where that rounds what is multiplied, rows are called `bf16-products` (CPUs with AMX) or `tf32-products` (GPUs).
+of its own, on a GPU one at a time; ours keeps freed memory (`disable_malloc_trim`), as our training does, Hugging
+Face's is as it ships (`--hold-peer`: with our setting, too). With `--peer-batch` sides are compared by images/s, their
+losses by rows of ours with that batch. `fp32+medium` is `torch.set_float32_matmul_precision("medium")`, which users of
+any side can set; where that rounds what is multiplied, rows are called `bf16-products` (CPUs with AMX) or
+`tf32-products` (GPUs).
 """
 
 import argparse
@@ -107,8 +108,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
 
     options = {
-        "hold": not args.return_memory, "plain": args.plain, "compiled": (False,) if args.no_compiled else (False, True),
-        "attention": args.attention, "batch": args.batch or SIZES[args.size][-1], "of": "",
+        "hold": not args.return_memory, "plain": args.plain, "attention": args.attention, "of": "",
+        "compiled": (False,) if args.no_compiled else (False, True), "batch": args.batch or SIZES[args.size][-1],
     }  # fmt: skip
     few = options | {"batch": args.peer_batch or options["batch"]}
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -353,18 +353,19 @@ def test_data_path(photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     monkeypatch.setattr(data_path, "disable_malloc_trim", lambda: None)
     monkeypatch.setattr(data_path, "K", 8)
-    monkeypatch.setattr(data_path.Photographs, "__len__", lambda self: 1)
+    monkeypatch.setattr(data_path, "BATCH", 4)
     monkeypatch.setattr(data_path, "time", Clock(2.0))
     monkeypatch.setattr(data_path, "make_step", lambda net, tokens, label: lambda: (0.5, len(tokens)))
-    report = data_path.main(["--photos", str(photos), "--workers", "0", "--size", "tiny", *ONCE])
+    few = ["--seconds", "5", "--workers", "0", "--size", "tiny", *ONCE]
+    report = data_path.main(["--photos", str(photos), *few])
     ways = list(data_path.ways(32))
     assert report == {
         "crops": {f"{side}, {way}": 4 / 2 for side in (32, 48, 64, 96, 192) for way in ways},
-        "loading": {"takes": 2 / 0.5, "0 workers": 128 / 2},
+        "loading": {"takes": 2 / 0.5, "0 workers": 3 * 4 / 6},  # the first batch is not counted
         "encoding photographs": {"distinct colours": 8 / 2, "table": 8 / 2, "s to build it": 2.0},
     }
     shown = capsys.readouterr().out
-    assert "| 0 | 64 | 16.0× |" in shown
+    assert "| 0 | 2 | 0.5× |" in shown
     rows = [line.split(" | ") for line in shown.splitlines() if line.startswith(("| 32 |", "| 48 |", "| 64 |"))]
     assert [row[1] for row in rows] == ways * 3
     differences = {name: [float(row[4]) for row in rows if row[1] == name] for name in ways}  # grey levels
