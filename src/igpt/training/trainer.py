@@ -88,10 +88,6 @@ class Runner:
         The run is one Lightning epoch over an infinite loader. `saving.val_every` 0: no validation during training.
         Signals are recorded in `saving.stop` meanwhile. `gradient_clip`: largest norm of a step's gradient.
         """
-        if self.machine.is_sharded and getattr(module, "n_shardable", None) is None:
-            raise ValueError(
-                f"trainer={self.machine.strategy} shares out the network of task=pretrain only: choose trainer=ddp here"
-            )
         plan, arguments = self.machine.train_batch_layout(settings.batch_size), self.machine.lightning
         steps = settings.steps
         if arguments.dev_steps is not None:
@@ -170,7 +166,13 @@ class Runner:
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=any(isinstance(each, ProgressBar) for each in options.get("callbacks", ())),
-            **{"enable_model_summary": False, "profiler": self._profiler(), **machine.lightning.passed, **options},
+            **{
+                "enable_model_summary": False,
+                "profiler": self._profiler(),
+                "inference_mode": not machine.is_sharded,  # FSDP2 keeps tensors of a validation for training
+                **machine.lightning.passed,
+                **options,
+            },
         )
         # Lightning's SIGTERM handler ends a run with exit code 0 and communicates with other ranks inside the handler
         connector = trainer._signal_connector
