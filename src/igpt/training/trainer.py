@@ -13,6 +13,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.distributed.ranks import Ranks, broadcast_from_rank0
@@ -143,7 +145,12 @@ class Runner:
         if self.machine.is_sharded and n_weight is not None:
             requested = self.machine.sharded_checkpoint
             return FSDP(count=count, in_pieces=n_weight > IN_PIECES if requested == "auto" else requested)
-        return DDPStrategy(gradient_as_bucket_view=True) if count > 1 else "auto"
+        if count == 1:
+            return "auto"
+        if of_frozen := [name for name, weight in module.named_parameters() if isinstance(weight, DTensor)]:
+            ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+            ignore(module, of_frozen)
+        return DDPStrategy(gradient_as_bucket_view=True)
 
     def _profiler(self) -> Profiler | None:
         """The profiler of `trainer.lightning.profiler`, which writes to `profile/` of the run directory; of rank 0."""
