@@ -121,6 +121,15 @@ def draw_without_memory(lab: Lab, place: Path, rank: ranks.Rank, on: HardwareCon
     return str(grid.bystander.error)
 
 
+def watched_by_zero(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
+    """The same under ZeRO 3, on DeepSpeed's CPU accelerator."""
+    from tests.task.ranks_work import on_all
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "DEEPSPEED_RUNS_ON", ("cpu",))
+        return watched(lab, place / "watched zero", on_all(strategy="deepspeed_3"))
+
+
 def work(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     from tests.task.ranks_work import on_all
 

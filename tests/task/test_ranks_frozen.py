@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from igpt.checkpoint.find import find_weights
-from tests.task.conftest import Lab, machine
+from tests.task.conftest import Lab, answers_in, machine, worked
 from tests.task.ranks_frozen import read_features, read_frozen, watched
 from tests.task.ranks_work import a_lab
 
@@ -67,6 +67,15 @@ def test_probes_and_samples_while_training(
         assert frozen[0][name.replace(" sharded", "")] == one
         pictures = [(run / "samples" / "step_0000002.png").read_bytes() for run in (tmp_path / "one", place / name)]
         assert pictures[0] == pictures[1]
+
+
+@pytest.mark.slow
+def test_probes_and_samples_under_zero(alone: Lab, tmp_path: Path) -> None:
+    """Invariant: those of one process, of a copy that both ranks gather."""
+    one = watched(alone, tmp_path / "one", machine())
+    assert answers_in(worked(tmp_path, "watched"))[0] == one
+    pictures = [tmp_path / run / "samples" / "step_0000002.png" for run in ("one", "watched zero")]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
 def test_samples_without_memory_do_not_end_a_training(frozen: list[dict[str, Any]], place: Path) -> None:

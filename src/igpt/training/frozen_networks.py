@@ -36,11 +36,12 @@ def _set_dtypes(net: GPT, precision: str) -> GPT:
     return net
 
 
-def shard_network(net: GPT, device: torch.device) -> None:
+def shard_frozen_network(net: GPT, device: torch.device) -> None:
     """Shards a frozen network on the meta device over all ranks, with FSDP2: a forward pass gathers block by block.
 
     What a block has beside its matrices is small, computed in float32 and read from outside the block (`ln_1`): every
-    rank holds it. Every rank must run the same forward passes.
+    rank holds it, which only a frozen network can do without gradients to sum. Every rank must run the same forward
+    passes.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # on which FSDP2 allocates

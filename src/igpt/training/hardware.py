@@ -24,7 +24,7 @@ from igpt.model.patterns import SPARSE, Pattern
 from igpt.model.verify import verify_attention
 from igpt.settings.devices import HardwareSettings
 from igpt.training.deepspeed import INSTALL
-from igpt.training.frozen_networks import build_on_meta, shard_network
+from igpt.training.frozen_networks import build_on_meta, shard_frozen_network
 from igpt.utils.program import program_name
 
 log = logging.getLogger(__name__)
@@ -216,7 +216,7 @@ class HardwareConfig(HardwareSettings):
         net = build_on_meta(build, precision=self.precision, narrow=sharded)
         self.prepare(net)
         if sharded:
-            shard_network(net, self.device)
+            shard_frozen_network(net, self.device)
         net.allocate(self.device)
         fill(net)
         return net
