@@ -70,9 +70,9 @@ class SampleGrid(L.Callback):
 
         def draw() -> Tensor:
             with machine.autocast():
-                return generate(whole, mine.to(module.device), self.sampling).cpu() if len(mine) else torch.empty(0)
+                return generate(full, mine.to(module.device), self.sampling).cpu() if len(mine) else torch.empty(0)
 
-        with whole_network(net, machine.precision) as whole:
+        with whole_network(net, machine.precision) as full:
             shares = ranks.all_gather_results(draw)
         tokens = torch.empty(self.count, net.n_ctx, dtype=torch.int64)
         for index, share in enumerate(shares[: self.count]):
