@@ -90,6 +90,7 @@ def read_frozen(lab: Lab, run: Path, place: Path, on: HardwareConfig) -> dict[st
     weights = find_weights(str(run))
     samples = lab.execute("sample", place / "sample", weights, on=on, **SAMPLED).arrays["samples"]
     sgd = lab.probe(place / "sgd", weights, on=on, solver="sgd", sgd={"rates": [1.0, 30.0], "steps": 12}, test=False)
+    ranks.barrier()  # until the first has written the probe
     classes = predicted(lab, place / "predict", weights, place / "sgd", on)
     return {
         "evaluated": evaluated(lab, run, on, AR()),
