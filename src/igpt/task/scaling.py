@@ -187,6 +187,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
             }  # fmt: skip
             points[name].append((loss.value, share))
             images += [] if seen is None else [float(seen)]
+            del net, scored  # before the next one is built
         losses, shares = [loss for loss, _ in points[name]], [share.value for _, share in points[name]]
         result.curves[name] = Curve(losses, shares, loss_axis, ACCURACY)
         if len(images) == len(losses):
