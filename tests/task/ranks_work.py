@@ -360,7 +360,9 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     with ranks.process_group(torch.device("cpu")) as rank:
-        apart = {"deepspeed": by_deepspeed, "options": with_options, "pieces": in_pieces}
+        from tests.task.ranks_frozen import watched_by_zero
+
+        apart = {"deepspeed": by_deepspeed, "options": with_options, "pieces": in_pieces, "watched": watched_by_zero}
         found = apart[sys.argv[2]](a_lab(), place, rank) if sys.argv[2:] else work(place, rank)
         everyone = ranks.all_gather_object(found)
         if rank.is_first:

@@ -332,3 +332,16 @@ def test_ranks_that_see_one_gpu_each(tmp_path: Path) -> None:
         for name in ("two", "one")
     ]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_a_network_to_read_stays_on_it(tmp_path: Path, lab: Lab, ar: Weights) -> None:
+    """Invariant: filled there tensor by tensor, the CPU's weights to the bit; loss and probe of the CPU."""
+    on = machine(accelerator="gpu")
+    net = on.build_frozen(ar.build_network, ar.load_into)
+    for name, weight in ar.net().state_dict().items():
+        assert torch.equal(net.state_dict()[name].cpu(), weight)
+    one, other = (lab.evaluate(tmp_path / name, ar, on=on) for name, on in (("cpu", machine()), ("gpu", on)))
+    assert other.numbers["val/loss_gen"].value == pytest.approx(one.numbers["val/loss_gen"].value, rel=1e-5)
+    probes = [lab.probe(tmp_path / name, ar, on=on, solver="sgd") for name, on in (("a", machine()), ("b", on))]
+    shares = [probe.numbers["val/accuracy"].value for probe in probes]
+    assert shares[1] == pytest.approx(shares[0], abs=0.05)

@@ -168,7 +168,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
         name, points[line.name] = line.name, []
         images: list[float] = []
         for weights in line.weights:
-            net = weights.net()
+            net = hardware.build_frozen(weights.build_network, weights.load_into)
             scored = EvaluateModule(components, net, split=settings.split)
             plan = hardware.eval_batch_layout(settings.batch_size)
             runner.validate(scored, components.build_datamodule(plan=plan, eval_split=settings.split))
@@ -187,6 +187,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
             }  # fmt: skip
             points[name].append((loss.value, share))
             images += [] if seen is None else [float(seen)]
+            del net, scored  # before the next one is built
         losses, shares = [loss for loss, _ in points[name]], [share.value for _, share in points[name]]
         result.curves[name] = Curve(losses, shares, loss_axis, ACCURACY)
         if len(images) == len(losses):
