@@ -2,13 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from igpt.settings.fields import Count, Settings
 from igpt.settings.lightning_arguments import LightningArguments
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
-Strategy = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_3", "deepspeed_3_offload"]
+Strategy = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_2_offload", "deepspeed_3", "deepspeed_3_offload"]
 AttentionBackend = Literal["auto", "native", "sdpa", "blocks", "bmm", "flex"]
 DecodeBackend = Literal["auto", "native", "columns", "graphs", "layers"]
 MatmulPrecision = Literal["auto", "highest", "high", "medium"]
@@ -36,6 +36,22 @@ class HardwareSettings(Settings):
     decoding: DecodeBackend = "auto"  # how tokens are sampled one by one
     lightning: LightningArguments = LightningArguments()  # further arguments of Lightning's Trainer
 
+    @model_validator(mode="after")
+    def _check_exclusive(self) -> "HardwareSettings":
+        clipped = self.lightning.gradient_clip_algorithm == "value"
+        for setting, is_chosen in {
+            "trainer.compile=true": self.compile is True,
+            "trainer.precision=bf16-true": self.precision == "bf16-true",
+            "trainer.lightning.gradient_clip_algorithm=value": clipped,
+        }.items():
+            if self.zero_stage and is_chosen:
+                raise ValueError(
+                    f"trainer={self.strategy} does not go with {setting}: DeepSpeed hangs its own hooks on every "
+                    "layer, keeps float32 weights beside bfloat16 ones (bf16-mixed) and clips by norm: leave it "
+                    "out, or choose trainer=fsdp"
+                )
+        return self
+
     @property
     def is_sharded(self) -> bool:
         """Whether the training state is sharded over the ranks."""
@@ -48,5 +64,5 @@ class HardwareSettings(Settings):
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether weights and optimiser state are offloaded to host memory."""
+        """Whether optimiser state, under ZeRO 3 weights, too, is offloaded to host memory."""
         return self.strategy.endswith("offload")

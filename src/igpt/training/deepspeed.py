@@ -5,7 +5,9 @@ written in the sharded format of `trainer=fsdp`, each rank saving some complete 
 either strategy resumes them, and no code in them is executed.
 """
 
+import atexit
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # documented, not listed in its __all__
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
@@ -58,7 +61,7 @@ class ZeRO(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # keep PyTorch's fused Adam
 
-    # Setup: the process group exists already, and `HardwareConfig` has checked the device.
+    # Setup: the process group of several ranks exists already, and `HardwareConfig` has checked the device.
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)
@@ -69,9 +72,11 @@ class ZeRO(DeepSpeedStrategy):
         return device if device.index is not None else torch.device(device.type, 0)  # DeepSpeed needs an index
 
     def setup_distributed(self) -> None:
-        assert dist.is_initialized(), "DeepSpeed is for several processes"
         import deepspeed
 
+        if not dist.is_initialized():
+            join_alone(self.root_device)
+        os.environ.setdefault("LOCAL_RANK", str(self.root_device.index))  # which DeepSpeed reads; srun sets none
         reset_seed()
         self.set_world_ranks()
         deepspeed.init_distributed(auto_mpi_discovery=False)
@@ -160,6 +165,19 @@ class ZeRO(DeepSpeedStrategy):
     def _named_weights(self) -> list[tuple[str, nn.Parameter]]:
         assert self.lightning_module is not None
         return list(self.lightning_module.named_parameters())
+
+
+def join_alone(device: torch.device) -> None:
+    """Opens a process group of this process alone. It stays, as DeepSpeed keeps it for later trainings."""
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=HashStore(),
+        rank=0,
+        world_size=1,
+        device_id=device if on_gpu else None,
+    )
+    atexit.register(dist.destroy_process_group)
 
 
 def gather_in_forward(module: nn.Module, owners: Iterable[nn.Module]) -> None:
