@@ -1,4 +1,4 @@
-"""What ranks do for `test_ranks.py`: `python -m tests.task.ranks_work FOLDER [deepspeed|options|pieces]` in each."""
+"""What ranks do for `test_ranks.py`: `python -m tests.task.ranks_work FOLDER [PART]` in each."""
 
 import os
 import signal
@@ -359,7 +359,15 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     with ranks.process_group(torch.device("cpu")) as rank:
-        apart = {"deepspeed": by_deepspeed, "options": with_options, "pieces": in_pieces}
+        from tests.task import ranks_finetune
+
+        apart = {
+            "deepspeed": by_deepspeed,
+            "options": with_options,
+            "pieces": in_pieces,
+            "finetune": ranks_finetune.by_deepspeed,
+            "offload": ranks_finetune.offloaded,
+        }
         found = apart[sys.argv[2]](a_lab(), place, rank) if sys.argv[2:] else work(place, rank)
         everyone = ranks.all_gather_object(found)
         if rank.is_first:
