@@ -4,6 +4,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+from torch.distributed.tensor import DTensor
+
 from igpt.checkpoint.find import find_weights
 from igpt.distributed import ranks
 from igpt.distributed.signals import StoppedError
@@ -27,7 +30,20 @@ def finetuned(lab: Lab, place: Path, folder: Path, name: str, **settings: Any) -
     return {"numbers": numbers, "curves": {key: curve.y for key, curve in result.curves.items()}}
 
 
-def finetuned_sharded(lab: Lab, place: Path, rank: ranks.Rank, strategy: str) -> dict[str, Any]:
+class Held(L.Callback):
+    """The share of all weights, network and head, that this rank holds."""
+
+    share: float
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        weights = list(pl_module.parameters())
+        local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+        self.share = sum(each.numel() for each in local) / sum(weight.numel() for weight in weights)
+
+
+def finetuned_sharded(
+    lab: Lab, place: Path, rank: ranks.Rank, strategy: str, callbacks: tuple[L.Callback, ...] = ()
+) -> dict[str, Any]:
     """Each case, its network and head sharded; one of them is stopped and resumed."""
     from tests.task.ranks_work import on_all, raised
 
@@ -38,12 +54,14 @@ def finetuned_sharded(lab: Lab, place: Path, rank: ranks.Rank, strategy: str) ->
         if name == "pieces":
             term = (Send(signal.SIGTERM, step=1),) if rank.index == 1 else ()
             answers["stopped"] = raised(StoppedError, finetuned, lab, place, folder, name, on=on, callbacks=term)
-        answers[name] = finetuned(lab, place, folder, name, on=on)
+        answers[name] = finetuned(lab, place, folder, name, on=on, callbacks=callbacks)
     return answers
 
 
 def work(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
-    return {"fine-tuned fsdp": finetuned_sharded(lab, place, rank, "fsdp")}
+    held = Held()
+    answers = finetuned_sharded(lab, place, rank, "fsdp", callbacks=(held,))
+    return {"fine-tuned fsdp": {**answers, "held": held.share}}
 
 
 def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:

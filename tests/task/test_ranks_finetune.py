@@ -46,12 +46,13 @@ def test_a_sharded_network_is_fine_tuned_as_a_whole_one(
     place: Path, answers: list[dict[str, Any]], alone: Lab, tmp_path: Path, name: str
 ) -> None:
     """Invariant: losses, best step and test of one process: with dropout and clipped gradients; without L_GEN, from
-    scratch, refitted, stopped and resumed. `task=predict` of one process reads what was written."""
+    scratch, refitted, stopped and resumed. Each rank holds half; `task=predict` of one process reads the weights."""
     one = finetuned(alone, place, tmp_path / "one", name, on=machine(micro_batch=20))
     for answer in answers:
         sharded = answer["fine-tuned fsdp"]
         check_equal(sharded[name], one)
         assert sharded["stopped"].startswith("stopped by SIGTERM after step")
+        assert 0.45 < sharded["held"] < 0.55
     folder = place / f"fsdp fine-tuned {name}"
     best = read_best(folder)
     assert best is not None
