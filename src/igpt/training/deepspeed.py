@@ -8,7 +8,7 @@ either strategy resumes them, and no code in them is executed.
 import atexit
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")  # Adam's state per weight
 class ZeRO(DeepSpeedStrategy):
     """DeepSpeed stage 2 (optimiser state and gradients sharded) or 3 (weights, too); `offload`: to host memory.
 
-    Source: Rajbhandari et al. 2020 (ZeRO), Ren et al. 2021 (offload).
+    Source: Rajbhandari et al. 2020 (ZeRO), Ren et al. 2021 (offload). ZeRO 3 gathers the weights of a module while it
+    is called; those that methods such as `GPT.trunk` read, DeepSpeed finds and gathers with the LightningModule.
 
     Raises:
         ValueError: DeepSpeed is not installed.
@@ -178,19 +179,6 @@ def join_alone(device: torch.device) -> None:
         device_id=device if on_gpu else None,
     )
     atexit.register(dist.destroy_process_group)
-
-
-def gather_in_forward(module: nn.Module, owners: Iterable[nn.Module]) -> None:
-    """Has ZeRO 3 gather the weights of `owners`, not of their submodules, while `module` is called.
-
-    Else it gathers a module's weights while that module itself is called, which methods such as `GPT.trunk` are not.
-    """
-    from deepspeed.runtime.zero import register_external_parameter
-
-    for owner in owners:
-        for weight in owner.parameters(recurse=False):
-            if hasattr(weight, "ds_id"):  # it is sharded
-                register_external_parameter(module, weight)
 
 
 def release_training_state(module: L.LightningModule) -> None:
