@@ -120,7 +120,7 @@ def test_inference_at_lower_precision(trained: Weights, precision: str) -> None:
     with torch.inference_mode():
         with narrowed(trained, precision) as net:
             expected = net(tokens)
-        with machine(precision=precision).inference(trained.net()) as net:
+        with machine(precision=precision).inference(trained.build_network, trained.load_into) as net:
             logits = net(tokens)
         exact = trained.net()(tokens)
     assert logits.dtype == torch.bfloat16

@@ -78,7 +78,7 @@ def run(components: Components, settings: DemoSettings) -> Result:
     # delays all: on two cores, two threads draw several times slower than one (docs/demo.md).
     with (
         num_threads(settings.threads or max(1, torch.get_num_threads() - 1)),
-        machine.inference(weights.net()) as net,
+        machine.inference(weights.build_network, weights.load_into) as net,
         private_folder() as folder,
     ):
         training = TrainingFeatures(

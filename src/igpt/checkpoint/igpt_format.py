@@ -134,6 +134,10 @@ class Weights:
         """The tokenizer saved with the weights."""
         return self.metadata.tokenizer
 
+    def build_network(self) -> GPT:
+        """The network, its weights not yet read: for `HardwareConfig.build_frozen`, with `load_into`."""
+        return GPT(self.metadata.network)
+
     def net(self) -> GPT:
         """The network with these weights, on the CPU, in float32."""
         net = meta_model(self.metadata.network)

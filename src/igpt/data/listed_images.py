@@ -45,7 +45,8 @@ class ListedImages:
     def prepare(self) -> None: ...
 
     def read(self, index: Sequence[int], rng_keys: Sequence[int]) -> Pixels:
-        parts = [self._read_one(i, key) for i, key in zip(index, rng_keys, strict=True)]
+        none = Pixels(np.empty((0, self.resolution, self.resolution, 3), np.uint8), np.empty(0, np.int64))
+        parts = [none, *(self._read_one(i, key) for i, key in zip(index, rng_keys, strict=True))]
         return Pixels(np.concatenate([pixels for pixels, _ in parts]), np.concatenate([labels for _, labels in parts]))
 
     def _read_one(self, i: int, key: int) -> Pixels:

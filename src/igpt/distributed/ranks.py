@@ -93,6 +93,26 @@ def all_gather_object(value: T) -> list[T]:
     return values
 
 
+def all_gather_results(make: Callable[[], T]) -> list[T]:
+    """Calls `make`, in which no rank waits for another, on every rank; returns the values of all, in rank order.
+
+    Raises:
+        RuntimeError: on every rank, if `make` raised an Exception on one; there from that.
+    """
+    if not dist.is_initialized():
+        return [make()]
+    result, cause = None, None
+    try:
+        result = make()
+    except Exception as error:  # whatever it is, the others wait for this rank
+        cause = error
+    gathered = all_gather_object((result, None if cause is None else f"{type(cause).__name__}: {cause}"))
+    for index, (_, problem) in enumerate(gathered):
+        if problem is not None:
+            raise RuntimeError(f"rank {index}: {problem}") from cause
+    return [value for value, _ in gathered if value is not None]
+
+
 def broadcast_from_rank0(make: Callable[[], T]) -> T:
     """Calls `make` on rank 0 and returns its value on every rank.
 

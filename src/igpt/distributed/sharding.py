@@ -24,6 +24,18 @@ def copy_into_sharded(weight: Tensor, full: Tensor) -> None:
         weight.copy_(full)
 
 
+def gather_weight(weight: Tensor) -> Tensor:
+    """The full weight: itself, or a copy of a sharded one. A collective where it is sharded."""
+    if isinstance(weight, DTensor):
+        return weight.full_tensor()
+    if hasattr(weight, "ds_shape"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([weight]):
+            return weight.detach().clone()
+    return weight
+
+
 def unsharded_shape(weight: Tensor) -> tuple[int, ...]:
     """The full shape of a weight, also under ZeRO 3."""
     return tuple(getattr(weight, "ds_shape", weight.shape))

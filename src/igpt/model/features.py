@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from igpt.model.gpt import GPT
@@ -32,12 +31,5 @@ def layer_features(
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
-    norms = [*(block.ln_1 for block in net.blocks), net.ln_f]
-    wanted = range(len(norms)) if layers is None else layers
-    up_to_last = zip(norms[: max(wanted) + 1], net.hidden_states(tokens, visible), strict=False)
-    pooled = [
-        (layer_norm(h) if norm == "ln_1" else h).mean(dim=1)  # (B, T, C) → (B, C)
-        for layer, (layer_norm, h) in enumerate(up_to_last)
-        if layer in wanted
-    ]
-    return torch.stack(pooled)
+    wanted = range(net.n_layer + 1) if layers is None else layers
+    return net.pool_layers(tokens, visible, layers=wanted, last=max(wanted), normed=norm == "ln_1")

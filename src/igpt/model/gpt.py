@@ -7,7 +7,7 @@ weights have to load here. Names of parameters are those of the released checkpo
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from igpt.utils import keyed
 # weights that are not drawn: gains; a block's values and the first one's in equal parts (as Zhou et al. 2024); no bias
 INITIAL = {"g": 1.0, "value_mix": 0.5, "relative": 0.0}
 # methods that read weights and are called from outside `forward`: where weights are sharded, each gathers them
-FORWARD_METHODS = ("trunk", "step", "logits")
+FORWARD_METHODS = ("trunk", "step", "logits", "pool_layers")
 
 
 class GPT(nn.Module):
@@ -169,6 +169,22 @@ class GPT(nn.Module):
         last = deque(self.hidden_states(tokens, visible), maxlen=1).pop()  # the others are freed
         normed: Tensor = self.ln_f(last)
         return normed
+
+    def pool_layers(
+        self, tokens: Tensor, visible: Tensor | None, *, layers: Container[int], last: int, normed: bool
+    ) -> Tensor:
+        """Means over positions of the hidden states after `layers` blocks: (B, T) → (P, B, C), P of 0 … `last`.
+
+        `normed`: after the norm that reads them, `ln_1` of the next block or `ln_f`. Later blocks are not computed.
+        """
+        norms = [*(block.ln_1 for block in self.blocks), self.ln_f]
+        up_to_last = zip(norms[: last + 1], self.hidden_states(tokens, visible), strict=False)
+        pooled = [
+            (norm(h) if normed else h).mean(dim=1)  # (B, T, C) → (B, C)
+            for layer, (norm, h) in enumerate(up_to_last)
+            if layer in layers
+        ]
+        return torch.stack(pooled)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every token: (…, C) → (…, V)."""

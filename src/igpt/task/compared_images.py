@@ -1,6 +1,6 @@
 """The images that `task=quality` draws, and their comparison with real ones in an encoder's features."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from igpt.checkpoint.igpt_format import Weights
 from igpt.data.source import plain_pixels
 from igpt.encoder.encoder import Encoder
 from igpt.metric.generative import (
@@ -126,16 +127,19 @@ class Judge:
         return Grid(np.concatenate([images[closest.numpy()][:, None], training], axis=1), titles)
 
 
-def draw_kinds(net: GPT, tokenizer: Tokenizer, real: RealImages, *, name: str) -> dict[str, np.ndarray]:
-    """`samples` and, if `task.completions`, `completions` of a network: (N, R, R, 3) uint8.
+def draw_kinds(
+    weights: Weights, fill: Callable[[GPT], None], tokenizer: Tokenizer, real: RealImages, *, name: str
+) -> dict[str, np.ndarray]:
+    """`samples` and, if `task.completions`, `completions` of the network of some weights: (N, R, R, 3) uint8.
 
+    `fill` sets its weights: `load_into`, or others.
     Random numbers are the same for every network, those of task=sample. `name`: identifies the network in the cache.
     """
     components, settings = real.components, real.settings
     sampling, seed = Sampling(settings.temperature, settings.top_k, settings.top_p), components.seed
     cache_key = {"weights": name, "precision": components.hardware.precision}
     how: dict[str, Any] = {"batch_size": settings.batch_size, "cache": components.cache_dir, "cache_key": cache_key}
-    with components.hardware.inference(net) as net:
+    with components.hardware.inference(weights.build_network, fill) as net:
         draw = partial(draw_cached, net, sampling, **how)
         rng_keys = keyed.per_example_keys(keyed.key(seed, "sample"), torch.arange(settings.samples))
         drawn = {"samples": draw(rng_keys=rng_keys)}

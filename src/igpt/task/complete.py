@@ -58,7 +58,7 @@ def run(components: Components, settings: CompleteSettings) -> Result:
         warning["warning"] = f"{stay}: the others change with what is drawn below"
         log.warning("%s", warning["warning"])
     prompts = given.repeat_interleave(completions, 0)  # (N·M, T)
-    with components.hardware.inference(weights.net()) as net:
+    with components.hardware.inference(weights.build_network, weights.load_into) as net:
         drawn = draw_images(
             net, sampling, rng_keys=rng_keys, batch_size=settings.batch_size, prompts=prompts, known=prompt_mask
         )

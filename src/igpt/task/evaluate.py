@@ -17,17 +17,20 @@ from igpt.settings.reading import EvaluateSettings
 from igpt.task.class_score import ClassScore, classes_hash
 from igpt.task.generative_score import GenerativeScore, choose_units
 from igpt.tokens.batches import Batch
+from igpt.training.frozen_networks import attach_frozen
 
 
 class EvaluateModule(L.LightningModule):
     """Scores a frozen network by its generative loss; with a class head also by its predictions."""
 
+    net: GPT
+
     def __init__(
         self, components: Components, net: GPT, *, split: str, head: ClassHead | None = None, eval_masks: int = 1
     ) -> None:
         super().__init__()
-        components.hardware.prepare(net)
-        self.net, self.head, self.split = net, head, split
+        attach_frozen(self, net)
+        self.head, self.split = head, split
         self.n_image = len(components.source.split(split))
         units = choose_units(components, split)
         self.generative_score = GenerativeScore(components.objective, units)
@@ -58,7 +61,8 @@ def run(components: Components, settings: EvaluateSettings) -> Result:
     """
     weights, hardware, split = components.trained_weights, components.hardware, settings.split
     data = components.build_datamodule(plan=hardware.eval_batch_layout(settings.batch_size), eval_split=split)
-    net, head = weights.net(), load_trained_head(weights, data.source, requested=settings.accuracy)
+    head = load_trained_head(weights, data.source, requested=settings.accuracy)
+    net = hardware.build_frozen(weights.build_network, weights.load_into)
     module = EvaluateModule(components, net, split=split, head=head, eval_masks=settings.eval_masks)
     components.runner.validate(module, data)
     numbers = dict(module.numbers)

@@ -32,7 +32,8 @@ def run(components: Components, settings: ExportFeaturesSettings) -> Result:
     """
     weights, source, folder = components.trained_weights, components.source, components.run_dir
     layers = choose_layers(settings.layers, weights.metadata.network.n_layer)
-    net, reader, result = weights.net(), FeatureReader(components, settings), Result()
+    net = components.hardware.build_frozen(weights.build_network, weights.load_into)
+    reader, result = FeatureReader(components, settings), Result()
     splits = [split for split in dict.fromkeys(settings.splits) if len(source.split(split))]
     if not splits:
         raise ValueError(f"data={source.name} has no images in {', '.join(settings.splits)}: choose other task.splits")

@@ -32,6 +32,7 @@ from igpt.settings.fields import FeatureDtype
 from igpt.settings.probing import PooledSettings
 from igpt.tokens.batches import Batch, PixelBatches
 from igpt.tokens.datamodule import TokenDataModule
+from igpt.training.frozen_networks import attach_frozen
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
@@ -62,10 +63,12 @@ def feature_path(
 class ProbeModule(L.LightningModule):
     """Writes the pooled features of a frozen network, all layers in one forward pass per image and mask."""
 
+    net: GPT
+
     def __init__(self, components: Components, net: GPT, writers: list[FeatureWriter], *, norm: str) -> None:
         super().__init__()
-        components.hardware.prepare(net)
-        self.net, self.objective, self.norm = net.requires_grad_(False), components.objective, norm
+        attach_frozen(self, net)
+        self.objective, self.norm = components.objective, norm
         self.writers = writers  # one per mask
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:

@@ -53,7 +53,7 @@ def run(components: Components, settings: InspectSettings) -> Result:
         if not len(source.split(name)):
             raise ValueError(f"{source.name} has no images in its {name} split: set data.{name}_fraction above 0")
     data, result = components.build_datamodule(eval_split=split), Result()
-    with components.hardware.inference(weights.net()) as net:
+    with components.hardware.inference(weights.build_network, weights.load_into) as net:
         reader = FeatureReader(components, settings)
         rows, judged = reader.read_sample(net, weights.sha256, split, at_most=settings.val_images)
         train_rows, train = reader.read_sample(net, weights.sha256, "train", at_most=settings.train_images)

@@ -49,7 +49,7 @@ def run(components: Components, settings: LowDataSettings) -> Result:
         for n in settings.per_class
     }
     reader = FeatureReader(components, settings)
-    net = weights.net()
+    net = hardware.build_frozen(weights.build_network, weights.load_into)
     layer = resolve_layer(settings.layer, net.n_layer)
     how: dict[str, Any] = {"n_class": n_class, "device": hardware.device, "seed": seed}
     result = Result()

@@ -28,6 +28,7 @@ from igpt.settings.reading import PredictSettings
 from igpt.task.prediction_table import MOST_RANKED, Predictions, open_table
 from igpt.tokens.batches import Batch
 from igpt.tokens.datamodule import TokenDataModule
+from igpt.training.frozen_networks import attach_frozen
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ OF_ALL = "test"  # stream of the masks of `all`: those of the same images in a t
 class PredictModule(L.LightningModule):
     """Predicts classes and hands them, batch by batch, to `take`."""
 
+    net: GPT
+
     def __init__(
         self,
         components: Components,
@@ -50,21 +53,20 @@ class PredictModule(L.LightningModule):
         take: Callable[[Predictions], None],
     ) -> None:
         super().__init__()
-        components.hardware.prepare(net)
-        self.net, self.head, self.objective = net.requires_grad_(False), classifier.head, components.objective
+        attach_frozen(self, net)
+        self.head, self.objective = classifier.head, components.objective
         self.masks, self.seed, self.take = masks, classifier.seed, take
         self.n_ranked = min(MOST_RANKED, classifier.n_class)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        if not len(batch.rows):  # the last batch of a rank may be empty
-            return
         classes, probabilities = classify(
             self.net, self.head, self.objective, batch.tokens, rng_keys=batch.rng_keys, rows=batch.rows,
             masks=self.masks, seed=self.seed,
         )  # fmt: skip
         ranked = rank_classes(classes, probabilities, self.n_ranked)
         parts = batch.rows, ranked, probabilities.gather(1, ranked), batch.labels != UNREADABLE
-        self.take(Predictions(*(part.cpu().numpy() for part in parts)))
+        if len(batch.rows):  # else the last batch of this rank: a sharded network needed it for the others' passes
+            self.take(Predictions(*(part.cpu().numpy() for part in parts)))
 
 
 class ListedDataModule(TokenDataModule):
@@ -97,6 +99,8 @@ def run(components: Components, settings: PredictSettings) -> Result:
         eval_split=OF_ALL if split == ALL else split,
     )  # fmt: skip
     data.images = images
+    weights = components.trained_weights
+    net = hardware.build_frozen(weights.build_network, weights.load_into)
     rank, parts = ranks.this_rank(), list[Predictions]()
     path, hidden = components.run_dir / TABLE, None if rank.is_first else True
     with (
@@ -110,9 +114,7 @@ def run(components: Components, settings: PredictSettings) -> Result:
                 write(part)
             bar.update(len(part.rows) * rank.count)
 
-        components.runner.predict(
-            PredictModule(components, components.trained_weights.net(), classifier, masks=masks, take=take), data
-        )
+        components.runner.predict(PredictModule(components, net, classifier, masks=masks, take=take), data)
         gathered = [part for of_rank in ranks.all_gather_object(parts) for part in of_rank]
         predictions = Predictions.join(gathered)
         if rank.is_first and rank.count > 1:
@@ -133,7 +135,7 @@ def run(components: Components, settings: PredictSettings) -> Result:
         remark = f"{n_bad:,} of {len(images):,} images cannot be read, as {images.name(first)}"
         result.provenance["warning"] = f"{' '.join(remark.split())}: the column error of {TABLE} says why"
     result.provenance |= {
-        "weights": components.trained_weights.sha256, "tokenizer": components.tokenizer.hash,
+        "weights": weights.sha256, "tokenizer": components.tokenizer.hash,
         "head": classifier.description, "head_sha256": classifier.sha256, "split": split, "masks": masks,
         "masks_seed": classifier.seed,
     }  # fmt: skip

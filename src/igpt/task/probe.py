@@ -48,8 +48,7 @@ def run(components: Components, settings: ProbeSettings) -> Result:
     weights, objective = components.trained_weights, components.objective
     concat, folds = settings.concat_layers, settings.folds
     refit = settings.solver == "lbfgs" if settings.refit == "auto" else settings.refit
-    net = weights.net()
-    n_layer = net.n_layer
+    n_layer = weights.metadata.network.n_layer
     resolve_layer(settings.layer, n_layer)
     if concat is not None and concat > n_layer + 1:
         raise ValueError(f"task.concat_layers={concat}: the network has {n_layer + 1} layers to take together")
@@ -69,6 +68,7 @@ def run(components: Components, settings: ProbeSettings) -> Result:
     masks = settings.eval_masks if not objective.causal else 1  # an autoregressive objective has no masks
     settings = settings.model_copy(update={"folds": folds, "refit": refit, "eval_masks": masks})
     n_class = check_classes(source, splits)
+    net = components.hardware.build_frozen(weights.build_network, weights.load_into)
     solve = probe_by_sgd if settings.solver == "sgd" else probe_by_lbfgs
     result = solve(components, settings, net=net, n_class=n_class)
     result.files["probe"] = Path(PROBE)
@@ -150,8 +150,7 @@ def probe_by_lbfgs(components: Components, settings: ProbeSettings, *, net: GPT,
             result.numbers[f"{judged}/best_layer"] = table.number(single)
         result.numbers["probe/C"] = Number(best.strength, "C", 1)
         if "untrained" in settings.baselines:
-            fresh = GPT(weights.metadata.network)
-            fresh.init_weights(seed)
+            fresh = hardware.build_frozen(weights.build_network, lambda net: net.init_weights(seed))
             name = f"untrained, seed {seed}, {sorted(net.config.to_dict().items())}, {components.tokenizer.hash}"
             fresh_train = images(fresh, name, "train")
             fresh_val = images(fresh, name, "val") if folds is None else fresh_train

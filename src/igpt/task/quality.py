@@ -18,7 +18,6 @@ from igpt.encoder.find_encoder import find_encoder
 from igpt.metric.generative import FEW_FOR_FRECHET
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.metric.statistics import rank_correlation, rank_correlation_interval
-from igpt.model.gpt import GPT
 from igpt.run.components import Components
 from igpt.settings.generation import QualitySettings
 from igpt.settings.older_configs import read_record
@@ -64,15 +63,15 @@ def run(components: Components, settings: QualitySettings) -> Result:
         tokens = components.build_datamodule().encode(torch.from_numpy(pixels))
         result.numbers |= judge.compare("tokenized", tokenizer.decode(tokens))[0]
     if "untrained" in settings.baselines:
-        fresh = GPT(next(iter(trainings.values()))[-1].weights.metadata.network)
-        fresh.init_weights(seed)
-        name = f"untrained, seed {seed}, {sorted(fresh.config.to_dict().items())}"
-        result.numbers |= judge.compare("untrained", draw_kinds(fresh, tokenizer, real, name=name)["samples"])[0]
+        last = next(iter(trainings.values()))[-1].weights
+        name = f"untrained, seed {seed}, {sorted(last.metadata.network.to_dict().items())}"
+        drawn = draw_kinds(last, lambda net: net.init_weights(seed), tokenizer, real, name=name)
+        result.numbers |= judge.compare("untrained", drawn["samples"])[0]
     shown = []
     for name, checkpoints in trainings.items():
         for checkpoint in checkpoints:
             weights, prefix = checkpoint.weights, checkpoint.prefix
-            for kind, images in draw_kinds(weights.net(), tokenizer, real, name=weights.sha256).items():
+            for kind, images in draw_kinds(weights, weights.load_into, tokenizer, real, name=weights.sha256).items():
                 numbers, features = judge.compare(kind, images)
                 result.numbers |= {f"{prefix}{key}": number for key, number in numbers.items()}
                 result.grids[f"nearest_{kind}"] = judge.show_nearest(images, features)  # of the last weights

@@ -71,7 +71,7 @@ def run(components: Components, settings: SampleSettings) -> Result:
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p)
     tokenizer = weights.tokenizer
     rng_keys = keyed.per_example_keys(keyed.key(seed, "sample"), torch.arange(count))
-    with hardware.inference(weights.net()) as net:
+    with hardware.inference(weights.build_network, weights.load_into) as net:
         start = time.perf_counter()
         tokens = draw_images(net, sampling, rng_keys=rng_keys, batch_size=settings.batch_size)
         seconds = time.perf_counter() - start

@@ -168,7 +168,7 @@ def run(components: Components, settings: ScalingSettings) -> Result:
         name, points[line.name] = line.name, []
         images: list[float] = []
         for weights in line.weights:
-            net = weights.net()
+            net = hardware.build_frozen(weights.build_network, weights.load_into)
             scored = EvaluateModule(components, net, split=settings.split)
             plan = hardware.eval_batch_layout(settings.batch_size)
             runner.validate(scored, components.build_datamodule(plan=plan, eval_split=settings.split))

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from igpt.settings.probing import ProbeSettings, SGDProbeSettings
 from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
+from igpt.training.frozen_networks import attach_frozen
 from igpt.training.nan_guard import FiniteGuard, NonFiniteLossError
 from igpt.training.optimizers import every_step, make_scheduler
 from igpt.training.trainer import Progress, Runner
@@ -39,6 +39,7 @@ class SGDProbeModule(TrainedModule):
     not affect the others.
     """
 
+    net: GPT
     has_gradient_norm = False  # of all heads together, some of which may diverge
 
     def __init__(
@@ -46,9 +47,9 @@ class SGDProbeModule(TrainedModule):
     ) -> None:
         # the operations of the frozen network are not a training's
         super().__init__(components.hardware, settings.sgd, flops_per_image=0.0, n_ctx=net.n_ctx)
-        self.machine.prepare(net)
+        attach_frozen(self, net)
         self.guard = FiniteGuard(hint="lower task.sgd.rates: every head broke down")
-        self.net, self.objective, self.norm = net.requires_grad_(False), components.objective, settings.norm
+        self.objective, self.norm = components.objective, settings.norm
         self.eval_masks, self.n_class, self.seed = settings.eval_masks, n_class, components.seed
         self.rates, self.windows = settings.sgd.rates, windows
         self.momentum, self.weight_decay = settings.sgd.momentum, settings.sgd.weight_decay
@@ -56,7 +57,6 @@ class SGDProbeModule(TrainedModule):
         shape = (len(windows), n_class, net.n_embd * len(windows[0]))
         self.weights = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for _ in self.rates)  # (P, K, D) each
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(shape[:2])) for _ in self.rates)
-        self.strict_loading = False  # the frozen network is not in checkpoints
         self._right: Tensor | None = None  # (2, P, R) correct: by vote, under the first mask
         self._predictions: list[tuple[Tensor, Tensor]] = []
         self.right: np.ndarray = np.empty((2, 0, 0))
@@ -152,11 +152,6 @@ class SGDProbeModule(TrainedModule):
             self.test_scores = self.metrics.compute()
         name = f"{self.split}/accuracy"
         self.finish_validation({name: share_number(self.right[0].max(), self.n_image)}, [name])
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        heads = {name: value for name, value in checkpoint["state_dict"].items() if not name.startswith("net.")}
-        checkpoint["state_dict"] = heads
 
     def mark_broken(self) -> None:
         """Marks every head as diverged: NaN, and right for no image of val."""

@@ -118,11 +118,9 @@ class PixelDataModule(L.LightningDataModule):
     def eval_loader(self, split: Split, stream: str) -> DataLoader[Any]:
         """A loader of every image of a split exactly once, their keys drawn for the random stream of that name."""
         n, n_device = len(split), self.plan.n_device
-        if n < n_device:
-            raise ValueError(f"{self.source.name}: {n} images of {stream} cannot be read by {n_device} processes")
         plan = self.plan
-        if (n_device - 1) * plan.micro_batch >= n:  # the last rank would get no image and block the others
-            size = (n - 1) // (n_device - 1)
+        if (n_device - 1) * plan.micro_batch >= n:  # else the last rank would get no image
+            size = max(1, (n - 1) // (n_device - 1))
             plan = BatchPlan(n_device * size, size, n_device=n_device, rank=plan.rank)
         return self._split_loader(split, EvalBatchSampler(n, plan=plan), stream)
 

@@ -4,28 +4,25 @@ A callback declares by `is_observer = True` that it changes nothing in training;
 `report/identity.py: OBSERVERS` it is no part of a run's identity. Any other callback is.
 """
 
-import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from igpt.data.source import plain_pixels
+from igpt.distributed import ranks
 from igpt.metric.result import Grid
 from igpt.model.generate import Sampling, generate
-from igpt.model.gpt import GPT
 from igpt.report.bystanders import Bystander
 from igpt.report.figures import grid_picture
 from igpt.settings.fields import Count, Temperature
 from igpt.tokens.datamodule import PixelDataModule, TokenDataModule
+from igpt.training.frozen_networks import whole_network
 from igpt.training.loggers import save_picture
 from igpt.utils import keyed
-
-log = logging.getLogger(__name__)
 
 
 class SampleGrid(L.Callback):
@@ -54,22 +51,33 @@ class SampleGrid(L.Callback):
                     pixels = torch.from_numpy(plain_pixels(data.source.split("val"), rows))
                     save_grid(trainer, "reconstructions", module.draw_reconstructions(pixels))
             return
-        net = pl_module.net
-        assert isinstance(net, GPT)
-        together = isinstance(net.wte, DTensor)  # sharded: every rank takes part in each forward pass
-        if not (due and net.causal and (together or trainer.is_global_zero)):
-            return
-        if hasattr(net.wte, "ds_shape"):
-            log.warning("no samples are drawn while ZeRO 3 holds the network in parts: task=sample does, afterwards")
-            self.every = trainer.max_steps + 1  # warn once
-            return
+        trained: Any = pl_module  # with a network
+        if due and trained.net.causal:
+            with self.bystander:
+                tokens = self.draw_samples(trained)
+                if trainer.is_global_zero:
+                    save_grid(trainer, "samples", data.decode(tokens))
+
+    def draw_samples(self, module: Any) -> Tensor:
+        """The samples of a module with a network `net`, each rank drawing a share of them: (N, T) on the CPU.
+
+        Raises:
+            RuntimeError: on every rank, if one has failed, for example for want of memory.
+        """
+        net, rank, machine = module.net, ranks.this_rank(), module.machine
         rng_keys = keyed.per_example_keys(keyed.key(0, "sample grid"), torch.arange(self.count))
-        draw = partial(generate, net, keyed.uniform(rng_keys, net.n_ctx).to(pl_module.device), self.sampling)
-        tokens = draw() if together else None  # an error of one rank alone would leave the others waiting
-        if not trainer.is_global_zero:
-            return
-        with self.bystander:
-            save_grid(trainer, "samples", data.decode(draw() if tokens is None else tokens))
+        mine = keyed.uniform(rng_keys, net.n_ctx)[rank.index :: rank.count]
+
+        def draw() -> Tensor:
+            with machine.autocast():
+                return generate(whole, mine.to(module.device), self.sampling).cpu() if len(mine) else torch.empty(0)
+
+        with whole_network(net, machine.precision) as whole:
+            shares = ranks.all_gather_results(draw)
+        tokens = torch.empty(self.count, net.n_ctx, dtype=torch.int64)
+        for index, share in enumerate(shares[: self.count]):
+            tokens[index :: rank.count] = share
+        return tokens
 
 
 def save_grid(trainer: L.Trainer, name: str, images: np.ndarray) -> None:

@@ -24,7 +24,7 @@ from igpt.model.patterns import SPARSE, Pattern
 from igpt.model.verify import verify_attention
 from igpt.settings.devices import HardwareSettings
 from igpt.training.deepspeed import INSTALL
-from igpt.training.frozen_networks import build_frozen
+from igpt.training.frozen_networks import build_on_meta, shard_network
 from igpt.utils.program import program_name
 
 log = logging.getLogger(__name__)
@@ -202,16 +202,30 @@ class HardwareConfig(HardwareSettings):
         return net
 
     def build_frozen(self, build: Callable[[], GPT], fill: Callable[[GPT], None]) -> GPT:
-        """A network in eval mode without gradients on this rank's device."""
-        return build_frozen(self, build, fill)
+        """A network to read, in eval mode and without gradients: `build` creates it, `fill` sets its weights.
+
+        Under FSDP and DeepSpeed it is sharded over all ranks, which must run the same forward passes, and no process
+        ever holds all of it; else it is whole on this rank's device.
+        """
+        sharded = self.is_sharded and self.rank.count > 1
+        net = build_on_meta(build, precision=self.precision, narrow=sharded)
+        self.prepare(net)
+        if sharded:
+            shard_network(net, self.device)
+        net.allocate(self.device)
+        fill(net)
+        return net
 
     @contextmanager
-    def inference(self, net: GPT) -> Iterator[GPT]:
-        """Context manager: the network in eval mode on this device, at the run's precision."""
+    def inference(self, build: Callable[[], GPT], fill: Callable[[GPT], None]) -> Iterator[GPT]:
+        """Context manager: a network as of `build_frozen`, but whole on every rank, at the run's precision.
+
+        Under FSDP and DeepSpeed with bf16-mixed its matrices are bfloat16, which takes half the memory.
+        """
+        net = build_on_meta(build, precision=self.precision, narrow=self.is_sharded)
         self.prepare(net)
-        net = net.to(self.device).eval()
-        if self.precision == "bf16-true":
-            net = net.to(torch.bfloat16)
+        net.allocate(self.device)
+        fill(net)
         with self.autocast():
             verify_attention(net)
             yield net

@@ -13,6 +13,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, latest_checkpoint
 from igpt.distributed.ranks import Ranks, broadcast_from_rank0
@@ -88,10 +90,6 @@ class Runner:
         The run is one Lightning epoch over an infinite loader. `saving.val_every` 0: no validation during training.
         Signals are recorded in `saving.stop` meanwhile. `gradient_clip`: largest norm of a step's gradient.
         """
-        if self.machine.is_sharded and getattr(module, "n_shardable", None) is None:
-            raise ValueError(
-                f"trainer={self.machine.strategy} shares out the network of task=pretrain only: choose trainer=ddp here"
-            )
         plan, arguments = self.machine.train_batch_layout(settings.batch_size), self.machine.lightning
         steps = settings.steps
         if arguments.dev_steps is not None:
@@ -147,7 +145,12 @@ class Runner:
         if self.machine.is_sharded and n_weight is not None:
             requested = self.machine.sharded_checkpoint
             return FSDP(count=count, in_pieces=n_weight > IN_PIECES if requested == "auto" else requested)
-        return DDPStrategy(gradient_as_bucket_view=True) if count > 1 else "auto"
+        if count == 1:
+            return "auto"
+        if of_frozen := [name for name, weight in module.named_parameters() if isinstance(weight, DTensor)]:
+            ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+            ignore(module, of_frozen)
+        return DDPStrategy(gradient_as_bucket_view=True)
 
     def _profiler(self) -> Profiler | None:
         """The profiler of `trainer.lightning.profiler`, which writes to `profile/` of the run directory; of rank 0."""
@@ -173,7 +176,13 @@ class Runner:
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=any(isinstance(each, ProgressBar) for each in options.get("callbacks", ())),
-            **{"enable_model_summary": False, "profiler": self._profiler(), **machine.lightning.passed, **options},
+            **{
+                "enable_model_summary": False,
+                "profiler": self._profiler(),
+                "inference_mode": not machine.is_sharded,  # FSDP2 keeps tensors of a validation for training
+                **machine.lightning.passed,
+                **options,
+            },
         )
         # Lightning's SIGTERM handler ends a run with exit code 0 and communicates with other ranks inside the handler
         connector = trainer._signal_connector
