@@ -197,8 +197,6 @@ def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
         raised(StoppedError, lab.pretrain, place / "by turns", callbacks=term(12), **fsdp),
     ]
     answers["by turns"] += lab.pretrain(place / "by turns", **three).curves["train/loss_gen"].y
-    lab.pretrain(place / "whole", on=on_all(micro_batch=25), **TWENTY)
-    answers["one file"] = raised(ValueError, lab.pretrain, place / "whole", **{**three, "steps": 21})
     lab.pretrain(place / "sharded pieces", **fsdp)
     machines.DEEPSPEED_RUNS_ON = ("cuda",)
     return answers

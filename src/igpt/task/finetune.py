@@ -37,6 +37,7 @@ from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import release_training_state
+from igpt.training.frozen_networks import attach_frozen
 from igpt.training.optimizers import every_step, make_adam
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class FinetuneModule(TrainedModule):
         """Takes the network and head of a checkpoint, to be judged: sharded over the ranks if training was."""
         assert self.net is None, "of a module that was not trained"
         assert weights.wclf is not None
-        self.net = self.machine.build_frozen(self.components.build_network, weights.load_into)
+        attach_frozen(self, self.machine.build_frozen(self.components.build_network, weights.load_into))
         self.head, self.n_shardable = build_head(weights.wclf.read()), None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

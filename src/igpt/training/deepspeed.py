@@ -6,6 +6,7 @@ either strategy resumes them, and no code in them is executed.
 """
 
 import atexit
+import gc
 import math
 import os
 from collections.abc import Mapping
@@ -182,12 +183,16 @@ def join_alone(device: torch.device) -> None:
 
 
 def release_training_state(module: L.LightningModule) -> None:
-    """Frees the weights, gradients and optimiser state that a module holds after its training; its figures stay."""
+    """Frees the weights, gradients and optimiser state of a training that has ended; the module's figures stay."""
     remove_module_hooks(module)  # DeepSpeed's
-    for name, _ in list(module.named_children()):
-        if next(module.get_submodule(name).parameters(), None) is not None:
+    for name, child in list(module.named_children()):
+        if next(child.parameters(), None) is not None:
             setattr(module, name, None)
+    if (data := getattr(module.trainer, "datamodule", None)) is not None:
+        data.trainer = None
     module.trainer = None  # which holds strategy and optimiser
+    if torch.cuda.is_available():
+        gc.collect()  # they refer to each other, and a GPU's memory is needed at once
 
 
 def gather_full(weight: nn.Parameter, moment: str | None = None) -> Tensor:
