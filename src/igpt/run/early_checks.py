@@ -62,5 +62,5 @@ def check_early(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
 
 def check_strategy(option: Any, strategy: Any) -> None:
     """Raises ValueError if the option of `trainer` is a strategy, and the setting `trainer.strategy` another."""
-    if option in get_args(Strategy) and strategy != option:
+    if option in get_args(Strategy) and strategy in get_args(Strategy) and strategy != option:
         raise ValueError(f"trainer={option} and trainer.strategy={strategy} name two strategies: leave one of them out")

@@ -52,7 +52,7 @@ class RunConfig:
         self.cfg, self.choices, self.search_path = cfg, choices, list(search_path)
         check_structure(to_dict(cfg, resolve=False))
         if cfg.resume in (None, "auto"):  # a run that was begun with two goes on as it began
-            check_strategy(choices.get("trainer"), cfg.trainer.strategy)
+            check_strategy(choices.get("trainer"), cfg.trainer.get("strategy"))
         self.list_files = cache(list_files)  # one listing per run, for its name and its images
         self.task: str = cfg.task.name
         self.requires = frozenset(cfg.task.requires)
