@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -280,15 +281,32 @@ def test_bad_commands_end_in_one_line(
 def test_settings_are_checked_early_as_they_are_later() -> None:
     """Invariant: the message of `check_early` is that of the run; it says nothing of what is not settled yet."""
     assert {target: find_target(target, "task").__annotations__["settings"] for target in TASKS} == TASKS
-    for override, message in (
-        ("task.steps=text", "task.steps must be a whole number, got 'text'"),
-        ("task.warmup_steps=99999999", "task.warmup_steps 99999999 must be below task.steps"),
-        ("trainer.precision=16", "trainer.precision must be one of"),
-    ):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    refused: tuple[tuple[tuple[str, ...], str], ...] = (
+        (("task.steps=text",), "task.steps must be a whole number, got 'text'"),
+        (("task.warmup_steps=99999999",), "task.warmup_steps 99999999 must be below task.steps"),
+        (("trainer.precision=16",), "trainer.precision must be one of"),
+        (("trainer=fsdp", "trainer.strategy=deepspeed_2"), "trainer=fsdp and trainer.strategy=deepspeed_2 name two"),
+        (("trainer=deepspeed_3", "trainer.compile=true"), "trainer=deepspeed_3 does not go with trainer.compile=true"),
+        (("trainer=deepspeed_2", "trainer.precision=bf16-true"), "does not go with trainer.precision=bf16-true"),
+        (
+            ("trainer=deepspeed_2", "+trainer.lightning.gradient_clip_algorithm=value"),
+            "does not go with trainer.lightning.gradient_clip_algorithm=value",
+        ),
+        (("trainer=deepspeed_3", "task.ema=0.9"), r"task\.ema averages whole weights, trainer=deepspeed_3 takes"),
+        (("trainer=deepspeed_3", "task.optimizer=muon"), r"task\.optimizer=muon works on whole matrices"),
+    )
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for overrides, message in refused:
             with pytest.raises(ValueError, match=message):
-                check_early(compose("config", overrides=[override]))
-            check_early(compose("config", overrides=["task.operations=1e9", "task.steps=null"]))
+                check_here(*overrides)
+        check_here("task.operations=1e9", "task.steps=null")
+        check_here("trainer=gpu", "trainer.strategy=fsdp")
+
+
+def check_here(*overrides: str) -> None:
+    composed = compose("config", overrides=list(overrides), return_hydra_config=True)
+    choices = composed.hydra.runtime.choices
+    check_early(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]), choices)
 
 
 def test_weights_that_are_not_there(tmp_path: Path) -> None:

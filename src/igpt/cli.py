@@ -52,7 +52,7 @@ def run(cfg: Any) -> None:
     from igpt.utils.program import program_arguments
 
     try:
-        check_early(cfg)
+        check_early(cfg, HydraConfig.get().runtime.choices)
         n_process = 1 if launcher.is_rank() else launcher.count_devices(cfg.trainer)
     except ValueError as error:
         refuse(error)

@@ -1,4 +1,4 @@
-"""What ranks do for `test_ranks.py`: `python -m tests.task.ranks_work FOLDER [deepspeed|options|pieces]` in each."""
+"""What ranks do for `test_ranks.py`: `python -m tests.task.ranks_work FOLDER [PART]` in each."""
 
 import os
 import signal
@@ -197,8 +197,6 @@ def by_deepspeed(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
         raised(StoppedError, lab.pretrain, place / "by turns", callbacks=term(12), **fsdp),
     ]
     answers["by turns"] += lab.pretrain(place / "by turns", **three).curves["train/loss_gen"].y
-    lab.pretrain(place / "whole", on=on_all(micro_batch=25), **TWENTY)
-    answers["one file"] = raised(ValueError, lab.pretrain, place / "whole", **{**three, "steps": 21})
     lab.pretrain(place / "sharded pieces", **fsdp)
     machines.DEEPSPEED_RUNS_ON = ("cuda",)
     return answers
@@ -360,9 +358,16 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     with ranks.process_group(torch.device("cpu")) as rank:
-        from tests.task.ranks_frozen import watched_by_zero
+        from tests.task import ranks_finetune, ranks_frozen
 
-        apart = {"deepspeed": by_deepspeed, "options": with_options, "pieces": in_pieces, "watched": watched_by_zero}
+        apart = {
+            "deepspeed": by_deepspeed,
+            "options": with_options,
+            "pieces": in_pieces,
+            "watched": ranks_frozen.watched_by_zero,
+            "finetune": ranks_finetune.by_deepspeed,
+            "offload": ranks_finetune.offloaded,
+        }
         found = apart[sys.argv[2]](a_lab(), place, rank) if sys.argv[2:] else work(place, rank)
         everyone = ranks.all_gather_object(found)
         if rank.is_first:

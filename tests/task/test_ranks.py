@@ -134,7 +134,7 @@ def test_deepspeed_learns_as_a_whole_one(
     """Invariant: 20 losses and the validations as on one process, also when stopped and resumed; clipped, too."""
     for answers in by_zero:
         assert answers[f"{strategy} clipped"] == pytest.approx(recipe["train/loss_gen"], rel=1e-5)
-        assert answers[strategy].keys() == {name for name in reference.curves if "grad_norm" not in name}
+        assert answers[strategy].keys() == reference.curves.keys() - {"train/grad_norm_max"}
         for name, values in answers[strategy].items():
             assert values == pytest.approx(reference.curves[name].y, rel=1e-5)
         assert answers[f"{strategy} validated"] == pytest.approx(reference.numbers["val/loss_gen"].value, rel=1e-5)
@@ -187,7 +187,6 @@ def test_a_run_may_change_its_strategy(by_zero: list[dict[str, Any]], reference:
         assert first.startswith("stopped by SIGTERM after step 8")
         assert second.startswith("stopped by SIGTERM after step 1")
         assert losses == pytest.approx(reference.curves["train/loss_gen"].y, rel=1e-5)
-        assert "is one file, as trainer=ddp and fsdp write it" in answers["one file"]
 
 
 @pytest.mark.ci

@@ -1,10 +1,13 @@
 """The chosen settings trained again on train and val: what is reported and kept, and that it resumes."""
 
+import gc
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -17,8 +20,10 @@ from igpt.distributed.signals import StoppedError
 from igpt.metric.result import Result
 from igpt.report.folder import RunFolder
 from igpt.run.fingerprint import compare_splits
+from igpt.task import finetune
 from igpt.tokens.palette import Palette
 from igpt.training.cost_estimate import SECONDS_A_DAY
+from igpt.training.deepspeed import release_training_state
 from tests.conftest import learned_numbers
 from tests.task.conftest import Arrays, Lab
 from tests.task.test_stopping import Send
@@ -167,3 +172,23 @@ def test_two_splits_as_one(few: Arrays) -> None:
     assert len(joined) == len(joined.labels) == 260
     assert labels.tolist() == [int(of.labels[row]) for of, row in expected] == joined.labels[rows].tolist()
     assert np.array_equal(pixels, np.stack([of.pixels[row] for of, row in expected]))
+
+
+def test_memory_of_a_training_is_free_after_it(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: neither weights nor Adam's moments are left when the network is refitted and judged."""
+    held: list[weakref.ref[Any]] = []
+
+    class Hold(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            (moments, *_) = trainer.optimizers[0].state.values()
+            module: Any = pl_module
+            held.extend(weakref.ref(each) for each in (trainer.optimizers[0], moments["exp_avg"], module.net))
+
+    def release(module: L.LightningModule) -> None:
+        release_training_state(module)
+        gc.collect()
+        assert [each() for each in held] == [None] * 3
+
+    monkeypatch.setattr(finetune, "release_training_state", release)
+    lab.finetune(tmp_path, None, steps=2, callbacks=(Hold(),))
+    assert held

@@ -265,6 +265,7 @@ def test_sharding_divides_all_but_what_is_in_use() -> None:
     [
         ("fsdp", 4 / 8, 4 / 8, 8 / 8, 0),
         ("deepspeed_2", 2, 2 / 8, 12 / 8, 0),
+        ("deepspeed_2_offload", 2, 0, 0, 14 / 8),
         ("deepspeed_3", 2 / 8, 2 / 8, 12 / 8, 0),
         ("deepspeed_3_offload", 0, 0, 0, 16 / 8),
     ],

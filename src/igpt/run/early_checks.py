@@ -1,13 +1,13 @@
 """Checks of a composed config's settings before PyTorch and Lightning are imported, which takes seconds."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from igpt.settings.devices import HardwareSettings
+from igpt.settings.devices import HardwareSettings, Strategy
 from igpt.settings.fields import Settings, parse_settings
 from igpt.settings.older_configs import answer
 from igpt.settings.probing import EncoderProbeSettings, LowDataSettings, ProbeSettings, ScalingSettings
@@ -34,8 +34,10 @@ def check_one_trainer(overrides: Sequence[Override]) -> None:
         raise ValueError(f"trainer={' and trainer='.join(chosen)}: choose one of them")
 
 
-def check_early(cfg: DictConfig) -> None:
-    """Raises the ValueError that the run would end with, where its settings of trainer or task alone show it.
+def check_early(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
+    """Raises the ValueError that the run would end with, where its settings of trainer and task alone show it.
+
+    `choices`: the option of each config group.
 
     Nothing is checked of a resumed run, a variant and `task.operations`: their settings are not known yet.
     """
@@ -47,8 +49,10 @@ def check_early(cfg: DictConfig) -> None:
     if not isinstance(task, dict) or config.get("resume") not in (None, "auto") or "pretraining" in config:
         return
     check_structure(config)
+    check_strategy(choices.get("trainer"), config["trainer"].get("strategy"))
     if task.get("operations") is not None:
         return
+    parsed: list[Settings] = []
     for name, model, settings in (
         ("task", TASKS.get(task["_target_"]), {key: value for key, value in task.items() if key not in OF_LAUNCH}),
         ("trainer", HardwareSettings, {key: value for key, value in config["trainer"].items() if key != "_target_"}),
@@ -58,4 +62,14 @@ def check_early(cfg: DictConfig) -> None:
         for key in settings.keys() - model.model_fields.keys():
             if message := answer(f"{name}.{key}"):
                 raise ValueError(message)
-        parse_settings(model, settings, name)
+        parsed.append(parse_settings(model, settings, name))
+    hardware = parsed[-1]
+    assert isinstance(hardware, HardwareSettings)
+    if hardware.is_sharded and isinstance(parsed[0], PretrainSettings):
+        parsed[0].check_sharded(hardware.strategy)
+
+
+def check_strategy(option: Any, strategy: Any) -> None:
+    """Raises ValueError if the option of `trainer` is a strategy, and the setting `trainer.strategy` another."""
+    if option in get_args(Strategy) and strategy in get_args(Strategy) and strategy != option:
+        raise ValueError(f"trainer={option} and trainer.strategy={strategy} name two strategies: leave one of them out")

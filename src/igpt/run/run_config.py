@@ -18,6 +18,7 @@ from igpt.data.listing import list_files
 from igpt.report.identity import format_run_name, identity
 from igpt.report.runs import FoundRuns, find_runs, read_runs
 from igpt.run import fingerprint
+from igpt.run.early_checks import check_strategy
 from igpt.run.targets import checked_partial, find_target
 from igpt.settings.data import name_images
 from igpt.settings.fields import parse_settings
@@ -50,12 +51,15 @@ class RunConfig:
     """A composed config with the chosen option of each group, and the arguments that named further config folders.
 
     Raises:
-        ValueError: weights that are required and missing, or a trained tokenizer of other settings or images.
+        ValueError: two strategies, weights that are required and missing, or a trained tokenizer of other settings or
+            images.
     """
 
     def __init__(self, cfg: DictConfig, choices: dict[str, Any], search_path: Sequence[str] = ()) -> None:
         self.cfg, self.choices, self.search_path = cfg, choices, list(search_path)
         check_structure(to_dict(cfg, resolve=False))
+        if cfg.resume in (None, "auto"):  # a run that was begun with two goes on as it began
+            check_strategy(choices.get("trainer"), cfg.trainer.get("strategy"))
         self.list_files = cache(list_files)  # one listing per run, for its name and its images
         self.task: str = cfg.task.name
         self.requires = frozenset(cfg.task.requires)

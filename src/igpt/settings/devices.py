@@ -9,7 +9,7 @@ from igpt.settings.lightning_arguments import LightningArguments
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true"]
 PrecisionChoice = Literal["auto", "32-true", "bf16-mixed", "bf16-true"]
-Strategy = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_3", "deepspeed_3_offload"]
+Strategy = Literal["ddp", "fsdp", "deepspeed_2", "deepspeed_2_offload", "deepspeed_3", "deepspeed_3_offload"]
 AttentionBackend = Literal["auto", "native", "sdpa", "blocks", "bmm", "flex"]
 DecodeBackend = Literal["auto", "native", "columns", "graphs", "layers"]
 Residual = Literal["float32", "bfloat16"]
@@ -43,12 +43,18 @@ class HardwareSettings(Settings):
     @model_validator(mode="after")
     def _check_together(self) -> "HardwareSettings":
         """Raises ValueError for settings that exclude each other on any hardware."""
-        if self.zero_stage and (self.precision == "bf16-true" or self.compile is True):
-            what = "trainer.compile=true" if self.compile is True else "trainer.precision=bf16-true"
-            raise ValueError(
-                f"trainer={self.strategy} does not go with {what}: DeepSpeed hangs its own hooks on every layer, and "
-                "keeps float32 weights beside bfloat16 ones (bf16-mixed); trainer=fsdp takes both"
-            )
+        clipped = self.lightning.gradient_clip_algorithm == "value"
+        for setting, is_chosen in {
+            "trainer.compile=true": self.compile is True,
+            "trainer.precision=bf16-true": self.precision == "bf16-true",
+            "trainer.lightning.gradient_clip_algorithm=value": clipped,
+        }.items():
+            if self.zero_stage and is_chosen:
+                raise ValueError(
+                    f"trainer={self.strategy} does not go with {setting}: DeepSpeed hangs its own hooks on every "
+                    "layer, keeps float32 weights beside bfloat16 ones (bf16-mixed) and clips by norm: leave it "
+                    "out, or choose trainer=fsdp"
+                )
         if self.is_sharded and self.decoding not in ("auto", "layers"):
             raise ValueError(
                 f"trainer.decoding={self.decoding} reads whole weights, trainer={self.strategy} shares them out: "
@@ -78,5 +84,5 @@ class HardwareSettings(Settings):
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether weights and optimiser state are offloaded to host memory."""
+        """Whether optimiser state, under ZeRO 3 weights, too, is offloaded to host memory."""
         return self.strategy.endswith("offload")

@@ -35,7 +35,7 @@ _ONE_EPOCH = "a run is one endless epoch, so that it resumes exactly: take"
 # Arguments that are refused → what to take instead.
 REFUSED: Mapping[str, str] = {
     "accelerator": "take trainer.accelerator",
-    "strategy": "take trainer=ddp, fsdp, deepspeed_2 or deepspeed_3 (trainer.strategy)",
+    "strategy": "take trainer=ddp, fsdp or deepspeed_3 (trainer.strategy)",
     "devices": "take trainer.devices",
     "num_nodes": "take trainer.nodes",
     "precision": "take trainer.precision",

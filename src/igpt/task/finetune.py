@@ -36,7 +36,8 @@ from igpt.task.generative_score import choose_units
 from igpt.tokens.batches import Batch
 from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
-from igpt.training.deepspeed import gather_in_forward, release_training_state
+from igpt.training.deepspeed import release_training_state
+from igpt.training.frozen_networks import attach_frozen
 from igpt.training.optimizers import every_step, make_adam
 
 log = logging.getLogger(__name__)
@@ -82,10 +83,7 @@ class FinetuneModule(TrainedModule):
         self.head = ClassHead(n_embd=self.net.n_embd, n_class=self.n_class)
         if not self.machine.is_sharded:
             ranks.check_agree("weights to begin with", {"digest": ranks.hash_module(self.net)})
-        elif self.machine.zero_stage:
-            gather_in_forward(self, [self.net, *self.net.encodings])  # `trunk` and `logits` read them
-        else:
-            assert mesh is not None
+        elif mesh is not None:  # DeepSpeed shards it by itself
             fully_shard(self.head, mesh=mesh["data_parallel"])
         if not self.joint.has_generative_loss:
             self.net.wtet.requires_grad_(False)  # only L_GEN reads it
@@ -103,7 +101,7 @@ class FinetuneModule(TrainedModule):
         """Takes the network and head of a checkpoint, to be judged: sharded over the ranks if training was."""
         assert self.net is None, "of a module that was not trained"
         assert weights.wclf is not None
-        self.net = self.machine.build_frozen(self.components.build_network, weights.load_into)
+        attach_frozen(self, self.machine.build_frozen(self.components.build_network, weights.load_into))
         self.head, self.n_shardable = build_head(weights.wclf.read()), None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

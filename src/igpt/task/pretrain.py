@@ -28,6 +28,7 @@ from igpt.training.base_module import TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import full_state, release_training_state
 from igpt.training.ema import WeightAverage
+from igpt.training.frozen_networks import attach_frozen
 from igpt.training.loss_by_position import NAME as LOSS_BY_POSITION
 from igpt.training.loss_by_position import draw_loss_by_position
 from igpt.training.optimizers import every_step, make_optimizer, make_scheduler
@@ -71,7 +72,8 @@ class PretrainModule(TrainedModule):
     def load_frozen(self, weights: Weights) -> None:
         """After ZeRO training: replaces the network by a frozen one with the weights that were saved."""
         release_training_state(self)
-        self.net, self.n_shardable = self.machine.build_frozen(self.components.build_network, weights.load_into), None
+        attach_frozen(self, self.machine.build_frozen(self.components.build_network, weights.load_into))
+        self.n_shardable = None
 
     def _fill_weights(self, net: GPT) -> None:
         if self.weights is None:

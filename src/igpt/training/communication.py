@@ -44,8 +44,6 @@ def count_sent_bytes(
 
     Sources: Rajbhandari et al. 2020, §7 (volumes); `training.fsdp` for the widths.
     """
-    if devices == 1:
-        return 0.0, 0.0
     n = in_blocks + rest
     width = NARROW if precision == "bf16-true" else WIDE
     computed = WIDE if precision == "32-true" else NARROW
@@ -54,7 +52,7 @@ def count_sent_bytes(
         return share * 2 * width * n, 0.0
     if strategy == "fsdp":
         return share * (passes * (2 * computed * in_blocks + width * rest) + width * n), 0.0
-    if strategy == "deepspeed_2":
-        return share * computed * n * (passes + 1), 0.0
-    on_host = passes * 3 * computed * n / devices if strategy.endswith("offload") else 0.0
-    return share * passes * 3 * computed * n, on_host
+    is_offloaded = strategy.endswith("offload")
+    if strategy.startswith("deepspeed_2"):  # gradients to host memory, weights back
+        return share * computed * n * (passes + 1), 2 * computed * n / devices if is_offloaded else 0.0
+    return share * passes * 3 * computed * n, passes * 3 * computed * n / devices if is_offloaded else 0.0

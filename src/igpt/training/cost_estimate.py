@@ -111,8 +111,8 @@ def estimate_cost(
 ) -> Plan:
     """The cost of a run: `micro_batch` images per forward pass of a device, `batch_size` per step over all.
 
-    `strategy`: ddp (replicated), fsdp, deepspeed_2, deepspeed_3 or deepspeed_3_offload. `backends`: of attention, one
-    per layer; of linear attention any. `on_gpu`: norms save only their input, in any precision, and `sdpa` with biases
+    `strategy`: ddp (replicated), fsdp, or a stage of DeepSpeed. `backends`: of attention, one per layer; of linear
+    attention any. `on_gpu`: norms save only their input, in any precision, and `sdpa` with biases
     no scores. `has_average`: of the weights, in float32. `utilisation`: None assumes one. `bandwidth`: bytes a second.
     """
     sizes = count_parameters(network)
@@ -134,7 +134,9 @@ def estimate_cost(
         working += 2 * width * min(BUCKET, n)  # gradient buckets in flight
         precision = "bf16-true" if width == NARROW else precision
     if strategy.endswith("offload"):
-        in_host, on_device, gradients, optimiser = on_device + gradients + optimiser, 0.0, 0.0, 0.0
+        in_host, gradients, optimiser = gradients + optimiser, 0.0, 0.0
+        if zero_stage == 3:
+            in_host, on_device = in_host + on_device, 0.0
     if zero_stage == 3:  # gathered: the rest for a whole pass, of the blocks the current and the next
         working += width * (2 * sizes["rest"] + 3 * sizes["block"])
     if strategy == "fsdp":

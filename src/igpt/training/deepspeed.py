@@ -5,8 +5,11 @@ written in the sharded format of `trainer=fsdp`, each rank saving some complete 
 either strategy resumes them, and no code in them is executed.
 """
 
+import atexit
+import gc
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # documented, not listed in its __all__
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
@@ -36,7 +40,8 @@ STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")  # Adam's state per weight
 class ZeRO(DeepSpeedStrategy):
     """DeepSpeed stage 2 (optimiser state and gradients sharded) or 3 (weights, too); `offload`: to host memory.
 
-    Source: Rajbhandari et al. 2020 (ZeRO), Ren et al. 2021 (offload).
+    Source: Rajbhandari et al. 2020 (ZeRO), Ren et al. 2021 (offload). ZeRO 3 gathers the weights of a module while it
+    is called; those that methods such as `GPT.trunk` read, DeepSpeed finds and gathers with the LightningModule.
 
     Raises:
         ValueError: DeepSpeed is not installed.
@@ -58,7 +63,7 @@ class ZeRO(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # keep PyTorch's fused Adam
 
-    # Setup: the process group exists already, and `HardwareConfig` has checked the device.
+    # Setup: the process group of several ranks exists already, and `HardwareConfig` has checked the device.
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)
@@ -69,9 +74,11 @@ class ZeRO(DeepSpeedStrategy):
         return device if device.index is not None else torch.device(device.type, 0)  # DeepSpeed needs an index
 
     def setup_distributed(self) -> None:
-        assert dist.is_initialized(), "DeepSpeed is for several processes"
         import deepspeed
 
+        if not dist.is_initialized():
+            join_alone(self.root_device)
+        os.environ.setdefault("LOCAL_RANK", str(self.root_device.index))  # which DeepSpeed reads; srun sets none
         reset_seed()
         self.set_world_ranks()
         deepspeed.init_distributed(auto_mpi_discovery=False)
@@ -162,26 +169,30 @@ class ZeRO(DeepSpeedStrategy):
         return list(self.lightning_module.named_parameters())
 
 
-def gather_in_forward(module: nn.Module, owners: Iterable[nn.Module]) -> None:
-    """Has ZeRO 3 gather the weights of `owners`, not of their submodules, while `module` is called.
-
-    Else it gathers a module's weights while that module itself is called, which methods such as `GPT.trunk` are not.
-    """
-    from deepspeed.runtime.zero import register_external_parameter
-
-    for owner in owners:
-        for weight in owner.parameters(recurse=False):
-            if hasattr(weight, "ds_id"):  # it is sharded
-                register_external_parameter(module, weight)
+def join_alone(device: torch.device) -> None:
+    """Opens a process group of this process alone. It stays, as DeepSpeed keeps it for later trainings."""
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=HashStore(),
+        rank=0,
+        world_size=1,
+        device_id=device if on_gpu else None,
+    )
+    atexit.register(dist.destroy_process_group)
 
 
 def release_training_state(module: L.LightningModule) -> None:
-    """Frees the weights, gradients and optimiser state that a module holds after its training; its figures stay."""
+    """Frees the weights, gradients and optimiser state of a training that has ended; the module's figures stay."""
     remove_module_hooks(module)  # DeepSpeed's
-    for name, _ in list(module.named_children()):
-        if next(module.get_submodule(name).parameters(), None) is not None:
+    for name, child in list(module.named_children()):
+        if next(child.parameters(), None) is not None:
             setattr(module, name, None)
+    if (data := getattr(module.trainer, "datamodule", None)) is not None:
+        data.trainer = None
     module.trainer = None  # which holds strategy and optimiser
+    if torch.cuda.is_available():
+        gc.collect()  # they refer to each other, and a GPU's memory is needed at once
 
 
 def gather_full(weight: nn.Parameter, moment: str | None = None) -> Tensor:

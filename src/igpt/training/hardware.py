@@ -163,10 +163,11 @@ class HardwareConfig(HardwareSettings):
             raise ValueError(INSTALL)
         if self.device.type not in DEEPSPEED_RUNS_ON:
             raise ValueError(f"trainer={self.strategy} needs a CUDA GPU, this would run on the CPU: trainer=fsdp does")
-        if self.rank.count < 2:
+        if self.rank.count < 2 and not self.is_offloaded:
             raise ValueError(
                 f"trainer={self.strategy} shares a network out over several processes: trainer.devices=auto, or more "
-                "than 1; on one GPU trainer=gpu with trainer.activation_checkpointing=true takes the most"
+                "than 1; on one GPU trainer=deepspeed_2_offload keeps the optimiser in the machine's memory, "
+                "deepspeed_3_offload the weights, too"
             )
 
     def build_model(

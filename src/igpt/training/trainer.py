@@ -171,7 +171,10 @@ class Runner:
             strategy=self._strategy(module),
             precision=machine.precision,
             default_root_dir=self.folder,
-            plugins=[AtomicCheckpointIO(), Ranks() if machine.rank.count > 1 else LightningEnvironment()],
+            plugins=[
+                AtomicCheckpointIO(),
+                Ranks() if machine.rank.count > 1 or machine.zero_stage else LightningEnvironment(),
+            ],
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=any(isinstance(each, ProgressBar) for each in options.get("callbacks", ())),
