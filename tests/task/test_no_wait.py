@@ -65,7 +65,7 @@ def test_a_run_on_a_cpu_touches_no_gpu(tmp_path: Path, lab: Lab, ar: Weights, mo
     monkeypatch.setattr(torch.cuda, "_lazy_init", refuse)  # which all begin with that need a GPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    lab.pretrain(tmp_path / "pretrain", callbacks=(Pins(),), steps=8)
+    lab.pretrain(tmp_path / "pretrain", callbacks=(Pins(),), steps=4)
     lab.probe(tmp_path / "probe", ar, test=False)
     assert pinned == [False]
 

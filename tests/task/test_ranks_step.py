@@ -1,6 +1,7 @@
 """Steps of two ranks: no barrier, and no collective that is waited for but where figures are logged or saved."""
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,10 @@ def test_collectives_of_a_step(answers: list[dict[str, Any]], strategy: str) -> 
         assert list(calls.values()) == [[STOP]] * 18
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_figures_between_log_lines(answers: list[dict[str, Any]], strategy: str, tmp_path: Path) -> None:
+def test_figures_between_log_lines(answers: list[dict[str, Any]], tmp_path: Path) -> None:
     """Invariant: those of one process, gradients' norms too; stopped between two log lines and resumed, to the bit."""
     one = a_lab().pretrain(tmp_path, on=machine(micro_batch=50), **SELDOM).curves
-    for answer in answers:
+    for answer, strategy in product(answers, ("ddp", "fsdp")):
         assert answer[f"seldom {strategy}"].keys() == one.keys()
         for name, curve in one.items():
             assert answer[f"seldom {strategy}"][name] == pytest.approx(curve.y, rel=1e-5)
