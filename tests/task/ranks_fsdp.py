@@ -8,6 +8,8 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
+import torch._dynamo
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, find_checkpoints
@@ -46,7 +48,7 @@ def collectives() -> Iterator[list[tuple[str, int]]]:
 
 
 class Seen(L.Callback):
-    """What the first block computes with in its forward passes: dtype of a norm's gain, a matrix and the stream."""
+    """What the first block computes with: dtype of a norm's gain, a matrix and the stream; whether graphs are cut."""
 
     def __init__(self) -> None:
         self.dtypes: set[tuple[str, str]] = set()
@@ -59,6 +61,7 @@ class Seen(L.Callback):
                 self.dtypes.add((name, str(next(module.parameters()).dtype)))
 
             module.register_forward_pre_hook(note)
+        self.dtypes.add(("cut by DDP", str(torch._dynamo.config.optimize_ddp)))
         block.register_forward_pre_hook(lambda _, arguments: self.dtypes.add(("stream", str(arguments[0].dtype))))
 
 
