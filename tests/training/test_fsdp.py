@@ -1,4 +1,4 @@
-"""Graphs of compiled blocks under DDP and FSDP2, in a group of one process."""
+"""Graphs of compiled blocks under DDP and FSDP2, and what a rank holds, in one process."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
@@ -66,3 +68,30 @@ def test_blocks_under_fsdp_are_one_graph(alone: None) -> None:
     shard_network(net, init_device_mesh("cpu", (1,)), mixed=True)
     net.allocate("cpu")
     assert len(count_graphs(net, net)) == 1
+
+
+def test_a_rank_holds_its_shard_of_the_largest_network() -> None:
+    """By hand: of iGPT-XL on 64 ranks (a group without the others), a 64th of its weights, no matrix whole."""
+    largest = 0
+
+    class Allocated(TorchDispatchMode):
+        def __torch_dispatch__(self, call: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+            nonlocal largest
+            out = call(*arguments, **(named or {}))
+            if type(out) is Tensor and out.device.type == "cpu":
+                largest = max(largest, out.untyped_storage().nbytes())
+            return out
+
+    dist.init_process_group("fake", rank=3, world_size=64, store=FakeStore())
+    try:
+        with torch.device("meta"):
+            net = GPT(GPTConfig(n_layer=60, n_embd=3072, n_head=24, n_ctx=4096, n_vocab=512, causal=True))
+        with Allocated():
+            shard_network(net, init_device_mesh("cpu", (64,)), mixed=True)
+            net.allocate("cpu")
+        weights = list(net.parameters())
+        assert sum(weight.numel() for weight in weights) == 6_810_875_904
+        assert sum(weight.to_local().numel() for weight in weights) == 6_810_875_904 // 64
+        assert largest == 4 * 3072 * 4 * 3072 // 64  # the local rows of an MLP's matrix, float32
+    finally:
+        dist.destroy_process_group()
