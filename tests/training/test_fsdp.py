@@ -1,6 +1,7 @@
 """Graphs of compiled blocks under DDP and FSDP2, and what a rank holds, in one process."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,9 @@ def test_a_rank_holds_its_shard_of_the_largest_network() -> None:
         with Allocated():
             shard_network(net, init_device_mesh("cpu", (64,)), mixed=True)
             net.allocate("cpu")
+        for earlier, later in pairwise(block._get_fsdp_state() for block in net.blocks):
+            assert earlier._states_to_forward_prefetch == [later]
+            assert later._states_to_backward_prefetch == [earlier]
         weights = list(net.parameters())
         assert sum(weight.numel() for weight in weights) == 6_810_875_904
         assert sum(weight.to_local().numel() for weight in weights) == 6_810_875_904 // 64
