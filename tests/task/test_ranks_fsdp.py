@@ -44,6 +44,15 @@ def test_mixed_precision_is_that_of_data_parallel_training(found: list[dict[str,
         assert answer["fsdp 32-true"]["dtypes"] == [kinds[0], *((name, wide) for name, _ in kinds[1:])]
 
 
+def test_gradients_are_those_of_autocast(found: list[dict[str, Any]]) -> None:
+    """Independent source: autocast over a whole network, to the bit; offsets, summed in float32, are rounded once."""
+    for answer in found:
+        errors = answer["gradient errors"]
+        assert len([name for name in errors if name.endswith(".g")]) == 9
+        for name, error in errors.items():
+            assert error <= (2**-8 if name.endswith("relative") else 1e-6), name
+
+
 def test_blocks_are_gathered_in_half_the_bytes(found: list[dict[str, Any]]) -> None:
     """By hand: a pass gathers every block twice, all else once; there is one reduction of each a step, not a pass."""
     with torch.device("meta"):
