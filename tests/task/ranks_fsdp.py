@@ -8,12 +8,20 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
+import torch._dynamo
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.tensor import DTensor
 
 from igpt.checkpoint.resume import AtomicCheckpointIO, find_checkpoints
 from igpt.distributed import ranks
+from igpt.distributed.sharding import copy_into_sharded
 from igpt.model.config import GPTConfig
+from igpt.model.gpt import GPT
+from igpt.training.fsdp import shard_network
 from igpt.utils import files
+from tests.conftest import perturbed
 from tests.task.conftest import SIZES, Lab
 
 # squared ReLU: quick-GELU, computed with scaled weights, would round them twice where they are bfloat16 before
@@ -46,7 +54,7 @@ def collectives() -> Iterator[list[tuple[str, int]]]:
 
 
 class Seen(L.Callback):
-    """What the first block computes with in its forward passes: dtype of a norm's gain, a matrix and the stream."""
+    """What the first block computes with: dtype of a norm's gain, a matrix and the stream; whether graphs are cut."""
 
     def __init__(self) -> None:
         self.dtypes: set[tuple[str, str]] = set()
@@ -59,6 +67,7 @@ class Seen(L.Callback):
                 self.dtypes.add((name, str(next(module.parameters()).dtype)))
 
             module.register_forward_pre_hook(note)
+        self.dtypes.add(("cut by DDP", str(torch._dynamo.config.optimize_ddp)))
         block.register_forward_pre_hook(lambda _, arguments: self.dtypes.add(("stream", str(arguments[0].dtype))))
 
 
@@ -72,10 +81,35 @@ def leave_step_2(run: Path, copy: Path, rank: ranks.Rank) -> Path:
     return copy
 
 
+def gradient_errors(rank: ranks.Rank) -> dict[str, float]:
+    """Largest difference of each weight's gradient from a whole network's under autocast, of its largest number."""
+    full = perturbed(GPT(GPTConfig(**NETWORK, grid=(8, 8, 1), relative_bias=True)))
+    with torch.device("meta"):
+        net = GPT(full.config)
+    shard_network(net, init_device_mesh("cpu", (rank.count,)), mixed=True)
+    net.allocate("cpu")
+    tokens = torch.arange(2 * 64).view(2, 64) * 7 % 17
+    with torch.no_grad():
+        for weight, values in zip(net.parameters(), full.parameters(), strict=True):
+            copy_into_sharded(weight, values)
+    for each in (full, net):  # trunk and head apart, as fine-tuning calls them
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = each.trunk(tokens)
+            loss = each.logits(hidden).float().logsumexp(-1).mean() + hidden.square().mean()
+        loss.backward()
+    errors = {}
+    for (name, weight), expected in zip(net.named_parameters(), full.parameters(), strict=True):
+        assert isinstance(weight.grad, DTensor)
+        assert expected.grad is not None
+        difference = weight.grad.full_tensor() - expected.grad
+        errors[name] = float(difference.abs().max() / expected.grad.abs().max())
+    return errors
+
+
 def work(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
     from tests.task.ranks_work import on_all  # which imports this module
 
-    answers: dict[str, Any] = {}
+    answers: dict[str, Any] = {"gradient errors": gradient_errors(rank)}
     for strategy, precision in (("ddp", "bf16-mixed"), ("fsdp", "bf16-mixed"), ("fsdp", "32-true")):
         on, seen, name = (
             on_all(micro_batch=25, strategy=strategy, precision=precision),

@@ -33,9 +33,24 @@ def test_mixed_precision_is_that_of_data_parallel_training(found: list[dict[str,
             assert fsdp[name] == pytest.approx(values, rel=1e-5)
         assert fsdp["train/grad_norm"] != pytest.approx(exact["train/grad_norm"], rel=1e-4)
         wide, narrow = "torch.float32", "torch.bfloat16"
-        kinds = [("gain", wide), ("gain of queries", wide), ("matrix", narrow), ("stream", wide)]
+        kinds = [
+            ("cut by DDP", "False"),
+            ("gain", wide),
+            ("gain of queries", wide),
+            ("matrix", narrow),
+            ("stream", wide),
+        ]
         assert answer["fsdp bf16-mixed"]["dtypes"] == kinds
-        assert answer["fsdp 32-true"]["dtypes"] == [(name, wide) for name, _ in kinds]
+        assert answer["fsdp 32-true"]["dtypes"] == [kinds[0], *((name, wide) for name, _ in kinds[1:])]
+
+
+def test_gradients_are_those_of_autocast(found: list[dict[str, Any]]) -> None:
+    """Independent source: autocast over a whole network, to the bit; offsets, summed in float32, are rounded once."""
+    for answer in found:
+        errors = answer["gradient errors"]
+        assert len([name for name in errors if name.endswith(".g")]) == 9
+        for name, error in errors.items():
+            assert error <= (2**-8 if name.endswith("relative") else 1e-6), name
 
 
 def test_blocks_are_gathered_in_half_the_bytes(found: list[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 import pickle
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from io import BytesIO
 from itertools import pairwise
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import torch._dynamo
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -96,6 +97,16 @@ def _gather_once_a_pass(net: GPT, gains: FSDPModule | None) -> None:
         if name != "forward":  # which has FSDP2's hooks
             register_fsdp_forward_method(net, name)
         setattr(net, name, wrap(method, getattr(net, name)))
+
+
+def one_graph_a_block() -> AbstractContextManager[None]:
+    """Context manager: a compiled block is one graph under DDP, too.
+
+    PyTorch would cut it where DDP's buckets end, to reduce them while the rest of one large graph goes on: blocks are
+    compiled one by one, so DDP reduces the earlier ones meanwhile anyway.
+    """
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(optimize_ddp=False)
+    return patched
 
 
 class FSDP(ModelParallelStrategy):

@@ -22,7 +22,7 @@ from igpt.metric.result import Number
 from igpt.settings.training import TrainingSettings
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.deepspeed import ZeRO
-from igpt.training.fsdp import FSDP
+from igpt.training.fsdp import FSDP, one_graph_a_block
 from igpt.training.hardware import HardwareConfig, matmul_precision
 from igpt.training.lightning_callbacks import is_observer, list_observers
 from igpt.training.loggers import guard
@@ -116,7 +116,8 @@ class Runner:
             **arguments.fit_arguments,
         )
         reset_peak_memory(self.machine.device)
-        with saving.stop.install_handlers(), matmul_precision(self.machine.matmul_precision, self.machine.device):
+        precision = matmul_precision(self.machine.matmul_precision, self.machine.device)
+        with saving.stop.install_handlers(), precision, one_graph_a_block():
             trainer.fit(module, data, ckpt_path=self.resume_from, weights_only=True)
         step, early = trainer.global_step, None
         if step < settings.steps:
