@@ -11,6 +11,7 @@ from igpt.metric.result import Number
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
+from igpt.run.arguments import prepare_arguments
 from igpt.settings.devices import HardwareSettings
 from igpt.training.communication import Communication, count_sent_bytes
 from igpt.training.cost_estimate import estimate_cost
@@ -18,7 +19,7 @@ from igpt.training.ema import WeightAverage
 from igpt.training.optimizers import make_adam, make_optimizer
 from igpt.training.plan import compare_memory, estimate_memory, estimate_run, plan_run
 from tests.task.conftest import machine
-from tests.test_conf import built
+from tests.test_conf import CONF, built
 
 SMALL = GPTConfig(n_layer=3, n_embd=96, n_head=4, n_ctx=144, n_vocab=50, causal=True)
 L, XL = (
@@ -227,3 +228,13 @@ def test_a_run_on_a_gpu_holds_its_peak_against_the_plan(
         numbers = compare_memory(on, SMALL, Number(planned * 0.9 / 1e9, "GB", 1), **options)
     assert numbers == {"train/planned_memory": Number(planned / 1e9, "GB", 1)}
     assert "90 % of the planned" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("typed", "named"), [(("trainer=ddp", "trainer=fsdp"), "ddp"), (("trainer=[gpu,fsdp]",), "gpu")]
+)
+def test_two_trainers_are_refused(typed: tuple[str, ...], named: str) -> None:
+    """By hand: Hydra would take the last one."""
+    with pytest.raises(ValueError, match=rf"^trainer={named} and trainer=fsdp: choose one of them$"):
+        prepare_arguments([*typed], CONF)
+    assert prepare_arguments(["trainer=fsdp", "trainer=fsdp"], CONF)

@@ -116,14 +116,16 @@ def format_plan(cost: counted.Plan, machine: HardwareConfig) -> list[tuple[str, 
     size = "" if on_cpu or memory is None else f" of {memory / GB:,.0f} GB"
     how = f", {machine.strategy}" if cost.devices > 1 else ""
     recomputed = cost.recomputed_flops * n_step
+    is_alone, n_image = cost.devices == 1, cost.images_per_pass
+    has_whole = machine.strategy == "fsdp" and not is_alone and n_image * cost.devices < n_step
     rows = [
         ("planned for", f"{cost.devices} {kind}{plural}{size}{how}, {machine.precision}"),
         ("weights", f"{cost.n_weight:,}"),
         ("memory on each device: weights", format_gb(cost.weights)),
-        ("  gradients", format_gb(cost.gradients)),
+        ("  gradients" + (", whole between passes" if has_whole else ""), format_gb(cost.gradients)),
         ("  optimiser", format_gb(cost.optimiser)),
         *([("  average of the weights", format_gb(cost.average))] if cost.average else []),
-        (f"  activations of {cost.images_per_pass:,} image(s)", format_gb(cost.activations)),
+        (f"  activations of {n_image:,} image(s)", format_gb(cost.activations)),
         ("  other tensors while in use", format_gb(cost.working)),
         ("  all of it", format_gb(cost.memory)),
         *([("memory of the machine, for each device", format_gb(cost.host))] if cost.host else []),
@@ -131,7 +133,7 @@ def format_plan(cost: counted.Plan, machine: HardwareConfig) -> list[tuple[str, 
         ("operations a step", f"{cost.flops_per_image * n_step:.3g} FLOP"),
         *([("  besides, to compute activations again", f"{recomputed:.3g} FLOP")] if recomputed else []),
         ("images in all", f"{n_step * cost.steps:,}"),
-        *([("communication", f"each device sends {cost.communication.text}")] if cost.devices > 1 else []),
+        *([("communication", f"each device sends {cost.communication.text}")] if not is_alone else []),
         *_format_time(cost, machine),
     ]
     if memory is None:
