@@ -41,7 +41,7 @@ def render(report: Mapping[str, Any] | None) -> str:
     """The tables of all parts as Markdown, with the machine; of no report the sentence that there is none."""
     if not report or not report["units"]:
         return NO_FIGURES
-    from gpu_units import of_part
+    from gpu_units import select_part
 
     about, units = report["machine"], report["units"]
     commits = sorted({entry["commit"] for entry in units.values()})
@@ -51,10 +51,12 @@ def render(report: Mapping[str, Any] | None) -> str:
         f"{', '.join(commits)}."
     ]
     for part, (_, module, table, title) in PARTS.items():
-        figures = of_part(units, part)
+        figures = select_part(units, part)
         errors = [f"- `{name}`: {entry['error']}" for name, entry in figures.items() if "error" in entry]
-        if rows := [*getattr(importlib.import_module(module), table)(figures), *([""] * bool(errors)), *errors]:
+        if rows := getattr(importlib.import_module(module), table)(figures):
             lines += ["", f"**{title}**", "", *rows]
+        if errors:
+            lines += ["", f"**{title}**: without figures", "", *errors]
     return "\n".join(lines)
 
 
@@ -98,6 +100,8 @@ def main(argv: Sequence[str] | None = None, *, apart: bool = True) -> dict[str, 
             f"not installed, and {'not in --wheels' if args.wheels else 'no --wheels'}: {', '.join(absent)}; what "
             "imports them will say so. On a machine with a network: python benchmarks/gpu.py --prepare WHEELS"
         )
+    if "torch" in absent:
+        raise SystemExit("PyTorch is not installed here: take an image, or an environment, that has a CUDA build of it")
     import torch
     from gpu_units import Figures, Unit, run_units
 

@@ -3,6 +3,7 @@ them.
 """
 
 import argparse
+import bisect
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,9 @@ from igpt.model.gpt import GPT
 from igpt.training import cost_estimate
 from igpt.training.optimizers import make_adam
 
-WAYS = ("blocks", "eager", "trunk")  # what is compiled
+WAYS = ["blocks", "eager", "trunk"]  # what is compiled
+if hasattr(GPT, "set_residual"):
+    WAYS.append("residual")  # blocks, with a residual stream in bfloat16
 FULL = 0.92  # share of the free memory that a batch may be expected to take
 MOST = 4096  # images
 KINDS = {  # of kernels, by parts of their names; the first that fits
@@ -53,10 +56,11 @@ def plan_memory(network: GPTConfig, images: int, *, precision: str, recompute: b
 
 def choose_batch(network: GPTConfig, room: float, *, precision: str = "bf16-mixed", device: str) -> int:
     """The most images whose step is expected to fit into `room` bytes; above 16 a multiple of 8; at least one."""
-    one, two = (plan_memory(network, n, precision=precision, recompute=False, device=device) for n in (1, 2))
-    most = int((room - one) / (two - one)) + 1
-    most = most if most < 16 else most // 8 * 8
-    return max(1, min(MOST, most))
+    sizes = [*range(1, 16), *range(16, MOST + 1, 8)]
+    most = bisect.bisect_right(
+        sizes, room, key=lambda n: plan_memory(network, n, precision=precision, recompute=False, device=device)
+    )
+    return sizes[max(0, most - 1)]
 
 
 class TrainingStep:
@@ -75,7 +79,9 @@ class TrainingStep:
             for weight in self.net.parameters():
                 weight.fill_(1.0) if weight.dim() == 1 else weight.normal_(0, 0.02)
         self.net.checkpointing = recompute
-        if way == "blocks":
+        if way == "residual":
+            self.net.set_residual(torch.bfloat16)
+        if way in ("blocks", "residual"):
             for block in self.net.blocks:
                 block.compile()
         elif way == "trunk":
@@ -212,6 +218,8 @@ def list_units(args: argparse.Namespace) -> list[Unit]:
 def make_table(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Rows of steps, then what bounds them, then the comparison."""
     results = {name: entry["result"] for name, entry in figures.items() if "result" in entry}
+    if not results:
+        return []
     peak = results.get("peak", {})
     sheet, products = peak.get("data_sheet_tflops"), peak.get("products_tflops")
     known = [f"{products:,.0f} TFLOP/s in bfloat16 products of 8192³" if products else "products not measured"]

@@ -159,6 +159,6 @@ def measure(function: Callable[..., dict[str, Any]], seconds: float, arguments: 
         return {"error": machine.first_line(error)}
 
 
-def of_part(figures: Mapping[str, Mapping[str, Any]], part: str) -> dict[str, Mapping[str, Any]]:
+def select_part(figures: Mapping[str, Mapping[str, Any]], part: str) -> dict[str, Mapping[str, Any]]:
     """The recorded units of a part by name: those with a result, and those with an error."""
     return {key.partition("/")[2]: entry for key, entry in figures.items() if key.startswith(f"{part}/")}

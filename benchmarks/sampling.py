@@ -140,9 +140,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--ways", nargs="+", choices=ways, default=[], help="ours in these ways, too")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
-    theirs = args.peer_batch or args.batch
-    if len(theirs) != len(args.batch):
-        raise SystemExit(f"--peer-batch has {len(theirs)} numbers, --batch {len(args.batch)}: give one for each")
+    peer_batches = args.peer_batch or args.batch
+    if len(peer_batches) != len(args.batch):
+        raise SystemExit(f"--peer-batch has {len(peer_batches)} numbers, --batch {len(args.batch)}: give one for each")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     n_layer, n_embd, n_head, n_ctx, n_vocab, _ = SIZES[args.size]
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     usual = dispatch.decode_backend(torch.empty(0, device=device), n_embd=n_embd, n_head=n_head)
     sides = [(build_side, "igpt", args.size, args.batch, [way], args.precision) for way in
              ("auto", *(way for way in args.ways if way != usual))]  # fmt: skip
-    sides.append((build_side, "hf", args.size, theirs, [], args.precision))
+    sides.append((build_side, "hf", args.size, peer_batches, [], args.precision))
     times = machine.take_turns(sides, args.rounds, warm_up=0)  # a thousand steps warm up by themselves
     greedy = {name.partition(" ")[2]: row.result for name, row in times.items() if name.startswith("greedy ")}
     for name, tokens in greedy.items():
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{machine.about()}\n{limits}; the first {GREEDY} greedy tokens of all rows are the same")
     report: dict[str, Any] = {"size": args.size, "precision": args.precision, "limits": limits, "batches": {}}
     width = {"fp32": 4, "bf16": 2}[args.precision]
-    for batch, few in zip(args.batch, theirs, strict=True):
+    for batch, few in zip(args.batch, peer_batches, strict=True):
         rows = {name: times[f"{few if name == 'hf' else batch} {name}"] for name in greedy}
         # GiB a step: all weights, half of a full cache
         read = width * (n_weight + batch * n_layer * n_ctx * n_embd) / 2**30
