@@ -3,6 +3,7 @@ them.
 """
 
 import argparse
+import bisect
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,10 +56,11 @@ def plan_memory(network: GPTConfig, images: int, *, precision: str, recompute: b
 
 def choose_batch(network: GPTConfig, room: float, *, precision: str = "bf16-mixed", device: str) -> int:
     """The most images whose step is expected to fit into `room` bytes; above 16 a multiple of 8; at least one."""
-    one, two = (plan_memory(network, n, precision=precision, recompute=False, device=device) for n in (1, 2))
-    most = int((room - one) / (two - one)) + 1
-    most = most if most < 16 else most // 8 * 8
-    return max(1, min(MOST, most))
+    sizes = [*range(1, 16), *range(16, MOST + 1, 8)]
+    most = bisect.bisect_right(
+        sizes, room, key=lambda n: plan_memory(network, n, precision=precision, recompute=False, device=device)
+    )
+    return sizes[max(0, most - 1)]
 
 
 class TrainingStep:

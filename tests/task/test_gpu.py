@@ -1,38 +1,28 @@
 """What only a GPU can show of the tasks, and of the parts that they are made of. `python -m pytest -m gpu`"""
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
-from igpt.distributed.launcher import run_ranks
 from igpt.model import decode, graphs
-from igpt.model.attention import attend, masked_attention
+from igpt.model.attention import masked_attention
 from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling, generate
 from igpt.model.gpt import GPT
 from igpt.model.patterns import SPARSE, Pattern, TokenLayout
 from igpt.model.sparse_mask import SparseMask
-from igpt.model.token_loss import chunked_nats
-from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
-from igpt.report.folder import RunFolder
 from igpt.tokens.palette import Palette
 from igpt.utils import keyed
-from tests.conftest import ROOT, perturbed, small_net
-from tests.model.test_gpt import RecordedOps
+from tests.conftest import perturbed, small_net
 from tests.on_gpu import ACCELERATOR, DEVICE, MARKS, only_cuda
 from tests.task.conftest import Arrays, Lab, machine
-from tests.task.test_no_wait import BETWEEN, TASKS, train
 from tests.task.test_pretrain import StopAfter
 from tests.tokens.test_datamodule import module
 from tests.tokens.test_vqvae import build_network, build_tokenizer, draw_pixels
@@ -212,161 +202,3 @@ def test_tokens_of_a_vqvae_are_the_cpus(changed: dict[str, Any]) -> None:
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert torch.equal(tokenizer.encode(pixels.to(DEVICE)).cpu(), expected)
     assert torch.equal(torch.cat([tokenizer.encode(some) for some in pixels.to(DEVICE).split(5)]).cpu(), expected)
-
-
-class Forbid(L.Callback):
-    """Has PyTorch raise at what waits for the GPU: from the fifth step on to the backward pass of the eighth."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step >= BETWEEN[0] - 1:
-            torch.cuda.set_sync_debug_mode("error")
-            self.steps.append(trainer.global_step)
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step >= BETWEEN[-1]:  # this step is logged
-            torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("changed", [{}, {"precision": "bf16-mixed", "compile": True}], ids=str)
-@pytest.mark.parametrize("task", TASKS)
-def test_no_step_waits(task: str, changed: dict[str, Any], tmp_path: Path, lab: Lab, ar: Weights, masked: Path) -> None:
-    """Invariant: the transfer and encoding of batches, the steps, and all that Lightning does between them."""
-    forbid = Forbid()
-    try:
-        train(task, tmp_path, lab, ar, masked, forbid, accelerator="gpu", **changed)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert set(forbid.steps) == {4, 5, 6, 7}
-
-
-@pytest.mark.parametrize("backend", ["graphs", "layers"])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_tokens_one_by_one_of_many_images(mixed: bool, backend: str) -> None:
-    """Invariant: heads of 64, 256 images: a recorded step, and the network's own, give the logits of forward passes."""
-    net = perturbed(GPT(GPTConfig(n_layer=2, n_embd=128, n_head=2, n_ctx=160, n_vocab=64, causal=True)), scale=0.02)
-    net = net.cuda()
-    tokens = torch.randint(64, (256, 160), device="cuda")
-    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=mixed):
-        full, cache = net(tokens).float(), net.new_cache(256)
-        net.step(tokens[:, :100], cache)
-        step = decode.make_decode_step(net, cache, backend)
-        for i in range(100, 159):
-            off = (step(tokens[:, i : i + 1]).float() - full[:, i + 1]).abs().max()
-            assert off < (0.05 * full.abs().max() if mixed else 1e-4)
-
-
-def test_one_query_is_not_fused() -> None:
-    """Invariant: the last position of causal attention, in float32 to 1e-5; no fused kernel plans for its keys."""
-    q, k, v = torch.randn(3, 4, 2, 70, 64, device="cuda")
-    last = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, -1:]
-    with RecordedOps() as called:
-        out = attend(q[:, :, -1:], k, v, causal=False, backend="auto")
-    assert (out - last).abs().max() < 1e-5
-    assert not any("scaled_dot_product" in name for name in called.names)
-
-
-@pytest.mark.parametrize("residual", ["float32", "bfloat16"])
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_follow_the_cpu(checkpointing: bool, compiled: bool, residual: str) -> None:
-    """Invariant: recomputed, compiled or both, in float32 those of the CPU to 1e-3, under autocast to 5 %."""
-    net, tokens = small_net(n_ctx=64), torch.randint(11, (4, 64))
-    expected = torch.autograd.grad(AR().loss(net(tokens), tokens, None), list(net.parameters()))
-    net, tokens = net.cuda(), tokens.cuda()
-    mixed = residual == "bfloat16"
-    precision = "bf16-mixed" if mixed else "32-true"
-    machine(
-        accelerator="gpu", compile=compiled, activation_checkpointing=checkpointing, residual=residual,
-        precision=precision,
-    ).prepare(net)  # fmt: skip
-    with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
-        loss = AR().loss(net(tokens), tokens, None)
-    for one, same in zip(torch.autograd.grad(loss, list(net.parameters())), expected, strict=True):
-        assert (one.cpu() - same).norm() < (0.05 if mixed else 1e-3) * same.norm()
-
-
-def test_a_large_vocabulary_takes_little_memory() -> None:
-    """Invariant: the loss and gradients of all logits at once, to 1e-4, in less than half of the memory."""
-    hidden, head = torch.randn(8, 4096, 64, device="cuda"), torch.randn(8192, 64, device="cuda") / 8
-    tokens = torch.randint(8192, (8, 4096), device="cuda")
-    results, peaks = [], []
-    for in_chunks in (True, False):
-        inputs = [each.clone().requires_grad_() for each in (hidden, head)]
-        torch.cuda.reset_peak_memory_stats()
-        if in_chunks:
-            loss = chunked_nats(*inputs, tokens).mean()
-        else:
-            loss = torch.nn.functional.cross_entropy((inputs[0] @ inputs[1].T).flatten(0, 1), tokens.flatten())
-        results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
-        peaks.append(torch.cuda.max_memory_allocated())
-    for one, same in zip(*results, strict=True):
-        assert (one - same).norm() < 1e-4 * same.norm()
-    assert peaks[0] < peaks[1] / 2
-
-
-def test_two_ranks_on_one_gpu(capfd: pytest.CaptureFixture[str]) -> None:
-    """Invariant: it is told by its UUID before NCCL starts, which would hang or fail."""
-    code = "import torch; from igpt.distributed.ranks import process_group as p\nwith p(torch.device('cuda', 0)): pass"
-    assert run_ranks([sys.executable, "-c", code], 2) == 1
-    assert "rank 0 on " in (message := capfd.readouterr().err)
-    assert "have the same GPU, " in message
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_ranks_that_see_one_gpu_each(tmp_path: Path) -> None:
-    """Invariant: as under `srun --gpus-per-task=1`, two ranks train with the losses of one."""
-    script = tmp_path / "one_gpu.py"
-    script.write_text(
-        "import os; os.environ['CUDA_VISIBLE_DEVICES'] = os.environ['LOCAL_RANK']\nfrom igpt.cli import main; main()"
-    )
-    settings = ("task=pretrain", "model.n_layer=2", "model.n_embd=16", "task.warmup_steps=1", "task.steps=4")
-    two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), "trainer=ddp")
-    for name, command in (("two", (*two, "trainer.devices=2")), ("one", (str(ROOT / "train.py"), "trainer=gpu"))):
-        (tmp_path / name).mkdir()
-        precision = ("trainer.precision=32-true", "trainer.compile=false")
-        subprocess.run([sys.executable, *command, *settings, *precision], cwd=tmp_path / name, check=True)
-    curves = [
-        RunFolder(next((tmp_path / name / "runs").iterdir())).read_result()["curves"]["train/loss_gen"]["y"]
-        for name in ("two", "one")
-    ]
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-
-
-def test_a_network_to_read_stays_on_it(tmp_path: Path, lab: Lab, ar: Weights) -> None:
-    """Invariant: filled there tensor by tensor, the CPU's weights to the bit; loss and probe of the CPU."""
-    on = machine(accelerator="gpu")
-    net = on.build_frozen(ar.build_network, ar.load_into)
-    for name, weight in ar.net().state_dict().items():
-        assert torch.equal(net.state_dict()[name].cpu(), weight)
-    one, other = (lab.evaluate(tmp_path / name, ar, on=on) for name, on in (("cpu", machine()), ("gpu", on)))
-    assert other.numbers["val/loss_gen"].value == pytest.approx(one.numbers["val/loss_gen"].value, rel=1e-5)
-    probes = [lab.probe(tmp_path / name, ar, on=on, solver="sgd") for name, on in (("a", machine()), ("b", on))]
-    shares = [probe.numbers["val/accuracy"].value for probe in probes]
-    assert shares[1] == pytest.approx(shares[0], abs=0.05)
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("strategy", ["deepspeed_2_offload", "deepspeed_3_offload"])
-def test_deepspeed_on_one_gpu_follows_the_cpu(tmp_path: Path, lab: Lab, strategy: str, mixed: bool) -> None:
-    """Invariant: with the optimiser in host memory, losses, norms and fine-tuning to 1e-4, in bfloat16 to 2 %; a run
-    that it saved is resumed by one process without it."""
-    pytest.importorskip("deepspeed")
-    rel = 2e-2 if mixed else 1e-4
-    on = machine(accelerator="gpu", strategy=strategy, precision="bf16-mixed" if mixed else "32-true", micro_batch=50)
-    on_cpu, on_gpu = lab.pretrain(tmp_path / "cpu"), lab.pretrain(tmp_path / "gpu", on=on)
-    for name in ("train/loss_gen", "val/loss_gen", "train/grad_norm"):
-        assert on_gpu.curves[name].y == pytest.approx(on_cpu.curves[name].y, rel=5 * rel if "norm" in name else rel)
-    weights = find_weights(str(tmp_path / "cpu"))
-    tuned = [
-        lab.finetune(tmp_path / f"finetune {each.device.type}", weights, on=each).curves for each in (machine(), on)
-    ]
-    for name in ("train/loss_gen", "train/loss_clf"):
-        assert tuned[1][name].y == pytest.approx(tuned[0][name].y, rel=rel)
-    checkpoints = tmp_path / "gpu" / "checkpoints"
-    shutil.rmtree(checkpoints / "step_0000008.ckpt")
-    (checkpoints / "latest").write_text("step_0000004.ckpt\n")
-    resumed = lab.pretrain(tmp_path / "gpu", on=machine(accelerator="gpu"))
-    assert resumed.curves["train/loss_gen"].y == pytest.approx(on_cpu.curves["train/loss_gen"].y, rel=rel)
