@@ -70,8 +70,7 @@ def main(cfg: DictConfig) -> None:
     except (RuntimeError, MemoryError) as error:
         lost_rank = explain_lost_rank(error)
         known = explain_out_of_memory(error) or explain_lost_worker(error) or explain_missing_metric(error)
-        known = known or explain_compile_failure(error)
-        if (message := known or lost_rank) is None:
+        if (message := known or explain_compile_failure(error) or lost_rank) is None:
             raise
         log.debug("traceback", exc_info=True)
         log.error("error: %s", message)
@@ -106,8 +105,7 @@ def explain_lost_worker(error: BaseException) -> str | None:
 
 def explain_missing_metric(error: BaseException) -> str | None:
     """A message if a callback of Lightning's watches a metric that is not logged; else None."""
-    is_missing = "conditioned on metric" in str(error)
-    return f"callbacks: {' '.join(str(error).split())}" if is_missing else None
+    return f"callbacks: {' '.join(str(error).split())}" if "conditioned on metric" in str(error) else None
 
 
 def explain_lost_rank(error: BaseException) -> str | None:
