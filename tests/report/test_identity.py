@@ -42,6 +42,14 @@ def test_only_callbacks_that_watch_are_outside() -> None:
     assert changes(config(WATCHED), config(None))[0] == []
 
 
+def test_a_residual_stream_counts_unless_it_is_the_default() -> None:
+    """Invariant: records of runs from before the setting state none; compiling does not count."""
+    plain = config({})
+    trainer = plain["trainer"]
+    assert identity(plain | {"trainer": trainer | {"residual": "float32", "compile": False}}, {}) == identity(plain, {})
+    assert identity(plain | {"trainer": trainer | {"residual": "bfloat16"}}, {}) != identity(plain, {})
+
+
 def test_those_that_declare_it_are_those_that_are_listed() -> None:
     """Invariant: the closed list of names, which is compared without an import, is every class with the declaration."""
     for module in pkgutil.iter_modules(importlib.import_module("igpt.training").__path__, "igpt.training."):

@@ -74,8 +74,7 @@ def main(cfg: DictConfig) -> None:
     except (RuntimeError, MemoryError) as error:
         lost_rank = explain_lost_rank(error)
         known = explain_out_of_memory(error) or explain_lost_worker(error) or explain_missing_metric(error)
-        known = known or explain_compile_failure(error)
-        if (message := known or lost_rank) is None:
+        if (message := known or explain_compile_failure(error) or lost_rank) is None:
             raise
         log.debug("traceback", exc_info=True)
         log.error("error: %s", message)
