@@ -508,7 +508,7 @@ def test_the_plan_of_a_run(caplog: pytest.LogCaptureFixture, tmp_path: Path, mon
     assert re.search(r"device: weights +0\.09 GB", message)  # 4 bytes each, of 64 devices one
     assert re.search(r"optimiser +0\.17 GB", message)
     assert re.search(r"images in all +128,000", message)
-    assert re.search(r"a step .* at 40% of 100 TFLOP/s on 64 device", message)
+    assert re.search(r"a step .* at 40% of 100 TFLOP/s \(assumed\) on 64 device", message)
     assert re.search(r"fits +yes: .* of 80\.00 GB", message)
     assert list(tmp_path.iterdir()) == []
 
@@ -538,7 +538,7 @@ def test_a_pipeline_through_a_vqvae_starts(name: str, tmp_path: Path) -> None:
     [
         (("task.batch_size=100", "trainer.devices=8"), "cannot be shared by 8 devices"),
         (("trainer.micro_batch=48",), "does not divide the 128 images"),
-        (("trainer.utilisation=0",), "utilisation must be above 0, got 0"),
+        (("trainer.utilisation=0",), "utilisation must be above 0 or null, got 0"),
         (("task=palette",), "is for tasks that train a network"),
     ],
 )
