@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -246,7 +247,9 @@ def test_a_batch_fills_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu_train.TrainingStep, "__call__", short)
     tokens, failed = gpu_train.fill_card(step, 1)
-    assert (len(tokens), failed) == (40, [72, 54])
+    batches = [*failed, len(tokens)]
+    assert batches[0] > 40 >= batches[-1]
+    assert all(after == before * 3 // 4 and before > 40 for before, after in pairwise(batches))
 
 
 @pytest.mark.parametrize(
