@@ -57,14 +57,14 @@ def measure_peak(network: GPTConfig, images: int, precision: str, *, recompute: 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_the_peak_of_a_step(precision: str, recompute: bool) -> None:
-    """Independent source: PyTorch's tracker of tensors over real steps, within 8 %: few and many codes, wide and long.
+    """Independent source: PyTorch's tracker of tensors over real steps, within 8 %, where it is mostly weights 3 %.
 
     Many codes: the gradients of scores are more than half of the peak. Wide: autocast's copies of matrices, which stay
     until the forward pass ends, are more than a block's activations.
     """
-    for changed, images in (
-        ({"n_ctx": 64, "n_vocab": 1500, "n_embd": 32, "n_layer": 2}, 4),
-        ({"n_ctx": 16, "n_embd": 192, "n_layer": 4}, 2),
+    for changed, images, within in (
+        ({"n_ctx": 64, "n_vocab": 1500, "n_embd": 32, "n_layer": 2}, 4, 0.08),
+        ({"n_ctx": 16, "n_embd": 192, "n_layer": 4}, 2, 0.03),
     ):
         network = replace(SMALL, **changed)
         planned = estimate_cost(
@@ -72,7 +72,7 @@ def test_the_peak_of_a_step(precision: str, recompute: bool) -> None:
             recompute=recompute, backends=["sdpa"] * network.n_layer, on_gpu=False,
         )  # fmt: skip
         measured = measure_peak(network, images, precision, recompute=recompute)
-        assert planned.memory == pytest.approx(measured, rel=0.08), changed
+        assert planned.memory == pytest.approx(measured, rel=within), changed
 
 
 def test_muon_and_an_average_take_what_they_hold() -> None:
