@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from igpt.distributed import ranks, rendezvous
 from igpt.distributed.gpus import check_gpus, describe_gpu, gpu_index
@@ -41,8 +42,13 @@ def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "AGAIN_SECONDS", 0.001)
 
 
-def test_ranks_that_were_started_again_do_not_hear_those_before(meeting: None) -> None:
+def test_ranks_that_were_started_again_do_not_hear_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: each start hears its own ranks, of a store that torchrun keeps; also after one that never was."""
+    monkeypatch.setattr(rendezvous, "AGAIN_SECONDS", 0.001)
+    monkeypatch.setattr(rendezvous, "MEETING_SECONDS", 20)
+    kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    start_as(monkeypatch, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.port)})
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     for start in (1, 2):
         heard = gather(3, 0, 1, 2, start=start)
         assert [[(record["number"], record["start"]) for record in each] for each in heard] == [
