@@ -44,12 +44,11 @@ class Bystander:
 
     def report(self, error: Exception) -> None:
         """Logs the first error. Log handlers that fail meanwhile are bystanders, too, so this ends."""
-        is_first = self.error is None
+        is_first, self.error = self.error is None, error
         if is_first:
             cause = f", from {describe_error(error.__cause__)}" if error.__cause__ else ""  # a library's may hide it
             log.warning("%s: %s%s; the run goes on", self.name, describe_error(error), cause)
             log.debug("traceback", exc_info=error)
-        self.error = error.with_traceback(None)  # whose frames hold what the work had allocated
 
 
 def describe_error(error: BaseException) -> str:
