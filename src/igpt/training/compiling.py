@@ -24,7 +24,6 @@ def compile_blocks(net: GPT) -> None:
     validation and batches of another size. A block takes what the one before adds to the stream as an argument, so the
     fusion across blocks, which a compiled trunk would gain, is inside. Sharded blocks keep their hooks.
     """
-    torch._dynamo.config.optimize_ddp = False  # which cuts blocks at DDP's buckets; they overlap with it as they are
     kinds = {(block.attn.mask, block.attn.is_linear, block.attn.value_mix is None) for block in net.blocks}
     for block in net.blocks:  # each with and without an addend, in training and in validation, for several batch sizes
         block.compile(recompile_limit=max(16, 8 * len(kinds)))
