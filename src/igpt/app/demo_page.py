@@ -70,8 +70,8 @@ class DemoPage:
 
     def leave(self, request: gr.Request) -> None:
         """Stops the visitor's drawing and waits until it has ended, at most AT_MOST seconds."""
-        self.stop(request)
         if turn := self.turns.pop(request.session_hash, None):
+            turn.wanted = False
             turn.over.wait(AT_MOST)
 
     def others(self, page: int) -> tuple[int, Any]:
@@ -136,7 +136,7 @@ class DemoPage:
                 message = finished if there == side else f"Row {there:g} of {side}{pace}."
                 tiles = [(image, f"completion {i}", "") for i, image in enumerate(pixels, start=1)]
                 yield PIECES.tiles("completions", tiles), PIECES.note(message)
-            if there < side:
+            if there < side and self.turns.get(request.session_hash) is turn:  # else the visitor has left it
                 yield gr.skip(), PIECES.note("Stopped.")
         except ValueError as error:
             yield gr.skip(), PIECES.note(str(error), problem=True)
