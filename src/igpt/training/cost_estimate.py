@@ -161,7 +161,7 @@ def estimate_cost(
         weights=on_device,
         gradients=gradients,
         optimiser=optimiser,
-        average=float(n * WIDE) if has_average else 0.0,
+        average=n * WIDE / parts if has_average else 0.0,
         host=in_host,
         activations=activations,
         working=working,
