@@ -112,6 +112,28 @@ def test_fsdp_gathers_blocks_in_bfloat16() -> None:
     assert wide.working - same.working == 16 * block + 8 * rest
 
 
+def test_zero_gathers_blocks_and_reduces_buckets() -> None:
+    """By hand: 2 B of a weight in two buckets; under ZeRO 3 those of the rest twice, of a block three times."""
+    block, rest = 12 * 1536**2 + 2 * 1536, REST
+    settings: dict[str, Any] = {"batch_size": 32, "micro_batch": 4, "steps": 1, "recompute": False, "on_gpu": True}
+    settings |= {"backends": ["sdpa"] * 48, "devices": 8}
+    plain = estimate_cost(L, strategy="ddp", precision="bf16-true", **settings)
+    two, three = (
+        estimate_cost(L, strategy=f"deepspeed_{stage}", precision="bf16-mixed", **settings) for stage in (2, 3)
+    )
+    assert two.working - plain.working == 2 * 2 * 200_000_000
+    assert three.working - two.working == 2 * (2 * rest + 3 * block)
+    assert (three.weights, three.optimiser) == (2 * three.n_weight / 8, 12 * three.n_weight / 8)
+
+
+def test_what_fits() -> None:
+    """By hand: with a tenth to spare; else hardly, or not."""
+    memory = estimate_memory(machine(), SMALL, batch_size=4) / 1e9
+    for share, verdict in ((0.89, "yes"), (0.95, "hardly"), (1.01, "no")):
+        rows = dict(plan_run(machine(memory_gb=memory / share), SMALL, batch_size=4, steps=1))
+        assert rows["fits"].startswith(f"{verdict}: ")
+
+
 @pytest.mark.parametrize(
     ("strategy", "precision", "passes", "a_weight"),
     [
