@@ -540,6 +540,7 @@ def test_a_pipeline_through_a_vqvae_starts(name: str, tmp_path: Path) -> None:
         (("trainer.micro_batch=48",), "does not divide the 128 images"),
         (("trainer.utilisation=0",), "utilisation must be above 0 or null, got 0"),
         (("task=palette",), "is for tasks that train a network"),
+        (("experiment=quickstart",), "not task=pipeline: plan its pretraining, task=pretrain with the same model"),
     ],
 )
 def test_a_plan_that_cannot_be(caplog: pytest.LogCaptureFixture, overrides: tuple[str, ...], message: str) -> None:

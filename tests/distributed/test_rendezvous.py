@@ -39,13 +39,13 @@ def gather(count: int, *come: int, **about: Any) -> list[Any]:
 @pytest.fixture
 def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start_as(monkeypatch, {RENDEZVOUS_FILE: str(tmp_path / "meeting")})
-    monkeypatch.setattr(rendezvous, "AGAIN_SECONDS", 0.001)
+    monkeypatch.setattr(rendezvous, "POLL_SECONDS", 0.001)
 
 
 def test_ranks_that_were_started_again_do_not_hear_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: each start hears its own ranks, of a store that torchrun keeps; also after one that never was."""
-    monkeypatch.setattr(rendezvous, "AGAIN_SECONDS", 0.001)
-    monkeypatch.setattr(rendezvous, "MEETING_SECONDS", 20)
+    monkeypatch.setattr(rendezvous, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(rendezvous, "MEET_SECONDS", 20)
     kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     start_as(monkeypatch, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.port)})
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
@@ -55,13 +55,13 @@ def test_ranks_that_were_started_again_do_not_hear_those_before(monkeypatch: pyt
             [(0, start), (1, start), (2, start)]
         ] * 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rendezvous, "MEETING_SECONDS", 0.05)
+        patch.setattr(rendezvous, "MEET_SECONDS", 0.05)
         assert all(isinstance(answer, str) for answer in gather(3, 0, 2, start=3))
     assert [record["start"] for record in gather(3, 2, 1, 0, start=4)[0]] == [4, 4, 4]
 
 
 def test_ranks_that_do_not_come_are_named(meeting: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "MEETING_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "MEET_SECONDS", 0.1)
     here = f"those that did are on {socket.gethostname()}"
     for answer in gather(4, 0, 2):
         assert answer.startswith("2 of 4 ranks (1, 3) did not come in 0.1 s")
@@ -69,13 +69,13 @@ def test_ranks_that_do_not_come_are_named(meeting: None, monkeypatch: pytest.Mon
 
 
 def test_rank_0_does_not_come(meeting: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "MEETING_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "MEET_SECONDS", 0.05)
     assert gather(2, 1)[0].startswith("rank 0 did not come in 0.05 s")
 
 
 def test_an_address_where_nobody_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: at a free port nobody listens, and a second rank 0 cannot take one that is in use; each in a line."""
-    monkeypatch.setattr(rendezvous, "MEETING_SECONDS", 0.05)
+    monkeypatch.setattr(rendezvous, "MEET_SECONDS", 0.05)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         start_as(monkeypatch, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})

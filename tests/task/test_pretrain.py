@@ -24,7 +24,6 @@ from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.objective.bert import BERT
 from igpt.tokens.palette import Palette
-from igpt.training.base_module import ROUNDED
 from igpt.training.callbacks import SampleGrid
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.hardware import matmul_precision
@@ -291,10 +290,9 @@ def test_blocks_are_compiled_where_asked(asked: bool | str, monkeypatch: pytest.
     ("precision", "rel", "kept"), [("bf16-mixed", 0.01, torch.float32), ("bf16-true", 0.05, torch.bfloat16)]
 )
 def test_bf16_follows_float32(
-    tmp_path: Path, lab: Lab, unbroken: tuple[Path, Result], precision: str, rel: float, kept: torch.dtype,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    """Invariant: lower precision stays near the losses; mixed keeps its weights in float32, the other warns of steps.
+    tmp_path: Path, lab: Lab, unbroken: tuple[Path, Result], precision: str, rel: float, kept: torch.dtype
+) -> None:
+    """Invariant: lower precision stays near the losses; mixed keeps its weights in float32.
 
     By hand: the blocks' products are bfloat16 in both.
     """
@@ -303,16 +301,7 @@ def test_bf16_follows_float32(
     assert result.curves["train/loss_gen"].y == pytest.approx(unbroken[1].curves["train/loss_gen"].y, rel=rel)
     assert seen.dtypes == {torch.bfloat16}
     assert {weight.dtype for weight in weights(tmp_path).values()} == {kept}
-    assert (ROUNDED in caplog.text) == (kept == torch.bfloat16)
     assert find_weights(str(tmp_path)).net().wte.dtype == torch.float32  # whatever was saved is read as float32
-
-
-def test_steps_that_bfloat16_loses() -> None:
-    """By hand, of every bfloat16 in [1, 2): less than 0.19 % is lost, more than 0.4 % is not."""
-    weights = torch.arange(128, 256).bfloat16() / 128
-    for sign in (1, -1):
-        assert torch.equal((weights.float() * (1 + sign * 0.0019)).bfloat16(), weights)
-        assert ((weights.float() * (1 + sign * 0.004)).bfloat16() != weights).all()
 
 
 def test_matmul_precision_is_put_back() -> None:

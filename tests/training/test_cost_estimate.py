@@ -15,7 +15,8 @@ from igpt.objective.ar import AR
 from igpt.objective.base import generative_loss
 from igpt.objective.bert import BERT
 from igpt.tokens.vqvae_tokenizer import VQVAESettings
-from igpt.training.cost_estimate import ADAM, count_parameters, estimate_activation_bytes, estimate_cost
+from igpt.training.activation_memory import estimate_activation_bytes
+from igpt.training.cost_estimate import ADAM, count_parameters, estimate_cost
 from igpt.training.optimizers import make_adam
 from igpt.training.plan import count_vqvae_cost, format_plan, plan_run, plan_tokenizer
 from tests.conftest import attention_in_graph, needs_compiler, small_net

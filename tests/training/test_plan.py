@@ -93,7 +93,8 @@ def test_muon_and_an_average_take_what_they_hold() -> None:
 
 def test_fsdp_gathers_blocks_in_bfloat16() -> None:
     """By hand: of two gathered blocks and the gradients of one 2 B a weight, of the copy that is reduced 4; the rest
-    and its gradients in float32; and gradients of all weights, whole, until the last of several passes.
+    and its gradients in float32; gradients of all weights, whole, until the last of several passes; the average
+    of the weights is sharded.
     """
     block, rest = 12 * 1536**2 + 2 * 1536, REST
     settings: dict[str, Any] = {"batch_size": 32, "steps": 1, "devices": 8, "recompute": False, "on_gpu": True}
@@ -102,11 +103,35 @@ def test_fsdp_gathers_blocks_in_bfloat16() -> None:
     ddp = estimate_cost(L, micro_batch=4, strategy="ddp", **settings)
     assert fsdp.working - ddp.working == 10 * block + 8 * rest
     assert ddp.activations - fsdp.activations == 48 * 4 * 1536**2 * 2  # autocast's copies, but for the MLP's
+    averaged = estimate_cost(L, micro_batch=4, strategy="fsdp", has_average=True, **settings)
+    assert averaged.average == averaged.memory - fsdp.memory == 4 * fsdp.n_weight / 8
     passes = estimate_cost(L, micro_batch=1, strategy="fsdp", **settings)
     assert passes.gradients - fsdp.gradients == 4 * fsdp.n_weight
     wide = estimate_cost(L, micro_batch=4, strategy="fsdp", **{**settings, "precision": "32-true"})
     same = estimate_cost(L, micro_batch=4, strategy="ddp", **{**settings, "precision": "32-true"})
     assert wide.working - same.working == 16 * block + 8 * rest
+
+
+def test_zero_gathers_blocks_and_reduces_buckets() -> None:
+    """By hand: 2 B of a weight in two buckets; under ZeRO 3 those of the rest twice, of a block three times."""
+    block, rest = 12 * 1536**2 + 2 * 1536, REST
+    settings: dict[str, Any] = {"batch_size": 32, "micro_batch": 4, "steps": 1, "recompute": False, "on_gpu": True}
+    settings |= {"backends": ["sdpa"] * 48, "devices": 8}
+    plain = estimate_cost(L, strategy="ddp", precision="bf16-true", **settings)
+    two, three = (
+        estimate_cost(L, strategy=f"deepspeed_{stage}", precision="bf16-mixed", **settings) for stage in (2, 3)
+    )
+    assert two.working - plain.working == 2 * 2 * 200_000_000
+    assert three.working - two.working == 2 * (2 * rest + 3 * block)
+    assert (three.weights, three.optimiser) == (2 * three.n_weight / 8, 12 * three.n_weight / 8)
+
+
+def test_what_fits() -> None:
+    """By hand: with a tenth to spare; else hardly, or not."""
+    memory = estimate_memory(machine(), SMALL, batch_size=4) / 1e9
+    for share, verdict in ((0.89, "yes"), (0.95, "hardly"), (1.01, "no")):
+        rows = dict(plan_run(machine(memory_gb=memory / share), SMALL, batch_size=4, steps=1))
+        assert rows["fits"].startswith(f"{verdict}: ")
 
 
 @pytest.mark.parametrize(
@@ -170,10 +195,16 @@ def test_communication_of_the_papers_networks(
 
 
 def test_what_goes_to_host_memory_is_said() -> None:
-    """By hand."""
+    """By hand: 2 + 2 B of each of L's weights under ZeRO 2; of one device, too, and row one names it."""
     assert Communication(2e9, 3e9, 1e9).text == (
-        "2.00 GB a step, 2.000 s at 1 GB/s; 3.00 GB to and from host memory, not timed"
+        "each device sends 2.00 GB a step, 2.000 s at 1 GB/s; 3.00 GB a step to and from the machine's memory, "
+        "not timed"
     )
+    alone = machine(plan=True, accelerator="gpu", strategy="deepspeed_2_offload", precision="bf16-mixed")
+    rows = dict(plan_run(alone, L, batch_size=4, steps=1))
+    assert rows["planned for"] == "1 GPU, deepspeed_2_offload, bf16-mixed"
+    assert rows["communication"] == "5.45 GB a step to and from the machine's memory, not timed"
+    assert "communication" not in dict(plan_run(machine(), SMALL, batch_size=4, steps=1))
 
 
 def test_utilisation_is_of_the_models_operations() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from igpt.checkpoint import tensors, torch_files
 from igpt.checkpoint.resume import checksum_path, matches_checksum
-from igpt.checkpoint.tensors import LazyTensor, State
+from igpt.checkpoint.tensors import LazyTensor, State, select_prefix
 from igpt.distributed import ranks
 from igpt.distributed.sharding import copy_into_sharded, unsharded_shape
 from igpt.model.config import GPTConfig
@@ -283,11 +283,6 @@ def extract_tensors(checkpoint: Mapping[str, Any], path: Path) -> State:
         raise ValueError(f"{path} holds no tensors of a network: it is damaged, or something else")
     torch_files.check_total_size(state, path)
     return tensors.unwrapped_state({str(name): tensor for name, tensor in state.items()})
-
-
-def select_prefix(prefix: str, state: State) -> State:
-    """The tensors with a prefix in their names, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def check_equal(what: str, saved: Any, expected: Any, where: Path) -> None:

@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from igpt.checkpoint import tensors, torch_files
-from igpt.checkpoint.igpt_format import Weights, extract_metadata, select_prefix
-from igpt.checkpoint.tensors import LazyTensor, State
+from igpt.checkpoint.igpt_format import Weights, extract_metadata
+from igpt.checkpoint.tensors import LazyTensor, State, select_prefix
 from igpt.utils import files
 
 EMA = "ema"  # key of the average of the weights, and with a point the prefix of its tensors

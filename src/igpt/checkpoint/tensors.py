@@ -78,6 +78,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def select_prefix(prefix: str, state: State) -> State:
+    """The tensors with a prefix in their names, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
 def plain_name(name: str) -> str:
     """A weight's name without the prefixes of module wrappers: `_orig_mod.h.0.ln_1.g` → `h.0.ln_1.g`."""
     for wrapper in WRAPPERS:

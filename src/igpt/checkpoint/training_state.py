@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from igpt.checkpoint import sharded, torch_files
-from igpt.checkpoint.igpt_format import select_prefix
 from igpt.checkpoint.sharded import EMA, MOMENTS, STATE
-from igpt.checkpoint.tensors import LazyTensor, State
+from igpt.checkpoint.tensors import LazyTensor, State, select_prefix
 
 GROUPS = "optimizer_groups"  # key of the optimiser's groups in the rest
 STATES = "optimizer_states"  # Lightning's key of the optimisers in one file

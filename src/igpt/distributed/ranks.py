@@ -26,7 +26,7 @@ from igpt.distributed.rendezvous import check_addresses, find_own_address, meet
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-WORKS_ALONE = timedelta(days=1)  # the longest that a rank may hash, copy, fit or draw while the others wait for it
+RANK_TIMEOUT = timedelta(days=1)  # the longest that a rank may hash, copy, fit or draw while the others wait for it
 
 
 @contextmanager
@@ -82,13 +82,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 @cache
-def _patient_group(world: Any) -> Any:
+def _long_timeout_group(world: Any) -> Any:
     """A gloo group of the ranks of `world`, for waits while one of them works alone.
 
-    Its time-out is `WORKS_ALONE`; PyTorch's ends a run after 10 minutes (NCCL) or 30 (gloo). A rank that dies is not
+    Its time-out is `RANK_TIMEOUT`; PyTorch's ends a run after 10 minutes (NCCL) or 30 (gloo). A rank that dies is not
     waited for: its connections close, which is an error on the others at once.
     """
-    return dist.new_group(backend="gloo", timeout=WORKS_ALONE)
+    return dist.new_group(backend="gloo", timeout=RANK_TIMEOUT)
 
 
 def barrier() -> None:
@@ -101,7 +101,7 @@ def all_gather_object(value: T) -> list[T]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_patient_group(dist.group.WORLD))
+    dist.all_gather_object(values, value, group=_long_timeout_group(dist.group.WORLD))
     return values
 
 
@@ -139,7 +139,7 @@ def broadcast_from_rank0(make: Callable[[], T]) -> T:
             received = [(make(), None)]
         except ValueError as error:
             received = [(None, str(error))]
-    dist.broadcast_object_list(received, src=0, group=_patient_group(dist.group.WORLD))
+    dist.broadcast_object_list(received, src=0, group=_long_timeout_group(dist.group.WORLD))
     result, reason = received[0]
     if reason is not None:
         raise ValueError(reason)
@@ -180,7 +180,7 @@ class AsyncMax:
             return number
         before = self.close()
         reduced = torch.tensor([number])
-        group = _patient_group(dist.group.WORLD)
+        group = _long_timeout_group(dist.group.WORLD)
         self._asked = reduced, dist.all_reduce(reduced, dist.ReduceOp.MAX, group=group, async_op=True)
         return before
 

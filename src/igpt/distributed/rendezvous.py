@@ -16,9 +16,9 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store, TCPStore  
 from igpt.distributed.launcher import RENDEZVOUS_FILE
 from igpt.distributed.rank import STARTERS, Rank
 
-MEETING_SECONDS = 600  # for all ranks to come, once the first has; their imports may take minutes from a shared disk
+MEET_SECONDS = 600  # for all ranks to come, once the first has; their imports may take minutes from a shared disk
 START = "igpt/start"  # key of the token of this start
-AGAIN_SECONDS = 0.05
+POLL_SECONDS = 0.05
 
 
 def meet(rank: Rank, about: Mapping[str, Any]) -> tuple[Store, list[dict[str, Any]]]:
@@ -32,7 +32,7 @@ def meet(rank: Rank, about: Mapping[str, Any]) -> tuple[Store, list[dict[str, An
     """
     store = _open_store(rank)
     mine = {**about, "host": socket.gethostname(), "answer": uuid.uuid4().hex}
-    deadline = time.monotonic() + MEETING_SECONDS
+    deadline = time.monotonic() + MEET_SECONDS
     if rank.is_first:
         store.set(START, uuid.uuid4().hex)
     while True:
@@ -49,7 +49,7 @@ def meet(rank: Rank, about: Mapping[str, Any]) -> tuple[Store, list[dict[str, An
                     return PrefixStore(token, store), records
         if time.monotonic() > deadline:
             raise ValueError(_describe_missing(store, token, rank))
-        time.sleep(AGAIN_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def check_addresses(records: Sequence[Mapping[str, Any]]) -> None:
@@ -79,7 +79,7 @@ def _open_store(rank: Rank) -> Store:
     serves = rank.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
     if not serves:
         _wait_for_port(address, port, rank)
-    timeout = timedelta(seconds=MEETING_SECONDS)
+    timeout = timedelta(seconds=MEET_SECONDS)
     try:
         return TCPStore(address, port, rank.count, serves, timeout, wait_for_workers=False)
     except dist.DistError as error:
@@ -107,7 +107,7 @@ def _find_address() -> tuple[str, int]:
 
 def _wait_for_port(address: str, port: int, rank: Rank) -> None:
     """Waits until somebody listens there. PyTorch's store would, too, with a stack trace for each vain try."""
-    deadline = time.monotonic() + MEETING_SECONDS
+    deadline = time.monotonic() + MEET_SECONDS
     while True:
         try:
             socket.create_connection((address, port), timeout=5).close()
@@ -115,11 +115,11 @@ def _wait_for_port(address: str, port: int, rank: Rank) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"rank {rank.index} on {socket.gethostname()} found nobody in {MEETING_SECONDS} s at "
+                    f"rank {rank.index} on {socket.gethostname()} found nobody in {MEET_SECONDS} s at "
                     f"{address}:{port}, where rank 0 waits ({error.strerror or error}): did it start, and is this an "
                     "address that the machines reach each other at?"
                 ) from error
-        time.sleep(AGAIN_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def _describe_missing(store: Store, token: str | None, rank: Rank) -> str:
@@ -133,6 +133,6 @@ def _describe_missing(store: Store, token: str | None, rank: Rank) -> str:
         missing = f"{len(away)} of {rank.count} ranks ({', '.join(away[:16])}{', …' if len(away) > 16 else ''})"
     hosts = {json.loads(store.get(f"{token}/{i}"))["host"] for i in came} if token else {socket.gethostname()}
     return (
-        f"{missing} did not come in {MEETING_SECONDS} s; those that did are on {', '.join(sorted(hosts)[:8])}: look at "
+        f"{missing} did not come in {MEET_SECONDS} s; those that did are on {', '.join(sorted(hosts)[:8])}: look at "
         "the output of the others, and whether all were given the same MASTER_ADDR and MASTER_PORT"
     )

@@ -220,17 +220,12 @@ def complete_overrides(overrides: list[str], folders: list[Path]) -> tuple[list[
 
 
 def _compose_config(overrides: list[Override]) -> DictConfig:
-    """The resolved config, sweep overrides left out. Raises ValueError where Hydra cannot compose it."""
+    """The resolved config, sweep overrides left out. Raises ValueError where Hydra or OmegaConf cannot compose it."""
     lines = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
     try:
         cfg = compose("config", overrides=lines)
         OmegaConf.resolve(cfg)
-    except (
-        HydraException,
-        OmegaConfBaseException,
-        AttributeError,
-        TypeError,
-    ) as error:  # the last two: OmegaConf's own
+    except (HydraException, OmegaConfBaseException, AttributeError, TypeError) as error:
         reason = " ".join(str(error).splitlines()[0].split())
         if (key := re.search(r"full_key: (\S+)", str(error))) and key[1] not in reason:
             reason = f"{key[1]}: {reason}"

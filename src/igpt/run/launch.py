@@ -225,7 +225,8 @@ def show_plan(components: Components, lines: Sequence[str] = ()) -> Result:
     """
     run, task = components.run, components.run.cfg.task
     if "steps" not in task or run.requires.isdisjoint({"network", "tokenizer"}):
-        raise ValueError(f"trainer.plan=true is for tasks that train a network, not task={run.task}")
+        hint = ": plan its pretraining, task=pretrain with the same model and data" if run.task == "pipeline" else ""
+        raise ValueError(f"trainer.plan=true is for tasks that train a network, not task={run.task}{hint}")
     of_run = {"batch_size": task.batch_size, "steps": task.steps}
     if "tokenizer" in run.requires:
         side = task.crop or run.cfg.data.resolution

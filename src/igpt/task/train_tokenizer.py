@@ -202,10 +202,7 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
         save_tokenizer(runner.folder / "model" / TOKENIZER, tokenizer)
     n_weight, seen = sum(weight.numel() for weight in module.network.parameters()), progress.step * settings.batch_size
     result = Result(
-        numbers={
-            "parameters": Number(n_weight, "weights", 1),
-            "train/images_seen": Number(seen, "images", seen),
-        },
+        numbers={"parameters": Number(n_weight, "weights", 1), "train/images_seen": Number(seen, "images", seen)},
         curves=module.curves(),
         files={"model": Path("model"), "checkpoints": Path("checkpoints")},
         provenance={

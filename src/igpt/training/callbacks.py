@@ -20,7 +20,7 @@ from igpt.report.bystanders import Bystander
 from igpt.report.figures import grid_picture
 from igpt.settings.fields import Count, Temperature
 from igpt.tokens.datamodule import PixelDataModule, TokenDataModule
-from igpt.training.frozen_networks import whole_network
+from igpt.training.frozen_networks import full_network
 from igpt.training.loggers import save_picture
 from igpt.utils import keyed
 
@@ -72,7 +72,7 @@ class SampleGrid(L.Callback):
             with machine.autocast():
                 return generate(full, mine.to(module.device), self.sampling).cpu() if len(mine) else torch.empty(0)
 
-        with whole_network(net, machine.precision) as full:
+        with full_network(net, machine.precision) as full:
             shares = ranks.all_gather_results(draw)
         tokens = torch.empty(self.count, net.n_ctx, dtype=torch.int64)
         for index, share in enumerate(shares[: self.count]):

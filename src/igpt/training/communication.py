@@ -21,14 +21,15 @@ class Communication:
 
     @property
     def text(self) -> str:
-        """`10.59 GB a step, 0.03 s at 350 GB/s`."""
-        parts = [f"{self.sent / GB:,.2f} GB a step"]
-        if self.bandwidth is None:
-            parts.append("not timed: state trainer.bandwidth_gbs")
-        else:
-            parts[0] += f", {self.seconds:,.3f} s at {self.bandwidth / GB:,.0f} GB/s"
+        """`each device sends 10.59 GB a step, 0.030 s at 350 GB/s`; "" of one device without offload."""
+        parts = []
+        if self.sent:
+            time = "not timed: state trainer.bandwidth_gbs"
+            if self.bandwidth is not None:
+                time = f"{self.seconds:,.3f} s at {self.bandwidth / GB:,.0f} GB/s"
+            parts.append(f"each device sends {self.sent / GB:,.2f} GB a step, {time}")
         if self.to_host:
-            parts.append(f"{self.to_host / GB:,.2f} GB to and from host memory, not timed")
+            parts.append(f"{self.to_host / GB:,.2f} GB a step to and from the machine's memory, not timed")
         return "; ".join(parts)
 
 

@@ -66,7 +66,7 @@ def is_sharded(net: GPT) -> bool:
 
 
 @contextmanager
-def whole_network(net: GPT, precision: str) -> Iterator[GPT]:
+def full_network(net: GPT, precision: str) -> Iterator[GPT]:
     """Context manager: the network itself, or if it is sharded `gather_network`, freed at the end. A collective."""
     if not is_sharded(net):
         yield net

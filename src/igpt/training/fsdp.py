@@ -32,7 +32,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from igpt.checkpoint import sharded, tensors, torch_files
-from igpt.checkpoint.igpt_format import select_prefix
 from igpt.checkpoint.resume import AtomicCheckpointIO
 from igpt.checkpoint.training_state import GROUPS, read_training_state
 from igpt.distributed import ranks
@@ -167,7 +166,7 @@ class FSDP(ModelParallelStrategy):
             _load_into(moments, folder)
             set_optimizer_state_dict(module, optimizer, optim_state_dict=moments[name])
         rest: dict[str, Any] = torch_files.read_torch(folder / sharded.REST)
-        averages = select_prefix(f"{sharded.EMA}.", sharded.read_state(folder))
+        averages = tensors.select_prefix(f"{sharded.EMA}.", sharded.read_state(folder))
         return {**rest, **({sharded.EMA: averages} if averages else {})}
 
 
@@ -229,7 +228,7 @@ def _load_file(module: nn.Module, optimizers: list[Optimizer], path: Path) -> di
     settings = {tuple(group["params"]): group for group in groups}
     own["param_groups"] = [{**group, **settings.get(tuple(group["params"]), {})} for group in own["param_groups"]]
     set_optimizer_state_dict(module, optimizer, optim_state_dict=own)
-    averages = select_prefix(f"{sharded.EMA}.", state)
+    averages = tensors.select_prefix(f"{sharded.EMA}.", state)
     return {**rest, **({sharded.EMA: averages} if averages else {})}
 
 

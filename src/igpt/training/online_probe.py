@@ -17,7 +17,7 @@ from igpt.probe.lbfgs import TOLERANCE, logistic_regression
 from igpt.report.bystanders import Bystander
 from igpt.settings.fields import Count, Norm, Positive, Share
 from igpt.tokens.datamodule import TokenDataModule
-from igpt.training.frozen_networks import whole_network
+from igpt.training.frozen_networks import full_network
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class OnlineLinearProbe(L.Callback):
         module: Any = pl_module  # a PretrainModule
         data: Any = getattr(trainer, "datamodule", None)
         with self.bystander:
-            with torch.no_grad(), whole_network(module.net, module.machine.precision) as net:
+            with torch.no_grad(), full_network(module.net, module.machine.precision) as net:
                 shares = ranks.all_gather_results(partial(self.compute_features, net, module, data))
             if not trainer.is_global_zero:
                 return

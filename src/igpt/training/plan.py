@@ -114,9 +114,9 @@ def format_plan(cost: counted.Plan, machine: HardwareConfig) -> list[tuple[str, 
     kind = "CPU process" if on_cpu else "GPU"
     plural = "" if cost.devices == 1 else "es" if on_cpu else "s"
     size = "" if on_cpu or memory is None else f" of {memory / GB:,.0f} GB"
-    how = f", {machine.strategy}" if cost.devices > 1 else ""
-    recomputed = cost.recomputed_flops * n_step
     is_alone, n_image = cost.devices == 1, cost.images_per_pass
+    how = f", {machine.strategy}" if machine.zero_stage or not is_alone else ""
+    recomputed = cost.recomputed_flops * n_step
     has_whole = machine.strategy == "fsdp" and not is_alone and n_image * cost.devices < n_step
     rows = [
         ("planned for", f"{cost.devices} {kind}{plural}{size}{how}, {machine.precision}"),
@@ -133,7 +133,7 @@ def format_plan(cost: counted.Plan, machine: HardwareConfig) -> list[tuple[str, 
         ("operations a step", f"{cost.flops_per_image * n_step:.3g} FLOP"),
         *([("  besides, to compute activations again", f"{recomputed:.3g} FLOP")] if recomputed else []),
         ("images in all", f"{n_step * cost.steps:,}"),
-        *([("communication", f"each device sends {cost.communication.text}")] if not is_alone else []),
+        *([("communication", cost.communication.text)] if cost.communication.text else []),
         *_format_time(cost, machine),
     ]
     if memory is None:
@@ -155,8 +155,9 @@ def _format_time(cost: counted.Plan, machine: HardwareConfig) -> list[tuple[str,
         ends = format_seconds(least), format_seconds(most)
         rows.append(("  with communication", f"{ends[0]} if it is overlapped, {ends[1]} if computation waits for it"))
     days = [f"{step * cost.steps / counted.SECONDS_A_DAY:,.2f}" for step in (least, most)]
-    in_all = f"{least * cost.steps * cost.devices / counted.SECONDS_A_DAY:,.1f}"
-    return [*rows, ("all steps", f"{' to '.join(dict.fromkeys(days))} days, {in_all} device-days")]
+    in_all = [f"{step * cost.steps * cost.devices / counted.SECONDS_A_DAY:,.1f}" for step in (least, most)]
+    text = f"{' to '.join(dict.fromkeys(days))} days, {' to '.join(dict.fromkeys(in_all))} device-days"
+    return [*rows, ("all steps", text)]
 
 
 def format_seconds(seconds: float) -> str:
