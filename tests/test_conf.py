@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+import sys
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -661,6 +662,20 @@ def test_deepspeed(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed here: pip install deepspeed"):
         _ = built(*settings).hardware
+
+
+def test_deepspeed_is_told_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: DeepSpeed takes LOCAL_RANK for the index of the GPU, which is 0 where a rank sees one GPU only."""
+    monkeypatch.setitem(sys.modules, "deepspeed", MagicMock())
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr(ZeRO, "set_world_ranks", lambda self: None)
+    for device, there, told in (("cuda:0", "3", "0"), ("cuda:3", "3", "3"), ("cuda:2", None, "2"), ("cpu:0", "1", "1")):
+        monkeypatch.setattr(ZeRO, "root_device", torch.device(device))
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if there is not None:
+            monkeypatch.setenv("LOCAL_RANK", there)
+        ZeRO.setup_distributed(object.__new__(ZeRO))
+        assert os.environ["LOCAL_RANK"] == told
 
 
 PAPER = sorted(path.stem for path in (CONF / "experiment" / "paper").glob("*.yaml"))

@@ -181,8 +181,8 @@ def launch(
             ranks.barrier()  # the other ranks may read the directory from here on
             components.run_dir = folder.path
             components.hardware.warn_of_rounding()
-            device = describe_device(components.hardware) if run.computes else ""
-            log.info("%s", describe_run(run, ", ".join(filter(None, ["", f"in {folder.path}", device])), taken))
+            where = [f"in {folder.path}", describe_device(components.hardware) if run.computes else ""]
+            log.info("%s", describe_run(run, f", {', '.join(filter(None, where))}", taken))
             for line in (*of_operations, *list_precision_notes(components.hardware, trains=run.trains)):
                 log.info("%s", line)
             while_it_runs.enter_context(components.hardware.kernel_cache())

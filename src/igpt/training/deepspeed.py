@@ -78,7 +78,9 @@ class ZeRO(DeepSpeedStrategy):
 
         if not dist.is_initialized():
             join_alone(self.root_device)
-        os.environ.setdefault("LOCAL_RANK", str(self.root_device.index))  # which DeepSpeed reads; srun sets none
+        if self.root_device.type == "cuda" or "LOCAL_RANK" not in os.environ:
+            # DeepSpeed takes it for the index of the GPU: srun sets none, and where a rank sees one GPU it is 0
+            os.environ["LOCAL_RANK"] = str(self.root_device.index)
         reset_seed()
         self.set_world_ranks()
         deepspeed.init_distributed(auto_mpi_discovery=False)
