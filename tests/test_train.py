@@ -42,7 +42,7 @@ def test_quickstart_leaves_everything_it_names(quickstart: Path) -> None:
     assert len(list((quickstart / "2_pretrain" / "samples").glob("step_*.png"))) == 2
     lines = (quickstart / "log.txt").read_text().splitlines()
     assert sum("step 4/6" in line and "nats/token" in line for line in lines) == 1
-    assert sum(f", in {quickstart}" in line for line in lines) == 1  # the first line
+    assert sum(", in " in line and quickstart.name in line for line in lines) == 1, lines[:3]  # the start line
 
 
 def test_quickstart_reports_the_baselines(quickstart: Path) -> None:
