@@ -637,16 +637,21 @@ def test_sharding_needs_several_processes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trainer", ["deepspeed_2", "deepspeed_2_offload", "deepspeed_3", "deepspeed_3_offload"])
 def test_deepspeed(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is composed and made. Without CUDA, with what it cannot, or without its package, it says so at once."""
+    """Each is composed and made. Without CUDA, with what it cannot, or without its package, it says so at once.
+
+    But for what it cannot, only where it trains: what is read needs no DeepSpeed.
+    """
+    with pytest.raises(ValueError, match=f"trainer={trainer}, but PyTorch sees no GPU here.*: choose trainer=fsdp"):
+        _ = built(f"trainer={trainer}", "trainer.devices=1").hardware
     settings = ("trainer.accelerator=cpu", "trainer.devices=1", f"trainer={trainer}")
-    with pytest.raises(ValueError, match="needs a CUDA GPU"):
-        _ = built(*settings).hardware
+    with pytest.raises(ValueError, match="trains on CUDA GPUs, this would run on a CPU"):
+        built(*settings).hardware.check_training()
     monkeypatch.setattr(machines, "DEEPSPEED_RUNS_ON", ("cpu",))
     if trainer.endswith("offload"):  # one process will do
-        assert built(*settings).hardware.rank.count == 1
+        built(*settings).hardware.check_training()
     else:
         with pytest.raises(ValueError, match=r"more than 1; on one GPU trainer=deepspeed_2_offload"):
-            _ = built(*settings).hardware
+            built(*settings).hardware.check_training()
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     settings = ("trainer.accelerator=cpu", "trainer.devices=2", f"trainer={trainer}")
@@ -656,12 +661,15 @@ def test_deepspeed(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.config["zero_optimization"]["stage"] == machine.zero_stage == stage
     assert ("offload_param" in result.config["zero_optimization"]) == (trainer == "deepspeed_3_offload")
     assert ("offload_optimizer" in result.config["zero_optimization"]) == trainer.endswith("offload")
+    with pytest.raises(ValueError, match=r"native reads float32 weights on a CPU, .*=bf16-mixed under"):
+        _ = built(*settings, "trainer.decoding=native").hardware  # a whole copy's are bfloat16, ...
+    assert built(*settings, "trainer.decoding=native", "trainer.precision=32-true").hardware.decoding == "native"
     for wrong in ("trainer.compile=true", "trainer.precision=bf16-true"):
         with pytest.raises(ValueError, match=f"does not go with {wrong}"):
             _ = built(*settings, wrong).hardware
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed here: pip install deepspeed"):
-        _ = built(*settings).hardware
+        machine.check_training()
 
 
 def test_deepspeed_is_told_the_gpu_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:

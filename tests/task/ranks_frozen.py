@@ -138,10 +138,7 @@ def work(lab: Lab, place: Path, rank: ranks.Rank) -> dict[str, Any]:
         drawn(place / "drawn", lab.palette, AR())
     ranks.barrier()
     weights, answers = find_weights(str(place / "drawn")), dict[str, Any]()
-    fsdp = on_all(strategy="fsdp")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hardware, "DEEPSPEED_RUNS_ON", ("cpu",))
-        zero = on_all(strategy="deepspeed_3")
+    fsdp, zero = on_all(strategy="fsdp"), on_all(strategy="deepspeed_3")
     answers["held"] = measure_held(weights, fsdp)
     answers["held in half"] = measure_held(weights, on_all(strategy="fsdp", precision="bf16-mixed"))
     answers["read"] = read_frozen(lab, place / "drawn", place / "frozen", fsdp)

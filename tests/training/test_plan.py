@@ -230,7 +230,6 @@ def test_utilisation_is_of_the_models_operations() -> None:
     [
         (("trainer=deepspeed_3", "trainer.precision=bf16-true"), "does not go with trainer.precision=bf16-true"),
         (("trainer=deepspeed_2", "trainer.compile=true"), "does not go with trainer.compile=true"),
-        (("trainer=fsdp", "trainer.decoding=graphs"), "reads whole weights, trainer=fsdp shares them out"),
         (("trainer.sharded_checkpoint=true",), "leave it at auto, or take trainer=fsdp"),
         (("trainer=deepspeed_2", "trainer.sharded_checkpoint=false"), "a shard of each process"),
     ],

@@ -87,6 +87,10 @@ def test_the_start_line_says_device_and_precision(monkeypatch: pytest.MonkeyPatc
     assert describe_device(on_gpu(monkeypatch, precision="auto")) == "on 1 × NVIDIA H100 in bfloat16 (weights float32)"
     assert list_precision_notes(on_gpu(monkeypatch, precision="auto"), trains=True) == []
     plain, rounded = on_gpu(monkeypatch), on_gpu(monkeypatch, matmul_precision="high")
+    zero = on_gpu(monkeypatch, precision="bf16-mixed", strategy="deepspeed_2_offload")
+    in_optimiser = "(weights, too; float32 ones in the optimiser)"
+    assert describe_device(zero) == f"on 1 × NVIDIA H100 in bfloat16 {in_optimiser}"
+    assert describe_device(zero, trains=False) == "on 1 × NVIDIA H100 in bfloat16 (weights float32)"
     assert describe_device(plain) == "on 1 × NVIDIA H100 in float32"
     assert describe_device(rounded) == "on 1 × NVIDIA H100 in float32, products in TF32"
     (note,), (of_rounded,) = (list_precision_notes(each, trains=False) for each in (plain, rounded))

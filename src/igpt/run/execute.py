@@ -64,8 +64,10 @@ def prepare_task(components: Components) -> Callable[[Components], Result]:
     return task
 
 
-def check_batch(hardware: HardwareConfig, task: DictConfig) -> None:
-    """Raises ValueError when `batch_size` cannot be divided over the ranks and micro batches of this run."""
+def check_training(hardware: HardwareConfig, task: DictConfig) -> None:
+    """Raises ValueError when a task that trains a network cannot under these settings, or not with its batch size."""
+    if "network" in task.requires:
+        hardware.check_training()
     if ("network" in task.requires or "tokenizer" in task.requires) and isinstance(task.get("batch_size"), int):
         hardware.train_batch_layout(task.batch_size)
 
@@ -81,7 +83,7 @@ def stage_runner(pipeline: Components) -> Callable[..., tuple[Result, Path]]:
     stages = stage_configs(pipeline.run)
     has_tokenizer = False
     for stage in stages.values():
-        check_batch(pipeline.hardware, stage.cfg.task)
+        check_training(pipeline.hardware, stage.cfg.task)
         if stage.is_independent:
             try:
                 run = RunConfig(stage.cfg, stage.choices)

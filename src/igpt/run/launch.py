@@ -26,7 +26,7 @@ from igpt.report.folder import RunFolder, environment
 from igpt.report.runs import read_finished
 from igpt.run.arguments import prepare_arguments, resolve_paths, search_path_as_override
 from igpt.run.components import Components
-from igpt.run.execute import check_batch, prepare_task, run_and_report, stage_runner
+from igpt.run.execute import check_training, prepare_task, run_and_report, stage_runner
 from igpt.run.explained_errors import (
     explain_lost_rank,
     explain_lost_worker,
@@ -151,7 +151,7 @@ def launch(
         return show_plan(components, [*of_operations, *filter(None, [describe_recipe(cfg)])])
     components.check_settings()
     components.check_tokenizer()
-    check_batch(components.hardware, cfg.task)
+    check_training(components.hardware, cfg.task)
     if "stages" in run.requires:
         components.run_stage = stage_runner(components)
     taken = describe_taken(cfg, overrides)
@@ -181,8 +181,9 @@ def launch(
             ranks.barrier()  # the other ranks may read the directory from here on
             components.run_dir = folder.path
             components.hardware.warn_of_rounding()
-            where = [f"in {folder.path}", describe_device(components.hardware) if run.computes else ""]
-            log.info("%s", describe_run(run, f", {', '.join(filter(None, where))}", taken))
+            device = describe_device(components.hardware, trains=run.trains) if run.computes else ""
+            where = ", ".join(filter(None, (f"in {folder.path}", device)))
+            log.info("%s", describe_run(run, f", {where}", taken))
             for line in (*of_operations, *list_precision_notes(components.hardware, trains=run.trains)):
                 log.info("%s", line)
             while_it_runs.enter_context(components.hardware.kernel_cache())

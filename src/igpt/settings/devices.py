@@ -55,11 +55,6 @@ class HardwareSettings(Settings):
                     "layer, keeps float32 weights beside bfloat16 ones (bf16-mixed) and clips by norm: leave it "
                     "out, or choose trainer=fsdp"
                 )
-        if self.is_sharded and self.decoding not in ("auto", "layers"):
-            raise ValueError(
-                f"trainer.decoding={self.decoding} reads whole weights, trainer={self.strategy} shares them out: "
-                "choose auto"
-            )
         if self.sharded_checkpoint is True and not self.is_sharded:
             raise ValueError(
                 "trainer.sharded_checkpoint=true has each process write its shard, under trainer=ddp and on one device "

@@ -66,8 +66,6 @@ class HardwareConfig(HardwareSettings):
             )
         if self.decoding not in ("auto", "layers"):
             self._check_decoding()
-        if self.zero_stage:
-            self._check_deepspeed()
         if self.strategy == "fsdp" and self.rank.count < 2:
             raise ValueError(
                 "trainer=fsdp shares a network out over several processes: trainer.devices=auto, or more than 1"
@@ -152,17 +150,21 @@ class HardwareConfig(HardwareSettings):
             )
 
     def _check_decoding(self) -> None:
-        if self.decoding == "native" and (self.device.type != "cpu" or self.precision == "bf16-true"):
+        is_narrow = self.precision == "bf16-true" or (self.is_sharded and self.precision == "bf16-mixed")
+        if self.decoding == "native" and (self.device.type != "cpu" or is_narrow):
             raise ValueError(
                 "trainer.decoding=native reads float32 weights on a CPU, this is "
-                f"{self.device.type} and trainer.precision={self.precision}: choose auto"
+                f"{self.device.type} and trainer.precision={self.precision} under {self.strategy}: choose auto"
             )
 
-    def _check_deepspeed(self) -> None:
+    def check_training(self) -> None:
+        """Raises ValueError if a network cannot be trained here; under DeepSpeed's strategies it may only be read."""
+        if not self.zero_stage:
+            return
         if importlib.util.find_spec("deepspeed") is None:
             raise ValueError(INSTALL)
         if self.device.type not in DEEPSPEED_RUNS_ON:
-            raise ValueError(f"trainer={self.strategy} needs a CUDA GPU, this would run on the CPU: trainer=fsdp does")
+            raise ValueError(f"trainer={self.strategy} trains on CUDA GPUs, this would run on a CPU: trainer=fsdp does")
         if self.rank.count < 2 and not self.is_offloaded:
             raise ValueError(
                 f"trainer={self.strategy} shares a network out over several processes: trainer.devices=auto, or more "

@@ -17,8 +17,11 @@ def check_processes(settings: HardwareSettings, rank: Rank, device: torch.device
     """Raises ValueError for a GPU that is not there, or another number of processes or GPUs than the settings' one."""
     if settings.accelerator == "gpu" and not torch.cuda.is_available():
         hidden = f", as {VISIBLE}={os.environ[VISIBLE]!r:.40} says" if VISIBLE in os.environ else ""
+        asked, other = f"trainer={settings.strategy}", "fsdp"  # which runs on a CPU, too
+        if settings.strategy == "ddp":
+            asked, other = "trainer=gpu", "cpu"
         raise ValueError(
-            f"trainer=gpu, but PyTorch sees no GPU here{hidden}: choose trainer=cpu, or install a CUDA build"
+            f"{asked}, but PyTorch sees no GPU here{hidden}: choose trainer={other}, or install a CUDA build"
         )
     n_local = settings.devices
     if n_local == "auto":

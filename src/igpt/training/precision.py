@@ -45,14 +45,14 @@ def has_bfloat16() -> bool:
     return all(torch.cuda.get_device_capability(index)[0] >= AMPERE for index in range(count))
 
 
-def describe_device(hardware: "HardwareConfig") -> str:
+def describe_device(hardware: "HardwareConfig", *, trains: bool = True) -> str:
     """`on 8 × NVIDIA H100 in bfloat16 (weights float32)`; of a CPU only several processes, and bfloat16; else ""."""
     count, precision, products = hardware.rank.count, hardware.precision, hardware.matmul_precision
     computed = NAMES[precision]
     if hardware.device.type != "cuda":
         processes = f"{count} processes" if count > 1 else ""
         return processes if precision == "32-true" else f"{processes or 'on the CPU'} in {computed}"
-    if hardware.zero_stage and precision == "bf16-mixed":
+    if hardware.zero_stage and precision == "bf16-mixed" and trains:
         computed = "bfloat16 (weights, too; float32 ones in the optimiser)"
     if precision == "32-true" and products in ("high", "medium"):
         computed += f", products in {'TF32' if products == 'high' else 'bfloat16'}"

@@ -142,6 +142,7 @@ class Runner:
         count = self.machine.rank.count
         n_weight = getattr(module, "n_shardable", None)  # None: a module that cannot be sharded
         if self.machine.zero_stage and n_weight is not None:
+            self.machine.check_training()
             return ZeRO(zero_stage=self.machine.zero_stage, offload=self.machine.is_offloaded, n_weight=n_weight)
         if self.machine.is_sharded and n_weight is not None:
             requested = self.machine.sharded_checkpoint
