@@ -181,7 +181,8 @@ def launch(
             ranks.barrier()  # the other ranks may read the directory from here on
             components.run_dir = folder.path
             components.hardware.warn_of_rounding()
-            device = describe_device(components.hardware, trains=run.trains) if run.computes else ""
+            trains = not run.requires.isdisjoint({"network", "stages"})  # its weights
+            device = describe_device(components.hardware, trains=trains) if run.computes else ""
             where = ", ".join(filter(None, (f"in {folder.path}", device)))
             log.info("%s", describe_run(run, f", {where}", taken))
             for line in (*of_operations, *list_precision_notes(components.hardware, trains=run.trains)):
