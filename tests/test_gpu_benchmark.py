@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +32,6 @@ def shared() -> Iterator[ModuleType]:
         patch.setattr(gpu_train, "WAYS", ("eager",))  # compiling takes long
         patch.setattr(gpu_train.train_step, "disable_malloc_trim", lambda: None)
         patch.setattr(gpu_runs.data_path, "disable_malloc_trim", lambda: None)
-        patch.setattr(gpu_runs, "find_test_files", lambda: [])
         patch.setattr(gpu_runs.data_path, "BATCH", 4)
         path = list(sys.path)
         yield machine
@@ -188,6 +187,15 @@ def test_a_run_is_stopped_and_resumed(quickstart: Path, tmp_path: Path, monkeypa
         gpu_runs.run_cifar(60, tmp_path, [])
 
 
+def test_files_of_tests_for_a_gpu() -> None:
+    """Invariant: every file that marks a test, by itself or by what is shared."""
+    import gpu_runs
+
+    assert {*gpu_runs.find_test_files()} == {
+        "tests/model/test_gpu.py", "tests/task/test_gpu.py", "tests/task/test_gpu_training.py"
+    }  # fmt: skip
+
+
 def test_tests_that_passed_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: over calls every test is run until it passes; one that ends the process is not tried again."""
     import gpu_runs
@@ -252,6 +260,36 @@ def test_a_batch_fills_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(after == before * 3 // 4 and before > 40 for before, after in pairwise(batches))
 
 
+def test_the_plan_of_a_way() -> None:
+    """By hand: eager keeps a bfloat16 copy of attention's weights; half of the stream's 2 × 4 bytes."""
+    import gpu_train
+
+    network = gpu_train.describe_network("l")
+    eager, blocks, narrow = (
+        gpu_train.plan_memory(network, 4, device="cuda", way=way) for way in ("eager", "blocks", "residual")
+    )
+    assert blocks <= eager
+    assert blocks - narrow > 0.9 * 48 * 4 * 1024 * 1536 * 2 * 2
+
+
+def test_regions_of_kernels_do_not_count_twice() -> None:
+    """By hand: of a GPU the kernels alone, without the region of their optimiser."""
+    import gpu_train
+
+    def make(key: str, device: str, microseconds: float, *, region: bool = False) -> Any:
+        return SimpleNamespace(
+            key=key, device_type=SimpleNamespace(name=device), self_device_time_total=microseconds,
+            self_cpu_time_total=1.0, is_user_annotation=region,
+        )  # fmt: skip
+
+    events = [
+        make("FusedAdam", "CUDA", 5.0), make("Optimizer.step#Adam.step", "CUDA", 5.0, region=True),
+        make("aten::mm", "CPU", 7.0),
+    ]  # fmt: skip
+    assert gpu_train.select_times(events, "cuda") == {"FusedAdam": 5.0}
+    assert gpu_train.select_times(events, "cpu") == {"aten::mm": 1.0}
+
+
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [
@@ -280,8 +318,12 @@ def test_steps_that_sampling_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = sampling.build_side("igpt", "tiny", [], ["layers", *sampling.STEPS], "fp32")
     layers, *others = (run()[1] for run in rows.values())
     assert all(torch.equal(tokens, layers) for tokens in others)
-    assert {"mode": "reduce-overhead", "fullgraph": True} in asked
-    from igpt.model import decode
+    assert {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False} in asked
+    from igpt.model import decode, graphs
 
+    monkeypatch.setattr(graphs.RecordedStep, "_record", lambda step: torch.empty(0).view(3))
+    run = sampling.build_side("igpt", "tiny", [], ["graphs"], "fp32")["greedy igpt graphs"]
+    with pytest.raises(SystemExit, match="a step is not recorded, tokens are drawn more slowly"):
+        run()
     for name in sampling.STEPS:
         decode.BACKENDS.pop(name)
