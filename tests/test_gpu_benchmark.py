@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -187,15 +187,6 @@ def test_a_run_is_stopped_and_resumed(quickstart: Path, tmp_path: Path, monkeypa
         gpu_runs.run_cifar(60, tmp_path, [])
 
 
-def test_files_of_tests_for_a_gpu() -> None:
-    """Invariant: every file that marks a test, by itself or by what is shared."""
-    import gpu_runs
-
-    assert {*gpu_runs.find_test_files()} == {
-        "tests/model/test_gpu.py", "tests/task/test_gpu.py", "tests/task/test_gpu_training.py"
-    }  # fmt: skip
-
-
 def test_tests_that_passed_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: over calls every test is run until it passes; one that ends the process is not tried again."""
     import gpu_runs
@@ -258,55 +249,6 @@ def test_a_batch_fills_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [*failed, len(tokens)]
     assert batches[0] > 40 >= batches[-1]
     assert all(after == before * 3 // 4 and before > 40 for before, after in pairwise(batches))
-
-
-def test_the_plan_of_a_way() -> None:
-    """By hand: eager keeps a bfloat16 copy of attention's weights; half of the stream's 2 × 4 bytes."""
-    import gpu_train
-
-    network = gpu_train.describe_network("l")
-    eager, blocks, narrow = (
-        gpu_train.plan_memory(network, 4, device="cuda", way=way) for way in ("eager", "blocks", "residual")
-    )
-    assert blocks <= eager
-    assert blocks - narrow > 0.9 * 48 * 4 * 1024 * 1536 * 2 * 2
-
-
-def test_regions_of_kernels_do_not_count_twice() -> None:
-    """By hand: of a GPU the kernels alone, without the region of their optimiser."""
-    import gpu_train
-
-    def make(key: str, device: str, microseconds: float, *, region: bool = False) -> Any:
-        return SimpleNamespace(
-            key=key, device_type=SimpleNamespace(name=device), self_device_time_total=microseconds,
-            self_cpu_time_total=1.0, is_user_annotation=region,
-        )  # fmt: skip
-
-    events = [
-        make("FusedAdam", "CUDA", 5.0), make("Optimizer.step#Adam.step", "CUDA", 5.0, region=True),
-        make("aten::mm", "CPU", 7.0),
-    ]  # fmt: skip
-    assert gpu_train.select_times(events, "cuda") == {"FusedAdam": 5.0}
-    assert gpu_train.select_times(events, "cpu") == {"aten::mm": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("kernel", "kind"),
-    [
-        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT", "products"),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "products"),
-        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam", "optimiser"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
-        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop", "attention"),
-        ("triton_red_fused__to_copy_add_div_mul_12", "elementwise"),
-        ("Memset (Device)", "copies"),
-        ("Memcpy DtoD (Device -> Device)", "copies"),
-    ],
-)
-def test_kinds_of_kernels(kernel: str, kind: str) -> None:
-    import gpu_train
-
-    assert gpu_train.classify(kernel) == kind
 
 
 def test_steps_that_sampling_compares(monkeypatch: pytest.MonkeyPatch) -> None:
