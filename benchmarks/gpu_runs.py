@@ -96,7 +96,7 @@ def run_tests(seconds: float, folder: Path, files: Sequence[str], marker: str) -
 def find_test_files() -> list[str]:
     """Test files in which a test is marked gpu."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(path.relative_to(ROOT)) for path in files if "mark.gpu" in path.read_text()]
+    return [str(path.relative_to(ROOT)) for path in files if re.search(r"mark\.gpu|tests\.on_gpu", path.read_text())]
 
 
 def run_cifar(seconds: float, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:

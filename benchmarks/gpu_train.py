@@ -5,7 +5,7 @@ them.
 import argparse
 import bisect
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,22 +44,24 @@ def describe_network(size: str) -> GPTConfig:
     return GPTConfig(n_layer=n_layer, n_embd=n_embd, n_head=n_head, n_ctx=n_ctx, n_vocab=n_vocab, causal=True)
 
 
-def plan_memory(network: GPTConfig, images: int, *, precision: str, recompute: bool, device: str) -> float:
+def plan_memory(
+    network: GPTConfig, images: int, *, precision: str = "bf16-mixed", recompute: bool = False, device: str,
+    way: str = "eager",
+) -> float:  # fmt: skip
     """Bytes that the plan (`trainer.plan=true`) expects a step of so many images to take on one device."""
     dtype = torch.float32 if precision == "32-true" else torch.bfloat16
     backend = dispatch.unfused_attention_backend(torch.device(device), dtype, t=network.n_ctx, causal=network.causal)
     return cost_estimate.estimate_cost(
         network, batch_size=images, micro_batch=images, steps=1, devices=1, strategy="ddp", precision=precision,
         recompute=recompute, backends=[backend] * network.n_layer, on_gpu=device == "cuda",
+        residual="bfloat16" if way == "residual" else "float32", is_compiled=way != "eager",
     ).memory  # fmt: skip
 
 
-def choose_batch(network: GPTConfig, room: float, *, precision: str = "bf16-mixed", device: str) -> int:
+def choose_batch(network: GPTConfig, room: float, *, device: str, way: str = "eager") -> int:
     """The most images whose step is expected to fit into `room` bytes; above 16 a multiple of 8; at least one."""
     sizes = [*range(1, 16), *range(16, MOST + 1, 8)]
-    most = bisect.bisect_right(
-        sizes, room, key=lambda n: plan_memory(network, n, precision=precision, recompute=False, device=device)
-    )
+    most = bisect.bisect_right(sizes, room, key=lambda n: plan_memory(network, n, device=device, way=way))
     return sizes[max(0, most - 1)]
 
 
@@ -70,7 +72,7 @@ class TrainingStep:
         self, network: GPTConfig, device: str, *, way: str = "eager", precision: str = "bf16-mixed",
         recompute: bool = False,
     ) -> None:  # fmt: skip
-        self.device, self.network, self.mixed = device, network, precision == "bf16-mixed"
+        self.device, self.network, self.way, self.mixed = device, network, way, precision == "bf16-mixed"
         with torch.device(device):
             self.net = GPT(network)
         if precision == "bf16-true":
@@ -122,7 +124,8 @@ def fill_card(step: TrainingStep, warm_up: int) -> tuple[Tensor, list[int]]:
     Begins with what the plan expects to fit beside what is taken already; each failure takes a quarter off.
     """
     taken = torch.cuda.memory_allocated() if step.device == "cuda" else 0
-    images, failed = choose_batch(step.network, find_room(step.device) + taken, device=step.device), []
+    room, failed = find_room(step.device) + taken, list[int]()
+    images = choose_batch(step.network, room, device=step.device, way=step.way)
     while True:
         tokens = step.draw_tokens(images)
         try:
@@ -135,6 +138,7 @@ def fill_card(step: TrainingStep, warm_up: int) -> tuple[Tensor, list[int]]:
         failed.append(images)
         images = max(1, images * 3 // 4)
         step.optimizer.zero_grad(set_to_none=True)
+        torch.compiler.reset()  # else the compiler takes the batch to vary from here on: slower kernels
         torch.cuda.empty_cache()
 
 
@@ -153,7 +157,7 @@ def measure_step(
     return {
         "images": images, "out_of_memory": failed, "ms": [1e3 * t for t in times], "images_per_s": images / median,
         "tflops": images * train_flops_per_image(network) / median / 1e12,
-        "planned_bytes": plan_memory(network, images, precision="bf16-mixed", recompute=False, device=device),
+        "planned_bytes": plan_memory(network, images, device=device, way=way),
         "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
     }  # fmt: skip
 
@@ -164,6 +168,19 @@ def classify(kernel: str) -> str:
     return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), REST)
 
 
+def select_times(events: Iterable[Any], device: str) -> dict[str, float]:
+    """Microseconds of each kernel (of a CPU: operator) itself, by name, of a profiler's averages.
+
+    On a GPU not those of regions that the code names, as an optimiser's step: they last while their kernels run.
+    """
+    on_gpu = device == "cuda"
+    return {
+        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        for event in events
+        if (event.device_type.name == "CUDA") == on_gpu and not (on_gpu and event.is_user_annotation)
+    }
+
+
 def profile_step(seconds: float, size: str, way: str, device: str, folder: Path, *, steps: int = 3) -> dict[str, Any]:
     """Shares of the steps' time by kind of kernel, idle included; the longest kernels go to FOLDER/profile_SIZE.txt."""
     step = TrainingStep(describe_network(size), device, way=way)
@@ -171,10 +188,7 @@ def profile_step(seconds: float, size: str, way: str, device: str, folder: Path,
     activities = [ProfilerActivity.CPU] if device == "cpu" else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with profile(activities=activities) as profiler:
         seconds_taken, _ = machine.timed(lambda: [step(tokens) for _ in range(steps)][-1].item())()
-    # microseconds of each kernel (of a CPU: operator) itself
-    on_gpu = device == "cuda"
-    events = [event for event in profiler.key_averages() if (event.device_type.name == "CUDA") == on_gpu]
-    times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
+    times = select_times(profiler.key_averages(), device)
     shares = dict.fromkeys((*KINDS, REST), 0.0)
     for name, microseconds in times.items():
         shares[classify(name)] += microseconds / 1e6 / seconds_taken

@@ -3,7 +3,6 @@
 import json
 import multiprocessing as mp
 import os
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,14 +84,12 @@ class Figures:
 
 def describe_machine() -> dict[str, Any]:
     """The machine, its driver, the versions, the commit."""
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version,memory.total,power.limit", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False,
-    ) if torch.cuda.is_available() else None  # fmt: skip
+    query = ["nvidia-smi", "--query-gpu=driver_version,memory.total,power.limit", "--format=csv,noheader"]
+    driver = machine.read_output(query) if torch.cuda.is_available() else ""
     properties = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         **machine.about(),
-        "driver": driver.stdout.strip().splitlines()[0] if driver and driver.stdout.strip() else None,
+        "driver": driver.splitlines()[0] if driver else None,
         "gpu_bytes": properties.total_memory if properties else None,
         "cuda": torch.version.cuda,
         "data_sheet_tflops": machine.data_sheet_tflops(properties.name) if properties else None,

@@ -5,6 +5,7 @@ import json
 import multiprocessing as mp
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -258,7 +259,6 @@ def about() -> dict[str, Any]:
     """The machine, the versions, the commit."""
     model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     root = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
         "cpu": model or platform.processor(),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
@@ -266,8 +266,15 @@ def about() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": read_output(["git", "-C", str(root), "describe", "--always", "--dirty"]),
     }
+
+
+def read_output(command: Sequence[str]) -> str:
+    """What a command prints; "" if it fails, or is not installed, as in small images."""
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write(path: Path | None, report: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` stands on: sides of a comparison, data sheets, wheels for a bare image, the page."""
+"""What `benchmarks/gpu.py` stands on: sides of a comparison, data sheets, plans, kernels, wheels, the page."""
 
 import json
 import multiprocessing
@@ -130,3 +130,61 @@ def test_sides_take_turns(shared: ModuleType, monkeypatch: pytest.MonkeyPatch) -
     assert max(most) == 1
     shared.take_turns(sides, 1, alone=False)
     assert max(most) == 2
+
+
+def test_files_of_tests_for_a_gpu() -> None:
+    """Invariant: every file that marks a test, by itself or by what is shared."""
+    import gpu_runs
+
+    assert {*gpu_runs.find_test_files()} == {
+        "tests/model/test_gpu.py", "tests/task/test_gpu.py", "tests/task/test_gpu_training.py"
+    }  # fmt: skip
+
+
+def test_the_plan_of_a_way() -> None:
+    """By hand: eager keeps a bfloat16 copy of attention's weights; half of the stream's 2 × 4 bytes."""
+    import gpu_train
+
+    network = gpu_train.describe_network("l")
+    eager, blocks, narrow = (
+        gpu_train.plan_memory(network, 4, device="cuda", way=way) for way in ("eager", "blocks", "residual")
+    )
+    assert blocks <= eager
+    assert blocks - narrow > 0.9 * 48 * 4 * 1024 * 1536 * 2 * 2
+
+
+def test_regions_of_kernels_do_not_count_twice() -> None:
+    """By hand: of a GPU the kernels alone, without the region of their optimiser."""
+    import gpu_train
+
+    def make(key: str, device: str, microseconds: float, *, region: bool = False) -> Any:
+        return SimpleNamespace(
+            key=key, device_type=SimpleNamespace(name=device), self_device_time_total=microseconds,
+            self_cpu_time_total=1.0, is_user_annotation=region,
+        )  # fmt: skip
+
+    events = [
+        make("FusedAdam", "CUDA", 5.0), make("Optimizer.step#Adam.step", "CUDA", 5.0, region=True),
+        make("aten::mm", "CPU", 7.0),
+    ]  # fmt: skip
+    assert gpu_train.select_times(events, "cuda") == {"FusedAdam": 5.0}
+    assert gpu_train.select_times(events, "cpu") == {"aten::mm": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT", "products"),
+        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "products"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam", "optimiser"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop", "attention"),
+        ("triton_red_fused__to_copy_add_div_mul_12", "elementwise"),
+        ("Memset (Device)", "copies"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+    ],
+)
+def test_kinds_of_kernels(kernel: str, kind: str) -> None:
+    import gpu_train
+
+    assert gpu_train.classify(kernel) == kind

@@ -32,7 +32,6 @@ def shared() -> Iterator[ModuleType]:
         patch.setattr(gpu_train, "WAYS", ("eager",))  # compiling takes long
         patch.setattr(gpu_train.train_step, "disable_malloc_trim", lambda: None)
         patch.setattr(gpu_runs.data_path, "disable_malloc_trim", lambda: None)
-        patch.setattr(gpu_runs, "find_test_files", lambda: [])
         patch.setattr(gpu_runs.data_path, "BATCH", 4)
         path = list(sys.path)
         yield machine
@@ -252,25 +251,6 @@ def test_a_batch_fills_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(after == before * 3 // 4 and before > 40 for before, after in pairwise(batches))
 
 
-@pytest.mark.parametrize(
-    ("kernel", "kind"),
-    [
-        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTT", "products"),
-        ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "products"),
-        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam", "optimiser"),
-        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
-        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop", "attention"),
-        ("triton_red_fused__to_copy_add_div_mul_12", "elementwise"),
-        ("Memset (Device)", "copies"),
-        ("Memcpy DtoD (Device -> Device)", "copies"),
-    ],
-)
-def test_kinds_of_kernels(kernel: str, kind: str) -> None:
-    import gpu_train
-
-    assert gpu_train.classify(kernel) == kind
-
-
 def test_steps_that_sampling_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: both give the greedy tokens of the network's own step, without torch.compile."""
     import sampling
@@ -280,8 +260,12 @@ def test_steps_that_sampling_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = sampling.build_side("igpt", "tiny", [], ["layers", *sampling.STEPS], "fp32")
     layers, *others = (run()[1] for run in rows.values())
     assert all(torch.equal(tokens, layers) for tokens in others)
-    assert {"mode": "reduce-overhead", "fullgraph": True} in asked
-    from igpt.model import decode
+    assert {"mode": "reduce-overhead", "fullgraph": True, "dynamic": False} in asked
+    from igpt.model import decode, graphs
 
+    monkeypatch.setattr(graphs.RecordedStep, "_record", lambda step: torch.empty(0).view(3))
+    run = sampling.build_side("igpt", "tiny", [], ["graphs"], "fp32")["greedy igpt graphs"]
+    with pytest.raises(SystemExit, match="a step is not recorded, tokens are drawn more slowly"):
+        run()
     for name in sampling.STEPS:
         decode.BACKENDS.pop(name)

@@ -13,22 +13,22 @@ import torch
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import Weights
 from igpt.distributed.launcher import run_ranks
-from igpt.model import decode
 from igpt.model.attention import attend
-from igpt.model.config import GPTConfig
-from igpt.model.gpt import GPT
 from igpt.model.token_loss import chunked_nats
 from igpt.objective.ar import AR
 from igpt.report.folder import RunFolder
-from tests.conftest import ROOT, perturbed, small_net
+from tests.conftest import ROOT, small_net
 from tests.model.test_gpt import RecordedOps
+from tests.on_gpu import ACCELERATOR, DEVICE, MARKS, only_cuda
 from tests.task.conftest import Lab, machine
 from tests.task.test_no_wait import BETWEEN, TASKS, train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, PyTorch sees none"),
-]
+pytestmark = MARKS
+
+
+def raise_at_waits(mode: str) -> None:
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 class Forbid(L.Callback):
@@ -39,12 +39,12 @@ class Forbid(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step >= BETWEEN[0] - 1:
-            torch.cuda.set_sync_debug_mode("error")
+            raise_at_waits("error")
             self.steps.append(trainer.global_step)
 
     def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step >= BETWEEN[-1]:  # this step is logged
-            torch.cuda.set_sync_debug_mode("default")
+            raise_at_waits("default")
 
 
 @pytest.mark.parametrize("changed", [{}, {"precision": "bf16-mixed", "compile": True}], ids=str)
@@ -53,31 +53,16 @@ def test_no_step_waits(task: str, changed: dict[str, Any], tmp_path: Path, lab: 
     """Invariant: the transfer and encoding of batches, the steps, and all that Lightning does between them."""
     forbid = Forbid()
     try:
-        train(task, tmp_path, lab, ar, masked, forbid, accelerator="gpu", **changed)
+        train(task, tmp_path, lab, ar, masked, forbid, accelerator=ACCELERATOR, **changed)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        raise_at_waits("default")
     assert set(forbid.steps) == {4, 5, 6, 7}
 
 
-@pytest.mark.parametrize("backend", ["graphs", "layers"])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_tokens_one_by_one_of_many_images(mixed: bool, backend: str) -> None:
-    """Invariant: heads of 64, 256 images: a recorded step, and the network's own, give the logits of forward passes."""
-    net = perturbed(GPT(GPTConfig(n_layer=2, n_embd=128, n_head=2, n_ctx=160, n_vocab=64, causal=True)), scale=0.02)
-    net = net.cuda()
-    tokens = torch.randint(64, (256, 160), device="cuda")
-    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16, enabled=mixed):
-        full, cache = net(tokens).float(), net.new_cache(256)
-        net.step(tokens[:, :100], cache)
-        step = decode.make_decode_step(net, cache, backend)
-        for i in range(100, 159):
-            off = (step(tokens[:, i : i + 1]).float() - full[:, i + 1]).abs().max()
-            assert off < (0.05 * full.abs().max() if mixed else 1e-4)
-
-
+@only_cuda
 def test_one_query_is_not_fused() -> None:
     """Invariant: the last position of causal attention, in float32 to 1e-5; no fused kernel plans for its keys."""
-    q, k, v = torch.randn(3, 4, 2, 70, 64, device="cuda")
+    q, k, v = torch.randn(3, 4, 2, 70, 64, device=DEVICE)
     last = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, :, -1:]
     with RecordedOps() as called:
         out = attend(q[:, :, -1:], k, v, causal=False, backend="auto")
@@ -92,23 +77,24 @@ def test_gradients_follow_the_cpu(checkpointing: bool, compiled: bool, residual:
     """Invariant: recomputed, compiled or both, in float32 those of the CPU to 1e-3, under autocast to 5 %."""
     net, tokens = small_net(n_ctx=64), torch.randint(11, (4, 64))
     expected = torch.autograd.grad(AR().loss(net(tokens), tokens, None), list(net.parameters()))
-    net, tokens = net.cuda(), tokens.cuda()
+    net, tokens = net.to(DEVICE), tokens.to(DEVICE)
     mixed = residual == "bfloat16"
     precision = "bf16-mixed" if mixed else "32-true"
     machine(
-        accelerator="gpu", compile=compiled, activation_checkpointing=checkpointing, residual=residual,
+        accelerator=ACCELERATOR, compile=compiled, activation_checkpointing=checkpointing, residual=residual,
         precision=precision,
     ).prepare(net)  # fmt: skip
-    with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=mixed):
         loss = AR().loss(net(tokens), tokens, None)
     for one, same in zip(torch.autograd.grad(loss, list(net.parameters())), expected, strict=True):
         assert (one.cpu() - same).norm() < (0.05 if mixed else 1e-3) * same.norm()
 
 
+@only_cuda
 def test_a_large_vocabulary_takes_little_memory() -> None:
     """Invariant: the loss and gradients of all logits at once, to 1e-4, in less than half of the memory."""
-    hidden, head = torch.randn(8, 4096, 64, device="cuda"), torch.randn(8192, 64, device="cuda") / 8
-    tokens = torch.randint(8192, (8, 4096), device="cuda")
+    hidden, head = torch.randn(8, 4096, 64, device=DEVICE), torch.randn(8192, 64, device=DEVICE) / 8
+    tokens = torch.randint(8192, (8, 4096), device=DEVICE)
     results, peaks = [], []
     for in_chunks in (True, False):
         inputs = [each.clone().requires_grad_() for each in (hidden, head)]
@@ -124,6 +110,7 @@ def test_a_large_vocabulary_takes_little_memory() -> None:
     assert peaks[0] < peaks[1] / 2
 
 
+@only_cuda
 def test_two_ranks_on_one_gpu(capfd: pytest.CaptureFixture[str]) -> None:
     """Invariant: it is told by its UUID before NCCL starts, which would hang or fail."""
     code = "import torch; from igpt.distributed.ranks import process_group as p\nwith p(torch.device('cuda', 0)): pass"
@@ -132,6 +119,7 @@ def test_two_ranks_on_one_gpu(capfd: pytest.CaptureFixture[str]) -> None:
     assert "have the same GPU, " in message
 
 
+@only_cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_ranks_that_see_one_gpu_each(tmp_path: Path) -> None:
     """Invariant: as under `srun --gpus-per-task=1`, two ranks train with the losses of one."""
@@ -154,7 +142,7 @@ def test_ranks_that_see_one_gpu_each(tmp_path: Path) -> None:
 
 def test_a_network_to_read_stays_on_it(tmp_path: Path, lab: Lab, ar: Weights) -> None:
     """Invariant: filled there tensor by tensor, the CPU's weights to the bit; loss and probe of the CPU."""
-    on = machine(accelerator="gpu")
+    on = machine(accelerator=ACCELERATOR)
     net = on.build_frozen(ar.build_network, ar.load_into)
     for name, weight in ar.net().state_dict().items():
         assert torch.equal(net.state_dict()[name].cpu(), weight)
@@ -165,6 +153,7 @@ def test_a_network_to_read_stays_on_it(tmp_path: Path, lab: Lab, ar: Weights) ->
     assert shares[1] == pytest.approx(shares[0], abs=0.05)
 
 
+@only_cuda
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("strategy", ["deepspeed_2_offload", "deepspeed_3_offload"])
 def test_deepspeed_on_one_gpu_follows_the_cpu(tmp_path: Path, lab: Lab, strategy: str, mixed: bool) -> None:
@@ -172,7 +161,9 @@ def test_deepspeed_on_one_gpu_follows_the_cpu(tmp_path: Path, lab: Lab, strategy
     that it saved is resumed by one process without it."""
     pytest.importorskip("deepspeed")
     rel = 2e-2 if mixed else 1e-4
-    on = machine(accelerator="gpu", strategy=strategy, precision="bf16-mixed" if mixed else "32-true", micro_batch=50)
+    on = machine(
+        accelerator=ACCELERATOR, strategy=strategy, precision="bf16-mixed" if mixed else "32-true", micro_batch=50
+    )
     on_cpu, on_gpu = lab.pretrain(tmp_path / "cpu"), lab.pretrain(tmp_path / "gpu", on=on)
     for name in ("train/loss_gen", "val/loss_gen", "train/grad_norm"):
         assert on_gpu.curves[name].y == pytest.approx(on_cpu.curves[name].y, rel=5 * rel if "norm" in name else rel)
@@ -185,5 +176,5 @@ def test_deepspeed_on_one_gpu_follows_the_cpu(tmp_path: Path, lab: Lab, strategy
     checkpoints = tmp_path / "gpu" / "checkpoints"
     shutil.rmtree(checkpoints / "step_0000008.ckpt")
     (checkpoints / "latest").write_text("step_0000004.ckpt\n")
-    resumed = lab.pretrain(tmp_path / "gpu", on=machine(accelerator="gpu"))
+    resumed = lab.pretrain(tmp_path / "gpu", on=machine(accelerator=ACCELERATOR))
     assert resumed.curves["train/loss_gen"].y == pytest.approx(on_cpu.curves["train/loss_gen"].y, rel=rel)

@@ -25,8 +25,12 @@ def compile_blocks(net: GPT) -> None:
     fusion across blocks, which a compiled trunk would gain, is inside. Sharded blocks keep their hooks.
     """
     kinds = {(block.attn.mask, block.attn.is_linear, block.attn.value_mix is None) for block in net.blocks}
-    for block in net.blocks:  # each with and without an addend, in training and in validation, for several batch sizes
-        block.compile(recompile_limit=max(16, 8 * len(kinds)))
+    # each with and without an addend, in training and in validation, for several batch sizes; not as an argument of
+    # `compile`, which releases before 2.13 may lack
+    limit = max(torch._dynamo.config.recompile_limit, 16, 8 * len(kinds))
+    torch._dynamo.config.recompile_limit = limit
+    for block in net.blocks:
+        block.compile()
 
 
 def can_compile(device: torch.device, *, is_requested: bool) -> bool:

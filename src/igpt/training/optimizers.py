@@ -41,7 +41,9 @@ def make_adam(
     parameters: Iterable[nn.Parameter], *, learning_rate: float, beta1: float, beta2: float, weight_decay: float
 ) -> Adam:
     """Adam as in Chen et al. 2020, §3.1, PyTorch's fused implementation."""
-    return Adam(parameters, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
+    adam = Adam(parameters, lr=learning_rate, betas=(beta1, beta2), weight_decay=weight_decay, fused=True)
+    adam._step_supports_amp_scaling = False  # no loss is scaled; if True, Lightning refuses to clip under bf16-mixed
+    return adam
 
 
 class MuonAdam(Optimizer):
