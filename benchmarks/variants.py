@@ -46,8 +46,9 @@ def make_step(network: GPTConfig, tokens: torch.Tensor, *, half: bool, compiled:
     net.init_weights(0)
     optimizer = make_adam(net.parameters(), learning_rate=3e-3, beta1=0.9, beta2=0.95, weight_decay=0.0)
     if compiled:
+        torch._dynamo.config.recompile_limit = 200  # of all networks in this process
         for block in net.blocks:
-            block.compile(recompile_limit=200)  # of all networks in this process
+            block.compile()
 
     def step() -> torch.Tensor:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=half):

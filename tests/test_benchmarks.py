@@ -172,8 +172,9 @@ def test_sampling(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     few = ["--size", "tiny", "--batch", "3", "--peer-batch", "5", "--ways", "columns", "layers", *ONCE]
     report = sampling.main(few)
     names = [f"igpt ({'native' if c_library.is_available() else 'columns'})", "igpt columns", "igpt layers", "hf"]
-    assert list(report["batches"][3]["rows"]) == (names if c_library.is_available() else [names[0], *names[2:]])
-    assert [row.result for row in report["batches"][3]["rows"].values()] == [(3, 16)] * (len(names) - 1) + [(5, 16)]
+    rows = report["batches"][3]["rows"]
+    assert list(rows) == (names if c_library.is_available() else [names[0], *names[2:]])
+    assert [row.result for row in rows.values()] == [(3, 16)] * (len(rows) - 1) + [(5, 16)]
     assert report["batches"][3]["peer_batch"] == 5
     assert "greedy tokens of all rows are the same" in capsys.readouterr().out
     generate = sampling.generate

@@ -42,7 +42,7 @@ def take_step(net: GPT, objective: AR | BERT, tokens: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_losses_and_gradients_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Independent source: PyTorch's cross-entropy of all logits at once, to 1e-6 in float32; in bfloat16 no further
+    """Independent source: PyTorch's cross-entropy of all logits at once, to 1e-5 in float32; in bfloat16 no further
     from those than the plain loss is. By what is computed: no tensor has more numbers than a chunk.
     """
     objective = OBJECTIVES[name]
@@ -56,7 +56,7 @@ def test_losses_and_gradients_in_chunks(name: str, monkeypatch: pytest.MonkeyPat
     assert net.has_large_logits(tokens)
     assert not small_net(n_vocab=1024).has_large_logits(tokens.repeat(1000, 1))  # small vocabularies: as ever
     for one, same in zip(take_step(net, objective, tokens), plain, strict=True):
-        torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-5 * float(same.abs().max()))
     with torch.autocast("cpu", torch.bfloat16):
         rounded = take_step(net, objective, tokens)
     assert rounded[0].dtype == rounded[1].dtype == torch.float32

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from igpt.distributed import ranks
+from igpt.distributed.sharding import gather_weight
 from igpt.utils import files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -65,17 +65,12 @@ def unwrapped_state(state: Mapping[str, Tensor]) -> State:
     """
 
     def one(tensor: Tensor) -> LazyTensor:
-        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: full_tensor(tensor.detach()).to("cpu"))
+        return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: gather_weight(tensor.detach()).to("cpu"))
 
     for name, tensor in state.items():
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
             raise ValueError(f"{name} is {tensor.dtype} ({tensor.layout}), expected dense floating point")
     return {plain_name(name): one(tensor) for name, tensor in state.items()}
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor; a sharded one is gathered, so every rank must call this at the same time."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def select_prefix(prefix: str, state: State) -> State:

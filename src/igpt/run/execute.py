@@ -25,6 +25,7 @@ from igpt.run.run_config import CHECKPOINT, RunConfig
 from igpt.run.targets import checked_task
 from igpt.training import loggers
 from igpt.training.hardware import HardwareConfig
+from igpt.training.hardware_checks import check_small_network
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def check_training(hardware: HardwareConfig, task: DictConfig) -> None:
     """Raises ValueError when a task that trains a network cannot under these settings, or not with its batch size."""
     if "network" in task.requires:
         hardware.check_training()
+    if "tokenizer" in task.requires:
+        check_small_network(hardware)
     if ("network" in task.requires or "tokenizer" in task.requires) and isinstance(task.get("batch_size"), int):
         hardware.train_batch_layout(task.batch_size)
 

@@ -32,7 +32,7 @@ from igpt.settings.fields import FeatureDtype
 from igpt.settings.probing import PooledSettings
 from igpt.tokens.batches import Batch, PixelBatches
 from igpt.tokens.datamodule import TokenDataModule
-from igpt.training.frozen_networks import attach_frozen
+from igpt.training.frozen_networks import attach_frozen, is_sharded
 from igpt.utils import keyed
 
 log = logging.getLogger(__name__)
@@ -165,6 +165,7 @@ class FeatureReader:
 
     def _write_sample(self, net: GPT, data: TokenDataModule, path: Path, split: str, rows: np.ndarray) -> None:
         """Computes the features of these rows, each rank those of its part, with a progress bar."""
+        assert not is_sharded(net), "ranks make unequal numbers of forward passes"
         rank, objective = ranks.this_rank(), self.components.objective
         writer = FeatureWriter(path, n_image=len(rows), dtype=self.settings.dtype)
         mine = np.array_split(np.arange(len(rows)), rank.count)[rank.index]

@@ -32,6 +32,7 @@ from igpt.training.base_module import UNITS, TrainedModule
 from igpt.training.checkpoint_callback import Checkpoints
 from igpt.training.compiling import can_compile
 from igpt.training.hardware import HardwareConfig
+from igpt.training.hardware_checks import check_small_network
 from igpt.training.optimizers import every_step, make_adam, warmup_stable_decay
 from igpt.training.plan import count_vqvae_cost
 from igpt.utils import keyed
@@ -234,6 +235,7 @@ def check_settings(
     hardware: HardwareConfig, settings: TokenizerTaskSettings, config: VQVAEConfig, *, side: int
 ) -> None:
     """Raises ValueError for settings that do not fit each other, the images of `side` pixels or this task."""
+    check_small_network(hardware)
     crop, factor = settings.crop or side, config.factor
     if crop > side:
         raise ValueError(f"task.crop={crop} is more than the {side} pixels of the images: task.crop=null takes all")
@@ -249,12 +251,6 @@ def check_settings(
         raise ValueError(
             f"task.steps={settings.steps} end before the codes begin, after tokens.unquantised_steps="
             f"{config.unquantised_steps}: raise the one, or lower the other"
-        )
-    if hardware.is_sharded or hardware.precision == "bf16-true" or hardware.activation_checkpointing:
-        which = f"trainer={hardware.strategy}" if hardware.is_sharded else "trainer.activation_checkpointing=true"
-        which = "trainer.precision=bf16-true" if hardware.precision == "bf16-true" else which
-        raise ValueError(
-            f"{which} is for large networks, a tokenizer is small: trainer=ddp, with 32-true or bf16-mixed, trains it"
         )
 
 

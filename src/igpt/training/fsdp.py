@@ -35,7 +35,7 @@ from igpt.checkpoint import sharded, tensors, torch_files
 from igpt.checkpoint.resume import AtomicCheckpointIO
 from igpt.checkpoint.training_state import GROUPS, read_training_state
 from igpt.distributed import ranks
-from igpt.distributed.sharding import copy_into_sharded
+from igpt.distributed.sharding import copy_into_sharded, gather_weight
 from igpt.model.gpt import FORWARD_METHODS, GPT
 from igpt.model.layers import Norm
 from igpt.utils import files
@@ -138,7 +138,7 @@ class FSDP(ModelParallelStrategy):
         """Writes a checkpoint atomically: one file, or a folder of shards."""
         averages: dict[str, Tensor] = checkpoint.pop(sharded.EMA, {})
         if not self.in_pieces:
-            full = {name: tensors.full_tensor(average) for name, average in averages.items()}  # on every rank
+            full = {name: gather_weight(average) for name, average in averages.items()}  # on every rank
             super().save_checkpoint({**checkpoint, **({sharded.EMA: full} if full else {})}, filepath, storage_options)
             return
         state = {"state_dict": checkpoint.pop("state_dict"), **({sharded.EMA: averages} if averages else {})}
@@ -226,7 +226,9 @@ def _load_file(module: nn.Module, optimizers: list[Optimizer], path: Path) -> di
             raise ValueError(f"{path} is of another network or optimiser: it holds no {name} of {tuple(part.shape)}")
         copy_into_sharded(part, state[name].read())
     settings = {tuple(group["params"]): group for group in groups}
-    own["param_groups"] = [{**group, **settings.get(tuple(group["params"]), {})} for group in own["param_groups"]]
+    if settings.keys() != {tuple(group["params"]) for group in own["param_groups"]}:
+        raise ValueError(f"{path} is of another optimiser: its groups of weights are others")
+    own["param_groups"] = [{**group, **settings[tuple(group["params"])]} for group in own["param_groups"]]
     set_optimizer_state_dict(module, optimizer, optim_state_dict=own)
     averages = tensors.select_prefix(f"{sharded.EMA}.", state)
     return {**rest, **({sharded.EMA: averages} if averages else {})}

@@ -41,3 +41,18 @@ def check_processes(settings: HardwareSettings, rank: Rank, device: torch.device
             f"{rank.n_local or rank.count} processes on this machine need as many GPUs, there are {n_gpu}: lower "
             "trainer.devices, or choose trainer.accelerator=cpu"
         )
+
+
+def check_small_network(settings: HardwareSettings) -> None:
+    """Raises ValueError for settings that large networks need, and a tokenizer's network does not have."""
+    if settings.is_sharded:
+        which = f"trainer={settings.strategy}"
+    elif settings.precision == "bf16-true":
+        which = "trainer.precision=bf16-true"
+    elif settings.activation_checkpointing:
+        which = "trainer.activation_checkpointing=true"
+    else:
+        return
+    raise ValueError(
+        f"{which} is for large networks, a tokenizer is small: trainer=ddp, with 32-true or bf16-mixed, trains it"
+    )
