@@ -49,7 +49,9 @@ def finetuned_sharded(
 
     answers: dict[str, Any] = {}
     for name in CASES:
-        on = on_all(micro_batch=10, strategy=strategy, sharded_checkpoint=name == "pieces")
+        on = on_all(
+            micro_batch=10, strategy=strategy, sharded_checkpoint=name == "pieces" if strategy == "fsdp" else "auto"
+        )
         folder = place / f"{strategy} fine-tuned {name}"
         if name == "pieces":
             term = (Send(signal.SIGTERM, step=1),) if rank.index == 1 else ()
