@@ -366,6 +366,7 @@ def gradients(net: GPT, tokens: Tensor) -> list[Tensor]:
     return [loss, *torch.autograd.grad(loss, list(net.parameters()))]
 
 
+@pytest.mark.ci
 def test_every_way_to_run_gives_the_same_gradients(net: GPT, tokens: Tensor) -> None:
     """Invariant: checkpointed, compiled, and both with any way of attention equal the plain pass to 1e-5."""
     expected = gradients(net, tokens)
