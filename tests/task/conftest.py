@@ -409,3 +409,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(place: Path) -> list[dict[str, Any]]:
     """What each of these ranks answered."""
     return answers_in(place)
+
+
+@pytest.fixture(scope="session")
+def one_process() -> Lab:
+    """What the ranks do, on one process, to hold them against it."""
+    from tests.task.ranks_work import a_lab  # which imports this module
+
+    return a_lab()

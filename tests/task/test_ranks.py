@@ -27,7 +27,6 @@ from tests.task.ranks_work import (
     SHARDED_WITH,
     SHORT,
     TWENTY,
-    a_lab,
     evaluated,
     read_off,
     samples,
@@ -58,22 +57,19 @@ def by_zero(zero_place: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, alone: Lab) -> Any:
+def reference(tmp_path_factory: pytest.TempPathFactory, one_process: Lab) -> Any:
     """The same run on one process."""
-    return alone.pretrain(tmp_path_factory.mktemp("one") / "ar", on=machine(micro_batch=50), **TWENTY)
+    return one_process.pretrain(tmp_path_factory.mktemp("one") / "ar", on=machine(micro_batch=50), **TWENTY)
 
 
-@pytest.fixture(scope="module")
-def alone() -> Lab:
-    return a_lab()
-
-
-def test_the_losses_of_one_process(answers: list[dict[str, Any]], alone: Lab, reference: Any, tmp_path: Path) -> None:
+def test_the_losses_of_one_process(
+    answers: list[dict[str, Any]], one_process: Lab, reference: Any, tmp_path: Path
+) -> None:
     """Invariant: the same global batch, with accumulation on either side, gives the same 20 losses; so does BERT."""
     for name, curve in reference.curves.items():
         assert answers[0]["curves"][name] == pytest.approx(curve.y, rel=1e-5)
     assert len(reference.curves["train/loss_gen"].y) == 20
-    bert = alone.pretrain(tmp_path / "bert", objective=BERT(mask_probability=0.15))
+    bert = one_process.pretrain(tmp_path / "bert", objective=BERT(mask_probability=0.15))
     assert answers[0]["bert"] == pytest.approx(bert.curves["train/loss_gen"].y, rel=1e-5)
 
 
@@ -86,14 +82,14 @@ def test_classes_are_counted_once(answers: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, alone: Lab) -> dict[str, list[float]]:
+def recipe(tmp_path_factory: pytest.TempPathFactory, one_process: Lab) -> dict[str, list[float]]:
     """The curves of a run with clipped gradients and averaged weights, on one process."""
-    result = alone.pretrain(tmp_path_factory.mktemp("one") / "recipe", ema=0.5, **CLIPPED)
+    result = one_process.pretrain(tmp_path_factory.mktemp("one") / "recipe", ema=0.5, **CLIPPED)
     return {name: curve.y for name, curve in result.curves.items()}
 
 
 def test_later_recipes_of_one_process(
-    answers: list[dict[str, Any]], alone: Lab, recipe: dict[str, list[float]], tmp_path: Path
+    answers: list[dict[str, Any]], one_process: Lab, recipe: dict[str, list[float]], tmp_path: Path
 ) -> None:
     """Invariant: clipped gradients and averaged weights; sharded gradients are clipped by the norm of all of them."""
     for answer in answers:
@@ -101,7 +97,7 @@ def test_later_recipes_of_one_process(
             assert answer["recipe"][name] == pytest.approx(curve, rel=1e-5)
         assert answer["sharded"]["clipped"] == pytest.approx(recipe["train/loss_gen"], rel=1e-5)
     assert recipe["val/loss_gen_ema"] != recipe["val/loss_gen"]
-    free = alone.pretrain(tmp_path, **{**CLIPPED, "gradient_clip": None}).curves["train/loss_gen"].y
+    free = one_process.pretrain(tmp_path, **{**CLIPPED, "gradient_clip": None}).curves["train/loss_gen"].y
     assert free[2] != pytest.approx(recipe["train/loss_gen"][2], rel=1e-4)
 
 
@@ -112,8 +108,8 @@ def test_the_tokenizer_of_one_process(answers: list[dict[str, Any]], place: Path
         assert answers[0]["tokenizer"][name] == pytest.approx(curve.y, rel=1e-5)
     files = [run / "model" / TOKENIZER for run in (tmp_path, place / "tokenizer")]
     networks = [read_tokenizer(file).load_network(torch.device("cpu")) for file in files]  # type: ignore[attr-defined]
-    alone, shared = (network.quantizer.codebook for network in networks)
-    assert torch.allclose(shared, alone, rtol=1e-5, atol=1e-5)
+    one_process, shared = (network.quantizer.codebook for network in networks)
+    assert torch.allclose(shared, one_process, rtol=1e-5, atol=1e-5)
     assert "trainer=ddp" in answers[0]["tokenizer refused"]
 
 
@@ -201,10 +197,10 @@ def test_what_sharding_goes_together_with(options: list[dict[str, Any]]) -> None
 @pytest.mark.ci
 @pytest.mark.parametrize("name", BEYOND)
 def test_networks_with_options_are_sharded(
-    name: str, options_place: Path, options: list[dict[str, Any]], alone: Lab, tmp_path: Path
+    name: str, options_place: Path, options: list[dict[str, Any]], one_process: Lab, tmp_path: Path
 ) -> None:
     """Invariant: the losses of one process, with tables of sines, masks and offsets computed after sharding."""
-    one = alone.pretrain(tmp_path, network=BEYOND[name], **SHORT).curves["train/loss_gen"].y
+    one = one_process.pretrain(tmp_path, network=BEYOND[name], **SHORT).curves["train/loss_gen"].y
     assert len(one) == 3
     for answer in options:
         assert answer[f"beyond {name}"] == pytest.approx(one, rel=1e-5)
@@ -234,23 +230,25 @@ def test_a_sharded_run_is_resumed_to_the_bit(place: Path, answers: list[dict[str
     assert weights.metadata.step == 20
 
 
-def test_weights_of_a_sharded_run_are_those_of_any(place: Path, answers: list[dict[str, Any]], alone: Lab) -> None:
+def test_weights_of_a_sharded_run_are_those_of_any(
+    place: Path, answers: list[dict[str, Any]], one_process: Lab
+) -> None:
     """Invariant: evaluated by one process, exactly its two ranks' numbers; loaded into parts, the loss they had."""
-    one = evaluated(alone, place / "sharded", machine(), AR())
+    one = evaluated(one_process, place / "sharded", machine(), AR())
     assert [answer["sharded"]["evaluated"] for answer in answers] == [one, one]
-    loss = evaluated(alone, place / "whole", machine(), AR())["val/loss_gen"][0]
+    loss = evaluated(one_process, place / "whole", machine(), AR())["val/loss_gen"][0]
     assert answers[0]["sharded"]["started"] == pytest.approx(loss, rel=1e-6)
     assert sorted(path.name for path in (place / "sharded" / "samples").iterdir())[0] == "step_0000008.png"
 
 
 def test_a_checkpoint_in_pieces_is_resumed_by_one_process(
-    place: Path, alone: Lab, reference: Any, tmp_path: Path
+    place: Path, one_process: Lab, reference: Any, tmp_path: Path
 ) -> None:
     """Invariant: begun by two ranks that share the network out, ended by one process, the losses of one process."""
     shutil.copytree(place / "sharded pieces", tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step_0000016.ckpt\n")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_0000020.ckpt")
-    resumed = alone.pretrain(tmp_path / "run", on=machine(micro_batch=50), **TWENTY)
+    resumed = one_process.pretrain(tmp_path / "run", on=machine(micro_batch=50), **TWENTY)
     for name, curve in reference.curves.items():
         assert resumed.curves[name].y == pytest.approx(curve.y, rel=1e-5)
 
@@ -295,21 +293,23 @@ def test_weights_that_two_ranks_saved_in_pieces(place: Path) -> None:
         find_weights(str(folder))
 
 
-def test_evaluation_is_exactly_that_of_one_process(place: Path, answers: list[dict[str, Any]], alone: Lab) -> None:
+def test_evaluation_is_exactly_that_of_one_process(
+    place: Path, answers: list[dict[str, Any]], one_process: Lab
+) -> None:
     """Invariant: of 101 images, mean and standard error to the last bit, on either rank."""
     for name, objective in (("whole", AR()), ("bert", BERT(mask_probability=0.15))):
-        one = evaluated(alone, place / name, machine(), objective)
+        one = evaluated(one_process, place / name, machine(), objective)
         assert one["val/loss_gen"][2] == 101
         for answer in answers:
             assert answer["evaluated" if name == "whole" else "evaluated bert"] == one
 
 
 def test_probe_and_fine_tuning_are_those_of_one_process(
-    place: Path, answers: list[dict[str, Any]], alone: Lab, tmp_path: Path
+    place: Path, answers: list[dict[str, Any]], one_process: Lab, tmp_path: Path
 ) -> None:
     """Invariant: every accuracy of 101 images, with votes where pixels are masked; losses of fine-tuning to 1e-5."""
     for name, objective in (("whole", AR()), ("bert", BERT(mask_probability=0.15))):
-        one = read_off(alone, place / name, tmp_path / name, machine(), objective)
+        one = read_off(one_process, place / name, tmp_path / name, machine(), objective)
         for answer in answers:
             for kind, shares in one["shares"].items():  # of 101 images; calibration errors are of float32 scores
                 assert answer[f"read off {name}"]["shares"][kind] == pytest.approx(shares, abs=1e-6)

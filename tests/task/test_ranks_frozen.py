@@ -9,12 +9,6 @@ import torch
 from igpt.checkpoint.find import find_weights
 from tests.task.conftest import Lab, answers_in, machine, worked
 from tests.task.ranks_frozen import read_features, read_frozen, watched
-from tests.task.ranks_work import a_lab
-
-
-@pytest.fixture(scope="module")
-def alone() -> Lab:
-    return a_lab()
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +29,11 @@ def test_no_rank_holds_the_whole_network(frozen: list[dict[str, Any]]) -> None:
         assert half["filled"] < 0.35
 
 
-def test_reading_tasks_of_one_process(frozen: list[dict[str, Any]], place: Path, alone: Lab, tmp_path: Path) -> None:
+def test_reading_tasks_of_one_process(
+    frozen: list[dict[str, Any]], place: Path, one_process: Lab, tmp_path: Path
+) -> None:
     """Invariant: of 101 images, and of a single one; accuracies exactly, by either solver, and predicted classes."""
-    one = read_frozen(alone, place / "drawn", tmp_path, machine())
+    one = read_frozen(one_process, place / "drawn", tmp_path, machine())
     for answer in frozen:
         read = answer["read"]
         for name in ("val/loss_gen", "val/bits_per_token"):
@@ -50,18 +46,18 @@ def test_reading_tasks_of_one_process(frozen: list[dict[str, Any]], place: Path,
     assert len({column for row in one["confusion"] for column, count in enumerate(row) if count}) > 3
 
 
-def test_features_under_deepspeed(frozen: list[dict[str, Any]], place: Path, alone: Lab, tmp_path: Path) -> None:
+def test_features_under_deepspeed(frozen: list[dict[str, Any]], place: Path, one_process: Lab, tmp_path: Path) -> None:
     """Invariant: every accuracy of a probe on features that both ranks computed, those of one process."""
-    one = read_features(alone, tmp_path, find_weights(str(place / "drawn")), machine())
+    one = read_features(one_process, tmp_path, find_weights(str(place / "drawn")), machine())
     for answer in frozen:
         assert answer["lbfgs"] == pytest.approx(one, abs=1e-6)
 
 
 def test_probes_and_samples_while_training(
-    frozen: list[dict[str, Any]], place: Path, alone: Lab, tmp_path: Path
+    frozen: list[dict[str, Any]], place: Path, one_process: Lab, tmp_path: Path
 ) -> None:
     """Invariant: probes and pictures of samples of one process, whether the network is sharded or on every rank."""
-    one = watched(alone, tmp_path / "one", machine())
+    one = watched(one_process, tmp_path / "one", machine())
     assert len(one) == 2
     for name in ("watched sharded", "watched whole"):
         assert frozen[0][name.replace(" sharded", "")] == one
@@ -70,9 +66,9 @@ def test_probes_and_samples_while_training(
 
 
 @pytest.mark.slow
-def test_probes_and_samples_under_zero(alone: Lab, tmp_path: Path) -> None:
+def test_probes_and_samples_under_zero(one_process: Lab, tmp_path: Path) -> None:
     """Invariant: those of one process, of a copy that both ranks gather."""
-    one = watched(alone, tmp_path / "one", machine())
+    one = watched(one_process, tmp_path / "one", machine())
     assert answers_in(worked(tmp_path, "watched"))[0] == one
     pictures = [tmp_path / run / "samples" / "step_0000002.png" for run in ("one", "watched zero")]
     assert pictures[0].read_bytes() == pictures[1].read_bytes()

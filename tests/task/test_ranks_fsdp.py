@@ -12,17 +12,11 @@ from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from tests.task.conftest import Lab, machine
 from tests.task.ranks_fsdp import MIXED, MUON, NETWORK
-from tests.task.ranks_work import a_lab
 
 
 @pytest.fixture(scope="module")
 def found(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [answer["fsdp"] for answer in answers]
-
-
-@pytest.fixture(scope="module")
-def alone() -> Lab:
-    return a_lab()
 
 
 def test_mixed_precision_is_that_of_data_parallel_training(found: list[dict[str, Any]]) -> None:
@@ -93,12 +87,12 @@ def test_muon_and_the_average_of_sharded_weights(found: list[dict[str, Any]]) ->
 
 
 def test_pieces_of_muon_and_average_are_resumed_by_one_process(
-    place: Path, found: list[dict[str, Any]], alone: Lab
+    place: Path, found: list[dict[str, Any]], one_process: Lab
 ) -> None:
     """Invariant: moments by name, Muon's too, and the average of the weights: the losses of the ranks."""
     folder = place / "fsdp → fsdp"
     AtomicCheckpointIO().remove_checkpoint(find_checkpoints(folder)[-1])
-    resumed = alone.pretrain(folder, on=machine(micro_batch=50), **MUON)
+    resumed = one_process.pretrain(folder, on=machine(micro_batch=50), **MUON)
     for name, values in found[0]["ddp muon"].items():
         assert resumed.curves[name].y == pytest.approx(values, rel=1e-5)
 

@@ -24,7 +24,7 @@ TOKENS = torch.zeros(1, 4, dtype=torch.int64)
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Iterator[None]:
+def group_of_one(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -46,7 +46,7 @@ def count_graphs(net: GPT, module: nn.Module) -> list[int]:
     return graphs
 
 
-def test_blocks_under_ddp_are_one_graph(alone: None) -> None:
+def test_blocks_under_ddp_are_one_graph(group_of_one: None) -> None:
     """Invariant: a graph of the first block and one of the others; PyTorch's default, at this width, cuts them."""
     counts = {}
     for setting in ("default", "ours"):
@@ -62,7 +62,7 @@ def test_blocks_under_ddp_are_one_graph(alone: None) -> None:
     assert torch._dynamo.config.optimize_ddp is True
 
 
-def test_blocks_under_fsdp_are_one_graph(alone: None) -> None:
+def test_blocks_under_fsdp_are_one_graph(group_of_one: None) -> None:
     """Invariant: the hooks that gather are outside the blocks, those of the norms' gains too."""
     with torch.device("meta"):
         net = GPT(WIDE)
