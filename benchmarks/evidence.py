@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "evidence"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
-PICTURES = {"probe": "depth.png", "low_data": "low_data.png", "scaling": "figure3.png", "pretrain": "curves.png"}
+PAGE = FOLDER / "README.md"
+PICTURES = ("curves.png", "figure3.png")  # of a run folder
 LOCAL = ("working_directory", "search_path")  # of run.json: paths of this machine
 
 
@@ -43,10 +44,10 @@ def collect(finding: str, runs: Sequence[Path], folder: Path = FOLDER) -> None:
         record = {key: value for key, value in record.items() if key not in LOCAL}
         for name, of in (("run.json", record), ("result.json", result)):
             files.write_json(kept / name, replace_paths(of, names))
-        picture = PICTURES.get(record["config"]["task"]["name"], "")
-        if (run / picture).is_file():
-            with files.atomic_write(kept / picture) as file:
-                file.write((run / picture).read_bytes())
+        for picture in PICTURES:
+            if (run / picture).is_file():
+                with files.atomic_write(kept / picture) as file:
+                    file.write((run / picture).read_bytes())
         print(kept.relative_to(folder.parent.parent))
 
 
@@ -80,12 +81,26 @@ def render(folder: Path = FOLDER) -> str:
     return "\n".join(lines)
 
 
-def fill(text: str, table: str) -> str:
-    """README's text with the table between its marks. Raises ValueError if they are not there, once each, in order."""
-    before, begin, rest = text.partition(BEGIN)
+def render_runs(folder: Path = FOLDER) -> str:
+    """The table of all kept runs, in Markdown: command, images that training read, minutes, commit, versions."""
+    lines = ["| run | command | images read in training | minutes | commit, PyTorch |", "|---|---|---|---|---|"]
+    for finding in FINDINGS:
+        for run in read_runs(folder / finding):
+            seen = run.result.numbers.get("train/images_seen")
+            images, about = "" if seen is None else f"{seen.value:,.0f}", run.record
+            lines.append(
+                f"| [{run.name}]({finding}/{run.name}) | `{about['command']}` | {images} | {run.seconds / 60:.0f} | "
+                f"{about['commit'][:8]}, {about['versions'].get('torch', '')} |"
+            )
+    return "\n".join(lines)
+
+
+def fill(path: Path, table: str) -> str:
+    """The text of a page with the table between its marks. Raises ValueError if they are not there, in order."""
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md lacks the marks {BEGIN} and {END}")
+        raise ValueError(f"{path} lacks the marks {BEGIN} and {END}")
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
@@ -113,10 +128,11 @@ def main() -> None:
     if args.command == "collect":
         return collect(args.finding, args.runs)
     draw_finetuning()
-    table = render()
-    with files.atomic_write(README) as file:
-        file.write(fill(README.read_text(encoding="utf-8"), table).encode())
-    print(table)
+    for path, table in ((README, render()), (PAGE, render_runs())):
+        text = fill(path, table)
+        with files.atomic_write(path) as file:
+            file.write(text.encode())
+        print(f"{table}\n")
 
 
 if __name__ == "__main__":

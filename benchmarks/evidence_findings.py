@@ -23,6 +23,7 @@ class Run:
     name: str
     record: Mapping[str, Any]  # run.json
     result: Result
+    seconds: float
 
     @property
     def task(self) -> Mapping[str, Any]:
@@ -55,8 +56,8 @@ def read_runs(folder: Path) -> list[Run]:
     """The runs in the folder of a finding, by name; none if it is not there."""
     runs = []
     for record in sorted(folder.glob("*/run.json")):
-        result = parse_result(files.read_json(record.with_name("result.json")))
-        runs.append(Run(record.parent.name, files.read_json(record), result))
+        written = files.read_json(record.with_name("result.json"))
+        runs.append(Run(record.parent.name, files.read_json(record), parse_result(written), written["seconds"]))
     return runs
 
 
@@ -186,9 +187,12 @@ def describe_low_data(runs: Sequence[Run]) -> Iterator[Row]:
     """Few labels: the best layer's features against raw pixels, and a supervised network's beside them (§4.5)."""
     for run in runs:
         for count, paper in ((4, "73.2 %"), (25, "87.6 %"), (400, "94.3 %")):
-            ours, pixels = run.number(f"test/accuracy_{count}"), run.number(f"test/accuracy_{count}_pixels")
-            gain = run.number(f"test/gain_{count}_over_pixels")
-            lite0 = run.result.numbers.get(f"test/accuracy_{count}_lite0")
+            ours, pixels = (
+                run.number(f"test/accuracy_{count}_per_class"),
+                run.number(f"test/raw_pixels_{count}_per_class"),
+            )
+            gain = run.number(f"test/gain_over_raw_pixels_{count}_per_class")
+            lite0 = run.result.numbers.get(f"test/lite0_{count}_per_class")
             beside = "" if lite0 is None else f"; EfficientNet-Lite0, trained on ImageNet's labels: {percent(lite0)}"
             yield Row(
                 f"{10 * count:,} labels are enough for features (Table 5)", f"{paper}, of iGPT-L",
