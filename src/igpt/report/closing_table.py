@@ -10,7 +10,7 @@ from igpt.report.display_names import FIGURES, SUBJECTS, display_name, display_u
 from igpt.utils.files import resolve_below
 
 REPORT = "report.html"  # in a run directory
-MOST_ROWS = 16  # numbers that are logged
+MOST_ROWS = 15  # numbers that are logged
 GENERATIVE = ("loss_gen", "bits_per_")
 LATER = len(FIGURES) * len(SUBJECTS)  # beyond every rank
 LONGEST_TEXT = 1_000_000  # bytes of a text file that is shown

@@ -101,7 +101,7 @@ def run(components: Components, settings: LowDataSettings) -> Result:
         title = "low-data probe" if method.name == "accuracy" else method.title
         result.curves[f"{title}, {split}"] = build_curve(shares[method.name])
     for method in methods[1:]:
-        result.numbers |= compare_shares(shares["accuracy"], shares[method.name], method, split=split)
+        result.numbers |= compare_shares(shares["accuracy"], shares[method.name], method.name, split=split)
     ends = [float(end) for end in (min(rows_of), max(rows_of))]
     result.curves["chance"] = Curve(ends, [1 / n_class] * 2, SIZE, "accuracy")
     result.numbers["probe/layer"] = number_layer(layer, net.n_layer, correct)
@@ -161,14 +161,14 @@ def describe_shares(shares: dict[int, list[float]], method: Method, *, split: st
 
 
 def compare_shares(
-    shares: dict[int, list[float]], others: dict[int, list[float]], method: Method, *, split: str
+    shares: dict[int, list[float]], others: dict[int, list[float]], name: str, *, split: str
 ) -> dict[str, Number]:
-    """Mean over the subsets of `shares` minus `others` on the same one; the interval is that of the paired t-test."""
+    """Mean gain over `others`, named `name`, on the same subset; the interval is that of the paired t-test."""
     numbers = {}
     for n, each in shares.items():
         differences = (np.array(each) - np.array(others[n])).tolist()
         stderr, interval = mean_interval(differences)
-        numbers[f"{split}/gain_over_{method.name}_{n}_per_class"] = Number(
+        numbers[f"{split}/gain_over_{name}_{n}_per_class"] = Number(
             float(np.mean(differences)), "share", len(differences), stderr, interval
         )
     return numbers
