@@ -88,7 +88,7 @@ def test_interval_of_a_difference_is_newcombes(findings: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("intervals", "said"),
+    ("intervals", "verdict"),
     [
         ([(0.01, 0.02), (0.1, 0.2)], "**yes**"),
         ([(0.01, 0.02), (-0.1, 0.2)], "not shown"),
@@ -97,8 +97,8 @@ def test_interval_of_a_difference_is_newcombes(findings: ModuleType) -> None:
         ([None], "not shown"),
     ],
 )
-def test_a_finding_holds_only_beyond_every_interval(findings: ModuleType, intervals: Any, said: str) -> None:
-    assert findings.judge(*intervals) == said
+def test_a_finding_holds_only_beyond_every_interval(findings: ModuleType, intervals: Any, verdict: str) -> None:
+    assert findings.judge(*intervals) == verdict
 
 
 def write_run(folder: Path, *, rate: float, seed: int, val: float, test: float, init: str | None = "runs/a") -> None:
