@@ -19,8 +19,9 @@ from igpt.app.compare import summarize, table
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.figures import Point, points_figure
 from igpt.report.folder import RunFolder
+from igpt.report.found_runs import find_runs
 from igpt.report.paper import load_paper
-from igpt.report.runs import find_runs, read_run
+from igpt.report.runs import read_run
 from igpt.run.launch import launch
 from tests.test_conf import CONF, built
 

@@ -17,7 +17,7 @@ from igpt.metric.result import Number
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
-from igpt.report.runs import find_runs
+from igpt.report.found_runs import find_runs
 from igpt.run import isoflop_sweep
 from igpt.run.launch import run
 from igpt.run.operations import resolve_steps

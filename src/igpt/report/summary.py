@@ -15,9 +15,10 @@ from igpt.report.closing_table import describe_uncertainty
 from igpt.report.display_names import is_share, name_with_unit
 from igpt.report.facts import find_number
 from igpt.report.figures import Point, points_figure
+from igpt.report.found_runs import read_runs
 from igpt.report.groups import describe_groups, group_by_data, group_by_seed
 from igpt.report.reference import WITHIN, Difference, Settings, compare_means, find_reference
-from igpt.report.runs import RunRecord, read_objective, read_runs
+from igpt.report.runs import RunRecord, read_objective
 from igpt.report.significant import format_measured
 from igpt.utils.overrides import suggest_name
 

@@ -13,11 +13,11 @@ from igpt.report.closing_table import align_columns, format_markdown
 from igpt.report.display_names import display_name, name_with_unit
 from igpt.report.equal_loss import build_length_curves, list_answers
 from igpt.report.figures import PlanePoint, curves_figure, plane_figure
+from igpt.report.found_runs import read_runs
 from igpt.report.groups import VARIANT
 from igpt.report.page import link_to, write_html
 from igpt.report.pictures import Picture
 from igpt.report.reference import Settings, find_reference
-from igpt.report.runs import read_runs
 from igpt.report.summary import NothingFoundError, Summary, draw, find_common_metric, summarize_by_data, table
 from igpt.report.sweep_pictures import list_sweep_pictures
 from igpt.report.swept_values import warn_of_edges

@@ -15,8 +15,8 @@ from igpt.checkpoint.igpt_format import Weights
 from igpt.checkpoint.kept import list_paths
 from igpt.checkpoint.resized import resize_weights
 from igpt.data.listing import list_files
+from igpt.report.found_runs import FoundRuns, find_runs, read_runs
 from igpt.report.identity import format_run_name, identity
-from igpt.report.runs import FoundRuns, find_runs, read_runs
 from igpt.run import fingerprint
 from igpt.run.early_checks import check_strategy
 from igpt.run.targets import checked_partial, find_target
