@@ -15,13 +15,14 @@ from PIL import Image
 
 from igpt.app import compare
 from igpt.app.against import PaperComparison, compare_with_paper
-from igpt.app.compare import summarize, table
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.figures import Point, points_figure
 from igpt.report.folder import RunFolder
 from igpt.report.found_runs import find_runs
 from igpt.report.paper import load_paper
 from igpt.report.runs import read_run
+from igpt.report.summary import summarize
+from igpt.report.summary_table import draw_summary, tabulate_summary
 from igpt.run.launch import launch
 from tests.test_conf import CONF, built
 
@@ -342,12 +343,12 @@ def test_summary_groups_seeds_and_sorts(tmp_path: Path) -> None:
     assert [row.n for row in of_loss.rows] == [3, 3, 1]
     assert of_loss.rows[0].folders == folders[3:6]
     assert of_loss.lower_is_better
-    assert "1.10 ± 0.10 (std)" in table(of_loss)[1][1]
+    assert "1.10 ± 0.10 (std)" in tabulate_summary(of_loss)[1][1]
     of_accuracy = summarize(folders, "val/accuracy")
     assert not of_accuracy.lower_is_better
     assert [row.mean for row in of_accuracy.rows] == sorted((row.mean for row in of_accuracy.rows), reverse=True)
-    compare.draw(tmp_path / "few.png", summarize(folders[:4], "val/loss_gen"))
-    compare.draw(tmp_path / "more.png", of_loss)
+    draw_summary(tmp_path / "few.png", summarize(folders[:4], "val/loss_gen"))
+    draw_summary(tmp_path / "more.png", of_loss)
     assert Image.open(tmp_path / "few.png").height < Image.open(tmp_path / "more.png").height
 
 
@@ -391,7 +392,7 @@ def test_losses_of_other_tokens_do_not_compare(tmp_path: Path) -> None:
     folders = [made(tmp_path / name, loss(1.0), objective__name=name) for name in ("ar", "bert")]
     of_losses = summarize(folders, "val/loss_gen")
     assert of_losses.caution == "not comparable: these are of several objectives"
-    assert table(of_losses)[0][1] == "validation loss, nats per token (in no order)"
+    assert tabulate_summary(of_losses)[0][1] == "validation loss, nats per token (in no order)"
     assert summarize(folders, "val/accuracy").caution == ""
 
 
@@ -480,7 +481,7 @@ def test_a_picture_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.Monk
 
     for seed in (0, 1):
         made(tmp_path / RUNS / str(seed), loss(1.0 + seed), model__name=f"size {seed}")
-    monkeypatch.setattr(compare, "draw", fail)
+    monkeypatch.setattr(compare, "draw_summary", fail)
     result, folder = run_compare(tmp_path)
     assert result.numbers["best pretrain/val/loss_gen"].value == 1.0
     assert result.files.keys() == {"compare_txt", "compare_md", "compare_csv"}
