@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from igpt.checkpoint.find import find_vqvae
 from igpt.checkpoint.igpt_format import check_equal
-from igpt.data.source import Stream, plain_pixels
+from igpt.data.source import plain_pixels
 from igpt.distributed import ranks
 from igpt.metric.reconstruction import SSIM_WINDOW, code_use_histogram
 from igpt.metric.reconstruction import UNITS as OF_IMAGES
@@ -175,11 +175,7 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
         config = config.model_copy(update={"unquantised_steps": 0})  # so that there are codes at the end
     order = PixelOrder.from_name(side // config.factor, trained.order)
     data = components.build_pixel_datamodule(plan=hardware.train_batch_layout(settings.batch_size))
-    n_val = len(data.source.split("val"))
-    if settings.val_every and not n_val:
-        raise ValueError("there is nothing to validate on: set task.val_every=0, or data.val_fraction above 0")
-    images = data.source.training()
-    n_train = "a stream" if isinstance(images, Stream) else len(images)
+    n_train, n_val = data.count_images(val_every=settings.val_every)
     beside = name_tokenizers(settings.compare_with, side=side)
     if n_val and side < SSIM_WINDOW:
         log.info("no SSIM: its window of %d pixels is larger than the images", SSIM_WINDOW)
