@@ -31,7 +31,7 @@ from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.report.closing_table import closing_table
 from igpt.report.folder import RunFolder
-from igpt.run.arguments import check_overrides, parse_overrides, prepare_arguments
+from igpt.run.arguments import parse_overrides, prepare_arguments
 from igpt.run.components import Components
 from igpt.run.execute import run_and_report, stage_runner
 from igpt.run.explained_errors import (
@@ -51,6 +51,7 @@ from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.training import hardware as machines
 from igpt.training.deepspeed import ZeRO
+from tests.compositions import check_overrides
 from tests.conftest import learned_numbers, small_net
 
 CONF = Path(__file__).parents[1] / "conf"

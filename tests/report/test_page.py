@@ -29,10 +29,10 @@ from igpt.report.runs import read_run
 from igpt.report.style import css_variables
 from igpt.report.summary import summarize
 from igpt.report.sweep_report import write_comparison as sweep_page
-from igpt.run.arguments import check_overrides
 from igpt.run.launch import launch
 from igpt.utils import files
 from tests.app.test_compare import loss, made
+from tests.compositions import check_overrides
 from tests.test_conf import CONF
 
 WEB = Path(page_module.__file__).parent / "web"

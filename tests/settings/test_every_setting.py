@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from igpt.distributed.launcher import count_devices
 from igpt.run import launch as launching
-from igpt.run.arguments import check_overrides, prepare_arguments
+from igpt.run.arguments import prepare_arguments
+from tests.compositions import check_overrides
 from tests.conftest import ROOT
 from tests.test_conf import CONF, save_small
 
