@@ -24,7 +24,7 @@ from igpt.report.runs import read_run
 from igpt.report.summary import summarize
 from igpt.report.summary_table import draw_summary, tabulate_summary
 from igpt.run.launch import launch
-from tests.test_conf import CONF, built
+from tests.configs import CONF, built
 
 LARGE = {"n_layer": 48, "n_embd": 1536, "n_head": 16}
 RUNS = "runs"

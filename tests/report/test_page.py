@@ -33,7 +33,7 @@ from igpt.run.launch import launch
 from igpt.utils import files
 from tests.app.test_compare import loss, made
 from tests.compositions import check_overrides
-from tests.test_conf import CONF
+from tests.configs import CONF
 
 WEB = Path(page_module.__file__).parent / "web"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'single' & {{ 7 * 7 }}"

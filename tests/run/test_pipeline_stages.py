@@ -13,7 +13,7 @@ from igpt.run.components import Components
 from igpt.run.execute import stage_runner
 from igpt.run.pipeline_stages import StageConfig, stage_configs
 from tests.compositions import check_overrides
-from tests.test_conf import CONF, built, save_small
+from tests.configs import CONF, built, save_small
 
 
 def compose_stages(*overrides: str) -> dict[str, StageConfig]:

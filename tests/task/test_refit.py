@@ -24,10 +24,10 @@ from igpt.task import finetune
 from igpt.tokens.palette import Palette
 from igpt.training.cost_estimate import SECONDS_A_DAY
 from igpt.training.deepspeed import release_training_state
+from tests.configs import built
 from tests.conftest import learned_numbers
 from tests.task.conftest import Arrays, Lab
 from tests.task.test_stopping import Send
-from tests.test_conf import built
 
 
 class Watch(Send):
