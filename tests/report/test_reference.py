@@ -17,7 +17,7 @@ from igpt.report.summary import summarize
 from igpt.report.summary_table import tabulate_summary
 from igpt.report.sweep_report import MARKDOWN, PAGE, PLANE, ROWS, check_table, report_sweep
 from igpt.utils import files
-from tests.app.test_compare import made
+from tests.report.records import made
 
 LOSSES = {"paper": (2.00, 2.02, 2.01), "local": (1.90, 1.93, 1.94), "axial": (2.00, 2.06, 1.99)}
 SHARES = {"paper": (0.40, 0.42, 0.41), "local": (0.30, 0.31, 0.29), "axial": (0.41, 0.42, 0.42)}

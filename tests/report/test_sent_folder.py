@@ -23,7 +23,7 @@ from igpt.report.runs import read_run
 from igpt.report.style import CELLS
 from igpt.training import loggers
 from igpt.utils.files import resolve_below
-from tests.report.test_page import Page, finished
+from tests.report.records import Page, finished
 
 SECRET = "a secret of mine"
 

@@ -14,7 +14,7 @@ from igpt.run.targets import task_settings
 from igpt.task.pipeline import run
 from igpt.utils import files
 from tests.conftest import parts_of_run
-from tests.report.test_page import finished
+from tests.report.records import finished
 
 
 class Stages:
