@@ -33,7 +33,16 @@ from igpt.tokens.palette import Palette
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.utils import keyed
 from tests.conftest import learned_numbers
-from tests.task.conftest import FINETUNE, Arrays, Lab, check_bad_settings, drawn, machine
+from tests.task.conftest import (
+    FINETUNE,
+    Arrays,
+    Lab,
+    check_bad_settings,
+    drawn,
+    have_equal_weights,
+    machine,
+    read_finetuned,
+)
 from tests.task.test_stopping import Send
 
 MASKED = BERT(mask_probability=0.15)
@@ -58,16 +67,6 @@ def uninterrupted(
     """Six steps without a break, the reference of the tests below."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, Lab(few, palette).finetune(folder, ar)
-
-
-def model(folder: Path) -> dict[str, torch.Tensor]:
-    """What was kept of network and head."""
-    return load_file(folder / "model" / "model.safetensors") | load_file(folder / "model" / "head.safetensors")
-
-
-def equal(a: Path, b: Path) -> bool:
-    own, reference = model(a), model(b)
-    return own.keys() == reference.keys() and all(torch.equal(own[name], reference[name]) for name in own)
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -177,7 +176,7 @@ def test_resumed_equals_uninterrupted(
     assert not (tmp_path / "model").exists()
     for _ in range(2):
         result = lab.finetune(tmp_path, ar)
-        assert equal(tmp_path, uninterrupted[0])
+        assert have_equal_weights(tmp_path, uninterrupted[0])
         assert result.curves == uninterrupted[1].curves
         assert learned_numbers(result) == learned_numbers(uninterrupted[1])
 
@@ -245,7 +244,7 @@ def test_the_vote_by_hand(tmp_path: Path, lab: Lab, palette: Palette) -> None:
 def test_without_the_generative_loss(tmp_path: Path, lab: Lab, ar: Weights) -> None:
     """Invariant: the token head, which nothing reads, stays to the bit; all else is trained; no such loss is shown."""
     result = lab.finetune(tmp_path, ar, loss_weights={"gen": 0.0, "clf": 1.0}, weight_decay=0.1, test=False)
-    before, after = ar.net().state_dict(), model(tmp_path)
+    before, after = ar.net().state_dict(), read_finetuned(tmp_path)
     assert [name for name, weight in before.items() if torch.equal(weight, after[name])] == ["wtet"]
     assert "train/loss_gen" not in result.curves
     assert result.curves["train/loss_clf"].y[0] == pytest.approx(LN_10, abs=1e-6)
@@ -269,7 +268,7 @@ def test_one_step_by_hand(tmp_path: Path, lab: Lab, ar: Weights) -> None:
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
-    trained = model(tmp_path)
+    trained = read_finetuned(tmp_path)
     for name, weight in [*net.state_dict().items(), ("wclf", wclf.detach())]:
         assert float((trained[name] - weight).abs().mean()) < 1e-5, name
 
@@ -338,7 +337,7 @@ def test_early_stop(
     assert noted is not None
     assert (noted["step"], noted["value"]) == (best, accuracies[best - 1])
     state = torch.load(each_step / f"step_{best:07d}.ckpt", weights_only=True)["state_dict"]
-    kept = model(tmp_path)
+    kept = read_finetuned(tmp_path)
     assert len(state) == len(kept)
     assert all(torch.equal(value, kept[name.removeprefix("net.").removeprefix("head.")])
                for name, value in state.items())  # fmt: skip
@@ -351,7 +350,7 @@ def test_early_stop_where_nothing_is_learned(tmp_path: Path, lab: Lab, ar: Weigh
     assert result.curves["val/accuracy"].x == [2, 4]
     assert result.numbers["best_step"].value == 2
     assert result.numbers["val/accuracy"].value == (lab.digits.split("val").labels == 0).mean()
-    assert all(torch.equal(model(tmp_path)[name], weight) for name, weight in ar.net().state_dict().items())
+    assert all(torch.equal(read_finetuned(tmp_path)[name], weight) for name, weight in ar.net().state_dict().items())
 
 
 @pytest.mark.parametrize("stopped", ["after", "at it"])
@@ -374,7 +373,7 @@ def test_stopped_early_is_over(
     assert again.numbers["best_step"] == expected.numbers["best_step"]
     assert again.curves == expected.curves
     assert len(stated.left) == 2
-    assert equal(tmp_path / "again", tmp_path / "whole")
+    assert have_equal_weights(tmp_path / "again", tmp_path / "whole")
 
 
 def test_patience_is_kept_over_a_stop(tmp_path: Path, lab: Lab, ar: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +398,7 @@ def test_test_is_not_read(
     assert learned_numbers(result) == {k: v for k, v in full.items() if not k.startswith("test/")}
     assert len(result.numbers) < len(uninterrupted[1].numbers)
     assert result.matrices == {}
-    assert equal(tmp_path, uninterrupted[0])
+    assert have_equal_weights(tmp_path, uninterrupted[0])
     with pytest.raises(KeyError, match="test"):
         lab.finetune(tmp_path / "asked", ar)
 
@@ -499,4 +498,4 @@ def test_dropout_does_not_depend_on_the_batch(tmp_path: Path, lab: Lab) -> None:
     with pytest.raises(StoppedError):
         lab.finetune(tmp_path / "stopped", None, callbacks=(Send(signal.SIGTERM, step=2),), **how)
     lab.finetune(tmp_path / "stopped", None, **how)
-    assert equal(tmp_path / "stopped", tmp_path / "one")
+    assert have_equal_weights(tmp_path / "stopped", tmp_path / "one")
