@@ -4,6 +4,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.folder import RunFolder
 
@@ -86,3 +88,13 @@ def finished(path: Path, result: Result, config: dict[str, Any] | None = None, t
     folder.start(plain | (config or {}), [f"task={task}", "seed=0"], {})
     folder.finish(task, result, seconds=235.6)
     return folder
+
+
+NAMES = (HOSTILE, "כלב", "two\nlines", "\u202eevil", "x" * 300, "👩\u200d🌾", "\udcff", "$x$")
+
+
+def classified(path: Path, names: tuple[str, ...] | None) -> RunFolder:
+    """A run that took 8 · (row + 1) + column images of each class of eight for each other."""
+    result = Result()
+    result.add_confusion(8 * np.arange(1, 9)[:, None] + np.arange(8), names)
+    return finished(path, result, task="evaluate")

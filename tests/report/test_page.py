@@ -25,8 +25,7 @@ from igpt.report.sweep_report import write_comparison as sweep_page
 from igpt.run.launch import launch
 from igpt.utils import files
 from tests.configs import CONF
-from tests.report.records import HOSTILE, LINKING, Page, finished, loss, made
-from tests.report.test_page_pictures import NAMES, classified
+from tests.report.records import HOSTILE, LINKING, NAMES, Page, classified, finished, loss, made
 
 WEB = Path(page_module.__file__).parent / "web"
 

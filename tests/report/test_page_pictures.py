@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from igpt.metric.result import Grid, Result
-from igpt.report.folder import RunFolder
 from igpt.report.page import render_page
 from igpt.report.pictures import Picture, embed
-from tests.report.records import HOSTILE, Page, finished
+from tests.report.records import HOSTILE, NAMES, Page, classified, finished
 
 
 def noise(path: Path, side: int) -> Path:
@@ -21,16 +20,6 @@ def noise(path: Path, side: int) -> Path:
     pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, compress_level=0)
     return path
-
-
-NAMES = (HOSTILE, "כלב", "two\nlines", "\u202eevil", "x" * 300, "👩\u200d🌾", "\udcff", "$x$")
-
-
-def classified(path: Path, names: tuple[str, ...] | None) -> RunFolder:
-    """A run that took 8 · (row + 1) + column images of each class of eight for each other."""
-    result = Result()
-    result.add_confusion(8 * np.arange(1, 9)[:, None] + np.arange(8), names)
-    return finished(path, result, task="evaluate")
 
 
 def test_cells_of_a_confusion_matrix_have_names(tmp_path: Path) -> None:
