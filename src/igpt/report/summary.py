@@ -88,13 +88,13 @@ class Summary:
     def key(self) -> str:
         """The key to the uncertainties in `table`; "" if there are none."""
         numbers = [number for row in self.rows for number in (row.number, *map(row.average, self.columns)) if number]
-        key = describe_uncertainty(map(self.shown, numbers))
+        key = describe_uncertainty(map(self.with_interval, numbers))
         if self.reference is None:
             return key
         welch = f"difference: from {self.reference.name}, with the 95 % interval of Welch's t, for each row by itself"
         return f"{key}; {welch}; {WITHIN}: the interval holds 0"
 
-    def shown(self, number: Number) -> Number:
+    def with_interval(self, number: Number) -> Number:
         """A mean as `table` shows it: beside further columns with its interval, in place of the deviation."""
         if not (self.columns or self.reference) or number.deviation is None:
             return number

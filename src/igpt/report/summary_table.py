@@ -36,7 +36,7 @@ def tabulate_summary(result: Summary) -> list[tuple[str, ...]]:
         cells = [row.name]
         for name in units:
             number = row.number if name == result.metric else row.average(name)
-            cells.append("–" if number is None else format_measured(result.shown(number)))
+            cells.append("–" if number is None else format_measured(result.with_interval(number)))
             if _has_difference(result, name):
                 difference = result.differ(row, name)
                 cells.append("reference" if row is result.reference else "–" if difference is None else difference.text)

@@ -150,7 +150,7 @@ class PretrainModule(TrainedModule):
         assert self.net is not None
         self.score.add(self.net, batch)
         if self.average is not None:
-            with self.average.applied(self.net):
+            with self.average.average_parameters(self.net):
                 self.score_of_average.add(self.net, batch)
 
     def on_validation_epoch_end(self) -> None:
