@@ -48,7 +48,7 @@ def rows(t: int, d: int, precision: str, device: str) -> dict[str, machine.Run]:
         out.backward(along)
         return out.detach().float()
 
-    return {way: machine.timed(lambda way=way: both(way)) for way in ways(device)}
+    return {way: machine.with_timer(lambda way=way: both(way)) for way in ways(device)}
 
 
 Attend = Callable[[torch.Tensor], torch.Tensor]
@@ -109,8 +109,8 @@ def run_patterns(sides: Sequence[int], rounds: int, device: str) -> list[dict[st
             return torch.stack(outputs)
 
         ways = pattern_ways(side, device)
-        times = machine.interleaved(
-            {name: machine.timed(lambda layers=layers: both(layers)) for name, (layers, _) in ways.items()}, rounds
+        times = machine.time_in_turns(
+            {name: machine.with_timer(lambda layers=layers: both(layers)) for name, (layers, _) in ways.items()}, rounds
         )
         saved = {
             name: statistics.mean(count_saved_bytes(layer, qkv) for layer in layers) / 2**20
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             products = "medium" if precision == machine.medium(device) else "highest"
             for d in args.heads:
                 with float32_matmul_precision(products):
-                    times = machine.interleaved(rows(t, d, precision, device), args.rounds, warm_up=2)
+                    times = machine.time_in_turns(rows(t, d, precision, device), args.rounds, warm_up=2)
                 machine.agree("the output", times, lambda _, p=precision: WITHIN[p])
                 cells.append(" / ".join(f"{1e3 * row.median:.1f}" for row in times.values()))
                 report["shapes"].append({"t": t, "d": d, "precision": precision, "rows": times})

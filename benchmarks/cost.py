@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             name = f"{n_ctx} tokens, width {width}"
             rows[name], counts[name] = make_step(net, tokens, label), batch * n_ctx
             flops[name] = train_flops_per_image(GPTConfig(**sizes)) / n_ctx
-        times = machine.interleaved(rows, args.rounds)
+        times = machine.time_in_turns(rows, args.rounds)
         first = next(iter(rows))
         base = times[first].median / counts[first]
         print(f"\n{title}\n| | tokens/s | min – max | expected | of the peak |\n|---|---|---|---|---|")

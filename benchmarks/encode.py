@@ -82,7 +82,7 @@ def encoding(pixels: np.ndarray, palette: Palette, cache: Path, rounds: int) -> 
         "igpt, each colour once": once_a_colour,
         "igpt, table on disk": lambda: with_table(batch),
     }
-    times = machine.interleaved({name: machine.timed(run) for name, run in rows.items()}, rounds)
+    times = machine.time_in_turns({name: machine.with_timer(run) for name, run in rows.items()}, rounds)
     points, centres = batch.double() / 127.5 - 1, torch.from_numpy(palette.centres).double()
     for name, row in times.items():
         ids = torch.as_tensor(row.result).reshape(exact.shape).to(exact.dtype)
@@ -117,7 +117,7 @@ def clustering(pixels: np.ndarray, k: int, n: int, rounds: int) -> dict[str, mac
         ),
         "igpt, distinct colours": lambda: fit_palette(flat, k=k, iterations=60, restarts=1, seed=0).centres,
     }
-    times = machine.interleaved({name: machine.timed(run) for name, run in rows.items()}, rounds, warm_up=0)
+    times = machine.time_in_turns({name: machine.with_timer(run) for name, run in rows.items()}, rounds, warm_up=0)
     for row in times.values():
         row.result = inertia(row.result)
     print(f"\nk-means, {len(flat):,} pixels, {len(np.unique(flat, axis=0)):,} colours, k {k}")

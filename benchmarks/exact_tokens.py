@@ -61,7 +61,7 @@ def measure(tokenizer: VQVAETokenizer, pixels: Tensor, rounds: int) -> dict[str,
                 for some in pixels.split(8):
                     run(some)
 
-        return machine.timed(call)
+        return machine.with_timer(call)
 
     vectors = single.encoder(scale_pixels(pixels)).permute(0, 2, 3, 1).flatten(0, 2)
     per_image = len(vectors) // len(pixels)
@@ -71,9 +71,9 @@ def measure(tokenizer: VQVAETokenizer, pixels: Tensor, rounds: int) -> dict[str,
         "of these, nearest in float32": by_eight(
             lambda some: nearest_codes(vectors[: per_image * len(some)], single.quantizer.codebook)
         ),
-        TWO: machine.timed(lambda: double.encoder(scale_pixels(pixels[:2], torch.float64))),
+        TWO: machine.with_timer(lambda: double.encoder(scale_pixels(pixels[:2], torch.float64))),
     }
-    return machine.interleaved(rows, rounds)
+    return machine.time_in_turns(rows, rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

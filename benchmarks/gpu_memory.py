@@ -34,7 +34,7 @@ def train_and_weigh(network: GPTConfig, images: int, precision: str, recompute: 
     step(tokens)  # Adam's moments are there from the second on
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds, loss = machine.timed(lambda: step(tokens).item())()
+    seconds, loss = machine.with_timer(lambda: step(tokens).item())()
     return {
         "images": images, "precision": precision, "recompute": recompute, "seconds": seconds, "loss": loss,
         "weights": sum(weight.numel() for weight in step.net.parameters()),

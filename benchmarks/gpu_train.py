@@ -151,7 +151,7 @@ def measure_step(
     tokens, failed = fill_card(step, 3)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    run = machine.timed(lambda: [step(tokens) for _ in range(in_row)][-1].item())
+    run = machine.with_timer(lambda: [step(tokens) for _ in range(in_row)][-1].item())
     times = [run()[0] / in_row for _ in range(rounds)]
     images, median = len(tokens), statistics.median(times)
     return {
@@ -187,7 +187,7 @@ def profile_step(seconds: float, size: str, way: str, device: str, folder: Path,
     tokens, _ = fill_card(step, 3)
     activities = [ProfilerActivity.CPU] if device == "cpu" else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with profile(activities=activities) as profiler:
-        seconds_taken, _ = machine.timed(lambda: [step(tokens) for _ in range(steps)][-1].item())()
+        seconds_taken, _ = machine.with_timer(lambda: [step(tokens) for _ in range(steps)][-1].item())()
     times = select_times(profiler.key_averages(), device)
     shares = dict.fromkeys((*KINDS, REST), 0.0)
     for name, microseconds in times.items():

@@ -46,7 +46,7 @@ def make(place: Path, model: str, n_shard: int) -> None:
     print(f"{model}: {sum(map(prod, wanted.values())):,} weights in {n_shard} shards", flush=True)
 
 
-def measured(place: Path, *arguments: str) -> tuple[float, float]:
+def measure_command(place: Path, *arguments: str) -> tuple[float, float]:
     """Seconds and peak resident bytes of one command."""
     start = time.perf_counter()
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
@@ -78,7 +78,9 @@ def main() -> None:
         ):
             run = next((str(path) for path in (place / "a").glob("*")), "")
             hf = next((str(path) for path in (place / "b").glob("*/huggingface")), "")
-            seconds, peak = measured(place, *(a.replace("=RUN", f"={run}").replace("=HF", f"={hf}") for a in arguments))
+            seconds, peak = measure_command(
+                place, *(a.replace("=RUN", f"={run}").replace("=HF", f"={hf}") for a in arguments)
+            )
             rows.append({"what": what, "seconds": seconds, "peak_bytes": peak, "of_file": peak / size})
             print(
                 f"{what:22} {seconds:7.1f} s  peak {peak / 2**30:5.2f} GiB = {peak / size:.2f} × the file", flush=True

@@ -130,7 +130,7 @@ class Timed:
 Run = Callable[[], tuple[float, Any]]  # seconds, result
 
 
-def interleaved(rows: Mapping[str, Run], rounds: int, *, warm_up: int = 1) -> dict[str, Timed]:
+def time_in_turns(rows: Mapping[str, Run], rounds: int, *, warm_up: int = 1) -> dict[str, Timed]:
     """Every row, each round one of each, in turn; the first rounds are a warm-up for all."""
     times = {name: Timed() for name in rows}
     for i in range(rounds + warm_up):
@@ -201,7 +201,7 @@ def first_line(error: BaseException) -> str:
 def take_turns(
     sides: Sequence[tuple[Any, ...]], rounds: int, *, warm_up: int = 1, alone: bool | None = None
 ) -> dict[str, Timed]:
-    """Rows of all sides, each (make, *arguments), as `interleaved`.
+    """Rows of all sides, each (make, *arguments), as `time_in_turns`.
 
     `alone`: one side lives at a time and does all its rounds, as on a GPU, whose memory they could not share.
     """
@@ -211,13 +211,13 @@ def take_turns(
     for group in [[side] for side in sides] if alone else [list(sides)]:
         living = [Side(*side) for side in group]
         rows = {name: run for side in living for name, run in side.rows().items()}
-        times |= interleaved(rows, rounds, warm_up=warm_up)
+        times |= time_in_turns(rows, rounds, warm_up=warm_up)
         for side in living:
             side.close()
     return times
 
 
-def timed(run: Callable[[], Any]) -> Run:
+def with_timer(run: Callable[[], Any]) -> Run:
     """What calls something and returns the seconds it took, with a GPU's work done, and what it returned."""
 
     def call() -> tuple[float, Any]:

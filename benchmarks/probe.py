@@ -53,7 +53,7 @@ def features(size: str, images: int, rounds: int) -> dict[str, machine.Timed]:
             return hf_features()
 
     rows = {"igpt": igpt_features, "hf as shipped": hf_features, "hf with our matrix products": hf_features_medium}
-    times = machine.interleaved({name: machine.timed(run) for name, run in rows.items()}, rounds)
+    times = machine.time_in_turns({name: machine.with_timer(run) for name, run in rows.items()}, rounds)
     machine.agree("features", times, lambda _: 1e-4)
     return times
 
@@ -106,7 +106,7 @@ def fits(x: Tensor, y: Tensor, strength: float, rounds: int) -> dict[str, machin
             rows[name] = (lambda dtype=dtype, tol=tol: sklearn(x, dtype, tol)), theirs_above
         if near:
             break
-    times = machine.interleaved({name: machine.timed(run) for name, (run, _) in rows.items()}, rounds)
+    times = machine.time_in_turns({name: machine.with_timer(run) for name, (run, _) in rows.items()}, rounds)
     for name, (_, measure) in rows.items():
         times[name].result = measure(times[name].result)
     return times

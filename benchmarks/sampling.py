@@ -139,7 +139,7 @@ def name_way(net: GPT, way: str) -> str:
 
 
 def run_cut(samples: Callable[[], Tensor]) -> machine.Run:
-    return machine.timed(lambda: samples()[:, :GREEDY].cpu())
+    return machine.with_timer(lambda: samples()[:, :GREEDY].cpu())
 
 
 def run_at(precision: str, device: str, samples: Callable[[], Tensor]) -> machine.Run:
@@ -149,7 +149,7 @@ def run_at(precision: str, device: str, samples: Callable[[], Tensor]) -> machin
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             return tuple(samples().shape)
 
-    return machine.timed(run)
+    return machine.with_timer(run)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

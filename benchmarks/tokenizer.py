@@ -56,7 +56,7 @@ class Watch(L.Callback):
     """The time at the end of every step, and the losses of the untimed ones."""
 
     def __init__(self) -> None:
-        self.times: list[float] = []
+        self.step_times: list[float] = []
         self.losses: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
@@ -64,7 +64,7 @@ class Watch(L.Callback):
             self.losses.append(outputs["loss"].item())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
+        self.step_times.append(time.perf_counter())
 
 
 class Training:
@@ -92,7 +92,7 @@ class Training:
             saving = Checkpoints(Path(folder), self.settings, module.guard, keep=1, val_every=0, monitor="val/psnr")
             runner = Runner(machine=self.hardware, folder=Path(folder), callbacks=[watch])
             runner.fit(module, data, self.settings, saving)
-        return (watch.times[-1] - watch.times[UNTIMED - 1]) / (len(watch.times) - UNTIMED), watch.losses
+        return (watch.step_times[-1] - watch.step_times[UNTIMED - 1]) / (len(watch.step_times) - UNTIMED), watch.losses
 
     def run_plain(self) -> tuple[float, list[float]]:
         """The same, of a plain loop."""
@@ -152,7 +152,7 @@ def encode(training: Training, n: int) -> machine.Run:
     def run() -> Tensor:
         return tokenizer.encode(pixels)
 
-    return machine.timed(run)
+    return machine.with_timer(run)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"trainer.precision={'bf16-mixed' if label == 'bf16' else '32-true'}", conf=CONF,
         )  # fmt: skip
         training = Training(components, images)
-        times = machine.interleaved(
+        times = machine.time_in_turns(
             {"plain loop": training.run_plain, "task=tokenizer": training.run_task}, args.rounds
         )
         machine.agree("the loss", times, lambda name, label=label: AGREE[label])
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"{label}, {args.batch} crops of {args.crop} pixels, {args.codes} codes:")
         print("\n".join(machine.table(times, unit=lambda s: f"{args.batch / s:,.0f} images/s", against="plain loop")))
     n = min(IMAGES, 32)
-    times = machine.interleaved({"encoding": encode(training, n)}, args.rounds)
+    times = machine.time_in_turns({"encoding": encode(training, n)}, args.rounds)
     rates["encoding"] = n / times["encoding"].median
     print("\n".join(machine.table(times, unit=lambda s: f"{n / s:,.0f} images/s", against="encoding")))
     machine.write(args.out, report)

@@ -52,7 +52,7 @@ def make_step(net: nn.Module, tokens: Tensor, label: str) -> machine.Run:
     def run() -> tuple[float, Any]:
         with float32_matmul_precision("medium" if label == machine.medium(device) else "highest"):
             step()  # the step before the timed one brings this row's data back into the caches
-            seconds, _ = machine.timed(step)()
+            seconds, _ = machine.with_timer(step)()
         return seconds, first
 
     return run

@@ -58,7 +58,7 @@ def make_step(network: GPTConfig, tokens: torch.Tensor, *, half: bool, compiled:
         optimizer.zero_grad()
         return loss.detach()
 
-    return machine.timed(step)
+    return machine.with_timer(step)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             name: make_step(network, tokens, half=not args.float32, compiled=not args.eager)
             for name, network in networks.items()
         }
-        times = machine.interleaved(rows, args.rounds, warm_up=3)
+        times = machine.time_in_turns(rows, args.rounds, warm_up=3)
     print(f"{machine.about()}\n| variant | ms a step (least – most) | of the paper's | its operations |")
     print("|---|---|---|---|")
     of_paper = train_flops_per_image(networks[PAPER])

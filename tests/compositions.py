@@ -4,6 +4,7 @@ import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,13 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from igpt.run.arguments import complete_overrides
 from igpt.utils.program import find_conf
+
+
+def check_overrides(overrides: list[str], folders: list[Path]) -> DictConfig:
+    """The resolved config of these overrides. Raises ValueError as `complete_overrides`."""
+    return complete_overrides(overrides, folders)[1]
 
 
 @contextmanager

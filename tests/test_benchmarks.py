@@ -429,3 +429,17 @@ def test_steps_of_variants(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(rows) == ["paper", "axial", "swiglu"]
     assert len({float(row["rows"].result) for row in rows.values()}) == 3
     assert "| axial |" in capsys.readouterr().out
+
+
+SOURCE = '"""What it is.\n\nMore.\n"""\n\nX = """a\n\nb"""  # one\n\n\ndef f():\n    "What."\n    # why\n    return X\n'
+
+
+def test_counted_lines_of_source() -> None:
+    """By hand: X's three lines, def and return; every file of src/ lies in an area."""
+    import count_lines
+
+    assert count_lines.count_code_lines(SOURCE) == 5
+    counts = count_lines.count_by_area(None)
+    assert counts["files of all"] == sum(counts[f"files of {area}"] for area in count_lines.AREAS) > 200
+    with pytest.raises(ValueError, match=r"part\.py is in no area: add new to AREAS"):
+        count_lines.find_area("src/igpt/new/part.py")

@@ -86,3 +86,9 @@ def test_a_file_name_is_used_once() -> None:
 def test_utils_is_closed() -> None:
     """Invariant: what fits nowhere else does not go there."""
     assert {path.stem for path in list_modules("utils")} == {"__init__", "keyed", "files", "overrides", "program"}
+
+
+def test_files_are_short() -> None:
+    """Invariant: no file of src/ or benchmarks/ has more than 300 lines; where there are more, there are two ideas."""
+    paths = [*SRC.parent.rglob("*.py"), *(SRC.parents[1] / "benchmarks").glob("*.py")]
+    assert {path.name: n for path in paths if (n := len(path.read_text().splitlines())) > 300} == {}

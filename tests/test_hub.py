@@ -17,7 +17,7 @@ from igpt.data.crop import evaluation_crop
 from igpt.hub import default_crop
 from igpt.model.features import layer_features
 from igpt.run.launch import build_components
-from tests.test_conf import CONF
+from tests.configs import CONF
 
 
 @pytest.fixture(scope="module")

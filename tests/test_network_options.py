@@ -21,9 +21,9 @@ from igpt.run import launch as launching
 from igpt.run.components import Components
 from igpt.run.run_config import RunConfig
 from igpt.training.plan import plan_run
+from tests.configs import CONF, save_small
 from tests.conftest import perturbed
 from tests.model.test_options import OPTIONS
-from tests.test_conf import CONF, save_small
 
 SIZES = sorted(path.stem for path in (CONF / "model").glob("igpt_*.yaml"))
 MIXED = (

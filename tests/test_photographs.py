@@ -13,9 +13,9 @@ from igpt.metric.result import Result
 from igpt.report.folder import RunFolder
 from igpt.run.launch import launch
 from igpt.run.run_dir import find_run_dir
+from tests.configs import CONF, built
 from tests.conftest import TINY
 from tests.data.conftest import class_folders, encoded, parquet_shards, photo, tar_shards
-from tests.test_conf import CONF, built
 from tests.tokens.test_palette import random_palette
 
 SMALL = (

@@ -119,7 +119,7 @@ def test_faults_are_spread_over_kinds_of_operations(library: Path, monkeypatch: 
 
 def test_what_is_lost_is_found(tmp_path: Path) -> None:
     """Of checkpoints: one without its checksum is none; one that was written, and is gone, is a violation."""
-    import reliability
+    import reliability_checks
     from fault_injection import Operation, ProcessResult
 
     folder = tmp_path / "runs" / "pretrain-1" / "checkpoints"
@@ -128,14 +128,14 @@ def test_what_is_lost_is_found(tmp_path: Path) -> None:
         (folder / f"step_{step:07d}.ckpt").write_bytes(content)
     (folder / "step_0000002.sha256").write_text(hashlib.sha256(b"two").hexdigest() + "\n")
     (folder / "step_0000004.sha256").write_text(hashlib.sha256(b"fou").hexdigest() + "\n")
-    assert reliability.find_steps(tmp_path) == {"pretrain-1": 2}
+    assert reliability_checks.find_steps(tmp_path) == {"pretrain-1": 2}
     at = [
         Operation(0, number, "rename", f"runs/pretrain-1/checkpoints/step_{step:07d}.sha256")
         for number, step in enumerate((2, 4), 1)
     ]
     before, after = (ProcessResult(-9, "", at, hit) for hit in (at[1], None))
-    assert reliability.check_killed(before, tmp_path) == []
-    assert reliability.check_killed(after, tmp_path) == ["the checkpoint of step 4 was written and is gone"]
+    assert reliability_checks.check_killed(before, tmp_path) == []
+    assert reliability_checks.check_killed(after, tmp_path) == ["the checkpoint of step 4 was written and is gone"]
 
 
 @pytest.mark.parametrize(
@@ -151,13 +151,13 @@ def test_what_is_lost_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_how_errors_end(tmp_path: Path, code: int, text: str, path: str, expected: tuple[str, list[str]]) -> None:
-    import reliability
+    import reliability_checks
     from fault_injection import Fault, Operation, ProcessResult
 
-    baseline = reliability.Baseline("pretrain", tmp_path, [], "step 4/6: 2.4", {})
+    baseline = reliability_checks.Baseline("pretrain", tmp_path, [], "step 4/6: 2.4", {})
     at, later = Operation(0, 1, "write", path), Operation(0, 2, "write", "runs/a/checkpoints/.latest.abcdefgh.part")
     result = ProcessResult(code, text, [at, later], at)
-    how, problems = reliability.check_failed(result, baseline, tmp_path, Fault(0, 1, "ENOSPC"))
+    how, problems = reliability_checks.check_failed(result, baseline, tmp_path, Fault(0, 1, "ENOSPC"))
     assert (how, [problem.partition(":")[0] for problem in problems]) == expected
 
 

@@ -61,7 +61,7 @@ GONE = {
     "n_colour": "palette_size",
     "checkpoint_in_pieces": "sharded_checkpoint",
 }
-# common words that name no function, class, method, attribute or constant of src/igpt
+# common words that name no function, class, method, attribute or constant of src/ and benchmarks/
 UNDEFINED = {
     "alone", "factory", "image_nats", "Build", "Origin", "together", "put", "products", "stepping",
     "growing", "prompted", "residuals",
@@ -69,7 +69,9 @@ UNDEFINED = {
     "validated", "_expect", "gathered", "joined", "heard", "listening", "sums", "fold", "concat", "untrained", "needs",
     "scheduled", "checkpoint_in_pieces", "stated", "found_compiler", "trained", "planned", "held", "kept", "hashed",
     "opened", "listed", "converted", "exported", "downloaded", "thinned", "embedded", "shortened", "grouped", "shifted",
-    "verified", "pooled", "reserved",
+    "verified", "pooled", "reserved", "Found", "needed", "room", "inputs",
+    "stacked", "turned", "resized", "_bracketed", "_rounded", "_counted", "timed", "interleaved", "applied",
+    "shown", "passed", "_naming",
 }  # fmt: skip
 # a setting's old name, as it would be written on the command line or in a message → its new one
 SETTINGS = {
@@ -147,7 +149,7 @@ def test_no_definition_by_a_participle() -> None:
     """Invariant: what is defined is not called by a word of the dialect that a variable may well have."""
     left = {
         f"{path.relative_to(ROOT)}:{line}: {name}"
-        for path, source in read_sources("src")
+        for path, source in read_sources("src", "benchmarks")
         for name, line in list_definitions(source)
         if name in UNDEFINED
     }

@@ -14,8 +14,8 @@ from wandb_workspaces.workspaces import Workspace
 from igpt.app import dashboard
 from igpt.app.dashboard import SECTIONS, build_spec, list_panels, run
 from igpt.settings.reading import DashboardSettings
+from tests.configs import built
 from tests.conftest import ROOT
-from tests.test_conf import built
 
 PANELS = [spec for specs in SECTIONS.values() for spec in specs]
 KEYS = {key for spec in PANELS for key in spec.keys}

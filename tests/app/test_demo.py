@@ -40,8 +40,8 @@ from igpt.task import complete
 from igpt.task.complete import HIDDEN
 from igpt.task.feature_reader import FeatureReader
 from igpt.training.trainer import Runner
+from tests.configs import CONF, built, save_small
 from tests.data.conftest import claimed_png, encoded, photo
-from tests.test_conf import CONF, built, save_small
 
 LAYERS = 3  # of save_small's network
 

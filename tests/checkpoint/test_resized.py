@@ -22,8 +22,8 @@ from igpt.tokens.patches import PatchTokenizer
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.rgb import RGBTokenizer
 from igpt.tokens.tokenizer import TokenGrid
+from tests.configs import save_small
 from tests.conftest import ROOT, perturbed
-from tests.test_conf import save_small
 
 SIZES: dict[str, Any] = {"n_layer": 2, "n_embd": 24, "n_head": 3, "causal": True}
 PALETTE = Palette(np.linspace(-1, 1, 51, dtype=np.float32).reshape(17, 3))

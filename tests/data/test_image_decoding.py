@@ -22,7 +22,7 @@ from igpt.data.image_decoding import (
     read_image_file,
     upright_size,
 )
-from tests.data.conftest import claimed_png, encoded, photo
+from tests.data.conftest import claimed_png, encoded, photo, png_chunk
 
 
 def read(data: bytes) -> np.ndarray:
@@ -54,11 +54,7 @@ def png_of_16_bits(levels: list[int], colour_type: int, clear: bytes = b"") -> b
     header = struct.pack(">IIBBBBB", len(levels) // n, 1, 16, colour_type, 0, 0, 0)
     pixels = zlib.compress(b"\0" + struct.pack(f">{len(levels)}H", *levels))
     chunks = [(b"IHDR", header), *([(b"tRNS", clear)] if clear else []), (b"IDAT", pixels), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(kind, content) for kind, content in chunks)
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(kind, content) for kind, content in chunks)
 
 
 def test_the_clear_level_of_sixteen_bit_grey_is_white() -> None:
@@ -301,9 +297,9 @@ def test_chunks_of_a_png_that_are_damaged_or_unpack_to_much() -> None:
         (b"iCCP", b"x\0\0notzlib"),
         (b"eXIf", bytes(range(60))),
     ):
-        data = body[:place] + chunk(kind, content) + body[place:]
+        data = body[:place] + png_chunk(kind, content) + body[place:]
         assert np.array_equal(read(data), np.asarray(photo(6)))
-    bad_sum = body[:place] + chunk(b"tEXt", b"a\0b")[:-4] + bytes(4) + body[place:]
+    bad_sum = body[:place] + png_chunk(b"tEXt", b"a\0b")[:-4] + bytes(4) + body[place:]
     assert np.array_equal(read(bad_sum), np.asarray(photo(6)))
     for cut in (place + 20, len(body) // 2, len(body) - 40):
         with pytest.raises(BadImageError, match="damaged or cut short"):

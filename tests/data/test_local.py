@@ -1,11 +1,8 @@
 """What is read of a folder and what is not, one case each; `test_layouts.py` makes up more."""
 
-import hashlib
-import io
 import json
 import logging
 import os
-import resource
 import shutil
 import tarfile
 from collections.abc import Sequence
@@ -14,36 +11,17 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from igpt.data import parquet_files
 from igpt.data.image_decoding import BadImageError
-from igpt.data.images import Images
 from igpt.data.listing import hash_files, list_files
 from igpt.data.shards import BadShardError, expand_shard_path
 from igpt.data.stream import ImageStream
-from igpt.tokens.openai_npy import OpenAITokens
-from tests.data.conftest import Shop, class_folders, encoded, photo
+from tests.data.conftest import Shop, class_folders
+from tests.data.local_files import everything, labels, write
 from tests.data.test_images import row, stored
-from tests.tokens.test_palette import random_palette
-
-
-def everything(source: Images) -> dict[str, int]:
-    return {name: len(source.split(name)) for name in ("train", "val", "test")}
-
-
-def labels(source: Images, split: str = "train") -> list[int]:
-    return source.split(split).labels.tolist()
-
-
-def write(path: Path, *, seed: int = 0) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    photo(seed, 8, 8).save(path)
-    return path
-
 
 # Splits and classes.
 
@@ -302,33 +280,6 @@ def test_metadata_and_class_folders(images: Shop, tmp_path: Path) -> None:
 # What a file may not do.
 
 
-def cells(path: Path, of: Sequence[Any]) -> Path:
-    """A parquet file whose images are other files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"image": [{"bytes": None, "path": cell} for cell in of]}), path)
-    return path
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_paths_in_cells_lead_nowhere_else(images: Shop, tmp_path: Path, streaming: bool) -> None:
-    """A private picture, a device and a pipe that cells name are not opened; a file below the folder is."""
-    private = write(tmp_path / "private.png", seed=1)
-    root = tmp_path / "data"
-    write(root / "mine.png", seed=2)
-    os.mkfifo(root / "pipe.png")
-    (root / "out.png").symlink_to(private)
-    bad = [str(private), "../private.png", "/dev/zero", "pipe.png", "out.png", "a/../../private.png", "x\0y"]
-    for i, cell in enumerate([*bad, "mine.png"]):
-        cells(root / f"train-{i}.parquet", [cell])
-    source = images(root, val_fraction=0.0, on_corrupt="skip", streaming=streaming)
-    split = source.split("train")
-    assert len(split) == 1
-    assert np.array_equal(split.read([0], [0]).pixels[0], np.asarray(photo(2, 8, 8)))
-    with pytest.raises(BadImageError, match=r"names the file '.*private\.png', which is no file below"):
-        strict = images(cells(tmp_path / "one" / "x.parquet", [str(private)]), val_fraction=0.0, streaming=streaming)
-        strict.split("train").read([0], [0])
-
-
 def test_a_readme_names_no_files(images: Shop, tmp_path: Path) -> None:
     """The front matter of a README.md beside parquet files, which `datasets` would follow."""
     stored(tmp_path / "other" / "train.parquet", [row(7, 0)] * 3)
@@ -353,66 +304,6 @@ def test_a_saved_dataset_names_no_other_files(images: Shop, tmp_path: Path) -> N
             images(tmp_path / "mine")
 
 
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
-@pytest.fixture
-def bounded_memory() -> Any:
-    """Two gigabytes more than now, for this process: asking for more is a MemoryError."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + (2 << 30), before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc to bound this process's memory")
-@pytest.mark.parametrize("streaming", [False, True])
-def test_tar_members_that_claim_much(images: Shop, tmp_path: Path, streaming: bool, bounded_memory: Any) -> None:
-    """A sparse member of 20 GB, a `.gz`, a header that claims 3 GB: good images beside them are read."""
-    sparse = tarfile.TarInfo("1.png")
-    sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 0
-    head = bytearray(sparse.tobuf(tarfile.GNU_FORMAT))
-    head[483:495] = b"\x80" + (20_000_000_000).to_bytes(11, "big")  # the size it has unpacked
-    head[148:156] = b" " * 8
-    head[148:156] = b"%06o\0 " % sum(head)
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        add(tar, "0.png", encoded(photo(0, 8, 8), "PNG"))
-        tar.fileobj.write(bytes(head))
-        tar.offset += len(head)
-        add(tar, "2.jpg.gz", b"\x1f\x8b" + bytes(1000))
-        add(tar, "3.png", encoded(photo(3, 8, 8), "PNG"))
-    settings = {"val_fraction": 0.0, "image_column": ["png", "jpg"], "streaming": streaming}
-    split = images(tmp_path / "a.tar", on_corrupt="skip", **settings).split("train")
-    found = {pixels.tobytes() for pixels in split.read(range(len(split)), [0] * len(split)).pixels}
-    assert found == {np.asarray(photo(seed, 8, 8)).tobytes() for seed in (0, 3)}
-
-    long = tarfile.TarInfo("././@LongLink")
-    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 3 << 30
-    with (tmp_path / "b.tar").open("wb") as file:
-        file.write(long.tobuf(tarfile.GNU_FORMAT))
-        file.truncate(4 << 30)  # a hole: nothing of it lies on the disk
-    with pytest.raises(BadShardError, match="a header claims 3,221,225,472 bytes"):
-        images(tmp_path / "b.tar", **settings).split("train")
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc to bound this process's memory")
-@pytest.mark.parametrize("streaming", [False, True])
-def test_parquet_that_unpacks_to_much(images: Shop, tmp_path: Path, streaming: bool, bounded_memory: Any) -> None:
-    """Some kB whose 2,000 cells share 8 MB of one dictionary: never all at once in memory, and not all on the disk."""
-    column = pa.DictionaryArray.from_arrays(pa.array([0] * 2000, pa.int32()), pa.array([bytes(8 << 20)]))
-    pq.write_table(
-        pa.table({"image": column}), tmp_path / "x.parquet", compression="zstd", dictionary_pagesize_limit=1 << 30
-    )
-    assert (tmp_path / "x.parquet").stat().st_size < 1 << 20
-    message = "no image" if streaming else "unpacks to more than 100 times its size"
-    with pytest.raises(ValueError, match=message):
-        images(tmp_path / "x.parquet", val_fraction=0.0, streaming=streaming).split("train")
-
-
 @pytest.mark.parametrize("name", ["x.parquet", "x.tar", "x.png", "metadata.csv"])
 def test_a_pipe_is_no_file(images: Shop, tmp_path: Path, name: str) -> None:
     """A named pipe, from which a read would wait for ever, under every kind of name."""
@@ -426,103 +317,7 @@ def test_a_pipe_is_no_file(images: Shop, tmp_path: Path, name: str) -> None:
         images(tmp_path, val_fraction=0.0).split("train").read([1], [0])
 
 
-# As before.
-
-ILSVRC = {
-    "short_side": [256, 384],
-    "eval_short_side": 224,
-    "size": 224,
-    "filter": "bilinear",
-    "resize": "twice",
-    "draft": 3,
-}
-OF_SHARED = {
-    "cifar10-jpeg": ({"resolution": 32, "n_class": 10, "val_fraction": 0.1}, 50,
-                     {"train": "9393fb47ad6ffa3d", "val": "5853cea885464d5f", "test": "605e02c7d6c54929"}),
-    "cifar100-sample": ({"resolution": 32, "n_class": 100, "label_column": ["fine_label"], "val_fraction": 0.1}, 1,
-                        {"train": "7aaaebd4f71df64e", "val": "64d6d944eda2eec4", "test": "8968366cf4d9a110"}),
-    "imagenet-sample": ({"resolution": 32, "n_class": 1000, "classes": "imagenet", "val_fraction": 0.04, "crop": ILSVRC,
-                         "splits": {"train": ["train"], "val": [], "test": ["validation"]}}, 8,
-                        {"train": "4dcb9afa81ef839b", "val": "63fffc4695a60c50", "test": "74cb49ea02f79144"}),
-}  # fmt: skip
-
-
-def hash_split(split: Any, step: int = 1) -> str:
-    rows = range(0, len(split), step)
-    pixels, labels = split.read(rows, [0] * len(rows))
-    return hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest()[:16]
-
-
-@pytest.mark.parametrize("name", list(OF_SHARED))
-def test_known_datasets_are_read_as_before(images: Shop, shared: Path, name: str) -> None:
-    """Independent source: hashes of pixels and labels as Hugging Face's loaders of folders and parquet gave them."""
-    settings, step, digests = OF_SHARED[name]
-    source = images(shared / "data" / name, **settings)
-    assert {split: hash_split(source.split(split), step) for split in digests} == digests
-
-
-def test_stl10s_layout_is_read_as_before(images: Shop, tmp_path: Path) -> None:
-    for name, count in (("train", 12), ("test", 5), ("unlabeled", 3)):
-        rows = [row(i, i % 10, (96, 96)) for i in range(count)]
-        stored(tmp_path / "data" / f"{name}-00000-of-00001.parquet", rows, names=[f"class {c}" for c in range(10)])
-    source = images(tmp_path / "data", resolution=32, n_class=10)
-    digests = [hash_split(source.split(name)) for name in ("train", "val", "test")]
-    assert digests == ["95698c8ed52c3fc7", "9d3931dca8cae1af", "4679d74b34a321a5"]
-
-
-@pytest.mark.parametrize(("name", "digest"), [("ar", "a46071737e6a0f4f"), ("bert", "7b7bd7c3341293ce")])
-def test_the_oracles_tokens_are_read_as_before(shared: Path, tmp_path: Path, name: str, digest: str) -> None:
-    reference = np.load(shared / "oracles" / f"openai-{name}" / "reference.npz")
-    random_palette(16).save(tmp_path / "colours.npy")
-    np.save(tmp_path / "o_vaX.npy", reference["tokens"])
-    np.save(tmp_path / "o_vaY.npy", np.eye(reference["labels"].max() + 1, dtype=np.float32)[reference["labels"]])
-    source = OpenAITokens(name="o", resolution=8, path=str(tmp_path), clusters=str(tmp_path / "colours.npy"))
-    assert hash_split(source.split("val")) == digest
-
-
 # What went wrong once.
-
-
-def write_tar(path: Path, members: Sequence[tuple[str, bytes | str]]) -> Path:
-    """A tar file of these members; a text is where a link leads."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            if isinstance(content, bytes):
-                add(tar, name, content)
-                continue
-            link = tarfile.TarInfo(name)
-            link.type, link.linkname = tarfile.LNKTYPE if name.endswith("h.png") else tarfile.SYMTYPE, content
-            tar.addfile(link)
-    return path
-
-
-def png(seed: int) -> bytes:
-    return encoded(photo(seed, 8, 8), "PNG")
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_every_image_of_a_tar_file(
-    images: Shop, tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Every format by its ending; labels also where a Mac has put its own files between; links are bad images."""
-    members: list[tuple[str, bytes | str]] = []
-    for i, ending in enumerate(("png", "bmp", "tif", "webp")):
-        of_format = {"webp": {"lossless": True}}.get(ending, {})
-        content = encoded(photo(i, 8, 8), {"tif": "TIFF"}.get(ending, ending.upper()), **of_format)
-        members += [(f"._{i}.{ending}", b"mac"), (f"{i}.{ending}", content), (f"._{i}.cls", b"mac"), (f"{i}.cls", b"1")]
-    path = write_tar(tmp_path / "a.tar", [*members, ("5.heic", b"?"), ("5.cls", b"0")])
-    how: dict[str, Any] = {"val_fraction": 0.0, "streaming": streaming, "image_column": ["image", "png"]}
-    split = images(path, label_column=["cls"], n_class=2, **how).split("train")
-    found = {pixels.tobytes() for pixels in split.read(range(len(split)), [0] * len(split)).pixels}
-    assert found == {np.asarray(photo(seed, 8, 8)).tobytes() for seed in range(4)}
-    assert split.labels.tolist() == [1] * 4
-    if not streaming:
-        assert "1 .heic" in caplog.text
-    links = write_tar(tmp_path / "links.tar", [("0.png", png(0)), ("1h.png", "0.png"), ("2.png", "/etc/hostname")])
-    assert len(images(links, on_corrupt="skip", **how).split("train")) == 1
-    with pytest.raises(BadImageError, match=r"(1h|2)\.png in .*: it is a link"):
-        split = images(links, **how).split("train")
-        split.read([1], [0])
 
 
 def test_folders_that_link_to_nothing(images: Shop, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -548,17 +343,6 @@ def test_folders_that_all_link_to_one_another(tmp_path: Path) -> None:
                 (tmp_path / name / other).symlink_to(tmp_path / other)
     with pytest.raises(ValueError, match="links lead to this folder by more than 64 ways"):
         list_files(tmp_path)
-
-
-def test_images_that_cells_name_are_read_anew(images: Shop, tmp_path: Path) -> None:
-    """Invariant: other images under the same names are other pixels, also from the cache."""
-    write(tmp_path / "images" / "0.png", seed=1)
-    cells(tmp_path / "x.parquet", ["images/0.png"])
-    for seed in (1, 2):
-        write(tmp_path / "images" / "0.png", seed=seed)
-        split = images(tmp_path, val_fraction=0.0).split("train")
-        split.prepare()
-        assert np.array_equal(split.read([0], [0]).pixels[0], np.asarray(photo(seed, 8, 8)))
 
 
 def test_a_copy_without_a_file_is_not_kept(
@@ -590,15 +374,6 @@ def test_a_copy_without_a_file_is_not_kept(
     assert not list(copy.parent.glob("*.part"))
 
 
-def test_a_tar_file_that_ends_early(images: Shop, tmp_path: Path) -> None:
-    """As a table, too, `skip` keeps what comes before the damage."""
-    path = write_tar(tmp_path / "a.tar", [(f"{i}.png", png(i)) for i in range(3)])
-    path.write_bytes(path.read_bytes()[:1500])
-    with pytest.raises(BadShardError, match=r"a\.tar cannot be read after 1 images.*on_corrupt=skip"):
-        images(path, val_fraction=0.0)
-    assert everything(images(path, val_fraction=0.0, on_corrupt="skip"))["train"] == 1
-
-
 def test_splits_that_are_not_asked_for_are_not_opened(images: Shop, tmp_path: Path) -> None:
     stored(tmp_path / "train-00000-of-00001.parquet", [row(0, 0)])
     (tmp_path / "unlabeled-00000-of-00001.parquet").write_bytes(b"damaged")
@@ -618,20 +393,6 @@ def test_arrays_beside_images_do_not_make_another_run(tmp_path: Path) -> None:
     before = hash_files(tmp_path, list_files)
     np.save(tmp_path / "features.npy", np.zeros(3))
     assert hash_files(tmp_path, list_files) == before
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_labels_that_are_too_large(images: Shop, tmp_path: Path, streaming: bool) -> None:
-    """One line that names the file, whatever holds them."""
-    write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.cls", b"9" * 20)])
-    pq.write_table(pa.table({"image": [png(0)], "label": pa.array([2**63 + 1], pa.uint64())}), tmp_path / "b.parquet")
-    pq.write_table(pa.table({"image": [{"bytes": "text", "path": None}], "label": [0]}), tmp_path / "c.parquet")
-    for name, message in (("a.tar", r"a\.tar .*0\.cls holds '9+'"), ("b.parquet", r"b\.parquet: row 0 has the label"),
-                          ("c.parquet", "expected images")):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            source = images(tmp_path / name, val_fraction=0.0, streaming=streaming, label_column=["label", "cls"],
-                            image_column=["image", "png"], n_class=2)  # fmt: skip
-            source.split("train")
 
 
 def test_a_stream_of_a_folder_reads_its_files_once(images: Shop, tmp_path: Path) -> None:

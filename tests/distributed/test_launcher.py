@@ -20,7 +20,7 @@ from igpt.distributed import launcher
 from igpt.distributed.launcher import Child, Children, run_ranks
 from igpt.distributed.signals import STOPPED
 from igpt.run import sweep
-from igpt.run.sweep import FAILED, FINISHED, INTERRUPTED, WAITING, Job, Sweep
+from igpt.run.jobs import FAILED, FINISHED, INTERRUPTED, WAITING, Job, Sweep
 from tests.conftest import ROOT
 
 RANK = """

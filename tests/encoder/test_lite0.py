@@ -13,7 +13,7 @@ from igpt.encoder import lite0
 from igpt.encoder.encoder import Preprocessing
 from igpt.encoder.find_encoder import find_encoder
 from igpt.encoder.lite0 import EfficientNetLite0, Lite0, SameConv, load_lite0, read_weights
-from tests.test_conf import built
+from tests.configs import built
 
 CPU = torch.device("cpu")
 IMAGENET = Preprocessing(224, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))  # of PyTorch's networks

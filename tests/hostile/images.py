@@ -13,7 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests.data.conftest import claimed_png, encoded, photo
+from tests.data.conftest import claimed_png, encoded, photo, png_chunk
 from tests.hostile.weights import Make
 
 GOOD = encoded(photo(0), "PNG")
@@ -31,10 +31,6 @@ def image(content: bytes | Callable[[Path], object], name: str = "a.png") -> Mak
         return folder
 
     return make
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def png_with(*chunks: bytes) -> bytes:
@@ -180,7 +176,7 @@ def unpacking(width: int = 6_000, height: int = 6_000) -> bytes:
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     rows = zlib.compressobj(9)
     data = b"".join(rows.compress(bytes(3 * width + 1)) for _ in range(height)) + rows.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", head) + png_chunk(b"IDAT", data) + png_chunk(b"IEND", b"")
 
 
 def gif_frames() -> bytes:

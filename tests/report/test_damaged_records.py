@@ -10,10 +10,11 @@ import pytest
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.closing_table import closing_table
 from igpt.report.folder import RunFolder
+from igpt.report.found_runs import find_runs
 from igpt.report.identity import changes, identity
-from igpt.report.runs import find_runs, read_finished
+from igpt.report.runs import read_finished
+from igpt.run.jobs import Job
 from igpt.run.saved_overrides import resume_overrides
-from igpt.run.sweep import Job
 from igpt.settings.older_configs import VERSION, read_record
 from tests.conftest import ROOT
 

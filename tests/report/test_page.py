@@ -2,13 +2,11 @@
 
 import base64
 import functools
-import io
 import json
 import logging
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -16,82 +14,20 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
-from PIL import Image
 
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.report import page as page_module
-from igpt.report.facts import data_overrides, describe_images, next_commands, repeat_command, train_command
-from igpt.report.folder import RunFolder
 from igpt.report.page import render_page, write_page
-from igpt.report.pictures import Picture, embed
 from igpt.report.plots import MOST_POINTS, build_plots, thin
-from igpt.report.runs import read_run
 from igpt.report.style import css_variables
 from igpt.report.summary import summarize
 from igpt.report.sweep_report import write_comparison as sweep_page
-from igpt.run.arguments import check_overrides
 from igpt.run.launch import launch
 from igpt.utils import files
-from tests.app.test_compare import loss, made
-from tests.test_conf import CONF
+from tests.configs import CONF
+from tests.report.records import HOSTILE, LINKING, NAMES, Page, classified, finished, loss, made
 
 WEB = Path(page_module.__file__).parent / "web"
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"quoted\" 'single' & {{ 7 * 7 }}"
-LINKING = {"src", "href", "srcset", "data", "action", "poster", "xlink:href", "background"}
-
-
-class Page(HTMLParser):
-    """The tags of a page with their attributes, and all its text outside of script and style."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.text, self.inside = "", ""
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {key: value or "" for key, value in attrs}))
-        self.inside = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self.inside not in ("script", "style"):
-            self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
-def finished(path: Path, result: Result, config: dict[str, Any] | None = None, task: str = "sample") -> RunFolder:
-    """A run folder as a run that found `result` leaves it."""
-    folder = RunFolder(path)
-    plain: dict[str, Any] = {
-        "seed": 0,
-        "model": {"name": "igpt_nano"},
-        "data": {"name": "digits", "resolution": 8},
-        "objective": {"name": "ar"},
-        "task": {"name": task, "requires": ["tokens"], "count": 4},
-    }
-    folder.start(plain | (config or {}), [f"task={task}", "seed=0"], {})
-    folder.finish(task, result, seconds=235.6)
-    return folder
-
-
-def noise(path: Path, side: int) -> Path:
-    """A picture that no compression makes small."""
-    pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, compress_level=0)
-    return path
-
-
-@pytest.fixture(scope="session")
-def pipeline(quickstart: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished quickstart, copied, to be written to."""
-    place = tmp_path_factory.mktemp("pages") / quickstart.name
-    shutil.copytree(quickstart, place, ignore=shutil.ignore_patterns("checkpoints", "*.safetensors"))
-    return place
 
 
 ROW = re.compile(
@@ -223,70 +159,6 @@ def test_whatever_it_is_given_comes_out_as_text(tmp_path: Path) -> None:
     assert not compared.all("img")
 
 
-NAMES = (HOSTILE, "כלב", "two\nlines", "\u202eevil", "x" * 300, "👩\u200d🌾", "\udcff", "$x$")
-
-
-def classified(path: Path, names: tuple[str, ...] | None) -> RunFolder:
-    """A run that took 8 · (row + 1) + column images of each class of eight for each other."""
-    result = Result()
-    result.add_confusion(8 * np.arange(1, 9)[:, None] + np.arange(8), names)
-    return finished(path, result, task="evaluate")
-
-
-def test_cells_of_a_confusion_matrix_have_names(tmp_path: Path) -> None:
-    """Round trip: names and counts of every cell are those of the result. Invariant: names are text, one line each."""
-    page = Page(render_page(classified(tmp_path / "run", NAMES).path))
-    (figure,) = (of for of in page.all("figure") if "data-k" in of)
-    assert figure["data-k"] == "8"
-    cells = [[cell.split(":") for cell in row.split(",")] for row in figure["data-counts"].split(";")]
-    rows = [{int(column): int(count) for column, count in row} for row in cells]
-    assert rows == [{column: 8 * (row + 1) + column for column in range(8)} for row in range(8)]
-    shown = [HOSTILE[:39] + "…", "כלב", "two lines", "\ufffdevil", "x" * 39 + "…", "👩\u200d🌾", "\ufffd", "$x$"]
-    assert "Classes" + "".join(shown) in page.text
-    assert (len(page.all("bdi")), len(page.all("script")), len(page.all("img"))) == (
-        8 + 16,
-        1,
-        1,
-    )  # and the table of classes
-    unnamed = Page(render_page(classified(tmp_path / "unnamed", None).path))
-    assert len([of for of in unnamed.all("figure") if "data-k" in of]) == 1
-    assert "class 0" in unnamed.text
-
-
-@pytest.mark.parametrize("fault", ["gone", "text", "cut", "zip", "shape", "number", "older"])
-def test_a_picture_is_shown_without_its_counts(tmp_path: Path, fault: str) -> None:
-    """Invariant: whatever lies in their place, the page is written, with the picture alone."""
-    folder = classified(tmp_path / "run", NAMES).path
-    place = folder / "confusion_counts.npy"
-    if fault == "gone":
-        place.unlink()
-    elif fault == "text":
-        place.write_text("no array")
-    elif fault == "cut":
-        place.write_bytes(place.read_bytes()[:-8])
-    elif fault == "zip":
-        with place.open("wb") as file:
-            np.savez(file, counts=np.eye(8))
-    elif fault == "older":  # a picture that does not say where its cells are
-        Image.new("RGB", (50, 50)).save(folder / "confusion.png")
-    else:
-        np.save(place, np.zeros((8, 7), np.int64) if fault == "shape" else np.float64(1.0))
-    page = Page(render_page(folder))
-    assert len(page.all("img")) == 1
-    assert not [of for of in page.all("figure") if "data-k" in of]
-
-
-@pytest.mark.slow
-def test_many_classes_leave_the_page_small(tmp_path: Path) -> None:
-    """Invariant: below 5 MB with 1,000 long names and every cell taken; then no counts are told."""
-    result = Result()
-    result.add_confusion(np.ones((1000, 1000), np.int64), tuple(f"{i} {'<' * 300}" for i in range(1000)))
-    path = render_page(finished(tmp_path / "run", result).path)
-    assert path.stat().st_size < 5_000_000
-    (figure,) = (of for of in Page(path).all("figure") if "data-k" in of)
-    assert (figure["data-k"], figure["data-counts"]) == ("1000", "")
-
-
 def test_a_page_needs_nothing_but_itself(pipeline: Path) -> None:
     """Invariant: pictures are in it; links lead within it, or to other pages of the run, which are there."""
     page = Page(pipeline / "report.html")
@@ -323,41 +195,6 @@ def test_the_pictures_of_a_run_are_in_its_page(pipeline: Path) -> None:
     samples = [*(pipeline / "2_pretrain" / "samples").glob("step_*.png")]
     by_position = [*(pipeline / "2_pretrain" / "loss_by_position").glob("step_*.png")]
     assert (len(pretrained.all("img")), len(samples), len(by_position)) == (3, 2, 1)
-
-
-def test_large_pictures_are_shrunk_and_that_is_said(tmp_path: Path) -> None:
-    """Invariant: below 5 MB; what is shown smaller or left out is named; a picture keeps its shape."""
-    folder = finished(tmp_path / "run", Result(files={f"samples_{i}": Path(f"{i}.png") for i in range(4)})).path
-    for i in range(4):
-        noise(folder / f"{i}.png", 1100 + i)
-    path = render_page(folder)
-    assert 1_000_000 < path.stat().st_size < 5_000_000
-    page = Page(path)
-    sizes = [
-        Image.open(io.BytesIO(base64.b64decode(tag["src"].partition(",")[2]))).size for tag in page.all("img")
-    ]  # fmt: skip
-    assert len(sizes) == 4
-    assert all(
-        width == height and width in {(1100 + i) // 2**n for i in range(4) for n in (0, 1, 2)}
-        for width, height in sizes
-    )
-    assert page.text.count("is shown smaller than it is") == sum(width < 1100 for width, _ in sizes) >= 3
-    (left_out,) = embed([Picture("Samples", "", folder / "0.png", "0.png")], budget=1000)
-    assert left_out.png == b""
-    assert "left out" in left_out.note
-
-
-def test_missing_and_damaged_pictures_are_named(tmp_path: Path) -> None:
-    """Invariant: the page is written with what there is."""
-    grid = Grid(np.zeros((2, 2, 4, 4, 3), np.uint8))
-    folder = finished(tmp_path / "run", Result(grids={"samples": grid, "completions": grid, "more_samples": grid}))
-    (folder.path / "samples.png").unlink()
-    body = (folder.path / "completions.png").read_bytes()
-    (folder.path / "completions.png").write_bytes(body[: len(body) // 2])
-    page = Page(render_page(folder.path))
-    assert "samples.png is not there any more." in page.text
-    assert re.search(r"completions\.png cannot be read \(\w+\): it is damaged\.", page.text)
-    assert len(page.all("img")) == 1
 
 
 @pytest.mark.parametrize(
@@ -439,104 +276,6 @@ def test_task_report_names_every_bad_run(tmp_path: Path) -> None:
     assert not (good / "report.html").exists()
     with pytest.raises(ValueError, match=r"task\.runs=\[RUN_FOLDER"):
         report_task()
-
-
-def test_what_to_type_next_is_understood(pipeline: Path) -> None:
-    """Round trip: every command of the pages composes, and reads the run's own data."""
-    seen, requested = set[str](), set[tuple[str, ...]]()
-    for folder in (pipeline, *pipeline.glob("[1-8]_*")):
-        run = read_run(folder)
-        for _, text in next_commands(run):
-            overrides = text.removeprefix("python train.py ").split()
-            seen.add(overrides[0])
-            requested.add(tuple(override for override in overrides if not override.startswith(("init=", "resume="))))
-        assert repeat_command(run).startswith("python train.py experiment=quickstart model.n_layer=2")
-    for overrides in map(list, requested):
-        check_overrides(overrides, [CONF])
-    assert {"task=sample", "task=complete", "task=probe", "task=finetune", "task=evaluate"} < seen
-    (pipeline_resumes,) = (text for text in seen if text.startswith("resume="))
-    assert pipeline_resumes == f"resume={pipeline}"
-    assert train_command("a=b c", "d=[1]") == "python train.py 'a=b c' 'd=[1]'"
-
-
-def test_a_network_of_masked_pixels_is_asked_for_no_images(tmp_path: Path) -> None:
-    """Invariant: it draws none; other data come with the run's own settings."""
-    folder = finished(tmp_path / "r-igpt_micro-cifar1016-bert-s0-12345678", Result(), task="pretrain")
-    begun = json.loads((folder.path / "run.json").read_text())
-    begun["overrides"] = ["data=cifar10", "data.path='/my data'", "data.labels_per_class=25"]
-    begun["of"] = {"model": "igpt_micro", "data": "cifar1016", "objective": "bert", "data_option": "cifar10"}
-    files.write_json(folder.path / "run.json", begun)
-    record = folder.read_result()
-    record["config"]["data"] = {"name": "cifar10", "resolution": 16, "path": "/my data"}
-    files.write_json(folder.path / "result.json", record)
-    files.write_json(folder.path / "model" / "config.json", {})
-    run = read_run(folder.path)
-    assert not any("task=sample" in text or "task=complete" in text for _, text in next_commands(run))
-    assert data_overrides(run) == [
-        "data=cifar10",
-        "data.resolution=16",
-        "data.path='/my data'",
-        "data.labels_per_class=25",
-    ]
-    assert "cifar10 at 16×16" in describe_images(run)
-
-
-@pytest.mark.parametrize(
-    ("task", "sentence"),
-    [
-        (
-            {"name": "pretrain", "steps": 12_345, "batch_size": 128},
-            "igpt_nano learns to predict the next pixel of digits at 8×8, in 12,345 steps of 128 images.",
-        ),
-        (
-            {"name": "finetune", "steps": 200, "batch_size": 64},
-            "igpt_nano learns the classes of digits at 8×8, in at most 200 steps of 64 images.",
-        ),
-        ({"name": "sample", "count": 2000}, "2,000 images drawn from igpt_nano, which was trained on digits."),
-        ({"name": "pretrain"}, "A run of task=pretrain."),  # settings of another release
-        ({"name": "later"}, "A run of task=later."),
-    ],
-)  # fmt: skip
-def test_a_run_in_a_sentence(tmp_path: Path, task: dict[str, Any], sentence: str) -> None:
-    """By hand."""
-    folder = finished(tmp_path / "run", Result(), {"task": {"requires": [], **task}}, task["name"])
-    assert sentence in Page(render_page(folder.path)).text
-
-
-def test_what_is_predicted(tmp_path: Path) -> None:
-    """By hand: of a palette's tokens pixels, of others what they stand for."""
-    task = {"name": "pretrain", "requires": [], "steps": 2, "batch_size": 8}
-    for target, objective, predicted in (
-        ("igpt.tokens.vqvae_tokenizer.VQVAESettings", "ar", "the next code of a VQ-VAE of digits"),
-        ("igpt.tokens.patches.PatchSettings", "bert", "masked patches of digits"),
-        ("igpt.tokens.palette_tokenizer.PaletteSettings", "bert", "masked pixels of digits"),
-    ):
-        config = {"task": task, "tokens": {"_target_": target}, "objective": {"name": objective}}
-        folder = finished(tmp_path / f"{target}-{objective}", Result(), config, "pretrain").path
-        assert f"learns to predict {predicted}" in Page(render_page(folder)).text
-
-
-def test_numbers_to_be_seen_first(tmp_path: Path) -> None:
-    """By hand: shares as percent, with their interval or deviation; what it was measured on."""
-    for number, text in (
-        (Number(0.917, "share", 1300, 0.01, (0.9, 0.95)), "91.7%test accuracy95 %: 90.0 to 95.0, n = 1,300"),
-        (Number(0.5, "share", 3, deviation=0.02), "50.0%test accuracy± 2.0 (std), n = 3"),
-        (
-            Number(0.5, "nats", 9, 0.01, features="layer 3"),
-            "0.5000natstest accuracy95 %: 0.480 to 0.520, n = 9layer 3",
-        ),
-        (Number(400_640, "weights", 1), "400,640weightstest accuracy\n"),
-    ):
-        page = render_page(finished(tmp_path / number.unit / text[:3], Result(numbers={"test/accuracy": number})).path)
-        assert text in Page(page).text
-
-
-def test_published_numbers_stand_beside_ours(tmp_path: Path) -> None:
-    result = Result(numbers={"test/accuracy": Number(0.471, "share", 10_000, 0.005, (0.4612, 0.4808))})
-    config = {"published": ["test/accuracy 0.963: iGPT-L (Chen et al. 2020)", "BERT: below AR"]}
-    page = Page(render_page(finished(tmp_path / "run", result, config).path))
-    assert "test/accuracy 0.963: iGPT-L (Chen et al. 2020)47.1 % [46.1, 48.1]" in page.text
-    assert "BERT: below AR–" in page.text
 
 
 def test_colours_are_told_apart_in_light_and_dark() -> None:

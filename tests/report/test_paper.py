@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from igpt.report.paper import PublishedRow, load_paper
 from igpt.report.runs import flatten
-from tests.test_conf import CONF
+from tests.configs import CONF
 
 PAPER = load_paper()
 TITLES = {

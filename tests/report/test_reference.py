@@ -13,10 +13,11 @@ from igpt.metric.result import Number
 from igpt.report.equal_loss import compare_at_equal_loss, find_crossing, list_answers
 from igpt.report.groups import list_differing
 from igpt.report.reference import compare_means, find_reference
-from igpt.report.summary import summarize, table
+from igpt.report.summary import summarize
+from igpt.report.summary_table import tabulate_summary
 from igpt.report.sweep_report import MARKDOWN, PAGE, PLANE, ROWS, check_table, report_sweep
 from igpt.utils import files
-from tests.app.test_compare import made
+from tests.report.records import made
 
 LOSSES = {"paper": (2.00, 2.02, 2.01), "local": (1.90, 1.93, 1.94), "axial": (2.00, 2.06, 1.99)}
 SHARES = {"paper": (0.40, 0.42, 0.41), "local": (0.30, 0.31, 0.29), "axial": (0.41, 0.42, 0.42)}
@@ -68,7 +69,7 @@ def test_columns_and_differences_are_scipys(folders: list[Path]) -> None:
             assert difference is not None
             assert difference.value == pytest.approx(np.mean(SHARES[variant]) - np.mean(SHARES["paper"]))
             assert difference.interval == pytest.approx(tuple(welch))
-    heading, local, paper, axial = table(result)
+    heading, local, paper, axial = tabulate_summary(result)
     assert heading[1:3] == ("pretrain: validation loss, nats per token (lower is better)", "difference")
     assert heading[3:6] == ("probe: validation accuracy, share", "difference", "operations of training, FLOP")
     verdicts = [(line[2].split("] ")[-1], line[4].split("] ")[-1]) for line in (local, paper, axial)]

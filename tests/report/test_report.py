@@ -15,19 +15,9 @@ from igpt.metric.result import Bars, Curve, Grid, Number, Result
 from igpt.report import folder as folder_module
 from igpt.report.closing_table import closing_table, format_number
 from igpt.report.confusion_figure import fit_name, matrix_figure
-from igpt.report.figures import (
-    AROUND_COLOURS,
-    GAP,
-    HEAD,
-    WHITE,
-    Point,
-    bars_figure,
-    curves_figure,
-    draw_grid,
-    palette_picture,
-    points_figure,
-)
+from igpt.report.figures import Point, bars_figure, curves_figure, points_figure
 from igpt.report.folder import RunFolder, parse_result
+from igpt.report.grid_pictures import AROUND_COLOURS, GAP, HEAD, WHITE, draw_grid, palette_picture
 from igpt.report.identity import differences
 from igpt.report.plots import build_plots
 from igpt.report.style import CELLS, COLOURS

@@ -17,12 +17,13 @@ from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.resume import latest_checkpoint, read_best, read_latest
 from igpt.metric.result import Number, Result
 from igpt.report.closing_table import closing_table
+from igpt.report.found_runs import FoundRuns
 from igpt.report.page import render_page
-from igpt.report.runs import FoundRuns, read_run
+from igpt.report.runs import read_run
 from igpt.report.style import CELLS
 from igpt.training import loggers
 from igpt.utils.files import resolve_below
-from tests.report.test_page import Page, finished
+from tests.report.records import Page, finished
 
 SECRET = "a secret of mine"
 

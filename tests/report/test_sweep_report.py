@@ -15,7 +15,7 @@ from igpt.report.summary import Summary, summarize
 from igpt.report.sweep_pictures import average_curves, list_sweep_pictures
 from igpt.report.sweep_report import MARKDOWN, PAGE, PICTURE, ROWS, report_sweep
 from igpt.report.swept_values import find_swept, warn_of_edges
-from tests.app.test_compare import loss, made
+from tests.report.records import loss, made
 
 
 def test_a_sweep_over_seeds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

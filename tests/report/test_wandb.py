@@ -22,9 +22,9 @@ from igpt.run import launch, sweep
 from igpt.run.finished import complete_finished
 from igpt.training import loggers
 from igpt.training.nan_guard import NonFiniteLossError
+from tests.configs import built
 from tests.conftest import ROOT
 from tests.offline import OfflineRun, offline_runs
-from tests.test_conf import built
 from tests.test_photographs import run as run_here
 
 OFFLINE = ("logger=[csv,wandb]", "logger.wandb.offline=true", "logger.wandb.tags=[mine]")

@@ -14,10 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from igpt.report.folder import RunFolder
 from igpt.report.identity import identity
-from igpt.run.arguments import check_overrides, parse_overrides, prepare_arguments
+from igpt.run.arguments import parse_overrides, prepare_arguments
 from igpt.run.init_defaults import complete_job, describe_taken, init_overrides
 from igpt.run.launch import run
 from igpt.run.run_config import to_dict
+from tests.compositions import check_overrides
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"

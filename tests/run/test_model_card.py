@@ -13,9 +13,9 @@ from igpt.checkpoint.find import find_weights
 from igpt.report.identity import identity
 from igpt.report.runs import read_run
 from igpt.run.model_card import _hide_paths, write_model_card
-from tests.app.test_compare import loss, made
 from tests.checkpoint.test_huggingface import native
 from tests.conftest import small_net
+from tests.report.records import loss, made
 
 MACHINE = re.compile(r"(?<![\w.:/])(/|~/)(?=\w)")  # the start of a path of this machine
 

@@ -17,8 +17,8 @@ from igpt.run.run_dir import find_run_dir
 from igpt.settings.data import name_images
 from igpt.training.loggers import RunInfo
 from igpt.utils import files
+from tests.configs import built
 from tests.task.conftest import Lab
-from tests.test_conf import built
 from tests.tokens.test_palette import random_palette
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from igpt.run.jobs import Job
 from igpt.run.launch import build_components, run
-from igpt.run.sweep import Job, _predict_folders
+from igpt.run.sweep import _predict_folders
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"

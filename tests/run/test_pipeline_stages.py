@@ -8,11 +8,12 @@ import pytest
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from igpt.run.arguments import check_overrides, resolve_paths
+from igpt.run.arguments import resolve_paths
 from igpt.run.components import Components
 from igpt.run.execute import stage_runner
 from igpt.run.pipeline_stages import StageConfig, stage_configs
-from tests.test_conf import CONF, built, save_small
+from tests.compositions import check_overrides
+from tests.configs import CONF, built, save_small
 
 
 def compose_stages(*overrides: str) -> dict[str, StageConfig]:

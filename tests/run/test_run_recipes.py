@@ -15,7 +15,7 @@ from igpt.run.launch import describe_run
 from igpt.run.operations import resolve_steps
 from igpt.run.pipeline_stages import stage_configs
 from igpt.run.variants import apply_variant
-from tests.test_conf import CONF, built, save_small
+from tests.configs import CONF, built, save_small
 
 VALUES = ("learning_rate", "batch_size", "steps", "warmup_steps")
 # the digest's table of rates; batch, steps and an epoch of 1,229,920 images of its section 4

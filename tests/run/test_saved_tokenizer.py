@@ -15,8 +15,8 @@ from igpt.report.runs import read_run, summarize_metadata
 from igpt.run.execute import stage_runner
 from igpt.run.launch import run
 from igpt.tokens.tokenizer_registry import TOKENIZER, save_tokenizer
+from tests.configs import CONF, built
 from tests.conftest import ROOT
-from tests.test_conf import CONF, built
 from tests.tokens.test_every_tokenizer import CASES, NETWORK, Trained, make_vqvae
 
 FAST = ("trainer=cpu", "callbacks=none", "logger=[csv]")

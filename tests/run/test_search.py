@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from igpt.distributed.launcher import SWEEP
 from igpt.run import search
-from tests.test_conf import CONF
+from tests.configs import CONF
 
 
 class Runs:

@@ -8,8 +8,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from igpt.report.sweep_report import TABLE, check_table
-from igpt.run.arguments import check_overrides
 from igpt.run.launch import build_components
+from tests.compositions import check_overrides
 
 CONF = Path(__file__).parents[2] / "conf"
 

@@ -17,7 +17,7 @@ from igpt.metric.result import Number
 from igpt.metric.throughput import train_flops_per_image
 from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
-from igpt.report.runs import find_runs
+from igpt.report.found_runs import find_runs
 from igpt.run import isoflop_sweep
 from igpt.run.launch import run
 from igpt.run.operations import resolve_steps
@@ -25,7 +25,7 @@ from igpt.scaling_law.study_layout import StudySize, plan_study
 from igpt.scaling_law.study_points import StudyPoint, count_network_weights, read_points
 from igpt.settings.fields import parse_settings
 from igpt.settings.reading import AdviseSettings
-from tests.app.test_compare import made
+from tests.report.records import made
 from tests.run.test_search import CONF, compose_config, initialize_config_dir
 
 SIZES = {"1x8": (1, 8, 1), "2x16": (2, 16, 2), "3x24": (3, 24, 2), "4x32": (4, 32, 4), "5x48": (5, 48, 4)}

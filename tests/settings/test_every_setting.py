@@ -20,9 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from igpt.distributed.launcher import count_devices
 from igpt.run import launch as launching
-from igpt.run.arguments import check_overrides, prepare_arguments
+from igpt.run.arguments import prepare_arguments
+from tests.compositions import check_overrides
+from tests.configs import CONF, save_small
 from tests.conftest import ROOT
-from tests.test_conf import CONF, save_small
 
 EVERY = os.environ.get("IGPT_EVERY_SETTING") == "1"
 SAMPLE = 15  # cases of each task

@@ -21,8 +21,8 @@ from igpt.settings.older_configs import (
     updated_record,
 )
 from igpt.utils import files
+from tests.configs import built
 from tests.conftest import ROOT
-from tests.test_conf import built
 
 # `train.py OVERRIDES` of the release before `GPTConfig` wrote these
 KEPT = ROOT / "tests" / "older_runs"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from filelock import FileLock
 from hydra.utils import get_object
+from safetensors.torch import load_file
 
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.igpt_format import CheckpointMetadata, Weights, save_model
@@ -378,6 +379,17 @@ def masked(tmp_path_factory: pytest.TempPathFactory, digits: Digits, palette: Pa
     folder = tmp_path_factory.mktemp("masked")
     Lab(digits, palette).pretrain(folder, objective=BERT(mask_probability=0.15), val_every=0)
     return folder
+
+
+def read_finetuned(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of network and head that fine-tuning has left."""
+    return load_file(folder / "model" / "model.safetensors") | load_file(folder / "model" / "head.safetensors")
+
+
+def have_equal_weights(a: Path, b: Path) -> bool:
+    """Whether the weights that two fine-tunings have left are equal to the bit."""
+    own, reference = read_finetuned(a), read_finetuned(b)
+    return own.keys() == reference.keys() and all(torch.equal(own[name], reference[name]) for name in own)
 
 
 def worked(place: Path, *part: str, count: int = 2) -> Path:

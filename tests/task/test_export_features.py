@@ -12,9 +12,9 @@ from igpt.encoder.given_features import read_given_features
 from igpt.probe.feature_files import Features
 from igpt.run.launch import run
 from igpt.task.export_features import write_layer
+from tests.configs import CONF, built, save_small
 from tests.data.conftest import class_folders
 from tests.task.conftest import check_bad_settings
-from tests.test_conf import CONF, built, save_small
 
 FEATURES = {"splits": ["val"], "layers": "all", "format": "npy", "norm": "ln_1", "dtype": "float16", "batch_size": 64}
 FEW = ("data=digits", "data.val_fraction=0.2", "data.test_fraction=0.8", "trainer=cpu", "logger=none")

@@ -37,10 +37,10 @@ from igpt.training.lightning_callbacks import INSTEAD
 from igpt.training.loggers import RunInfo
 from igpt.utils import keyed
 from tests.checkpoint.test_igpt_format import make_metadata
+from tests.configs import built
 from tests.conftest import ROOT, perturbed
 from tests.data.conftest import photo
 from tests.task.conftest import SIZES, Lab
-from tests.test_conf import built
 
 
 def read_section(heading: str) -> str:

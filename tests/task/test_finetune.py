@@ -1,4 +1,4 @@
-"""Fine-tuning: first losses, what is trained, resuming, stopping early, and what is kept."""
+"""Fine-tuning: first losses, what is trained, resuming, and what is kept."""
 
 import math
 import signal
@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 from igpt.checkpoint.find import find_weights
 from igpt.checkpoint.head_files import find_head, read_head
 from igpt.checkpoint.igpt_format import Weights
-from igpt.checkpoint.resume import read_best
 from igpt.data.order import BatchPlan
 from igpt.data.source import ArraySplit
 from igpt.distributed.signals import StoppedError
@@ -33,7 +31,16 @@ from igpt.tokens.palette import Palette
 from igpt.training.nan_guard import NonFiniteLossError
 from igpt.utils import keyed
 from tests.conftest import learned_numbers
-from tests.task.conftest import FINETUNE, Arrays, Lab, check_bad_settings, drawn, machine
+from tests.task.conftest import (
+    FINETUNE,
+    Arrays,
+    Lab,
+    check_bad_settings,
+    drawn,
+    have_equal_weights,
+    machine,
+    read_finetuned,
+)
 from tests.task.test_stopping import Send
 
 MASKED = BERT(mask_probability=0.15)
@@ -58,16 +65,6 @@ def uninterrupted(
     """Six steps without a break, the reference of the tests below."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, Lab(few, palette).finetune(folder, ar)
-
-
-def model(folder: Path) -> dict[str, torch.Tensor]:
-    """What was kept of network and head."""
-    return load_file(folder / "model" / "model.safetensors") | load_file(folder / "model" / "head.safetensors")
-
-
-def equal(a: Path, b: Path) -> bool:
-    own, reference = model(a), model(b)
-    return own.keys() == reference.keys() and all(torch.equal(own[name], reference[name]) for name in own)
 
 
 @pytest.mark.parametrize("masks", [False, True])
@@ -177,7 +174,7 @@ def test_resumed_equals_uninterrupted(
     assert not (tmp_path / "model").exists()
     for _ in range(2):
         result = lab.finetune(tmp_path, ar)
-        assert equal(tmp_path, uninterrupted[0])
+        assert have_equal_weights(tmp_path, uninterrupted[0])
         assert result.curves == uninterrupted[1].curves
         assert learned_numbers(result) == learned_numbers(uninterrupted[1])
 
@@ -245,7 +242,7 @@ def test_the_vote_by_hand(tmp_path: Path, lab: Lab, palette: Palette) -> None:
 def test_without_the_generative_loss(tmp_path: Path, lab: Lab, ar: Weights) -> None:
     """Invariant: the token head, which nothing reads, stays to the bit; all else is trained; no such loss is shown."""
     result = lab.finetune(tmp_path, ar, loss_weights={"gen": 0.0, "clf": 1.0}, weight_decay=0.1, test=False)
-    before, after = ar.net().state_dict(), model(tmp_path)
+    before, after = ar.net().state_dict(), read_finetuned(tmp_path)
     assert [name for name, weight in before.items() if torch.equal(weight, after[name])] == ["wtet"]
     assert "train/loss_gen" not in result.curves
     assert result.curves["train/loss_clf"].y[0] == pytest.approx(LN_10, abs=1e-6)
@@ -269,7 +266,7 @@ def test_one_step_by_hand(tmp_path: Path, lab: Lab, ar: Weights) -> None:
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
-    trained = model(tmp_path)
+    trained = read_finetuned(tmp_path)
     for name, weight in [*net.state_dict().items(), ("wclf", wclf.detach())]:
         assert float((trained[name] - weight).abs().mean()) < 1e-5, name
 
@@ -282,113 +279,6 @@ def test_from_scratch(tmp_path: Path, lab: Lab) -> None:
     assert result.provenance["from"] == "scratch"
 
 
-class Stated:
-    """Gives the validations of a run stated accuracies, one after another."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, accuracies: list[float]) -> None:
-        self.left, self.numbers = list(accuracies), ClassScore.numbers
-        stated = self
-
-        def numbers(score: Any, split: str, trainer: L.Trainer, n_image: int) -> Any:
-            values, predictions = stated.numbers(score, split, trainer, n_image)
-            if trainer.state.fn == "fit":
-                values["val/accuracy"] = replace(values["val/accuracy"], value=stated.left.pop(0))
-            return values, predictions
-
-        monkeypatch.setattr(ClassScore, "numbers", numbers)
-
-
-@pytest.fixture(scope="module")
-def each_step(tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palette, ar: Weights) -> Path:
-    """The checkpoints of five steps in a row."""
-    folder = tmp_path_factory.mktemp("each_step")
-    Lab(few, palette).finetune(folder, ar, steps=5, val_every=5, checkpoint_every=1, checkpoint_keep=5, test=False)
-    return folder / "checkpoints"
-
-
-@pytest.mark.parametrize(
-    ("accuracies", "patience", "best", "last"),
-    [
-        ([0.3, 0.5, 0.4, 0.5, 0.9], 2, 2, 4),  # as good as the best is not better
-        ([0.3, 0.2, 0.9, 0.1, 0.1], 1, 1, 2),
-        ([0.1, 0.2, 0.3, 0.2, 0.1], 3, 3, 5),
-        ([0.0, 0.0, 0.0, 0.0, 0.0], 2, 1, 3),
-        ([0.5, 0.4, 0.4, 0.4, 0.6], None, 5, 5),
-    ],
-)
-def test_early_stop(
-    tmp_path: Path,
-    lab: Lab,
-    ar: Weights,
-    each_step: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    accuracies: list[float],
-    patience: int | None,
-    best: int,
-    last: int,
-) -> None:
-    """By hand: so many validations without a better one; what is kept is what it was after the best step, to the
-    bit."""
-    stated = Stated(monkeypatch, accuracies)
-    result = lab.finetune(tmp_path, ar, steps=5, val_every=1, patience=patience, test=False)
-    assert result.curves["val/accuracy"].x == list(range(1, last + 1))
-    assert len(stated.left) == 5 - last
-    assert result.numbers["best_step"].value == best
-    noted = read_best(tmp_path)
-    assert noted is not None
-    assert (noted["step"], noted["value"]) == (best, accuracies[best - 1])
-    state = torch.load(each_step / f"step_{best:07d}.ckpt", weights_only=True)["state_dict"]
-    kept = model(tmp_path)
-    assert len(state) == len(kept)
-    assert all(torch.equal(value, kept[name.removeprefix("net.").removeprefix("head.")])
-               for name, value in state.items())  # fmt: skip
-
-
-def test_early_stop_where_nothing_is_learned(tmp_path: Path, lab: Lab, ar: Weights) -> None:
-    """By hand: at a rate float32 rounds to 0, all scores stay 0 and class 0 is said: two validations, the first is
-    kept."""
-    result = lab.finetune(tmp_path, ar, steps=40, patience=1, learning_rate=1e-60, test=False)
-    assert result.curves["val/accuracy"].x == [2, 4]
-    assert result.numbers["best_step"].value == 2
-    assert result.numbers["val/accuracy"].value == (lab.digits.split("val").labels == 0).mean()
-    assert all(torch.equal(model(tmp_path)[name], weight) for name, weight in ar.net().state_dict().items())
-
-
-@pytest.mark.parametrize("stopped", ["after", "at it"])
-def test_stopped_early_is_over(
-    tmp_path: Path, lab: Lab, ar: Weights, monkeypatch: pytest.MonkeyPatch, stopped: str
-) -> None:
-    """Invariant: a run that ran out of patience, and ended before its result was written, goes on to that result."""
-    accuracies = [0.3, 0.2, 0.9, 0.9]
-    how: dict[str, Any] = {"steps": 4, "val_every": 1, "patience": 1, "test": False}
-    Stated(monkeypatch, accuracies)
-    expected = lab.finetune(tmp_path / "whole", ar, **how)
-    monkeypatch.undo()
-    stated = Stated(monkeypatch, accuracies)
-    if stopped == "after":
-        lab.finetune(tmp_path / "again", ar, **how)  # as if killed while it read the validation images once more
-    else:
-        with pytest.raises(StoppedError, match="after step 2"):
-            lab.finetune(tmp_path / "again", ar, callbacks=(Send(signal.SIGTERM, step=1),), **how)
-    again = lab.finetune(tmp_path / "again", ar, **how)
-    assert again.numbers["best_step"] == expected.numbers["best_step"]
-    assert again.curves == expected.curves
-    assert len(stated.left) == 2
-    assert equal(tmp_path / "again", tmp_path / "whole")
-
-
-def test_patience_is_kept_over_a_stop(tmp_path: Path, lab: Lab, ar: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant: validations before a stop count after it."""
-    stated = Stated(monkeypatch, [0.3, 0.2, 0.2, 0.2, 0.9])
-    how: dict[str, Any] = {"steps": 5, "val_every": 1, "patience": 3, "test": False}
-    with pytest.raises(StoppedError, match="after step 3"):
-        lab.finetune(tmp_path, ar, callbacks=(Send(signal.SIGTERM, step=2),), **how)
-    result = lab.finetune(tmp_path, ar, **how)
-    assert result.curves["val/accuracy"].y == [0.3, 0.2, 0.2, 0.2]
-    assert result.numbers["best_step"].value == 1
-    assert len(stated.left) == 1
-
-
 def test_test_is_not_read(
     tmp_path: Path, lab: Lab, few: Arrays, ar: Weights, uninterrupted: tuple[Path, Result]
 ) -> None:
@@ -399,7 +289,7 @@ def test_test_is_not_read(
     assert learned_numbers(result) == {k: v for k, v in full.items() if not k.startswith("test/")}
     assert len(result.numbers) < len(uninterrupted[1].numbers)
     assert result.matrices == {}
-    assert equal(tmp_path, uninterrupted[0])
+    assert have_equal_weights(tmp_path, uninterrupted[0])
     with pytest.raises(KeyError, match="test"):
         lab.finetune(tmp_path / "asked", ar)
 
@@ -422,16 +312,6 @@ def test_what_cannot_be_learnt(tmp_path: Path, lab: Lab, few: Arrays, ar: Weight
         with pytest.raises(ValueError, match=message):
             lab.finetune(tmp_path, ar)
     assert not (tmp_path / "checkpoints").exists()
-
-
-def test_a_kill_before_the_best_was_noted(
-    tmp_path: Path, lab: Lab, ar: Weights, uninterrupted: tuple[Path, Result]
-) -> None:
-    """Round trip: the checkpoint of the only validation is there, its note is not; the end is as without the kill."""
-    once = lab.finetune(tmp_path, ar, val_every=6)
-    (tmp_path / "checkpoints" / "best.json").unlink()
-    assert learned_numbers(lab.finetune(tmp_path, ar, val_every=6)) == learned_numbers(once)
-    assert (tmp_path / "checkpoints" / "best.json").is_file()
 
 
 def test_a_rate_too_high_is_stopped(tmp_path: Path, lab: Lab, ar: Weights) -> None:
@@ -499,4 +379,14 @@ def test_dropout_does_not_depend_on_the_batch(tmp_path: Path, lab: Lab) -> None:
     with pytest.raises(StoppedError):
         lab.finetune(tmp_path / "stopped", None, callbacks=(Send(signal.SIGTERM, step=2),), **how)
     lab.finetune(tmp_path / "stopped", None, **how)
-    assert equal(tmp_path / "stopped", tmp_path / "one")
+    assert have_equal_weights(tmp_path / "stopped", tmp_path / "one")
+
+
+def test_a_kill_before_the_best_was_noted(
+    tmp_path: Path, lab: Lab, ar: Weights, uninterrupted: tuple[Path, Result]
+) -> None:
+    """Round trip: the checkpoint of the only validation is there, its note is not; the end is as without the kill."""
+    once = lab.finetune(tmp_path, ar, val_every=6)
+    (tmp_path / "checkpoints" / "best.json").unlink()
+    assert learned_numbers(lab.finetune(tmp_path, ar, val_every=6)) == learned_numbers(once)
+    assert (tmp_path / "checkpoints" / "best.json").is_file()

@@ -24,10 +24,10 @@ from igpt.task.heat_maps import draw_heat, find_token_pixels, locate_pixel, spre
 from igpt.tokens.patches import PatchTokenizer
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.rgb import RGBTokenizer
+from tests.configs import CONF, built, save_small
 from tests.conftest import small_net
 from tests.data.conftest import photo
 from tests.task.conftest import check_bad_settings
-from tests.test_conf import CONF, built, save_small
 
 DIGITS = ("data=digits", "data.val_fraction=0.05", "data.test_fraction=0.8")
 SETTINGS: dict[str, Any] = {

@@ -9,12 +9,12 @@ from igpt.metric.result import Curve, Number, Result, find_key
 from igpt.report.facts import find_number
 from igpt.report.runs import read_run
 from igpt.report.summary import summarize
-from igpt.run.sweep import Job
+from igpt.run.jobs import Job
 from igpt.run.targets import task_settings
 from igpt.task.pipeline import run
 from igpt.utils import files
 from tests.conftest import parts_of_run
-from tests.report.test_page import finished
+from tests.report.records import finished
 
 
 class Stages:

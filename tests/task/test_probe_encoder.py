@@ -15,8 +15,8 @@ from igpt.encoder.given_features import read_given_features
 from igpt.metric.result import Result
 from igpt.report.folder import RunFolder
 from igpt.run.launch import build_components, run
+from tests.configs import CONF, built
 from tests.encoder.test_backbones import saved
-from tests.test_conf import CONF, built
 
 C = 10.0
 SETTINGS = (

@@ -24,10 +24,10 @@ from igpt.task import finetune
 from igpt.tokens.palette import Palette
 from igpt.training.cost_estimate import SECONDS_A_DAY
 from igpt.training.deepspeed import release_training_state
+from tests.configs import built
 from tests.conftest import learned_numbers
-from tests.task.conftest import Arrays, Lab
+from tests.task.conftest import Arrays, Lab, have_equal_weights
 from tests.task.test_stopping import Send
-from tests.test_conf import built
 
 
 class Watch(Send):
@@ -51,15 +51,6 @@ def both(few: Arrays, palette: Palette) -> Lab:
     return Lab(replace(few, splits=few.splits | {"train": joined}), palette)
 
 
-def model(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors") | load_file(folder / "model" / "head.safetensors")
-
-
-def equal(a: Path, b: Path) -> bool:
-    own, reference = model(a), model(b)
-    return own.keys() == reference.keys() and all(torch.equal(own[name], reference[name]) for name in own)
-
-
 @pytest.fixture(scope="module")
 def refitted(
     tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palette, ar: Weights
@@ -79,8 +70,8 @@ def test_fine_tuning_again(tmp_path: Path, lab: Lab, both: Lab, ar: Weights, ref
     for name in ("val/accuracy", "val/loss_gen", "best_step"):
         assert result.numbers[name] == plain.numbers[name]
     same = both.finetune(tmp_path / "both", ar, steps=best, val_every=best)
-    assert equal(folder, tmp_path / "both")
-    assert not equal(folder, tmp_path / "plain")
+    assert have_equal_weights(folder, tmp_path / "both")
+    assert not have_equal_weights(folder, tmp_path / "plain")
     for name in ("test/accuracy", "test/loss_gen", "test/loss_clf"):
         assert result.numbers[name] == same.numbers[name]
     assert result.curves["refit/loss_clf"].y == same.curves["train/loss_clf"].y
@@ -101,7 +92,7 @@ def test_a_kill_while_it_is_trained_again(tmp_path: Path, lab: Lab, ar: Weights,
     folder, complete = refitted
     for _ in range(2):
         resumed = lab.finetune(tmp_path, ar, refit=True)
-        assert equal(tmp_path, folder)
+        assert have_equal_weights(tmp_path, folder)
         assert (learned_numbers(resumed), resumed.curves) == (learned_numbers(complete), complete.curves)
     ends = [find_checkpoints(place)[-1] for place in (tmp_path, tmp_path / "refit")]
     first_one, both = (AtomicCheckpointIO().load_checkpoint(end)["device_seconds"] for end in ends)

@@ -15,6 +15,7 @@ from igpt.task import sgd_probe
 from igpt.tokens.palette import Palette
 from tests.data.conftest import mixture
 from tests.task.conftest import Arrays, Lab
+from tests.task.probing.conftest import heads
 from tests.task.test_refit import Watch
 
 RATES = [0.1, 3.0, 1.0]
@@ -23,12 +24,6 @@ RATES = [0.1, 3.0, 1.0]
 @pytest.fixture
 def lab(few: Arrays, palette: Palette) -> Lab:
     return Lab(few, palette)
-
-
-def heads(folder: Path) -> dict[str, torch.Tensor]:
-    newest = sorted((folder / "checkpoints").glob("step_*.ckpt"))[-1]
-    state: dict[str, torch.Tensor] = torch.load(newest, weights_only=True)["state_dict"]
-    return state
 
 
 def in_turn(lab: Lab, folder: Path, weights: Weights, rates: list[float] = RATES, **changed: Any) -> Any:

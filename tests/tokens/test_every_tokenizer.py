@@ -30,8 +30,8 @@ from igpt.tokens.tokenizer_registry import TOKENIZER, TOKENIZERS, save_tokenizer
 from igpt.tokens.vqvae import VQVAE, VQVAEConfig, init_weights, scale_pixels
 from igpt.tokens.vqvae_tokenizer import VQVAETokenizer
 from tests.app.test_demo import build_workbench
+from tests.configs import built
 from tests.data.conftest import photo
-from tests.test_conf import built
 from tests.tokens.test_palette import random_palette
 
 SIDE = 16  # pixels a side; of a run 8, the digits'

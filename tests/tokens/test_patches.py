@@ -14,8 +14,8 @@ from igpt.settings.fields import parse_settings
 from igpt.tokens.patches import PatchSettings, PatchTokenizer, cut_patches
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.tokenizer_registry import tokenizer_from_dict, tokenizer_to_dict
+from tests.configs import CONF
 from tests.data.conftest import photo
-from tests.test_conf import CONF
 
 SETTINGS: dict[str, Any] = {"patch": 2, "k": 24, "n_patches": 4000, "iterations": 5, "order": "raster", "seed": 0}
 

@@ -20,8 +20,8 @@ from igpt.tokens.rgb import RGBSettings, RGBTokenizer
 from igpt.tokens.tokenizer import TokenGrid
 from igpt.tokens.tokenizer_registry import tokenizer_from_dict, tokenizer_to_dict
 from tests.app.test_demo import build_workbench
+from tests.configs import CONF, built
 from tests.data.conftest import SETTINGS, encoded, photo
-from tests.test_conf import CONF, built
 
 
 def make_tokenizer(side: int, order: str = "raster") -> RGBTokenizer:

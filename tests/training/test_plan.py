@@ -18,8 +18,8 @@ from igpt.training.cost_estimate import estimate_cost
 from igpt.training.ema import WeightAverage
 from igpt.training.optimizers import make_adam, make_optimizer
 from igpt.training.plan import compare_memory, estimate_memory, estimate_run, plan_run
+from tests.configs import CONF, built
 from tests.task.conftest import machine
-from tests.test_conf import CONF, built
 
 SMALL = GPTConfig(n_layer=3, n_embd=96, n_head=4, n_ctx=144, n_vocab=50, causal=True)
 L, XL = (

@@ -14,8 +14,8 @@ from igpt.settings.older_configs import read_record
 from igpt.training.hardware import HardwareConfig, matmul_precision
 from igpt.training.precision import describe_device, describe_small_steps, list_precision_notes, resolve_precision
 from igpt.utils import files
+from tests.configs import built
 from tests.task.conftest import machine
-from tests.test_conf import built
 
 
 def give_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:

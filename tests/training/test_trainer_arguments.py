@@ -11,12 +11,13 @@ import pytest
 from igpt.data.limited import LimitedSource
 from igpt.data.listed_images import list_images
 from igpt.data.source import ArraySplit
+from igpt.report.found_runs import find_runs
 from igpt.report.identity import DEBUG, deciding, identity
-from igpt.report.runs import find_runs
-from igpt.run.arguments import check_overrides, prepare_arguments
+from igpt.run.arguments import prepare_arguments
 from igpt.run.launch import build_components, run
 from igpt.settings.fields import parse_settings
 from igpt.settings.lightning_arguments import DECIDING, REFUSED, LightningArguments
+from tests.compositions import check_overrides
 from tests.conftest import ROOT
 from tests.task.conftest import Arrays
 

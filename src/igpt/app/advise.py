@@ -17,7 +17,7 @@ from igpt.metric.throughput import count_steps, train_flops_per_image
 from igpt.model.config import GPTConfig
 from igpt.report.closing_table import align_columns
 from igpt.run.components import Components
-from igpt.run.run_config import CHECKPOINT
+from igpt.run.recipes import CHECKPOINT
 from igpt.scaling_law.study import Row, TargetFit, fit_study, format_count, format_interval
 from igpt.scaling_law.study_points import StudyPoint, count_network_weights
 from igpt.settings.reading import AdviseSettings, IsoflopSettings

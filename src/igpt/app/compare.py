@@ -1,7 +1,7 @@
 """`task=compare`: tables of many runs, against published numbers and against each other, grouped over seeds.
 
-For use from Python: in `igpt.report.summary`, `summarize(folders, metric)` returns the rows, `table` their text;
-`draw` writes their picture.
+For use from Python: `igpt.report.summary.summarize(folders, metric)` returns the rows; in `igpt.report.summary_table`,
+`tabulate_summary` their text, and `draw_summary` writes their picture.
 """
 
 import logging
@@ -18,20 +18,12 @@ from igpt.metric.result import Number, Result, find_key
 from igpt.report.bystanders import Bystander
 from igpt.report.groups import TABLES, group_by_data
 from igpt.report.runs import RunRecord
-from igpt.report.summary import (
-    Summary,
-    draw,
-    find_common_metric,
-    summarize,
-    summarize_runs,
-    table,
-)
+from igpt.report.summary import Summary, find_common_metric, summarize_runs
+from igpt.report.summary_table import draw_summary
 from igpt.report.sweep_pictures import Draw
 from igpt.run.components import Components
 from igpt.settings.reading import CompareSettings
 from igpt.utils import files
-
-__all__ = ["Summary", "draw", "run", "summarize", "summarize_runs", "table"]
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +67,7 @@ def run(components: Components, settings: CompareSettings) -> Result:
     written = {"txt": text.plain(), "md": text.markdown(), "csv": text.csv()}
     drawn: dict[str, Draw] = {}
     for title, name in text.pictures.items():
-        drawn[name] = partial(draw, result=summaries[title])
+        drawn[name] = partial(draw_summary, result=summaries[title])
         drawn |= {f"{name}_{kind}": write for kind, (write, _) in text.list_training_pictures(title).items()}
     result.files |= {f"compare_{suffix}": Path(f"compare.{suffix}") for suffix in written}
     if ranks.this_rank().is_first:

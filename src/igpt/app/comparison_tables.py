@@ -12,7 +12,8 @@ from igpt.metric.result import Number
 from igpt.report.closing_table import align_columns, describe_uncertainty, format_markdown, format_readable
 from igpt.report.display_names import display_name
 from igpt.report.runs import RunRecord
-from igpt.report.summary import Summary, shorten_folders, table
+from igpt.report.summary import Summary
+from igpt.report.summary_table import shorten_folders, tabulate_summary
 from igpt.report.sweep_pictures import Draw, list_sweep_pictures
 from igpt.report.swept_values import warn_of_edges
 
@@ -63,7 +64,7 @@ class ComparisonText:
             lines = [part for line, row in zip(body, rows, strict=True) for part in (line, *_below(row))]
             blocks.append("\n".join(filter(None, [title, heading, rule, *lines, _key_to_paper_table(rows)])))
         for title, result in self.summaries.items():
-            blocks.append("\n".join([f"task={title}", align_columns(table(result)), *self._remarks(result)]))
+            blocks.append("\n".join([f"task={title}", align_columns(tabulate_summary(result)), *self._remarks(result)]))
         return "\n\n".join([*blocks, "\n  ".join(self.messages)]) + "\n"
 
     def markdown(self) -> str:
@@ -73,7 +74,7 @@ class ComparisonText:
             blocks += [f"## {title}", format_markdown([HEADINGS, *map(_markdown_row, rows)])]
             blocks += filter(None, [_key_to_paper_table(rows)])
         for title, result in self.summaries.items():
-            blocks += [f"## task={title}", format_markdown(table(result)), *self._remarks(result)]
+            blocks += [f"## task={title}", format_markdown(tabulate_summary(result)), *self._remarks(result)]
             name = self.pictures.get(title)
             drawn = {} if name is None else {name: display_name(result.metric)}
             drawn |= {f"{name}_{kind}": caption for kind, (_, caption) in self.list_training_pictures(title).items()}

@@ -119,7 +119,7 @@ class RequestGuard:
         """The reason to refuse a request; None if it comes from the page, or opens it."""
         headers = Headers(scope=scope)
         address, port = scope["server"]  # of this end of the connection
-        served = {_normalize_host(f"{_bracketed(name)}:{port}") for name in (*self.names, address)} | self.hosts
+        served = {_normalize_host(f"{_bracket_address(name)}:{port}") for name in (*self.names, address)} | self.hosts
         given = headers.getlist("host")
         if len(given) != 1 or (host := _normalize_host(given[0])) not in served:
             return f"The page is not served at {', '.join(given) or 'no host'}: task.allowed_hosts=[…] allows a name."
@@ -147,7 +147,7 @@ class RequestGuard:
             await self.app(scope, receive, send)
 
 
-def _bracketed(name: str) -> str:
+def _bracket_address(name: str) -> str:
     return f"[{name}]" if ":" in name else name
 
 

@@ -205,11 +205,11 @@ def import_state(foreign: State, network: GPTConfig) -> State:
     """Converts their variables to our names and layout; q, k and v of a block become one matrix."""
     c = network.n_embd
 
-    def stacked(parts: list[LazyTensor]) -> LazyTensor:  # each [H, D, in]: no transpose (`bsf,hef->bhse`)
+    def stack_projections(parts: list[LazyTensor]) -> LazyTensor:  # each [H, D, in]: no transpose (`bsf,hef->bhse`)
         shape = (len(parts) * c, c)
         return LazyTensor(shape, parts[0].dtype, lambda: torch.cat([part.read().reshape(c, c) for part in parts]))
 
-    def turned(tensor: LazyTensor, n_out: int, n_in: int) -> LazyTensor:  # [in, out], with heads or without
+    def transpose(tensor: LazyTensor, n_out: int, n_in: int) -> LazyTensor:  # [in, out], with heads or without
         return tensor.reshape((n_out, n_in), lambda w: w.reshape(n_in, n_out).t().contiguous())
 
     state: State = {name: foreign[name] for name in ("wte", "wpe", "wtet", "sos") if name in foreign}
@@ -217,10 +217,10 @@ def import_state(foreign: State, network: GPTConfig) -> State:
     for block in range(network.n_layer):
         at, to = f"h{block}/", f"h.{block}."
         state |= {f"{to}ln_1.g": foreign[f"{at}ln_1/g"], f"{to}ln_2.g": foreign[f"{at}ln_2/g"]}
-        state[f"{to}attn.c_attn.weight"] = stacked([foreign[f"{at}attn/{name}_proj"] for name in "qkv"])
-        state[f"{to}attn.c_proj.weight"] = turned(foreign[f"{at}attn/c_proj"], c, c)
-        state[f"{to}mlp.c_fc.weight"] = turned(foreign[f"{at}mlp/c_fc/w"], 4 * c, c)
-        state[f"{to}mlp.c_proj.weight"] = turned(foreign[f"{at}mlp/c_proj/w"], c, 4 * c)
+        state[f"{to}attn.c_attn.weight"] = stack_projections([foreign[f"{at}attn/{name}_proj"] for name in "qkv"])
+        state[f"{to}attn.c_proj.weight"] = transpose(foreign[f"{at}attn/c_proj"], c, c)
+        state[f"{to}mlp.c_fc.weight"] = transpose(foreign[f"{at}mlp/c_fc/w"], 4 * c, c)
+        state[f"{to}mlp.c_proj.weight"] = transpose(foreign[f"{at}mlp/c_proj/w"], c, 4 * c)
     return {name: tensor.to_float32() for name, tensor in state.items()}
 
 

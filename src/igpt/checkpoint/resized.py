@@ -45,14 +45,14 @@ def resize_weights(weights: Weights, resolution: int) -> Weights:
         "positions.factorised.column": (TokenGrid(1, before.columns), TokenGrid(1, grid.columns)),
     }
 
-    def resized(source: TokenGrid, to: TokenGrid) -> Callable[[Tensor], Tensor]:
+    def make_resize(source: TokenGrid, to: TokenGrid) -> Callable[[Tensor], Tensor]:
         return lambda table: resize_table(table, source, to)
 
     def state() -> State:
         tensors = dict(weights.state())
         for name, (source, to) in sizes.items():
             if name in tensors:
-                tensors[name] = tensors[name].reshape((to.n_ctx, width), resized(source, to))
+                tensors[name] = tensors[name].reshape((to.n_ctx, width), make_resize(source, to))
         return tensors
 
     log.info("positions of %d×%d pixels interpolated to %d×%d (bicubic)", old.side, old.side, resolution, resolution)

@@ -102,7 +102,7 @@ def format_readable(number: Number) -> str:
     if number.unit != "share":
         plain = format_number(number)
         return plain if float(number.value).is_integer() else f"{plain} {display_unit(number.unit)}"
-    text, around = _rounded(number, 100, 1)
+    text, around = _round_number(number, 100, 1)
     if number.deviation is not None:
         return f"{text}{around} % (std of {number.n})"
     return f"{text} %{around}"
@@ -141,14 +141,14 @@ def describe_uncertainty(numbers: Iterable[Number]) -> str:
 
 def format_number(number: Number) -> str:
     """The value with its uncertainty, without unit: standard deviation of a mean, else 95 % interval."""
-    text, around = _rounded(number, 1, 0 if _is_whole(number) else 4)
+    text, around = _round_number(number, 1, 0 if _is_whole(number) else 4)
     is_integer = float(number.value).is_integer() and not around
     if not _is_huge(number) and (abs(number.value) >= 1e4 or is_integer):
         text = f"{round(number.value):,}"
     return text + around + (" (std)" if number.deviation is not None else "")
 
 
-def _rounded(number: Number, scale: int, digits: int) -> tuple[str, str]:
+def _round_number(number: Number, scale: int, digits: int) -> tuple[str, str]:
     """(value, uncertainty) as text: the latter is ` ± deviation`, else ` [low, high]`, else ""."""
     around, interval = "", number.confidence_interval
     large = math.floor(math.log10(max(1.0, abs(scale * number.value))))

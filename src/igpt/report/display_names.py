@@ -194,7 +194,7 @@ def find_name(key: str) -> tuple[tuple[str, ...], str, int] | None:
     """(what stands before, name, place in the order) of a key; None if no table knows it."""
     parts = key.split("/")
     for i in range(len(parts)):
-        lead, rest = tuple(COUNT.sub(_counted, part) for part in parts[:i]), "/".join(parts[i:])
+        lead, rest = tuple(COUNT.sub(_format_count, part) for part in parts[:i]), "/".join(parts[i:])
         line, _, split = rest.partition(", ")
         if line in LINES:
             named = f"{LINES[line]}, {SUBJECTS[split]}" if split in SUBJECTS else LINES[line]
@@ -219,5 +219,5 @@ def _patterns() -> list[tuple[re.Pattern[str], str, int]]:
     ]
 
 
-def _counted(found: re.Match[str]) -> str:
+def _format_count(found: re.Match[str]) -> str:
     return f"{int(found[1]):,} {found[2]}"

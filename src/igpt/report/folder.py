@@ -17,7 +17,8 @@ import igpt
 from igpt.metric.result import Curve, Number, Result
 from igpt.report.bystanders import Bystander, describe_error
 from igpt.report.confusion_figure import matrix_figure
-from igpt.report.figures import bars_figure, curves_figure, grid_picture, lines_figure, palette_picture
+from igpt.report.figures import bars_figure, curves_figure, lines_figure
+from igpt.report.grid_pictures import grid_picture, palette_picture
 from igpt.report.scatter import scatter_figure
 from igpt.settings.older_configs import VERSION, read_record
 from igpt.utils import files

@@ -25,9 +25,10 @@ from igpt.report.closing_table import (
     read_text,
 )
 from igpt.report.display_names import display_name, display_unit
+from igpt.report.found_runs import read_runs
 from igpt.report.pictures import Picture, data_uri, embed, read_cells
 from igpt.report.plots import build_plots
-from igpt.report.runs import RunRecord, flatten, read_run, read_runs
+from igpt.report.runs import RunRecord, flatten, read_run
 from igpt.report.style import css_variables
 from igpt.settings.reading import ReportSettings
 from igpt.utils import files

@@ -1,25 +1,20 @@
 """Reads finished runs from their directories, and traces the history of their initial weights."""
 
 import math
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from glob import glob
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from igpt.metric.result import Result
 from igpt.report.folder import RunFolder, parse_result
-from igpt.report.identity import DEBUG
 from igpt.settings.older_configs import read_record
 from igpt.settings.paths import resolve_nearest
 from igpt.utils import files
 
-OF_RUNS = ("compare", "isoflop", "advise")  # tasks whose results, numbers of several runs, are never compared
-DEEPEST = 4  # maximal depth of a run directory below a given one
 LONGEST_CHAIN = 9  # maximal runs in a chain of initial weights
 STAGE = re.compile(r"\d+_(\w+)")  # directory of a stage
 CHECKPOINT = re.compile(r"step_(\d+)(?:\.ckpt)?")
@@ -103,7 +98,7 @@ class RunRecord:
             if place is None:
                 read.append(Stage(name, self.folder / inside, None, "it lies outside of the folder of runs"))
             else:
-                read.append(Stage(name, place, *_read_or_reason(place)))
+                read.append(Stage(name, place, *try_read_run(place)))
         return read
 
 
@@ -129,30 +124,6 @@ class InitHistory:
     def pretraining(self) -> RunRecord | None:
         """The pretraining run at the start of the history; None if its record is missing."""
         return self.runs[-1] if self.runs and self.runs[-1].task == "pretrain" else None
-
-
-@dataclass
-class FoundRuns:
-    """The readable runs of some paths, and the reasons for the unreadable ones."""
-
-    runs: list[RunRecord] = field(default_factory=list)
-    problems: dict[Path, str] = field(default_factory=dict)  # directory → reason
-
-    @property
-    def input_hashes(self) -> dict[str, str | None]:
-        """Directory → SHA-256 of its result.json, or its problem; with stages and the runs in the weights' history."""
-        hashes: dict[str, str | None] = {str(path): why for path, why in self.problems.items()}
-        waiting = list(self.runs)
-        while waiting:
-            run = waiting.pop()
-            if str(run.folder) in hashes:  # also a pipeline that names itself as a stage
-                continue
-            for part in (run, *run.init_history.runs):
-                hashes[str(part.folder)] = files.sha256(part.folder / "result.json")
-            hashes[f"init of {run.folder}"] = run.init_history.unknown
-            hashes |= {str(stage.folder): stage.problem for stage in run.stages if stage.run is None}
-            waiting += [stage.run for stage in run.stages if stage.run is not None]
-        return hashes
 
 
 def flatten(settings: Any, key: str = "") -> dict[str, Any]:
@@ -228,50 +199,11 @@ def _read_mapping(path: Path, read: Callable[[Path], Any] = files.read_json) -> 
     return content if isinstance(content, dict) else {}
 
 
-def _read_or_reason(folder: Path) -> tuple[RunRecord | None, str]:
+def try_read_run(folder: Path) -> tuple[RunRecord | None, str]:
     try:
         return read_run(folder), ""
     except (ValueError, OSError) as error:
         return None, str(error)
-
-
-def read_runs(folders: Sequence[Path]) -> FoundRuns:
-    """The finished runs in some directories, and the reasons for the unreadable ones."""
-    read = {folder: _read_or_reason(folder) for folder in folders}
-    problems = {folder: problem for folder, (run, problem) in read.items() if run is None}
-    return FoundRuns([run for run, _ in read.values() if run is not None], problems)
-
-
-def find_runs(folders: Sequence[str]) -> FoundRuns:
-    """Every finished run of some paths, each once. A path: a run directory, a glob, or a directory that contains runs.
-
-    Unreadable runs go into `problems`. Results of tasks that read runs (OF_RUNS) are skipped.
-
-    Raises:
-        ValueError: a path that matches nothing.
-    """
-    here: dict[Path, Path] = {}
-    for place in folders:
-        pattern = str(Path(place).expanduser())
-        named = [Path(pattern)] if os.path.exists(pattern) else [Path(path) for path in sorted(glob(pattern))]
-        if not named:
-            raise ValueError(f"there is nothing at {place}: give run folders, a glob, or a folder that holds them")
-        for path in named:
-            top = path.parent if path.name == "result.json" else path
-            here |= {folder.resolve(): folder for folder in _run_folders(top)}
-    every = read_runs(list(here.values()))
-    return FoundRuns([run for run in every.runs if run.task not in OF_RUNS], every.problems)
-
-
-def _run_folders(folder: Path, depth: int = 0) -> Iterator[Path]:
-    """Yields the run directories at or below a path; directories inside a run are not searched."""
-    if any((folder / name).is_file() for name in ("run.json", "result.json")):
-        if not folder.name.startswith(tuple(f"{task}-" for task in OF_RUNS)) or (folder / "result.json").is_file():
-            yield folder
-    elif folder.is_dir() and depth < DEEPEST:
-        for inside in sorted(folder.iterdir()):
-            if inside.is_dir() and not inside.name.startswith(".") and inside.name != DEBUG:
-                yield from _run_folders(inside, depth + 1)
 
 
 def trace_init(run: RunRecord, depth: int = 0) -> InitHistory:
@@ -295,7 +227,7 @@ def trace_init(run: RunRecord, depth: int = 0) -> InitHistory:
         metadata["step"] = int(step[1])
     elif isinstance(began, str) and metadata.get("weights_sha256") not in (began, None):
         return InitHistory(recorded, unknown=f"how its weights were trained ({init} holds others now)")
-    maker, problem = _read_or_reason(before)
+    maker, problem = try_read_run(before)
     if maker is None:  # for example a checkpoint of an unfinished run
         return InitHistory(recorded or metadata, unknown=f"how its weights were trained ({before.name}: {problem})")
     earlier = trace_init(maker, depth + 1)

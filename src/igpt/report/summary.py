@@ -1,6 +1,5 @@
 """Numbers over many runs: mean and spread over seeds, the best first, with the settings that differ."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,18 +11,15 @@ from scipy.stats import t as student
 
 from igpt.metric.result import Number, find_key
 from igpt.report.closing_table import describe_uncertainty
-from igpt.report.display_names import is_share, name_with_unit
 from igpt.report.facts import find_number
-from igpt.report.figures import Point, points_figure
+from igpt.report.found_runs import read_runs
 from igpt.report.groups import describe_groups, group_by_data, group_by_seed
 from igpt.report.reference import WITHIN, Difference, Settings, compare_means, find_reference
-from igpt.report.runs import RunRecord, read_objective, read_runs
-from igpt.report.significant import format_measured
+from igpt.report.runs import RunRecord, read_objective
 from igpt.utils.overrides import suggest_name
 
 LOWER = ("nats", "bits", "grey levels", "MMD²", "squared distance")  # prefixes of units where lower is better
 HIGHER = ("share", "dB", "SSIM", "Spearman", "images/s", "tokens/s", "pixels/s")  # where higher is better
-MOST = 40  # maximal rows of a picture
 
 
 class NothingFoundError(ValueError):
@@ -92,13 +88,13 @@ class Summary:
     def key(self) -> str:
         """The key to the uncertainties in `table`; "" if there are none."""
         numbers = [number for row in self.rows for number in (row.number, *map(row.average, self.columns)) if number]
-        key = describe_uncertainty(map(self.shown, numbers))
+        key = describe_uncertainty(map(self.with_interval, numbers))
         if self.reference is None:
             return key
         welch = f"difference: from {self.reference.name}, with the 95 % interval of Welch's t, for each row by itself"
         return f"{key}; {welch}; {WITHIN}: the interval holds 0"
 
-    def shown(self, number: Number) -> Number:
+    def with_interval(self, number: Number) -> Number:
         """A mean as `table` shows it: beside further columns with its interval, in place of the deviation."""
         if not (self.columns or self.reference) or number.deviation is None:
             return number
@@ -175,7 +171,7 @@ def summarize_runs(
         rows.append(SeedGroup(settings, average_seeds(numbers), values, folders, seeds, further, tuple(group)))
     unit = rows[0].number.unit
     lower = is_lower_better(metric, unit)
-    why = caution(having, unit)
+    why = describe_caution(having, unit)
     if not why:
         rows.sort(key=lambda row: row.mean if lower else -row.mean)
     if reference is None or why:
@@ -204,7 +200,7 @@ def summarize_by_data(
     return [replace(first, left_out=more | first.left_out), *others]
 
 
-def caution(runs: Sequence[RunRecord], unit: str) -> str:
+def describe_caution(runs: Sequence[RunRecord], unit: str) -> str:
     """The reason why numbers are not comparable: several datasets; of losses per token or pixel also several
     objectives, resolutions or tokenizers; of losses per dimension several resolutions.
     """  # fmt: skip
@@ -248,68 +244,3 @@ def find_common_metric(runs: Sequence[RunRecord]) -> str | None:
     common = [key for key in first if all(key in numbers for numbers in others)]
     judged = [key for key in common if first[key].unit.startswith(("nats", "bits", "share", "dB"))]
     return next(iter([*judged, *common]), None)
-
-
-def describe_direction(result: Summary) -> str:
-    """`lower is better` or `higher is better`; for other units the sort order; nothing where rows do not compare."""
-    if result.caution:
-        return "in no order"
-    if not result.lower_is_better and not result.unit.startswith(HIGHER):
-        return "from the highest"
-    return f"{'lower' if result.lower_is_better else 'higher'} is better"
-
-
-def table(result: Summary) -> list[tuple[str, ...]]:
-    """Rows of text, the heading first: settings, mean with spread, further numbers, number of seeds, run directory.
-
-    Beside a reference, the differences from it follow the numbers of which it is known what is better.
-    """
-    units, direction = {result.metric: result.unit, **result.units}, f" ({describe_direction(result)})"
-    headings = ["settings"]
-    for name, unit in units.items():
-        headings += [name_with_unit(name, unit) + direction * (name == result.metric)]
-        headings += ["difference"] * _has_difference(result, name)
-    lines = [(*headings, "seeds", "run")]
-    for row in result.rows:
-        cells = [row.name]
-        for name in units:
-            number = row.number if name == result.metric else row.average(name)
-            cells.append("–" if number is None else format_measured(result.shown(number)))
-            if _has_difference(result, name):
-                difference = result.differ(row, name)
-                cells.append("reference" if row is result.reference else "–" if difference is None else difference.text)
-        lines.append((*cells, str(row.n), shorten_folders(row.folders)))
-    return lines
-
-
-def _has_difference(result: Summary, name: str) -> bool:
-    return result.reference is not None and name in result.judged
-
-
-def shorten_folders(folders: Sequence[Path]) -> str:
-    """The first path, relative to the working directory if it lies in it, and the number of others."""
-    first, *more = folders
-    place = os.path.relpath(first) if first.absolute().is_relative_to(Path.cwd()) else first.name
-    return place + (f" and {len(more)} more" if more else "")
-
-
-def draw(path: Path, result: Summary) -> None:
-    """Writes the rows as a dot plot, the best on top: mean and standard deviation over seeds, and each seed's value.
-
-    For one seed the bar is the 95 % confidence interval over images, if known.
-    """
-    points = [
-        Point(
-            row.name, row.mean, row.values,
-            (row.mean - row.deviation, row.mean + row.deviation) if row.deviation is not None else row.interval,
-            "mean of seeds ± their standard deviation" if row.deviation is not None
-            else "one seed, 95 % interval over images" if row.interval else "one seed",
-        )
-        for row in result.rows[:MOST]
-    ]  # fmt: skip
-    hidden = len(result.rows) - len(points)
-    more = f"; {hidden} more rows are not drawn" if hidden else ""
-    in_percent = is_share(result.unit)
-    label = f"{name_with_unit(result.metric, result.unit, of_axis=True)} ({describe_direction(result)}{more})"
-    label = "\n".join(filter(None, (label, result.data, result.caution)))
-    points_figure(path, points, label=label, in_percent=in_percent)

@@ -15,7 +15,8 @@ from igpt.metric.result import Curve
 from igpt.report.display_names import display_name, name_with_unit
 from igpt.report.runs import RunRecord
 from igpt.report.style import BAND, COLOURS, SMALL, save_figure, show_percent, styled
-from igpt.report.summary import HIGHER, LOWER, SeedGroup, Summary, describe_direction
+from igpt.report.summary import HIGHER, LOWER, SeedGroup, Summary
+from igpt.report.summary_table import describe_direction
 from igpt.report.swept_values import SweptValues, find_swept, warn_of_edges
 
 STEPS, IMAGES = "optimiser step", "images seen"  # x units

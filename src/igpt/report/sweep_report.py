@@ -13,12 +13,13 @@ from igpt.report.closing_table import align_columns, format_markdown
 from igpt.report.display_names import display_name, name_with_unit
 from igpt.report.equal_loss import build_length_curves, list_answers
 from igpt.report.figures import PlanePoint, curves_figure, plane_figure
+from igpt.report.found_runs import read_runs
 from igpt.report.groups import VARIANT
 from igpt.report.page import link_to, write_html
 from igpt.report.pictures import Picture
 from igpt.report.reference import Settings, find_reference
-from igpt.report.runs import read_runs
-from igpt.report.summary import NothingFoundError, Summary, draw, find_common_metric, summarize_by_data, table
+from igpt.report.summary import NothingFoundError, Summary, find_common_metric, summarize_by_data
+from igpt.report.summary_table import draw_summary, tabulate_summary
 from igpt.report.sweep_pictures import list_sweep_pictures
 from igpt.report.swept_values import warn_of_edges
 from igpt.utils import files
@@ -102,7 +103,7 @@ def report_sweep(
                 written.append(name)
         for result, answer, warnings in zip(summaries, answers, edges, strict=True):
             drawn = [str(place / name) for name, (of, _, _) in pictures.items() if of is result and name in written]
-            parts = (result.data, align_columns(table(result)), result.key, result.caution, *warnings)
+            parts = (result.data, align_columns(tabulate_summary(result)), result.key, result.caution, *warnings)
             log.info("%s", "\n".join(filter(None, (*parts, align_columns(answer) if answer else "", *drawn))))
         if PAGE in written:
             log.info("%s", place / PAGE)
@@ -135,7 +136,7 @@ def write_comparison(
     links = [[link_to(path, row.folders[0]) for row in result.rows] for result in summaries]
     answers = [[] if cost is None else list_answers(result, cost) for result in summaries]
     made = {folder.name: link for folder in pages if (link := link_to(path, folder)) is not None}
-    tables = [*zip(summaries, map(table, summaries), links, answers, strict=True)]
+    tables = [*zip(summaries, map(tabulate_summary, summaries), links, answers, strict=True)]
     warnings = [line for result in summaries for line in warn_of_edges(result)]
     return write_html(path, "comparison.html", pictures, tables=tables, command=command, pages=made, warnings=warnings)
 
@@ -144,7 +145,7 @@ def _write_markdown(path: Path, summaries: Sequence[Summary], answers: Sequence[
     """Writes the tables without the run directories, for a document."""
     blocks = []
     for result, answer in zip(summaries, answers, strict=True):
-        lines = [line[:-1] for line in table(result)]
+        lines = [line[:-1] for line in tabulate_summary(result)]
         blocks += [result.data, format_markdown(lines), result.key, result.caution, *warn_of_edges(result)]
         blocks += [format_markdown(answer)] if answer else []
     with files.atomic_write(path) as file:
@@ -184,7 +185,7 @@ def _list_pictures(
         suffix = f"_{i}.png" if i > 1 else ".png"
         pictures[PICTURE.replace(".png", suffix)] = (
             result,
-            partial(draw, result=result),
+            partial(draw_summary, result=result),
             f"{display_name(result.metric)} of each setting",
         )
         plane = PLANE.replace(".png", suffix)

@@ -163,11 +163,6 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
         raise ValueError(f"cannot read the arguments: {escape_text(text)}: {reason}{_quoting_hint(text)}") from error
 
 
-def check_overrides(overrides: list[str], folders: list[Path]) -> DictConfig:
-    """The resolved config of these overrides. Raises ValueError as `complete_overrides`."""
-    return complete_overrides(overrides, folders)[1]
-
-
 def complete_overrides(overrides: list[str], folders: list[Path]) -> tuple[list[str], DictConfig]:
     """(overrides with those that `init=` adds in front, their resolved config), from these config folders.
 

@@ -1,6 +1,5 @@
 """The parts of a run (data, tokenizer, network, Trainer …), each built from the config at its first use."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -23,25 +22,19 @@ from igpt.model.config import GPTConfig
 from igpt.model.gpt import GPT
 from igpt.objective import registry
 from igpt.objective.base import Objective
-from igpt.report.folder import RunFolder
 from igpt.report.paper import check_paper_key
-from igpt.run.entries import callback_builder, logger_builder
-from igpt.run.fingerprint import compare_splits, read_data_settings
+from igpt.run.entries import build_callbacks, describe_run, list_builders
+from igpt.run.fingerprint import compare_splits, compare_tokenizer_images
 from igpt.run.run_config import RunConfig
 from igpt.run.targets import checked_partial, task_settings, without
-from igpt.settings.data import name_dataset
 from igpt.settings.fields import parse_settings
 from igpt.settings.training import PretrainSettings
 from igpt.tokens.datamodule import ONE_BY_ONE, PixelDataModule, TokenDataModule
 from igpt.tokens.pixel_order import PixelOrder
 from igpt.tokens.tokenizer import TokenGrid, Tokenizer, TokenizerSettings
-from igpt.tokens.vqvae_tokenizer import UNTRAINED, VQVAESettings
+from igpt.tokens.vqvae_tokenizer import UNTRAINED, VQVAESettings, check_trainable
 from igpt.training.hardware import HardwareConfig, disable_malloc_trim
-from igpt.training.lightning_callbacks import select
-from igpt.training.loggers import RunInfo
 from igpt.training.trainer import Runner
-
-log = logging.getLogger(__name__)
 
 
 class Components:
@@ -73,8 +66,8 @@ class Components:
 
     def check_parts(self) -> None:
         """As `check_settings`, without the settings of the task."""
-        self._builders("callbacks")
-        self._builders("logger")
+        list_builders(self.run.config, "callbacks")
+        list_builders(self.run.config, "logger")
         if self.run.requires & {"images", "tokens", "tokenizer", "stages"}:
             self._source_partial()
         if "tokens" in self.run.requires and not self.run.takes_from_weights("tokens"):
@@ -94,21 +87,7 @@ class Components:
             return
         if run.saved_tokenizer is None:
             raise ValueError(UNTRAINED)
-        place = Path(run.config["tokens"]["path"]).expanduser()
-        folder = next((p for p in (place, *place.parents[:2]) if (p / "run.json").is_file()), place)
-        compare_splits(run.config["data"], folder)
-        trained, read = read_data_settings(folder), run.config["data"]
-        if trained and name_dataset(trained) != name_dataset(read):
-            log.info(
-                "tokens.path=%s was trained on images of %s: one trained on %s may show these better",
-                place, name_dataset(trained), name_dataset(read),
-            )  # fmt: skip
-
-    def _builders(self, group: str) -> list[Callable[..., Any]]:
-        """A builder of every entry of `callbacks` or `logger` that is not null."""
-        build = callback_builder if group == "callbacks" else logger_builder
-        entries = self.run.config.get(group) or {}
-        return [build(spec, f"{group}.{key}") for key, spec in entries.items() if spec is not None]
+        compare_tokenizer_images(run.config["data"], run.config["tokens"]["path"])
 
     def _source_partial(self) -> Callable[..., Source]:
         return checked_partial(without(self.run.config["data"], "palette_size"), "data")
@@ -131,7 +110,7 @@ class Components:
     @cached_property
     def runner(self) -> Runner:
         """The Trainer calls; with the run's callbacks and loggers, if it trains."""
-        callbacks = select([build() for build in self._builders("callbacks")]) if self.run.trains else []
+        callbacks = build_callbacks(self.run.config) if self.run.trains else []
         if self.hardware.device.type == "cpu":
             disable_malloc_trim()
         runner = Runner(machine=self.hardware, folder=self.run_dir, callbacks=callbacks)
@@ -146,19 +125,8 @@ class Components:
         """
         if not self.hardware.rank.is_first or "stages" in self.run.requires:
             return []
-        begun = RunFolder(self.run_dir).read_run()
-        names = self.run.subject | (begun.get("of") or {})  # of the release that began it, for the same W&B run
-        about = RunInfo(
-            task=self.run.task,
-            model=self.run.model_name,
-            data=self.run.data_name,
-            objective=self.run.objective_settings["name"],
-            run_id=f"{self.run.format_name(names)}-{begun['id']}",
-            first_step=first_step,
-            trains=self.run.trains,
-            pipeline=self.run_dir.parent.name if (self.run_dir.parent / "run.json").is_file() else None,
-        )
-        for build in self._builders("logger"):
+        about = describe_run(self.run, self.run_dir, first_step=first_step)
+        for build in list_builders(self.run.config, "logger"):
             if (logger := build(self.run_dir, about, self.run.config)) is not None:
                 self.loggers.append(logger)
         return self.loggers
@@ -194,16 +162,9 @@ class Components:
         Raises:
             ValueError: it is not one to train, is trained already, or does not fit the images.
         """
-        option, task = self.run.choices["tokens"], self.run.task
         settings = None if self.run.takes_from_weights("tokens") else self.tokenizer_settings
-        if not isinstance(settings, VQVAESettings):
-            raise ValueError(
-                f"task={task} trains a VQ-VAE: tokens=vqvae; tokens={option} is made by the run that uses it"
-            )
-        if settings.path is not None:
-            raise ValueError(f"task={task} trains a tokenizer, tokens.path={settings.path} names one: leave it out")
-        settings.sizes(self.run.cfg.data.resolution)
-        return settings
+        option, resolution = self.run.choices["tokens"], self.run.cfg.data.resolution
+        return check_trainable(settings, task=self.run.task, option=option, resolution=resolution)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -12,6 +12,8 @@ from lightning.fabric.loggers.logger import Logger
 
 from igpt.distributed.process_state import restore_environment
 from igpt.report.bystanders import describe_error
+from igpt.report.folder import RunFolder
+from igpt.run.run_config import RunConfig
 from igpt.run.targets import checked_partial, find_target
 from igpt.training import lightning_callbacks, loggers
 from igpt.training.loggers import RunInfo
@@ -66,6 +68,34 @@ def logger_builder(spec: Mapping[str, Any], where: str) -> Callable[[Path, RunIn
         return loggers.guard(logger)
 
     return call
+
+
+def list_builders(config: Mapping[str, Any], group: str) -> list[Callable[..., Any]]:
+    """A builder of every entry of `callbacks` or `logger` that is not null."""
+    build = callback_builder if group == "callbacks" else logger_builder
+    entries = config.get(group) or {}
+    return [build(spec, f"{group}.{key}") for key, spec in entries.items() if spec is not None]
+
+
+def build_callbacks(config: Mapping[str, Any]) -> list[L.Callback]:
+    """The callbacks of a training, those of the group `callbacks` that it takes."""
+    return lightning_callbacks.select([build() for build in list_builders(config, "callbacks")])
+
+
+def describe_run(run: RunConfig, run_dir: Path, *, first_step: int) -> RunInfo:
+    """The description of a run for its loggers. `first_step`: the optimiser step this process resumes from."""
+    begun = RunFolder(run_dir).read_run()
+    names = run.subject | (begun.get("of") or {})  # of the release that began it, for the same W&B run
+    return RunInfo(
+        task=run.task,
+        model=run.model_name,
+        data=run.data_name,
+        objective=run.objective_settings["name"],
+        run_id=f"{run.format_name(names)}-{begun['id']}",
+        first_step=first_step,
+        trains=run.trains,
+        pipeline=run_dir.parent.name if (run_dir.parent / "run.json").is_file() else None,
+    )
 
 
 def _check_target(spec: Mapping[str, Any], where: str, kind: type) -> Callable[..., Any]:

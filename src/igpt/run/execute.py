@@ -20,8 +20,8 @@ from igpt.run.components import Components
 from igpt.run.finished import complete_finished
 from igpt.run.operations import resolve_steps
 from igpt.run.pipeline_stages import stage_configs
-from igpt.run.recipes import describe_recipe, keep_recorded
-from igpt.run.run_config import CHECKPOINT, RunConfig
+from igpt.run.recipes import CHECKPOINT, describe_recipe, keep_recorded
+from igpt.run.run_config import RunConfig
 from igpt.run.targets import checked_task
 from igpt.training import loggers
 from igpt.training.hardware import HardwareConfig

@@ -84,12 +84,6 @@ def _hash_file(path: str | None) -> str | None:
     return files.sha256(file) if file is not None else None
 
 
-def read_data_settings(folder: Path) -> dict[str, Any]:
-    """The data settings of the run that trained the weights or tokenizer of a run directory, through imports."""
-    data: dict[str, Any] = read_training_config(folder).get("data", {})
-    return data
-
-
 def read_training_config(folder: Path) -> dict[str, Any]:
     """The config of the run that trained the weights or tokenizer of a run directory, through imports; {}: unknown."""
     for _ in range(10):  # imports of imports
@@ -123,4 +117,20 @@ def compare_splits(settings: Mapping[str, Any], run: Path) -> None:
         log.warning(
             "%s held out other images than this run does (%s): it may have been trained on what is held out here",
             run, "; ".join(other),
+        )  # fmt: skip
+
+
+def compare_tokenizer_images(settings: Mapping[str, Any], path: str) -> None:
+    """Logs where the run that trained the tokenizer at `path` held out other images, or was of another dataset.
+
+    `settings`: the data settings of this run.
+    """
+    place = Path(path).expanduser()
+    folder = next((p for p in (place, *place.parents[:2]) if (p / "run.json").is_file()), place)
+    compare_splits(settings, folder)
+    trained = read_training_config(folder).get("data")
+    if trained and name_dataset(trained) != name_dataset(settings):
+        log.info(
+            "tokens.path=%s was trained on images of %s: one trained on %s may show these better",
+            place, name_dataset(trained), name_dataset(settings),
         )  # fmt: skip

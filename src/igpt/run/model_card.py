@@ -12,8 +12,8 @@ from igpt.checkpoint.find import HUB_NAME
 from igpt.checkpoint.igpt_format import Weights
 from igpt.metric.result import Number
 from igpt.report.closing_table import format_markdown
-from igpt.report.figures import palette_picture
 from igpt.report.folder import environment
+from igpt.report.grid_pictures import palette_picture
 from igpt.report.runs import RunRecord, read_run
 from igpt.report.significant import format_measured
 from igpt.settings.data import name_dataset

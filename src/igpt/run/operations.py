@@ -7,7 +7,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from igpt.metric.throughput import count_steps, train_flops_per_image
 from igpt.run.components import Components
 from igpt.run.pipeline_stages import compose_stage
-from igpt.run.run_config import CHECKPOINT, RunConfig, to_dict
+from igpt.run.recipes import CHECKPOINT
+from igpt.run.run_config import RunConfig, to_dict
 
 
 def resolve_steps(run: RunConfig, overrides: Sequence[str] = ()) -> list[str]:

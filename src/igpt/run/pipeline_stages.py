@@ -14,7 +14,8 @@ from igpt.data.images import check_path
 from igpt.report.folder import RunFolder
 from igpt.report.identity import changes
 from igpt.report.paper import check_paper_key
-from igpt.run.run_config import CHECKPOINT, RunConfig, resolve_config, to_dict
+from igpt.run.recipes import CHECKPOINT
+from igpt.run.run_config import RunConfig, resolve_config, to_dict
 from igpt.run.targets import task_settings
 from igpt.settings.older_configs import answer
 from igpt.settings.reading import FROM, INIT

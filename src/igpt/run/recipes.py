@@ -24,7 +24,7 @@ SHOWN = {
 AUGMENTATION = {"pad": "pad {}", "flip": "flip"}
 PAPER = "Chen et al. 2020, §3.1"
 RGB = "igpt.tokens.rgb.RGBSettings"  # three tokens a pixel
-CHECKPOINT = "checkpoint"  # name of a model or objective that is that of the weights of init=
+CHECKPOINT = "checkpoint"  # option of model, tokens, objective and data: take it from the weights of init=
 
 
 class Taken(NamedTuple):

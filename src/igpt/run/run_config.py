@@ -15,10 +15,11 @@ from igpt.checkpoint.igpt_format import Weights
 from igpt.checkpoint.kept import list_paths
 from igpt.checkpoint.resized import resize_weights
 from igpt.data.listing import list_files
+from igpt.report.found_runs import FoundRuns, find_runs, read_runs
 from igpt.report.identity import format_run_name, identity
-from igpt.report.runs import FoundRuns, find_runs, read_runs
 from igpt.run import fingerprint
 from igpt.run.early_checks import check_strategy
+from igpt.run.recipes import CHECKPOINT
 from igpt.run.targets import checked_partial, find_target
 from igpt.settings.data import name_images
 from igpt.settings.fields import parse_settings
@@ -33,7 +34,6 @@ from igpt.training.precision import resolve_precision
 log = logging.getLogger(__name__)
 
 NOT_OF_FEATURES = ("palette_size", "augment", "shift", "shift_share")  # settings of the data
-CHECKPOINT = "checkpoint"  # option of model, tokens and objective: take it from the weights of init=
 
 
 def to_dict(cfg: DictConfig, *, resolve: bool = True) -> dict[str, Any]:

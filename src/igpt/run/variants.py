@@ -6,7 +6,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from igpt.run.run_config import CHECKPOINT
+from igpt.run.recipes import CHECKPOINT
 
 RECIPE = "pretraining"  # key of conf/variant/: settings of conf/task/pretrain.yaml
 TASK = "pretrain"  # the task that has them, alone or as the stages of a pipeline

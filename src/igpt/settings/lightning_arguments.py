@@ -109,7 +109,7 @@ class LightningArguments(Settings):
         return {name: limit for name, limit in named.items() if limit is not None and not _is(limit, 1.0)}
 
     @property
-    def passed(self) -> dict[str, Any]:
+    def trainer_arguments(self) -> dict[str, Any]:
         """Arguments for every Trainer of the run."""
         names = ("detect_anomaly", "enable_model_summary", "deterministic", "benchmark", "inference_mode")
         return {name: value for name in names if (value := getattr(self, name)) is not None}

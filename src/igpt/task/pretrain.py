@@ -14,7 +14,6 @@ from igpt.checkpoint import igpt_format
 from igpt.checkpoint.igpt_format import Weights, check_equal, meta_model, read_model, save_model
 from igpt.checkpoint.resume import kept_path
 from igpt.checkpoint.tensors import LazyTensor
-from igpt.data.source import Stream
 from igpt.distributed import ranks
 from igpt.metric.result import Number, Result
 from igpt.metric.throughput import train_flops_per_image
@@ -151,7 +150,7 @@ class PretrainModule(TrainedModule):
         assert self.net is not None
         self.score.add(self.net, batch)
         if self.average is not None:
-            with self.average.applied(self.net):
+            with self.average.average_parameters(self.net):
                 self.score_of_average.add(self.net, batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -201,11 +200,7 @@ def run(components: Components, settings: PretrainSettings) -> Result:
     if hardware.is_sharded:
         settings.check_sharded(hardware.strategy)
     data = components.build_datamodule(plan=hardware.train_batch_layout(settings.batch_size))
-    n_val = len(data.source.split("val"))
-    if settings.val_every and not n_val:
-        raise ValueError("there is nothing to validate on: set task.val_every=0, or data.val_fraction above 0")
-    images = data.source.training()
-    n_train = "a stream" if isinstance(images, Stream) else len(images)
+    n_train, n_val = data.count_images(val_every=settings.val_every)
     ranks.check_agree("images", {"train": n_train, "val": n_val, "tokenizer": data.tokenizer.hash})
     runner = components.runner  # which starts the loggers
     module = PretrainModule(components, settings, n_val=n_val)

@@ -13,8 +13,10 @@ from igpt.metric.result import Grid, Number
 from igpt.task.generative_score import table_of_images
 from igpt.tokens.batches import Batch
 from igpt.tokens.tokenizer import Tokenizer
+from igpt.tokens.vqvae import VQVAEConfig
 
 AMPLIFIED = 8  # times, the differences shown
+FEW_USED, LOW_PERPLEXITY = 0.2, 0.05  # share of the codes, perplexity ÷ K: below, the codes have collapsed
 
 
 class ReconstructionScore:
@@ -78,3 +80,31 @@ def draw_comparison(pixels: np.ndarray, tokenizers: dict[str, Tokenizer]) -> Gri
         columns += [images, difference.clip(max=255).astype(np.uint8)]
         titles += [name, f"error x {AMPLIFIED}"]
     return Grid(np.stack(columns, axis=1), tuple(titles))
+
+
+def describe_collapse(numbers: dict[str, Number], config: VQVAEConfig) -> str:
+    """A warning if few codes are used, or most tokens are of a few of them; else ""."""
+    used, perplexity = numbers["val/codes_used"], numbers["val/perplexity_share"]
+    most = min(1.0, used.n / config.codes)  # of few images not all codes can be used
+    if used.value >= FEW_USED * most and perplexity.value >= LOW_PERPLEXITY * most:
+        return ""
+    learnt = (
+        "narrower codes (tokens.code_width), a higher tokens.restart_below, more tokens.unquantised_steps or a lower "
+        "task.learning_rate help"
+    )
+    fixed = "more task.steps, fewer tokens.codes or tokens.quantizer=ema help"
+    return (
+        f"the codes have collapsed: {100 * used.value:.1f} % of {config.codes} are used, perplexity ÷ K is "
+        f"{perplexity.value:.3f}; {learnt if config.quantizer == 'ema' else fixed}"
+    )
+
+
+def compare_with_patches(numbers: dict[str, Number], *, factor: int) -> str:
+    """A warning if k-means on bare patches is as good as the network, else ""."""
+    ours, patches = numbers["val/psnr"], numbers.get("patches/psnr")
+    if patches is None or ours.value > patches.value:
+        return ""
+    return (
+        f"val/psnr {ours.value:.2f} dB does not beat k-means on bare {factor}×{factor} patches of the same rate, "
+        f"{patches.value:.2f} dB: this tokenizer is of no use, train it longer or take tokens=patches"
+    )

@@ -13,14 +13,20 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from igpt.checkpoint.find import find_vqvae
 from igpt.checkpoint.igpt_format import check_equal
-from igpt.data.source import Stream, plain_pixels
+from igpt.data.source import plain_pixels
 from igpt.distributed import ranks
 from igpt.metric.reconstruction import SSIM_WINDOW, code_use_histogram
 from igpt.metric.reconstruction import UNITS as OF_IMAGES
 from igpt.metric.result import Number, Result
 from igpt.run.components import Components
 from igpt.settings.training import TokenizerTaskSettings
-from igpt.task.reconstruction_score import ReconstructionModule, ReconstructionScore, draw_comparison
+from igpt.task.reconstruction_score import (
+    ReconstructionModule,
+    ReconstructionScore,
+    compare_with_patches,
+    describe_collapse,
+    draw_comparison,
+)
 from igpt.tokens.batches import Batch
 from igpt.tokens.patches import K_MAX, PatchSettings
 from igpt.tokens.pixel_order import PixelOrder
@@ -41,7 +47,6 @@ log = logging.getLogger(__name__)
 
 CROP = 7  # stream of the keys of crops
 SHOWN = 8  # images
-FEW_USED, LOW_PERPLEXITY = 0.2, 0.05  # share of the codes, perplexity ÷ K: below, the codes have collapsed
 # k-means on patches: fewer iterations than tokens=patches takes, so that 4,096 codes take less than a minute
 PATCHES: dict[str, Any] = {"n_patches": 200_000, "iterations": 20, "order": "raster", "seed": 0}
 
@@ -170,11 +175,7 @@ def run(components: Components, settings: TokenizerTaskSettings) -> Result:
         config = config.model_copy(update={"unquantised_steps": 0})  # so that there are codes at the end
     order = PixelOrder.from_name(side // config.factor, trained.order)
     data = components.build_pixel_datamodule(plan=hardware.train_batch_layout(settings.batch_size))
-    n_val = len(data.source.split("val"))
-    if settings.val_every and not n_val:
-        raise ValueError("there is nothing to validate on: set task.val_every=0, or data.val_fraction above 0")
-    images = data.source.training()
-    n_train = "a stream" if isinstance(images, Stream) else len(images)
+    n_train, n_val = data.count_images(val_every=settings.val_every)
     beside = name_tokenizers(settings.compare_with, side=side)
     if n_val and side < SSIM_WINDOW:
         log.info("no SSIM: its window of %d pixels is larger than the images", SSIM_WINDOW)
@@ -271,31 +272,3 @@ def name_tokenizers(folders: list[str], *, side: int) -> dict[str, Tokenizer]:
         alike = sum(other.partition("-")[0] == name for other in named)
         named[f"{name}-{alike + 1}" if alike else name] = tokenizer
     return named
-
-
-def describe_collapse(numbers: dict[str, Number], config: VQVAEConfig) -> str:
-    """A warning if few codes are used, or most tokens are of a few of them; else ""."""
-    used, perplexity = numbers["val/codes_used"], numbers["val/perplexity_share"]
-    most = min(1.0, used.n / config.codes)  # of few images not all codes can be used
-    if used.value >= FEW_USED * most and perplexity.value >= LOW_PERPLEXITY * most:
-        return ""
-    learnt = (
-        "narrower codes (tokens.code_width), a higher tokens.restart_below, more tokens.unquantised_steps or a lower "
-        "task.learning_rate help"
-    )
-    fixed = "more task.steps, fewer tokens.codes or tokens.quantizer=ema help"
-    return (
-        f"the codes have collapsed: {100 * used.value:.1f} % of {config.codes} are used, perplexity ÷ K is "
-        f"{perplexity.value:.3f}; {learnt if config.quantizer == 'ema' else fixed}"
-    )
-
-
-def compare_with_patches(numbers: dict[str, Number], *, factor: int) -> str:
-    """A warning if k-means on bare patches is as good as the network, else ""."""
-    ours, patches = numbers["val/psnr"], numbers.get("patches/psnr")
-    if patches is None or ours.value > patches.value:
-        return ""
-    return (
-        f"val/psnr {ours.value:.2f} dB does not beat k-means on bare {factor}×{factor} patches of the same rate, "
-        f"{patches.value:.2f} dB: this tokenizer is of no use, train it longer or take tokens=patches"
-    )

@@ -58,6 +58,17 @@ class PixelDataModule(L.LightningDataModule):
         """The device of the trainer that this is attached to, else the CPU."""
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
+    def count_images(self, *, val_every: int) -> tuple[int | str, int]:
+        """Images to train on ("a stream", of which none are counted) and to validate on, every `val_every` steps.
+
+        Raises:
+            ValueError: there are none to validate on.
+        """
+        n_val, images = len(self.source.split("val")), self.source.training()
+        if val_every and not n_val:
+            raise ValueError("there is nothing to validate on: set task.val_every=0, or data.val_fraction above 0")
+        return "a stream" if isinstance(images, Stream) else len(images), n_val
+
     def train_dataloader(self) -> DataLoader[Any]:
         """An infinite loader that starts at the trainer's step; for a stream, at the position in the checkpoint."""
         first_step = self.trainer.global_step if self.trainer else 0

@@ -21,7 +21,7 @@ from igpt.distributed.process_state import cudnn_tf32, float32_matmul_precision
 from igpt.settings.fields import parse_settings
 from igpt.tokens.exact_encoding import encode_exactly
 from igpt.tokens.pixel_order import PixelOrder, check_rows
-from igpt.tokens.tokenizer import GridTokenizer, TokenGrid
+from igpt.tokens.tokenizer import GridTokenizer, TokenGrid, TokenizerSettings
 from igpt.tokens.vqvae import VQVAE, VQVAEConfig, round_pixels
 
 UNTRAINED = (
@@ -214,3 +214,17 @@ class VQVAESettings(VQVAEConfig):
     def build(self, source: Source, cache: Path) -> VQVAETokenizer:
         """Raises ValueError: a VQ-VAE is not fitted by the run that uses it, but read from `path` before."""
         raise ValueError(UNTRAINED)
+
+
+def check_trainable(settings: TokenizerSettings | None, *, task: str, option: str, resolution: int) -> VQVAESettings:
+    """The settings of a tokenizer to be trained, those of the `option` of `tokens`; None: the checkpoint's.
+
+    Raises:
+        ValueError: it is not one to train, is trained already, or does not fit the images.
+    """
+    if not isinstance(settings, VQVAESettings):
+        raise ValueError(f"task={task} trains a VQ-VAE: tokens=vqvae; tokens={option} is made by the run that uses it")
+    if settings.path is not None:
+        raise ValueError(f"task={task} trains a tokenizer, tokens.path={settings.path} names one: leave it out")
+    settings.sizes(resolution)
+    return settings

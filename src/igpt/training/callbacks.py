@@ -17,7 +17,7 @@ from igpt.distributed import ranks
 from igpt.metric.result import Grid
 from igpt.model.generate import Sampling, generate
 from igpt.report.bystanders import Bystander
-from igpt.report.figures import grid_picture
+from igpt.report.grid_pictures import grid_picture
 from igpt.settings.fields import Count, Temperature
 from igpt.tokens.datamodule import PixelDataModule, TokenDataModule
 from igpt.training.frozen_networks import full_network

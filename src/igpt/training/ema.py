@@ -50,7 +50,7 @@ class WeightAverage:
         average([_local(weight) for weight in self.weights.values()], current, n_averaged)
 
     @contextmanager
-    def applied(self, net: nn.Module) -> Iterator[None]:
+    def average_parameters(self, net: nn.Module) -> Iterator[None]:
         """Has `net` compute with the average inside the block, and with its own weights again after it."""
         sharded = [module for module in net.modules() if isinstance(module, FSDPModule)]
         _reshard(sharded)

@@ -184,7 +184,7 @@ class Runner:
                 "enable_model_summary": False,
                 "profiler": self._profiler(),
                 "inference_mode": not machine.is_sharded,  # FSDP2 keeps tensors of a validation for training
-                **machine.lightning.passed,
+                **machine.lightning.trainer_arguments,
                 **options,
             },
         )

@@ -34,7 +34,7 @@ def temporary_path(path: Path) -> Iterator[Path]:
             break
         os.close(descriptor)
     try:
-        with _naming(path):
+        with _name_in_errors(path):
             yield Path(name)
     finally:
         Path(name).unlink(missing_ok=True)
@@ -53,7 +53,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor)
-        with _naming(path):
+        with _name_in_errors(path):
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -61,7 +61,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _name_in_errors(path: Path) -> Iterator[None]:
     """Context manager: an OSError of the block that names no file (of write, fsync, NumPy's fwrite) names `path`."""
     try:
         yield

@@ -1,34 +1,24 @@
 """Linear probes: one pass, kept on disk; accuracies against scikit-learn's and plain PyTorch's; both solvers."""
 
 import json
-import math
-import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
-from igpt.checkpoint.find import find_weights
-from igpt.checkpoint.igpt_format import Weights, save_model
-from igpt.data.order import BatchPlan
+from igpt.checkpoint.igpt_format import Weights
 from igpt.data.source import ArraySplit
-from igpt.distributed.signals import StoppedError
 from igpt.metric.result import Result
 from igpt.model.config import GPTConfig
-from igpt.model.features import layer_features
-from igpt.model.gpt import GPT, Block
+from igpt.model.gpt import GPT
 from igpt.objective.ar import AR
-from igpt.objective.bert import BERT
 from igpt.probe import selection
 from igpt.probe.lbfgs import TOLERANCE, logistic_regression
 from igpt.probe.selection import assign_folds
@@ -36,32 +26,11 @@ from igpt.run.targets import task_settings
 from igpt.settings.fields import format_setting
 from igpt.task.class_score import check_classes
 from igpt.tokens.palette import Palette
-from igpt.training.nan_guard import NonFiniteLossError
-from igpt.utils import files, keyed
-from tests.checkpoint.test_igpt_format import small_disk
-from tests.data.test_damaged_caches import ReadOnlyLock
-from tests.task.conftest import PROBE, SGD, SIZES, Arrays, Lab, check_bad_settings, drawn, machine
-from tests.task.test_stopping import Send
+from tests.task.conftest import PROBE, SGD, SIZES, Arrays, Lab, check_bad_settings
+from tests.task.probing.conftest import MASKED, features, kept_features, labels, perturbed, save_state
 
 STRENGTHS = [10.0, 0.1]
-MASKED = BERT(mask_probability=0.15)
-LN_10 = 2.302585
 OF_TRAIN, OF_VAL, OF_TEST = 1.01 / 200, 1.01 / 60, 1.01 / 100  # one image: two solvers end a little apart
-
-
-@pytest.fixture
-def lab(few: Arrays, palette: Palette) -> Lab:
-    return Lab(few, palette)
-
-
-@pytest.fixture(scope="module")
-def ar(tmp_path_factory: pytest.TempPathFactory, palette: Palette) -> Weights:
-    return drawn(tmp_path_factory.mktemp("ar"), palette, AR())
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory, palette: Palette) -> Weights:
-    return drawn(tmp_path_factory.mktemp("bert"), palette, MASKED)
 
 
 @pytest.fixture(scope="module")
@@ -71,34 +40,8 @@ def probed(tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palet
     return folder, Lab(few, palette).probe(folder, ar)
 
 
-@pytest.fixture(scope="module")
-def sgd(tmp_path_factory: pytest.TempPathFactory, few: Arrays, palette: Palette, ar: Weights) -> tuple[Path, Result]:
-    """One with task.solver=sgd, of six steps without a break."""
-    folder = tmp_path_factory.mktemp("sgd")
-    return folder, Lab(few, palette).probe(folder, ar, solver="sgd")
-
-
-def features(lab: Lab, net: GPT, split: str, *, objective: Any = None, mask: int = 0, norm: str = "ln_1") -> np.ndarray:
-    """All images in one plain pass: (L + 1, N, C)"""
-    tokens = lab.tokens().sample_tokens(split).long()
-    visible = None
-    if objective is not None:
-        rng_keys = keyed.per_example_keys(keyed.key(0, split, 0), torch.arange(len(tokens)))
-        visible = objective.visible_mask(tokens, keyed.fold_in(rng_keys, 100 + mask) if mask else rng_keys)
-    with torch.no_grad():
-        return layer_features(net, tokens, visible, norm=norm).numpy()
-
-
-def labels(lab: Lab, split: str) -> np.ndarray:
-    return lab.digits.split(split).labels
-
-
 def sklearn(strength: float) -> LogisticRegression:
     return LogisticRegression(C=strength, tol=1e-7, max_iter=5000)
-
-
-def kept_features(folder: Path) -> list[str]:
-    return sorted(path.name for path in (folder / "cache" / "features").glob("*.npy") if ".labels." not in path.name)
 
 
 @pytest.mark.parametrize("refit", [True, False])
@@ -153,104 +96,6 @@ def test_fits_that_do_not_converge_are_named(
     counts = {"probe": 6, "concatenated": 2, "untrained": 6, "raw pixels": 2, "final": 1}  # layers × strengths
     assert {name: names.count(name) for name in names} == counts
     assert result.provenance["suboptimality"] > TOLERANCE
-
-
-@pytest.mark.parametrize("norm", ["ln_1", "raw"])
-def test_what_is_kept_is_a_plain_pass(tmp_path: Path, lab: Lab, ar: Weights, norm: str) -> None:
-    """Independent source: the features of one pass over all images, whatever the batches were."""
-    lab.probe(tmp_path, ar, norm=norm, batch_size=13)
-    for name in kept_features(tmp_path):
-        split = name.split("-")[1]
-        found = np.load(tmp_path / "cache" / "features" / name)
-        assert np.abs(found - features(lab, ar.net(), split, norm=norm)).max() < 1e-5
-    assert [name.split("-")[1] for name in kept_features(tmp_path)] == ["test", "train", "val"]
-
-
-def test_one_pass_for_all_layers_and_none_the_second_time(
-    tmp_path: Path, lab: Lab, ar: Weights, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By hand: each of 2 blocks sees each of 360 images once; read from disk, the numbers are the same."""
-    seen, forward = [], Block.forward
-
-    def noted(self: Block, h: torch.Tensor, *rest: Any) -> torch.Tensor:
-        seen.append(len(h))
-        return forward(self, h, *rest)
-
-    monkeypatch.setattr(Block, "forward", noted)
-    first = lab.probe(tmp_path, ar)
-    assert sum(seen) == 2 * (200 + 60 + 100)
-
-    def refuses(*_: Any) -> None:
-        raise KeyError("forward pass")
-
-    monkeypatch.setattr(GPT, "embed", refuses)
-    again = lab.probe(tmp_path, ar)
-    assert again.numbers == first.numbers
-    assert again.curves == first.curves
-    with pytest.raises(KeyError):  # so it is noticed
-        lab.probe(tmp_path, ar, norm="raw")
-
-
-@pytest.mark.parametrize("changed", [{"norm": "raw"}, {"dtype": "float16"}, {"seed": 1}, "weights"])
-def test_other_features_are_other_files(tmp_path: Path, lab: Lab, ar: Weights, changed: Any) -> None:
-    """Invariant: nothing is read that something else has made, and nothing of it is written over."""
-    lab.probe(tmp_path, ar, test=False)
-    before = kept_features(tmp_path)
-    assert len(before) == 2
-    if changed == "weights":
-        lab.probe(tmp_path, save_state(tmp_path / "other", lab, perturbed(ar)), test=False)
-    else:
-        lab.probe(tmp_path, ar, test=False, **changed)
-    assert len(kept_features(tmp_path)) == 4
-    assert set(before) < set(kept_features(tmp_path))
-
-
-def perturbed(weights: Weights, *, times: float = 1.01) -> dict[str, torch.Tensor]:
-    state = weights.net().state_dict()
-    return state | {"wte": state["wte"] * times}
-
-
-def save_state(folder: Path, lab: Lab, state: dict[str, torch.Tensor]) -> Weights:
-    save_model(folder / "model", state, lab.metadata()(step=0))
-    return find_weights(str(folder))
-
-
-def test_damaged_features_are_made_anew(
-    tmp_path: Path, lab: Lab, ar: Weights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Invariant: cut, or with zeros in them, that is said, and the numbers are those of before; also read-only."""
-    first = lab.probe(tmp_path, ar)
-    short, zeroed = (tmp_path / "cache" / "features" / name for name in kept_features(tmp_path)[1:3])
-    short.write_bytes(short.read_bytes()[:1000])
-    content = bytearray(zeroed.read_bytes())
-    content[2048:] = bytes(len(content) - 2048)
-    zeroed.write_bytes(content)
-    monkeypatch.setattr(files, "_intact", set())
-    assert lab.probe(tmp_path, ar).numbers == first.numbers
-    for path in (short, zeroed):
-        assert caplog.text.count(f"{path} is made anew: it is damaged") == 1
-    monkeypatch.setattr("igpt.data.cache.FileLock", ReadOnlyLock)
-    assert lab.probe(tmp_path, ar).numbers == first.numbers
-    short.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{short} cannot be written \(Read-only file system\): it is damaged"):
-        lab.probe(tmp_path, ar)
-
-
-def changed_labels(few: Arrays, split: str) -> Arrays:
-    of = few.splits[split]
-    return replace(few, splits=few.splits | {split: ArraySplit(of.pixels, (of.labels + 1) % 10)})
-
-
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_other_labels_than_on_disk(tmp_path: Path, lab: Lab, few: Arrays, ar: Weights, split: str) -> None:
-    """The file is named, and what to do; once it is removed, the run goes through."""
-    lab.probe(tmp_path, ar)
-    lab.digits = changed_labels(few, split)
-    (name,) = [name for name in kept_features(tmp_path) if f"-{split}-" in name]
-    with pytest.raises(ValueError, match=f"the labels of {split} are not those that .*{name} was written with"):
-        lab.probe(tmp_path, ar)
-    (tmp_path / "cache" / "features" / name).unlink()
-    lab.probe(tmp_path, ar)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -464,23 +309,6 @@ def test_classes_that_are_in_train_alone(few: Arrays) -> None:
     assert check_classes(replace(few, splits=parts), ["val"]) == 10
 
 
-def test_a_full_disk(tmp_path: Path, lab: Lab, ar: Weights) -> None:
-    """It says what to do, and leaves nothing that takes room."""
-    with pytest.raises(ValueError, match=r"cannot be written .*paths\.cache=FOLDER"), small_disk():
-        lab.probe(tmp_path, ar)
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size] == []
-    lab.probe(tmp_path, ar)
-
-
-def test_features_too_large_for_float16(tmp_path: Path, lab: Lab, ar: Weights) -> None:
-    """By hand: the streams of an embedding a million times larger, not normed, pass 65,504."""
-    large = save_state(tmp_path / "large", lab, perturbed(ar, times=1e8))
-    with pytest.raises(ValueError, match=r"layer\(s\) 0, 1, 2 hold NaN or infinity.*task\.dtype=float32"):
-        lab.probe(tmp_path, large, norm="raw", dtype="float16")
-    assert list((tmp_path / "cache" / "features").glob(".*.part")) == []
-    lab.probe(tmp_path, large, norm="raw", dtype="float32", test=False, C_grid=[0.1])
-
-
 def test_masks_are_of_the_seed_alone(tmp_path: Path, lab: Lab, bert: Weights) -> None:
     """Invariants: other batches, the same masks and, to one image, votes; another seed or mask shows other pixels."""
     kept, numbers = [], []
@@ -530,164 +358,6 @@ def test_without_masks_there_is_no_vote(tmp_path: Path, lab: Lab, ar: Weights, b
         assert len(kept_features(tmp_path / name)) == 3
 
 
-# solver=sgd
-
-
-class LossesOfHeads(L.Callback):
-    """Notes the loss of every head before the first step, (L + 1, R)."""
-
-    losses: torch.Tensor
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == 0:
-            scores = pl_module.scores(pl_module.pool_features(batch, 0))
-            nats = scores.logsumexp(dim=-1) - scores[..., torch.arange(len(batch.labels)), batch.labels]
-            self.losses = nats.mean(dim=-1)
-
-
-def heads(folder: Path) -> dict[str, torch.Tensor]:
-    """What the newest checkpoint holds of them."""
-    newest = sorted((folder / "checkpoints").glob("step_*.ckpt"))[-1]
-    state: dict[str, torch.Tensor] = torch.load(newest, weights_only=True)["state_dict"]
-    return state
-
-
-@pytest.mark.parametrize("masks", [False, True])
-def test_sgd_begins_at_ln_10(tmp_path: Path, lab: Lab, ar: Weights, bert: Weights, masks: bool) -> None:
-    """Independent source: ln 10 = 2.302585, of every head; at the end some head is below it."""
-    noted = LossesOfHeads()
-    weights, objective = (bert, MASKED) if masks else (ar, AR())
-    result = lab.probe(tmp_path, weights, solver="sgd", callbacks=(noted,), objective=objective, test=False)
-    assert noted.losses.shape == (3, 2)
-    assert noted.losses.flatten().tolist() == pytest.approx([LN_10] * 6, abs=1e-6)
-    curve = train_losses(tmp_path)
-    assert curve[0] == pytest.approx(LN_10, abs=1e-6)
-    assert curve[-1] < LN_10 - 0.01
-    assert ("val/accuracy_one_mask" in result.numbers) == masks
-
-
-def train_losses(folder: Path) -> list[float]:
-    newest = sorted((folder / "checkpoints").glob("step_*.ckpt"))[-1]
-    return [y for _, y in torch.load(newest, weights_only=True)["history"]["train/loss_clf"]]
-
-
-def test_sgd_is_plain_momentum_with_a_cosine(lab: Lab, ar: Weights, sgd: tuple[Path, Result]) -> None:
-    """Independent source: six steps in numpy, v ← 0.9 v + g, w ← w - η ½ (1 + cos(π s / 6)) v, for every head."""
-    folder, result = sgd
-    data = lab.tokens(plan=BatchPlan(50, 50))
-    batches = [batch for _, batch in zip(range(6), data.train_dataloader(), strict=False)]
-    trained = heads(folder)
-    net, right = ar.net(), np.zeros((3, 2))
-    x_val, y_val = features(lab, net, "val"), labels(lab, "val")
-    for r, rate in enumerate((0.1, 1.0)):
-        for layer in range(3):
-            w, v = np.zeros((17, 10)), np.zeros((17, 10))  # the last row: the bias
-            for step, batch in enumerate(batches):
-                with torch.no_grad():
-                    x = layer_features(net, data.encode(batch.tokens))[layer].double().numpy()
-                x = np.concatenate([x, np.ones((50, 1))], axis=1)
-                p = np.exp(x @ w)
-                p = p / p.sum(axis=1, keepdims=True) - np.eye(10)[batch.labels.numpy()]
-                v = 0.9 * v + x.T @ p / 50
-                w = w - rate * 0.5 * (1 + math.cos(math.pi * step / 6)) * v
-            assert np.abs(trained[f"weights.{r}"][layer].numpy().T - w[:16]).max() < 1e-4
-            assert np.abs(trained[f"biases.{r}"][layer].numpy() - w[16]).max() < 1e-4
-            predictions = (x_val[layer] @ w[:16] + w[16]).argmax(axis=1)
-            right[layer, r] = (predictions == y_val).mean()
-    assert result.curves["probe, val"].y == pytest.approx(right.max(axis=1))
-    assert result.numbers["val/accuracy"].value == pytest.approx(right.max())
-    layer, r = (int(i) for i in np.unravel_index(right.argmax(), right.shape))
-    assert (result.numbers["probe/layer"].value, result.numbers["probe/rate"].value) == (layer, (0.1, 1.0)[r])
-    head, y = load_file(folder / "probe.safetensors"), labels(lab, "test")
-    assert torch.equal(head["weight"], trained[f"weights.{r}"][layer])
-    assert torch.equal(head["bias"], trained[f"biases.{r}"][layer])
-    scores = features(lab, net, "test")[layer] @ head["weight"].numpy().T + head["bias"].numpy()
-    assert result.numbers["test/accuracy"].value == pytest.approx((scores.argmax(axis=1) == y).mean())
-    assert result.class_names == {"confusion": tuple("0123456789")}
-    top = np.argsort(scores, axis=1)[:, -5:]
-    assert result.numbers["test/top_5"].value == pytest.approx((top == y[:, None]).any(axis=1).mean())
-
-
-@pytest.mark.parametrize("step", [2, 3])
-def test_sgd_resumes(tmp_path: Path, lab: Lab, ar: Weights, sgd: tuple[Path, Result], step: int) -> None:
-    """Invariant: 3 + 3 steps, or 4 + 2, are six: heads and curves to the bit; the network is not in a checkpoint."""
-    with pytest.raises(StoppedError, match=f"after step {step + 1}"):
-        lab.probe(tmp_path, ar, solver="sgd", callbacks=(Send(signal.SIGTERM, step=step),))
-    for _ in range(2):  # the second time nothing is left to train
-        assert lab.probe(tmp_path, ar, solver="sgd").numbers == sgd[1].numbers
-        assert train_losses(tmp_path) == train_losses(sgd[0])
-        expected = heads(sgd[0])
-        assert sorted(expected) == ["biases.0", "biases.1", "weights.0", "weights.1"]
-        assert all(torch.equal(value, expected[name]) for name, value in heads(tmp_path).items())
-
-
-def test_sgd_accumulates(tmp_path: Path, lab: Lab, ar: Weights, sgd: tuple[Path, Result]) -> None:
-    """Invariant: passes of 10 images give the heads of one of 50, but for rounding."""
-    lab.probe(tmp_path, ar, solver="sgd", test=False, on=machine(micro_batch=10))
-    expected = heads(sgd[0])
-    for name, value in heads(tmp_path).items():
-        assert torch.allclose(value, expected[name], rtol=1e-4, atol=1e-5)
-
-
-def test_sgd_on_a_window(tmp_path: Path, lab: Lab, ar: Weights, sgd: tuple[Path, Result]) -> None:
-    """Independent source: the heads of all three layers side by side, after one step in numpy; one layer is itself."""
-    settings: dict[str, Any] = {"solver": "sgd", "layer": 1, "test": False}
-    result = lab.probe(tmp_path / "three", ar, **settings, concat_layers=3, sgd={"steps": 1})
-    batch = next(iter((data := lab.tokens(plan=BatchPlan(50, 50))).train_dataloader()))
-    with torch.no_grad():
-        x = np.concatenate(list(layer_features(ar.net(), data.encode(batch.tokens)).numpy()), axis=1)
-    gradient = (0.1 - np.eye(10)[batch.labels.numpy()]).T @ x / 50
-    assert np.abs(heads(tmp_path / "three")["weights.1"][0].numpy() + 1.0 * gradient).max() < 1e-5
-    assert (result.provenance["layers"], result.numbers["probe/layer"].value) == ([0, 1, 2], 1)
-    lab.probe(tmp_path / "one", ar, **settings)
-    alone, together = heads(tmp_path / "one"), heads(sgd[0])
-    assert all(torch.allclose(value, together[name][1:2], atol=1e-6) for name, value in alone.items())
-
-
-@pytest.fixture
-def large(tmp_path: Path, lab: Lab, ar: Weights) -> Weights:
-    """A network with features of about 1,000: heads overflow in the first step at a rate of 1e38."""
-    return save_state(tmp_path / "large", lab, perturbed(ar, times=1e4))
-
-
-def test_a_rate_too_high_breaks_its_own_heads_only(tmp_path: Path, lab: Lab, large: Weights) -> None:
-    """Invariant: next to heads that overflow, the others are what they are alone; the run ends well and takes one."""
-    results = {
-        name: lab.probe(tmp_path / name, large, norm="raw", solver="sgd", sgd={"rates": rates}, test=False)
-        for name, rates in (("alone", [1e-7, 1e-6]), ("beside", [1e38, 1e-7, 1e-6]))
-    }
-    trained, expected = heads(tmp_path / "beside"), heads(tmp_path / "alone")
-    assert not trained["weights.0"].isfinite().any()
-    for r in (0, 1):
-        for kind in ("weights", "biases"):
-            assert torch.allclose(trained[f"{kind}.{r + 1}"], expected[f"{kind}.{r}"], rtol=1e-4, atol=1e-9)
-    assert train_losses(tmp_path / "beside") == pytest.approx(train_losses(tmp_path / "alone"), rel=1e-5)
-    for name in ("probe/rate", "probe/layer", "val/accuracy"):
-        assert results["beside"].numbers[name] == results["alone"].numbers[name]
-
-
-def test_all_rates_too_high(tmp_path: Path, lab: Lab, large: Weights) -> None:
-    """Then nothing can be told, and that is said, with the setting that can be changed."""
-    with pytest.raises(NonFiniteLossError, match=r"task\.sgd\.rates"):
-        lab.probe(tmp_path / "run", large, norm="raw", solver="sgd", sgd={"rates": [1e38, 1e38]})
-
-
-def test_in_turn_a_rate_too_high_is_passed_over(tmp_path: Path, lab: Lab, large: Weights) -> None:
-    """Where no head of a rate is finite, the next one is tried; where none of any is, that is an error."""
-
-    def search(name: str, rates: list[float]) -> Result:
-        sgd = {"rates": rates, "search": "in_turn"}
-        found: Result = lab.probe(tmp_path / name, large, norm="raw", solver="sgd", sgd=sgd, test=False)
-        return found
-
-    results = [search(f"{len(rates)}", rates) for rates in ([1e38, 1e-7], [1e-7])]
-    assert results[0].provenance["rates"] == [1e38, 1e-7]
-    for name in ("probe/rate", "probe/layer", "val/accuracy"):
-        assert results[0].numbers[name] == results[1].numbers[name]
-    with pytest.raises(NonFiniteLossError, match=r"task\.sgd\.rates"):
-        search("none", [1e38, 1e37])
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -721,19 +391,3 @@ def test_bad_settings(changed: dict[str, Any], message: str) -> None:
     for good in ({}, {"solver": "sgd", "layer": 1, "concat_layers": 3}, {"folds": "auto"}):
         assert task_settings("igpt.task.probe.run", PROBE | good)
     check_bad_settings("probe", PROBE, changed, message)
-
-
-def test_the_loss_of_a_batch_is_the_mean(tmp_path: Path, lab: Lab, ar: Weights) -> None:
-    """Independent source: after one step, the loss that is shown is the least cross-entropy of all heads."""
-    lab.probe(tmp_path, ar, solver="sgd", sgd={"steps": 2, "checkpoint_every": 1, "val_every": 2}, test=False)
-    data = lab.tokens(plan=BatchPlan(50, 50))
-    batches = [batch for _, batch in zip(range(2), data.train_dataloader(), strict=False)]
-    net, losses = ar.net(), []
-    with torch.no_grad():
-        for layer in range(3):
-            first, second = (layer_features(net, data.encode(batch.tokens))[layer] for batch in batches)
-            error = torch.full((50, 10), 0.1) - F.one_hot(batches[0].labels, 10)
-            for rate in (0.1, 1.0):
-                w, b = -rate * error.T @ first / 50, -rate * error.mean(dim=0)
-                losses.append(float(F.cross_entropy(second @ w.T + b, batches[1].labels)))
-    assert train_losses(tmp_path)[1] == pytest.approx(min(losses), abs=1e-5)
