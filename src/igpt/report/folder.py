@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,10 @@ def _with_interval(fields: dict[str, Any], key: str) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Git commit, package versions and command line of this process."""
+    return {"commit": find_commit(), "versions": dict(_versions()), "command": typed_command()}
+
+
+@cache
+def _versions() -> dict[str, str]:
     libraries = {name: version(name) for name in PACKAGES}
-    versions = {"igpt": igpt.__version__, **libraries, "python": platform.python_version()}
-    return {"commit": find_commit(), "versions": versions, "command": typed_command()}
+    return {"igpt": igpt.__version__, **libraries, "python": platform.python_version()}
