@@ -228,12 +228,12 @@ def _with_interval(fields: dict[str, Any], key: str) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Git commit, package versions and command line of this process; the first two as they were at the first call."""
-    commit, versions = _find_code()
+    commit, versions = find_code()
     return {"commit": commit, "versions": dict(versions), "command": typed_command()}
 
 
 @cache
-def _find_code() -> tuple[str, dict[str, str]]:
+def find_code() -> tuple[str, dict[str, str]]:
     """The commit and the versions of the code of this process, asked for at the start and the end of every stage."""
     libraries = {name: version(name) for name in PACKAGES}
     return find_commit(), {"igpt": igpt.__version__, **libraries, "python": platform.python_version()}
