@@ -31,7 +31,11 @@ PARTS: dict[str, list[tuple[str, str]]] = {
         ("igpt.training.callbacks", "generate"),
     ],
     "configuration": [("hydra._internal.config_loader_impl", "ConfigLoaderImpl.load_configuration")],
-    "figures": [("matplotlib.figure", "Figure.savefig"), ("PIL.Image", "Image.save")],
+    "figures": [
+        ("matplotlib.layout_engine", "ConstrainedLayoutEngine.execute"),
+        ("matplotlib.figure", "Figure.savefig"),
+        ("PIL.Image", "Image.save"),
+    ],
     "pages": [("igpt.run.execute", "write_page")],
     "checkpoints": [("lightning.pytorch.trainer.trainer", "Trainer.save_checkpoint")],
 }
