@@ -37,13 +37,13 @@ def draw_cells() -> tuple[Figure, Axes]:
 @styled
 def test_a_figure_is_drawn_once_as_savefig_lays_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against an independent source: the pixels are those of `savefig`, which draws the figure twice for its layout."""
-    draw_plots().savefig(tmp_path / "theirs.png", dpi=DPI)
+    draw_plots().savefig(tmp_path / "expected.png", dpi=DPI)
     draws, draw = [], Figure.draw
     monkeypatch.setattr(Figure, "draw", lambda figure, renderer: draws.append(draw(figure, renderer)))
     save_figure(tmp_path / "ours.png", draw_plots())
     assert len(draws) == 1
-    ours, theirs = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("ours", "theirs"))
-    assert np.array_equal(ours, theirs)
+    ours, expected = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("ours", "expected"))
+    assert np.array_equal(ours, expected)
 
 
 @styled
