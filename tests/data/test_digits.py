@@ -80,3 +80,12 @@ def test_only_training_images_are_moved_and_only_when_asked() -> None:
     assert all(any(row) for row in moves)
     stayed = sum(row[4] for row in moves)  # by hand: half are not moved, and a ninth of the rest; 111 ± 7
     assert 85 < stayed < 135
+
+
+def test_sources_share_no_pixels() -> None:
+    """Invariant: the digits are read once a process; what is written into one source is in no other."""
+    first, second = (Digits(**SETTINGS).split("train") for _ in range(2))
+    expected = second.read([0], [0]).pixels.copy()
+    first.pixels[:] = 77
+    assert np.array_equal(second.read([0], [0]).pixels, expected)
+    assert np.array_equal(Digits(**SETTINGS).split("train").read([0], [0]).pixels, expected)

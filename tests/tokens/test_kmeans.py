@@ -8,9 +8,19 @@ from sklearn.cluster import KMeans
 
 from igpt.data.digits import Digits
 from igpt.settings.fields import parse_arguments
-from igpt.tokens.kmeans import colour_distances, fit_cached, fit_palette
+from igpt.tokens.kmeans import colour_distances, count_colours, fit_cached, fit_palette
 
 RNG = np.random.default_rng(0)
+
+
+def test_colours_are_counted_in_ascending_order() -> None:
+    """Independent source: NumPy's `unique` of rows; the order decides where k-means starts."""
+    pixels = RNG.choice(np.array([0, 1, 127, 128, 254, 255], dtype=np.uint8), (2000, 3))
+    colours, counts = count_colours(pixels)
+    expected, expected_counts = np.unique(pixels, axis=0, return_counts=True)
+    assert colours.dtype == expected.dtype
+    assert np.array_equal(colours, expected)
+    assert np.array_equal(counts, expected_counts)
 
 
 def test_distinct_colours_are_their_own_palette() -> None:

@@ -1,6 +1,6 @@
 """scikit-learn's 1,797 handwritten digits, 8×8 in 17 grey levels: a dataset without a download."""
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -50,12 +50,7 @@ class Digits:
         if resolution != 8:
             raise ValueError(f"data.resolution={resolution}: the digits are 8×8 and come in no other size")
         self.name, self.resolution, self.labels_per_class = name, resolution, labels_per_class
-        from sklearn.datasets import load_digits  # slow to import, for this data alone
-
-        digits = load_digits()
-        grey = np.rint(digits.images * (255 / LEVELS)).astype(np.uint8)  # (N, 8, 8)
-        pixels = np.repeat(grey[..., None], 3, axis=3)  # (N, 8, 8, 3)
-        labels = digits.target.astype(np.int64)
+        pixels, labels = read_digits()
         indices = split_indices(len(pixels), val_fraction=val_fraction, test_fraction=test_fraction, seed=split_seed)
         if labels_per_class is not None:
             of_train = labels[indices["train"]]
@@ -71,3 +66,13 @@ class Digits:
     def training(self, *, with_val: bool = False) -> Split:
         train, val = self._splits["train"], self._splits["val"]
         return VariedSplit(JoinedSplit(train, val) if with_val else train, self._move)
+
+
+@cache
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """All pixels (1797, 8, 8, 3) uint8 and labels (1797,) int64, read once for all stages of a pipeline."""
+    from sklearn.datasets import load_digits  # slow to import, for this data alone
+
+    digits = load_digits()
+    grey = np.rint(digits.images * (255 / LEVELS)).astype(np.uint8)  # (N, 8, 8)
+    return np.repeat(grey[..., None], 3, axis=3), digits.target.astype(np.int64)

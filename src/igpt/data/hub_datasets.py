@@ -1,7 +1,6 @@
 """Hugging Face datasets as tables or shards: from the Hub, or written by `save_to_disk`."""
 
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from igpt.utils import files
 
 log = logging.getLogger(__name__)
 
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _MOST = 4096  # most shards of a stream; with more files, several form one shard
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import datasets
 import numpy as np
 
 from igpt.data.image_decoding import BadImageError, read_image_file
@@ -73,6 +72,8 @@ class Columns:
 
 def _check_types(features: Mapping[str, Any], image: str, label: str | None, where: str) -> None:
     """Raises ValueError unless the columns have types of images and of classes."""
+    import datasets  # slow to import, and local image files do not need it
+
     column = features[image]
     plain = getattr(column, "dtype", None) in (*BINARY, "string")
     within = isinstance(column, dict) and getattr(column.get("bytes"), "dtype", None) in (*BINARY, "null")
@@ -90,6 +91,8 @@ def _check_types(features: Mapping[str, Any], image: str, label: str | None, whe
 
 def class_names(feature: Any) -> tuple[str, ...] | None:
     """The class names of a `ClassLabel` column; None for other columns."""
+    import datasets
+
     return tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,7 +16,6 @@ import PIL
 from igpt.data import cache as pixel_cache
 from igpt.data.classes import Classes, describe_classes
 from igpt.data.crop import Crop, CropPlan, padded_crop
-from igpt.data.hub_datasets import HUB_NAME, open_hub
 from igpt.data.image_decoding import BadImageError, decode_rgb, open_image
 from igpt.data.image_splits import CachedSplit, DecodedSplit
 from igpt.data.image_table import Columns, Table
@@ -39,6 +39,8 @@ from igpt.settings.fields import Count, Seed
 from igpt.utils import files
 
 log = logging.getLogger(__name__)
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Images:
@@ -174,6 +176,8 @@ def _find_splits(how: OpenOptions, name: str, list_files: ListFiles) -> Mapping[
         if not shards:
             raise ValueError(f"data.path={how.path}: there is no such file")
         return open_shard_files(shards, how)
+    from igpt.data.hub_datasets import open_hub  # imports `datasets`, which takes a second
+
     return open_hub(how.path, name=name, columns=how.columns, streaming=how.streaming)
 
 

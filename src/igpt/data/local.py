@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from igpt.data.hub_datasets import open_saved
 from igpt.data.image_decoding import EXTENSIONS
 from igpt.data.image_files import ImageShards, open_image_files
 from igpt.data.image_table import Columns, Table
@@ -54,6 +53,8 @@ def open_listing(listing: Listing, how: OpenOptions) -> Mapping[str, Open]:
     if {"dataset_dict.json", "state.json"} & {*listing.names} and listing.find_by_extension(".arrow"):
         if how.streaming:
             raise ValueError(f"data.path={how.path} was saved by save_to_disk and is no stream: data.streaming=false")
+        from igpt.data.hub_datasets import open_saved  # imports `datasets`, which takes a second
+
         return open_saved(listing, columns=how.columns, path=how.path)
     images = [i for i, name in enumerate(listing.names) if file_extension(name) in EXTENSIONS]
     parquet, tar = listing.find_by_extension(".parquet"), listing.find_by_extension(".tar")

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +19,9 @@ from igpt.data.listing import Listing
 from igpt.data.parquet_pages import read_pages
 from igpt.data.shards import BadShardError, FileShards, find_readable_files, format_reason, is_remote, open_shard
 from igpt.utils import files
+
+if TYPE_CHECKING:
+    import datasets
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +131,7 @@ class ParquetShards(FileShards):
 
     def _map_labels(self, schema: pa.Schema, file: str) -> Any:
         """A function from the labels of a file to those of the split; None if they are equal."""
-        features = datasets.Features.from_arrow_schema(schema)
+        features = _read_features(schema)
         if self.label is None:
             return None
         self.columns.find(features, file)
@@ -148,15 +150,21 @@ class ParquetShards(FileShards):
         return lambda label: to[label] if 0 <= label < len(to) else label
 
 
-def _read_schema(file: str) -> datasets.Features:
+def _read_schema(file: str) -> "datasets.Features":
     """The columns of a parquet file. Raises BadShardError if it is invalid or unreadable."""
     try:
         with open_shard(file) as opened:
-            return datasets.Features.from_arrow_schema(pq.read_schema(opened))
+            return _read_features(pq.read_schema(opened))
     except pa.ArrowInvalid as error:
         raise BadShardError(f"{file} is no parquet file, or is cut short ({format_reason(error)})") from error
     except Exception as error:  # a schema unknown to `datasets`, or a network error
         raise BadShardError(f"{file} cannot be read ({format_reason(error)})") from error
+
+
+def _read_features(schema: pa.Schema) -> "datasets.Features":
+    from datasets import Features  # takes a second, which local image files do not need
+
+    return Features.from_arrow_schema(schema)
 
 
 def has_images(file: Path, columns: Columns) -> bool:

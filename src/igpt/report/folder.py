@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,13 @@ def _with_interval(fields: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Git commit, package versions and command line of this process."""
+    """Git commit, package versions and command line of this process; the first two as they were at the first call."""
+    commit, versions = find_code()
+    return {"commit": commit, "versions": dict(versions), "command": typed_command()}
+
+
+@cache
+def find_code() -> tuple[str, dict[str, str]]:
+    """The commit and the versions of the code of this process, asked for at the start and the end of every stage."""
     libraries = {name: version(name) for name in PACKAGES}
-    versions = {"igpt": igpt.__version__, **libraries, "python": platform.python_version()}
-    return {"commit": find_commit(), "versions": versions, "command": typed_command()}
+    return find_commit(), {"igpt": igpt.__version__, **libraries, "python": platform.python_version()}

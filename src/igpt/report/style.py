@@ -88,13 +88,15 @@ def image_font(size: int = 12) -> ImageFont.FreeTypeFont:
 
 def save_figure(path: Path, figure: Figure, *, cells: Axes | None = None) -> None:
     """Writes a figure as PNG, whole or not at all; the position of the axes `cells` goes into its metadata."""
+    figure.set_dpi(DPI)
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)  # fixes the layout: `savefig` would find it by drawing the figure once more
+    metadata = {}
+    if cells is not None:
+        box = cells.get_position()
+        metadata = {CELLS: f"{box.x0:.6f} {1 - box.y1:.6f} {box.width:.6f} {box.height:.6f}"}
     with files.atomic_path(path) as temporary:
-        metadata = {}
-        if cells is not None:
-            figure.draw_without_rendering()  # computes the layout, which is then fixed
-            figure.set_layout_engine("none")
-            box = cells.get_position()
-            metadata = {CELLS: f"{box.x0:.6f} {1 - box.y1:.6f} {box.width:.6f} {box.height:.6f}"}
         figure.savefig(temporary, format="png", dpi=DPI, metadata=metadata)
 
 

@@ -13,7 +13,7 @@ import torch
 from igpt.data.cache import map_chunks, read_or_make
 from igpt.data.source import Source, Split, plain_pixels
 from igpt.settings.fields import Count, Seed
-from igpt.tokens.palette import Palette, PaletteSize
+from igpt.tokens.palette import Palette, PaletteSize, colour_codes, decode_colour_codes
 from igpt.utils import files, keyed
 
 log = logging.getLogger(__name__)
@@ -27,13 +27,23 @@ def fit_palette(pixels: np.ndarray, *, k: int, iterations: int, restarts: int, s
     then exact and possibly smaller than k; a single colour gets the furthest colour beside it, since a palette has at
     least two. Grey pixels give a grey palette.
     """
-    colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)  # (U, 3), (U,)
+    colours, counts = count_colours(pixels)  # (U, 3), (U,)
     if len(colours) == 1:
         colours = np.concatenate([colours, np.where(colours < 128, 255, 0).astype(np.uint8)])
     centres = weighted_kmeans(colours, counts, k=k, iterations=iterations, restarts=restarts, seed=seed)
     if (colours == colours[:, :1]).all():  # grey: remove tints from rounding in k-means
         centres = np.repeat(centres[:, :1], 3, axis=1)
     return Palette(dark_to_light(centres))
+
+
+def count_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct colours of (N, 3) uint8 pixels, (U, 3), in ascending order, and their counts (U,).
+
+    As `np.unique(pixels, axis=0, return_counts=True)`; a colour is sorted as one number, not as a record of three.
+    """
+    codes = colour_codes(torch.from_numpy(np.ascontiguousarray(pixels.reshape(-1, 3)))).numpy()  # (N,) int32
+    distinct, counts = np.unique(codes, return_counts=True)
+    return decode_colour_codes(torch.from_numpy(distinct)).numpy().astype(np.uint8), counts
 
 
 def weighted_kmeans(
