@@ -5,9 +5,19 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, ttest_1samp
 
-from igpt.metric.statistics import gap_at_equal_x, rank_correlation, rank_correlation_interval
+from igpt.metric.statistics import gap_at_equal_x, mean_interval, rank_correlation, rank_correlation_interval
+
+
+def test_the_interval_of_a_mean_is_that_of_the_t_test() -> None:
+    """Independent source: scipy. By hand: no width where all values are equal."""
+    values = [0.03, 0.01, 0.04, -0.01, 0.02]
+    for confidence in (0.95, 0.5):
+        expected = ttest_1samp(values, 0.0).confidence_interval(confidence)
+        assert mean_interval(values, confidence=confidence)[1] == pytest.approx((expected.low, expected.high))
+    assert mean_interval(values)[0] == pytest.approx(np.std(values, ddof=1) / math.sqrt(5))
+    assert mean_interval([0.5, 0.5]) == (0.0, (0.5, 0.5))
 
 
 def test_rank_correlation_is_spearmans() -> None:

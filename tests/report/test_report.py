@@ -302,6 +302,43 @@ def test_a_depth_curve_has_its_band_and_what_it_is_compared_with(
     assert all(text.endswith(" %") for _, text in plot.y_ticks)
 
 
+def test_few_labels_stand_on_a_logarithmic_axis_with_their_deviations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: 1, 10 and 1,000 labels lie at 0, 1/3 and all of the width; bars from y - deviation to y + deviation.
+
+    The same in the PNG and on the page; also after the curve was read from a record.
+    """
+    drawn: list[Any] = []
+    monkeypatch.setattr("igpt.report.figures.save_figure", lambda path, figure, **_: drawn.append(figure))
+    y, deviations = [0.2, 0.3, 0.5], [0.05, 0.02, 0.01]
+    curve = Curve([1.0, 10.0, 1000.0], y, "labels per class", "accuracy", y_deviations=deviations)
+    curves = {"lite0, test": curve, "chance": Curve([1.0, 1000.0], [0.1, 0.1], "labels per class", "accuracy")}
+    curves_figure(tmp_path / "c.png", curves)
+    (axes,) = drawn[0].axes
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "10", "1000"]
+    assert axes.get_ylabel() == "accuracy, ± standard deviation"
+    (container,) = axes.containers
+    ends = [segment[:, 1].tolist() for segment in container[2][0].get_segments()]
+    assert ends == [pytest.approx([mean - of, mean + of]) for mean, of in zip(y, deviations, strict=True)]
+    low, high = axes.get_ylim()
+    assert low < 0.1
+    assert high > 0.51
+    monkeypatch.undo()
+    folder = RunFolder(tmp_path / "run")
+    folder.start({}, [], {})
+    folder.finish("low_data", Result(curves=curves), seconds=1.0)
+    (plot,) = build_plots(parse_result(folder.read_result()).curves)
+    x, marks = [mark[0] for mark in plot.lines[0].points], plot.lines[0].bars
+    assert (x[1] - x[0]) / (x[2] - x[0]) == pytest.approx(1 / 3, abs=1e-3)
+    assert [text for _, text in plot.x_ticks] == ["1", "10", "1000"]
+    for (place, middle), (at, bottom, top) in zip(plot.lines[0].points, marks, strict=True):
+        assert (place, middle) == (at, pytest.approx((bottom + top) / 2, abs=0.11))
+        assert bottom > middle > top  # from the top
+    assert not build_plots({"a": Curve([0.0, 1.0], [0.1, 0.2], "labels per class", "accuracy")})[0].x_is_log
+
+
 def test_rows_of_images_have_titles() -> None:
     """Round trip: below the title of each row are its images."""
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 48, 48, 3), dtype=np.uint8)

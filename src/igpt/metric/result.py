@@ -45,6 +45,7 @@ class Curve:
     y_unit: str
     x_intervals: list[tuple[float, float]] | None = None  # 95 % confidence intervals
     y_intervals: list[tuple[float, float]] | None = None
+    y_deviations: list[float] | None = None  # standard deviations of the values whose means y are
     best: tuple[float, float] | None = None  # 95 % interval of the x where y is highest
 
 

@@ -1,11 +1,23 @@
-"""Rank correlation with an interval that few points do not make too narrow, and the gap of two lines at equal x."""
+"""Intervals that few values do not make too narrow: of a mean, of a rank correlation; gap of two lines at equal x."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy.stats import rankdata
+from scipy.stats import t as student
 
 N_DRAW = 4000  # simulated samples for an interval
+
+
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, tuple[float, float]]:
+    """(standard error, interval) of the mean of n independent values, by Student's t with n - 1 degrees of freedom.
+
+    Of paired differences: the interval of the paired t-test. Needs n >= 2.
+    """
+    n = len(values)
+    stderr = float(np.std(values, ddof=1)) / n**0.5
+    mean, around = float(np.mean(values)), float(student.ppf((1 + confidence) / 2, n - 1)) * stderr
+    return stderr, (mean - around, mean + around)
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:

@@ -33,6 +33,9 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "untrained": "{} accuracy of an untrained network",
     "raw_pixels": "{} accuracy from raw pixels",
     "raw_pixels_*_per_class": "{} accuracy from raw pixels, {0} labels a class",
+    "gain_over_raw_pixels_*_per_class": "{} accuracy gained over raw pixels, {0} labels a class",
+    "gain_over_*_*_per_class": "{} accuracy gained over {0}, {1} labels a class",
+    "*_*_per_class": "{} accuracy from {0}, {1} labels a class",
     "position_histogram": "{} loss of a histogram for each position",
     "unigram": "{} loss of one histogram",
     "embedding": "{} accuracy of the embedding",
@@ -105,7 +108,7 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "steps": "steps",
 }
 LINES = {  # names of curves, before ", split"
-    "probe": "linear probe", "low-data probe": "linear probe", "untrained network": "untrained network",
+    "probe": "linear probe", "low-data probe": "the network's features", "untrained network": "untrained network",
     "raw pixels": "raw pixels", "chance": "chance", "k-NN": "k-NN",
 }  # fmt: skip
 UNITS = {

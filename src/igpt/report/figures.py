@@ -1,7 +1,7 @@
 """Numbers → PNG files: curves, bars, lines, points."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from igpt.metric.result import Bars, Curve, MarkedLines
 from igpt.report.display_names import axis_name, is_share, name_lines
-from igpt.report.style import BAND, HEIGHT, REFERENCE, SMALL, WIDTH, save_figure, show_percent, styled
+from igpt.report.style import BAND, HEIGHT, LOG_UNITS, REFERENCE, SMALL, WIDTH, save_figure, show_percent, styled
 
 NARROW = 6.2  # inches of a plot with long names: legible also on a phone
 MARGIN = 0.03  # beyond 0 and 100 %, along an axis of shares
@@ -32,6 +32,11 @@ def is_level(curve: Curve) -> bool:
     return len(curve.x) == 2 and curve.y[0] == curve.y[1]
 
 
+def has_log_x(x_unit: str, curves: Iterable[Curve]) -> bool:
+    """Whether x is shown on a logarithmic axis: units of `LOG_UNITS`, and no x that has no logarithm."""
+    return x_unit in LOG_UNITS and all(x > 0 for curve in curves for x in curve.x)
+
+
 def find_y_range(curves: Mapping[str, Curve]) -> tuple[float, float]:
     """The range to show: all points and intervals, and the levels that are not far from them.
 
@@ -40,6 +45,8 @@ def find_y_range(curves: Mapping[str, Curve]) -> tuple[float, float]:
     levels = [curve.y[0] for curve in curves.values() if is_level(curve)]
     others = [curve for curve in curves.values() if not is_level(curve)]
     values = [end for curve in others for pair in (curve.y_intervals or ()) for end in pair]
+    values += [y + side * of for curve in others if curve.y_deviations
+               for y, of in zip(curve.y, curve.y_deviations, strict=True) for side in (-1, 1)]  # fmt: skip
     values = [*values, *(y for curve in others for y in curve.y)] or levels
     low, high = min(values), max(values)
     near = [level for level in levels if max(level - high, low - level) <= (high - low) / 2]
@@ -60,8 +67,15 @@ def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
             if not is_level(curve):
                 _draw_curve(axes, curve, label=names[key], x_unit=x_unit)
         _draw_levels(axes, {names[key]: curve for key, curve in lines.items()}, in_percent=is_share(y_unit))
-        axes.set(xlabel=axis_name(x_unit), ylabel=axis_name(y_unit, lines))
-        if all(float(x).is_integer() for curve in lines.values() for x in curve.x):
+        has_deviations = any(curve.y_deviations is not None for curve in lines.values())
+        spread = ", ± standard deviation" if has_deviations else ""
+        axes.set(xlabel=axis_name(x_unit), ylabel=axis_name(y_unit, lines) + spread)
+        if has_log_x(x_unit, lines.values()):
+            places = sorted({x for curve in lines.values() for x in curve.x})
+            axes.set_xscale("log")
+            axes.set_xticks(places, [f"{x:g}" for x in places])
+            axes.minorticks_off()
+        elif all(float(x).is_integer() for curve in lines.values() for x in curve.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if is_share(y_unit):
             show_percent(axes.yaxis)
@@ -73,11 +87,13 @@ def curves_figure(path: Path, curves: Mapping[str, Curve]) -> None:
 
 
 def _draw_curve(axes: Axes, curve: Curve, *, label: str, x_unit: str) -> None:
-    """A line with its intervals as a band, or as bars where x has some, too; a star at its best point."""
+    """A line with its intervals as a band, or as bars where x has some, too, or its deviations; a star at its best."""
     (line,) = axes.plot(curve.x, curve.y, label=label, marker="o" if len(curve.x) <= 65 else None)
     ink = line.get_color()
     if curve.x_intervals is None and curve.y_intervals is not None:
         axes.fill_between(curve.x, *np.transpose(curve.y_intervals), color=ink, **BAND)
+    elif curve.y_deviations is not None:
+        axes.errorbar(curve.x, curve.y, curve.y_deviations, fmt="none", lw=1.2, capsize=4, color=ink)
     elif curve.x_intervals is not None:
         y_reach = None if curve.y_intervals is None else _reach(curve.y, curve.y_intervals)
         x_reach = _reach(curve.x, curve.x_intervals)

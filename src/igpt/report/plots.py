@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from igpt.metric.result import Curve
 from igpt.report.display_names import axis_name, is_share, name_lines
-from igpt.report.figures import MARGIN, find_y_range, group_by_unit, is_level
+from igpt.report.figures import MARGIN, find_y_range, group_by_unit, has_log_x, is_level
 
 SIDE = 1000  # width and height of the drawing, in units that the page scales
 MOST_POINTS = 2000  # maximal points of a line
@@ -34,6 +34,7 @@ class PlotLine:
     best: tuple[float, float, float] | None = None  # of the highest point: the ends of its interval in x, and y
     best_at: str = ""  # its x and the interval of that, as text
     band: tuple[tuple[float, float], ...] = ()  # outline of its 95 % intervals
+    bars: tuple[tuple[float, float, float], ...] = ()  # (x, low, high) of its points ± their standard deviations
     level: str = ""  # of a level: its name and value
     place: float = 0.0  # of a level: percent from the top; below 0 and above 100 if it is outside
 
@@ -46,7 +47,8 @@ class Plot:
     y_unit: str
     y_name: str  # title of the axis
     in_percent: bool  # y are shares
-    x_range: Ends
+    x_is_log: bool
+    x_range: Ends  # of log₁₀ x, where that is shown
     y_range: Ends
     x_ticks: list[Tick]
     y_ticks: list[Tick]  # from the top
@@ -77,7 +79,10 @@ def _rank(group: tuple[tuple[str, str], dict[str, Curve]]) -> tuple[bool, int]:
 
 
 def _build_plot(x_unit: str, y_unit: str, curves: Mapping[str, Curve], most: int) -> Plot:
-    xs, in_percent, names = np.concatenate([curve.x for curve in curves.values()]), is_share(y_unit), name_lines(curves)
+    in_percent, names, x_is_log = is_share(y_unit), name_lines(curves), has_log_x(x_unit, curves.values())
+    scale = np.log10 if x_is_log else np.asarray
+    values = np.concatenate([curve.x for curve in curves.values()])
+    xs: np.ndarray = scale(values)
     x_range, y_range = _range(xs, margin=0.02), _range(np.array(find_y_range(curves)), margin=0.06)
     if in_percent:
         y_range = max(y_range[0], -MARGIN), min(y_range[1], 1 + MARGIN)
@@ -88,22 +93,31 @@ def _build_plot(x_unit: str, y_unit: str, curves: Mapping[str, Curve], most: int
             continue
         kept = thin(curve.y, most)
         x, y = np.array(curve.x)[kept], np.array(curve.y)[kept]
-        points = zip(_along(x, x_range, (0, SIDE), 1), _along(y, y_range, (SIDE, 0), 1), strict=True)
-        best, best_at, band = None, "", list[tuple[float, float]]()
+        along = _along(scale(x), x_range, (0, SIDE), 1)
+        points = zip(along, _along(y, y_range, (SIDE, 0), 1), strict=True)
+        best, best_at, band, bars = None, "", list[tuple[float, float]](), list[tuple[float, float, float]]()
         if curve.best is not None:
-            left, right = _along(np.array(curve.best), x_range, (0, SIDE), 1)
+            left, right = _along(scale(np.array(curve.best)), x_range, (0, SIDE), 1)
             best = left, right, _along(np.array([max(curve.y)]), y_range, (SIDE, 0), 1)[0]
             best_at = f"{curve.x[int(np.argmax(curve.y))]:g}, 95 % interval {curve.best[0]:g} to {curve.best[1]:g}"
         if curve.y_intervals is not None and curve.x_intervals is None:
             low, high = (_along(ends[kept], y_range, (SIDE, 0), 1) for ends in np.array(curve.y_intervals).T)
-            along = _along(x, x_range, (0, SIDE), 1)
             band = [*zip(along, low, strict=True), *zip(along[::-1], high[::-1], strict=True)]
+        if curve.y_deviations is not None:
+            spread = np.array(curve.y_deviations)[kept]
+            low, high = (_along(ends, y_range, (SIDE, 0), 1) for ends in (y - spread, y + spread))
+            bars = [*zip(along, low, high, strict=True)]
         x_text, y_text = [f"{a:.10g}" for a in x], [f"{b:.6g}" for b in y]
-        lines.append(PlotLine(key, names[key], list(points), x_text, y_text, len(curve.x), best, best_at, tuple(band)))
-    x_ticks = _ticks(x_range, (0, 100), n=6, integer=bool((xs % 1 == 0).all()))
+        about = best, best_at, tuple(band), tuple(bars)
+        lines.append(PlotLine(key, names[key], list(points), x_text, y_text, len(curve.x), *about))
+    if x_is_log:
+        places = np.unique(values)
+        x_ticks = list(zip(_along(scale(places), x_range, (0, 100), 2), [f"{x:g}" for x in places], strict=True))
+    else:
+        x_ticks = _ticks(x_range, (0, 100), n=6, integer=bool((xs % 1 == 0).all()))
     y_ticks = _ticks(y_range, (100, 0), n=5, in_percent=in_percent)
     y_name = axis_name(y_unit, curves)
-    return Plot(axis_name(x_unit), y_unit, y_name, in_percent, x_range, y_range, x_ticks, y_ticks, lines)
+    return Plot(axis_name(x_unit), y_unit, y_name, in_percent, x_is_log, x_range, y_range, x_ticks, y_ticks, lines)
 
 
 def _build_level(key: str, name: str, curve: Curve, y_range: Ends, *, in_percent: bool) -> PlotLine:

@@ -175,6 +175,9 @@ def _check(run: RunRecord) -> None:
         for pairs in (curve.x_intervals, curve.y_intervals):
             if pairs is not None and (len(pairs) != len(curve.x) or not all(map(math.isfinite, chain(*pairs)))):
                 raise ValueError("intervals of other lengths, or of no numbers")
+        spreads = curve.y_deviations
+        if spreads is not None and (len(spreads) != len(curve.x) or not all(map(math.isfinite, spreads))):
+            raise ValueError("standard deviations of other lengths, or of no numbers")
         _ = curve.x_unit + curve.y_unit
     if not all(isinstance(part, dict) for part in (run.config, run.result.provenance, run.record["versions"])):
         raise ValueError("parts of another type")

@@ -69,6 +69,7 @@ RC: Any = {
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
+LOG_UNITS = ("labels per class",)  # of x, shown on a logarithmic axis
 CELLS = "cells"  # PNG metadata of a matrix: left, top, width, height of its cells, as shares of the picture
 
 styled = matplotlib.rc_context(RC)  # decorator of a function that draws a figure

@@ -13,7 +13,8 @@ from igpt.data.shards import expand_shard_path
 from igpt.data.split import split_differences
 from igpt.settings.data import name_dataset
 from igpt.settings.older_configs import read_record
-from igpt.settings.paths import resolve_nearest
+from igpt.settings.paths import NO_PATHS, resolve_nearest
+from igpt.settings.probing import name_encoder
 from igpt.tokens.tokenizer_registry import TOKENIZER
 from igpt.utils import files
 
@@ -51,6 +52,9 @@ def input_hashes(config: Mapping[str, Any], *, init: str | None, runs: Hashes | 
         found_out[f"{name} {position}" if name in found_out else name] = hash_steps(run, palette)
     if "encoder" in config["task"] and (path := Path(str(config["task"]["encoder"]))).exists():
         found_out["task.encoder"] = files.sha256(path)
+    for spec in map(str, config["task"].get("baselines") or []):
+        if spec not in NO_PATHS and Path(spec).exists():
+            found_out[f"task.baselines {name_encoder(spec)}"] = files.sha256(Path(spec))
     for group, key in (("task", "palette"), ("data", "clusters")):
         if (sha := _hash_file(config[group].get(key))) is not None:
             found_out[f"{group}.{key}"] = sha

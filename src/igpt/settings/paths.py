@@ -8,16 +8,16 @@ from typing import Any
 
 READ = re.compile(  # settings that are paths to read
     r"init|resume|tokens(\.palette)?\.path|(task\.probe_)?data(\.streams\.\w+)?\.(path|clusters)|"
-    r"task\.(palette|runs|compare_with|encoder|study|head)|"
-    r"task\.stages\.\w+\.(init|run|palette|compare_with|encoder|head|(probe_)?data\.path)"
+    r"task\.(palette|runs|compare_with|encoder|baselines|study|head)|"
+    r"task\.stages\.\w+\.(init|run|palette|compare_with|encoder|baselines|head|(probe_)?data\.path)"
 )
 HUB = re.compile(  # also accept a name on the Hub
     r"(task\.stages\.\w+\.)?init|(task\.probe_)?data(\.streams\.\w+)?\.path|"
     r"task\.stages\.\w+\.(probe_)?data\.path|task\.runs"
 )
-LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|compare_with)")  # also accept a list
-ENCODER = re.compile(r"task\.(stages\.\w+\.)?encoder")  # a path only if something is there
-NO_PATHS = ("lite0",)  # names of encoders, whatever lies in the working directory
+LISTS = re.compile(r"task\.(stages\.\w+\.)?(runs|compare_with|baselines)")  # also accept a list
+ENCODER = re.compile(r"task\.(stages\.\w+\.)?(encoder|baselines)")  # a path only if something is there
+NO_PATHS = ("lite0", "pixels", "untrained", "tokenized")  # of encoders and baselines, whatever lies in the directory
 WRITTEN = re.compile(r"paths\.(runs|cache)")
 
 

@@ -23,6 +23,7 @@ from igpt.settings.fields import (
 from igpt.settings.training import TrainingSettings
 
 Pixel = Annotated[list[WholeNumber], Field(min_length=2, max_length=2)]  # row, column
+PIXELS, RAW_PIXELS = "pixels", "raw_pixels"  # of task.baselines; in the names of results
 CGrid = Annotated[list[Positive], Field(min_length=1)]  # scikit-learn's C
 
 
@@ -103,6 +104,16 @@ class EncoderProbeSettings(Settings):
     baselines: list[Literal["pixels"]]
 
 
+def _check_baselines(baselines: list[str]) -> list[str]:
+    compared = [RAW_PIXELS if spec == PIXELS else name_encoder(spec) for spec in baselines]
+    names = ["accuracy", *compared, *(f"gain_over_{name}" for name in compared)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"task.baselines must be pixels and encoders of different names, got {twice[0]} twice: rename its folder"
+        )
+    return baselines
+
+
 class LowDataSettings(FeatureSettings):
     """`task=low_data`. Protocol: Chen et al. 2020, Table 4."""
 
@@ -111,8 +122,13 @@ class LowDataSettings(FeatureSettings):
     subset_seed: Seed
     layer: Layer
     eval_masks: Count
-    baselines: list[Literal["pixels"]]
+    baselines: Annotated[list[Annotated[str, Field(min_length=1)]], AfterValidator(_check_baselines)]
     split: Split
+
+    @property
+    def encoders(self) -> dict[str, str]:
+        """Name in the results → `task.encoder` of it, of the baselines that are encoders."""
+        return {name_encoder(spec): spec for spec in self.baselines if spec != PIXELS}
 
 
 class ScalingSettings(FeatureSettings):

@@ -11,6 +11,7 @@ for (const area of document.querySelectorAll(".area")) {
   }));
   const places = [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b);
   const low = Number(area.dataset.low), high = Number(area.dataset.high);
+  const scale = area.dataset.log ? Math.log10 : (x) => x;
   const cursor = document.createElement("div"), tip = document.createElement("div");
   cursor.className = "cursor";
   tip.className = "tip";
@@ -29,7 +30,7 @@ for (const area of document.querySelectorAll(".area")) {
   };
   const show = (place) => {
     at = place;
-    const x = places[at], share = (x - low) / (high - low);
+    const x = places[at], share = (scale(x) - low) / (high - low);
     cursor.style.left = `${100 * share}%`;
     tip.style.left = share < 0.5 ? `calc(${100 * share}% + .6rem)` : "auto";
     tip.style.right = share < 0.5 ? "auto" : `calc(${100 * (1 - share)}% + .6rem)`;
@@ -51,7 +52,7 @@ for (const area of document.querySelectorAll(".area")) {
   const hide = () => { cursor.hidden = tip.hidden = true; };
   const follow = (event) => {
     const box = area.getBoundingClientRect();
-    show(nearest(places, low + (high - low) * (event.clientX - box.left) / box.width));
+    show(nearest(places.map(scale), low + (high - low) * (event.clientX - box.left) / box.width));
   };
   area.addEventListener("pointermove", follow);
   area.addEventListener("pointerdown", follow);
