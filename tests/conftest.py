@@ -28,12 +28,40 @@ needs_compiler = pytest.mark.skipif(c_library.find_compiler() is None, reason="n
 SHARED = ROOT.parent / "shared"
 
 
+CPU_BEFORE = pytest.StashKey[float]()  # CPU seconds of this process and its children, before the current phase
 LONGEST = ("test_train.py", "test_ranks.py", "test_openai.py", "test_gpt.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take longest come first, so that no process of the suite ends with one of them alone."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "list the N set-ups and tests that took most CPU seconds, those of ended child processes included"
+    parser.addoption("--cpu", type=int, metavar="N", default=0, help=what)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.stash[CPU_BEFORE] = sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Notes in each report the CPU seconds since the last one; unlike durations, they are the same on busy cores."""
+    report: Any = yield
+    now = sum(os.times()[:4])
+    report.cpu_seconds, item.session.stash[CPU_BEFORE] = now - item.session.stash[CPU_BEFORE], now
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    n = terminalreporter.config.getoption("--cpu")
+    reports = [each for some in terminalreporter.stats.values() for each in some if hasattr(each, "cpu_seconds")]
+    if n:
+        terminalreporter.section(f"most CPU seconds, of {sum(each.cpu_seconds for each in reports):.0f} of all tests")
+    for each in sorted(reports, key=lambda each: -each.cpu_seconds)[:n]:
+        terminalreporter.line(f"{each.cpu_seconds:7.2f} {each.when:8} {each.nodeid}")
 
 
 @pytest.fixture(scope="session", autouse=True)

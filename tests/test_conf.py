@@ -20,7 +20,7 @@ from igpt.report.closing_table import closing_table
 from igpt.report.folder import RunFolder
 from igpt.run.arguments import parse_overrides, prepare_arguments
 from igpt.run.execute import run_and_report, stage_runner
-from igpt.run.run_config import CHECKPOINT
+from igpt.run.recipes import CHECKPOINT
 from igpt.run.saved_overrides import record_overrides
 from tests.compositions import check_overrides
 from tests.configs import CONF, built, save_small

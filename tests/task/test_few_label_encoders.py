@@ -17,8 +17,8 @@ from igpt.report.folder import RunFolder
 from igpt.run.launch import build_components, run
 from igpt.settings.paths import absolute_path
 from igpt.task.low_data import compare_shares
+from tests.configs import CONF, save_small
 from tests.encoder.test_backbones import saved
-from tests.test_conf import CONF, save_small
 
 C = 1.0
 DATA = ("data=digits", "data.val_fraction=0.02", "data.test_fraction=0.1", "trainer=cpu", "logger=none")
