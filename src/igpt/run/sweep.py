@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tqdm.auto import tqdm
 
 from igpt.distributed import launcher
-from igpt.distributed.cores import count_cores
+from igpt.distributed.cores import count_physical_cores
 from igpt.distributed.launcher import RANK_VARIABLES, RUN_DIR_FILE, SWEEP, Child, Children, count_devices, describe_exit
 from igpt.distributed.process_state import environment
 from igpt.distributed.signals import STOPPED
@@ -184,7 +184,7 @@ class Sweep:
         if job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         if "OMP_NUM_THREADS" not in os.environ:  # parallel jobs would compete for the cores
-            environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // (self.n_jobs * job.n_process)))
+            environment["OMP_NUM_THREADS"] = str(max(1, count_physical_cores() // (self.n_jobs * job.n_process)))
         first_line = f"{self._name_job(job)}: {self._describe_settings(job)}"
         log.info("%s", first_line)
         with self._open_output(job) as output:
