@@ -429,3 +429,16 @@ def test_steps_of_variants(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(rows) == ["paper", "axial", "swiglu"]
     assert len({float(row["rows"].result) for row in rows.values()}) == 3
     assert "| axial |" in capsys.readouterr().out
+
+
+def test_training_on_a_shared_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Invariant: the printed share is that of the speeds, from times of every row, round and neighbour."""
+    import shared_cpu
+
+    arguments = ["--size", "tiny", "--steps", "1", "--rounds", "2", "--precision", "fp32"]
+    rows = shared_cpu.main(arguments)["rows"]
+    assert list(rows) == ["default fp32", "default again fp32", "igpt fp32"]
+    for row in rows.values():
+        assert len(row["alone"]) == len(row["beside"]) == 2
+        assert row["kept"] == pytest.approx(sum(row["beside"]) / sum(row["alone"]))  # a median of two is their mean
+    assert f"| igpt | fp32 | {sum(rows['igpt fp32']['alone']) / 2:.1f}, " in capsys.readouterr().out
