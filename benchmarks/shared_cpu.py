@@ -1,12 +1,12 @@
 """Training of igpt_micro at 16×16, alone and beside busy processes, by how long OpenMP's threads spin.
 
     python benchmarks/shared_cpu.py --out shared_cpu.json
-    python benchmarks/shared_cpu.py --counts 0 500 1000 2000 5000 20000 --rounds 3
+    python benchmarks/shared_cpu.py --counts 0 500 1000 2000 5000 20000 --rounds 3 --steps 2
 
 Each row is a process of its own that trains with as many threads as there are cores: `default` with the spin counts
-that the runtimes document as theirs, once more to show how far two equal rows differ, then with igpt's, or with the
-values of GOMP_SPINCOUNT that `--counts` lists. All have the same first losses, or there are no figures. Rows take
-turns, round by round. Run it on an idle machine.
+that the runtimes document as theirs, once more to show how far two equal rows differ, then with igpt's, or with those
+that `--counts` lists. All have the same first losses, or there are no figures. Rows take turns, round by round. Run it
+on an idle machine.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from igpt.distributed.spinning import SPIN_LIMITS
 from igpt.training.hardware import disable_malloc_trim
 
 DEFAULT = {"GOMP_SPINCOUNT": "300000", "KMP_BLOCKTIME": "200"}
+IGPT = int(SPIN_LIMITS["GOMP_SPINCOUNT"])
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(100_000): pass"
 
 
@@ -91,15 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--busy", type=int, default=1, help="busy processes")
-    parser.add_argument("--counts", nargs="+", type=int, default=[], help="values of GOMP_SPINCOUNT in place of igpt's")
+    parser.add_argument("--counts", nargs="+", type=int, default=[IGPT], help="values of GOMP_SPINCOUNT")
     parser.add_argument("--size", choices=SIZES, default="micro")
     parser.add_argument("--steps", type=int, default=3, help="steps in a timed row")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(arguments)
-    values = {"default": DEFAULT, "default again": DEFAULT, "igpt": SPIN_LIMITS}
-    if args.counts:
-        values = {"default": DEFAULT, **{str(n): SPIN_LIMITS | {"GOMP_SPINCOUNT": str(n)} for n in args.counts}}
+    values = {"default": DEFAULT, "default again": DEFAULT}
+    values |= {str(n): SPIN_LIMITS | {"GOMP_SPINCOUNT": str(n)} for n in args.counts}
     options = {"size": args.size, "steps": args.steps, "busy": args.busy, "hold": arguments is None}
     living = []
     for row, variables in values.items():

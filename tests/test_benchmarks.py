@@ -437,8 +437,8 @@ def test_training_on_a_shared_cpu(capsys: pytest.CaptureFixture[str]) -> None:
 
     arguments = ["--size", "tiny", "--steps", "1", "--rounds", "2", "--precision", "fp32"]
     rows = shared_cpu.main(arguments)["rows"]
-    assert list(rows) == ["default fp32", "default again fp32", "igpt fp32"]
+    assert list(rows) == ["default fp32", "default again fp32", f"{shared_cpu.IGPT} fp32"]
     for row in rows.values():
         assert len(row["alone"]) == len(row["beside"]) == 2
         assert row["kept"] == pytest.approx(sum(row["beside"]) / sum(row["alone"]))  # a median of two is their mean
-    assert f"| igpt | fp32 | {sum(rows['igpt fp32']['alone']) / 2:.1f}, " in capsys.readouterr().out
+    assert f"| default | fp32 | {sum(rows['default fp32']['alone']) / 2:.1f}, " in capsys.readouterr().out
