@@ -1,5 +1,6 @@
 """For how long OpenMP's threads spin, and how many there are: in the processes of real commands, before PyTorch."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from igpt.distributed.process_state import num_threads, one_thread_per_core
 from igpt.distributed.spinning import SPIN_LIMITS, SPIN_VARIABLES
 from igpt.run import launch
 from tests.conftest import ROOT
+from tests.distributed.test_launcher import a_sweep
 
 RUNTIME = next((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"), None)
 # notes what a process was told as it imports PyTorch; a rank, which would train, ends there
@@ -60,17 +62,27 @@ def test_openmp_itself_tells_how_long_it_spins(before: str, given: dict[str, str
     assert done.stdout == ""
 
 
-def test_a_sweep_and_its_ranks_know_it_before_pytorch_is_imported(tmp_path: Path) -> None:
-    """Invariant: one count in all processes of a command; cores are shared out over ranks."""
+def test_a_command_and_its_ranks_know_it_before_pytorch_is_imported(tmp_path: Path) -> None:
+    """Invariant: one count in all ranks of a real command; they share out the cores."""
     (tmp_path / "sitecustomize.py").write_text(NOTE)
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = without_choice(PYTHONPATH=paths, NOTES=str(tmp_path / "notes"))
-    command = [sys.executable, str(ROOT / "train.py"), "-m", "hydra.launcher.n_jobs=1", "trainer=ddp"]
-    subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=170, check=False)
-    notes = [line.split() for line in (tmp_path / "notes").read_text().splitlines()]
-    assert {count for _, count, _ in notes} == {SPIN_LIMITS["GOMP_SPINCOUNT"]}
+    command = [sys.executable, str(ROOT / "train.py"), "trainer=ddp", "trainer.devices=2"]
+    subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=170, check=True)
     threads = str(max(1, count_physical_cores() // 2))
-    assert sorted((rank, n) for rank, _, n in notes if rank != "none") == [("0", threads), ("1", threads)]
+    expected = [f"{rank} {SPIN_LIMITS['GOMP_SPINCOUNT']} {threads}" for rank in (0, 1)]
+    assert sorted((tmp_path / "notes").read_text().splitlines()) == expected
+
+
+def test_jobs_of_a_sweep_have_the_choice_of_its_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: a value that was set before the sweep is that of its jobs, and only one for threads is added."""
+    for variable in (*SPIN_VARIABLES, *process_state.THREAD_VARIABLES):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "77")
+    code = "import igpt, os; print({k: v for k, v in os.environ.items() if k[:3] in ('GOM', 'KMP', 'OMP')})"
+    a_sweep(tmp_path, "", n_jobs=1).run([sys.executable, "-c", code])
+    told = (tmp_path / "sweep" / "job_000.txt").read_text().splitlines()[-1]
+    assert ast.literal_eval(told) == {"GOMP_SPINCOUNT": "77", "OMP_NUM_THREADS": str(count_physical_cores())}
 
 
 def test_a_run_has_a_thread_for_each_core(monkeypatch: pytest.MonkeyPatch) -> None:
