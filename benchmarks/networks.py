@@ -21,6 +21,7 @@ SIZES = {  # n_layer, n_embd, n_head, n_ctx, n_vocab, batch of a training step
     "m": (36, 1024, 8, 1024, 512, 16),
     "l": (48, 1536, 16, 1024, 512, 4),
     "xl": (4, 3072, 24, 4096, 512, 2),  # four of XL's 60 blocks, at its 64×64
+    "micro": (8, 128, 4, 256, 128, 16),  # igpt_micro at 16×16
     "tiny": (2, 32, 4, 16, 8, 2),  # to see that a benchmark runs
 }
 

@@ -443,3 +443,16 @@ def test_counted_lines_of_source() -> None:
     assert counts["files of all"] == sum(counts[f"files of {area}"] for area in count_lines.AREAS) > 200
     with pytest.raises(ValueError, match=r"part\.py is in no area: add new to AREAS"):
         count_lines.find_area("src/igpt/new/part.py")
+
+
+def test_training_on_a_shared_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Invariant: the printed share is that of the speeds, from times of every row, round and neighbour."""
+    import shared_cpu
+
+    arguments = ["--size", "tiny", "--steps", "1", "--rounds", "2", "--precision", "fp32"]
+    rows = shared_cpu.main(arguments)["rows"]
+    assert list(rows) == ["default fp32", "default again fp32", f"{shared_cpu.IGPT} fp32"]
+    for row in rows.values():
+        assert len(row["alone"]) == len(row["beside"]) == 2
+        assert row["kept"] == pytest.approx(sum(row["beside"]) / sum(row["alone"]))  # a median of two is their mean
+    assert f"| default | fp32 | {sum(rows['default fp32']['alone']) / 2:.1f}, " in capsys.readouterr().out

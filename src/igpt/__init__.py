@@ -2,11 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
+from igpt.distributed.spinning import limit_spinning
+
 if TYPE_CHECKING:
     from igpt.hub import ImageGPT, load
 
 __version__ = "0.2.0"  # what a change of it means: CHANGELOG.md
 __all__ = ["ImageGPT", "load"]
+
+limit_spinning()  # here, as it has an effect only before PyTorch is imported
 
 
 def __getattr__(name: str) -> Any:

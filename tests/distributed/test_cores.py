@@ -60,6 +60,33 @@ def test_affinity_comes_before_the_count(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cores.count_cores() == 1
 
 
+@pytest.mark.parametrize("name", ["core_cpus_list", "thread_siblings_list"])
+@pytest.mark.parametrize(
+    ("mask", "quota", "expected"),
+    [
+        ({0, 1, 2, 3, 4, 5, 6, 7}, "max", 4),
+        ({0, 4}, "max", 1),
+        ({0, 1, 4}, "max", 2),
+        ({5, 6}, "max", 2),
+        ({0, 1, 2, 3, 4, 5, 6, 7}, "300000", 3),
+        ({0, 1, 4}, "600000", 2),
+        ({8, 9}, "max", 2),  # the system does not tell their cores
+    ],
+)
+def test_hardware_threads_of_a_core_count_once(
+    name: str, mask: set[int], quota: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: four cores of two hardware threads, i and i + 4, as Linux numbers them, since 5.3 and before."""
+    written(tmp_path, {f"cpu{i}/topology/{name}": f"{i % 4},{i % 4 + 4}\n" for i in range(8)})
+    written(tmp_path, {"cgroup": "0::/\n", "mount/cpu.max": f"{quota} 100000\n"})
+    monkeypatch.setattr(cores, "CPUS", tmp_path)
+    monkeypatch.setattr(cores, "GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(cores, "MOUNT", tmp_path / "mount")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: mask, raising=False)
+    assert cores.count_physical_cores() == expected
+    assert cores.count_cores() == min(len(mask), {"max": 99, "300000": 3, "600000": 6}[quota])
+
+
 def test_without_what_only_linux_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: a run trains, and more images than one process makes are decoded, as they are on macOS."""
     for name in LINUX_ONLY:

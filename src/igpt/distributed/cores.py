@@ -1,4 +1,4 @@
-"""Number of CPU cores available to this process."""
+"""Number of CPU cores, with and without hardware threads, available to this process."""
 
 import math
 import os
@@ -6,15 +6,39 @@ from pathlib import Path
 
 GROUPS = Path("/proc/self/cgroup")  # control groups of this process, one hierarchy per line
 MOUNT = Path("/sys/fs/cgroup")
+CPUS = Path("/sys/devices/system/cpu")
 
 
 def count_cores() -> int:
-    """CPU cores that this process may use, at least 1.
+    """CPU cores that this process may use, hardware threads (SMT) included, at least 1.
 
     Those of its affinity mask, or of the machine on systems without one (macOS), limited by the CPU quota of its
     control group (containers), rounded up.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _limit_by_quota(len(_list_cpus()))
+
+
+def count_physical_cores() -> int:
+    """As `count_cores`, hardware threads of the same core counted once: threads that compute gain nothing from two."""
+    return _limit_by_quota(len({_read_core(cpu) for cpu in _list_cpus()}))
+
+
+def _list_cpus() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _read_core(cpu: int) -> str:
+    """The hardware threads of the core of this one, as the kernel lists them (`0,4`); itself on other systems."""
+    topology = CPUS / f"cpu{cpu}" / "topology"
+    for name in ("core_cpus_list", "thread_siblings_list"):  # the second: before Linux 5.3
+        if threads := _read_words(topology / name):
+            return threads[0]
+    return str(cpu)
+
+
+def _limit_by_quota(cores: int) -> int:
     return max(1, min(cores, math.ceil(min(_read_quota(), cores))))
 
 

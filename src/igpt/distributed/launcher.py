@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from igpt.distributed.cores import count_cores
+from igpt.distributed.cores import count_cores, count_physical_cores
 from igpt.distributed.process_state import signal_handler
 from igpt.distributed.rank import this_rank
 from igpt.distributed.signals import SIGNALS, STOPPED
@@ -181,7 +181,7 @@ def run_ranks(command: Sequence[str], n: int) -> int:
             "WORLD_SIZE": str(n),
             "LOCAL_WORLD_SIZE": str(n),
             RENDEZVOUS_FILE: str(rendezvous / "meeting"),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, count_cores() // n))),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, count_physical_cores() // n))),
             RUN_DIR_FILE: str(tell),
         }
         ranks: list[Child] = []

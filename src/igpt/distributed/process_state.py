@@ -8,6 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import TypeVar
 
+from igpt.distributed.cores import count_physical_cores
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
 T = TypeVar("T")
 
 
@@ -41,6 +45,23 @@ def num_threads(count: int) -> AbstractContextManager[None]:
     import torch
 
     return _setting(torch.get_num_threads, torch.set_num_threads, count)
+
+
+@contextmanager
+def one_thread_per_core() -> Iterator[None]:
+    """Lowers the number of PyTorch's threads, and so of the C code's, to `count_physical_cores` in the block.
+
+    PyTorch itself knows no CPU quota and, without MKL, no hardware threads. No effect if `OMP_NUM_THREADS` or
+    `MKL_NUM_THREADS` is set, or if PyTorch has no more threads than that.
+    """
+    import torch
+
+    cores = count_physical_cores()
+    if any(name in os.environ for name in THREAD_VARIABLES) or torch.get_num_threads() <= cores:
+        yield
+        return
+    with num_threads(cores):
+        yield
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
-from igpt.distributed.cores import count_cores
+from igpt.distributed.cores import count_physical_cores
 from igpt.distributed.launcher import RANK_VARIABLES, RUN_DIR_FILE, SWEEP, Child, Children, describe_exit
 from igpt.distributed.signals import STOPPED
 from igpt.metric.result import find_key
@@ -122,7 +122,7 @@ class Sweep:
         if job.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
         if "OMP_NUM_THREADS" not in os.environ:  # parallel jobs would compete for the cores
-            environment["OMP_NUM_THREADS"] = str(max(1, count_cores() // (self.n_jobs * job.n_process)))
+            environment["OMP_NUM_THREADS"] = str(max(1, count_physical_cores() // (self.n_jobs * job.n_process)))
         first_line = f"{self._name_job(job)}: {self._describe_settings(job)}"
         log.info("%s", first_line)
         with self._open_output(job) as output:

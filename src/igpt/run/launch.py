@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from igpt.distributed import launcher, ranks
+from igpt.distributed.process_state import one_thread_per_core
 from igpt.distributed.signals import STOPPED, StoppedError, forward_signal
 from igpt.metric.result import Result
 from igpt.report.bystanders import describe_error
@@ -120,6 +121,7 @@ def _composed(overrides: Sequence[str], conf: Path | str | None) -> Iterator[tup
         yield OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), cfg.hydra, arguments
 
 
+@one_thread_per_core()
 def launch(
     cfg: DictConfig,
     *,
