@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from igpt.run import recipes
 from igpt.run.execute import stage_runner
