@@ -46,7 +46,7 @@ TASKS = {
     "export": Task(("task=export", *ON_CHECKPOINT)),
     "compare": Task(("task=compare", FINISHED)),
     "report": Task(("task=report", FINISHED)),
-    "pipeline": Task(("experiment=quickstart", *NET, *DATA, *PRETRAIN_STAGE, *NO_STAGES), 24, 10),
+    "pipeline": Task(("experiment=quickstart", "data=digits", *NET, *DATA, *PRETRAIN_STAGE, *NO_STAGES), 24, 10),
     "library": Task(("task=sample", *ON_CHECKPOINT, "task.count=4"), 5, 3, without=("xdg",)),
     "wandb": Task((*PRETRAIN, "logger=[csv,wandb]", "logger.wandb.offline=true"), 5, 5),
     "sweep": Task(("-m", "seed=0,1", *PRETRAIN), 14, 6, spawns=True),

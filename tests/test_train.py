@@ -103,10 +103,10 @@ def test_a_finished_run_is_not_repeated_and_force_repeats_it_to_the_bit(
     place = quickstart.parents[1]
     monkeypatch.chdir(place)
     caplog.set_level("INFO")
-    run_command("experiment=quickstart", *TINY, conf=ROOT / "conf")
+    run_command("experiment=quickstart", "data=digits", *TINY, conf=ROOT / "conf")
     assert "is finished; rerun=true repeats it" in caplog.text
     assert "validation loss" in caplog.text
-    run_here(place, "experiment=quickstart", *TINY, "rerun=true")
+    run_here(place, "experiment=quickstart", "data=digits", *TINY, "rerun=true")
     first, second = sorted((place / "runs").iterdir())
     assert second.name == f"{first.name}-2"
     weights = [load_file(run / "2_pretrain" / "model" / "model.safetensors") for run in (first, second)]

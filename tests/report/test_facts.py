@@ -25,7 +25,7 @@ def test_what_to_type_next_is_understood(pipeline: Path) -> None:
             overrides = text.removeprefix("python train.py ").split()
             seen.add(overrides[0])
             requested.add(tuple(override for override in overrides if not override.startswith(("init=", "resume="))))
-        assert repeat_command(run).startswith("python train.py experiment=quickstart model.n_layer=2")
+        assert repeat_command(run).startswith("python train.py experiment=quickstart data=digits model.n_layer=2")
     for overrides in map(list, requested):
         check_overrides(overrides, [CONF])
     assert {"task=sample", "task=complete", "task=probe", "task=finetune", "task=evaluate"} < seen

@@ -47,7 +47,8 @@ def test_a_sample_is_named_after_what_its_weights_saw(tmp_path: Path) -> None:
 
 def test_a_stopped_pipeline_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: finished stages are not run again, and the end is that of a pipeline that was never stopped."""
-    small = ["experiment=quickstart", "model.n_layer=1", "model.n_embd=8", "model.n_head=2", "callbacks=none"]
+    small = ["experiment=quickstart", "data=digits", "callbacks=none"]
+    small += ["model.n_layer=1", "model.n_embd=8", "model.n_head=2"]
     small += [f"task.stages.{stage}=null" for stage in ("probe", "finetune", "scratch")]
     steps = ["steps=4", "warmup_steps=1", "val_every=0", "log_every=1", "checkpoint_every=2"]
     overrides = [*small, *(f"task.stages.pretrain.{s}" for s in steps), f"paths.cache={tmp_path}"]

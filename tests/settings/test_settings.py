@@ -110,7 +110,7 @@ def test_every_field_refuses_what_it_cannot_be(task: str) -> None:
         (("tokens.palette.k=5000",), "tokens.palette.k must be at most 4096, got 5000"),
         (("callbacks.samples.every=0",), "callbacks.samples.every must be at least 1, got 0"),
         (("logger=wandb", "logger.wandb.timeout=0"), "logger.wandb.timeout must be at least 1, got 0"),
-        (("experiment=quickstart", "data.shift=100"), "data.shift must be at most 7, got 100"),
+        (("experiment=quickstart", "data.turn=200"), "data.turn must be at most 180, got 200"),
         (
             ("experiment=quickstart", "task.stages.sample.temperature=0"),
             "task.stages.sample.temperature must be at least",

@@ -27,6 +27,7 @@ HUB_DATA = {name: f"uoft-cs/{name}" for name in ("cifar10", "cifar100")}  # data
 HUB_DATA |= {"imagenet": "ILSVRC/imagenet-1k", "stl10": "tanganke/stl10"}
 DATA_LICENCES = {  # dataset → what its authors say
     "digits": "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits, by way of scikit-learn)",
+    "letters": "drawn from the DejaVu, STIX and Computer Modern fonts that matplotlib ships, under the fonts' licences",
     "cifar10": "its authors state none (Krizhevsky 2009)",
     "cifar100": "its authors state none (Krizhevsky 2009)",
     "imagenet": "ImageNet's terms of access: non-commercial research and education only",
