@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +56,9 @@ def oracle(shared: Path, kind: str) -> tuple[Path, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("kind", ["ar", pytest.param("bert", marks=pytest.mark.ci)])
-def test_the_outputs_of_openais_code(shared: Path, kind: str, colours: Callable[[int], Path], tmp_path: Path) -> None:
+def test_the_outputs_of_openais_code(
+    shared: Path, kind: str, colours: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Independent source: logits, block outputs and losses of OpenAI's model.py to 1e-5, by the commands alone."""
     folder, reference = oracle(shared, kind)
     n, k = len(reference["tokens"]), reference["gen_logits"].shape[-1]
@@ -70,10 +71,10 @@ def test_the_outputs_of_openais_code(shared: Path, kind: str, colours: Callable[
         more = ["--visible", str(place / "visible.npy")]
     _, model = run(tmp_path, "task=import", f"init={folder}", f"task.palette={colours(k)}")
     out = tmp_path / "trace.npz"
-    subprocess.run(
-        [sys.executable, ROOT / "benchmarks/trace_network.py", model, place / "tokens.npy", "--out", out, *more],
-        check=True,
-    )
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import trace_network
+
+    trace_network.main([str(model), str(place / "tokens.npy"), "--out", str(out), *more])
     trace = np.load(out)
     assert np.abs(trace["logits"] - reference["gen_logits"]).max() < 1e-5
     assert np.abs(trace["block_outputs"] - reference["block_outputs"]).max() < 1e-5
