@@ -100,8 +100,8 @@ def test_labels_per_class_keeps_training_images(letters: Letters) -> None:
     """Invariant: a balanced part of the training split; val and test stay, and follow in training with val."""
     few = drawn(labels_per_class=3)
     assert np.bincount(few.split("train").labels).tolist() == [3] * 26
-    whole = letters.split("train")
-    every = {image.tobytes(): label for image, label in zip(whole.pixels, whole.labels, strict=True)}
+    full = letters.split("train")
+    every = {image.tobytes(): label for image, label in zip(full.pixels, full.labels, strict=True)}
     train = few.split("train")
     assert [every[image.tobytes()] for image in train.pixels] == train.labels.tolist()
     joined = few.training(with_val=True)

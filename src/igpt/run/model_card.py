@@ -28,8 +28,7 @@ HUB_DATA |= {"imagenet": "ILSVRC/imagenet-1k", "stl10": "tanganke/stl10"}
 DATA_LICENCES = {  # dataset → what its authors say
     "digits": "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits, by way of scikit-learn)",
     "letters": "drawn from the DejaVu, STIX and Computer Modern fonts that matplotlib ships, under the fonts' licences",
-    "cifar10": "its authors state none (Krizhevsky 2009)",
-    "cifar100": "its authors state none (Krizhevsky 2009)",
+    **dict.fromkeys(("cifar10", "cifar100"), "its authors state none (Krizhevsky 2009)"),
     "imagenet": "ImageNet's terms of access: non-commercial research and education only",
     "downsampled_imagenet": "ImageNet's terms of access: non-commercial research and education only",
     "stl10": "images of ImageNet, under its terms: non-commercial research and education only",
