@@ -60,7 +60,7 @@ class Letters:
     def __init__(
         self,
         *,
-        cache: Path | None = None,  # unused: drawn in a second, held in memory
+        cache: Path | None = None,  # unused: drawn and held in memory
         list_files: ListFiles | None = None,  # unused: no files
         name: str,
         resolution: Annotated[int, Field(ge=8, le=64)],
