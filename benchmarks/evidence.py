@@ -8,6 +8,7 @@ enter: the folder of images becomes DATA. `tests/test_evidence.py` holds README.
 """
 
 import argparse
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -69,7 +70,9 @@ def replace_paths(value: Any, names: Mapping[str, str]) -> Any:
         return [replace_paths(of, names) for of in value]
     if isinstance(value, str):
         for path, name in names.items():
-            value = value.replace(f"{path}/", "" if name == "." else f"{name}/").replace(path, name)
+            whole = rf"(?<![\w.-]){re.escape(path)}"
+            value = re.sub(rf"{whole}/", "" if name == "." else f"{name}/", value)
+            value = re.sub(rf"{whole}(?![\w.-])", name, value)
     return value
 
 

@@ -137,6 +137,18 @@ def test_collected_runs_have_no_path_of_the_machine(evidence: ModuleType, tmp_pa
         evidence.collect("finetuning", [tmp_path / "runs" / "one"], tmp_path)
 
 
+def test_only_whole_paths_are_replaced(evidence: ModuleType) -> None:
+    """By hand: a path that merely begins or ends as one of the machine's stays, for the test of kept runs to find."""
+    names = {"/data/cifar": "DATA", "/home/me": "."}
+    for value, expected in (
+        ("init=/home/me/runs/a data.path=/data/cifar", "init=runs/a data.path=DATA"),
+        ("task.runs=[/home/me/runs/a,/home/me]", "task.runs=[runs/a,.]"),
+        ("/home/melissa/a /data/cifar100/x /backup/home/me", "/home/melissa/a /data/cifar100/x /backup/home/me"),
+    ):
+        assert evidence.replace_paths([value], names) == [expected]
+    assert MACHINE.search("task.runs=[/home/melissa/a]")
+
+
 def test_the_rate_is_chosen_on_val_and_the_seeds_are_its(findings: ModuleType, tmp_path: Path) -> None:
     """The rate of the best val accuracy wins, not that of the best test accuracy."""
     for name, rate, seed, val, test in (
