@@ -27,7 +27,7 @@ PARTS: dict[str, list[tuple[str, str]]] = {
         ),
         ("igpt.probe.selection", "logistic_regression"),
         ("igpt.probe.selection", "_predict"),
-        *((f"igpt.task.{name}", "generate") for name in ("sample", "complete")),
+        ("igpt.task.sample", "generate"),
         ("igpt.training.callbacks", "generate"),
     ],
     "configuration": [("hydra._internal.config_loader_impl", "ConfigLoaderImpl.load_configuration")],

@@ -8,12 +8,14 @@ enter: the folder of images becomes DATA. `tests/test_evidence.py` holds README.
 """
 
 import argparse
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evidence_findings import FINDINGS, average, choose_rates, read_runs
+from evidence_findings import FINDINGS, average, bound_mean, choose_rates, read_runs
 
 from igpt.metric.result import Bars
 from igpt.report.figures import bars_figure
@@ -68,7 +70,9 @@ def replace_paths(value: Any, names: Mapping[str, str]) -> Any:
         return [replace_paths(of, names) for of in value]
     if isinstance(value, str):
         for path, name in names.items():
-            value = value.replace(f"{path}/", "" if name == "." else f"{name}/").replace(path, name)
+            whole = rf"(?<![\w.-]){re.escape(path)}"
+            value = re.sub(rf"{whole}/", "" if name == "." else f"{name}/", value)
+            value = re.sub(rf"{whole}(?![\w.-])", name, value)
     return value
 
 
@@ -108,7 +112,7 @@ def draw_finetuning(folder: Path = FOLDER) -> None:
     """The picture of fine-tuning: test accuracy of every arm, mean over seeds, and of the labelled probe."""
     runs = read_runs(folder / "finetuning")
     arms = choose_rates([run for run in runs if run.task["name"] == "finetune"])
-    heights = {arm: {"test": average(of)} for arm, of in arms.items()}
+    heights = {arm: {"test": replace(average(of), interval=bound_mean(of))} for arm, of in arms.items()}
     for run in runs:
         if run.task["name"] == "probe":
             heights["probe, the same labels"] = {"test": run.number("test/accuracy")}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from igpt.metric.result import Number, Result
+from igpt.metric.statistics import mean_interval
 from igpt.report.folder import parse_result
 from igpt.report.reference import compare_means
 from igpt.utils import files
@@ -126,11 +127,15 @@ def choose_rates(runs: Sequence[Run]) -> dict[str, list[Run]]:
         arms.setdefault(find_arm(run), []).append(run)
     chosen = {}
     for arm, of in arms.items():
-        first = min(run.seed for run in of)
-        best = max((run for run in of if run.seed == first), key=lambda run: run.number("val/accuracy").value)
-        rate = best.task["learning_rate"]
+        rate = choose_best(of).task["learning_rate"]
         chosen[arm] = sorted((run for run in of if run.task["learning_rate"] == rate), key=lambda run: run.seed)
     return chosen
+
+
+def choose_best(runs: Sequence[Run]) -> Run:
+    """The run with the highest accuracy on val among those of the lowest seed."""
+    first = min(run.seed for run in runs)
+    return max((run for run in runs if run.seed == first), key=lambda run: run.number("val/accuracy").value)
 
 
 def average(runs: Sequence[Run], key: str = "test/accuracy") -> Number:
@@ -161,7 +166,7 @@ def describe_finetuning(runs: Sequence[Run]) -> Iterator[Row]:
             break
         read = probe.number("test/accuracy")
         mean = average(joint)
-        gain = compare_shares(replace(mean, interval=widen(joint)), read)
+        gain = compare_shares(replace(mean, interval=bound_mean(joint)), read)
         yield Row(
             "Fine-tuning passes the probe (Tables 1 and 3)", "CIFAR-10: 99.0 % against 96.3 %",
             f"{describe_arm(joint)} against {percent(read)} of the probe with the same labels: "
@@ -174,12 +179,21 @@ def describe_arm(runs: Sequence[Run]) -> str:
     return f"{percent(average(runs))} at rate {runs[0].task['learning_rate']:g}"
 
 
-def widen(runs: Sequence[Run]) -> tuple[float, float]:
-    """The mean accuracy of several seeds with the interval over test images of the seed where it is widest."""
+def bound_mean(runs: Sequence[Run]) -> tuple[float, float]:
+    """95 % interval of the mean test accuracy of several seeds, over seeds (Student's t) and test images.
+
+    The half-widths are added as squares; that over images is the largest of one seed, as all saw the same images. One
+    seed has no interval over seeds: it is over images alone.
+    """
     numbers = [run.number("test/accuracy") for run in runs]
-    mean = float(np.mean([number.value for number in numbers]))
+    values = [number.value for number in numbers]
     intervals = [number.confidence_interval or (0.0, 1.0) for number in numbers]
-    reach = max(max(n.value - low, high - n.value) for n, (low, high) in zip(numbers, intervals, strict=True))
+    over_images = max(max(x - low, high - x) for x, (low, high) in zip(values, intervals, strict=True))
+    mean, over_seeds = float(np.mean(values)), 0.0
+    if len(values) > 1:
+        _, (_, high) = mean_interval(values)
+        over_seeds = high - mean
+    reach = float(np.hypot(over_images, over_seeds))
     return mean - reach, mean + reach
 
 
@@ -212,7 +226,7 @@ def describe_objectives(runs: Sequence[Run]) -> Iterator[Row]:
             if run.task["name"] == task:
                 by_objective.setdefault(run.record["of"]["objective"], []).append(run)
         if len(by_objective) == 2:
-            ar, bert = (by_objective[name][0].number("test/accuracy") for name in ("ar", "bert"))
+            ar, bert = (choose_best(by_objective[name]).number("test/accuracy") for name in ("ar", "bert"))
             gap = compare_shares(ar, bert)
             yield Row(
                 finding, paper, f"AR {percent(ar)}, BERT {percent(bert)}: {points(ar.value - bert.value, gap)}",

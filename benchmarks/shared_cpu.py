@@ -82,7 +82,7 @@ def timed_steps(step: Any, first: list[float], steps: int, busy: int) -> machine
     def run() -> tuple[float, Any]:
         with busy_processes(busy):
             step()
-            seconds, _ = machine.timed(lambda: [step() for _ in range(steps)])()
+            seconds, _ = machine.with_timer(lambda: [step() for _ in range(steps)])()
         return seconds, first
 
     return run
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             living.append(machine.Side(training_rows, row, args.precision, options))
     print("measuring", file=sys.stderr, flush=True)
     every = {name: run for side in living for name, run in side.rows().items()}
-    times = machine.interleaved(every, args.rounds, warm_up=0)
+    times = machine.time_in_turns(every, args.rounds, warm_up=0)
     for side in living:
         side.close()
     for precision, tolerance in (("fp32", EXACT), ("bf16", ROUNDED)):
