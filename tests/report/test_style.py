@@ -46,6 +46,14 @@ def test_a_figure_is_drawn_once_as_savefig_lays_it_out(tmp_path: Path, monkeypat
     assert np.array_equal(ours, expected)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_figure_without_axes_is_written_without_a_warning(tmp_path: Path) -> None:
+    """By hand: a run of so few steps that no curve has two points has a blank picture."""
+    save_figure(tmp_path / "blank.png", Figure(figsize=(2, 1), layout="constrained"))
+    with Image.open(tmp_path / "blank.png") as picture:
+        assert picture.size == (2 * DPI, DPI)
+
+
 @styled
 def test_the_place_of_cells_is_that_of_the_drawn_axes(tmp_path: Path) -> None:
     """Against an independent source: the axes' position after Matplotlib's own drawing without output."""

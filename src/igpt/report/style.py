@@ -89,7 +89,7 @@ def image_font(size: int = 12) -> ImageFont.FreeTypeFont:
 def save_figure(path: Path, figure: Figure, *, cells: Axes | None = None) -> None:
     """Writes a figure as PNG, whole or not at all; the position of the axes `cells` goes into its metadata."""
     figure.set_dpi(DPI)
-    if (engine := figure.get_layout_engine()) is not None:
+    if figure.axes and (engine := figure.get_layout_engine()) is not None:
         engine.execute(figure)
         figure.set_layout_engine(None)  # fixes the layout: `savefig` would find it by drawing the figure once more
     metadata = {}
