@@ -70,9 +70,9 @@ def replace_paths(value: Any, names: Mapping[str, str]) -> Any:
         return [replace_paths(of, names) for of in value]
     if isinstance(value, str):
         for path, name in names.items():
-            whole = rf"(?<![\w.-]){re.escape(path)}"
-            value = re.sub(rf"{whole}/", "" if name == "." else f"{name}/", value)
-            value = re.sub(rf"{whole}(?![\w.-])", name, value)
+            start = rf"(?<![\w.-]){re.escape(path)}"
+            value = re.sub(rf"{start}/", "" if name == "." else f"{name}/", value)
+            value = re.sub(rf"{start}(?![\w.-])", name, value)
     return value
 
 

@@ -1,7 +1,7 @@
 """Capital letters A to Z, drawn from the fonts that matplotlib ships: a dataset without a download."""
 
 from functools import cache as cached
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -75,7 +75,7 @@ class Letters:
         if height[0] > height[1]:
             raise ValueError(f"data.height must be the smallest, then the largest font size, got {height}")
         self.name, self.resolution, self.labels_per_class = name, resolution, labels_per_class
-        draw = partial(_draw, resolution=resolution, height=height, turn=turn, shear=shear)
+        draw = partial(_draw, resolution=resolution, height=(height[0], height[1]), turn=turn, shear=shear)
         self._splits = {
             split: draw(getattr(counts, split), keyed.key(split_seed, f"letters/{split}")) for split in SPLITS
         }
@@ -126,8 +126,11 @@ def _draw_glyph(file: Path, letter: str) -> Glyph:
     return Glyph(mask, ink.width, ink.height)
 
 
-def _draw(n: int, stream_key: int, *, resolution: int, height: list[float], turn: float, shear: float) -> ArraySplit:
-    """`n` images, each by its own key of the stream."""
+@lru_cache(maxsize=2 * len(SPLITS))  # the stages of a pipeline read the same ones
+def _draw(
+    n: int, stream_key: int, *, resolution: int, height: tuple[float, float], turn: float, shear: float
+) -> ArraySplit:
+    """`n` images, each by its own key of the stream; read-only."""
     labels = np.arange(n) % len(LETTERS)
     font, size, angle, lean, *place = keyed.uniform(keyed.per_example_keys(stream_key, torch.arange(n)), 6).numpy().T
     glyphs = load_glyphs()
@@ -148,7 +151,10 @@ def _draw(n: int, stream_key: int, *, resolution: int, height: list[float], turn
         fine = glyph.mask.transform((side, side), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
         grey[i] = np.asarray(fine.reduce(FINER))
     pixels = np.rint(grey * (LEVELS / 255)).astype(np.uint8) * np.uint8(255 // LEVELS)
-    return ArraySplit(np.repeat(pixels[..., None], 3, axis=3), labels, CHANGES)
+    pixels = np.repeat(pixels[..., None], 3, axis=3)
+    for shared in (pixels, labels):
+        shared.flags.writeable = False
+    return ArraySplit(pixels, labels, CHANGES)
 
 
 def _transforms(scale: np.ndarray, angle: np.ndarray, shear: np.ndarray) -> np.ndarray:
