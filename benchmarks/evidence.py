@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evidence_findings import FINDINGS, average, bound_mean, choose_rates, read_runs
+from evidence_findings import FINDINGS, average, bound_mean, choose_rates, read_runs, split_by_length
 
 from igpt.metric.result import Bars
 from igpt.report.figures import bars_figure
@@ -111,8 +111,11 @@ def fill(path: Path, table: str) -> str:
 def draw_finetuning(folder: Path = FOLDER) -> None:
     """The picture of fine-tuning: test accuracy of every arm, mean over seeds, and of the labelled probe."""
     runs = read_runs(folder / "finetuning")
-    arms = choose_rates([run for run in runs if run.task["name"] == "finetune"])
-    heights = {arm: {"test": replace(average(of), interval=bound_mean(of))} for arm, of in arms.items()}
+    heights = {}
+    for of_length in split_by_length(runs):
+        for arm, of in choose_rates(of_length).items():
+            seen = of[0].task["steps"] * of[0].task["batch_size"]
+            heights[f"{arm}, {seen:,} images"] = {"test": replace(average(of), interval=bound_mean(of))}
     for run in runs:
         if run.task["name"] == "probe":
             heights["probe, the same labels"] = {"test": run.number("test/accuracy")}

@@ -102,12 +102,15 @@ def test_a_finding_holds_only_beyond_every_interval(findings: ModuleType, interv
     assert findings.judge(*intervals) == verdict
 
 
-def write_run(folder: Path, *, rate: float, seed: int, val: float, test: float, init: str | None = "runs/a") -> None:
+def write_run(
+    folder: Path, *, rate: float, seed: int, val: float, test: float, init: str | None = "runs/a", steps: int = 10
+) -> None:
     """A finished run of fine-tuning on a machine's own paths."""
     folder.mkdir(parents=True)
     config = {
         "seed": seed, "init": init, "data": {"path": "/home/me/cifar"}, "objective": {"name": "ar"},
-        "task": {"name": "finetune", "learning_rate": rate, "loss_weights": {"gen": 1.0, "clf": 1.0}},
+        "task": {"name": "finetune", "learning_rate": rate, "loss_weights": {"gen": 1.0, "clf": 1.0},
+                 "steps": steps, "batch_size": 2},
     }  # fmt: skip
     command = f"python /home/me/igpt/train.py data.path=/home/me/cifar seed={seed}"
     record = {"config": config, "working_directory": "/home/me", "command": command, "versions": {}, "commit": ""}
@@ -200,3 +203,13 @@ def test_every_arm_of_the_picture_has_an_interval(
     evidence.draw_finetuning(tmp_path)
     ((number,),) = (group.values() for group in drawn[0].heights.values())
     assert number.confidence_interval[0] < 0.5 < 0.54 < number.confidence_interval[1]
+
+
+def test_the_longest_runs_are_compared_with_the_probe_alone(findings: ModuleType, tmp_path: Path) -> None:
+    for name, steps, seed in (("a", 10, 0), ("b", 10, 1), ("c", 30, 0)):
+        write_run(tmp_path / name, rate=0.1, seed=seed, val=0.5, test=0.5, steps=steps)
+    short, long = findings.split_by_length(findings.read_runs(tmp_path))
+    assert [run.name for run in short] == ["a", "b"]
+    assert [run.name for run in long] == ["c"]
+    assert findings.describe_arm(short) == "50.0 % ± 0.0 (std of 2) at rate 0.1, 20 images"
+    assert findings.describe_arm(long) == "50.0 % [48.0, 52.0] at rate 0.1, 60 images"
