@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence_findings import FINDINGS, average, bound_mean, choose_rates, read_runs, split_by_length
+from PIL import Image
 
 from igpt.metric.result import Bars
 from igpt.report.figures import bars_figure
@@ -26,7 +27,8 @@ FOLDER = ROOT / "docs" / "evidence"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 PAGE = FOLDER / "README.md"
-PICTURES = ("curves.png", "figure3.png")  # of a run folder
+PICTURES = ("curves.png", "figure3.png", "samples.png", "completions.png")  # of a run folder
+COLOURS = 64  # of a kept picture: a fifth of the bytes
 LOCAL = ("working_directory", "search_path")  # of run.json: paths of this machine
 
 
@@ -49,7 +51,7 @@ def collect(finding: str, runs: Sequence[Path], folder: Path = FOLDER) -> None:
         for picture in PICTURES:
             if (run / picture).is_file():
                 with files.atomic_write(kept / picture) as file:
-                    file.write((run / picture).read_bytes())
+                    Image.open(run / picture).convert("RGB").quantize(COLOURS).save(file, "PNG", optimize=True)
         print(kept.relative_to(folder.parent.parent))
 
 
