@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.data.conftest import png_chunk
 from tests.hostile import images as i
 from tests.hostile import runs as r
 from tests.hostile import weights as w
@@ -247,10 +248,10 @@ CASES: dict[str, Case] = {
     "an image of 2.5 billion pixels": Case(i.image(i.BOMB), "images", "it would unpack to more than"),
     "36 million pixels in 100 kB": Case(i.image(i.unpacking()), "images", None),
     "a profile of 1 GB in a picture": Case(
-        i.image(i.png_with(i.chunk(b"iCCP", b"a\0\0" + i.deflated(1 << 30)))), "images", None
+        i.image(i.png_with(png_chunk(b"iCCP", b"a\0\0" + i.deflated(1 << 30)))), "images", None
     ),
     "a text of 1 GB in a picture": Case(
-        i.image(i.png_with(i.chunk(b"zTXt", b"Raw profile type exif\0\0" + i.deflated(1 << 30)))), "images", None
+        i.image(i.png_with(png_chunk(b"zTXt", b"Raw profile type exif\0\0" + i.deflated(1 << 30)))), "images", None
     ),
     "a strip of 4 GB": Case(i.image(i.tiff(8, 8, 0xFFFFFFFF), "a.tif"), "images", None),
     "50,000 frames": Case(i.image(i.gif_frames(), "a.gif"), "images", None),
