@@ -94,8 +94,8 @@ def describe_depth(runs: Sequence[Run]) -> Iterator[Row]:
             f"Features are best inside the network, then get worse ({objective.upper()}; Figure 2)",
             "CIFAR-10: best near the middle, 2.4 points less at the last" if objective == "ar" else "below AR's",
             f"{percent(best)} at layer {layer.value:g} of {layer.unit.split()[-1]}, fall to the last "
-            f"{points(fall.value, fall.confidence_interval).removeprefix('+')}; untrained {percent(others[0])}, raw pixels "
-            f"{percent(others[1])}",
+            f"{points(fall.value, fall.confidence_interval).removeprefix('+')}; untrained {percent(others[0])}, raw "
+            f"pixels {percent(others[1])}",
             judge(fall.confidence_interval, *above),
         )  # fmt: skip
 
