@@ -145,12 +145,12 @@ def average(runs: Sequence[Run], key: str = "test/accuracy") -> Number:
 
 
 def describe_finetuning(runs: Sequence[Run]) -> Iterator[Row]:
-    """Joint against L_CLF alone, pretrained against scratch, fine-tuning against the probe (§2.3, §3.2, §4.4)."""
+    """Joint against L_CLF alone, pretrained against scratch, fine-tuning against the probe (§2.3)."""
     short, long = split_by_length(runs)
     arms = choose_rates(short)
     joint, longest = arms.get(JOINT), choose_rates(long).get(JOINT)
     for against, finding, paper in (
-        (SCRATCH, "Pretraining helps fine-tuning (§4.4)", "ImageNet 48×48: 72.6 % against 53.2 % from scratch"),
+        (SCRATCH, "Pretraining helps fine-tuning", "ImageNet 48×48: 72.6 % against 53.2 % from scratch"),
         (ALONE, "L_GEN + L_CLF beats L_CLF alone (§2.3)", "the joint loss works even better"),
     ):
         others = arms.get(against)
@@ -166,7 +166,7 @@ def describe_finetuning(runs: Sequence[Run]) -> Iterator[Row]:
         read, mean = probe.number("test/accuracy"), average(longest)
         gain = compare_shares(replace(mean, interval=bound_mean(longest)), read)
         yield Row(
-            "Fine-tuning passes the probe (Tables 1 and 3)", "CIFAR-10: 99.0 % against 96.3 %",
+            "Fine-tuning passes the probe", "CIFAR-10: 99.0 % against 96.3 %",
             f"{describe_arm(longest)} against {percent(read)} of the probe with the same labels: "
             f"{points(mean.value - read.value, gain)}", judge(gain),
         )  # fmt: skip
@@ -206,7 +206,7 @@ def bound_mean(runs: Sequence[Run]) -> tuple[float, float]:
 
 
 def describe_low_data(runs: Sequence[Run]) -> Iterator[Row]:
-    """Few labels: the best layer's features against raw pixels, and a supervised network's beside them (§4.5)."""
+    """Few labels: the best layer's features against raw pixels, and a supervised network's beside them."""
     for run in runs:
         for count, paper in ((4, "73.2 %"), (25, "87.6 %"), (400, "94.3 %")):
             ours, pixels = (
@@ -217,7 +217,7 @@ def describe_low_data(runs: Sequence[Run]) -> Iterator[Row]:
             lite0 = run.result.numbers.get(f"test/lite0_{count}_per_class")
             beside = "" if lite0 is None else f"; EfficientNet-Lite0, trained on ImageNet's labels: {percent(lite0)}"
             yield Row(
-                f"{10 * count:,} labels are enough for features (Table 5)", f"{paper}, of iGPT-L",
+                f"{10 * count:,} labels: features are worth more than raw pixels", f"{paper}, of iGPT-L",
                 f"{percent(ours)} against {percent(pixels)} from raw pixels: "
                 f"{points(gain.value, gain.confidence_interval)}{beside}", judge(gain.confidence_interval),
             )  # fmt: skip
