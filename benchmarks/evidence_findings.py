@@ -208,7 +208,7 @@ def bound_mean(runs: Sequence[Run]) -> tuple[float, float]:
 def describe_low_data(runs: Sequence[Run]) -> Iterator[Row]:
     """Few labels: the best layer's features against raw pixels, and a supervised network's beside them."""
     for run in runs:
-        for count, paper in ((4, "73.2 %"), (25, "87.6 %"), (400, "94.3 %")):
+        for count, paper in ((4, "73.2 %"), (25, "87.6 %"), (400, "94.3 % (from memory)")):
             ours, pixels = (
                 run.number(f"test/accuracy_{count}_per_class"),
                 run.number(f"test/raw_pixels_{count}_per_class"),
