@@ -1,10 +1,12 @@
 """The drawn letters as a source."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import get_data_path
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
@@ -44,6 +46,15 @@ def test_letters_are_a_balanced_source_of_16_grey_levels(letters: Letters) -> No
     assert np.bincount(train.labels).tolist() == [10] * 26
     assert (train.pixels == train.pixels[..., :1]).all()
     assert set(np.unique(train.pixels)) == set(range(0, 256, 17))
+
+
+def test_pytorch_takes_the_arrays_without_a_warning(letters: Letters) -> None:
+    """It warns of read-only ones, on the terminal of every run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for array in (letters.split("val").pixels, letters.split("val").labels):
+            torch.from_numpy(array)
+    assert letters.split("val").labels.flags.writeable
 
 
 def test_glyphs_are_those_of_the_font_files() -> None:

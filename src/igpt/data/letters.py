@@ -130,7 +130,7 @@ def _draw_glyph(file: Path, letter: str) -> Glyph:
 def _draw(
     n: int, stream_key: int, *, resolution: int, height: tuple[float, float], turn: float, shear: float
 ) -> ArraySplit:
-    """`n` images, each by its own key of the stream; read-only."""
+    """`n` images, each by its own key of the stream; shared by all that read them."""
     labels = np.arange(n) % len(LETTERS)
     font, size, angle, lean, *place = keyed.uniform(keyed.per_example_keys(stream_key, torch.arange(n)), 6).numpy().T
     glyphs = load_glyphs()
@@ -151,10 +151,7 @@ def _draw(
         fine = glyph.mask.transform((side, side), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
         grey[i] = np.asarray(fine.reduce(FINER))
     pixels = np.rint(grey * (LEVELS / 255)).astype(np.uint8) * np.uint8(255 // LEVELS)
-    pixels = np.repeat(pixels[..., None], 3, axis=3)
-    for shared in (pixels, labels):
-        shared.flags.writeable = False
-    return ArraySplit(pixels, labels, CHANGES)
+    return ArraySplit(np.repeat(pixels[..., None], 3, axis=3), labels, CHANGES)
 
 
 def _transforms(scale: np.ndarray, angle: np.ndarray, shear: np.ndarray) -> np.ndarray:
