@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr, ttest_1samp
 
-from igpt.metric.statistics import gap_at_equal_x, mean_interval, rank_correlation, rank_correlation_interval
+from igpt.metric.statistics import mean_interval, rank_correlation, rank_correlation_interval, weigh_gap_at_equal_x
 
 
 def test_the_interval_of_a_mean_is_that_of_the_t_test() -> None:
@@ -73,5 +73,26 @@ def test_few_points_say_little() -> None:
 
 def test_the_gap_of_two_lines() -> None:
     """By hand: y = x against y = 3 on [1, 2], which is 1.5 on average; no gap where only a point is common."""
-    assert gap_at_equal_x([(2.0, 2.0), (0.0, 0.0)], [(1.0, 3.0), (4.0, 3.0)]) == pytest.approx(1.5)
-    assert gap_at_equal_x([(0.0, 0.0), (1.0, 5.0)], [(1.0, 3.0), (4.0, 3.0)]) is None
+
+    def gap(lower: list[tuple[float, float]], upper: list[tuple[float, float]]) -> float | None:
+        weights = weigh_gap_at_equal_x([x for x, _ in lower], [x for x, _ in upper])
+        return (
+            None if weights is None else float(weights[1] @ [y for _, y in upper] - weights[0] @ [y for _, y in lower])
+        )
+
+    assert gap([(2.0, 2.0), (0.0, 0.0)], [(1.0, 3.0), (4.0, 3.0)]) == pytest.approx(1.5)
+    assert gap([(0.0, 0.0), (1.0, 5.0)], [(1.0, 3.0), (4.0, 3.0)]) is None
+
+
+def test_the_gap_of_two_lines_is_that_of_a_fine_grid() -> None:
+    """Made-up lines in any order: the mean gap over 20,001 places is that of the weights, which sum to 1."""
+    rng = np.random.default_rng(0)
+    for n, m in ((2, 3), (5, 5), (6, 2)):
+        (x, y), (other_x, other_y) = rng.random((2, n)), rng.random((2, m)) + 0.1
+        x[0], x[-1] = 0, 1.2
+        weights = weigh_gap_at_equal_x(x.tolist(), other_x.tolist())
+        assert weights is not None
+        assert [float(of.sum()) for of in weights] == pytest.approx([1, 1])
+        places = np.linspace(other_x.min(), other_x.max(), 20_001)
+        lines = [np.interp(places, a[np.argsort(a)], b[np.argsort(a)]) for a, b in ((x, y), (other_x, other_y))]
+        assert weights[1] @ other_y - weights[0] @ y == pytest.approx((lines[1] - lines[0]).mean(), abs=1e-4)

@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hydra import initialize_config_dir
 from PIL import Image
+from scipy.stats import ttest_1samp
 
 from igpt.checkpoint import huggingface
 from igpt.checkpoint.find import find_weights
@@ -199,7 +201,9 @@ def test_statistics_by_hand(place: Path) -> None:
         "small": [(3.0, Number(0.3, "share", 10)), (2.0, Number(0.4, "share", 10))],
         "large": [(2.5, Number(0.45, "share", 10)), (1.5, Number(0.55, "share", 10)), (1.0, Number(0.5, "share", 10))],
     }
-    numbers = scaling.compare_points(lines)
+    rng = np.random.default_rng(0)
+    right = {name: [rng.permutation(20) < round(20 * share.value) for _, share in line] for name, line in lines.items()}
+    numbers = scaling.compare_points(lines, right)
     assert {name: number.value for name, number in numbers.items()} == pytest.approx(
         {
             "small/rank_correlation": 1, "large/rank_correlation": 0.5, "final/rank_correlation": 1,
@@ -207,6 +211,11 @@ def test_statistics_by_hand(place: Path) -> None:
         }
     )  # fmt: skip
     assert numbers["small/rank_correlation"].interval == pytest.approx((-1, 1), abs=0.01)
+    # the losses overlap on [2, 2.5]: small is 0.375 there on average, half of it at each end's line
+    small, large = right["small"], right["large"]
+    gaps = 0.75 * large[0] + 0.25 * large[1] - 0.25 * small[0] - 0.75 * small[1]
+    interval = numbers["equal_loss/large - small"].interval
+    assert interval == pytest.approx(ttest_1samp(gaps, 0).confidence_interval(), abs=1e-9)
 
 
 @pytest.mark.parametrize(

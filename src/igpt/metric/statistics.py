@@ -1,4 +1,4 @@
-"""Intervals that few values do not make too narrow: of a mean, of a rank correlation; gap of two lines at equal x."""
+"""Intervals that few values do not make too narrow: of a mean, of a rank correlation; gaps of lines at equal x."""
 
 from collections.abc import Callable, Sequence
 
@@ -73,15 +73,21 @@ def _spearman_of_normal(rho: float) -> float:
     return float(6 / np.pi * np.arcsin(rho / 2))
 
 
-def gap_at_equal_x(lower: Sequence[tuple[float, float]], upper: Sequence[tuple[float, float]]) -> float | None:
-    """Mean over the common range of x of `upper`'s y minus `lower`'s, each linear between its points (x, y).
+def weigh_gap_at_equal_x(lower: Sequence[float], upper: Sequence[float]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Weights of each point's y in the gap of two lines at equal x. `lower`, `upper`: their x, n and m of them.
 
-    None where the ranges have no more than a point in common.
+    Returns w (n,) and v (m,): v · y_upper - w · y_lower is the mean over the common range of x of the upper line minus
+    the lower one, each linear between its points. None where the ranges have no more than a point in common.
     """
-    lines = [np.array(sorted(line)).T for line in (lower, upper)]  # each (2, points), by x
-    start, end = max(line[0, 0] for line in lines), min(line[0, -1] for line in lines)
+    orders = [np.argsort(line) for line in (lower, upper)]
+    xs = [np.asarray(line, dtype=float)[order] for line, order in zip((lower, upper), orders, strict=True)]
+    start, end = max(x[0] for x in xs), min(x[-1] for x in xs)
     if end <= start:
         return None
-    x = np.unique(np.clip(np.concatenate([line[0] for line in lines]), start, end))  # all the bends in the range
-    below, above = (np.interp(x, *line) for line in lines)
-    return float(np.trapezoid(above - below, x) / (end - start))
+    bends = np.unique(np.clip(np.concatenate(xs), start, end))
+    weights = []
+    for x, order in zip(xs, orders, strict=True):
+        of_point = np.empty(len(x))
+        of_point[order] = [np.trapezoid(np.interp(bends, x, unit), bends) / (end - start) for unit in np.eye(len(x))]
+        weights.append(of_point)
+    return weights[0], weights[1]

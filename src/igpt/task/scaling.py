@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ from igpt.checkpoint.igpt_format import Weights
 from igpt.checkpoint.kept import list_weights
 from igpt.data.split import split_differences
 from igpt.metric.result import Curve, MarkedLines, Number, Result
-from igpt.metric.statistics import gap_at_equal_x, rank_correlation, rank_correlation_interval
+from igpt.metric.statistics import mean_interval, rank_correlation, rank_correlation_interval, weigh_gap_at_equal_x
 from igpt.probe.selection import FittedHead, GridScores, grid_search, report_convergence, select_best
 from igpt.run.components import Components
 from igpt.run.fingerprint import compare_splits, read_training_config
@@ -163,9 +163,10 @@ def run(components: Components, settings: ScalingSettings) -> Result:
     reader = FeatureReader(probed, settings)
     loss_axis, masks = f"{settings.split} loss (nats/token)", 1 if components.objective.causal else settings.eval_masks
     result, points = Result(), dict[str, list[tuple[float, Number]]]()
+    right: dict[str, list[np.ndarray]] = {}  # of each point the val images that the best layer's probe is right on
     fits: dict[str, GridScores | FittedHead] = {}
     for line in lines:
-        name, points[line.name] = line.name, []
+        name, points[line.name], right[line.name] = line.name, [], []
         images: list[float] = []
         for weights in line.weights:
             net = hardware.build_frozen(weights.build_network, weights.load_into)
@@ -186,6 +187,8 @@ def run(components: Components, settings: ScalingSettings) -> Result:
                 f"{name}/{step}/layer": Number(best.layers[0], f"of 0 … {net.n_layer}", 1),
             }  # fmt: skip
             points[name].append((loss.value, share))
+            assert table.correct is not None
+            right[name].append(table.correct[table.windows.index(best.layers)])
             images += [] if seen is None else [float(seen)]
             del net, scored  # before the next one is built
         losses, shares = [loss for loss, _ in points[name]], [share.value for _, share in points[name]]
@@ -193,7 +196,8 @@ def run(components: Components, settings: ScalingSettings) -> Result:
         if len(images) == len(losses):
             result.curves[f"{name}: probe"] = Curve(images, shares, "images seen", ACCURACY)
             result.curves[f"{name}: loss"] = Curve(images, losses, "images seen", loss_axis)
-    result.numbers |= compare_points({line.name: points[line.name] for line in sorted(lines, key=_count_weights)})
+    by_size = [line.name for line in sorted(lines, key=_count_weights)]
+    result.numbers |= compare_points({name: points[name] for name in by_size}, right)
     of = (f"{each.source.name}, {each.source.resolution}×{each.source.resolution}" for each in (components, probed))
     title = "loss: {split} of {}; probe: val of {}".format(*of, split=settings.split)
     result.lines["figure3"] = MarkedLines(points, loss_axis, ACCURACY, title, x_falls=True)
@@ -211,11 +215,16 @@ def _count_weights(line: ScalingLine) -> int:
     return line.last.n_parameter
 
 
-def compare_points(points: dict[str, list[tuple[float, Number]]]) -> dict[str, Number]:
+def compare_points(
+    points: Mapping[str, list[tuple[float, Number]]], right: Mapping[str, list[np.ndarray]]
+) -> dict[str, Number]:
     """The statistics of the figure. `points`: the lines, from small networks to large, each of (loss, accuracy).
 
+    `right`: of every point whether the probe is right on each image, (N,) bool, the same images for all.
+
     Rank correlations of -loss and accuracy: along each line, over the last points of all, over all points. And how much
-    more a larger network's probe reads at equal loss than the next smaller one's, where their losses overlap.
+    more a larger network's probe reads at equal loss than the next smaller one's, where their losses overlap, with the
+    interval of its mean over the images: each image's gap is paired, the losses are taken as known.
     """
     values = {name: [(-loss, share.value) for loss, share in line] for name, line in points.items()}
     of_several = {
@@ -230,7 +239,10 @@ def compare_points(points: dict[str, list[tuple[float, Number]]]) -> dict[str, N
             unit = "Spearman, -loss and accuracy"
             numbers[f"{name}/rank_correlation"] = Number(correlation, unit, len(x), interval=interval)
     for smaller, larger in pairwise(points):
-        if (gap := gap_at_equal_x(values[smaller], values[larger])) is not None:
-            n = len(values[smaller]) + len(values[larger])
-            numbers[f"equal_loss/{larger} - {smaller}"] = Number(gap, "share, mean where the losses overlap", n)
+        weights = weigh_gap_at_equal_x(*([loss for loss, _ in points[name]] for name in (smaller, larger)))
+        if weights is not None:
+            gaps = weights[1] @ np.stack(right[larger]) - weights[0] @ np.stack(right[smaller])  # (N,), of each image
+            unit, (stderr, interval) = "share, mean where the losses overlap", mean_interval(gaps.tolist())
+            number = Number(float(gaps.mean()), unit, len(gaps), stderr, interval=interval)
+            numbers[f"equal_loss/{larger} - {smaller}"] = number
     return numbers
