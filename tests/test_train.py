@@ -51,6 +51,7 @@ def test_quickstart_reports_the_baselines(quickstart: Path) -> None:
     assert numbers["evaluate/val/unigram"]["value"] == pytest.approx(2.07, abs=0.01)
     assert numbers["evaluate/val/position_histogram"]["value"] == pytest.approx(1.68, abs=0.01)
     assert numbers["palette/val/palette_mse"]["value"] == 0
+    assert numbers["palette/val/palette_remainder"]["value"] == pytest.approx(0, abs=1e-4)
     assert numbers["pretrain/val/loss_gen"]["n"] == 150
     written = json.loads((quickstart / "2_pretrain" / "result.json").read_text())["numbers"]["val/loss_gen"]["value"]
     evaluated = json.loads((quickstart / "3_evaluate" / "result.json").read_text())["numbers"]["val/loss_gen"]["value"]

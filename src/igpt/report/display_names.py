@@ -59,6 +59,7 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "commitment": "{} commitment loss",
     "rate": "rate",
     "*_psnr": "PSNR of {} images in the colours of {0}",
+    "*_remainder": "code length of the original colours of {} images, given those of {0}",
     "*_mse": "squared error of {} images in the colours of {0}",
     "*/colours": "colours of {0}",
     "fd_*": "Fréchet distance of {} ({0})",

@@ -1,4 +1,4 @@
-"""`task=palette`: the quantisation error of a palette on images, compared with other palettes."""
+"""`task=palette`: the quantisation error of a palette, the bits that it leaves out, and other palettes beside it."""
 
 import math
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from igpt.data.source import plain_pixels
+from igpt.data.source import Split, plain_pixels
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.run.components import Components
 from igpt.settings.reading import PaletteTaskSettings
 from igpt.task.reconstruction_score import AMPLIFIED
+from igpt.tokens.colour_remainder import ColourRemainder
 from igpt.tokens.kmeans import colour_distances
 from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
@@ -22,7 +23,10 @@ FURTHEST = 40  # grey levels: upper end of the curve
 
 
 def run(components: Components, settings: PaletteTaskSettings) -> Result:
-    """Writes `palette.npy` in the released format; returns the error of all palettes on `count` images."""
+    """Writes `palette.npy` in the released format; returns the error of all palettes on `count` images.
+
+    The bits that a palette leaves out are those of a distribution fitted to as many images of the training split.
+    """
     split, run_dir = settings.split, components.run_dir
     others = {file: Palette.load(Path(file)) for file in settings.compare_with}
     data = components.build_datamodule()
@@ -32,11 +36,11 @@ def run(components: Components, settings: PaletteTaskSettings) -> Result:
         )
     run_palette = data.tokenizer.palette
     source = data.source.split(split)
-    n = min(settings.count, len(source))
-    if n < 1:
+    if not len(source):
         raise ValueError(f"the {split} split is empty: choose another with task.split")
-    rows = np.sort(keyed.generator(components.seed, "palette images").permutation(len(source))[:n])
-    pixels = plain_pixels(source, rows.tolist())  # (N, R, R, 3)
+    pixels = read_images(source, settings.count, components.seed)  # (N, R, R, 3)
+    n = len(pixels)
+    fitted_on = read_images(data.source.split("train"), settings.count, components.seed)
     path = run_dir / "palette.npy"
     if components.hardware.rank.is_first:
         run_palette.save(path)
@@ -54,6 +58,9 @@ def run(components: Components, settings: PaletteTaskSettings) -> Result:
         if mse > 0:
             psnr = numbers[f"{split}/{name}_psnr"] = Number(10 * math.log10(255**2 / mse), "dB", n)
             exact = f"PSNR {psnr.value:.1f} dB"
+        bits = ColourRemainder.fit(palette, fitted_on).bits(pixels).mean(axis=(1, 2))  # (N,), of each image
+        stderr = float(np.std(bits, ddof=1)) / n**0.5 if n > 1 else None
+        numbers[f"{split}/{name}_remainder"] = Number(float(bits.mean()), "bits/pixel", n, stderr)
         levels = np.arange(FURTHEST + 1.0)
         share = np.searchsorted(np.sort(distance, axis=None), levels, side="right") / distance.size
         curves[name] = Curve(
@@ -78,6 +85,12 @@ def run(components: Components, settings: PaletteTaskSettings) -> Result:
             "split": split,
         },
     )
+
+
+def read_images(split: Split, count: int, seed: int) -> np.ndarray:
+    """At most `count` images of a split, drawn by the seed: (N, R, R, 3) uint8."""
+    rows = np.sort(keyed.generator(seed, "palette images").permutation(len(split))[:count])
+    return plain_pixels(split, rows.tolist())
 
 
 def name_palettes(of_files: dict[str, Palette]) -> dict[str, Palette]:
