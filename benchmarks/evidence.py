@@ -8,18 +8,19 @@ enter: the folder of images becomes DATA. `tests/test_evidence.py` holds README.
 """
 
 import argparse
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evidence_findings import FINDINGS, average, bound_mean, choose_rates, read_runs, split_by_length
+from evidence_findings import FINDINGS, READS, list_compared, list_palettes, original_bits
+from evidence_runs import Run, bound_mean, choose_rates, read_runs, split_by_length
 from PIL import Image
 
-from igpt.metric.result import Bars
-from igpt.report.figures import bars_figure
+from igpt.metric.result import Bars, MarkedLines, Number
+from igpt.report.figures import bars_figure, lines_figure
 from igpt.utils import files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,11 +79,16 @@ def replace_paths(value: Any, names: Mapping[str, str]) -> Any:
     return value
 
 
+def read_finding(folder: Path, finding: str) -> list[Run]:
+    """The runs that a finding reads: those in its folder, and those of others that it is compared with."""
+    return [run for name in (finding, *READS.get(finding, ())) for run in read_runs(folder / name)]
+
+
 def render(folder: Path = FOLDER) -> str:
     """The table of all findings with runs, in Markdown."""
     lines = ["| finding | paper | ours | holds? |", "|---|---|---|---|"]
     for finding, describe in FINDINGS.items():
-        for row in describe(read_runs(folder / finding)):
+        for row in describe(read_finding(folder, finding)):
             lines.append(f"| [{row.finding}](docs/evidence/{finding}) | {row.paper} | {row.ours} | {row.holds} |")
     return "\n".join(lines)
 
@@ -117,12 +123,36 @@ def draw_finetuning(folder: Path = FOLDER) -> None:
     for of_length in split_by_length(runs):
         for arm, of in choose_rates(of_length).items():
             seen = of[0].task["steps"] * of[0].task["batch_size"]
-            heights[f"{arm}, {seen:,} images"] = {"test": replace(average(of), interval=bound_mean(of))}
+            heights[f"{arm}, {seen:,} images"] = {"test": bound_mean(of)}
     for run in runs:
         if run.task["name"] == "probe":
             heights["probe, the same labels"] = {"test": run.number("test/accuracy")}
     if heights:
         bars_figure(folder / "finetuning" / "accuracy.png", Bars(heights, "share of images"))
+
+
+def draw_objectives(folder: Path = FOLDER) -> None:
+    """The picture of AR and BERT: test accuracy of the probes of equal labels, and of the longest fine-tuning."""
+    heights: dict[str, dict[str, Number]] = {}
+    for kind, of in list_compared(read_finding(folder, "objectives")).items():
+        heights[kind] = {objective.upper(): number for objective, number in sorted(of.items())}
+    if heights:
+        bars_figure(folder / "objectives" / "accuracy.png", Bars(heights, "share of images"))
+
+
+def draw_palettes(folder: Path = FOLDER) -> None:
+    """The pictures of the palette's size: bits of the original image, and accuracy of the best layer's probe."""
+    sizes = sorted(list_palettes(read_runs(folder / "palette")).items())
+    for name, unit, measure in (
+        ("bits", "code length of the original image, bits a pixel", original_bits),
+        ("accuracy", "test accuracy of the best layer's probe", lambda run: run.number("probe/test/accuracy")),
+    ):
+        if sizes:
+            points = [(math.log2(k), measure(run)) for k, run in sizes]
+            lines = MarkedLines(
+                {"raster order, seed 0": points}, "bits a token: log2 of the number of colours", unit, ""
+            )
+            lines_figure(folder / "palette" / f"{name}.png", lines)
 
 
 def main() -> None:
@@ -136,7 +166,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "collect":
         return collect(args.finding, args.runs)
-    draw_finetuning()
+    for draw in (draw_finetuning, draw_objectives, draw_palettes):
+        draw()
     for path, table in ((README, render()), (PAGE, render_runs())):
         text = fill(path, table)
         with files.atomic_write(path) as file:

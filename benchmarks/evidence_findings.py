@@ -1,46 +1,32 @@
 """What the runs in docs/evidence/ show of each finding of the paper: rows of the README's table, with intervals."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
+from evidence_runs import (
+    ALONE,
+    JOINT,
+    SCRATCH,
+    Run,
+    bits,
+    bound_mean,
+    choose_rates,
+    choose_rates_by_objective,
+    compare_arms,
+    describe_arm,
+    describe_labels,
+    group_by_labels,
+    group_by_objective,
+    judge,
+    percent,
+    points,
+    split_by_length,
+    subtract,
+)  # fmt: skip
 
-from igpt.metric.result import Number, Result
-from igpt.metric.statistics import mean_interval
-from igpt.report.folder import parse_result
+from igpt.metric.result import Number
 from igpt.report.reference import compare_means
-from igpt.utils import files
-
-JOINT, ALONE = "pretrained, L_GEN + L_CLF", "pretrained, L_CLF alone"
-SCRATCH = "from scratch, L_CLF alone"
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run of a finding: its settings, and its numbers."""
-
-    name: str
-    record: Mapping[str, Any]  # run.json
-    result: Result
-    seconds: float
-
-    @property
-    def task(self) -> Mapping[str, Any]:
-        """Settings of its task."""
-        settings: Mapping[str, Any] = self.record["config"]["task"]
-        return settings
-
-    @property
-    def seed(self) -> int:
-        """The seed of its random choices."""
-        seed: int = self.record["config"]["seed"]
-        return seed
-
-    def number(self, key: str) -> Number:
-        """One number of its result. Raises KeyError if it has no such number."""
-        return self.result.numbers[key]
 
 
 @dataclass(frozen=True)
@@ -53,43 +39,13 @@ class Row:
     holds: str
 
 
-def read_runs(folder: Path) -> list[Run]:
-    """The runs in the folder of a finding, by name; none if it is not there."""
-    runs = []
-    for record in sorted(folder.glob("*/run.json")):
-        written = files.read_json(record.with_name("result.json"))
-        runs.append(Run(record.parent.name, files.read_json(record), parse_result(written), written["seconds"]))
-    return runs
-
-
-def percent(number: Number) -> str:
-    """`57.1 % [55.7, 58.4]`, or `± 0.4 (std of 5)`."""
-    share, interval = f"{100 * number.value:.1f} %", number.confidence_interval
-    if number.deviation is not None:
-        return f"{share} ± {100 * number.deviation:.1f} (std of {number.n})"
-    return share if interval is None else f"{share} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-
-
-def points(value: float, interval: tuple[float, float] | None) -> str:
-    """A difference of shares: `+2.1 points [1.0, 3.2]`."""
-    around = "" if interval is None else f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
-    return f"{100 * value:+.1f} points{around}"
-
-
-def judge(*intervals: tuple[float, float] | None) -> str:
-    """`yes` where every interval lies above 0, `no` where one lies below it, else `not shown`."""
-    lows = [interval[0] if interval else -np.inf for interval in intervals]
-    highs = [interval[1] if interval else np.inf for interval in intervals]
-    return "**yes**" if min(lows) > 0 else "**no**" if min(highs) < 0 else "not shown"
-
-
 def describe_depth(runs: Sequence[Run]) -> Iterator[Row]:
     """Figure 2: accuracy over depth, its fall after the best layer, untrained network and raw pixels."""
     for run in runs:
-        objective = run.record["of"]["objective"]
+        objective = run.objective
         fall, layer = run.number("val/fall_to_last_layer"), run.number("probe/layer")
         best, others = run.number("val/accuracy"), [run.number("val/untrained"), run.number("val/raw_pixels")]
-        above = [compare_shares(best, other) for other in others]
+        above = [subtract(best, other).interval for other in others]
         yield Row(
             f"Features are best inside the network, then get worse ({objective.upper()}; Figure 2)",
             "CIFAR-10: best near the middle, 2.4 points less at the last" if objective == "ar" else "below AR's",
@@ -100,109 +56,34 @@ def describe_depth(runs: Sequence[Run]) -> Iterator[Row]:
         )  # fmt: skip
 
 
-def compare_shares(one: Number, other: Number) -> tuple[float, float]:
-    """95 % interval of the difference of two shares, from their Wilson intervals (Newcombe 1998, method 10).
-
-    For shares of the same images, which are alike, it is wider than need be.
-    """
-    (low, high), (other_low, other_high) = one.confidence_interval or (0, 1), other.confidence_interval or (0, 1)
-    difference = one.value - other.value
-    below = np.hypot(one.value - low, other_high - other.value)
-    above = np.hypot(high - one.value, other.value - other_low)
-    return float(difference - below), float(difference + above)
-
-
-def find_arm(run: Run) -> str:
-    """How a network was fine-tuned, from its settings."""
-    start = "pretrained" if run.record["config"]["init"] else "from scratch"
-    loss = "L_GEN + L_CLF" if run.task["loss_weights"]["gen"] else "L_CLF alone"
-    return f"{start}, {loss}"
-
-
-def choose_rates(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Each arm's runs, a seed each, at the rate with the highest accuracy on val among those of the lowest seed."""
-    arms: dict[str, list[Run]] = {}
-    for run in runs:
-        arms.setdefault(find_arm(run), []).append(run)
-    chosen = {}
-    for arm, of in arms.items():
-        rate = choose_best(of).task["learning_rate"]
-        chosen[arm] = sorted((run for run in of if run.task["learning_rate"] == rate), key=lambda run: run.seed)
-    return chosen
-
-
-def choose_best(runs: Sequence[Run]) -> Run:
-    """The run with the highest accuracy on val among those of the lowest seed."""
-    first = min(run.seed for run in runs)
-    return max((run for run in runs if run.seed == first), key=lambda run: run.number("val/accuracy").value)
-
-
-def average(runs: Sequence[Run], key: str = "test/accuracy") -> Number:
-    """Mean of one number over seeds, with their standard deviation."""
-    values = [run.number(key).value for run in runs]
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return Number(float(np.mean(values)), "share of images", len(values), deviation=deviation)
-
-
 def describe_finetuning(runs: Sequence[Run]) -> Iterator[Row]:
     """Joint against L_CLF alone, pretrained against scratch, fine-tuning against the probe (§2.3)."""
-    short, long = split_by_length(runs)
-    arms = choose_rates(short)
-    joint, longest = arms.get(JOINT), choose_rates(long).get(JOINT)
+    by_length = [choose_rates(of) for of in split_by_length(runs)]
     for against, finding, paper in (
         (SCRATCH, "Pretraining helps fine-tuning", "ImageNet 48×48: 72.6 % against 53.2 % from scratch"),
         (ALONE, "L_GEN + L_CLF beats L_CLF alone (§2.3)", "the joint loss works even better"),
     ):
-        others = arms.get(against)
-        if joint and others:
-            accuracies = [[run.number("test/accuracy").value for run in arm] for arm in (joint, others)]
-            gain = compare_means(*accuracies, lower_is_better=False)
-            yield Row(
-                finding, paper, f"{describe_arm(joint)} against {describe_arm(others)}: "
-                f"{points(gain.value, gain.interval)}", judge(gain.interval),
-            )  # fmt: skip
+        for arms in by_length:
+            if JOINT in arms and against in arms:
+                value, interval = compare_arms(arms[JOINT], arms[against])
+                yield Row(
+                    finding, paper, f"{describe_arm(arms[JOINT])} against {describe_arm(arms[against])}: "
+                    f"{points(value, interval)}", judge(interval),
+                )  # fmt: skip
+    longest = by_length[-1].get(JOINT) if by_length else None
     for probe in (run for run in runs if run.task["name"] == "probe" and longest):
         assert longest is not None
-        read, mean = probe.number("test/accuracy"), average(longest)
-        gain = compare_shares(replace(mean, interval=bound_mean(longest)), read)
-        yield Row(
-            "Fine-tuning passes the probe", "CIFAR-10: 99.0 % against 96.3 %",
-            f"{describe_arm(longest)} against {percent(read)} of the probe with the same labels: "
-            f"{points(mean.value - read.value, gain)}", judge(gain),
-        )  # fmt: skip
+        yield compare_with_probe(longest, probe, "Fine-tuning passes the probe", "CIFAR-10: 99.0 % against 96.3 %")
 
 
-def split_by_length(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:
-    """Of the runs of fine-tuning those with the fewest steps, which are compared, and those with the most."""
-    tuned = [run for run in runs if run.task["name"] == "finetune"]
-    steps = [run.task["steps"] for run in tuned]
-    fewest, most = (of(steps, default=0) for of in (min, max))
-    return [run for run in tuned if run.task["steps"] == fewest], [run for run in tuned if run.task["steps"] == most]
-
-
-def describe_arm(runs: Sequence[Run]) -> str:
-    """`61.2 % ± 0.4 (std of 3) at rate 0.001, 24,000 images`; of one seed its interval."""
-    accuracy = average(runs) if len(runs) > 1 else runs[0].number("test/accuracy")
-    task = runs[0].task
-    return f"{percent(accuracy)} at rate {task['learning_rate']:g}, {task['steps'] * task['batch_size']:,} images"
-
-
-def bound_mean(runs: Sequence[Run]) -> tuple[float, float]:
-    """95 % interval of the mean test accuracy of several seeds, over seeds (Student's t) and test images.
-
-    The half-widths are added as squares; that over images is the largest of one seed, as all saw the same images. One
-    seed has no interval over seeds: it is over images alone.
-    """
-    numbers = [run.number("test/accuracy") for run in runs]
-    values = [number.value for number in numbers]
-    intervals = [number.confidence_interval or (0.0, 1.0) for number in numbers]
-    over_images = max(max(x - low, high - x) for x, (low, high) in zip(values, intervals, strict=True))
-    mean, over_seeds = float(np.mean(values)), 0.0
-    if len(values) > 1:
-        _, (_, high) = mean_interval(values)
-        over_seeds = high - mean
-    reach = float(np.hypot(over_images, over_seeds))
-    return mean - reach, mean + reach
+def compare_with_probe(tuned: Sequence[Run], probe: Run, finding: str, paper: str) -> Row:
+    """The row of fine-tuning against a probe of the same labels."""
+    read = probe.number("test/accuracy")
+    gap = subtract(bound_mean(tuned), read)
+    return Row(
+        finding, paper, f"{describe_arm(tuned)} against {percent(read)} of the probe with the same labels: "
+        f"{points(gap.value, gap.interval)}", judge(gap.interval),
+    )  # fmt: skip
 
 
 def describe_low_data(runs: Sequence[Run]) -> Iterator[Row]:
@@ -223,36 +104,150 @@ def describe_low_data(runs: Sequence[Run]) -> Iterator[Row]:
             )  # fmt: skip
 
 
-def describe_objectives(runs: Sequence[Run]) -> Iterator[Row]:
-    """Figure 4: next against masked pixels, probed and fine-tuned."""
-    for task, finding, paper in (
-        ("probe", "A probe reads AR's features better than BERT's (Figure 4)", "ImageNet: BERT 6 points below AR"),
-        ("finetune", "Fine-tuning makes BERT catch up (Figure 4)", "CIFAR-10: 99.0 % AR, 98.6 % BERT"),
-    ):
-        by_objective: dict[str, list[Run]] = {}
-        for run in runs:
-            if run.task["name"] == task:
-                by_objective.setdefault(run.record["of"]["objective"], []).append(run)
+def list_probes(runs: Sequence[Run]) -> dict[str, dict[str, Run]]:
+    """Labels → objective → its probe, where both objectives have one; the fewest labels first."""
+    probes = {}
+    for of in group_by_labels(run for run in runs if run.task["name"] == "probe"):
+        by_objective = {name: min(each, key=lambda run: run.seed) for name, each in group_by_objective(of).items()}
         if len(by_objective) == 2:
-            ar, bert = (choose_best(by_objective[name]).number("test/accuracy") for name in ("ar", "bert"))
-            gap = compare_shares(ar, bert)
-            yield Row(
-                finding, paper, f"AR {percent(ar)}, BERT {percent(bert)}: {points(ar.value - bert.value, gap)}",
-                judge(gap) if task == "probe" else "",
-            )  # fmt: skip
+            probes[describe_labels(of[0].data["labels_per_class"])] = by_objective
+    return probes
+
+
+def list_tuned(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Objective → its joint fine-tunings, of the longest that both objectives have; empty if there is none."""
+    lengths = [choose_rates_by_objective(of) for of in split_by_length(runs)]
+    return next((of for of in reversed(lengths) if len(of) == 2), {})
+
+
+def list_compared(runs: Sequence[Run]) -> dict[str, dict[str, Number]]:
+    """What is compared of AR and BERT → objective → test accuracy with its interval."""
+    compared = {
+        f"probe, {labels}": {name: run.number("test/accuracy") for name, run in of.items()}
+        for labels, of in list_probes(runs).items()
+    }
+    if tuned := list_tuned(runs):
+        images = tuned["ar"][0].task["steps"] * tuned["ar"][0].task["batch_size"]
+        labels = describe_labels(tuned["ar"][0].data["labels_per_class"])
+        compared[f"fine-tuned, {labels}, {images:,} images"] = {name: bound_mean(of) for name, of in tuned.items()}
+    return compared
+
+
+def describe_objectives(runs: Sequence[Run]) -> Iterator[Row]:
+    """Figure 4: next against masked pixels, probed and fine-tuned; a vote over masks."""
+    probes, tuned = list_probes(runs), list_tuned(runs)
+    for labels, of in probes.items():
+        ar, bert = (of[name].number("test/accuracy") for name in ("ar", "bert"))
+        gap = subtract(ar, bert)
+        yield Row(
+            f"A probe reads AR's features better than BERT's ({labels}; Figure 4)", "ImageNet: BERT 6 points below AR",
+            f"AR {percent(ar)}, BERT {percent(bert)}: {points(gap.value, gap.interval)}", judge(gap.interval),
+        )  # fmt: skip
+    for labels, of in probes.items():
+        vote, one = (of["bert"].number(f"test/accuracy{mask}") for mask in ("", "_one_mask"))
+        gap = subtract(vote, one)
+        yield Row(
+            f"BERT's probe gains by a vote over five masks ({labels})", "ImageNet: almost 1 point",
+            f"{percent(vote)}, under one mask {percent(one)}: {points(gap.value, gap.interval)}", judge(gap.interval),
+        )  # fmt: skip
+    same = describe_labels(tuned["ar"][0].data["labels_per_class"]) if tuned else ""
+    if same in probes:
+        read = {name: run.number("test/accuracy") for name, run in probes[same].items()}
+        before, after = subtract(read["ar"], read["bert"]), subtract(bound_mean(tuned["ar"]), bound_mean(tuned["bert"]))
+        closed = subtract(before, after)
+        yield Row(
+            "Fine-tuning brings BERT closer to AR (Figure 4)", "CIFAR-10: 99.0 % AR, 98.6 % BERT",
+            f"AR {describe_arm(tuned['ar'])}, BERT {describe_arm(tuned['bert'])}: "
+            f"{points(after.value, after.interval)}; the probes' difference with the same labels is larger by "
+            f"{points(closed.value, closed.interval).removeprefix('+')}",
+            judge(closed.interval),
+        )  # fmt: skip
+        paper = "CIFAR-10: 98.6 % against less than 95.3 %"
+        yield compare_with_probe(tuned["bert"], probes[same]["bert"], "Fine-tuning passes the probe (BERT)", paper)
 
 
 def describe_losses(runs: Sequence[Run]) -> Iterator[Row]:
     """Figure 3: rank correlation of loss and probe accuracy over all points, and the accuracy at equal loss."""
-    for run in runs:
-        together = run.number("all/rank_correlation")
+    for run in (run for run in runs if run.task["name"] == "scaling"):
+        together, probed = run.number("all/rank_correlation"), run.result.provenance["probed_images"]
         yield Row(
-            "A better loss goes with a better probe (Figure 3)", "within each run, and from S to M to L",
-            f"rank correlation over {together.n} checkpoints: {together.value:.2f} [{{:.2f}}, {{:.2f}}]".format(
-                *(together.confidence_interval or (-1, 1))
-            ),
-            judge(together.confidence_interval),
+            f"A better loss goes with a better probe (of {probed}; Figure 3)", "within each run, and from S to M to L",
+            f"rank correlation over {together.n} checkpoints of {len(list_gaps(run)) + 1} sizes: {together.value:.2f} "
+            "[{:.2f}, {:.2f}]".format(*(together.confidence_interval or (-1, 1))), judge(together.confidence_interval),
         )  # fmt: skip
+        gaps = list_gaps(run)
+        told = ", ".join(f"{pair}: {points(gap.value, gap.interval)}" for pair, gap in gaps.items())
+        yield Row(
+            f"At equal loss the larger network's probe is better (of {probed}; Figure 3)", "bigger models do better",
+            told.replace("igpt_", ""), judge(*(gap.interval for gap in gaps.values())),
+        )  # fmt: skip
+
+
+def list_gaps(run: Run) -> dict[str, Number]:
+    """`igpt_nano - igpt_pico` → how much more the larger one's probe reads at equal loss."""
+    start = "equal_loss/"
+    return {key.removeprefix(start): of for key, of in run.result.numbers.items() if key.startswith(start)}
+
+
+def describe_palettes(runs: Sequence[Run]) -> Iterator[Row]:
+    """What the paper assumes: 512 colours, and raster order."""
+    sizes = list_palettes(runs)
+    if len(sizes) > 1:
+        (smallest, small), (largest, large) = min(sizes.items()), max(sizes.items())
+        for finding, numbers in (
+            ("A finer palette codes the original image in fewer bits", [original_bits(run) for run in (small, large)]),
+            ("… and its features are read as well", [run.number("probe/test/accuracy") for run in (large, small)]),
+        ):
+            gap = subtract(*numbers)
+            is_share = gap.unit == "share"
+            told = points(gap.value, gap.interval) if is_share else bits(gap).removeprefix("+")
+            series = ", ".join(
+                f"{k}: {percent(of.number('probe/test/accuracy')) if is_share else bits(original_bits(of))}"
+                for k, of in sorted(sizes.items())
+            )
+            yield Row(
+                finding, "512 colours “encode faithfully”",
+                f"{series} (colours: {'accuracy' if is_share else 'bits a pixel'}); {largest} against {smallest}: "
+                f"{told}{'' if is_share else ' fewer'}", judge(gap.interval),
+            )  # fmt: skip
+    raster, random = (list_orders(runs).get(order, []) for order in ("raster", "random"))
+    if raster and random:
+        losses = [[run.number("pretrain/val/loss_gen").value for run in of] for of in (random, raster)]
+        loss = compare_means(*losses, lower_is_better=True)
+        value, interval = compare_arms(raster, random, "probe/test/accuracy")
+        around = "" if loss.interval is None else " [{:.3f}, {:.3f}]".format(*loss.interval)
+        yield Row(
+            "Raster order is easier to learn than a random one", "assumed",
+            f"random order costs {loss.value:.3f}{around} nats a token more ({len(random)} seeds each), and its probe "
+            f"is {points(value, interval).removeprefix('+')} worse", judge(loss.interval, interval),
+        )  # fmt: skip
+
+
+def list_palettes(runs: Sequence[Run]) -> dict[int, Run]:
+    """The runs of seed 0 in raster order, by palette size."""
+    return {run.data["palette_size"]: run for run in runs if run.seed == 0 and run.order == "raster"}
+
+
+def list_orders(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of the palette size that random order was tried with, by order; each by seed."""
+    sizes = {
+        of.record["config"]["data"]["palette_size"] for of in runs if of.record["config"]["tokens"]["order"] != "raster"
+    }
+    by_order: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        if run.record["config"]["data"]["palette_size"] in sizes:
+            by_order.setdefault(run.record["config"]["tokens"]["order"], []).append(run)
+    return by_order
+
+
+def original_bits(run: Run) -> Number:
+    """Code length of the original image in bits a pixel: the network's of the tokens, and what the palette leaves out.
+
+    The standard errors of both are added, as if the same images were long in both.
+    """
+    loss, rest = run.number("pretrain/val/loss_gen"), run.number("palette/val/palette_remainder")
+    stderr = (loss.stderr or 0) / math.log(2) + (rest.stderr or 0)
+    return Number(loss.value / math.log(2) + rest.value, "bits/pixel", min(loss.n, rest.n), stderr)
 
 
 FINDINGS: dict[str, Callable[[Sequence[Run]], Iterator[Row]]] = {
@@ -262,4 +257,6 @@ FINDINGS: dict[str, Callable[[Sequence[Run]], Iterator[Row]]] = {
     "low_data": describe_low_data,
     "objectives": describe_objectives,
     "losses": describe_losses,
+    "palette": describe_palettes,
 }
+READS = {"objectives": ("depth", "finetuning")}  # further folders that a finding reads
