@@ -50,7 +50,7 @@ def describe_depth(runs: Sequence[Run]) -> Iterator[Row]:
         above = [subtract(best, other).interval for other in others]
         yield Row(
             f"Features are best inside the network, then get worse ({objective.upper()}; Figure 2)",
-            "CIFAR-10: best near the middle, 2.4 points less at the last" if objective == "ar" else "below AR's",
+            "CIFAR-10: best near the middle, 2.4 points less at the last" if objective == "ar" else "no number",
             f"{percent(best)} at layer {layer.value:g} of {layer.unit.split()[-1]}, fall to the last "
             f"{points(fall.value, fall.confidence_interval).removeprefix('+')}; untrained {percent(others[0])}, raw "
             f"pixels {percent(others[1])}",
@@ -135,6 +135,16 @@ def list_compared(runs: Sequence[Run]) -> dict[str, dict[str, Number]]:
     return compared
 
 
+def compare_layers(one: Run, other: Run) -> dict[int, Number]:
+    """Difference of two depth curves at each layer above the embedding, on val."""
+    curves = [run.result.curves["probe, val"] for run in (one, other)]
+    layers = [
+        [Number(y, "share", 1, interval=interval) for y, interval in zip(curve.y, curve.y_intervals or (), strict=True)]
+        for curve in curves
+    ]
+    return {i: subtract(*pair) for i, pair in enumerate(zip(*layers, strict=True)) if i > 0}
+
+
 def describe_objectives(runs: Sequence[Run]) -> Iterator[Row]:
     """Figure 4: next against masked pixels, probed and fine-tuned; a vote over masks."""
     probes, tuned = list_probes(runs), list_tuned(runs)
@@ -147,6 +157,11 @@ def describe_objectives(runs: Sequence[Run]) -> Iterator[Row]:
              f"{percent(bert)}, under one mask {percent(one)}", subtract(bert, one)),
         ):  # fmt: skip
             yield Row(finding, paper, f"{told}: {points(gap.value, gap.interval)}", judge(gap.interval))
+        layer, gap = min(compare_layers(of["ar"], of["bert"]).items(), key=lambda each: each[1].value)
+        yield Row(
+            "BERT's probe is below AR's at every layer (Figure 4)", "yes",
+            f"the smallest difference is {points(gap.value, gap.interval)}, at layer {layer}", judge(gap.interval),
+        )  # fmt: skip
     same = describe_labels(tuned["ar"][0].data["labels_per_class"]) if tuned else ""
     if same in probes:
         read = {name: run.number("test/accuracy") for name, run in probes[same].items()}

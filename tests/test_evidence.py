@@ -222,8 +222,14 @@ def test_objectives_are_compared_at_the_rates_chosen_on_val(
         write_run(probe, rate=0, seed=0, val=0.5, test={"ar": 0.55, "bert": 0.35}[objective])
         write_record(probe, of={"objective": objective}, data={"labels_per_class": 10}, task={"name": "probe"})
         write_numbers(probe, test__accuracy_one_mask={"value": 0.30, "interval": [0.28, 0.32]})
+        y = {"ar": [0.3, 0.5, 0.6], "bert": [0.3, 0.4, 0.57]}[objective]
+        curve = {"x": [0.0, 1.0, 2.0], "y": y, "x_unit": "layer", "y_unit": "accuracy"}
+        result = json.loads((probe / "result.json").read_text())
+        result["curves"]["probe, val"] = {**curve, "y_intervals": [[of - 0.02, of + 0.02] for of in y]}
+        (probe / "result.json").write_text(json.dumps(result))
     rows = {row.finding: row for row in findings.describe_objectives(reading.read_runs(tmp_path))}
-    probed, voted, closed, passed = rows.values()
+    probed, voted, layers, closed, passed = rows.values()
+    assert layers.ours == "the smallest difference is +3.0 points [0.2, 5.8], at layer 2"  # 2 and 3 points: √8 around
     assert probed.ours.startswith("AR 55.0 % [53.0, 57.0], BERT 35.0 % [33.0, 37.0]: +20.0 points [17.2, 22.8]")
     assert voted.ours.endswith("+5.0 points [2.2, 7.8]")
     assert "AR 60.0 %" in closed.ours

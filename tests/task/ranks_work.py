@@ -23,6 +23,7 @@ from igpt.model.config import GPTConfig
 from igpt.model.generate import Sampling
 from igpt.objective.ar import AR
 from igpt.objective.bert import BERT
+from igpt.task import pretrain
 from igpt.task.sample import draw_images
 from igpt.tokens.datamodule import TokenDataModule
 from igpt.tokens.kmeans import fit_palette as fit_palette
@@ -243,17 +244,20 @@ def measure_here(rank: ranks.Rank, first: int) -> tuple[dict[str, float], list[l
 
 
 def streamed(place: Path, rank: ranks.Rank) -> dict[str, Any]:
-    """What two workers of each rank read of a stream, image by image: at once, and stopped and resumed on the way."""
+    """What two workers of each rank read of a stream, image by image: at once, and resumed from a state on the way."""
     if rank.is_first:
         mixture(place / "shards", num_readers=None)
     ranks.barrier()
 
-    def read(data: TokenDataModule, n: int) -> list[tuple[int, int, int]]:
-        batches = iter(data.train_dataloader())
-        items = [next(batches) for _ in range(n)]
-        for batch in items:
-            data.on_after_batch_transfer(batch)
-        return [(batch.reader, batch.state.epoch, int(batch.batch.rows)) for batch in items]
+    def read(data: TokenDataModule, n: int, saved_after: int = 0) -> tuple[list[tuple[int, int, int]], dict[str, Any]]:
+        batches, state = iter(data.train_dataloader()), {}
+        items = []
+        for i in range(n):
+            items.append(next(batches))
+            data.on_after_batch_transfer(items[-1])
+            if i + 1 == saved_after:
+                state = data.state_dict()
+        return [(batch.reader, batch.state.epoch, int(batch.batch.rows)) for batch in items], state
 
     def data() -> TokenDataModule:
         shards = mixture(place / "shards", num_readers=None, buffer=12)
@@ -262,10 +266,10 @@ def streamed(place: Path, rank: ranks.Rank) -> dict[str, Any]:
             num_workers=2, plan=BatchPlan(4, 1, n_device=2, rank=rank.index),
         )  # fmt: skip
 
-    begun, resumed = data(), data()
-    full_list, first = read(data(), 60), read(begun, 23)
-    resumed.load_state_dict(begun.state_dict())
-    return {"whole": full_list, "first": first, "rest": read(resumed, 37)}
+    whole, state = read(data(), 60, saved_after=23)
+    resumed = data()
+    resumed.load_state_dict(state)
+    return {"whole": whole, "rest": read(resumed, 37)[0]}
 
 
 def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
@@ -281,6 +285,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     files.atomic_path = noted
     full = lab.pretrain(place / "whole", on=on_all(micro_batch=25), **TWENTY)
     files.atomic_path = atomic_path
+    pretrain.draw_loss_by_position = lambda *_, **__: None  # of this run only, it takes a while
     answers["curves"] = {name: curve.y for name, curve in full.curves.items()}
     answers["bert"] = (
         lab.pretrain(place / "bert", on=on_all(), objective=BERT(mask_probability=0.15)).curves["train/loss_gen"].y
