@@ -20,7 +20,8 @@ class ColourRemainder:
 
     A network's bits per token plus `bits` are those of a code of the original pixels (first the token, then the
     colour), and so comparable between palettes, while the loss per token is not. An upper bound of the best such code:
-    each pixel is coded alone, and colours that are nearer to another centre keep their probability.
+    each pixel is coded alone, which costs the more the fewer the colours, and colours that are nearer to another centre
+    keep their probability.
     """
 
     palette: Palette
