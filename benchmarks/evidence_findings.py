@@ -157,10 +157,12 @@ def describe_objectives(runs: Sequence[Run]) -> Iterator[Row]:
              f"{percent(bert)}, under one mask {percent(one)}", subtract(bert, one)),
         ):  # fmt: skip
             yield Row(finding, paper, f"{told}: {points(gap.value, gap.interval)}", judge(gap.interval))
-        layer, gap = min(compare_layers(of["ar"], of["bert"]).items(), key=lambda each: each[1].value)
+        gaps = compare_layers(of["ar"], of["bert"])
+        layer, gap = min(gaps.items(), key=lambda each: each[1].value)
         yield Row(
             "BERT's probe is below AR's at every layer (Figure 4)", "yes",
-            f"the smallest difference is {points(gap.value, gap.interval)}, at layer {layer}", judge(gap.interval),
+            f"the smallest difference is {points(gap.value, gap.interval)}, at layer {layer}",
+            judge(*(each.interval for each in gaps.values())),
         )  # fmt: skip
     same = describe_labels(tuned["ar"][0].data["labels_per_class"]) if tuned else ""
     if same in probes:
@@ -182,16 +184,17 @@ def describe_losses(runs: Sequence[Run]) -> Iterator[Row]:
     """Figure 3: rank correlation of loss and probe accuracy over all points, and the accuracy at equal loss."""
     for run in (run for run in runs if run.task["name"] == "scaling"):
         together, probed = run.number("all/rank_correlation"), run.result.provenance["probed_images"]
+        sizes = len(run.result.provenance["weights"])
         yield Row(
             f"A better loss goes with a better probe (of {probed}; Figure 3)", "within each run, and from S to M to L",
-            f"rank correlation over {together.n} checkpoints of {len(list_gaps(run)) + 1} sizes: {together.value:.2f} "
+            f"rank correlation over {together.n} checkpoints of {sizes} sizes: {together.value:.2f} "
             "[{:.2f}, {:.2f}]".format(*(together.confidence_interval or (-1, 1))), judge(together.confidence_interval),
         )  # fmt: skip
         gaps = list_gaps(run)
         told = ", ".join(f"{pair}: {points(gap.value, gap.interval)}" for pair, gap in gaps.items())
         yield Row(
             f"At equal loss the larger network's probe is better (of {probed}; Figure 3)", "bigger models do better",
-            told.replace("igpt_", ""), judge(*(gap.interval for gap in gaps.values())),
+            told.replace("igpt_", "") or "no losses overlap", judge(*(gap.interval for gap in gaps.values())),
         )  # fmt: skip
 
 
@@ -212,7 +215,7 @@ def describe_palettes(runs: Sequence[Run]) -> Iterator[Row]:
         ):
             gap = subtract(*numbers)
             is_share = gap.unit == "share"
-            told = points(gap.value, gap.interval) if is_share else bits(gap).removeprefix("+")
+            told = points(gap.value, gap.interval) if is_share else bits(gap)
             series = ", ".join(
                 f"{k}: {percent(of.number('probe/test/accuracy')) if is_share else bits(original_bits(of))}"
                 for k, of in sorted(sizes.items())

@@ -91,9 +91,9 @@ def bits(number: Number) -> str:
 
 
 def judge(*intervals: tuple[float, float] | None) -> str:
-    """`yes` where every interval lies above 0, `no` where one lies below it, else `not shown`."""
-    lows = [interval[0] if interval else -np.inf for interval in intervals]
-    highs = [interval[1] if interval else np.inf for interval in intervals]
+    """`yes` where every interval lies above 0, `no` where one lies below it, else `not shown`, as without any."""
+    lows = [interval[0] if interval else -np.inf for interval in intervals or [None]]
+    highs = [interval[1] if interval else np.inf for interval in intervals or [None]]
     return "**yes**" if min(lows) > 0 else "**no**" if min(highs) < 0 else "not shown"
 
 

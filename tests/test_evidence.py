@@ -106,6 +106,7 @@ def test_interval_of_a_difference_is_newcombes(reading: ModuleType) -> None:
         ([(-0.2, -0.1)], "**no**"),
         ([(-0.2, -0.1), (0.1, 0.2)], "**no**"),
         ([None], "not shown"),
+        ([], "not shown"),
     ],
 )
 def test_a_finding_holds_only_beyond_every_interval(reading: ModuleType, intervals: Any, verdict: str) -> None:
@@ -237,6 +238,10 @@ def test_objectives_are_compared_at_the_rates_chosen_on_val(
     assert "larger by 18.0 points [14.0, 22.0]" in closed.ours  # 2 · 2 points: four intervals of ± 2
     assert passed.ours.endswith("+23.0 points [20.2, 25.8]")
     assert {row.holds for row in rows.values()} == {"**yes**"}
+    result["curves"]["probe, val"]["y_intervals"][1] = [0.2, 0.6]  # BERT's at layer 1, 10 points below AR's
+    (probe / "result.json").write_text(json.dumps(result))
+    again = list(findings.describe_objectives(reading.read_runs(tmp_path)))[2]
+    assert (again.ours, again.holds) == (layers.ours, "not shown")
 
 
 def test_losses_tell_every_pair_of_sizes(findings: ModuleType, reading: ModuleType, tmp_path: Path) -> None:
@@ -248,7 +253,7 @@ def test_losses_tell_every_pair_of_sizes(findings: ModuleType, reading: ModuleTy
                 "equal_loss__igpt_c - igpt_b": {"value": 0.02, "interval": [low, 0.03]}}  # fmt: skip
         write_numbers(tmp_path / name, all__rank_correlation={"value": 0.9, "interval": [0.6, 1.0], "n": 15}, **gaps)
         result = json.loads((tmp_path / name / "result.json").read_text())
-        result["provenance"]["probed_images"] = f"images {name}"
+        result["provenance"] |= {"probed_images": f"images {name}", "weights": {size: [] for size in "abc"}}
         (tmp_path / name / "result.json").write_text(json.dumps(result))
     of_a, equal_a, _, equal_b = findings.describe_losses(reading.read_runs(tmp_path))
     assert of_a.ours == "rank correlation over 15 checkpoints of 3 sizes: 0.90 [0.60, 1.00]"

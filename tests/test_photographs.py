@@ -13,6 +13,8 @@ from igpt.metric.result import Result
 from igpt.report.folder import RunFolder
 from igpt.run.launch import launch
 from igpt.run.run_dir import find_run_dir
+from igpt.tokens.colour_remainder import ColourRemainder
+from igpt.tokens.palette import Palette
 from tests.configs import CONF, built
 from tests.conftest import TINY
 from tests.data.conftest import class_folders, encoded, parquet_shards, photo, tar_shards
@@ -126,6 +128,38 @@ def test_a_palette_beside_others(ilsvrc: Path, tmp_path: Path) -> None:
     pixels = build.source.split("test").read(range(6), [0] * 6).pixels.reshape(-1, 1, 3)
     square = (pixels.astype(float) - build.tokenizer.palette.colours) ** 2
     assert errors[2] == pytest.approx(square.sum(-1).min(1).mean() / 3, rel=1e-3)  # by eye or by centre: all but equal
+
+
+def test_bits_left_out_are_not_fitted_to_the_images_they_are_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of train, the images after those that are measured; without further images, or a file of them, no number."""
+    data, fitted_on, fit = tmp_path / "data", [], ColourRemainder.fit
+    random_palette(512).save(data / "colours.npy")
+    for short, n in (("va", 3), ("tr", 5)):
+        np.save(data / f"cifar10_{short}X.npy", np.arange(n * 64).reshape(n, 64) % 512)
+        np.save(data / f"cifar10_{short}Y.npy", np.eye(10)[:n])
+
+    def noted(palette: Palette, pixels: np.ndarray) -> ColourRemainder:
+        fitted_on.append(len(pixels))
+        return fit(palette, pixels)
+
+    monkeypatch.setattr(ColourRemainder, "fit", noted)
+    settings = (
+        "task=palette", "data=openai_npy", "data.name=cifar10", "data.resolution=8", f"data.path={data}",
+        f"data.clusters={data / 'colours.npy'}", "tokens=openai", f"tokens.path={data / 'colours.npy'}", "logger=none",
+    )  # fmt: skip
+    for overrides, others in (
+        (("task.split=val",), [5]), (("task.split=train", "task.count=3"), [2]), (("task.split=train",), [])
+    ):  # fmt: skip
+        result, _ = run(tmp_path, *settings, *overrides)
+        assert fitted_on == others
+        assert any(key.endswith("/palette_remainder") for key in result.numbers) == bool(others)
+        fitted_on.clear()
+    (data / "cifar10_trX.npy").unlink()
+    result, _ = run(tmp_path, *settings)
+    assert result.numbers["val/palette_mse"].value == 0
+    assert "val/palette_remainder" not in result.numbers
 
 
 def test_other_images_are_another_run(tmp_path: Path) -> None:

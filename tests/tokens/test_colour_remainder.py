@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
+from igpt.tokens import colour_remainder
 from igpt.tokens.colour_remainder import ColourRemainder
 from igpt.tokens.palette import Palette
 
@@ -20,13 +21,24 @@ def draw_pixels(around: tuple[int, int, int], n: int, covariance: np.ndarray = C
     return np.rint(drawn).clip(0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("colour", [(100, 120, 140), (0, 120, 30)], ids=["inside", "at black"])
+@pytest.mark.parametrize(
+    "colour", [(100, 120, 140), (0, 120, 30), (255, 120, 250)], ids=["inside", "at black", "at white"]
+)
 def test_probabilities_of_all_colours_sum_to_one(colour: tuple[int, int, int]) -> None:
     """Over a block of 60³ colours around one of the palette's, twenty deviations wide, chained channels and edges."""
     remainder = ColourRemainder.fit(build_palette(colour), draw_pixels(colour, 5000))
     axes = [np.arange(max(0, value - 30), min(255, value + 30) + 1) for value in colour]
     block = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).astype(np.uint8)
     assert (2 ** -remainder.bits(block)).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_many_pixels_are_measured_as_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: the code lengths do not depend on how many pixels are in memory together."""
+    pixels = draw_pixels((100, 120, 140), 1000).reshape(10, 10, 10, 3)
+    remainder = ColourRemainder.fit(build_palette((100, 120, 140)), pixels)
+    together = remainder.bits(pixels)
+    monkeypatch.setattr(colour_remainder, "CHUNK", 300)
+    assert np.array_equal(remainder.bits(pixels), together)
 
 
 def test_code_length_is_the_entropy_of_the_normal_distribution() -> None:

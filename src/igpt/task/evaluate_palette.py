@@ -1,12 +1,13 @@
 """`task=palette`: the quantisation error of a palette, the bits that it leaves out, and other palettes beside it."""
 
+import logging
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from igpt.data.source import Split, plain_pixels
+from igpt.data.source import Source, Split, plain_pixels
 from igpt.metric.result import Curve, Grid, Number, Result
 from igpt.run.components import Components
 from igpt.settings.reading import PaletteTaskSettings
@@ -17,6 +18,8 @@ from igpt.tokens.palette import Palette
 from igpt.tokens.palette_tokenizer import PaletteTokenizer
 from igpt.utils import keyed
 
+log = logging.getLogger(__name__)
+
 OURS = "palette"
 SHOWN = 8  # images
 FURTHEST = 40  # grey levels: upper end of the curve
@@ -25,7 +28,8 @@ FURTHEST = 40  # grey levels: upper end of the curve
 def run(components: Components, settings: PaletteTaskSettings) -> Result:
     """Writes `palette.npy` in the released format; returns the error of all palettes on `count` images.
 
-    The bits that a palette leaves out are those of a distribution fitted to as many images of the training split.
+    The bits that a palette leaves out are those of a distribution fitted to as many other images of the training split,
+    and are not measured where it has none.
     """
     split, run_dir = settings.split, components.run_dir
     others = {file: Palette.load(Path(file)) for file in settings.compare_with}
@@ -40,7 +44,9 @@ def run(components: Components, settings: PaletteTaskSettings) -> Result:
         raise ValueError(f"the {split} split is empty: choose another with task.split")
     pixels = read_images(source, settings.count, components.seed)  # (N, R, R, 3)
     n = len(pixels)
-    fitted_on = read_images(data.source.split("train"), settings.count, components.seed)
+    fitted_on = read_training_images(data.source, n if split == "train" else 0, settings.count, components.seed)
+    if not len(fitted_on):
+        log.warning("the bits that a palette leaves out are not measured: there are no training images to fit them to")
     path = run_dir / "palette.npy"
     if components.hardware.rank.is_first:
         run_palette.save(path)
@@ -58,9 +64,10 @@ def run(components: Components, settings: PaletteTaskSettings) -> Result:
         if mse > 0:
             psnr = numbers[f"{split}/{name}_psnr"] = Number(10 * math.log10(255**2 / mse), "dB", n)
             exact = f"PSNR {psnr.value:.1f} dB"
-        bits = ColourRemainder.fit(palette, fitted_on).bits(pixels).mean(axis=(1, 2))  # (N,), of each image
-        stderr = float(np.std(bits, ddof=1)) / n**0.5 if n > 1 else None
-        numbers[f"{split}/{name}_remainder"] = Number(float(bits.mean()), "bits/pixel", n, stderr)
+        if len(fitted_on):
+            bits = ColourRemainder.fit(palette, fitted_on).bits(pixels).mean(axis=(1, 2))  # (N,), of each image
+            stderr = float(np.std(bits, ddof=1)) / n**0.5 if n > 1 else None
+            numbers[f"{split}/{name}_remainder"] = Number(float(bits.mean()), "bits/pixel", n, stderr)
         levels = np.arange(FURTHEST + 1.0)
         share = np.searchsorted(np.sort(distance, axis=None), levels, side="right") / distance.size
         curves[name] = Curve(
@@ -87,10 +94,23 @@ def run(components: Components, settings: PaletteTaskSettings) -> Result:
     )
 
 
-def read_images(split: Split, count: int, seed: int) -> np.ndarray:
-    """At most `count` images of a split, drawn by the seed: (N, R, R, 3) uint8."""
-    rows = np.sort(keyed.generator(seed, "palette images").permutation(len(split))[:count])
+def read_images(split: Split, count: int, seed: int, *, skip: int = 0) -> np.ndarray:
+    """At most `count` images of a split, drawn by the seed after the first `skip`: (N, R, R, 3) uint8."""
+    rows = np.sort(keyed.generator(seed, "palette images").permutation(len(split))[skip : skip + count])
     return plain_pixels(split, rows.tolist())
+
+
+def read_training_images(source: Source, skip: int, count: int, seed: int) -> np.ndarray:
+    """As `read_images` of the training split; (0, R, R, 3) where the source has no more, or none at all."""
+    train = source.split("train")
+    try:
+        n = len(train)
+    except ValueError as error:  # OpenAI's arrays, of which only the splits that are evaluated may be there
+        log.warning("%s", error)
+        n = 0
+    if n <= skip:
+        return np.empty((0, source.resolution, source.resolution, 3), dtype=np.uint8)
+    return read_images(train, count, seed, skip=skip)
 
 
 def name_palettes(of_files: dict[str, Palette]) -> dict[str, Palette]:

@@ -242,7 +242,9 @@ def compare_points(
         weights = weigh_gap_at_equal_x(*([loss for loss, _ in points[name]] for name in (smaller, larger)))
         if weights is not None:
             gaps = weights[1] @ np.stack(right[larger]) - weights[0] @ np.stack(right[smaller])  # (N,), of each image
-            unit, (stderr, interval) = "share, mean where the losses overlap", mean_interval(gaps.tolist())
-            number = Number(float(gaps.mean()), unit, len(gaps), stderr, interval=interval)
+            number = Number(float(gaps.mean()), "share, mean where the losses overlap", len(gaps))
+            if len(gaps) > 1:
+                stderr, interval = mean_interval(gaps.tolist())
+                number = replace(number, stderr=stderr, interval=interval)
             numbers[f"equal_loss/{larger} - {smaller}"] = number
     return numbers

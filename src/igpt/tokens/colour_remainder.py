@@ -11,6 +11,7 @@ from igpt.tokens.palette import Palette
 PRIOR = 30.0  # pixels for which the covariance of all colours together counts in that of each
 LEAST_VARIANCE = 1e-3  # grey levels²
 UNIFORM = 1e-6  # probability of any value at all: no pixel costs more than 3 · 28 bits
+CHUNK = 1 << 18  # pixels at a time: 0.2 kB of memory each
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,8 @@ class ColourRemainder:
 
     A network's bits per token plus `bits` are those of a code of the original pixels (first the token, then the
     colour), and so comparable between palettes, while the loss per token is not. An upper bound of the best such code:
-    each pixel is coded alone, and colours that are nearer to another centre keep their probability.
+    each pixel is coded alone, which costs the more the fewer the colours, and colours that are nearer to another centre
+    keep their probability.
     """
 
     palette: Palette
@@ -44,9 +46,16 @@ class ColourRemainder:
 
     def bits(self, pixels: np.ndarray) -> np.ndarray:
         """The code length of each pixel's colour given its palette colour, in bits: (…, 3) uint8 → (…)."""
-        tokens, residuals = _subtract_palette(self.palette, pixels)
+        flat, lengths = pixels.reshape(-1, 3), np.empty(pixels.size // 3)
+        for start in range(0, len(flat), CHUNK):
+            lengths[start : start + CHUNK] = self._measure(flat[start : start + CHUNK])
+        return lengths.reshape(pixels.shape[:-1])
+
+    def _measure(self, values: np.ndarray) -> np.ndarray:
+        """`bits` of a few pixels: (N, 3) → (N,)."""
+        tokens, residuals = _subtract_palette(self.palette, values)
         factors, means = self.factors[tokens], self.means[tokens]
-        values, length = pixels.reshape(-1, 3), np.zeros(len(tokens))
+        length = np.zeros(len(tokens))
         known = np.zeros((len(tokens), 3))  # standardised residuals of the channels before
         for channel in range(3):
             mean = means[:, channel] + (factors[:, channel, :channel] * known[:, :channel]).sum(axis=1)
@@ -57,7 +66,7 @@ class ColourRemainder:
             upper = below > 0  # there 1 - ndtr loses all digits: mirrored
             share = ndtr(np.where(upper, -below, above)) - ndtr(np.where(upper, -above, below))
             length -= np.log2((1 - UNIFORM) * share + UNIFORM / 256)
-        return length.reshape(pixels.shape[:-1])
+        return length
 
 
 def _subtract_palette(palette: Palette, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
