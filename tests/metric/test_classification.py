@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, sem
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 from torch import Tensor
 
@@ -64,6 +64,7 @@ def test_predictions_are_counted(k: int) -> None:
     numbers, matrix = measure(scores, votes, labels)
     y, answers, first = labels.numpy(), votes.numpy(), scores.argmax(1).numpy()
     assert numbers["accuracy"] == (answers == y).mean() != numbers["accuracy_one_mask"] == (first == y).mean()
+    assert numbers["gain_by_vote"] == pytest.approx(numbers["accuracy"] - numbers["accuracy_one_mask"], abs=1e-12)
     assert np.array_equal(matrix, confusion_matrix(y, answers, labels=range(k)))
     if k > 5:
         top_5 = top_k_accuracy_score(y, scores.numpy(), k=5, labels=range(k), normalize=False) / 500
@@ -72,6 +73,19 @@ def test_predictions_are_counted(k: int) -> None:
     again, same = measure(scores.flip(0), votes.flip(0), labels.flip(0), parts=(1, 64, 300, 135))
     assert again == numbers
     assert np.array_equal(same, matrix)
+
+
+def test_the_gain_by_the_vote_is_paired() -> None:
+    """Independent source: SciPy's standard error of the mean of the images' differences; of one image none."""
+    scores, labels, votes = draw_scores(500, 7)
+    metrics = ClassMetrics(7, has_votes=True, synced=False)
+    metrics.update(scores, votes, labels)
+    gain = metrics.compute()[0]["gain_by_vote"]
+    differences = (votes == labels).int() - (scores.argmax(1) == labels).int()
+    assert gain.stderr == pytest.approx(sem(differences.numpy()), rel=1e-9)
+    assert gain.value == pytest.approx(differences.double().mean().item(), abs=1e-12)
+    metrics.update(scores[:1], votes[:1], labels[:1])
+    assert metrics.compute()[0]["gain_by_vote"].stderr is None
 
 
 def test_the_calibration_error() -> None:

@@ -5,7 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import BinaryCalibrationError, MulticlassConfusionMatrix, MulticlassStatScores
+from torchmetrics.classification import (
+    BinaryCalibrationError,
+    BinaryConfusionMatrix,
+    MulticlassConfusionMatrix,
+    MulticlassStatScores,
+)
 
 from igpt.metric.result import Number
 from igpt.metric.share import share_number
@@ -26,7 +31,8 @@ class ClassMetrics(nn.Module):
         super().__init__()
         how: dict[str, Any] = {"validate_args": False, "sync_on_compute": synced}
         self.confusion = MulticlassConfusionMatrix(n_class, **how)
-        self.one_mask = MulticlassStatScores(n_class, average="micro", **how) if has_votes else None
+        # images (2, 2) that the prediction is right on, by those that the first mask alone is right on
+        self.votes = BinaryConfusionMatrix(**how) if has_votes else None
         self.top_5 = MulticlassStatScores(n_class, top_k=TOP, average="micro", **how) if n_class > TOP else None
         # of the class with the highest score: right or wrong, as its probability says
         self.calibration = BinaryCalibrationError(N_BIN, norm="l1", **how).set_dtype(torch.float64)
@@ -37,25 +43,40 @@ class ClassMetrics(nn.Module):
             return
         self.confusion.update(predictions, labels)
         first = scores.argmax(dim=-1)
-        if self.one_mask is not None:
-            self.one_mask.update(first, labels)
+        if self.votes is not None:
+            self.votes.update((predictions == labels).long(), (first == labels).long())  # columns, rows
         if self.top_5 is not None:
             self.top_5.update(scores, labels)
         confidence = scores.double().softmax(dim=-1).amax(dim=-1).float()  # sums of which are exact in float64
         self.calibration.update(confidence.double(), (first == labels).double())
 
     def compute(self, *, features: str = "") -> tuple[dict[str, Number], np.ndarray]:
-        """`accuracy`, `accuracy_one_mask` (votes), `top_5` (more than five classes), `calibration_error`; confusions.
+        """`accuracy`, `top_5` (more than five classes), `calibration_error`; confusions.
 
-        The latter are counts (K, K), row: true class, column: predicted. Forgets what was added.
+        Of votes also `accuracy_one_mask` and `gain_by_vote`, their difference, paired over images. The confusions are
+        counts (K, K), row: true class, column: predicted. Forgets what was added.
         """
         matrix: np.ndarray = self.confusion.compute().cpu().numpy()
-        n, right = int(matrix.sum()), {"accuracy": int(matrix.trace())}
-        for name, metric in (("accuracy_one_mask", self.one_mask), ("top_5", self.top_5)):
-            if metric is not None:
-                right[name] = int(metric.compute()[0])  # of true positives, false positives …
-        numbers = {name: share_number(count / n, n, features=features) for name, count in right.items()}
+        n, right, numbers = int(matrix.sum()), {"accuracy": int(matrix.trace())}, {}
+        if self.votes is not None:
+            (_, by_vote), (by_one, by_both) = self.votes.compute().tolist()
+            right["accuracy_one_mask"] = by_one + by_both
+            numbers["gain_by_vote"] = gain_number(by_vote, by_one, n, features=features)
+        if self.top_5 is not None:
+            right["top_5"] = int(self.top_5.compute()[0])  # of true positives, false positives …
+        numbers |= {name: share_number(count / n, n, features=features) for name, count in right.items()}
         error = float(self.calibration.compute())
-        for each in filter(None, (self.confusion, self.one_mask, self.top_5, self.calibration)):
+        for each in filter(None, (self.confusion, self.votes, self.top_5, self.calibration)):
             each.reset()
         return numbers | {"calibration_error": Number(error, "share", n, features=features)}, matrix
+
+
+def gain_number(gained: int, lost: int, n: int, *, features: str = "") -> Number:
+    """Share of n images that one classifier is right on and another wrong, minus the reverse; with its standard error.
+
+    The images are paired, so that those on which both are right or wrong add nothing to the error.
+    """
+    difference = gained - lost
+    variance = (gained + lost - difference**2 / n) / (n - 1) if n > 1 else None  # of -1, 0 and 1
+    stderr = None if variance is None else (variance / n) ** 0.5
+    return Number(difference / n, "share", n, stderr, features=features)

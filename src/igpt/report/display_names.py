@@ -47,6 +47,7 @@ FIGURES = {  # the end of a key, * for any text, → its name; {} is the subject
     "top_5": "{} top-5 accuracy",
     "calibration_error": "{} calibration error",
     "accuracy_one_mask": "{} accuracy under one mask",
+    "gain_by_vote": "{} accuracy gained by the vote over masks",
     "predict/images": "images",
     "predict/unreadable": "images that cannot be read",
     "loss_clf": "{} classification loss",
