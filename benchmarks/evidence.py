@@ -4,7 +4,7 @@
     python benchmarks/evidence.py write                          write the pictures, and the table of README.md
 
 A finding is a folder of docs/evidence/; FINDINGS in evidence_findings.py makes its rows. Paths of this machine do not
-enter: the folder of images becomes DATA. `tests/test_evidence.py` holds README.md to these files.
+enter: the folder of images becomes DATA. `tests/evidence` holds README.md to these files.
 """
 
 import argparse
@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence_findings import FINDINGS, READS, list_compared, list_palettes, original_bits
+from evidence_findings import FINDINGS, READS, list_compared
+from evidence_palettes import list_palettes, original_bits
 from evidence_runs import Run, bound_mean, choose_rates, read_runs, split_by_length
 from PIL import Image
 

@@ -1,16 +1,16 @@
 """What the runs in docs/evidence/ show of each finding of the paper: rows of the README's table, with intervals."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
+from evidence_palettes import describe_palettes
 from evidence_runs import (
     ALONE,
     JOINT,
     SCRATCH,
+    Row,
     Run,
-    bits,
     bound_mean,
+    bounds,
     choose_rates,
     choose_rates_by_objective,
     compare_arms,
@@ -26,19 +26,8 @@ from evidence_runs import (
 )
 
 from igpt.metric.result import Number
-from igpt.report.reference import compare_means
 
-ONE_MASK = "test/accuracy_one_mask"  # without the vote
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table."""
-
-    finding: str
-    paper: str
-    ours: str
-    holds: str
+ONE_MASK, VOTE = "test/accuracy_one_mask", "test/gain_by_vote"  # without the vote; with it, minus that
 
 
 def describe_depth(runs: Sequence[Run]) -> Iterator[Row]:
@@ -148,15 +137,21 @@ def compare_layers(one: Run, other: Run) -> dict[int, Number]:
 def describe_objectives(runs: Sequence[Run]) -> Iterator[Row]:
     """Figure 4: next against masked pixels, probed and fine-tuned; a vote over masks."""
     probes, tuned = list_probes(runs), list_tuned(runs)
+    for labels, of in probes.items():
+        if VOTE in of["bert"].result.numbers:
+            bert, one, gap = (of["bert"].number(key) for key in ("test/accuracy", ONE_MASK, VOTE))
+            yield Row(
+                f"BERT's probe gains by a vote over five masks ({labels})", "ImageNet: almost 1 point",
+                f"{percent(bert)}, under one mask {percent(one)}: {points(gap.value, gap.confidence_interval)}",
+                judge(gap.confidence_interval),
+            )  # fmt: skip
     for of in list(probes.values())[-1:]:  # of the most labels
-        ar, bert, one = (*(of[name].number("test/accuracy") for name in ("ar", "bert")), of["bert"].number(ONE_MASK))
-        for finding, paper, told, gap in (
-            ("A probe reads AR's features better than BERT's (Figure 4)", "ImageNet: BERT 6 points below AR",
-             f"AR {percent(ar)}, BERT {percent(bert)}", subtract(ar, bert)),
-            ("BERT's probe gains by a vote over five masks", "ImageNet: almost 1 point",
-             f"{percent(bert)}, under one mask {percent(one)}", subtract(bert, one)),
-        ):  # fmt: skip
-            yield Row(finding, paper, f"{told}: {points(gap.value, gap.interval)}", judge(gap.interval))
+        ar, bert = (of[name].number("test/accuracy") for name in ("ar", "bert"))
+        gap = subtract(ar, bert)
+        yield Row(
+            "A probe reads AR's features better than BERT's (Figure 4)", "ImageNet: BERT 6 points below AR",
+            f"AR {percent(ar)}, BERT {percent(bert)}: {points(gap.value, gap.interval)}", judge(gap.interval),
+        )  # fmt: skip
         gaps = compare_layers(of["ar"], of["bert"])
         layer, gap = min(gaps.items(), key=lambda each: each[1].value)
         yield Row(
@@ -183,86 +178,33 @@ def describe_objectives(runs: Sequence[Run]) -> Iterator[Row]:
 def describe_losses(runs: Sequence[Run]) -> Iterator[Row]:
     """Figure 3: rank correlation of loss and probe accuracy over all points, and the accuracy at equal loss."""
     for run in (run for run in runs if run.task["name"] == "scaling"):
-        together, probed = run.number("all/rank_correlation"), run.result.provenance["probed_images"]
-        sizes = len(run.result.provenance["weights"])
+        probed, names = run.result.provenance["probed_images"], list(run.result.provenance["weights"])
+        along = [run.number(f"{name}/rank_correlation") for name in names]
+        told = ", ".join(f"{name} {correlation(of)}" for name, of in zip(names, along, strict=True))
         yield Row(
-            f"A better loss goes with a better probe (of {probed}; Figure 3)", "within each run, and from S to M to L",
-            f"rank correlation over {together.n} checkpoints of {sizes} sizes: {together.value:.2f} "
-            "[{:.2f}, {:.2f}]".format(*(together.confidence_interval or (-1, 1))), judge(together.confidence_interval),
+            f"Along a training, a better loss goes with a better probe (of {probed}; Figure 3)", "yes",
+            f"rank correlation over {along[0].n} weights each: {told}; over all, "
+            f"{correlation(run.number('all/rank_correlation'))}".replace("igpt_", ""),
+            judge(*(of.confidence_interval for of in along)),
         )  # fmt: skip
         gaps = list_gaps(run)
         told = ", ".join(f"{pair}: {points(gap.value, gap.interval)}" for pair, gap in gaps.items())
         yield Row(
             f"At equal loss the larger network's probe is better (of {probed}; Figure 3)", "bigger models do better",
-            told.replace("igpt_", "") or "no losses overlap", judge(*(gap.interval for gap in gaps.values())),
+            f"{told} (one seed each, intervals over images)".replace("igpt_", "") if gaps else "no losses overlap",
+            judge(*(gap.interval for gap in gaps.values())),
         )  # fmt: skip
+
+
+def correlation(number: Number) -> str:
+    """`0.94 [0.28, 1.00]`."""
+    return "{:.2f} [{:.2f}, {:.2f}]".format(number.value, *bounds(number))
 
 
 def list_gaps(run: Run) -> dict[str, Number]:
     """`igpt_nano - igpt_pico` → how much more the larger one's probe reads at equal loss."""
     start = "equal_loss/"
     return {key.removeprefix(start): of for key, of in run.result.numbers.items() if key.startswith(start)}
-
-
-def describe_palettes(runs: Sequence[Run]) -> Iterator[Row]:
-    """What the paper assumes: 512 colours, and raster order."""
-    sizes = list_palettes(runs)
-    if len(sizes) > 1:
-        (smallest, small), (largest, large) = min(sizes.items()), max(sizes.items())
-        for finding, numbers in (
-            ("A finer palette codes the original image in fewer bits", [original_bits(run) for run in (small, large)]),
-            ("… and its features are read as well", [run.number("probe/test/accuracy") for run in (large, small)]),
-        ):
-            gap = subtract(*numbers)
-            is_share = gap.unit == "share"
-            told = points(gap.value, gap.interval) if is_share else bits(gap)
-            series = ", ".join(
-                f"{k}: {percent(of.number('probe/test/accuracy')) if is_share else bits(original_bits(of))}"
-                for k, of in sorted(sizes.items())
-            )
-            yield Row(
-                finding, "512 colours “encode faithfully”",
-                f"{series} (colours: {'accuracy' if is_share else 'bits a pixel'}); {largest} against {smallest}: "
-                f"{told}{'' if is_share else ' fewer'}", judge(gap.interval),
-            )  # fmt: skip
-    raster, random = (list_orders(runs).get(order, []) for order in ("raster", "random"))
-    if raster and random:
-        losses = [[run.number("pretrain/val/loss_gen").value for run in of] for of in (random, raster)]
-        loss = compare_means(*losses, lower_is_better=True)
-        value, interval = compare_arms(raster, random, "probe/test/accuracy")
-        around = "" if loss.interval is None else " [{:.3f}, {:.3f}]".format(*loss.interval)
-        yield Row(
-            "Raster order is easier to learn than a random one", "assumed",
-            f"random order costs {loss.value:.3f}{around} nats a token more ({len(random)} seeds each), and its probe "
-            f"is {points(value, interval).removeprefix('+')} worse", judge(loss.interval, interval),
-        )  # fmt: skip
-
-
-def list_palettes(runs: Sequence[Run]) -> dict[int, Run]:
-    """The runs of seed 0 in raster order, by palette size."""
-    return {run.data["palette_size"]: run for run in runs if run.seed == 0 and run.order == "raster"}
-
-
-def list_orders(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of the palette size that random order was tried with, by order; each by seed."""
-    sizes = {
-        of.record["config"]["data"]["palette_size"] for of in runs if of.record["config"]["tokens"]["order"] != "raster"
-    }
-    by_order: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
-        if run.record["config"]["data"]["palette_size"] in sizes:
-            by_order.setdefault(run.record["config"]["tokens"]["order"], []).append(run)
-    return by_order
-
-
-def original_bits(run: Run) -> Number:
-    """Code length of the original image in bits a pixel: the network's of the tokens, and what the palette leaves out.
-
-    The standard errors of both are added, as if the same images were long in both.
-    """
-    loss, rest = run.number("pretrain/val/loss_gen"), run.number("palette/val/palette_remainder")
-    stderr = (loss.stderr or 0) / math.log(2) + (rest.stderr or 0)
-    return Number(loss.value / math.log(2) + rest.value, "bits/pixel", min(loss.n, rest.n), stderr)
 
 
 FINDINGS: dict[str, Callable[[Sequence[Run]], Iterator[Row]]] = {

@@ -62,6 +62,16 @@ class Run:
         return self.result.numbers[key]
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row of the table."""
+
+    finding: str
+    paper: str
+    ours: str
+    holds: str
+
+
 def read_runs(folder: Path) -> list[Run]:
     """The runs in the folder of a finding, by name; none if it is not there."""
     runs = []
