@@ -129,12 +129,12 @@ def bounds(number: Number) -> tuple[float, float]:
 def compare_arms(
     one: Sequence[Run], other: Sequence[Run], key: str = "test/accuracy"
 ) -> tuple[float, tuple[float, float] | None]:
-    """Difference of the means of two arms and its interval: Welch's over seeds; of single seeds, over images."""
+    """Difference of the means of two arms and its interval: Welch's over seeds; with a single seed, of both means."""
     values = [[run.number(key).value for run in arm] for arm in (one, other)]
     gain = compare_means(*values, lower_is_better=False)
     if gain.interval is not None:
         return gain.value, gain.interval
-    gap = subtract(one[0].number(key), other[0].number(key))
+    gap = subtract(bound_mean(one, key), bound_mean(other, key))
     return gap.value, gap.interval
 
 
@@ -210,13 +210,13 @@ def describe_arm(runs: Sequence[Run]) -> str:
     return f"{percent(accuracy)} at rate {task['learning_rate']:g}, {task['steps'] * task['batch_size']:,} images"
 
 
-def bound_mean(runs: Sequence[Run]) -> Number:
-    """Mean test accuracy of several seeds, with its 95 % interval over seeds (Student's t) and test images.
+def bound_mean(runs: Sequence[Run], key: str = "test/accuracy") -> Number:
+    """Mean of a share over several seeds, with its 95 % interval over seeds (Student's t) and test images.
 
     The half-widths are added as squares; that over images is the largest of one seed, as all saw the same images. One
     seed has no interval over seeds: it is over images alone.
     """
-    numbers = [run.number("test/accuracy") for run in runs]
+    numbers = [run.number(key) for run in runs]
     values = [number.value for number in numbers]
     over_images = max(max(x - low, high - x) for x, (low, high) in zip(values, map(bounds, numbers), strict=True))
     mean, over_seeds = float(np.mean(values)), 0.0

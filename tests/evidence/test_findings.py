@@ -174,3 +174,15 @@ def test_the_longest_runs_are_compared_with_the_probe_alone(reading: ModuleType,
     assert [run.name for run in long] == ["c"]
     assert reading.describe_arm(short) == "50.0 % ± 0.0 (std of 2) at rate 0.1, 20 images"
     assert reading.describe_arm(long) == "50.0 % [48.0, 52.0] at rate 0.1, 60 images"
+
+
+def test_an_arm_of_one_seed_is_compared_over_images(reading: ModuleType, tmp_path: Path) -> None:
+    """By hand: two seeds around 56 % against one of 50 %; the interval has seeds and images of both."""
+    for name, seed, test in (("a", 0, 0.55), ("b", 1, 0.57), ("c", 0, 0.50)):
+        write_run(tmp_path / name, rate=0.1, seed=seed, val=0.5, test=test)
+    a, b, c = reading.read_runs(tmp_path)
+    value, (low, high) = reading.compare_arms([a, b], [c])
+    assert value == pytest.approx(0.06)
+    reach = reading.bound_mean([a, b]).interval[1] - 0.56
+    assert (value - low, high - value) == pytest.approx((np.hypot(reach, 0.02),) * 2)
+    assert reading.compare_arms([a], [c])[1] == pytest.approx((0.05 - 8**0.5 / 100, 0.05 + 8**0.5 / 100))
