@@ -285,7 +285,7 @@ def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
     files.atomic_path = noted
     full = lab.pretrain(place / "whole", on=on_all(micro_batch=25), **TWENTY)
     files.atomic_path = atomic_path
-    pretrain.draw_loss_by_position = lambda *_, **__: None  # of this run only, it takes a while
+    pretrain.draw_loss_by_position = lambda *_, **__: None  # drawn for the run above only
     answers["curves"] = {name: curve.y for name, curve in full.curves.items()}
     answers["bert"] = (
         lab.pretrain(place / "bert", on=on_all(), objective=BERT(mask_probability=0.15)).curves["train/loss_gen"].y
