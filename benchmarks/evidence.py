@@ -17,7 +17,7 @@ from typing import Any
 
 from evidence_findings import FINDINGS, READS, list_compared
 from evidence_palettes import list_palettes, original_bits
-from evidence_runs import Run, bound_mean, choose_rates, read_runs, split_by_length
+from evidence_runs import YES, Run, bound_mean, choose_rates, read_runs, split_by_length
 from PIL import Image
 
 from igpt.metric.result import Bars, MarkedLines, Number
@@ -86,11 +86,12 @@ def read_finding(folder: Path, finding: str) -> list[Run]:
 
 
 def render(folder: Path = FOLDER) -> str:
-    """The table of all findings with runs, in Markdown."""
-    lines = ["| finding | paper | ours | holds? |", "|---|---|---|---|"]
-    for finding, describe in FINDINGS.items():
-        for row in describe(read_finding(folder, finding)):
-            lines.append(f"| [{row.finding}](docs/evidence/{finding}) | {row.paper} | {row.ours} | {row.holds} |")
+    """The table of all findings with runs, in Markdown, and how many of its rows hold."""
+    rows = [(finding, row) for finding, describe in FINDINGS.items() for row in describe(read_finding(folder, finding))]
+    held = sum(row.holds == YES for _, row in rows)
+    lines = [f"{held} of {len(rows)} rows hold beyond their intervals.", ""]
+    lines += ["| finding | paper | ours | holds? |", "|---|---|---|---|"]
+    lines += [f"| [{row.finding}](docs/evidence/{of}) | {row.paper} | {row.ours} | {row.holds} |" for of, row in rows]
     return "\n".join(lines)
 
 

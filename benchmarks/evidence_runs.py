@@ -16,6 +16,7 @@ from igpt.utils import files
 
 JOINT, ALONE = "pretrained, L_GEN + L_CLF", "pretrained, L_CLF alone"
 SCRATCH = "from scratch, L_CLF alone"
+YES = "**yes**"  # a finding holds
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def judge(*intervals: tuple[float, float] | None) -> str:
     """`yes` where every interval lies above 0, `no` where one lies below it, else `not shown`, as without any."""
     lows = [interval[0] if interval else -np.inf for interval in intervals or [None]]
     highs = [interval[1] if interval else np.inf for interval in intervals or [None]]
-    return "**yes**" if min(lows) > 0 else "**no**" if min(highs) < 0 else "not shown"
+    return YES if min(lows) > 0 else "**no**" if min(highs) < 0 else "not shown"
 
 
 def subtract(one: Number, other: Number) -> Number:
