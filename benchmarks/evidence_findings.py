@@ -59,7 +59,7 @@ def describe_finetuning(runs: Sequence[Run]) -> Iterator[Row]:
                 value, interval = compare_arms(arms[JOINT], arms[against])
                 yield Row(
                     finding, paper, f"{describe_arm(arms[JOINT])} against {describe_arm(arms[against])}: "
-                    f"{points(value, interval)}", judge(interval),
+                    f"{points(value, interval)}{say_single(arms[JOINT], arms[against])}", judge(interval),
                 )  # fmt: skip
     longest = by_length[-1].get(JOINT) if by_length else None
     for probe in (run for run in runs if run.task["name"] == "probe" and longest):
@@ -73,8 +73,15 @@ def compare_with_probe(tuned: Sequence[Run], probe: Run, finding: str, paper: st
     gap = subtract(bound_mean(tuned), read)
     return Row(
         finding, paper, f"{describe_arm(tuned)} against {percent(read)} of the probe with the same labels: "
-        f"{points(gap.value, gap.interval)}", judge(gap.interval),
+        f"{points(gap.value, gap.interval)}{say_single(tuned)}", judge(gap.interval),
     )  # fmt: skip
+
+
+def say_single(*arms: Sequence[Run]) -> str:
+    """` (one seed, interval over images)` where no arm has several; else nothing."""
+    if any(len(arm) > 1 for arm in arms):
+        return ""
+    return f" (one seed{' each' if len(arms) > 1 else ''}, interval over images)"
 
 
 def describe_low_data(runs: Sequence[Run]) -> Iterator[Row]:
@@ -168,7 +175,7 @@ def describe_objectives(runs: Sequence[Run]) -> Iterator[Row]:
             "Fine-tuning brings BERT closer to AR (Figure 4)", "CIFAR-10: 99.0 % AR, 98.6 % BERT",
             f"AR {describe_arm(tuned['ar'])}, BERT {describe_arm(tuned['bert'])}: "
             f"{points(after.value, after.interval)}; the probes' difference with the same labels is larger by "
-            f"{points(closed.value, closed.interval).removeprefix('+')}",
+            f"{points(closed.value, closed.interval).removeprefix('+')}{say_single(tuned['ar'], tuned['bert'])}",
             judge(closed.interval),
         )  # fmt: skip
         paper = "CIFAR-10: 98.6 % against less than 95.3 %"

@@ -99,7 +99,7 @@ def test_objectives_are_compared_at_the_rates_chosen_on_val(
     assert "AR 60.0 %" in closed.ours
     assert "BERT 58.0 %" in closed.ours
     assert "larger by 18.0 points [14.0, 22.0]" in closed.ours  # 2 · 2 points: four intervals of ± 2
-    assert passed.ours.endswith("+23.0 points [20.2, 25.8]")
+    assert passed.ours.endswith("+23.0 points [20.2, 25.8] (one seed, interval over images)")
     assert {row.holds for row in rows.values()} == {"**yes**"}
     result["curves"]["probe, val"]["y_intervals"][1] = [0.2, 0.6]  # BERT's at layer 1, 10 points below AR's
     (probe / "result.json").write_text(json.dumps(result))
