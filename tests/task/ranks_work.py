@@ -266,10 +266,10 @@ def streamed(place: Path, rank: ranks.Rank) -> dict[str, Any]:
             num_workers=2, plan=BatchPlan(4, 1, n_device=2, rank=rank.index),
         )  # fmt: skip
 
-    whole, state = read(data(), 60, saved_after=23)
+    full, state = read(data(), 60, saved_after=23)
     resumed = data()
     resumed.load_state_dict(state)
-    return {"whole": whole, "rest": read(resumed, 37)[0]}
+    return {"whole": full, "rest": read(resumed, 37)[0]}
 
 
 def work(place: Path, rank: ranks.Rank) -> dict[str, Any]:
