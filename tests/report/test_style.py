@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import matplotlib.style
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from igpt.report.style import BAND, CELLS, DPI, save_figure, show_percent, styled
+from igpt.metric.result import Curve
+from igpt.report.figures import curves_figure
+from igpt.report.style import BAND, CELLS, DPI, find_font, save_figure, show_percent, styled
 
 
 def draw_plots() -> Figure:
@@ -66,3 +69,18 @@ def test_the_place_of_cells_is_that_of_the_drawn_axes(tmp_path: Path) -> None:
         left, top, width, height = (float(share) for share in picture.info[CELLS].split())
     assert (left, 1 - top - height) == pytest.approx((drawn.x0, drawn.y0), abs=2e-6)
     assert (width, height) == pytest.approx((drawn.width, drawn.height), abs=2e-6)
+
+
+def test_a_matplotlibrc_of_the_user_changes_no_picture(tmp_path: Path) -> None:
+    """Invariant: the bytes of a chart, and the font of texts, under other settings of Matplotlib."""
+    curves = {"probe, val": Curve([0, 1, 2], [0.2, 0.6, 0.5], x_unit="layer", y_unit="share of images")}
+    theirs = {
+        **matplotlib.style.library["dark_background"], "savefig.facecolor": "red", "savefig.bbox": "tight",
+        "font.weight": "bold", "font.family": "serif", "axes.linewidth": 5,
+    }  # fmt: skip
+    for name, settings in (("plain", {}), ("theirs", theirs)):
+        find_font.cache_clear()
+        with matplotlib.rc_context(settings):
+            curves_figure(tmp_path / f"{name}.png", curves)
+            assert Path(find_font()).name == "DejaVuSans.ttf"
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "theirs.png").read_bytes()

@@ -5,12 +5,13 @@ import unicodedata
 from collections.abc import Sequence
 from functools import cache
 
-from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.font_manager import get_font
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from igpt.data.classes import format_class_name
 from igpt.metric.result import Grid
+from igpt.report.style import find_font, image_font
 
 LINE, SIZE = 14, 11  # pixels: height of a line, size of its characters
 INK = (60, 60, 60)
@@ -22,7 +23,7 @@ def draw_captions(
     pen: ImageDraw.ImageDraw, captions: Sequence[Sequence[str]], columns: int, cell: int, gap: int, head: int
 ) -> None:
     """Draws the lines of each caption under its cell, of `cell` pixels a side; `head`: pixels above the first row."""
-    font = ImageFont.truetype(findfont(FontProperties()), SIZE)
+    font = image_font(SIZE)
     below = LINE * max(map(len, captions), default=0)
     for i, lines in enumerate(captions):
         row, column = divmod(i, columns)
@@ -48,7 +49,7 @@ def replace_unknown(text: str) -> str:
 @cache
 def _characters() -> frozenset[int]:
     """Code points of the figures' font."""
-    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+    return frozenset(get_font(find_font()).get_charmap())
 
 
 def caption_metadata(grid: Grid) -> PngInfo:

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
@@ -72,7 +72,8 @@ RC: Any = {
 LOG_UNITS = ("labels per class",)  # of x, shown on a logarithmic axis
 CELLS = "cells"  # PNG metadata of a matrix: left, top, width, height of its cells, as shares of the picture
 
-styled = matplotlib.rc_context(RC)  # decorator of a function that draws a figure
+# decorator of a function that draws a figure; a matplotlibrc of the user changes nothing
+styled = matplotlib.style.context(["default", RC])
 
 
 def show_percent(axis: Axis) -> None:
@@ -81,9 +82,16 @@ def show_percent(axis: Axis) -> None:
 
 
 @cache
+@styled
+def find_font() -> str:
+    """The file of the charts' font."""
+    return findfont(FontProperties())
+
+
+@cache
 def image_font(size: int = 12) -> ImageFont.FreeTypeFont:
-    """The charts' font, in pixels, for titles of images that Pillow draws."""
-    return ImageFont.truetype(findfont(FontProperties(family=RC["font.family"])), size)
+    """The charts' font, in pixels, for texts of images that Pillow draws."""
+    return ImageFont.truetype(find_font(), size)
 
 
 def save_figure(path: Path, figure: Figure, *, cells: Axes | None = None) -> None:
