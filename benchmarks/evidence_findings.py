@@ -1,6 +1,7 @@
 """What the runs in docs/evidence/ show of each finding of the paper: rows of the README's table, with intervals."""
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 
 from evidence_palettes import describe_palettes
 from evidence_runs import (
@@ -86,20 +87,18 @@ def say_single(*arms: Sequence[Run]) -> str:
 
 def describe_low_data(runs: Sequence[Run]) -> Iterator[Row]:
     """Few labels: the best layer's features against raw pixels, and a supervised network's beside them."""
-    for run in runs:
-        for count, paper in ((4, "73.2 %"), (25, "87.6 %"), (400, "94.3 % (from memory)")):
-            ours, pixels = (
-                run.number(f"test/accuracy_{count}_per_class"),
-                run.number(f"test/raw_pixels_{count}_per_class"),
-            )
-            gain = run.number(f"test/gain_over_raw_pixels_{count}_per_class")
-            lite0 = run.result.numbers.get(f"test/lite0_{count}_per_class")
-            beside = "" if lite0 is None else f"; EfficientNet-Lite0, trained on ImageNet's labels: {percent(lite0)}"
-            yield Row(
-                f"{10 * count:,} labels: features are worth more than raw pixels", f"{paper}, of iGPT-L",
-                f"{percent(ours)} against {percent(pixels)} from raw pixels: "
-                f"{points(gain.value, gain.confidence_interval)}{beside}", judge(gain.confidence_interval),
-            )  # fmt: skip
+    paper = {4: "73.2 %", 25: "87.6 %", 400: "94.3 % (from memory)"}
+    pairs = [(count, run) for run in runs for count in run.task["per_class"]]
+    for count, run in sorted(pairs, key=itemgetter(0)):
+        ours, pixels = (run.number(f"test/{of}_{count}_per_class") for of in ("accuracy", "raw_pixels"))
+        gain = run.number(f"test/gain_over_raw_pixels_{count}_per_class")
+        lite0 = run.result.numbers.get(f"test/lite0_{count}_per_class")
+        beside = "" if lite0 is None else f"; EfficientNet-Lite0, trained on ImageNet's labels: {percent(lite0)}"
+        yield Row(
+            f"{10 * count:,} labels: features are worth more than raw pixels", f"{paper[count]}, of iGPT-L",
+            f"{percent(ours)} against {percent(pixels)} from raw pixels: "
+            f"{points(gain.value, gain.confidence_interval)}{beside}", judge(gain.confidence_interval),
+        )  # fmt: skip
 
 
 def list_probes(runs: Sequence[Run]) -> dict[str, dict[str, Run]]:
