@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import PIL
 import pytest
 
 from igpt.data.limited import LimitedSource
@@ -87,6 +88,15 @@ def test_features_are_cached_by_the_images_that_are_left() -> None:
     sizes = ("task.batch_size=8", "task.batch_size=16")
     one, other = (build_components(*probe, size, conf=ROOT / "conf").run.image_key for size in sizes)
     assert {key for key in one if one[key] != other[key]} == {"limits"}
+
+
+def test_features_are_cached_by_the_pillow_that_drew_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another Pillow may decode, resize and draw other pixels: its features are others, all else equal."""
+    keys = []
+    for release in ("11.0.0", "99.0.0"):
+        monkeypatch.setattr(PIL, "__version__", release)
+        keys.append(build_components("task=probe_encoder", "task.encoder=lite0", conf=ROOT / "conf").run.image_key)
+    assert {key for key in keys[0] if keys[0][key] != keys[1][key]} == {"pillow"}
 
 
 def test_limits_cut_splits_evenly() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import hydra
+import PIL
 from omegaconf import DictConfig, OmegaConf
 
 from igpt.checkpoint.classifier import find_class_head
@@ -241,6 +242,7 @@ class RunConfig:
             "data": {key: value for key, value in self.config["data"].items() if key not in NOT_OF_FEATURES},
             **({"limits": {**limits, "batch_size": self.batch_size}} if limits else {}),
             "images": {k: sha for k, sha in self.input_hashes.items() if k.endswith(".path") and k != "tokens.path"},
+            "pillow": PIL.__version__,  # decodes, resizes and draws them
         }
 
     @cached_property
