@@ -96,8 +96,8 @@ def render(folder: Path = FOLDER) -> str:
 
 
 def render_runs(folder: Path = FOLDER) -> str:
-    """The table of all kept runs, in Markdown: command, images that training read, minutes, commit, versions."""
-    lines = ["| run | command | images read in training | minutes | commit, PyTorch |", "|---|---|---|---|---|"]
+    """The table of all kept runs, in Markdown: command, images that its weights have read, minutes, commit, versions."""
+    lines = ["| run | command | images its weights have read | minutes | commit, PyTorch |", "|---|---|---|---|---|"]
     for finding in FINDINGS:
         for run in read_runs(folder / finding):
             seen = run.result.numbers.get("train/images_seen")
