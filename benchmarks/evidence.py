@@ -17,7 +17,7 @@ from typing import Any
 
 from evidence_findings import FINDINGS, READS, list_compared
 from evidence_palettes import list_palettes, original_bits
-from evidence_runs import YES, Run, bound_mean, choose_rates, read_runs, split_by_length
+from evidence_runs import ALONE, JOINT, SCRATCH, YES, Run, bound_mean, choose_rates, read_runs, split_by_length
 from PIL import Image
 
 from igpt.metric.result import Bars, MarkedLines, Number
@@ -123,9 +123,11 @@ def draw_finetuning(folder: Path = FOLDER) -> None:
     runs = read_runs(folder / "finetuning")
     heights = {}
     for of_length in split_by_length(runs):
-        for arm, of in choose_rates(of_length).items():
-            seen = of[0].task["steps"] * of[0].task["batch_size"]
-            heights[f"{arm}, {seen:,} images"] = {"test": bound_mean(of)}
+        arms = choose_rates(of_length)
+        for arm in (SCRATCH, ALONE, JOINT):
+            if of := arms.get(arm):
+                seen = of[0].task["steps"] * of[0].task["batch_size"]
+                heights[f"{arm}, {seen:,} images"] = {"test": bound_mean(of)}
     for run in runs:
         if run.task["name"] == "probe":
             heights["probe, the same labels"] = {"test": run.number("test/accuracy")}
