@@ -96,7 +96,7 @@ def render(folder: Path = FOLDER) -> str:
 
 
 def render_runs(folder: Path = FOLDER) -> str:
-    """The table of all kept runs, in Markdown: command, images that its weights have read, minutes, commit, versions."""
+    """The table of all kept runs, in Markdown: command, images its weights have read, minutes, commit, versions."""
     lines = ["| run | command | images its weights have read | minutes | commit, PyTorch |", "|---|---|---|---|---|"]
     for finding in FINDINGS:
         for run in read_runs(folder / finding):
