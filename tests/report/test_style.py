@@ -74,13 +74,13 @@ def test_the_place_of_cells_is_that_of_the_drawn_axes(tmp_path: Path) -> None:
 def test_a_matplotlibrc_of_the_user_changes_no_picture(tmp_path: Path) -> None:
     """Invariant: the bytes of a chart, and the font of texts, under other settings of Matplotlib."""
     curves = {"probe, val": Curve([0, 1, 2], [0.2, 0.6, 0.5], x_unit="layer", y_unit="share of images")}
-    theirs = {
+    others = {
         **matplotlib.style.library["dark_background"], "savefig.facecolor": "red", "savefig.bbox": "tight",
         "font.weight": "bold", "font.family": "serif", "axes.linewidth": 5,
     }  # fmt: skip
-    for name, settings in (("plain", {}), ("theirs", theirs)):
+    for name, settings in (("plain", {}), ("others", others)):
         find_font.cache_clear()
         with matplotlib.rc_context(settings):
             curves_figure(tmp_path / f"{name}.png", curves)
             assert Path(find_font()).name == "DejaVuSans.ttf"
-    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "theirs.png").read_bytes()
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "others.png").read_bytes()
