@@ -15,6 +15,7 @@ from igpt.data.image_metadata import number_labels, read_metadata, resolve_name
 from igpt.data.image_table import Cell
 from igpt.data.layout import class_folder, is_nested
 from igpt.data.listing import METADATA, Listing
+from igpt.data.packed_strings import pack_strings
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class ImageFiles:
     @staticmethod
     def from_listing(listing: Listing, labels: np.ndarray, names: tuple[str, ...] | None, where: str) -> "ImageFiles":
         """The table of the files in a listing."""
-        paths = pa.array(map(os.fsencode, listing.names), pa.large_binary())
+        paths = pack_strings(map(os.fsencode, listing.names), pa.large_binary())
         return ImageFiles(listing.root, paths, labels, names, where, listing.fingerprint)
 
     def __len__(self) -> int:

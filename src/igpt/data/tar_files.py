@@ -16,6 +16,7 @@ import pyarrow as pa
 from igpt.data.image_decoding import EXTENSIONS, MOST_BYTES, BadImageError
 from igpt.data.image_table import WHOLE_NUMBER, Cell, Columns
 from igpt.data.listing import Listing
+from igpt.data.packed_strings import pack_strings
 from igpt.data.shards import BadShardError, FileShards, find_readable_files, format_reason, open_shard
 
 log = logging.getLogger(__name__)
@@ -215,7 +216,7 @@ class TarTable:
             shards.files, np.array(of, np.int32),
             np.array([sample.start for sample in samples], np.int64),
             np.array([-1 if sample.problem else sample.size for sample in samples], np.int64),
-            pa.array([sample.name.encode(errors="replace").decode() for sample in samples], pa.large_string()),
+            pack_strings((sample.name.encode(errors="replace") for sample in samples), pa.large_string()),
             np.array([-1 if sample.label is None else sample.label for sample in samples], np.int64),
             shards.where, listing.fingerprint,
         )  # fmt: skip
