@@ -123,6 +123,7 @@ def test_a_run_that_fails_is_closed_as_failed(tmp_path: Path) -> None:
     assert run.exit_code == 1
 
 
+@pytest.mark.ci
 def test_a_sweep_over_finished_runs_shows_one_run_a_job(tmp_path: Path) -> None:
     """Invariant: runs made without W&B are told to it when they are asked for with it, and not trained again.
 
