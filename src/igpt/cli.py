@@ -24,6 +24,7 @@ def main() -> None:
     from igpt.run.arguments import prepare_arguments
 
     launcher.die_with_parent()
+    launcher.skip_teardown()
     conf = program.find_conf()
     try:
         if ASKED[:1] and ASKED[0] in COMPLETION:
@@ -39,6 +40,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    launcher.rank_finished = launcher.is_rank() and launcher.sweep_code == 0
     sys.exit(launcher.sweep_code)
 
 

@@ -288,3 +288,22 @@ def test_jobs_that_are_one_run_are_refused_and_what_is_finished_is_known(tmp_pat
     (Path(str(jobs[0].folder)) / "result.json").write_text('{"numbers": {"val/loss_gen": {"value": 1.5}}}')
     sweep._load_finished(jobs, configs("seed=1", "task.steps=no"), "val/loss_gen", sweep="a sweep")
     assert [(job.state, job.value) for job in jobs] == [(FINISHED, 1.5), (WAITING, None)]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_finished_rank_leaves_before_the_interpreter_is_torn_down(finished: bool) -> None:
+    """By hand: exit handlers run and what was printed arrives; only without `rank_finished` objects are torn down."""
+    script = f"""
+import atexit
+from igpt.distributed import launcher
+class Late:
+    def __del__(self, say=print):
+        say("torn down")
+late = Late()
+launcher.skip_teardown()
+atexit.register(print, "handler")
+launcher.rank_finished = {finished}
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.splitlines() == ["handler"] + ["torn down"] * (not finished)

@@ -1,5 +1,7 @@
 """Starts child processes and ranks, forwards signals to them, and ends them with this process."""
 
+import atexit
+import logging
 import os
 import signal
 import subprocess
@@ -30,6 +32,7 @@ FEW_PROCESSES = 8  # are started without looking for GPUs: each checks its own
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", RENDEZVOUS_FILE)
 
 sweep_code = 0  # exit code of this process after a sweep: 1 if a job failed
+rank_finished = False  # whether this process is a rank whose run has ended without an error
 
 
 @dataclass(eq=False)
@@ -85,6 +88,25 @@ def die_with_parent() -> None:
         os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def skip_teardown() -> None:
+    """Lets a rank that has finished leave after its exit handlers, without a teardown of the interpreter.
+
+    Threads of gloo outlive their group where a network holds it. If one lets go of a tensor while the interpreter is
+    torn down, the process aborts (PyTorch's pull request 179291): a finished run would seem to be killed. To be called
+    before anything registers an exit handler that must run: handlers run in reverse order.
+    """
+
+    def leave() -> None:
+        if rank_finished:
+            logging.shutdown()
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):  # nobody reads it, or it is closed
+                    stream.flush()
+            os._exit(0)
+
+    atexit.register(leave)
 
 
 class Children:
