@@ -12,15 +12,19 @@ takes it from there. `--tiny` runs everything at sizes of no meaning, on a CPU t
 """
 
 import argparse
+import fnmatch
 import importlib
 import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gpu_wheels
+
+if TYPE_CHECKING:
+    from gpu_units import Unit  # imports PyTorch
 
 ROOT = gpu_wheels.ROOT
 PARTS = {  # name: number, module, its list of units, its table, title
@@ -69,6 +73,21 @@ def replace_block(text: str, block: str) -> str:
     return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
 
 
+def choose_units(units: Sequence["Unit"], patterns: Sequence[str]) -> list["Unit"]:
+    """The units whose keys a pattern of the shell fits, in the order of the patterns.
+
+    Raises:
+        SystemExit: a pattern that fits none.
+    """
+    chosen: dict[str, Unit] = {}
+    for pattern in patterns:
+        fitting = {unit.key: unit for unit in units if fnmatch.fnmatchcase(unit.key, pattern)}
+        if not fitting:
+            raise SystemExit(f"no unit is called {pattern}: {', '.join(unit.key for unit in units)}")
+        chosen = {**chosen, **{key: unit for key, unit in fitting.items() if key not in chosen}}
+    return list(chosen.values())
+
+
 def main(argv: Sequence[str] | None = None, *, apart: bool = True) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = sorted({number for number, *_ in PARTS.values()})
@@ -76,6 +95,9 @@ def main(argv: Sequence[str] | None = None, *, apart: bool = True) -> dict[str, 
         "part", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} or {', '.join(numbers)}; none: all"
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="that this call may take")
+    parser.add_argument(
+        "--units", nargs="+", metavar="PATTERN", help="only these, in this order, as 'train/s *' 'sampling/64 bf16 *'"
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder of the figures")
     parser.add_argument("--cifar", type=Path, help="folder of CIFAR-10, as data.path=; without it no part cifar")
     parser.add_argument("--photos", type=Path, help="folder of photographs; without it JPEGs are made up")
@@ -87,12 +109,15 @@ def main(argv: Sequence[str] | None = None, *, apart: bool = True) -> dict[str, 
     parser.add_argument(
         "--bare", nargs="+", default=gpu_wheels.BARE, help="(--prepare) what the GPU's image has already"
     )
+    parser.add_argument(
+        "--carried", nargs="+", default=["pydantic"], help="(--prepare) what it lacks though its packages may need it"
+    )
     parser.add_argument("--python", default="3.12", help="(--prepare) the Python of the GPU's image")
     args = parser.parse_args(argv)
     if unknown := [part for part in args.part if part not in PARTS and part not in numbers]:
         raise SystemExit(f"unknown part {unknown[0]}: {', '.join(PARTS)} or {', '.join(numbers)}")
     if args.prepare:
-        gpu_wheels.prepare(args.prepare, args.bare, args.python)
+        gpu_wheels.prepare(args.prepare, args.bare, args.python, args.carried)
         return {}
     end = time.monotonic() + 60 * args.minutes
     if absent := gpu_wheels.provide(args.wheels, args.out / "site"):
@@ -114,6 +139,8 @@ def main(argv: Sequence[str] | None = None, *, apart: bool = True) -> dict[str, 
     for module in dict.fromkeys(PARTS[part][1] for part in chosen):
         units += importlib.import_module(module).list_units(args)
     units = [unit for part in chosen for unit in units if unit.part == part]
+    if args.units:
+        units = choose_units(units, args.units)
     if not apart:
         units = [Unit(**{**vars(unit), "apart": False}) for unit in units]
 

@@ -78,8 +78,11 @@ def list_needed(names: Iterable[str]) -> list[str]:
     return sorted(needed)
 
 
-def list_wheels_to_make(bare: Sequence[str] = BARE) -> list[str]:
+def list_wheels_to_make(bare: Sequence[str] = BARE, carried: Sequence[str] = ()) -> list[str]:
     """What igpt and its tests need beyond `bare` and what these need: run where everything is installed.
+
+    `carried`: what the image lacks though `bare` needs it here, as with another version of `bare`; their needs, too,
+    other than `bare` itself.
 
     Raises:
         SystemExit: something that requirements.txt lists is not installed here.
@@ -88,7 +91,7 @@ def list_wheels_to_make(bare: Sequence[str] = BARE) -> list[str]:
         raise SystemExit(
             f"{', '.join(absent)}: not installed here; --prepare needs `pip install -r requirements-dev.txt`"
         )
-    there = set(list_needed(bare))
+    there = set(list_needed(bare)) - (set(list_needed(carried)) - set(map(normalize, bare)))
     return [name for name in list_needed(read_requirements()) if name not in there]
 
 
@@ -116,9 +119,9 @@ def describe_commands(folder: Path, names: Sequence[str], python: str) -> list[l
     return commands
 
 
-def prepare(folder: Path, bare: Sequence[str], python: str) -> None:
+def prepare(folder: Path, bare: Sequence[str], python: str, carried: Sequence[str] = ()) -> None:
     """Fills a folder with wheels, on a machine with a network and everything installed; prints the commands."""
-    names = list_wheels_to_make(bare)
+    names = list_wheels_to_make(bare, carried)
     print(f"{len(names)} distributions that an image with {', '.join(bare)} lacks: {', '.join(names)}")
     for command in describe_commands(folder, names, python):
         print(" ".join(command), flush=True)

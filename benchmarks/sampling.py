@@ -63,13 +63,14 @@ def refuse_fallbacks() -> Iterator[None]:
 def peer_samples(net: Any, size: str, batch: int, *, greedy: bool = False) -> Callable[[], Tensor]:
     """Their `generate` with its key/value cache, as its documentation calls it."""
     n_ctx, n_vocab = SIZES[size][3:5]
+    length = min(n_ctx, GREEDY) if greedy else n_ctx
     start = torch.full((batch, 1), n_vocab, device=net.device)
     drawing: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0}
 
     @torch.inference_mode()
     def run() -> Tensor:
         images = net.generate(
-            input_ids=start, max_length=n_ctx + 1, attention_mask=torch.ones_like(start), pad_token_id=n_vocab,
+            input_ids=start, max_length=length + 1, attention_mask=torch.ones_like(start), pad_token_id=n_vocab,
             suppress_tokens=[n_vocab], use_cache=True, **drawing,
         )  # fmt: skip
         return images[:, 1:]

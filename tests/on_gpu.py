@@ -15,4 +15,6 @@ MARKS = [
         DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device, PyTorch sees none"
     ),
 ]
+if DEVICE == "cuda":  # cuBLAS reads it once, at the first product of the process; deterministic algorithms ask for it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 only_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs what only CUDA has")

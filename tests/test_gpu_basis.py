@@ -53,6 +53,9 @@ def test_what_a_bare_image_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     six = {"hydra-core", "omegaconf", "antlr4-python3-runtime", "datasets", "dill", "multiprocess"}
     assert six | {"pytest", "wandb"} <= set(wanted)
     assert not {"torch", "numpy", "lightning", "sympy", "scipy", "jinja2", "deepspeed", "gradio"} & set(wanted)
+    carried = set(gpu_wheels.list_wheels_to_make(carried=["pydantic"])) - set(wanted)
+    assert carried >= {"pydantic", "pydantic-core"}
+    assert not carried & {"torch", "numpy", "transformers"}
     pure, compiled = gpu_wheels.describe_commands(tmp_path, ["antlr4-python3-runtime", "pandas"], "3.12")
     assert pure[3:] == ["wheel", "--no-deps", "--wheel-dir", str(tmp_path), "antlr4-python3-runtime==4.9.3"]
     assert {"download", "--only-binary=:all:", "3.12"} < set(compiled)

@@ -132,6 +132,16 @@ def test_what_does_not_fit_is_left_and_the_next_call_goes_on(tmp_path: Path) -> 
         gpu_units.Figures(tmp_path, "third")
 
 
+def test_units_are_chosen_in_the_order_of_the_patterns() -> None:
+    """Independent source: the shell's patterns, by hand; one that fits nothing is refused with the names."""
+    import gpu
+
+    every = [make_unit(name, fail) for name in ("s eager", "s blocks", "m eager")]
+    assert gpu.choose_units(every, ["train/m *", "train/* eager"]) == [every[2], every[0]]
+    with pytest.raises(SystemExit, match=r"no unit is called train/x .*: train/s eager, train/s blocks, train/m eager"):
+        gpu.choose_units(every, ["train/x *"])
+
+
 def test_a_unit_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     """Invariant: the call ends in time; the unit is then expected to take half as long again."""
     import gpu_units

@@ -3,7 +3,9 @@
 import json
 import pickle
 import struct
+import zipfile
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from igpt.checkpoint import tensors
 from igpt.checkpoint.tensors import plain_name, read, read_safetensors, unwrapped_state, write
-from igpt.checkpoint.torch_files import read_torch
+from igpt.checkpoint.torch_files import check_torch_file, read_torch
 from igpt.model.gpt import GPT
 from tests.conftest import Planted
 
@@ -169,3 +171,32 @@ def test_names_are_free_of_wrappers(net: GPT) -> None:
     around.module = torch.compile(net, backend="eager")  # as DistributedDataParallel keeps it
     assert set(unwrapped_state(around.state_dict())) == names
     assert plain_name("_fsdp_wrapped_module.h.0._checkpoint_wrapped_module.ln_1.g") == "h.0.ln_1.g"
+
+
+class OldReader:
+    """PyTorch's reader of archives as it was before 2.12: it does not tell how large a member is."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        reader = NEW_READER(file)
+        self.get_all_records, self.get_record = reader.get_all_records, reader.get_record
+
+
+NEW_READER = torch._C.PyTorchFileReader
+
+
+def test_archives_are_checked_with_an_older_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invariant: what is saved is accepted, nothing that unpacks to more or lists other members."""
+    monkeypatch.setattr(torch._C, "PyTorchFileReader", OldReader)
+    good, deflated, two = (tmp_path / f"{name}.bin" for name in ("good", "deflated", "two"))
+    torch.save({**mixed(), "large": torch.zeros(100_000)}, good)
+    check_torch_file(good)
+    with zipfile.ZipFile(good) as members, zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in members.infolist():
+            packed.writestr(member.filename, members.read(member))
+    with pytest.raises(ValueError, match="would unpack to 40"):
+        check_torch_file(deflated)
+    two.write_bytes(good.read_bytes())
+    monkeypatch.setattr(OldReader, "get_all_records", lambda self: ["data.pkl"], raising=False)
+    monkeypatch.setattr(OldReader, "__init__", lambda self, file: None)
+    with pytest.raises(ValueError, match="PyTorch and Python disagree"):
+        check_torch_file(two)

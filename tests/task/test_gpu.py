@@ -79,6 +79,7 @@ def test_flex_attention_equals_the_cpus(name: str, compiled: bool) -> None:
     """Invariant: outputs and gradients of a dense mask on the CPU, float32 to 1e-3 and bfloat16 to 3 %."""
     layout = TokenLayout(12, 15, 1, tuple(torch.randperm(180, generator=torch.Generator().manual_seed(0)).tolist()))
     for half, causal in ((0, True), (1, True), (1, False)):
+        torch.compiler.reset()  # each mask is compiled for itself, and the compiler takes only so many of one function
         mask = SparseMask(Pattern(name, half, causal, layout, radius=3, stride=15))
         along = torch.randn(2, 180, 64)
 
@@ -151,11 +152,8 @@ def test_probes_equal_the_cpus(tmp_path: Path, few: Arrays, palette: Palette, ar
         assert on_gpu.curves[name].y == pytest.approx(curve.y, abs=within), name
 
 
-def test_resuming_is_exact_with_deterministic_algorithms(
-    tmp_path: Path, lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_is_exact_with_deterministic_algorithms(tmp_path: Path, lab: Lab) -> None:
     """Invariant: a run that crashed after 6 steps and was resumed from step 4 is the uninterrupted one, to the bit."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     on = machine(accelerator=ACCELERATOR, precision="bf16-mixed")
     was = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vector_quantize_pytorch import VectorQuantize
 
 from igpt.tokens import quantizer as quantizers
 from igpt.tokens.code_search import find_repeated, nearest_codes, nearest_codes_within, nearest_in_float64, search
@@ -37,7 +36,8 @@ def step(quantizer: EMAQuantizer, *micro_batches: tuple[Tensor, Tensor], **chang
 def test_a_step_is_that_of_another_library() -> None:
     """Independent source: vector-quantize-pytorch, without its random start and restarts."""
     codebook, vectors = draw(20, 4), draw(3, 16, 4, seed=1)
-    reference = VectorQuantize(dim=4, codebook_size=20, decay=0.99, commitment_weight=1.0, rotation_trick=False)
+    library = pytest.importorskip("vector_quantize_pytorch")  # a GPU's image may lack it, and imports this file
+    reference = library.VectorQuantize(dim=4, codebook_size=20, decay=0.99, commitment_weight=1.0, rotation_trick=False)
     own = start(EMAQuantizer(20, 4), codebook)
     reference._codebook.embed.copy_(codebook[None])
     reference._codebook.embed_avg.copy_(5 * codebook[None])

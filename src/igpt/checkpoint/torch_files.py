@@ -75,12 +75,24 @@ def is_archive(path: Path) -> bool:
 def check_archive(file: IO[bytes], size: int) -> None:
     """As `check_torch_file`, for an open zip archive of `size` bytes. PyTorch's own reader tells sizes and pickle."""
     reader = torch._C.PyTorchFileReader(file)
-    unpacked = sum(reader.get_record_size(name) for name in reader.get_all_records())
+    unpacked = sum(_list_record_sizes(reader, file))
     if unpacked > size:
         raise ValueError(
             f"it has {size:,} bytes and would unpack to {unpacked:,}: its members are compressed or overlap"
         )
     _check_pickle(io.BytesIO(reader.get_record("data.pkl")))
+
+
+def _list_record_sizes(reader: Any, file: IO[bytes]) -> list[int]:
+    """Bytes of each member of an archive when unpacked."""
+    names = reader.get_all_records()
+    if hasattr(reader, "get_record_size"):
+        return [reader.get_record_size(name) for name in names]
+    file.seek(0)  # PyTorch before 2.12, as images of GPUs have it, does not tell
+    members = zipfile.ZipFile(file).infolist()
+    if [member.filename.partition("/")[2] for member in members] != names:
+        raise ValueError("PyTorch and Python disagree on what is in it")
+    return [member.file_size for member in members]
 
 
 def _check_pickle(file: IO[bytes]) -> None:

@@ -80,6 +80,7 @@ class TrainingClock:
 def reset_peak_memory(device: torch.device) -> None:
     """Begins a new measurement of `peak_memory`; where the kernel refuses, it goes on from the process's start."""
     if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # what is reset is there from then on
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):  # no Linux, or a container that may not
