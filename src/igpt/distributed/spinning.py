@@ -4,7 +4,7 @@ import os
 import sys
 
 # GNU's runtime (gcc, PyTorch on Linux) counts spins, LLVM's and Intel's (clang, PyTorch on macOS) milliseconds
-SPIN_LIMITS = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "1"}
+SPIN_LIMITS = {"GOMP_SPINCOUNT": "1500", "KMP_BLOCKTIME": "1"}
 SPIN_VARIABLES = (*SPIN_LIMITS, "OMP_WAIT_POLICY")
 
 
