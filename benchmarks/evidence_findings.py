@@ -1,6 +1,7 @@
 """What the runs in docs/evidence/ show of each finding of the paper: rows of the README's table, with intervals."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from operator import itemgetter
 
 from evidence_palettes import describe_palettes
@@ -213,6 +214,15 @@ def list_gaps(run: Run) -> dict[str, Number]:
     return {key.removeprefix(start): of for key, of in run.result.numbers.items() if key.startswith(start)}
 
 
+def describe_at_32(runs: Sequence[Run]) -> Iterator[Row]:
+    """Depth and fine-tuning at the paper's 32×32 in 512 colours."""
+    probes = [run for run in runs if run.task["name"] == "probe"]
+    depth = describe_depth([run for run in probes if run.data["labels_per_class"] is None])
+    few = [run for run in probes if run.data["labels_per_class"] is not None]
+    tuned = describe_finetuning([*few, *(run for run in runs if run.task["name"] == "finetune")])
+    yield from (replace(row, finding=f"{row.finding}, at 32×32") for row in (*depth, *tuned))
+
+
 FINDINGS: dict[str, Callable[[Sequence[Run]], Iterator[Row]]] = {
     "network": lambda runs: iter(()),  # the pretraining that the others read: no finding of its own
     "depth": describe_depth,
@@ -221,5 +231,6 @@ FINDINGS: dict[str, Callable[[Sequence[Run]], Iterator[Row]]] = {
     "objectives": describe_objectives,
     "losses": describe_losses,
     "palette": describe_palettes,
+    "at_32": describe_at_32,
 }
 READS = {"objectives": ("depth", "finetuning")}  # further folders that a finding reads

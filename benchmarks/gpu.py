@@ -3,9 +3,9 @@
     python benchmarks/gpu.py --minutes 12 --cifar CIFAR10 --out gpu
     python benchmarks/gpu.py train sampling --minutes 8
 
-Parts, in this order: `tests` (pytest -m gpu) and `train` (1), `sampling` (2), `cifar` (3), `data` (4), `memory` (5);
-a number names its parts. gpu.json in the folder `--out` holds every figure with its command and commit, written after
-each; gpu.md there is the tables, and with `--docs` they replace the marked block of docs/performance.md.
+Parts, in this order: `tests` (pytest -m gpu) and `train` (1), `sampling` (2), `cifar` (3), `data` (4), `memory` (5),
+`evidence` (6); a number names its parts. gpu.json in the folder `--out` holds every figure with its command and commit,
+written after each; gpu.md there is the tables, and with `--docs` they replace the marked block of docs/performance.md.
 
 A machine without network: `--prepare WHEELS` elsewhere makes a folder of what a CUDA image lacks, `--wheels WHEELS`
 takes it from there. `--tiny` runs everything at sizes of no meaning, on a CPU too.
@@ -34,6 +34,7 @@ PARTS = {  # name: number, module, its list of units, its table, title
     "cifar": ("3", "gpu_runs", "make_cifar_table", "CIFAR-10 at 32×32"),
     "data": ("4", "gpu_runs", "make_data_table", "From photographs to the device"),
     "memory": ("5", "gpu_memory", "make_table", "Memory against the plan"),
+    "evidence": ("6", "gpu_evidence", "make_table", "Findings at 32×32"),
 }
 DOCS = ROOT / "docs" / "performance.md"
 RECORD = ROOT / "docs" / "gpu.json"  # the figures that docs/performance.md shows
@@ -99,9 +100,11 @@ def main(argv: Sequence[str] | None = None, *, apart: bool = True) -> dict[str, 
         "--units", nargs="+", metavar="PATTERN", help="only these, in this order, as 'train/s *' 'sampling/64 bf16 *'"
     )
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder of the figures")
-    parser.add_argument("--cifar", type=Path, help="folder of CIFAR-10, as data.path=; without it no part cifar")
+    parser.add_argument(
+        "--cifar", type=Path, help="folder of CIFAR-10, as data.path=; without it no parts cifar and evidence"
+    )
     parser.add_argument("--photos", type=Path, help="folder of photographs; without it JPEGs are made up")
-    parser.add_argument("--override", nargs="+", default=[], help="overrides of the CIFAR-10 run")
+    parser.add_argument("--override", nargs="+", default=[], help="overrides of the runs on CIFAR-10")
     parser.add_argument("--docs", action="store_true", help="put the tables into docs/performance.md")
     parser.add_argument("--tiny", action="store_true", help="sizes of no meaning, to see that it runs")
     parser.add_argument("--wheels", type=Path, help="folder of wheels for what is not installed here")
