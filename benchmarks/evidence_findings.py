@@ -35,12 +35,12 @@ ONE_MASK, VOTE = "test/accuracy_one_mask", "test/gain_by_vote"  # without the vo
 def describe_depth(runs: Sequence[Run]) -> Iterator[Row]:
     """Figure 2: accuracy over depth, its fall after the best layer, untrained network and raw pixels."""
     for run in runs:
-        objective = run.objective
+        objective, again = run.objective, f", seed {run.seed}" if run.seed else ""
         fall, layer = run.number("val/fall_to_last_layer"), run.number("probe/layer")
         best, others = run.number("val/accuracy"), [run.number("val/untrained"), run.number("val/raw_pixels")]
         above = [subtract(best, other).interval for other in others]
         yield Row(
-            f"Features are best inside the network, then get worse ({objective.upper()}; Figure 2)",
+            f"Features are best inside the network, then get worse ({objective.upper()}{again}; Figure 2)",
             "CIFAR-10: best near the middle, 2.4 points less at the last" if objective == "ar" else "no number",
             f"{percent(best)} at layer {layer.value:g} of {layer.unit.split()[-1]}, fall to the last "
             f"{points(fall.value, fall.confidence_interval).removeprefix('+')}; untrained {percent(others[0])}, raw "

@@ -92,6 +92,11 @@ def check_codes(codes: Mapping[str, int | None], folder: Path) -> bool:
     return not any(code is None or code == STOPPED for code in codes.values())
 
 
+def name_path(path: Path) -> str:
+    """A path as commands name it, which are run in ROOT: inside it without the machine's part."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
 def find_pretraining(folder: Path) -> Path | None:
     """The run of the pretraining, if it has ended."""
     return next((path.parent for path in sorted((folder / "runs").glob("pretrain-*/result.json"))), None)
@@ -116,7 +121,7 @@ def read(seconds: float, folder: Path, settings: Sequence[str], tiny: bool) -> d
     run = find_pretraining(folder)
     if run is None:
         raise RuntimeError("the pretraining has not ended: the next call goes on with it")
-    readers = describe_readers(str(run.relative_to(ROOT) if run.is_relative_to(ROOT) else run), tiny)
+    readers = describe_readers(name_path(run), tiny)
     commands = {name: make_command(overrides, settings) for name, overrides in readers.items()}
     done = check_codes(run_side_by_side(commands, seconds, folder), folder)
     finished = sorted(path.parent for path in (folder / "runs").glob("*/result.json"))
@@ -132,7 +137,8 @@ def list_units(args: argparse.Namespace) -> list[Unit]:
         return []
     folder = (args.out / "at_32").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [f"data.path={args.cifar.resolve()}", f"paths.runs={folder / 'runs'}", f"paths.cache={folder / 'cache'}"]
+    runs, cache = (name_path(folder / name) for name in ("runs", "cache"))
+    paths = [f"data.path={args.cifar.resolve()}", f"paths.runs={runs}", f"paths.cache={cache}"]
     device = [f"trainer.accelerator={args.device}"] if args.device == "cpu" else ["trainer=gpu"]
     few = (folder, [*device, *paths, *args.override], args.tiny)
     estimates = (5, 5) if args.tiny else (90, 120)  # what does not end goes on
