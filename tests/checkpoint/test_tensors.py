@@ -174,7 +174,7 @@ def test_names_are_free_of_wrappers(net: GPT) -> None:
 
 
 class OldReader:
-    """PyTorch's reader of archives as it was before 2.12: it does not tell how large a member is."""
+    """The reader of archives of PyTorch 2.11, which does not tell how large a member is."""
 
     def __init__(self, file: IO[bytes]) -> None:
         reader = NEW_READER(file)

@@ -88,7 +88,7 @@ def _list_record_sizes(reader: Any, file: IO[bytes]) -> list[int]:
     names = reader.get_all_records()
     if hasattr(reader, "get_record_size"):
         return [reader.get_record_size(name) for name in names]
-    file.seek(0)  # PyTorch before 2.12, as images of GPUs have it, does not tell
+    file.seek(0)  # PyTorch 2.11, as images of GPUs have it, does not tell
     members = zipfile.ZipFile(file).infolist()
     if [member.filename.partition("/")[2] for member in members] != names:
         raise ValueError("PyTorch and Python disagree on what is in it")
