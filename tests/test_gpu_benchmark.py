@@ -230,7 +230,8 @@ def test_findings_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu_evidence, "run_stoppable", lambda *_: None)
     assert gpu_evidence.pretrain(60, *few) == {"unfinished": True}
     (tmp_path / "runs").mkdir()
-    runs = [path for of in ("network", "depth", "finetuning") for path in (ROOT / "docs/evidence" / of).glob("*-ar-*")]
+    kept = ("network/*-ar-s0-*", "depth/*-ar-s0-*", "finetuning/*-ar-*")
+    runs = [path for pattern in kept for path in (ROOT / "docs" / "evidence").glob(pattern)]
     for path in runs:
         (tmp_path / "runs" / path.name).symlink_to(path)
     monkeypatch.setattr(gpu_evidence, "run_stoppable", lambda *_: 0)
