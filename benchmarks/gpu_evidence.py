@@ -5,15 +5,12 @@ the finished runs go to FOLDER/evidence/at_32, as `evidence.py collect at_32` wo
 """
 
 import argparse
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_runs import GRACE, ROOT, STOPPED, run_stoppable
+from gpu_runs import ROOT, STOPPED, run_side_by_side
 from gpu_units import Unit
 
 FINDING = "at_32"
@@ -54,29 +51,6 @@ def describe_readers(run: str, tiny: bool = False) -> dict[str, list[str]]:
     return readers
 
 
-def run_side_by_side(commands: Mapping[str, Sequence[str]], seconds: float, folder: Path) -> dict[str, int | None]:
-    """Exit codes by name, None of those that were sent SIGTERM `GRACE` before `seconds` are over; logs in `folder`."""
-    end, processes = time.monotonic() + max(1.0, seconds - GRACE), {}
-    for name, command in commands.items():
-        with (folder / f"{name}.log").open("a") as output:
-            processes[name] = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
-    codes: dict[str, int | None] = {}
-    for name, process in processes.items():
-        try:
-            codes[name] = process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            codes[name] = None
-            process.send_signal(signal.SIGTERM)
-    latest = time.monotonic() + GRACE
-    for process in processes.values():
-        try:
-            process.wait(max(0.0, latest - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    return codes
-
-
 def make_command(overrides: Sequence[str], settings: Sequence[str]) -> list[str]:
     """A command of train.py, without the folder of images where the task takes none."""
     taken = [each for each in settings if not (each.startswith("data.path=") and "task=sample" in overrides)]
@@ -105,8 +79,7 @@ def find_pretraining(folder: Path) -> Path | None:
 def pretrain(seconds: float, folder: Path, settings: Sequence[str], tiny: bool) -> dict[str, Any]:
     """The pretraining: its test is the probe, so the result is where it lies."""
     command = make_command(describe_pretraining(tiny), settings)
-    code = run_stoppable(command, seconds, folder / "pretrain.log")
-    if not check_codes({"pretrain": code}, folder):
+    if not check_codes(run_side_by_side({"pretrain": command}, seconds, folder), folder):
         return {"unfinished": True}
     run = find_pretraining(folder)
     if run is None:
@@ -123,10 +96,10 @@ def read(seconds: float, folder: Path, settings: Sequence[str], tiny: bool) -> d
         raise RuntimeError("the pretraining has not ended: the next call goes on with it")
     readers = describe_readers(name_path(run), tiny)
     commands = {name: make_command(overrides, settings) for name, overrides in readers.items()}
-    done = check_codes(run_side_by_side(commands, seconds, folder), folder)
+    codes = run_side_by_side(commands, seconds, folder)
     finished = sorted(path.parent for path in (folder / "runs").glob("*/result.json"))
-    evidence.collect(FINDING, finished, folder / "evidence")
-    if not done:
+    evidence.collect(FINDING, finished, folder / "evidence")  # also where one of the others failed
+    if not check_codes(codes, folder):
         return {"unfinished": True}
     rows = evidence.FINDINGS[FINDING](evidence.read_finding(folder / "evidence", FINDING))
     return {"runs": [path.name for path in finished], "rows": [vars(row) for row in rows]}

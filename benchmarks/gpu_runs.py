@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,19 +42,31 @@ NUMBERS = {  # of its result
 
 
 def run_stoppable(command: Sequence[str], seconds: float, log: Path) -> int | None:
-    """Exit code of a command, or None: sent SIGTERM `GRACE` before `seconds` are over. Its output goes to `log`."""
-    with log.open("a") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+    """Exit code of a command, or None: sent SIGTERM `GRACE` before `seconds` are over. `log`: NAME.log for its output."""
+    return run_side_by_side({log.stem: command}, seconds, log.parent)[log.stem]
+
+
+def run_side_by_side(commands: Mapping[str, Sequence[str]], seconds: float, folder: Path) -> dict[str, int | None]:
+    """Exit codes by name, None of those that were sent SIGTERM `GRACE` before `seconds` are over; logs in `folder`."""
+    end, processes = time.monotonic() + max(1.0, seconds - GRACE), {}
+    for name, command in commands.items():
+        with (folder / f"{name}.log").open("a") as output:
+            processes[name] = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
+    codes: dict[str, int | None] = {}
+    for name, process in processes.items():
         try:
-            return process.wait(max(1.0, seconds - GRACE))
+            codes[name] = process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
+            codes[name] = None
             process.send_signal(signal.SIGTERM)
+    latest = time.monotonic() + GRACE
+    for process in processes.values():
         try:
-            process.wait(GRACE)
+            process.wait(max(0.0, latest - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    return None
+    return codes
 
 
 def parse_outcomes(text: str) -> dict[str, str]:

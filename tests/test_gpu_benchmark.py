@@ -172,9 +172,9 @@ def test_a_run_is_stopped_and_resumed(quickstart: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(gpu_runs, "GRACE", 5.0)
     command = [sys.executable, "-c", STUB, str(tmp_path / "mark")]
-    assert gpu_runs.run_stoppable(command, 5.5, tmp_path / "log") is None
+    assert gpu_runs.run_stoppable(command, 5.5, tmp_path / "stub.log") is None
     assert (tmp_path / "mark").exists()
-    assert gpu_runs.run_stoppable(command, 60, tmp_path / "log") == 0
+    assert gpu_runs.run_stoppable(command, 60, tmp_path / "stub.log") == 0
 
     commands: list[Any] = []
     codes = [None, 0, 1]

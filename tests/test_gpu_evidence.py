@@ -19,6 +19,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_findings_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant: every command is one that train.py takes, is stopped in time, goes on, and one that fails is told."""
     import gpu_evidence
+    import gpu_runs
     import gpu_units
 
     assert len(gpu_evidence.describe_readers("RUN")) == 5 + 3 * 3
@@ -31,7 +32,7 @@ def test_findings_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.Monk
         assert cfg.trainer.precision == "bf16-mixed"
         assert (cfg.get("data") or cfg).get("path", "CIFAR") == "CIFAR"
 
-    monkeypatch.setattr(gpu_evidence, "GRACE", 5.0)
+    monkeypatch.setattr(gpu_runs, "GRACE", 5.0)
     mark = str(tmp_path / "mark")
     stubs = {"long": [sys.executable, "-c", STUB, mark], "short": [sys.executable, "-c", "print('done')"]}
     assert gpu_evidence.run_side_by_side(stubs, 7, tmp_path) == {"long": None, "short": 0}
@@ -44,17 +45,16 @@ def test_findings_are_read_side_by_side(tmp_path: Path, monkeypatch: pytest.Monk
 
     few = (tmp_path, ["data.path=CIFAR"], True)
     assert "has not ended" in gpu_units.measure(gpu_evidence.read, 60, few)["error"]
-    monkeypatch.setattr(gpu_evidence, "run_stoppable", lambda *_: None)
+    monkeypatch.setattr(gpu_evidence, "run_side_by_side", lambda commands, *_: dict.fromkeys(commands))
     assert gpu_evidence.pretrain(60, *few) == {"unfinished": True}
     (tmp_path / "runs").mkdir()
     kept = ("network/*-ar-s0-*", "depth/*-ar-s0-*", "finetuning/*-ar-*")
     runs = [path for pattern in kept for path in (ROOT / "docs" / "evidence").glob(pattern)]
     for path in runs:
         (tmp_path / "runs" / path.name).symlink_to(path)
-    monkeypatch.setattr(gpu_evidence, "run_stoppable", lambda *_: 0)
+    monkeypatch.setattr(gpu_evidence, "run_side_by_side", lambda commands, *_: dict.fromkeys(commands, 0))
     (network,) = [path.name for path in runs if path.name.startswith("pretrain")]
     assert gpu_evidence.pretrain(60, *few) == {"run": network}
-    monkeypatch.setattr(gpu_evidence, "run_side_by_side", lambda commands, *_: dict.fromkeys(commands, 0))
     found = gpu_evidence.read(60, *few)
     assert found["runs"] == sorted(path.name for path in runs)
     page = (ROOT / "README.md").read_text()
