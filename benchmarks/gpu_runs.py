@@ -42,7 +42,7 @@ NUMBERS = {  # of its result
 
 
 def run_stoppable(command: Sequence[str], seconds: float, log: Path) -> int | None:
-    """Exit code of a command, or None: sent SIGTERM `GRACE` before `seconds` are over. `log`: NAME.log for its output."""
+    """Exit code of a command, or None: sent SIGTERM `GRACE` before `seconds` are over. `log`: NAME.log, its output."""
     return run_side_by_side({log.stem: command}, seconds, log.parent)[log.stem]
 
 
